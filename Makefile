@@ -1,0 +1,30 @@
+# make demo | test | build: each does everything it needs on a fresh clone, set-up included.
+BUILD   ?= build
+PYTHON  := .venv/bin/python
+
+.PHONY: all setup build test demo bench soak goldens clean
+all: build
+
+setup: .venv/.ready
+.venv/.ready: requirements.txt scripts/bootstrap
+	scripts/bootstrap
+
+build: setup
+	@[ -f $(BUILD)/build.ninja ] || PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD)
+	cmake --build $(BUILD)
+
+model: setup
+	scripts/fetch-model smollm2-135m
+
+test: build model
+	scripts/run-tests $(BUILD)
+
+demo: build model
+	scripts/demo $(BUILD)/torpor
+
+# Regenerates every golden from the reference implementations (mlx-lm, tokenizers, transformers). Slow.
+goldens: setup model
+	$(PYTHON) scripts/make-goldens
+
+clean:
+	rm -rf build build-*

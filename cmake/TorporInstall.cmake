@@ -1,0 +1,1 @@
+# install() and export for `find_package(torpor)`; filled in once every room stands.

@@ -1,0 +1,108 @@
+#pragma once
+/// KV caches as bytes: where the store (files, no MLX) and the cache (arrays, no files) meet.
+///
+/// A *run* is the KV rows of consecutive tokens for every tensor of the layout, held in one buffer in exactly the
+/// order and shape of a store file's data section, so that saving and waking move whole buffers:
+///
+///     [tensor 0: [1, H_kv, S, D]] [tensor 1: [1, H_kv, S, D]] ...      row-major, no gaps, little-endian
+///
+/// Everything here is plain data. Concurrent reads are safe.
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace torpor {
+
+/// Tokens in a sealed segment. Part of the file format.
+inline constexpr int kSegmentTokens = 256;
+
+/// Element types a KV tensor may have, with their safetensors names.
+enum class KvDtype : uint8_t { kF32, kF16, kBF16, kU32 };
+
+/// Bytes of one element.
+size_t kv_dtype_size(KvDtype dtype) noexcept;
+/// "F32", "F16", "BF16", "U32".
+const char* kv_dtype_name(KvDtype dtype) noexcept;
+/// The inverse; nullopt when `name` is none of them.
+std::optional<KvDtype> parse_kv_dtype(std::string_view name) noexcept;
+
+/// One tensor of the layout: `[1, n_kv_heads, tokens, dim]`.
+struct KvTensorSpec {
+  std::string name;  ///< "layer_0_keys", "layer_0_values"; quantized: also "..._scales", "..._biases"
+  KvDtype dtype = KvDtype::kF16;
+  int n_kv_heads = 0;
+  int dim = 0;     ///< elements of one row: head_dim, or packed words of it
+  int window = 0;  ///< rows further back than this are never attended again; 0 = all are
+
+  /// Bytes of one token's rows over all heads.
+  size_t bytes_per_token() const noexcept { return size_t(n_kv_heads) * dim * kv_dtype_size(dtype); }
+  bool operator==(const KvTensorSpec&) const = default;
+};
+
+/// All KV tensors of a model, in file order.
+struct KvLayout {
+  std::vector<KvTensorSpec> tensors;
+
+  /// Bytes of one token over all tensors.
+  size_t bytes_per_token() const noexcept;
+  /// Byte offset of tensor `i` in a run of `n_tokens` tokens; `i == tensors.size()` gives the run's size.
+  size_t offset(size_t i, int n_tokens) const noexcept;
+  bool operator==(const KvLayout&) const = default;
+};
+
+/// What must match for a cache to be used. Each field is a short text or a hex digest; the empty field is a value
+/// like any other.
+struct Identity {
+  std::string architecture;   ///< "llama"
+  std::string config;         ///< digest of the config fields that shape the computation
+  std::string weights;        ///< digest of every weight byte (names, dtypes and shapes included)
+  std::string tokenizer;      ///< digest of tokenizer.json
+  std::string chat_template;  ///< digest of the template text
+  std::string rope;           ///< base and scaling, readable
+  std::string kv;             ///< KV dtype and quantization, readable: "f16", "q8 group 64"
+
+  /// Field names and values in a fixed order.
+  std::vector<std::pair<std::string, std::string>> fields() const;
+  /// From such a list; unknown names are kIncompatible, missing ones stay empty.
+  static Identity from_fields(const std::vector<std::pair<std::string, std::string>>& fields);
+  /// Name of the first field in which the two differ, or nullopt when they are equal.
+  std::optional<std::string> first_difference(const Identity& other) const;
+  /// 32 hex digits over all fields; equal in every process and on every machine.
+  std::string digest() const;
+  bool operator==(const Identity&) const = default;
+};
+
+/// The rows of `n_tokens` consecutive tokens. `bytes.size() == layout.offset(tensors.size(), n_tokens)`.
+struct KvRun {
+  int n_tokens = 0;
+  std::span<const std::byte> bytes;
+  std::shared_ptr<const void> owner;  ///< keeps `bytes` alive; bytes are immutable while any snapshot holds them
+};
+
+/// An agent's KV cache at rest, with the tokens it belongs to. All runs but the last hold exactly kSegmentTokens
+/// tokens, the last one 1 to kSegmentTokens; an agent without tokens has no runs.
+struct KvSnapshot {
+  Identity identity;
+  KvLayout layout;
+  std::vector<int32_t> tokens;  ///< one id per cached row
+  std::vector<KvRun> runs;
+
+  /// Throws kInvalidArgument naming the first disagreement between tokens, runs and layout.
+  void validate() const;
+};
+
+/// Where a load puts a run: `size` writable bytes, aligned to 64. The cache room supplies MLX buffers, so that waking
+/// reads from the file straight into what attention will read. Called on the thread that called load.
+using BufferAllocator = std::function<std::shared_ptr<std::byte>(size_t size)>;
+/// Plain aligned heap memory.
+std::shared_ptr<std::byte> allocate_heap_buffer(size_t size);
+
+}  // namespace torpor
