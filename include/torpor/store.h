@@ -1,0 +1,144 @@
+#pragma once
+/// The store: agents' KV caches as files (docs/format.md). Bytes only; it never sees an MLX array.
+///
+/// A Store may be used from many threads at once, and many processes may use one directory at once: each save takes
+/// a shared lock on the store for its duration, `gc` an exclusive one, and AgentLock keeps an awake agent to one owner.
+/// Readers (list, load, verify, disk usage) take no lock.
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "torpor/kv_snapshot.h"
+
+namespace torpor {
+
+class Env;  // src/base/env.h: files, fsync, locks, clock; tests replace it
+
+/// `TORPOR_STORE`, else `~/.agent_caches`.
+std::filesystem::path default_store_root();
+
+/// kInvalidArgument unless `id` is 1 to 128 of [A-Za-z0-9._-] and does not begin with '.' or '-'.
+void check_agent_id(const std::string& id);
+
+/// What a save means for a machine that loses power.
+enum class Durability {
+  kFull,    ///< files and directories are fsynced: the save survives a power cut (default)
+  kRename,  ///< atomic against kill -9, not against a power cut
+  kNone,    ///< as kRename, and the sidecar may lag; for benchmarks and throw-away stores
+};
+
+/// What people and programs read about an agent without opening its tensors. Mirrored in the sidecar JSON.
+struct AgentInfo {
+  std::string agent_id;
+  std::string model;            ///< as given to --model when last saved
+  std::string hash;             ///< the agent file's checksum: changes with every save
+  Identity identity;
+  int64_t cache_size = 0;       ///< tokens
+  std::string created_at;       ///< RFC 3339, UTC
+  std::string updated_at;
+  int64_t bytes = 0;            ///< agent file plus the segments it names
+  int64_t tail_bytes = 0;       ///< the agent file alone
+  std::vector<std::string> segments;
+  std::vector<std::pair<std::string, std::string>> user;  ///< the caller's own metadata, kept as given
+};
+
+struct SaveResult {
+  int64_t bytes_written = 0;
+  int segments_written = 0;
+  int segments_shared = 0;  ///< already on disk, by this agent's last save or another's
+};
+
+struct LoadedAgent {
+  AgentInfo info;
+  KvSnapshot snapshot;
+  int64_t bytes_read = 0;
+  /// Set when damage was found and the snapshot is the longest intact prefix (LoadOptions::salvage).
+  std::optional<std::string> damage;
+};
+
+struct LoadOptions {
+  /// When set, the first differing field is kIncompatible before any tensor is read.
+  const Identity* expected = nullptr;
+  /// Give back the longest intact prefix instead of throwing kCorruption. (A damaged agent file whose token list or
+  /// segment list can't be trusted is kCorruption either way.)
+  bool salvage = false;
+  BufferAllocator allocate = allocate_heap_buffer;
+};
+
+struct VerifyReport {
+  std::string agent_id;
+  int64_t intact_tokens = 0;
+  std::vector<std::string> problems;  ///< one sentence per damaged file; empty = intact
+};
+
+struct DiskUsage {
+  int64_t agents = 0, agent_bytes = 0;        ///< agent files and sidecars
+  int64_t segments = 0, segment_bytes = 0;    ///< all segment files, each once
+  int64_t orphan_segments = 0, orphan_bytes = 0;  ///< named by no agent: what gc would free
+  int64_t total_bytes = 0;
+};
+
+struct GcResult {
+  int64_t files_removed = 0, bytes_freed = 0;
+};
+
+/// Exclusive ownership of an awake agent, across processes; released by the destructor (and by the kernel when the
+/// process dies).
+class AgentLock {
+ public:
+  virtual ~AgentLock() = default;
+};
+
+class Store {
+ public:
+  /// Makes `root` (0700) if absent. `env` must outlive the store; nullptr = the operating system.
+  explicit Store(std::filesystem::path root, Env* env = nullptr);
+  ~Store();
+  const std::filesystem::path& root() const;
+
+  /// kBusy at once when another process (or another lock in this one) has it.
+  std::unique_ptr<AgentLock> lock_agent(const std::string& agent_id);
+
+  /// Writes the segments that are not on disk yet, then the agent file; that rename is the commit. Then the sidecar.
+  /// On any error the agent on disk is as it was. The caller holds the agent's lock.
+  SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
+                              const std::vector<std::pair<std::string, std::string>>& user = {},
+                              Durability durability = Durability::kFull);
+
+  /// kNotFound, kCorruption, kIncompatible as said above. Validates before it allocates; checks every checksum.
+  LoadedAgent load_agent_cache(const std::string& agent_id, const LoadOptions& options = {}) const;
+
+  /// Reads the agent file's header alone. kNotFound, kCorruption.
+  AgentInfo agent_info(const std::string& agent_id) const;
+  bool contains(const std::string& agent_id) const;
+
+  /// All agents by id. Reads sidecars; rebuilds one that is missing, stale or edited from its agent file. An agent
+  /// whose file is damaged is listed with an empty hash.
+  std::vector<AgentInfo> list_cached_agents() const;
+
+  /// Removes the agent file (the commit), its sidecar and segments that no agent names any more. kNotFound; kBusy when awake elsewhere.
+  void delete_agent_cache(const std::string& agent_id);
+
+  DiskUsage get_cache_disk_usage() const;
+
+  /// One report per agent (all of them when `agent_id` is nullopt), segments included. Changes nothing.
+  std::vector<VerifyReport> verify(const std::optional<std::string>& agent_id = std::nullopt) const;
+
+  /// Removes temporary files and segments that no agent names. Waits for saves under way, at most 10 s, else kBusy.
+  GcResult gc();
+
+  /// One self-contained safetensors file (all layers whole, plus `tokens`) and `path` with .json beside it.
+  void export_agent(const std::string& agent_id, const std::filesystem::path& path) const;
+  /// The inverse: a new agent. kInvalidArgument when the id is taken or the file is no export.
+  SaveResult import_agent(const std::filesystem::path& path, const std::string& agent_id);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace torpor

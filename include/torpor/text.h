@@ -1,0 +1,76 @@
+#pragma once
+/// Tokenizer, incremental detokenizer and chat template of a model directory, over the Hugging Face `tokenizers` crate
+/// and `minijinja`. Tokenizer and ChatTemplate are immutable and may be used from many threads at once;
+/// Detokenizer belongs to one thread.
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace torpor {
+
+class Tokenizer {
+ public:
+  /// Reads `dir/tokenizer.json`. kNotFound when it is absent, kInvalidArgument when it can't be used.
+  static std::shared_ptr<const Tokenizer> load(const std::filesystem::path& dir);
+  ~Tokenizer();
+
+  /// Token ids of UTF-8 `text`; special tokens written in it are recognised. `add_special` adds what the tokenizer's
+  /// post-processor adds (BOS). kInvalidArgument for invalid UTF-8, naming the byte offset.
+  std::vector<int32_t> encode(std::string_view text, bool add_special) const;
+  /// Text of all ids, as Hugging Face's `decode` gives it without clean-up.
+  std::string decode(const std::vector<int32_t>& ids, bool skip_special = false) const;
+  /// The id of a token's exact text, or nullopt.
+  std::optional<int32_t> token_to_id(std::string_view token) const;
+  int vocab_size() const;
+  /// Digest of tokenizer.json's bytes, for Identity::tokenizer.
+  const std::string& digest() const;
+
+ private:
+  friend class Detokenizer;
+  struct Impl;
+  explicit Tokenizer(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Turns a stream of ids into a stream of text that never splits a UTF-8 character.
+class Detokenizer {
+ public:
+  explicit Detokenizer(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special = true);
+  ~Detokenizer();
+  Detokenizer(Detokenizer&&) noexcept;
+  /// Text that `id` completes; empty while a character is still open.
+  std::string push(int32_t id);
+  /// What is left at the end (an open character becomes U+FFFD).
+  std::string finish();
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+class ChatTemplate {
+ public:
+  /// From `chat_template.jinja`, else `chat_template` in `tokenizer_config.json` (a string, or the entry named
+  /// "default" of a list). nullptr when the model has none; kInvalidArgument when it does not parse.
+  static std::shared_ptr<const ChatTemplate> load(const std::filesystem::path& dir);
+  ~ChatTemplate();
+
+  /// Renders as Hugging Face's `apply_chat_template(..., tokenize=False)` does. `messages_json` is a JSON array of
+  /// `{"role", "content", ...}`; `extra_json` an object of further variables ("tools", "enable_thinking"), or empty.
+  /// kInvalidArgument carries the message of the template's own `raise_exception`.
+  std::string render(std::string_view messages_json, bool add_generation_prompt, std::string_view extra_json = {}) const;
+  /// Digest of the template text, for Identity::chat_template.
+  const std::string& digest() const;
+
+ private:
+  struct Impl;
+  explicit ChatTemplate(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace torpor
