@@ -1,0 +1,83 @@
+#pragma once
+/// A transformer with its weights, from a Hugging Face / mlx-community directory. Belongs to the thread that loaded it
+/// (MLX streams are per thread); the engine thread in Torpor itself.
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <mlx/array.h>
+
+#include "torpor/kv_snapshot.h"
+
+namespace torpor {
+
+namespace mx = mlx::core;
+
+/// Who computes: Torpor's CPU kernels, or MLX's own operations (Metal, CUDA; on a CPU for comparison).
+enum class Backend { kKernels, kMlx };
+/// kMlx where MLX's default device is a GPU, else kKernels; `TORPOR_BACKEND=kernels|mlx` overrides.
+Backend default_backend();
+
+/// What a forward pass asks of a KV cache (implemented by src/cache, one kind per backend).
+class KvAccess {
+ public:
+  virtual ~KvAccess() = default;
+  /// Tokens held.
+  virtual int length() const = 0;
+  /// kKernels: makes room for `n` more tokens; run i is the u8 buffer of tokens [256 i, 256 (i + 1)), each of the
+  /// layout's size for kSegmentTokens tokens. The kernels write the new rows in place.
+  virtual std::span<const mx::array> reserve(int n) = 0;
+  /// kMlx: appends k, v `[1, H_kv, n, D]` (any float dtype; stored in the cache's) to layer `layer` and returns all of it.
+  virtual std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) = 0;
+  /// After evaluation: the `n` rows now count.
+  virtual void advance(int n) = 0;
+};
+
+/// One agent's tokens in a batch. The cache is advanced by forward itself.
+struct ForwardSequence {
+  std::span<const int32_t> tokens;  ///< at least one, at positions [kv->length(), ...)
+  KvAccess* kv = nullptr;
+  bool all_logits = false;          ///< logits of every token instead of the last
+};
+
+struct ModelInfo {
+  std::string name;          ///< as given: directory or repo id
+  std::filesystem::path dir;
+  std::string architecture;  ///< "llama"
+  int n_layers = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, vocab_size = 0;
+  int max_context = 0;       ///< max_position_embeddings
+  int64_t weight_bytes = 0;
+  std::vector<int32_t> eos_token_ids;  ///< generation_config.json's, else config.json's
+};
+
+/// A directory as it is, else the snapshot of a repo id in the local Hugging Face cache (`HF_HUB_CACHE`, `HF_HOME`,
+/// `~/.cache/huggingface`). kNotFound names the `hf download` command.
+std::filesystem::path resolve_model(const std::string& name);
+
+class Model {
+ public:
+  /// kNotFound, kInvalidArgument ("unsupported architecture X, supported: ..."), kCorruption, kIo.
+  static std::unique_ptr<Model> load(const std::string& name, Backend backend = default_backend());
+  virtual ~Model() = default;
+
+  virtual const ModelInfo& info() const = 0;
+  virtual Backend backend() const = 0;
+  /// architecture, config, weights and rope filled in; tokenizer, chat_template and kv are the caller's to add.
+  virtual Identity identity() const = 0;
+  /// The dtype KV has unless asked otherwise: that of the checkpoint's activations.
+  virtual KvDtype default_kv_dtype() const = 0;
+  /// Tensors a cache of this model has at `dtype`.
+  virtual KvLayout kv_layout(KvDtype dtype) const = 0;
+
+  /// Evaluated f32 logits [rows, vocab]: per sequence its last token's row, or all of them. Long inputs are
+  /// computed in chunks inside. On an error no sequence has advanced.
+  virtual mx::array forward(std::span<const ForwardSequence> batch) = 0;
+};
+
+}  // namespace torpor

@@ -1,0 +1,34 @@
+#pragma once
+/// The kernels as MLX primitives: nodes of the lazy graph, evaluated on the CPU stream. Arrays are f32, row-major;
+/// shapes as in compute.h. Engine thread only, like all of MLX.
+
+#include <memory>
+#include <vector>
+
+#include <mlx/array.h>
+
+#include "kernels/compute.h"
+
+namespace torpor::kernels {
+
+namespace mx = mlx::core;
+
+mx::array linear(const mx::array& x, std::shared_ptr<const PackedLinear> w);                           // [M, N]
+mx::array linear_add(const mx::array& x, std::shared_ptr<const PackedLinear> w, const mx::array& residual);  // [M, N]
+mx::array gated_linear(const mx::array& x, std::shared_ptr<const PackedLinear> w, Activation activation);  // [M, N]
+mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);                            // [M, K]
+mx::array embedding(const mx::array& tokens, std::shared_ptr<const PackedLinear> w);                   // [M] i32 -> [M, K]
+
+/// One agent's part of a batch; `runs` are u8 buffers of the layout's size for kSegmentTokens tokens, kept alive by the node.
+struct SequenceRuns {
+  int row = 0, n = 0, position = 0;
+  std::vector<mx::array> runs;
+  size_t key_offset = 0, value_offset = 0;  ///< of this layer, in each run
+};
+
+/// Writes the new rows into the runs in place when evaluated; a later node that reads them must depend on the result.
+/// `spec`'s norm and sink pointers must outlive evaluation.
+mx::array attention(const mx::array& qkv, std::shared_ptr<const AttentionSpec> spec,
+                    std::vector<SequenceRuns> sequences);  // [M, H_q D]
+
+}  // namespace torpor::kernels

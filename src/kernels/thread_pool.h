@@ -1,0 +1,28 @@
+#pragma once
+/// The pool every kernel shares: one worker per physical core (`TORPOR_THREADS` overrides), parked on a condition
+/// variable between calls. A kernel's result never depends on how many workers there are.
+
+#include <cstddef>
+#include <functional>
+
+namespace torpor::kernels {
+
+class ThreadPool {
+ public:
+  /// The process-wide pool, made at first use.
+  static ThreadPool& shared();
+  explicit ThreadPool(int n_threads);
+  ~ThreadPool();
+
+  /// Workers, the calling thread included.
+  int size() const noexcept;
+  /// Calls `body(task, worker)` for every task in [0, n_tasks), worker in [0, size()); returns when all are done.
+  /// The first exception thrown by a body is rethrown here. One caller at a time; not reentrant.
+  void parallel_for(size_t n_tasks, const std::function<void(size_t task, int worker)>& body);
+
+ private:
+  struct Impl;
+  Impl* impl_;
+};
+
+}  // namespace torpor::kernels
