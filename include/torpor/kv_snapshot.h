@@ -99,7 +99,7 @@ struct KvSnapshot {
   void validate() const;
 };
 
-/// Where a load puts a run: `size` writable bytes, aligned to 64. The cache room supplies MLX buffers, so that waking
+/// Where a load puts a run: `size` writable bytes, aligned to 8. The cache room supplies MLX buffers, so that waking
 /// reads from the file straight into what attention will read. Called on the thread that called load.
 using BufferAllocator = std::function<std::shared_ptr<std::byte>(size_t size)>;
 /// Plain aligned heap memory.

@@ -1,0 +1,67 @@
+#pragma once
+/// KV caches as values: taken out of a generation, inspected, saved, given back, copied, cut.
+///
+/// A KvCache belongs to the engine thread (it holds MLX arrays); the snapshot it gives is plain bytes that any thread
+/// may read.
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "torpor/kv_snapshot.h"
+#include "torpor/model.h"
+
+namespace torpor {
+
+/// What validate_cache_structure found. Converts to true when the cache is sound.
+struct CacheValidation {
+  bool ok = true;
+  std::string reason;  ///< one sentence; empty when ok
+  explicit operator bool() const noexcept { return ok; }
+};
+
+/// The KV cache of one conversation, all layers, with the tokens it belongs to.
+class KvCache : public KvAccess {
+ public:
+  /// An empty cache of the kind `backend` computes with.
+  static std::unique_ptr<KvCache> create(const KvLayout& layout, Backend backend);
+  /// The cache a snapshot was taken of. Full runs that `mlx_buffer` allocated are adopted without a copy.
+  /// kInvalidArgument when the snapshot is inconsistent.
+  static std::unique_ptr<KvCache> restore(const KvSnapshot& snapshot, Backend backend);
+
+  /// An independent copy; sealed segments are shared, not copied.
+  virtual std::unique_ptr<KvCache> clone() const = 0;
+  /// Drops every token from `n_tokens` on. kInvalidArgument beyond length().
+  virtual void truncate(int n_tokens) = 0;
+  /// Bytes of the buffers held, those shared with other caches included.
+  virtual size_t nbytes() const = 0;
+  /// Evaluated bytes of every row, `identity` attached. Sealed segments are referenced, the tail is copied.
+  virtual KvSnapshot snapshot(const Identity& identity) const = 0;
+  virtual CacheValidation validate() const = 0;
+
+  /// The ids whose rows are held, one per row once record_tokens has been told of every forward.
+  const std::vector<int32_t>& tokens() const noexcept { return tokens_; }
+  /// Says which tokens the rows just computed belong to.
+  void record_tokens(std::span<const int32_t> ids) { tokens_.insert(tokens_.end(), ids.begin(), ids.end()); }
+  const KvLayout& layout() const noexcept { return layout_; }
+
+ protected:
+  explicit KvCache(KvLayout layout) : layout_(std::move(layout)) {}
+  KvLayout layout_;
+  std::vector<int32_t> tokens_;
+};
+
+/// Tokens held.
+int get_cache_size(const KvCache& cache);
+/// Bytes of the real buffers.
+size_t get_cache_memory(const KvCache& cache);
+/// False with a reason when layer count, shapes, dtype or lengths disagree with each other or with `expected`.
+CacheValidation validate_cache_structure(const KvCache& cache, const KvLayout* expected = nullptr);
+
+/// A BufferAllocator over MLX's allocator: a loaded run is then adopted by KvCache::restore without a copy, and
+/// counted by MLX's own memory accounting. Any thread.
+std::shared_ptr<std::byte> mlx_buffer(size_t size);
+
+}  // namespace torpor
