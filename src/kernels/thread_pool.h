@@ -11,13 +11,17 @@ class ThreadPool {
  public:
   /// The process-wide pool, made at first use.
   static ThreadPool& shared();
+  /// Replaces the process-wide pool by one of `n_threads` (tests, benchmarks). No kernel may be running.
+  static void resize_shared(int n_threads);
   explicit ThreadPool(int n_threads);
   ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
 
   /// Workers, the calling thread included.
   int size() const noexcept;
   /// Calls `body(task, worker)` for every task in [0, n_tasks), worker in [0, size()); returns when all are done.
-  /// The first exception thrown by a body is rethrown here. One caller at a time; not reentrant.
+  /// The first exception thrown by a body is rethrown here. Callers wait for each other; not reentrant.
   void parallel_for(size_t n_tasks, const std::function<void(size_t task, int worker)>& body);
 
  private:

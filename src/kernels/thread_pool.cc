@@ -1,0 +1,234 @@
+#include "kernels/thread_pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sched.h>
+#endif
+
+#include "torpor/error.h"
+
+namespace torpor::kernels {
+namespace {
+
+constexpr int kMaxThreads = 256;
+/// How long a worker without work stays awake. Within a decoded token kernels follow each other faster than this.
+constexpr auto kSpin = std::chrono::microseconds(50);
+
+inline void cpu_relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int physical_cores() {
+  int count = 0;
+#if defined(__APPLE__)
+  size_t size = sizeof(count);
+  if (sysctlbyname("hw.perflevel0.physicalcpu", &count, &size, nullptr, 0) != 0) {
+    size = sizeof(count);
+    if (sysctlbyname("hw.physicalcpu", &count, &size, nullptr, 0) != 0) count = 0;
+  }
+#elif defined(__linux__)
+  // Distinct (package, core) pairs among the CPUs this process may run on.
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) {
+    std::set<std::pair<int, int>> cores;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (!CPU_ISSET(cpu, &allowed)) continue;
+      const std::string dir = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
+      std::pair<int, int> core{-1, cpu};  // an unreadable topology counts every CPU
+      int package = 0, id = 0;
+      if (std::ifstream(dir + "physical_package_id") >> package && std::ifstream(dir + "core_id") >> id) {
+        core = {package, id};
+      }
+      cores.insert(core);
+    }
+    count = int(cores.size());
+  }
+#endif
+  if (count <= 0) count = int(std::thread::hardware_concurrency());
+  return count <= 0 ? 1 : count > kMaxThreads ? kMaxThreads : count;
+}
+
+int default_threads() {
+  const char* text = std::getenv("TORPOR_THREADS");
+  if (text == nullptr || *text == '\0') return physical_cores();
+  char* end = nullptr;
+  const long n = std::strtol(text, &end, 10);
+  if (*end != '\0' || n < 1 || n > kMaxThreads) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "TORPOR_THREADS must be a number from 1 to " + std::to_string(kMaxThreads) + ", not '" + text + "'.");
+  }
+  return int(n);
+}
+
+}  // namespace
+
+// One atomic word tells workers everything: the job's generation, whether it still admits workers, and how many are in.
+// The caller waits only for workers that came in, never for one that the system has not yet scheduled.
+struct ThreadPool::Impl {
+  static constexpr uint64_t kActiveMask = 0xffff;
+  static constexpr uint64_t kOpen = 1u << 16;
+  static constexpr uint64_t kGeneration = 1u << 17;
+
+  explicit Impl(int n) : n_threads(n) {
+    threads.reserve(size_t(n) - 1);
+    try {
+      for (int worker = 1; worker < n; ++worker) threads.emplace_back([this, worker] { run(worker); });
+    } catch (...) {
+      stop_all();
+      throw;
+    }
+  }
+  ~Impl() { stop_all(); }
+
+  void stop_all() {
+    {
+      std::lock_guard lock(mutex);
+      stop.store(true);
+    }
+    wake.notify_all();
+    for (std::thread& thread : threads) thread.join();
+  }
+
+  static bool joinable(uint64_t s, uint64_t last) { return (s & kOpen) != 0 && s / kGeneration != last; }
+
+  void run(int worker) {
+    uint64_t last = 0;
+    for (;;) {
+      const auto deadline = std::chrono::steady_clock::now() + kSpin;
+      uint64_t s = state.load(std::memory_order_acquire);
+      for (int i = 0; !joinable(s, last); ++i) {
+        if (stop.load(std::memory_order_relaxed)) return;
+        cpu_relax();
+        if (i % 64 == 63 && std::chrono::steady_clock::now() >= deadline) break;
+        s = state.load(std::memory_order_acquire);
+      }
+      if (!joinable(s, last)) {
+        std::unique_lock lock(mutex);
+        parked.fetch_add(1);
+        wake.wait(lock, [&] { return stop.load() || joinable(s = state.load(), last); });
+        parked.fetch_sub(1);
+        if (stop.load()) return;
+      }
+      if (!state.compare_exchange_strong(s, s + 1, std::memory_order_acq_rel)) continue;
+      last = s / kGeneration;
+      work(worker);
+      const uint64_t after = state.fetch_sub(1, std::memory_order_acq_rel) - 1;
+      if ((after & (kActiveMask | kOpen)) == 0) state.notify_all();
+    }
+  }
+
+  void work(int worker) {
+    for (;;) {
+      const size_t task = next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= n_tasks) return;
+      try {
+        (*body)(task, worker);
+      } catch (...) {
+        std::lock_guard lock(mutex);
+        if (!error) error = std::current_exception();
+        next.store(n_tasks, std::memory_order_relaxed);
+      }
+    }
+  }
+
+  void call(size_t count, const std::function<void(size_t, int)>& function) {
+    std::lock_guard one_caller(callers);
+    body = &function;
+    n_tasks = count;
+    error = nullptr;
+    next.store(0, std::memory_order_relaxed);
+    // No worker is in and none can come in, so the word is ours to write.
+    state.store((++generation) * kGeneration | kOpen);
+    if (parked.load() > 0) {
+      { std::lock_guard lock(mutex); }
+      wake.notify_all();
+    }
+    work(0);
+    uint64_t s = state.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
+    for (int i = 0; (s & kActiveMask) != 0; ++i) {
+      if (i < 4096) {
+        cpu_relax();
+      } else {
+        state.wait(s, std::memory_order_acquire);
+      }
+      s = state.load(std::memory_order_acquire);
+    }
+    if (error) std::rethrow_exception(std::exchange(error, nullptr));
+  }
+
+  const int n_threads;
+  std::vector<std::thread> threads;
+  std::mutex callers;
+  std::mutex mutex;  ///< guards parking and `error`
+  std::condition_variable wake;
+  alignas(64) std::atomic<uint64_t> state{0};
+  alignas(64) std::atomic<size_t> next{0};
+  alignas(64) std::atomic<int> parked{0};
+  std::atomic<bool> stop{false};
+  uint64_t generation = 0;
+  const std::function<void(size_t, int)>* body = nullptr;
+  size_t n_tasks = 0;
+  std::exception_ptr error;
+};
+
+namespace {
+std::mutex shared_mutex;
+std::atomic<ThreadPool*> shared_pool{nullptr};  // never freed at exit: MLX's stream threads may still be using it
+}  // namespace
+
+ThreadPool& ThreadPool::shared() {
+  if (ThreadPool* pool = shared_pool.load(std::memory_order_acquire)) return *pool;
+  std::lock_guard lock(shared_mutex);
+  if (shared_pool.load() == nullptr) shared_pool.store(new ThreadPool(default_threads()), std::memory_order_release);
+  return *shared_pool.load();
+}
+
+void ThreadPool::resize_shared(int n_threads) {
+  auto pool = std::make_unique<ThreadPool>(n_threads);
+  std::lock_guard lock(shared_mutex);
+  delete shared_pool.exchange(pool.release());
+}
+
+ThreadPool::ThreadPool(int n_threads) {
+  if (n_threads < 1 || n_threads > kMaxThreads) {
+    throw Error(ErrorCode::kInvalidArgument, "A thread pool has 1 to " + std::to_string(kMaxThreads) + " threads, not " +
+                                                 std::to_string(n_threads) + ".");
+  }
+  impl_ = new Impl(n_threads);
+}
+
+ThreadPool::~ThreadPool() { delete impl_; }
+
+int ThreadPool::size() const noexcept { return impl_->n_threads; }
+
+void ThreadPool::parallel_for(size_t n_tasks, const std::function<void(size_t task, int worker)>& body) {
+  if (n_tasks == 0) return;
+  if (n_tasks == 1 || impl_->n_threads == 1) {
+    for (size_t task = 0; task < n_tasks; ++task) body(task, 0);
+    return;
+  }
+  impl_->call(n_tasks, body);
+}
+
+}  // namespace torpor::kernels
