@@ -1,0 +1,129 @@
+#include "cache/segmented.h"
+
+#include <cstring>
+
+#include <mlx/memory.h>
+
+#include "cache/mlx_buffer.h"
+#include "torpor/error.h"
+
+namespace torpor {
+
+SegmentedKvCache::SegmentedKvCache(KvLayout layout) : KvCache(std::move(layout)) {}
+
+mx::array SegmentedKvCache::new_run() const {
+  const std::shared_ptr<std::byte> buffer = mlx_buffer(run_bytes());
+  return *array_over(buffer, run_bytes());
+}
+
+void SegmentedKvCache::copy_rows(const std::byte* from, int from_tokens, std::byte* to, int to_tokens, int n) const {
+  for (const KvTensorSpec& tensor : layout_.tensors) {
+    const size_t row = size_t(tensor.dim) * kv_dtype_size(tensor.dtype);
+    for (int head = 0; head < tensor.n_kv_heads; ++head) {
+      std::memcpy(to + size_t(head) * to_tokens * row, from + size_t(head) * from_tokens * row, size_t(n) * row);
+    }
+    from += tensor.bytes_per_token() * size_t(from_tokens);
+    to += tensor.bytes_per_token() * size_t(to_tokens);
+  }
+}
+
+std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& snapshot) {
+  auto cache = std::make_unique<SegmentedKvCache>(snapshot.layout);
+  for (const KvRun& run : snapshot.runs) {
+    // A full run in MLX's memory is adopted; anything else (the tail, foreign memory) is copied into a buffer of our own.
+    std::optional<mx::array> adopted;
+    if (run.n_tokens == kSegmentTokens) adopted = array_over(run.owner, run.bytes.size());
+    if (adopted) {
+      cache->runs_.push_back(std::move(*adopted));
+    } else {
+      mx::array buffer = cache->new_run();
+      cache->copy_rows(run.bytes.data(), run.n_tokens, bytes_of(buffer), kSegmentTokens, run.n_tokens);
+      cache->runs_.push_back(std::move(buffer));
+    }
+  }
+  cache->tokens_ = snapshot.tokens;
+  cache->length_ = int(snapshot.tokens.size());
+  return cache;
+}
+
+std::span<const mx::array> SegmentedKvCache::reserve(int n) {
+  const size_t needed = (size_t(length_) + n + kSegmentTokens - 1) / kSegmentTokens;
+  while (runs_.size() < needed) runs_.push_back(new_run());
+  return {runs_.data(), needed};
+}
+
+std::pair<mx::array, mx::array> SegmentedKvCache::update_and_fetch(int, const mx::array&, const mx::array&) {
+  throw Error(ErrorCode::kInternal, "A segmented KV cache was given to MLX's own attention; it serves the CPU kernels only.");
+}
+
+void SegmentedKvCache::advance(int n) { length_ += n; }
+
+std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
+  auto copy = std::make_unique<SegmentedKvCache>(layout_);
+  copy->length_ = length_;
+  copy->tokens_ = tokens_;
+  const int sealed = length_ / kSegmentTokens;
+  copy->runs_.assign(runs_.begin(), runs_.begin() + sealed);
+  if (const int open = length_ % kSegmentTokens; open > 0) {
+    mx::array buffer = new_run();
+    copy_rows(bytes_of(runs_[sealed]), kSegmentTokens, bytes_of(buffer), kSegmentTokens, open);
+    copy->runs_.push_back(std::move(buffer));
+  }
+  return copy;
+}
+
+void SegmentedKvCache::truncate(int n_tokens) {
+  if (n_tokens < 0 || n_tokens > length_) {
+    throw Error(ErrorCode::kInvalidArgument, "Can't cut a KV cache of " + std::to_string(length_) + " tokens to " +
+                                                 std::to_string(n_tokens) + ".");
+  }
+  const int sealed_before = length_ / kSegmentTokens;
+  const int keep = n_tokens / kSegmentTokens;
+  const int open = n_tokens % kSegmentTokens;
+  if (open > 0 && keep < sealed_before) {
+    // The cut falls inside a sealed run, which others may share: the rows that stay move to a buffer of our own.
+    mx::array buffer = new_run();
+    copy_rows(bytes_of(runs_[keep]), kSegmentTokens, bytes_of(buffer), kSegmentTokens, open);
+    runs_[keep] = std::move(buffer);
+  }
+  runs_.erase(runs_.begin() + keep + (open > 0 ? 1 : 0), runs_.end());
+  length_ = n_tokens;
+  if (int(tokens_.size()) > n_tokens) tokens_.resize(size_t(n_tokens));
+}
+
+size_t SegmentedKvCache::nbytes() const { return runs_.empty() ? 0 : mx::get_array_buffer_size(runs_); }
+
+KvSnapshot SegmentedKvCache::snapshot(const Identity& identity) const {
+  KvSnapshot snapshot{identity, layout_, tokens_, {}};
+  const int sealed = length_ / kSegmentTokens;
+  for (int i = 0; i < sealed; ++i) {
+    snapshot.runs.push_back({kSegmentTokens, {bytes_of(runs_[i]), run_bytes()}, owner_of(runs_[i])});
+  }
+  if (const int open = length_ % kSegmentTokens; open > 0) {
+    const size_t size = layout_.offset(layout_.tensors.size(), open);
+    const std::shared_ptr<std::byte> tail = allocate_heap_buffer(size);
+    copy_rows(bytes_of(runs_[sealed]), kSegmentTokens, tail.get(), open, open);
+    snapshot.runs.push_back({open, {tail.get(), size}, tail});
+  }
+  snapshot.validate();
+  return snapshot;
+}
+
+CacheValidation SegmentedKvCache::validate() const {
+  if (int(tokens_.size()) != length_) {
+    return {false, "it has rows for " + std::to_string(length_) + " tokens but " + std::to_string(tokens_.size()) +
+                       " token ids"};
+  }
+  if (runs_.size() * kSegmentTokens < size_t(length_)) {
+    return {false, std::to_string(runs_.size()) + " segments can't hold " + std::to_string(length_) + " tokens"};
+  }
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    if (runs_[i].size() != run_bytes()) {
+      return {false, "segment " + std::to_string(i) + " has " + std::to_string(runs_[i].size()) +
+                         " bytes, its layout needs " + std::to_string(run_bytes())};
+    }
+  }
+  return {};
+}
+
+}  // namespace torpor

@@ -1,0 +1,39 @@
+#pragma once
+/// The cache the CPU kernels work on: a list of buffers of kSegmentTokens tokens each, all of one layout, written in
+/// place. A full buffer is sealed: it is what a segment file holds, and may be shared by any number of caches and
+/// snapshots. Only the last one may be open, and it has one owner.
+
+#include <memory>
+#include <vector>
+
+#include "torpor/cache.h"
+
+namespace torpor {
+
+class SegmentedKvCache : public KvCache {
+ public:
+  explicit SegmentedKvCache(KvLayout layout);
+  static std::unique_ptr<SegmentedKvCache> restore(const KvSnapshot& snapshot);
+
+  int length() const override { return length_; }
+  std::span<const mx::array> reserve(int n) override;
+  std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
+  void advance(int n) override;
+
+  std::unique_ptr<KvCache> clone() const override;
+  void truncate(int n_tokens) override;
+  size_t nbytes() const override;
+  KvSnapshot snapshot(const Identity& identity) const override;
+  CacheValidation validate() const override;
+
+ private:
+  size_t run_bytes() const { return layout_.offset(layout_.tensors.size(), kSegmentTokens); }
+  mx::array new_run() const;
+  /// Copies the first `n` rows of every tensor between a run of `from_tokens` and one of `to_tokens` capacity.
+  void copy_rows(const std::byte* from, int from_tokens, std::byte* to, int to_tokens, int n) const;
+
+  int length_ = 0;
+  std::vector<mx::array> runs_;  // u8 [run_bytes()]; may reach past length_ (reserved)
+};
+
+}  // namespace torpor
