@@ -1,0 +1,294 @@
+//! C ABI over the `tokenizers` crate and `minijinja`; include/torpor_text_shim.h is its contract.
+//!
+//! Every function returns a status, and hands error text out through its last parameter. Nothing unwinds across the
+//! boundary: panics of the crates below become `STATUS_INTERNAL`.
+
+mod detokenizer;
+mod python;
+mod template;
+mod tokenizer;
+
+use std::any::Any;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::{Arc, Once};
+
+use detokenizer::Detokenizer;
+use template::ChatTemplate;
+use tokenizer::Tokenizer;
+
+const STATUS_OK: i32 = 0;
+const STATUS_INVALID: i32 = 1;
+const STATUS_INTERNAL: i32 = 2;
+
+/// What the caller's input or the model's files got wrong, as one sentence.
+pub struct Invalid(String);
+pub type Result<T> = std::result::Result<T, Invalid>;
+
+pub fn invalid<T>(message: impl Into<String>) -> Result<T> {
+    Err(Invalid(message.into()))
+}
+
+/// Owned text handed to C; freed by `torpor_text_bytes_free`.
+#[repr(C)]
+pub struct Bytes {
+    data: *mut u8,
+    size: usize,
+}
+
+/// Owned token ids handed to C; freed by `torpor_text_ids_free`.
+#[repr(C)]
+pub struct Ids {
+    data: *mut i32,
+    size: usize,
+}
+
+fn leak<T>(values: Vec<T>) -> (*mut T, usize) {
+    let values = values.into_boxed_slice();
+    let size = values.len();
+    (Box::into_raw(values) as *mut T, size)
+}
+
+unsafe fn reclaim<T>(data: *mut T, size: usize) {
+    if !data.is_null() {
+        drop(Box::from_raw(std::ptr::slice_from_raw_parts_mut(data, size)));
+    }
+}
+
+/// Writes owned text to `out`, which may be null.
+unsafe fn give_text(out: *mut Bytes, text: String) {
+    if !out.is_null() {
+        let (data, size) = leak(text.into_bytes());
+        *out = Bytes { data, size };
+    }
+}
+
+/// A caller's array; null stands for an empty one.
+unsafe fn slice<'a, T>(data: *const T, size: usize) -> &'a [T] {
+    if data.is_null() {
+        &[]
+    } else {
+        std::slice::from_raw_parts(data, size)
+    }
+}
+
+unsafe fn utf8<'a>(what: &str, data: *const u8, size: usize) -> Result<&'a str> {
+    std::str::from_utf8(slice(data, size))
+        .or_else(|e| invalid(format!("{what} is not valid UTF-8 at byte {}", e.valid_up_to())))
+}
+
+unsafe fn handle<'a, T>(pointer: *const T) -> Result<&'a T> {
+    pointer.as_ref().ok_or_else(|| Invalid("the handle is null".into()))
+}
+
+fn panic_text(payload: Box<dyn Any + Send>) -> String {
+    let text = payload.downcast_ref::<&str>().map(|s| s.to_string());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "unknown panic".into())
+}
+
+/// Runs `body` and turns what it returns, or how it panics, into a status.
+unsafe fn guard(error: *mut Bytes, body: impl FnOnce() -> Result<()>) -> i32 {
+    // A library doesn't print; this runtime is the shim's own, so the hook is too.
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| std::panic::set_hook(Box::new(|_| {})));
+    match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(())) => STATUS_OK,
+        Ok(Err(Invalid(message))) => {
+            give_text(error, message);
+            STATUS_INVALID
+        }
+        Err(payload) => {
+            give_text(error, panic_text(payload));
+            STATUS_INTERNAL
+        }
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_bytes_free(bytes: Bytes) {
+    reclaim(bytes.data, bytes.size);
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_ids_free(ids: Ids) {
+    reclaim(ids.data, ids.size);
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_tokenizer_new(
+    json: *const u8,
+    json_size: usize,
+    out: *mut *mut Arc<Tokenizer>,
+    error: *mut Bytes,
+) -> i32 {
+    guard(error, || {
+        let tokenizer = Tokenizer::from_json(utf8("the file", json, json_size)?)?;
+        *out = Box::into_raw(Box::new(Arc::new(tokenizer)));
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_tokenizer_free(tokenizer: *mut Arc<Tokenizer>) {
+    if !tokenizer.is_null() {
+        drop(Box::from_raw(tokenizer));
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_tokenizer_encode(
+    tokenizer: *const Arc<Tokenizer>,
+    text: *const u8,
+    text_size: usize,
+    add_special: bool,
+    out: *mut Ids,
+    error: *mut Bytes,
+) -> i32 {
+    guard(error, || {
+        let ids = handle(tokenizer)?.encode(utf8("the text", text, text_size)?, add_special)?;
+        let (data, size) = leak(ids);
+        *out = Ids { data, size };
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_tokenizer_decode(
+    tokenizer: *const Arc<Tokenizer>,
+    ids: *const i32,
+    ids_size: usize,
+    skip_special: bool,
+    out: *mut Bytes,
+    error: *mut Bytes,
+) -> i32 {
+    guard(error, || {
+        give_text(out, handle(tokenizer)?.decode(slice(ids, ids_size), skip_special)?);
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_tokenizer_token_to_id(
+    tokenizer: *const Arc<Tokenizer>,
+    token: *const u8,
+    token_size: usize,
+    out: *mut i32,
+    error: *mut Bytes,
+) -> i32 {
+    guard(error, || {
+        // No token holds invalid UTF-8, so such a name is simply unknown.
+        let token = std::str::from_utf8(slice(token, token_size)).ok();
+        let tokenizer = handle(tokenizer)?;
+        *out = token.and_then(|token| tokenizer.token_to_id(token)).unwrap_or(-1);
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_tokenizer_vocab_size(
+    tokenizer: *const Arc<Tokenizer>,
+    out: *mut usize,
+    error: *mut Bytes,
+) -> i32 {
+    guard(error, || {
+        *out = handle(tokenizer)?.vocab_size();
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_detokenizer_new(
+    tokenizer: *const Arc<Tokenizer>,
+    skip_special: bool,
+    out: *mut *mut Detokenizer,
+    error: *mut Bytes,
+) -> i32 {
+    guard(error, || {
+        let detokenizer = Detokenizer::new(Arc::clone(handle(tokenizer)?), skip_special);
+        *out = Box::into_raw(Box::new(detokenizer));
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_detokenizer_free(detokenizer: *mut Detokenizer) {
+    if !detokenizer.is_null() {
+        drop(Box::from_raw(detokenizer));
+    }
+}
+
+unsafe fn handle_mut<'a, T>(pointer: *mut T) -> Result<&'a mut T> {
+    pointer.as_mut().ok_or_else(|| Invalid("the handle is null".into()))
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_detokenizer_push(
+    detokenizer: *mut Detokenizer,
+    id: i32,
+    out: *mut Bytes,
+    error: *mut Bytes,
+) -> i32 {
+    guard(error, || {
+        give_text(out, handle_mut(detokenizer)?.push(id)?);
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_detokenizer_finish(
+    detokenizer: *mut Detokenizer,
+    out: *mut Bytes,
+    error: *mut Bytes,
+) -> i32 {
+    guard(error, || {
+        give_text(out, handle_mut(detokenizer)?.finish()?);
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_template_new(
+    jinja: *const u8,
+    jinja_size: usize,
+    config: *const u8,
+    config_size: usize,
+    out: *mut *mut ChatTemplate,
+    source: *mut Bytes,
+    error: *mut Bytes,
+) -> i32 {
+    guard(error, || {
+        let jinja = if jinja.is_null() { None } else { Some(utf8("chat_template.jinja", jinja, jinja_size)?) };
+        let config = if config.is_null() { None } else { Some(utf8("tokenizer_config.json", config, config_size)?) };
+        *out = std::ptr::null_mut();
+        if let Some(template) = ChatTemplate::from_files(jinja, config)? {
+            give_text(source, template.source().to_owned());
+            *out = Box::into_raw(Box::new(template));
+        }
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_template_free(template: *mut ChatTemplate) {
+    if !template.is_null() {
+        drop(Box::from_raw(template));
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_text_template_render(
+    template: *const ChatTemplate,
+    messages: *const u8,
+    messages_size: usize,
+    add_generation_prompt: bool,
+    extra: *const u8,
+    extra_size: usize,
+    out: *mut Bytes,
+    error: *mut Bytes,
+) -> i32 {
+    guard(error, || {
+        let messages = utf8("the messages", messages, messages_size)?;
+        let extra = utf8("the extra variables", extra, extra_size)?;
+        give_text(out, handle(template)?.render(messages, add_generation_prompt, extra)?);
+        Ok(())
+    })
+}

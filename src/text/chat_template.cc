@@ -1,0 +1,45 @@
+#include "base/hash.h"
+#include "text/shim.h"
+#include "torpor/text.h"
+
+namespace torpor {
+
+using text::ShimText;
+
+struct ChatTemplate::Impl {
+  text::TemplateHandle handle;
+  std::string digest;
+};
+
+ChatTemplate::ChatTemplate(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+ChatTemplate::~ChatTemplate() = default;
+
+std::shared_ptr<const ChatTemplate> ChatTemplate::load(const std::filesystem::path& dir) {
+  const auto jinja = text::read_file(dir / "chat_template.jinja");
+  const auto config = text::read_file(dir / "tokenizer_config.json");
+  torpor_text_template* handle = nullptr;
+  ShimText source, error;
+  text::check(torpor_text_template_new(jinja ? jinja->data() : nullptr, jinja ? jinja->size() : 0,
+                                       config ? config->data() : nullptr, config ? config->size() : 0, &handle,
+                                       source.out(), error.out()),
+              error, "can't use the chat template of " + dir.string() + ": ");
+  if (!handle) return nullptr;
+  auto impl = std::make_unique<Impl>();
+  impl->handle.reset(handle);
+  impl->digest = hash_hex(source.str());
+  return std::shared_ptr<const ChatTemplate>(new ChatTemplate(std::move(impl)));
+}
+
+std::string ChatTemplate::render(std::string_view messages_json, bool add_generation_prompt,
+                                 std::string_view extra_json) const {
+  ShimText rendered, error;
+  text::check(torpor_text_template_render(impl_->handle.get(), messages_json.data(), messages_json.size(),
+                                          add_generation_prompt, extra_json.data(), extra_json.size(),
+                                          rendered.out(), error.out()),
+              error);
+  return rendered.str();
+}
+
+const std::string& ChatTemplate::digest() const { return impl_->digest; }
+
+}  // namespace torpor

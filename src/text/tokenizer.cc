@@ -1,0 +1,62 @@
+#include "base/hash.h"
+#include "text/tokenizer_impl.h"
+
+namespace torpor {
+
+using text::ShimText;
+
+Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Tokenizer::~Tokenizer() = default;
+
+std::shared_ptr<const Tokenizer> Tokenizer::load(const std::filesystem::path& dir) {
+  const auto path = dir / "tokenizer.json";
+  const auto json = text::read_file(path);
+  if (!json) throw Error(ErrorCode::kNotFound, "there is no tokenizer at " + path.string());
+  torpor_text_tokenizer* handle = nullptr;
+  ShimText error;
+  text::check(torpor_text_tokenizer_new(json->data(), json->size(), &handle, error.out()), error,
+              "can't use " + path.string() + ": ");
+  auto impl = std::make_unique<Impl>();
+  impl->handle.reset(handle);
+  impl->digest = hash_hex(*json);
+  return std::shared_ptr<const Tokenizer>(new Tokenizer(std::move(impl)));
+}
+
+std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special) const {
+  torpor_text_ids ids{};
+  ShimText error;
+  text::check(torpor_text_tokenizer_encode(impl_->handle.get(), text.data(), text.size(), add_special, &ids,
+                                           error.out()),
+              error);
+  const std::unique_ptr<torpor_text_ids, void (*)(torpor_text_ids*)> owned(
+      &ids, [](torpor_text_ids* given) { torpor_text_ids_free(*given); });
+  return {ids.data, ids.data + ids.size};
+}
+
+std::string Tokenizer::decode(const std::vector<int32_t>& ids, bool skip_special) const {
+  ShimText decoded, error;
+  text::check(torpor_text_tokenizer_decode(impl_->handle.get(), ids.data(), ids.size(), skip_special, decoded.out(),
+                                           error.out()),
+              error);
+  return decoded.str();
+}
+
+std::optional<int32_t> Tokenizer::token_to_id(std::string_view token) const {
+  int32_t id = -1;
+  ShimText error;
+  text::check(torpor_text_tokenizer_token_to_id(impl_->handle.get(), token.data(), token.size(), &id, error.out()),
+              error);
+  if (id < 0) return std::nullopt;
+  return id;
+}
+
+int Tokenizer::vocab_size() const {
+  size_t size = 0;
+  ShimText error;
+  text::check(torpor_text_tokenizer_vocab_size(impl_->handle.get(), &size, error.out()), error);
+  return static_cast<int>(size);
+}
+
+const std::string& Tokenizer::digest() const { return impl_->digest; }
+
+}  // namespace torpor

@@ -1,0 +1,16 @@
+#pragma once
+/// Tokenizer's inside, which Detokenizer sees too.
+
+#include <string>
+
+#include "text/shim.h"
+#include "torpor/text.h"
+
+namespace torpor {
+
+struct Tokenizer::Impl {
+  text::TokenizerHandle handle;
+  std::string digest;
+};
+
+}  // namespace torpor
