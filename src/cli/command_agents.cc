@@ -1,0 +1,180 @@
+/// ls, show, rm, du.
+
+#include <CLI/CLI.hpp>
+
+#include "cli/commands.h"
+#include "cli/output.h"
+#include "torpor/error.h"
+
+namespace torpor::cli {
+namespace {
+
+Json summary_json(const AgentInfo& info) {
+  return Json{{"agent", info.agent_id},           {"model", info.model},     {"cache_size", info.cache_size},
+              {"bytes", info.bytes},              {"hash", info.hash},       {"created_at", info.created_at},
+              {"updated_at", info.updated_at},    {"damaged", info.hash.empty()}};
+}
+
+/// The conversation that the agents room keeps under "messages", or null when there is none to read.
+Json messages_of(const AgentInfo& info) {
+  for (const auto& [key, value] : info.user) {
+    if (key != "messages") continue;
+    Json messages = Json::parse(value, nullptr, false);
+    if (messages.is_array()) return messages;
+  }
+  return nullptr;
+}
+
+std::string text_of(const Json& message, const char* key) {
+  const auto it = message.is_object() ? message.find(key) : message.end();
+  if (!message.is_object() || it == message.end()) return "";
+  return it->is_string() ? it->get<std::string>() : it->dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+/// Columns padded to their widest cell; the first row is the heading. Numbers go to the right.
+std::string table(const std::vector<std::vector<std::string>>& rows, const std::vector<bool>& right) {
+  std::vector<size_t> widths;
+  for (const auto& row : rows) {
+    widths.resize(std::max(widths.size(), row.size()));
+    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+  }
+  std::string text;
+  for (const auto& row : rows) {
+    std::string line;
+    for (size_t i = 0; i < row.size(); ++i) {
+      if (i > 0) line += "  ";
+      const std::string pad(widths[i] - row[i].size(), ' ');
+      line += right[i] ? pad + row[i] : row[i] + pad;
+    }
+    line.erase(line.find_last_not_of(' ') + 1);
+    text += line + "\n";
+  }
+  return text;
+}
+
+int list(const std::filesystem::path& root, bool json) {
+  const auto store = open_existing_store(root);
+  const std::vector<AgentInfo> agents = store ? store->list_cached_agents() : std::vector<AgentInfo>{};
+  if (json) {
+    Json all = Json::array();
+    for (const AgentInfo& info : agents) all.push_back(summary_json(info));
+    print_json(all);
+    return 0;
+  }
+  if (agents.empty()) {
+    print("no agents in " + root.string() + "\n");
+    return 0;
+  }
+  std::vector<std::vector<std::string>> rows{{"AGENT", "TOKENS", "SIZE", "AGE", "MODEL"}};
+  for (const AgentInfo& info : agents) {
+    if (info.hash.empty()) {
+      rows.push_back({info.agent_id, "-", human_bytes(info.bytes), "-", "(damaged; see torpor verify)"});
+    } else {
+      rows.push_back({info.agent_id, std::to_string(info.cache_size), human_bytes(info.bytes),
+                      human_age(info.updated_at), info.model});
+    }
+  }
+  print(table(rows, {false, true, true, true, false}));
+  return 0;
+}
+
+int show(const std::filesystem::path& root, const std::string& id, bool json) {
+  const AgentInfo info = open_store_of(root, id)->agent_info(id);
+  const Json messages = messages_of(info);
+  if (json) {
+    Json object = summary_json(info);
+    object["tail_bytes"] = info.tail_bytes;
+    object["segments"] = info.segments;
+    Json identity = Json::object();
+    for (const auto& [name, value] : info.identity.fields()) identity[name] = value;
+    object["identity"] = identity;
+    Json user = Json::object();
+    for (const auto& [key, value] : info.user) {
+      if (key != "messages" || messages.is_null()) user[key] = value;
+    }
+    object["user"] = user;
+    object["messages"] = messages.is_null() ? Json::array() : messages;
+    print_json(object);
+    return 0;
+  }
+  std::vector<std::vector<std::string>> rows{
+      {"agent", info.agent_id},
+      {"model", info.model},
+      {"tokens", std::to_string(info.cache_size)},
+      {"size", human_bytes(info.bytes) + " (" + human_bytes(info.tail_bytes) + " of its own, " +
+                   std::to_string(info.segments.size()) + " segments)"},
+      {"created", info.created_at},
+      {"updated", info.updated_at},
+      {"hash", info.hash}};
+  for (const auto& [name, value] : info.identity.fields()) rows.push_back({name, value});
+  std::string text = table(rows, {false, false});
+  if (!messages.is_null()) {
+    for (const Json& message : messages) {
+      text += "\n[" + text_of(message, "role") + "]\n" + text_of(message, "content") + "\n";
+    }
+  }
+  print(text);
+  return 0;
+}
+
+int disk_usage(const std::filesystem::path& root, bool json) {
+  const auto store = open_existing_store(root);
+  const DiskUsage usage = store ? store->get_cache_disk_usage() : DiskUsage{};
+  if (json) {
+    print_json(Json{{"agents", usage.agents},
+                    {"agent_bytes", usage.agent_bytes},
+                    {"segments", usage.segments},
+                    {"segment_bytes", usage.segment_bytes},
+                    {"orphan_segments", usage.orphan_segments},
+                    {"orphan_bytes", usage.orphan_bytes},
+                    {"total_bytes", usage.total_bytes}});
+    return 0;
+  }
+  print(table({{"", "FILES", "SIZE"},
+               {"agents", std::to_string(usage.agents), human_bytes(usage.agent_bytes)},
+               {"segments", std::to_string(usage.segments), human_bytes(usage.segment_bytes)},
+               {"  of no agent (gc frees them)", std::to_string(usage.orphan_segments), human_bytes(usage.orphan_bytes)},
+               {"total", "", human_bytes(usage.total_bytes)}},
+              {false, true, true}));
+  return 0;
+}
+
+}  // namespace
+
+void add_agent_commands(CLI::App& app, Invocation& invocation) {
+  struct Options {
+    std::string id;
+    bool json = false;
+  };
+  const auto options = std::make_shared<Options>();
+
+  CLI::App* ls = app.add_subcommand("ls", "List the agents");
+  ls->add_flag("--json", options->json, "Print a JSON array");
+  ls->callback([&invocation, options] {
+    invocation.run = [&invocation, options] { return list(invocation.store, options->json); };
+  });
+
+  CLI::App* show_app = app.add_subcommand("show", "Show an agent and its conversation");
+  show_app->add_option("ID", options->id, "The agent")->required()->type_name("");
+  show_app->add_flag("--json", options->json, "Print a JSON object");
+  show_app->callback([&invocation, options] {
+    invocation.run = [&invocation, options] { return show(invocation.store, options->id, options->json); };
+  });
+
+  CLI::App* rm = app.add_subcommand("rm", "Remove an agent from disk");
+  rm->add_option("ID", options->id, "The agent")->required()->type_name("");
+  rm->callback([&invocation, options] {
+    invocation.run = [&invocation, options] {
+      open_store_of(invocation.store, options->id)->delete_agent_cache(options->id);
+      return 0;
+    };
+  });
+
+  CLI::App* du = app.add_subcommand("du", "Show how much disk the store uses");
+  du->add_flag("--json", options->json, "Print a JSON object");
+  du->callback([&invocation, options] {
+    invocation.run = [&invocation, options] { return disk_usage(invocation.store, options->json); };
+  });
+}
+
+}  // namespace torpor::cli

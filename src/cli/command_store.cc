@@ -1,0 +1,102 @@
+/// verify, gc, export, import.
+
+#include <CLI/CLI.hpp>
+
+#include "cli/commands.h"
+#include "cli/output.h"
+#include "torpor/error.h"
+
+namespace torpor::cli {
+namespace {
+
+int verify(const std::filesystem::path& root, const std::optional<std::string>& id, bool json) {
+  const auto store = id ? open_store_of(root, *id) : open_existing_store(root);
+  const std::vector<VerifyReport> reports = store ? store->verify(id) : std::vector<VerifyReport>{};
+  bool ok = true;
+  for (const VerifyReport& report : reports) ok = ok && report.problems.empty();
+  if (json) {
+    Json agents = Json::array();
+    for (const VerifyReport& report : reports) {
+      agents.push_back(Json{{"agent", report.agent_id},
+                            {"intact_tokens", report.intact_tokens},
+                            {"problems", report.problems}});
+    }
+    print_json(Json{{"ok", ok}, {"agents", agents}});
+  } else {
+    std::string text;
+    for (const VerifyReport& report : reports) {
+      text += report.agent_id + ": " +
+              (report.problems.empty() ? "intact, " + std::to_string(report.intact_tokens) + " tokens\n"
+                                       : "damaged, " + std::to_string(report.intact_tokens) + " tokens intact\n");
+      for (const std::string& problem : report.problems) text += "  " + problem + "\n";
+    }
+    print(text.empty() ? "no agents in " + root.string() + "\n" : text);
+  }
+  return ok ? 0 : kExitDamaged;
+}
+
+int collect_garbage(const std::filesystem::path& root) {
+  const auto store = open_existing_store(root);
+  const GcResult result = store ? store->gc() : GcResult{};
+  print("removed " + std::to_string(result.files_removed) + " files, " + human_bytes(result.bytes_freed) + "\n");
+  return 0;
+}
+
+/// An import makes an agent, so the store may be new; what is asked for is checked before its directory is made.
+int import_file(const std::filesystem::path& root, const std::filesystem::path& file, const std::string& id) {
+  check_agent_id(id);
+  std::error_code error;
+  if (!std::filesystem::is_regular_file(file, error)) {
+    throw Error(ErrorCode::kNotFound, "can't import '" + file.string() + "': no such file");
+  }
+  Store store(root);
+  const SaveResult result = store.import_agent(file, id);
+  print("imported " + id + ", " + human_bytes(result.bytes_written) + " written\n");
+  return 0;
+}
+
+}  // namespace
+
+void add_store_commands(CLI::App& app, Invocation& invocation) {
+  struct Options {
+    std::string id;
+    std::string file;
+    bool json = false;
+  };
+  const auto options = std::make_shared<Options>();
+
+  CLI::App* verify_app = app.add_subcommand("verify", "Check every byte of an agent, or of all of them");
+  CLI::Option* id = verify_app->add_option("ID", options->id, "The agent (default: all)")->type_name("");
+  verify_app->add_flag("--json", options->json, "Print a JSON object");
+  verify_app->callback([&invocation, options, id] {
+    invocation.run = [&invocation, options, given = id->count() > 0] {
+      return verify(invocation.store, given ? std::optional(options->id) : std::nullopt, options->json);
+    };
+  });
+
+  CLI::App* gc = app.add_subcommand("gc", "Remove what no agent uses any more");
+  gc->callback([&invocation] {
+    invocation.run = [&invocation] { return collect_garbage(invocation.store); };
+  });
+
+  CLI::App* export_app = app.add_subcommand("export", "Write an agent to one self-contained safetensors file");
+  export_app->add_option("ID", options->id, "The agent")->required()->type_name("");
+  export_app->add_option("FILE", options->file, "File to write; FILE's .json is written beside it")
+      ->required()
+      ->type_name("");
+  export_app->callback([&invocation, options] {
+    invocation.run = [&invocation, options] {
+      open_store_of(invocation.store, options->id)->export_agent(options->id, options->file);
+      return 0;
+    };
+  });
+
+  CLI::App* import_app = app.add_subcommand("import", "Make an agent from an exported file");
+  import_app->add_option("FILE", options->file, "File to read")->required()->type_name("");
+  import_app->add_option("ID", options->id, "The new agent")->required()->type_name("");
+  import_app->callback([&invocation, options] {
+    invocation.run = [&invocation, options] { return import_file(invocation.store, options->file, options->id); };
+  });
+}
+
+}  // namespace torpor::cli

@@ -1,0 +1,33 @@
+#pragma once
+/// The command line's commands, one file per group. Each `add_*` describes its commands to CLI11; the one that the user
+/// named fills in `Invocation::run`, which main calls once parsing is over.
+
+#include <filesystem>
+#include <functional>
+#include <string>
+
+namespace CLI {
+class App;
+}
+
+namespace torpor::cli {
+
+/// What the user asked for.
+struct Invocation {
+  std::filesystem::path store;  ///< --store, else default_store_root()
+  std::function<int()> run;     ///< gives the exit code; may throw torpor::Error
+};
+
+/// run and chat: the two that load a model.
+void add_turn_commands(CLI::App& app, Invocation& invocation);
+/// ls, show, rm and du.
+void add_agent_commands(CLI::App& app, Invocation& invocation);
+/// verify, gc, export and import.
+void add_store_commands(CLI::App& app, Invocation& invocation);
+
+/// Exit code of `verify` when it found damage; equals kCorruption's.
+inline constexpr int kExitDamaged = 4;
+/// Exit code for a command line that can't be understood.
+inline constexpr int kExitUsage = 2;
+
+}  // namespace torpor::cli

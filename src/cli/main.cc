@@ -1,0 +1,86 @@
+/// The command line: parses, dispatches, and turns every Error into one sentence and an exit code.
+
+#include <exception>
+#include <iostream>
+#include <string>
+
+#include <CLI/CLI.hpp>
+
+#include "cli/commands.h"
+#include "cli/output.h"
+#include "torpor/error.h"
+#include "torpor/store.h"
+
+namespace {
+
+constexpr const char* kFooter = R"(Examples:
+  torpor run --model .models/smollm2-135m --agent ada --prompt "Who keeps the lamp?"
+  torpor chat --model .models/smollm2-135m --agent ada
+  torpor ls
+
+Exit codes: 0 done, 2 usage, 3 not found, 4 damaged, 5 another model's cache, 6 bad argument, 7 input/output,
+8 agent awake elsewhere, 9 over a limit, 11 a defect of Torpor, 130 interrupted.)";
+
+/// The command that a parse error is about: "torpor run".
+std::string command_name(const CLI::App& app) {
+  for (const CLI::App* sub : app.get_subcommands()) return app.get_name() + " " + sub->get_name();
+  return app.get_name();
+}
+
+std::string one_line(std::string text) {
+  while (!text.empty() && (text.back() == '\n' || text.back() == '.')) text.pop_back();
+  for (char& c : text) {
+    if (c == '\n') c = ' ';
+  }
+  return text;
+}
+
+int fail(const torpor::Error& error) {
+  torpor::cli::complain(error.what());
+  return torpor::error_mapping(error.code()).exit_code;
+}
+
+int dispatch(int argc, char** argv) {
+  using namespace torpor::cli;
+  CLI::App app{"LLM agents that sleep to disk and wake in milliseconds", "torpor"};
+  app.footer(kFooter);
+  app.set_version_flag("--version", "torpor " TORPOR_VERSION);
+  app.require_subcommand(1);
+  app.fallthrough();
+
+  Invocation invocation;
+  std::string store;
+  app.add_option("--store", store, "Directory of the agents (default: $TORPOR_STORE, else ~/.agent_caches)")
+      ->type_name("DIR");
+  add_turn_commands(app, invocation);
+  add_agent_commands(app, invocation);
+  add_store_commands(app, invocation);
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+    complain(one_line(error.what()) + " (see '" + command_name(app) + " --help')");
+    return kExitUsage;
+  }
+  if (app.count("--store") > 0 && store.empty()) {
+    complain("--store needs a directory (see 'torpor --help')");
+    return kExitUsage;
+  }
+  invocation.store = store.empty() ? torpor::default_store_root() : std::filesystem::path(store);
+  return invocation.run();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return dispatch(argc, argv);
+  } catch (const torpor::Error& error) {
+    return fail(error);
+  } catch (const std::bad_alloc&) {
+    return fail(torpor::Error(torpor::ErrorCode::kResourceExhausted, "out of memory"));
+  } catch (const std::exception& error) {
+    return fail(torpor::Error(torpor::ErrorCode::kInternal, std::string("a defect of Torpor: ") + error.what()));
+  }
+}

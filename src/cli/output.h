@@ -1,0 +1,39 @@
+#pragma once
+/// Small things that commands print with.
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include <nlohmann/json.hpp>
+
+#include "torpor/store.h"
+
+namespace torpor::cli {
+
+/// Keeps keys in the order they were written.
+using Json = nlohmann::ordered_json;
+
+/// Prints `value` as one line on standard output. kIo when it can't be written.
+void print_json(const Json& value);
+/// Prints text on standard output. kIo when it can't be written.
+void print(std::string_view text);
+/// "torpor: <message>" on standard error.
+void complain(std::string_view message);
+
+/// "512 B", "1.4 MB".
+std::string human_bytes(int64_t bytes);
+/// How long ago an RFC 3339 UTC time was: "12 s", "3 h", "5 d"; "?" when it can't be read.
+std::string human_age(const std::string& rfc3339);
+/// "0.25 s", "840 ms".
+std::string human_ms(double ms);
+
+/// Offset of the first byte that is not UTF-8, or npos.
+size_t find_invalid_utf8(std::string_view text);
+
+/// Opens the store if its directory is there; null otherwise, and nothing is made.
+std::unique_ptr<Store> open_existing_store(const std::filesystem::path& root);
+/// The same for commands that name an agent: the id is checked, and a missing store is kNotFound.
+std::unique_ptr<Store> open_store_of(const std::filesystem::path& root, const std::string& agent_id);
+
+}  // namespace torpor::cli
