@@ -55,6 +55,7 @@ struct SaveResult {
 struct LoadedAgent {
   AgentInfo info;
   KvSnapshot snapshot;
+  std::vector<int32_t> tokens;  ///< every id of the agent, those whose rows a salvage had to leave out included
   int64_t bytes_read = 0;
   /// Set when damage was found and the snapshot is the longest intact prefix (LoadOptions::salvage).
   std::optional<std::string> damage;

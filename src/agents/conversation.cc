@@ -1,0 +1,65 @@
+#include "agents/conversation.h"
+
+#include <nlohmann/json.hpp>
+
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+// Stands for an answer whose tokens are held already. Not of the vocabulary of any template, and free of white space that
+// a template could trim.
+constexpr const char* kPlaceholder = "\xEE\x80\x80torpor-answer\xEE\x80\x81";
+
+// True when the last answer ended with the very token that `added` begins with (the end-of-turn token is sampled by the
+// model and rendered by the template).
+bool repeats_last(const std::vector<int32_t>& held, const std::vector<int32_t>& added) {
+  return !held.empty() && !added.empty() && held.back() == added.front();
+}
+
+}  // namespace
+
+std::string messages_to_json(const std::vector<Message>& messages) {
+  nlohmann::ordered_json array = nlohmann::ordered_json::array();
+  for (const Message& message : messages) array.push_back({{"role", message.role}, {"content", message.content}});
+  // An answer cut inside a character may hold U+FFFD but never invalid UTF-8; `replace` guards the exception away.
+  return array.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+std::vector<Message> messages_from_json(const std::string& json) {
+  std::vector<Message> messages;
+  try {
+    for (const auto& entry : nlohmann::json::parse(json)) {
+      messages.push_back({entry.at("role").get<std::string>(), entry.at("content").get<std::string>()});
+    }
+  } catch (const nlohmann::json::exception&) {
+    throw Error(ErrorCode::kCorruption, "The agent's list of messages is not readable; delete the agent and start again.");
+  }
+  return messages;
+}
+
+std::vector<int32_t> encode_user_turn(const Tokenizer& tokenizer, const ChatTemplate& chat_template,
+                                      const std::vector<Message>& history, const std::vector<int32_t>& held,
+                                      const std::string& prompt) {
+  std::vector<Message> messages = history;
+  if (held.empty()) {
+    messages.push_back({"user", prompt});
+    // The template writes BOS itself where the model wants one.
+    return tokenizer.encode(chat_template.render(messages_to_json(messages), true), false);
+  }
+  // Whatever the answer was (raw text may have followed it), the placeholder now ends what is held.
+  if (messages.empty() || messages.back().role != "assistant") messages.push_back({"assistant", ""});
+  messages.back().content = kPlaceholder;
+  messages.push_back({"user", prompt});
+  const std::string rendered = chat_template.render(messages_to_json(messages), true);
+  const size_t at = rendered.rfind(kPlaceholder);
+  if (at == std::string::npos) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "The model's chat template leaves out the previous answer, so a turn can't be appended; use --raw.");
+  }
+  std::vector<int32_t> added = tokenizer.encode(rendered.substr(at + std::string(kPlaceholder).size()), false);
+  if (repeats_last(held, added)) added.erase(added.begin());
+  return added;
+}
+
+}  // namespace torpor

@@ -1,0 +1,32 @@
+#pragma once
+/// What a user turn adds to an agent's tokens.
+///
+/// The tokens an agent holds are its history: they are never rendered again, so a template that strips thinking or
+/// reorders arguments can't make a warm agent cold. A turn renders the template around a placeholder that stands for
+/// the last answer and encodes only what follows it.
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "torpor/text.h"
+
+namespace torpor {
+
+struct Message {
+  std::string role, content;
+};
+
+/// The conversation as the agent's metadata keeps it: a JSON array of {"role", "content"}.
+std::string messages_to_json(const std::vector<Message>& messages);
+/// kCorruption when `json` is no such array.
+std::vector<Message> messages_from_json(const std::string& json);
+
+/// Tokens to append to `held` (whose messages are `history`, ending with the assistant's) so that the model answers
+/// `prompt`. With an empty `held` the whole conversation is rendered. kInvalidArgument carries the template's own refusal.
+std::vector<int32_t> encode_user_turn(const Tokenizer& tokenizer, const ChatTemplate& chat_template,
+                                      const std::vector<Message>& history, const std::vector<int32_t>& held,
+                                      const std::string& prompt);
+
+}  // namespace torpor

@@ -1,0 +1,217 @@
+#include "torpor/engine.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "agents/agent.h"
+#include "engine/engine_thread.h"
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double ms_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+std::string kv_name(KvDtype dtype) {
+  std::string name = kv_dtype_name(dtype);
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return char(std::tolower(c)); });
+  return name;
+}
+
+}  // namespace
+
+struct Engine::Impl {
+  EngineOptions options;
+  Store store;
+  double load_ms = 0;
+  // Everything below lives and dies on the engine thread.
+  std::unique_ptr<Model> model;
+  std::shared_ptr<const Tokenizer> tokenizer;
+  std::shared_ptr<const ChatTemplate> chat_template;
+  std::unique_ptr<AgentManager> agents;
+  EngineThread thread;
+
+  explicit Impl(EngineOptions given) : options(std::move(given)), store(options.store) {}
+
+  void load() {
+    const auto start = Clock::now();
+    model = Model::load(options.model);
+    tokenizer = Tokenizer::load(model->info().dir);
+    chat_template = ChatTemplate::load(model->info().dir);
+    const KvDtype dtype = options.kv_dtype.value_or(model->default_kv_dtype());
+    Identity identity = model->identity();
+    identity.tokenizer = tokenizer->digest();
+    identity.chat_template = chat_template ? chat_template->digest() : "";
+    identity.kv = kv_name(dtype);
+    agents = std::make_unique<AgentManager>(store, options.model, std::move(identity), model->kv_layout(dtype),
+                                            model->backend(), options.durability);
+    load_ms = ms_since(start);
+  }
+
+  void unload() {
+    agents.reset();
+    model.reset();
+  }
+
+  /// Every id the agent is to hold before it answers. Changes nothing but a new agent's messages.
+  std::vector<int32_t> turn_tokens(Agent& agent, const TurnRequest& request) const;
+  TurnResult turn(const TurnRequest& request);
+  TurnResult turn_awake(Agent& agent, const TurnRequest& request, Clock::time_point start, double wake_ms);
+};
+
+std::vector<int32_t> Engine::Impl::turn_tokens(Agent& agent, const TurnRequest& request) const {
+  std::vector<int32_t> added;
+  if (request.raw) {
+    added = tokenizer->encode(request.prompt, agent.history.empty());
+  } else if (chat_template == nullptr) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "The model '" + options.model + "' has no chat template; use --raw to append plain text.");
+  } else {
+    added = encode_user_turn(*tokenizer, *chat_template, agent.messages, agent.history, request.prompt);
+  }
+  std::vector<int32_t> tokens = agent.history;
+  tokens.insert(tokens.end(), added.begin(), added.end());
+  return tokens;
+}
+
+TurnResult Engine::Impl::turn(const TurnRequest& request) {
+  const auto start = Clock::now();
+  const bool was_awake = agents->is_awake(request.agent);
+  Agent& agent = agents->wake(request.agent);
+  const double wake_ms = was_awake ? 0 : ms_since(start);
+  try {
+    TurnResult result = turn_awake(agent, request, start, wake_ms);
+    if (!was_awake) result.bytes.read = agent.bytes_read;
+    return result;
+  } catch (const Error&) {
+    // An agent that this turn woke and did not change goes back to sleep; one that is unsaved stays.
+    if (!was_awake && !agent.dirty) agents->drop(request.agent);
+    throw;
+  }
+}
+
+TurnResult Engine::Impl::turn_awake(Agent& agent, const TurnRequest& request, Clock::time_point start,
+                                    double wake_ms) {
+  TurnResult result;
+  result.agent = request.agent;
+  result.model = options.model;
+  result.damage = agent.damage;
+  result.timing_ms.load = load_ms;
+  result.timing_ms.wake = wake_ms;
+
+  const std::vector<Message> messages_before = agent.messages;
+  if (request.system) {
+    const bool has_own = !agent.messages.empty() && agent.messages.front().role == "system";
+    if (agent.history.empty() && agent.messages.empty()) {
+      agent.messages.push_back({"system", *request.system});
+    } else if (!has_own || agent.messages.front().content != *request.system) {
+      throw Error(ErrorCode::kInvalidArgument, "Agent '" + agent.id + "' already has another system prompt; leave --system "
+                                               "out, or start a new agent.");
+    }
+  }
+
+  GenerateResult generated;
+  const int held_before = agent.cache->length();
+  try {
+    if (request.system && request.raw) {
+      throw Error(ErrorCode::kInvalidArgument, "--system needs the chat template; leave out --raw, or put the text into the prompt.");
+    }
+    const std::vector<int32_t> tokens = turn_tokens(agent, request);
+    // Rows the cache has already are used as far as they agree; one token at least is computed, for its logits.
+    const std::vector<int32_t>& held = agent.cache->tokens();
+    const auto agree = std::mismatch(held.begin(), held.end(), tokens.begin(), tokens.end());
+    const int reused = int(std::min<ptrdiff_t>(agree.first - held.begin(), ptrdiff_t(tokens.size()) - 1));
+    if (tokens.empty()) throw Error(ErrorCode::kInvalidArgument, "The prompt has no tokens; give it some text.");
+    if (reused < held_before) agent.cache->truncate(reused);
+    result.tokens.prompt = int(tokens.size());
+    result.tokens.cached = reused;
+    generated = generate(*model, tokenizer, *agent.cache, std::span(tokens).subspan(size_t(reused)), request.generate);
+    result.timing_ms.ttft = ms_since(start) - generated.decode_ms;
+    if (generated.prefilled + reused < int(tokens.size())) {
+      // Cancelled in the prefill: the turn did not happen, but the rows stay for when it is asked again.
+      agent.messages = messages_before;
+    } else {
+      agent.messages.push_back({"user", request.prompt});
+      agent.messages.push_back({"assistant", generated.text});
+      agent.history = agent.cache->tokens();
+    }
+  } catch (...) {
+    agent.messages = messages_before;
+    if (agent.cache->length() > held_before) agent.cache->truncate(held_before);
+    throw;
+  }
+  agent.dirty = true;
+
+  result.text = generated.text;
+  result.finish_reason = generated.finish_reason;
+  result.tokens.prefilled = generated.prefilled;
+  result.tokens.generated = int(generated.tokens.size());
+  result.tokens.context = agent.cache->length();
+  result.timing_ms.decode = generated.decode_ms;
+
+  if (request.save) {
+    const auto save_start = Clock::now();
+    try {
+      result.bytes.written = agents->save(agent).bytes_written;
+    } catch (const Error& error) {
+      throw Error(error.code(), "The answer is complete, but agent '" + agent.id + "' could not be saved: " + error.what());
+    }
+    result.timing_ms.save = ms_since(save_start);
+  }
+  return result;
+}
+
+Engine::Engine(EngineOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {
+  impl_->thread.call([this] {
+    try {
+      impl_->load();
+    } catch (...) {
+      impl_->unload();
+      throw;
+    }
+  });
+}
+
+Engine::~Engine() {
+  impl_->thread.call([this] { impl_->unload(); });
+}
+
+TurnResult Engine::turn(const TurnRequest& request) {
+  check_agent_id(request.agent);
+  return impl_->thread.call([&] { return impl_->turn(request); });
+}
+
+void Engine::sleep(const std::string& agent) {
+  impl_->thread.call([&] {
+    if (!impl_->agents->is_awake(agent)) return;
+    impl_->agents->save(impl_->agents->wake(agent));
+    impl_->agents->drop(agent);
+  });
+}
+
+std::vector<float> Engine::next_logits(const std::string& id) {
+  return impl_->thread.call([&] {
+    const bool was_awake = impl_->agents->is_awake(id);
+    if (!was_awake && !impl_->store.contains(id)) {
+      throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in " + impl_->store.root().string() + ".");
+    }
+    const Agent& agent = impl_->agents->wake(id);
+    const std::unique_ptr<KvCache> copy = agent.cache->clone();
+    if (copy->length() == 0) throw Error(ErrorCode::kInvalidArgument, "Agent '" + id + "' holds no tokens yet.");
+    const int32_t last = copy->tokens().back();
+    copy->truncate(copy->length() - 1);
+    const ForwardSequence sequence{{&last, 1}, copy.get(), false};
+    const mx::array logits = impl_->model->forward({&sequence, 1});
+    if (!was_awake) impl_->agents->drop(id);
+    return std::vector<float>(logits.data<float>(), logits.data<float>() + logits.size());
+  });
+}
+
+const ModelInfo& Engine::model() const { return impl_->model->info(); }
+Store& Engine::store() { return impl_->store; }
+
+}  // namespace torpor

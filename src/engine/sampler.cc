@@ -1,0 +1,64 @@
+#include "engine/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "kernels/compute.h"
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+// SplitMix64 (Steele, Lea, Flood 2014), as a function of a counter.
+double uniform(uint64_t seed, uint64_t counter) {
+  uint64_t z = seed + 0x9E3779B97F4A7C15u * (counter + 1);
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  z ^= z >> 31;
+  return double(z >> 11) * 0x1.0p-53;
+}
+
+}  // namespace
+
+void check_sampling(const SamplingOptions& options) {
+  if (!(options.temperature >= 0) || std::isinf(options.temperature)) {
+    throw Error(ErrorCode::kInvalidArgument, "The temperature must be a number of at least 0.");
+  }
+  if (!(options.top_p > 0 && options.top_p <= 1)) {
+    throw Error(ErrorCode::kInvalidArgument, "top_p must be above 0 and at most 1.");
+  }
+}
+
+int32_t sample(std::span<const float> logits, const SamplingOptions& options, int position) {
+  if (options.temperature == 0) return kernels::argmax(logits.data(), int(logits.size()));
+
+  const float top = *std::max_element(logits.begin(), logits.end());
+  std::vector<double> weights(logits.size());
+  for (size_t i = 0; i < logits.size(); ++i) {
+    weights[i] = std::exp((double(logits[i]) - top) / options.temperature);
+  }
+  double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+
+  // Nucleus sampling (Holtzman et al. 2020): the most probable tokens, until their probability reaches top_p.
+  std::vector<int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  if (options.top_p < 1) {
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return weights[a] > weights[b]; });
+    double kept = 0;
+    size_t n = 0;
+    while (n < order.size() && kept < options.top_p * total) kept += weights[order[n++]];
+    order.resize(std::max<size_t>(n, 1));
+    total = kept;
+  }
+
+  double remaining = uniform(options.seed, uint64_t(position)) * total;
+  for (int32_t token : order) {
+    remaining -= weights[token];
+    if (remaining < 0) return token;
+  }
+  return order.back();
+}
+
+}  // namespace torpor
