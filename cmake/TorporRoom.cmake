@@ -14,16 +14,15 @@ if(TORPOR_SANITIZE)
   target_link_options(torpor_flags INTERFACE -fsanitize=address,undefined)
 endif()
 
-# MLX lives in the Python package: `python -m mlx --cmake-dir` names its CMake package. The interpreter is the
-# virtual environment's unless the user points MLX_DIR elsewhere.
+# MLX lives in the Python package: `python -m mlx --cmake-dir` names the prefix of its CMake package. The interpreter
+# is the virtual environment's unless the user points MLX_ROOT or MLX_DIR elsewhere.
 macro(torpor_find_mlx)
   if(NOT TARGET mlx)
-    if(NOT MLX_DIR)
+    if(NOT MLX_DIR AND NOT MLX_ROOT)
       find_program(TORPOR_PYTHON NAMES python3 python HINTS "${PROJECT_SOURCE_DIR}/.venv/bin" NO_DEFAULT_PATH)
       find_program(TORPOR_PYTHON NAMES python3 python)
       execute_process(COMMAND "${TORPOR_PYTHON}" -m mlx --cmake-dir
-        OUTPUT_VARIABLE MLX_DIR OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-      set(MLX_DIR "${MLX_DIR}" CACHE PATH "Directory of MLXConfig.cmake" FORCE)
+        OUTPUT_VARIABLE MLX_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
     endif()
     find_package(MLX CONFIG REQUIRED)
     set_target_properties(mlx PROPERTIES IMPORTED_GLOBAL TRUE)

@@ -1,0 +1,185 @@
+// The KV cache as a value: snapshot, restore, clone, truncate and validate, for both kinds of cache, without a model.
+
+#include <cstring>
+#include <random>
+
+#include <gtest/gtest.h>
+#include <mlx/mlx.h>
+
+#include "torpor/cache.h"
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+constexpr int kHeads = 2, kDim = 8, kLayers = 3;
+
+KvLayout make_layout(KvDtype dtype) {
+  KvLayout layout;
+  for (int i = 0; i < kLayers; ++i) {
+    for (const char* part : {"_keys", "_values"}) {
+      layout.tensors.push_back({"layer_" + std::to_string(i) + part, dtype, kHeads, kDim, 0});
+    }
+  }
+  return layout;
+}
+
+// A snapshot of `n` tokens whose rows are random bytes, in buffers that `allocate` gives.
+KvSnapshot random_snapshot(int n, KvDtype dtype, const BufferAllocator& allocate, unsigned seed) {
+  std::mt19937 random(seed);
+  KvSnapshot snapshot;
+  snapshot.layout = make_layout(dtype);
+  snapshot.identity.kv = kv_dtype_name(dtype);
+  for (int i = 0; i < n; ++i) snapshot.tokens.push_back(int32_t(random() % 1000));
+  for (int first = 0; first < n; first += kSegmentTokens) {
+    const int rows = std::min(kSegmentTokens, n - first);
+    const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), rows);
+    auto buffer = allocate(size);
+    for (size_t i = 0; i < size; ++i) buffer.get()[i] = std::byte(random());
+    snapshot.runs.push_back({rows, {buffer.get(), size}, buffer});
+  }
+  return snapshot;
+}
+
+void expect_equal(const KvSnapshot& a, const KvSnapshot& b) {
+  EXPECT_EQ(a.identity, b.identity);
+  EXPECT_EQ(a.layout, b.layout);
+  EXPECT_EQ(a.tokens, b.tokens);
+  ASSERT_EQ(a.runs.size(), b.runs.size());
+  for (size_t i = 0; i < a.runs.size(); ++i) {
+    ASSERT_EQ(a.runs[i].bytes.size(), b.runs[i].bytes.size());
+    EXPECT_EQ(0, std::memcmp(a.runs[i].bytes.data(), b.runs[i].bytes.data(), a.runs[i].bytes.size())) << "run " << i;
+  }
+}
+
+// The first `n` tokens of a snapshot, cut by hand.
+KvSnapshot prefix_of(const KvSnapshot& whole, int n) {
+  KvSnapshot prefix{whole.identity, whole.layout, {whole.tokens.begin(), whole.tokens.begin() + n}, {}};
+  for (int first = 0; first < n; first += kSegmentTokens) {
+    const KvRun& from = whole.runs[size_t(first / kSegmentTokens)];
+    const int rows = std::min(kSegmentTokens, n - first);
+    const size_t size = whole.layout.offset(whole.layout.tensors.size(), rows);
+    auto buffer = allocate_heap_buffer(size);
+    size_t out = 0;
+    for (size_t t = 0; t < whole.layout.tensors.size(); ++t) {
+      const KvTensorSpec& spec = whole.layout.tensors[t];
+      const size_t row = size_t(spec.dim) * kv_dtype_size(spec.dtype);
+      for (int head = 0; head < spec.n_kv_heads; ++head) {
+        std::memcpy(buffer.get() + out,
+                    from.bytes.data() + whole.layout.offset(t, from.n_tokens) + size_t(head) * from.n_tokens * row,
+                    rows * row);
+        out += rows * row;
+      }
+    }
+    prefix.runs.push_back({rows, {buffer.get(), size}, buffer});
+  }
+  return prefix;
+}
+
+class CacheKinds : public testing::TestWithParam<std::tuple<Backend, KvDtype>> {
+ protected:
+  Backend backend() const { return std::get<0>(GetParam()); }
+  KvDtype dtype() const { return std::get<1>(GetParam()); }
+};
+
+TEST_P(CacheKinds, RestoreThenSnapshotGivesTheSameBytes) {
+  for (int n : {0, 1, 255, 256, 257, 512, 700}) {
+    for (const BufferAllocator& allocate : {BufferAllocator(mlx_buffer), BufferAllocator(allocate_heap_buffer)}) {
+      const KvSnapshot before = random_snapshot(n, dtype(), allocate, unsigned(n));
+      const auto cache = KvCache::restore(before, backend());
+      EXPECT_EQ(get_cache_size(*cache), n);
+      EXPECT_TRUE(validate_cache_structure(*cache, &before.layout)) << validate_cache_structure(*cache).reason;
+      expect_equal(cache->snapshot(before.identity), before);
+    }
+  }
+}
+
+TEST_P(CacheKinds, TruncateKeepsThePrefixAndLeavesClonesAlone) {
+  const KvSnapshot whole = random_snapshot(700, dtype(), mlx_buffer, 7);
+  for (int n : {700, 699, 513, 512, 511, 256, 255, 1, 0}) {
+    const auto cache = KvCache::restore(whole, backend());
+    const auto clone = cache->clone();
+    cache->truncate(n);
+    expect_equal(cache->snapshot(whole.identity), prefix_of(whole, n));
+    expect_equal(clone->snapshot(whole.identity), whole);
+  }
+  EXPECT_THROW(KvCache::restore(whole, backend())->truncate(701), Error);
+  EXPECT_THROW(KvCache::restore(whole, backend())->truncate(-1), Error);
+}
+
+TEST_P(CacheKinds, MemoryIsThatOfTheRealBuffers) {
+  const KvSnapshot snapshot = random_snapshot(300, dtype(), mlx_buffer, 3);
+  const size_t row = snapshot.layout.bytes_per_token();
+  const auto cache = KvCache::restore(snapshot, backend());
+  EXPECT_GE(get_cache_memory(*cache), 512 * row);
+  EXPECT_LT(get_cache_memory(*cache), 512 * row + 4096);
+  EXPECT_EQ(get_cache_memory(*KvCache::create(snapshot.layout, backend())), 0u);
+}
+
+TEST_P(CacheKinds, ValidationNamesWhatDisagrees) {
+  const KvSnapshot snapshot = random_snapshot(10, dtype(), mlx_buffer, 3);
+  const auto cache = KvCache::restore(snapshot, backend());
+
+  KvLayout fewer = snapshot.layout;
+  fewer.tensors.pop_back();
+  EXPECT_NE(validate_cache_structure(*cache, &fewer).reason.find("6 tensors"), std::string::npos);
+
+  KvLayout other_dtype = make_layout(dtype() == KvDtype::kF32 ? KvDtype::kF16 : KvDtype::kF32);
+  EXPECT_NE(validate_cache_structure(*cache, &other_dtype).reason.find("layer_0_keys is"), std::string::npos);
+
+  KvLayout other_shape = snapshot.layout;
+  other_shape.tensors[3].dim = 16;
+  EXPECT_NE(validate_cache_structure(*cache, &other_shape).reason.find("layer_1_values"), std::string::npos);
+
+  const int32_t extra[] = {1};
+  cache->record_tokens(extra);
+  EXPECT_FALSE(validate_cache_structure(*cache));
+  EXPECT_NE(validate_cache_structure(*cache).reason.find("11 token ids"), std::string::npos);
+}
+
+INSTANTIATE_TEST_SUITE_P(AllKinds, CacheKinds,
+                         testing::Combine(testing::Values(Backend::kKernels, Backend::kMlx),
+                                          testing::Values(KvDtype::kF32, KvDtype::kF16, KvDtype::kBF16)));
+
+TEST(SegmentedCache, FullRunsAreAdoptedNotCopied) {
+  const KvSnapshot snapshot = random_snapshot(600, KvDtype::kF16, mlx_buffer, 1);
+  const auto cache = KvCache::restore(snapshot, Backend::kKernels);
+  const KvSnapshot again = cache->snapshot(snapshot.identity);
+  EXPECT_EQ(again.runs[0].bytes.data(), snapshot.runs[0].bytes.data());
+  EXPECT_EQ(again.runs[1].bytes.data(), snapshot.runs[1].bytes.data());
+  EXPECT_NE(again.runs[2].bytes.data(), snapshot.runs[2].bytes.data());
+}
+
+TEST(SegmentedCache, SnapshotOutlivesTheCache) {
+  const KvSnapshot before = random_snapshot(600, KvDtype::kF16, mlx_buffer, 1);
+  auto cache = KvCache::restore(before, Backend::kKernels);
+  const KvSnapshot after = cache->snapshot(before.identity);
+  cache.reset();
+  expect_equal(after, before);
+}
+
+TEST(DenseCache, AppendedRowsAreWhatASnapshotHolds) {
+  const KvLayout layout = make_layout(KvDtype::kF16);
+  const auto cache = KvCache::create(layout, Backend::kMlx);
+  std::vector<mx::array> keys;
+  for (int n : {3, 1, 300}) {
+    mx::array k = mx::astype(mx::random::normal({1, kHeads, n, kDim}), mx::float16);
+    for (int layer = 0; layer < kLayers; ++layer) cache->update_and_fetch(layer, k, k);
+    keys.push_back(k);
+    cache->advance(n);
+    cache->record_tokens(std::vector<int32_t>(size_t(n), 5));
+  }
+  const KvSnapshot snapshot = cache->snapshot({});
+  ASSERT_EQ(snapshot.runs.size(), 2u);
+  mx::array all = mx::contiguous(mx::concatenate(keys, 2));
+  all.eval();
+  const auto* rows = reinterpret_cast<const std::byte*>(all.data<uint8_t>());
+  const size_t row = kDim * 2;
+  for (int head = 0; head < kHeads; ++head) {
+    EXPECT_EQ(0, std::memcmp(snapshot.runs[0].bytes.data() + head * 256 * row, rows + head * 304 * row, 256 * row));
+    EXPECT_EQ(0, std::memcmp(snapshot.runs[1].bytes.data() + head * 48 * row, rows + (head * 304 + 256) * row, 48 * row));
+  }
+}
+
+}  // namespace
+}  // namespace torpor

@@ -1,0 +1,293 @@
+// Promise 2: save, new process, load, decode gives the same logits, bit for bit, as never having stopped.
+//
+// The parent computes the uninterrupted logits and saves; a child (this program again, with --wake) loads from the store
+// and computes them from there.
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <iostream>
+#include <map>
+#include <random>
+
+#include <unistd.h>
+
+#include <gtest/gtest.h>
+#include <mlx/mlx.h>
+
+#include "base/hash.h"
+#include "torpor/cache.h"
+#include "torpor/engine.h"
+#include "torpor/error.h"
+#include "torpor/model.h"
+#include "torpor/store.h"
+
+namespace torpor {
+namespace {
+
+namespace fs = std::filesystem;
+
+const std::string kModel = TORPOR_SOURCE_DIR "/.models/smollm2-135m";
+std::string program;
+
+// Tokens decoded one at a time after the wake; their logits are compared.
+const std::vector<int32_t> kContinuation = {198, 504, 2141};
+const std::vector<KvDtype> kDtypes = {KvDtype::kF32, KvDtype::kF16, KvDtype::kBF16};
+
+std::vector<int32_t> test_tokens(int n) {
+  std::mt19937 random(11);
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < n; ++i) tokens.push_back(int32_t(17 + random() % 40000));
+  return tokens;
+}
+
+void feed(Model& model, KvCache& cache, std::span<const int32_t> tokens, Hasher* hasher = nullptr) {
+  const ForwardSequence sequence{tokens, &cache, false};
+  const mx::array logits = model.forward({&sequence, 1});
+  cache.record_tokens(tokens);
+  if (hasher) hasher->update(std::as_bytes(std::span(logits.data<float>(), logits.size())));
+}
+
+std::string continue_and_hash(Model& model, KvCache& cache) {
+  Hasher hasher;
+  for (const int32_t& token : kContinuation) feed(model, cache, {&token, 1}, &hasher);
+  return hasher.hex();
+}
+
+// `agent hash` per line for every agent of the store.
+int wake_all(const std::string& root) {
+  auto model = Model::load(kModel);
+  Store store(root);
+  for (const AgentInfo& info : store.list_cached_agents()) {
+    LoadOptions options;
+    options.allocate = mlx_buffer;
+    auto cache = KvCache::restore(store.load_agent_cache(info.agent_id, options).snapshot, model->backend());
+    std::cout << info.agent_id << ' ' << continue_and_hash(*model, *cache) << std::endl;
+  }
+  return 0;
+}
+
+std::map<std::string, std::string> run_child(const std::string& root) {
+  std::map<std::string, std::string> hashes;
+  const std::string command = "'" + program + "' --wake '" + root + "'";
+  FILE* pipe = popen(command.c_str(), "r");
+  std::array<char, 256> line;
+  while (fgets(line.data(), line.size(), pipe)) {
+    std::string text(line.data());
+    const size_t space = text.find(' ');
+    hashes[text.substr(0, space)] = text.substr(space + 1, 32);
+  }
+  EXPECT_EQ(pclose(pipe), 0);
+  return hashes;
+}
+
+class TempStore : public testing::Test {
+ protected:
+  void SetUp() override {
+    char pattern[] = "/tmp/torpor-test-XXXXXX";
+    root_ = mkdtemp(pattern);
+  }
+  void TearDown() override { fs::remove_all(root_); }
+  std::string root_;
+};
+
+using Wake = TempStore;
+
+TEST_F(Wake, LogitsInANewProcessEqualTheUninterruptedOnes) {
+  auto model = Model::load(kModel);
+  const std::vector<int32_t> tokens = test_tokens(2000);
+  Store store(root_);
+  std::map<std::string, std::string> expected;
+  for (KvDtype dtype : kDtypes) {
+    Identity identity = model->identity();
+    identity.kv = kv_dtype_name(dtype);
+    auto cache = KvCache::create(model->kv_layout(dtype), model->backend());
+    int fed = 0;
+    for (int length : {1, 255, 256, 257, 2000}) {
+      feed(*model, *cache, std::span(tokens).subspan(size_t(fed), size_t(length - fed)));
+      fed = length;
+      const std::string agent = std::string(kv_dtype_name(dtype)) + "-" + std::to_string(length);
+      store.save_agent_cache(agent, cache->snapshot(identity), kModel);
+      auto uninterrupted = cache->clone();
+      expected[agent] = continue_and_hash(*model, *uninterrupted);
+    }
+    // The clone stands for never having stopped; once per dtype the cache itself is held to it.
+    EXPECT_EQ(continue_and_hash(*model, *cache), expected[std::string(kv_dtype_name(dtype)) + "-2000"]);
+  }
+  EXPECT_EQ(run_child(root_), expected);
+}
+
+TurnRequest request(const std::string& agent, const std::string& prompt, int max_tokens = 8) {
+  TurnRequest turn;
+  turn.agent = agent;
+  turn.prompt = prompt;
+  turn.generate.max_tokens = max_tokens;
+  return turn;
+}
+
+using EngineTurns = TempStore;
+
+TEST_F(EngineTurns, AWokenAgentAnswersAsOneThatNeverSlept) {
+  std::string long_prompt = "Remember this list:";
+  for (int i = 0; i < 120; ++i) long_prompt += " item " + std::to_string(i * 37 % 101) + ";";
+  const std::vector<std::string> prompts = {long_prompt, "What is the first item?", "And the last one?"};
+
+  Engine awake({kModel, root_ + "/awake"});
+  std::vector<TurnResult> uninterrupted;
+  for (const std::string& prompt : prompts) uninterrupted.push_back(awake.turn(request("a", prompt)));
+
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    Engine fresh({kModel, root_ + "/asleep"});
+    const TurnResult woken = fresh.turn(request("a", prompts[i]));
+    EXPECT_EQ(woken.text, uninterrupted[i].text);
+    EXPECT_EQ(woken.tokens.context, uninterrupted[i].tokens.context);
+    EXPECT_EQ(woken.tokens.prompt, woken.tokens.cached + woken.tokens.prefilled);
+    // Nothing is computed twice: all that the last turn left is reused.
+    EXPECT_EQ(woken.tokens.cached, i == 0 ? 0 : uninterrupted[i - 1].tokens.context);
+    EXPECT_EQ(fresh.next_logits("a").size(), size_t(fresh.model().vocab_size));
+    if (i + 1 == prompts.size()) {
+      EXPECT_EQ(fresh.next_logits("a"), awake.next_logits("a"));
+    }
+  }
+}
+
+TEST_F(EngineTurns, ACancelledPrefillIsContinuedByTheSamePromptAndForgottenByAnother) {
+  std::string long_prompt;
+  for (int i = 0; i < 500; ++i) long_prompt += "word" + std::to_string(i % 13) + " ";
+  std::atomic<bool> cancel{false};
+  TurnRequest turn = request("a", long_prompt);
+  turn.generate.cancel = &cancel;
+  turn.generate.on_prefill = [&](int, int) { cancel = true; };
+
+  Engine engine({kModel, root_});
+  const TurnResult whole = engine.turn(request("reference", long_prompt));
+  const TurnResult cut = engine.turn(turn);
+  EXPECT_EQ(cut.finish_reason, FinishReason::kCancelled);
+  EXPECT_EQ(cut.tokens.context, 512);
+  EXPECT_EQ(cut.text, "");
+  engine.sleep("a");
+
+  const TurnResult again = engine.turn(request("a", long_prompt));
+  EXPECT_EQ(again.tokens.cached, 512);
+  EXPECT_EQ(again.text, whole.text);
+  EXPECT_EQ(again.tokens.context, whole.tokens.context);
+}
+
+TEST_F(EngineTurns, ErrorsLeaveTheAgentAsItWas) {
+  Engine engine({kModel, root_});
+  TurnRequest first = request("a", "Hello.");
+  first.system = "Be brief.";
+  const TurnResult before = engine.turn(first);
+
+  TurnRequest other_system = request("a", "Hello again.");
+  other_system.system = "Be long.";
+  EXPECT_THROW(engine.turn(other_system), Error);
+  EXPECT_THROW(engine.turn(request("a", "bad \xff utf-8")), Error);
+  std::string huge;
+  for (int i = 0; i < 9000; ++i) huge += "a b ";
+  try {
+    engine.turn(request("a", huge));
+    FAIL() << "a prompt past the context was accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kResourceExhausted) << error.what();
+  }
+  EXPECT_THROW(engine.turn(request("new", huge)), Error);
+  EXPECT_FALSE(engine.store().contains("new"));
+  EXPECT_THROW(engine.turn(request("../x", "Hi")), Error);
+
+  const TurnResult after = engine.turn(request("a", "Hello again."));
+  EXPECT_EQ(after.tokens.cached, before.tokens.context);
+}
+
+TEST_F(EngineTurns, AnotherOwnerIsToldBusyAndAnotherKvDtypeIncompatible) {
+  Engine first({kModel, root_});
+  first.turn(request("a", "Hello."));
+  Engine second({kModel, root_});
+  try {
+    second.turn(request("a", "Hello."));
+    FAIL() << "two engines have one agent";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kBusy) << error.what();
+  }
+  first.sleep("a");
+  EXPECT_GT(second.turn(request("a", "Hello.")).tokens.cached, 0);
+  second.sleep("a");
+
+  EngineOptions options{kModel, root_};
+  options.kv_dtype = KvDtype::kF32;
+  Engine third(options);
+  try {
+    third.turn(request("a", "Hello."));
+    FAIL() << "a cache of another dtype was used";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kIncompatible);
+    EXPECT_NE(std::string(error.what()).find("kv"), std::string::npos) << error.what();
+  }
+}
+
+TEST_F(EngineTurns, LostRowsAreComputedAgainFromTheTokens) {
+  std::string prompt;
+  for (int i = 0; i < 300; ++i) prompt += "word" + std::to_string(i % 13) + " ";
+  std::string expected;
+  {
+    Engine engine({kModel, root_});
+    engine.turn(request("a", prompt));
+    engine.sleep("a");
+    const fs::path copy = root_ + "/copy";
+    fs::create_directory(copy);
+    for (const char* name : {"a.safetensors", "a.json", "segments"}) {
+      fs::copy(root_ + "/" + name, copy / name, fs::copy_options::recursive);
+    }
+    Engine intact({kModel, copy});
+    expected = intact.turn(request("a", "Go on.")).text;
+  }
+  // One byte of the second segment: the first is kept, the rest is prefilled again.
+  const std::string second = Store(root_).agent_info("a").segments.at(1);
+  const std::string path = root_ + "/segments/" + second.substr(0, 2) + "/" + second + ".safetensors";
+  FILE* file = fopen(path.c_str(), "r+b");
+  ASSERT_NE(file, nullptr) << path;
+  fseek(file, -100, SEEK_END);
+  const int byte = fgetc(file);
+  fseek(file, -100, SEEK_END);
+  fputc(byte ^ 1, file);
+  fclose(file);
+
+  Engine engine({kModel, root_});
+  const TurnResult result = engine.turn(request("a", "Go on."));
+  EXPECT_TRUE(result.damage.has_value());
+  EXPECT_EQ(result.tokens.cached, 256);
+  EXPECT_EQ(result.text, expected);
+  EXPECT_TRUE(engine.store().verify("a").at(0).problems.empty());
+}
+
+TEST_F(EngineTurns, RawTurnsAndExtractorAgree) {
+  auto model = std::shared_ptr<Model>(Model::load(kModel));
+  CacheExtractor extractor(model, Tokenizer::load(kModel));
+  GenerateOptions options;
+  options.max_tokens = 12;
+  auto first = extractor.generate("The sea was", nullptr, options);
+  const int held = get_cache_size(*first.cache);
+  EXPECT_EQ(held, first.details.prefilled + 12);
+  auto second = extractor.generate(" and then", std::move(first.cache), options);
+  EXPECT_EQ(get_cache_size(*second.cache), held + second.details.prefilled + 12);
+  EXPECT_TRUE(validate_cache_structure(*second.cache));
+  EXPECT_GT(get_cache_memory(*second.cache), 0u);
+
+  Engine engine({kModel, root_});
+  TurnRequest turn = request("raw", "The sea was", 12);
+  turn.raw = true;
+  EXPECT_EQ(engine.turn(turn).text, first.text);
+  turn.prompt = " and then";
+  EXPECT_EQ(engine.turn(turn).text, second.text);
+}
+
+}  // namespace
+}  // namespace torpor
+
+int main(int argc, char** argv) {
+  if (argc == 3 && std::string(argv[1]) == "--wake") return torpor::wake_all(argv[2]);
+  torpor::program = argv[0];
+  testing::InitGoogleTest(&argc, argv);
+  return RUN_ALL_TESTS();
+}
