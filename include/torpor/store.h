@@ -105,7 +105,11 @@ class Store {
   std::unique_ptr<AgentLock> lock_agent(const std::string& agent_id);
 
   /// Writes the segments that are not on disk yet, then the agent file; that rename is the commit. Then the sidecar.
-  /// On any error the agent on disk is as it was. The caller holds the agent's lock.
+  /// On any error the agent on disk is as it was; only when flushing that rename fails (kIo) is the new state in place,
+  /// though not yet certain to survive a power cut. The caller holds the agent's lock.
+  ///
+  /// A sealed run whose `owner` and `bytes` are those of an earlier save or load is taken to be the same rows and is not
+  /// read again; so bytes behind an owner never change once a snapshot has held them.
   SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
                               const std::vector<std::pair<std::string, std::string>>& user = {},
                               Durability durability = Durability::kFull);
@@ -121,7 +125,9 @@ class Store {
   /// whose file is damaged is listed with an empty hash.
   std::vector<AgentInfo> list_cached_agents() const;
 
-  /// Removes the agent file (the commit), its sidecar and segments that no agent names any more. kNotFound; kBusy when awake elsewhere.
+  /// Removes the agent file (the commit), its sidecar and segments that no agent names any more (those stay for `gc`
+  /// when another process is saving just then, or an agent file is damaged). Takes the agent's lock itself: kBusy when
+  /// anyone has it, the caller included. kNotFound.
   void delete_agent_cache(const std::string& agent_id);
 
   DiskUsage get_cache_disk_usage() const;
@@ -130,15 +136,19 @@ class Store {
   std::vector<VerifyReport> verify(const std::optional<std::string>& agent_id = std::nullopt) const;
 
   /// Removes temporary files and segments that no agent names. Waits for saves under way, at most 10 s, else kBusy.
+  /// kCorruption naming the agent file that can't be read, and then no segment is removed: which ones it needs is
+  /// not known.
   GcResult gc();
 
   /// One self-contained safetensors file (all layers whole, plus `tokens`) and `path` with .json beside it.
   void export_agent(const std::string& agent_id, const std::filesystem::path& path) const;
-  /// The inverse: a new agent. kInvalidArgument when the id is taken or the file is no export.
+  /// The inverse: a new agent. kInvalidArgument when the id is taken or the file is no export; kCorruption when it is
+  /// damaged.
   SaveResult import_agent(const std::filesystem::path& path, const std::string& agent_id);
 
+  struct Impl;  // src/store/store_impl.h; nothing for embedders
+
  private:
-  struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 

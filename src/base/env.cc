@@ -1,0 +1,298 @@
+#include "base/env.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+template <typename Call>
+auto retry_interrupted(Call call) {
+  auto result = call();
+  while (result == -EINTR) result = call();
+  return result;
+}
+
+const char* advice_for(int error_number) {
+  switch (error_number) {
+    case ENOSPC:
+    case EDQUOT: return "the disk is full; free some space and try again";
+    case EROFS: return "the file system is read-only; choose a store on one that can be written";
+    case EACCES:
+    case EPERM: return "check who owns it and its permissions";
+    case EMFILE:
+    case ENFILE: return "too many files are open; raise the limit (ulimit -n)";
+    case EIO: return "the disk reports an error; check it before trying again";
+    case ENAMETOOLONG: return "choose a shorter path";
+    case ENOTDIR:
+    case EISDIR: return "something else is in the way there; move it aside";
+    default: return "check the disk and try again";
+  }
+}
+
+}  // namespace
+
+void throw_io_error(std::string_view what, const std::filesystem::path& path, int error_number) {
+  throw Error(ErrorCode::kIo, "Could not " + std::string(what) + " '" + path.string() +
+                                  "' (" + std::generic_category().message(error_number) + "): " +
+                                  advice_for(error_number) + ".");
+}
+
+// ---- File
+
+File::File(File&& other) noexcept : env_(other.env_), fd_(other.fd_), path_(std::move(other.path_)) { other.fd_ = -1; }
+
+File& File::operator=(File&& other) noexcept {
+  release();
+  env_ = other.env_;
+  fd_ = std::exchange(other.fd_, -1);
+  path_ = std::move(other.path_);
+  return *this;
+}
+
+File::~File() { release(); }
+
+void File::release() noexcept {
+  if (fd_ >= 0) env_->raw_close(std::exchange(fd_, -1));
+}
+
+void File::close() {
+  // The descriptor is gone even when close is interrupted, so there is no retry.
+  const int result = env_->raw_close(std::exchange(fd_, -1));
+  if (result < 0 && result != -EINTR) throw_io_error("finish writing", path_, -result);
+}
+
+FileStat File::stat() const {
+  FileStat stat;
+  const int result = retry_interrupted([&] { return env_->raw_stat_fd(fd_, stat); });
+  if (result < 0) throw_io_error("inspect", path_, -result);
+  return stat;
+}
+
+void File::read_at(std::span<std::byte> out, uint64_t offset) const {
+  while (!out.empty()) {
+    const int64_t got = retry_interrupted([&] { return env_->raw_read(fd_, out.data(), out.size(), offset); });
+    if (got < 0) throw_io_error("read", path_, int(-got));
+    if (got == 0) {
+      throw Error(ErrorCode::kCorruption, "'" + path_.string() + "' ends at byte " + std::to_string(offset) + ", " +
+                                              std::to_string(out.size()) +
+                                              " bytes early: it was cut short; restore it from a copy.");
+    }
+    out = out.subspan(size_t(got));
+    offset += uint64_t(got);
+  }
+}
+
+void File::write_all(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const int64_t put = retry_interrupted([&] { return env_->raw_write(fd_, bytes.data(), bytes.size()); });
+    if (put < 0) throw_io_error("write", path_, int(-put));
+    // POSIX lets a write accept nothing without saying why only for zero bytes; taken as a full disk, not retried forever.
+    if (put == 0) throw_io_error("write", path_, ENOSPC);
+    bytes = bytes.subspan(size_t(put));
+  }
+}
+
+void File::sync() const {
+  const int result = retry_interrupted([&] { return env_->raw_sync(fd_); });
+  if (result < 0) throw_io_error("flush to disk", path_, -result);
+}
+
+// ---- Env
+
+File Env::open(const std::filesystem::path& path, OpenMode mode) {
+  const int fd = retry_interrupted([&] { return raw_open(path.c_str(), mode); });
+  if (fd == -ENOENT && mode == OpenMode::kRead) {
+    throw Error(ErrorCode::kNotFound, "There is no file '" + path.string() + "'.");
+  }
+  if (fd < 0) throw_io_error(mode == OpenMode::kRead ? "open" : "create", path, -fd);
+  return File(*this, fd, path);
+}
+
+std::optional<FileStat> Env::stat(const std::filesystem::path& path) {
+  FileStat stat;
+  const int result = retry_interrupted([&] { return raw_stat(path.c_str(), stat); });
+  if (result == -ENOENT || result == -ENOTDIR) return std::nullopt;
+  if (result < 0) throw_io_error("inspect", path, -result);
+  return stat;
+}
+
+void Env::rename(const std::filesystem::path& from, const std::filesystem::path& to) {
+  const int result = retry_interrupted([&] { return raw_rename(from.c_str(), to.c_str()); });
+  if (result < 0) throw_io_error("put in place", to, -result);
+}
+
+bool Env::remove(const std::filesystem::path& path) {
+  const int result = retry_interrupted([&] { return raw_remove(path.c_str()); });
+  if (result == -ENOENT) return false;
+  if (result < 0) throw_io_error("remove", path, -result);
+  return true;
+}
+
+bool Env::make_directory(const std::filesystem::path& path) {
+  const int result = retry_interrupted([&] { return raw_make_directory(path.c_str()); });
+  if (result == -EEXIST) return false;
+  if (result < 0) throw_io_error("create the directory", path, -result);
+  return true;
+}
+
+void Env::sync_directory(const std::filesystem::path& path) {
+  const int result = retry_interrupted([&] { return raw_sync_directory(path.c_str()); });
+  if (result < 0) throw_io_error("flush to disk", path, -result);
+}
+
+std::vector<std::string> Env::list(const std::filesystem::path& path) {
+  std::vector<std::string> names;
+  const int result = retry_interrupted([&] {
+    names.clear();
+    return raw_list(path.c_str(), names);
+  });
+  if (result == -ENOENT) return {};
+  if (result < 0) throw_io_error("list", path, -result);
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+std::string Env::read_file(const std::filesystem::path& path, uint64_t max_bytes) {
+  const File file = open(path, OpenMode::kRead);
+  const uint64_t size = file.stat().size;
+  if (size > max_bytes) {
+    throw Error(ErrorCode::kResourceExhausted, "'" + path.string() + "' has " + std::to_string(size) +
+                                                   " bytes, more than the " + std::to_string(max_bytes) +
+                                                   " that are read at once.");
+  }
+  std::string text(size_t(size), '\0');
+  file.read_at(std::as_writable_bytes(std::span(text.data(), text.size())), 0);
+  return text;
+}
+
+std::optional<FileLock> Env::lock(const std::filesystem::path& path, LockMode mode, std::chrono::milliseconds timeout) {
+  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  for (;;) {
+    File file = open(path, OpenMode::kLockFile);
+    const int result = retry_interrupted([&] { return raw_lock(file.fd(), mode); });
+    if (result >= 0) {
+      // Whoever held it before may have removed the file: then this lock guards nothing, and we begin again.
+      const auto on_disk = stat(path);
+      if (on_disk && on_disk->inode == file.stat().inode) return FileLock(std::move(file));
+      continue;
+    }
+    if (result != -EWOULDBLOCK && result != -EAGAIN) throw_io_error("lock", path, -result);
+    if (std::chrono::steady_clock::now() >= deadline) return std::nullopt;
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+}
+
+std::chrono::system_clock::time_point Env::now() { return std::chrono::system_clock::now(); }
+
+// ---- The operating system
+
+namespace {
+
+int or_errno(int result) { return result < 0 ? -errno : result; }
+
+FileStat convert(const struct stat& from) {
+#ifdef __APPLE__
+  const timespec& time = from.st_mtimespec;
+#else
+  const timespec& time = from.st_mtim;
+#endif
+  return {.size = uint64_t(from.st_size),
+          .mtime_ns = int64_t(time.tv_sec) * 1'000'000'000 + time.tv_nsec,
+          .inode = uint64_t(from.st_ino),
+          .is_directory = S_ISDIR(from.st_mode)};
+}
+
+int sync_descriptor(int fd) {
+#ifdef F_FULLFSYNC
+  // On macOS fsync leaves the bytes in the drive's cache. Not every file system knows the stronger call.
+  if (::fcntl(fd, F_FULLFSYNC) == 0) return 0;
+#endif
+  return or_errno(::fsync(fd));
+}
+
+class PosixEnv final : public Env {
+ public:
+  int raw_open(const char* path, OpenMode mode) override {
+    switch (mode) {
+      case OpenMode::kRead: return or_errno(::open(path, O_RDONLY | O_CLOEXEC));
+      case OpenMode::kCreateNew: return or_errno(::open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+      case OpenMode::kLockFile: return or_errno(::open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+    }
+    return -EINVAL;
+  }
+  int raw_close(int fd) override { return or_errno(::close(fd)); }
+  int64_t raw_read(int fd, void* bytes, size_t size, uint64_t offset) override {
+    const ssize_t got = ::pread(fd, bytes, std::min(size, kMaxTransfer), off_t(offset));
+    return got < 0 ? -errno : got;
+  }
+  int64_t raw_write(int fd, const void* bytes, size_t size) override {
+    const ssize_t put = ::write(fd, bytes, std::min(size, kMaxTransfer));
+    return put < 0 ? -errno : put;
+  }
+  int raw_sync(int fd) override { return sync_descriptor(fd); }
+  int raw_stat_fd(int fd, FileStat& out) override {
+    struct stat stat;
+    if (::fstat(fd, &stat) < 0) return -errno;
+    out = convert(stat);
+    return 0;
+  }
+  int raw_stat(const char* path, FileStat& out) override {
+    struct stat stat;
+    if (::stat(path, &stat) < 0) return -errno;
+    out = convert(stat);
+    return 0;
+  }
+  int raw_rename(const char* from, const char* to) override { return or_errno(::rename(from, to)); }
+  int raw_remove(const char* path) override { return or_errno(::unlink(path)); }
+  int raw_make_directory(const char* path) override { return or_errno(::mkdir(path, 0700)); }
+  int raw_sync_directory(const char* path) override {
+    const int fd = ::open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return -errno;
+    int result = sync_descriptor(fd);
+    // Some network file systems do not sync directories; there the rename is as durable as it gets.
+    if (result == -EINVAL || result == -ENOTSUP) result = 0;
+    ::close(fd);
+    return result;
+  }
+  int raw_list(const char* path, std::vector<std::string>& names) override {
+    DIR* directory = ::opendir(path);
+    if (directory == nullptr) return -errno;
+    errno = 0;
+    while (const dirent* entry = ::readdir(directory)) {
+      const std::string_view name = entry->d_name;
+      if (name != "." && name != "..") names.emplace_back(name);
+      errno = 0;
+    }
+    const int error_number = errno;
+    ::closedir(directory);
+    return -error_number;
+  }
+  int raw_lock(int fd, LockMode mode) override {
+    return or_errno(::flock(fd, (mode == LockMode::kShared ? LOCK_SH : LOCK_EX) | LOCK_NB));
+  }
+
+ private:
+  // macOS refuses transfers of 2 GiB and more; Linux shortens them.
+  static constexpr size_t kMaxTransfer = size_t(1) << 30;
+};
+
+}  // namespace
+
+Env& Env::posix() {
+  static PosixEnv env;
+  return env;
+}
+
+}  // namespace torpor

@@ -1,0 +1,120 @@
+#pragma once
+/// Everything the store asks of the operating system: files, directories, fsync, locks and the clock.
+///
+/// Two layers. The *raw* operations are virtual, do one system call each, may be interrupted or fall short, and report
+/// -errno; a test replaces them to inject faults. The operations above them are written once, here: they retry EINTR,
+/// finish short reads and writes, and turn errno into an Error that says what failed, on what, and what to do.
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace torpor {
+
+class Env;
+
+struct FileStat {
+  uint64_t size = 0;
+  int64_t mtime_ns = 0;
+  uint64_t inode = 0;
+  bool is_directory = false;
+  bool operator==(const FileStat&) const = default;
+};
+
+enum class OpenMode {
+  kRead,       ///< an existing file
+  kCreateNew,  ///< for writing, 0600; fails when the name exists
+  kLockFile,   ///< read and write, created (0600) when absent
+};
+
+/// An open file, closed by the destructor. Concurrent `read_at` is safe.
+class File {
+ public:
+  File(Env& env, int fd, std::filesystem::path path) : env_(&env), fd_(fd), path_(std::move(path)) {}
+  ~File();
+  File(File&& other) noexcept;
+  File& operator=(File&& other) noexcept;
+
+  const std::filesystem::path& path() const { return path_; }
+  int fd() const { return fd_; }
+  FileStat stat() const;
+  /// Fills `out` from `offset`; kCorruption when the file ends first.
+  void read_at(std::span<std::byte> out, uint64_t offset) const;
+  void write_all(std::span<const std::byte> bytes);
+  void sync() const;
+  /// Reports what close reports (some file systems refuse a write only here). The destructor does not.
+  void close();
+  /// Closes early what was only read.
+  void release() noexcept;
+
+ private:
+  Env* env_;
+  int fd_;
+  std::filesystem::path path_;
+};
+
+/// A held lock; released by the destructor, and by the kernel when the process ends.
+class FileLock {
+ public:
+  explicit FileLock(File file) : file_(std::move(file)) {}
+  const std::filesystem::path& path() const { return file_.path(); }
+
+ private:
+  File file_;
+};
+
+enum class LockMode { kShared, kExclusive };
+
+class Env {
+ public:
+  virtual ~Env() = default;
+  /// The operating system.
+  static Env& posix();
+
+  // What the store uses. All but `stat`, `exists` and `lock` throw kIo (kNotFound for a missing file to read).
+  File open(const std::filesystem::path& path, OpenMode mode);
+  /// nullopt when there is no such file.
+  std::optional<FileStat> stat(const std::filesystem::path& path);
+  bool exists(const std::filesystem::path& path) { return stat(path).has_value(); }
+  void rename(const std::filesystem::path& from, const std::filesystem::path& to);
+  /// False when there was nothing to remove.
+  bool remove(const std::filesystem::path& path);
+  /// Makes one directory (0700); false when it exists.
+  bool make_directory(const std::filesystem::path& path);
+  void sync_directory(const std::filesystem::path& path);
+  /// Names in a directory, sorted; empty when there is no such directory.
+  std::vector<std::string> list(const std::filesystem::path& path);
+  /// Whole file; kResourceExhausted when it is larger than `max_bytes`.
+  std::string read_file(const std::filesystem::path& path, uint64_t max_bytes);
+  /// Locks the file (made when absent). nullopt when it can't be had within `timeout`; zero = one attempt.
+  std::optional<FileLock> lock(const std::filesystem::path& path, LockMode mode, std::chrono::milliseconds timeout);
+  virtual std::chrono::system_clock::time_point now();
+
+  // The raw layer: one system call each, >= 0 or -errno.
+  virtual int raw_open(const char* path, OpenMode mode) = 0;
+  virtual int raw_close(int fd) = 0;
+  virtual int64_t raw_read(int fd, void* bytes, size_t size, uint64_t offset) = 0;
+  virtual int64_t raw_write(int fd, const void* bytes, size_t size) = 0;
+  virtual int raw_sync(int fd) = 0;
+  virtual int raw_stat_fd(int fd, FileStat& out) = 0;
+  virtual int raw_stat(const char* path, FileStat& out) = 0;
+  virtual int raw_rename(const char* from, const char* to) = 0;
+  virtual int raw_remove(const char* path) = 0;
+  virtual int raw_make_directory(const char* path) = 0;
+  virtual int raw_sync_directory(const char* path) = 0;
+  virtual int raw_list(const char* path, std::vector<std::string>& names) = 0;
+  /// Without waiting; -EWOULDBLOCK when another holds it.
+  virtual int raw_lock(int fd, LockMode mode) = 0;
+};
+
+/// Throws kIo with a sentence for people: what failed, on what, and what to do.
+[[noreturn]] void throw_io_error(std::string_view what, const std::filesystem::path& path, int error_number);
+
+}  // namespace torpor

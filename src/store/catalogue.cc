@@ -1,0 +1,118 @@
+#include "store/store_impl.h"
+
+namespace torpor {
+
+namespace {
+
+constexpr std::string_view kExtension = ".safetensors";
+constexpr uint64_t kMaxSidecar = 64 << 20;
+
+}  // namespace
+
+std::vector<std::string> Store::Impl::agent_ids() {
+  std::vector<std::string> ids;
+  for (const auto& name : env.list(root)) {
+    if (!name.ends_with(kExtension)) continue;
+    std::string id = name.substr(0, name.size() - kExtension.size());
+    if (is_agent_id(id)) ids.push_back(std::move(id));
+  }
+  return ids;
+}
+
+AgentInfo Store::Impl::info(const std::string& id) {
+  AgentInfo info = open_agent(id).agent.info;
+  for (const auto& name : info.segments) {
+    if (const auto stat = env.stat(segment_path(name))) info.bytes += int64_t(stat->size);
+  }
+  return info;
+}
+
+std::vector<AgentInfo> Store::Impl::list(bool rebuild_sidecars) {
+  std::vector<AgentInfo> agents;
+  for (const auto& id : agent_ids()) {
+    const auto stat = env.stat(agent_path(id));
+    if (!stat || stat->is_directory) continue;  // deleted meanwhile, or not ours
+    std::optional<AgentInfo> found;
+    try {
+      found = decode_sidecar(env.read_file(sidecar_path(id), kMaxSidecar), *stat);
+    } catch (const Error&) {
+      // None, or unreadable: as good as stale.
+    }
+    if (found && found->agent_id == id) {
+      agents.push_back(std::move(*found));
+      continue;
+    }
+    try {
+      AgentInfo rebuilt = info(id);
+      // Written only when no save came between: the pair must speak of one state.
+      if (rebuild_sidecars && env.stat(agent_path(id)) == stat) write_sidecar(rebuilt, *stat);
+      agents.push_back(std::move(rebuilt));
+    } catch (const Error& error) {
+      if (error.code() == ErrorCode::kNotFound) continue;
+      AgentInfo damaged;
+      damaged.agent_id = id;
+      damaged.bytes = damaged.tail_bytes = int64_t(stat->size);
+      agents.push_back(std::move(damaged));
+    }
+  }
+  return agents;
+}
+
+std::vector<Store::Impl::StoredSegment> Store::Impl::stored_segments() {
+  std::vector<StoredSegment> segments;
+  for (const auto& directory : env.list(segments_path())) {
+    const auto path = segments_path() / directory;
+    if (const auto stat = env.stat(path); !stat || !stat->is_directory) continue;
+    for (const auto& name : env.list(path)) {
+      if (!name.ends_with(kExtension)) continue;
+      const std::string stem = name.substr(0, name.size() - kExtension.size());
+      if (!is_hex_digest(stem) || !stem.starts_with(directory)) continue;
+      if (const auto stat = env.stat(path / name)) segments.push_back({stem, stat->size});
+    }
+  }
+  return segments;
+}
+
+std::vector<std::filesystem::path> Store::Impl::temporary_files() {
+  std::vector<std::filesystem::path> found;
+  auto look_in = [&](const std::filesystem::path& directory) {
+    for (const auto& name : env.list(directory)) {
+      if (name.starts_with(kTemporaryPrefix)) found.push_back(directory / name);
+    }
+  };
+  look_in(root);
+  for (const auto& directory : env.list(segments_path())) {
+    const auto path = segments_path() / directory;
+    if (const auto stat = env.stat(path); stat && stat->is_directory) look_in(path);
+  }
+  return found;
+}
+
+DiskUsage Store::Impl::usage() {
+  DiskUsage usage;
+  std::unordered_set<std::string> live;
+  bool all_readable = true;
+  for (const auto& agent : list(false)) {
+    ++usage.agents;
+    usage.agent_bytes += agent.tail_bytes;
+    if (const auto stat = env.stat(sidecar_path(agent.agent_id))) usage.agent_bytes += int64_t(stat->size);
+    live.insert(agent.segments.begin(), agent.segments.end());
+    all_readable = all_readable && !agent.hash.empty();
+  }
+  for (const auto& segment : stored_segments()) {
+    ++usage.segments;
+    usage.segment_bytes += int64_t(segment.size);
+    // gc frees nothing while an agent file is damaged: which segments that one needs is not known.
+    if (all_readable && !live.contains(segment.name)) {
+      ++usage.orphan_segments;
+      usage.orphan_bytes += int64_t(segment.size);
+    }
+  }
+  usage.total_bytes = usage.agent_bytes + usage.segment_bytes;
+  for (const auto& path : temporary_files()) {
+    if (const auto stat = env.stat(path)) usage.total_bytes += int64_t(stat->size);
+  }
+  return usage;
+}
+
+}  // namespace torpor

@@ -1,0 +1,73 @@
+#include "store/sidecar.h"
+
+#include <nlohmann/json.hpp>
+
+#include "base/hash.h"
+#include "store/agent_file.h"
+
+namespace torpor {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr std::string_view kPrefix = "{\n  \"sidecar_checksum\": \"";
+const std::string kZeros(32, '0');
+
+}  // namespace
+
+std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
+  Json identity = Json::object(), user = Json::object();
+  for (const auto& [name, value] : info.identity.fields()) identity[name] = value;
+  for (const auto& [name, value] : info.user) user[name] = value;
+  const Json json = {{"sidecar_checksum", kZeros},
+                     {"agent_id", info.agent_id},
+                     {"model", info.model},
+                     {"hash", info.hash},
+                     {"cache_size", info.cache_size},
+                     {"created_at", info.created_at},
+                     {"updated_at", info.updated_at},
+                     {"identity", identity},
+                     {"user", user},
+                     {"bytes", info.bytes},
+                     {"tail_bytes", info.tail_bytes},
+                     {"segment_count", info.segments.size()},
+                     {"segments", info.segments},
+                     {"agent_file", {{"size", agent_file.size}, {"mtime_ns", agent_file.mtime_ns}, {"inode", agent_file.inode}}}};
+  // The texts come from a file or call that has been checked for UTF-8; `replace` keeps this from ever throwing.
+  std::string text = json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+  return text.replace(kPrefix.size(), kZeros.size(), hash_hex(text));
+}
+
+std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat& agent_file) {
+  if (!text.starts_with(kPrefix) || text.size() < kPrefix.size() + kZeros.size()) return std::nullopt;
+  std::string zeroed = text;
+  zeroed.replace(kPrefix.size(), kZeros.size(), kZeros);
+  if (text.compare(kPrefix.size(), kZeros.size(), hash_hex(zeroed)) != 0) return std::nullopt;
+  try {
+    const Json json = Json::parse(text);
+    const Json& file = json.at("agent_file");
+    if (file.at("size").get<uint64_t>() != agent_file.size || file.at("mtime_ns").get<int64_t>() != agent_file.mtime_ns ||
+        file.at("inode").get<uint64_t>() != agent_file.inode) {
+      return std::nullopt;
+    }
+    AgentInfo info;
+    info.agent_id = json.at("agent_id").get<std::string>();
+    info.model = json.at("model").get<std::string>();
+    info.hash = json.at("hash").get<std::string>();
+    info.cache_size = json.at("cache_size").get<int64_t>();
+    info.created_at = json.at("created_at").get<std::string>();
+    info.updated_at = json.at("updated_at").get<std::string>();
+    info.bytes = json.at("bytes").get<int64_t>();
+    info.tail_bytes = json.at("tail_bytes").get<int64_t>();
+    info.segments = json.at("segments").get<std::vector<std::string>>();
+    std::vector<std::pair<std::string, std::string>> identity;
+    for (const auto& [name, value] : json.at("identity").items()) identity.emplace_back(name, value.get<std::string>());
+    info.identity = Identity::from_fields(identity);
+    for (const auto& [name, value] : json.at("user").items()) info.user.emplace_back(name, value.get<std::string>());
+    return info;
+  } catch (const std::exception&) {
+    return std::nullopt;  // a sidecar of another version: rebuilt
+  }
+}
+
+}  // namespace torpor

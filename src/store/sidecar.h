@@ -1,0 +1,18 @@
+#pragma once
+/// The sidecar: an agent's metadata as JSON for people and for `ls`. Derived from the agent file and never trusted over
+/// it: it carries a checksum of itself (edits show) and the agent file's size, time and inode (staleness shows).
+
+#include <optional>
+#include <string>
+
+#include "base/env.h"
+#include "torpor/store.h"
+
+namespace torpor {
+
+std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file);
+
+/// nullopt when the text was edited, damaged, or speaks of another state of the agent file.
+std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat& agent_file);
+
+}  // namespace torpor

@@ -1,0 +1,215 @@
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <random>
+#include <thread>
+
+#include "store/store_impl.h"
+
+namespace torpor {
+namespace {
+
+class HeldAgentLock final : public AgentLock {
+ public:
+  explicit HeldAgentLock(FileLock lock) : lock_(std::move(lock)) {}
+
+ private:
+  FileLock lock_;
+};
+
+/// Parents first; each new entry is flushed, so that a store that was told to be durable does not vanish whole.
+void make_directories(Env& env, const std::filesystem::path& path) {
+  if (path.empty() || env.exists(path)) return;
+  make_directories(env, path.parent_path());
+  if (env.make_directory(path) && path.has_parent_path()) env.sync_directory(path.parent_path());
+}
+
+}  // namespace
+
+std::filesystem::path default_store_root() {
+  if (const char* root = std::getenv("TORPOR_STORE"); root != nullptr && *root != '\0') return root;
+  if (const char* home = std::getenv("HOME"); home != nullptr && *home != '\0') {
+    return std::filesystem::path(home) / ".agent_caches";
+  }
+  throw Error(ErrorCode::kInvalidArgument, "There is no home directory for the store; set TORPOR_STORE or --store.");
+}
+
+void check_agent_id(const std::string& id) {
+  if (is_agent_id(id)) return;
+  std::string shown;
+  for (char c : id.substr(0, 140)) shown += c >= ' ' && c <= '~' ? c : '?';
+  throw Error(ErrorCode::kInvalidArgument,
+              "'" + shown + "' can't be an agent id: use 1 to 128 letters, digits, '.', '_' or '-', and begin with none "
+              "of '.' and '-'.");
+}
+
+void parallel_for(size_t count, size_t max_threads, const std::function<void(size_t)>& fn) {
+  std::atomic<size_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr first_error;
+  auto work = [&] {
+    for (size_t i; (i = next.fetch_add(1)) < count;) {
+      try {
+        fn(i);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        if (!first_error) first_error = std::current_exception();
+        next.store(count);
+      }
+    }
+  };
+  {
+    std::vector<std::jthread> threads;
+    for (size_t i = 1; i < std::min(count, max_threads); ++i) {
+      try {
+        threads.emplace_back(work);
+      } catch (const std::system_error&) {
+        break;  // no more threads to be had: the ones there are do the work
+      }
+    }
+    work();
+  }
+  if (first_error) std::rethrow_exception(first_error);
+}
+
+size_t reader_threads() { return std::clamp<size_t>(std::thread::hardware_concurrency(), 1, 8); }
+
+// ---- Store::Impl
+
+Store::Impl::Impl(std::filesystem::path root_path, Env& environment) : root(std::move(root_path)), env(environment) {
+  if (root.empty()) throw Error(ErrorCode::kInvalidArgument, "The store's directory has no name.");
+  if (const auto stat = env.stat(root); stat && !stat->is_directory) {
+    throw Error(ErrorCode::kIo, "'" + root.string() + "' is not a directory; choose another store.");
+  }
+  make_directories(env, root);
+  // Process ids repeat (in containers they do at once), and a crash leaves its temporary files behind.
+  std::random_device random;
+  temporary_prefix_ = kTemporaryPrefix + std::to_string((uint64_t(random()) << 32) | random()) + "-";
+}
+
+std::filesystem::path Store::Impl::lock_path(const std::string& id) {
+  const auto directory = root / ".locks";
+  if (!env.exists(directory)) env.make_directory(directory);
+  return directory / (id + ".lock");
+}
+
+FileLock Store::Impl::lock_store(LockMode mode) {
+  // No agent id begins with '.', so this name is free.
+  auto lock = env.lock(lock_path(".store"), mode, std::chrono::seconds(10));
+  if (!lock) {
+    throw Error(ErrorCode::kBusy, "The store '" + root.string() + "' is in use by another process; try again later.");
+  }
+  return std::move(*lock);
+}
+
+FileLock Store::Impl::lock_agent(const std::string& id) {
+  check_agent_id(id);
+  auto lock = env.lock(lock_path(id), LockMode::kExclusive, std::chrono::milliseconds(0));
+  if (!lock) {
+    throw Error(ErrorCode::kBusy, "The agent '" + id + "' is awake elsewhere; let it go to sleep there first.");
+  }
+  return std::move(*lock);
+}
+
+FileStat Store::Impl::write_file(const std::filesystem::path& path,
+                                 const std::vector<std::span<const std::byte>>& pieces, bool sync) {
+  const auto temporary = path.parent_path() / (temporary_prefix_ + std::to_string(next_temporary_++));
+  try {
+    File file = env.open(temporary, OpenMode::kCreateNew);
+    for (const auto& piece : pieces) file.write_all(piece);
+    if (sync) file.sync();
+    const FileStat stat = file.stat();
+    file.close();
+    env.rename(temporary, path);
+    return stat;
+  } catch (...) {
+    try {
+      env.remove(temporary);
+    } catch (const Error&) {
+      // gc finds it; the first error is the one to report.
+    }
+    throw;
+  }
+}
+
+OpenedAgent Store::Impl::open_agent(const std::string& id) {
+  check_agent_id(id);
+  const auto path = agent_path(id);
+  if (!env.exists(path)) {
+    throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root.string() + "'.");
+  }
+  File handle = env.open(path, OpenMode::kRead);
+  const FileStat stat = handle.stat();
+  AgentFile agent = parse_agent_file(read_header_bytes(handle, stat.size), stat.size, path.string());
+  if (agent.info.agent_id != id) {
+    throw Error(ErrorCode::kCorruption, "'" + path.string() + "' holds the agent '" + agent.info.agent_id +
+                                            "': the file was renamed; give it its old name back.");
+  }
+  return {std::move(handle), stat, std::move(agent)};
+}
+
+int64_t Store::Impl::write_sidecar(const AgentInfo& info, const FileStat& agent_file) noexcept {
+  try {
+    const std::string text = encode_sidecar(info, agent_file);
+    // Never fsynced: half of one is found by its checksum and rebuilt.
+    write_file(sidecar_path(info.agent_id), {as_bytes_of(text)}, false);
+    return int64_t(text.size());
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
+void Store::Impl::remember(const std::string& name, KnownSegment segment) {
+  constexpr size_t kMaxKnown = 1 << 16;
+  const std::lock_guard lock(known_mutex);
+  if (known.size() >= kMaxKnown) known.clear();  // costs one reading of what is saved next
+  known[name] = std::move(segment);
+}
+
+std::optional<Store::Impl::KnownSegment> Store::Impl::recall(const std::string& name) {
+  const std::lock_guard lock(known_mutex);
+  const auto found = known.find(name);
+  if (found == known.end()) return std::nullopt;
+  return found->second;
+}
+
+// ---- Store
+
+Store::Store(std::filesystem::path root, Env* env)
+    : impl_(std::make_unique<Impl>(std::move(root), env != nullptr ? *env : Env::posix())) {}
+Store::~Store() = default;
+const std::filesystem::path& Store::root() const { return impl_->root; }
+
+std::unique_ptr<AgentLock> Store::lock_agent(const std::string& agent_id) {
+  return std::make_unique<HeldAgentLock>(impl_->lock_agent(agent_id));
+}
+SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
+                                   const std::vector<std::pair<std::string, std::string>>& user, Durability durability) {
+  return impl_->save(agent_id, snapshot, model, user, durability);
+}
+LoadedAgent Store::load_agent_cache(const std::string& agent_id, const LoadOptions& options) const {
+  return impl_->load(agent_id, options);
+}
+AgentInfo Store::agent_info(const std::string& agent_id) const { return impl_->info(agent_id); }
+bool Store::contains(const std::string& agent_id) const {
+  return is_agent_id(agent_id) && impl_->env.exists(impl_->agent_path(agent_id));
+}
+std::vector<AgentInfo> Store::list_cached_agents() const { return impl_->list(true); }
+void Store::delete_agent_cache(const std::string& agent_id) { impl_->remove_agent(agent_id); }
+DiskUsage Store::get_cache_disk_usage() const { return impl_->usage(); }
+std::vector<VerifyReport> Store::verify(const std::optional<std::string>& agent_id) const {
+  std::unordered_map<std::string, std::string> checked_rows;
+  if (agent_id) return {impl_->verify(*agent_id, checked_rows)};
+  std::vector<VerifyReport> reports;
+  for (const auto& id : impl_->agent_ids()) reports.push_back(impl_->verify(id, checked_rows));
+  return reports;
+}
+GcResult Store::gc() { return impl_->gc(); }
+void Store::export_agent(const std::string& agent_id, const std::filesystem::path& path) const {
+  impl_->export_agent(agent_id, path);
+}
+SaveResult Store::import_agent(const std::filesystem::path& path, const std::string& agent_id) {
+  return impl_->import_agent(path, agent_id);
+}
+
+}  // namespace torpor

@@ -1,0 +1,107 @@
+#pragma once
+/// What the parts of the store share. save.cc, load.cc, catalogue.cc, maintenance.cc and exchange.cc each hold one side of it.
+
+#include <atomic>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "base/env.h"
+#include "store/agent_file.h"
+#include "store/segment.h"
+#include "store/sidecar.h"
+#include "torpor/error.h"
+#include "torpor/store.h"
+
+namespace torpor {
+
+struct OpenedAgent {
+  File handle;
+  FileStat stat;
+  AgentFile agent;
+};
+
+struct Store::Impl {
+  Impl(std::filesystem::path root_path, Env& environment);
+
+  std::filesystem::path root;
+  Env& env;
+
+  // ---- names
+  std::filesystem::path agent_path(const std::string& id) const { return root / (id + ".safetensors"); }
+  std::filesystem::path sidecar_path(const std::string& id) const { return root / (id + ".json"); }
+  std::filesystem::path segments_path() const { return root / "segments"; }
+  std::filesystem::path segment_directory(const std::string& name) const { return segments_path() / name.substr(0, 2); }
+  std::filesystem::path segment_path(const std::string& name) const {
+    return segment_directory(name) / (name + ".safetensors");
+  }
+  std::filesystem::path lock_path(const std::string& id);
+
+  // ---- locks
+  /// kBusy after 10 s.
+  FileLock lock_store(LockMode mode);
+  FileLock lock_agent(const std::string& id);
+
+  // ---- files
+  /// Writes `pieces` to a temporary file beside `path` and renames it into place. On an error nothing is left behind.
+  FileStat write_file(const std::filesystem::path& path, const std::vector<std::span<const std::byte>>& pieces, bool sync);
+  /// Header of the agent file, checked. kNotFound says which agent.
+  OpenedAgent open_agent(const std::string& id);
+  /// Best effort: a read-only or full store still lists.
+  int64_t write_sidecar(const AgentInfo& info, const FileStat& agent_file) noexcept;
+
+  // ---- the work
+  SaveResult save(const std::string& id, const KvSnapshot& snapshot, const std::string& model,
+                  const std::vector<std::pair<std::string, std::string>>& user, Durability durability);
+  LoadedAgent load(const std::string& id, const LoadOptions& options);
+  std::vector<std::string> agent_ids();
+  AgentInfo info(const std::string& id);
+  std::vector<AgentInfo> list(bool rebuild_sidecars);
+  struct StoredSegment {
+    std::string name;
+    uint64_t size;
+  };
+  std::vector<StoredSegment> stored_segments();
+  std::vector<std::filesystem::path> temporary_files();
+  /// Names of segments that some agent needs, read from the agent files themselves. kCorruption when one can't be read.
+  std::unordered_set<std::string> live_segments();
+  void remove_agent(const std::string& id);
+  GcResult gc();
+  VerifyReport verify(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows);
+  DiskUsage usage();
+  void export_agent(const std::string& id, const std::filesystem::path& path);
+  SaveResult import_agent(const std::filesystem::path& path, const std::string& id);
+
+  // ---- segments this process has written or read whole, so that the next save need not read or hash them again
+  struct KnownSegment {
+    FileStat stat;         ///< when it was checked; another one now = check again
+    std::string content;   ///< content_digest
+    std::weak_ptr<const void> owner;
+    const std::byte* bytes = nullptr;
+    bool durable = false;  ///< fsynced by us
+  };
+  std::mutex known_mutex;
+  std::unordered_map<std::string, KnownSegment> known;
+  void remember(const std::string& name, KnownSegment segment);
+  std::optional<KnownSegment> recall(const std::string& name);
+
+ private:
+  std::atomic<uint64_t> next_temporary_{0};
+  std::string temporary_prefix_;
+};
+
+inline constexpr const char* kTemporaryPrefix = ".tmp-";
+
+/// fn(0) ... fn(count - 1) on up to `max_threads` threads, this one included. Rethrows the first exception, after all
+/// threads have ended; once there is one no further index is begun.
+void parallel_for(size_t count, size_t max_threads, const std::function<void(size_t)>& fn);
+size_t reader_threads();
+
+
+inline std::span<const std::byte> as_bytes_of(const std::string& text) {
+  return std::as_bytes(std::span(text.data(), text.size()));
+}
+
+}  // namespace torpor

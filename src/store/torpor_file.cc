@@ -1,0 +1,305 @@
+#include "store/torpor_file.h"
+
+#include <algorithm>
+#include <bit>
+#include <charconv>
+#include <optional>
+
+#include "base/hash.h"
+#include "torpor/error.h"
+
+namespace torpor {
+
+static_assert(std::endian::native == std::endian::little, "store files are little-endian");
+
+namespace {
+
+// The checksum stands first, so that where its digits are does not depend on anything that could be damaged.
+constexpr std::string_view kPrefix = "{\"__metadata__\":{\"checksum\":\"";
+constexpr size_t kDigestLength = 32;
+constexpr size_t kChecksumAt = 8 + kPrefix.size();
+
+// Read and hashed in pieces that stay in the second-level cache between the two.
+constexpr size_t kChunk = 512 * 1024;
+
+constexpr int kMaxHeads = 1 << 16;
+constexpr int kMaxDim = 1 << 20;
+constexpr size_t kMaxTensors = 1 << 14;
+
+[[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
+  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".");
+}
+
+std::string header_checksum(std::span<const std::byte> header) {
+  static constexpr std::string_view kZeros = "00000000000000000000000000000000";
+  Hasher hasher;
+  hasher.update(header.first(kChecksumAt));
+  hasher.update(std::as_bytes(std::span(kZeros.data(), kZeros.size())));
+  hasher.update(header.subspan(kChecksumAt + kDigestLength));
+  return hasher.hex();
+}
+
+std::string check_header_checksum(std::span<const std::byte> header, const std::string& file_name) {
+  const std::string_view text(reinterpret_cast<const char*>(header.data()), header.size());
+  if (text.size() < kChecksumAt + kDigestLength || text.substr(8, kPrefix.size()) != kPrefix) {
+    corrupt(file_name, "it has no Torpor checksum in its place");
+  }
+  const std::string stored(text.substr(kChecksumAt, kDigestLength));
+  if (stored != header_checksum(header)) {
+    corrupt(file_name, "its header does not match its checksum; restore the file from a copy, or delete the agent");
+  }
+  return stored;
+}
+
+std::string encode_layout(const KvLayout& layout) {
+  std::string text;
+  for (const auto& spec : layout.tensors) {
+    if (!text.empty()) text += ',';
+    text += spec.name + ":" + kv_dtype_name(spec.dtype) + ":" + std::to_string(spec.n_kv_heads) + ":" +
+            std::to_string(spec.dim) + ":" + std::to_string(spec.window);
+  }
+  return text;
+}
+
+bool parse_int(std::string_view text, int& out) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), out);
+  return error == std::errc() && end == text.data() + text.size();
+}
+
+std::optional<KvLayout> decode_layout(std::string_view text) {
+  KvLayout layout;
+  for (const std::string& part : split(text)) {
+    std::vector<std::string_view> fields;
+    for (std::string_view rest = part;;) {
+      const size_t colon = rest.find(':');
+      fields.push_back(rest.substr(0, colon));
+      if (colon == std::string_view::npos) break;
+      rest.remove_prefix(colon + 1);
+    }
+    KvTensorSpec spec;
+    if (fields.size() != 5) return std::nullopt;
+    spec.name = fields[0];
+    const auto dtype = parse_kv_dtype(fields[1]);
+    if (!dtype || !parse_int(fields[2], spec.n_kv_heads) || !parse_int(fields[3], spec.dim) ||
+        !parse_int(fields[4], spec.window)) {
+      return std::nullopt;
+    }
+    spec.dtype = *dtype;
+    layout.tensors.push_back(std::move(spec));
+  }
+  try {
+    check_layout(layout);
+  } catch (const Error&) {
+    return std::nullopt;
+  }
+  return layout;
+}
+
+/// The tensors are exactly those the layout promises, in its order, then `tokens`.
+void check_tensors(TorporFile& file, const std::string& file_name) {
+  auto& tensors = file.header.tensors;
+  // An empty tensor sorts before the one it stands in front of; `tokens` belongs last, whatever its size.
+  const auto tokens = std::find_if(tensors.begin(), tensors.end(), [](const auto& t) { return t.name == "tokens"; });
+  if (tokens == tensors.end()) corrupt(file_name, "it has no tensor 'tokens'");
+  if (tokens + 1 != tensors.end()) corrupt(file_name, "its tensor 'tokens' is not the last");
+  if (tokens->dtype != "I32" || tokens->shape.size() != 1) corrupt(file_name, "its tensor 'tokens' is not a list of I32");
+  file.n_tokens = tokens->shape[0];
+  if (tensors.size() == 1) return;
+  if (tensors.size() != file.layout.tensors.size() + 1) {
+    corrupt(file_name, "it has " + std::to_string(tensors.size() - 1) + " layer tensors, its layout names " +
+                           std::to_string(file.layout.tensors.size()));
+  }
+  for (size_t i = 0; i < file.layout.tensors.size(); ++i) {
+    const auto& spec = file.layout.tensors[i];
+    const auto& tensor = tensors[i];
+    if (tensor.name != spec.name) corrupt(file_name, "tensor '" + tensor.name + "' stands where its layout has '" + spec.name + "'");
+    if (i == 0 && tensor.shape.size() == 4) file.rows = tensor.shape[2];
+    if (tensor.dtype != kv_dtype_name(spec.dtype) ||
+        tensor.shape != std::vector<uint64_t>{1, uint64_t(spec.n_kv_heads), file.rows, uint64_t(spec.dim)}) {
+      corrupt(file_name, "the dtype or shape of tensor '" + tensor.name + "' is not what its layout says");
+    }
+  }
+  if (file.rows == 0) corrupt(file_name, "its layer tensors have no rows");
+}
+
+/// Reads [0, rows_bytes) chunk by chunk; `buffer_for(position, size)` says where the bytes go.
+template <typename BufferFor>
+void read_and_check_rows(const File& file, const TorporFile& parsed, BufferFor buffer_for) {
+  const std::string file_name = file.path().string();
+  const auto& tensors = parsed.header.tensors;
+  Hasher hasher;
+  size_t current = 0;
+  auto finish_tensor = [&] {
+    if (hasher.hex() != parsed.checksums[current]) {
+      corrupt(file_name, "the data of tensor '" + tensors[current].name + "' does not match its checksum");
+    }
+    hasher = Hasher();
+    ++current;
+  };
+  const uint64_t total = parsed.rows_bytes();
+  for (uint64_t position = 0; position < total;) {
+    const size_t size = size_t(std::min<uint64_t>(kChunk, total - position));
+    const std::span<std::byte> chunk = buffer_for(position, size);
+    file.read_at(chunk, parsed.header.data_start + position);
+    for (size_t done = 0; done < size;) {
+      const size_t piece = size_t(std::min<uint64_t>(size - done, tensors[current].end - position - done));
+      hasher.update(chunk.subspan(done, piece));
+      done += piece;
+      if (position + done == tensors[current].end) finish_tensor();
+    }
+    position += size;
+  }
+}
+
+}  // namespace
+
+uint64_t TorporFile::rows_bytes() const { return tokens_tensor().begin; }
+
+const std::string& TorporFile::required(std::string_view key, const std::string& file_name) const {
+  const std::string* value = header.metadata_value(key);
+  if (value == nullptr) corrupt(file_name, "its metadata lacks '" + std::string(key) + "'");
+  return *value;
+}
+
+TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name) {
+  TorporFile file;
+  file.header = parse_safetensors_header(prefix, file_size, file_name);
+  file.checksum = check_header_checksum(prefix.first(size_t(file.header.data_start)), file_name);
+  const std::string& version = file.required("format_version", file_name);
+  if (version != kFormatVersion) {
+    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has format version " + version + ", this Torpor reads " +
+                                              kFormatVersion + "; use a newer one.");
+  }
+  file.kind = file.required("kind", file_name);
+  const auto layout = decode_layout(file.required("layout", file_name));
+  if (!layout) corrupt(file_name, "its layout can't be understood");
+  file.layout = *layout;
+  check_tensors(file, file_name);
+  file.checksums = split(file.required("checksums", file_name));
+  if (file.checksums.size() != file.header.tensors.size() ||
+      !std::all_of(file.checksums.begin(), file.checksums.end(), is_hex_digest)) {
+    corrupt(file_name, "it does not have one checksum for each tensor");
+  }
+  return file;
+}
+
+std::string encode_torpor_header(std::string_view kind, const Metadata& metadata, const KvLayout& layout, uint64_t rows,
+                                 uint64_t n_tokens, const std::vector<std::string>& checksums, std::string* checksum) {
+  Metadata all = {{"checksum", std::string(kDigestLength, '0')},
+                  {"format_version", kFormatVersion},
+                  {"kind", std::string(kind)}};
+  all.insert(all.end(), metadata.begin(), metadata.end());
+  all.emplace_back("layout", encode_layout(layout));
+  all.emplace_back("checksums", join(checksums));
+  std::vector<SafetensorsTensor> tensors;
+  if (rows > 0) {
+    for (const auto& spec : layout.tensors) {
+      tensors.push_back({.name = spec.name,
+                         .dtype = kv_dtype_name(spec.dtype),
+                         .shape = {1, uint64_t(spec.n_kv_heads), rows, uint64_t(spec.dim)}});
+    }
+  }
+  tensors.push_back({.name = "tokens", .dtype = "I32", .shape = {n_tokens}});
+  std::string header = encode_safetensors_header(tensors, all);
+  const std::string digest = header_checksum(std::as_bytes(std::span(header.data(), header.size())));
+  header.replace(kChecksumAt, kDigestLength, digest);
+  if (checksum != nullptr) *checksum = digest;
+  return header;
+}
+
+std::vector<std::byte> read_header_bytes(const File& file, uint64_t file_size) {
+  constexpr uint64_t kFirstRead = 32 * 1024;
+  std::vector<std::byte> bytes(size_t(std::min(kFirstRead, file_size)));
+  file.read_at(bytes, 0);
+  const uint64_t data_start = safetensors_data_start(bytes, file_size, file.path().string());
+  const size_t have = bytes.size();
+  if (data_start > have) {
+    bytes.resize(size_t(data_start));
+    file.read_at(std::span(bytes).subspan(have), have);
+  }
+  return bytes;
+}
+
+std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed) {
+  const auto& tensor = parsed.tokens_tensor();
+  std::vector<int32_t> tokens(size_t(parsed.n_tokens));
+  const auto bytes = std::as_writable_bytes(std::span(tokens));
+  file.read_at(bytes, parsed.header.data_start + tensor.begin);
+  if (hash_hex(bytes) != parsed.checksums.back()) {
+    corrupt(file.path().string(), "its token list does not match its checksum; restore the file from a copy");
+  }
+  return tokens;
+}
+
+void read_rows(const File& file, const TorporFile& parsed, std::span<std::byte> out) {
+  read_and_check_rows(file, parsed,
+                      [&](uint64_t position, size_t size) { return out.subspan(size_t(position), size); });
+}
+
+void check_rows(const File& file, const TorporFile& parsed) {
+  std::vector<std::byte> buffer(size_t(std::min<uint64_t>(kChunk, parsed.rows_bytes())));
+  read_and_check_rows(file, parsed, [&](uint64_t, size_t size) { return std::span(buffer).first(size); });
+}
+
+std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run) {
+  std::vector<std::string> checksums;
+  size_t offset = 0;
+  for (const auto& spec : layout.tensors) {
+    const size_t size = spec.bytes_per_token() * size_t(run.n_tokens);
+    checksums.push_back(hash_hex(run.bytes.subspan(offset, size)));
+    offset += size;
+  }
+  return checksums;
+}
+
+void check_layout(const KvLayout& layout) {
+  auto fail = [](const std::string& what) {
+    throw Error(ErrorCode::kInvalidArgument, "The KV layout can't be stored: " + what + ".");
+  };
+  if (layout.tensors.size() > kMaxTensors) fail("it has more than " + std::to_string(kMaxTensors) + " tensors");
+  std::vector<std::string_view> names;
+  for (const auto& spec : layout.tensors) {
+    const bool plain = !spec.name.empty() && std::all_of(spec.name.begin(), spec.name.end(), [](char c) {
+      return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '.' || c == '-';
+    });
+    if (!plain || spec.name == "tokens" || spec.name == "__metadata__") fail("'" + spec.name + "' is no name for a layer tensor");
+    if (spec.n_kv_heads < 1 || spec.n_kv_heads > kMaxHeads || spec.dim < 1 || spec.dim > kMaxDim || spec.window < 0) {
+      fail("the heads, dim or window of '" + spec.name + "' are out of range");
+    }
+    names.push_back(spec.name);
+  }
+  std::sort(names.begin(), names.end());
+  if (std::adjacent_find(names.begin(), names.end()) != names.end()) fail("two of its tensors have the same name");
+}
+
+std::string layout_digest(const KvLayout& layout) { return hash_hex(encode_layout(layout)); }
+
+bool is_hex_digest(std::string_view text) {
+  return text.size() == kDigestLength && std::all_of(text.begin(), text.end(), [](char c) {
+           return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
+         });
+}
+
+std::string join(const std::vector<std::string>& parts) {
+  std::string text;
+  for (const auto& part : parts) {
+    if (!text.empty()) text += ',';
+    text += part;
+  }
+  return text;
+}
+
+std::vector<std::string> split(std::string_view text) {
+  std::vector<std::string> parts;
+  if (text.empty()) return parts;
+  for (;;) {
+    const size_t comma = text.find(',');
+    parts.emplace_back(text.substr(0, comma));
+    if (comma == std::string_view::npos) return parts;
+    text.remove_prefix(comma + 1);
+  }
+}
+
+std::span<const std::byte> token_bytes(std::span<const int32_t> tokens) { return std::as_bytes(tokens); }
+
+}  // namespace torpor

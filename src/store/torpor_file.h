@@ -1,0 +1,74 @@
+#pragma once
+/// What agent files, segments and exports have in common: a safetensors file whose metadata begins with a checksum over
+/// its own header, says its kind, and holds a checksum of every tensor.
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/env.h"
+#include "store/safetensors.h"
+#include "torpor/kv_snapshot.h"
+
+namespace torpor {
+
+using Metadata = std::vector<std::pair<std::string, std::string>>;
+
+inline constexpr const char* kFormatVersion = "1";
+
+struct TorporFile {
+  SafetensorsHeader header;
+  std::string kind;                    ///< "agent", "segment", "export"
+  std::string checksum;                ///< over the header
+  KvLayout layout;
+  std::vector<std::string> checksums;  ///< one per tensor, in the order of header.tensors
+  /// Tokens' rows in the layer tensors, 0 when there are none.
+  uint64_t rows = 0;
+  uint64_t n_tokens = 0;               ///< length of the tensor `tokens`
+
+  /// Where the layer tensors' bytes are; they come first, in the layout's order.
+  uint64_t rows_bytes() const;
+  const SafetensorsTensor& tokens_tensor() const { return header.tensors.back(); }
+  /// kCorruption naming the file when absent.
+  const std::string& required(std::string_view key, const std::string& file_name) const;
+};
+
+/// Every rule that holds for all kinds. kCorruption; kIncompatible for a newer format version.
+TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
+
+/// The header of a file of `kind` with `rows` rows in each layer tensor (none: no layer tensors) and `n_tokens` ids.
+/// `checksums`: the layer tensors', then that of `tokens`. `checksum` receives the header's own.
+std::string encode_torpor_header(std::string_view kind, const Metadata& metadata, const KvLayout& layout,
+                                 uint64_t rows, uint64_t n_tokens, const std::vector<std::string>& checksums,
+                                 std::string* checksum = nullptr);
+
+/// Reads as much of an open file's beginning as its header needs.
+std::vector<std::byte> read_header_bytes(const File& file, uint64_t file_size);
+
+/// Reads the tensor `tokens` and checks its checksum.
+std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed);
+
+/// Reads the layer tensors into `out` (rows_bytes() long), checking each checksum while its bytes are in cache.
+void read_rows(const File& file, const TorporFile& parsed, std::span<std::byte> out);
+/// The same without keeping the bytes.
+void check_rows(const File& file, const TorporFile& parsed);
+
+/// Checksums of the layer tensors of a run.
+std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run);
+
+/// kInvalidArgument when the layout can't be stored (names, counts, sizes out of range).
+void check_layout(const KvLayout& layout);
+std::string layout_digest(const KvLayout& layout);
+
+bool is_hex_digest(std::string_view text);
+std::string join(const std::vector<std::string>& parts);
+std::vector<std::string> split(std::string_view text);
+
+/// Token ids as the little-endian bytes of the file.
+std::span<const std::byte> token_bytes(std::span<const int32_t> tokens);
+
+}  // namespace torpor

@@ -1,0 +1,152 @@
+#pragma once
+/// What the store's tests share: a directory that goes away, and snapshots whose every byte is known.
+
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <random>
+#include <string>
+
+#include <gtest/gtest.h>
+
+#include "torpor/error.h"
+#include "torpor/store.h"
+
+namespace torpor::testing {
+
+namespace fs = std::filesystem;
+
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory() {
+    static int counter = 0;
+    std::random_device random;
+    path_ = fs::temp_directory_path() / ("torpor-test-" + std::to_string(random()) + "-" + std::to_string(counter++));
+    fs::create_directories(path_);
+  }
+  ~TemporaryDirectory() {
+    std::error_code ignored;
+    fs::remove_all(path_, ignored);
+  }
+  const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
+inline Identity test_identity(const std::string& weights = "w0") {
+  Identity identity;
+  identity.architecture = "llama";
+  identity.config = "c0";
+  identity.weights = weights;
+  identity.tokenizer = "t0";
+  identity.chat_template = "m0";
+  identity.rope = "theta 10000";
+  identity.kv = "f16";
+  return identity;
+}
+
+inline KvLayout small_layout(KvDtype dtype = KvDtype::kF16, int layers = 1, int heads = 1, int dim = 1) {
+  KvLayout layout;
+  for (int i = 0; i < layers; ++i) {
+    for (const char* part : {"_keys", "_values"}) {
+      layout.tensors.push_back({"layer_" + std::to_string(i) + part, dtype, heads, dim, i % 2 == 1 ? 512 : 0});
+    }
+  }
+  return layout;
+}
+
+/// Token `t`'s bytes depend on (seed, tensor, head, t) alone, so equal prefixes have equal rows.
+inline KvRun make_run(const KvLayout& layout, int first, int n_tokens, uint32_t seed) {
+  const size_t size = layout.offset(layout.tensors.size(), n_tokens);
+  auto buffer = allocate_heap_buffer(size);
+  size_t at = 0;
+  for (size_t tensor = 0; tensor < layout.tensors.size(); ++tensor) {
+    const auto& spec = layout.tensors[tensor];
+    const size_t row = size_t(spec.dim) * kv_dtype_size(spec.dtype);
+    for (int head = 0; head < spec.n_kv_heads; ++head) {
+      for (int t = 0; t < n_tokens; ++t) {
+        uint64_t state = (uint64_t(seed) << 48) ^ (uint64_t(tensor) << 32) ^ (uint64_t(head) << 24) ^ uint64_t(first + t);
+        for (size_t b = 0; b < row; ++b) {
+          state = state * 6364136223846793005ull + 1442695040888963407ull;
+          buffer.get()[at++] = std::byte(state >> 56);
+        }
+      }
+    }
+  }
+  return {n_tokens, {buffer.get(), size}, buffer};
+}
+
+inline KvSnapshot make_snapshot(int n_tokens, const KvLayout& layout = small_layout(), uint32_t seed = 1,
+                                int32_t first_token = 100) {
+  KvSnapshot snapshot;
+  snapshot.identity = test_identity();
+  snapshot.layout = layout;
+  for (int t = 0; t < n_tokens; ++t) snapshot.tokens.push_back(first_token + t % 1000);
+  for (int done = 0; done < n_tokens; done += kSegmentTokens) {
+    snapshot.runs.push_back(make_run(layout, done, std::min(kSegmentTokens, n_tokens - done), seed));
+  }
+  return snapshot;
+}
+
+/// Equal in every byte.
+inline ::testing::AssertionResult same(const KvSnapshot& a, const KvSnapshot& b) {
+  if (!(a.identity == b.identity)) return ::testing::AssertionFailure() << "identities differ";
+  if (!(a.layout == b.layout)) return ::testing::AssertionFailure() << "layouts differ";
+  if (a.tokens != b.tokens) return ::testing::AssertionFailure() << "tokens differ: " << a.tokens.size() << ", " << b.tokens.size();
+  if (a.runs.size() != b.runs.size()) return ::testing::AssertionFailure() << "numbers of runs differ";
+  for (size_t i = 0; i < a.runs.size(); ++i) {
+    if (a.runs[i].n_tokens != b.runs[i].n_tokens || a.runs[i].bytes.size() != b.runs[i].bytes.size() ||
+        std::memcmp(a.runs[i].bytes.data(), b.runs[i].bytes.data(), a.runs[i].bytes.size()) != 0) {
+      return ::testing::AssertionFailure() << "run " << i << " differs";
+    }
+  }
+  return ::testing::AssertionSuccess();
+}
+
+/// `prefix` is `whole` cut at a run's end.
+inline ::testing::AssertionResult is_prefix(const KvSnapshot& prefix, const KvSnapshot& whole) {
+  KvSnapshot cut = whole;
+  if (prefix.runs.size() > whole.runs.size()) return ::testing::AssertionFailure() << "more runs than there were";
+  cut.runs.resize(prefix.runs.size());
+  size_t tokens = 0;
+  for (const auto& run : cut.runs) tokens += size_t(run.n_tokens);
+  cut.tokens.resize(tokens);
+  return same(prefix, cut);
+}
+
+inline std::string read_all(const fs::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+inline void write_all(const fs::path& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+}
+
+/// Every regular file below `root` but the locks, by relative path.
+inline std::map<std::string, std::string> tree(const fs::path& root) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : fs::recursive_directory_iterator(root)) {
+    const std::string name = fs::relative(entry.path(), root).string();
+    if (entry.is_regular_file() && !name.starts_with(".locks")) files[name] = read_all(entry.path());
+  }
+  return files;
+}
+
+/// The code of the Error that `call` throws; nullopt when it throws none.
+template <typename Call>
+std::optional<ErrorCode> code_of(Call call, std::string* message = nullptr) {
+  try {
+    call();
+  } catch (const Error& error) {
+    if (message != nullptr) *message = error.what();
+    return error.code();
+  }
+  return std::nullopt;
+}
+
+}  // namespace torpor::testing
