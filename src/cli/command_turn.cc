@@ -284,6 +284,7 @@ void add_common(CLI::App& app, TurnOptions& options) {
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->type_name("S");
+  app.add_flag("--raw", options.raw, "Append what the user says as it stands, without the chat template");
   app.add_flag("--json", options.json, "Print one JSON object per turn instead of the text (docs/cli.md)");
   app.add_option("--kv-dtype", options.kv_dtype, "What the agent's cache is kept in: auto, f32, f16 or bf16")
       ->capture_default_str()
@@ -308,7 +309,6 @@ void add_turn_commands(CLI::App& app, Invocation& invocation) {
   source->add_option("--prompt-file", options->prompt_file, "The same, from a file; - is standard input")
       ->type_name("F");
   source->require_option(1);
-  run_app->add_flag("--raw", options->raw, "Append the prompt as it stands, without the chat template");
   run_app->add_flag("--no-save", options->no_save, "Leave the agent on disk as it is");
   run_app->callback([&invocation, options, run_app] {
     options->has_system = run_app->count("--system") > 0;

@@ -1,5 +1,6 @@
 #include "cli/output.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -20,7 +21,8 @@ void print_json(const Json& value) {
 }
 
 void complain(std::string_view message) {
-  std::fprintf(stderr, "torpor: %.*s\n", int(message.size()), message.data());
+  const char* end = message.empty() || message.back() != '.' ? "." : "";
+  std::fprintf(stderr, "torpor: %.*s%s\n", int(message.size()), message.data(), end);
 }
 
 std::string human_bytes(int64_t bytes) {

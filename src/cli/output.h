@@ -2,6 +2,8 @@
 /// Small things that commands print with.
 
 #include <cstdint>
+#include <filesystem>
+#include <memory>
 #include <string>
 #include <string_view>
 
@@ -18,7 +20,7 @@ using Json = nlohmann::ordered_json;
 void print_json(const Json& value);
 /// Prints text on standard output. kIo when it can't be written.
 void print(std::string_view text);
-/// "torpor: <message>" on standard error.
+/// "torpor: <message>." on standard error.
 void complain(std::string_view message);
 
 /// "512 B", "1.4 MB".

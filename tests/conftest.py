@@ -1,0 +1,183 @@
+"""Tests through the command line. Three things they need:
+
+- the program: $TORPOR_BIN, else build/torpor;
+- the real model, .models/smollm2-135m (`make model`);
+- a tiny model with random weights and the real one's tokenizer, made here: what does not depend on the weights' meaning
+  runs on it, in milliseconds.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(os.environ.get("TORPOR_BIN", ROOT / "build" / "torpor")).resolve()
+MODEL = ROOT / ".models" / "smollm2-135m"
+
+EXIT = {"usage": 2, "not_found": 3, "corruption": 4, "incompatible": 5, "invalid": 6, "io": 7, "busy": 8, "exhausted": 9}
+
+
+def pytest_configure():
+    if not BIN.exists():
+        pytest.exit(f"{BIN} is not there; run `make build`, or set TORPOR_BIN", returncode=1)
+    if not MODEL.is_dir():
+        pytest.exit(f"{MODEL} is not there; run `make model`", returncode=1)
+
+
+class Result:
+    def __init__(self, process):
+        self.code = process.returncode
+        self.out = process.stdout
+        self.err = process.stderr
+
+    @property
+    def json(self):
+        assert self.out.count("\n") == 1, f"not one line: {self.out!r}"
+        return json.loads(self.out)
+
+    def ok(self):
+        assert self.code == 0, f"exit {self.code}: {self.err}"
+        return self
+
+    def fails(self, name, *words):
+        """The exit code of `name`, and one sentence on standard error that holds every word."""
+        assert self.code == EXIT[name], f"exit {self.code}, not {EXIT[name]}: {self.err}"
+        assert self.err.startswith("torpor: ") and self.err.endswith(".\n") and self.err.count("\n") == 1, self.err
+        for word in words:
+            assert word in self.err, f"{word!r} is not in {self.err!r}"
+        assert self.out == ""
+        return self
+
+
+class Torpor:
+    """The command line on one store and one model."""
+
+    def __init__(self, store, model):
+        self.store = Path(store)
+        self.model = Path(model)
+
+    def command(self, *args):
+        return [str(BIN), *map(str, args), "--store", str(self.store)]
+
+    def __call__(self, *args, stdin="", env=None, timeout=300):
+        return Result(subprocess.run(self.command(*args), input=stdin, capture_output=True, text=True, errors="replace",
+                                     timeout=timeout, env={**os.environ, **(env or {})}))
+
+    def run(self, agent, prompt, *args, max_tokens=8, **kwargs):
+        return self("run", "--model", self.model, "--agent", agent, "--prompt", prompt, "--max-tokens", max_tokens,
+                    "--json", *args, **kwargs)
+
+    def chat(self, agent, lines, *args, max_tokens=8):
+        """The turns of one process, as JSON objects."""
+        result = self("chat", "--model", self.model, "--agent", agent, "--max-tokens", max_tokens, "--json", *args,
+                      stdin="".join(line + "\n" for line in lines)).ok()
+        return [json.loads(line) for line in result.out.splitlines()]
+
+    def files(self):
+        return sorted(path for path in self.store.rglob("*") if path.is_file())
+
+    def agent_file(self, agent):
+        return self.store / f"{agent}.safetensors"
+
+    def segments(self):
+        return sorted(self.store.glob("segments/*/*.safetensors"))
+
+    def state(self):
+        """Everything on disk: names, bytes, modes."""
+        return {str(path.relative_to(self.store)): (path.stat().st_mode,
+                                                    hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+                for path in sorted(self.store.rglob("*"))}
+
+    def copy(self, to):
+        shutil.copytree(self.store, to, symlinks=True)
+        return Torpor(to, self.model)
+
+
+def make_tiny_model(directory, change=None):
+    """Llama with two layers and random f16 weights. `change(config, weights)` may alter it."""
+    directory.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+                 "generation_config.json"):
+        if (MODEL / name).exists():
+            shutil.copy(MODEL / name, directory / name)
+    hidden, inner, heads, kv_heads, head_dim, layers = 128, 256, 2, 1, 64, 2
+    vocab = json.loads((MODEL / "config.json").read_text())["vocab_size"]
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "vocab_size": vocab, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True, "torch_dtype": "float16", "hidden_act": "silu", "attention_bias": False,
+        "mlp_bias": False, "eos_token_id": 2, "bos_token_id": 1}
+    random = np.random.default_rng(7)
+    weights = {"model.embed_tokens.weight": random.normal(0, 1, (vocab, hidden)), "model.norm.weight": np.ones(hidden)}
+    for i in range(layers):
+        for name, shape in {"self_attn.q_proj": (heads * head_dim, hidden), "self_attn.k_proj": (kv_heads * head_dim, hidden),
+                            "self_attn.v_proj": (kv_heads * head_dim, hidden), "self_attn.o_proj": (hidden, heads * head_dim),
+                            "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+                            "mlp.down_proj": (hidden, inner)}.items():
+            weights[f"model.layers.{i}.{name}.weight"] = random.normal(0, shape[1] ** -0.5, shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{i}.{name}.weight"] = np.ones(hidden)
+    weights = {name: value.astype(np.float16) for name, value in weights.items()}
+    if change:
+        change(config, weights)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(weights, directory / "model.safetensors", metadata={"format": "mlx"})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def words(tokenizer):
+    """words(n): one line of exactly n tokens, cut from the demo's document; words(m) begins words(n) for m < n."""
+    text = " ".join((ROOT / "examples" / "lighthouse-log.txt").read_text().split())
+    ids = tokenizer.encode(text).ids
+
+    def cut(n):
+        repeated = ids * (n // len(ids) + 1)
+        piece = tokenizer.decode(repeated[:n], skip_special_tokens=False)
+        assert len(tokenizer.encode(piece).ids) == n
+        return piece
+
+    return cut
+
+
+@pytest.fixture
+def tiny(tmp_path, tiny_model):
+    return Torpor(tmp_path / "store", tiny_model)
+
+
+@pytest.fixture
+def real(tmp_path):
+    return Torpor(tmp_path / "store", MODEL)
+
+
+@pytest.fixture(scope="session")
+def tiny_ada_source(tmp_path_factory, tiny_model, words):
+    """A store with one agent, `ada`, of two segments and a tail."""
+    torpor = Torpor(tmp_path_factory.mktemp("ada") / "store", tiny_model)
+    torpor.run("ada", words(600), "--raw").ok()
+    return torpor
+
+
+@pytest.fixture
+def ada(tiny_ada_source, tmp_path):
+    """A copy of it that the test may spoil."""
+    return tiny_ada_source.copy(tmp_path / "ada-store")

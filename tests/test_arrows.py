@@ -1,0 +1,79 @@
+"""Rooms include only rooms they may know (docs/design.md, section 2)."""
+
+import re
+from pathlib import Path
+
+from conftest import ROOT
+
+DIRECT = {
+    "base": [],
+    "store": ["base"], "text": ["base"], "kernels": ["base"],
+    "model": ["kernels"], "cache": ["model"],
+    "agents": ["store", "cache", "text"],
+    "engine": ["agents"],
+    "cli": ["engine"], "server": ["engine"], "python": ["engine"],
+}
+PUBLIC = {"error": "base", "kv_snapshot": "base", "store": "store", "text": "text", "model": "model", "cache": "cache",
+          "generate": "engine", "engine": "engine"}
+NO_MLX = {"base", "store", "text"}
+
+
+def may_know(room):
+    known = {room}
+    for other in DIRECT[room]:
+        known |= may_know(other)
+    return known
+
+
+def room_of_header(name):
+    """The room of an included file, or None when it is nobody's here."""
+    if match := re.fullmatch(r"torpor/(\w+)\.h", name):
+        return PUBLIC[match[1]]
+    first = name.split("/")[0]
+    return first if "/" in name and first in DIRECT else None
+
+
+def violations(sources):
+    """`sources`: (room, path, text) of every file."""
+    found = []
+    for room, path, text in sources:
+        for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.MULTILINE):
+            other = room_of_header(name)
+            if other is not None and other not in may_know(room):
+                found.append(f"{path}: {room} may not include {name} of {other}")
+            if name.startswith("mlx/") and room in NO_MLX:
+                found.append(f"{path}: {room} may not include {name}")
+            if room == "cache" and name in ("fstream", "filesystem", "base/env.h"):
+                found.append(f"{path}: cache never sees a file, but includes {name}")
+    return found
+
+
+def tree():
+    for path in sorted((ROOT / "src").rglob("*")):
+        if path.suffix in (".h", ".cc"):
+            yield path.relative_to(ROOT / "src").parts[0], str(path.relative_to(ROOT)), path.read_text()
+    for path in sorted((ROOT / "include/torpor").glob("*.h")):
+        yield PUBLIC[path.stem], str(path.relative_to(ROOT)), path.read_text()
+
+
+def test_every_room_is_in_the_list():
+    assert {path.name for path in (ROOT / "src").iterdir() if path.is_dir()} <= set(DIRECT)
+
+
+def test_no_arrow_points_the_wrong_way():
+    assert violations(tree()) == []
+
+
+def test_a_planted_arrow_is_found():
+    for room, include in (("store", '#include "cache/dense.h"'), ("store", "#include <mlx/array.h>"),
+                          ("base", '#include "torpor/store.h"'), ("cache", '#include "store/segment.h"'),
+                          ("cache", "#include <fstream>"), ("agents", '#include "engine/sampler.h"'),
+                          ("text", '  # include "torpor/generate.h"')):
+        assert len(violations([(room, "planted.cc", include + "\n")])) == 1, (room, include)
+    assert violations([("engine", "fine.cc", '#include "store/segment.h"\n#include <vector>\n')]) == []
+
+
+def test_public_headers_include_public_headers_only():
+    for path in Path(ROOT / "include/torpor").glob("*.h"):
+        for name in re.findall(r'#include "([^"]+)"', path.read_text()):
+            assert name.startswith("torpor/"), f"{path.name} includes {name}"

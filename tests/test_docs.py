@@ -1,0 +1,39 @@
+"""What the documentation names exists."""
+
+import re
+import subprocess
+
+import pytest
+
+from conftest import BIN, ROOT
+
+DOCS = [path for path in [ROOT / "README.md", ROOT / "HACKING.md", *sorted((ROOT / "docs").glob("*.md"))] if path.exists()]
+
+
+def code(text):
+    return "\n".join(re.findall(r"```.*?```|`[^`\n]+`|^    .+$", text, re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_commands_and_options_exist(path):
+    text = code(path.read_text())
+    for command in set(re.findall(r"\btorpor (run|chat|[a-z]+)\b(?! *[:=])", text)):
+        help_text = subprocess.run([BIN, command, "--help"], capture_output=True, text=True)
+        assert help_text.returncode == 0, f"{path.name} names `torpor {command}`"
+    for line in re.findall(r"^.*\btorpor (?:run|chat|ls|show|rm|du|verify|gc|export|import) .*$", text, re.MULTILINE):
+        command = re.search(r"\btorpor (\w+)", line)[1]
+        help_text = subprocess.run([BIN, command, "--help"], capture_output=True, text=True).stdout + " --store --version --help"
+        for option in re.findall(r"(?<![\w-])--[a-z-]+", line[line.index("torpor " + command):]):
+            assert option in help_text, f"{path.name}: `torpor {command}` has no {option}"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_make_targets_scripts_and_links_exist(path):
+    text = path.read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z]+)\b", code(text))):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path.name} names `make {target}`"
+    for script in set(re.findall(r"\bscripts/[\w.-]+", code(text))):
+        assert (ROOT / script).exists(), f"{path.name} names {script}"
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (path.parent / link).exists(), f"{path.name} links to {link}"

@@ -1,0 +1,145 @@
+"""Turns: what is computed, what is reused, what is answered."""
+
+import json
+import signal
+import subprocess
+
+import pytest
+
+
+def check_object(turn, agent, model):
+    assert list(turn) == ["agent", "model", "text", "finish_reason", "tokens", "timing_ms", "bytes"]
+    assert (turn["agent"], turn["model"]) == (agent, str(model))
+    assert turn["finish_reason"] in ("stop", "length")
+    assert list(turn["tokens"]) == ["prompt", "cached", "prefilled", "generated", "context"]
+    assert list(turn["timing_ms"]) == ["load", "wake", "ttft", "decode", "save"]
+    assert list(turn["bytes"]) == ["read", "written"]
+    assert turn["tokens"]["cached"] + turn["tokens"]["prefilled"] == turn["tokens"]["prompt"]
+    assert all(value >= 0 for value in turn["timing_ms"].values())
+    assert turn["timing_ms"]["ttft"] >= turn["timing_ms"]["wake"]
+
+
+def test_the_second_turn_prefills_new_tokens_only(real, tokenizer):
+    first = real.run("ada", "The keeper of the lamp is called").ok().json
+    check_object(first, "ada", real.model)
+    assert first["tokens"]["cached"] == 0 and first["tokens"]["context"] == (
+        first["tokens"]["prompt"] + first["tokens"]["generated"])
+    assert first["bytes"]["read"] == 0 and first["bytes"]["written"] > 0
+
+    addition = " and she writes in the log that"
+    second = real.run("ada", addition, "--raw").ok().json
+    check_object(second, "ada", real.model)
+    assert second["tokens"]["cached"] == first["tokens"]["context"]
+    assert second["tokens"]["prefilled"] == len(tokenizer.encode(addition).ids)
+    assert second["bytes"]["read"] > 0
+
+
+def test_a_chat_turn_prefills_the_new_message_and_its_scaffold(real, tokenizer):
+    first = real.run("ada", "Name a colour.", max_tokens=4).ok().json
+    second = real.run("ada", "Name another.", max_tokens=4).ok().json
+    assert second["tokens"]["cached"] == first["tokens"]["context"]
+    scaffold = "<|im_end|>\n<|im_start|>user\nName another.<|im_end|>\n<|im_start|>assistant\n"
+    assert second["tokens"]["prefilled"] <= len(tokenizer.encode(scaffold).ids)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "bf16"])
+def test_a_woken_agent_answers_as_if_it_had_never_slept(real, kv_dtype):
+    lines = ["My name is Ada and I keep the lamp.", "What is my name?", "And what do I keep?"]
+    awake = real.chat("awake", lines, "--kv-dtype", kv_dtype, max_tokens=12)
+    slept = [real.run("slept", line, "--kv-dtype", kv_dtype, max_tokens=12).ok().json for line in lines]
+    assert [turn["text"] for turn in slept] == [turn["text"] for turn in awake]
+    assert [turn["tokens"] for turn in slept] == [turn["tokens"] for turn in awake]
+
+
+@pytest.mark.parametrize("length", [16, 255, 256, 257, 2000])
+def test_waking_at_a_boundary(tiny, words, length):
+    lines = [words(length - 8), " and then"]
+    awake = tiny.chat("awake", lines, "--raw")
+    slept = [tiny.run("slept", line, "--raw").ok().json for line in lines]
+    assert slept[0]["tokens"]["context"] == length == slept[1]["tokens"]["cached"]
+    assert [turn["text"] for turn in slept] == [turn["text"] for turn in awake]
+    assert [turn["tokens"] for turn in slept] == [turn["tokens"] for turn in awake]
+
+
+def test_sampling_is_seeded(tiny):
+    def answer(agent, seed):
+        return tiny.run(agent, "Once", "--temperature", "1", "--top-p", "0.9", "--seed", seed).ok().json["text"]
+
+    assert answer("a", 1) == answer("b", 1) != answer("c", 2)
+
+
+def test_max_tokens_and_stop(tiny):
+    full = tiny.run("a", "Once", max_tokens=12).ok().json
+    assert full["finish_reason"] == "length" and full["tokens"]["generated"] == 12
+    stop = full["text"][3:6]
+    cut = tiny.run("b", "Once", "--stop", stop, max_tokens=12).ok().json
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"] == full["text"][:full["text"].index(stop)]
+
+
+def test_streamed_text_equals_the_json(tiny):
+    said = tiny.run("a", "Once", max_tokens=12).ok().json["text"]
+    streamed = tiny("run", "--model", tiny.model, "--agent", "b", "--prompt", "Once", "--max-tokens", 12).ok()
+    assert streamed.out.rstrip("\n") == said.rstrip("\n") and streamed.err == ""
+
+
+def test_the_prompt_from_standard_input_and_from_a_file(tiny, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Straße, 灯台, 🗼")
+    given = tiny.run("a", "Straße, 灯台, 🗼").ok().json
+    common = ["run", "--model", tiny.model, "--max-tokens", 8, "--json"]
+    for agent, source, stdin in (("b", "-", "Straße, 灯台, 🗼"), ("c", tmp_path / "prompt.txt", "")):
+        other = tiny(*common, "--agent", agent, "--prompt-file", source, stdin=stdin).ok().json
+        assert (other["text"], other["tokens"]) == (given["text"], given["tokens"])
+
+
+def test_no_save_leaves_the_store_alone(ada):
+    before = ada.state()
+    turn = ada.run("ada", " more", "--raw", "--no-save").ok().json
+    assert turn["bytes"]["written"] == 0 and turn["tokens"]["cached"] > 0
+    assert ada.state() == before
+
+
+def test_an_agent_remembers_its_system_message(tiny):
+    tiny.run("a", "Hello", "--system", "You are a lamp.").ok()
+    messages = tiny("show", "a", "--json").ok().json["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert messages[0]["content"] == "You are a lamp."
+    before = tiny.state()
+    tiny.run("a", "Hello", "--system", "You are a bell.").fails("invalid", "system")
+    assert tiny.state() == before
+
+
+@pytest.mark.parametrize("which, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_turn_is_saved(tiny, which, code):
+    process = subprocess.Popen(tiny.command("run", "--model", tiny.model, "--agent", "a", "--prompt", "Once",
+                                            "--max-tokens", 3500), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(1)  # it is answering
+    process.send_signal(which)
+    process.stdout.read()
+    assert process.wait(timeout=60) == code, process.stderr.read()
+    tiny("verify", "a").ok()
+    size = tiny("show", "a", "--json").ok().json["cache_size"]
+    turn = tiny.run("a", " more", "--raw").ok().json
+    assert turn["tokens"]["cached"] == size > 0
+
+
+def test_chat_resumes(tiny):
+    tiny.chat("a", ["One", "", "Two"])
+    size = tiny("show", "a", "--json").ok().json["cache_size"]
+    turns = tiny.chat("a", ["Three", "/exit", "Four"])
+    assert len(turns) == 1 and turns[0]["tokens"]["cached"] == size
+
+
+def test_help_and_version(tiny):
+    for command in ("run", "chat", "ls", "show", "rm", "du", "verify", "gc", "export", "import"):
+        assert command in tiny("--help").ok().out
+        assert f"torpor {command}" in tiny(command, "--help").ok().out
+    assert tiny("--version").ok().out.startswith("torpor ")
+
+
+def test_the_store_from_the_environment(tiny, tiny_model, tmp_path):
+    import conftest
+    tiny.run("a", "Once").ok()
+    listed = subprocess.run([conftest.BIN, "ls", "--json"], capture_output=True, text=True, check=True,
+                            env={"TORPOR_STORE": str(tiny.store)})
+    assert [agent["agent"] for agent in json.loads(listed.stdout)] == ["a"]
