@@ -1,0 +1,258 @@
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/attention.cc"
+#include <hwy/foreach_target.h>  // must come before highway.h
+
+#include "kernels/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include <hwy/aligned_allocator.h>
+#include <hwy/highway.h>
+
+#include "kernels/cpu_target.h"
+#include "torpor/error.h"
+
+#ifndef TORPOR_KERNELS_ATTENTION_COMMON_
+#define TORPOR_KERNELS_ATTENTION_COMMON_
+namespace torpor::kernels {
+namespace {
+
+constexpr int kBlock = 64;      // keys per softmax step
+constexpr int kSuper = 512;     // keys per partial
+constexpr int kMaxRows = 6;     // rows per product
+constexpr size_t kMaxLanes = 16;
+static_assert(kSegmentTokens % kBlock == 0 && kSuper % kBlock == 0);
+
+struct AttentionJob {
+  float* qkv;
+  float* out;
+  const AttentionSpec* spec;
+  std::span<const AttentionSequence> sequences;
+  const float* rope;   // [tokens][2][dims / 2]: cosines, sines
+  size_t group;        // query heads per kv head
+  size_t padded;       // head_dim rounded up to 16
+  float q_scale;       // scores come out in log2 units, or divided by the soft cap
+  float cap;           // soft cap in log2 units
+};
+
+/// Tokens [first, last) of a sequence; `rope_row` is the rope row of `first`.
+struct PrepareTask {
+  int sequence, first, last;
+  size_t rope_row;
+};
+
+/// Queries [first, first + count) of one kv head's group over superblocks [super_begin, super_end).
+struct TileTask {
+  int sequence, kv_head, first, count, super_begin, super_end;
+  float* partials;  // per superblock: maximum [rows], sum [rows], acc [rows][padded]; or nullptr: merge and write out
+};
+
+/// The calling thread's scratch memory, aligned, of at least `n` floats.
+float* attention_scratch(size_t n) {
+  thread_local hwy::AlignedFreeUniquePtr<float[]> memory;
+  thread_local size_t size = 0;
+  if (n > size) {
+    memory.reset();
+    size = 0;
+    memory = hwy::AllocateAligned<float>(n);
+    if (memory == nullptr) throw Error(ErrorCode::kResourceExhausted, "Out of memory for attention.");
+    size = n;
+  }
+  return memory.get();
+}
+
+}  // namespace
+}  // namespace torpor::kernels
+#endif
+
+#include "kernels/attention-inl.h"
+
+#if HWY_ONCE
+namespace torpor::kernels {
+
+HWY_EXPORT(PrepareRows);
+HWY_EXPORT(RunTile);
+HWY_EXPORT(MergeTile);
+
+namespace {
+
+/// Cosines and sines of all tokens of a batch. The layers of a model ask for the same ones in turn, so the last few are kept.
+class RopeTables {
+ public:
+  const float* get(ThreadPool& pool, const RopeSpec& rope, std::span<const AttentionSequence> sequences) {
+    std::vector<std::pair<int, int>> spans;  // position, n
+    size_t tokens = 0;
+    for (const AttentionSequence& sequence : sequences) {
+      if (sequence.n <= 0) continue;
+      spans.emplace_back(sequence.position, sequence.n);
+      tokens += size_t(sequence.n);
+    }
+    for (Entry& entry : entries_) {
+      if (entry.spans == spans && entry.inv_freq == rope.inv_freq) return entry.table.data();
+    }
+    Entry& entry = entries_[next_];
+    next_ = (next_ + 1) % std::size(entries_);
+    entry.spans.clear();
+    const size_t half = rope.inv_freq.size();
+    entry.table.resize(tokens * 2 * half);
+    std::vector<int> positions;
+    positions.reserve(tokens);
+    for (const auto& [position, n] : spans) {
+      for (int t = 0; t < n; ++t) positions.push_back(position + t);
+    }
+    const auto fill = [&](size_t first, size_t last) {
+      for (size_t t = first; t < last; ++t) {
+        float* row = entry.table.data() + t * 2 * half;
+        for (size_t i = 0; i < half; ++i) {
+          const double angle = double(positions[t]) * double(rope.inv_freq[i]);
+          row[i] = float(std::cos(angle));
+          row[half + i] = float(std::sin(angle));
+        }
+      }
+    };
+    constexpr size_t kChunk = 32;
+    if (tokens <= kChunk) {
+      fill(0, tokens);
+    } else {
+      pool.parallel_for((tokens + kChunk - 1) / kChunk,
+                        [&](size_t task, int) { fill(task * kChunk, std::min(tokens, (task + 1) * kChunk)); });
+    }
+    entry.inv_freq = rope.inv_freq;
+    entry.spans = std::move(spans);
+    return entry.table.data();
+  }
+
+ private:
+  struct Entry {
+    std::vector<float> inv_freq;
+    std::vector<std::pair<int, int>> spans;
+    std::vector<float> table;
+  };
+  Entry entries_[2];
+  size_t next_ = 0;
+};
+
+void check(const AttentionSpec& spec, std::span<const AttentionSequence> sequences) {
+  const auto require = [](bool condition, const char* what) {
+    if (!condition) throw Error(ErrorCode::kInvalidArgument, std::string("attention: ") + what);
+  };
+  require(spec.n_kv_heads > 0 && spec.n_heads > 0 && spec.n_heads % spec.n_kv_heads == 0,
+          "the query heads must be a multiple of the kv heads");
+  require(spec.head_dim > 0, "head_dim must be positive");
+  require(spec.rope.dims >= 0 && spec.rope.dims <= spec.head_dim && spec.rope.dims % 2 == 0 &&
+              spec.rope.inv_freq.size() == size_t(spec.rope.dims / 2),
+          "inv_freq must hold half of the rotated dims");
+  require(spec.kv_dtype != KvDtype::kU32, "quantized KV is not supported here");
+  for (const AttentionSequence& sequence : sequences) {
+    require(sequence.row >= 0 && sequence.n >= 0 && sequence.position >= 0, "negative row, count or position");
+    require(sequence.n == 0 || sequence.runs.size() * size_t(kSegmentTokens) >= size_t(sequence.position) + size_t(sequence.n),
+            "the runs don't cover the sequence");
+  }
+}
+
+}  // namespace
+
+void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::span<const AttentionSequence> sequences,
+                  float* out) {
+  ensure_cpu_target();
+  check(spec, sequences);
+  thread_local RopeTables rope_tables;
+  thread_local std::vector<float> partials;
+
+  AttentionJob job{};
+  job.qkv = qkv;
+  job.out = out;
+  job.spec = &spec;
+  job.sequences = sequences;
+  job.rope = rope_tables.get(pool, spec.rope, sequences);
+  job.group = size_t(spec.n_heads / spec.n_kv_heads);
+  job.padded = (size_t(spec.head_dim) + 15) / 16 * 16;
+  constexpr double kLog2E = 1.4426950408889634;
+  job.cap = float(double(spec.softcap) * kLog2E);
+  job.q_scale = float(spec.softcap > 0 ? double(spec.scale) / double(spec.softcap) : double(spec.scale) * kLog2E);
+
+  // 1. Norm, rotate, append. A tile reads rows that other tasks append, so this is a phase of its own.
+  constexpr int kPrepareTokens = 16;
+  std::vector<PrepareTask> prepare;
+  size_t tokens = 0;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    for (int t = 0; t < sequences[i].n; t += kPrepareTokens) {
+      prepare.push_back({int(i), t, std::min(sequences[i].n, t + kPrepareTokens), tokens + size_t(t)});
+    }
+    tokens += size_t(sequences[i].n);
+  }
+  if (tokens == 0) return;
+  const auto prepare_rows = HWY_DYNAMIC_DISPATCH(PrepareRows);
+  if (tokens <= 4) {
+    for (const PrepareTask& task : prepare) prepare_rows(job, task);
+  } else {
+    pool.parallel_for(prepare.size(), [&](size_t task, int) { prepare_rows(job, prepare[task]); });
+  }
+
+  // 2. Tiles, those with the most keys first. Where there are too few of them, superblocks become tasks too.
+  constexpr size_t kTileFloats = 12 * 1024;
+  const int tile = int(std::clamp<size_t>(kTileFloats / (size_t(spec.head_dim) * job.group), 4, 64));
+  std::vector<TileTask> tiles;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    for (int first = 0; first < sequences[i].n; first += tile) {
+      const int count = std::min(tile, sequences[i].n - first);
+      const int position = sequences[i].position + first;
+      const int begin = spec.window > 0 ? std::max(0, position - spec.window + 1) : 0;
+      for (int head = 0; head < spec.n_kv_heads; ++head) {
+        tiles.push_back({int(i), head, first, count, begin / kSuper, (position + count - 1) / kSuper + 1, nullptr});
+      }
+    }
+  }
+  const auto cost = [](const TileTask& t) { return int64_t(t.count) * (t.super_end - t.super_begin); };
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [&](const TileTask& a, const TileTask& b) { return cost(a) > cost(b); });
+  const auto run_tile = HWY_DYNAMIC_DISPATCH(RunTile);
+  const bool split = pool.size() > 1 && tiles.size() < 4 * size_t(pool.size());
+  if (!split) {
+    if (tiles.size() == 1) {
+      run_tile(job, tiles[0]);
+    } else {
+      pool.parallel_for(tiles.size(), [&](size_t task, int) { run_tile(job, tiles[task]); });
+    }
+    return;
+  }
+  std::vector<TileTask> tasks;
+  size_t floats = 0;
+  const auto partial_floats = [&](const TileTask& t) { return size_t(t.count) * job.group * (job.padded + 2); };
+  for (const TileTask& t : tiles) {
+    if (t.super_end - t.super_begin > 1) floats += partial_floats(t) * size_t(t.super_end - t.super_begin);
+  }
+  if (partials.size() < floats) partials.resize(floats);
+  float* at = partials.data();
+  for (TileTask& t : tiles) {
+    if (t.super_end - t.super_begin == 1) {
+      tasks.push_back(t);
+      continue;
+    }
+    t.partials = at;
+    for (int super = t.super_begin; super < t.super_end; ++super) {
+      tasks.push_back({t.sequence, t.kv_head, t.first, t.count, super, super + 1, at});
+      at += partial_floats(t);
+    }
+  }
+  if (tasks.size() == 1) {
+    run_tile(job, tasks[0]);
+  } else {
+    pool.parallel_for(tasks.size(), [&](size_t task, int) { run_tile(job, tasks[task]); });
+  }
+  const auto merge_tile = HWY_DYNAMIC_DISPATCH(MergeTile);
+  for (const TileTask& t : tiles) {
+    if (t.partials != nullptr) merge_tile(job, t);
+  }
+}
+
+void attention(float* qkv, const AttentionSpec& spec, std::span<const AttentionSequence> sequences, float* out) {
+  attention_on(ThreadPool::shared(), qkv, spec, sequences, out);
+}
+
+}  // namespace torpor::kernels
+#endif  // HWY_ONCE

@@ -1,0 +1,133 @@
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/elementwise.cc"
+#include <hwy/foreach_target.h>  // must come before highway.h
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include <hwy/highway.h>
+
+#include "kernels/compute.h"
+#include "kernels/cpu_target.h"
+#include "kernels/thread_pool.h"
+#include "torpor/error.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace torpor::kernels {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+void RmsNormRows(const float* x, size_t rows, size_t k, const float* weight, float eps, float* y) {
+  const hn::CappedTag<float, 16> d;
+  const size_t lanes = hn::Lanes(d);
+  for (size_t r = 0; r < rows; ++r, x += k, y += k) {
+    auto s0 = hn::Zero(d), s1 = hn::Zero(d), s2 = hn::Zero(d), s3 = hn::Zero(d);
+    size_t i = 0;
+    for (; i + 4 * lanes <= k; i += 4 * lanes) {
+      const auto a = hn::LoadU(d, x + i), b = hn::LoadU(d, x + i + lanes);
+      const auto c = hn::LoadU(d, x + i + 2 * lanes), e = hn::LoadU(d, x + i + 3 * lanes);
+      s0 = hn::MulAdd(a, a, s0);
+      s1 = hn::MulAdd(b, b, s1);
+      s2 = hn::MulAdd(c, c, s2);
+      s3 = hn::MulAdd(e, e, s3);
+    }
+    for (; i + lanes <= k; i += lanes) {
+      const auto a = hn::LoadU(d, x + i);
+      s0 = hn::MulAdd(a, a, s0);
+    }
+    float sum = hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(s0, s1), hn::Add(s2, s3))));
+    for (; i < k; ++i) sum += x[i] * x[i];
+    const float factor = 1.0f / std::sqrt(sum / float(k) + eps);
+    const auto f = hn::Set(d, factor);
+    for (i = 0; i + lanes <= k; i += lanes) {
+      hn::StoreU(hn::Mul(hn::Mul(hn::LoadU(d, x + i), f), hn::LoadU(d, weight + i)), d, y + i);
+    }
+    for (; i < k; ++i) y[i] = x[i] * factor * weight[i];
+  }
+}
+
+int ArgMax(const float* values, size_t n) {
+  const hn::CappedTag<float, 16> d;
+  const size_t lanes = hn::Lanes(d);
+  auto top = hn::Set(d, -std::numeric_limits<float>::infinity());
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const auto v = hn::LoadU(d, values + i);
+    top = hn::IfThenElse(hn::Gt(v, top), v, top);  // a NaN never wins
+  }
+  float best = hn::GetLane(hn::MaxOfLanes(d, top));
+  for (; i < n; ++i) best = values[i] > best ? values[i] : best;
+  const auto wanted = hn::Set(d, best);
+  for (i = 0; i + lanes <= n; i += lanes) {
+    const intptr_t at = hn::FindFirstTrue(d, hn::Eq(hn::LoadU(d, values + i), wanted));
+    if (at >= 0) return int(i + size_t(at));
+  }
+  for (; i < n; ++i) {
+    if (values[i] == best) return int(i);
+  }
+  return 0;  // all NaN
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace torpor::kernels
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace torpor::kernels {
+
+HWY_EXPORT(RmsNormRows);
+HWY_EXPORT(ArgMax);
+
+namespace {
+
+/// Calls body(first, last) over [0, m) in pieces worth waking a worker for.
+template <class Body>
+void over_rows(int m, size_t floats_per_row, const Body& body) {
+  if (m <= 0) return;
+  constexpr size_t kFloatsPerTask = 16 * 1024;
+  const size_t rows = std::max<size_t>(1, kFloatsPerTask / std::max<size_t>(1, floats_per_row));
+  const size_t tasks = (size_t(m) + rows - 1) / rows;
+  if (tasks == 1) {
+    body(size_t(0), size_t(m));
+    return;
+  }
+  ThreadPool::shared().parallel_for(
+      tasks, [&](size_t task, int) { body(task * rows, std::min(size_t(m), (task + 1) * rows)); });
+}
+
+}  // namespace
+
+void rms_norm(const float* x, int m, int k, const float* weight, float eps, float* y) {
+  ensure_cpu_target();
+  if (k <= 0) return;
+  const size_t width = size_t(k);
+  const auto rows = HWY_DYNAMIC_DISPATCH(RmsNormRows);
+  over_rows(m, width, [&](size_t first, size_t last) {
+    rows(x + first * width, last - first, width, weight, eps, y + first * width);
+  });
+}
+
+void embedding(const int32_t* tokens, int m, const PackedLinear& w, float* y) {
+  const size_t width = size_t(w.k());
+  for (int i = 0; i < m; ++i) {
+    if (tokens[i] < 0 || tokens[i] >= w.n()) {
+      throw Error(ErrorCode::kInvalidArgument, "Token " + std::to_string(tokens[i]) + " is not in the vocabulary of " +
+                                                   std::to_string(w.n()) + ".");
+    }
+  }
+  over_rows(m, width, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) w.dequantize_row(tokens[i], y + i * width);
+  });
+}
+
+int argmax(const float* values, int n) {
+  ensure_cpu_target();
+  return n <= 0 ? -1 : HWY_DYNAMIC_DISPATCH(ArgMax)(values, size_t(n));
+}
+
+}  // namespace torpor::kernels
+#endif  // HWY_ONCE
