@@ -7,7 +7,7 @@ namespace torpor::kernels {
 /// its first dynamic dispatch. Throws kInvalidArgument when the name is unknown or the CPU can't run it.
 void ensure_cpu_target();
 
-/// Name of the target in use, as Highway spells it ("AVX2", "EMU128").
+/// Name of the target in use, as Highway spells it ("AVX2"; the portable one is "EMU128" or, on compilers that break it, "SCALAR").
 const char* cpu_target_name();
 
 }  // namespace torpor::kernels

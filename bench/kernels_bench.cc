@@ -1,0 +1,148 @@
+// Times the linear kernels on the shapes of a SmolLM2-135M-like model (4-bit, group 32; 8-bit head).
+// kernels_bench [layers=30] [rows=512] [repeats=5]; TORPOR_THREADS, TORPOR_CPU_TARGET and TORPOR_ACTIVATIONS apply.
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kernels/compute.h"
+#include "kernels/cpu_target.h"
+#include "kernels/packed_linear.h"
+#include "kernels/thread_pool.h"
+
+using namespace torpor::kernels;
+
+namespace {
+
+struct Weights {
+  std::vector<uint32_t> words;
+  std::vector<uint16_t> scales, biases;
+  WeightSource source;
+
+  Weights(int n, int k, int bits, int group, std::mt19937& rng) {
+    words.resize(size_t(n) * k * bits / 32);
+    for (uint32_t& w : words) w = uint32_t(rng());
+    scales.assign(size_t(n) * k / group, 0x1c00);  // 2^-8
+    biases.assign(scales.size(), 0x9c00);
+    source.type = WeightSource::Type::kAffine;
+    source.n = n;
+    source.k = k;
+    source.weight = words.data();
+    source.bits = bits;
+    source.group = group;
+    source.scales = scales.data();
+    source.biases = biases.data();
+  }
+};
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+template <class F>
+double median_seconds(int repeats, F&& f) {
+  f();
+  std::vector<double> times;
+  for (int i = 0; i < repeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    f();
+    times.push_back(seconds_since(start));
+  }
+  std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
+  return times[repeats / 2];
+}
+
+using Packed = std::shared_ptr<const PackedLinear>;
+
+struct Layer {
+  Packed qkv, o, gate_up, down;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int n_layers = argc > 1 ? std::atoi(argv[1]) : 30;
+  const int rows = argc > 2 ? std::atoi(argv[2]) : 512;
+  const int repeats = argc > 3 ? std::atoi(argv[3]) : 5;
+  constexpr int kHidden = 576, kQkv = 960, kInner = 1536, kVocabulary = 49152;
+  std::mt19937 rng(1);
+
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<Layer> layers;
+  size_t bytes = 0;
+  for (int i = 0; i < n_layers; ++i) {
+    const Weights qkv(kQkv, kHidden, 4, 32, rng), o(kHidden, kHidden, 4, 32, rng), gate(kInner, kHidden, 4, 32, rng),
+        up(kInner, kHidden, 4, 32, rng), down(kHidden, kInner, 4, 32, rng);
+    layers.push_back({PackedLinear::pack({qkv.source}), PackedLinear::pack({o.source}),
+                      PackedLinear::pack_gated(gate.source, up.source), PackedLinear::pack({down.source})});
+    for (const Packed& p : {layers.back().qkv, layers.back().o, layers.back().gate_up, layers.back().down}) {
+      bytes += p->nbytes();
+    }
+  }
+  const Weights head_weights(kVocabulary, kHidden, 8, 32, rng);
+  const Packed head = PackedLinear::pack({head_weights.source});
+  bytes += head->nbytes();
+  std::printf("target %s, %d threads; made and packed %.1f MB in %.2f s\n", cpu_target_name(), ThreadPool::shared().size(),
+              double(bytes) / 1e6, seconds_since(start));
+
+  std::vector<float> x(size_t(rows) * kHidden), qkv(size_t(rows) * kQkv), inner(size_t(rows) * kInner), logits(kVocabulary);
+  for (float& v : x) v = std::uniform_real_distribution<float>(-1, 1)(rng);
+  const std::vector<float> x0 = x;
+  const double per_row = 2.0 * n_layers * (double(kQkv) * kHidden + double(kHidden) * kHidden + 3.0 * kInner * kHidden);
+  auto run = [&](int m) {
+    x = x0;
+    for (const Layer& layer : layers) {
+      linear(x.data(), m, *layer.qkv, nullptr, qkv.data());
+      linear(x.data(), m, *layer.o, x.data(), qkv.data());
+      gated_linear(x.data(), m, *layer.gate_up, Activation::kSilu, inner.data());
+      linear(inner.data(), m, *layer.down, x.data(), qkv.data());
+    }
+    linear(x.data(), 1, *head, nullptr, logits.data());
+  };
+
+  struct Part {
+    const char* name;
+    Packed Layer::*weight;
+    int n, k;
+  };
+  const Part parts[] = {{"qkv", &Layer::qkv, kQkv, kHidden},
+                        {"o", &Layer::o, kHidden, kHidden},
+                        {"gate_up", &Layer::gate_up, 2 * kInner, kHidden},
+                        {"down", &Layer::down, kHidden, kInner}};
+  std::vector<int> sizes{1};
+  if (rows >= 4) sizes.push_back(4);
+  if (rows > 4) sizes.push_back(rows);
+  for (const int m : sizes) {
+    for (const Part& part : parts) {
+      const double t = median_seconds(repeats, [&] {
+        for (const Layer& layer : layers) {
+          const PackedLinear& w = *(layer.*part.weight);
+          const float* in = part.k == kInner ? inner.data() : x.data();
+          if (part.weight == &Layer::gate_up) {
+            gated_linear(in, m, w, Activation::kSilu, inner.data());
+          } else {
+            linear(in, m, w, nullptr, qkv.data());
+          }
+        }
+      });
+      const double part_bytes = double((layers[0].*part.weight)->nbytes()) * n_layers;
+      std::printf("  M=%-4d %-8s %8.1f GFLOP/s  %6.1f GB/s of weights\n", m, part.name,
+                  2.0 * m * part.n * part.k * n_layers / t / 1e9, part_bytes / t / 1e9);
+    }
+    if (m == 1) {
+      const double t = median_seconds(repeats, [&] { linear(x.data(), 1, *head, nullptr, logits.data()); });
+      std::printf("  M=1    head     %8.1f GFLOP/s  %6.1f GB/s of weights\n", 2.0 * kVocabulary * kHidden / t / 1e9,
+                  double(head->nbytes()) / t / 1e9);
+    }
+    const double t = median_seconds(repeats, [&] { run(m); });
+    const double flop = per_row * m + 2.0 * kVocabulary * kHidden;
+    std::printf("M=%-4d all linear layers: %8.2f ms  %8.1f rows/s  %7.1f GFLOP/s  %6.1f GB/s of weights\n", m, t * 1e3, m / t,
+                flop / t / 1e9, double(bytes) / t / 1e9);
+  }
+  return 0;
+}

@@ -1,0 +1,449 @@
+// x · Wᵀ on packed weights. Every output is one chain of multiply-adds over k in order, whatever M, the tile or the thread,
+// over weights w = q * scale + bias rounded to f32 in one way: a row's bits depend on that row alone.
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/linear.cc"
+#include <hwy/foreach_target.h>  // must come before highway.h
+
+#include <hwy/highway.h>
+#include <hwy/contrib/math/math-inl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+
+#include "kernels/compute.h"
+#include "kernels/packed_layout.h"
+#include "kernels/thread_pool.h"
+
+#ifndef TORPOR_KERNELS_LINEAR_ONCE
+#define TORPOR_KERNELS_LINEAR_ONCE
+namespace torpor::kernels {
+
+/// One call, as every target's kernel takes it.
+struct LinearCall {
+  const float* x;
+  int m;
+  const PackedLinear::Impl* w;
+  const float* residual;  // or nullptr
+  float* y;
+  Activation activation;  // of a gated weight
+};
+
+/// Rows that one task multiplies with a panel, at most.
+inline constexpr int kBlockRows = 512;
+/// Columns of a panel that are dequantized at once: 16 KiB of f32, half of a usual L1.
+inline constexpr int kBlockK = 256;
+
+/// A worker's own memory.
+struct LinearScratch {
+  alignas(64) float weights[(kBlockK + 128) * kPanel];
+  alignas(64) float sums[kBlockRows * kPanel];
+};
+inline LinearScratch& linear_scratch() {
+  static thread_local std::unique_ptr<LinearScratch> scratch = std::make_unique<LinearScratch>();
+  return *scratch;
+}
+
+}  // namespace torpor::kernels
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace torpor::kernels {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using Type = WeightSource::Type;
+
+using DF = hn::CappedTag<float, kPanel>;
+using VF = hn::Vec<DF>;
+using DI = hn::RebindToSigned<DF>;
+using DU = hn::RebindToUnsigned<DF>;
+using VU = hn::Vec<DU>;
+using DHalf = hn::Rebind<hwy::float16_t, DF>;
+using DBf16 = hn::Rebind<hwy::bfloat16_t, DF>;
+constexpr int kLanes = int(hn::MaxLanes(DF()));
+constexpr int kVectors = kPanel / kLanes;  // of one k of a panel
+
+// Rows of a register tile, and panels that a single row multiplies at once, by how many registers there are.
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+constexpr int kTileRows = 12, kVectorPanels = 4;
+#elif HWY_TARGET == HWY_AVX2
+constexpr int kTileRows = 6, kVectorPanels = 2;
+#elif HWY_TARGET == HWY_NEON
+constexpr int kTileRows = 6, kVectorPanels = 1;
+#else
+constexpr int kTileRows = 2, kVectorPanels = 1;
+#endif
+
+// Loads 16-bit or 32-bit floats as f32.
+template <Type kType>
+HWY_INLINE VF LoadFloats(const std::byte* p, size_t i) {
+  const DF d;
+  if constexpr (kType == Type::kF32) {
+    return hn::LoadU(d, reinterpret_cast<const float*>(p) + i);
+  } else if constexpr (kType == Type::kF16) {
+    return hn::PromoteTo(d, hn::LoadU(DHalf(), reinterpret_cast<const hwy::float16_t*>(p) + i));
+  } else {
+    return hn::PromoteTo(d, hn::LoadU(DBf16(), reinterpret_cast<const hwy::bfloat16_t*>(p) + i));
+  }
+}
+
+// The J-th weight in each lane's u32, as f32.
+template <int kBits, int kJ>
+HWY_INLINE VF Unpack(VU line) {
+  const DI di;
+  constexpr int kShift = kBits == 8 ? 8 * kJ : kJ < 4 ? 8 * kJ : 8 * (kJ - 4) + 4;
+  constexpr uint32_t kMask = kBits == 8 ? 0xff : 0xf;
+  if constexpr (kShift > 0) line = hn::ShiftRight<kShift>(line);
+  if constexpr (kShift + kBits < 32) line = hn::And(line, hn::Set(DU(), kMask));
+  return hn::ConvertTo(DF(), hn::BitCast(di, line));
+}
+
+HWY_INLINE VU LoadLine(const std::byte* line, int vector) {
+  return hn::Load(DU(), reinterpret_cast<const uint32_t*>(line) + vector * kLanes);
+}
+
+// ---- One panel's columns [k0, k1) to f32 [k1 - k0][16] ----
+
+template <int kBits, int kJ>
+HWY_INLINE void UnpackTo(VU line, VF scale, VF bias, float* out) {
+  hn::Store(hn::MulAdd(Unpack<kBits, kJ>(line), scale, bias), DF(), out + kJ * kPanel);
+}
+
+template <int kBits, Type kScale>
+void UnpackQuantized(const PackedPart& part, const std::byte* panel, int k0, int k1, float* out) {
+  constexpr int kPerLine = 32 / kBits;
+  const int lines = part.group / kPerLine;
+  const std::byte* end = panel + size_t(k1 / part.group) * part.group_bytes;
+  for (const std::byte* g = panel + size_t(k0 / part.group) * part.group_bytes; g != end; g += part.group_bytes) {
+    const std::byte* line = g + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
+    for (int v = 0; v < kVectors; ++v) {
+      const VF scale = LoadFloats<kScale>(g, v * kLanes), bias = LoadFloats<kScale>(g, kPanel + v * kLanes);
+      for (int i = 0; i < lines; ++i) {
+        const VU words = LoadLine(line + size_t(i) * kAlignment, v);
+        float* to = out + size_t(i) * kPerLine * kPanel + v * kLanes;
+        UnpackTo<kBits, 0>(words, scale, bias, to);
+        UnpackTo<kBits, 1>(words, scale, bias, to);
+        UnpackTo<kBits, 2>(words, scale, bias, to);
+        UnpackTo<kBits, 3>(words, scale, bias, to);
+        if constexpr (kBits == 4) {
+          UnpackTo<kBits, 4>(words, scale, bias, to);
+          UnpackTo<kBits, 5>(words, scale, bias, to);
+          UnpackTo<kBits, 6>(words, scale, bias, to);
+          UnpackTo<kBits, 7>(words, scale, bias, to);
+        }
+      }
+    }
+    out += size_t(part.group) * kPanel;
+  }
+}
+
+template <Type kType>
+void UnpackFloats(const std::byte* panel, int k0, int k1, float* out) {
+  for (size_t i = size_t(k0) * kPanel; i < size_t(k1) * kPanel; i += kLanes) {
+    hn::Store(LoadFloats<kType>(panel, i), DF(), out);
+    out += kLanes;
+  }
+}
+
+const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k0, int k1, float* scratch) {
+  switch (part.type) {
+    case Type::kF32:
+      return reinterpret_cast<const float*>(panel) + size_t(k0) * kPanel;
+    case Type::kF16:
+      UnpackFloats<Type::kF16>(panel, k0, k1, scratch);
+      break;
+    case Type::kBF16:
+      UnpackFloats<Type::kBF16>(panel, k0, k1, scratch);
+      break;
+    case Type::kAffine:
+      if (part.bits == 4) {
+        if (part.scale_type == Type::kF32) UnpackQuantized<4, Type::kF32>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kF16) UnpackQuantized<4, Type::kF16>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kBF16) UnpackQuantized<4, Type::kBF16>(part, panel, k0, k1, scratch);
+      } else {
+        if (part.scale_type == Type::kF32) UnpackQuantized<8, Type::kF32>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kF16) UnpackQuantized<8, Type::kF16>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kBF16) UnpackQuantized<8, Type::kBF16>(part, panel, k0, k1, scratch);
+      }
+      break;
+  }
+  return scratch;
+}
+
+// ---- kRows rows of x times k columns of a panel; sums [kRows][16] go on from what they hold unless `first` ----
+
+template <int kRows>
+HWY_NOINLINE void Tile(const float* HWY_RESTRICT x, size_t stride, const float* HWY_RESTRICT panel, int k, bool first,
+                       float* HWY_RESTRICT sums) {
+  const DF d;
+  VF acc[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = first ? hn::Zero(d) : hn::Load(d, sums + r * kPanel + v * kLanes);
+  }
+  for (int i = 0; i < k; ++i) {
+    VF w[kVectors];
+    for (int v = 0; v < kVectors; ++v) w[v] = hn::Load(d, panel + v * kLanes);
+    panel += kPanel;
+    for (int r = 0; r < kRows; ++r) {
+      const VF xr = hn::Set(d, x[r * stride + i]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(xr, w[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], d, sums + r * kPanel + v * kLanes);
+  }
+}
+
+template <int kRows>
+HWY_INLINE void TileTail(int rows, const float* x, size_t stride, const float* panel, int k, bool first, float* sums) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) {
+      Tile<kRows>(x, stride, panel, k, first, sums);
+    } else {
+      TileTail<kRows - 1>(rows, x, stride, panel, k, first, sums);
+    }
+  }
+}
+
+void Tiles(const float* x, int rows, size_t stride, const float* panel, int k, bool first, float* sums) {
+  int row = 0;
+  for (; row + kTileRows <= rows; row += kTileRows) {
+    Tile<kTileRows>(x + row * stride, stride, panel, k, first, sums + row * kPanel);
+  }
+  TileTail<kTileRows - 1>(rows - row, x + row * stride, stride, panel, k, first, sums + row * kPanel);
+}
+
+// ---- One row of x times kPanels panels, straight from their packed form ----
+
+template <int kBits, int kJ, int kPanels>
+HWY_INLINE void Step(const VU (&line)[kPanels][kVectors], const VF (&scale)[kPanels][kVectors],
+                     const VF (&bias)[kPanels][kVectors], const float* x, VF (&acc)[kPanels][kVectors]) {
+  const VF xk = hn::Set(DF(), x[kJ]);
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) {
+      acc[p][v] = hn::MulAdd(xk, hn::MulAdd(Unpack<kBits, kJ>(line[p][v]), scale[p][v], bias[p][v]), acc[p][v]);
+    }
+  }
+}
+
+template <int kBits, Type kScale, int kPanels>
+HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+  constexpr int kPerLine = 32 / kBits;
+  const DF d;
+  const int lines = part.group / kPerLine, groups = k / part.group;
+  VF acc[kPanels][kVectors];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) acc[p][v] = hn::Zero(d);
+  }
+  for (int g = 0; g < groups; ++g) {
+    VF scale[kPanels][kVectors], bias[kPanels][kVectors];
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kVectors; ++v) {
+        scale[p][v] = LoadFloats<kScale>(panel + p * part.panel_bytes, v * kLanes);
+        bias[p][v] = LoadFloats<kScale>(panel + p * part.panel_bytes, kPanel + v * kLanes);
+      }
+    }
+    const std::byte* at = panel + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
+    for (int i = 0; i < lines; ++i) {
+      VU line[kPanels][kVectors];
+      for (int p = 0; p < kPanels; ++p) {
+        for (int v = 0; v < kVectors; ++v) line[p][v] = LoadLine(at + p * part.panel_bytes, v);
+      }
+      Step<kBits, 0, kPanels>(line, scale, bias, x, acc);
+      Step<kBits, 1, kPanels>(line, scale, bias, x, acc);
+      Step<kBits, 2, kPanels>(line, scale, bias, x, acc);
+      Step<kBits, 3, kPanels>(line, scale, bias, x, acc);
+      if constexpr (kBits == 4) {
+        Step<kBits, 4, kPanels>(line, scale, bias, x, acc);
+        Step<kBits, 5, kPanels>(line, scale, bias, x, acc);
+        Step<kBits, 6, kPanels>(line, scale, bias, x, acc);
+        Step<kBits, 7, kPanels>(line, scale, bias, x, acc);
+      }
+      x += kPerLine;
+      at += kAlignment;
+    }
+    panel += part.group_bytes;
+  }
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) hn::Store(acc[p][v], d, sums + p * kPanel + v * kLanes);
+  }
+}
+
+template <Type kType, int kPanels>
+HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+  const DF d;
+  VF acc[kPanels][kVectors];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) acc[p][v] = hn::Zero(d);
+  }
+  for (int i = 0; i < k; ++i) {
+    const VF xk = hn::Set(d, x[i]);
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kVectors; ++v) {
+        acc[p][v] =
+            hn::MulAdd(xk, LoadFloats<kType>(panel + p * part.panel_bytes, size_t(i) * kPanel + v * kLanes), acc[p][v]);
+      }
+    }
+  }
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) hn::Store(acc[p][v], d, sums + p * kPanel + v * kLanes);
+  }
+}
+
+template <int kPanels>
+void Vector(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+  switch (part.type) {
+    case Type::kF32:
+      return VectorFloats<Type::kF32, kPanels>(part, panel, k, x, sums);
+    case Type::kF16:
+      return VectorFloats<Type::kF16, kPanels>(part, panel, k, x, sums);
+    case Type::kBF16:
+      return VectorFloats<Type::kBF16, kPanels>(part, panel, k, x, sums);
+    case Type::kAffine:
+      break;
+  }
+  if (part.bits == 4) {
+    if (part.scale_type == Type::kF32) VectorQuantized<4, Type::kF32, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kF16) VectorQuantized<4, Type::kF16, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kBF16) VectorQuantized<4, Type::kBF16, kPanels>(part, panel, k, x, sums);
+  } else {
+    if (part.scale_type == Type::kF32) VectorQuantized<8, Type::kF32, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kF16) VectorQuantized<8, Type::kF16, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kBF16) VectorQuantized<8, Type::kBF16, kPanels>(part, panel, k, x, sums);
+  }
+}
+
+// ---- What happens to a finished sum ----
+
+// Both activations are x * sigmoid(s), s = x or the polynomial whose sigmoid is GELU's tanh form.
+template <class D, class V>
+HWY_INLINE V Activate(D d, Activation activation, V x) {
+  V s = x;
+  if (activation == Activation::kGeluTanh) {
+    const V cubic = hn::MulAdd(hn::Mul(hn::Set(d, 0.044715f), hn::Mul(x, x)), x, x);
+    s = hn::Mul(hn::Set(d, 1.5957691216057308f), cubic);  // 2 sqrt(2 / pi)
+  }
+  const V e = hn::Exp(d, hn::Min(hn::Neg(s), hn::Set(d, 88.0f)));
+  return hn::Div(x, hn::Add(hn::Set(d, 1.0f), e));
+}
+
+// The outputs of `panel` (of `part`) in row `row`, from its 16 sums.
+void Finish(const LinearCall& call, const PackedPart& part, int panel, int row, float* HWY_RESTRICT sums) {
+  const DF d;
+  if (part.bias.data() != nullptr) {
+    const float* bias = part.bias.data() + size_t(panel) * kPanel;
+    for (int i = 0; i < kPanel; i += kLanes) hn::Store(hn::Add(hn::Load(d, sums + i), hn::Load(d, bias + i)), d, sums + i);
+  }
+  int width = kPanel;
+  if (call.w->gated) {
+    width = kGatedPanel;
+    const hn::CappedTag<float, kGatedPanel> dg;
+    for (int i = 0; i < kGatedPanel; i += int(hn::MaxLanes(dg))) {
+      const auto gate = hn::Load(dg, sums + i), up = hn::Load(dg, sums + kGatedPanel + i);
+      hn::Store(hn::Mul(Activate(dg, call.activation, gate), up), dg, sums + i);
+    }
+  }
+  const int column = panel * width, count = std::min(width, part.n - column);
+  const size_t at = size_t(row) * call.w->n + part.first + column;
+  float* y = call.y + at;
+  if (call.residual != nullptr) {
+    const float* residual = call.residual + at;
+    if (count == kPanel) {
+      for (int i = 0; i < kPanel; i += kLanes) {
+        hn::StoreU(hn::Add(hn::Load(d, sums + i), hn::LoadU(d, residual + i)), d, y + i);
+      }
+    } else {
+      for (int i = 0; i < count; ++i) y[i] = sums[i] + residual[i];
+    }
+  } else {
+    std::memcpy(y, sums, size_t(count) * sizeof(float));
+  }
+}
+
+// Panels [first, last) of a part for a single row.
+void RunVector(const LinearCall& call, const PackedPart& part, int first, int last) {
+  HWY_ALIGN float sums[kVectorPanels * kPanel];
+  int panel = first;
+  for (; panel + kVectorPanels <= last; panel += kVectorPanels) {
+    Vector<kVectorPanels>(part, part.panel(panel), call.w->k, call.x, sums);
+    for (int p = 0; p < kVectorPanels; ++p) Finish(call, part, panel + p, 0, sums + p * kPanel);
+  }
+  for (; panel < last; ++panel) {
+    Vector<1>(part, part.panel(panel), call.w->k, call.x, sums);
+    Finish(call, part, panel, 0, sums);
+  }
+}
+
+// Panels [first, last) of a part for rows [row, row + rows).
+void RunBlock(const LinearCall& call, const PackedPart& part, int first, int last, int row, int rows) {
+  LinearScratch& scratch = linear_scratch();
+  const int k = call.w->k;
+  // Equal steps of whole groups.
+  const int steps = (k + kBlockK - 1) / kBlockK;
+  int step = (k + steps - 1) / steps;
+  if (part.group > 0) step = (step + part.group - 1) / part.group * part.group;
+  for (int panel = first; panel < last; ++panel) {
+    for (int k0 = 0; k0 < k; k0 += step) {
+      const int k1 = std::min(k, k0 + step);
+      const float* weights = PanelAsFloats(part, part.panel(panel), k0, k1, scratch.weights);
+      Tiles(call.x + size_t(row) * k + k0, rows, size_t(k), weights, k1 - k0, k0 == 0, scratch.sums);
+    }
+    for (int r = 0; r < rows; ++r) Finish(call, part, panel, row + r, scratch.sums + r * kPanel);
+  }
+}
+
+void Linear(const LinearCall& call) {
+  ThreadPool& pool = ThreadPool::shared();
+  for (const PackedPart& part : call.w->parts) {
+    const int blocks = (call.m + kBlockRows - 1) / kBlockRows;
+    // Few tasks for one row, where each is short; more for many rows, where an even end matters.
+    const int wanted = pool.size() * (call.m == 1 ? 2 : 8);
+    int per_task = std::max(1, part.panels / std::max(1, wanted));
+    per_task = (per_task + kVectorPanels - 1) / kVectorPanels * kVectorPanels;
+    const int tasks = (part.panels + per_task - 1) / per_task;
+    auto body = [&](size_t task, int) {
+      const int first = int(task % tasks) * per_task, last = std::min(part.panels, first + per_task);
+      if (call.m == 1) {
+        RunVector(call, part, first, last);
+      } else {
+        const int row = int(task / tasks) * kBlockRows;
+        RunBlock(call, part, first, last, row, std::min(kBlockRows, call.m - row));
+      }
+    };
+    pool.parallel_for(size_t(tasks) * blocks, std::ref(body));
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace torpor::kernels
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+
+#include "kernels/cpu_target.h"
+#include "torpor/error.h"
+
+namespace torpor::kernels {
+namespace {
+HWY_EXPORT(Linear);
+}
+
+void linear(const float* x, int m, const PackedLinear& w, const float* residual, float* y) {
+  if (w.impl().gated) throw Error(ErrorCode::kInvalidArgument, "A gated weight needs gated_linear.");
+  if (m <= 0) return;
+  ensure_cpu_target();
+  HWY_DYNAMIC_DISPATCH(Linear)({x, m, &w.impl(), residual, y, Activation::kSilu});
+}
+
+void gated_linear(const float* x, int m, const PackedLinear& w, Activation activation, float* y) {
+  if (!w.impl().gated) throw Error(ErrorCode::kInvalidArgument, "gated_linear needs a weight packed by pack_gated.");
+  if (m <= 0) return;
+  ensure_cpu_target();
+  HWY_DYNAMIC_DISPATCH(Linear)({x, m, &w.impl(), nullptr, y, activation});
+}
+
+}  // namespace torpor::kernels
+
+#endif  // HWY_ONCE

@@ -1,0 +1,486 @@
+// Every linear kernel against a plain f64 reference, and rows against themselves: a row's bits must depend on neither M
+// nor the number of threads. CTest runs this program once per forced CPU target as well.
+
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+#include <mlx/mlx.h>
+
+#include "kernels/compute.h"
+#include "kernels/cpu_target.h"
+#include "kernels/packed_linear.h"
+#include "kernels/primitives.h"
+#include "kernels/thread_pool.h"
+#include "torpor/error.h"
+
+namespace torpor::kernels {
+namespace {
+
+using Type = WeightSource::Type;
+
+constexpr double kUnit = 0x1p-24;  // half an ulp of 1 in f32
+
+const char* type_name(Type type) {
+  switch (type) {
+    case Type::kF32: return "f32";
+    case Type::kF16: return "f16";
+    case Type::kBF16: return "bf16";
+    case Type::kAffine: return "affine";
+  }
+  return "";
+}
+
+/// `value` in one of the three float types, and what it became.
+struct Stored {
+  uint32_t bits;
+  double value;
+};
+
+Stored store(float value, Type type) {
+  if (type == Type::kF32) return {std::bit_cast<uint32_t>(value), value};
+  if (type == Type::kBF16) {
+    const uint32_t top = std::bit_cast<uint32_t>(value) & 0xffff0000u;
+    return {top >> 16, std::bit_cast<float>(top)};
+  }
+  // Truncated to 10 bits of mantissa; the tests' values are normal f16 numbers or zero.
+  if (value == 0) return {0, 0.0};
+  const uint32_t u = std::bit_cast<uint32_t>(value);
+  const int exponent = int((u >> 23) & 0xff) - 127;
+  if (exponent < -14) return {0, 0.0};
+  const uint32_t half = ((u >> 16) & 0x8000) | (uint32_t(exponent + 15) << 10) | ((u >> 13) & 0x3ff);
+  return {half, std::bit_cast<float>(u & 0xffffe000u)};
+}
+
+void append(std::vector<std::byte>& out, uint32_t bits, Type type) {
+  const size_t size = type == Type::kF32 ? 4 : 2, at = out.size();
+  out.resize(at + size);
+  std::memcpy(out.data() + at, &bits, size);
+}
+
+/// A random weight in a checkpoint's form, its exact values, and the magnitudes a rounding error is relative to.
+struct TestWeight {
+  std::vector<std::byte> weight, scales, biases, bias;
+  std::vector<double> values, magnitudes, bias_values;
+  WeightSource source;
+
+  TestWeight(Type type, int n, int k, std::mt19937& rng, int bits = 0, int group = 0, Type scale_type = Type::kF16,
+             bool with_bias = false, Type bias_type = Type::kF32) {
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    source.type = type;
+    source.n = n;
+    source.k = k;
+    if (type != Type::kAffine) {
+      for (int i = 0; i < n * k; ++i) {
+        const Stored s = store(uniform(rng), type);
+        append(weight, s.bits, type);
+        values.push_back(s.value);
+        magnitudes.push_back(std::abs(s.value));
+      }
+    } else {
+      source.bits = bits;
+      source.group = group;
+      source.scale_type = scale_type;
+      std::vector<uint32_t> words(size_t(n) * k * bits / 32);
+      for (uint32_t& w : words) w = uint32_t(rng());
+      weight.resize(words.size() * 4);
+      std::memcpy(weight.data(), words.data(), weight.size());
+      for (int g = 0; g < n * k / group; ++g) {
+        const Stored s = store(uniform(rng) / float(1 << bits), scale_type), b = store(uniform(rng), scale_type);
+        append(scales, s.bits, scale_type);
+        append(biases, b.bits, scale_type);
+        for (int i = g * group; i < (g + 1) * group; ++i) {
+          const uint32_t q = (words[size_t(i) * bits / 32] >> (size_t(i) * bits % 32)) & ((1u << bits) - 1);
+          values.push_back(s.value * q + b.value);
+          magnitudes.push_back(std::abs(s.value * q) + std::abs(b.value));
+        }
+      }
+      source.scales = scales.data();
+      source.biases = biases.data();
+    }
+    source.weight = weight.data();
+    if (with_bias) {
+      for (int i = 0; i < n; ++i) {
+        const Stored s = store(uniform(rng), bias_type);
+        append(bias, s.bits, bias_type);
+        bias_values.push_back(s.value);
+      }
+      source.bias = bias.data();
+      source.bias_type = bias_type;
+    }
+  }
+
+  /// Output `column` of input row `x`, and the bound on an f32 kernel's error: k + 4 roundings of the sum of magnitudes.
+  std::pair<double, double> reference(const float* x, int column) const {
+    double sum = 0, magnitude = 0;
+    const size_t at = size_t(column) * source.k;
+    for (int i = 0; i < source.k; ++i) {
+      sum += double(x[i]) * values[at + i];
+      magnitude += std::abs(double(x[i])) * magnitudes[at + i];
+    }
+    if (source.bias != nullptr) {
+      sum += bias_values[column];
+      magnitude += std::abs(bias_values[column]);
+    }
+    return {sum, (source.k + 4) * kUnit * magnitude};
+  }
+};
+
+std::vector<float> random_rows(int m, int k, std::mt19937& rng) {
+  std::vector<float> x(size_t(m) * k);
+  for (float& v : x) v = std::uniform_real_distribution<float>(-1, 1)(rng);
+  return x;
+}
+
+struct RestoreThreads {
+  int before = ThreadPool::shared().size();
+  ~RestoreThreads() { ThreadPool::resize_shared(before); }
+};
+
+const std::vector<int> kRows{0, 1, 2, 7, 64, 513};
+
+/// linear() of every M against the reference, against its own rows one at a time, and with 1, 2 and 3 threads.
+void check_linear(const std::vector<const TestWeight*>& weights, bool with_residual, std::mt19937& rng) {
+  std::vector<WeightSource> sources;
+  for (const TestWeight* w : weights) sources.push_back(w->source);
+  const auto packed = PackedLinear::pack(sources);
+  const int n = packed->n(), k = packed->k(), most = kRows.back();
+  const std::vector<float> x = random_rows(most, k, rng), residual = random_rows(most, n, rng);
+  const float* added = with_residual ? residual.data() : nullptr;
+
+  ThreadPool::resize_shared(2);
+  std::vector<float> whole(size_t(most) * n, NAN);
+  linear(x.data(), most, *packed, added, whole.data());
+  for (int row = 0; row < most; row += row < 20 ? 1 : 37) {
+    int column = 0;
+    for (const TestWeight* w : weights) {
+      for (int i = 0; i < w->source.n; ++i, ++column) {
+        auto [want, bound] = w->reference(x.data() + size_t(row) * k, i);
+        const size_t at = size_t(row) * n + column;
+        if (with_residual) {
+          want += residual[at];
+          bound += kUnit * (std::abs(want) + 1);
+        }
+        ASSERT_NEAR(whole[at], want, bound) << "row " << row << " column " << column;
+      }
+    }
+  }
+  std::vector<float> y(size_t(most) * n);
+  for (const int threads : {1, 2, 3}) {
+    ThreadPool::resize_shared(threads);
+    for (const int m : kRows) {
+      std::fill(y.begin(), y.end(), -7.0f);
+      linear(x.data(), m, *packed, added, y.data());
+      ASSERT_EQ(std::memcmp(y.data(), whole.data(), size_t(m) * n * sizeof(float)), 0) << "M " << m << " threads " << threads;
+      for (size_t i = size_t(m) * n; i < y.size(); ++i) ASSERT_EQ(y[i], -7.0f) << "wrote past M " << m;
+    }
+    for (int row = 0; row < most; row += 29) {
+      linear(x.data() + size_t(row) * k, 1, *packed, added ? added + size_t(row) * n : nullptr, y.data());
+      ASSERT_EQ(std::memcmp(y.data(), whole.data() + size_t(row) * n, size_t(n) * sizeof(float)), 0)
+          << "row " << row << " alone, threads " << threads;
+    }
+  }
+}
+
+TEST(KernelsLinear, QuantizedWeights) {
+  const RestoreThreads restore;
+  std::mt19937 rng(1);
+  for (const int bits : {4, 8}) {
+    for (const int group : {32, 64, 128}) {
+      for (const Type scale_type : {Type::kF32, Type::kF16, Type::kBF16}) {
+        for (const auto& [n, k] : {std::pair{17, group}, {40, 5 * 128}}) {
+          SCOPED_TRACE(std::to_string(bits) + " bits, group " + std::to_string(group) + ", scales " + type_name(scale_type) +
+                       ", N " + std::to_string(n) + " K " + std::to_string(k));
+          const TestWeight w(Type::kAffine, n, k, rng, bits, group, scale_type);
+          check_linear({&w}, false, rng);
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TEST(KernelsLinear, FloatWeightsOfOddSizes) {
+  const RestoreThreads restore;
+  std::mt19937 rng(2);
+  for (const Type type : {Type::kF32, Type::kF16, Type::kBF16}) {
+    for (const auto& [n, k] : {std::pair{1, 1}, {16, 7}, {15, 64}, {33, 301}, {70, 600}}) {
+      SCOPED_TRACE(std::string(type_name(type)) + " N " + std::to_string(n) + " K " + std::to_string(k));
+      const TestWeight w(type, n, k, rng);
+      check_linear({&w}, false, rng);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST(KernelsLinear, BiasAndResidual) {
+  const RestoreThreads restore;
+  std::mt19937 rng(3);
+  for (const Type bias_type : {Type::kF32, Type::kF16, Type::kBF16}) {
+    const TestWeight w(Type::kAffine, 50, 96, rng, 4, 32, Type::kF16, true, bias_type);
+    check_linear({&w}, true, rng);
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(KernelsLinear, StackedProjections) {
+  const RestoreThreads restore;
+  std::mt19937 rng(4);
+  const TestWeight q(Type::kAffine, 36, 128, rng, 4, 32, Type::kF16, true), k(Type::kAffine, 12, 128, rng, 4, 32),
+      v(Type::kAffine, 12, 128, rng, 8, 64, Type::kBF16), f(Type::kF32, 5, 128, rng);
+  check_linear({&q, &k}, true, rng);
+  check_linear({&q, &k, &v, &f}, true, rng);
+}
+
+TEST(KernelsLinear, ResidualInPlace) {
+  std::mt19937 rng(5);
+  const TestWeight w(Type::kAffine, 40, 64, rng, 4, 32);
+  const auto packed = PackedLinear::pack({w.source});
+  const std::vector<float> x = random_rows(9, 64, rng), residual = random_rows(9, 40, rng);
+  std::vector<float> apart(9 * 40), in_place = residual;
+  linear(x.data(), 9, *packed, residual.data(), apart.data());
+  linear(x.data(), 9, *packed, in_place.data(), in_place.data());
+  EXPECT_EQ(apart, in_place);
+}
+
+double activate(Activation activation, double x) {
+  if (activation == Activation::kSilu) return x / (1 + std::exp(-x));
+  return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
+
+TEST(KernelsLinear, GatedProjections) {
+  const RestoreThreads restore;
+  std::mt19937 rng(6);
+  for (const Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
+    for (const auto& [n, k, mixed] : {std::tuple{8, 32, false}, {43, 160, false}, {20, 64, true}}) {
+      const TestWeight gate(Type::kAffine, n, k, rng, 4, 32, Type::kF16, n == 43),
+          up(Type::kAffine, n, k, rng, mixed ? 8 : 4, 32, Type::kF16, n == 43);
+      const auto packed = PackedLinear::pack_gated(gate.source, up.source);
+      ASSERT_EQ(packed->n(), n);
+      const int most = kRows.back();
+      const std::vector<float> x = random_rows(most, k, rng);
+      std::vector<float> whole(size_t(most) * n), y(size_t(most) * n);
+      ThreadPool::resize_shared(2);
+      gated_linear(x.data(), most, *packed, activation, whole.data());
+      for (int row = 0; row < most; row += 19) {
+        for (int column = 0; column < n; ++column) {
+          const auto [g, g_bound] = gate.reference(x.data() + size_t(row) * k, column);
+          const auto [u, u_bound] = up.reference(x.data() + size_t(row) * k, column);
+          const double a = activate(activation, g), want = a * u;
+          // The slope of either activation stays below 1.13; 16 roundings for the activation itself.
+          const double bound = (1.2 * g_bound + 16 * kUnit * (std::abs(a) + kUnit)) * (std::abs(u) + u_bound) + std::abs(a) * u_bound;
+          ASSERT_NEAR(whole[size_t(row) * n + column], want, bound) << "row " << row << " column " << column;
+        }
+      }
+      for (const int threads : {1, 2}) {
+        ThreadPool::resize_shared(threads);
+        for (const int m : kRows) {
+          std::fill(y.begin(), y.end(), -7.0f);
+          gated_linear(x.data(), m, *packed, activation, y.data());
+          ASSERT_EQ(std::memcmp(y.data(), whole.data(), size_t(m) * n * sizeof(float)), 0) << "M " << m;
+        }
+        for (int row = 0; row < most; row += 31) {
+          gated_linear(x.data() + size_t(row) * k, 1, *packed, activation, y.data());
+          ASSERT_EQ(std::memcmp(y.data(), whole.data() + size_t(row) * n, size_t(n) * sizeof(float)), 0) << "row " << row;
+        }
+      }
+    }
+  }
+}
+
+TEST(KernelsLinear, ActivationsAtTheExtremes) {
+  // x * [1 0] through gate, constant 1 through up.
+  const std::vector<float> gate{1, 0}, up{0, 1};
+  WeightSource g, u;
+  g.n = u.n = 1;
+  g.k = u.k = 2;
+  g.weight = gate.data();
+  u.weight = up.data();
+  const auto packed = PackedLinear::pack_gated(g, u);
+  for (const Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
+    for (const float v : {-3e4f, -200.0f, -88.5f, -20.0f, -1e-20f, 0.0f, 1e-20f, 3.0f, 20.0f, 90.0f, 3e4f}) {
+      const float x[2] = {v, 1};
+      float y = NAN;
+      gated_linear(x, 1, *packed, activation, &y);
+      const double want = activate(activation, v);
+      EXPECT_NEAR(y, want, 1e-6 * std::abs(want) + 1e-6) << v;
+    }
+    const float nan[2] = {NAN, 1};
+    float y = 0;
+    gated_linear(nan, 1, *packed, activation, &y);
+    EXPECT_TRUE(std::isnan(y));
+  }
+}
+
+TEST(KernelsLinear, DequantizeRow) {
+  std::mt19937 rng(7);
+  const TestWeight a(Type::kAffine, 20, 128, rng, 4, 64), b(Type::kAffine, 21, 128, rng, 8, 32, Type::kBF16),
+      c(Type::kF16, 3, 128, rng);
+  const auto packed = PackedLinear::pack({a.source, b.source, c.source});
+  EXPECT_GT(packed->nbytes(), size_t(128 * (10 + 21)));
+  std::vector<float> row(128);
+  int at = 0;
+  for (const TestWeight* w : {&a, &b, &c}) {
+    for (int i = 0; i < w->source.n; ++i, ++at) {
+      packed->dequantize_row(at, row.data());
+      for (int k = 0; k < 128; ++k) {
+        ASSERT_NEAR(row[k], w->values[size_t(i) * 128 + k], 2 * kUnit * w->magnitudes[size_t(i) * 128 + k]);
+      }
+    }
+  }
+  EXPECT_THROW(packed->dequantize_row(at, row.data()), Error);
+  EXPECT_THROW(packed->dequantize_row(-1, row.data()), Error);
+}
+
+TEST(KernelsLinear, WrongWeightsAreNamed) {
+  std::mt19937 rng(8);
+  const TestWeight good(Type::kAffine, 16, 64, rng, 4, 32), other(Type::kAffine, 16, 32, rng, 4, 32);
+  auto throws = [](const WeightSource& source) {
+    try {
+      PackedLinear::pack({source});
+    } catch (const Error& error) {
+      return error.code() == ErrorCode::kInvalidArgument;
+    }
+    return false;
+  };
+  EXPECT_FALSE(throws(good.source));
+  for (auto change : std::vector<void (*)(WeightSource&)>{
+           [](WeightSource& s) { s.bits = 3; }, [](WeightSource& s) { s.group = 16; }, [](WeightSource& s) { s.k = 48; },
+           [](WeightSource& s) { s.n = 0; }, [](WeightSource& s) { s.scales = nullptr; },
+           [](WeightSource& s) { s.weight = nullptr; }}) {
+    WeightSource bad = good.source;
+    change(bad);
+    EXPECT_TRUE(throws(bad));
+  }
+  EXPECT_THROW(PackedLinear::pack({good.source, other.source}), Error);
+  EXPECT_THROW(PackedLinear::pack({}), Error);
+  EXPECT_THROW(PackedLinear::pack_gated(good.source, other.source), Error);
+  const auto plain = PackedLinear::pack({good.source}), gated = PackedLinear::pack_gated(good.source, good.source);
+  std::vector<float> x(64), y(64);
+  EXPECT_THROW(linear(x.data(), 1, *gated, nullptr, y.data()), Error);
+  EXPECT_THROW(gated_linear(x.data(), 1, *plain, Activation::kSilu, y.data()), Error);
+}
+
+TEST(KernelsThreadPool, EveryTaskOnce) {
+  for (const int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    EXPECT_EQ(pool.size(), threads);
+    for (int round = 0; round < 2000; ++round) {
+      const size_t n = size_t(round % 37);
+      std::vector<std::atomic<int>> counts(n);
+      pool.parallel_for(n, [&](size_t task, int worker) {
+        EXPECT_TRUE(worker >= 0 && worker < threads);
+        ++counts[task];
+      });
+      for (const auto& count : counts) ASSERT_EQ(count.load(), 1);
+    }
+  }
+  EXPECT_THROW(ThreadPool(0), Error);
+}
+
+TEST(KernelsThreadPool, ExceptionsReachTheCaller) {
+  ThreadPool pool(3);
+  for (int round = 0; round < 100; ++round) {
+    EXPECT_THROW(pool.parallel_for(50, [](size_t task, int) {
+      if (task == 20) throw std::runtime_error("twenty");
+    }), std::runtime_error);
+    std::atomic<int> done{0};
+    pool.parallel_for(50, [&](size_t, int) { ++done; });
+    EXPECT_EQ(done.load(), 50);
+  }
+}
+
+TEST(KernelsTargetDeathTest, TheForcedTargetIsUsedOrRefused) {
+  testing::GTEST_FLAG(death_test_style) = "threadsafe";
+  auto result_of = [](const char* name) {
+    setenv("TORPOR_CPU_TARGET", name, 1);
+    try {
+      ensure_cpu_target();
+    } catch (const Error& error) {
+      std::exit(error.code() == ErrorCode::kInvalidArgument ? 10 : 11);
+    }
+    const std::string target = cpu_target_name();
+    std::exit(target == "EMU128" || target == "SCALAR" ? 20 : 21);
+  };
+  EXPECT_EXIT(result_of("portable"), testing::ExitedWithCode(20), "");
+  EXPECT_EXIT(result_of("mmx"), testing::ExitedWithCode(10), "");
+#if defined(__x86_64__)
+  EXPECT_EXIT(result_of("neon"), testing::ExitedWithCode(10), "");
+#else
+  EXPECT_EXIT(result_of("avx2"), testing::ExitedWithCode(10), "");
+#endif
+}
+
+TEST(KernelsPrimitives, LinearEqualsThePlainKernel) {
+  std::mt19937 rng(9);
+  const TestWeight w(Type::kAffine, 40, 64, rng, 4, 32);
+  const auto packed = PackedLinear::pack({w.source});
+  const std::vector<float> x = random_rows(6, 64, rng), residual = random_rows(6, 40, rng);
+  std::vector<float> want(6 * 40);
+  const mx::array x_array(x.data(), {6, 64}, mx::float32), residual_array(residual.data(), {6, 40}, mx::float32);
+  auto expect = [&](mx::array got) {
+    got.eval();
+    ASSERT_EQ(got.shape(), (mx::Shape{6, 40}));
+    EXPECT_EQ(std::memcmp(got.data<float>(), want.data(), want.size() * sizeof(float)), 0);
+  };
+  linear(x.data(), 6, *packed, nullptr, want.data());
+  expect(linear(x_array, packed));
+  // A lazy, transposed input.
+  expect(linear(mx::transpose(mx::contiguous(mx::transpose(x_array))), packed));
+  linear(x.data(), 6, *packed, residual.data(), want.data());
+  expect(linear_add(x_array, packed, residual_array));
+  // A residual that may be overwritten.
+  expect(linear_add(x_array, packed, mx::contiguous(residual_array + mx::array(0.0f))));
+  EXPECT_EQ(std::memcmp(residual_array.data<float>(), residual.data(), residual.size() * sizeof(float)), 0);
+
+  const auto gated = PackedLinear::pack_gated(w.source, w.source);
+  gated_linear(x.data(), 6, *gated, Activation::kSilu, want.data());
+  expect(gated_linear(x_array, gated, Activation::kSilu));
+
+  mx::array none = linear(mx::zeros({0, 64}), packed);
+  none.eval();
+  EXPECT_EQ(none.shape(), (mx::Shape{0, 40}));
+  EXPECT_THROW(linear(mx::zeros({2, 63}), packed), Error);
+  EXPECT_THROW(linear_add(x_array, packed, mx::zeros({5, 40})), Error);
+}
+
+TEST(KernelsPrimitives, NormAndEmbeddingEqualThePlainKernels) {
+  std::mt19937 rng(10);
+  const TestWeight w(Type::kAffine, 40, 64, rng, 8, 32);
+  const auto packed = PackedLinear::pack({w.source});
+  const std::vector<int32_t> tokens{3, 39, 0, 3};
+  std::vector<float> rows(4 * 64), want(4 * 64);
+  embedding(tokens.data(), 4, *packed, rows.data());
+  const std::vector<float> weight = random_rows(1, 64, rng);
+  rms_norm(rows.data(), 4, 64, weight.data(), 1e-5f, want.data());
+  mx::array got = rms_norm(embedding(mx::array(tokens.data(), {4}, mx::int32), packed),
+                           mx::array(weight.data(), {64}, mx::float32), 1e-5f);
+  got.eval();
+  EXPECT_EQ(std::memcmp(got.data<float>(), want.data(), want.size() * sizeof(float)), 0);
+}
+
+TEST(KernelsPrimitives, ErrorsOnTheStreamReachEval) {
+  std::mt19937 rng(11);
+  const TestWeight w(Type::kAffine, 40, 64, rng, 8, 32);
+  const auto packed = PackedLinear::pack({w.source});
+  mx::array bad = embedding(mx::array({40}, mx::int32), packed);
+  try {
+    bad.eval();
+    FAIL() << "token 40 of 40 was accepted";
+  } catch (const std::exception& error) {
+    EXPECT_NE(std::string(error.what()).find("Token 40"), std::string::npos) << error.what();
+  }
+  mx::array good = embedding(mx::array({39}, mx::int32), packed);
+  EXPECT_NO_THROW(good.eval());
+}
+
+}  // namespace
+}  // namespace torpor::kernels
