@@ -1,10 +1,12 @@
 //! What templates written for Python's Jinja expect of Python: str(), repr(), json.dumps(), string methods, strftime.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
+use std::sync::Arc;
 
-use minijinja::value::{from_args, Kwargs, Rest, ValueKind};
+use minijinja::value::{from_args, DynObject, Enumerator, Kwargs, Object, ObjectRepr, Rest, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
+use serde_json::Value as Json;
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -17,13 +19,57 @@ pub fn install(environment: &mut Environment<'static>) {
     environment.add_filter("trim", |text: &Value, chars: Option<String>| {
         strip(&str(text), chars.as_deref(), true, true).to_owned()
     });
-    // Python's strings and dicts have a length and can be indexed, which is all Jinja asks.
+    for name in ["length", "count"] {
+        environment.add_filter(name, |value: &Value| match value.len() {
+            Some(length) => Ok(length),
+            None if value.is_undefined() => Ok(0),
+            None => Err(Error::new(ErrorKind::InvalidOperation, format!("a {} has no length", value.kind()))),
+        });
+    }
+    // Python's strings and dicts have a length and can be indexed, which is all Jinja asks; its undefined value is empty.
+    environment.add_test("number", |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool));
     environment.add_test("sequence", |value: &Value| {
-        matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
+        matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Undefined)
     });
     environment.add_test("iterable", |value: &Value| {
-        matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Iterable)
+        use ValueKind::{Iterable, Map, Seq, String, Undefined};
+        matches!(value.kind(), Seq | String | Map | Iterable | Undefined)
     });
+}
+
+/// A list or dict that prints as Python's do wherever the engine makes text of it itself, as for `~`.
+#[derive(Debug)]
+struct Printed(DynObject);
+
+impl Object for Printed {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        self.0.repr()
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.0.get_value(key)
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        self.0.enumerate()
+    }
+
+    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&repr(&Value::from_dyn_object(self.0.clone())))
+    }
+}
+
+/// A variable for templates.
+pub fn value(json: &Json) -> Value {
+    let plain = match json {
+        Json::Array(items) => items.iter().map(value).collect(),
+        Json::Object(items) => items.iter().map(|(key, item)| (key.as_str(), value(item))).collect(),
+        scalar => Value::from_serialize(scalar),
+    };
+    match plain.as_object() {
+        Some(object) => Value::from_object(Printed(object.clone())),
+        None => plain,
+    }
 }
 
 /// Python's str(); nothing for an undefined value, as Jinja prints it.
@@ -283,6 +329,14 @@ fn method(state: &State, value: &Value, name: &str, args: &[Value]) -> Result<Va
             };
             Ok(parts.into_iter().map(Value::from).collect())
         }
+        "splitlines" => {
+            let (keep_ends,): (Option<bool>,) = from_args(args)?;
+            Ok(split_lines(text, keep_ends.unwrap_or(false)).into_iter().map(Value::from).collect())
+        }
+        "title" => {
+            let () = from_args(args)?;
+            Ok(title(text).into())
+        }
         "islower" | "isupper" => {
             let () = from_args(args)?;
             let (wanted, other) = if name == "islower" {
@@ -324,6 +378,36 @@ fn rsplit<'a>(text: &'a str, separator: Option<&str>, limit: Option<usize>) -> V
     }
     parts.reverse();
     parts
+}
+
+fn split_lines(text: &str, keep_ends: bool) -> Vec<&str> {
+    let ends = |c: char| matches!(c, '\n'..='\r' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
+    let mut lines = Vec::new();
+    let mut rest = text;
+    while let Some((at, end)) = rest.char_indices().find(|&(_, c)| ends(c)) {
+        let next = at + if rest[at..].starts_with("\r\n") { 2 } else { end.len_utf8() };
+        lines.push(&rest[..if keep_ends { next } else { at }]);
+        rest = &rest[next..];
+    }
+    if !rest.is_empty() {
+        lines.push(rest);
+    }
+    lines
+}
+
+/// Upper case wherever the character before has no case.
+fn title(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut inside = false;
+    for c in text.chars() {
+        if inside {
+            out.extend(c.to_lowercase());
+        } else {
+            out.extend(c.to_uppercase());
+        }
+        inside = c.is_lowercase() || c.is_uppercase();
+    }
+    out
 }
 
 /// datetime.now().strftime(format), which is the C library's.

@@ -58,7 +58,11 @@ impl ChatTemplate {
         let messages: Vec<Json> = serde_json::from_str(messages)
             .or_else(|e| invalid(format!("the messages are not a JSON array: {e}")))?;
         let messages = messages.into_iter().enumerate().map(|(i, message)| match message {
-            Json::Object(message) => Ok(Json::Object(with_reasoning_aliases(message))),
+            Json::Object(mut message) => {
+                // As Hugging Face does: a template knows a key that is missing better than one that is null.
+                message.retain(|_, value| !value.is_null());
+                Ok(Json::Object(with_reasoning_aliases(message)))
+            }
             _ => invalid(format!("message {i} is not a JSON object")),
         });
         let messages = messages.collect::<Result<Vec<_>>>()?;
@@ -77,7 +81,7 @@ impl ChatTemplate {
         variables.extend(extra);
 
         let template = self.environment.get_template(NAME).or_else(|e| Err(describe(&e, "failed")))?;
-        template.render(Value::from_serialize(&variables)).or_else(|e| Err(describe(&e, "failed")))
+        template.render(python::value(&Json::Object(variables))).or_else(|e| Err(describe(&e, "failed")))
     }
 }
 
@@ -126,7 +130,7 @@ fn special_tokens(config: &Map<String, Json>) -> Map<String, Json> {
 fn with_reasoning_aliases(mut message: Map<String, Json>) -> Map<String, Json> {
     let reasoning = ["reasoning_content", "thinking", "reasoning"]
         .iter()
-        .find_map(|&name| message.get(name).filter(|value| !value.is_null()))
+        .find_map(|&name| message.get(name))
         .cloned();
     let Some(reasoning) = reasoning else { return message };
     message.insert("reasoning_content".into(), reasoning.clone());
