@@ -1,0 +1,174 @@
+#include "model/config.h"
+
+#include <fstream>
+
+#include <nlohmann/json.hpp>
+
+#include "base/hash.h"
+#include "model/config_field.h"
+#include "torpor/error.h"
+
+namespace torpor::model {
+namespace {
+
+using nlohmann::json;
+
+json read_json(const std::filesystem::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  if (!in) throw Error(ErrorCode::kIo, "Can't read " + path.string() + ".");
+  try {
+    json value = json::parse(in);
+    if (value.is_object()) return value;
+  } catch (const json::exception&) {
+  }
+  throw Error(ErrorCode::kCorruption, path.string() + " is not a JSON object.");
+}
+
+/// An integer or a list of them.
+std::vector<int32_t> token_ids(const json& object, const char* key) {
+  const json* value = field(object, key);
+  if (value == nullptr) return {};
+  const json list = value->is_array() ? *value : json::array({*value});
+  std::vector<int32_t> ids;
+  for (const json& id : list) {
+    if (!id.is_number_integer() || id < 0 || id > std::numeric_limits<int32_t>::max()) {
+      bad_field(key, "a token id or a list of them");
+    }
+    ids.push_back(id.get<int32_t>());
+  }
+  return ids;
+}
+
+Quantization parse_quantization(const json& spec) {
+  if (const std::string mode = string_field(spec, "mode", "affine"); mode != "affine") {
+    throw Error(ErrorCode::kInvalidArgument, "unsupported quantization mode " + mode + ", supported: affine.");
+  }
+  return {count_field(spec, "bits"), count_field(spec, "group_size")};
+}
+
+/// The global bits and group size, then per module an object, or false for one left as it was.
+void parse_quantizations(const json& config, ModelConfig& out) {
+  const json* quantization = field(config, "quantization");
+  if (quantization == nullptr) {
+    const json* foreign = field(config, "quantization_config");
+    if (foreign == nullptr) return;
+    const std::string method = string_field(*foreign, "quant_method", "");
+    if (!method.empty()) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "unsupported quantization " + method + ", supported: MLX affine (convert the model with mlx_lm.convert).");
+    }
+    quantization = foreign;
+  }
+  if (!quantization->is_object()) bad_field("quantization", "an object");
+  out.quantized = true;
+  parse_quantization(*quantization);
+  for (const auto& [name, spec] : quantization->items()) {
+    if (spec.is_object()) out.quantization.emplace(name, parse_quantization(spec));
+    if (spec.is_boolean() && !spec.get<bool>()) out.quantization.emplace(name, std::nullopt);
+  }
+}
+
+/// Llama has windows only where `layer_types` says so; Mistral's `sliding_window` alone means every layer.
+std::vector<int> parse_windows(const json& config, const ModelConfig& model) {
+  const std::optional<int> window = optional_count(config, "sliding_window");
+  const json* types = field(config, "layer_types");
+  if (types == nullptr) {
+    return std::vector<int>(size_t(model.n_layers), model.model_type == "mistral" ? window.value_or(0) : 0);
+  }
+  if (!types->is_array() || types->size() != size_t(model.n_layers)) {
+    bad_field("layer_types", "a list with one entry per layer");
+  }
+  std::vector<int> windows;
+  for (const json& type : *types) {
+    if (type == "full_attention") {
+      windows.push_back(0);
+    } else if (type == "sliding_attention") {
+      windows.push_back(window ? *window : count_field(config, "sliding_window"));
+    } else {
+      bad_field("layer_types", "a list of full_attention and sliding_attention");
+    }
+  }
+  return windows;
+}
+
+ModelConfig parse_config(const json& config) {
+  ModelConfig model;
+  model.model_type = string_field(config, "model_type", "");
+  if (model.model_type != "llama" && model.model_type != "mistral") {
+    throw Error(ErrorCode::kInvalidArgument,
+                "unsupported architecture " + (model.model_type.empty() ? "(config.json has no model_type)" : model.model_type) +
+                    ", supported: llama, mistral.");
+  }
+  model.architecture = "llama";
+  if (const std::string act = string_field(config, "hidden_act", "silu"); act != "silu") {
+    throw Error(ErrorCode::kInvalidArgument, "unsupported hidden_act " + act + ", supported: silu.");
+  }
+  model.hidden_size = count_field(config, "hidden_size");
+  model.intermediate_size = count_field(config, "intermediate_size");
+  model.n_layers = count_field(config, "num_hidden_layers");
+  model.n_heads = count_field(config, "num_attention_heads");
+  model.n_kv_heads = optional_count(config, "num_key_value_heads").value_or(model.n_heads);
+  model.head_dim = optional_count(config, "head_dim").value_or(model.hidden_size / model.n_heads);
+  model.vocab_size = count_field(config, "vocab_size");
+  model.max_context = optional_count(config, "max_position_embeddings").value_or(2048);
+  model.rms_norm_eps = float(positive_field(config, "rms_norm_eps", 1e-6));
+  // Far beyond any model, and small enough that no product of two of them overflows.
+  constexpr int kLimit = 1 << 24;
+  for (const auto& [key, value] : {std::pair{"hidden_size", model.hidden_size}, {"intermediate_size", model.intermediate_size},
+                                   {"vocab_size", model.vocab_size}, {"num_attention_heads", model.n_heads}}) {
+    if (value > kLimit) bad_field(key, "at most 2^24");
+  }
+  if (model.n_layers > 4096) bad_field("num_hidden_layers", "at most 4096");
+  if (model.head_dim > 4096 || model.head_dim % 2 != 0) bad_field("head_dim", "an even number up to 4096");
+  if (model.n_heads % model.n_kv_heads != 0) bad_field("num_attention_heads", "a multiple of num_key_value_heads");
+
+  if (field(config, "tie_word_embeddings") != nullptr) model.tied_head = bool_field(config, "tie_word_embeddings", false);
+  model.attention_bias = bool_field(config, "attention_bias", false);
+  model.mlp_bias = bool_field(config, "mlp_bias", false);
+  model.windows = parse_windows(config, model);
+  model.rope = parse_rope(config, model.head_dim);
+  parse_quantizations(config, model);
+  model.eos_token_ids = token_ids(config, "eos_token_id");
+  return model;
+}
+
+}  // namespace
+
+std::string ModelConfig::digest() const {
+  Hasher hasher;
+  const auto add = [&](const char* name, const std::string& value) { hasher.update_field(name).update_field(value); };
+  add("hidden_size", std::to_string(hidden_size));
+  add("intermediate_size", std::to_string(intermediate_size));
+  add("num_hidden_layers", std::to_string(n_layers));
+  add("num_attention_heads", std::to_string(n_heads));
+  add("num_key_value_heads", std::to_string(n_kv_heads));
+  add("head_dim", std::to_string(head_dim));
+  add("vocab_size", std::to_string(vocab_size));
+  add("rms_norm_eps", number_text(rms_norm_eps));
+  add("tie_word_embeddings", tied_head.value_or(false) ? "true" : "false");
+  add("attention_bias", attention_bias ? "true" : "false");
+  add("mlp_bias", mlp_bias ? "true" : "false");
+  for (int window : windows) add("window", std::to_string(window));
+  return hasher.hex();
+}
+
+ModelConfig read_config(const std::filesystem::path& dir) {
+  if (!std::filesystem::exists(dir / "config.json")) {
+    throw Error(ErrorCode::kNotFound, dir.string() + " is not a model directory: it has no config.json.");
+  }
+  try {
+    ModelConfig config = parse_config(read_json(dir / "config.json"));
+    // What generation stops at may be more than the config's one id: chat models end turns with another token.
+    if (const auto path = dir / "generation_config.json"; std::filesystem::exists(path)) {
+      if (auto ids = token_ids(read_json(path), "eos_token_id"); !ids.empty()) config.eos_token_ids = std::move(ids);
+    }
+    return config;
+  } catch (const json::exception& e) {
+    throw Error(ErrorCode::kCorruption, (dir / "config.json").string() + ": " + e.what());
+  } catch (const Error& e) {
+    if (e.code() != ErrorCode::kInvalidArgument) throw;
+    throw Error(e.code(), dir.string() + ": " + e.what());
+  }
+}
+
+}  // namespace torpor::model

@@ -1,0 +1,43 @@
+#pragma once
+/// What a model directory's config.json and generation_config.json say, checked.
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "model/rope.h"
+
+namespace torpor::model {
+
+/// MLX affine quantization of one projection.
+struct Quantization {
+  int bits = 0, group = 0;
+  bool operator==(const Quantization&) const = default;
+};
+
+struct ModelConfig {
+  std::string model_type;    ///< "llama", "mistral"
+  std::string architecture;  ///< whose forward pass it is: "llama"
+  int hidden_size = 0, intermediate_size = 0, n_layers = 0;
+  int n_heads = 0, n_kv_heads = 0, head_dim = 0;
+  int vocab_size = 0, max_context = 0;
+  float rms_norm_eps = 0;
+  std::optional<bool> tied_head;  ///< nullopt: as the weights have it
+  bool attention_bias = false, mlp_bias = false;
+  std::vector<int> windows;       ///< per layer; 0 = all tokens are attended
+  Rope rope;
+  bool quantized = false;
+  std::map<std::string, std::optional<Quantization>> quantization;  ///< module path -> its own, nullopt = none
+  std::vector<int32_t> eos_token_ids;
+
+  /// Digest of the fields that shape the computation, RoPE aside (the identity has a field of its own for it).
+  std::string digest() const;
+};
+
+/// kNotFound without config.json, kCorruption when it is no JSON, kInvalidArgument for what is not supported.
+ModelConfig read_config(const std::filesystem::path& dir);
+
+}  // namespace torpor::model

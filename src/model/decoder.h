@@ -1,0 +1,56 @@
+#pragma once
+/// What every decoder-only architecture shares: the batch cut into chunks, the checks, which rows get logits.
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "model/config.h"
+#include "model/ops.h"
+#include "model/weights.h"
+#include "torpor/model.h"
+
+namespace torpor::model {
+
+/// What a model is made from. `config.tied_head` is settled.
+struct Checkpoint {
+  ModelConfig config;
+  Weights weights;
+  std::string name;
+  std::filesystem::path dir;
+  Backend backend = Backend::kKernels;
+};
+
+class Decoder : public Model {
+ public:
+  const ModelInfo& info() const override { return info_; }
+  Backend backend() const override { return backend_; }
+  Identity identity() const override { return identity_; }
+  KvDtype default_kv_dtype() const override { return dtype_; }
+  KvLayout kv_layout(KvDtype dtype) const override;
+  mx::array forward(std::span<const ForwardSequence> batch) override;
+
+ protected:
+  /// `embedding` tells the dtype of the checkpoint's activations.
+  Decoder(const Checkpoint& checkpoint, const Projection& embedding);
+
+  /// The last layer's output [M, hidden], all caches written (when evaluated).
+  virtual mx::array layers(const Batch& batch) = 0;
+  /// f32 logits of some of its rows.
+  virtual mx::array logits(const mx::array& hidden) = 0;
+
+  const ModelConfig config_;
+  const Backend backend_;
+  const KvDtype dtype_;
+  const std::unique_ptr<Ops> ops_;
+
+ private:
+  void check(std::span<const ForwardSequence> batch) const;
+  mx::array compute(std::span<const ForwardSequence> batch);
+
+  ModelInfo info_;
+  Identity identity_;
+};
+
+}  // namespace torpor::model

@@ -1,0 +1,79 @@
+#pragma once
+/// The layer vocabulary in which the architectures are written, once for both backends: over Torpor's CPU kernels
+/// (ops_kernels.cc) or MLX's own operations (ops_mlx.cc). Activations are [M, features], the rows of all sequences of
+/// a batch one after the other.
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include <mlx/array.h>
+#include <mlx/device.h>
+
+#include "model/config.h"
+#include "model/projection.h"
+#include "model/weights.h"
+#include "torpor/model.h"
+
+namespace torpor::model {
+
+/// Rows [row, row + n) of a batch are tokens of one sequence at positions [position, position + n).
+struct BatchSequence {
+  KvAccess* kv = nullptr;
+  std::span<const mx::array> runs;  ///< kernels only: the cache's buffers, with room for the new rows
+  int row = 0, n = 0, position = 0;
+};
+
+/// What is computed at once: one chunk of a forward pass.
+struct Batch {
+  std::vector<int32_t> tokens;
+  std::vector<BatchSequence> sequences;
+  KvDtype kv_dtype = KvDtype::kF16;  ///< kernels only: of all its caches
+};
+
+class Ops {
+ public:
+  /// A weight in the backend's own form.
+  struct Packed {
+    virtual ~Packed() = default;
+  };
+  using Weight = std::shared_ptr<const Packed>;
+
+  virtual ~Ops() = default;
+
+  // Loading: the checkpoint may be unmapped afterwards.
+  virtual Weight pack_linear(const Projection& projection) = 0;
+  virtual Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v) = 0;
+  virtual Weight pack_gated(const Projection& gate, const Projection& up) = 0;
+  virtual Weight pack_norm(const TensorView& weight) = 0;
+
+  // A layer's parts.
+  virtual mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) = 0;
+  virtual mx::array rms_norm(const mx::array& x, const Weight& w) = 0;
+  /// Projects to q, k and v, rotates, appends k and v to the caches and attends. [M, H_q D]
+  virtual mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) = 0;
+  /// residual + x · Wᵀ
+  virtual mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) = 0;
+  /// silu(x · W_gateᵀ) ⊙ (x · W_upᵀ)
+  virtual mx::array gated(const mx::array& x, const Weight& w) = 0;
+  /// f32 logits, of an lm_head or a tied embedding.
+  virtual mx::array head(const mx::array& x, const Weight& w) = 0;
+
+  // The batch's life.
+  virtual mx::Device device() const = 0;
+  /// Room for `n` more rows, where the backend writes in place.
+  virtual std::span<const mx::array> reserve(KvAccess& kv, int n) = 0;
+  /// The dtype of the rows in `kv`, whose buffers are `runs`.
+  virtual KvDtype kv_dtype(const KvAccess& kv, std::span<const mx::array> runs) const = 0;
+  /// Whether the caches must advance after each chunk (they append where they stand) or may once at the end.
+  virtual bool advances_per_chunk() const = 0;
+};
+
+/// `dtype` is that of the checkpoint's activations.
+std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config, KvDtype dtype);
+std::unique_ptr<Ops> make_mlx_ops(const ModelConfig& config, KvDtype dtype);
+
+/// Keys and values of every layer, in order, at `dtype`.
+KvLayout make_kv_layout(const ModelConfig& config, KvDtype dtype);
+
+}  // namespace torpor::model

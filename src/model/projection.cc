@@ -1,0 +1,75 @@
+#include "model/projection.h"
+
+#include "torpor/error.h"
+
+namespace torpor::model {
+namespace {
+
+void require_float(const TensorView& tensor) {
+  if (tensor.dtype != "F32" && tensor.dtype != "F16" && tensor.dtype != "BF16") {
+    throw Error(ErrorCode::kInvalidArgument,
+                "unsupported dtype " + tensor.dtype + " of " + tensor.name + ", supported: F32, F16, BF16.");
+  }
+}
+
+/// As mlx-lm has it: what the config says of this module, else what the shapes say.
+Quantization quantization_of(const ModelConfig& config, const std::string& name, int k, const TensorView& weight,
+                             const TensorView& scales) {
+  if (weight.dtype != "U32" || weight.shape.size() != 2 || scales.shape.size() != 2 || weight.shape[1] == 0 ||
+      scales.shape[1] == 0 || k % scales.shape[1] != 0 || weight.shape[1] * 32 % k != 0) {
+    throw Error(ErrorCode::kCorruption, "The quantized weight " + name + " has shape " + shape_text(weight.shape) +
+                                            " and scales " + shape_text(scales.shape) + ", which do not fit each other.");
+  }
+  const Quantization q{int(weight.shape[1] * 32 / k), int(k / scales.shape[1])};
+  if (const auto it = config.quantization.find(name); it != config.quantization.end() && it->second != q) {
+    throw Error(ErrorCode::kCorruption, "The quantized weight " + name + " is not packed as config.json says.");
+  }
+  if ((q.bits != 4 && q.bits != 8) || (q.group != 32 && q.group != 64 && q.group != 128)) {
+    throw Error(ErrorCode::kInvalidArgument, "unsupported quantization of " + name + ": " + std::to_string(q.bits) +
+                                                 " bits in groups of " + std::to_string(q.group) +
+                                                 ", supported: 4 or 8 bits in groups of 32, 64 or 128.");
+  }
+  return q;
+}
+
+}  // namespace
+
+Projection find_projection(const Weights& weights, const ModelConfig& config, const std::string& name, int n, int k,
+                           bool with_bias) {
+  Projection p;
+  p.n = n;
+  p.k = k;
+  if (const TensorView* scales = weights.find(name + ".scales"); scales != nullptr && config.quantized) {
+    const TensorView* weight = weights.find(name + ".weight");
+    if (weight == nullptr) weights.get(name + ".weight", {n, k});  // says that it is missing
+    p.quantization = quantization_of(config, name, k, *weight, *scales);
+    const int64_t groups = k / p.quantization->group;
+    p.weight = &weights.get(name + ".weight", {n, int64_t(k) * p.quantization->bits / 32});
+    p.scales = &weights.get(name + ".scales", {n, groups});
+    p.biases = &weights.get(name + ".biases", {n, groups});
+    require_float(*p.scales);
+    if (p.biases->dtype != p.scales->dtype) {
+      throw Error(ErrorCode::kCorruption, "The scales and biases of " + name + " differ in dtype.");
+    }
+  } else {
+    p.weight = &weights.get(name + ".weight", {n, k});
+    require_float(*p.weight);
+  }
+  if (with_bias) {
+    p.bias = &weights.get(name + ".bias", {n});
+    require_float(*p.bias);
+  }
+  return p;
+}
+
+const TensorView& find_norm(const Weights& weights, const std::string& name, int k) {
+  const TensorView& weight = weights.get(name + ".weight", {k});
+  require_float(weight);
+  return weight;
+}
+
+const std::string& activation_dtype(const Projection& embedding) {
+  return (embedding.quantization ? embedding.scales : embedding.weight)->dtype;
+}
+
+}  // namespace torpor::model

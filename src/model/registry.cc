@@ -1,0 +1,97 @@
+#include "model/registry.h"
+
+#include <cstdlib>
+#include <fstream>
+
+#include "model/llama.h"
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+/// Where Hugging Face's tools keep repositories, by their own rules.
+fs::path hub_cache() {
+  if (const std::string cache = environment("HF_HUB_CACHE"); !cache.empty()) return cache;
+  if (const std::string home = environment("HF_HOME"); !home.empty()) return fs::path(home) / "hub";
+  if (const std::string cache = environment("XDG_CACHE_HOME"); !cache.empty()) return fs::path(cache) / "huggingface/hub";
+  return fs::path(environment("HOME")) / ".cache/huggingface/hub";
+}
+
+bool is_repo_id(const std::string& name) {
+  const size_t slash = name.find('/');
+  if (slash == std::string::npos || name.find('/', slash + 1) != std::string::npos) return false;
+  const auto part_ok = [](std::string_view part) {
+    return !part.empty() && part.front() != '.' &&
+           part.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") == part.npos;
+  };
+  return part_ok(std::string_view(name).substr(0, slash)) && part_ok(std::string_view(name).substr(slash + 1));
+}
+
+}  // namespace
+
+Backend default_backend() {
+  const std::string wanted = environment("TORPOR_BACKEND");
+  if (wanted == "kernels") return Backend::kKernels;
+  if (wanted == "mlx") return Backend::kMlx;
+  if (!wanted.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "TORPOR_BACKEND must be kernels or mlx, not '" + wanted + "'.");
+  }
+  return mx::default_device() == mx::Device::gpu ? Backend::kMlx : Backend::kKernels;
+}
+
+fs::path resolve_model(const std::string& name) {
+  std::error_code ignored;
+  if (fs::is_directory(name, ignored)) return name;
+  if (!is_repo_id(name)) {
+    throw Error(ErrorCode::kNotFound, "There is no model directory '" + name +
+                                          "'; a model of the Hugging Face Hub is fetched with `hf download ORG/NAME` and "
+                                          "then named ORG/NAME.");
+  }
+  std::string folder = "models--" + name;
+  folder.replace(folder.find('/'), 1, "--");
+  const fs::path repo = hub_cache() / folder;
+  std::string revision;
+  std::ifstream(repo / "refs/main") >> revision;
+  if (!revision.empty() && revision.find('/') == std::string::npos && revision.front() != '.') {
+    if (fs::path snapshot = repo / "snapshots" / revision; fs::is_directory(snapshot, ignored)) return snapshot;
+  }
+  throw Error(ErrorCode::kNotFound, "The model " + name + " is neither a directory nor in the Hugging Face cache " +
+                                        hub_cache().string() + "; fetch it with `hf download " + name + "`.");
+}
+
+std::unique_ptr<Model> Model::load(const std::string& name, Backend backend) {
+  try {
+    const fs::path dir = resolve_model(name);
+    model::ModelConfig config = model::read_config(dir);
+    const model::ModelFactory make = model::find_architecture(config.architecture);
+    if (make == nullptr) throw Error(ErrorCode::kInternal, "No forward pass for architecture " + config.architecture + ".");
+    model::Weights weights = model::Weights::open(dir);
+    if (!config.tied_head) config.tied_head = weights.find("lm_head.weight") == nullptr;
+    return make({.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir, .backend = backend});
+  } catch (const Error&) {
+    throw;
+  } catch (const fs::filesystem_error& e) {
+    throw Error(ErrorCode::kIo, "Can't read the model " + name + ": " + e.what() + ".");
+  } catch (const std::bad_alloc&) {
+    throw Error(ErrorCode::kResourceExhausted, "Out of memory while loading the model " + name + ".");
+  } catch (const std::exception& e) {
+    throw Error(ErrorCode::kInternal, "Loading the model " + name + " failed: " + e.what());
+  }
+}
+
+namespace model {
+
+ModelFactory find_architecture(const std::string& architecture) {
+  if (architecture == "llama") return make_llama;
+  return nullptr;
+}
+
+}  // namespace model
+}  // namespace torpor

@@ -1,0 +1,21 @@
+#pragma once
+/// Rotary position embedding: the frequencies a config asks for.
+
+#include <string>
+#include <vector>
+
+#include <nlohmann/json_fwd.hpp>
+
+namespace torpor::model {
+
+struct Rope {
+  int dims = 0;
+  bool traditional = false;      ///< rotate (2i, 2i+1) instead of (i, i + dims/2)
+  std::vector<float> inv_freq;   ///< [dims / 2], scaling applied: the angle of pair i at position p is p * inv_freq[i]
+  std::string description;       ///< part of the identity: "default theta 100000"
+};
+
+/// Types default, linear and llama3; kInvalidArgument for any other. `config` is the whole config.json.
+Rope parse_rope(const nlohmann::json& config, int head_dim);
+
+}  // namespace torpor::model

@@ -1,0 +1,52 @@
+#pragma once
+/// The tensors of a checkpoint, mapped from one or many safetensors files and checked against the files' headers.
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace torpor::model {
+
+struct TensorView {
+  std::string name;
+  std::string dtype;  ///< as safetensors writes it: "F32", "F16", "BF16", "U32", ...
+  std::vector<int64_t> shape;
+  const std::byte* data = nullptr;  ///< aligned to its elements; lives as long as the Weights
+  size_t nbytes = 0;
+};
+
+class Weights {
+ public:
+  /// kNotFound when `dir` has no safetensors, kCorruption naming the damaged file, kIo.
+  static Weights open(const std::filesystem::path& dir);
+  Weights(Weights&&) noexcept;
+  ~Weights();
+
+  /// nullptr when there is none of that name.
+  const TensorView* find(const std::string& name) const;
+  /// kCorruption naming the tensor when it is missing or has another shape.
+  const TensorView& get(const std::string& name, const std::vector<int64_t>& shape) const;
+
+  int64_t nbytes() const noexcept;
+  /// Over the names, dtypes, shapes and bytes of all tensors; independent of how they are spread over files. Reads everything.
+  std::string digest() const;
+
+ private:
+  class MappedFile;
+  Weights();
+  void add_file(const std::filesystem::path& path);
+
+  std::filesystem::path dir_;
+  std::vector<std::unique_ptr<MappedFile>> files_;
+  std::vector<std::unique_ptr<std::byte[]>> copies_;  // of tensors that are not aligned in their file
+  std::map<std::string, TensorView> tensors_;
+};
+
+/// "[576, 72]".
+std::string shape_text(const std::vector<int64_t>& shape);
+
+}  // namespace torpor::model
