@@ -22,10 +22,12 @@ class Tokenizer {
   /// Token ids of UTF-8 `text`; special tokens written in it are recognised. `add_special` adds what the tokenizer's
   /// post-processor adds (BOS). kInvalidArgument for invalid UTF-8, naming the byte offset.
   std::vector<int32_t> encode(std::string_view text, bool add_special) const;
-  /// Text of all ids, as Hugging Face's `decode` gives it without clean-up.
+  /// Text of all ids, as Hugging Face's `decode` gives it without clean-up. Ids past the vocabulary have no text;
+  /// kInvalidArgument for negative ones.
   std::string decode(const std::vector<int32_t>& ids, bool skip_special = false) const;
   /// The id of a token's exact text, or nullopt.
   std::optional<int32_t> token_to_id(std::string_view token) const;
+  /// Added tokens included.
   int vocab_size() const;
   /// Digest of tokenizer.json's bytes, for Identity::tokenizer.
   const std::string& digest() const;
@@ -37,15 +39,17 @@ class Tokenizer {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Turns a stream of ids into a stream of text that never splits a UTF-8 character.
+/// Turns a stream of ids into a stream of text that never splits a UTF-8 character: what push and finish return, put
+/// together, is what `decode` gives for all the ids. A push costs the same at any length.
 class Detokenizer {
  public:
   explicit Detokenizer(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special = true);
   ~Detokenizer();
   Detokenizer(Detokenizer&&) noexcept;
-  /// Text that `id` completes; empty while a character is still open.
+  /// Text that `id` completes; empty while a character is still open. SentencePiece's byte tokens (<0xE4>) are text once
+  /// their run has ended, since one broken character makes U+FFFD of them all. kInvalidArgument for a negative id.
   std::string push(int32_t id);
-  /// What is left at the end (an open character becomes U+FFFD).
+  /// What is left at the end (an open character becomes U+FFFD). The next push starts a new text.
   std::string finish();
 
  private:
@@ -61,8 +65,9 @@ class ChatTemplate {
   ~ChatTemplate();
 
   /// Renders as Hugging Face's `apply_chat_template(..., tokenize=False)` does. `messages_json` is a JSON array of
-  /// `{"role", "content", ...}`; `extra_json` an object of further variables ("tools", "enable_thinking"), or empty.
-  /// kInvalidArgument carries the message of the template's own `raise_exception`.
+  /// `{"role", "content", ...}`, whose null members count as missing; `extra_json` an object of further variables
+  /// ("tools", "enable_thinking"), or empty. kInvalidArgument carries the message of the template's own
+  /// `raise_exception`, word for word, or says on which line rendering failed.
   std::string render(std::string_view messages_json, bool add_generation_prompt, std::string_view extra_json = {}) const;
   /// Digest of the template text, for Identity::chat_template.
   const std::string& digest() const;

@@ -60,7 +60,7 @@ impl Detokenizer {
                     return Ok(String::new());
                 }
                 // An empty token tells the decoder nothing about what follows.
-                if let Some(last) = pending.drain(..).filter(|token| !token.is_empty()).last() {
+                if let Some(last) = pending.drain(..).rfind(|token| !token.is_empty()) {
                     *context = vec![last];
                 }
                 Ok(text)

@@ -3,6 +3,9 @@
 //! Every function returns a status, and hands error text out through its last parameter. Nothing unwinds across the
 //! boundary: panics of the crates below become `STATUS_INTERNAL`.
 
+// The safety rules of all functions are the header's.
+#![allow(clippy::missing_safety_doc)]
+
 mod detokenizer;
 mod python;
 mod template;

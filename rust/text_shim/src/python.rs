@@ -89,7 +89,8 @@ fn repr(value: &Value) -> String {
         ValueKind::Number => number(value),
         ValueKind::String => repr_str(value.as_str().unwrap_or_default()),
         ValueKind::Seq | ValueKind::Iterable => {
-            let items: Vec<_> = value.try_iter().map(|items| items.map(|item| repr(&item)).collect()).unwrap_or_default();
+            let items: Vec<_> =
+                value.try_iter().map(|items| items.map(|item| repr(&item)).collect()).unwrap_or_default();
             format!("[{}]", items.join(", "))
         }
         // A namespace and its like are maps that Python doesn't print as dicts; nobody prints those.
@@ -136,7 +137,14 @@ fn number(value: &Value) -> String {
 /// Python's repr() of a float: the shortest digits that read back, an exponent below 1e-4 and from 1e16.
 fn float(x: f64) -> String {
     if !x.is_finite() {
-        return if x.is_nan() { "nan" } else if x > 0.0 { "inf" } else { "-inf" }.into();
+        return if x.is_nan() {
+            "nan"
+        } else if x > 0.0 {
+            "inf"
+        } else {
+            "-inf"
+        }
+        .into();
     }
     let scientific = format!("{x:e}");
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
@@ -358,13 +366,17 @@ fn is_space(c: char) -> bool {
 fn strip<'a>(text: &'a str, chars: Option<&str>, left: bool, right: bool) -> &'a str {
     let stripped = |c: char| chars.map_or(is_space(c), |chars| chars.contains(c));
     let text = if left { text.trim_start_matches(stripped) } else { text };
-    if right { text.trim_end_matches(stripped) } else { text }
+    if right {
+        text.trim_end_matches(stripped)
+    } else {
+        text
+    }
 }
 
 fn rsplit<'a>(text: &'a str, separator: Option<&str>, limit: Option<usize>) -> Vec<&'a str> {
     let mut parts = Vec::new();
     let mut rest = if separator.is_none() { text.trim_end_matches(is_space) } else { text };
-    while limit.map_or(true, |limit| parts.len() < limit) {
+    while limit.is_none_or(|limit| parts.len() < limit) {
         let cut = match separator {
             Some(separator) => rest.rfind(separator).map(|at| (at, at + separator.len())),
             None => rest.char_indices().rev().find(|&(_, c)| is_space(c)).map(|(at, c)| (at, at + c.len_utf8())),

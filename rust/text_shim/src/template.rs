@@ -46,7 +46,7 @@ impl ChatTemplate {
         let mut environment = environment();
         environment
             .add_template_owned(NAME, without_generation_tags(&source.replace("\r\n", "\n").replace('\r', "\n")))
-            .or_else(|e| Err(describe(&e, "does not parse")))?;
+            .map_err(|e| describe(&e, "does not parse"))?;
         Ok(Some(Self { source, environment, special_tokens: special_tokens(&config) }))
     }
 
@@ -55,8 +55,8 @@ impl ChatTemplate {
     }
 
     pub fn render(&self, messages: &str, add_generation_prompt: bool, extra: &str) -> Result<String> {
-        let messages: Vec<Json> = serde_json::from_str(messages)
-            .or_else(|e| invalid(format!("the messages are not a JSON array: {e}")))?;
+        let messages: Vec<Json> =
+            serde_json::from_str(messages).or_else(|e| invalid(format!("the messages are not a JSON array: {e}")))?;
         let messages = messages.into_iter().enumerate().map(|(i, message)| match message {
             Json::Object(mut message) => {
                 // As Hugging Face does: a template knows a key that is missing better than one that is null.
@@ -80,8 +80,8 @@ impl ChatTemplate {
         variables.insert("add_generation_prompt".into(), Json::Bool(add_generation_prompt));
         variables.extend(extra);
 
-        let template = self.environment.get_template(NAME).or_else(|e| Err(describe(&e, "failed")))?;
-        template.render(python::value(&Json::Object(variables))).or_else(|e| Err(describe(&e, "failed")))
+        let template = self.environment.get_template(NAME).map_err(|e| describe(&e, "failed"))?;
+        template.render(python::value(&Json::Object(variables))).map_err(|e| describe(&e, "failed"))
     }
 }
 
@@ -128,10 +128,7 @@ fn special_tokens(config: &Map<String, Json>) -> Map<String, Json> {
 
 /// Hugging Face gives a message's reasoning under the newer names too.
 fn with_reasoning_aliases(mut message: Map<String, Json>) -> Map<String, Json> {
-    let reasoning = ["reasoning_content", "thinking", "reasoning"]
-        .iter()
-        .find_map(|&name| message.get(name))
-        .cloned();
+    let reasoning = ["reasoning_content", "thinking", "reasoning"].iter().find_map(|&name| message.get(name)).cloned();
     let Some(reasoning) = reasoning else { return message };
     message.insert("reasoning_content".into(), reasoning.clone());
     if message.contains_key("thinking") {

@@ -7,7 +7,8 @@ pub struct Tokenizer(tokenizers::Tokenizer);
 
 impl Tokenizer {
     pub fn from_json(json: &str) -> Result<Self> {
-        let mut inner: tokenizers::Tokenizer = json.parse().or_else(|e| invalid(format!("not a usable tokenizer: {e}")))?;
+        let mut inner: tokenizers::Tokenizer =
+            json.parse().or_else(|e| invalid(format!("not a usable tokenizer: {e}")))?;
         // Files saved after a training run keep its limits; a prompt is never cut or padded.
         inner.with_padding(None);
         inner.with_truncation(None).or_else(|e| invalid(e.to_string()))?;
