@@ -1,5 +1,11 @@
-// x · Wᵀ on packed weights. Every output is one chain of multiply-adds over k in order, whatever M, the tile or the thread,
-// over weights w = q * scale + bias rounded to f32 in one way: a row's bits depend on that row alone.
+// x · Wᵀ on packed weights. A row's bits depend on that row alone: whatever M, the tile or the thread, an output is
+//
+//   float weights:      sum = fma(x[k], w[k], sum), k in order;
+//   quantized weights:  per group in order  dot = fma(x[k], q[k], dot), k in order,
+//                                           sum = fma(dot, scale, sum), sum = fma(bias, Σ x of the group, sum);
+//
+// then its additive bias and its residual. The q's are read in place as q * 2^s (masked, not shifted) and meet x * 2^-s:
+// rows are prepared so once, in one way, by prepare_rows().
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/linear.cc"
@@ -30,20 +36,36 @@ struct LinearCall {
   Activation activation;  // of a gated weight
 };
 
-/// Rows that one task multiplies with a panel, at most.
+/// Rows that are prepared and multiplied at once, at most.
 inline constexpr int kBlockRows = 512;
-/// Columns of a panel that are dequantized at once: 16 KiB of f32, half of a usual L1.
+/// Columns of a panel that are unpacked at once: 16 KiB of f32, half of a usual L1.
 inline constexpr int kBlockK = 256;
 
 /// A worker's own memory.
 struct LinearScratch {
-  alignas(64) float weights[(kBlockK + 128) * kPanel];
+  alignas(64) float weights[kBlockK * kPanel];
+  alignas(64) float scales[kBlockK / 32 * 2 * kPanel];  // per group: 16 scales, 16 biases
   alignas(64) float sums[kBlockRows * kPanel];
 };
 inline LinearScratch& linear_scratch() {
   static thread_local std::unique_ptr<LinearScratch> scratch = std::make_unique<LinearScratch>();
   return *scratch;
 }
+
+/// Memory of the calling thread's for prepared rows, kept between calls.
+inline float* prepared_memory(size_t size) {
+  static thread_local AlignedBuffer<float> memory;
+  if (memory.size() < size) memory = AlignedBuffer<float>(size);
+  return memory.data();
+}
+
+/// Rows of x as a part's kernels read them.
+struct PreparedRows {
+  const float* x = nullptr;     // [rows][stride]
+  size_t stride = 0;
+  const float* sums = nullptr;  // of quantized weights: [rows][groups], Σ x of each group
+  int groups = 0;
+};
 
 }  // namespace torpor::kernels
 #endif
@@ -67,11 +89,11 @@ constexpr int kVectors = kPanel / kLanes;  // of one k of a panel
 
 // Rows of a register tile, and panels that a single row multiplies at once, by how many registers there are.
 #if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
-constexpr int kTileRows = 12, kVectorPanels = 4;
+constexpr int kTileRows = 12, kVectorPanels = 8;
 #elif HWY_TARGET == HWY_AVX2
-constexpr int kTileRows = 6, kVectorPanels = 2;
+constexpr int kTileRows = 6, kVectorPanels = 4;
 #elif HWY_TARGET == HWY_NEON
-constexpr int kTileRows = 6, kVectorPanels = 1;
+constexpr int kTileRows = 5, kVectorPanels = 2;
 #else
 constexpr int kTileRows = 2, kVectorPanels = 1;
 #endif
@@ -89,14 +111,28 @@ HWY_INLINE VF LoadFloats(const std::byte* p, size_t i) {
   }
 }
 
-// The J-th weight in each lane's u32, as f32.
+// Where the J-th weight of a u32 lies, and the power of two by which Unpack's result exceeds it. The top one would be
+// taken for a sign and is shifted down.
+template <int kBits, int kJ>
+constexpr int Position() {
+  return kBits == 8 ? 8 * kJ : kJ < 4 ? 8 * kJ : 8 * (kJ - 4) + 4;
+}
+template <int kBits, int kJ>
+constexpr int Exponent() {
+  constexpr int kPosition = Position<kBits, kJ>();
+  return kPosition + kBits == 32 ? 0 : kPosition;
+}
+
+// The J-th weight in each lane's u32 times 2^Exponent, as f32; exact.
 template <int kBits, int kJ>
 HWY_INLINE VF Unpack(VU line) {
   const DI di;
-  constexpr int kShift = kBits == 8 ? 8 * kJ : kJ < 4 ? 8 * kJ : 8 * (kJ - 4) + 4;
-  constexpr uint32_t kMask = kBits == 8 ? 0xff : 0xf;
-  if constexpr (kShift > 0) line = hn::ShiftRight<kShift>(line);
-  if constexpr (kShift + kBits < 32) line = hn::And(line, hn::Set(DU(), kMask));
+  constexpr int kPosition = Position<kBits, kJ>();
+  if constexpr (kPosition + kBits == 32) {
+    line = hn::ShiftRight<kPosition>(line);
+  } else {
+    line = hn::And(line, hn::Set(DU(), ((1u << kBits) - 1) << kPosition));
+  }
   return hn::ConvertTo(DF(), hn::BitCast(di, line));
 }
 
@@ -104,38 +140,94 @@ HWY_INLINE VU LoadLine(const std::byte* line, int vector) {
   return hn::Load(DU(), reinterpret_cast<const uint32_t*>(line) + vector * kLanes);
 }
 
-// ---- One panel's columns [k0, k1) to f32 [k1 - k0][16] ----
+// ---- Rows of x, scaled for their weights' positions ----
+
+// One row: out[k] = x[k] * 2^-Exponent, sums[g] = Σ x of group g, summed in 8 strided chains and then pairwise.
+void PrepareRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, float* HWY_RESTRICT out,
+                float* HWY_RESTRICT sums) {
+  const hn::CappedTag<float, 8> d;
+  constexpr int kStep = int(hn::MaxLanes(d)), kParts = 8 / kStep;
+  HWY_ALIGN static constexpr float kScale4[8] = {1,
+                                                 1.0f / (1 << Exponent<4, 1>()),
+                                                 1.0f / (1 << Exponent<4, 2>()),
+                                                 1.0f / (1 << Exponent<4, 3>()),
+                                                 1.0f / (1 << Exponent<4, 4>()),
+                                                 1.0f / (1 << Exponent<4, 5>()),
+                                                 1.0f / (1 << Exponent<4, 6>()),
+                                                 1.0f / (1 << Exponent<4, 7>())};
+  HWY_ALIGN static constexpr float kScale8[8] = {1, 1.0f / (1 << Exponent<8, 1>()), 1.0f / (1 << Exponent<8, 2>()),
+                                                 1.0f / (1 << Exponent<8, 3>()),
+                                                 1, 1.0f / (1 << Exponent<8, 1>()), 1.0f / (1 << Exponent<8, 2>()),
+                                                 1.0f / (1 << Exponent<8, 3>())};
+  const float* scale = part.bits == 4 ? kScale4 : kScale8;
+  for (int g = 0; g < k / part.group; ++g) {
+    hn::Vec<decltype(d)> total[kParts];
+    for (int p = 0; p < kParts; ++p) total[p] = hn::Zero(d);
+    for (int i = 0; i < part.group; i += 8) {
+      for (int p = 0; p < kParts; ++p) {
+        const auto v = hn::LoadU(d, x + i + p * kStep);
+        total[p] = hn::Add(total[p], v);
+        hn::StoreU(hn::Mul(v, hn::Load(d, scale + p * kStep)), d, out + i + p * kStep);
+      }
+    }
+    HWY_ALIGN float chains[8];
+    for (int p = 0; p < kParts; ++p) hn::Store(total[p], d, chains + p * kStep);
+    sums[g] = ((chains[0] + chains[4]) + (chains[1] + chains[5])) + ((chains[2] + chains[6]) + (chains[3] + chains[7]));
+    x += part.group;
+    out += part.group;
+  }
+}
+
+PreparedRows Prepare(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
+  if (part.type != Type::kAffine) return {x, size_t(k), nullptr, 0};
+  const int groups = k / part.group;
+  float* out = prepared_memory(size_t(rows) * (size_t(k) + groups));
+  float* sums = out + size_t(rows) * k;
+  constexpr int kRowsPerTask = 16;
+  auto body = [&](size_t task, int) {
+    const int last = std::min(rows, int(task + 1) * kRowsPerTask);
+    for (int row = int(task) * kRowsPerTask; row < last; ++row) {
+      PrepareRow(part, k, x + size_t(row) * k, out + size_t(row) * k, sums + size_t(row) * groups);
+    }
+  };
+  pool.parallel_for(size_t(rows + kRowsPerTask - 1) / kRowsPerTask, std::ref(body));
+  return {out, size_t(k), sums, groups};
+}
+
+// ---- One panel's columns [k0, k1) to f32 [k1 - k0][16]; of quantized weights, scales and biases to [groups][2][16] ----
 
 template <int kBits, int kJ>
-HWY_INLINE void UnpackTo(VU line, VF scale, VF bias, float* out) {
-  hn::Store(hn::MulAdd(Unpack<kBits, kJ>(line), scale, bias), DF(), out + kJ * kPanel);
+HWY_INLINE void UnpackTo(VU line, float* out) {
+  hn::Store(Unpack<kBits, kJ>(line), DF(), out + kJ * kPanel);
 }
 
 template <int kBits, Type kScale>
-void UnpackQuantized(const PackedPart& part, const std::byte* panel, int k0, int k1, float* out) {
+void UnpackQuantized(const PackedPart& part, const std::byte* panel, int k0, int k1, float* out, float* scales) {
   constexpr int kPerLine = 32 / kBits;
   const int lines = part.group / kPerLine;
   const std::byte* end = panel + size_t(k1 / part.group) * part.group_bytes;
   for (const std::byte* g = panel + size_t(k0 / part.group) * part.group_bytes; g != end; g += part.group_bytes) {
+    for (int i = 0; i < 2 * kPanel; i += kLanes) hn::Store(LoadFloats<kScale>(g, i), DF(), scales + i);
+    scales += 2 * kPanel;
     const std::byte* line = g + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
-    for (int v = 0; v < kVectors; ++v) {
-      const VF scale = LoadFloats<kScale>(g, v * kLanes), bias = LoadFloats<kScale>(g, kPanel + v * kLanes);
-      for (int i = 0; i < lines; ++i) {
-        const VU words = LoadLine(line + size_t(i) * kAlignment, v);
-        float* to = out + size_t(i) * kPerLine * kPanel + v * kLanes;
-        UnpackTo<kBits, 0>(words, scale, bias, to);
-        UnpackTo<kBits, 1>(words, scale, bias, to);
-        UnpackTo<kBits, 2>(words, scale, bias, to);
-        UnpackTo<kBits, 3>(words, scale, bias, to);
+    for (int i = 0; i < lines; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        const VU words = LoadLine(line, v);
+        float* to = out + v * kLanes;
+        UnpackTo<kBits, 0>(words, to);
+        UnpackTo<kBits, 1>(words, to);
+        UnpackTo<kBits, 2>(words, to);
+        UnpackTo<kBits, 3>(words, to);
         if constexpr (kBits == 4) {
-          UnpackTo<kBits, 4>(words, scale, bias, to);
-          UnpackTo<kBits, 5>(words, scale, bias, to);
-          UnpackTo<kBits, 6>(words, scale, bias, to);
-          UnpackTo<kBits, 7>(words, scale, bias, to);
+          UnpackTo<kBits, 4>(words, to);
+          UnpackTo<kBits, 5>(words, to);
+          UnpackTo<kBits, 6>(words, to);
+          UnpackTo<kBits, 7>(words, to);
         }
       }
+      line += kAlignment;
+      out += kPerLine * kPanel;
     }
-    out += size_t(part.group) * kPanel;
   }
 }
 
@@ -147,7 +239,8 @@ void UnpackFloats(const std::byte* panel, int k0, int k1, float* out) {
   }
 }
 
-const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k0, int k1, float* scratch) {
+const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k0, int k1, float* scratch,
+                           float* scales) {
   switch (part.type) {
     case Type::kF32:
       return reinterpret_cast<const float*>(panel) + size_t(k0) * kPanel;
@@ -159,13 +252,13 @@ const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k
       break;
     case Type::kAffine:
       if (part.bits == 4) {
-        if (part.scale_type == Type::kF32) UnpackQuantized<4, Type::kF32>(part, panel, k0, k1, scratch);
-        if (part.scale_type == Type::kF16) UnpackQuantized<4, Type::kF16>(part, panel, k0, k1, scratch);
-        if (part.scale_type == Type::kBF16) UnpackQuantized<4, Type::kBF16>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kF32) UnpackQuantized<4, Type::kF32>(part, panel, k0, k1, scratch, scales);
+        if (part.scale_type == Type::kF16) UnpackQuantized<4, Type::kF16>(part, panel, k0, k1, scratch, scales);
+        if (part.scale_type == Type::kBF16) UnpackQuantized<4, Type::kBF16>(part, panel, k0, k1, scratch, scales);
       } else {
-        if (part.scale_type == Type::kF32) UnpackQuantized<8, Type::kF32>(part, panel, k0, k1, scratch);
-        if (part.scale_type == Type::kF16) UnpackQuantized<8, Type::kF16>(part, panel, k0, k1, scratch);
-        if (part.scale_type == Type::kBF16) UnpackQuantized<8, Type::kBF16>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kF32) UnpackQuantized<8, Type::kF32>(part, panel, k0, k1, scratch, scales);
+        if (part.scale_type == Type::kF16) UnpackQuantized<8, Type::kF16>(part, panel, k0, k1, scratch, scales);
+        if (part.scale_type == Type::kBF16) UnpackQuantized<8, Type::kBF16>(part, panel, k0, k1, scratch, scales);
       }
       break;
   }
@@ -196,78 +289,129 @@ HWY_NOINLINE void Tile(const float* HWY_RESTRICT x, size_t stride, const float* 
   }
 }
 
+// The same of quantized weights: `groups` groups of `k` columns each.
 template <int kRows>
-HWY_INLINE void TileTail(int rows, const float* x, size_t stride, const float* panel, int k, bool first, float* sums) {
+HWY_NOINLINE void GroupTile(const float* HWY_RESTRICT x, size_t stride, const float* HWY_RESTRICT panel, int k, int groups,
+                            bool first, const float* HWY_RESTRICT scales, const float* HWY_RESTRICT x_sums,
+                            size_t x_sums_stride, float* HWY_RESTRICT sums) {
+  const DF d;
+  if (first) {
+    for (int i = 0; i < kRows * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
+  }
+  for (int g = 0; g < groups; ++g) {
+    VF dot[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) dot[r][v] = hn::Zero(d);
+    }
+    for (int i = 0; i < k; ++i) {
+      VF w[kVectors];
+      for (int v = 0; v < kVectors; ++v) w[v] = hn::Load(d, panel + v * kLanes);
+      panel += kPanel;
+      for (int r = 0; r < kRows; ++r) {
+        const VF xr = hn::Set(d, x[r * stride + i]);
+        for (int v = 0; v < kVectors; ++v) dot[r][v] = hn::MulAdd(xr, w[v], dot[r][v]);
+      }
+    }
+    x += k;
+    for (int r = 0; r < kRows; ++r) {
+      const VF x_sum = hn::Set(d, x_sums[r * x_sums_stride + g]);
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = sums + r * kPanel + v * kLanes;
+        const VF sum = hn::MulAdd(dot[r][v], hn::Load(d, scales + v * kLanes), hn::Load(d, to));
+        hn::Store(hn::MulAdd(hn::Load(d, scales + kPanel + v * kLanes), x_sum, sum), d, to);
+      }
+    }
+    scales += 2 * kPanel;
+  }
+}
+
+// What a block multiplies: columns [k0, k1) of one panel, unpacked.
+struct Chunk {
+  const PackedPart* part;
+  const float* weights;
+  const float* scales;
+  int k0, k1;
+};
+
+template <int kRows>
+HWY_INLINE void OneTile(const PreparedRows& x, int row, const Chunk& c, float* sums) {
+  const float* from = x.x + size_t(row) * x.stride + c.k0;
+  if (c.part->type == Type::kAffine) {
+    const int group = c.part->group;
+    GroupTile<kRows>(from, x.stride, c.weights, group, (c.k1 - c.k0) / group, c.k0 == 0, c.scales,
+                     x.sums + size_t(row) * x.groups + c.k0 / group, size_t(x.groups), sums + row * kPanel);
+  } else {
+    Tile<kRows>(from, x.stride, c.weights, c.k1 - c.k0, c.k0 == 0, sums + row * kPanel);
+  }
+}
+
+template <int kRows>
+HWY_INLINE void TileTail(int rows, const PreparedRows& x, int row, const Chunk& c, float* sums) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      Tile<kRows>(x, stride, panel, k, first, sums);
+      OneTile<kRows>(x, row, c, sums);
     } else {
-      TileTail<kRows - 1>(rows, x, stride, panel, k, first, sums);
+      TileTail<kRows - 1>(rows, x, row, c, sums);
     }
   }
 }
 
-void Tiles(const float* x, int rows, size_t stride, const float* panel, int k, bool first, float* sums) {
+void Tiles(const PreparedRows& x, int rows, const Chunk& c, float* sums) {
   int row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) {
-    Tile<kTileRows>(x + row * stride, stride, panel, k, first, sums + row * kPanel);
-  }
-  TileTail<kTileRows - 1>(rows - row, x + row * stride, stride, panel, k, first, sums + row * kPanel);
+  for (; row + kTileRows <= rows; row += kTileRows) OneTile<kTileRows>(x, row, c, sums);
+  TileTail<kTileRows - 1>(rows - row, x, row, c, sums);
 }
 
 // ---- One row of x times kPanels panels, straight from their packed form ----
 
 template <int kBits, int kJ, int kPanels>
-HWY_INLINE void Step(const VU (&line)[kPanels][kVectors], const VF (&scale)[kPanels][kVectors],
-                     const VF (&bias)[kPanels][kVectors], const float* x, VF (&acc)[kPanels][kVectors]) {
+HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x, VF (&dot)[kPanels][kVectors]) {
   const VF xk = hn::Set(DF(), x[kJ]);
   for (int p = 0; p < kPanels; ++p) {
     for (int v = 0; v < kVectors; ++v) {
-      acc[p][v] = hn::MulAdd(xk, hn::MulAdd(Unpack<kBits, kJ>(line[p][v]), scale[p][v], bias[p][v]), acc[p][v]);
+      dot[p][v] = hn::MulAdd(xk, Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v)), dot[p][v]);
     }
   }
 }
 
 template <int kBits, Type kScale, int kPanels>
-HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, int k, const PreparedRows& row, float* sums) {
   constexpr int kPerLine = 32 / kBits;
   const DF d;
   const int lines = part.group / kPerLine, groups = k / part.group;
-  VF acc[kPanels][kVectors];
-  for (int p = 0; p < kPanels; ++p) {
-    for (int v = 0; v < kVectors; ++v) acc[p][v] = hn::Zero(d);
-  }
+  const size_t panel_bytes = part.panel_bytes;
+  const float* x = row.x;
+  for (int i = 0; i < kPanels * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
   for (int g = 0; g < groups; ++g) {
-    VF scale[kPanels][kVectors], bias[kPanels][kVectors];
+    VF dot[kPanels][kVectors];
     for (int p = 0; p < kPanels; ++p) {
-      for (int v = 0; v < kVectors; ++v) {
-        scale[p][v] = LoadFloats<kScale>(panel + p * part.panel_bytes, v * kLanes);
-        bias[p][v] = LoadFloats<kScale>(panel + p * part.panel_bytes, kPanel + v * kLanes);
-      }
+      for (int v = 0; v < kVectors; ++v) dot[p][v] = hn::Zero(d);
     }
-    const std::byte* at = panel + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
+    const std::byte* line = panel + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
     for (int i = 0; i < lines; ++i) {
-      VU line[kPanels][kVectors];
-      for (int p = 0; p < kPanels; ++p) {
-        for (int v = 0; v < kVectors; ++v) line[p][v] = LoadLine(at + p * part.panel_bytes, v);
-      }
-      Step<kBits, 0, kPanels>(line, scale, bias, x, acc);
-      Step<kBits, 1, kPanels>(line, scale, bias, x, acc);
-      Step<kBits, 2, kPanels>(line, scale, bias, x, acc);
-      Step<kBits, 3, kPanels>(line, scale, bias, x, acc);
+      Step<kBits, 0, kPanels>(line, panel_bytes, x, dot);
+      Step<kBits, 1, kPanels>(line, panel_bytes, x, dot);
+      Step<kBits, 2, kPanels>(line, panel_bytes, x, dot);
+      Step<kBits, 3, kPanels>(line, panel_bytes, x, dot);
       if constexpr (kBits == 4) {
-        Step<kBits, 4, kPanels>(line, scale, bias, x, acc);
-        Step<kBits, 5, kPanels>(line, scale, bias, x, acc);
-        Step<kBits, 6, kPanels>(line, scale, bias, x, acc);
-        Step<kBits, 7, kPanels>(line, scale, bias, x, acc);
+        Step<kBits, 4, kPanels>(line, panel_bytes, x, dot);
+        Step<kBits, 5, kPanels>(line, panel_bytes, x, dot);
+        Step<kBits, 6, kPanels>(line, panel_bytes, x, dot);
+        Step<kBits, 7, kPanels>(line, panel_bytes, x, dot);
       }
       x += kPerLine;
-      at += kAlignment;
+      line += kAlignment;
+    }
+    const VF x_sum = hn::Set(d, row.sums[g]);
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kVectors; ++v) {
+        const std::byte* scales = panel + p * panel_bytes;
+        float* to = sums + p * kPanel + v * kLanes;
+        const VF sum = hn::MulAdd(dot[p][v], LoadFloats<kScale>(scales, v * kLanes), hn::Load(d, to));
+        hn::Store(hn::MulAdd(LoadFloats<kScale>(scales, kPanel + v * kLanes), x_sum, sum), d, to);
+      }
     }
     panel += part.group_bytes;
-  }
-  for (int p = 0; p < kPanels; ++p) {
-    for (int v = 0; v < kVectors; ++v) hn::Store(acc[p][v], d, sums + p * kPanel + v * kLanes);
   }
 }
 
@@ -293,25 +437,25 @@ HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, int
 }
 
 template <int kPanels>
-void Vector(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+void Vector(const PackedPart& part, const std::byte* panel, int k, const PreparedRows& row, float* sums) {
   switch (part.type) {
     case Type::kF32:
-      return VectorFloats<Type::kF32, kPanels>(part, panel, k, x, sums);
+      return VectorFloats<Type::kF32, kPanels>(part, panel, k, row.x, sums);
     case Type::kF16:
-      return VectorFloats<Type::kF16, kPanels>(part, panel, k, x, sums);
+      return VectorFloats<Type::kF16, kPanels>(part, panel, k, row.x, sums);
     case Type::kBF16:
-      return VectorFloats<Type::kBF16, kPanels>(part, panel, k, x, sums);
+      return VectorFloats<Type::kBF16, kPanels>(part, panel, k, row.x, sums);
     case Type::kAffine:
       break;
   }
   if (part.bits == 4) {
-    if (part.scale_type == Type::kF32) VectorQuantized<4, Type::kF32, kPanels>(part, panel, k, x, sums);
-    if (part.scale_type == Type::kF16) VectorQuantized<4, Type::kF16, kPanels>(part, panel, k, x, sums);
-    if (part.scale_type == Type::kBF16) VectorQuantized<4, Type::kBF16, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kF32) VectorQuantized<4, Type::kF32, kPanels>(part, panel, k, row, sums);
+    if (part.scale_type == Type::kF16) VectorQuantized<4, Type::kF16, kPanels>(part, panel, k, row, sums);
+    if (part.scale_type == Type::kBF16) VectorQuantized<4, Type::kBF16, kPanels>(part, panel, k, row, sums);
   } else {
-    if (part.scale_type == Type::kF32) VectorQuantized<8, Type::kF32, kPanels>(part, panel, k, x, sums);
-    if (part.scale_type == Type::kF16) VectorQuantized<8, Type::kF16, kPanels>(part, panel, k, x, sums);
-    if (part.scale_type == Type::kBF16) VectorQuantized<8, Type::kBF16, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kF32) VectorQuantized<8, Type::kF32, kPanels>(part, panel, k, row, sums);
+    if (part.scale_type == Type::kF16) VectorQuantized<8, Type::kF16, kPanels>(part, panel, k, row, sums);
+    if (part.scale_type == Type::kBF16) VectorQuantized<8, Type::kBF16, kPanels>(part, panel, k, row, sums);
   }
 }
 
@@ -362,22 +506,25 @@ void Finish(const LinearCall& call, const PackedPart& part, int panel, int row, 
   }
 }
 
-// Panels [first, last) of a part for a single row.
-void RunVector(const LinearCall& call, const PackedPart& part, int first, int last) {
-  HWY_ALIGN float sums[kVectorPanels * kPanel];
-  int panel = first;
-  for (; panel + kVectorPanels <= last; panel += kVectorPanels) {
-    Vector<kVectorPanels>(part, part.panel(panel), call.w->k, call.x, sums);
-    for (int p = 0; p < kVectorPanels; ++p) Finish(call, part, panel + p, 0, sums + p * kPanel);
+// Panels [first, last) of a part for a single row: as many at once as hide the latency of their chains.
+template <int kPanels>
+HWY_INLINE int RunPanels(const LinearCall& call, const PackedPart& part, const PreparedRows& x, int panel, int last, int row) {
+  HWY_ALIGN float sums[kPanels * kPanel];
+  for (; panel + kPanels <= last; panel += kPanels) {
+    Vector<kPanels>(part, part.panel(panel), call.w->k, x, sums);
+    for (int p = 0; p < kPanels; ++p) Finish(call, part, panel + p, row, sums + p * kPanel);
   }
-  for (; panel < last; ++panel) {
-    Vector<1>(part, part.panel(panel), call.w->k, call.x, sums);
-    Finish(call, part, panel, 0, sums);
-  }
+  return panel;
 }
 
-// Panels [first, last) of a part for rows [row, row + rows).
-void RunBlock(const LinearCall& call, const PackedPart& part, int first, int last, int row, int rows) {
+void RunVector(const LinearCall& call, const PackedPart& part, const PreparedRows& x, int first, int last, int row) {
+  int panel = RunPanels<kVectorPanels>(call, part, x, first, last, row);
+  if constexpr (kVectorPanels > 2) panel = RunPanels<kVectorPanels / 2>(call, part, x, panel, last, row);
+  if constexpr (kVectorPanels > 1) RunPanels<1>(call, part, x, panel, last, row);
+}
+
+// Panels [first, last) of a part for `rows` prepared rows, the first of which is row `row` of the call.
+void RunBlock(const LinearCall& call, const PackedPart& part, const PreparedRows& x, int first, int last, int row, int rows) {
   LinearScratch& scratch = linear_scratch();
   const int k = call.w->k;
   // Equal steps of whole groups.
@@ -387,8 +534,8 @@ void RunBlock(const LinearCall& call, const PackedPart& part, int first, int las
   for (int panel = first; panel < last; ++panel) {
     for (int k0 = 0; k0 < k; k0 += step) {
       const int k1 = std::min(k, k0 + step);
-      const float* weights = PanelAsFloats(part, part.panel(panel), k0, k1, scratch.weights);
-      Tiles(call.x + size_t(row) * k + k0, rows, size_t(k), weights, k1 - k0, k0 == 0, scratch.sums);
+      const float* weights = PanelAsFloats(part, part.panel(panel), k0, k1, scratch.weights, scratch.scales);
+      Tiles(x, rows, {&part, weights, scratch.scales, k0, k1}, scratch.sums);
     }
     for (int r = 0; r < rows; ++r) Finish(call, part, panel, row + r, scratch.sums + r * kPanel);
   }
@@ -397,22 +544,22 @@ void RunBlock(const LinearCall& call, const PackedPart& part, int first, int las
 void Linear(const LinearCall& call) {
   ThreadPool& pool = ThreadPool::shared();
   for (const PackedPart& part : call.w->parts) {
-    const int blocks = (call.m + kBlockRows - 1) / kBlockRows;
-    // Few tasks for one row, where each is short; more for many rows, where an even end matters.
-    const int wanted = pool.size() * (call.m == 1 ? 2 : 8);
-    int per_task = std::max(1, part.panels / std::max(1, wanted));
-    per_task = (per_task + kVectorPanels - 1) / kVectorPanels * kVectorPanels;
-    const int tasks = (part.panels + per_task - 1) / per_task;
-    auto body = [&](size_t task, int) {
-      const int first = int(task % tasks) * per_task, last = std::min(part.panels, first + per_task);
-      if (call.m == 1) {
-        RunVector(call, part, first, last);
-      } else {
-        const int row = int(task / tasks) * kBlockRows;
-        RunBlock(call, part, first, last, row, std::min(kBlockRows, call.m - row));
-      }
-    };
-    pool.parallel_for(size_t(tasks) * blocks, std::ref(body));
+    for (int row = 0; row < call.m; row += kBlockRows) {
+      const int rows = std::min(kBlockRows, call.m - row);
+      const PreparedRows x = Prepare(pool, part, call.w->k, call.x + size_t(row) * call.w->k, rows);
+      // Few tasks for one row, where each is short; more for many rows, where an even end matters. Tasks begin at even panels.
+      const int pairs = (part.panels + 1) / 2;
+      const int tasks = std::min(pairs, pool.size() * (rows == 1 ? 2 : 8));
+      auto body = [&](size_t task, int) {
+        const int first = int(task * pairs / tasks) * 2, last = std::min(part.panels, int((task + 1) * pairs / tasks) * 2);
+        if (rows == 1) {
+          RunVector(call, part, x, first, last, row);
+        } else {
+          RunBlock(call, part, x, first, last, row, rows);
+        }
+      };
+      pool.parallel_for(size_t(tasks), std::ref(body));
+    }
   }
 }
 
