@@ -1,0 +1,122 @@
+#include "base/env.h"
+
+#include <fstream>
+#include <thread>
+
+#include <sys/stat.h>
+
+#include "base/checked.h"
+#include "fault_env.h"
+#include "store_fixture.h"
+
+namespace torpor::testing {
+namespace {
+
+std::span<const std::byte> bytes_of(const std::string& text) { return std::as_bytes(std::span(text.data(), text.size())); }
+
+TEST(Checked, ReportsOverflow) {
+  EXPECT_EQ(checked_add<uint64_t>(2, 3), 5u);
+  EXPECT_EQ(checked_add<uint64_t>(~0ull, 1), std::nullopt);
+  EXPECT_EQ(checked_mul<uint64_t>(1ull << 32, 1ull << 31), 1ull << 63);
+  EXPECT_EQ(checked_mul<uint64_t>(1ull << 32, 1ull << 32), std::nullopt);
+  EXPECT_EQ(checked_mul<int>(1 << 20, 1 << 20), std::nullopt);
+}
+
+TEST(Env, FilesArePrivate) {
+  TemporaryDirectory directory;
+  Env& env = Env::posix();
+  ASSERT_TRUE(env.make_directory(directory.path() / "d"));
+  EXPECT_FALSE(env.make_directory(directory.path() / "d"));
+  { File file = env.open(directory.path() / "d/f", OpenMode::kCreateNew); }
+  struct stat stat;
+  ::stat((directory.path() / "d").c_str(), &stat);
+  EXPECT_EQ(stat.st_mode & 0777, 0700u);
+  ::stat((directory.path() / "d/f").c_str(), &stat);
+  EXPECT_EQ(stat.st_mode & 0777, 0600u);
+}
+
+TEST(Env, FinishesShortAndInterruptedTransfers) {
+  TemporaryDirectory directory;
+  FaultEnv env(directory.path(), directory.path() / "attic");
+  env.stutter(true);
+  std::string text;
+  for (int i = 0; i < 5000; ++i) text += char('a' + i % 26);
+  {
+    File file = env.open(directory.path() / "f", OpenMode::kCreateNew);
+    file.write_all(bytes_of(text));
+    file.sync();
+    file.close();
+  }
+  EXPECT_EQ(env.read_file(directory.path() / "f", 10000), text);
+  std::string middle(1000, '\0');
+  env.open(directory.path() / "f", OpenMode::kRead).read_at(std::as_writable_bytes(std::span(middle)), 77);
+  EXPECT_EQ(middle, text.substr(77, 1000));
+}
+
+TEST(Env, SaysWhatFailedOnWhatAndWhatToDo) {
+  TemporaryDirectory directory;
+  FaultEnv env(directory.path(), directory.path() / "attic");
+  std::string message;
+  const auto path = directory.path() / "f";
+  File file = env.open(path, OpenMode::kCreateNew);
+  env.fail_at(1, ENOSPC);
+  EXPECT_EQ(code_of([&] { file.write_all(bytes_of("abc")); }, &message), ErrorCode::kIo);
+  EXPECT_NE(message.find(path.string()), std::string::npos) << message;
+  EXPECT_NE(message.find("disk is full; free some space"), std::string::npos) << message;
+  env.fail_at(1, EROFS);
+  EXPECT_EQ(code_of([&] { env.make_directory(directory.path() / "d"); }, &message), ErrorCode::kIo);
+  EXPECT_NE(message.find("read-only"), std::string::npos) << message;
+}
+
+TEST(Env, AMissingFileIsNotFoundAndAShortOneCorruption) {
+  TemporaryDirectory directory;
+  Env& env = Env::posix();
+  EXPECT_EQ(code_of([&] { env.open(directory.path() / "none", OpenMode::kRead); }), ErrorCode::kNotFound);
+  EXPECT_FALSE(env.stat(directory.path() / "none").has_value());
+  EXPECT_FALSE(env.remove(directory.path() / "none"));
+  EXPECT_TRUE(env.list(directory.path() / "none").empty());
+  write_all(directory.path() / "f", "12345");
+  std::string six(6, '\0');
+  EXPECT_EQ(code_of([&] {
+              env.open(directory.path() / "f", OpenMode::kRead).read_at(std::as_writable_bytes(std::span(six)), 0);
+            }),
+            ErrorCode::kCorruption);
+  EXPECT_EQ(code_of([&] { env.read_file(directory.path() / "f", 4); }), ErrorCode::kResourceExhausted);
+}
+
+TEST(Env, LocksExcludeEachOtherInOneProcessToo) {
+  TemporaryDirectory directory;
+  Env& env = Env::posix();
+  const auto path = directory.path() / "lock";
+  using std::chrono::milliseconds;
+  {
+    const auto shared = env.lock(path, LockMode::kShared, milliseconds(0));
+    ASSERT_TRUE(shared);
+    EXPECT_TRUE(env.lock(path, LockMode::kShared, milliseconds(0)));
+    EXPECT_FALSE(env.lock(path, LockMode::kExclusive, milliseconds(0)));
+    EXPECT_FALSE(env.lock(path, LockMode::kExclusive, milliseconds(15)));
+  }
+  const auto exclusive = env.lock(path, LockMode::kExclusive, milliseconds(0));
+  ASSERT_TRUE(exclusive);
+  EXPECT_FALSE(env.lock(path, LockMode::kShared, milliseconds(0)));
+  // Removed by its holder: the next one locks a new file, not the ghost of the old one.
+  env.remove(path);
+  const auto next = env.lock(path, LockMode::kExclusive, milliseconds(0));
+  ASSERT_TRUE(next);
+  EXPECT_TRUE(env.exists(path));
+}
+
+TEST(Env, WaitsForALockUntilItIsFree) {
+  TemporaryDirectory directory;
+  Env& env = Env::posix();
+  const auto path = directory.path() / "lock";
+  auto held = env.lock(path, LockMode::kExclusive, std::chrono::milliseconds(0));
+  std::jthread releaser([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    held.reset();
+  });
+  EXPECT_TRUE(env.lock(path, LockMode::kExclusive, std::chrono::seconds(30)));
+}
+
+}  // namespace
+}  // namespace torpor::testing

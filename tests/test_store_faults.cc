@@ -1,0 +1,218 @@
+/// Every change to the disk that the store makes is refused once, and the power is cut at it; the agent is old or new.
+
+#include "fault_env.h"
+#include "store_fixture.h"
+
+namespace torpor::testing {
+namespace {
+
+const KvSnapshot kOld = make_snapshot(300, small_layout(), 1);
+const KvSnapshot kNew = make_snapshot(600, small_layout(), 1);
+const KvSnapshot kOther = make_snapshot(520, small_layout(), 7, 5000);
+
+/// What a store holds of agent "a" is one of these; nullptr stands for no agent.
+using States = std::vector<const KvSnapshot*>;
+
+struct Scenario {
+  const char* name;
+  std::function<void(Store&)> act;
+  States before, after;
+};
+
+class StoreFaults : public ::testing::Test {
+ protected:
+  StoreFaults() {
+    Store store(template_);
+    store.save_agent_cache("a", kOld, "m", {}, Durability::kRename);
+    store.save_agent_cache("bystander", kOther, "m", {}, Durability::kRename);
+    store.save_agent_cache("leaves-orphans", make_snapshot(512, small_layout(), 3, 9000), "m", {}, Durability::kRename);
+    store.export_agent("a", export_);
+    fs::remove(template_ / "leaves-orphans.safetensors");
+    fs::remove(template_ / "leaves-orphans.json");
+    write_all(template_ / ".tmp-left-by-a-crash", "x");
+  }
+
+  std::vector<Scenario> scenarios() {
+    return {
+        {"save", [](Store& s) { s.save_agent_cache("a", kNew, "m"); }, {&kOld}, {&kNew}},
+        {"shrink", [](Store& s) { s.save_agent_cache("a", make_snapshot(0), "m"); }, {&kOld}, {&kEmpty}},
+        {"delete", [](Store& s) { s.delete_agent_cache("a"); }, {&kOld}, {nullptr}},
+        {"import", [this](Store& s) { s.import_agent(export_, "imported"); }, {&kOld}, {&kOld}},
+        {"gc", [](Store& s) { s.gc(); }, {&kOld}, {&kOld}},
+    };
+  }
+
+  fs::path fresh_store() {
+    const auto root = directory_.path() / ("s" + std::to_string(counter_++));
+    fs::copy(template_, root, fs::copy_options::recursive);
+    return root;
+  }
+
+  static fs::path attic_of(const fs::path& root) { return root.string() + "-attic"; }
+
+  static void expect_state(const fs::path& root, const States& allowed, const std::string& where) {
+    Store store(root);
+    if (!store.contains("a")) {
+      EXPECT_TRUE(std::find(allowed.begin(), allowed.end(), nullptr) != allowed.end()) << where << ": the agent is gone";
+    } else {
+      std::optional<LoadedAgent> loaded;
+      ASSERT_NO_THROW(loaded = store.load_agent_cache("a")) << where;
+      EXPECT_TRUE(std::any_of(allowed.begin(), allowed.end(), [&](const KvSnapshot* state) {
+        return state != nullptr && same(loaded->snapshot, *state);
+      })) << where << ": " << loaded->snapshot.tokens.size() << " tokens";
+    }
+    std::optional<LoadedAgent> bystander;
+    ASSERT_NO_THROW(bystander = store.load_agent_cache("bystander")) << where;
+    EXPECT_TRUE(same(bystander->snapshot, kOther)) << where;
+    if (store.contains("imported")) {
+      EXPECT_TRUE(same(store.load_agent_cache("imported").snapshot, kOld)) << where;
+    }
+  }
+
+  /// gc leaves the agents, their sidecars and the segments they name, and nothing else.
+  static void expect_gc_cleans(const fs::path& root, const std::string& where) {
+    FaultEnv env(root, attic_of(root));  // fails at nothing, and spares the disk thousands of fsyncs
+    Store store(root, &env);
+    ASSERT_NO_THROW(store.gc()) << where;
+    std::set<std::string> expected;
+    for (const auto& agent : store.list_cached_agents()) {
+      EXPECT_FALSE(agent.hash.empty()) << where;
+      expected.insert(agent.agent_id + ".safetensors");
+      expected.insert(agent.agent_id + ".json");
+      for (const auto& name : agent.segments) expected.insert("segments/" + name.substr(0, 2) + "/" + name + ".safetensors");
+    }
+    std::set<std::string> found;
+    for (const auto& [name, bytes] : tree(root)) found.insert(name);
+    EXPECT_EQ(found, expected) << where;
+    EXPECT_EQ(store.get_cache_disk_usage().orphan_segments, 0) << where;
+  }
+
+  static States either(const Scenario& s) {
+    States states = s.before;
+    states.insert(states.end(), s.after.begin(), s.after.end());
+    return states;
+  }
+
+  static const KvSnapshot kEmpty;
+  TemporaryDirectory directory_;
+  fs::path template_ = directory_.path() / "template", export_ = directory_.path() / "export.safetensors";
+  int counter_ = 0;
+};
+const KvSnapshot StoreFaults::kEmpty = make_snapshot(0);
+
+TEST_F(StoreFaults, AnyRefusedChangeLeavesOldOrNew) {
+  for (const auto& scenario : scenarios()) {
+    for (int error_number : {EIO, ENOSPC}) {
+      int k = 1;
+      for (bool triggered = true; triggered; ++k) {
+        ASSERT_LT(k, 500);
+        const auto root = fresh_store();
+        const std::string where = std::string(scenario.name) + ", errno " + std::to_string(error_number) + " at change " + std::to_string(k);
+        FaultEnv env(root, attic_of(root));
+        {
+          Store store(root, &env);
+          env.fail_at(k, error_number);
+          const auto code = code_of([&] { scenario.act(store); });
+          triggered = env.triggered();
+          if (code) {
+            EXPECT_EQ(*code, ErrorCode::kIo) << where;
+          }
+          if (!triggered) {
+            EXPECT_FALSE(code.has_value()) << where;
+          }
+          expect_state(root, code ? either(scenario) : scenario.after, where);
+        }
+        expect_gc_cleans(root, where);
+        expect_state(root, either(scenario), where + ", after gc");
+        fs::remove_all(root), fs::remove_all(attic_of(root));
+      }
+      EXPECT_GT(k, 4) << scenario.name << ": hardly any change was counted";
+    }
+  }
+}
+
+TEST_F(StoreFaults, APowerCutAnywhereLeavesOldOrNew) {
+  for (const auto& scenario : scenarios()) {
+    for (Lost lost : {Lost::kNothing, Lost::kData, Lost::kAll, Lost::kSegmentNames, Lost::kRootNames}) {
+      for (int k = 1, triggered = 1; triggered; ++k) {
+        ASSERT_LT(k, 500);
+        const auto root = fresh_store();
+        const std::string where = std::string(scenario.name) + ", power cut at change " + std::to_string(k) + ", lost " + std::to_string(int(lost));
+        FaultEnv env(root, attic_of(root));
+        std::optional<ErrorCode> code;
+        {
+          Store store(root, &env);
+          env.fail_at(k, EIO, /*for_good=*/true);
+          code = code_of([&] { scenario.act(store); });
+          triggered = env.triggered();
+        }
+        env.lose(lost);
+        // What returned without an error has happened, whatever the disk forgets afterwards.
+        expect_state(root, code ? either(scenario) : scenario.after, where);
+        expect_gc_cleans(root, where);
+        expect_state(root, either(scenario), where + ", after gc");
+        fs::remove_all(root), fs::remove_all(attic_of(root));
+      }
+    }
+  }
+}
+
+TEST_F(StoreFaults, GcWaitsForTheDiskBeforeItRemovesWhatAnUnflushedSaveDropped) {
+  // A save without fsync drops the segments, gc removes them; then the power cut must not bring the old agent back.
+  for (Lost lost : {Lost::kData, Lost::kAll, Lost::kRootNames, Lost::kSegmentNames}) {
+    const auto root = fresh_store();
+    FaultEnv env(root, attic_of(root));
+    {
+      Store store(root, &env);
+      store.save_agent_cache("a", kEmpty, "m", {}, Durability::kRename);
+      store.gc();
+    }
+    env.lose(lost);
+    expect_state(root, {&kEmpty}, "lost " + std::to_string(int(lost)));
+  }
+}
+
+TEST_F(StoreFaults, AFullSaveFlushesSegmentsThatAnUnflushedOneWrote) {
+  for (Lost lost : {Lost::kData, Lost::kAll, Lost::kSegmentNames}) {
+    const auto root = fresh_store();
+    FaultEnv env(root, attic_of(root));
+    {
+      Store store(root, &env);
+      store.save_agent_cache("other", kNew, "m", {}, Durability::kRename);
+    }
+    {
+      Store store(root, &env);
+      store.save_agent_cache("a", kNew, "m", {}, Durability::kFull);
+    }
+    env.lose(lost);
+    expect_state(root, {&kNew}, "lost " + std::to_string(int(lost)));
+  }
+}
+
+TEST_F(StoreFaults, ShortAndInterruptedTransfersChangeNothing) {
+  const auto root = fresh_store();
+  FaultEnv env(root, attic_of(root));
+  env.stutter(true);
+  Store store(root, &env);
+  store.save_agent_cache("a", kNew, "m");
+  EXPECT_TRUE(same(store.load_agent_cache("a").snapshot, kNew));
+  store.gc();
+  store.import_agent(export_, "imported");
+  expect_state(root, {&kNew}, "stutter");
+  expect_gc_cleans(root, "stutter");
+}
+
+TEST_F(StoreFaults, AReadOnlyStoreListsAndLoads) {
+  const auto root = fresh_store();
+  fs::remove(root / "a.json");
+  FaultEnv env(root, attic_of(root));
+  Store store(root, &env);
+  env.fail_at(1, EROFS, false);
+  EXPECT_EQ(store.list_cached_agents().size(), 2u);
+  EXPECT_TRUE(env.triggered()) << "the sidecar should have been tried";
+  EXPECT_FALSE(fs::exists(root / "a.json"));
+  EXPECT_TRUE(same(store.load_agent_cache("a").snapshot, kOld));
+}
+
+}  // namespace
+}  // namespace torpor::testing
