@@ -25,7 +25,7 @@ enum class Lost {
   kRootNames,       ///< bytes, and the names in the store's root
 };
 
-class FaultEnv final : public Env {
+class FaultEnv : public Env {
  public:
   /// Files that must survive a change to their name are kept (as links) in `attic`, on the same file system.
   FaultEnv(std::filesystem::path root, std::filesystem::path attic)
