@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <span>
 
@@ -10,8 +11,10 @@
 
 namespace {
 
-void require(bool ok) {
-  if (!ok) std::abort();
+void require(bool ok, int line = __builtin_LINE()) {
+  if (ok) return;
+  std::fprintf(stderr, "line %d: what was promised does not hold\n", line);
+  std::abort();
 }
 
 void check(const torpor::SafetensorsHeader& header, uint64_t file_size) {

@@ -1,4 +1,4 @@
-/// fuzz_seeds DIR: writes small, well-formed agents into the store DIR and exports one beside it.
+/// fuzz_seeds DIR: writes small, well-formed agents into the store DIR/store and exports one to DIR/export.safetensors.
 
 #include <algorithm>
 #include <cstdio>
@@ -33,7 +33,8 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    torpor::Store store(argv[1]);
+    const std::filesystem::path directory = argv[1];
+    torpor::Store store(directory / "store");
     const auto save = [&](const char* id, const torpor::KvSnapshot& snapshot) {
       store.save_agent_cache(id, snapshot, "model", {{"messages", "[]"}});
     };
@@ -41,7 +42,7 @@ int main(int argc, char** argv) {
     save("short", make(3, torpor::KvDtype::kF16));
     save("sealed", make(256, torpor::KvDtype::kBF16));
     save("long", make(258, torpor::KvDtype::kF16));
-    store.export_agent("short", std::filesystem::path(argv[1]) / "export.safetensors");
+    store.export_agent("short", directory / "export.safetensors");
   } catch (const torpor::Error& error) {
     std::fprintf(stderr, "fuzz_seeds: %s\n", error.what());
     return 1;
