@@ -1,11 +1,11 @@
-// x · Wᵀ on packed weights. A row's bits depend on that row alone: whatever M, the tile or the thread, an output is
+// x · Wᵀ on packed weights. A row's bits depend on that row alone: whatever M, the tile or the thread, an output is one
+// chain of multiply-adds over k in order, of weights made f32 in one way:
 //
-//   float weights:      sum = fma(x[k], w[k], sum), k in order;
-//   quantized weights:  per group in order  dot = fma(x[k], q[k], dot), k in order,
-//                                           sum = fma(dot, scale, sum), sum = fma(bias, Σ x of the group, sum);
+//   float weights:      sum = fma(x[k], w[k], sum);
+//   quantized weights:  sum = fma(x[k], q[k] * scale, sum), after each group sum = fma(Σ x of the group, bias, sum);
 //
-// then its additive bias and its residual. The q's are read in place as q * 2^s (masked, not shifted) and meet x * 2^-s:
-// rows are prepared so once, in one way, by prepare_rows().
+// then its additive bias and its residual. The q's are read in place as q * 2^s (masked, not shifted) and meet x * 2^-s.
+// Prepare() makes rows so, with the groups' sums in their places: a group of 32 is 33 columns, the last one weighed by the bias.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/linear.cc"
@@ -43,8 +43,7 @@ inline constexpr int kBlockK = 256;
 
 /// A worker's own memory.
 struct LinearScratch {
-  alignas(64) float weights[kBlockK * kPanel];
-  alignas(64) float scales[kBlockK / 32 * 2 * kPanel];  // per group: 16 scales, 16 biases
+  alignas(64) float weights[(kBlockK + kBlockK / 32) * kPanel];
   alignas(64) float sums[kBlockRows * kPanel];
 };
 inline LinearScratch& linear_scratch() {
@@ -59,13 +58,8 @@ inline float* prepared_memory(size_t size) {
   return memory.data();
 }
 
-/// Rows of x as a part's kernels read them.
-struct PreparedRows {
-  const float* x = nullptr;     // [rows][stride]
-  size_t stride = 0;
-  const float* sums = nullptr;  // of quantized weights: [rows][groups], Σ x of each group
-  int groups = 0;
-};
+/// Columns of a part's prepared rows that stand for [0, k): a quantized group has one more, its sum.
+inline int prepared_columns(const PackedPart& part, int k) { return part.group > 0 ? k + k / part.group : k; }
 
 }  // namespace torpor::kernels
 #endif
@@ -142,9 +136,8 @@ HWY_INLINE VU LoadLine(const std::byte* line, int vector) {
 
 // ---- Rows of x, scaled for their weights' positions ----
 
-// One row: out[k] = x[k] * 2^-Exponent, sums[g] = Σ x of group g, summed in 8 strided chains and then pairwise.
-void PrepareRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, float* HWY_RESTRICT out,
-                float* HWY_RESTRICT sums) {
+// One row: per group x[k] * 2^-Exponent, then Σ x, summed in 8 strided chains and those pairwise.
+void PrepareRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, float* HWY_RESTRICT out) {
   const hn::CappedTag<float, 8> d;
   constexpr int kStep = int(hn::MaxLanes(d)), kParts = 8 / kStep;
   HWY_ALIGN static constexpr float kScale4[8] = {1,
@@ -172,62 +165,63 @@ void PrepareRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, floa
     }
     HWY_ALIGN float chains[8];
     for (int p = 0; p < kParts; ++p) hn::Store(total[p], d, chains + p * kStep);
-    sums[g] = ((chains[0] + chains[4]) + (chains[1] + chains[5])) + ((chains[2] + chains[6]) + (chains[3] + chains[7]));
+    out[part.group] = ((chains[0] + chains[4]) + (chains[1] + chains[5])) + ((chains[2] + chains[6]) + (chains[3] + chains[7]));
     x += part.group;
-    out += part.group;
+    out += part.group + 1;
   }
 }
 
-PreparedRows Prepare(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
-  if (part.type != Type::kAffine) return {x, size_t(k), nullptr, 0};
-  const int groups = k / part.group;
-  float* out = prepared_memory(size_t(rows) * (size_t(k) + groups));
-  float* sums = out + size_t(rows) * k;
+const float* Prepare(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
+  if (part.type != Type::kAffine) return x;
+  const size_t columns = size_t(prepared_columns(part, k));
+  float* out = prepared_memory(size_t(rows) * columns);
   constexpr int kRowsPerTask = 16;
   auto body = [&](size_t task, int) {
     const int last = std::min(rows, int(task + 1) * kRowsPerTask);
     for (int row = int(task) * kRowsPerTask; row < last; ++row) {
-      PrepareRow(part, k, x + size_t(row) * k, out + size_t(row) * k, sums + size_t(row) * groups);
+      PrepareRow(part, k, x + size_t(row) * k, out + size_t(row) * columns);
     }
   };
   pool.parallel_for(size_t(rows + kRowsPerTask - 1) / kRowsPerTask, std::ref(body));
-  return {out, size_t(k), sums, groups};
+  return out;
 }
 
-// ---- One panel's columns [k0, k1) to f32 [k1 - k0][16]; of quantized weights, scales and biases to [groups][2][16] ----
+// ---- One panel's columns [k0, k1) to f32 [prepared columns][16] ----
 
 template <int kBits, int kJ>
-HWY_INLINE void UnpackTo(VU line, float* out) {
-  hn::Store(Unpack<kBits, kJ>(line), DF(), out + kJ * kPanel);
+HWY_INLINE void UnpackTo(VU line, VF scale, float* out) {
+  hn::Store(hn::Mul(Unpack<kBits, kJ>(line), scale), DF(), out + kJ * kPanel);
 }
 
 template <int kBits, Type kScale>
-void UnpackQuantized(const PackedPart& part, const std::byte* panel, int k0, int k1, float* out, float* scales) {
+void UnpackQuantized(const PackedPart& part, const std::byte* panel, int k0, int k1, float* out) {
   constexpr int kPerLine = 32 / kBits;
   const int lines = part.group / kPerLine;
   const std::byte* end = panel + size_t(k1 / part.group) * part.group_bytes;
   for (const std::byte* g = panel + size_t(k0 / part.group) * part.group_bytes; g != end; g += part.group_bytes) {
-    for (int i = 0; i < 2 * kPanel; i += kLanes) hn::Store(LoadFloats<kScale>(g, i), DF(), scales + i);
-    scales += 2 * kPanel;
+    VF scale[kVectors];
+    for (int v = 0; v < kVectors; ++v) scale[v] = LoadFloats<kScale>(g, v * kLanes);
     const std::byte* line = g + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
     for (int i = 0; i < lines; ++i) {
       for (int v = 0; v < kVectors; ++v) {
         const VU words = LoadLine(line, v);
         float* to = out + v * kLanes;
-        UnpackTo<kBits, 0>(words, to);
-        UnpackTo<kBits, 1>(words, to);
-        UnpackTo<kBits, 2>(words, to);
-        UnpackTo<kBits, 3>(words, to);
+        UnpackTo<kBits, 0>(words, scale[v], to);
+        UnpackTo<kBits, 1>(words, scale[v], to);
+        UnpackTo<kBits, 2>(words, scale[v], to);
+        UnpackTo<kBits, 3>(words, scale[v], to);
         if constexpr (kBits == 4) {
-          UnpackTo<kBits, 4>(words, to);
-          UnpackTo<kBits, 5>(words, to);
-          UnpackTo<kBits, 6>(words, to);
-          UnpackTo<kBits, 7>(words, to);
+          UnpackTo<kBits, 4>(words, scale[v], to);
+          UnpackTo<kBits, 5>(words, scale[v], to);
+          UnpackTo<kBits, 6>(words, scale[v], to);
+          UnpackTo<kBits, 7>(words, scale[v], to);
         }
       }
       line += kAlignment;
       out += kPerLine * kPanel;
     }
+    for (int i = 0; i < kPanel; i += kLanes) hn::Store(LoadFloats<kScale>(g, kPanel + i), DF(), out + i);
+    out += kPanel;
   }
 }
 
@@ -239,8 +233,7 @@ void UnpackFloats(const std::byte* panel, int k0, int k1, float* out) {
   }
 }
 
-const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k0, int k1, float* scratch,
-                           float* scales) {
+const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k0, int k1, float* scratch) {
   switch (part.type) {
     case Type::kF32:
       return reinterpret_cast<const float*>(panel) + size_t(k0) * kPanel;
@@ -252,20 +245,20 @@ const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k
       break;
     case Type::kAffine:
       if (part.bits == 4) {
-        if (part.scale_type == Type::kF32) UnpackQuantized<4, Type::kF32>(part, panel, k0, k1, scratch, scales);
-        if (part.scale_type == Type::kF16) UnpackQuantized<4, Type::kF16>(part, panel, k0, k1, scratch, scales);
-        if (part.scale_type == Type::kBF16) UnpackQuantized<4, Type::kBF16>(part, panel, k0, k1, scratch, scales);
+        if (part.scale_type == Type::kF32) UnpackQuantized<4, Type::kF32>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kF16) UnpackQuantized<4, Type::kF16>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kBF16) UnpackQuantized<4, Type::kBF16>(part, panel, k0, k1, scratch);
       } else {
-        if (part.scale_type == Type::kF32) UnpackQuantized<8, Type::kF32>(part, panel, k0, k1, scratch, scales);
-        if (part.scale_type == Type::kF16) UnpackQuantized<8, Type::kF16>(part, panel, k0, k1, scratch, scales);
-        if (part.scale_type == Type::kBF16) UnpackQuantized<8, Type::kBF16>(part, panel, k0, k1, scratch, scales);
+        if (part.scale_type == Type::kF32) UnpackQuantized<8, Type::kF32>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kF16) UnpackQuantized<8, Type::kF16>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kBF16) UnpackQuantized<8, Type::kBF16>(part, panel, k0, k1, scratch);
       }
       break;
   }
   return scratch;
 }
 
-// ---- kRows rows of x times k columns of a panel; sums [kRows][16] go on from what they hold unless `first` ----
+// ---- kRows prepared rows times k columns of a panel; sums [kRows][16] go on from what they hold unless `first` ----
 
 template <int kRows>
 HWY_NOINLINE void Tile(const float* HWY_RESTRICT x, size_t stride, const float* HWY_RESTRICT panel, int k, bool first,
@@ -289,129 +282,79 @@ HWY_NOINLINE void Tile(const float* HWY_RESTRICT x, size_t stride, const float* 
   }
 }
 
-// The same of quantized weights: `groups` groups of `k` columns each.
 template <int kRows>
-HWY_NOINLINE void GroupTile(const float* HWY_RESTRICT x, size_t stride, const float* HWY_RESTRICT panel, int k, int groups,
-                            bool first, const float* HWY_RESTRICT scales, const float* HWY_RESTRICT x_sums,
-                            size_t x_sums_stride, float* HWY_RESTRICT sums) {
-  const DF d;
-  if (first) {
-    for (int i = 0; i < kRows * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
-  }
-  for (int g = 0; g < groups; ++g) {
-    VF dot[kRows][kVectors];
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) dot[r][v] = hn::Zero(d);
-    }
-    for (int i = 0; i < k; ++i) {
-      VF w[kVectors];
-      for (int v = 0; v < kVectors; ++v) w[v] = hn::Load(d, panel + v * kLanes);
-      panel += kPanel;
-      for (int r = 0; r < kRows; ++r) {
-        const VF xr = hn::Set(d, x[r * stride + i]);
-        for (int v = 0; v < kVectors; ++v) dot[r][v] = hn::MulAdd(xr, w[v], dot[r][v]);
-      }
-    }
-    x += k;
-    for (int r = 0; r < kRows; ++r) {
-      const VF x_sum = hn::Set(d, x_sums[r * x_sums_stride + g]);
-      for (int v = 0; v < kVectors; ++v) {
-        float* to = sums + r * kPanel + v * kLanes;
-        const VF sum = hn::MulAdd(dot[r][v], hn::Load(d, scales + v * kLanes), hn::Load(d, to));
-        hn::Store(hn::MulAdd(hn::Load(d, scales + kPanel + v * kLanes), x_sum, sum), d, to);
-      }
-    }
-    scales += 2 * kPanel;
-  }
-}
-
-// What a block multiplies: columns [k0, k1) of one panel, unpacked.
-struct Chunk {
-  const PackedPart* part;
-  const float* weights;
-  const float* scales;
-  int k0, k1;
-};
-
-template <int kRows>
-HWY_INLINE void OneTile(const PreparedRows& x, int row, const Chunk& c, float* sums) {
-  const float* from = x.x + size_t(row) * x.stride + c.k0;
-  if (c.part->type == Type::kAffine) {
-    const int group = c.part->group;
-    GroupTile<kRows>(from, x.stride, c.weights, group, (c.k1 - c.k0) / group, c.k0 == 0, c.scales,
-                     x.sums + size_t(row) * x.groups + c.k0 / group, size_t(x.groups), sums + row * kPanel);
-  } else {
-    Tile<kRows>(from, x.stride, c.weights, c.k1 - c.k0, c.k0 == 0, sums + row * kPanel);
-  }
-}
-
-template <int kRows>
-HWY_INLINE void TileTail(int rows, const PreparedRows& x, int row, const Chunk& c, float* sums) {
+HWY_INLINE void TileTail(int rows, const float* x, size_t stride, const float* panel, int k, bool first, float* sums) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      OneTile<kRows>(x, row, c, sums);
+      Tile<kRows>(x, stride, panel, k, first, sums);
     } else {
-      TileTail<kRows - 1>(rows, x, row, c, sums);
+      TileTail<kRows - 1>(rows, x, stride, panel, k, first, sums);
     }
   }
 }
 
-void Tiles(const PreparedRows& x, int rows, const Chunk& c, float* sums) {
+void Tiles(const float* x, int rows, size_t stride, const float* panel, int k, bool first, float* sums) {
   int row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) OneTile<kTileRows>(x, row, c, sums);
-  TileTail<kTileRows - 1>(rows - row, x, row, c, sums);
+  for (; row + kTileRows <= rows; row += kTileRows) {
+    Tile<kTileRows>(x + row * stride, stride, panel, k, first, sums + row * kPanel);
+  }
+  TileTail<kTileRows - 1>(rows - row, x + row * stride, stride, panel, k, first, sums + row * kPanel);
 }
 
-// ---- One row of x times kPanels panels, straight from their packed form ----
+// ---- One prepared row times kPanels panels, straight from their packed form ----
 
 template <int kBits, int kJ, int kPanels>
-HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x, VF (&dot)[kPanels][kVectors]) {
+HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const VF (&scale)[kPanels][kVectors], const float* x,
+                     VF (&acc)[kPanels][kVectors]) {
   const VF xk = hn::Set(DF(), x[kJ]);
   for (int p = 0; p < kPanels; ++p) {
     for (int v = 0; v < kVectors; ++v) {
-      dot[p][v] = hn::MulAdd(xk, Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v)), dot[p][v]);
+      const VF w = hn::Mul(Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v)), scale[p][v]);
+      acc[p][v] = hn::MulAdd(xk, w, acc[p][v]);
     }
   }
 }
 
 template <int kBits, Type kScale, int kPanels>
-HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, int k, const PreparedRows& row, float* sums) {
+HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
   constexpr int kPerLine = 32 / kBits;
   const DF d;
   const int lines = part.group / kPerLine, groups = k / part.group;
   const size_t panel_bytes = part.panel_bytes;
-  const float* x = row.x;
-  for (int i = 0; i < kPanels * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
+  VF acc[kPanels][kVectors];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) acc[p][v] = hn::Zero(d);
+  }
   for (int g = 0; g < groups; ++g) {
-    VF dot[kPanels][kVectors];
+    VF scale[kPanels][kVectors];
     for (int p = 0; p < kPanels; ++p) {
-      for (int v = 0; v < kVectors; ++v) dot[p][v] = hn::Zero(d);
+      for (int v = 0; v < kVectors; ++v) scale[p][v] = LoadFloats<kScale>(panel + p * panel_bytes, v * kLanes);
     }
     const std::byte* line = panel + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
     for (int i = 0; i < lines; ++i) {
-      Step<kBits, 0, kPanels>(line, panel_bytes, x, dot);
-      Step<kBits, 1, kPanels>(line, panel_bytes, x, dot);
-      Step<kBits, 2, kPanels>(line, panel_bytes, x, dot);
-      Step<kBits, 3, kPanels>(line, panel_bytes, x, dot);
+      Step<kBits, 0, kPanels>(line, panel_bytes, scale, x, acc);
+      Step<kBits, 1, kPanels>(line, panel_bytes, scale, x, acc);
+      Step<kBits, 2, kPanels>(line, panel_bytes, scale, x, acc);
+      Step<kBits, 3, kPanels>(line, panel_bytes, scale, x, acc);
       if constexpr (kBits == 4) {
-        Step<kBits, 4, kPanels>(line, panel_bytes, x, dot);
-        Step<kBits, 5, kPanels>(line, panel_bytes, x, dot);
-        Step<kBits, 6, kPanels>(line, panel_bytes, x, dot);
-        Step<kBits, 7, kPanels>(line, panel_bytes, x, dot);
+        Step<kBits, 4, kPanels>(line, panel_bytes, scale, x, acc);
+        Step<kBits, 5, kPanels>(line, panel_bytes, scale, x, acc);
+        Step<kBits, 6, kPanels>(line, panel_bytes, scale, x, acc);
+        Step<kBits, 7, kPanels>(line, panel_bytes, scale, x, acc);
       }
       x += kPerLine;
       line += kAlignment;
     }
-    const VF x_sum = hn::Set(d, row.sums[g]);
+    const VF x_sum = hn::Set(d, *x++);
     for (int p = 0; p < kPanels; ++p) {
       for (int v = 0; v < kVectors; ++v) {
-        const std::byte* scales = panel + p * panel_bytes;
-        float* to = sums + p * kPanel + v * kLanes;
-        const VF sum = hn::MulAdd(dot[p][v], LoadFloats<kScale>(scales, v * kLanes), hn::Load(d, to));
-        hn::Store(hn::MulAdd(LoadFloats<kScale>(scales, kPanel + v * kLanes), x_sum, sum), d, to);
+        acc[p][v] = hn::MulAdd(x_sum, LoadFloats<kScale>(panel + p * panel_bytes, kPanel + v * kLanes), acc[p][v]);
       }
     }
     panel += part.group_bytes;
+  }
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) hn::Store(acc[p][v], d, sums + p * kPanel + v * kLanes);
   }
 }
 
@@ -437,25 +380,25 @@ HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, int
 }
 
 template <int kPanels>
-void Vector(const PackedPart& part, const std::byte* panel, int k, const PreparedRows& row, float* sums) {
+void Vector(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
   switch (part.type) {
     case Type::kF32:
-      return VectorFloats<Type::kF32, kPanels>(part, panel, k, row.x, sums);
+      return VectorFloats<Type::kF32, kPanels>(part, panel, k, x, sums);
     case Type::kF16:
-      return VectorFloats<Type::kF16, kPanels>(part, panel, k, row.x, sums);
+      return VectorFloats<Type::kF16, kPanels>(part, panel, k, x, sums);
     case Type::kBF16:
-      return VectorFloats<Type::kBF16, kPanels>(part, panel, k, row.x, sums);
+      return VectorFloats<Type::kBF16, kPanels>(part, panel, k, x, sums);
     case Type::kAffine:
       break;
   }
   if (part.bits == 4) {
-    if (part.scale_type == Type::kF32) VectorQuantized<4, Type::kF32, kPanels>(part, panel, k, row, sums);
-    if (part.scale_type == Type::kF16) VectorQuantized<4, Type::kF16, kPanels>(part, panel, k, row, sums);
-    if (part.scale_type == Type::kBF16) VectorQuantized<4, Type::kBF16, kPanels>(part, panel, k, row, sums);
+    if (part.scale_type == Type::kF32) VectorQuantized<4, Type::kF32, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kF16) VectorQuantized<4, Type::kF16, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kBF16) VectorQuantized<4, Type::kBF16, kPanels>(part, panel, k, x, sums);
   } else {
-    if (part.scale_type == Type::kF32) VectorQuantized<8, Type::kF32, kPanels>(part, panel, k, row, sums);
-    if (part.scale_type == Type::kF16) VectorQuantized<8, Type::kF16, kPanels>(part, panel, k, row, sums);
-    if (part.scale_type == Type::kBF16) VectorQuantized<8, Type::kBF16, kPanels>(part, panel, k, row, sums);
+    if (part.scale_type == Type::kF32) VectorQuantized<8, Type::kF32, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kF16) VectorQuantized<8, Type::kF16, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kBF16) VectorQuantized<8, Type::kBF16, kPanels>(part, panel, k, x, sums);
   }
 }
 
@@ -508,7 +451,7 @@ void Finish(const LinearCall& call, const PackedPart& part, int panel, int row, 
 
 // Panels [first, last) of a part for a single row: as many at once as hide the latency of their chains.
 template <int kPanels>
-HWY_INLINE int RunPanels(const LinearCall& call, const PackedPart& part, const PreparedRows& x, int panel, int last, int row) {
+HWY_INLINE int RunPanels(const LinearCall& call, const PackedPart& part, const float* x, int panel, int last, int row) {
   HWY_ALIGN float sums[kPanels * kPanel];
   for (; panel + kPanels <= last; panel += kPanels) {
     Vector<kPanels>(part, part.panel(panel), call.w->k, x, sums);
@@ -517,16 +460,17 @@ HWY_INLINE int RunPanels(const LinearCall& call, const PackedPart& part, const P
   return panel;
 }
 
-void RunVector(const LinearCall& call, const PackedPart& part, const PreparedRows& x, int first, int last, int row) {
+void RunVector(const LinearCall& call, const PackedPart& part, const float* x, int first, int last, int row) {
   int panel = RunPanels<kVectorPanels>(call, part, x, first, last, row);
   if constexpr (kVectorPanels > 2) panel = RunPanels<kVectorPanels / 2>(call, part, x, panel, last, row);
   if constexpr (kVectorPanels > 1) RunPanels<1>(call, part, x, panel, last, row);
 }
 
 // Panels [first, last) of a part for `rows` prepared rows, the first of which is row `row` of the call.
-void RunBlock(const LinearCall& call, const PackedPart& part, const PreparedRows& x, int first, int last, int row, int rows) {
+void RunBlock(const LinearCall& call, const PackedPart& part, const float* x, int first, int last, int row, int rows) {
   LinearScratch& scratch = linear_scratch();
   const int k = call.w->k;
+  const size_t stride = size_t(prepared_columns(part, k));
   // Equal steps of whole groups.
   const int steps = (k + kBlockK - 1) / kBlockK;
   int step = (k + steps - 1) / steps;
@@ -534,8 +478,9 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const PreparedRows
   for (int panel = first; panel < last; ++panel) {
     for (int k0 = 0; k0 < k; k0 += step) {
       const int k1 = std::min(k, k0 + step);
-      const float* weights = PanelAsFloats(part, part.panel(panel), k0, k1, scratch.weights, scratch.scales);
-      Tiles(x, rows, {&part, weights, scratch.scales, k0, k1}, scratch.sums);
+      const float* weights = PanelAsFloats(part, part.panel(panel), k0, k1, scratch.weights);
+      const int first_column = prepared_columns(part, k0), columns = prepared_columns(part, k1) - first_column;
+      Tiles(x + first_column, rows, stride, weights, columns, k0 == 0, scratch.sums);
     }
     for (int r = 0; r < rows; ++r) Finish(call, part, panel, row + r, scratch.sums + r * kPanel);
   }
@@ -546,7 +491,7 @@ void Linear(const LinearCall& call) {
   for (const PackedPart& part : call.w->parts) {
     for (int row = 0; row < call.m; row += kBlockRows) {
       const int rows = std::min(kBlockRows, call.m - row);
-      const PreparedRows x = Prepare(pool, part, call.w->k, call.x + size_t(row) * call.w->k, rows);
+      const float* x = Prepare(pool, part, call.w->k, call.x + size_t(row) * call.w->k, rows);
       // Few tasks for one row, where each is short; more for many rows, where an even end matters. Tasks begin at even panels.
       const int pairs = (part.panels + 1) / 2;
       const int tasks = std::min(pairs, pool.size() * (rows == 1 ? 2 : 8));
