@@ -349,12 +349,13 @@ TEST(KernelsAttention, BitsDependOnNeitherChunksNorThreads) {
       options.window = 1;
     }
     const Model model(options);
-    const int n = 1100;
+    const int n = variant == 0 ? 1100 : 580;  // more than one superblock
     const std::vector<float> source = model.tokens(n, unsigned(20 + variant));
     Cache expected_cache(model.spec, n);
     const std::vector<float> expected = run_in_chunks(one, model, source, n, n, expected_cache);
     for (ThreadPool* pool : {&one, &two, &three}) {
       for (int chunk : {1, 7, 64, 512, n}) {
+        if (pool == &three && chunk != 7) continue;
         Cache cache(model.spec, n);
         const std::vector<float> out = run_in_chunks(*pool, model, source, n, chunk, cache);
         EXPECT_TRUE(same_bits(out, expected)) << "threads " << pool->size() << " chunk " << chunk;

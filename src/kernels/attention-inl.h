@@ -18,6 +18,7 @@
 #include <cstring>
 #include <limits>
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 HWY_BEFORE_NAMESPACE();
@@ -208,10 +209,10 @@ void PrepareRows(const AttentionJob& job, const PrepareTask& task) {
   }
 }
 
-// ---- products: C = A B, or C = diag(scale) C + A B, one chain over k per element
+// ---- products: C = A B, or C = diag(scale) C + A B, one chain over k per element; B of a cache's type, or f32
 
-template <int MR, int NV, bool kScaleC>
-HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const float* HWY_RESTRICT b, size_t ldb, size_t k,
+template <int MR, int NV, bool kScaleC, class Rows, class Element = typename Rows::Element>
+HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const Element* HWY_RESTRICT b, size_t ldb, size_t k,
                       const float* HWY_RESTRICT scale, float* HWY_RESTRICT c, size_t ldc) {
   const DF d;
   VF acc[MR][NV];
@@ -229,12 +230,12 @@ HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const float* HWY_
       VF av[MR];
       for (int r = 0; r < MR; ++r) av[r] = hn::Set(d, a[size_t(r) * lda + i]);
       for (int n = 0; n < NV; ++n) {
-        const VF bv = hn::LoadU(d, b + i * ldb + size_t(n) * kLanes);
+        const VF bv = Rows::load(d, b + i * ldb + size_t(n) * kLanes);
         for (int r = 0; r < MR; ++r) acc[r][n] = hn::MulAdd(av[r], bv, acc[r][n]);
       }
     } else {
       VF bv[NV];
-      for (int n = 0; n < NV; ++n) bv[n] = hn::LoadU(d, b + i * ldb + size_t(n) * kLanes);
+      for (int n = 0; n < NV; ++n) bv[n] = Rows::load(d, b + i * ldb + size_t(n) * kLanes);
       for (int r = 0; r < MR; ++r) {
         const VF av = hn::Set(d, a[size_t(r) * lda + i]);
         for (int n = 0; n < NV; ++n) acc[r][n] = hn::MulAdd(av, bv[n], acc[r][n]);
@@ -246,15 +247,15 @@ HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const float* HWY_
   }
 }
 
-template <int MR, int NV, bool kScaleC>
-HWY_INLINE void product_columns(const float* a, size_t lda, const float* b, size_t ldb, size_t k, const float* scale,
+template <int MR, int NV, bool kScaleC, class Rows, class Element = typename Rows::Element>
+HWY_INLINE void product_columns(const float* a, size_t lda, const Element* b, size_t ldb, size_t k, const float* scale,
                                 float* c, size_t ldc, size_t columns) {
   size_t n = 0;
   for (; n + NV * kLanes <= columns; n += NV * kLanes) {
-    micro<MR, NV, kScaleC>(a, lda, b + n, ldb, k, scale, c + n, ldc);
+    micro<MR, NV, kScaleC, Rows>(a, lda, b + n, ldb, k, scale, c + n, ldc);
   }
   if constexpr (NV > 1) {
-    if (n < columns) product_columns<MR, NV / 2, kScaleC>(a, lda, b + n, ldb, k, scale, c + n, ldc, columns - n);
+    if (n < columns) product_columns<MR, NV / 2, kScaleC, Rows>(a, lda, b + n, ldb, k, scale, c + n, ldc, columns - n);
   }
 }
 
@@ -265,16 +266,16 @@ constexpr int kVectors[kMaxRows + 1] = {0, 8, 8, 4, 4, 4, 4};  // 32
 #endif
 
 /// rows <= kMaxRows; columns a multiple of 16.
-template <bool kScaleC>
-HWY_NOINLINE void product(size_t rows, const float* a, size_t lda, const float* b, size_t ldb, size_t k,
+template <bool kScaleC, class Rows, class Element = typename Rows::Element>
+HWY_NOINLINE void product(size_t rows, const float* a, size_t lda, const Element* b, size_t ldb, size_t k,
                           const float* scale, float* c, size_t ldc, size_t columns) {
   switch (rows) {
-    case 1: product_columns<1, kVectors[1], kScaleC>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
-    case 2: product_columns<2, kVectors[2], kScaleC>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
-    case 3: product_columns<3, kVectors[3], kScaleC>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
-    case 4: product_columns<4, kVectors[4], kScaleC>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
-    case 5: product_columns<5, kVectors[5], kScaleC>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
-    default: product_columns<6, kVectors[6], kScaleC>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
+    case 1: product_columns<1, kVectors[1], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
+    case 2: product_columns<2, kVectors[2], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
+    case 3: product_columns<3, kVectors[3], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
+    case 4: product_columns<4, kVectors[4], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
+    case 5: product_columns<5, kVectors[5], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
+    default: product_columns<6, kVectors[6], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
   }
 }
 
@@ -342,13 +343,25 @@ HWY_INLINE float weigh(float* HWY_RESTRICT scores, size_t begin, size_t end, flo
 
 // ---- blocks of keys and values as f32
 
+/// Brings a block that is needed soon into the cache, piece by piece while another is transposed.
+template <class Element>
+struct Ahead {
+  const Element* keys;
+  const Element* values;
+  HWY_INLINE void fetch(size_t from, size_t n) const {
+    for (size_t i = from; i < from + n; i += 64 / sizeof(Element)) {
+      hwy::Prefetch(keys + i);
+      hwy::Prefetch(values + i);
+    }
+  }
+};
+
 /// keys [begin, end) of a block, rows of `dim`, to [dim][kBlock]. Columns of other keys are garbage or zero.
-template <class Rows>
-HWY_INLINE void transpose_keys(const typename Rows::Element* keys, const typename Rows::Element* zeros, size_t dim,
-                               size_t begin, size_t end, float* HWY_RESTRICT out) {
+HWY_INLINE void transpose_keys(const float* keys, const float* zeros, size_t dim, size_t begin, size_t end,
+                               const Ahead<float>& ahead, float* HWY_RESTRICT out) {
 #if HWY_TARGET == HWY_SCALAR
   for (size_t j = begin; j < end; ++j) {
-    for (size_t i = 0; i < dim; ++i) out[i * kBlock + j] = load_one<Rows>(keys + j * dim + i);
+    for (size_t i = 0; i < dim; ++i) out[i * kBlock + j] = keys[j * dim + i];
   }
 #else
   const hn::CappedTag<float, 8> d;
@@ -356,12 +369,13 @@ HWY_INLINE void transpose_keys(const typename Rows::Element* keys, const typenam
   constexpr size_t N = hn::MaxLanes(d);
   static_assert(N == 4 || N == 8);
   for (size_t j = begin / N * N; j < end; j += N) {
-    const typename Rows::Element* row[N];
+    const float* row[N];
     for (size_t e = 0; e < N; ++e) row[e] = j + e >= begin && j + e < end ? keys + (j + e) * dim : zeros;
     size_t i = 0;
     for (; i + N <= dim; i += N) {
+      ahead.fetch(j * dim + i * N, N * N);
       hn::Vec<decltype(d)> in[N];
-      for (size_t e = 0; e < N; ++e) in[e] = Rows::load(d, row[e] + i);
+      for (size_t e = 0; e < N; ++e) in[e] = hn::LoadU(d, row[e] + i);
       for (size_t part = 0; part < N / 4; ++part) {
         hn::Vec<decltype(d)> a[4];
         for (size_t e = 0; e < 4; ++e) {
@@ -383,23 +397,78 @@ HWY_INLINE void transpose_keys(const typename Rows::Element* keys, const typenam
       }
     }
     for (; i < dim; ++i) {
-      for (size_t e = 0; e < N; ++e) out[i * kBlock + j + e] = load_one<Rows>(row[e] + i);
+      for (size_t e = 0; e < N; ++e) out[i * kBlock + j + e] = row[e][i];
     }
   }
 #endif
 }
 
-/// values [begin, end) of a block to rows of `padded` floats.
+/// The same for elements of 16 bits: 8 by 8 in each 128-bit block.
+HWY_INLINE void transpose_keys(const uint16_t* keys, const uint16_t* zeros, size_t dim, size_t begin, size_t end,
+                               const Ahead<uint16_t>& ahead, uint16_t* HWY_RESTRICT out) {
+#if HWY_TARGET == HWY_SCALAR
+  for (size_t j = begin; j < end; ++j) {
+    for (size_t i = 0; i < dim; ++i) out[i * kBlock + j] = keys[j * dim + i];
+  }
+#else
+  const hn::CappedTag<uint16_t, 16> d;
+  using V = hn::Vec<decltype(d)>;
+  const hn::Repartition<uint32_t, decltype(d)> d32;
+  const hn::Repartition<uint64_t, decltype(d)> d64;
+  constexpr size_t N = hn::MaxLanes(d);
+  static_assert(N == 8 || N == 16);
+  for (size_t j = begin / N * N; j < end; j += N) {
+    const uint16_t* row[N];
+    for (size_t e = 0; e < N; ++e) row[e] = j + e >= begin && j + e < end ? keys + (j + e) * dim : zeros;
+    size_t i = 0;
+    for (; i + 8 <= dim; i += 8) {
+      ahead.fetch(j * dim + i * N, N * 8);
+      V a[8], b[8];
+      for (size_t e = 0; e < 8; ++e) {
+        if constexpr (N == 8) {
+          a[e] = hn::LoadU(d, row[e] + i);
+        } else {
+          const hn::Half<decltype(d)> half;
+          a[e] = hn::Combine(d, hn::LoadU(half, row[e + 8] + i), hn::LoadU(half, row[e] + i));
+        }
+      }
+      for (size_t e = 0; e < 4; ++e) {  // pairs of rows: dims 0 to 3, dims 4 to 7
+        b[e] = hn::InterleaveLower(d, a[2 * e], a[2 * e + 1]);
+        b[4 + e] = hn::InterleaveUpper(d, a[2 * e], a[2 * e + 1]);
+      }
+      for (size_t e = 0; e < 4; ++e) {  // fours: a[2 e] has dims 2 e and 2 e + 1 of rows 0 to 3, a[2 e + 1] of rows 4 to 7
+        const size_t from = e / 2 * 4;
+        for (size_t part = 0; part < 2; ++part) {
+          const auto x = hn::BitCast(d32, b[from + 2 * part]), y = hn::BitCast(d32, b[from + 2 * part + 1]);
+          a[2 * e + part] =
+              hn::BitCast(d, e % 2 == 0 ? hn::InterleaveLower(d32, x, y) : hn::InterleaveUpper(d32, x, y));
+        }
+      }
+      for (size_t e = 0; e < 4; ++e) {
+        const auto x = hn::BitCast(d64, a[2 * e]), y = hn::BitCast(d64, a[2 * e + 1]);
+        uint16_t* to = out + (i + 2 * e) * kBlock + j;
+        hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, x, y)), d, to);
+        hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, x, y)), d, to + kBlock);
+      }
+    }
+    for (; i < dim; ++i) {
+      for (size_t e = 0; e < N; ++e) out[i * kBlock + j + e] = row[e][i];
+    }
+  }
+#endif
+}
+
+/// Rows [begin, end) of `width` elements to rows of `padded` floats.
 template <class Rows>
-HWY_INLINE void widen_values(const typename Rows::Element* values, size_t dim, size_t padded, size_t begin, size_t end,
-                             float* HWY_RESTRICT out) {
+HWY_INLINE void widen(const typename Rows::Element* rows, size_t width, size_t padded, size_t begin, size_t end,
+                      float* HWY_RESTRICT out) {
   const DF d;
   for (size_t j = begin; j < end; ++j) {
-    const typename Rows::Element* from = values + j * dim;
+    const typename Rows::Element* from = rows + j * width;
     float* to = out + j * padded;
     size_t i = 0;
-    for (; i + kLanes <= dim; i += kLanes) hn::StoreU(Rows::load(d, from + i), d, to + i);
-    for (; i < dim; ++i) to[i] = load_one<Rows>(from + i);
+    for (; i + kLanes <= width; i += kLanes) hn::StoreU(Rows::load(d, from + i), d, to + i);
+    for (; i < width; ++i) to[i] = load_one<Rows>(from + i);
     for (; i < padded; ++i) to[i] = 0;
   }
 }
@@ -408,7 +477,7 @@ HWY_INLINE void widen_values(const typename Rows::Element* values, size_t dim, s
 
 /// A worker's memory for one tile.
 struct Scratch {
-  float *q, *acc, *total_acc, *maximum, *sum, *total_maximum, *total_sum, *scores, *factors, *keys, *values, *zeros;
+  float *q, *acc, *total_acc, *maximum, *sum, *total_maximum, *total_sum, *scores, *factors, *keys, *narrow_keys, *values, *zeros;
   Scratch(size_t rows, size_t dim, size_t padded) {
     size_t used = 0;
     float* base = nullptr;
@@ -429,6 +498,7 @@ struct Scratch {
       scores = take(kMaxRows * kBlock);
       factors = take(kMaxRows);
       keys = take(dim * kBlock);
+      narrow_keys = take(dim * kBlock / 2);
       values = take(padded * kBlock);
       zeros = take(dim);
       if (pass == 0) base = attention_scratch(used);
@@ -442,14 +512,62 @@ HWY_INLINE int first_key(const AttentionSpec& spec, int position) {
   return spec.window > 0 ? std::max(0, position - spec.window + 1) : 0;
 }
 
-/// Leaves the partial of superblock `super` in maximum, sum (in lane 0's place: sum[row]) and acc.
+/// Scores, weights and outputs of all rows of a tile for one block, whose keys are `keys` [dim][kBlock] and values `values`
+/// [kBlock][padded].
+template <class Rows>
+HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int position, int block,
+                             const typename Rows::Element* keys, const typename Rows::Element* values,
+                             const Scratch& s) {
+  const AttentionSpec& spec = *job.spec;
+  const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
+  const size_t rows = size_t(task.count) * group;
+  for (size_t r0 = 0; r0 < rows; r0 += kMaxRows) {
+    const size_t n = std::min(rows - r0, size_t(kMaxRows));
+    size_t row_begin[kMaxRows], row_end[kMaxRows];
+    size_t low = kBlock, high = 0;
+    bool same = true;
+    for (size_t r = 0; r < n; ++r) {
+      const int p = position + int((r0 + r) / group);
+      row_begin[r] = size_t(std::clamp(first_key(spec, p) - block, 0, int(kBlock)));
+      row_end[r] = size_t(std::clamp(p + 1 - block, 0, int(kBlock)));
+      same = same && row_begin[r] == row_begin[0] && row_end[r] == row_end[0];
+      if (row_begin[r] < row_end[r]) {
+        low = std::min(low, row_begin[r]);
+        high = std::max(high, row_end[r]);
+      }
+    }
+    if (low >= high) continue;
+    const size_t column = low / 16 * 16, columns = (high + 15) / 16 * 16 - column;
+    product<false, Rows>(n, s.q + r0 * dim, dim, keys + column, kBlock, dim, nullptr, s.scores + column, kBlock, columns);
+    if (spec.softcap > 0) {
+      for (size_t r = 0; r < n; ++r) cap_scores(s.scores + r * kBlock + column, columns, job.cap);
+    }
+    for (size_t r = 0; r < n; ++r) {
+      if (row_begin[r] >= row_end[r]) continue;
+      s.factors[r] = weigh(s.scores + r * kBlock, row_begin[r], row_end[r], s.maximum[r0 + r],
+                           s.sum + (r0 + r) * kMaxLanes);
+    }
+    if (same) {
+      product<true, Rows>(n, s.scores + low, kBlock, values + low * padded, padded, high - low, s.factors,
+                          s.acc + r0 * padded, padded, padded);
+      continue;
+    }
+    for (size_t r = 0; r < n; ++r) {
+      if (row_begin[r] >= row_end[r]) continue;
+      product<true, Rows>(1, s.scores + r * kBlock + row_begin[r], kBlock, values + row_begin[r] * padded, padded,
+                          row_end[r] - row_begin[r], s.factors + r, s.acc + (r0 + r) * padded, padded, padded);
+    }
+  }
+}
+
+/// Leaves the partial of superblock `super` in maximum, sum (sum[row]) and acc.
 template <class Rows>
 void run_super(const AttentionJob& job, const TileTask& task, int super, const Scratch& s) {
   using Element = typename Rows::Element;
   const AttentionSpec& spec = *job.spec;
   const AttentionSequence& sequence = job.sequences[size_t(task.sequence)];
-  const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
-  const size_t rows = size_t(task.count) * group;
+  const size_t dim = size_t(spec.head_dim), padded = job.padded;
+  const size_t rows = size_t(task.count) * job.group;
   const int position = sequence.position + task.first;
   const int last = position + task.count - 1;
 
@@ -457,61 +575,33 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const S
   std::memset(s.sum, 0, rows * kMaxLanes * sizeof(float));
   std::memset(s.acc, 0, rows * padded * sizeof(float));
 
+  const auto block_of = [&](int block) {
+    const KvRunView& run = sequence.runs[size_t(block / kSegmentTokens)];
+    const size_t at = (size_t(task.kv_head) * kSegmentTokens + size_t(block % kSegmentTokens)) * dim;
+    return Ahead<Element>{reinterpret_cast<const Element*>(run.keys) + at,
+                          reinterpret_cast<const Element*>(run.values) + at};
+  };
   const int from = std::max(super * kSuper, first_key(spec, position) / kBlock * kBlock);
   const int to = std::min((super + 1) * kSuper, last + 1);
   for (int block = from; block < to; block += kBlock) {
     // The part of the block that any row sees; positions past it may hold anything.
     const size_t begin = size_t(std::max(0, first_key(spec, position) - block));
     const size_t end = size_t(std::min(int(kBlock), last + 1 - block));
-    const KvRunView& run = sequence.runs[size_t(block / kSegmentTokens)];
-    const size_t at = (size_t(task.kv_head) * kSegmentTokens + size_t(block % kSegmentTokens)) * dim;
-    const Element* keys = reinterpret_cast<const Element*>(run.keys) + at;
-    const Element* values = reinterpret_cast<const Element*>(run.values) + at;
-    transpose_keys<Rows>(keys, reinterpret_cast<const Element*>(s.zeros), dim, begin, end, s.keys);
-    const float* wide = s.values;
+    const Ahead<Element> here = block_of(block), ahead = block_of(block + kBlock <= last ? block + kBlock : block);
+    const Element* zeros = reinterpret_cast<const Element*>(s.zeros);
     if constexpr (Rows::kIsFloat) {
-      if (dim == padded) wide = values;
-    }
-    if (wide == s.values) widen_values<Rows>(values, dim, padded, begin, end, s.values);
-
-    for (size_t r0 = 0; r0 < rows; r0 += kMaxRows) {
-      const size_t n = std::min(rows - r0, size_t(kMaxRows));
-      size_t row_begin[kMaxRows], row_end[kMaxRows];
-      size_t low = kBlock, high = 0;
-      bool same = true;
-      for (size_t r = 0; r < n; ++r) {
-        const int p = position + int((r0 + r) / group);
-        row_begin[r] = size_t(std::clamp(first_key(spec, p) - block, 0, int(kBlock)));
-        row_end[r] = size_t(std::clamp(p + 1 - block, 0, int(kBlock)));
-        same = same && row_begin[r] == row_begin[0] && row_end[r] == row_end[0];
-        if (row_begin[r] < row_end[r]) {
-          low = std::min(low, row_begin[r]);
-          high = std::max(high, row_end[r]);
-        }
-      }
-      if (low >= high) continue;
-      const size_t column = low / 16 * 16;
-      product<false>(n, s.q + r0 * dim, dim, s.keys + column, kBlock, dim, nullptr, s.scores + column, kBlock,
-                     (high + 15) / 16 * 16 - column);
-      if (spec.softcap > 0) {
-        for (size_t r = 0; r < n; ++r) {
-          cap_scores(s.scores + r * kBlock + column, (high + 15) / 16 * 16 - column, job.cap);
-        }
-      }
-      for (size_t r = 0; r < n; ++r) {
-        if (row_begin[r] >= row_end[r]) continue;
-        s.factors[r] = weigh(s.scores + r * kBlock, row_begin[r], row_end[r], s.maximum[r0 + r],
-                             s.sum + (r0 + r) * kMaxLanes);
-      }
-      if (same) {
-        product<true>(n, s.scores + low, kBlock, wide + low * padded, padded, high - low, s.factors,
-                      s.acc + r0 * padded, padded, padded);
-        continue;
-      }
-      for (size_t r = 0; r < n; ++r) {
-        if (row_begin[r] >= row_end[r]) continue;
-        product<true>(1, s.scores + r * kBlock + row_begin[r], kBlock, wide + row_begin[r] * padded, padded,
-                      row_end[r] - row_begin[r], s.factors + r, s.acc + (r0 + r) * padded, padded, padded);
+      transpose_keys(here.keys, zeros, dim, begin, end, ahead, s.keys);
+      if (dim != padded) widen<Rows>(here.values, dim, padded, begin, end, s.values);
+      attend_block<Rows>(job, task, position, block, s.keys, dim == padded ? here.values : s.values, s);
+    } else {
+      Element* narrow_keys = reinterpret_cast<Element*>(s.narrow_keys);
+      transpose_keys(here.keys, zeros, dim, begin, end, ahead, narrow_keys);
+      if (rows <= 2 * kMaxRows && dim == padded) {  // so few rows that widening while multiplying is cheaper
+        attend_block<Rows>(job, task, position, block, narrow_keys, here.values, s);
+      } else {
+        widen<Rows>(narrow_keys, kBlock, kBlock, 0, dim, s.keys);
+        widen<Rows>(here.values, dim, padded, begin, end, s.values);
+        attend_block<RowsF32>(job, task, position, block, s.keys, s.values, s);
       }
     }
   }
