@@ -59,6 +59,7 @@ function(torpor_test name)
   add_test(NAME ${name} COMMAND ${name})
 endfunction()
 
-# xxHash ships a pkg-config file and, in some distributions, no CMake package.
+# What several rooms use. xxHash ships a pkg-config file and, in some distributions, no CMake package.
+find_package(nlohmann_json 3.10 REQUIRED)
 find_package(PkgConfig REQUIRED)
 pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)

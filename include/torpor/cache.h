@@ -45,7 +45,7 @@ class KvCache : public KvAccess {
   const std::vector<int32_t>& tokens() const noexcept { return tokens_; }
   /// Says which tokens the rows just computed belong to.
   void record_tokens(std::span<const int32_t> ids) { tokens_.insert(tokens_.end(), ids.begin(), ids.end()); }
-  const KvLayout& layout() const noexcept { return layout_; }
+  const KvLayout& layout() const noexcept override { return layout_; }
 
  protected:
   explicit KvCache(KvLayout layout) : layout_(std::move(layout)) {}

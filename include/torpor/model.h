@@ -28,6 +28,8 @@ Backend default_backend();
 class KvAccess {
  public:
   virtual ~KvAccess() = default;
+  /// What it stores; equal to Model::kv_layout of its dtype.
+  virtual const KvLayout& layout() const noexcept = 0;
   /// Tokens held.
   virtual int length() const = 0;
   /// kKernels: makes room for `n` more tokens; run i is the u8 buffer of tokens [256 i, 256 (i + 1)), each of the

@@ -43,7 +43,7 @@ KvLayout make_kv_layout(const ModelConfig& config, KvDtype dtype) {
 
 Decoder::Decoder(const Checkpoint& checkpoint, const Projection& embedding)
     : config_(checkpoint.config), backend_(checkpoint.backend), dtype_(checkpoint_dtype(embedding)),
-      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_, dtype_) : make_mlx_ops(config_, dtype_)) {
+      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_) : make_mlx_ops(config_, dtype_)) {
   info_ = {.name = checkpoint.name, .dir = checkpoint.dir, .architecture = config_.architecture,
            .n_layers = config_.n_layers, .n_heads = config_.n_heads, .n_kv_heads = config_.n_kv_heads,
            .head_dim = config_.head_dim, .vocab_size = config_.vocab_size, .max_context = config_.max_context,
@@ -92,14 +92,13 @@ mx::array Decoder::forward(std::span<const ForwardSequence> batch) {
 
 mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
   std::vector<Progress> progress;
-  std::optional<KvDtype> kv_dtype;
+  const KvDtype kv_dtype = batch.front().kv->layout().tensors.front().dtype;
   for (const ForwardSequence& sequence : batch) {
-    const auto runs = ops_->reserve(*sequence.kv, int(sequence.tokens.size()));
-    const KvDtype dtype = ops_->kv_dtype(*sequence.kv, runs);
-    if (kv_dtype.value_or(dtype) != dtype) {
-      throw Error(ErrorCode::kInvalidArgument, "The KV caches of a batch must have one dtype.");
+    if (sequence.kv->layout() != make_kv_layout(config_, kv_dtype)) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "A KV cache of the batch was not made for this model, or has another dtype than the first.");
     }
-    kv_dtype = dtype;
+    const auto runs = ops_->reserve(*sequence.kv, int(sequence.tokens.size()));
     progress.push_back({.sequence = &sequence, .runs = runs, .start = sequence.kv->length()});
   }
 
@@ -107,7 +106,7 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
   std::vector<mx::array> results;
   for (auto next = progress.begin(); next != progress.end();) {
     Batch chunk;
-    chunk.kv_dtype = *kv_dtype;
+    chunk.kv_dtype = kv_dtype;
     std::vector<int32_t> logit_rows;
     std::vector<std::pair<KvAccess*, int>> advances;
     while (next != progress.end() && int(chunk.tokens.size()) < kChunkRows) {

@@ -28,7 +28,7 @@ struct BatchSequence {
 struct Batch {
   std::vector<int32_t> tokens;
   std::vector<BatchSequence> sequences;
-  KvDtype kv_dtype = KvDtype::kF16;  ///< kernels only: of all its caches
+  KvDtype kv_dtype = KvDtype::kF16;  ///< of all its caches
 };
 
 class Ops {
@@ -63,14 +63,12 @@ class Ops {
   virtual mx::Device device() const = 0;
   /// Room for `n` more rows, where the backend writes in place.
   virtual std::span<const mx::array> reserve(KvAccess& kv, int n) = 0;
-  /// The dtype of the rows in `kv`, whose buffers are `runs`.
-  virtual KvDtype kv_dtype(const KvAccess& kv, std::span<const mx::array> runs) const = 0;
   /// Whether the caches must advance after each chunk (they append where they stand) or may once at the end.
   virtual bool advances_per_chunk() const = 0;
 };
 
+std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config);
 /// `dtype` is that of the checkpoint's activations.
-std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config, KvDtype dtype);
 std::unique_ptr<Ops> make_mlx_ops(const ModelConfig& config, KvDtype dtype);
 
 /// Keys and values of every layer, in order, at `dtype`.

@@ -58,7 +58,7 @@ const std::shared_ptr<const PackedLinear>& linear(const Ops::Weight& w) { return
 
 class KernelOps final : public Ops {
  public:
-  KernelOps(const ModelConfig& config, KvDtype dtype) : config_(config), checkpoint_dtype_(dtype) {}
+  explicit KernelOps(const ModelConfig& config) : config_(config) {}
 
   Weight pack_linear(const Projection& p) override { return std::make_shared<Linear>(PackedLinear::pack({source(p)})); }
   Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v) override {
@@ -113,31 +113,9 @@ class KernelOps final : public Ops {
     }
     return runs;
   }
-  KvDtype kv_dtype(const KvAccess& kv, std::span<const mx::array> runs) const override {
-    return dtype_of(kv, runs);
-  }
   bool advances_per_chunk() const override { return false; }
 
  private:
-  /// From the cache's layout where KvAccess gives it; else from the buffers' size, where two dtypes of two bytes can't
-  /// be told apart: then the checkpoint's is meant.
-  template <class Kv>
-  KvDtype dtype_of(const Kv& kv, std::span<const mx::array> runs) const {
-    if constexpr (requires { kv.layout().tensors; }) {
-      return kv.layout().tensors.front().dtype;
-    } else {
-      const auto run_size = [&](KvDtype dtype) {
-        const KvLayout layout = make_kv_layout(config_, dtype);
-        return layout.offset(layout.tensors.size(), kSegmentTokens);
-      };
-      if (runs.front().nbytes() == run_size(KvDtype::kF32)) return KvDtype::kF32;
-      if (runs.front().nbytes() != run_size(KvDtype::kF16)) {
-        throw Error(ErrorCode::kInvalidArgument, "The KV cache was not made for this model: its buffers have another size.");
-      }
-      return checkpoint_dtype_ == KvDtype::kF32 ? KvDtype::kF16 : checkpoint_dtype_;
-    }
-  }
-
   const KvLayout& layout_of(KvDtype dtype) {
     const auto [it, added] = layouts_.try_emplace(dtype);
     if (added) it->second = make_kv_layout(config_, dtype);
@@ -163,15 +141,14 @@ class KernelOps final : public Ops {
   }
 
   const ModelConfig config_;
-  const KvDtype checkpoint_dtype_;
   std::map<KvDtype, KvLayout> layouts_;
   std::map<std::pair<int, KvDtype>, std::shared_ptr<const kernels::AttentionSpec>> specs_;
 };
 
 }  // namespace
 
-std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config, KvDtype dtype) {
-  return std::make_unique<KernelOps>(config, dtype);
+std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config) {
+  return std::make_unique<KernelOps>(config);
 }
 
 }  // namespace torpor::model

@@ -122,7 +122,6 @@ class MlxOps final : public Ops {
 
   mx::Device device() const override { return mx::default_device(); }
   std::span<const mx::array> reserve(KvAccess&, int) override { return {}; }
-  KvDtype kv_dtype(const KvAccess&, std::span<const mx::array>) const override { return KvDtype::kF16; }
   bool advances_per_chunk() const override { return true; }
 
  private:
