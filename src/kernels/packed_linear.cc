@@ -149,19 +149,28 @@ void pack_part(PackedPart& part, int k, const std::vector<RowRef>& rows) {
   });
 }
 
-float weight_at(const PackedPart& part, int packed_row, int k) {
+void read_row(const PackedPart& part, int k, int packed_row, float* out) {
   const std::byte* panel = part.panel(packed_row / kPanel);
   const int lane = packed_row % kPanel;
-  if (part.type != Type::kAffine) return load_float(panel, part.type, size_t(k) * kPanel + lane);
-  const std::byte* group = panel + size_t(k / part.group) * part.group_bytes;
-  const float scale = load_float(group, part.scale_type, lane);
-  const float bias = load_float(group, part.scale_type, kPanel + lane);
-  const std::byte* lines = group + 2 * kPanel * type_size(part.scale_type);
-  const int in_group = k % part.group, per_line = 32 / part.bits;
-  const uint32_t word = load_u32(lines + size_t(in_group / per_line) * kAlignment, lane);
-  const int j = in_group % per_line;
-  const uint32_t q = part.bits == 8 ? (word >> (8 * j)) & 0xff : (word >> (j < 4 ? 8 * j : 8 * (j - 4) + 4)) & 0xf;
-  return float(q) * scale + bias;
+  if (part.type != Type::kAffine) {
+    for (int i = 0; i < k; ++i) out[i] = load_float(panel, part.type, size_t(i) * kPanel + lane);
+    return;
+  }
+  const int lines = part.group * part.bits / 32;
+  for (int g = 0; g < k / part.group; ++g, panel += part.group_bytes) {
+    const float scale = load_float(panel, part.scale_type, lane);
+    const float bias = load_float(panel, part.scale_type, kPanel + lane);
+    const std::byte* line = panel + 2 * kPanel * type_size(part.scale_type);
+    for (int i = 0; i < lines; ++i, line += kAlignment) {
+      const uint32_t word = load_u32(line, lane);
+      if (part.bits == 8) {
+        for (int j = 0; j < 4; ++j) *out++ = float((word >> (8 * j)) & 0xff) * scale + bias;
+      } else {
+        for (int j = 0; j < 4; ++j) *out++ = float((word >> (8 * j)) & 0xf) * scale + bias;
+        for (int j = 0; j < 4; ++j) *out++ = float((word >> (8 * j + 4)) & 0xf) * scale + bias;
+      }
+    }
+  }
 }
 
 /// A gate and an up of different formats become f32.
@@ -264,7 +273,7 @@ void PackedLinear::dequantize_row(int row, float* out) const {
   }
   for (const PackedPart& part : impl_->parts) {
     if (row >= part.first + part.n) continue;
-    for (int i = 0; i < impl_->k; ++i) out[i] = weight_at(part, row - part.first, i);
+    read_row(part, impl_->k, row - part.first, out);
     return;
   }
 }
