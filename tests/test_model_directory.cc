@@ -1,0 +1,229 @@
+/// Model directories: how they are found, what their identity depends on, and those that must be refused.
+
+#include <gtest/gtest.h>
+
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+
+#include <nlohmann/json.hpp>
+
+#include "model/config.h"
+#include "model/weights.h"
+#include "torpor/error.h"
+#include "torpor/model.h"
+
+namespace torpor {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+const fs::path kGoldens = fs::path(TORPOR_SOURCE_DIR) / "tests/goldens/model";
+
+json read_json(const fs::path& path) {
+  std::ifstream in(path);
+  if (!in) throw std::runtime_error("no " + path.string());
+  return json::parse(in);
+}
+
+/// A copy of a tiny model to be spoilt.
+class Directory : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string pattern = (fs::temp_directory_path() / "torpor-model-XXXXXX").string();
+    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
+    dir_ = fs::path(pattern) / "model";
+    copy("tiny-q4-g64");
+  }
+  void TearDown() override { fs::remove_all(dir_.parent_path()); }
+
+  void copy(const char* name) {
+    fs::remove_all(dir_);
+    fs::copy(kGoldens / name, dir_);
+  }
+  void edit(const std::function<void(json&)>& change, const char* file = "config.json") {
+    json value = read_json(dir_ / file);
+    change(value);
+    std::ofstream(dir_ / file) << value;
+  }
+  std::unique_ptr<Model> load() { return Model::load(dir_.string(), Backend::kKernels); }
+  void expect(ErrorCode code, const std::string& part) {
+    try {
+      load();
+      ADD_FAILURE() << "loaded; expected: " << part;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), code) << e.what();
+      EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+    }
+  }
+
+  fs::path dir_;
+};
+
+TEST_F(Directory, Missing) {
+  fs::remove_all(dir_);
+  expect(ErrorCode::kNotFound, "hf download");
+  fs::create_directory(dir_);
+  expect(ErrorCode::kNotFound, "config.json");
+  copy("tiny-q4-g64");
+  fs::remove(dir_ / "model.safetensors");
+  expect(ErrorCode::kNotFound, "model.safetensors");
+  copy("tiny-f32-linear");
+  fs::remove(dir_ / "model-00002-of-00002.safetensors");
+  expect(ErrorCode::kNotFound, "model-00002-of-00002.safetensors");
+}
+
+TEST_F(Directory, BadConfig) {
+  edit([](json& c) { c["model_type"] = "qwen2"; });
+  expect(ErrorCode::kInvalidArgument, "unsupported architecture qwen2, supported: llama, mistral");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["rope_scaling"] = {{"rope_type", "yarn"}, {"factor", 4}}; });
+  expect(ErrorCode::kInvalidArgument, "unsupported RoPE type yarn");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["hidden_size"] = "big"; });
+  expect(ErrorCode::kInvalidArgument, "hidden_size must be a positive integer");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["hidden_size"] = 4'000'000'000; });
+  expect(ErrorCode::kInvalidArgument, "hidden_size");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["num_attention_heads"] = 0; });
+  expect(ErrorCode::kInvalidArgument, "num_attention_heads");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c.erase("vocab_size"); });
+  expect(ErrorCode::kInvalidArgument, "no vocab_size");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["quantization"]["mode"] = "mxfp4"; });
+  expect(ErrorCode::kInvalidArgument, "mxfp4");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c.erase("quantization"), c["quantization_config"] = {{"quant_method", "gptq"}}; });
+  expect(ErrorCode::kInvalidArgument, "gptq");
+  copy("tiny-q4-g64");
+  std::ofstream(dir_ / "config.json") << "{\"model_type\": ";
+  expect(ErrorCode::kCorruption, "config.json");
+}
+
+TEST_F(Directory, ConfigThatDoesNotFitTheWeights) {
+  edit([](json& c) { c["num_hidden_layers"] = 3; });
+  expect(ErrorCode::kCorruption, "model.layers.2.");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["intermediate_size"] = 256; });
+  expect(ErrorCode::kCorruption, "_proj.weight with shape");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["quantization"]["model.layers.0.mlp.up_proj"] = {{"bits", 8}, {"group_size", 64}}; });
+  expect(ErrorCode::kCorruption, "model.layers.0.mlp.up_proj is not packed as config.json says");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["tie_word_embeddings"] = false; });
+  expect(ErrorCode::kCorruption, "lack the tensor lm_head.weight");
+}
+
+TEST_F(Directory, DamagedWeights) {
+  const fs::path file = dir_ / "model.safetensors";
+  const auto size = fs::file_size(file);
+  for (const uintmax_t length : {uintmax_t(0), uintmax_t(7), uintmax_t(8), uintmax_t(100), size / 2, size - 1}) {
+    SCOPED_TRACE(length);
+    fs::resize_file(file, length);
+    expect(ErrorCode::kCorruption, "model.safetensors is damaged");
+    copy("tiny-q4-g64");
+  }
+  std::ofstream(file, std::ios::app) << "x";
+  expect(ErrorCode::kCorruption, "model.safetensors is damaged");
+  copy("tiny-q4-g64");
+  const std::string huge = "\xff\xff\xff\xff\xff\xff\xff\xff";
+  std::fstream(file, std::ios::in | std::ios::out).write(huge.data(), 8);
+  expect(ErrorCode::kCorruption, "header");
+}
+
+TEST_F(Directory, EveryWeightByteIsPartOfTheIdentity) {
+  const Identity before = load()->identity();
+  const fs::path file = dir_ / "model.safetensors";
+  std::fstream stream(file, std::ios::in | std::ios::out | std::ios::binary);
+  stream.seekg(-1, std::ios::end);
+  const char byte = char(stream.get() ^ 1);
+  stream.seekp(-1, std::ios::end);
+  stream.put(byte);
+  stream.close();
+  EXPECT_EQ(load()->identity().first_difference(before), "weights");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["rope_theta"] = 20000; });
+  EXPECT_EQ(load()->identity().first_difference(before), "rope");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["rms_norm_eps"] = 1e-6; });
+  EXPECT_EQ(load()->identity().first_difference(before), "config");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["torch_dtype"] = "float64", c["max_position_embeddings"] = 99; });
+  EXPECT_EQ(load()->identity(), before);
+}
+
+TEST_F(Directory, ShardsDoNotChangeTheDigest) {
+  copy("tiny-f32-linear");
+  const std::string digest = model::Weights::open(dir_).digest();
+  fs::rename(dir_ / "model-00001-of-00002.safetensors", dir_ / "a.safetensors");
+  edit([](json& index) {
+    for (json& name : index["weight_map"]) if (name == "model-00001-of-00002.safetensors") name = "a.safetensors";
+  }, "model.safetensors.index.json");
+  EXPECT_EQ(model::Weights::open(dir_).digest(), digest);
+  edit([](json& index) { index["weight_map"].front() = "../x"; }, "model.safetensors.index.json");
+  expect(ErrorCode::kCorruption, "../x");
+}
+
+TEST_F(Directory, Config) {
+  edit([](json& c) { c["model_type"] = "mistral", c["sliding_window"] = 6; });
+  model::ModelConfig config = model::read_config(dir_);
+  EXPECT_EQ(config.windows, (std::vector<int>{6, 6}));
+  EXPECT_EQ(load()->kv_layout(KvDtype::kF16).tensors[3].window, 6);
+  EXPECT_EQ(config.eos_token_ids, (std::vector<int32_t>{2, 3}));
+  std::ofstream(dir_ / "generation_config.json") << R"({"eos_token_id": [7]})";
+  EXPECT_EQ(model::read_config(dir_).eos_token_ids, std::vector<int32_t>{7});
+  edit([](json& c) { c["sliding_window"] = nullptr; });
+  EXPECT_EQ(model::read_config(dir_).windows, (std::vector<int>{0, 0}));
+  // What transformers 5 writes instead of rope_theta and rope_scaling.
+  edit([](json& c) { c["rope_parameters"] = {{"rope_type", "linear"}, {"rope_theta", 500000.0}, {"factor", 4.0}}; });
+  EXPECT_EQ(model::read_config(dir_).rope.description, "linear theta 500000 factor 4");
+}
+
+TEST_F(Directory, FoundInTheHuggingFaceCache) {
+  const fs::path hub = dir_.parent_path();
+  ::setenv("HF_HUB_CACHE", hub.c_str(), 1);
+  const fs::path repo = hub / "models--some-org--Some.Model";
+  fs::create_directories(repo / "refs");
+  fs::create_directories(repo / "snapshots");
+  fs::rename(dir_, repo / "snapshots/abc123");
+  std::ofstream(repo / "refs/main") << "abc123";
+  EXPECT_EQ(resolve_model("some-org/Some.Model"), repo / "snapshots/abc123");
+  EXPECT_EQ(Model::load("some-org/Some.Model", Backend::kKernels)->info().name, "some-org/Some.Model");
+  for (const char* name : {"some-org/Other", "../Some.Model", "a/b/c", ""}) {
+    SCOPED_TRACE(name);
+    try {
+      resolve_model(name);
+      ADD_FAILURE();
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ErrorCode::kNotFound);
+      EXPECT_NE(std::string(e.what()).find("hf download"), std::string::npos) << e.what();
+    }
+  }
+  ::unsetenv("HF_HUB_CACHE");
+}
+
+TEST(DefaultBackend, IsWhatModelsAreLoadedOn) {
+  EXPECT_EQ(Model::load((kGoldens / "tiny-f16").string())->backend(), default_backend());
+}
+
+TEST(DefaultBackend, FollowsTheEnvironment) {
+  const char* before = std::getenv("TORPOR_BACKEND");
+  const std::string saved = before == nullptr ? "" : before;
+  ::setenv("TORPOR_BACKEND", "mlx", 1);
+  EXPECT_EQ(default_backend(), Backend::kMlx);
+  ::setenv("TORPOR_BACKEND", "kernels", 1);
+  EXPECT_EQ(default_backend(), Backend::kKernels);
+  ::setenv("TORPOR_BACKEND", "tpu", 1);
+  EXPECT_THROW(default_backend(), Error);
+  ::setenv("TORPOR_BACKEND", saved.c_str(), 1);
+  if (saved.empty()) ::unsetenv("TORPOR_BACKEND");
+}
+
+}  // namespace
+}  // namespace torpor
