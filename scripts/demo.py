@@ -30,7 +30,7 @@ def chat(program, store, agent, prompts):
     """All turns in one process, the agent awake between them. One line is one message."""
     output = torpor(program, store, "chat", "--model", MODEL, "--agent", agent, "--max-tokens", str(MAX_TOKENS), "--json",
                     stdin="".join(prompt + "\n" for prompt in prompts))
-    return [json.loads(line) for line in output.splitlines()]
+    return [json.loads(line) for line in output.split("\n") if line]
 
 
 def size(files):
@@ -54,7 +54,7 @@ def main():
         store = Path(directory) / "store"
         print(f"Process 1: {MODEL} reads {DOCUMENT} and answers; its agent goes to sleep on disk.", flush=True)
         cold = run(program, store, "keeper", document)
-        print(f"Process 2: the agent wakes and answers the next question.", flush=True)
+        print("Process 2: the agent wakes and answers the next question.", flush=True)
         warm = run(program, store, "keeper", SECOND)
         segments = sorted((store / "segments").glob("*/*.safetensors"))
         agent_file = store / "keeper.safetensors"

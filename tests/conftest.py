@@ -35,8 +35,8 @@ def pytest_configure():
 class Result:
     def __init__(self, process):
         self.code = process.returncode
-        self.out = process.stdout
-        self.err = process.stderr
+        self.out = process.stdout.decode(errors="replace")  # bytes: what is said may hold a lone CR
+        self.err = process.stderr.decode(errors="replace")
 
     @property
     def json(self):
@@ -68,8 +68,8 @@ class Torpor:
         return [str(BIN), *map(str, args), "--store", str(self.store)]
 
     def __call__(self, *args, stdin="", env=None, timeout=300):
-        return Result(subprocess.run(self.command(*args), input=stdin, capture_output=True, text=True, errors="replace",
-                                     timeout=timeout, env={**os.environ, **(env or {})}))
+        return Result(subprocess.run(self.command(*args), input=stdin.encode(), capture_output=True, timeout=timeout,
+                                     env={**os.environ, **(env or {})}))
 
     def run(self, agent, prompt, *args, max_tokens=8, **kwargs):
         return self("run", "--model", self.model, "--agent", agent, "--prompt", prompt, "--max-tokens", max_tokens,
@@ -79,7 +79,7 @@ class Torpor:
         """The turns of one process, as JSON objects."""
         result = self("chat", "--model", self.model, "--agent", agent, "--max-tokens", max_tokens, "--json", *args,
                       stdin="".join(line + "\n" for line in lines)).ok()
-        return [json.loads(line) for line in result.out.splitlines()]
+        return [json.loads(line) for line in result.out.split("\n") if line]
 
     def files(self):
         return sorted(path for path in self.store.rglob("*") if path.is_file())
@@ -91,10 +91,9 @@ class Torpor:
         return sorted(self.store.glob("segments/*/*.safetensors"))
 
     def state(self):
-        """Everything on disk: names, bytes, modes."""
-        return {str(path.relative_to(self.store)): (path.stat().st_mode,
-                                                    hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
-                for path in sorted(self.store.rglob("*"))}
+        """Every file on disk: name, mode, bytes. Lock files are empty, and not part of what is kept."""
+        return {str(path.relative_to(self.store)): (path.stat().st_mode, hashlib.sha256(path.read_bytes()).hexdigest())
+                for path in self.files() if ".locks" not in path.parts}
 
     def copy(self, to):
         shutil.copytree(self.store, to, symlinks=True)
@@ -114,10 +113,12 @@ def make_tiny_model(directory, change=None):
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
         "vocab_size": vocab, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
-        "tie_word_embeddings": True, "torch_dtype": "float16", "hidden_act": "silu", "attention_bias": False,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "hidden_act": "silu", "attention_bias": False,
         "mlp_bias": False, "eos_token_id": 2, "bos_token_id": 1}
     random = np.random.default_rng(7)
-    weights = {"model.embed_tokens.weight": random.normal(0, 1, (vocab, hidden)), "model.norm.weight": np.ones(hidden)}
+    # A small embedding and a head of its own: what comes next depends on the context, not on the last token alone.
+    weights = {"model.embed_tokens.weight": random.normal(0, 0.3, (vocab, hidden)), "model.norm.weight": np.ones(hidden),
+               "lm_head.weight": random.normal(0, 1, (vocab, hidden))}
     for i in range(layers):
         for name, shape in {"self_attn.q_proj": (heads * head_dim, hidden), "self_attn.k_proj": (kv_heads * head_dim, hidden),
                             "self_attn.v_proj": (kv_heads * head_dim, hidden), "self_attn.o_proj": (hidden, heads * head_dim),

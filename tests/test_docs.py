@@ -11,7 +11,7 @@ DOCS = [path for path in [ROOT / "README.md", ROOT / "HACKING.md", *sorted((ROOT
 
 
 def code(text):
-    return "\n".join(re.findall(r"```.*?```|`[^`\n]+`|^    .+$", text, re.DOTALL | re.MULTILINE))
+    return "\n".join(re.findall(r"```(?:.|\n)*?```|`[^`\n]+`|^    .+$", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

@@ -127,12 +127,17 @@ def test_an_empty_store(tiny):
 ], ids=["deleted", "cut", "edited", "not-utf8"])
 def test_a_spoilt_sidecar_is_rebuilt(ada, spoil):
     sidecar = ada.store / "ada.json"
-    good = json.loads(sidecar.read_text())
+
+    def read():  # without what tells a file from its copy
+        return {key: value for key, value in json.loads(sidecar.read_text()).items()
+                if key not in ("agent_file", "sidecar_checksum")}
+
+    good = read()
     time.sleep(0.02)
     spoil(sidecar)
     [listed] = ada("ls", "--json").ok().json
     assert listed["cache_size"] == 608 and not listed["damaged"]
-    assert json.loads(sidecar.read_text()) == good
+    assert read() == good
     ada("verify").ok()
     assert ada.run("ada", " more", "--raw").ok().json["tokens"]["cached"] == 608
 

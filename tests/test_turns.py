@@ -68,11 +68,11 @@ def test_sampling_is_seeded(tiny):
     assert answer("a", 1) == answer("b", 1) != answer("c", 2)
 
 
-def test_max_tokens_and_stop(tiny):
-    full = tiny.run("a", "Once", max_tokens=12).ok().json
+def test_max_tokens_and_stop(real):
+    full = real.run("a", "Once", max_tokens=12).ok().json
     assert full["finish_reason"] == "length" and full["tokens"]["generated"] == 12
     stop = full["text"][3:6]
-    cut = tiny.run("b", "Once", "--stop", stop, max_tokens=12).ok().json
+    cut = real.run("b", "Once", "--stop", stop, max_tokens=12).ok().json
     assert cut["finish_reason"] == "stop"
     assert cut["text"] == full["text"][:full["text"].index(stop)]
 

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
@@ -114,6 +115,9 @@ void check_early(const TurnOptions& options, const std::filesystem::path& root) 
   }
 }
 
+/// Microseconds are enough.
+double rounded(double ms) { return std::round(ms * 1000) / 1000; }
+
 Json result_json(const TurnResult& result) {
   Json object{
       {"agent", result.agent},
@@ -125,11 +129,11 @@ Json result_json(const TurnResult& result) {
                       {"prefilled", result.tokens.prefilled},
                       {"generated", result.tokens.generated},
                       {"context", result.tokens.context}}},
-      {"timing_ms", Json{{"load", result.timing_ms.load},
-                         {"wake", result.timing_ms.wake},
-                         {"ttft", result.timing_ms.ttft},
-                         {"decode", result.timing_ms.decode},
-                         {"save", result.timing_ms.save}}},
+      {"timing_ms", Json{{"load", rounded(result.timing_ms.load)},
+                         {"wake", rounded(result.timing_ms.wake)},
+                         {"ttft", rounded(result.timing_ms.ttft)},
+                         {"decode", rounded(result.timing_ms.decode)},
+                         {"save", rounded(result.timing_ms.save)}}},
       {"bytes", Json{{"read", result.bytes.read}, {"written", result.bytes.written}}}};
   if (result.damage) object["damage"] = *result.damage;
   return object;
@@ -206,7 +210,7 @@ int run(const TurnOptions& options, const std::filesystem::path& root) {
   Engine engine(engine_options(options, root));
   InterruptScope interrupt;
   take_turn(engine, options, prompt, true, interrupt);
-  engine.sleep(options.agent);
+  if (!options.no_save) engine.sleep(options.agent);  // else it is dropped with the engine
   return interrupt.signal() == 0 ? 0 : 128 + interrupt.signal();
 }
 
