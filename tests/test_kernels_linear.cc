@@ -1,6 +1,7 @@
 // Every linear kernel against a plain f64 reference, and rows against themselves: a row's bits must depend on neither M
 // nor the number of threads. CTest runs this program once per forced CPU target as well.
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -69,7 +70,7 @@ void append(std::vector<std::byte>& out, uint32_t bits, Type type) {
 /// A random weight in a checkpoint's form, its exact values, and the magnitudes a rounding error is relative to.
 struct TestWeight {
   std::vector<std::byte> weight, scales, biases, bias;
-  std::vector<double> values, magnitudes, bias_values;
+  std::vector<double> values, magnitudes, products, bias_values;  // products: |q * scale|
   WeightSource source;
 
   TestWeight(Type type, int n, int k, std::mt19937& rng, int bits = 0, int group = 0, Type scale_type = Type::kF16,
@@ -101,6 +102,7 @@ struct TestWeight {
           const uint32_t q = (words[size_t(i) * bits / 32] >> (size_t(i) * bits % 32)) & ((1u << bits) - 1);
           values.push_back(s.value * q + b.value);
           magnitudes.push_back(std::abs(s.value * q) + std::abs(b.value));
+          products.push_back(std::abs(s.value * q));
         }
       }
       source.scales = scales.data();
@@ -121,17 +123,23 @@ struct TestWeight {
   /// Output `column` of input row `x`, and the bound on an f32 kernel's error: a rounding of the sum of
   /// magnitudes per multiply-add (k, and one per group) and a few for the weights and the groups' sums.
   std::pair<double, double> reference(const float* x, int column) const {
-    double sum = 0, magnitude = 0;
+    double sum = 0, magnitude = 0, rounding = 0;
     const size_t at = size_t(column) * source.k;
     for (int i = 0; i < source.k; ++i) {
       sum += double(x[i]) * values[at + i];
       magnitude += std::abs(double(x[i])) * magnitudes[at + i];
+      if (activations() == Activations::kInt8 && source.type == Type::kAffine) {
+        // Half a step of the block's scale, times what the activation is multiplied with: q * scale.
+        double most = 0;
+        for (int j = i / 32 * 32; j < i / 32 * 32 + 32; ++j) most = std::max(most, std::abs(double(x[j])));
+        rounding += 0.501 * most / 127 * products[at + i];
+      }
     }
     if (source.bias != nullptr) {
       sum += bias_values[column];
       magnitude += std::abs(bias_values[column]);
     }
-    return {sum, (source.k * 33.0 / 32 + 20) * kUnit * magnitude};
+    return {sum, (source.k * 33.0 / 32 + 20) * kUnit * magnitude + rounding};
   }
 };
 
@@ -144,6 +152,12 @@ std::vector<float> random_rows(int m, int k, std::mt19937& rng) {
 struct RestoreThreads {
   int before = ThreadPool::shared().size();
   ~RestoreThreads() { ThreadPool::resize_shared(before); }
+};
+
+struct Int8Activations {
+  Activations before = activations();
+  Int8Activations() { set_activations(Activations::kInt8); }
+  ~Int8Activations() { set_activations(before); }
 };
 
 const std::vector<int> kRows{0, 1, 2, 7, 64, 513};
@@ -207,6 +221,48 @@ TEST(KernelsLinear, QuantizedWeights) {
       }
     }
   }
+}
+
+TEST(KernelsLinear, QuantizedWeightsWithInt8Activations) {
+  const RestoreThreads restore;
+  const Int8Activations int8;
+  std::mt19937 rng(12);
+  for (const int bits : {4, 8}) {
+    for (const int group : {32, 64, 128}) {
+      for (const Type scale_type : {Type::kF32, Type::kF16, Type::kBF16}) {
+        SCOPED_TRACE(std::to_string(bits) + " bits, group " + std::to_string(group) + ", scales " + type_name(scale_type));
+        const TestWeight w(Type::kAffine, 39, 3 * 128, rng, bits, group, scale_type, true);
+        check_linear({&w}, true, rng);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(KernelsLinear, Int8ActivationsAtTheExtremes) {
+  const Int8Activations int8;
+  // All weights 1 (q = 255, scale = 1, bias = -254): a sum of the largest products, then zeros, then what isn't a number.
+  const std::vector<uint32_t> words(16 * 32 / 4, 0xffffffffu);
+  const std::vector<float> scales(16, 1.0f), biases(16, -254.0f);
+  WeightSource source;
+  source.type = Type::kAffine;
+  source.n = 16;
+  source.k = source.group = 32;
+  source.bits = 8;
+  source.scale_type = Type::kF32;
+  source.weight = words.data();
+  source.scales = scales.data();
+  source.biases = biases.data();
+  const auto packed = PackedLinear::pack({source});
+  std::vector<float> x(32, -2.0f), y(16);
+  linear(x.data(), 1, *packed, nullptr, y.data());
+  EXPECT_NEAR(y[0], -64.0f, 1e-2);
+  x.assign(32, 0.0f);
+  linear(x.data(), 1, *packed, nullptr, y.data());
+  EXPECT_EQ(y[15], 0.0f);
+  x[7] = NAN;
+  linear(x.data(), 1, *packed, nullptr, y.data());
+  EXPECT_TRUE(std::isnan(y[15]));
 }
 
 TEST(KernelsLinear, FloatWeightsOfOddSizes) {

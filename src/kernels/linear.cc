@@ -6,6 +6,10 @@
 //
 // then its additive bias and its residual. The q's are read in place as q * 2^s (masked, not shifted) and meet x * 2^-s.
 // Prepare() makes rows so, with the groups' sums in their places: a group of 32 is 33 columns, the last one weighed by the bias.
+//
+// With Activations::kInt8, rows meet quantized weights as 8-bit integers with a scale per 32 columns, and
+//
+//   dot = Σ x8[k] * q[k] of the 32, exact;  sum = fma(dot, scale * x_scale, sum);  sum = fma(Σ x of the 32, bias, sum).
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/linear.cc"
@@ -34,6 +38,7 @@ struct LinearCall {
   const float* residual;  // or nullptr
   float* y;
   Activation activation;  // of a gated weight
+  Activations activations;
 };
 
 /// Rows that are prepared and multiplied at once, at most.
@@ -60,6 +65,10 @@ inline float* prepared_memory(size_t size) {
 
 /// Columns of a part's prepared rows that stand for [0, k): a quantized group has one more, its sum.
 inline int prepared_columns(const PackedPart& part, int k) { return part.group > 0 ? k + k / part.group : k; }
+
+/// Columns of an 8-bit row that share a scale, and the bytes of such a row: [K] i8, then per block x_scale and Σ x.
+inline constexpr int kInt8Block = 32;
+inline size_t int8_row_bytes(int k) { return size_t(k) + size_t(k) / kInt8Block * 2 * sizeof(float); }
 
 }  // namespace torpor::kernels
 #endif
@@ -402,6 +411,169 @@ void Vector(const PackedPart& part, const std::byte* panel, int k, const float* 
   }
 }
 
+// ---- Quantized weights times 8-bit rows ----
+
+using DF8 = hn::CappedTag<float, 8>;
+constexpr int kLanes8 = int(hn::MaxLanes(DF8()));
+
+void QuantizeRow(int k, const float* HWY_RESTRICT x, int8_t* HWY_RESTRICT out) {
+  const DF8 d;
+  const hn::RebindToSigned<DF8> di;
+  constexpr int kParts = 8 / kLanes8;
+  float* scales = reinterpret_cast<float*>(out + k);
+  for (int b = 0; b < k / kInt8Block; ++b, x += kInt8Block, out += kInt8Block) {
+    hn::Vec<DF8> most[kParts], total[kParts];
+    for (int p = 0; p < kParts; ++p) most[p] = total[p] = hn::Zero(d);
+    for (int i = 0; i < kInt8Block; i += 8) {
+      for (int p = 0; p < kParts; ++p) {
+        const auto v = hn::LoadU(d, x + i + p * kLanes8);
+        most[p] = hn::Max(most[p], hn::Abs(v));
+        total[p] = hn::Add(total[p], v);
+      }
+    }
+    HWY_ALIGN float largest[8], chains[8];
+    for (int p = 0; p < kParts; ++p) {
+      hn::Store(most[p], d, largest + p * kLanes8);
+      hn::Store(total[p], d, chains + p * kLanes8);
+    }
+    const float most_of_all = *std::max_element(largest, largest + 8);
+    const auto inverse = hn::Set(d, most_of_all > 0 ? 127.0f / most_of_all : 0.0f);
+    HWY_ALIGN int32_t rounded[kInt8Block];
+    for (int i = 0; i < kInt8Block; i += kLanes8) {
+      const auto v = hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), inverse));
+      hn::Store(hn::Min(hn::Max(v, hn::Set(di, -127)), hn::Set(di, 127)), di, rounded + i);
+    }
+    for (int i = 0; i < kInt8Block; ++i) out[i] = int8_t(rounded[i]);
+    // What isn't finite makes Σ x and so the output not finite.
+    scales[2 * b] = most_of_all / 127.0f;
+    scales[2 * b + 1] =
+        ((chains[0] + chains[4]) + (chains[1] + chains[5])) + ((chains[2] + chains[6]) + (chains[3] + chains[7]));
+  }
+}
+
+HWY_INLINE uint32_t LoadFour(const int8_t* p) {
+  uint32_t four;
+  std::memcpy(&four, p, 4);
+  return four;
+}
+
+// dots [kRows] vectors of kLanes8 outputs: a block of kInt8Block columns, whose lines begin at `line` (of these outputs).
+template <int kBits, int kRows>
+HWY_INLINE void Int8Dots(const std::byte* line, const int8_t* x, size_t x_stride, hn::Vec<DF8> (&dots)[kRows]) {
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+  // Products of a nibble and an i8 stay below 15 * 127; 16 of them fit 16 bits.
+  const __m256i nibble = _mm256_set1_epi8(0x0f);
+  __m256i low[kRows], high[kRows];
+  for (int r = 0; r < kRows; ++r) low[r] = high[r] = _mm256_setzero_si256();
+  for (int i = 0; i < kBits; ++i) {
+    const __m256i words = _mm256_load_si256(reinterpret_cast<const __m256i*>(line + size_t(i) * kAlignment));
+    const __m256i w_low = _mm256_and_si256(words, nibble), w_high = _mm256_and_si256(_mm256_srli_epi16(words, 4), nibble);
+    for (int r = 0; r < kRows; ++r) {
+      const int8_t* from = x + r * x_stride;
+      if constexpr (kBits == 4) {
+        const __m256i x_low = _mm256_set1_epi32(int(LoadFour(from + i * 8))), x_high = _mm256_set1_epi32(int(LoadFour(from + i * 8 + 4)));
+        low[r] = _mm256_add_epi16(low[r], _mm256_maddubs_epi16(w_low, x_low));
+        low[r] = _mm256_add_epi16(low[r], _mm256_maddubs_epi16(w_high, x_high));
+      } else {
+        const __m256i four = _mm256_set1_epi32(int(LoadFour(from + i * 4)));
+        low[r] = _mm256_add_epi16(low[r], _mm256_maddubs_epi16(w_low, four));
+        high[r] = _mm256_add_epi16(high[r], _mm256_maddubs_epi16(w_high, four));
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    __m256i dot = _mm256_madd_epi16(low[r], _mm256_set1_epi16(1));
+    if constexpr (kBits == 8) dot = _mm256_add_epi32(dot, _mm256_madd_epi16(high[r], _mm256_set1_epi16(16)));
+    dots[r] = hn::Vec<DF8>{_mm256_cvtepi32_ps(dot)};
+  }
+#else
+  const hn::RebindToSigned<DF8> di;
+  const hn::RebindToUnsigned<DF8> du;
+  constexpr int kPerLine = 32 / kBits;
+  hn::Vec<decltype(di)> total[kRows];
+  for (int r = 0; r < kRows; ++r) total[r] = hn::Zero(di);
+  for (int i = 0; i < kBits; ++i) {
+    const auto words = hn::Load(du, reinterpret_cast<const uint32_t*>(line + size_t(i) * kAlignment));
+    for (int j = 0; j < kPerLine; ++j) {
+      const int shift = kBits == 8 ? 8 * j : j < 4 ? 8 * j : 8 * (j - 4) + 4;
+      const auto q = hn::BitCast(di, hn::And(hn::ShiftRightSame(words, shift), hn::Set(du, (1u << kBits) - 1)));
+      for (int r = 0; r < kRows; ++r) {
+        total[r] = hn::Add(total[r], hn::Mul(q, hn::Set(di, int32_t(x[r * x_stride + i * kPerLine + j]))));
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) dots[r] = hn::ConvertTo(DF8(), total[r]);
+#endif
+}
+
+template <Type kScale>
+HWY_INLINE hn::Vec<DF8> LoadScales(const std::byte* p, size_t i) {
+  const DF8 d;
+  if constexpr (kScale == Type::kF32) {
+    return hn::LoadU(d, reinterpret_cast<const float*>(p) + i);
+  } else if constexpr (kScale == Type::kF16) {
+    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<hwy::float16_t, DF8>(), reinterpret_cast<const hwy::float16_t*>(p) + i));
+  } else {
+    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<hwy::bfloat16_t, DF8>(), reinterpret_cast<const hwy::bfloat16_t*>(p) + i));
+  }
+}
+
+template <int kBits, Type kScale, int kRows>
+HWY_NOINLINE void Int8Tile(const PackedPart& part, const std::byte* panel, int k, const int8_t* x, float* HWY_RESTRICT sums) {
+  const DF8 d;
+  const size_t stride = int8_row_bytes(k);
+  for (int lane = 0; lane < kPanel; lane += kLanes8) {
+    hn::Vec<DF8> acc[kRows], dots[kRows];
+    for (int r = 0; r < kRows; ++r) acc[r] = hn::Zero(d);
+    const std::byte* g = panel;
+    for (int k0 = 0; k0 < k; k0 += part.group, g += part.group_bytes) {
+      const auto scale = LoadScales<kScale>(g, lane), bias = LoadScales<kScale>(g, kPanel + lane);
+      const std::byte* line = g + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2) + lane * 4;
+      for (int at = k0; at < k0 + part.group; at += kInt8Block, line += kBits * kAlignment) {
+        Int8Dots<kBits, kRows>(line, x + at, stride, dots);
+        for (int r = 0; r < kRows; ++r) {
+          const float* of_x = reinterpret_cast<const float*>(x + r * stride + k) + at / kInt8Block * 2;
+          acc[r] = hn::MulAdd(dots[r], hn::Mul(scale, hn::Set(d, of_x[0])), acc[r]);
+          acc[r] = hn::MulAdd(hn::Set(d, of_x[1]), bias, acc[r]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) hn::Store(acc[r], d, sums + r * kPanel + lane);
+  }
+}
+
+template <int kBits, Type kScale>
+void Int8Tiles(const PackedPart& part, const std::byte* panel, int k, const int8_t* x, int rows, float* sums) {
+  const size_t stride = int8_row_bytes(k);
+  int row = 0;
+  for (; row + 4 <= rows; row += 4) Int8Tile<kBits, kScale, 4>(part, panel, k, x + row * stride, sums + row * kPanel);
+  for (; row < rows; ++row) Int8Tile<kBits, kScale, 1>(part, panel, k, x + row * stride, sums + row * kPanel);
+}
+
+void Int8Panel(const PackedPart& part, const std::byte* panel, int k, const int8_t* x, int rows, float* sums) {
+  if (part.bits == 4) {
+    if (part.scale_type == Type::kF32) Int8Tiles<4, Type::kF32>(part, panel, k, x, rows, sums);
+    if (part.scale_type == Type::kF16) Int8Tiles<4, Type::kF16>(part, panel, k, x, rows, sums);
+    if (part.scale_type == Type::kBF16) Int8Tiles<4, Type::kBF16>(part, panel, k, x, rows, sums);
+  } else {
+    if (part.scale_type == Type::kF32) Int8Tiles<8, Type::kF32>(part, panel, k, x, rows, sums);
+    if (part.scale_type == Type::kF16) Int8Tiles<8, Type::kF16>(part, panel, k, x, rows, sums);
+    if (part.scale_type == Type::kBF16) Int8Tiles<8, Type::kBF16>(part, panel, k, x, rows, sums);
+  }
+}
+
+const int8_t* PrepareInt8(ThreadPool& pool, int k, const float* x, int rows) {
+  const size_t bytes = int8_row_bytes(k);
+  auto* out = reinterpret_cast<int8_t*>(prepared_memory(size_t(rows) * bytes / sizeof(float)));
+  constexpr int kRowsPerTask = 16;
+  auto body = [&](size_t task, int) {
+    const int last = std::min(rows, int(task + 1) * kRowsPerTask);
+    for (int row = int(task) * kRowsPerTask; row < last; ++row) QuantizeRow(k, x + size_t(row) * k, out + row * bytes);
+  };
+  pool.parallel_for(size_t(rows + kRowsPerTask - 1) / kRowsPerTask, std::ref(body));
+  return out;
+}
+
 // ---- What happens to a finished sum ----
 
 // Both activations are x * sigmoid(s), s = x or the polynomial whose sigmoid is GELU's tanh form.
@@ -486,18 +658,31 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const float* x, in
   }
 }
 
+void RunInt8(const LinearCall& call, const PackedPart& part, const int8_t* x, int first, int last, int row, int rows) {
+  float* sums = linear_scratch().sums;
+  for (int panel = first; panel < last; ++panel) {
+    Int8Panel(part, part.panel(panel), call.w->k, x, rows, sums);
+    for (int r = 0; r < rows; ++r) Finish(call, part, panel, row + r, sums + r * kPanel);
+  }
+}
+
 void Linear(const LinearCall& call) {
   ThreadPool& pool = ThreadPool::shared();
   for (const PackedPart& part : call.w->parts) {
     for (int row = 0; row < call.m; row += kBlockRows) {
       const int rows = std::min(kBlockRows, call.m - row);
-      const float* x = Prepare(pool, part, call.w->k, call.x + size_t(row) * call.w->k, rows);
+      const float* given = call.x + size_t(row) * call.w->k;
+      const bool int8 = call.activations == Activations::kInt8 && part.type == Type::kAffine;
+      const int8_t* x8 = int8 ? PrepareInt8(pool, call.w->k, given, rows) : nullptr;
+      const float* x = int8 ? nullptr : Prepare(pool, part, call.w->k, given, rows);
       // Few tasks for one row, where each is short; more for many rows, where an even end matters. Tasks begin at even panels.
       const int pairs = (part.panels + 1) / 2;
       const int tasks = std::min(pairs, pool.size() * (rows == 1 ? 2 : 8));
       auto body = [&](size_t task, int) {
         const int first = int(task * pairs / tasks) * 2, last = std::min(part.panels, int((task + 1) * pairs / tasks) * 2);
-        if (rows == 1) {
+        if (int8) {
+          RunInt8(call, part, x8, first, last, row, rows);
+        } else if (rows == 1) {
           RunVector(call, part, x, first, last, row);
         } else {
           RunBlock(call, part, x, first, last, row, rows);
@@ -514,26 +699,48 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
 #include "kernels/cpu_target.h"
 #include "torpor/error.h"
 
 namespace torpor::kernels {
 namespace {
+
 HWY_EXPORT(Linear);
+
+Activations activations_from_environment() {
+  const char* text = std::getenv("TORPOR_ACTIVATIONS");
+  const std::string name = text == nullptr ? "" : text;
+  if (name.empty() || name == "f32") return Activations::kF32;
+  if (name == "int8") return Activations::kInt8;
+  throw Error(ErrorCode::kInvalidArgument, "TORPOR_ACTIVATIONS must be f32 or int8, not '" + name + "'.");
 }
+
+std::atomic<Activations>& chosen_activations() {
+  static std::atomic<Activations> chosen{activations_from_environment()};
+  return chosen;
+}
+
+}  // namespace
+
+Activations activations() { return chosen_activations().load(); }
+void set_activations(Activations activations) { chosen_activations().store(activations); }
 
 void linear(const float* x, int m, const PackedLinear& w, const float* residual, float* y) {
   if (w.impl().gated) throw Error(ErrorCode::kInvalidArgument, "A gated weight needs gated_linear.");
   if (m <= 0) return;
   ensure_cpu_target();
-  HWY_DYNAMIC_DISPATCH(Linear)({x, m, &w.impl(), residual, y, Activation::kSilu});
+  HWY_DYNAMIC_DISPATCH(Linear)({x, m, &w.impl(), residual, y, Activation::kSilu, activations()});
 }
 
 void gated_linear(const float* x, int m, const PackedLinear& w, Activation activation, float* y) {
   if (!w.impl().gated) throw Error(ErrorCode::kInvalidArgument, "gated_linear needs a weight packed by pack_gated.");
   if (m <= 0) return;
   ensure_cpu_target();
-  HWY_DYNAMIC_DISPATCH(Linear)({x, m, &w.impl(), nullptr, y, activation});
+  HWY_DYNAMIC_DISPATCH(Linear)({x, m, &w.impl(), nullptr, y, activation, activations()});
 }
 
 }  // namespace torpor::kernels
