@@ -3,7 +3,8 @@
     .venv/bin/python bench/load_vs_mlx_lm.py [BUILD] [--agent ID --store DIR]
 
 Torpor's side checks every checksum; mlx-lm's has none to check. Both read from the page cache and end with evaluated arrays
-that generation could go on from. Runs alternate; the medians and their ratio are printed.
+that generation could go on from. Measured twice: with fresh memory, as in a new process that wakes an agent, and with
+memory that MLX's allocator recycles from the load before. Runs alternate; the medians and their ratio are printed.
 """
 
 import argparse
@@ -55,11 +56,27 @@ def to_mlx_lm(exported, path):
     return caches[0].offset
 
 
-def time_mlx_lm(path):
+def time_mlx_lm(path, memory):
+    if memory == "fresh":
+        mx.clear_cache()
     start = time.perf_counter()
     caches = load_prompt_cache(str(path))
     mx.eval([(cache.keys, cache.values) for cache in caches])
     return (time.perf_counter() - start) * 1e3, caches[0].offset
+
+
+def compare(bench, prompt_cache, tokens, memory):
+    ours, theirs = [], []
+    for run in range(RUNS + 1):
+        bench.stdin.write(memory + "\n")
+        bench.stdin.flush()
+        ms, n = bench.stdout.readline().split()
+        other_ms, other_n = time_mlx_lm(prompt_cache, memory)
+        assert int(n) == other_n == tokens
+        if run > 0:  # the first of each warms the page cache
+            ours.append(float(ms))
+            theirs.append(other_ms)
+    return ours, theirs
 
 
 def main():
@@ -79,27 +96,19 @@ def main():
         subprocess.run([torpor, "export", "--store", store, arguments.agent, exported], check=True)
         tokens = to_mlx_lm(exported, prompt_cache)
 
-        ours, theirs = [], []
-        with subprocess.Popen([arguments.build / "bench" / "store_bench", store, arguments.agent], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True) as bench:
-            for run in range(RUNS + 1):
-                bench.stdin.write("\n")
-                bench.stdin.flush()
-                ms, n = bench.stdout.readline().split()
-                other_ms, other_n = time_mlx_lm(prompt_cache)
-                assert int(n) == other_n == tokens
-                if run > 0:  # the first of each warms the page cache
-                    ours.append(float(ms))
-                    theirs.append(other_ms)
-            bench.stdin.close()
-
         size = exported.stat().st_size / 1e6
         print(f"{tokens} tokens, {size:.1f} MB; {os.cpu_count()} cores, {cpu_name()}; {RUNS} alternating runs, page cache warm")
-        for name, times in (("torpor, checksums included", ours), ("mlx-lm load_prompt_cache", theirs)):
-            median = statistics.median(times)
-            print(f"  {name:<28} median {median:7.2f} ms  (min {min(times):.2f}, max {max(times):.2f})  "
-                  f"{size / median:.2f} GB/s")
-        print(f"  ratio {statistics.median(theirs) / statistics.median(ours):.2f}")
+        with subprocess.Popen([arguments.build / "bench" / "store_bench", store, arguments.agent], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True) as bench:
+            for memory in ("fresh", "recycled"):
+                ours, theirs = compare(bench, prompt_cache, tokens, memory)
+                print(f"{memory} memory")
+                for name, times in (("torpor, checksums included", ours), ("mlx-lm load_prompt_cache", theirs)):
+                    median = statistics.median(times)
+                    print(f"  {name:<28} median {median:7.2f} ms  (min {min(times):.2f}, max {max(times):.2f})  "
+                          f"{size / median:.2f} GB/s")
+                print(f"  ratio {statistics.median(theirs) / statistics.median(ours):.2f}")
+            bench.stdin.close()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 /// store_bench STORE AGENT: for every line on standard input, loads the agent as waking does (every checksum, into MLX's
-/// memory, up to a KvCache that generation could go on from), and prints the milliseconds. bench/load_vs_mlx_lm.py
-/// drives it.
+/// memory, up to a KvCache that generation could go on from), and prints the milliseconds. After the line "fresh" MLX's
+/// allocator has no memory to recycle, as in a new process; after "recycled" it has that of the load before.
+/// bench/load_vs_mlx_lm.py drives it.
 
 #include <chrono>
 #include <cstdio>
 #include <iostream>
 #include <string>
+
+#include <mlx/memory.h>
 
 #include "torpor/cache.h"
 #include "torpor/error.h"
@@ -20,6 +23,7 @@ int main(int argc, char** argv) {
     const torpor::Store store(argv[1]);
     std::string line;
     while (std::getline(std::cin, line)) {
+      if (line == "fresh") mlx::core::clear_cache();
       const auto start = std::chrono::steady_clock::now();
       torpor::LoadOptions options;
       options.allocate = torpor::mlx_buffer;
