@@ -77,6 +77,15 @@ def test_max_tokens_and_stop(real):
     assert cut["text"] == full["text"][:full["text"].index(stop)]
 
 
+def test_a_stop_string_is_taken_as_it_stands(real):
+    full = real.run("a", "Say hello").ok().json
+    first = full["text"][0]
+    kept = real.run("b", "Say hello", "--stop", f"[{first},x]", "--stop", "-,").ok().json  # no list, no option
+    assert kept["text"] == full["text"]
+    cut = real.run("c", "Say hello", "--stop", "[x]", "--stop", first).ok().json
+    assert cut["text"] == "" and cut["finish_reason"] == "stop"
+
+
 def test_streamed_text_equals_the_json(tiny):
     said = tiny.run("a", "Once", max_tokens=12).ok().json["text"]
     streamed = tiny("run", "--model", tiny.model, "--agent", "b", "--prompt", "Once", "--max-tokens", 12).ok()

@@ -45,7 +45,7 @@ int dispatch(int argc, char** argv) {
   CLI::App app{"LLM agents that sleep to disk and wake in milliseconds", "torpor"};
   app.footer(kFooter);
   app.set_version_flag("--version", "torpor " TORPOR_VERSION);
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);  // none is told apart from an unknown one below
   app.fallthrough();
 
   Invocation invocation;
@@ -61,6 +61,10 @@ int dispatch(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
     complain(one_line(error.what()) + " (see '" + command_name(app) + " --help')");
+    return kExitUsage;
+  }
+  if (!invocation.run) {
+    complain("a command is required (see 'torpor --help')");
     return kExitUsage;
   }
   if (app.count("--store") > 0 && store.empty()) {
