@@ -24,7 +24,7 @@ demo: build model
 
 # Regenerates every golden from the reference implementations (mlx-lm, tokenizers, transformers). Slow.
 goldens: setup model
-	$(PYTHON) scripts/make-goldens
+	scripts/make-goldens
 
 clean:
 	rm -rf build build-*

@@ -4,7 +4,7 @@
 find_package(Threads REQUIRED)
 
 add_library(torpor_flags INTERFACE)
-target_compile_options(torpor_flags INTERFACE -Wall -Wextra -Wno-unused-parameter)
+target_compile_options(torpor_flags INTERFACE -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers)
 if(TORPOR_WERROR)
   target_compile_options(torpor_flags INTERFACE -Werror)
 endif()

@@ -22,8 +22,12 @@ bool repeats_last(const std::vector<int32_t>& held, const std::vector<int32_t>& 
 std::string messages_to_json(const std::vector<Message>& messages) {
   nlohmann::ordered_json array = nlohmann::ordered_json::array();
   for (const Message& message : messages) array.push_back({{"role", message.role}, {"content", message.content}});
-  // An answer cut inside a character may hold U+FFFD but never invalid UTF-8; `replace` guards the exception away.
-  return array.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  try {
+    return array.dump();
+  } catch (const nlohmann::json::exception&) {
+    // Answers come out of the detokenizer, which never gives invalid UTF-8: this is the prompt or the system prompt.
+    throw Error(ErrorCode::kInvalidArgument, "The prompt is not valid UTF-8; convert it and try again.");
+  }
 }
 
 std::vector<Message> messages_from_json(const std::string& json) {

@@ -18,7 +18,8 @@ struct Message {
   std::string role, content;
 };
 
-/// The conversation as the agent's metadata keeps it: a JSON array of {"role", "content"}.
+/// The conversation as the agent's metadata keeps it: a JSON array of {"role", "content"}. kInvalidArgument for
+/// invalid UTF-8.
 std::string messages_to_json(const std::vector<Message>& messages);
 /// kCorruption when `json` is no such array.
 std::vector<Message> messages_from_json(const std::string& json);
