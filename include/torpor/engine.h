@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "torpor/error.h"
 #include "torpor/generate.h"
 #include "torpor/store.h"
 
@@ -52,6 +53,8 @@ struct TurnResult {
   } bytes;
   /// Set when the agent was damaged on disk and went on from its longest intact prefix.
   std::optional<std::string> damage;
+  /// Set when the answer is complete but could not be saved: nothing is lost while the agent stays awake.
+  std::optional<Error> save_error;
 };
 
 class Engine {
@@ -62,7 +65,7 @@ class Engine {
   ~Engine();
 
   /// One user turn: wakes the agent (or makes it), prefills what is new, generates, saves. The agent stays awake.
-  /// When the save fails the answer is kept: the error's message says so and the agent stays awake and unsaved.
+  /// A save that fails is said in the result, not thrown, for the answer stands; the agent then is awake and unsaved.
   TurnResult turn(const TurnRequest& request);
 
   /// Saves if changed, then lets go of memory and lock. No-op for an agent that is not awake.

@@ -196,8 +196,9 @@ TurnResult take_turn(Engine& engine, const TurnOptions& options, const std::stri
     print_json(result_json(result));
   } else {
     if (result.text.empty() || result.text.back() != '\n') print("\n");
-    if (isatty(STDERR_FILENO)) print_summary(result, request.save);
+    if (isatty(STDERR_FILENO)) print_summary(result, request.save && !result.save_error);
   }
+  if (result.save_error) throw *result.save_error;
   return result;
 }
 
@@ -249,8 +250,9 @@ int chat(const TurnOptions& options, const std::filesystem::path& root) {
       take_turn(engine, options, *line, first, interrupt);
       first = false;
     } catch (const Error& error) {
-      const bool harmless =
-          error.code() == ErrorCode::kInvalidArgument || error.code() == ErrorCode::kResourceExhausted;
+      // Another line may do better, and a disk that was full may have room by then.
+      const bool harmless = error.code() == ErrorCode::kInvalidArgument ||
+                            error.code() == ErrorCode::kResourceExhausted || error.code() == ErrorCode::kIo;
       if (!interactive || !harmless) throw;
       complain(error.what());
     }

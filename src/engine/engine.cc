@@ -158,7 +158,8 @@ TurnResult Engine::Impl::turn_awake(Agent& agent, const TurnRequest& request, Cl
     try {
       result.bytes.written = agents->save(agent).bytes_written;
     } catch (const Error& error) {
-      throw Error(error.code(), "The answer is complete, but agent '" + agent.id + "' could not be saved: " + error.what());
+      result.save_error.emplace(error.code(),
+                                "The answer is complete, but agent '" + agent.id + "' could not be saved: " + error.what());
     }
     result.timing_ms.save = ms_since(save_start);
   }

@@ -6,6 +6,7 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
+#include "kernels/compute.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -50,6 +51,8 @@ Decoder::Decoder(const Checkpoint& checkpoint, const Projection& embedding)
            .weight_bytes = checkpoint.weights.nbytes(), .eos_token_ids = config_.eos_token_ids};
   identity_.architecture = config_.architecture;
   identity_.config = config_.digest();
+  // Rows computed from activations of 8 bits are other rows.
+  if (backend_ == Backend::kKernels && kernels::activations() == kernels::Activations::kInt8) identity_.config += "+int8";
   identity_.weights = checkpoint.weights.digest();
   identity_.rope = config_.rope.description;
 }
