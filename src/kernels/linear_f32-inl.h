@@ -1,0 +1,355 @@
+// Linear layers with f32 activations: the weights unpacked and multiplied, a tile of rows or a single one.
+// Compiled once per target, as part of linear.cc.
+
+#if defined(TORPOR_KERNELS_LINEAR_F32_INL) == defined(HWY_TARGET_TOGGLE)
+#ifdef TORPOR_KERNELS_LINEAR_F32_INL
+#undef TORPOR_KERNELS_LINEAR_F32_INL
+#else
+#define TORPOR_KERNELS_LINEAR_F32_INL
+#endif
+
+#include <hwy/highway.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace torpor::kernels {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using Type = WeightSource::Type;
+
+using DF = hn::CappedTag<float, kPanel>;
+using VF = hn::Vec<DF>;
+using DI = hn::RebindToSigned<DF>;
+using DU = hn::RebindToUnsigned<DF>;
+using VU = hn::Vec<DU>;
+using DHalf = hn::Rebind<hwy::float16_t, DF>;
+using DBf16 = hn::Rebind<hwy::bfloat16_t, DF>;
+constexpr int kLanes = int(hn::MaxLanes(DF()));
+constexpr int kVectors = kPanel / kLanes;  // of one k of a panel
+
+// Rows of a register tile, and panels that a single row multiplies at once, by how many registers there are.
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+constexpr int kTileRows = 12, kVectorPanels = 8;
+#elif HWY_TARGET == HWY_AVX2
+constexpr int kTileRows = 6, kVectorPanels = 4;
+#elif HWY_TARGET == HWY_NEON
+constexpr int kTileRows = 5, kVectorPanels = 2;
+#else
+constexpr int kTileRows = 2, kVectorPanels = 1;
+#endif
+
+// Loads 16-bit or 32-bit floats as f32.
+template <Type kType>
+HWY_INLINE VF LoadFloats(const std::byte* p, size_t i) {
+  const DF d;
+  if constexpr (kType == Type::kF32) {
+    return hn::LoadU(d, reinterpret_cast<const float*>(p) + i);
+  } else if constexpr (kType == Type::kF16) {
+    return hn::PromoteTo(d, hn::LoadU(DHalf(), reinterpret_cast<const hwy::float16_t*>(p) + i));
+  } else {
+    return hn::PromoteTo(d, hn::LoadU(DBf16(), reinterpret_cast<const hwy::bfloat16_t*>(p) + i));
+  }
+}
+
+// Where the J-th weight of a u32 lies, and the power of two by which Unpack's result exceeds it. The top one would be
+// taken for a sign and is shifted down.
+template <int kBits, int kJ>
+constexpr int Position() {
+  return kBits == 8 ? 8 * kJ : kJ < 4 ? 8 * kJ : 8 * (kJ - 4) + 4;
+}
+template <int kBits, int kJ>
+constexpr int Exponent() {
+  constexpr int kPosition = Position<kBits, kJ>();
+  return kPosition + kBits == 32 ? 0 : kPosition;
+}
+
+// The J-th weight in each lane's u32 times 2^Exponent, as f32; exact.
+template <int kBits, int kJ>
+HWY_INLINE VF Unpack(VU line) {
+  const DI di;
+  constexpr int kPosition = Position<kBits, kJ>();
+  if constexpr (kPosition + kBits == 32) {
+    line = hn::ShiftRight<kPosition>(line);
+  } else {
+    line = hn::And(line, hn::Set(DU(), ((1u << kBits) - 1) << kPosition));
+  }
+  return hn::ConvertTo(DF(), hn::BitCast(di, line));
+}
+
+HWY_INLINE VU LoadLine(const std::byte* line, int vector) {
+  return hn::Load(DU(), reinterpret_cast<const uint32_t*>(line) + vector * kLanes);
+}
+
+// ---- Rows of x, scaled for their weights' positions ----
+
+// One row: per group x[k] * 2^-Exponent, then Σ x, summed in 8 strided chains and those pairwise.
+void PrepareRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, float* HWY_RESTRICT out) {
+  const hn::CappedTag<float, 8> d;
+  constexpr int kStep = int(hn::MaxLanes(d)), kParts = 8 / kStep;
+  HWY_ALIGN static constexpr float kScale4[8] = {1,
+                                                 1.0f / (1 << Exponent<4, 1>()),
+                                                 1.0f / (1 << Exponent<4, 2>()),
+                                                 1.0f / (1 << Exponent<4, 3>()),
+                                                 1.0f / (1 << Exponent<4, 4>()),
+                                                 1.0f / (1 << Exponent<4, 5>()),
+                                                 1.0f / (1 << Exponent<4, 6>()),
+                                                 1.0f / (1 << Exponent<4, 7>())};
+  HWY_ALIGN static constexpr float kScale8[8] = {1, 1.0f / (1 << Exponent<8, 1>()), 1.0f / (1 << Exponent<8, 2>()),
+                                                 1.0f / (1 << Exponent<8, 3>()),
+                                                 1, 1.0f / (1 << Exponent<8, 1>()), 1.0f / (1 << Exponent<8, 2>()),
+                                                 1.0f / (1 << Exponent<8, 3>())};
+  const float* scale = part.bits == 4 ? kScale4 : kScale8;
+  for (int g = 0; g < k / part.group; ++g) {
+    hn::Vec<decltype(d)> total[kParts];
+    for (int p = 0; p < kParts; ++p) total[p] = hn::Zero(d);
+    for (int i = 0; i < part.group; i += 8) {
+      for (int p = 0; p < kParts; ++p) {
+        const auto v = hn::LoadU(d, x + i + p * kStep);
+        total[p] = hn::Add(total[p], v);
+        hn::StoreU(hn::Mul(v, hn::Load(d, scale + p * kStep)), d, out + i + p * kStep);
+      }
+    }
+    HWY_ALIGN float chains[8];
+    for (int p = 0; p < kParts; ++p) hn::Store(total[p], d, chains + p * kStep);
+    out[part.group] = ((chains[0] + chains[4]) + (chains[1] + chains[5])) + ((chains[2] + chains[6]) + (chains[3] + chains[7]));
+    x += part.group;
+    out += part.group + 1;
+  }
+}
+
+const float* Prepare(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
+  if (part.type != Type::kAffine) return x;
+  const size_t columns = size_t(prepared_columns(part, k));
+  float* out = prepared_memory(size_t(rows) * columns);
+  constexpr int kRowsPerTask = 16;
+  auto body = [&](size_t task, int) {
+    const int last = std::min(rows, int(task + 1) * kRowsPerTask);
+    for (int row = int(task) * kRowsPerTask; row < last; ++row) {
+      PrepareRow(part, k, x + size_t(row) * k, out + size_t(row) * columns);
+    }
+  };
+  pool.parallel_for(size_t(rows + kRowsPerTask - 1) / kRowsPerTask, std::ref(body));
+  return out;
+}
+
+// ---- One panel's columns [k0, k1) to f32 [prepared columns][16] ----
+
+template <int kBits, int kJ>
+HWY_INLINE void UnpackTo(VU line, VF scale, float* out) {
+  hn::Store(hn::Mul(Unpack<kBits, kJ>(line), scale), DF(), out + kJ * kPanel);
+}
+
+template <int kBits, Type kScale>
+void UnpackQuantized(const PackedPart& part, const std::byte* panel, int k0, int k1, float* out) {
+  constexpr int kPerLine = 32 / kBits;
+  const int lines = part.group / kPerLine;
+  const std::byte* end = panel + size_t(k1 / part.group) * part.group_bytes;
+  for (const std::byte* g = panel + size_t(k0 / part.group) * part.group_bytes; g != end; g += part.group_bytes) {
+    VF scale[kVectors];
+    for (int v = 0; v < kVectors; ++v) scale[v] = LoadFloats<kScale>(g, v * kLanes);
+    const std::byte* line = g + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
+    for (int i = 0; i < lines; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        const VU words = LoadLine(line, v);
+        float* to = out + v * kLanes;
+        UnpackTo<kBits, 0>(words, scale[v], to);
+        UnpackTo<kBits, 1>(words, scale[v], to);
+        UnpackTo<kBits, 2>(words, scale[v], to);
+        UnpackTo<kBits, 3>(words, scale[v], to);
+        if constexpr (kBits == 4) {
+          UnpackTo<kBits, 4>(words, scale[v], to);
+          UnpackTo<kBits, 5>(words, scale[v], to);
+          UnpackTo<kBits, 6>(words, scale[v], to);
+          UnpackTo<kBits, 7>(words, scale[v], to);
+        }
+      }
+      line += kAlignment;
+      out += kPerLine * kPanel;
+    }
+    for (int i = 0; i < kPanel; i += kLanes) hn::Store(LoadFloats<kScale>(g, kPanel + i), DF(), out + i);
+    out += kPanel;
+  }
+}
+
+template <Type kType>
+void UnpackFloats(const std::byte* panel, int k0, int k1, float* out) {
+  for (size_t i = size_t(k0) * kPanel; i < size_t(k1) * kPanel; i += kLanes) {
+    hn::Store(LoadFloats<kType>(panel, i), DF(), out);
+    out += kLanes;
+  }
+}
+
+const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k0, int k1, float* scratch) {
+  switch (part.type) {
+    case Type::kF32:
+      return reinterpret_cast<const float*>(panel) + size_t(k0) * kPanel;
+    case Type::kF16:
+      UnpackFloats<Type::kF16>(panel, k0, k1, scratch);
+      break;
+    case Type::kBF16:
+      UnpackFloats<Type::kBF16>(panel, k0, k1, scratch);
+      break;
+    case Type::kAffine:
+      if (part.bits == 4) {
+        if (part.scale_type == Type::kF32) UnpackQuantized<4, Type::kF32>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kF16) UnpackQuantized<4, Type::kF16>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kBF16) UnpackQuantized<4, Type::kBF16>(part, panel, k0, k1, scratch);
+      } else {
+        if (part.scale_type == Type::kF32) UnpackQuantized<8, Type::kF32>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kF16) UnpackQuantized<8, Type::kF16>(part, panel, k0, k1, scratch);
+        if (part.scale_type == Type::kBF16) UnpackQuantized<8, Type::kBF16>(part, panel, k0, k1, scratch);
+      }
+      break;
+  }
+  return scratch;
+}
+
+// ---- kRows prepared rows times k columns of a panel; sums [kRows][16] go on from what they hold unless `first` ----
+
+template <int kRows>
+HWY_NOINLINE void Tile(const float* HWY_RESTRICT x, size_t stride, const float* HWY_RESTRICT panel, int k, bool first,
+                       float* HWY_RESTRICT sums) {
+  const DF d;
+  VF acc[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = first ? hn::Zero(d) : hn::Load(d, sums + r * kPanel + v * kLanes);
+  }
+  for (int i = 0; i < k; ++i) {
+    VF w[kVectors];
+    for (int v = 0; v < kVectors; ++v) w[v] = hn::Load(d, panel + v * kLanes);
+    panel += kPanel;
+    for (int r = 0; r < kRows; ++r) {
+      const VF xr = hn::Set(d, x[r * stride + i]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(xr, w[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], d, sums + r * kPanel + v * kLanes);
+  }
+}
+
+template <int kRows>
+HWY_INLINE void TileTail(int rows, const float* x, size_t stride, const float* panel, int k, bool first, float* sums) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) {
+      Tile<kRows>(x, stride, panel, k, first, sums);
+    } else {
+      TileTail<kRows - 1>(rows, x, stride, panel, k, first, sums);
+    }
+  }
+}
+
+void Tiles(const float* x, int rows, size_t stride, const float* panel, int k, bool first, float* sums) {
+  int row = 0;
+  for (; row + kTileRows <= rows; row += kTileRows) {
+    Tile<kTileRows>(x + row * stride, stride, panel, k, first, sums + row * kPanel);
+  }
+  TileTail<kTileRows - 1>(rows - row, x + row * stride, stride, panel, k, first, sums + row * kPanel);
+}
+
+// ---- One prepared row times kPanels panels, straight from their packed form ----
+
+template <int kBits, int kJ, int kPanels>
+HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const VF (&scale)[kPanels][kVectors], const float* x,
+                     VF (&acc)[kPanels][kVectors]) {
+  const VF xk = hn::Set(DF(), x[kJ]);
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) {
+      const VF w = hn::Mul(Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v)), scale[p][v]);
+      acc[p][v] = hn::MulAdd(xk, w, acc[p][v]);
+    }
+  }
+}
+
+template <int kBits, Type kScale, int kPanels>
+HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+  constexpr int kPerLine = 32 / kBits;
+  const DF d;
+  const int lines = part.group / kPerLine, groups = k / part.group;
+  const size_t panel_bytes = part.panel_bytes;
+  VF acc[kPanels][kVectors];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) acc[p][v] = hn::Zero(d);
+  }
+  for (int g = 0; g < groups; ++g) {
+    VF scale[kPanels][kVectors];
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kVectors; ++v) scale[p][v] = LoadFloats<kScale>(panel + p * panel_bytes, v * kLanes);
+    }
+    const std::byte* line = panel + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
+    for (int i = 0; i < lines; ++i) {
+      Step<kBits, 0, kPanels>(line, panel_bytes, scale, x, acc);
+      Step<kBits, 1, kPanels>(line, panel_bytes, scale, x, acc);
+      Step<kBits, 2, kPanels>(line, panel_bytes, scale, x, acc);
+      Step<kBits, 3, kPanels>(line, panel_bytes, scale, x, acc);
+      if constexpr (kBits == 4) {
+        Step<kBits, 4, kPanels>(line, panel_bytes, scale, x, acc);
+        Step<kBits, 5, kPanels>(line, panel_bytes, scale, x, acc);
+        Step<kBits, 6, kPanels>(line, panel_bytes, scale, x, acc);
+        Step<kBits, 7, kPanels>(line, panel_bytes, scale, x, acc);
+      }
+      x += kPerLine;
+      line += kAlignment;
+    }
+    const VF x_sum = hn::Set(d, *x++);
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kVectors; ++v) {
+        acc[p][v] = hn::MulAdd(x_sum, LoadFloats<kScale>(panel + p * panel_bytes, kPanel + v * kLanes), acc[p][v]);
+      }
+    }
+    panel += part.group_bytes;
+  }
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) hn::Store(acc[p][v], d, sums + p * kPanel + v * kLanes);
+  }
+}
+
+template <Type kType, int kPanels>
+HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+  const DF d;
+  VF acc[kPanels][kVectors];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) acc[p][v] = hn::Zero(d);
+  }
+  for (int i = 0; i < k; ++i) {
+    const VF xk = hn::Set(d, x[i]);
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kVectors; ++v) {
+        acc[p][v] =
+            hn::MulAdd(xk, LoadFloats<kType>(panel + p * part.panel_bytes, size_t(i) * kPanel + v * kLanes), acc[p][v]);
+      }
+    }
+  }
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kVectors; ++v) hn::Store(acc[p][v], d, sums + p * kPanel + v * kLanes);
+  }
+}
+
+template <int kPanels>
+void Vector(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+  switch (part.type) {
+    case Type::kF32:
+      return VectorFloats<Type::kF32, kPanels>(part, panel, k, x, sums);
+    case Type::kF16:
+      return VectorFloats<Type::kF16, kPanels>(part, panel, k, x, sums);
+    case Type::kBF16:
+      return VectorFloats<Type::kBF16, kPanels>(part, panel, k, x, sums);
+    case Type::kAffine:
+      break;
+  }
+  if (part.bits == 4) {
+    if (part.scale_type == Type::kF32) VectorQuantized<4, Type::kF32, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kF16) VectorQuantized<4, Type::kF16, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kBF16) VectorQuantized<4, Type::kBF16, kPanels>(part, panel, k, x, sums);
+  } else {
+    if (part.scale_type == Type::kF32) VectorQuantized<8, Type::kF32, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kF16) VectorQuantized<8, Type::kF16, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kBF16) VectorQuantized<8, Type::kBF16, kPanels>(part, panel, k, x, sums);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace torpor::kernels
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target guard
