@@ -47,13 +47,13 @@ class Result:
         assert self.code == 0, f"exit {self.code}: {self.err}"
         return self
 
-    def fails(self, name, *words):
-        """The exit code of `name`, and one sentence on standard error that holds every word."""
+    def fails(self, name, *words, answered=False):
+        """The exit code of `name`, one sentence on standard error that holds every word, and no answer unless `answered`."""
         assert self.code == EXIT[name], f"exit {self.code}, not {EXIT[name]}: {self.err}"
         assert self.err.startswith("torpor: ") and self.err.endswith(".\n") and self.err.count("\n") == 1, self.err
         for word in words:
             assert word in self.err, f"{word!r} is not in {self.err!r}"
-        assert self.out == ""
+        assert bool(self.out) == answered
         return self
 
 

@@ -166,7 +166,7 @@ def test_a_full_disk(ada, words):
     try:
         copy = ada.copy(there / "store")
         before = copy.state()
-        copy.run("ada", words(1000), "--raw").fails("io")
+        copy.run("ada", words(1000), "--raw").fails("io", "answer is complete", answered=True)
         copy("verify", "ada").ok()
         after = copy.state()
         assert after["ada.safetensors"] == before["ada.safetensors"] and after["ada.json"] == before["ada.json"]
@@ -194,7 +194,9 @@ def test_unreadable_prompt_files(unchanged, tmp_path):
 
 
 def test_an_empty_prompt(unchanged):
-    unchanged.run("ada", "", "--raw", "--no-save")  # either way is fine; the store stays as it was
+    run = ["run", "--model", unchanged.model, "--agent", "ada", "--prompt", ""]
+    unchanged(*run).fails("invalid", "empty")
+    unchanged(*run, "--raw").fails("invalid", "empty")
 
 
 def test_export_to_nowhere(unchanged, tmp_path):

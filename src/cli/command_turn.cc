@@ -206,6 +206,7 @@ int run(const TurnOptions& options, const std::filesystem::path& root) {
   check_agent_id(options.agent);
   const std::string prompt = read_prompt(options);
   check_text(prompt, options.has_prompt_file ? "the prompt file" : "the prompt");
+  if (prompt.empty()) throw Error(ErrorCode::kInvalidArgument, "the prompt is empty; give it some text");
   check_early(options, root);
 
   Engine engine(engine_options(options, root));

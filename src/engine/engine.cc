@@ -124,8 +124,7 @@ TurnResult Engine::Impl::turn_awake(Agent& agent, const TurnRequest& request, Cl
     // Rows the cache has already are used as far as they agree; one token at least is computed, for its logits.
     const std::vector<int32_t>& held = agent.cache->tokens();
     const auto agree = std::mismatch(held.begin(), held.end(), tokens.begin(), tokens.end());
-    const int reused = int(std::min<ptrdiff_t>(agree.first - held.begin(), ptrdiff_t(tokens.size()) - 1));
-    if (tokens.empty()) throw Error(ErrorCode::kInvalidArgument, "The prompt has no tokens; give it some text.");
+    const int reused = int(std::min<ptrdiff_t>(agree.first - held.begin(), std::max<ptrdiff_t>(ptrdiff_t(tokens.size()) - 1, 0)));
     if (reused < held_before) agent.cache->truncate(reused);
     result.tokens.prompt = int(tokens.size());
     result.tokens.cached = reused;
@@ -183,6 +182,7 @@ Engine::~Engine() {
 
 TurnResult Engine::turn(const TurnRequest& request) {
   check_agent_id(request.agent);
+  if (request.prompt.empty()) throw Error(ErrorCode::kInvalidArgument, "The prompt is empty; give it some text.");
   return impl_->thread.call([&] { return impl_->turn(request); });
 }
 
