@@ -7,9 +7,14 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <random>
+#include <string>
 #include <tuple>
 #include <vector>
+
+#include <mlx/ops.h>
+#include <mlx/transforms.h>
 
 #include "kernels/attention.h"
 #include "kernels/compute.h"
@@ -26,6 +31,7 @@ struct Options {
   bool sinks = false, norm = false, traditional = false;
   int rope_dims = -1;  // -1: all
   KvDtype dtype = KvDtype::kF16;
+  int bits = 0, group = 64;
 };
 
 /// Any value, as a 16-bit cache would round it. Written from the formats' definitions, not like the kernel.
@@ -62,15 +68,37 @@ double load_element(const std::byte* p, size_t i, KvDtype dtype) {
   return (h & 0x8000) != 0 ? -value : value;
 }
 
+/// Element `at` of dequantized rows, in f64 from the packed words.
+struct AffineElement {
+  AffineElement(const AttentionSpec& spec, const std::byte* words, const std::byte* scales, const std::byte* biases, size_t at) {
+    const size_t per_word = 32 / size_t(spec.kv_bits);
+    uint32_t word;
+    std::memcpy(&word, words + at / per_word * 4, 4);
+    level = (word >> (at % per_word * size_t(spec.kv_bits))) & ((1u << spec.kv_bits) - 1);
+    scale = load_element(scales, at / size_t(spec.kv_group), spec.kv_dtype);
+    bias = load_element(biases, at / size_t(spec.kv_group), spec.kv_dtype);
+  }
+  double value() const { return scale * level + bias; }
+  unsigned level;
+  double scale, bias;
+};
+
 /// One layer's cache, filled with NaN so that a row read before it is written shows.
 class Cache {
  public:
-  Cache(const AttentionSpec& spec, int tokens)
-      : half_(size_t(spec.n_kv_heads) * kSegmentTokens * size_t(spec.head_dim) * kv_dtype_size(spec.kv_dtype)) {
+  Cache(const AttentionSpec& spec, int tokens) {
+    const size_t elements = size_t(spec.n_kv_heads) * kSegmentTokens * size_t(spec.head_dim);
+    rows_ = spec.kv_bits == 0 ? elements * kv_dtype_size(spec.kv_dtype) : elements * size_t(spec.kv_bits) / 8;
+    scales_ = spec.kv_bits == 0 ? 0 : elements / size_t(spec.kv_group) * kv_dtype_size(spec.kv_dtype);
     const int n = (tokens + kSegmentTokens - 1) / kSegmentTokens;
     for (int i = 0; i < n; ++i) {
-      buffers_.emplace_back(2 * half_, std::byte{0xff});
-      runs.push_back({buffers_.back().data(), buffers_.back().data() + half_});
+      buffers_.emplace_back(2 * rows_ + 4 * scales_, std::byte{0xff});
+      std::byte *keys = buffers_.back().data(), *values = keys + rows_, *scales = values + rows_;
+      if (spec.kv_bits == 0) {
+        runs.push_back({keys, values});
+      } else {
+        runs.push_back({keys, values, scales, scales + scales_, scales + 2 * scales_, scales + 3 * scales_});
+      }
     }
   }
   Cache(Cache&&) = default;
@@ -78,7 +106,7 @@ class Cache {
   std::vector<KvRunView> runs;
 
  private:
-  size_t half_;
+  size_t rows_, scales_;
   std::vector<std::vector<std::byte>> buffers_;
 };
 
@@ -93,6 +121,8 @@ struct Model {
     spec.window = o.window;
     spec.softcap = o.softcap;
     spec.kv_dtype = o.dtype;
+    spec.kv_bits = o.bits;
+    spec.kv_group = o.group;
     spec.norm_eps = 1e-6f;
     spec.rope.dims = o.rope_dims < 0 ? o.dim : o.rope_dims;
     spec.rope.traditional = o.traditional;
@@ -144,6 +174,13 @@ std::vector<double> prepared_head(const AttentionSpec& spec, const float* x, con
   return y;
 }
 
+/// What quantizing may change: half a level inside the range and one at the end that isn't met exactly (scale = edge /
+/// rounded level, then a clamp), and the rounding of scale and bias to their dtype.
+double affine_error(const AttentionSpec& spec, const AffineElement& e) {
+  const double unit = spec.kv_dtype == KvDtype::kF16 ? 0x1p-11 : spec.kv_dtype == KvDtype::kBF16 ? 0x1p-8 : 0x1p-24;
+  return std::abs(e.scale) * (1 + 2 * unit) + unit * (std::abs(e.scale) * e.level + std::abs(e.bias));
+}
+
 /// Checks the cache's rows against the reference, then the outputs, computed in f64 from the rows as they are stored.
 void expect_matches_reference(const Model& model, const std::vector<float>& qkv, int n, const Cache& cache,
                               const std::vector<float>& out, const std::vector<int>& queries) {
@@ -160,9 +197,20 @@ void expect_matches_reference(const Model& model, const std::vector<float>& qkv,
       const std::vector<double> expected = prepared_head(spec, k, spec.k_norm, t);
       for (size_t i = 0; i < dim; ++i) {
         const size_t at = (h * kSegmentTokens + size_t(t % kSegmentTokens)) * dim + i;
-        const double key = load_element(run.keys, at, spec.kv_dtype), value = load_element(run.values, at, spec.kv_dtype);
-        ASSERT_NEAR(key, expected[i], unit * std::abs(expected[i]) + 2e-6) << "key " << t << " " << i;
-        ASSERT_EQ(value, stored(v[i], spec.kv_dtype)) << "value " << t << " " << i;
+        double key, value;
+        if (spec.kv_bits != 0) {
+          const AffineElement k_of(spec, run.keys, run.key_scales, run.key_biases, at);
+          const AffineElement v_of(spec, run.values, run.value_scales, run.value_biases, at);
+          key = k_of.value();
+          value = v_of.value();
+          ASSERT_NEAR(key, expected[i], affine_error(spec, k_of) + 2e-6) << "key " << t << " " << i;
+          ASSERT_NEAR(value, double(v[i]), affine_error(spec, v_of) + 2e-6) << "value " << t << " " << i;
+        } else {
+          key = load_element(run.keys, at, spec.kv_dtype);
+          value = load_element(run.values, at, spec.kv_dtype);
+          ASSERT_NEAR(key, expected[i], unit * std::abs(expected[i]) + 2e-6) << "key " << t << " " << i;
+          ASSERT_EQ(value, stored(v[i], spec.kv_dtype)) << "value " << t << " " << i;
+        }
         keys[(h * size_t(n) + size_t(t)) * dim + i] = key;
         values[(h * size_t(n) + size_t(t)) * dim + i] = value;
       }
@@ -285,6 +333,110 @@ TEST(KernelsAttention, Variants) {
   }
 }
 
+TEST(KernelsAttention, Quantized) {
+  for (int dim : {32, 64, 96, 128, 256}) {
+    for (int group : {32, 64, 128}) {
+      if (dim % group != 0) continue;
+      for (int bits : {8, 4}) {
+        for (KvDtype dtype : {KvDtype::kF16, KvDtype::kBF16, KvDtype::kF32}) {
+          SCOPED_TRACE(testing::Message() << dim << " group " << group << " bits " << bits << " " << kv_dtype_name(dtype));
+          Options options;
+          options.dim = dim;
+          options.dtype = dtype;
+          options.bits = bits;
+          options.group = group;
+          check_case(options, 135);
+        }
+      }
+    }
+  }
+}
+
+TEST(KernelsAttention, QuantizedVariants) {
+  for (int window : {0, 1, 100, 512}) {
+    for (int variant = 0; variant < 3; ++variant) {
+      SCOPED_TRACE(testing::Message() << "window " << window << " variant " << variant);
+      Options options;
+      options.window = window;
+      options.bits = variant == 1 ? 4 : 8;
+      options.dim = variant == 2 ? 128 : 64;
+      options.group = variant == 1 ? 32 : 64;
+      options.norm = options.sinks = variant == 1;
+      options.softcap = variant == 2 ? 30.0f : 0.0f;
+      options.heads = 4;
+      options.kv_heads = 2;
+      check_case(options, 700);
+    }
+  }
+}
+
+// Nothing between the input and the cache: what is stored must be what MLX makes of the same rows.
+TEST(KernelsAttention, QuantizesAsMlxDoes) {
+  namespace mx = mlx::core;
+  constexpr int kTokens = 300;
+  for (int bits : {8, 4}) {
+    for (auto [dim, group] : {std::pair{64, 64}, {64, 32}, {128, 128}, {128, 64}, {256, 32}}) {
+      Options options;
+      options.heads = options.kv_heads = 2;
+      options.dim = dim;
+      options.rope_dims = 0;
+      options.bits = bits;
+      options.group = group;
+      std::vector<float> source = Model(options).tokens(kTokens, unsigned(bits * dim + group));
+      const size_t row = Model(options).width();
+      for (int t = 0; t < kTokens; ++t) {  // of many kinds
+        for (size_t i = 0; i < row; ++i) {
+          float& x = source[size_t(t) * row + i];
+          switch (t % 12) {
+            case 0: x = 0; break;
+            case 1: x = float(t) * 0.37f; break;                 // constant
+            case 2: x = -2.5f; break;
+            case 3: x = std::abs(x); break;
+            case 4: x = -std::abs(x) - 3; break;
+            case 5: x *= 1e-8f; break;                           // below the smallest scale
+            case 6: x *= 1000; break;
+            case 7: x += i % 32 == 7 ? 40.0f : 0.0f; break;      // outliers
+            case 8: x = std::round(x * 4) / 8; break;            // ties
+            case 9: x = i % 2 == 0 ? 1.0f : -1.0f; break;        // edges of equal magnitude
+            default: break;
+          }
+        }
+      }
+      for (KvDtype dtype : {KvDtype::kF32, KvDtype::kF16, KvDtype::kBF16}) {
+        SCOPED_TRACE(testing::Message() << dim << " group " << group << " bits " << bits << " " << kv_dtype_name(dtype));
+        options.dtype = dtype;
+        const Model model(options);
+        Cache cache(model.spec, kTokens);
+        run_in_chunks(ThreadPool::shared(), model, source, kTokens, 100, cache);
+        const size_t width = size_t(dim), words = width * size_t(bits) / 8;
+        const size_t scales = size_t(dim / group) * kv_dtype_size(dtype);
+        const mx::Dtype type = dtype == KvDtype::kF32 ? mx::float32 : dtype == KvDtype::kF16 ? mx::float16 : mx::bfloat16;
+        // [tokens][heads and kv heads][dim], keys and values at heads 2 to 5.
+        const mx::array rows(source.data(), {kTokens, 6, dim}, mx::float32);
+        std::vector<mx::array> parts = mx::quantize(rows, group, bits, "affine", std::nullopt, mx::Device::cpu);
+        for (size_t i = 1; i < 3; ++i) parts[i] = mx::astype(parts[i], type, mx::Device::cpu);
+        for (mx::array& part : parts) part = mx::contiguous(part, false, mx::Device::cpu);
+        mx::eval(parts);
+        const auto expect_equal = [&](const std::byte* got, size_t part, int t, size_t head, size_t size) {
+          const auto* all = reinterpret_cast<const std::byte*>(part == 0 ? static_cast<const void*>(parts[0].data<uint32_t>())
+                                                                         : parts[part].data<void>());
+          const size_t at = size_t(kSegmentTokens) * (head % 2) + size_t(t % kSegmentTokens);
+          ASSERT_EQ(0, std::memcmp(got + at * size, all + (size_t(t) * 6 + head) * size, size))
+              << "part " << part << " token " << t << " head " << head;
+        };
+        for (int t = 0; t < kTokens; ++t) {
+          const KvRunView& run = cache.runs[size_t(t / kSegmentTokens)];
+          for (size_t head = 2; head < 6; ++head) {
+            expect_equal(head < 4 ? run.keys : run.values, 0, t, head, words);
+            expect_equal(head < 4 ? run.key_scales : run.value_scales, 1, t, head, scales);
+            expect_equal(head < 4 ? run.key_biases : run.value_biases, 2, t, head, scales);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(KernelsAttention, NoRotation) {
   Options options;
   options.rope_dims = 0;
@@ -322,7 +474,7 @@ TEST(KernelsAttention, StoresRounded) {
 
 TEST(KernelsAttention, BitsDependOnNeitherChunksNorThreads) {
   ThreadPool one(1), two(2), three(3);
-  for (int variant = 0; variant < 6; ++variant) {
+  for (int variant = 0; variant < 10; ++variant) {
     SCOPED_TRACE(variant);
     Options options;
     options.heads = 9;
@@ -348,6 +500,13 @@ TEST(KernelsAttention, BitsDependOnNeitherChunksNorThreads) {
       options.dim = 96;
       options.window = 1;
     }
+    if (variant >= 6) {  // 8 and 4 bits, head dims 64 and 128
+      options.bits = variant % 2 == 0 ? 8 : 4;
+      options.dim = variant < 8 ? 64 : 128;
+      options.group = variant == 7 ? 32 : 64;
+      options.dtype = variant == 9 ? KvDtype::kBF16 : KvDtype::kF16;
+      options.window = variant == 8 ? 300 : 0;
+    }
     const Model model(options);
     const int n = variant == 0 ? 1100 : 580;  // more than one superblock
     const std::vector<float> source = model.tokens(n, unsigned(20 + variant));
@@ -365,8 +524,9 @@ TEST(KernelsAttention, BitsDependOnNeitherChunksNorThreads) {
   }
 }
 
-TEST(KernelsAttention, BitsDependOnNoNeighbour) {
+void check_neighbours(int bits) {
   Options options;
+  options.bits = bits;
   options.heads = 9;
   options.kv_heads = 3;
   options.window = 700;
@@ -408,6 +568,13 @@ TEST(KernelsAttention, BitsDependOnNoNeighbour) {
   }
 }
 
+TEST(KernelsAttention, BitsDependOnNoNeighbour) {
+  for (int bits : {0, 8, 4}) {
+    SCOPED_TRACE(bits);
+    check_neighbours(bits);
+  }
+}
+
 // What a row may not see has no influence, whatever it is.
 TEST(KernelsAttention, InfiniteValuesOfLaterTokensDontReachBack) {
   const Model model(Options{});
@@ -425,19 +592,22 @@ TEST(KernelsAttention, InfiniteValuesOfLaterTokensDontReachBack) {
 }
 
 TEST(KernelsAttention, RunsBehindTheWindowMayBeMissing) {
-  Options options;
-  options.window = 100;
-  const Model model(options);
-  const std::vector<float> source = model.tokens(800, 5);
-  Cache cache(model.spec, 800);
-  const std::vector<float> expected = run_in_chunks(ThreadPool::shared(), model, source, 800, 800, cache);
-  std::vector<float> qkv = source, out(expected.size());
-  std::vector<KvRunView> runs = cache.runs;
-  runs[0] = runs[1] = {nullptr, nullptr};
-  const AttentionSequence sequence{700, 100, 700, runs};
-  attention(qkv.data(), model.spec, std::span(&sequence, 1), out.data());
-  EXPECT_EQ(0, std::memcmp(out.data() + 700 * model.out_width(), expected.data() + 700 * model.out_width(),
-                           100 * model.out_width() * sizeof(float)));
+  for (int bits : {0, 8, 4}) {
+    Options options;
+    options.window = 100;
+    options.bits = bits;
+    const Model model(options);
+    const std::vector<float> source = model.tokens(800, 5);
+    Cache cache(model.spec, 800);
+    const std::vector<float> expected = run_in_chunks(ThreadPool::shared(), model, source, 800, 800, cache);
+    std::vector<float> qkv = source, out(expected.size());
+    std::vector<KvRunView> runs = cache.runs;
+    runs[0] = runs[1] = {nullptr, nullptr};
+    const AttentionSequence sequence{700, 100, 700, runs};
+    attention(qkv.data(), model.spec, std::span(&sequence, 1), out.data());
+    EXPECT_EQ(0, std::memcmp(out.data() + 700 * model.out_width(), expected.data() + 700 * model.out_width(),
+                             100 * model.out_width() * sizeof(float)));
+  }
 }
 
 TEST(KernelsAttention, NothingToDo) {
@@ -454,6 +624,36 @@ TEST(KernelsAttention, RejectsWhatCantBe) {
   EXPECT_THROW(attention(qkv.data(), model.spec, std::span(&uncovered, 1), out.data()), Error);
   model.spec.kv_dtype = KvDtype::kU32;
   EXPECT_THROW(attention(qkv.data(), model.spec, {}, out.data()), Error);
+}
+
+TEST(KernelsAttention, RejectsHeadsThatGroupsDontDivide) {
+  const auto message = [](int dim, int bits, int group) -> std::string {
+    Model model(Options{});
+    model.spec.head_dim = dim;
+    model.spec.kv_bits = bits;
+    model.spec.kv_group = group;
+    try {
+      attention(nullptr, model.spec, {}, nullptr);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(message(64, 8, 64), "");
+  EXPECT_NE(message(80, 8, 64).find("a head of 80 dims can't be quantized in groups of 64"), std::string::npos);
+  EXPECT_NE(message(64, 4, 128).find("a head of 64 dims can't be quantized in groups of 128"), std::string::npos);
+  EXPECT_NE(message(80, 8, 16).find("groups of 32, 64 or 128"), std::string::npos);
+  EXPECT_NE(message(64, 6, 64).find("8 or 4 bits"), std::string::npos);
+
+  Options options;
+  options.bits = 8;
+  const Model model(options);
+  Cache cache(model.spec, 1);
+  cache.runs[0].value_biases = nullptr;
+  std::vector<float> qkv(model.width()), out(model.out_width());
+  const AttentionSequence sequence{0, 1, 0, cache.runs};
+  EXPECT_THROW(attention(qkv.data(), model.spec, std::span(&sequence, 1), out.data()), Error);
 }
 
 TEST(KernelsElementwise, RmsNorm) {

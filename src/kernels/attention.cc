@@ -146,11 +146,26 @@ void check(const AttentionSpec& spec, std::span<const AttentionSequence> sequenc
   require(spec.rope.dims >= 0 && spec.rope.dims <= spec.head_dim && spec.rope.dims % 2 == 0 &&
               spec.rope.inv_freq.size() == size_t(spec.rope.dims / 2),
           "inv_freq must hold half of the rotated dims");
-  require(spec.kv_dtype != KvDtype::kU32, "quantized KV is not supported here");
+  require(spec.kv_dtype != KvDtype::kU32, "the dtype of KV, or of its scales and biases, must be f32, f16 or bf16");
+  require(spec.kv_bits == 0 || spec.kv_bits == 8 || spec.kv_bits == 4, "quantized KV has 8 or 4 bits");
+  if (spec.kv_bits != 0) {
+    require(spec.kv_group == 32 || spec.kv_group == 64 || spec.kv_group == 128, "quantized KV has groups of 32, 64 or 128");
+    if (spec.head_dim % spec.kv_group != 0) {
+      throw Error(ErrorCode::kInvalidArgument, "attention: a head of " + std::to_string(spec.head_dim) +
+                                                   " dims can't be quantized in groups of " +
+                                                   std::to_string(spec.kv_group));
+    }
+  }
   for (const AttentionSequence& sequence : sequences) {
     require(sequence.row >= 0 && sequence.n >= 0 && sequence.position >= 0, "negative row, count or position");
     require(sequence.n == 0 || sequence.runs.size() * size_t(kSegmentTokens) >= size_t(sequence.position) + size_t(sequence.n),
             "the runs don't cover the sequence");
+    if (spec.kv_bits == 0) continue;
+    for (const KvRunView& run : sequence.runs) {
+      require(run.keys == nullptr || (run.key_scales != nullptr && run.key_biases != nullptr &&
+                                      run.value_scales != nullptr && run.value_biases != nullptr),
+              "a run of quantized KV lacks its scales or biases");
+    }
   }
 }
 

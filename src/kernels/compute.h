@@ -53,14 +53,22 @@ struct AttentionSpec {
   const float* q_norm = nullptr;   ///< [head_dim] RMSNorm of each head before RoPE, or nullptr
   const float* k_norm = nullptr;
   float norm_eps = 0;
-  KvDtype kv_dtype = KvDtype::kF16;
+  KvDtype kv_dtype = KvDtype::kF16;  ///< of rows; of their scales and biases if they are quantized
+  int kv_bits = 0;                 ///< 8 or 4: rows are quantized as mx::quantize does (affine); 0 = they are not
+  int kv_group = 64;               ///< elements of a row that share a scale and a bias: 32, 64 or 128; divides head_dim
   RopeSpec rope;
 };
 
 /// Rows [first, first + kSegmentTokens) of one layer: keys and values `[H_kv, kSegmentTokens, D]`, read and written in place.
+/// Quantized: keys and values are u32 words `[H_kv, kSegmentTokens, D * kv_bits / 32]`, and each has scales and biases
+/// `[H_kv, kSegmentTokens, D / kv_group]`. Words are little-endian with the first element lowest.
 struct KvRunView {
   std::byte* keys;
   std::byte* values;
+  std::byte* key_scales = nullptr;
+  std::byte* key_biases = nullptr;
+  std::byte* value_scales = nullptr;
+  std::byte* value_biases = nullptr;
 };
 
 /// One agent's part of a batch: rows [row, row + n) of the input are its tokens at positions [position, position + n).
@@ -71,8 +79,8 @@ struct AttentionSequence {
   std::span<const KvRunView> runs;
 };
 
-/// qkv [M, (H_q + 2 H_kv) D]: normalises (if asked), rotates q and k, appends k and v to the cache in its dtype, and
-/// attends causally over the stored rows. out [M, H_q D]. qkv is scratch afterwards.
+/// qkv [M, (H_q + 2 H_kv) D]: normalises (if asked), rotates q and k, appends k and v to the cache in its dtype or
+/// quantized, and attends causally over the rows as stored. out [M, H_q D]. qkv is scratch afterwards.
 void attention(float* qkv, const AttentionSpec& spec, std::span<const AttentionSequence> sequences, float* out);
 
 }  // namespace torpor::kernels

@@ -1,0 +1,232 @@
+// KV rows as MLX stores quantized matrices, once per target: groups of `kv_group` elements along head_dim, each element
+// 8 or 4 bits in little-endian u32 words, with a scale and a bias per group. Included by attention-inl.h.
+//
+// Quantizing does what `quantize()` in MLX's mlx/backend/cpu/quantized.cpp does, in f32 and in its order of operations:
+// the words are those of mx::quantize over the f32 row, scales and biases are its own, cast to the spec's dtype. (The
+// words come from the scale before the cast, as in MLX.) A NaN becomes the bias; MLX leaves it undefined.
+
+#if defined(TORPOR_KERNELS_ATTENTION_AFFINE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TORPOR_KERNELS_ATTENTION_AFFINE_INL_H_
+#undef TORPOR_KERNELS_ATTENTION_AFFINE_INL_H_
+#else
+#define TORPOR_KERNELS_ATTENTION_AFFINE_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include <hwy/highway.h>
+
+#include "kernels/attention_rows-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace torpor::kernels {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+/// Stands for packed rows; an element is a word, moved about as a float.
+struct RowsAffine {
+  using Element = float;
+};
+
+/// Where scales and biases of one kv head's row are.
+HWY_INLINE size_t first_group(const AttentionSpec& spec, size_t head, int position) {
+  return (head * kSegmentTokens + size_t(position % kSegmentTokens)) * size_t(spec.head_dim / spec.kv_group);
+}
+
+// ---- quantizing
+
+HWY_INLINE void store_scale(KvDtype dtype, float value, std::byte* to, size_t at) {
+  switch (dtype) {
+    case KvDtype::kF32: RowsF32::store(&value, 1, reinterpret_cast<float*>(to) + at); break;
+    case KvDtype::kF16: RowsF16::store(&value, 1, reinterpret_cast<uint16_t*>(to) + at); break;
+    default: RowsBF16::store(&value, 1, reinterpret_cast<uint16_t*>(to) + at); break;
+  }
+}
+
+/// `n` elements, a multiple of 32, to `n * bits / 8` bytes.
+HWY_INLINE void quantize_group(const float* x, size_t n, int bits, uint8_t* out, float& scale_out, float& bias_out) {
+  const DF d;
+  VF low = hn::Set(d, std::numeric_limits<float>::infinity()), high = hn::Neg(low);
+  for (size_t i = 0; i < n; i += kLanes) {
+    const VF v = hn::LoadU(d, x + i);
+    low = hn::Min(v, low);
+    high = hn::Max(v, high);
+  }
+  const float minimum = hn::GetLane(hn::MinOfLanes(d, low)), maximum = hn::GetLane(hn::MaxOfLanes(d, high));
+  // MLX's rule: the edge of larger magnitude is met exactly, and zero is a level.
+  const float levels = float((1 << bits) - 1);
+  const bool negative = std::abs(minimum) > std::abs(maximum);
+  float scale = std::max((maximum - minimum) / levels, 1e-7f);
+  if (!negative) scale = -scale;
+  const float edge = negative ? minimum : maximum;
+  const float zero_level = std::rint(edge / scale);
+  float bias = 0;
+  if (zero_level != 0) {
+    scale = edge / zero_level;
+    bias = edge;
+  }
+  // Clamped first, so that adding 1.5 * 2^23 rounds to the nearest integer, ties to even, on every target.
+  const hn::RebindToSigned<DF> di;
+  const hn::Rebind<uint8_t, DF> d8;
+  const VF magic = hn::Set(d, 12582912.0f);
+  uint8_t levels_of[128];
+  uint8_t* to = bits == 8 ? out : levels_of;
+  for (size_t i = 0; i < n; i += kLanes) {
+    const VF q = hn::Div(hn::Sub(hn::LoadU(d, x + i), hn::Set(d, bias)), hn::Set(d, scale));
+    const VF clamped = hn::IfThenElseZero(hn::Ge(q, hn::Zero(d)), hn::Min(q, hn::Set(d, levels)));
+    const VF rounded = hn::Sub(hn::Add(clamped, magic), magic);
+    hn::StoreU(hn::DemoteTo(d8, hn::ConvertTo(di, rounded)), d8, to + i);
+  }
+  if (bits == 4) {
+    for (size_t i = 0; i < n / 2; ++i) out[i] = uint8_t(levels_of[2 * i] | levels_of[2 * i + 1] << 4);
+  }
+  scale_out = scale;
+  bias_out = bias;
+}
+
+/// One head's row, whose groups begin at `at`.
+HWY_INLINE void quantize_row(const AttentionSpec& spec, const float* x, std::byte* words, std::byte* scales,
+                             std::byte* biases, size_t at) {
+  const size_t group = size_t(spec.kv_group), bytes = group * size_t(spec.kv_bits) / 8;
+  for (size_t g = 0; g < size_t(spec.head_dim) / group; ++g) {
+    float scale, bias;
+    quantize_group(x + g * group, group, spec.kv_bits, reinterpret_cast<uint8_t*>(words) + (at + g) * bytes, scale, bias);
+    store_scale(spec.kv_dtype, scale, scales, at + g);
+    store_scale(spec.kv_dtype, bias, biases, at + g);
+  }
+}
+
+HWY_NOINLINE void append_affine(const AttentionJob& job, const AttentionSequence& sequence, int position, const float* k,
+                                const float* v) {
+  const AttentionSpec& spec = *job.spec;
+  const size_t dim = size_t(spec.head_dim);
+  const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
+  for (size_t h = 0; h < size_t(spec.n_kv_heads); ++h) {
+    const size_t at = first_group(spec, h, position);
+    quantize_row(spec, k + h * dim, run.keys, run.key_scales, run.key_biases, at);
+    quantize_row(spec, v + h * dim, run.values, run.value_scales, run.value_biases, at);
+  }
+}
+
+// ---- dequantizing: an element is scale * level + bias in f32
+
+/// Scales or biases [begin, end) from `at` on, to floats.
+HWY_INLINE void load_scales(KvDtype dtype, const std::byte* from, size_t at, size_t begin, size_t end, float* out) {
+  from += (at + begin) * kv_dtype_size(dtype);
+  const size_t n = end - begin;
+  switch (dtype) {
+    case KvDtype::kF32: widen<RowsF32>(reinterpret_cast<const float*>(from), n, n, 0, 1, out + begin); break;
+    case KvDtype::kF16: widen<RowsF16>(reinterpret_cast<const uint16_t*>(from), n, n, 0, 1, out + begin); break;
+    default: widen<RowsBF16>(reinterpret_cast<const uint16_t*>(from), n, n, 0, 1, out + begin); break;
+  }
+}
+
+/// [rows][groups] to [groups][kBlock].
+HWY_INLINE void transpose_scales(const float* from, size_t groups, size_t begin, size_t end, float* HWY_RESTRICT out) {
+  for (size_t j = begin; j < end; ++j) {
+    for (size_t g = 0; g < groups; ++g) out[g * kBlock + j] = from[j * groups + g];
+  }
+}
+
+/// Columns [begin, end) of transposed words [dim * kBits / 32][kBlock] to [dim][kBlock], by scales and biases
+/// [dim / group][kBlock].
+template <int kBits>
+HWY_INLINE void dequantize_keys(const float* words, const float* scales, const float* biases, size_t dim, size_t group,
+                                size_t begin, size_t end, float* HWY_RESTRICT out) {
+  const DF d;
+  const hn::RebindToSigned<DF> di;
+  const hn::RebindToUnsigned<DF> du;
+  constexpr size_t kPerWord = 32 / kBits;
+  const auto mask = hn::Set(du, (1u << kBits) - 1);
+  for (size_t i = 0; i < dim; i += kPerWord) {
+    const float* from = words + i / kPerWord * kBlock;
+    const size_t g = i / group * kBlock;
+    for (size_t j = begin / kLanes * kLanes; j < end; j += kLanes) {
+      auto word = hn::BitCast(du, hn::LoadU(d, from + j));
+      const VF scale = hn::LoadU(d, scales + g + j), bias = hn::LoadU(d, biases + g + j);
+      for (size_t e = 0; e < kPerWord; ++e) {
+        const VF level = hn::ConvertTo(d, hn::BitCast(di, hn::And(word, mask)));
+        hn::StoreU(hn::MulAdd(scale, level, bias), d, out + (i + e) * kBlock + j);
+        word = hn::ShiftRight<kBits>(word);
+      }
+    }
+  }
+}
+
+/// Rows [begin, end) of words to rows of `dim` floats, by scales and biases [kBlock][dim / group].
+template <int kBits>
+HWY_INLINE void dequantize_values(const float* words, const float* scales, const float* biases, size_t dim, size_t group,
+                                  size_t begin, size_t end, float* HWY_RESTRICT out) {
+  const size_t groups = dim / group;
+  for (size_t j = begin; j < end; ++j) {
+    const uint8_t* row = reinterpret_cast<const uint8_t*>(words) + j * dim * kBits / 8;
+    for (size_t g = 0; g < groups; ++g) {
+      const float scale_one = scales[j * groups + g], bias_one = biases[j * groups + g];
+      const uint8_t* from = row + g * group * kBits / 8;
+      float* to = out + j * dim + g * group;
+      if constexpr (kBits == 8) {
+        const DF d;
+        const hn::Rebind<int32_t, DF> di;
+        const hn::Rebind<uint8_t, DF> d8;
+        const VF scale = hn::Set(d, scale_one), bias = hn::Set(d, bias_one);
+        for (size_t i = 0; i < group; i += kLanes) {
+          const VF level = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d8, from + i)));
+          hn::StoreU(hn::MulAdd(scale, level, bias), d, to + i);
+        }
+      } else {
+        const hn::CappedTag<float, 8> d;
+        using D = decltype(d);
+        const hn::RebindToSigned<D> di;
+        const hn::RebindToUnsigned<D> du;
+        constexpr size_t N = hn::MaxLanes(d);
+        const auto scale = hn::Set(d, scale_one), bias = hn::Set(d, bias_one);
+        const auto mask = hn::Set(du, 15u), steps = hn::ShiftLeft<2>(hn::Iota(du, 0));
+        for (size_t i = 0; i < group; i += 8) {
+          uint32_t word;
+          std::memcpy(&word, from + i / 2, 4);
+          for (size_t e = 0; e < 8; e += N) {
+            const auto level = hn::And(hn::Shr(hn::Set(du, word >> (4 * e)), steps), mask);
+            hn::StoreU(hn::MulAdd(scale, hn::ConvertTo(d, hn::BitCast(di, level)), bias), d, to + i + e);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Rows [begin, end) of the block of kBlock rows at `position`: keys to [dim][kBlock], values to [kBlock][dim]. Columns of
+/// other keys are garbage or zero. `words` and `scales` are scratch.
+template <int kBits>
+HWY_NOINLINE void dequantize_block(const AttentionSpec& spec, const KvRunView& run, size_t head, int position,
+                                   const Ahead<float>& here, const Ahead<float>& ahead, const float* zeros, size_t begin,
+                                   size_t end, float* HWY_RESTRICT words, float* HWY_RESTRICT scales,
+                                   float* HWY_RESTRICT keys, float* HWY_RESTRICT values) {
+  const size_t dim = size_t(spec.head_dim), group = size_t(spec.kv_group), groups = dim / group;
+  const size_t at = first_group(spec, head, position), all = groups * kBlock;
+  float *const row_scales = scales, *const row_biases = scales + all;
+  const auto load = [&](const std::byte* scale, const std::byte* bias) {
+    load_scales(spec.kv_dtype, scale, at, begin * groups, end * groups, row_scales);
+    load_scales(spec.kv_dtype, bias, at, begin * groups, end * groups, row_biases);
+  };
+  load(run.key_scales, run.key_biases);
+  float *key_scales = row_scales, *key_biases = row_biases;
+  if (groups > 1) {
+    key_scales = scales + 2 * all;
+    key_biases = scales + 3 * all;
+    transpose_scales(row_scales, groups, begin, end, key_scales);
+    transpose_scales(row_biases, groups, begin, end, key_biases);
+  }
+  transpose_keys(here.keys, zeros, dim * kBits / 32, begin, end, ahead, words);
+  dequantize_keys<kBits>(words, key_scales, key_biases, dim, group, begin, end, keys);
+  load(run.value_scales, run.value_biases);
+  dequantize_values<kBits>(here.values, row_scales, row_biases, dim, group, begin, end, values);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace torpor::kernels
+HWY_AFTER_NAMESPACE();
+
+#endif

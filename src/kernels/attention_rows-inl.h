@@ -1,0 +1,256 @@
+// Rows of the cache as the attention kernel reads and writes them, once per target: element types, and blocks of rows
+// turned into what the products want. Included by attention-inl.h.
+
+#if defined(TORPOR_KERNELS_ATTENTION_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TORPOR_KERNELS_ATTENTION_ROWS_INL_H_
+#undef TORPOR_KERNELS_ATTENTION_ROWS_INL_H_
+#else
+#define TORPOR_KERNELS_ATTENTION_ROWS_INL_H_
+#endif
+
+#include <cstring>
+
+#include <hwy/cache_control.h>
+#include <hwy/highway.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace torpor::kernels {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF = hn::CappedTag<float, kMaxLanes>;
+using VF = hn::Vec<DF>;
+constexpr size_t kLanes = hn::MaxLanes(DF());
+
+// ---- the cache's element types
+
+struct RowsF32 {
+  using Element = float;
+  static constexpr bool kIsFloat = true;
+  template <class D>
+  static HWY_INLINE hn::Vec<D> load(D d, const float* p) {
+    return hn::LoadU(d, p);
+  }
+  static HWY_INLINE void store(const float* from, size_t n, float* to) { std::memcpy(to, from, n * sizeof(float)); }
+};
+
+struct RowsBF16 {
+  using Element = uint16_t;
+  static constexpr bool kIsFloat = false;
+  template <class D>
+  static HWY_INLINE hn::Vec<D> load(D d, const uint16_t* p) {
+    const hn::Rebind<uint32_t, D> d32;
+    const hn::Rebind<uint16_t, D> d16;
+    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, hn::LoadU(d16, p))));
+  }
+  static HWY_INLINE void store(const float* from, size_t n, uint16_t* to) {
+    for (size_t i = 0; i < n; ++i) {
+      uint32_t u;
+      std::memcpy(&u, from + i, 4);
+      const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+      to[i] = uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
+    }
+  }
+};
+
+#undef TORPOR_HAVE_F16
+#if (HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2 && !defined(HWY_DISABLE_F16C)) || HWY_TARGET == HWY_NEON
+#define TORPOR_HAVE_F16 1
+#else
+#define TORPOR_HAVE_F16 0
+#endif
+
+struct RowsF16 {
+  using Element = uint16_t;
+  static constexpr bool kIsFloat = false;
+  template <class D>
+  static HWY_INLINE hn::Vec<D> load(D d, const uint16_t* p) {
+#if TORPOR_HAVE_F16
+    const hn::Rebind<hwy::float16_t, D> d16;
+    return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
+#else
+    // Exponent and mantissa moved into place and rescaled: exact for normal and subnormal numbers; the rest by mask.
+    const hn::Rebind<uint32_t, D> d32;
+    const hn::Rebind<uint16_t, D> d16;
+    const auto half = hn::PromoteTo(d32, hn::LoadU(d16, p));
+    const auto magnitude = hn::ShiftLeft<13>(hn::And(half, hn::Set(d32, 0x7fffu)));
+    const auto sign = hn::ShiftLeft<16>(hn::And(half, hn::Set(d32, 0x8000u)));
+    const auto finite = hn::BitCast(d32, hn::Mul(hn::BitCast(d, magnitude), hn::Set(d, 0x1p112f)));
+    const auto special = hn::Or(magnitude, hn::Set(d32, 0x7f800000u));
+    const auto exponent = hn::Set(d32, 0x7c00u << 13);
+    const auto is_special = hn::Eq(hn::And(magnitude, exponent), exponent);
+    return hn::BitCast(d, hn::Or(sign, hn::IfThenElse(is_special, special, finite)));
+#endif
+  }
+  static HWY_INLINE uint16_t encode(float value) {
+    uint32_t u;
+    std::memcpy(&u, &value, 4);
+    const uint32_t sign = (u >> 16) & 0x8000;
+    u &= 0x7fffffff;
+    if (u > 0x7f800000) return uint16_t(sign | 0x7e00 | ((u >> 13) & 0x3ff));
+    if (u >= 0x477ff000) return uint16_t(sign | 0x7c00);
+    if (u >= 0x38800000) return uint16_t(sign | ((u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13));
+    // Subnormal: adding 0.5 leaves the multiple of 2^-24, rounded to even, in the low mantissa bits.
+    float magnitude;
+    std::memcpy(&magnitude, &u, 4);
+    magnitude += 0.5f;
+    std::memcpy(&u, &magnitude, 4);
+    return uint16_t(sign | (u - 0x3f000000));
+  }
+  static HWY_INLINE void store(const float* from, size_t n, uint16_t* to) {
+    size_t i = 0;
+#if TORPOR_HAVE_F16
+    const DF d;
+    const hn::Rebind<hwy::float16_t, DF> d16;
+    for (; i + kLanes <= n; i += kLanes) {
+      hn::StoreU(hn::DemoteTo(d16, hn::LoadU(d, from + i)), d16, reinterpret_cast<hwy::float16_t*>(to + i));
+    }
+#endif
+    for (; i < n; ++i) to[i] = encode(from[i]);
+  }
+};
+
+/// One element, wherever whole vectors don't fit.
+template <class Rows>
+HWY_INLINE float load_one(const typename Rows::Element* p) {
+  const hn::CappedTag<float, 1> d1;
+  return hn::GetLane(Rows::load(d1, p));
+}
+
+// ---- blocks of keys and values as f32
+
+/// Brings a block that is needed soon into the cache, piece by piece while another is transposed.
+template <class Element>
+struct Ahead {
+  const Element* keys;
+  const Element* values;
+  HWY_INLINE void fetch(size_t from, size_t n) const {
+    for (size_t i = from; i < from + n; i += 64 / sizeof(Element)) {
+      hwy::Prefetch(keys + i);
+      hwy::Prefetch(values + i);
+    }
+  }
+};
+
+/// keys [begin, end) of a block, rows of `dim`, to [dim][kBlock]. Columns of other keys are garbage or zero.
+HWY_INLINE void transpose_keys(const float* keys, const float* zeros, size_t dim, size_t begin, size_t end,
+                               const Ahead<float>& ahead, float* HWY_RESTRICT out) {
+#if HWY_TARGET == HWY_SCALAR
+  for (size_t j = begin; j < end; ++j) {
+    for (size_t i = 0; i < dim; ++i) out[i * kBlock + j] = keys[j * dim + i];
+  }
+#else
+  const hn::CappedTag<float, 8> d;
+  const hn::Repartition<double, decltype(d)> d64;
+  constexpr size_t N = hn::MaxLanes(d);
+  static_assert(N == 4 || N == 8);
+  for (size_t j = begin / N * N; j < end; j += N) {
+    const float* row[N];
+    for (size_t e = 0; e < N; ++e) row[e] = j + e >= begin && j + e < end ? keys + (j + e) * dim : zeros;
+    size_t i = 0;
+    for (; i + N <= dim; i += N) {
+      ahead.fetch(j * dim + i * N, N * N);
+      hn::Vec<decltype(d)> in[N];
+      for (size_t e = 0; e < N; ++e) in[e] = hn::LoadU(d, row[e] + i);
+      for (size_t part = 0; part < N / 4; ++part) {
+        hn::Vec<decltype(d)> a[4];
+        for (size_t e = 0; e < 4; ++e) {
+          if constexpr (N == 4) {
+            a[e] = in[e];
+          } else {
+            a[e] = part == 0 ? hn::ConcatLowerLower(d, in[e + 4], in[e]) : hn::ConcatUpperUpper(d, in[e + 4], in[e]);
+          }
+        }
+        const auto t0 = hn::BitCast(d64, hn::InterleaveLower(d, a[0], a[1]));
+        const auto t1 = hn::BitCast(d64, hn::InterleaveLower(d, a[2], a[3]));
+        const auto t2 = hn::BitCast(d64, hn::InterleaveUpper(d, a[0], a[1]));
+        const auto t3 = hn::BitCast(d64, hn::InterleaveUpper(d, a[2], a[3]));
+        float* to = out + (i + 4 * part) * kBlock + j;
+        hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, t0, t1)), d, to);
+        hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, t0, t1)), d, to + kBlock);
+        hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, t2, t3)), d, to + 2 * kBlock);
+        hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, t2, t3)), d, to + 3 * kBlock);
+      }
+    }
+    for (; i < dim; ++i) {
+      for (size_t e = 0; e < N; ++e) out[i * kBlock + j + e] = row[e][i];
+    }
+  }
+#endif
+}
+
+/// The same for elements of 16 bits: 8 by 8 in each 128-bit block.
+HWY_INLINE void transpose_keys(const uint16_t* keys, const uint16_t* zeros, size_t dim, size_t begin, size_t end,
+                               const Ahead<uint16_t>& ahead, uint16_t* HWY_RESTRICT out) {
+#if HWY_TARGET == HWY_SCALAR
+  for (size_t j = begin; j < end; ++j) {
+    for (size_t i = 0; i < dim; ++i) out[i * kBlock + j] = keys[j * dim + i];
+  }
+#else
+  const hn::CappedTag<uint16_t, 16> d;
+  using V = hn::Vec<decltype(d)>;
+  const hn::Repartition<uint32_t, decltype(d)> d32;
+  const hn::Repartition<uint64_t, decltype(d)> d64;
+  constexpr size_t N = hn::MaxLanes(d);
+  static_assert(N == 8 || N == 16);
+  for (size_t j = begin / N * N; j < end; j += N) {
+    const uint16_t* row[N];
+    for (size_t e = 0; e < N; ++e) row[e] = j + e >= begin && j + e < end ? keys + (j + e) * dim : zeros;
+    size_t i = 0;
+    for (; i + 8 <= dim; i += 8) {
+      ahead.fetch(j * dim + i * N, N * 8);
+      V a[8], b[8];
+      for (size_t e = 0; e < 8; ++e) {
+        if constexpr (N == 8) {
+          a[e] = hn::LoadU(d, row[e] + i);
+        } else {
+          const hn::Half<decltype(d)> half;
+          a[e] = hn::Combine(d, hn::LoadU(half, row[e + 8] + i), hn::LoadU(half, row[e] + i));
+        }
+      }
+      for (size_t e = 0; e < 4; ++e) {  // pairs of rows: dims 0 to 3, dims 4 to 7
+        b[e] = hn::InterleaveLower(d, a[2 * e], a[2 * e + 1]);
+        b[4 + e] = hn::InterleaveUpper(d, a[2 * e], a[2 * e + 1]);
+      }
+      for (size_t e = 0; e < 4; ++e) {  // fours: a[2 e] has dims 2 e and 2 e + 1 of rows 0 to 3, a[2 e + 1] of rows 4 to 7
+        const size_t from = e / 2 * 4;
+        for (size_t part = 0; part < 2; ++part) {
+          const auto x = hn::BitCast(d32, b[from + 2 * part]), y = hn::BitCast(d32, b[from + 2 * part + 1]);
+          a[2 * e + part] =
+              hn::BitCast(d, e % 2 == 0 ? hn::InterleaveLower(d32, x, y) : hn::InterleaveUpper(d32, x, y));
+        }
+      }
+      for (size_t e = 0; e < 4; ++e) {
+        const auto x = hn::BitCast(d64, a[2 * e]), y = hn::BitCast(d64, a[2 * e + 1]);
+        uint16_t* to = out + (i + 2 * e) * kBlock + j;
+        hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, x, y)), d, to);
+        hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, x, y)), d, to + kBlock);
+      }
+    }
+    for (; i < dim; ++i) {
+      for (size_t e = 0; e < N; ++e) out[i * kBlock + j + e] = row[e][i];
+    }
+  }
+#endif
+}
+
+/// Rows [begin, end) of `width` elements to rows of `padded` floats.
+template <class Rows>
+HWY_INLINE void widen(const typename Rows::Element* rows, size_t width, size_t padded, size_t begin, size_t end,
+                      float* HWY_RESTRICT out) {
+  const DF d;
+  for (size_t j = begin; j < end; ++j) {
+    const typename Rows::Element* from = rows + j * width;
+    float* to = out + j * padded;
+    size_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) hn::StoreU(Rows::load(d, from + i), d, to + i);
+    for (; i < width; ++i) to[i] = load_one<Rows>(from + i);
+    for (; i < padded; ++i) to[i] = 0;
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace torpor::kernels
+HWY_AFTER_NAMESPACE();
+
+#endif
