@@ -24,6 +24,8 @@ void add_turn_commands(CLI::App& app, Invocation& invocation);
 void add_agent_commands(CLI::App& app, Invocation& invocation);
 /// verify, gc, export and import.
 void add_store_commands(CLI::App& app, Invocation& invocation);
+/// bench.
+void add_bench_command(CLI::App& app, Invocation& invocation);
 
 /// Exit code of `verify` when it found damage; equals kCorruption's.
 inline constexpr int kExitDamaged = 4;

@@ -55,6 +55,7 @@ int dispatch(int argc, char** argv) {
   add_turn_commands(app, invocation);
   add_agent_commands(app, invocation);
   add_store_commands(app, invocation);
+  add_bench_command(app, invocation);
 
   try {
     app.parse(argc, argv);

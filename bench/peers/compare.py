@@ -1,0 +1,207 @@
+"""Torpor beside llama.cpp and mlx-lm: the same weights, the same machine, alternating runs.
+
+    bench/peers/prepare
+    .venv/bin/python bench/peers/compare.py [--torpor build/torpor] [--runs 5]
+
+Each case runs once with Torpor, then once with llama.cpp, and so on, so that whatever else the machine does meets both.
+Torpor warms up with a run of the same size; so does llama.cpp, but for the prompts that take it long. Printed are the medians over the rounds, the
+ratio of the medians, and the lowest and highest ratio of one pair. mlx-lm comes last, on a few tokens, because its speed
+on an x86 CPU allows no more; Torpor is measured on as few beside it. Ctrl-C ends the pairs with llama.cpp early; those
+that are complete count.
+
+All numbers go to bench/out/compare.json, the ratios as a plot to bench/out/compare.png.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OUT = ROOT / "bench" / "out"
+LLAMA_BENCH = OUT / "llama-cpp" / "build" / "bin" / "llama-bench"
+GGUF = OUT / "smollm2-135m.gguf"
+MODEL = ROOT / ".models" / "smollm2-135m"
+DECODE = 64
+MLX_LM_PREFILL, MLX_LM_DECODE = 32, 8
+
+
+@dataclass
+class Measure:
+    """One row of the report. `key` finds it in what the two programs print."""
+    key: tuple
+    label: str
+    target: float | None = None  # the least ratio that Torpor aims at
+
+
+# Command lines of one case, and what is read off them. llama.cpp's KV is f16; Torpor is told so.
+CASES = [
+    (["--prefill", "512", "--depth", "0", "--decode", DECODE], ["-p", "512", "-n", DECODE],
+     [Measure(("prefill", 512), "prefill 512", 2.0), Measure(("decode", 0), f"decode {DECODE} at depth 0", 1.5)]),
+    (["--prefill", "1", "--depth", "4096", "--decode", DECODE], ["-p", 0, "-n", DECODE, "-d", "4096"],
+     [Measure(("decode", 4096), f"decode {DECODE} at depth 4,096", 3.0)]),
+    (["--prefill", "2048,4096", "--depth", "0", "--decode", 0], ["-p", "2048,4096", "-n", 0, "--no-warmup"],
+     [Measure(("prefill", 2048), "prefill 2,048", 2.0), Measure(("prefill", 4096), "prefill 4,096, a cold prompt", 2.0)]),
+]
+PEAK = ("peak", 4096)  # memory of the last case's processes
+
+
+def run(command):
+    """Standard output, and the largest resident set that the process had, in bytes."""
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=errors)
+        try:
+            out = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:
+            process.kill()
+            process.wait()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+        process.stdout.close()
+        if process.returncode != 0:
+            errors.seek(0)
+            sys.exit(f"{' '.join(map(str, command))} failed with {process.returncode}:\n{errors.read().decode(errors='replace')}")
+    return json.loads(out), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_torpor(torpor, arguments):
+    report, peak = run([torpor, "bench", "--model", MODEL, "--kv-dtype", "f16", "--durability", "none", "--runs", 1, "--json",
+                        *arguments])
+    found = {("prefill", row["tokens"]): row["tokens_per_s"] for row in report["prefill"]}
+    found |= {("decode", row["depth"]): row["tokens_per_s"] for row in report["decode"]}
+    return found, peak
+
+
+def run_llama_cpp(threads, arguments):
+    report, peak = run([LLAMA_BENCH, "-m", GGUF, "-t", threads, "-ngl", 0, "-r", 1, "-o", "json", *arguments])
+    found = {}
+    for row in report:
+        key = ("decode", row["n_depth"]) if row["n_gen"] else ("prefill", row["n_prompt"])
+        found[key] = row["avg_ts"]
+    return found, peak
+
+
+def measure_llama_cpp(torpor, runs, threads):
+    """Per key a list of (torpor, llama.cpp), one of each run."""
+    results = {}
+    try:
+        for torpor_arguments, llama_arguments, measures in CASES:
+            for number in range(runs):
+                ours, our_peak = run_torpor(torpor, torpor_arguments)
+                theirs, their_peak = run_llama_cpp(threads, llama_arguments)
+                pairs = {measure.key: (ours[measure.key], theirs[measure.key]) for measure in measures}
+                if measures is CASES[-1][2]:
+                    pairs[PEAK] = (our_peak, their_peak)
+                for key, pair in pairs.items():
+                    results.setdefault(key, []).append(pair)
+                print(f"{number + 1} of {runs}: " + ", ".join(f"{' '.join(map(str, key))} {a:.4g} / {b:.4g} = {a / b:.2f}"
+                                                              for key, (a, b) in pairs.items()), file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    return results
+
+
+def measure_mlx_lm(torpor, rounds):
+    results = {}
+    script = Path(__file__).with_name("mlx_lm_bench.py")
+    for _ in range(rounds):
+        ours, our_peak = run_torpor(torpor, ["--prefill", MLX_LM_PREFILL, "--depth", 0, "--decode", MLX_LM_DECODE])
+        theirs, _ = run([sys.executable, script, MODEL, MLX_LM_PREFILL, MLX_LM_DECODE])
+        results.setdefault("prefill", []).append((ours["prefill", MLX_LM_PREFILL], theirs["prefill"]))
+        results.setdefault("decode", []).append((ours["decode", 0], theirs["decode"]))
+        results.setdefault("peak", []).append((our_peak, theirs["peak_bytes"]))
+    return results
+
+
+def summary(pairs):
+    ours, theirs = (statistics.median(side) for side in zip(*pairs))
+    ratios = [a / b for a, b in pairs]
+    return ours, theirs, ours / theirs, min(ratios), max(ratios)
+
+
+def cpu_name():
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return "unknown CPU"
+
+
+def report(results, mlx_lm):
+    """Markdown tables, and the rows that are plotted."""
+    print(f"\n{os.cpu_count()} cores, {cpu_name()}; SmolLM2-135M, 4-bit weights, KV f16; medians of alternating runs\n")
+    bars = []
+    if results:
+        print("| | Torpor | llama.cpp | ratio | lowest, highest | runs | target |\n|---|---:|---:|---:|---:|---:|---:|")
+    for measure in (measure for case in CASES for measure in case[2] if measure.key in results):
+        ours, theirs, ratio, low, high = summary(results[measure.key])
+        bars.append((measure.label, ratio, low, high, measure.target))
+        print(f"| {measure.label} | {ours:.1f} tok/s | {theirs:.1f} tok/s | {ratio:.2f} | {low:.2f}, {high:.2f} "
+              f"| {len(results[measure.key])} | {measure.target} |")
+    if PEAK in results:
+        ours, theirs, ratio, low, high = summary(results[PEAK])
+        print(f"| peak memory, prefill 4,096 | {ours / 1e6:.0f} MB | {theirs / 1e6:.0f} MB | {ratio:.2f} | {low:.2f}, {high:.2f} "
+              f"| {len(results[PEAK])} | |")
+    if mlx_lm:
+        print(f"\n{len(mlx_lm['prefill'])} alternating runs; mlx-lm in f32, on its CPU backend\n")
+        print("| | Torpor | mlx-lm | ratio | lowest, highest |\n|---|---:|---:|---:|---:|")
+        for key, label in (("prefill", f"prefill {MLX_LM_PREFILL}"), ("decode", f"decode {MLX_LM_DECODE} after it")):
+            ours, theirs, ratio, low, high = summary(mlx_lm[key])
+            print(f"| {label} | {ours:.1f} tok/s | {theirs:.2f} tok/s | {ratio:.0f} | {low:.0f}, {high:.0f} |")
+        ours, theirs, ratio, low, high = summary(mlx_lm["peak"])
+        print(f"| peak memory | {ours / 1e6:.0f} MB | {theirs / 1e6:.0f} MB | {ratio:.2f} | {low:.2f}, {high:.2f} |")
+    return bars
+
+
+def plot(bars, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 0.7 * len(bars) + 1.2), layout="constrained")
+    for i, (label, ratio, low, high, target) in enumerate(bars):
+        axes.barh(i, ratio, color="#3b6ea8", height=0.6, label="Torpor / llama.cpp, medians" if i == 0 else None)
+        axes.plot([low, high], [i, i], color="black", lw=1.2, label="lowest to highest pair" if i == 0 else None)
+        axes.plot([target, target], [i - 0.38, i + 0.38], color="#c0392b", lw=2, label="target" if i == 0 else None)
+        axes.text(max(ratio, high, target) + 0.05, i, f"{ratio:.2f}x", va="center")
+    axes.axvline(1, color="gray", lw=0.8, ls=":")
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(max(bar[1], bar[3], bar[4]) for bar in bars) * 1.15)
+    axes.set_xlabel("speed relative to llama.cpp (tokens/s over tokens/s)")
+    axes.set_title(f"SmolLM2-135M, 4-bit, KV f16; {os.cpu_count()} cores, {cpu_name()}", fontsize=10)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--torpor", type=Path, default=ROOT / "build" / "torpor")
+    parser.add_argument("--runs", type=int, default=5, help="pairs with llama.cpp")
+    parser.add_argument("--mlx-lm-runs", type=int, default=5, help="pairs with mlx-lm; 0 leaves it out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="llama.cpp's threads")
+    arguments = parser.parse_args()
+    for needed in (arguments.torpor, LLAMA_BENCH, GGUF):
+        if not needed.exists():
+            sys.exit(f"{needed} is not there; run `make build` and bench/peers/prepare")
+
+    results = measure_llama_cpp(arguments.torpor, arguments.runs, arguments.threads)
+    mlx_lm = measure_mlx_lm(arguments.torpor, arguments.mlx_lm_runs) if arguments.mlx_lm_runs else {}
+    (OUT / "compare.json").write_text(json.dumps({
+        "machine": f"{os.cpu_count()} cores, {cpu_name()}", "pairs": "torpor, peer",
+        "llama_cpp": {" ".join(map(str, key)): pairs for key, pairs in results.items()}, "mlx_lm": mlx_lm}, indent=1))
+    bars = report(results, mlx_lm)
+    if bars:
+        plot(bars, OUT / "compare.png")
+        print(f"\nPlot: {(OUT / 'compare.png').relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

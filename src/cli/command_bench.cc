@@ -1,0 +1,371 @@
+/// bench: how fast a model computes, saves and wakes on this machine.
+
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cerrno>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <system_error>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <mlx/memory.h>
+
+#include "cli/commands.h"
+#include "cli/interrupt.h"
+#include "cli/output.h"
+#include "torpor/cache.h"
+#include "torpor/error.h"
+#include "torpor/model.h"
+#include "torpor/store.h"
+
+namespace torpor::cli {
+namespace {
+
+constexpr const char* kAgent = "bench";
+
+const std::map<std::string, Durability> kDurabilities{
+    {"full", Durability::kFull}, {"rename", Durability::kRename}, {"none", Durability::kNone}};
+
+struct BenchOptions {
+  std::string model;
+  std::string prefill = "512,2048", depth = "0,4096";
+  int decode = 64, runs = 5;
+  std::string kv_dtype = "auto", durability = "full";
+  bool json = false;
+};
+
+struct Speed {
+  int tokens;  // prefilled, or held before the first decoded one
+  double tokens_per_s;
+};
+
+struct Transfer {
+  int tokens;
+  double ms;
+  int64_t bytes;
+};
+
+struct Report {
+  std::vector<Speed> prefill, decode;
+  std::vector<Transfer> wake, save;
+  int64_t peak_bytes = 0;
+};
+
+/// "512,2048" as numbers of at least `least`, in the order given.
+std::vector<int> parse_list(const std::string& text, const char* option, int least) {
+  std::vector<int> values;
+  const char* at = text.data();
+  const char* const end = at + text.size();
+  while (true) {
+    int value = 0;
+    const auto [stop, error] = std::from_chars(at, end, value);
+    if (error != std::errc() || value < least || (stop != end && *stop != ',')) {
+      throw Error(ErrorCode::kInvalidArgument, std::string(option) + " must be whole numbers of at least " +
+                                                   std::to_string(least) + ", separated by commas, not '" + text + "'");
+    }
+    if (std::find(values.begin(), values.end(), value) != values.end()) {
+      throw Error(ErrorCode::kInvalidArgument, std::string(option) + " names " + std::to_string(value) + " twice");
+    }
+    values.push_back(value);
+    if (stop == end) return values;
+    at = stop + 1;
+  }
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t half = values.size() / 2;
+  return values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
+}
+
+/// The largest resident set that this process has had.
+int64_t peak_bytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+  return usage.ru_maxrss;
+#else
+  return int64_t{usage.ru_maxrss} * 1024;
+#endif
+}
+
+/// Random ids that are the same in every process.
+std::vector<int32_t> random_tokens(int n, int vocab) {
+  std::vector<int32_t> tokens;
+  uint64_t state = 42;
+  for (int i = 0; i < n; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    tokens.push_back(int32_t((state >> 33) % uint64_t(vocab)));
+  }
+  return tokens;
+}
+
+/// A directory of its own under the system's temporary one.
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory() {
+    std::string name = (std::filesystem::temp_directory_path() / "torpor-bench.XXXXXX").string();
+    if (mkdtemp(name.data()) == nullptr) {
+      throw Error(ErrorCode::kIo, "can't make a temporary directory '" + name + "': " + std::strerror(errno));
+    }
+    path_ = name;
+  }
+  ~TemporaryDirectory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+/// Ends a benchmark at the next run after a signal.
+struct Interrupted {};
+
+class Bench {
+ public:
+  Bench(const BenchOptions& options, Model& model, KvDtype kv_dtype, InterruptScope& interrupt)
+      : options_(options), model_(model), layout_(model.kv_layout(kv_dtype)), identity_(model.identity()), interrupt_(interrupt) {
+    identity_.kv = kv_dtype_name(kv_dtype);
+  }
+
+  Report measure(const std::vector<int>& prefill, const std::vector<int>& depths) {
+    std::set<int> moved;  // sizes that were saved and woken
+    const auto move = [&](std::unique_ptr<KvCache> cache) {
+      if (cache->length() > 0 && moved.insert(cache->length()).second) move_cache(std::move(cache));
+    };
+    for (const int n : prefill) {
+      status("prefill of " + std::to_string(n));
+      std::unique_ptr<KvCache> cache;
+      const double ms = median_ms([&] {
+        cache = KvCache::create(layout_, model_.backend());
+        const auto tokens = random_tokens(n, model_.info().vocab_size);
+        return timed([&] { forward(*cache, tokens); });
+      });
+      report_.prefill.push_back({n, n / ms * 1000});
+      move(std::move(cache));
+    }
+    for (const int depth : options_.decode > 0 ? depths : std::vector<int>{}) {
+      status("decode at depth " + std::to_string(depth));
+      auto cache = KvCache::create(layout_, model_.backend());
+      if (depth > 0) forward(*cache, random_tokens(depth, model_.info().vocab_size));
+      report_.decode.push_back({depth, options_.decode / median_ms([&] { return decode(*cache->clone()); }) * 1000});
+      move(std::move(cache));
+    }
+    report_.peak_bytes = peak_bytes();
+    status("");
+    return std::move(report_);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  template <class F>
+  static double timed(F&& work) {
+    const auto start = Clock::now();
+    work();
+    return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+  }
+
+  /// The median of `run`'s milliseconds; the first run warms up.
+  template <class F>
+  double median_ms(F&& run) {
+    std::vector<double> times;
+    for (int i = 0; i <= options_.runs; ++i) {
+      if (interrupt_.signal() != 0) throw Interrupted();
+      const double ms = run();
+      if (i > 0) times.push_back(ms);
+    }
+    return median(std::move(times));
+  }
+
+  /// The likeliest token after `tokens`.
+  int32_t forward(KvCache& cache, std::span<const int32_t> tokens) {
+    const ForwardSequence sequence{tokens, &cache, false};
+    const mx::array logits = model_.forward({&sequence, 1});
+    cache.record_tokens(tokens);
+    const float* row = logits.data<float>();
+    return int32_t(std::max_element(row, row + model_.info().vocab_size) - row);
+  }
+
+  double decode(KvCache& cache) {
+    int32_t token = random_tokens(1, model_.info().vocab_size).front();
+    return timed([&] {
+      for (int i = 0; i < options_.decode; ++i) token = forward(cache, {&token, 1});
+    });
+  }
+
+  /// Saves into an empty store each time, then wakes from it.
+  void move_cache(std::unique_ptr<KvCache> cache) {
+    const int n = cache->length();
+    status("save and wake of " + std::to_string(n));
+    const TemporaryDirectory directory;
+    std::filesystem::path root;
+    int64_t written = 0, read = 0;
+    int run = 0;
+    const double save_ms = median_ms([&] {
+      if (!root.empty()) std::filesystem::remove_all(root);
+      root = directory.path() / std::to_string(run++);
+      Store store(root);
+      const auto lock = store.lock_agent(kAgent);
+      return timed([&] {
+        written = store.save_agent_cache(kAgent, cache->snapshot(identity_), options_.model, {},
+                                         kDurabilities.at(options_.durability)).bytes_written;
+      });
+    });
+    report_.save.push_back({n, save_ms, written});
+
+    cache.reset();
+    const double wake_ms = median_ms([&] {
+      mx::clear_cache();  // a process that wakes an agent has fresh memory
+      Store store(root);
+      return timed([&] {
+        const auto lock = store.lock_agent(kAgent);
+        LoadOptions load;
+        load.expected = &identity_;
+        load.allocate = mlx_buffer;
+        const LoadedAgent loaded = store.load_agent_cache(kAgent, load);
+        cache = KvCache::restore(loaded.snapshot, model_.backend());
+        read = loaded.bytes_read;
+      });
+    });
+    report_.wake.push_back({n, wake_ms, read});
+  }
+
+  /// What is going on, for someone who watches.
+  static void status(const std::string& what) {
+    if (isatty(STDERR_FILENO)) std::fprintf(stderr, what.empty() ? "\r\033[K" : "\r\033[K%s tokens...", what.c_str());
+  }
+
+  const BenchOptions& options_;
+  Model& model_;
+  const KvLayout layout_;
+  Identity identity_;
+  InterruptScope& interrupt_;
+  Report report_;
+};
+
+double rounded(double value) { return std::round(value * 1000) / 1000; }
+
+Json report_json(const Report& report) {
+  const auto speeds = [](const std::vector<Speed>& rows, const char* key) {
+    Json list = Json::array();
+    for (const Speed& row : rows) list.push_back({{key, row.tokens}, {"tokens_per_s", rounded(row.tokens_per_s)}});
+    return list;
+  };
+  const auto transfers = [](const std::vector<Transfer>& rows) {
+    Json list = Json::array();
+    for (const Transfer& row : rows) list.push_back({{"tokens", row.tokens}, {"ms", rounded(row.ms)}, {"bytes", row.bytes}});
+    return list;
+  };
+  return Json{{"prefill", speeds(report.prefill, "tokens")}, {"decode", speeds(report.decode, "depth")},
+              {"wake", transfers(report.wake)},              {"save", transfers(report.save)},
+              {"peak_bytes", report.peak_bytes}};
+}
+
+std::string report_table(const Report& report) {
+  std::string text;
+  char line[160];
+  const auto add = [&](const char* what, int tokens, const std::string& value, const std::string& bytes) {
+    std::snprintf(line, sizeof line, "%-8s %7d %16s %10s", what, tokens, value.c_str(), bytes.c_str());
+    text += line;
+    text.erase(text.find_last_not_of(' ') + 1);
+    text += '\n';
+  };
+  const auto speed = [](double tokens_per_s) {
+    char number[32];
+    std::snprintf(number, sizeof number, "%.1f tokens/s", tokens_per_s);
+    return std::string(number);
+  };
+  std::snprintf(line, sizeof line, "%-8s %7s %16s %10s\n", "", "TOKENS", "MEDIAN", "SIZE");
+  text += line;
+  for (const Speed& row : report.prefill) add("prefill", row.tokens, speed(row.tokens_per_s), "");
+  for (const Speed& row : report.decode) add("decode", row.tokens, speed(row.tokens_per_s), "");
+  for (const Transfer& row : report.wake) add("wake", row.tokens, human_ms(row.ms), human_bytes(row.bytes));
+  for (const Transfer& row : report.save) add("save", row.tokens, human_ms(row.ms), human_bytes(row.bytes));
+  std::snprintf(line, sizeof line, "%-8s %7s %16s %10s\n", "peak", "", "", human_bytes(report.peak_bytes).c_str());
+  return text + line;
+}
+
+std::optional<KvDtype> requested_kv_dtype(std::string name) {
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return char(std::toupper(c)); });
+  return parse_kv_dtype(name);  // nullopt for "auto"
+}
+
+int bench(const BenchOptions& options) {
+  const std::vector<int> prefill = parse_list(options.prefill, "--prefill", 1);
+  const std::vector<int> depths = parse_list(options.depth, "--depth", 0);
+
+  const auto model = Model::load(options.model);  // this thread is the one that computes
+  const int64_t longest = std::max<int64_t>(*std::max_element(prefill.begin(), prefill.end()),
+                                            int64_t(*std::max_element(depths.begin(), depths.end())) + options.decode);
+  if (const int limit = model->info().max_context; limit > 0 && longest > limit) {
+    throw Error(ErrorCode::kResourceExhausted, std::to_string(longest) + " tokens do not fit the model's context of " +
+                                                   std::to_string(limit) + "; ask for fewer");
+  }
+  InterruptScope interrupt;
+  try {
+    const KvDtype kv_dtype = requested_kv_dtype(options.kv_dtype).value_or(model->default_kv_dtype());
+    const Report report = Bench(options, *model, kv_dtype, interrupt).measure(prefill, depths);
+    if (options.json) {
+      print_json(report_json(report));
+    } else {
+      print(report_table(report));
+    }
+  } catch (const Interrupted&) {
+    return 128 + interrupt.signal();
+  }
+  return 0;
+}
+
+}  // namespace
+
+void add_bench_command(CLI::App& app, Invocation& invocation) {
+  const auto options = std::make_shared<BenchOptions>();
+  CLI::App* bench_app = app.add_subcommand("bench", "Measure how fast a model computes, saves and wakes here");
+  bench_app->add_option("--model", options->model, "Model directory, or a repo id in the local Hugging Face cache")
+      ->required()
+      ->type_name("M");
+  bench_app->add_option("--prefill", options->prefill, "Prompt lengths to measure, in tokens")
+      ->capture_default_str()
+      ->type_name("N,N");
+  bench_app->add_option("--decode", options->decode, "Tokens to decode one by one; 0 leaves decoding out")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 1 << 20))
+      ->type_name("N");
+  bench_app->add_option("--depth", options->depth, "Tokens already held when decoding begins")
+      ->capture_default_str()
+      ->type_name("N,N");
+  bench_app->add_option("--runs", options->runs, "Runs whose median is printed, after one that warms up")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1000))
+      ->type_name("N");
+  bench_app->add_option("--kv-dtype", options->kv_dtype, "What the cache is kept in: auto, f32, f16 or bf16")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"auto", "f32", "f16", "bf16"}))
+      ->type_name("TYPE");
+  bench_app->add_option("--durability", options->durability,
+                        "What a save survives: full (power cut), rename (kill -9), none")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"full", "rename", "none"}))
+      ->type_name("LEVEL");
+  bench_app->add_flag("--json", options->json, "Print one JSON object instead of the table (docs/cli.md)");
+  bench_app->callback([&invocation, options] { invocation.run = [options] { return bench(*options); }; });
+}
+
+}  // namespace torpor::cli
