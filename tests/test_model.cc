@@ -37,10 +37,11 @@ class TestCache : public KvAccess {
 
   int length() const override { return length_; }
   const KvLayout& layout() const noexcept override { return layout_; }
-  std::span<const mx::array> reserve(int n) override {
+  std::span<const KvBuffer> reserve(int n) override {
     while (int(runs_.size()) * kSegmentTokens < length_ + n) {
-      runs_.push_back(mx::zeros({int(layout_.offset(layout_.tensors.size(), kSegmentTokens))}, mx::uint8, mx::Device::cpu));
-      runs_.back().eval();
+      const size_t size = layout_.offset(layout_.tensors.size(), kSegmentTokens);
+      const std::shared_ptr<std::byte> buffer = allocate_heap_buffer(size);
+      runs_.push_back({buffer.get(), size, buffer});
     }
     return runs_;
   }
@@ -56,7 +57,7 @@ class TestCache : public KvAccess {
       const KvTensorSpec& spec = layout_.tensors[t];
       const size_t row = size_t(spec.dim) * kv_dtype_size(spec.dtype);
       for (int at = 0; at < length_; ++at) {
-        const auto* run = reinterpret_cast<const std::byte*>(runs_[size_t(at / kSegmentTokens)].data<uint8_t>());
+        const auto* run = runs_[size_t(at / kSegmentTokens)].data;
         for (int head = 0; head < spec.n_kv_heads; ++head) {
           const std::byte* from = run + layout_.offset(t, kSegmentTokens) +
                                   (size_t(head) * kSegmentTokens + size_t(at % kSegmentTokens)) * row;
@@ -79,7 +80,7 @@ class TestCache : public KvAccess {
 
   KvLayout layout_;
   int length_ = 0;
-  std::vector<mx::array> runs_;
+  std::vector<KvBuffer> runs_;
   std::map<int, mx::array> tensors_;
 };
 

@@ -1,5 +1,7 @@
 /// Every byte of a store flipped, every file cut at every length: found, named, and never decoded from.
 
+#include <fstream>
+
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -24,10 +26,11 @@ class StoreDamage : public ::testing::Test {
     const Store store(root_);
     std::string message;
     ASSERT_EQ(code_of([&] { store.load_agent_cache("a"); }, &message), ErrorCode::kCorruption) << where;
+    ASSERT_EQ(code_of([&] { store.load_agent_cache("a", {.map_segments = true}); }), ErrorCode::kCorruption) << where;
     ASSERT_NE(message.find(name), std::string::npos) << where << ": " << message;
     size_t salvaged = 0;
     const auto code = code_of([&] {
-      const auto loaded = store.load_agent_cache("a", {.salvage = true});
+      const auto loaded = store.load_agent_cache("a", {.salvage = true, .map_segments = true});
       ASSERT_TRUE(loaded.damage.has_value()) << where;
       ASSERT_TRUE(is_prefix(loaded.snapshot, kWhole)) << where;
       salvaged = loaded.snapshot.tokens.size();
@@ -118,6 +121,20 @@ TEST_F(StoreDamage, ADamagedSegmentIsWrittenAgainByTheNextSave) {
     EXPECT_EQ(result.segments_shared, 1);
     EXPECT_TRUE(same(second.load_agent_cache("a").snapshot, kWhole));
   }
+}
+
+TEST_F(StoreDamage, AMappedSegmentSpoiltInPlaceIsNotSavedAsIfItWereGood) {
+  Store store(root_);
+  const auto loaded = store.load_agent_cache("a", {.map_segments = true});
+  const auto path = root_ / std::prev(files_.end())->first;
+  const std::string& bytes = std::prev(files_.end())->second;
+  // Of the same length, so that the mapping stays whole; the middle is a row.
+  std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(std::streamoff(bytes.size() / 2));
+  file.put(char(bytes[bytes.size() / 2] ^ 1));
+  file.close();
+  ASSERT_FALSE(same(loaded.snapshot, kWhole));
+  EXPECT_EQ(code_of([&] { store.save_agent_cache("a", loaded.snapshot, "m"); }), ErrorCode::kCorruption);
 }
 
 TEST_F(StoreDamage, GcRefusesToGuess) {

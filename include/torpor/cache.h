@@ -27,7 +27,7 @@ class KvCache : public KvAccess {
  public:
   /// An empty cache of the kind `backend` computes with.
   static std::unique_ptr<KvCache> create(const KvLayout& layout, Backend backend);
-  /// The cache a snapshot was taken of. Full runs that `mlx_buffer` allocated are adopted without a copy.
+  /// The cache a snapshot was taken of. kKernels: full runs are adopted without a copy, whatever memory they are in.
   /// kInvalidArgument when the snapshot is inconsistent.
   static std::unique_ptr<KvCache> restore(const KvSnapshot& snapshot, Backend backend);
 
@@ -60,8 +60,7 @@ size_t get_cache_memory(const KvCache& cache);
 /// False with a reason when layer count, shapes, dtype or lengths disagree with each other or with `expected`.
 CacheValidation validate_cache_structure(const KvCache& cache, const KvLayout* expected = nullptr);
 
-/// A BufferAllocator over MLX's allocator: a loaded run is then adopted by KvCache::restore without a copy, and
-/// counted by MLX's own memory accounting. Any thread.
+/// A BufferAllocator over MLX's allocator: what it holds is counted by MLX's own memory accounting. Any thread.
 std::shared_ptr<std::byte> mlx_buffer(size_t size);
 
 }  // namespace torpor

@@ -99,8 +99,16 @@ struct KvSnapshot {
   void validate() const;
 };
 
+/// A run's memory as the kernels work on it. Only the run that is still open is ever written; a full one may be a
+/// read-only mapping of its segment file.
+struct KvBuffer {
+  std::byte* data = nullptr;
+  size_t size = 0;
+  std::shared_ptr<const void> owner;  ///< keeps `data` alive
+};
+
 /// Where a load puts a run: `size` writable bytes, aligned to 8. The cache room supplies MLX buffers, so that waking
-/// reads from the file straight into what attention will read. Called on the thread that called load.
+/// reads from the file straight into memory that MLX accounts for. Called on the thread that called load.
 using BufferAllocator = std::function<std::shared_ptr<std::byte>(size_t size)>;
 /// Plain aligned heap memory.
 std::shared_ptr<std::byte> allocate_heap_buffer(size_t size);

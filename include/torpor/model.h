@@ -32,9 +32,9 @@ class KvAccess {
   virtual const KvLayout& layout() const noexcept = 0;
   /// Tokens held.
   virtual int length() const = 0;
-  /// kKernels: makes room for `n` more tokens; run i is the u8 buffer of tokens [256 i, 256 (i + 1)), each of the
+  /// kKernels: makes room for `n` more tokens; run i is the buffer of tokens [256 i, 256 (i + 1)), each of the
   /// layout's size for kSegmentTokens tokens. The kernels write the new rows in place.
-  virtual std::span<const mx::array> reserve(int n) = 0;
+  virtual std::span<const KvBuffer> reserve(int n) = 0;
   /// kMlx: appends k, v `[1, H_kv, n, D]` (any float dtype; stored in the cache's) to layer `layer` and returns all of it.
   virtual std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) = 0;
   /// After evaluation: the `n` rows now count.

@@ -9,6 +9,7 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -93,6 +94,8 @@ void File::read_at(std::span<std::byte> out, uint64_t offset) const {
     offset += uint64_t(got);
   }
 }
+
+std::shared_ptr<const std::byte> File::map(uint64_t size) const { return env_->raw_map(fd_, size); }
 
 void File::write_all(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
@@ -240,6 +243,14 @@ class PosixEnv final : public Env {
   int64_t raw_write(int fd, const void* bytes, size_t size) override {
     const ssize_t put = ::write(fd, bytes, std::min(size, kMaxTransfer));
     return put < 0 ? -errno : put;
+  }
+  std::shared_ptr<const std::byte> raw_map(int fd, uint64_t size) override {
+    if (size == 0) return nullptr;
+    void* memory = ::mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, fd, 0);
+    if (memory == MAP_FAILED) return nullptr;
+    return {static_cast<const std::byte*>(memory), [size](const std::byte* p) {
+              ::munmap(const_cast<std::byte*>(p), size_t(size));
+            }};
   }
   int raw_sync(int fd) override { return sync_descriptor(fd); }
   int raw_stat_fd(int fd, FileStat& out) override {

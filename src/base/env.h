@@ -47,6 +47,9 @@ class File {
   FileStat stat() const;
   /// Fills `out` from `offset`; kCorruption when the file ends first.
   void read_at(std::span<std::byte> out, uint64_t offset) const;
+  /// The first `size` bytes as read-only memory that outlives the file's descriptor; nullptr where that can't be had (the
+  /// caller reads instead). The file must never be written or cut again.
+  std::shared_ptr<const std::byte> map(uint64_t size) const;
   void write_all(std::span<const std::byte> bytes);
   void sync() const;
   /// Reports what close reports (some file systems refuse a write only here). The destructor does not.
@@ -102,6 +105,8 @@ class Env {
   virtual int raw_close(int fd) = 0;
   virtual int64_t raw_read(int fd, void* bytes, size_t size, uint64_t offset) = 0;
   virtual int64_t raw_write(int fd, const void* bytes, size_t size) = 0;
+  /// nullptr where files can't be mapped.
+  virtual std::shared_ptr<const std::byte> raw_map(int /*fd*/, uint64_t /*size*/) { return nullptr; }
   virtual int raw_sync(int fd) = 0;
   virtual int raw_stat_fd(int fd, FileStat& out) = 0;
   virtual int raw_stat(const char* path, FileStat& out) = 0;

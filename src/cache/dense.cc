@@ -25,7 +25,7 @@ int round_up(int n) { return (n + kSegmentTokens - 1) / kSegmentTokens * kSegmen
 
 DenseKvCache::DenseKvCache(KvLayout layout) : KvCache(std::move(layout)) {}
 
-std::span<const mx::array> DenseKvCache::reserve(int) {
+std::span<const KvBuffer> DenseKvCache::reserve(int) {
   throw Error(ErrorCode::kInternal, "A dense KV cache was given to the CPU kernels; it serves MLX's own attention only.");
 }
 

@@ -16,7 +16,7 @@ class DenseKvCache : public KvCache {
   static std::unique_ptr<DenseKvCache> restore(const KvSnapshot& snapshot);
 
   int length() const override { return length_; }
-  std::span<const mx::array> reserve(int n) override;
+  std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
   void advance(int n) override { length_ += n; }
 

@@ -2,18 +2,15 @@
 
 #include <cstring>
 
-#include <mlx/memory.h>
-
-#include "cache/mlx_buffer.h"
 #include "torpor/error.h"
 
 namespace torpor {
 
 SegmentedKvCache::SegmentedKvCache(KvLayout layout) : KvCache(std::move(layout)) {}
 
-mx::array SegmentedKvCache::new_run() const {
+KvBuffer SegmentedKvCache::new_run() const {
   const std::shared_ptr<std::byte> buffer = mlx_buffer(run_bytes());
-  return *array_over(buffer, run_bytes());
+  return {buffer.get(), run_bytes(), buffer};
 }
 
 void SegmentedKvCache::copy_rows(const std::byte* from, int from_tokens, std::byte* to, int to_tokens, int n) const {
@@ -30,14 +27,12 @@ void SegmentedKvCache::copy_rows(const std::byte* from, int from_tokens, std::by
 std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& snapshot) {
   auto cache = std::make_unique<SegmentedKvCache>(snapshot.layout);
   for (const KvRun& run : snapshot.runs) {
-    // A full run in MLX's memory is adopted; anything else (the tail, foreign memory) is copied into a buffer of our own.
-    std::optional<mx::array> adopted;
-    if (run.n_tokens == kSegmentTokens) adopted = array_over(run.owner, run.bytes.size());
-    if (adopted) {
-      cache->runs_.push_back(std::move(*adopted));
+    // A full run is adopted as it is, for nobody writes it any more. The tail moves into a buffer with room to grow.
+    if (run.n_tokens == kSegmentTokens) {
+      cache->runs_.push_back({const_cast<std::byte*>(run.bytes.data()), run.bytes.size(), run.owner});
     } else {
-      mx::array buffer = cache->new_run();
-      cache->copy_rows(run.bytes.data(), run.n_tokens, bytes_of(buffer), kSegmentTokens, run.n_tokens);
+      KvBuffer buffer = cache->new_run();
+      cache->copy_rows(run.bytes.data(), run.n_tokens, buffer.data, kSegmentTokens, run.n_tokens);
       cache->runs_.push_back(std::move(buffer));
     }
   }
@@ -46,7 +41,7 @@ std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& sn
   return cache;
 }
 
-std::span<const mx::array> SegmentedKvCache::reserve(int n) {
+std::span<const KvBuffer> SegmentedKvCache::reserve(int n) {
   const size_t needed = (size_t(length_) + n + kSegmentTokens - 1) / kSegmentTokens;
   while (runs_.size() < needed) runs_.push_back(new_run());
   return {runs_.data(), needed};
@@ -65,8 +60,8 @@ std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
   const int sealed = length_ / kSegmentTokens;
   copy->runs_.assign(runs_.begin(), runs_.begin() + sealed);
   if (const int open = length_ % kSegmentTokens; open > 0) {
-    mx::array buffer = new_run();
-    copy_rows(bytes_of(runs_[sealed]), kSegmentTokens, bytes_of(buffer), kSegmentTokens, open);
+    KvBuffer buffer = new_run();
+    copy_rows(runs_[sealed].data, kSegmentTokens, buffer.data, kSegmentTokens, open);
     copy->runs_.push_back(std::move(buffer));
   }
   return copy;
@@ -82,8 +77,8 @@ void SegmentedKvCache::truncate(int n_tokens) {
   const int open = n_tokens % kSegmentTokens;
   if (open > 0 && keep < sealed_before) {
     // The cut falls inside a sealed run, which others may share: the rows that stay move to a buffer of our own.
-    mx::array buffer = new_run();
-    copy_rows(bytes_of(runs_[keep]), kSegmentTokens, bytes_of(buffer), kSegmentTokens, open);
+    KvBuffer buffer = new_run();
+    copy_rows(runs_[keep].data, kSegmentTokens, buffer.data, kSegmentTokens, open);
     runs_[keep] = std::move(buffer);
   }
   runs_.erase(runs_.begin() + keep + (open > 0 ? 1 : 0), runs_.end());
@@ -91,18 +86,18 @@ void SegmentedKvCache::truncate(int n_tokens) {
   if (int(tokens_.size()) > n_tokens) tokens_.resize(size_t(n_tokens));
 }
 
-size_t SegmentedKvCache::nbytes() const { return runs_.empty() ? 0 : mx::get_array_buffer_size(runs_); }
+size_t SegmentedKvCache::nbytes() const { return runs_.size() * run_bytes(); }
 
 KvSnapshot SegmentedKvCache::snapshot(const Identity& identity) const {
   KvSnapshot snapshot{identity, layout_, tokens_, {}};
   const int sealed = length_ / kSegmentTokens;
   for (int i = 0; i < sealed; ++i) {
-    snapshot.runs.push_back({kSegmentTokens, {bytes_of(runs_[i]), run_bytes()}, owner_of(runs_[i])});
+    snapshot.runs.push_back({kSegmentTokens, {runs_[i].data, run_bytes()}, runs_[i].owner});
   }
   if (const int open = length_ % kSegmentTokens; open > 0) {
     const size_t size = layout_.offset(layout_.tensors.size(), open);
     const std::shared_ptr<std::byte> tail = allocate_heap_buffer(size);
-    copy_rows(bytes_of(runs_[sealed]), kSegmentTokens, tail.get(), open, open);
+    copy_rows(runs_[sealed].data, kSegmentTokens, tail.get(), open, open);
     snapshot.runs.push_back({open, {tail.get(), size}, tail});
   }
   snapshot.validate();
@@ -118,8 +113,8 @@ CacheValidation SegmentedKvCache::validate() const {
     return {false, std::to_string(runs_.size()) + " segments can't hold " + std::to_string(length_) + " tokens"};
   }
   for (size_t i = 0; i < runs_.size(); ++i) {
-    if (runs_[i].size() != run_bytes()) {
-      return {false, "segment " + std::to_string(i) + " has " + std::to_string(runs_[i].size()) +
+    if (runs_[i].size != run_bytes()) {
+      return {false, "segment " + std::to_string(i) + " has " + std::to_string(runs_[i].size) +
                          " bytes, its layout needs " + std::to_string(run_bytes())};
     }
   }

@@ -16,7 +16,7 @@ class SegmentedKvCache : public KvCache {
   static std::unique_ptr<SegmentedKvCache> restore(const KvSnapshot& snapshot);
 
   int length() const override { return length_; }
-  std::span<const mx::array> reserve(int n) override;
+  std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
   void advance(int n) override;
 
@@ -28,12 +28,12 @@ class SegmentedKvCache : public KvCache {
 
  private:
   size_t run_bytes() const { return layout_.offset(layout_.tensors.size(), kSegmentTokens); }
-  mx::array new_run() const;
+  KvBuffer new_run() const;
   /// Copies the first `n` rows of every tensor between a run of `from_tokens` and one of `to_tokens` capacity.
   void copy_rows(const std::byte* from, int from_tokens, std::byte* to, int to_tokens, int n) const;
 
   int length_ = 0;
-  std::vector<mx::array> runs_;  // u8 [run_bytes()]; may reach past length_ (reserved)
+  std::vector<KvBuffer> runs_;  // of run_bytes() each; may reach past length_ (reserved)
 };
 
 }  // namespace torpor

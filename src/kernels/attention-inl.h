@@ -368,13 +368,13 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const S
     // The part of the block that any row sees; positions past it may hold anything.
     const size_t begin = size_t(std::max(0, first_key(spec, position) - block));
     const size_t end = size_t(std::min(int(kBlock), last + 1 - block));
-    const Ahead<Element> here = block_of(block), ahead = block_of(block + kBlock <= last ? block + kBlock : block);
+    const int next = block + kBlock <= last ? block + kBlock : block;
+    const Ahead<Element> here = block_of(block), ahead = block_of(next);
     const Element* zeros = reinterpret_cast<const Element*>(s.zeros);
     if constexpr (kAffine) {
-      const KvRunView& run = sequence.runs[size_t(block / kSegmentTokens)];
       const auto dequantize = spec.kv_bits == 8 ? dequantize_block<8> : dequantize_block<4>;
-      dequantize(spec, run, size_t(task.kv_head), block, here, ahead, zeros, begin, end, s.narrow_keys, s.scales, s.keys,
-                 s.values);
+      dequantize(spec, sequence, size_t(task.kv_head), block, next, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
+                 s.keys, s.values);
       attend_block<RowsF32>(job, task, position, block, s.keys, s.values, s);
     } else if constexpr (Rows::kIsFloat) {
       transpose_keys(here.keys, zeros, dim, begin, end, ahead, s.keys);

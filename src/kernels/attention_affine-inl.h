@@ -17,6 +17,7 @@
 #include <cstring>
 #include <limits>
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include "kernels/attention_rows-inl.h"
@@ -156,61 +157,72 @@ HWY_INLINE void dequantize_keys(const float* words, const float* scales, const f
   }
 }
 
+/// `n` elements of 4 bits, a multiple of 32, to bytes.
+HWY_INLINE void spread_nibbles(const uint8_t* from, size_t n, uint8_t* HWY_RESTRICT to) {
+#if HWY_TARGET == HWY_SCALAR
+  for (size_t i = 0; i < n; ++i) to[i] = uint8_t(from[i / 2] >> (i % 2 * 4) & 15);
+#else
+  const hn::CappedTag<uint8_t, 16> d;
+  const auto mask = hn::Set(d, uint8_t{15});
+  for (size_t i = 0; i < n; i += 32) {
+    const auto both = hn::LoadU(d, from + i / 2);
+    const auto even = hn::And(both, mask), odd = hn::ShiftRight<4>(both);
+    hn::StoreU(hn::InterleaveLower(d, even, odd), d, to + i);
+    hn::StoreU(hn::InterleaveUpper(d, even, odd), d, to + i + 16);
+  }
+#endif
+}
+
 /// Rows [begin, end) of words to rows of `dim` floats, by scales and biases [kBlock][dim / group].
 template <int kBits>
 HWY_INLINE void dequantize_values(const float* words, const float* scales, const float* biases, size_t dim, size_t group,
                                   size_t begin, size_t end, float* HWY_RESTRICT out) {
-  const size_t groups = dim / group;
-  for (size_t j = begin; j < end; ++j) {
-    const uint8_t* row = reinterpret_cast<const uint8_t*>(words) + j * dim * kBits / 8;
-    for (size_t g = 0; g < groups; ++g) {
-      const float scale_one = scales[j * groups + g], bias_one = biases[j * groups + g];
-      const uint8_t* from = row + g * group * kBits / 8;
-      float* to = out + j * dim + g * group;
-      if constexpr (kBits == 8) {
-        const DF d;
-        const hn::Rebind<int32_t, DF> di;
-        const hn::Rebind<uint8_t, DF> d8;
-        const VF scale = hn::Set(d, scale_one), bias = hn::Set(d, bias_one);
-        for (size_t i = 0; i < group; i += kLanes) {
-          const VF level = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d8, from + i)));
-          hn::StoreU(hn::MulAdd(scale, level, bias), d, to + i);
-        }
-      } else {
-        const hn::CappedTag<float, 8> d;
-        using D = decltype(d);
-        const hn::RebindToSigned<D> di;
-        const hn::RebindToUnsigned<D> du;
-        constexpr size_t N = hn::MaxLanes(d);
-        const auto scale = hn::Set(d, scale_one), bias = hn::Set(d, bias_one);
-        const auto mask = hn::Set(du, 15u), steps = hn::ShiftLeft<2>(hn::Iota(du, 0));
-        for (size_t i = 0; i < group; i += 8) {
-          uint32_t word;
-          std::memcpy(&word, from + i / 2, 4);
-          for (size_t e = 0; e < 8; e += N) {
-            const auto level = hn::And(hn::Shr(hn::Set(du, word >> (4 * e)), steps), mask);
-            hn::StoreU(hn::MulAdd(scale, hn::ConvertTo(d, hn::BitCast(di, level)), bias), d, to + i + e);
-          }
-        }
-      }
+  const DF d;
+  const hn::Rebind<int32_t, DF> di;
+  const hn::Rebind<uint8_t, DF> d8;
+  const size_t groups = dim / group, bytes = group * kBits / 8;
+  uint8_t spread[128];
+  for (size_t at = begin * groups; at < end * groups; ++at) {
+    const uint8_t* levels = reinterpret_cast<const uint8_t*>(words) + at * bytes;
+    if constexpr (kBits == 4) {
+      spread_nibbles(levels, group, spread);
+      levels = spread;
+    }
+    const VF scale = hn::Set(d, scales[at]), bias = hn::Set(d, biases[at]);
+    for (size_t i = 0; i < group; i += kLanes) {
+      const VF level = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d8, levels + i)));
+      hn::StoreU(hn::MulAdd(scale, level, bias), d, out + at * group + i);
     }
   }
 }
 
+/// Brings the scales and biases of the block at `position` into the cache.
+HWY_INLINE void fetch_scales(const AttentionSpec& spec, const AttentionSequence& sequence, size_t head, int position) {
+  const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
+  const size_t size = kv_dtype_size(spec.kv_dtype), at = first_group(spec, head, position) * size;
+  const size_t bytes = size_t(spec.head_dim / spec.kv_group) * kBlock * size;
+  for (const std::byte* part : {run.key_scales, run.key_biases, run.value_scales, run.value_biases}) {
+    for (size_t i = 0; i < bytes; i += 64) hwy::Prefetch(part + at + i);
+  }
+}
+
 /// Rows [begin, end) of the block of kBlock rows at `position`: keys to [dim][kBlock], values to [kBlock][dim]. Columns of
-/// other keys are garbage or zero. `words` and `scales` are scratch.
+/// other keys are garbage or zero. `words` and `scales` are scratch. The block at `next`, `ahead`, is fetched meanwhile.
 template <int kBits>
-HWY_NOINLINE void dequantize_block(const AttentionSpec& spec, const KvRunView& run, size_t head, int position,
+HWY_NOINLINE void dequantize_block(const AttentionSpec& spec, const AttentionSequence& sequence, size_t head, int position,
+                                   int next,
                                    const Ahead<float>& here, const Ahead<float>& ahead, const float* zeros, size_t begin,
                                    size_t end, float* HWY_RESTRICT words, float* HWY_RESTRICT scales,
                                    float* HWY_RESTRICT keys, float* HWY_RESTRICT values) {
   const size_t dim = size_t(spec.head_dim), group = size_t(spec.kv_group), groups = dim / group;
+  const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
   const size_t at = first_group(spec, head, position), all = groups * kBlock;
   float *const row_scales = scales, *const row_biases = scales + all;
   const auto load = [&](const std::byte* scale, const std::byte* bias) {
     load_scales(spec.kv_dtype, scale, at, begin * groups, end * groups, row_scales);
     load_scales(spec.kv_dtype, bias, at, begin * groups, end * groups, row_biases);
   };
+  fetch_scales(spec, sequence, head, next);
   load(run.key_scales, run.key_biases);
   float *key_scales = row_scales, *key_biases = row_biases;
   if (groups > 1) {

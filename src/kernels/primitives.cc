@@ -152,33 +152,23 @@ class Embedding final : public Kernel {
   std::shared_ptr<const PackedLinear> w_;
 };
 
-/// A SequenceRuns without its arrays, which are inputs of the node.
-struct SequenceShape {
-  int row = 0, n = 0, position = 0;
-  size_t n_runs = 0, key_offset = 0, value_offset = 0;
-};
+/// Where a layer's tensors are in a run; null pointers if a window has left it behind.
+KvRunView view_of(const KvBuffer& run, const SequenceRuns& at, bool quantized) {
+  std::byte* data = run.data;
+  if (data == nullptr) return {nullptr, nullptr};
+  if (!quantized) return {data + at.key_offset, data + at.value_offset};
+  return {data + at.key_offset,      data + at.value_offset,       data + at.key_scale_offset,
+          data + at.key_bias_offset, data + at.value_scale_offset, data + at.value_bias_offset};
+}
 
 class Attention final : public Kernel {
  public:
-  Attention(mx::Stream stream, std::shared_ptr<const AttentionSpec> spec, std::vector<SequenceShape> sequences)
+  Attention(mx::Stream stream, std::shared_ptr<const AttentionSpec> spec, std::vector<SequenceRuns> sequences)
       : Kernel(stream), spec_(std::move(spec)), sequences_(std::move(sequences)) {}
   const char* name() const override { return "TorporAttention"; }
 
   void run(const std::vector<mx::array>& inputs, mx::array& out) override {
     const mx::array& qkv = inputs[0];
-    std::vector<KvRunView> views;
-    views.reserve(inputs.size() - 1);
-    std::vector<AttentionSequence> sequences;
-    size_t next = 1;
-    for (const SequenceShape& s : sequences_) {
-      for (size_t i = 0; i < s.n_runs; ++i, ++next) {
-        // An empty array stands for a run that a window has left behind.
-        auto* data = inputs[next].size() == 0 ? nullptr : const_cast<std::byte*>(
-            reinterpret_cast<const std::byte*>(inputs[next].data<uint8_t>()));
-        views.push_back(data == nullptr ? KvRunView{nullptr, nullptr} : KvRunView{data + s.key_offset, data + s.value_offset});
-      }
-      sequences.push_back({s.row, s.n, s.position, {}});
-    }
     // The kernel works in qkv; if others still need it, in a copy.
     const float* from = qkv.data<float>();
     float* scratch = const_cast<float*>(from);
@@ -188,13 +178,20 @@ class Attention final : public Kernel {
       scratch = allocate(copy);
       mx::cpu::get_command_encoder(stream()).add_temporary(std::move(copy));
     }
-    dispatch([from, scratch, size, spec = spec_, shapes = sequences_, views = std::move(views),
-              sequences = std::move(sequences), y = allocate(out)]() mutable {
+    // A node is evaluated once: its share of the runs' memory moves on to the task that works on it.
+    dispatch([from, scratch, size, spec = spec_, given = std::move(sequences_), y = allocate(out)] {
       if (scratch != from) std::copy(from, from + size, scratch);
-      size_t first = 0;
-      for (size_t i = 0; i < shapes.size(); ++i) {
-        sequences[i].runs = {views.data() + first, shapes[i].n_runs};
-        first += shapes[i].n_runs;
+      std::vector<KvRunView> views;
+      std::vector<AttentionSequence> sequences;
+      size_t n_views = 0;
+      for (const SequenceRuns& s : given) n_views += s.runs.size();
+      views.reserve(n_views);  // sequences point into it
+      for (const SequenceRuns& s : given) {
+        const KvRunView* first = views.data() + views.size();
+        for (const KvBuffer& run : s.runs) {
+          views.push_back(view_of(run, s, spec->kv_bits != 0));
+        }
+        sequences.push_back({s.row, s.n, s.position, {first, s.runs.size()}});
       }
       kernels::attention(scratch, *spec, sequences, y);
     });
@@ -202,7 +199,7 @@ class Attention final : public Kernel {
 
  private:
   std::shared_ptr<const AttentionSpec> spec_;
-  std::vector<SequenceShape> sequences_;
+  std::vector<SequenceRuns> sequences_;
 };
 
 }  // namespace
@@ -253,27 +250,30 @@ mx::array embedding(const mx::array& tokens, std::shared_ptr<const PackedLinear>
 mx::array attention(const mx::array& qkv, std::shared_ptr<const AttentionSpec> spec, std::vector<SequenceRuns> sequences) {
   check_columns(qkv, (spec->n_heads + 2 * spec->n_kv_heads) * spec->head_dim, "attention");
   const mx::Stream stream = cpu_stream();
-  std::vector<mx::array> inputs{prepared(qkv, mx::float32, stream)};
-  std::vector<SequenceShape> shapes;
-  const size_t run_bytes = size_t(spec->n_kv_heads) * kSegmentTokens * spec->head_dim * kv_dtype_size(spec->kv_dtype);
-  for (SequenceRuns& s : sequences) {
+  const bool quantized = spec->kv_bits != 0;
+  if (quantized && (spec->kv_bits < 0 || spec->kv_group <= 0)) invalid("attention: quantized KV needs its bits and group.");
+  const size_t elements = size_t(spec->n_kv_heads) * kSegmentTokens * size_t(spec->head_dim);
+  const size_t element_size = kv_dtype_size(spec->kv_dtype);
+  const size_t row_bytes = quantized ? elements * size_t(spec->kv_bits) / 8 : elements * element_size;
+  const size_t scale_bytes = quantized ? elements / size_t(spec->kv_group) * element_size : 0;
+  for (const SequenceRuns& s : sequences) {
     if (s.row < 0 || s.n < 0 || s.position < 0 || s.n > qkv.shape(0) - s.row) {
       invalid("attention: a sequence lies outside the input's " + std::to_string(qkv.shape(0)) + " rows.");
     }
     const size_t needed = (size_t(s.position) + size_t(s.n) + kSegmentTokens - 1) / kSegmentTokens;
     if (s.runs.size() < needed) invalid("attention: the runs end before the sequence does.");
-    for (const mx::array& run : s.runs) {
-      if (run.dtype() != mx::uint8) invalid("attention: a run is a buffer of bytes (u8).");
-      if (run.size() != 0 && (run.nbytes() < s.key_offset + run_bytes || run.nbytes() < s.value_offset + run_bytes)) {
-        invalid("attention: a run of " + std::to_string(run.nbytes()) + " bytes is too small for its layer.");
+    const size_t scales_end =
+        std::max({s.key_scale_offset, s.key_bias_offset, s.value_scale_offset, s.value_bias_offset}) + scale_bytes;
+    const size_t end = std::max(std::max(s.key_offset, s.value_offset) + row_bytes, scales_end);
+    for (const KvBuffer& run : s.runs) {
+      if (run.data != nullptr && run.size < end) {
+        invalid("attention: a run of " + std::to_string(run.size) + " bytes is too small for its layer.");
       }
     }
-    shapes.push_back({s.row, s.n, s.position, s.runs.size(), s.key_offset, s.value_offset});
-    inputs.insert(inputs.end(), s.runs.begin(), s.runs.end());
   }
   const mx::Shape shape{qkv.shape(0), spec->n_heads * spec->head_dim};
-  return mx::array(shape, mx::float32, std::make_shared<Attention>(stream, std::move(spec), std::move(shapes)),
-                   std::move(inputs));
+  return mx::array(shape, mx::float32, std::make_shared<Attention>(stream, std::move(spec), std::move(sequences)),
+                   {prepared(qkv, mx::float32, stream)});
 }
 
 }  // namespace torpor::kernels

@@ -19,11 +19,13 @@ mx::array gated_linear(const mx::array& x, std::shared_ptr<const PackedLinear> w
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);                            // [M, K]
 mx::array embedding(const mx::array& tokens, std::shared_ptr<const PackedLinear> w);                   // [M] i32 -> [M, K]
 
-/// One agent's part of a batch; `runs` are u8 buffers of the layout's size for kSegmentTokens tokens, kept alive by the node.
+/// One agent's part of a batch; `runs` are buffers of the layout's size for kSegmentTokens tokens, kept alive by the node.
+/// One that a window has left behind may be empty.
 struct SequenceRuns {
   int row = 0, n = 0, position = 0;
-  std::vector<mx::array> runs;
+  std::vector<KvBuffer> runs;
   size_t key_offset = 0, value_offset = 0;  ///< of this layer, in each run
+  size_t key_scale_offset = 0, key_bias_offset = 0, value_scale_offset = 0, value_bias_offset = 0;  ///< if quantized
 };
 
 /// Writes the new rows into the runs in place when evaluated; a later node that reads them must depend on the result.

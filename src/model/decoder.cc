@@ -22,7 +22,7 @@ KvDtype checkpoint_dtype(const Projection& embedding) {
 /// How far one sequence has come.
 struct Progress {
   const ForwardSequence* sequence;
-  std::span<const mx::array> runs;
+  std::span<const KvBuffer> runs;
   int start = 0, done = 0;
 
   int left() const { return int(sequence->tokens.size()) - done; }

@@ -20,7 +20,7 @@ namespace torpor::model {
 /// Rows [row, row + n) of a batch are tokens of one sequence at positions [position, position + n).
 struct BatchSequence {
   KvAccess* kv = nullptr;
-  std::span<const mx::array> runs;  ///< kernels only: the cache's buffers, with room for the new rows
+  std::span<const KvBuffer> runs;  ///< kernels only: the cache's buffers, with room for the new rows
   int row = 0, n = 0, position = 0;
 };
 
@@ -62,7 +62,7 @@ class Ops {
   // The batch's life.
   virtual mx::Device device() const = 0;
   /// Room for `n` more rows, where the backend writes in place.
-  virtual std::span<const mx::array> reserve(KvAccess& kv, int n) = 0;
+  virtual std::span<const KvBuffer> reserve(KvAccess& kv, int n) = 0;
   /// Whether the caches must advance after each chunk (they append where they stand) or may once at the end.
   virtual bool advances_per_chunk() const = 0;
 };

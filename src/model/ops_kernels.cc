@@ -106,8 +106,8 @@ class KernelOps final : public Ops {
   mx::array head(const mx::array& x, const Weight& w) override { return kernels::linear(x, linear(w)); }
 
   mx::Device device() const override { return mx::Device::cpu; }
-  std::span<const mx::array> reserve(KvAccess& kv, int n) override {
-    const std::span<const mx::array> runs = kv.reserve(n);
+  std::span<const KvBuffer> reserve(KvAccess& kv, int n) override {
+    const std::span<const KvBuffer> runs = kv.reserve(n);
     if (runs.size() * size_t(kSegmentTokens) < size_t(kv.length()) + size_t(n)) {
       throw Error(ErrorCode::kInternal, "A KV cache made less room than was asked for.");
     }

@@ -121,7 +121,7 @@ class MlxOps final : public Ops {
   mx::array head(const mx::array& x, const Weight& w) override { return mx::astype(linear(w).apply(x), mx::float32); }
 
   mx::Device device() const override { return mx::default_device(); }
-  std::span<const mx::array> reserve(KvAccess&, int) override { return {}; }
+  std::span<const KvBuffer> reserve(KvAccess&, int) override { return {}; }
   bool advances_per_chunk() const override { return true; }
 
  private:

@@ -33,6 +33,35 @@ void prefer_large_pages([[maybe_unused]] std::span<std::byte> memory) {
 #endif
 }
 
+/// Where one run's rows are to be.
+struct Rows {
+  std::span<const std::byte> bytes;
+  std::span<std::byte> writable;  ///< the same, to be read into; empty for a mapping
+  std::shared_ptr<const void> owner;
+};
+
+Rows allocate_rows(size_t size, const LoadOptions& options) {
+  const std::shared_ptr<std::byte> buffer = options.allocate(size);
+  const std::span<std::byte> bytes(buffer.get(), size);
+  prefer_large_pages(bytes);
+  return {bytes, bytes, buffer};
+}
+
+Rows segment_rows(Env& env, const OpenedSegment& segment, const std::filesystem::path& path, bool open,
+                  const LoadOptions& options) {
+  const size_t size = size_t(segment.segment.file.rows_bytes());
+  if (options.map_segments) {
+    std::shared_ptr<const std::byte> mapping;
+    if (open) {
+      mapping = segment.handle.map(segment.stat.size);
+    } else if (const File again = env.open(path, OpenMode::kRead); again.stat() == segment.stat) {
+      mapping = again.map(segment.stat.size);  // another file under that name may be shorter: it is read, and found out
+    }
+    if (mapping != nullptr) return {{mapping.get() + segment.segment.file.header.data_start, size}, {}, mapping};
+  }
+  return allocate_rows(size, options);
+}
+
 }  // namespace
 
 LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options) {
@@ -91,29 +120,31 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
     }
     if (usable < runs.size() && !options.salvage) throw Error(ErrorCode::kCorruption, runs[usable].problem);
 
-    // 2. The rows, each run straight into its buffer.
-    std::vector<std::shared_ptr<std::byte>> buffers;
+    // 2. The rows, each run straight into its buffer or where it is mapped.
+    std::vector<Rows> rows;
     size_t total_bytes = 0;
     for (size_t i = 0; i < usable; ++i) {
-      const size_t size = size_t((i < n_segments ? runs[i].opened->segment.file : file).rows_bytes());
-      buffers.push_back(options.allocate(size));
-      prefer_large_pages({buffers.back().get(), size});
-      total_bytes += size;
+      rows.push_back(i < n_segments ? segment_rows(env, *runs[i].opened, segment_path(agent.info.segments[i]), keep_open, options)
+                                    : allocate_rows(size_t(file.rows_bytes()), options));
+      total_bytes += rows.back().bytes.size();
     }
     parallel_for(usable, std::min(reader_threads(), 1 + (total_bytes >> 20)), [&](size_t i) {
       try {
         if (i == n_segments) {
-          read_rows(opened.handle, file, {buffers[i].get(), size_t(file.rows_bytes())});
+          read_rows(opened.handle, file, rows[i].writable);
           return;
         }
-        OpenedSegment& segment = *runs[i].opened;
-        const std::span<std::byte> out(buffers[i].get(), size_t(segment.segment.file.rows_bytes()));
-        if (keep_open) {
-          read_rows(segment.handle, segment.segment.file, out);
+        const OpenedSegment& segment = *runs[i].opened;
+        const auto path = segment_path(agent.info.segments[i]);
+        if (rows[i].writable.empty()) {
+          check_mapped_rows(rows[i].bytes, segment.segment.file, path.string());
+        } else if (keep_open) {
+          read_rows(segment.handle, segment.segment.file, rows[i].writable);
         } else {
-          read_rows(env.open(segment_path(agent.info.segments[i]), OpenMode::kRead), segment.segment.file, out);
+          read_rows(env.open(path, OpenMode::kRead), segment.segment.file, rows[i].writable);
         }
-        remember(agent.info.segments[i], {segment.stat, segment.segment.content(), buffers[i], out.data(), false});
+        remember(agent.info.segments[i],
+                 {segment.stat, segment.segment.content(), rows[i].owner, rows[i].bytes.data(), false});
       } catch (const Error& error) {
         if (!is_damage(error)) throw;
         runs[i].problem = error.what();
@@ -128,9 +159,7 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
     for (size_t i = 0; i < usable; ++i) {
       const bool sealed = i < n_segments;
       const TorporFile& source = sealed ? runs[i].opened->segment.file : file;
-      snapshot.runs.push_back({.n_tokens = int(source.rows),
-                               .bytes = {buffers[i].get(), size_t(source.rows_bytes())},
-                               .owner = buffers[i]});
+      snapshot.runs.push_back({.n_tokens = int(source.rows), .bytes = rows[i].bytes, .owner = rows[i].owner});
       if (sealed) loaded.bytes_read += int64_t(runs[i].opened->stat.size);
     }
     for (size_t i = 0; i < n_segments; ++i) {

@@ -96,8 +96,16 @@ class Saver {
     const auto stat = store_.env.stat(path);
     if (!stat) return Found::kNothing;
     segment.file_size = stat->size;
-    if (const auto known = store_.recall(segment.name); known && known->stat == *stat) {
-      if (same_owner(known->owner, segment.run->owner) && known->bytes == segment.run->bytes.data()) return Found::kSame;
+    const auto known = store_.recall(segment.name);
+    const bool same_rows =
+        known && same_owner(known->owner, segment.run->owner) && known->bytes == segment.run->bytes.data();
+    if (same_rows && known->stat != *stat && known->content != content_digest(segment.computed_checksums(snapshot_.layout))) {
+      // A mapped segment that somebody wrote to: what is in memory is the damage.
+      throw Error(ErrorCode::kCorruption, "'" + path.string() + "' was changed while it was in use; wake the agent again, "
+                                          "which goes on from what is intact.");
+    }
+    if (known && known->stat == *stat) {
+      if (same_rows) return Found::kSame;
       if (known->content != content_digest(segment.computed_checksums(snapshot_.layout))) return Found::kOther;
       store_.remember(segment.name,
                       {known->stat, known->content, segment.run->owner, segment.run->bytes.data(), known->durable});

@@ -236,6 +236,16 @@ void read_rows(const File& file, const TorporFile& parsed, std::span<std::byte> 
                       [&](uint64_t position, size_t size) { return out.subspan(size_t(position), size); });
 }
 
+void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const std::string& file_name) {
+  for (size_t i = 0; i + 1 < parsed.header.tensors.size(); ++i) {
+    const SafetensorsTensor& tensor = parsed.header.tensors[i];
+    const auto bytes = rows.subspan(size_t(tensor.begin), size_t(tensor.end - tensor.begin));
+    if (hash_hex(bytes) != parsed.checksums[i]) {
+      corrupt(file_name, "the data of tensor '" + tensor.name + "' does not match its checksum");
+    }
+  }
+}
+
 void check_rows(const File& file, const TorporFile& parsed) {
   std::vector<std::byte> buffer(size_t(std::min<uint64_t>(kChunk, parsed.rows_bytes())));
   read_and_check_rows(file, parsed, [&](uint64_t, size_t size) { return std::span(buffer).first(size); });

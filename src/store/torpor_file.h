@@ -54,7 +54,9 @@ std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed);
 
 /// Reads the layer tensors into `out` (rows_bytes() long), checking each checksum while its bytes are in cache.
 void read_rows(const File& file, const TorporFile& parsed, std::span<std::byte> out);
-/// The same without keeping the bytes.
+/// Checks the checksums of layer tensors that are in memory.
+void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const std::string& file_name);
+/// Reads and checks without keeping the bytes.
 void check_rows(const File& file, const TorporFile& parsed);
 
 /// Checksums of the layer tensors of a run.
