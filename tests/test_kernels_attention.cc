@@ -18,6 +18,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/compute.h"
+#include "kernels/primitives.h"
 #include "kernels/thread_pool.h"
 #include "torpor/error.h"
 
@@ -608,6 +609,48 @@ TEST(KernelsAttention, RunsBehindTheWindowMayBeMissing) {
     EXPECT_EQ(0, std::memcmp(out.data() + 700 * model.out_width(), expected.data() + 700 * model.out_width(),
                              100 * model.out_width() * sizeof(float)));
   }
+}
+
+// The graph node finds a layer's six tensors in a run by their offsets.
+TEST(KernelsAttention, NodeOverQuantizedRuns) {
+  namespace mx = mlx::core;
+  Options options;
+  options.bits = 4;
+  const Model model(options);
+  constexpr int kTokens = 300;
+  const std::vector<float> source = model.tokens(kTokens, 9);
+  Cache cache(model.spec, kTokens);
+  const std::vector<float> expected = run_in_chunks(ThreadPool::shared(), model, source, kTokens, kTokens, cache);
+
+  const size_t rows = size_t(kSegmentTokens) * 64 / 2, scales = size_t(kSegmentTokens) * 2, before = 128;
+  std::vector<std::vector<std::byte>> memory(2, std::vector<std::byte>(before + 2 * (rows + 2 * scales), std::byte{0xff}));
+  SequenceRuns sequence;
+  sequence.n = kTokens;
+  for (auto& bytes : memory) sequence.runs.push_back({bytes.data(), bytes.size(), nullptr});
+  sequence.key_offset = before;  // as in a file: keys, their scales and biases, then the values'
+  sequence.key_scale_offset = before + rows;
+  sequence.key_bias_offset = sequence.key_scale_offset + scales;
+  sequence.value_offset = sequence.key_bias_offset + scales;
+  sequence.value_scale_offset = sequence.value_offset + rows;
+  sequence.value_bias_offset = sequence.value_scale_offset + scales;
+  const mx::array qkv(source.data(), {kTokens, int(model.width())}, mx::float32);
+  const auto spec = std::make_shared<const AttentionSpec>(model.spec);
+  mx::array out = attention(qkv, spec, {sequence});
+  mx::eval(out);
+  EXPECT_EQ(0, std::memcmp(out.data<float>(), expected.data(), expected.size() * sizeof(float)));
+  for (size_t i = 0; i < 2; ++i) {
+    const std::byte* at = memory[i].data();
+    const KvRunView& run = cache.runs[i];
+    EXPECT_EQ(0, std::memcmp(at + sequence.key_offset, run.keys, rows));
+    EXPECT_EQ(0, std::memcmp(at + sequence.value_offset, run.values, rows));
+    EXPECT_EQ(0, std::memcmp(at + sequence.key_scale_offset, run.key_scales, scales));
+    EXPECT_EQ(0, std::memcmp(at + sequence.key_bias_offset, run.key_biases, scales));
+    EXPECT_EQ(0, std::memcmp(at + sequence.value_scale_offset, run.value_scales, scales));
+    EXPECT_EQ(0, std::memcmp(at + sequence.value_bias_offset, run.value_biases, scales));
+    EXPECT_EQ(at[before - 1], std::byte{0xff});
+  }
+  sequence.runs[1].size -= 1;
+  EXPECT_THROW(attention(qkv, spec, {sequence}), Error);
 }
 
 TEST(KernelsAttention, NothingToDo) {

@@ -210,9 +210,8 @@ HWY_INLINE void fetch_scales(const AttentionSpec& spec, const AttentionSequence&
 /// other keys are garbage or zero. `words` and `scales` are scratch. The block at `next`, `ahead`, is fetched meanwhile.
 template <int kBits>
 HWY_NOINLINE void dequantize_block(const AttentionSpec& spec, const AttentionSequence& sequence, size_t head, int position,
-                                   int next,
-                                   const Ahead<float>& here, const Ahead<float>& ahead, const float* zeros, size_t begin,
-                                   size_t end, float* HWY_RESTRICT words, float* HWY_RESTRICT scales,
+                                   int next, const Ahead<float>& here, const Ahead<float>& ahead, const float* zeros,
+                                   size_t begin, size_t end, float* HWY_RESTRICT words, float* HWY_RESTRICT scales,
                                    float* HWY_RESTRICT keys, float* HWY_RESTRICT values) {
   const size_t dim = size_t(spec.head_dim), group = size_t(spec.kv_group), groups = dim / group;
   const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
