@@ -27,7 +27,7 @@ int main(int argc, char** argv) {
       const auto start = std::chrono::steady_clock::now();
       torpor::LoadOptions options;
       options.allocate = torpor::mlx_buffer;
-      options.map_segments = true;
+      options.map_rows = true;
       const torpor::LoadedAgent agent = store.load_agent_cache(argv[2], options);
       const auto cache = torpor::KvCache::restore(agent.snapshot, torpor::default_backend());
       const double ms =

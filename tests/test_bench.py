@@ -60,5 +60,6 @@ def test_bad_options(tiny):
     bench(tiny, "--runs", 0).fails("usage", "--runs")
     bench(tiny, "--kv-dtype", "f8").fails("usage", "--kv-dtype")
     bench(tiny, "--prefill", 5000).fails("exhausted", "5000", "4096")
+    bench(tiny, "--prefill", 8, "--depth", 0, env={"TMPDIR": "/nonexistent"}).fails("io", "TMPDIR")
     tiny.model = tiny.store.parent / "nowhere"
     bench(tiny).fails("not_found", "nowhere")

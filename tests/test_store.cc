@@ -30,7 +30,7 @@ TEST_F(StoreTest, RoundTripsEveryLengthAndDtype) {
       // A new Store: nothing may come from memory.
       const auto loaded = Store(root_).load_agent_cache(id);
       EXPECT_TRUE(same(loaded.snapshot, snapshot)) << id;
-      const auto mapped = Store(root_).load_agent_cache(id, {.map_segments = true});
+      const auto mapped = Store(root_).load_agent_cache(id, {.map_rows = true});
       EXPECT_TRUE(same(mapped.snapshot, snapshot)) << id;
       EXPECT_EQ(mapped.bytes_read, loaded.bytes_read);
       EXPECT_FALSE(loaded.damage.has_value());

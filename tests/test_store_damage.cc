@@ -26,11 +26,11 @@ class StoreDamage : public ::testing::Test {
     const Store store(root_);
     std::string message;
     ASSERT_EQ(code_of([&] { store.load_agent_cache("a"); }, &message), ErrorCode::kCorruption) << where;
-    ASSERT_EQ(code_of([&] { store.load_agent_cache("a", {.map_segments = true}); }), ErrorCode::kCorruption) << where;
+    ASSERT_EQ(code_of([&] { store.load_agent_cache("a", {.map_rows = true}); }), ErrorCode::kCorruption) << where;
     ASSERT_NE(message.find(name), std::string::npos) << where << ": " << message;
     size_t salvaged = 0;
     const auto code = code_of([&] {
-      const auto loaded = store.load_agent_cache("a", {.salvage = true, .map_segments = true});
+      const auto loaded = store.load_agent_cache("a", {.salvage = true, .map_rows = true});
       ASSERT_TRUE(loaded.damage.has_value()) << where;
       ASSERT_TRUE(is_prefix(loaded.snapshot, kWhole)) << where;
       salvaged = loaded.snapshot.tokens.size();
@@ -125,7 +125,7 @@ TEST_F(StoreDamage, ADamagedSegmentIsWrittenAgainByTheNextSave) {
 
 TEST_F(StoreDamage, AMappedSegmentSpoiltInPlaceIsNotSavedAsIfItWereGood) {
   Store store(root_);
-  const auto loaded = store.load_agent_cache("a", {.map_segments = true});
+  const auto loaded = store.load_agent_cache("a", {.map_rows = true});
   const auto path = root_ / std::prev(files_.end())->first;
   const std::string& bytes = std::prev(files_.end())->second;
   // Of the same length, so that the mapping stays whole; the middle is a row.

@@ -62,7 +62,7 @@ int wake_all(const std::string& root) {
   for (const AgentInfo& info : store.list_cached_agents()) {
     LoadOptions options;
     options.allocate = mlx_buffer;
-    options.map_segments = true;
+    options.map_rows = true;
     auto cache = KvCache::restore(store.load_agent_cache(info.agent_id, options).snapshot, model->backend());
     std::cout << info.agent_id << ' ' << continue_and_hash(*model, *cache) << std::endl;
   }

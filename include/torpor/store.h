@@ -68,10 +68,10 @@ struct LoadOptions {
   /// segment list can't be trusted is kCorruption either way.)
   bool salvage = false;
   BufferAllocator allocate = allocate_heap_buffer;
-  /// Sealed segments are mapped read-only instead of copied, where the system can: their pages are the page cache's, shared
-  /// by all agents and processes. Every checksum is checked first all the same. Segment files are never written again,
-  /// only replaced or removed, which a mapping survives; whoever cuts one short by hand under a running process crashes it.
-  bool map_segments = false;
+  /// Rows are mapped read-only instead of copied, where the system can: their pages are the page cache's, shared by all
+  /// agents and processes. Every checksum is checked first all the same. Store files are never written again, only
+  /// replaced or removed, which a mapping survives; whoever cuts one short by hand under a running process crashes it.
+  bool map_rows = false;
 };
 
 struct VerifyReport {

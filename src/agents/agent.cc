@@ -34,7 +34,7 @@ Agent& AgentManager::wake(const std::string& id) {
     options.expected = &identity_;
     options.salvage = true;
     options.allocate = mlx_buffer;
-    options.map_segments = true;
+    options.map_rows = true;
     LoadedAgent loaded = store_.load_agent_cache(id, options);
     agent.cache = KvCache::restore(loaded.snapshot, backend_);
     if (const CacheValidation sound = validate_cache_structure(*agent.cache, &layout_); !sound) {

@@ -11,10 +11,12 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <limits>
+#include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <system_error>
 #include <vector>
@@ -116,7 +118,10 @@ std::vector<int32_t> random_tokens(int n, int vocab) {
 class TemporaryDirectory {
  public:
   TemporaryDirectory() {
-    std::string name = (std::filesystem::temp_directory_path() / "torpor-bench.XXXXXX").string();
+    std::error_code error;
+    const std::filesystem::path parent = std::filesystem::temp_directory_path(error);
+    if (error) throw Error(ErrorCode::kIo, "can't find the system's temporary directory (see TMPDIR): " + error.message());
+    std::string name = (parent / "torpor-bench.XXXXXX").string();
     if (mkdtemp(name.data()) == nullptr) {
       throw Error(ErrorCode::kIo, "can't make a temporary directory '" + name + "': " + std::strerror(errno));
     }
@@ -219,7 +224,8 @@ class Bench {
     int64_t written = 0, read = 0;
     int run = 0;
     const double save_ms = median_ms([&] {
-      if (!root.empty()) std::filesystem::remove_all(root);
+      std::error_code ignored;
+      if (!root.empty()) std::filesystem::remove_all(root, ignored);  // so that one is on disk at a time
       root = directory.path() / std::to_string(run++);
       Store store(root);
       const auto lock = store.lock_agent(kAgent);

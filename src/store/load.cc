@@ -47,19 +47,24 @@ Rows allocate_rows(size_t size, const LoadOptions& options) {
   return {bytes, bytes, buffer};
 }
 
-Rows segment_rows(Env& env, const OpenedSegment& segment, const std::filesystem::path& path, bool open,
-                  const LoadOptions& options) {
-  const size_t size = size_t(segment.segment.file.rows_bytes());
-  if (options.map_segments) {
-    std::shared_ptr<const std::byte> mapping;
-    if (open) {
-      mapping = segment.handle.map(segment.stat.size);
-    } else if (const File again = env.open(path, OpenMode::kRead); again.stat() == segment.stat) {
-      mapping = again.map(segment.stat.size);  // another file under that name may be shorter: it is read, and found out
-    }
-    if (mapping != nullptr) return {{mapping.get() + segment.segment.file.header.data_start, size}, {}, mapping};
+/// The rows of an open file: where it is mapped, else memory to read them into.
+Rows file_rows(const File& handle, uint64_t file_size, const TorporFile& file, const LoadOptions& options) {
+  const size_t size = size_t(file.rows_bytes());
+  if (options.map_rows) {
+    if (const auto mapping = handle.map(file_size)) return {{mapping.get() + file.header.data_start, size}, {}, mapping};
   }
   return allocate_rows(size, options);
+}
+
+/// The same for a segment, whose file is opened again when it could not be kept open.
+Rows segment_rows(Env& env, const OpenedSegment& segment, const std::filesystem::path& path, bool open,
+                  const LoadOptions& options) {
+  const TorporFile& file = segment.segment.file;
+  if (open) return file_rows(segment.handle, segment.stat.size, file, options);
+  const File again = env.open(path, OpenMode::kRead);
+  // Another file under that name may be shorter: it is read, and found out.
+  if (again.stat() != segment.stat) return allocate_rows(size_t(file.rows_bytes()), options);
+  return file_rows(again, segment.stat.size, file, options);
 }
 
 }  // namespace
@@ -125,13 +130,17 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
     size_t total_bytes = 0;
     for (size_t i = 0; i < usable; ++i) {
       rows.push_back(i < n_segments ? segment_rows(env, *runs[i].opened, segment_path(agent.info.segments[i]), keep_open, options)
-                                    : allocate_rows(size_t(file.rows_bytes()), options));
+                                    : file_rows(opened.handle, opened.stat.size, file, options));
       total_bytes += rows.back().bytes.size();
     }
     parallel_for(usable, std::min(reader_threads(), 1 + (total_bytes >> 20)), [&](size_t i) {
       try {
         if (i == n_segments) {
-          read_rows(opened.handle, file, rows[i].writable);
+          if (rows[i].writable.empty()) {
+            check_mapped_rows(rows[i].bytes, file, opened.handle.path().string());
+          } else {
+            read_rows(opened.handle, file, rows[i].writable);
+          }
           return;
         }
         const OpenedSegment& segment = *runs[i].opened;
