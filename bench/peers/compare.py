@@ -113,7 +113,7 @@ def least_disturbed(attempt, runs):
         while len(attempts) < 2 * runs and sum(share <= QUIET for share, _ in attempts) < runs:
             pairs, share = attempt()
             attempts.append((share, pairs))
-            print(f"{len(attempts)}: " + ", ".join(f"{' '.join(map(str, key))} {a:.4g} / {b:.4g} = {a / b:.2f}"
+            print(f"{len(attempts)}: " + ", ".join(f"{key if isinstance(key, str) else ' '.join(map(str, key))} {a:.4g} / {b:.4g} = {a / b:.2f}"
                                                    for key, (a, b) in pairs.items()) + f"; others {share:.0%}",
                   file=sys.stderr, flush=True)
     except KeyboardInterrupt:
@@ -228,7 +228,7 @@ def main():
             sys.exit(f"{needed} is not there; run `make build` and bench/peers/prepare")
 
     results = measure_llama_cpp(arguments.torpor, arguments.runs, arguments.threads)
-    mlx_lm = measure_mlx_lm(arguments.torpor, arguments.mlx_lm_runs) if arguments.mlx_lm_runs else {}
+    mlx_lm = measure_mlx_lm(arguments.torpor.resolve(), arguments.mlx_lm_runs) if arguments.mlx_lm_runs else {}
     (OUT / "compare.json").write_text(json.dumps({
         "machine": f"{os.cpu_count()} cores, {cpu_name()}", "pairs": "torpor, peer, share of the cores that others used",
         "llama_cpp": {" ".join(map(str, key)): pairs for key, pairs in results.items()}, "mlx_lm": mlx_lm}, indent=1))
