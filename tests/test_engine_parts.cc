@@ -36,6 +36,11 @@ TEST(Sampler, TopPKeepsTheSmallestSufficientSet) {
   }
 }
 
+TEST(Sampler, OfEqualTokensTopPKeepsTheSmallerIds) {
+  const std::vector<float> logits(10, 0.0f);
+  for (int position = 0; position < 500; ++position) EXPECT_LT(sample(logits, {1.0f, 0.25f, 1}, position), 3);
+}
+
 TEST(Sampler, ReproducibleBySeedAndPosition) {
   const std::vector<float> logits(100, 0.0f);
   int differ = 0;

@@ -126,11 +126,11 @@ TEST_F(Directory, DamagedWeights) {
   for (const uintmax_t length : {uintmax_t(0), uintmax_t(7), uintmax_t(8), uintmax_t(100), size / 2, size - 1}) {
     SCOPED_TRACE(length);
     fs::resize_file(file, length);
-    expect(ErrorCode::kCorruption, "model.safetensors is damaged");
+    expect(ErrorCode::kCorruption, "model.safetensors' is damaged");
     copy("tiny-q4-g64");
   }
   std::ofstream(file, std::ios::app) << "x";
-  expect(ErrorCode::kCorruption, "model.safetensors is damaged");
+  expect(ErrorCode::kCorruption, "model.safetensors' is damaged");
   copy("tiny-q4-g64");
   const std::string huge = "\xff\xff\xff\xff\xff\xff\xff\xff";
   std::fstream(file, std::ios::in | std::ios::out).write(huge.data(), 8);

@@ -254,12 +254,31 @@ TEST_F(EngineTurns, LostRowsAreComputedAgainFromTheTokens) {
   fputc(byte ^ 1, file);
   fclose(file);
 
+  // A turn that ends before the lost rows are back must not put the shorter agent in the place of the whole one.
+  std::atomic<bool> cancel{true};
+  TurnRequest cut = request("a", "Go on.");
+  cut.generate.cancel = &cancel;
+  {
+    Engine engine({kModel, root_});
+    EXPECT_EQ(engine.turn(cut).finish_reason, FinishReason::kCancelled);
+    engine.sleep("a");
+  }
+
   Engine engine({kModel, root_});
   const TurnResult result = engine.turn(request("a", "Go on."));
   EXPECT_TRUE(result.damage.has_value());
   EXPECT_EQ(result.tokens.cached, 256);
   EXPECT_EQ(result.text, expected);
   EXPECT_TRUE(engine.store().verify("a").at(0).problems.empty());
+}
+
+TEST_F(EngineTurns, LookingAtAnAgentDoesNotKeepItAwake) {
+  Engine engine({kModel, root_});
+  engine.turn(request("a", "Hello."));
+  engine.sleep("a");
+  EXPECT_FALSE(engine.next_logits("a").empty());
+  EXPECT_NO_THROW(Store(root_).lock_agent("a"));
+  EXPECT_THROW(engine.next_logits("nobody"), Error);
 }
 
 TEST_F(EngineTurns, RawTurnsAndExtractorAgree) {

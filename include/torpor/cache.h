@@ -34,23 +34,32 @@ class KvCache : public KvAccess {
   /// An independent copy; sealed segments are shared, not copied.
   virtual std::unique_ptr<KvCache> clone() const = 0;
   /// Drops every token from `n_tokens` on. kInvalidArgument beyond length().
-  virtual void truncate(int n_tokens) = 0;
+  void truncate(int n_tokens);
   /// Bytes of the buffers held, those shared with other caches included.
   virtual size_t nbytes() const = 0;
   /// Evaluated bytes of every row, `identity` attached. Sealed segments are referenced, the tail is copied.
   virtual KvSnapshot snapshot(const Identity& identity) const = 0;
-  virtual CacheValidation validate() const = 0;
+  CacheValidation validate() const;
 
   /// The ids whose rows are held, one per row once record_tokens has been told of every forward.
   const std::vector<int32_t>& tokens() const noexcept { return tokens_; }
   /// Says which tokens the rows just computed belong to.
   void record_tokens(std::span<const int32_t> ids) { tokens_.insert(tokens_.end(), ids.begin(), ids.end()); }
   const KvLayout& layout() const noexcept override { return layout_; }
+  int length() const override { return length_; }
+  void advance(int n) override { length_ += n; }
 
  protected:
-  explicit KvCache(KvLayout layout) : layout_(std::move(layout)) {}
+  explicit KvCache(KvLayout layout, std::vector<int32_t> tokens = {})
+      : layout_(std::move(layout)), tokens_(std::move(tokens)), length_(int(tokens_.size())) {}
+  /// Frees rows from `n_tokens` (at most length()) on.
+  virtual void drop_rows(int n_tokens) = 0;
+  /// Whether the buffers hold what layout and length say.
+  virtual CacheValidation validate_buffers() const = 0;
+
   KvLayout layout_;
   std::vector<int32_t> tokens_;
+  int length_ = 0;  // rows held
 };
 
 /// Tokens held.

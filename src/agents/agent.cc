@@ -1,6 +1,6 @@
 #include "agents/agent.h"
 
-#include <algorithm>
+#include <charconv>
 
 #include "torpor/error.h"
 
@@ -9,6 +9,17 @@ namespace {
 
 constexpr const char* kMessagesKey = "messages";
 constexpr const char* kHistoryKey = "history_tokens";  // written only when it differs from the rows held
+
+/// A number of tokens, at most `limit`. kCorruption when `text` is none.
+size_t parse_count(const std::string& text, size_t limit) {
+  size_t count = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
+  if (error != std::errc() || end != text.data() + text.size() || count > limit) {
+    throw Error(ErrorCode::kCorruption, "The agent's count of history tokens, '" + text +
+                                            "', is not readable; delete the agent and start again.");
+  }
+  return count;
+}
 
 }  // namespace
 
@@ -43,7 +54,7 @@ Agent& AgentManager::wake(const std::string& id) {
     agent.history = std::move(loaded.tokens);
     for (const auto& [key, value] : loaded.info.user) {
       if (key == kMessagesKey) agent.messages = messages_from_json(value);
-      if (key == kHistoryKey) agent.history.resize(std::min(agent.history.size(), size_t(std::stoul(value))));
+      if (key == kHistoryKey) agent.history.resize(parse_count(value, agent.history.size()));
     }
     agent.bytes_read = loaded.bytes_read;
     agent.damage = std::move(loaded.damage);
@@ -55,7 +66,8 @@ Agent& AgentManager::wake(const std::string& id) {
 }
 
 SaveResult AgentManager::save(Agent& agent) {
-  if (!agent.dirty) return {};
+  // Until every row that a salvage lost is computed again, the damaged file is the better one: it has all the tokens.
+  if (!agent.dirty || agent.cache->tokens().size() < agent.history.size()) return {};
   std::vector<std::pair<std::string, std::string>> user = {{kMessagesKey, messages_to_json(agent.messages)}};
   if (agent.history.size() != agent.cache->tokens().size()) {
     user.emplace_back(kHistoryKey, std::to_string(agent.history.size()));

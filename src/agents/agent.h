@@ -38,7 +38,8 @@ class AgentManager {
   Agent& wake(const std::string& id);
   bool is_awake(const std::string& id) const { return awake_.count(id) != 0; }
 
-  /// Writes what changed. The agent stays awake, and dirty when the store refuses.
+  /// Writes what changed, once no row is missing that a salvage lost. The agent stays awake, and dirty when the store
+  /// refuses.
   SaveResult save(Agent& agent);
   /// Lets go of memory and lock without saving.
   void drop(const std::string& id) { awake_.erase(id); }

@@ -23,8 +23,6 @@ int round_up(int n) { return (n + kSegmentTokens - 1) / kSegmentTokens * kSegmen
 
 }  // namespace
 
-DenseKvCache::DenseKvCache(KvLayout layout) : KvCache(std::move(layout)) {}
-
 std::span<const KvBuffer> DenseKvCache::reserve(int) {
   throw Error(ErrorCode::kInternal, "A dense KV cache was given to the CPU kernels; it serves MLX's own attention only.");
 }
@@ -54,9 +52,7 @@ std::pair<mx::array, mx::array> DenseKvCache::update_and_fetch(int layer, const 
 }
 
 std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot) {
-  auto cache = std::make_unique<DenseKvCache>(snapshot.layout);
-  cache->tokens_ = snapshot.tokens;
-  cache->length_ = int(snapshot.tokens.size());
+  auto cache = std::make_unique<DenseKvCache>(snapshot.layout, snapshot.tokens);
   if (cache->length_ == 0) return cache;
   const int capacity = round_up(cache->length_);
   for (size_t t = 0; t < snapshot.layout.tensors.size(); ++t) {
@@ -81,21 +77,14 @@ std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot) 
 
 std::unique_ptr<KvCache> DenseKvCache::clone() const {
   // Arrays are values: the first append of either copy makes its own buffer.
-  auto copy = std::make_unique<DenseKvCache>(layout_);
+  auto copy = std::make_unique<DenseKvCache>(layout_, tokens_);
   copy->length_ = length_;
-  copy->tokens_ = tokens_;
   copy->tensors_ = tensors_;
   return copy;
 }
 
-void DenseKvCache::truncate(int n_tokens) {
-  if (n_tokens < 0 || n_tokens > length_) {
-    throw Error(ErrorCode::kInvalidArgument, "Can't cut a KV cache of " + std::to_string(length_) + " tokens to " +
-                                                 std::to_string(n_tokens) + ".");
-  }
-  length_ = n_tokens;
-  if (int(tokens_.size()) > n_tokens) tokens_.resize(size_t(n_tokens));
-}
+// Rows past the length are overwritten by the next append.
+void DenseKvCache::drop_rows(int) {}
 
 size_t DenseKvCache::nbytes() const {
   if (tensors_.empty()) return 0;
@@ -126,11 +115,7 @@ KvSnapshot DenseKvCache::snapshot(const Identity& identity) const {
   return snapshot;
 }
 
-CacheValidation DenseKvCache::validate() const {
-  if (int(tokens_.size()) != length_) {
-    return {false, "it has rows for " + std::to_string(length_) + " tokens but " + std::to_string(tokens_.size()) +
-                       " token ids"};
-  }
+CacheValidation DenseKvCache::validate_buffers() const {
   if (length_ > 0 && tensors_.size() != layout_.tensors.size()) {
     return {false, "it has " + std::to_string(tensors_.size()) + " tensors, its layout " +
                        std::to_string(layout_.tensors.size())};

@@ -12,24 +12,22 @@ namespace torpor {
 
 class DenseKvCache : public KvCache {
  public:
-  explicit DenseKvCache(KvLayout layout);
+  explicit DenseKvCache(KvLayout layout, std::vector<int32_t> tokens = {})
+      : KvCache(std::move(layout), std::move(tokens)) {}
   static std::unique_ptr<DenseKvCache> restore(const KvSnapshot& snapshot);
 
-  int length() const override { return length_; }
   std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
-  void advance(int n) override { length_ += n; }
 
   std::unique_ptr<KvCache> clone() const override;
-  void truncate(int n_tokens) override;
   size_t nbytes() const override;
   KvSnapshot snapshot(const Identity& identity) const override;
-  CacheValidation validate() const override;
 
  private:
+  void drop_rows(int n_tokens) override;
+  CacheValidation validate_buffers() const override;
   mx::array append(size_t tensor, const mx::array& rows);
 
-  int length_ = 0;
   std::vector<mx::array> tensors_;  // one per layout tensor, [1, H_kv, capacity, D]; empty before the first row
 };
 

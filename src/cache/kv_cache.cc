@@ -17,6 +17,24 @@ std::unique_ptr<KvCache> KvCache::restore(const KvSnapshot& snapshot, Backend ba
   return DenseKvCache::restore(snapshot);
 }
 
+void KvCache::truncate(int n_tokens) {
+  if (n_tokens < 0 || n_tokens > length_) {
+    throw Error(ErrorCode::kInvalidArgument, "Can't cut a KV cache of " + std::to_string(length_) + " tokens to " +
+                                                 std::to_string(n_tokens) + ".");
+  }
+  drop_rows(n_tokens);
+  length_ = n_tokens;
+  if (int(tokens_.size()) > n_tokens) tokens_.resize(size_t(n_tokens));
+}
+
+CacheValidation KvCache::validate() const {
+  if (int(tokens_.size()) != length_) {
+    return {false, "it has rows for " + std::to_string(length_) + " tokens but " + std::to_string(tokens_.size()) +
+                       " token ids"};
+  }
+  return validate_buffers();
+}
+
 int get_cache_size(const KvCache& cache) { return cache.length(); }
 
 size_t get_cache_memory(const KvCache& cache) { return cache.nbytes(); }

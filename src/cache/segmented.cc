@@ -6,8 +6,6 @@
 
 namespace torpor {
 
-SegmentedKvCache::SegmentedKvCache(KvLayout layout) : KvCache(std::move(layout)) {}
-
 KvBuffer SegmentedKvCache::new_run() const {
   const std::shared_ptr<std::byte> buffer = mlx_buffer(run_bytes());
   return {buffer.get(), run_bytes(), buffer};
@@ -25,7 +23,7 @@ void SegmentedKvCache::copy_rows(const std::byte* from, int from_tokens, std::by
 }
 
 std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& snapshot) {
-  auto cache = std::make_unique<SegmentedKvCache>(snapshot.layout);
+  auto cache = std::make_unique<SegmentedKvCache>(snapshot.layout, snapshot.tokens);
   for (const KvRun& run : snapshot.runs) {
     // A full run is adopted as it is, for nobody writes it any more. The tail moves into a buffer with room to grow.
     if (run.n_tokens == kSegmentTokens) {
@@ -36,8 +34,6 @@ std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& sn
       cache->runs_.push_back(std::move(buffer));
     }
   }
-  cache->tokens_ = snapshot.tokens;
-  cache->length_ = int(snapshot.tokens.size());
   return cache;
 }
 
@@ -51,12 +47,9 @@ std::pair<mx::array, mx::array> SegmentedKvCache::update_and_fetch(int, const mx
   throw Error(ErrorCode::kInternal, "A segmented KV cache was given to MLX's own attention; it serves the CPU kernels only.");
 }
 
-void SegmentedKvCache::advance(int n) { length_ += n; }
-
 std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
-  auto copy = std::make_unique<SegmentedKvCache>(layout_);
+  auto copy = std::make_unique<SegmentedKvCache>(layout_, tokens_);
   copy->length_ = length_;
-  copy->tokens_ = tokens_;
   const int sealed = length_ / kSegmentTokens;
   copy->runs_.assign(runs_.begin(), runs_.begin() + sealed);
   if (const int open = length_ % kSegmentTokens; open > 0) {
@@ -67,11 +60,7 @@ std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
   return copy;
 }
 
-void SegmentedKvCache::truncate(int n_tokens) {
-  if (n_tokens < 0 || n_tokens > length_) {
-    throw Error(ErrorCode::kInvalidArgument, "Can't cut a KV cache of " + std::to_string(length_) + " tokens to " +
-                                                 std::to_string(n_tokens) + ".");
-  }
+void SegmentedKvCache::drop_rows(int n_tokens) {
   const int sealed_before = length_ / kSegmentTokens;
   const int keep = n_tokens / kSegmentTokens;
   const int open = n_tokens % kSegmentTokens;
@@ -82,8 +71,6 @@ void SegmentedKvCache::truncate(int n_tokens) {
     runs_[keep] = std::move(buffer);
   }
   runs_.erase(runs_.begin() + keep + (open > 0 ? 1 : 0), runs_.end());
-  length_ = n_tokens;
-  if (int(tokens_.size()) > n_tokens) tokens_.resize(size_t(n_tokens));
 }
 
 size_t SegmentedKvCache::nbytes() const { return runs_.size() * run_bytes(); }
@@ -104,11 +91,7 @@ KvSnapshot SegmentedKvCache::snapshot(const Identity& identity) const {
   return snapshot;
 }
 
-CacheValidation SegmentedKvCache::validate() const {
-  if (int(tokens_.size()) != length_) {
-    return {false, "it has rows for " + std::to_string(length_) + " tokens but " + std::to_string(tokens_.size()) +
-                       " token ids"};
-  }
+CacheValidation SegmentedKvCache::validate_buffers() const {
   if (runs_.size() * kSegmentTokens < size_t(length_)) {
     return {false, std::to_string(runs_.size()) + " segments can't hold " + std::to_string(length_) + " tokens"};
   }

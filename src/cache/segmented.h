@@ -12,27 +12,25 @@ namespace torpor {
 
 class SegmentedKvCache : public KvCache {
  public:
-  explicit SegmentedKvCache(KvLayout layout);
+  explicit SegmentedKvCache(KvLayout layout, std::vector<int32_t> tokens = {})
+      : KvCache(std::move(layout), std::move(tokens)) {}
   static std::unique_ptr<SegmentedKvCache> restore(const KvSnapshot& snapshot);
 
-  int length() const override { return length_; }
   std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
-  void advance(int n) override;
 
   std::unique_ptr<KvCache> clone() const override;
-  void truncate(int n_tokens) override;
   size_t nbytes() const override;
   KvSnapshot snapshot(const Identity& identity) const override;
-  CacheValidation validate() const override;
 
  private:
+  void drop_rows(int n_tokens) override;
+  CacheValidation validate_buffers() const override;
   size_t run_bytes() const { return layout_.offset(layout_.tensors.size(), kSegmentTokens); }
   KvBuffer new_run() const;
   /// Copies the first `n` rows of every tensor between a run of `from_tokens` and one of `to_tokens` capacity.
   void copy_rows(const std::byte* from, int from_tokens, std::byte* to, int to_tokens, int n) const;
 
-  int length_ = 0;
   std::vector<KvBuffer> runs_;  // of run_bytes() each; may reach past length_ (reserved)
 };
 

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cctype>
 #include <cerrno>
 #include <charconv>
 #include <chrono>
@@ -12,7 +11,6 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -26,7 +24,9 @@
 
 #include "cli/commands.h"
 #include "cli/interrupt.h"
+#include "cli/model_options.h"
 #include "cli/output.h"
+#include "engine/sampler.h"
 #include "torpor/cache.h"
 #include "torpor/error.h"
 #include "torpor/model.h"
@@ -37,14 +37,9 @@ namespace {
 
 constexpr const char* kAgent = "bench";
 
-const std::map<std::string, Durability> kDurabilities{
-    {"full", Durability::kFull}, {"rename", Durability::kRename}, {"none", Durability::kNone}};
-
-struct BenchOptions {
-  std::string model;
+struct BenchOptions : ModelOptions {
   std::string prefill = "512,2048", depth = "0,4096";
   int decode = 64, runs = 5;
-  std::string kv_dtype = "auto", durability = "full";
   bool json = false;
 };
 
@@ -204,8 +199,7 @@ class Bench {
     const ForwardSequence sequence{tokens, &cache, false};
     const mx::array logits = model_.forward({&sequence, 1});
     cache.record_tokens(tokens);
-    const float* row = logits.data<float>();
-    return int32_t(std::max_element(row, row + model_.info().vocab_size) - row);
+    return sample({logits.data<float>(), logits.size()}, {}, cache.length());
   }
 
   double decode(KvCache& cache) {
@@ -231,20 +225,21 @@ class Bench {
       const auto lock = store.lock_agent(kAgent);
       return timed([&] {
         written = store.save_agent_cache(kAgent, cache->snapshot(identity_), options_.model, {},
-                                         kDurabilities.at(options_.durability)).bytes_written;
+                                         options_.durability()).bytes_written;
       });
     });
     report_.save.push_back({n, save_ms, written});
 
     cache.reset();
     const double wake_ms = median_ms([&] {
-      mx::clear_cache();  // a process that wakes an agent has fresh memory
+      mx::clear_cache();  // a process that wakes an agent has fresh memory for its tail
       Store store(root);
       return timed([&] {
         const auto lock = store.lock_agent(kAgent);
         LoadOptions load;
         load.expected = &identity_;
         load.allocate = mlx_buffer;
+        load.map_rows = true;
         const LoadedAgent loaded = store.load_agent_cache(kAgent, load);
         cache = KvCache::restore(loaded.snapshot, model_.backend());
         read = loaded.bytes_read;
@@ -308,11 +303,6 @@ std::string report_table(const Report& report) {
   return text + line;
 }
 
-std::optional<KvDtype> requested_kv_dtype(std::string name) {
-  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return char(std::toupper(c)); });
-  return parse_kv_dtype(name);  // nullopt for "auto"
-}
-
 int bench(const BenchOptions& options) {
   const std::vector<int> prefill = parse_list(options.prefill, "--prefill", 1);
   const std::vector<int> depths = parse_list(options.depth, "--depth", 0);
@@ -326,7 +316,7 @@ int bench(const BenchOptions& options) {
   }
   InterruptScope interrupt;
   try {
-    const KvDtype kv_dtype = requested_kv_dtype(options.kv_dtype).value_or(model->default_kv_dtype());
+    const KvDtype kv_dtype = options.kv_dtype().value_or(model->default_kv_dtype());
     const Report report = Bench(options, *model, kv_dtype, interrupt).measure(prefill, depths);
     if (options.json) {
       print_json(report_json(report));
@@ -344,9 +334,7 @@ int bench(const BenchOptions& options) {
 void add_bench_command(CLI::App& app, Invocation& invocation) {
   const auto options = std::make_shared<BenchOptions>();
   CLI::App* bench_app = app.add_subcommand("bench", "Measure how fast a model computes, saves and wakes here");
-  bench_app->add_option("--model", options->model, "Model directory, or a repo id in the local Hugging Face cache")
-      ->required()
-      ->type_name("M");
+  add_model_options(*bench_app, *options);
   bench_app->add_option("--prefill", options->prefill, "Prompt lengths to measure, in tokens")
       ->capture_default_str()
       ->type_name("N,N");
@@ -361,15 +349,6 @@ void add_bench_command(CLI::App& app, Invocation& invocation) {
       ->capture_default_str()
       ->check(CLI::Range(1, 1000))
       ->type_name("N");
-  bench_app->add_option("--kv-dtype", options->kv_dtype, "What the cache is kept in: auto, f32, f16 or bf16")
-      ->capture_default_str()
-      ->check(CLI::IsMember({"auto", "f32", "f16", "bf16"}))
-      ->type_name("TYPE");
-  bench_app->add_option("--durability", options->durability,
-                        "What a save survives: full (power cut), rename (kill -9), none")
-      ->capture_default_str()
-      ->check(CLI::IsMember({"full", "rename", "none"}))
-      ->type_name("LEVEL");
   bench_app->add_flag("--json", options->json, "Print one JSON object instead of the table (docs/cli.md)");
   bench_app->callback([&invocation, options] { invocation.run = [options] { return bench(*options); }; });
 }

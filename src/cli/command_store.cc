@@ -32,7 +32,7 @@ int verify(const std::filesystem::path& root, const std::optional<std::string>& 
     }
     print(text.empty() ? "no agents in " + root.string() + "\n" : text);
   }
-  return ok ? 0 : kExitDamaged;
+  return ok ? 0 : error_mapping(ErrorCode::kCorruption).exit_code;
 }
 
 int collect_garbage(const std::filesystem::path& root) {

@@ -10,13 +10,13 @@
 #include <fstream>
 #include <iostream>
 #include <limits>
-#include <map>
 #include <sstream>
 
 #include <CLI/CLI.hpp>
 
 #include "cli/commands.h"
 #include "cli/interrupt.h"
+#include "cli/model_options.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "torpor/engine.h"
@@ -25,31 +25,15 @@
 namespace torpor::cli {
 namespace {
 
-struct TurnOptions {
-  std::string model, agent, system, prompt, prompt_file;
+struct TurnOptions : ModelOptions {
+  std::string agent, system, prompt, prompt_file;
   bool has_system = false, has_prompt_file = false;
   bool raw = false, json = false, no_save = false;
   int max_tokens = 256;
   double temperature = 0, top_p = 1;
   uint64_t seed = 0;
   std::vector<std::string> stop;
-  std::string kv_dtype = "auto";
-  std::string durability = "full";
 };
-
-const std::map<std::string, std::optional<KvDtype>> kKvDtypes{{"auto", std::nullopt},
-                                                              {"f32", KvDtype::kF32},
-                                                              {"f16", KvDtype::kF16},
-                                                              {"bf16", KvDtype::kBF16}};
-const std::map<std::string, Durability> kDurabilities{
-    {"full", Durability::kFull}, {"rename", Durability::kRename}, {"none", Durability::kNone}};
-
-template <typename Map>
-std::vector<std::string> keys(const Map& map) {
-  std::vector<std::string> names;
-  for (const auto& [name, value] : map) names.push_back(name);
-  return names;
-}
 
 std::string read_prompt(const TurnOptions& options) {
   if (!options.has_prompt_file) return options.prompt;
@@ -158,8 +142,8 @@ EngineOptions engine_options(const TurnOptions& options, const std::filesystem::
   EngineOptions engine;
   engine.model = options.model;
   engine.store = root;
-  engine.kv_dtype = kKvDtypes.at(options.kv_dtype);
-  engine.durability = kDurabilities.at(options.durability);
+  engine.kv_dtype = options.kv_dtype();
+  engine.durability = options.durability();
   return engine;
 }
 
@@ -268,9 +252,7 @@ int chat(const TurnOptions& options, const std::filesystem::path& root) {
 }
 
 void add_common(CLI::App& app, TurnOptions& options) {
-  app.add_option("--model", options.model, "Model directory, or a repo id in the local Hugging Face cache")
-      ->required()
-      ->type_name("M");
+  add_model_options(app, options);
   app.add_option("--agent", options.agent, "The agent's name; made if new")->required()->type_name("ID");
   app.add_option("--system", options.system, "System message of a new agent")->type_name("S");
   app.add_option("--max-tokens", options.max_tokens, "Longest answer, in tokens")
@@ -293,15 +275,6 @@ void add_common(CLI::App& app, TurnOptions& options) {
       ->type_name("S");
   app.add_flag("--raw", options.raw, "Append what the user says as it stands, without the chat template");
   app.add_flag("--json", options.json, "Print one JSON object per turn instead of the text (docs/cli.md)");
-  app.add_option("--kv-dtype", options.kv_dtype, "What the agent's cache is kept in: auto, f32, f16 or bf16")
-      ->capture_default_str()
-      ->check(CLI::IsMember(keys(kKvDtypes)))
-      ->type_name("TYPE");
-  app.add_option("--durability", options.durability,
-                 "What a save survives: full (power cut), rename (kill -9), none")
-      ->capture_default_str()
-      ->check(CLI::IsMember(keys(kDurabilities)))
-      ->type_name("LEVEL");
 }
 
 }  // namespace

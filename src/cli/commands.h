@@ -27,8 +27,6 @@ void add_store_commands(CLI::App& app, Invocation& invocation);
 /// bench.
 void add_bench_command(CLI::App& app, Invocation& invocation);
 
-/// Exit code of `verify` when it found damage; equals kCorruption's.
-inline constexpr int kExitDamaged = 4;
 /// Exit code for a command line that can't be understood.
 inline constexpr int kExitUsage = 2;
 

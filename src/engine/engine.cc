@@ -87,7 +87,7 @@ TurnResult Engine::Impl::turn(const TurnRequest& request) {
     TurnResult result = turn_awake(agent, request, start, wake_ms);
     if (!was_awake) result.bytes.read = agent.bytes_read;
     return result;
-  } catch (const Error&) {
+  } catch (...) {
     // An agent that this turn woke and did not change goes back to sleep; one that is unsaved stays.
     if (!was_awake && !agent.dirty) agents->drop(request.agent);
     throw;
@@ -200,14 +200,13 @@ std::vector<float> Engine::next_logits(const std::string& id) {
     if (!was_awake && !impl_->store.contains(id)) {
       throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in " + impl_->store.root().string() + ".");
     }
-    const Agent& agent = impl_->agents->wake(id);
-    const std::unique_ptr<KvCache> copy = agent.cache->clone();
+    const std::unique_ptr<KvCache> copy = impl_->agents->wake(id).cache->clone();
+    if (!was_awake) impl_->agents->drop(id);
     if (copy->length() == 0) throw Error(ErrorCode::kInvalidArgument, "Agent '" + id + "' holds no tokens yet.");
     const int32_t last = copy->tokens().back();
     copy->truncate(copy->length() - 1);
     const ForwardSequence sequence{{&last, 1}, copy.get(), false};
     const mx::array logits = impl_->model->forward({&sequence, 1});
-    if (!was_awake) impl_->agents->drop(id);
     return std::vector<float>(logits.data<float>(), logits.data<float>() + logits.size());
   });
 }

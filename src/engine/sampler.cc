@@ -41,16 +41,23 @@ int32_t sample(std::span<const float> logits, const SamplingOptions& options, in
   }
   double total = std::accumulate(weights.begin(), weights.end(), 0.0);
 
-  // Nucleus sampling (Holtzman et al. 2020): the most probable tokens, until their probability reaches top_p.
+  // Nucleus sampling (Holtzman et al. 2020): the most probable tokens, until their probability reaches top_p. A heap gives
+  // them one by one, for they are few; of equals the smaller id comes first.
   std::vector<int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
   if (options.top_p < 1) {
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return weights[a] > weights[b]; });
-    double kept = 0;
-    size_t n = 0;
-    while (n < order.size() && kept < options.top_p * total) kept += weights[order[n++]];
-    order.resize(std::max<size_t>(n, 1));
-    total = kept;
+    const auto below = [&](int32_t a, int32_t b) {
+      return weights[a] < weights[b] || (weights[a] == weights[b] && a > b);
+    };
+    std::make_heap(order.begin(), order.end(), below);
+    const double wanted = options.top_p * total;
+    auto rest = order.end();
+    for (total = 0; total < wanted && rest != order.begin();) {
+      std::pop_heap(order.begin(), rest--, below);
+      total += weights[*rest];
+    }
+    order.erase(order.begin(), rest);
+    std::reverse(order.begin(), order.end());  // the most probable first
   }
 
   double remaining = uniform(options.seed, uint64_t(position)) * total;

@@ -30,18 +30,6 @@ struct Progress {
 
 }  // namespace
 
-KvLayout make_kv_layout(const ModelConfig& config, KvDtype dtype) {
-  KvLayout layout;
-  for (int i = 0; i < config.n_layers; ++i) {
-    for (const char* part : {"keys", "values"}) {
-      layout.tensors.push_back({.name = "layer_" + std::to_string(i) + "_" + part, .dtype = dtype,
-                                .n_kv_heads = config.n_kv_heads, .dim = config.head_dim,
-                                .window = config.windows[size_t(i)]});
-    }
-  }
-  return layout;
-}
-
 Decoder::Decoder(const Checkpoint& checkpoint, const Projection& embedding)
     : config_(checkpoint.config), backend_(checkpoint.backend), dtype_(checkpoint_dtype(embedding)),
       ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_) : make_mlx_ops(config_, dtype_)) {
@@ -59,7 +47,21 @@ Decoder::Decoder(const Checkpoint& checkpoint, const Projection& embedding)
 
 KvLayout Decoder::kv_layout(KvDtype dtype) const {
   if (dtype == KvDtype::kU32) throw Error(ErrorCode::kInvalidArgument, "KV dtype must be f32, f16 or bf16.");
-  return make_kv_layout(config_, dtype);
+  KvLayout layout;
+  for (int i = 0; i < config_.n_layers; ++i) {
+    for (const char* part : {"keys", "values"}) {
+      layout.tensors.push_back({.name = "layer_" + std::to_string(i) + "_" + part, .dtype = dtype,
+                                .n_kv_heads = config_.n_kv_heads, .dim = config_.head_dim,
+                                .window = config_.windows[size_t(i)]});
+    }
+  }
+  return layout;
+}
+
+const KvLayout& Decoder::known_layout(KvDtype dtype) {
+  const auto [it, added] = layouts_.try_emplace(dtype);
+  if (added) it->second = kv_layout(dtype);
+  return it->second;
 }
 
 void Decoder::check(std::span<const ForwardSequence> batch) const {
@@ -67,7 +69,9 @@ void Decoder::check(std::span<const ForwardSequence> batch) const {
   std::set<const KvAccess*> caches;
   for (const ForwardSequence& sequence : batch) {
     if (sequence.tokens.empty()) throw Error(ErrorCode::kInvalidArgument, "A sequence needs at least one token.");
-    if (sequence.kv == nullptr) throw Error(ErrorCode::kInvalidArgument, "A sequence needs a KV cache.");
+    if (sequence.kv == nullptr || sequence.kv->layout().tensors.empty()) {
+      throw Error(ErrorCode::kInvalidArgument, "A sequence needs a KV cache of this model.");
+    }
     if (!caches.insert(sequence.kv).second) {
       throw Error(ErrorCode::kInvalidArgument, "Two sequences of a batch share one KV cache.");
     }
@@ -95,9 +99,9 @@ mx::array Decoder::forward(std::span<const ForwardSequence> batch) {
 
 mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
   std::vector<Progress> progress;
-  const KvDtype kv_dtype = batch.front().kv->layout().tensors.front().dtype;
+  const KvLayout& layout = known_layout(batch.front().kv->layout().tensors.front().dtype);
   for (const ForwardSequence& sequence : batch) {
-    if (sequence.kv->layout() != make_kv_layout(config_, kv_dtype)) {
+    if (sequence.kv->layout() != layout) {
       throw Error(ErrorCode::kInvalidArgument,
                   "A KV cache of the batch was not made for this model, or has another dtype than the first.");
     }
@@ -109,7 +113,7 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
   std::vector<mx::array> results;
   for (auto next = progress.begin(); next != progress.end();) {
     Batch chunk;
-    chunk.kv_dtype = kv_dtype;
+    chunk.kv_layout = &layout;
     std::vector<int32_t> logit_rows;
     std::vector<std::pair<KvAccess*, int>> advances;
     while (next != progress.end() && int(chunk.tokens.size()) < kChunkRows) {

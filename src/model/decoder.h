@@ -1,6 +1,7 @@
 #pragma once
 /// What every decoder-only architecture shares: the batch cut into chunks, the checks, which rows get logits.
 
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -48,9 +49,12 @@ class Decoder : public Model {
  private:
   void check(std::span<const ForwardSequence> batch) const;
   mx::array compute(std::span<const ForwardSequence> batch);
+  /// kv_layout, made once: every token asks for it.
+  const KvLayout& known_layout(KvDtype dtype);
 
   ModelInfo info_;
   Identity identity_;
+  std::map<KvDtype, KvLayout> layouts_;
 };
 
 }  // namespace torpor::model

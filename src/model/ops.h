@@ -28,7 +28,7 @@ struct BatchSequence {
 struct Batch {
   std::vector<int32_t> tokens;
   std::vector<BatchSequence> sequences;
-  KvDtype kv_dtype = KvDtype::kF16;  ///< of all its caches
+  const KvLayout* kv_layout = nullptr;  ///< of all its caches
 };
 
 class Ops {
@@ -70,8 +70,5 @@ class Ops {
 std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config);
 /// `dtype` is that of the checkpoint's activations.
 std::unique_ptr<Ops> make_mlx_ops(const ModelConfig& config, KvDtype dtype);
-
-/// Keys and values of every layer, in order, at `dtype`.
-KvLayout make_kv_layout(const ModelConfig& config, KvDtype dtype);
 
 }  // namespace torpor::model

@@ -86,7 +86,7 @@ class KernelOps final : public Ops {
     return kernels::rms_norm(x, static_cast<const Norm&>(*w).w, config_.rms_norm_eps);
   }
   mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) override {
-    const KvLayout& layout = layout_of(batch.kv_dtype);
+    const KvLayout& layout = *batch.kv_layout;
     std::vector<kernels::SequenceRuns> sequences;
     for (const BatchSequence& s : batch.sequences) {
       const size_t used = (size_t(s.position) + s.n + kSegmentTokens - 1) / kSegmentTokens;
@@ -95,7 +95,7 @@ class KernelOps final : public Ops {
                            .key_offset = layout.offset(size_t(2 * layer), kSegmentTokens),
                            .value_offset = layout.offset(size_t(2 * layer + 1), kSegmentTokens)});
     }
-    return kernels::attention(kernels::linear(x, linear(qkv)), attention_spec(layer, batch.kv_dtype), std::move(sequences));
+    return kernels::attention(kernels::linear(x, linear(qkv)), attention_spec(layer, layout.tensors.front().dtype), std::move(sequences));
   }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
     return kernels::linear_add(x, linear(w), residual);
@@ -116,12 +116,6 @@ class KernelOps final : public Ops {
   bool advances_per_chunk() const override { return false; }
 
  private:
-  const KvLayout& layout_of(KvDtype dtype) {
-    const auto [it, added] = layouts_.try_emplace(dtype);
-    if (added) it->second = make_kv_layout(config_, dtype);
-    return it->second;
-  }
-
   /// One spec serves all layers of equal window and dtype.
   std::shared_ptr<const kernels::AttentionSpec> attention_spec(int layer, KvDtype dtype) {
     const int window = config_.windows[size_t(layer)];
@@ -141,7 +135,6 @@ class KernelOps final : public Ops {
   }
 
   const ModelConfig config_;
-  std::map<KvDtype, KvLayout> layouts_;
   std::map<std::pair<int, KvDtype>, std::shared_ptr<const kernels::AttentionSpec>> specs_;
 };
 

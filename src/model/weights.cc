@@ -1,19 +1,15 @@
 #include "model/weights.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <set>
 
 #include <nlohmann/json.hpp>
 
+#include "base/env.h"
 #include "base/hash.h"
+#include "base/safetensors.h"
 #include "kernels/thread_pool.h"
 #include "torpor/error.h"
 
@@ -22,73 +18,10 @@ namespace {
 
 using nlohmann::json;
 
-constexpr size_t kMaxHeader = 100'000'000;  // the limit of Hugging Face's reader
 constexpr size_t kDigestPiece = size_t(8) << 20;
 
 [[noreturn]] void damaged(const std::filesystem::path& path, const std::string& what) {
-  throw Error(ErrorCode::kCorruption, "The weights file " + path.string() + " is damaged: " + what + ".");
-}
-
-/// Bytes of one element, 0 for a dtype that safetensors does not have.
-size_t element_size(const std::string& dtype) {
-  static const std::map<std::string, size_t> kSizes = {
-      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"U16", 2}, {"I16", 2},
-      {"F16", 2},  {"BF16", 2}, {"U32", 4}, {"I32", 4},     {"F32", 4},     {"U64", 8},     {"I64", 8}, {"F64", 8}};
-  const auto it = kSizes.find(dtype);
-  return it == kSizes.end() ? 0 : it->second;
-}
-
-/// The tensors a header lists, in file order, `data` still to be set from `begin`.
-struct HeaderEntry {
-  TensorView tensor;
-  size_t begin = 0;
-};
-
-std::vector<HeaderEntry> parse_header(std::string_view text, size_t data_size, const std::filesystem::path& path) {
-  std::vector<HeaderEntry> entries;
-  try {
-    const json header = json::parse(text);
-    if (!header.is_object()) damaged(path, "its header is not a JSON object");
-    for (const auto& [name, spec] : header.items()) {
-      if (name == "__metadata__") continue;
-      HeaderEntry entry;
-      entry.tensor.name = name;
-      entry.tensor.dtype = spec.at("dtype").get<std::string>();
-      const size_t element = element_size(entry.tensor.dtype);
-      if (element == 0) damaged(path, "tensor " + name + " has the unknown dtype " + entry.tensor.dtype);
-      size_t nbytes = element;
-      for (const json& dim : spec.at("shape")) {
-        const uint64_t size = dim.is_number_unsigned() ? dim.get<uint64_t>() : uint64_t(-1);
-        if (size > data_size || (size != 0 && nbytes > data_size / size)) {
-          damaged(path, "tensor " + name + " is larger than the file");
-        }
-        nbytes *= size;
-        entry.tensor.shape.push_back(int64_t(size));
-      }
-      const json& offsets = spec.at("data_offsets");
-      if (offsets.size() != 2 || !offsets[0].is_number_unsigned() || !offsets[1].is_number_unsigned()) {
-        damaged(path, "the offsets of tensor " + name + " are no pair of numbers");
-      }
-      const auto begin = offsets[0].get<uint64_t>(), end = offsets[1].get<uint64_t>();
-      if (begin > end || end > data_size) damaged(path, "tensor " + name + " reaches beyond the end of the file");
-      if (end - begin != nbytes) damaged(path, "the size of tensor " + name + " does not fit its shape");
-      entry.begin = begin;
-      entry.tensor.nbytes = nbytes;
-      entries.push_back(std::move(entry));
-    }
-  } catch (const json::exception&) {
-    damaged(path, "its header is not what safetensors writes");
-  }
-  std::ranges::sort(entries, {}, [](const HeaderEntry& e) { return std::pair(e.begin, e.tensor.nbytes); });
-  size_t expected = 0;
-  for (const HeaderEntry& entry : entries) {
-    if (entry.begin != expected) damaged(path, "tensor " + entry.tensor.name + " does not start where the one before it ends");
-    expected += entry.tensor.nbytes;
-  }
-  if (expected != data_size) {
-    damaged(path, "its tensors have " + std::to_string(expected) + " bytes, the file " + std::to_string(data_size));
-  }
-  return entries;
+  throw Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged: " + what + ".");
 }
 
 /// Files named in the index, else the one file a small model has.
@@ -117,36 +50,6 @@ std::vector<std::string> weight_files(const std::filesystem::path& dir) {
 
 }  // namespace
 
-/// A whole file, read-only.
-class Weights::MappedFile {
- public:
-  explicit MappedFile(const std::filesystem::path& path) {
-    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) throw Error(ErrorCode::kIo, "Can't read " + path.string() + ": " + std::strerror(errno) + ".");
-    struct stat info {};
-    if (::fstat(fd, &info) == 0) size_ = size_t(info.st_size);
-    if (size_ > 0) data_ = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
-    const int error = errno;
-    ::close(fd);
-    if (data_ == MAP_FAILED) throw Error(ErrorCode::kIo, "Can't map " + path.string() + ": " + std::strerror(error) + ".");
-  }
-  ~MappedFile() {
-    if (data_ != nullptr && data_ != MAP_FAILED) ::munmap(data_, size_);
-  }
-  MappedFile(const MappedFile&) = delete;
-
-  const std::byte* data() const { return static_cast<const std::byte*>(data_); }
-  size_t size() const { return size_; }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-Weights::Weights() = default;
-Weights::Weights(Weights&&) noexcept = default;
-Weights::~Weights() = default;
-
 Weights Weights::open(const std::filesystem::path& dir) {
   Weights weights;
   weights.dir_ = dir;
@@ -155,26 +58,32 @@ Weights Weights::open(const std::filesystem::path& dir) {
 }
 
 void Weights::add_file(const std::filesystem::path& path) {
-  auto file = std::make_unique<MappedFile>(path);
-  if (file->size() < 8) damaged(path, "it is shorter than a header");
-  uint64_t header_size = 0;
-  for (int i = 0; i < 8; ++i) header_size |= uint64_t(file->data()[i]) << (8 * i);
-  if (header_size > std::min(kMaxHeader, file->size() - 8)) damaged(path, "its header reaches beyond the end of the file");
-  const std::string_view header(reinterpret_cast<const char*>(file->data()) + 8, header_size);
-  const std::byte* data = file->data() + 8 + header_size;
-
-  for (HeaderEntry& entry : parse_header(header, file->size() - 8 - header_size, path)) {
-    TensorView& tensor = entry.tensor;
-    tensor.data = data + entry.begin;
-    if (reinterpret_cast<uintptr_t>(tensor.data) % element_size(tensor.dtype) != 0) {
+  const File file = Env::posix().open(path, OpenMode::kRead);
+  const uint64_t size = file.stat().size;
+  if (size == 0) damaged(path, "it is empty");
+  std::shared_ptr<const std::byte> memory = file.map(size);
+  if (memory == nullptr) {
+    throw Error(ErrorCode::kIo, "Can't map " + path.string() + " into memory; free some address space, or copy the model "
+                                "to a local disk.");
+  }
+  const SafetensorsHeader header = parse_safetensors_header({memory.get(), size}, size, path.string());
+  for (const SafetensorsTensor& entry : header.tensors) {
+    TensorView tensor;
+    tensor.name = entry.name;
+    tensor.dtype = entry.dtype;
+    tensor.shape.assign(entry.shape.begin(), entry.shape.end());
+    tensor.data = memory.get() + header.data_start + entry.begin;
+    tensor.nbytes = entry.size();
+    if (reinterpret_cast<uintptr_t>(tensor.data) % safetensors_dtype_size(tensor.dtype) != 0) {
       copies_.push_back(std::make_unique_for_overwrite<std::byte[]>(tensor.nbytes));
       std::memcpy(copies_.back().get(), tensor.data, tensor.nbytes);
       tensor.data = copies_.back().get();
     }
-    const std::string name = tensor.name;
-    if (!tensors_.emplace(name, std::move(tensor)).second) damaged(path, "tensor " + name + " is in another file too");
+    if (!tensors_.emplace(entry.name, std::move(tensor)).second) {
+      damaged(path, "tensor " + entry.name + " is in another file too");
+    }
   }
-  files_.push_back(std::move(file));
+  files_.push_back(std::move(memory));
 }
 
 const TensorView* Weights::find(const std::string& name) const {

@@ -23,8 +23,6 @@ class Weights {
  public:
   /// kNotFound when `dir` has no safetensors, kCorruption naming the damaged file, kIo.
   static Weights open(const std::filesystem::path& dir);
-  Weights(Weights&&) noexcept;
-  ~Weights();
 
   /// nullptr when there is none of that name.
   const TensorView* find(const std::string& name) const;
@@ -36,12 +34,10 @@ class Weights {
   std::string digest() const;
 
  private:
-  class MappedFile;
-  Weights();
   void add_file(const std::filesystem::path& path);
 
   std::filesystem::path dir_;
-  std::vector<std::unique_ptr<MappedFile>> files_;
+  std::vector<std::shared_ptr<const std::byte>> files_;  // mapped whole
   std::vector<std::unique_ptr<std::byte[]>> copies_;  // of tensors that are not aligned in their file
   std::map<std::string, TensorView> tensors_;
 };

@@ -5,7 +5,6 @@ namespace torpor {
 namespace {
 
 constexpr std::string_view kExtension = ".safetensors";
-constexpr uint64_t kMaxSidecar = 64 << 20;
 
 }  // namespace
 

@@ -77,7 +77,7 @@ GcResult Store::Impl::gc() {
     if (!name.ends_with(".json")) continue;
     const std::string id = name.substr(0, name.size() - 5);
     if (!is_agent_id(id) || env.exists(agent_path(id))) continue;
-    if (env.read_file(root / name, 64 << 20).find("\"sidecar_checksum\"") != std::string::npos) remove(root / name);
+    if (env.read_file(root / name, kMaxSidecar).find("\"sidecar_checksum\"") != std::string::npos) remove(root / name);
   }
   return result;
 }

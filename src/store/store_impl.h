@@ -93,12 +93,12 @@ struct Store::Impl {
 };
 
 inline constexpr const char* kTemporaryPrefix = ".tmp-";
+inline constexpr uint64_t kMaxSidecar = 64 << 20;  // bytes that are read of what may be one
 
 /// fn(0) ... fn(count - 1) on up to `max_threads` threads, this one included. Rethrows the first exception, after all
 /// threads have ended; once there is one no further index is begun.
 void parallel_for(size_t count, size_t max_threads, const std::function<void(size_t)>& fn);
 size_t reader_threads();
-
 
 inline std::span<const std::byte> as_bytes_of(const std::string& text) {
   return std::as_bytes(std::span(text.data(), text.size()));

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "base/env.h"
-#include "store/safetensors.h"
+#include "base/safetensors.h"
 #include "torpor/kv_snapshot.h"
 
 namespace torpor {

@@ -1,0 +1,45 @@
+#include "cli/model_options.h"
+
+#include <map>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+
+namespace torpor::cli {
+namespace {
+
+const std::map<std::string, std::optional<KvDtype>> kKvDtypes{{"auto", std::nullopt},
+                                                              {"f32", KvDtype::kF32},
+                                                              {"f16", KvDtype::kF16},
+                                                              {"bf16", KvDtype::kBF16}};
+const std::map<std::string, Durability> kDurabilities{
+    {"full", Durability::kFull}, {"rename", Durability::kRename}, {"none", Durability::kNone}};
+
+template <typename Map>
+std::vector<std::string> keys(const Map& map) {
+  std::vector<std::string> names;
+  for (const auto& [name, value] : map) names.push_back(name);
+  return names;
+}
+
+}  // namespace
+
+std::optional<KvDtype> ModelOptions::kv_dtype() const { return kKvDtypes.at(kv_dtype_name); }
+Durability ModelOptions::durability() const { return kDurabilities.at(durability_name); }
+
+void add_model_options(CLI::App& app, ModelOptions& options) {
+  app.add_option("--model", options.model, "Model directory, or a repo id in the local Hugging Face cache")
+      ->required()
+      ->type_name("M");
+  app.add_option("--kv-dtype", options.kv_dtype_name, "What the cache is kept in: auto, f32, f16 or bf16")
+      ->capture_default_str()
+      ->check(CLI::IsMember(keys(kKvDtypes)))
+      ->type_name("TYPE");
+  app.add_option("--durability", options.durability_name,
+                 "What a save survives: full (power cut), rename (kill -9), none")
+      ->capture_default_str()
+      ->check(CLI::IsMember(keys(kDurabilities)))
+      ->type_name("LEVEL");
+}
+
+}  // namespace torpor::cli
