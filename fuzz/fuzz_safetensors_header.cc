@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <span>
 
-#include "store/safetensors.h"
+#include "base/safetensors.h"
 #include "torpor/error.h"
 
 namespace {

@@ -150,6 +150,17 @@ TEST(SegmentedCache, FullRunsAreAdoptedNotCopied) {
   EXPECT_NE(again.runs[2].bytes.data(), snapshot.runs[2].bytes.data());
 }
 
+TEST(SegmentedCache, RowsWrittenAfterACutInsideASealedRunReachNobodyElse) {
+  const KvSnapshot whole = random_snapshot(600, KvDtype::kF16, mlx_buffer, 1);
+  const auto cache = KvCache::restore(whole, Backend::kKernels);
+  const auto clone = cache->clone();
+  cache->truncate(300);
+  const KvBuffer run = cache->reserve(10)[1];
+  std::memset(run.data, 0, run.size);  // as the kernels write the new rows in place
+  // Against other memory than `whole`'s, which the clone adopted.
+  expect_equal(clone->snapshot(whole.identity), random_snapshot(600, KvDtype::kF16, mlx_buffer, 1));
+}
+
 TEST(SegmentedCache, SnapshotOutlivesTheCache) {
   const KvSnapshot before = random_snapshot(600, KvDtype::kF16, mlx_buffer, 1);
   auto cache = KvCache::restore(before, Backend::kKernels);

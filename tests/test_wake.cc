@@ -197,6 +197,13 @@ TEST_F(EngineTurns, ErrorsLeaveTheAgentAsItWas) {
   EXPECT_FALSE(engine.store().contains("new"));
   EXPECT_THROW(engine.turn(request("../x", "Hi")), Error);
 
+  // One that comes after rows were computed takes them back.
+  const std::vector<float> logits = engine.next_logits("a");
+  TurnRequest failing = request("a", "Hello again.");
+  failing.generate.on_prefill = [](int, int) { throw Error(ErrorCode::kIo, "The terminal is gone."); };
+  EXPECT_THROW(engine.turn(failing), Error);
+  EXPECT_EQ(engine.next_logits("a"), logits);
+
   const TurnResult after = engine.turn(request("a", "Hello again."));
   EXPECT_EQ(after.tokens.cached, before.tokens.context);
 }
