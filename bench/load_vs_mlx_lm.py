@@ -9,7 +9,6 @@ memory that MLX's allocator recycles from the load before. Runs alternate; the m
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -17,21 +16,12 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+from machine import cpu_name
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".models" / "smollm2-135m"
 RUNS = 11
-
-
-def cpu_name():
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def make_agent(torpor, store):

@@ -18,7 +18,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
-from gguf_tokenizer import write_tokenizer
+from gguf_tokenizer import fields, write_tokenizer
 
 GROUP = 32
 
@@ -80,10 +80,7 @@ PACK = {gguf.GGMLQuantizationType.Q4_1: (pack_q4_1, 4), gguf.GGMLQuantizationTyp
 
 
 def convert(reader, out_dir):
-    def get(key, default=None):
-        field = reader.get_field(key)
-        return default if field is None else field.contents()
-
+    get = fields(reader)
     architecture = get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"architecture is {architecture!r}; only 'llama' can be converted")

@@ -33,12 +33,19 @@ PRE_TOKENIZERS = {
 }
 
 
-def write_tokenizer(gguf_reader, out_dir):
-    """Writes the three tokenizer files of `gguf_reader` (a gguf.GGUFReader) to `out_dir`; ValueError when it can't."""
+def fields(gguf_reader):
+    """A function that gives the metadata under a key of `gguf_reader` (a gguf.GGUFReader), or a default."""
 
     def get(key, default=None):
         field = gguf_reader.get_field(key)
         return default if field is None else field.contents()
+
+    return get
+
+
+def write_tokenizer(gguf_reader, out_dir):
+    """Writes the three tokenizer files of `gguf_reader` to `out_dir`; ValueError when it can't."""
+    get = fields(gguf_reader)
 
     model = get("tokenizer.ggml.model")
     if model != "gpt2":

@@ -426,56 +426,6 @@ TEST(KernelsLinear, WrongWeightsAreNamed) {
   EXPECT_THROW(gated_linear(x.data(), 1, *plain, Activation::kSilu, y.data()), Error);
 }
 
-TEST(KernelsThreadPool, EveryTaskOnce) {
-  for (const int threads : {1, 2, 5}) {
-    ThreadPool pool(threads);
-    EXPECT_EQ(pool.size(), threads);
-    for (int round = 0; round < 2000; ++round) {
-      const size_t n = size_t(round % 37);
-      std::vector<std::atomic<int>> counts(n);
-      pool.parallel_for(n, [&](size_t task, int worker) {
-        EXPECT_TRUE(worker >= 0 && worker < threads);
-        ++counts[task];
-      });
-      for (const auto& count : counts) ASSERT_EQ(count.load(), 1);
-    }
-  }
-  EXPECT_THROW(ThreadPool(0), Error);
-}
-
-TEST(KernelsThreadPool, ExceptionsReachTheCaller) {
-  ThreadPool pool(3);
-  for (int round = 0; round < 100; ++round) {
-    EXPECT_THROW(pool.parallel_for(50, [](size_t task, int) {
-      if (task == 20) throw std::runtime_error("twenty");
-    }), std::runtime_error);
-    std::atomic<int> done{0};
-    pool.parallel_for(50, [&](size_t, int) { ++done; });
-    EXPECT_EQ(done.load(), 50);
-  }
-}
-
-TEST(KernelsTargetDeathTest, TheForcedTargetIsUsedOrRefused) {
-  testing::GTEST_FLAG(death_test_style) = "threadsafe";
-  auto result_of = [](const char* name) {
-    setenv("TORPOR_CPU_TARGET", name, 1);
-    try {
-      ensure_cpu_target();
-    } catch (const Error& error) {
-      std::exit(error.code() == ErrorCode::kInvalidArgument ? 10 : 11);
-    }
-    const std::string target = cpu_target_name();
-    std::exit(target == "EMU128" || target == "SCALAR" ? 20 : 21);
-  };
-  EXPECT_EXIT(result_of("portable"), testing::ExitedWithCode(20), "");
-  EXPECT_EXIT(result_of("mmx"), testing::ExitedWithCode(10), "");
-#if defined(__x86_64__)
-  EXPECT_EXIT(result_of("neon"), testing::ExitedWithCode(10), "");
-#else
-  EXPECT_EXIT(result_of("avx2"), testing::ExitedWithCode(10), "");
-#endif
-}
-
 TEST(KernelsPrimitives, LinearEqualsThePlainKernel) {
   std::mt19937 rng(9);
   const TestWeight w(Type::kAffine, 40, 64, rng, 4, 32);

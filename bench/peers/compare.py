@@ -7,12 +7,12 @@ Each case runs once with Torpor, then once with llama.cpp, and so on, so that wh
 is not enough: llama.cpp's threads wait for each other by spinning, and lose far more than the share that other processes
 take. So the share of all cores that went to others is measured with each run, and when it was above a tenth in either run of
 a pair, another pair is tried, up to twice --runs; those that were disturbed least count, whatever their result.
-Torpor warms up with a run of the same size; so does llama.cpp, but for the prompts that take it long. Printed are the medians over the rounds, the
-ratio of the medians, and the lowest and highest ratio of one pair. mlx-lm comes last, on a few tokens, because its speed
-on an x86 CPU allows no more; Torpor is measured on as few beside it. Ctrl-C ends a case early; its
-complete pairs count.
+Torpor warms up with a run of the same size; so does llama.cpp, but for the prompts that take it long. Printed are the
+medians over the pairs, the ratio of the medians, and the lowest and highest ratio of one pair. mlx-lm comes last, on a few
+tokens, because its speed on an x86 CPU allows no more; Torpor is measured on as few beside it. Ctrl-C ends a case early;
+its complete pairs count.
 
-All numbers go to bench/out/compare.json, the ratios as a plot to bench/out/compare.png.
+All numbers go to bench/out/compare.json as soon as they are there, the ratios as a plot to bench/out/compare.png.
 """
 
 import argparse
@@ -27,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+from machine import cpu_name  # noqa: E402
+
 OUT = ROOT / "bench" / "out"
 LLAMA_BENCH = OUT / "llama-cpp" / "build" / "bin" / "llama-bench"
 GGUF = OUT / "smollm2-135m.gguf"
@@ -160,18 +163,8 @@ def summary(pairs):
     return ours, theirs, ours / theirs, min(ratios), max(ratios)
 
 
-def cpu_name():
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return "unknown CPU"
-
-
-def report(results, mlx_lm):
-    """Markdown tables, and the rows that are plotted."""
+def report(results):
+    """A Markdown table, and the rows that are plotted."""
     print(f"\n{os.cpu_count()} cores, {cpu_name()}; SmolLM2-135M, 4-bit weights, KV f16; medians of alternating runs\n")
     bars = []
     if results:
@@ -185,15 +178,23 @@ def report(results, mlx_lm):
         ours, theirs, ratio, low, high = summary(results[PEAK])
         print(f"| peak memory, prefill 4,096 | {ours / 1e6:.0f} MB | {theirs / 1e6:.0f} MB | {ratio:.2f} | {low:.2f}, {high:.2f} "
               f"| {len(results[PEAK])} | | |")
-    if mlx_lm:
-        print(f"\n{len(mlx_lm['prefill'])} alternating runs; mlx-lm in f32, on its CPU backend\n")
-        print("| | Torpor | mlx-lm | ratio | lowest, highest |\n|---|---:|---:|---:|---:|")
-        for key, label in (("prefill", f"prefill {MLX_LM_PREFILL}"), ("decode", f"decode {MLX_LM_DECODE} after it")):
-            ours, theirs, ratio, low, high = summary(mlx_lm[key])
-            print(f"| {label} | {ours:.1f} tok/s | {theirs:.2f} tok/s | {ratio:.0f} | {low:.0f}, {high:.0f} |")
-        ours, theirs, ratio, low, high = summary(mlx_lm["peak"])
-        print(f"| peak memory | {ours / 1e6:.0f} MB | {theirs / 1e6:.0f} MB | {ratio:.2f} | {low:.2f}, {high:.2f} |")
     return bars
+
+
+def report_mlx_lm(mlx_lm):
+    print(f"\n{len(mlx_lm['prefill'])} alternating runs; mlx-lm in f32, on its CPU backend\n")
+    print("| | Torpor | mlx-lm | ratio | lowest, highest |\n|---|---:|---:|---:|---:|")
+    for key, label in (("prefill", f"prefill {MLX_LM_PREFILL}"), ("decode", f"decode {MLX_LM_DECODE} after it")):
+        ours, theirs, ratio, low, high = summary(mlx_lm[key])
+        print(f"| {label} | {ours:.1f} tok/s | {theirs:.2f} tok/s | {ratio:.0f} | {low:.0f}, {high:.0f} |")
+    ours, theirs, ratio, low, high = summary(mlx_lm["peak"])
+    print(f"| peak memory | {ours / 1e6:.0f} MB | {theirs / 1e6:.0f} MB | {ratio:.2f} | {low:.2f}, {high:.2f} |")
+
+
+def save(results, mlx_lm):
+    (OUT / "compare.json").write_text(json.dumps({
+        "machine": f"{os.cpu_count()} cores, {cpu_name()}", "pairs": "torpor, peer, share of the cores that others used",
+        "llama_cpp": {" ".join(map(str, key)): pairs for key, pairs in results.items()}, "mlx_lm": mlx_lm}, indent=1))
 
 
 def plot(bars, path):
@@ -212,7 +213,7 @@ def plot(bars, path):
     axes.set_xlim(0, max(max(bar[1], bar[3], bar[4]) for bar in bars) * 1.15)
     axes.set_xlabel("speed relative to llama.cpp (tokens/s over tokens/s)")
     axes.set_title(f"SmolLM2-135M, 4-bit, KV f16; {os.cpu_count()} cores, {cpu_name()}", fontsize=10)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -228,14 +229,16 @@ def main():
             sys.exit(f"{needed} is not there; run `make build` and bench/peers/prepare")
 
     results = measure_llama_cpp(arguments.torpor, arguments.runs, arguments.threads)
-    mlx_lm = measure_mlx_lm(arguments.torpor.resolve(), arguments.mlx_lm_runs) if arguments.mlx_lm_runs else {}
-    (OUT / "compare.json").write_text(json.dumps({
-        "machine": f"{os.cpu_count()} cores, {cpu_name()}", "pairs": "torpor, peer, share of the cores that others used",
-        "llama_cpp": {" ".join(map(str, key)): pairs for key, pairs in results.items()}, "mlx_lm": mlx_lm}, indent=1))
-    bars = report(results, mlx_lm)
+    save(results, {})
+    bars = report(results)
     if bars:
         plot(bars, OUT / "compare.png")
-        print(f"\nPlot: {(OUT / 'compare.png').relative_to(ROOT)}")
+        print(f"\nPlot: {(OUT / 'compare.png').relative_to(ROOT)}", flush=True)
+    if arguments.mlx_lm_runs:
+        mlx_lm = measure_mlx_lm(arguments.torpor.resolve(), arguments.mlx_lm_runs)
+        save(results, mlx_lm)
+        if mlx_lm:
+            report_mlx_lm(mlx_lm)
 
 
 if __name__ == "__main__":

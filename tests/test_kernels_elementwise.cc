@@ -1,0 +1,81 @@
+// RMSNorm, argmax and the embedding lookup against plain loops.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "kernels/compute.h"
+#include "torpor/error.h"
+
+namespace torpor::kernels {
+namespace {
+
+TEST(KernelsElementwise, RmsNorm) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  for (int k : {1, 3, 8, 31, 576, 577, 2048}) {
+    for (int m : {0, 1, 2, 75}) {
+      const size_t width = size_t(k);
+      std::vector<float> x(size_t(m) * width), weight(width), y(x.size()), alone(width);
+      for (float& v : x) v = normal(random);
+      for (float& v : weight) v = normal(random);
+      rms_norm(x.data(), m, k, weight.data(), 1e-5f, y.data());
+      for (int r = 0; r < m; ++r) {
+        double sum = 0;
+        for (int i = 0; i < k; ++i) sum += double(x[size_t(r * k + i)]) * double(x[size_t(r * k + i)]);
+        const double factor = 1 / std::sqrt(sum / k + 1e-5);
+        for (int i = 0; i < k; ++i) {
+          const double expected = double(x[size_t(r * k + i)]) * factor * double(weight[size_t(i)]);
+          ASSERT_NEAR(double(y[size_t(r * k + i)]), expected, 2e-6 * std::abs(expected) + 1e-12);
+        }
+        rms_norm(x.data() + r * k, 1, k, weight.data(), 1e-5f, alone.data());
+        ASSERT_EQ(0, std::memcmp(alone.data(), y.data() + r * k, size_t(k) * sizeof(float)));
+      }
+    }
+  }
+}
+
+TEST(KernelsElementwise, Argmax) {
+  EXPECT_EQ(-1, argmax(nullptr, 0));
+  std::mt19937 random(1);
+  for (int n : {1, 2, 7, 8, 9, 100, 49152, 49157}) {
+    std::vector<float> values(static_cast<size_t>(n));
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      for (float& v : values) v = float(int(random() % 50)) - 60;  // many ties
+      EXPECT_EQ(std::max_element(values.begin(), values.end()) - values.begin(), argmax(values.data(), n)) << n;
+    }
+  }
+  const float infinity = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  EXPECT_EQ(0, argmax(std::vector<float>(20, -infinity).data(), 20));
+  EXPECT_EQ(0, argmax(std::vector<float>(20, nan).data(), 20));
+  std::vector<float> mixed(20, nan);
+  mixed[13] = -5;
+  EXPECT_EQ(13, argmax(mixed.data(), 20));
+}
+
+TEST(KernelsElementwise, Embedding) {
+  const int n = 50, k = 64;
+  std::vector<float> weight(size_t(n * k));
+  for (size_t i = 0; i < weight.size(); ++i) weight[i] = float(i % 251) - 100;
+  WeightSource source;
+  source.n = n;
+  source.k = k;
+  source.weight = weight.data();
+  const auto packed = PackedLinear::pack({source});
+  const std::vector<int32_t> tokens = {49, 0, 7, 7};
+  std::vector<float> y(tokens.size() * size_t(k));
+  embedding(tokens.data(), int(tokens.size()), *packed, y.data());
+  for (size_t t = 0; t < tokens.size(); ++t) {
+    for (size_t i = 0; i < size_t(k); ++i) EXPECT_EQ(weight[size_t(tokens[t] * k) + i], y[t * size_t(k) + i]);
+  }
+  const int32_t outside = 50;
+  EXPECT_THROW(embedding(&outside, 1, *packed, y.data()), Error);
+}
+
+}  // namespace
+}  // namespace torpor::kernels
