@@ -125,7 +125,7 @@ TEST(SmolLM2, HasTheInfoOfItsConfig) {
   EXPECT_EQ(info.max_context, 8192);
   EXPECT_EQ(info.eos_token_ids, std::vector<int32_t>{2});
   EXPECT_GT(info.weight_bytes, 90'000'000);
-  EXPECT_EQ(smollm2().default_kv_dtype(), KvDtype::kF16);
+  EXPECT_EQ(smollm2().default_kv_format(), KvDtype::kF16);
   EXPECT_EQ(smollm2().backend(), Backend::kKernels);
 
   const KvLayout layout = smollm2().kv_layout(KvDtype::kBF16);

@@ -223,7 +223,7 @@ TEST_F(EngineTurns, AnotherOwnerIsToldBusyAndAnotherKvDtypeIncompatible) {
   second.sleep("a");
 
   EngineOptions options{kModel, root_};
-  options.kv_dtype = KvDtype::kF32;
+  options.kv_format = KvDtype::kF32;
   Engine third(options);
   try {
     third.turn(request("a", "Hello."));

@@ -4,6 +4,7 @@
 /// A KvCache belongs to the engine thread (it holds MLX arrays); the snapshot it gives is plain bytes that any thread
 /// may read.
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -35,8 +36,19 @@ class KvCache : public KvAccess {
   virtual std::unique_ptr<KvCache> clone() const = 0;
   /// Drops every token from `n_tokens` on. kInvalidArgument beyond length().
   void truncate(int n_tokens);
-  /// Bytes of the buffers held, those shared with other caches included.
-  virtual size_t nbytes() const = 0;
+  /// Bytes of the buffers held, those shared with other caches included: of a mapped run only what a window can still see.
+  size_t nbytes() const;
+  /// The same one by one, so that who counts several caches can count a shared one once.
+  struct HeldBuffer {
+    const void* data;
+    size_t bytes;
+    bool mapped;  ///< pages of a segment file, not MLX's memory
+  };
+  virtual std::vector<HeldBuffer> buffers() const = 0;
+  /// Called before memory for more rows is taken, with its bytes; may make room, or throw kResourceExhausted.
+  void on_growth(std::function<void(size_t bytes)> make_room) { make_room_ = std::move(make_room); }
+  /// kKernels: run `i` (sealed) from now on is `run`, the same rows mapped from their segment file. kMlx: nothing happens.
+  virtual void replace_run(int /*i*/, const KvRun& /*run*/) {}
   /// Evaluated bytes of every row, `identity` attached. Sealed segments are referenced, the tail is copied.
   virtual KvSnapshot snapshot(const Identity& identity) const = 0;
   CacheValidation validate() const;
@@ -57,9 +69,14 @@ class KvCache : public KvAccess {
   /// Whether the buffers hold what layout and length say.
   virtual CacheValidation validate_buffers() const = 0;
 
+  void make_room(size_t bytes) const {
+    if (make_room_) make_room_(bytes);
+  }
+
   KvLayout layout_;
   std::vector<int32_t> tokens_;
   int length_ = 0;  // rows held
+  std::function<void(size_t)> make_room_;
 };
 
 /// Tokens held.

@@ -18,7 +18,7 @@ namespace torpor {
 struct EngineOptions {
   std::string model;                  ///< directory or repo id
   std::filesystem::path store = default_store_root();
-  std::optional<KvDtype> kv_dtype;    ///< nullopt: the model's own
+  std::optional<KvFormat> kv_format;    ///< nullopt: the model's own
   Durability durability = Durability::kFull;
 };
 

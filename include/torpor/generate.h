@@ -58,7 +58,7 @@ GenerateResult generate(Model& model, std::shared_ptr<const Tokenizer> tokenizer
 class CacheExtractor {
  public:
   CacheExtractor(std::shared_ptr<Model> model, std::shared_ptr<const Tokenizer> tokenizer,
-                 std::optional<KvDtype> kv_dtype = std::nullopt);
+                 std::optional<KvFormat> kv_format = std::nullopt);
 
   struct Output {
     std::string text;
@@ -73,7 +73,7 @@ class CacheExtractor {
  private:
   std::shared_ptr<Model> model_;
   std::shared_ptr<const Tokenizer> tokenizer_;
-  KvDtype kv_dtype_;
+  KvFormat kv_format_;
 };
 
 }  // namespace torpor

@@ -8,6 +8,7 @@
 ///
 /// Everything here is plain data. Concurrent reads are safe.
 
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -34,6 +35,22 @@ const char* kv_dtype_name(KvDtype dtype) noexcept;
 /// The inverse; nullopt when `name` is none of them.
 std::optional<KvDtype> parse_kv_dtype(std::string_view name) noexcept;
 
+/// How an agent's rows are kept: in a float dtype, or quantized as mx::quantize does (affine, along head_dim) with
+/// scales and biases of that dtype. Part of the identity.
+struct KvFormat {
+  KvDtype dtype = KvDtype::kF16;
+  int bits = 0;    ///< 8 or 4; 0 = not quantized
+  int group = 64;  ///< elements that share a scale and a bias: 32, 64 or 128; of no meaning without bits
+
+  KvFormat() = default;
+  KvFormat(KvDtype dtype, int bits = 0, int group = 64) : dtype(dtype), bits(bits), group(group) {}
+  /// Identity::kv: "f16", "q8 group 64 f16".
+  std::string name() const;
+  /// The inverse; nullopt when `name` is none.
+  static std::optional<KvFormat> parse(std::string_view name);
+  auto operator<=>(const KvFormat&) const = default;
+};
+
 /// One tensor of the layout: `[1, n_kv_heads, tokens, dim]`.
 struct KvTensorSpec {
   std::string name;  ///< "layer_0_keys", "layer_0_values"; quantized: also "..._scales", "..._biases"
@@ -53,6 +70,12 @@ struct KvLayout {
 
   /// Bytes of one token over all tensors.
   size_t bytes_per_token() const noexcept;
+  /// Whether any tensor has a window.
+  bool has_windows() const noexcept;
+  /// Whether any of a tensor's rows of tokens [first, first + n) can still be attended once `length` tokens are held: a
+  /// token sees `window` tokens, itself included, and the next one to be computed is at `length`, or at `length - 1` when
+  /// the last is computed again for its logits.
+  static bool attended(const KvTensorSpec& tensor, int64_t first, int64_t n, int64_t length) noexcept;
   /// Byte offset of tensor `i` in a run of `n_tokens` tokens; `i == tensors.size()` gives the run's size.
   size_t offset(size_t i, int n_tokens) const noexcept;
   bool operator==(const KvLayout&) const = default;
@@ -67,7 +90,7 @@ struct Identity {
   std::string tokenizer;      ///< digest of tokenizer.json
   std::string chat_template;  ///< digest of the template text
   std::string rope;           ///< base and scaling, readable
-  std::string kv;             ///< KV dtype and quantization, readable: "f16", "q8 group 64"
+  std::string kv;             ///< KV dtype and quantization, readable: KvFormat::name()
 
   /// Field names and values in a fixed order.
   std::vector<std::pair<std::string, std::string>> fields() const;
@@ -85,6 +108,9 @@ struct KvRun {
   int n_tokens = 0;
   std::span<const std::byte> bytes;
   std::shared_ptr<const void> owner;  ///< keeps `bytes` alive; bytes are immutable while any snapshot holds them
+  /// `bytes` are a read-only mapping of a segment file. What a window has left behind may not have been checked
+  /// (LoadOptions::window_rows_only) and is not to be read.
+  bool mapped = false;
 };
 
 /// An agent's KV cache at rest, with the tokens it belongs to. All runs but the last hold exactly kSegmentTokens
@@ -105,6 +131,7 @@ struct KvBuffer {
   std::byte* data = nullptr;
   size_t size = 0;
   std::shared_ptr<const void> owner;  ///< keeps `data` alive
+  bool mapped = false;                ///< as KvRun::mapped
 };
 
 /// Where a load puts a run: `size` writable bytes, aligned to 8. The cache room supplies MLX buffers, so that waking

@@ -28,7 +28,7 @@ Backend default_backend();
 class KvAccess {
  public:
   virtual ~KvAccess() = default;
-  /// What it stores; equal to Model::kv_layout of its dtype.
+  /// What it stores; equal to Model::kv_layout of its format.
   virtual const KvLayout& layout() const noexcept = 0;
   /// Tokens held.
   virtual int length() const = 0;
@@ -72,10 +72,10 @@ class Model {
   virtual Backend backend() const = 0;
   /// architecture, config, weights and rope filled in; tokenizer, chat_template and kv are the caller's to add.
   virtual Identity identity() const = 0;
-  /// The dtype KV has unless asked otherwise: that of the checkpoint's activations.
-  virtual KvDtype default_kv_dtype() const = 0;
-  /// Tensors a cache of this model has at `dtype`.
-  virtual KvLayout kv_layout(KvDtype dtype) const = 0;
+  /// How KV is kept unless asked otherwise: in the dtype of the checkpoint's activations.
+  virtual KvFormat default_kv_format() const = 0;
+  /// Tensors a cache of this model has in `format`. kInvalidArgument for a format the model can't have.
+  virtual KvLayout kv_layout(const KvFormat& format) const = 0;
 
   /// Evaluated f32 logits [rows, vocab]: per sequence its last token's row, or all of them. Long inputs are
   /// computed in chunks inside. On an error no sequence has advanced.

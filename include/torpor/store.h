@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,9 @@ enum class Durability {
   kNone,    ///< as kRename, and the sidecar may lag; for benchmarks and throw-away stores
 };
 
+/// The caller's own metadata: keys and values, kept as given.
+using UserMetadata = std::vector<std::pair<std::string, std::string>>;
+
 /// What people and programs read about an agent without opening its tensors. Mirrored in the sidecar JSON.
 struct AgentInfo {
   std::string agent_id;
@@ -43,14 +47,16 @@ struct AgentInfo {
   int64_t bytes = 0;            ///< agent file plus the segments it names
   int64_t tail_bytes = 0;       ///< the agent file alone
   std::vector<std::string> segments;
-  std::vector<std::pair<std::string, std::string>> user;  ///< the caller's own metadata, kept as given
+  UserMetadata user;
 };
 
 struct SaveResult {
   int64_t bytes_written = 0;
   int segments_written = 0;
   int segments_shared = 0;  ///< already on disk, by this agent's last save or another's
+  std::vector<std::string> segments;  ///< the names of all, first to last
 };
+
 
 struct LoadedAgent {
   AgentInfo info;
@@ -72,6 +78,33 @@ struct LoadOptions {
   /// agents and processes. Every checksum is checked first all the same. Store files are never written again, only
   /// replaced or removed, which a mapping survives; whoever cuts one short by hand under a running process crashes it.
   bool map_rows = false;
+  /// Only the first so many tokens (no more than the agent has), as if it had been rewound to there.
+  std::optional<int64_t> n_tokens;
+  /// Of a layer with a window only those runs are read (and their checksums checked) that can still be attended
+  /// (KvLayout::attended); the rest of their bytes is unspecified. For waking, not for looking at rows.
+  bool window_rows_only = false;
+};
+
+/// The sealed segments that begin a prompt, whoever saved them (Store::load_prefix).
+struct LoadedPrefix {
+  KvSnapshot snapshot;                ///< a multiple of kSegmentTokens tokens; none when nothing fits
+  std::vector<std::string> segments;  ///< their names
+  int64_t bytes_read = 0;
+};
+
+/// What Store::copy_agent_cache changes on the way.
+struct CopyOptions {
+  std::optional<int64_t> n_tokens;   ///< keep only the first so many tokens (kInvalidArgument beyond the agent's)
+  std::optional<UserMetadata> user;  ///< instead of the source's
+  bool replace = false;              ///< the destination may exist (else kInvalidArgument)
+  Durability durability = Durability::kFull;
+};
+
+/// Bounds on what the store takes of the disk; a save that would break one evicts unnamed segments first, oldest leaf
+/// first, and then fails with kResourceExhausted, having written nothing. Named agents are never removed to make room.
+struct DiskLimits {
+  int64_t budget = 0;    ///< bytes of every file in the store, all models together; 0 = no bound
+  int64_t min_free = 0;  ///< bytes that stay free on the file system; 0 = no bound
 };
 
 struct VerifyReport {
@@ -85,6 +118,7 @@ struct DiskUsage {
   int64_t segments = 0, segment_bytes = 0;    ///< all segment files, each once
   int64_t orphan_segments = 0, orphan_bytes = 0;  ///< named by no agent: what gc would free
   int64_t total_bytes = 0;
+  int64_t bytes_written = 0;  ///< by all saves of all processes since the store was made
 };
 
 struct GcResult {
@@ -115,11 +149,35 @@ class Store {
   /// A sealed run whose `owner` and `bytes` are those of an earlier save or load is taken to be the same rows and is not
   /// read again; so bytes behind an owner never change once a snapshot has held them.
   SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
-                              const std::vector<std::pair<std::string, std::string>>& user = {},
+                              const UserMetadata& user = {},
                               Durability durability = Durability::kFull);
 
   /// kNotFound, kCorruption, kIncompatible as said above. Validates before it allocates; checks every checksum.
   LoadedAgent load_agent_cache(const std::string& agent_id, const LoadOptions& options = {}) const;
+
+  /// Writes the snapshot's sealed segments, for anyone whose prompt begins so, and names them in no agent: `gc` and the disk
+  /// limits may remove them. Its tail is not kept.
+  SaveResult save_prefix(const KvSnapshot& snapshot, Durability durability = Durability::kFull);
+
+  /// How many of `tokens`, a multiple of kSegmentTokens, have their rows in segments of this identity and layout. Looks at
+  /// names only.
+  int64_t find_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens) const;
+  /// Their rows, up to the first segment that is damaged. Of `options`, `allocate`, `map_rows` and `window_rows_only` count.
+  LoadedPrefix load_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens,
+                           const LoadOptions& options = {}) const;
+
+  /// The rows of a segment that this process has saved or loaded, mapped read-only; nullopt where that can't be had, or
+  /// when the file is not the one it was.
+  std::optional<KvRun> map_segment(const std::string& name) const;
+
+  /// Makes agent `dst` of `src` without reading a sealed row: the same segments, tokens and tail, cut as asked. Writes one
+  /// agent file, in which only the tail's rows are tensor bytes; that rename is the commit. `dst` may be `src`. The caller
+  /// holds the lock of `dst`; what is copied of `src` is its last save.
+  SaveResult copy_agent_cache(const std::string& src, const std::string& dst, const CopyOptions& options = {});
+  /// The agent under another id, which must be free; takes both locks itself. A crash may leave it under both.
+  void rename_agent_cache(const std::string& agent_id, const std::string& new_id);
+
+  void set_disk_limits(const DiskLimits& limits);
 
   /// Reads the agent file's header alone. kNotFound, kCorruption.
   AgentInfo agent_info(const std::string& agent_id) const;

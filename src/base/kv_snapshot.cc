@@ -1,5 +1,7 @@
 #include "torpor/kv_snapshot.h"
 
+#include <algorithm>
+#include <cctype>
 #include <new>
 
 #include "base/hash.h"
@@ -26,6 +28,32 @@ std::optional<KvDtype> parse_kv_dtype(std::string_view name) noexcept {
     if (name == kv_dtype_name(dtype)) return dtype;
   }
   return std::nullopt;
+}
+
+std::string KvFormat::name() const {
+  std::string float_name = kv_dtype_name(dtype);
+  for (char& c : float_name) c = char(std::tolower(static_cast<unsigned char>(c)));
+  if (bits == 0) return float_name;
+  return "q" + std::to_string(bits) + " group " + std::to_string(group) + " " + float_name;
+}
+
+std::optional<KvFormat> KvFormat::parse(std::string_view name) {
+  for (const KvDtype dtype : {KvDtype::kF32, KvDtype::kF16, KvDtype::kBF16}) {
+    for (const int bits : {0, 8, 4}) {
+      for (const int group : {32, 64, 128}) {
+        if (const KvFormat format(dtype, bits, bits == 0 ? 64 : group); format.name() == name) return format;
+      }
+    }
+  }
+  return std::nullopt;
+}
+
+bool KvLayout::has_windows() const noexcept {
+  return std::any_of(tensors.begin(), tensors.end(), [](const KvTensorSpec& tensor) { return tensor.window > 0; });
+}
+
+bool KvLayout::attended(const KvTensorSpec& tensor, int64_t first, int64_t n, int64_t length) noexcept {
+  return tensor.window == 0 || first + n > length - tensor.window;
 }
 
 size_t KvLayout::bytes_per_token() const noexcept { return offset(tensors.size(), 1); }

@@ -31,6 +31,7 @@ mx::array DenseKvCache::append(size_t tensor, const mx::array& rows) {
   const KvTensorSpec& spec = layout_.tensors[tensor];
   const int end = length_ + rows.shape(2);
   if (tensors_[tensor].shape(2) < end) {
+    make_room(spec.bytes_per_token() * size_t(round_up(end) - tensors_[tensor].shape(2)));
     const mx::array room =
         mx::zeros({1, spec.n_kv_heads, round_up(end) - tensors_[tensor].shape(2), spec.dim}, to_mlx(spec.dtype));
     tensors_[tensor] = mx::concatenate({tensors_[tensor], room}, 2);
@@ -86,10 +87,13 @@ std::unique_ptr<KvCache> DenseKvCache::clone() const {
 // Rows past the length are overwritten by the next append.
 void DenseKvCache::drop_rows(int) {}
 
-size_t DenseKvCache::nbytes() const {
-  if (tensors_.empty()) return 0;
-  mx::eval(tensors_);
-  return mx::get_array_buffer_size(tensors_);
+std::vector<KvCache::HeldBuffer> DenseKvCache::buffers() const {
+  if (!tensors_.empty()) mx::eval(tensors_);
+  std::vector<HeldBuffer> held;
+  for (const mx::array& tensor : tensors_) {
+    held.push_back({tensor.data<uint8_t>(), mx::get_array_buffer_size({tensor}), false});
+  }
+  return held;
 }
 
 KvSnapshot DenseKvCache::snapshot(const Identity& identity) const {

@@ -20,7 +20,7 @@ class DenseKvCache : public KvCache {
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
 
   std::unique_ptr<KvCache> clone() const override;
-  size_t nbytes() const override;
+  std::vector<HeldBuffer> buffers() const override;
   KvSnapshot snapshot(const Identity& identity) const override;
 
  private:

@@ -27,6 +27,12 @@ void KvCache::truncate(int n_tokens) {
   if (int(tokens_.size()) > n_tokens) tokens_.resize(size_t(n_tokens));
 }
 
+size_t KvCache::nbytes() const {
+  size_t bytes = 0;
+  for (const HeldBuffer& buffer : buffers()) bytes += buffer.bytes;
+  return bytes;
+}
+
 CacheValidation KvCache::validate() const {
   if (int(tokens_.size()) != length_) {
     return {false, "it has rows for " + std::to_string(length_) + " tokens but " + std::to_string(tokens_.size()) +

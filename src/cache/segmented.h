@@ -1,7 +1,8 @@
 #pragma once
 /// The cache the CPU kernels work on: a list of buffers of kSegmentTokens tokens each, all of one layout, written in
 /// place. A full buffer is sealed: it is what a segment file holds, and may be shared by any number of caches and
-/// snapshots. Only the last one may be open, and it has one owner.
+/// snapshots. Only the last one may be open; one that clones share is
+/// copied by whoever writes first.
 
 #include <memory>
 #include <vector>
@@ -20,7 +21,8 @@ class SegmentedKvCache : public KvCache {
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
 
   std::unique_ptr<KvCache> clone() const override;
-  size_t nbytes() const override;
+  std::vector<HeldBuffer> buffers() const override;
+  void replace_run(int i, const KvRun& run) override;
   KvSnapshot snapshot(const Identity& identity) const override;
 
  private:
@@ -28,10 +30,16 @@ class SegmentedKvCache : public KvCache {
   CacheValidation validate_buffers() const override;
   size_t run_bytes() const { return layout_.offset(layout_.tensors.size(), kSegmentTokens); }
   KvBuffer new_run() const;
+  /// Bytes of run `i` that can still be attended.
+  size_t attended_bytes(size_t i) const;
   /// Copies the first `n` rows of every tensor between a run of `from_tokens` and one of `to_tokens` capacity.
   void copy_rows(const std::byte* from, int from_tokens, std::byte* to, int to_tokens, int n) const;
 
+  /// Gives the open run a buffer of our own, of which the first `open` rows are copied from run `i`.
+  void own_run(int i, int open);
+
   std::vector<KvBuffer> runs_;  // of run_bytes() each; may reach past length_ (reserved)
+  mutable bool open_shared_ = false;  // a clone may hold the open run too: it is copied before it is written
 };
 
 }  // namespace torpor

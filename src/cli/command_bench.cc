@@ -139,9 +139,9 @@ struct Interrupted {};
 
 class Bench {
  public:
-  Bench(const BenchOptions& options, Model& model, KvDtype kv_dtype, InterruptScope& interrupt)
-      : options_(options), model_(model), layout_(model.kv_layout(kv_dtype)), identity_(model.identity()), interrupt_(interrupt) {
-    identity_.kv = kv_dtype_name(kv_dtype);
+  Bench(const BenchOptions& options, Model& model, const KvFormat& kv_format, InterruptScope& interrupt)
+      : options_(options), model_(model), layout_(model.kv_layout(kv_format)), identity_(model.identity()), interrupt_(interrupt) {
+    identity_.kv = kv_format.name();
   }
 
   Report measure(const std::vector<int>& prefill, const std::vector<int>& depths) {
@@ -316,8 +316,8 @@ int bench(const BenchOptions& options) {
   }
   InterruptScope interrupt;
   try {
-    const KvDtype kv_dtype = options.kv_dtype().value_or(model->default_kv_dtype());
-    const Report report = Bench(options, *model, kv_dtype, interrupt).measure(prefill, depths);
+    const KvFormat kv_format = options.kv_format().value_or(model->default_kv_format());
+    const Report report = Bench(options, *model, kv_format, interrupt).measure(prefill, depths);
     if (options.json) {
       print_json(report_json(report));
     } else {

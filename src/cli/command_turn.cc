@@ -142,7 +142,7 @@ EngineOptions engine_options(const TurnOptions& options, const std::filesystem::
   EngineOptions engine;
   engine.model = options.model;
   engine.store = root;
-  engine.kv_dtype = options.kv_dtype();
+  engine.kv_format = options.kv_format();
   engine.durability = options.durability();
   return engine;
 }

@@ -24,7 +24,7 @@ std::vector<std::string> keys(const Map& map) {
 
 }  // namespace
 
-std::optional<KvDtype> ModelOptions::kv_dtype() const { return kKvDtypes.at(kv_dtype_name); }
+std::optional<KvFormat> ModelOptions::kv_format() const { return kKvDtypes.at(kv_dtype_name); }
 Durability ModelOptions::durability() const { return kDurabilities.at(durability_name); }
 
 void add_model_options(CLI::App& app, ModelOptions& options) {

@@ -18,7 +18,7 @@ struct ModelOptions {
   std::string kv_dtype_name = "auto", durability_name = "full";
 
   /// nullopt: the model's own.
-  std::optional<KvDtype> kv_dtype() const;
+  std::optional<KvFormat> kv_format() const;
   Durability durability() const;
 };
 

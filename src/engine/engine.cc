@@ -16,12 +16,6 @@ double ms_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
 }
 
-std::string kv_name(KvDtype dtype) {
-  std::string name = kv_dtype_name(dtype);
-  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return char(std::tolower(c)); });
-  return name;
-}
-
 }  // namespace
 
 struct Engine::Impl {
@@ -42,12 +36,12 @@ struct Engine::Impl {
     model = Model::load(options.model);
     tokenizer = Tokenizer::load(model->info().dir);
     chat_template = ChatTemplate::load(model->info().dir);
-    const KvDtype dtype = options.kv_dtype.value_or(model->default_kv_dtype());
+    const KvFormat format = options.kv_format.value_or(model->default_kv_format());
     Identity identity = model->identity();
     identity.tokenizer = tokenizer->digest();
     identity.chat_template = chat_template ? chat_template->digest() : "";
-    identity.kv = kv_name(dtype);
-    agents = std::make_unique<AgentManager>(store, options.model, std::move(identity), model->kv_layout(dtype),
+    identity.kv = format.name();
+    agents = std::make_unique<AgentManager>(store, options.model, std::move(identity), model->kv_layout(format),
                                             model->backend(), options.durability);
     load_ms = ms_since(start);
   }

@@ -45,7 +45,9 @@ Decoder::Decoder(const Checkpoint& checkpoint, const Projection& embedding)
   identity_.rope = config_.rope.description;
 }
 
-KvLayout Decoder::kv_layout(KvDtype dtype) const {
+KvLayout Decoder::kv_layout(const KvFormat& format) const {
+  const KvDtype dtype = format.dtype;
+  if (format.bits != 0) throw Error(ErrorCode::kInvalidArgument, "Quantized KV is not there yet.");
   if (dtype == KvDtype::kU32) throw Error(ErrorCode::kInvalidArgument, "KV dtype must be f32, f16 or bf16.");
   KvLayout layout;
   for (int i = 0; i < config_.n_layers; ++i) {

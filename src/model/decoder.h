@@ -28,8 +28,8 @@ class Decoder : public Model {
   const ModelInfo& info() const override { return info_; }
   Backend backend() const override { return backend_; }
   Identity identity() const override { return identity_; }
-  KvDtype default_kv_dtype() const override { return dtype_; }
-  KvLayout kv_layout(KvDtype dtype) const override;
+  KvFormat default_kv_format() const override { return dtype_; }
+  KvLayout kv_layout(const KvFormat& format) const override;
   mx::array forward(std::span<const ForwardSequence> batch) override;
 
  protected:

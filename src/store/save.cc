@@ -167,7 +167,7 @@ class Saver {
 }  // namespace
 
 SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, const std::string& model,
-                             const std::vector<std::pair<std::string, std::string>>& user, Durability durability) {
+                             const UserMetadata& user, Durability durability) {
   check_agent_id(id);
   check_layout(snapshot.layout);
   snapshot.validate();

@@ -184,7 +184,7 @@ std::unique_ptr<AgentLock> Store::lock_agent(const std::string& agent_id) {
   return std::make_unique<HeldAgentLock>(impl_->lock_agent(agent_id));
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
-                                   const std::vector<std::pair<std::string, std::string>>& user, Durability durability) {
+                                   const UserMetadata& user, Durability durability) {
   return impl_->save(agent_id, snapshot, model, user, durability);
 }
 LoadedAgent Store::load_agent_cache(const std::string& agent_id, const LoadOptions& options) const {

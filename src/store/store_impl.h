@@ -54,7 +54,7 @@ struct Store::Impl {
 
   // ---- the work
   SaveResult save(const std::string& id, const KvSnapshot& snapshot, const std::string& model,
-                  const std::vector<std::pair<std::string, std::string>>& user, Durability durability);
+                  const UserMetadata& user, Durability durability);
   LoadedAgent load(const std::string& id, const LoadOptions& options);
   std::vector<std::string> agent_ids();
   AgentInfo info(const std::string& id);
