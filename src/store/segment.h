@@ -19,6 +19,17 @@ struct SegmentPlace {
   std::span<const int32_t> tokens;
 };
 
+/// Where each of a sequence of segments stands. The digests are of the identity and layout that all share.
+struct SegmentChain {
+  std::string identity_digest, layout_digest;
+  std::span<const std::string> names;
+  std::span<const int32_t> tokens;  ///< at least those of all segments
+  SegmentPlace place(size_t i) const {
+    return {identity_digest, layout_digest, i == 0 ? "" : names[i - 1],
+            tokens.subspan(i * kSegmentTokens, kSegmentTokens)};
+  }
+};
+
 /// `variant` is empty, or the content digest of rows that differ from those already stored under the plain name. That
 /// happens only where the same tokens need not give the same bits (Metal, CUDA); there too an agent gets back its own.
 std::string segment_name(const SegmentPlace& place, const std::string& variant);

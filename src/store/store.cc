@@ -2,6 +2,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "store/store_impl.h"
@@ -159,18 +160,17 @@ int64_t Store::Impl::write_sidecar(const AgentInfo& info, const FileStat& agent_
   }
 }
 
-void Store::Impl::remember(const std::string& name, KnownSegment segment) {
-  constexpr size_t kMaxKnown = 1 << 16;
-  const std::lock_guard lock(known_mutex);
-  if (known.size() >= kMaxKnown) known.clear();  // costs one reading of what is saved next
-  known[name] = std::move(segment);
-}
-
-std::optional<Store::Impl::KnownSegment> Store::Impl::recall(const std::string& name) {
-  const std::lock_guard lock(known_mutex);
-  const auto found = known.find(name);
-  if (found == known.end()) return std::nullopt;
-  return found->second;
+void Store::Impl::flush_segments(const std::vector<std::pair<std::string, FileStat>>& segments) {
+  std::set<std::filesystem::path> directories;
+  for (const auto& [name, stat] : segments) {
+    if (known.is_durable(name, stat)) continue;
+    env.open(segment_path(name), OpenMode::kRead).sync();
+    directories.insert(segment_directory(name));
+  }
+  if (directories.empty()) return;
+  for (const auto& directory : directories) env.sync_directory(directory);
+  env.sync_directory(segments_path());
+  for (const auto& [name, stat] : segments) known.set_durable(name, stat);
 }
 
 // ---- Store

@@ -1,5 +1,5 @@
 #pragma once
-/// What the parts of the store share. save.cc, load.cc, catalogue.cc, maintenance.cc and exchange.cc each hold one side of it.
+/// What the parts of the store share; each of the other files holds one side of it.
 
 #include <atomic>
 #include <exception>
@@ -10,12 +10,20 @@
 
 #include "base/env.h"
 #include "store/agent_file.h"
+#include "store/known.h"
 #include "store/segment.h"
 #include "store/sidecar.h"
 #include "torpor/error.h"
 #include "torpor/store.h"
 
 namespace torpor {
+
+/// An agent file ready to be written.
+struct AgentDraft {
+  AgentInfo info;
+  std::string header;
+  std::span<const std::byte> tail, tokens;
+};
 
 struct OpenedAgent {
   File handle;
@@ -55,6 +63,18 @@ struct Store::Impl {
   // ---- the work
   SaveResult save(const std::string& id, const KvSnapshot& snapshot, const std::string& model,
                   const UserMetadata& user, Durability durability);
+  /// kInvalidArgument.
+  void check_storable(const KvSnapshot& snapshot);
+  /// `created_at` of the agent that a save replaces, else `now`.
+  std::string date_of_birth(const std::string& id, const std::string& now);
+  /// `info.bytes`: its segments'. `tail` may be nullptr; its bytes and `tokens` must outlive the draft.
+  AgentDraft draft_agent(AgentInfo info, const KvLayout& layout, const KvRun* tail, std::span<const int32_t> tokens);
+  /// Of the agent file and, at most, its sidecar.
+  int64_t bytes_to_write(const AgentDraft& draft);
+  /// The commit of save and copy, and the sidecar.
+  void commit_agent(const AgentDraft& draft, Durability durability, SaveResult& result);
+  /// Files that a save which asked for less may have left in the page cache, or whose fsync we did not see.
+  void flush_segments(const std::vector<std::pair<std::string, FileStat>>& segments);
   LoadedAgent load(const std::string& id, const LoadOptions& options);
   std::vector<std::string> agent_ids();
   AgentInfo info(const std::string& id);
@@ -74,18 +94,7 @@ struct Store::Impl {
   void export_agent(const std::string& id, const std::filesystem::path& path);
   SaveResult import_agent(const std::filesystem::path& path, const std::string& id);
 
-  // ---- segments this process has written or read whole, so that the next save need not read or hash them again
-  struct KnownSegment {
-    FileStat stat;         ///< when it was checked; another one now = check again
-    std::string content;   ///< content_digest
-    std::weak_ptr<const void> owner;
-    const std::byte* bytes = nullptr;
-    bool durable = false;  ///< fsynced by us
-  };
-  std::mutex known_mutex;
-  std::unordered_map<std::string, KnownSegment> known;
-  void remember(const std::string& name, KnownSegment segment);
-  std::optional<KnownSegment> recall(const std::string& name);
+  KnownSegments known;
 
  private:
   std::atomic<uint64_t> next_temporary_{0};

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <charconv>
+#include <cstring>
 #include <optional>
 
 #include "base/hash.h"
@@ -122,13 +123,13 @@ void check_tensors(TorporFile& file, const std::string& file_name) {
   if (file.rows == 0) corrupt(file_name, "its layer tensors have no rows");
 }
 
-/// Reads [0, rows_bytes) chunk by chunk; `buffer_for(position, size)` says where the bytes go.
+/// Reads the layer tensors [first, last) chunk by chunk; `buffer_for(position, size)` says where the bytes go.
 template <typename BufferFor>
-void read_and_check_rows(const File& file, const TorporFile& parsed, BufferFor buffer_for) {
+void read_and_check_rows(const File& file, const TorporFile& parsed, size_t first, size_t last, BufferFor buffer_for) {
   const std::string file_name = file.path().string();
   const auto& tensors = parsed.header.tensors;
   Hasher hasher;
-  size_t current = 0;
+  size_t current = first;
   auto finish_tensor = [&] {
     if (hasher.hex() != parsed.checksums[current]) {
       corrupt(file_name, "the data of tensor '" + tensors[current].name + "' does not match its checksum");
@@ -136,9 +137,9 @@ void read_and_check_rows(const File& file, const TorporFile& parsed, BufferFor b
     hasher = Hasher();
     ++current;
   };
-  const uint64_t total = parsed.rows_bytes();
-  for (uint64_t position = 0; position < total;) {
-    const size_t size = size_t(std::min<uint64_t>(kChunk, total - position));
+  const uint64_t end = tensors[last - 1].end;
+  for (uint64_t position = tensors[first].begin; position < end;) {
+    const size_t size = size_t(std::min<uint64_t>(kChunk, end - position));
     const std::span<std::byte> chunk = buffer_for(position, size);
     file.read_at(chunk, parsed.header.data_start + position);
     for (size_t done = 0; done < size;) {
@@ -153,7 +154,28 @@ void read_and_check_rows(const File& file, const TorporFile& parsed, BufferFor b
 
 }  // namespace
 
+bool covers(const TensorMask& mask, const TensorMask& other) {
+  for (size_t i = 0; i < other.size(); ++i) {
+    if (other[i] && (i >= mask.size() || !mask[i])) return false;
+  }
+  return true;
+}
+
+TensorMask attended_tensors(const KvLayout& layout, int64_t first, int64_t n, int64_t length) {
+  TensorMask mask;
+  for (const KvTensorSpec& tensor : layout.tensors) mask.push_back(KvLayout::attended(tensor, first, n, length));
+  return mask;
+}
+
 uint64_t TorporFile::rows_bytes() const { return tokens_tensor().begin; }
+
+uint64_t TorporFile::rows_bytes(const TensorMask& wanted) const {
+  uint64_t bytes = 0;
+  for (size_t i = 0; i + 1 < header.tensors.size(); ++i) {
+    if (wanted[i]) bytes += header.tensors[i].end - header.tensors[i].begin;
+  }
+  return bytes;
+}
 
 const std::string& TorporFile::required(std::string_view key, const std::string& file_name) const {
   const std::string* value = header.metadata_value(key);
@@ -231,13 +253,23 @@ std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed) {
   return tokens;
 }
 
-void read_rows(const File& file, const TorporFile& parsed, std::span<std::byte> out) {
-  read_and_check_rows(file, parsed,
-                      [&](uint64_t position, size_t size) { return out.subspan(size_t(position), size); });
+void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted, std::span<std::byte> out) {
+  const size_t count = parsed.header.tensors.size() - 1;
+  for (size_t first = 0; first < count;) {
+    size_t last = first;
+    while (last < count && wanted[last]) ++last;
+    if (last > first) {
+      read_and_check_rows(file, parsed, first, last,
+                          [&](uint64_t position, size_t size) { return out.subspan(size_t(position), size); });
+    }
+    first = last + 1;
+  }
 }
 
-void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const std::string& file_name) {
+void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const TensorMask& wanted,
+                       const std::string& file_name) {
   for (size_t i = 0; i + 1 < parsed.header.tensors.size(); ++i) {
+    if (!wanted[i]) continue;
     const SafetensorsTensor& tensor = parsed.header.tensors[i];
     const auto bytes = rows.subspan(size_t(tensor.begin), size_t(tensor.end - tensor.begin));
     if (hash_hex(bytes) != parsed.checksums[i]) {
@@ -247,8 +279,22 @@ void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed
 }
 
 void check_rows(const File& file, const TorporFile& parsed) {
+  if (parsed.rows == 0) return;
   std::vector<std::byte> buffer(size_t(std::min<uint64_t>(kChunk, parsed.rows_bytes())));
-  read_and_check_rows(file, parsed, [&](uint64_t, size_t size) { return std::span(buffer).first(size); });
+  read_and_check_rows(file, parsed, 0, parsed.header.tensors.size() - 1,
+                      [&](uint64_t, size_t size) { return std::span(buffer).first(size); });
+}
+
+void cut_rows(const KvLayout& layout, std::span<const std::byte> run, int run_tokens, int n, std::byte* out) {
+  const std::byte* from = run.data();
+  for (const KvTensorSpec& tensor : layout.tensors) {
+    const size_t row = size_t(tensor.dim) * kv_dtype_size(tensor.dtype);
+    for (int head = 0; head < tensor.n_kv_heads; ++head) {
+      std::memcpy(out, from, row * size_t(n));
+      from += row * size_t(run_tokens);
+      out += row * size_t(n);
+    }
+  }
 }
 
 std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run) {

@@ -20,6 +20,13 @@ using Metadata = std::vector<std::pair<std::string, std::string>>;
 
 inline constexpr const char* kFormatVersion = "1";
 
+/// Some of a layout's tensors.
+using TensorMask = std::vector<bool>;
+/// Whether `mask` has all that `other` has.
+bool covers(const TensorMask& mask, const TensorMask& other);
+/// Of a run of tokens [first, first + n) the tensors that can still be attended once `length` tokens are held.
+TensorMask attended_tensors(const KvLayout& layout, int64_t first, int64_t n, int64_t length);
+
 struct TorporFile {
   SafetensorsHeader header;
   std::string kind;                    ///< "agent", "segment", "export"
@@ -32,6 +39,8 @@ struct TorporFile {
 
   /// Where the layer tensors' bytes are; they come first, in the layout's order.
   uint64_t rows_bytes() const;
+  /// Bytes of the `wanted` ones alone.
+  uint64_t rows_bytes(const TensorMask& wanted) const;
   const SafetensorsTensor& tokens_tensor() const { return header.tensors.back(); }
   /// kCorruption naming the file when absent.
   const std::string& required(std::string_view key, const std::string& file_name) const;
@@ -52,15 +61,19 @@ std::vector<std::byte> read_header_bytes(const File& file, uint64_t file_size);
 /// Reads the tensor `tokens` and checks its checksum.
 std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed);
 
-/// Reads the layer tensors into `out` (rows_bytes() long), checking each checksum while its bytes are in cache.
-void read_rows(const File& file, const TorporFile& parsed, std::span<std::byte> out);
-/// Checks the checksums of layer tensors that are in memory.
-void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const std::string& file_name);
+/// Reads the `wanted` layer tensors into their places in `out` (rows_bytes() long), checking each checksum while its bytes
+/// are in cache.
+void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted, std::span<std::byte> out);
+/// Checks the checksums of the `wanted` layer tensors, all of them in memory.
+void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const TensorMask& wanted,
+                       const std::string& file_name);
 /// Reads and checks without keeping the bytes.
 void check_rows(const File& file, const TorporFile& parsed);
 
 /// Checksums of the layer tensors of a run.
 std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run);
+/// Copies the first `n` tokens' rows out of a run: they lie apart, head by head.
+void cut_rows(const KvLayout& layout, std::span<const std::byte> run, int run_tokens, int n, std::byte* out);
 
 /// kInvalidArgument when the layout can't be stored (names, counts, sizes out of range).
 void check_layout(const KvLayout& layout);

@@ -1,0 +1,75 @@
+#pragma once
+/// The runs of an agent or a prefix on their way into memory: mapped, read, or shared with whoever in this process holds
+/// them already.
+
+#include "store/store_impl.h"
+
+namespace torpor {
+
+/// Damage ends a prefix; a disk that can't be read just now does not, or a passing EIO would cost tokens.
+bool is_damage(const Error& error);
+
+class RunLoader {
+ public:
+  /// `tail`: the agent file whose own rows follow the chain's; nullptr for none. All must outlive the loader.
+  RunLoader(Store::Impl& store, const KvLayout& layout, const SegmentChain& chain, const OpenedAgent* tail,
+            const LoadOptions& options)
+      : store_(store), layout_(layout), chain_(chain), tail_(tail), options_(options) {}
+
+  /// Opens what the first `length` tokens are in, and checks all of it but the rows.
+  void open(int64_t length);
+  /// The rows, of the runs before the first that has a problem.
+  void read();
+
+  /// Runs before the first that has a problem, and that problem.
+  size_t usable() const;
+  bool complete() const { return usable() == runs_.size(); }
+  const std::string& problem() const { return runs_[usable()].problem; }
+  bool missing() const { return !complete() && runs_[usable()].missing; }
+  /// Tokens of the usable runs.
+  int64_t usable_tokens() const { return complete() ? length_ : int64_t(usable()) * kSegmentTokens; }
+
+  /// The usable runs, after `read`; the last one cut to its first rows where `length` ends inside it.
+  std::vector<KvRun> take();
+  /// What was really read: headers, token lists, rows. The tail's file counts with its rows alone.
+  int64_t bytes_read() const { return bytes_read_; }
+  /// Size of segment i's file, where it was found.
+  std::optional<uint64_t> segment_size(size_t i) const;
+
+ private:
+  struct Run {
+    std::optional<OpenedSegment> opened;  ///< unless the rows are held already, or are the tail's
+    FileStat stat;
+    KvRun rows;                      ///< where they are, or are going to be
+    std::span<std::byte> writable;   ///< the same, to be read into; empty for a mapping
+    bool placed = false;             ///< `rows` are this loader's own
+    TensorMask checked;              ///< of `rows`
+    std::string problem;
+    bool missing = false;
+  };
+
+  bool is_tail(size_t i) const { return i == chain_.names.size(); }
+  const TorporFile& file_of(size_t i) const { return is_tail(i) ? tail_->agent.file : runs_[i].opened->segment.file; }
+  int stored_tokens(size_t i) const { return is_tail(i) ? int(tail_->agent.file.rows) : kSegmentTokens; }
+  /// The tensors of run i that `options_` asks for when `length` tokens are held.
+  TensorMask wanted(size_t i, int64_t length) const;
+  void open_segment_file(size_t i);
+  void open_run(size_t i);
+  void place_rows(size_t i);
+  void read_run(size_t i, const TensorMask& todo);
+  /// fn(i, handle) with the run's file, which is opened again when it could not be kept open.
+  template <typename Fn>
+  void with_file(size_t i, Fn fn);
+
+  Store::Impl& store_;
+  const KvLayout& layout_;
+  const SegmentChain& chain_;
+  const OpenedAgent* tail_;
+  const LoadOptions& options_;
+  std::vector<Run> runs_;
+  int64_t length_ = 0;
+  bool keep_open_ = true;
+  std::atomic<int64_t> bytes_read_ = 0;
+};
+
+}  // namespace torpor

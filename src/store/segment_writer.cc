@@ -1,0 +1,151 @@
+#include "store/segment_writer.h"
+
+#include <set>
+
+#include "base/hash.h"
+
+namespace torpor {
+
+SegmentWriter::SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot)
+    : store_(store), snapshot_(snapshot), all_(snapshot.layout.tensors.size(), true) {
+  const std::string identity = snapshot.identity.digest(), layout = layout_digest(snapshot.layout);
+  const std::vector<std::string> no_checksums(all_.size(), std::string(32, '0'));
+  std::string parent;
+  for (size_t i = 0; i < snapshot.runs.size() && snapshot.runs[i].n_tokens == kSegmentTokens; ++i) {
+    Planned& segment = segments_.emplace_back();
+    segment.run = &snapshot.runs[i];
+    segment.place = {identity, layout, parent, std::span(snapshot.tokens).subspan(i * kSegmentTokens, kSegmentTokens)};
+    choose_name(segment);
+    if (segment.write) {
+      segment.stat = {.size = encode_segment_header(segment.place, segment.variant, snapshot.layout, no_checksums).size() +
+                              segment.run->bytes.size() + token_bytes(segment.place.tokens).size()};
+    }
+    parent = segment.name;
+  }
+}
+
+int64_t SegmentWriter::bytes_to_write() const {
+  int64_t bytes = 0;
+  for (const Planned& segment : segments_) bytes += segment.write ? int64_t(segment.stat.size) : 0;
+  return bytes;
+}
+
+int64_t SegmentWriter::bytes() const {
+  int64_t bytes = 0;
+  for (const Planned& segment : segments_) bytes += int64_t(segment.stat.size);
+  return bytes;
+}
+
+std::vector<std::string> SegmentWriter::names() const {
+  std::vector<std::string> names;
+  for (const Planned& segment : segments_) names.push_back(segment.name);
+  return names;
+}
+
+void SegmentWriter::choose_name(Planned& segment) {
+  // Rows that came from a segment of this store keep its name, and nothing is read to find that out.
+  segment.origin = store_.known.rows_in(*segment.run);
+  if (segment.origin && segment_name(segment.place, segment.origin->variant) == segment.origin->name) {
+    segment.name = segment.origin->name;
+    segment.variant = segment.origin->variant;
+    const auto stat = store_.env.stat(store_.segment_path(segment.name));
+    const auto file = store_.known.file(segment.name);
+    if (stat && file && file->stat == *stat && file->content == segment.origin->content) {
+      segment.stat = *stat;
+      return;
+    }
+  }
+  // Else the plain name. Rows of the same tokens that differ from those under it get a name of their own.
+  for (const bool plain : {true, false}) {
+    segment.variant = plain ? "" : content_of(segment);
+    segment.name = segment_name(segment.place, segment.variant);
+    switch (look_up(segment)) {
+      case Found::kSame: return;
+      case Found::kNothing: segment.write = true; return;
+      case Found::kOther: break;
+    }
+  }
+  // The variant's name holds the rows' digest: what is there and differs is not what it says.
+  segment.write = true;
+}
+
+const std::vector<std::string>& SegmentWriter::checksums_of(Planned& segment) {
+  if (!segment.checksums.empty()) return segment.checksums;
+  segment.checksums = run_checksums(snapshot_.layout, *segment.run);
+  if (segment.origin && content_digest(segment.checksums) != segment.origin->content) {
+    // A mapped file that somebody wrote to, or rows that no one had reason to check: what is in memory is the damage.
+    throw Error(ErrorCode::kCorruption,
+                "'" + store_.segment_path(segment.origin->name).string() +
+                    "' was changed while it was in use; wake the agent again, which goes on from what is intact.");
+  }
+  return segment.checksums;
+}
+
+SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
+  const auto path = store_.segment_path(segment.name);
+  const auto stat = store_.env.stat(path);
+  if (!stat) return Found::kNothing;
+  segment.stat = *stat;
+  const std::string content = content_of(segment);
+  const auto known = store_.known.file(segment.name);
+  if (known && known->stat == *stat && known->whole) {
+    if (known->content != content) return Found::kOther;
+  } else {
+    // Not seen whole by this process: read it before anything is built on it. A damaged one is written again, for the
+    // good bytes are here.
+    try {
+      const OpenedSegment opened = open_segment(store_.env, path, segment.name, segment.place);
+      if (opened.segment.content() != content) return Found::kOther;
+      check_rows(opened.handle, opened.segment.file);
+      segment.stat = opened.stat;
+    } catch (const Error& error) {
+      if (error.code() == ErrorCode::kIo) throw;
+      return Found::kNothing;
+    }
+    store_.known.add_file(segment.name, {segment.stat, content, true});
+  }
+  store_.known.add_rows({segment.name, segment.variant, content, *segment.run, all_});
+  return Found::kSame;
+}
+
+void SegmentWriter::write_missing(bool durable, SaveResult& result) {
+  std::vector<Planned*> missing;
+  std::set<std::filesystem::path> directories;
+  for (auto& segment : segments_) {
+    if (!segment.write) continue;
+    missing.push_back(&segment);
+    directories.insert(store_.segment_directory(segment.name));
+  }
+  if (!missing.empty()) {
+    const bool first = store_.env.make_directory(store_.segments_path());
+    for (const auto& directory : directories) store_.env.make_directory(directory);
+    // Two writers: one fills the page cache while the other waits for its fsync.
+    parallel_for(missing.size(), 2, [&](size_t i) { write(*missing[i], durable); });
+    if (durable) {
+      for (const auto& directory : directories) store_.env.sync_directory(directory);
+      store_.env.sync_directory(store_.segments_path());
+      if (first) store_.env.sync_directory(store_.root);
+      for (const auto* segment : missing) store_.known.set_durable(segment->name, segment->stat);
+    }
+  }
+  for (const auto* segment : missing) result.bytes_written += int64_t(segment->stat.size);
+  result.segments_written = int(missing.size());
+  result.segments_shared = int(segments_.size() - missing.size());
+  result.segments = names();
+  if (!durable) return;
+  std::vector<std::pair<std::string, FileStat>> all;
+  for (const auto& segment : segments_) all.emplace_back(segment.name, segment.stat);
+  store_.flush_segments(all);
+}
+
+void SegmentWriter::write(Planned& segment, bool durable) {
+  const auto& checksums = checksums_of(segment);
+  const std::string header = encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums);
+  segment.stat = store_.write_file(store_.segment_path(segment.name),
+                                   {as_bytes_of(header), segment.run->bytes, token_bytes(segment.place.tokens)}, durable);
+  const std::string content = content_digest(checksums);
+  store_.known.add_file(segment.name, {segment.stat, content, true});
+  store_.known.add_rows({segment.name, segment.variant, content, *segment.run, all_});
+}
+
+}  // namespace torpor

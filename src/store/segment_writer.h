@@ -1,0 +1,49 @@
+#pragma once
+/// The sealed runs of a snapshot on their way to disk.
+
+#include <optional>
+#include <unordered_set>
+#include <vector>
+
+#include "store/store_impl.h"
+
+namespace torpor {
+
+class SegmentWriter {
+ public:
+  /// Gives every sealed run its name, and finds out which are on disk already. `snapshot` must outlive the writer.
+  SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot);
+
+  /// Bytes of the files that are missing.
+  int64_t bytes_to_write() const;
+  /// Bytes of all of them, those to be written included.
+  int64_t bytes() const;
+  std::vector<std::string> names() const;
+  /// Writes what is missing; with `durable` all segments are on the disk when this returns.
+  void write_missing(bool durable, SaveResult& result);
+
+ private:
+  struct Planned {
+    const KvRun* run = nullptr;
+    SegmentPlace place;
+    std::string name, variant;
+    std::optional<KnownSegments::Rows> origin;  ///< where the rows came from, or went to before
+    std::vector<std::string> checksums;         ///< empty until someone needed them
+    bool write = false;
+    FileStat stat;  ///< of a file to be written its size alone
+  };
+  enum class Found { kNothing, kSame, kOther };
+
+  void choose_name(Planned& segment);
+  Found look_up(Planned& segment);
+  const std::vector<std::string>& checksums_of(Planned& segment);
+  std::string content_of(Planned& segment) { return content_digest(checksums_of(segment)); }
+  void write(Planned& segment, bool durable);
+
+  Store::Impl& store_;
+  const KvSnapshot& snapshot_;
+  const TensorMask all_;
+  std::vector<Planned> segments_;
+};
+
+}  // namespace torpor

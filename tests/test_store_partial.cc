@@ -1,0 +1,203 @@
+/// Loads of a part: the first tokens, the rows that windows still see, and rows that this process holds already.
+
+#include "counting_env.h"
+#include "store_fixture.h"
+
+namespace torpor::testing {
+namespace {
+
+/// Layer 1 has a window of 300 tokens, layer 0 none.
+KvLayout windowed_layout() {
+  KvLayout layout = small_layout(KvDtype::kF16, 2, 2, 8);
+  layout.tensors[2].window = layout.tensors[3].window = 300;
+  return layout;
+}
+
+/// `whole` as if it had been rewound: rows are functions of their place, so they are made again.
+KvSnapshot first_tokens(int n, const KvLayout& layout) { return make_snapshot(n, layout); }
+
+/// Equal in every byte that can still be attended.
+::testing::AssertionResult same_attended(const KvSnapshot& a, const KvSnapshot& b) {
+  if (a.tokens != b.tokens || a.runs.size() != b.runs.size()) return ::testing::AssertionFailure() << "other tokens";
+  for (size_t i = 0; i < a.runs.size(); ++i) {
+    const int n = a.runs[i].n_tokens;
+    if (b.runs[i].n_tokens != n) return ::testing::AssertionFailure() << "run " << i << " has another length";
+    for (size_t t = 0; t < a.layout.tensors.size(); ++t) {
+      if (!KvLayout::attended(a.layout.tensors[t], int64_t(i) * kSegmentTokens, n, int64_t(a.tokens.size()))) continue;
+      const size_t begin = a.layout.offset(t, n), end = a.layout.offset(t + 1, n);
+      if (std::memcmp(a.runs[i].bytes.data() + begin, b.runs[i].bytes.data() + begin, end - begin) != 0) {
+        return ::testing::AssertionFailure() << "run " << i << " tensor " << t << " differs";
+      }
+    }
+  }
+  return ::testing::AssertionSuccess();
+}
+
+class StorePartial : public ::testing::Test {
+ protected:
+  StorePartial() { Store(root_).save_agent_cache("a", make_snapshot(1300, layout_), "m", {}, Durability::kRename); }
+  fs::path segment_path(const std::string& name) const {
+    return root_ / "segments" / name.substr(0, 2) / (name + ".safetensors");
+  }
+  /// Flips a byte of tensor `t` of segment `i`, in place, and of nothing that `stat` shows.
+  void damage(int i, size_t t) {
+    const auto path = segment_path(Store(root_).agent_info("a").segments[size_t(i)]);
+    const auto time = fs::last_write_time(path);
+    const size_t data = fs::file_size(path) - layout_.offset(layout_.tensors.size(), 256) - 256 * 4;
+    std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+    const auto at = std::streamoff(data + layout_.offset(t, 256) + 5);
+    file.seekg(at);
+    const char byte = char(file.get() ^ 1);
+    file.seekp(at);
+    file.put(byte);
+    file.close();
+    fs::last_write_time(path, time);
+  }
+
+  TemporaryDirectory directory_;
+  fs::path root_ = directory_.path() / "store";
+  KvLayout layout_ = windowed_layout();
+};
+
+TEST_F(StorePartial, AnyNumberOfFirstTokens) {
+  for (const bool map : {false, true}) {
+    for (const bool window : {false, true}) {
+      for (int n : {0, 1, 255, 256, 257, 300, 511, 512, 513, 600, 1279, 1280, 1281, 1299, 1300}) {
+        const auto loaded = Store(root_).load_agent_cache("a", {.map_rows = map, .n_tokens = n, .window_rows_only = window});
+        EXPECT_NO_THROW(loaded.snapshot.validate()) << n;
+        EXPECT_EQ(loaded.tokens, loaded.snapshot.tokens);
+        const auto expected = first_tokens(n, layout_);
+        if (window) {
+          EXPECT_TRUE(same_attended(loaded.snapshot, expected)) << n << " mapped " << map;
+        } else {
+          EXPECT_TRUE(same(loaded.snapshot, expected)) << n << " mapped " << map;
+        }
+        for (const auto& run : loaded.snapshot.runs) EXPECT_EQ(run.mapped, map && (run.n_tokens == 256 || n == 1300)) << n;
+        EXPECT_EQ(loaded.info.bytes, Store(root_).agent_info("a").bytes);
+      }
+    }
+  }
+  EXPECT_EQ(Store(root_).load_agent_cache("a", {.n_tokens = 5000}).tokens.size(), 1300u);
+  EXPECT_EQ(code_of([&] { Store(root_).load_agent_cache("a", {.n_tokens = -1}); }), ErrorCode::kInvalidArgument);
+}
+
+TEST_F(StorePartial, OnlyWhatIsNeededIsRead) {
+  const auto info = Store(root_).agent_info("a");
+  CountingEnv env;
+  const auto whole = Store(root_, &env).load_agent_cache("a", {});
+  EXPECT_EQ(whole.bytes_read, info.bytes);
+  EXPECT_GE(env.bytes_read, info.bytes);
+  env.reset();
+  // 1,300 tokens, a window of 300: of five segments the last two hold rows that layer 1 still sees.
+  const auto window = Store(root_, &env).load_agent_cache("a", {.window_rows_only = true});
+  const int64_t unseen = 3 * int64_t(layout_.offset(4, 256) - layout_.offset(2, 256));
+  EXPECT_EQ(window.bytes_read, info.bytes - unseen);
+  EXPECT_EQ(Store(root_).load_agent_cache("a", {.map_rows = true, .window_rows_only = true}).bytes_read, window.bytes_read);
+  env.reset();
+  Store(root_, &env).load_agent_cache("a", {.n_tokens = 300});
+  const auto opened = env.opened();
+  EXPECT_EQ(std::count_if(opened.begin(), opened.end(), [](const auto& p) { return p.find("/segments/") != std::string::npos; }), 2);
+}
+
+TEST_F(StorePartial, DamageOutsideTheWindowIsNotLookedFor) {
+  damage(0, 2);
+  EXPECT_TRUE(same_attended(Store(root_).load_agent_cache("a", {.window_rows_only = true}).snapshot, make_snapshot(1300, layout_)));
+  for (const bool map : {false, true}) {
+    EXPECT_EQ(code_of([&] { Store(root_).load_agent_cache("a", {.map_rows = map}); }), ErrorCode::kCorruption);
+    EXPECT_EQ(code_of([&] { Store(root_).load_agent_cache("a", {.map_rows = map, .n_tokens = 300, .window_rows_only = true}); }),
+              ErrorCode::kCorruption);
+  }
+}
+
+TEST_F(StorePartial, ASalvagedPrefixHasTheRowsOfItsOwnWindow) {
+  damage(4, 0);
+  damage(0, 2);
+  for (const bool map : {false, true}) {
+    // Without segment 4 the window begins in segment 2, whose rows of layer 1 were not wanted at first.
+    const auto loaded = Store(root_).load_agent_cache("a", {.salvage = true, .map_rows = map, .window_rows_only = true});
+    EXPECT_EQ(loaded.snapshot.tokens.size(), 1024u);
+    EXPECT_TRUE(same_attended(loaded.snapshot, first_tokens(1024, layout_)));
+  }
+}
+
+TEST_F(StorePartial, RowsThatAreHeldAreSharedAndNotRead) {
+  CountingEnv env;
+  Store store(root_, &env);
+  const auto saved = make_snapshot(1300, layout_);
+  store.save_agent_cache("b", saved, "m", {}, Durability::kRename);
+  for (const bool map : {false, true}) {
+    env.reset();
+    const auto loaded = store.load_agent_cache("a", {.map_rows = map});
+    for (int i = 0; i < 5; ++i) EXPECT_EQ(loaded.snapshot.runs[i].bytes.data(), saved.runs[i].bytes.data());
+    EXPECT_TRUE(same(loaded.snapshot, saved));
+    EXPECT_EQ(env.opens, 1) << "the agent file";
+    EXPECT_EQ(loaded.bytes_read, Store(root_).agent_info("a").tail_bytes);
+  }
+  // Mapped rows serve only those who asked for a mapping.
+  Store other(root_, &env);
+  const auto mapped = other.load_agent_cache("a", {.map_rows = true});
+  env.reset();
+  const auto again = other.load_agent_cache("a", {.map_rows = true});
+  EXPECT_EQ(again.snapshot.runs[0].bytes.data(), mapped.snapshot.runs[0].bytes.data());
+  EXPECT_EQ(env.maps, 1) << "the tail";
+  EXPECT_FALSE(other.load_agent_cache("a", {}).snapshot.runs[0].mapped);
+}
+
+TEST_F(StorePartial, NobodyElsesRowsAreTakenForTheFiles) {
+  Store store(root_);
+  auto held = std::optional(store.load_agent_cache("a", {.map_rows = true}));
+  const auto* before = held->snapshot.runs[0].bytes.data();
+  // Replaced by another process: same rows, another file.
+  const auto path = segment_path(held->info.segments[0]);
+  fs::copy(path, directory_.path() / "copy");
+  fs::rename(directory_.path() / "copy", path);
+  EXPECT_NE(store.load_agent_cache("a", {.map_rows = true}).snapshot.runs[0].bytes.data(), before);
+  // Rows that no one holds any more are read again.
+  held.reset();
+  damage(1, 0);
+  EXPECT_EQ(code_of([&] { store.load_agent_cache("a", {.map_rows = true}); }), ErrorCode::kCorruption);
+}
+
+TEST_F(StorePartial, APartlyCheckedSegmentIsNotTakenForAWholeOne) {
+  for (const bool map : {false, true}) {
+    Store store(root_);
+    const auto part = store.load_agent_cache("a", {.map_rows = map, .window_rows_only = true});
+    EXPECT_TRUE(same(store.load_agent_cache("a", {.map_rows = map}).snapshot, make_snapshot(1300, layout_)));
+    EXPECT_TRUE(same_attended(store.load_agent_cache("a", {.map_rows = map, .n_tokens = 400, .window_rows_only = true}).snapshot,
+                              first_tokens(400, layout_)));
+  }
+  damage(0, 2);
+  Store store(root_);
+  const auto part = store.load_agent_cache("a", {.map_rows = true, .window_rows_only = true});
+  EXPECT_EQ(code_of([&] { store.load_agent_cache("a", {.map_rows = true}); }), ErrorCode::kCorruption);
+  // Someone with good rows in hand does not build on it either: it is written again.
+  EXPECT_EQ(store.save_agent_cache("b", make_snapshot(300, layout_), "m").segments_written, 1);
+}
+
+TEST_F(StorePartial, SavingWhatWasLoadedInPartReadsNoRow) {
+  CountingEnv env;
+  Store store(root_, &env);
+  auto part = store.load_agent_cache("a", {.map_rows = true, .window_rows_only = true});
+  env.reset();
+  const auto result = store.save_agent_cache("b", part.snapshot, "m", {}, Durability::kRename);
+  EXPECT_EQ(result.segments_shared, 5);
+  EXPECT_EQ(result.segments, part.info.segments);
+  EXPECT_EQ(env.bytes_read, 0);
+  EXPECT_TRUE(same(Store(root_).load_agent_cache("b").snapshot, make_snapshot(1300, layout_)));
+}
+
+TEST_F(StorePartial, UncheckedRowsAreNeverWrittenAsIfTheyWereGood) {
+  // The rows that no one looked at are damaged, and the file is gone when the agent is saved.
+  damage(0, 2);
+  Store store(root_);
+  auto part = store.load_agent_cache("a", {.map_rows = true, .window_rows_only = true});
+  fs::remove(segment_path(part.info.segments[0]));
+  EXPECT_EQ(code_of([&] { store.save_agent_cache("b", part.snapshot, "m"); }), ErrorCode::kCorruption);
+  EXPECT_FALSE(store.contains("b"));
+  // Undamaged ones are, whoever removed the file.
+  part = store.load_agent_cache("a", {.salvage = true, .map_rows = true});
+  EXPECT_TRUE(part.snapshot.tokens.empty());
+}
+
+}  // namespace
+}  // namespace torpor::testing
