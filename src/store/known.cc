@@ -38,10 +38,10 @@ void KnownSegments::add_rows(const Rows& rows) {
   held.rows.run.owner = nullptr;
   const std::byte*& best = rows_of_[rows.name];
   const auto other = best == nullptr ? rows_.end() : rows_.find(best);
-  // Of two memories the one with more rows serves more readers.
+  // Of two memories the one with more rows serves more readers; of equal ones the newer, which may be the other's successor.
   const bool keep = other != rows_.end() && &other->second != &held && !other->second.owner.expired() &&
                     other->second.rows.name == rows.name && other->second.rows.content == rows.content &&
-                    covers(other->second.rows.checked, rows.checked);
+                    covers(other->second.rows.checked, rows.checked) && !covers(rows.checked, other->second.rows.checked);
   if (!keep) best = rows.run.bytes.data();
 }
 

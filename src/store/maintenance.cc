@@ -24,11 +24,27 @@ std::unordered_set<std::string> Store::Impl::live_segments() {
   return live;
 }
 
+void Store::Impl::require_agent(const std::string& id) {
+  if (env.exists(agent_path(id))) return;
+  throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root.string() + "'.");
+}
+
+void Store::Impl::remove_agent_file(const std::string& id) {
+  if (!env.remove(agent_path(id))) require_agent(id);
+  env.sync_directory(root);
+}
+
+void Store::Impl::tidy_after_agent(const std::string& id, const FileLock& agent_lock) noexcept {
+  try {
+    env.remove(sidecar_path(id));
+    env.remove(agent_lock.path());
+  } catch (const std::exception&) {
+  }
+}
+
 void Store::Impl::remove_agent(const std::string& id) {
   check_agent_id(id);
-  if (!env.exists(agent_path(id))) {
-    throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root.string() + "'.");
-  }
+  require_agent(id);
   const FileLock agent_lock = lock_agent(id);
   std::vector<std::string> candidates;
   try {
@@ -36,13 +52,8 @@ void Store::Impl::remove_agent(const std::string& id) {
   } catch (const Error&) {
     // Damaged, and to be deleted all the same; its segments are left to gc.
   }
-  // The commit. What follows is tidying, and gc makes up for whatever of it fails.
-  if (!env.remove(agent_path(id))) {
-    throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root.string() + "'.");
-  }
-  env.sync_directory(root);
+  remove_agent_file(id);
   try {
-    env.remove(sidecar_path(id));
     if (!candidates.empty()) {
       // Without waiting: a save under way in another process may be about to name one of them.
       if (const auto store_lock =
@@ -53,9 +64,10 @@ void Store::Impl::remove_agent(const std::string& id) {
         }
       }
     }
-    env.remove(agent_lock.path());
   } catch (const Error&) {
+    // gc makes up for it.
   }
+  tidy_after_agent(id, agent_lock);
 }
 
 GcResult Store::Impl::gc() {

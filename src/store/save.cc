@@ -63,8 +63,6 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
   info.identity = snapshot.identity;
   info.user = user;
   info.created_at = info.updated_at = format_time(env.now());
-  // Refuses what can't be stored before anything is written.
-  for (const auto& [key, value] : agent_metadata(info)) json_quote(key), json_quote(value);
 
   const FileLock lock = lock_store(LockMode::kShared);
   info.created_at = date_of_birth(id, info.updated_at);

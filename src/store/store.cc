@@ -136,9 +136,7 @@ FileStat Store::Impl::write_file(const std::filesystem::path& path,
 OpenedAgent Store::Impl::open_agent(const std::string& id) {
   check_agent_id(id);
   const auto path = agent_path(id);
-  if (!env.exists(path)) {
-    throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root.string() + "'.");
-  }
+  require_agent(id);
   File handle = env.open(path, OpenMode::kRead);
   const FileStat stat = handle.stat();
   AgentFile agent = parse_agent_file(read_header_bytes(handle, stat.size), stat.size, path.string());
@@ -189,6 +187,23 @@ SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot
 }
 LoadedAgent Store::load_agent_cache(const std::string& agent_id, const LoadOptions& options) const {
   return impl_->load(agent_id, options);
+}
+SaveResult Store::save_prefix(const KvSnapshot& snapshot, Durability durability) {
+  return impl_->save_prefix(snapshot, durability);
+}
+int64_t Store::find_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens) const {
+  return int64_t(impl_->find_prefix(identity, layout, tokens).size()) * kSegmentTokens;
+}
+LoadedPrefix Store::load_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens,
+                                const LoadOptions& options) const {
+  return impl_->load_prefix(identity, layout, tokens, options);
+}
+std::optional<KvRun> Store::map_segment(const std::string& name) const { return impl_->map_segment(name); }
+SaveResult Store::copy_agent_cache(const std::string& src, const std::string& dst, const CopyOptions& options) {
+  return impl_->copy(src, dst, options);
+}
+void Store::rename_agent_cache(const std::string& agent_id, const std::string& new_id) {
+  impl_->rename_agent(agent_id, new_id);
 }
 AgentInfo Store::agent_info(const std::string& agent_id) const { return impl_->info(agent_id); }
 bool Store::contains(const std::string& agent_id) const {

@@ -76,6 +76,14 @@ struct Store::Impl {
   /// Files that a save which asked for less may have left in the page cache, or whose fsync we did not see.
   void flush_segments(const std::vector<std::pair<std::string, FileStat>>& segments);
   LoadedAgent load(const std::string& id, const LoadOptions& options);
+  SaveResult copy(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates = false);
+  void rename_agent(const std::string& id, const std::string& new_id);
+  /// Names of the segments.
+  std::vector<std::string> find_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens);
+  LoadedPrefix load_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens,
+                           const LoadOptions& options);
+  SaveResult save_prefix(const KvSnapshot& snapshot, Durability durability);
+  std::optional<KvRun> map_segment(const std::string& name);
   std::vector<std::string> agent_ids();
   AgentInfo info(const std::string& id);
   std::vector<AgentInfo> list(bool rebuild_sidecars);
@@ -88,6 +96,12 @@ struct Store::Impl {
   /// Names of segments that some agent needs, read from the agent files themselves. kCorruption when one can't be read.
   std::unordered_set<std::string> live_segments();
   void remove_agent(const std::string& id);
+  /// kNotFound says which agent.
+  void require_agent(const std::string& id);
+  /// The commit of a removal; its agent's lock is held.
+  void remove_agent_file(const std::string& id);
+  /// Removes what else bears the name of an agent that is gone. What can't be removed now is left to gc.
+  void tidy_after_agent(const std::string& id, const FileLock& agent_lock) noexcept;
   GcResult gc();
   VerifyReport verify(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows);
   DiskUsage usage();

@@ -1,0 +1,89 @@
+/// Copies of an agent that read no sealed row: fork, rewind, rename, a change of metadata.
+
+#include "store/store_impl.h"
+
+namespace torpor {
+namespace {
+
+/// The first `n` rows of an open file.
+KvRun first_rows(const File& handle, const TorporFile& file, int n) {
+  const auto read = allocate_heap_buffer(size_t(file.rows_bytes()));
+  read_rows(handle, file, TensorMask(file.layout.tensors.size(), true), {read.get(), size_t(file.rows_bytes())});
+  const size_t size = file.layout.offset(file.layout.tensors.size(), n);
+  const auto rows = allocate_heap_buffer(size);
+  cut_rows(file.layout, {read.get(), size_t(file.rows_bytes())}, int(file.rows), n, rows.get());
+  return {.n_tokens = n, .bytes = {rows.get(), size}, .owner = rows};
+}
+
+}  // namespace
+
+SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates) {
+  check_agent_id(dst);
+  const FileLock lock = lock_store(LockMode::kShared);
+  const OpenedAgent opened = open_agent(src);
+  const TorporFile& file = opened.agent.file;
+  AgentInfo info = opened.agent.info;
+  if (!options.replace && env.exists(agent_path(dst))) {
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.");
+  }
+  const int64_t n = options.n_tokens.value_or(info.cache_size);
+  if (n < 0 || n > info.cache_size) {
+    throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' has " + std::to_string(info.cache_size) +
+                                                 " tokens; it can't be cut to " + std::to_string(n) + ".");
+  }
+  const std::vector<int32_t> tokens = read_tokens(opened.handle, file);
+  const std::vector<std::string> all_segments = info.segments;
+  const SegmentChain chain{info.identity.digest(), layout_digest(file.layout), all_segments, tokens};
+  const size_t n_sealed = size_t(n / kSegmentTokens);
+  const int rest = int(n % kSegmentTokens);
+
+  std::optional<KvRun> tail;
+  if (rest > 0 && n_sealed < all_segments.size()) {
+    const std::string& name = all_segments[n_sealed];
+    const OpenedSegment segment = open_segment(env, segment_path(name), name, chain.place(n_sealed));
+    tail = first_rows(segment.handle, segment.segment.file, rest);
+  } else if (rest > 0) {
+    tail = first_rows(opened.handle, file, rest);
+  }
+  info.segments.resize(n_sealed);
+  info.bytes = 0;
+  std::vector<std::pair<std::string, FileStat>> segments;
+  for (const auto& name : info.segments) {
+    const auto stat = env.stat(segment_path(name));
+    if (!stat) {
+      throw Error(ErrorCode::kCorruption, "The segment '" + segment_path(name).string() + "' of agent '" + src +
+                                              "' is missing; restore it from a copy, or cut the agent before it.");
+    }
+    segments.emplace_back(name, *stat);
+    info.bytes += int64_t(stat->size);
+  }
+  info.agent_id = dst;
+  if (options.user) info.user = *options.user;
+  if (!keep_dates) {
+    info.updated_at = format_time(env.now());
+    info.created_at = date_of_birth(dst, info.updated_at);
+  }
+  const AgentDraft draft =
+      draft_agent(std::move(info), file.layout, tail ? &*tail : nullptr, std::span(tokens).first(size_t(n)));
+  SaveResult result;
+  result.segments = draft.info.segments;
+  result.segments_shared = int(n_sealed);
+  if (options.durability == Durability::kFull) flush_segments(segments);
+  commit_agent(draft, options.durability, result);
+  return result;
+}
+
+void Store::Impl::rename_agent(const std::string& id, const std::string& new_id) {
+  check_agent_id(id);
+  check_agent_id(new_id);
+  require_agent(id);
+  if (env.exists(agent_path(new_id))) {
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + new_id + "' already; choose another id.");
+  }
+  const FileLock lock = lock_agent(id), new_lock = lock_agent(new_id);
+  copy(id, new_id, {}, /*keep_dates=*/true);
+  remove_agent_file(id);
+  tidy_after_agent(id, lock);
+}
+
+}  // namespace torpor
