@@ -1,8 +1,10 @@
 #pragma once
 /// An Env that does what the operating system does and counts what it was asked for.
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,9 +17,15 @@ class CountingEnv : public Env {
   std::atomic<int> opens = 0, stats = 0, maps = 0, syncs = 0, lists = 0, changes = 0;
   std::atomic<int64_t> bytes_read = 0, bytes_written = 0;
   bool can_map = true;
+  std::optional<uint64_t> free_space;  ///< instead of the file system's
   std::vector<std::string> opened() const {
     const std::lock_guard lock(mutex_);
     return opened_;
+  }
+  /// How often a segment's file was opened.
+  int opened_segments() const {
+    const auto paths = opened();
+    return int(std::count_if(paths.begin(), paths.end(), [](const auto& path) { return path.find("/segments/") != std::string::npos; }));
   }
   void reset() {
     opens = stats = maps = syncs = lists = changes = 0;
@@ -58,6 +66,11 @@ class CountingEnv : public Env {
   int raw_make_directory(const char* path) override { return base_.raw_make_directory(path); }
   int raw_sync_directory(const char* path) override { return ++syncs, base_.raw_sync_directory(path); }
   int raw_list(const char* path, std::vector<std::string>& names) override { return ++lists, base_.raw_list(path, names); }
+  int raw_free_space(const char* path, uint64_t& bytes) override {
+    if (!free_space) return base_.raw_free_space(path, bytes);
+    bytes = *free_space;
+    return 0;
+  }
   int raw_lock(int fd, LockMode mode) override { return base_.raw_lock(fd, mode); }
 
  private:

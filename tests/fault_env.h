@@ -144,6 +144,9 @@ class FaultEnv : public Env {
   int raw_list(const char* path, std::vector<std::string>& names) override {
     return dead_ ? -EIO : base_.raw_list(path, names);
   }
+  int raw_free_space(const char* path, uint64_t& bytes) override {
+    return dead_ ? -EIO : base_.raw_free_space(path, bytes);
+  }
   int raw_lock(int fd, LockMode mode) override { return dead_ ? -EIO : base_.raw_lock(fd, mode); }
 
  private:

@@ -57,7 +57,6 @@ struct SaveResult {
   std::vector<std::string> segments;  ///< the names of all, first to last
 };
 
-
 struct LoadedAgent {
   AgentInfo info;
   KvSnapshot snapshot;
@@ -100,8 +99,9 @@ struct CopyOptions {
   Durability durability = Durability::kFull;
 };
 
-/// Bounds on what the store takes of the disk; a save that would break one evicts unnamed segments first, oldest leaf
-/// first, and then fails with kResourceExhausted, having written nothing. Named agents are never removed to make room.
+/// Bounds on what the store takes of the disk. A save, copy, import or prefix that would break one first evicts segments that
+/// no agent names, oldest leaf first; when all of them would not be enough, none is, and it fails with kResourceExhausted,
+/// having written nothing. Named agents are never removed to make room.
 struct DiskLimits {
   int64_t budget = 0;    ///< bytes of every file in the store, all models together; 0 = no bound
   int64_t min_free = 0;  ///< bytes that stay free on the file system; 0 = no bound
@@ -177,6 +177,7 @@ class Store {
   /// The agent under another id, which must be free; takes both locks itself. A crash may leave it under both.
   void rename_agent_cache(const std::string& agent_id, const std::string& new_id);
 
+  /// For what this Store does from now on. With limits every save holds the store's lock exclusively (kBusy after 10 s).
   void set_disk_limits(const DiskLimits& limits);
 
   /// Reads the agent file's header alone. kNotFound, kCorruption.

@@ -11,6 +11,7 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "torpor/error.h"
@@ -167,6 +168,13 @@ std::vector<std::string> Env::list(const std::filesystem::path& path) {
   return names;
 }
 
+uint64_t Env::free_space(const std::filesystem::path& path) {
+  uint64_t bytes = 0;
+  const int result = retry_interrupted([&] { return raw_free_space(path.c_str(), bytes); });
+  if (result < 0) throw_io_error("ask for the free space of", path, -result);
+  return bytes;
+}
+
 std::string Env::read_file(const std::filesystem::path& path, uint64_t max_bytes) {
   const File file = open(path, OpenMode::kRead);
   const uint64_t size = file.stat().size;
@@ -289,6 +297,12 @@ class PosixEnv final : public Env {
     const int error_number = errno;
     ::closedir(directory);
     return -error_number;
+  }
+  int raw_free_space(const char* path, uint64_t& bytes) override {
+    struct statvfs stat;
+    if (::statvfs(path, &stat) < 0) return -errno;
+    bytes = uint64_t(stat.f_bavail) * stat.f_frsize;
+    return 0;
   }
   int raw_lock(int fd, LockMode mode) override {
     return or_errno(::flock(fd, (mode == LockMode::kShared ? LOCK_SH : LOCK_EX) | LOCK_NB));

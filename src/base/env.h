@@ -68,6 +68,8 @@ class FileLock {
  public:
   explicit FileLock(File file) : file_(std::move(file)) {}
   const std::filesystem::path& path() const { return file_.path(); }
+  /// Open for reading and writing, at its beginning.
+  File& file() { return file_; }
 
  private:
   File file_;
@@ -94,6 +96,8 @@ class Env {
   void sync_directory(const std::filesystem::path& path);
   /// Names in a directory, sorted; empty when there is no such directory.
   std::vector<std::string> list(const std::filesystem::path& path);
+  /// Bytes that an ordinary user may still write to the file system that `path` is on.
+  uint64_t free_space(const std::filesystem::path& path);
   /// Whole file; kResourceExhausted when it is larger than `max_bytes`.
   std::string read_file(const std::filesystem::path& path, uint64_t max_bytes);
   /// Locks the file (made when absent). nullopt when it can't be had within `timeout`; zero = one attempt.
@@ -115,6 +119,7 @@ class Env {
   virtual int raw_make_directory(const char* path) = 0;
   virtual int raw_sync_directory(const char* path) = 0;
   virtual int raw_list(const char* path, std::vector<std::string>& names) = 0;
+  virtual int raw_free_space(const char* path, uint64_t& bytes) = 0;
   /// Without waiting; -EWOULDBLOCK when another holds it.
   virtual int raw_lock(int fd, LockMode mode) = 0;
 };

@@ -127,14 +127,16 @@ int disk_usage(const std::filesystem::path& root, bool json) {
                     {"segment_bytes", usage.segment_bytes},
                     {"orphan_segments", usage.orphan_segments},
                     {"orphan_bytes", usage.orphan_bytes},
-                    {"total_bytes", usage.total_bytes}});
+                    {"total_bytes", usage.total_bytes},
+                    {"bytes_written", usage.bytes_written}});
     return 0;
   }
   print(table({{"", "FILES", "SIZE"},
                {"agents", std::to_string(usage.agents), human_bytes(usage.agent_bytes)},
                {"segments", std::to_string(usage.segments), human_bytes(usage.segment_bytes)},
                {"  of no agent (gc frees them)", std::to_string(usage.orphan_segments), human_bytes(usage.orphan_bytes)},
-               {"total", "", human_bytes(usage.total_bytes)}},
+               {"total", "", human_bytes(usage.total_bytes)},
+               {"written since it was made", "", human_bytes(usage.bytes_written)}},
               {false, true, true}));
   return 0;
 }

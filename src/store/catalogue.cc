@@ -66,7 +66,7 @@ std::vector<Store::Impl::StoredSegment> Store::Impl::stored_segments() {
       if (!name.ends_with(kExtension)) continue;
       const std::string stem = name.substr(0, name.size() - kExtension.size());
       if (!is_hex_digest(stem) || !stem.starts_with(directory)) continue;
-      if (const auto stat = env.stat(path / name)) segments.push_back({stem, stat->size});
+      if (const auto stat = env.stat(path / name)) segments.push_back({stem, *stat});
     }
   }
   return segments;
@@ -85,33 +85,6 @@ std::vector<std::filesystem::path> Store::Impl::temporary_files() {
     if (const auto stat = env.stat(path); stat && stat->is_directory) look_in(path);
   }
   return found;
-}
-
-DiskUsage Store::Impl::usage() {
-  DiskUsage usage;
-  std::unordered_set<std::string> live;
-  bool all_readable = true;
-  for (const auto& agent : list(false)) {
-    ++usage.agents;
-    usage.agent_bytes += agent.tail_bytes;
-    if (const auto stat = env.stat(sidecar_path(agent.agent_id))) usage.agent_bytes += int64_t(stat->size);
-    live.insert(agent.segments.begin(), agent.segments.end());
-    all_readable = all_readable && !agent.hash.empty();
-  }
-  for (const auto& segment : stored_segments()) {
-    ++usage.segments;
-    usage.segment_bytes += int64_t(segment.size);
-    // gc frees nothing while an agent file is damaged: which segments that one needs is not known.
-    if (all_readable && !live.contains(segment.name)) {
-      ++usage.orphan_segments;
-      usage.orphan_bytes += int64_t(segment.size);
-    }
-  }
-  usage.total_bytes = usage.agent_bytes + usage.segment_bytes;
-  for (const auto& path : temporary_files()) {
-    if (const auto stat = env.stat(path)) usage.total_bytes += int64_t(stat->size);
-  }
-  return usage;
 }
 
 }  // namespace torpor

@@ -1,6 +1,6 @@
 /// Copies of an agent that read no sealed row: fork, rewind, rename, a change of metadata.
 
-#include "store/store_impl.h"
+#include "store/writing.h"
 
 namespace torpor {
 namespace {
@@ -19,7 +19,7 @@ KvRun first_rows(const File& handle, const TorporFile& file, int n) {
 
 SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates) {
   check_agent_id(dst);
-  const FileLock lock = lock_store(LockMode::kShared);
+  Writing writing(*this);
   const OpenedAgent opened = open_agent(src);
   const TorporFile& file = opened.agent.file;
   AgentInfo info = opened.agent.info;
@@ -65,6 +65,7 @@ SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, con
   }
   const AgentDraft draft =
       draft_agent(std::move(info), file.layout, tail ? &*tail : nullptr, std::span(tokens).first(size_t(n)));
+  writing.make_room("Copying the agent '" + src + "' to '" + dst + "'", bytes_to_write(draft), draft.info.segments);
   SaveResult result;
   result.segments = draft.info.segments;
   result.segments_shared = int(n_sealed);

@@ -2,6 +2,7 @@
 
 #include "store/run_loader.h"
 #include "store/segment_writer.h"
+#include "store/writing.h"
 
 namespace torpor {
 
@@ -37,9 +38,12 @@ LoadedPrefix Store::Impl::load_prefix(const Identity& identity, const KvLayout& 
 
 SaveResult Store::Impl::save_prefix(const KvSnapshot& snapshot, Durability durability) {
   check_storable(snapshot);
-  const FileLock lock = lock_store(LockMode::kShared);
+  Writing writing(*this);
+  SegmentWriter segments(*this, snapshot);
+  writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens", segments.bytes_to_write(),
+                    segments.names());
   SaveResult result;
-  SegmentWriter(*this, snapshot).write_missing(durability == Durability::kFull, result);
+  segments.write_missing(durability == Durability::kFull, result);
   return result;
 }
 

@@ -1,5 +1,6 @@
 #include "base/hash.h"
 #include "store/segment_writer.h"
+#include "store/writing.h"
 
 namespace torpor {
 
@@ -30,7 +31,7 @@ int64_t Store::Impl::bytes_to_write(const AgentDraft& draft) {
 void Store::Impl::commit_agent(const AgentDraft& draft, Durability durability, SaveResult& result) {
   const bool durable = durability == Durability::kFull;
   const FileStat stat =
-      write_file(agent_path(draft.info.agent_id), {as_bytes_of(draft.header), draft.tail, draft.tokens}, durable);
+      add_file(agent_path(draft.info.agent_id), {as_bytes_of(draft.header), draft.tail, draft.tokens}, durable);
   if (durable) env.sync_directory(root);
   result.bytes_written += int64_t(stat.size);
   if (durability != Durability::kNone) result.bytes_written += write_sidecar(draft.info, stat);
@@ -64,7 +65,7 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
   info.user = user;
   info.created_at = info.updated_at = format_time(env.now());
 
-  const FileLock lock = lock_store(LockMode::kShared);
+  Writing writing(*this);
   info.created_at = date_of_birth(id, info.updated_at);
   SegmentWriter segments(*this, snapshot);
   info.segments = segments.names();
@@ -72,6 +73,7 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
   const bool has_tail = info.segments.size() < snapshot.runs.size();
   const AgentDraft draft =
       draft_agent(std::move(info), snapshot.layout, has_tail ? &snapshot.runs.back() : nullptr, snapshot.tokens);
+  writing.make_room("Saving the agent '" + id + "'", segments.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
   SaveResult result;
   segments.write_missing(durability == Durability::kFull, result);
   commit_agent(draft, durability, result);

@@ -141,8 +141,8 @@ void SegmentWriter::write_missing(bool durable, SaveResult& result) {
 void SegmentWriter::write(Planned& segment, bool durable) {
   const auto& checksums = checksums_of(segment);
   const std::string header = encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums);
-  segment.stat = store_.write_file(store_.segment_path(segment.name),
-                                   {as_bytes_of(header), segment.run->bytes, token_bytes(segment.place.tokens)}, durable);
+  segment.stat = store_.add_file(store_.segment_path(segment.name),
+                                 {as_bytes_of(header), segment.run->bytes, token_bytes(segment.place.tokens)}, durable);
   const std::string content = content_digest(checksums);
   store_.known.add_file(segment.name, {segment.stat, content, true});
   store_.known.add_rows({segment.name, segment.variant, content, *segment.run, all_});

@@ -133,6 +133,13 @@ FileStat Store::Impl::write_file(const std::filesystem::path& path,
   }
 }
 
+FileStat Store::Impl::add_file(const std::filesystem::path& path, const std::vector<std::span<const std::byte>>& pieces,
+                               bool sync) {
+  const FileStat stat = write_file(path, pieces, sync);
+  unrecorded_ += int64_t(stat.size);
+  return stat;
+}
+
 OpenedAgent Store::Impl::open_agent(const std::string& id) {
   check_agent_id(id);
   const auto path = agent_path(id);
@@ -151,7 +158,7 @@ int64_t Store::Impl::write_sidecar(const AgentInfo& info, const FileStat& agent_
   try {
     const std::string text = encode_sidecar(info, agent_file);
     // Never fsynced: half of one is found by its checksum and rebuilt.
-    write_file(sidecar_path(info.agent_id), {as_bytes_of(text)}, false);
+    add_file(sidecar_path(info.agent_id), {as_bytes_of(text)}, false);
     return int64_t(text.size());
   } catch (const std::exception&) {
     return 0;
@@ -205,6 +212,7 @@ SaveResult Store::copy_agent_cache(const std::string& src, const std::string& ds
 void Store::rename_agent_cache(const std::string& agent_id, const std::string& new_id) {
   impl_->rename_agent(agent_id, new_id);
 }
+void Store::set_disk_limits(const DiskLimits& limits) { impl_->set_disk_limits(limits); }
 AgentInfo Store::agent_info(const std::string& agent_id) const { return impl_->info(agent_id); }
 bool Store::contains(const std::string& agent_id) const {
   return is_agent_id(agent_id) && impl_->env.exists(impl_->agent_path(agent_id));

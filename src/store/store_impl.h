@@ -33,6 +33,7 @@ struct OpenedAgent {
 
 struct Store::Impl {
   Impl(std::filesystem::path root_path, Env& environment);
+  ~Impl() { record_written(); }
 
   std::filesystem::path root;
   Env& env;
@@ -55,6 +56,8 @@ struct Store::Impl {
   // ---- files
   /// Writes `pieces` to a temporary file beside `path` and renames it into place. On an error nothing is left behind.
   FileStat write_file(const std::filesystem::path& path, const std::vector<std::span<const std::byte>>& pieces, bool sync);
+  /// The same for a file of the store, which `du` counts as written.
+  FileStat add_file(const std::filesystem::path& path, const std::vector<std::span<const std::byte>>& pieces, bool sync);
   /// Header of the agent file, checked. kNotFound says which agent.
   OpenedAgent open_agent(const std::string& id);
   /// Best effort: a read-only or full store still lists.
@@ -89,7 +92,7 @@ struct Store::Impl {
   std::vector<AgentInfo> list(bool rebuild_sidecars);
   struct StoredSegment {
     std::string name;
-    uint64_t size;
+    FileStat stat;
   };
   std::vector<StoredSegment> stored_segments();
   std::vector<std::filesystem::path> temporary_files();
@@ -105,12 +108,32 @@ struct Store::Impl {
   GcResult gc();
   VerifyReport verify(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows);
   DiskUsage usage();
+  /// Of every file in the store, temporary ones included; locks have none.
+  int64_t stored_bytes();
+  /// Adds what this process has written since the last call to the store's counter. When that can't be done now, the next
+  /// call makes up for it.
+  void record_written() noexcept;
+  int64_t total_written();
   void export_agent(const std::string& id, const std::filesystem::path& path);
   SaveResult import_agent(const std::filesystem::path& path, const std::string& id);
 
   KnownSegments known;
 
+  DiskLimits disk_limits() {
+    const std::lock_guard lock(limits_mutex_);
+    return limits_;
+  }
+  void set_disk_limits(const DiskLimits& limits) {
+    const std::lock_guard lock(limits_mutex_);
+    limits_ = limits;
+  }
+
  private:
+  std::filesystem::path counter_path();
+
+  std::mutex limits_mutex_, counter_mutex_;
+  DiskLimits limits_;
+  std::atomic<int64_t> unrecorded_{0};
   std::atomic<uint64_t> next_temporary_{0};
   std::string temporary_prefix_;
 };

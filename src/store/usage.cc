@@ -1,0 +1,93 @@
+/// What the store takes of the disk, and what it has written to it.
+
+#include <charconv>
+
+#include "store/store_impl.h"
+
+namespace torpor {
+namespace {
+
+constexpr int kDigits = 20;  // the counter's width, so that it is overwritten in place by one write
+
+int64_t parse_counter(std::string_view text) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && end == text.data() + text.size() && value >= 0 ? value : 0;
+}
+
+}  // namespace
+
+int64_t Store::Impl::stored_bytes() {
+  int64_t bytes = 0;
+  auto add_files_in = [&](const std::filesystem::path& directory) {
+    std::vector<std::filesystem::path> directories;
+    for (const auto& name : env.list(directory)) {
+      const auto stat = env.stat(directory / name);
+      if (!stat) continue;
+      if (stat->is_directory) {
+        directories.push_back(directory / name);
+      } else {
+        bytes += int64_t(stat->size);
+      }
+    }
+    return directories;
+  };
+  add_files_in(root);
+  for (const auto& directory : add_files_in(segments_path())) add_files_in(directory);
+  return bytes;
+}
+
+DiskUsage Store::Impl::usage() {
+  DiskUsage usage;
+  std::unordered_set<std::string> live;
+  bool all_readable = true;
+  for (const auto& agent : list(false)) {
+    ++usage.agents;
+    usage.agent_bytes += agent.tail_bytes;
+    if (const auto stat = env.stat(sidecar_path(agent.agent_id))) usage.agent_bytes += int64_t(stat->size);
+    live.insert(agent.segments.begin(), agent.segments.end());
+    all_readable = all_readable && !agent.hash.empty();
+  }
+  for (const auto& segment : stored_segments()) {
+    ++usage.segments;
+    usage.segment_bytes += int64_t(segment.stat.size);
+    // gc frees nothing while an agent file is damaged: which segments that one needs is not known.
+    if (all_readable && !live.contains(segment.name)) {
+      ++usage.orphan_segments;
+      usage.orphan_bytes += int64_t(segment.stat.size);
+    }
+  }
+  usage.total_bytes = stored_bytes();
+  usage.bytes_written = total_written();
+  return usage;
+}
+
+// ---- the counter
+
+std::filesystem::path Store::Impl::counter_path() { return root / ".locks" / ".bytes_written"; }
+
+int64_t Store::Impl::total_written() {
+  try {
+    return parse_counter(env.read_file(counter_path(), kDigits));
+  } catch (const Error&) {
+    return 0;
+  }
+}
+
+void Store::Impl::record_written() noexcept {
+  if (unrecorded_ == 0) return;
+  const std::lock_guard guard(counter_mutex_);
+  const int64_t bytes = unrecorded_.exchange(0);
+  try {
+    if (auto lock = env.lock(counter_path(), LockMode::kExclusive, std::chrono::seconds(1))) {
+      const std::string digits = std::to_string(total_written() + bytes);
+      lock->file().write_all(as_bytes_of(std::string(kDigits - digits.size(), '0') + digits));
+      return;
+    }
+  } catch (const std::exception&) {
+    // A counter is no reason for a save to fail.
+  }
+  unrecorded_ += bytes;
+}
+
+}  // namespace torpor
