@@ -1,6 +1,6 @@
 #pragma once
-/// An Env that fails on purpose: the k-th change to the disk refused, transfers cut short, calls interrupted, and the
-/// power cut with whatever was not fsynced taken back.
+/// An Env that fails on purpose: the k-th call or change to the disk refused, transfers cut short, calls interrupted, and
+/// the power cut with whatever was not fsynced taken back.
 
 #include <atomic>
 #include <cerrno>
@@ -25,6 +25,12 @@ enum class Lost {
   kRootNames,       ///< bytes, and the names in the store's root
 };
 
+/// What `fail_at` counts.
+enum class Calls {
+  kChanges,  ///< calls that alter the disk
+  kAll,      ///< those that look at it too
+};
+
 class FaultEnv : public Env {
  public:
   /// Files that must survive a change to their name are kept (as links) in `attic`, on the same file system.
@@ -33,12 +39,13 @@ class FaultEnv : public Env {
     std::filesystem::create_directories(attic_);
   }
 
-  /// The k-th change from now (1 = the next one) fails with `error_number`; with `for_good` so does all that follows.
-  void fail_at(int k, int error_number, bool for_good = false) {
+  /// The k-th call from now (1 = the next one) fails with `error_number`; with `for_good` so does all that follows.
+  void fail_at(int k, int error_number, bool for_good = false, Calls calls = Calls::kChanges) {
     const std::lock_guard lock(mutex_);
     countdown_ = k;
     error_number_ = error_number;
     for_good_ = for_good;
+    counted_ = calls;
     dead_ = triggered_ = false;
   }
   bool triggered() const { return triggered_; }
@@ -63,8 +70,8 @@ class FaultEnv : public Env {
   int raw_open(const char* path, OpenMode mode) override {
     if (mode != OpenMode::kRead) {
       if (const int error = next_change()) return error;
-    } else if (dead_) {
-      return -EIO;
+    } else if (const int error = next_look()) {
+      return error;
     }
     if (interrupted()) return -EINTR;
     const bool existed = std::filesystem::exists(path);
@@ -85,7 +92,7 @@ class FaultEnv : public Env {
     return base_.raw_close(fd);
   }
   int64_t raw_read(int fd, void* bytes, size_t size, uint64_t offset) override {
-    if (dead_) return -EIO;
+    if (const int error = next_look()) return error;
     if (interrupted()) return -EINTR;
     return base_.raw_read(fd, bytes, stutter_ ? std::min<size_t>(size, 97) : size, offset);
   }
@@ -93,7 +100,7 @@ class FaultEnv : public Env {
     if (interrupted()) return -EINTR;
     if (const int error = next_change()) {
       // A disk fills in the middle of a write.
-      if (!dead_ && size > 1) base_.raw_write(fd, bytes, size / 2);
+      if (!dead_ && size > 1 && error != -EINTR) base_.raw_write(fd, bytes, size / 2);
       return error;
     }
     {
@@ -102,14 +109,23 @@ class FaultEnv : public Env {
     }
     return base_.raw_write(fd, bytes, stutter_ ? std::min<size_t>(size, 89) : size);
   }
+  std::shared_ptr<const std::byte> raw_map(int fd, uint64_t size) override {
+    return next_look() != 0 ? nullptr : base_.raw_map(fd, size);
+  }
   int raw_sync(int fd) override {
     if (const int error = next_change()) return error;
     const std::lock_guard lock(mutex_);
     dirty_.erase(paths_[fd]);
     return 0;
   }
-  int raw_stat_fd(int fd, FileStat& out) override { return dead_ ? -EIO : base_.raw_stat_fd(fd, out); }
-  int raw_stat(const char* path, FileStat& out) override { return dead_ ? -EIO : base_.raw_stat(path, out); }
+  int raw_stat_fd(int fd, FileStat& out) override {
+    if (const int error = next_look()) return error;
+    return base_.raw_stat_fd(fd, out);
+  }
+  int raw_stat(const char* path, FileStat& out) override {
+    if (const int error = next_look()) return error;
+    return base_.raw_stat(path, out);
+  }
   int raw_rename(const char* from, const char* to) override {
     if (const int error = next_change()) return error;
     const std::lock_guard lock(mutex_);
@@ -142,12 +158,17 @@ class FaultEnv : public Env {
     return 0;
   }
   int raw_list(const char* path, std::vector<std::string>& names) override {
-    return dead_ ? -EIO : base_.raw_list(path, names);
+    if (const int error = next_look()) return error;
+    return base_.raw_list(path, names);
   }
   int raw_free_space(const char* path, uint64_t& bytes) override {
-    return dead_ ? -EIO : base_.raw_free_space(path, bytes);
+    if (const int error = next_look()) return error;
+    return base_.raw_free_space(path, bytes);
   }
-  int raw_lock(int fd, LockMode mode) override { return dead_ ? -EIO : base_.raw_lock(fd, mode); }
+  int raw_lock(int fd, LockMode mode) override {
+    if (const int error = next_look()) return error;
+    return base_.raw_lock(fd, mode);
+  }
 
  private:
   struct Change {
@@ -155,9 +176,12 @@ class FaultEnv : public Env {
     std::filesystem::path directory, path, from, kept;
   };
 
-  int next_change() {
+  int next_look() { return next(Calls::kAll); }
+  int next_change() { return next(Calls::kChanges); }
+  int next(Calls kind) {
     const std::lock_guard lock(mutex_);
     if (dead_) return -error_number_;
+    if (kind == Calls::kAll && counted_ == Calls::kChanges) return 0;
     if (countdown_ > 0 && --countdown_ == 0) {
       triggered_ = true;
       dead_ = for_good_;
@@ -192,6 +216,7 @@ class FaultEnv : public Env {
   mutable std::mutex mutex_;
   int countdown_ = 0, error_number_ = EIO, kept_ = 0;
   bool for_good_ = false;
+  Calls counted_ = Calls::kChanges;
   std::atomic<bool> dead_ = false, triggered_ = false, stutter_ = false;
   std::atomic<int> calls_ = 0;
   std::map<int, std::string> paths_;

@@ -21,10 +21,16 @@ namespace fs = std::filesystem;
 
 class TemporaryDirectory {
  public:
-  TemporaryDirectory() {
+  /// Somewhere in memory, for tests that make thousands of files and don't need a disk below them.
+  static fs::path in_memory() {
+    std::error_code ignored;
+    return fs::is_directory("/dev/shm", ignored) ? "/dev/shm" : fs::temp_directory_path();
+  }
+
+  explicit TemporaryDirectory(const fs::path& parent = fs::temp_directory_path()) {
     static int counter = 0;
     std::random_device random;
-    path_ = fs::temp_directory_path() / ("torpor-test-" + std::to_string(random()) + "-" + std::to_string(counter++));
+    path_ = parent / ("torpor-test-" + std::to_string(random()) + "-" + std::to_string(counter++));
     fs::create_directories(path_);
   }
   ~TemporaryDirectory() {

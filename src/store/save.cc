@@ -49,7 +49,8 @@ std::string Store::Impl::date_of_birth(const std::string& id, const std::string&
   if (!env.exists(agent_path(id))) return now;
   try {
     return open_agent(id).agent.info.created_at;
-  } catch (const Error&) {
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kIo) throw;
     return now;  // a damaged file is being replaced: the agent begins anew
   }
 }
