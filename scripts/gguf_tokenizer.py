@@ -4,32 +4,37 @@
     write_tokenizer(gguf.GGUFReader(path), out_dir)
     scripts/gguf_tokenizer.py model.gguf out_dir
 
-makes tokenizer.json, tokenizer_config.json and special_tokens_map.json. Byte-level BPE only.
+makes tokenizer.json, tokenizer_config.json and special_tokens_map.json, of byte-level BPE ("gpt2" in GGUF) and of
+SentencePiece BPE with byte fallback ("llama").
 """
 
 import json
 import sys
 from pathlib import Path
 
-# gguf.TokenType values that are whole tokens, never the result of merging.
-CONTROL, USER_DEFINED = 3, 4
+# gguf.TokenType
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
+def split(pattern):
+    return [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        {**BYTE_LEVEL, "use_regex": False},
+    ]
+
 
 # What `tokenizer.ggml.pre` stands for: (normalizer, pre-tokenizers), as in the tokenizer.json the GGUF was made from.
 PRE_TOKENIZERS = {
     "smollm": (None, [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]),
-    "qwen2": (
-        {"type": "NFC"},
-        [
-            {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated", "invert": False},
-            {**BYTE_LEVEL, "use_regex": False},
-        ],
-    ),
+    "qwen2": ({"type": "NFC"}, split(QWEN2_PATTERN)),
+    "llama-bpe": (None, split(LLAMA3_PATTERN)),
 }
 
 
@@ -43,21 +48,74 @@ def fields(gguf_reader):
     return get
 
 
+def bpe(vocab, merges, **options):
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": merges,
+    } | options
+
+
+def byte_level(get, vocab):
+    """tokenizer.json's normalizer, pre_tokenizer, decoder and model."""
+    pre = get("tokenizer.ggml.pre")
+    if pre not in PRE_TOKENIZERS:
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; only {', '.join(PRE_TOKENIZERS)} can be converted")
+    normalizer, pre_tokenizers = PRE_TOKENIZERS[pre]
+    return {
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+        "decoder": {**BYTE_LEVEL, "add_prefix_space": True},  # as a decoder only the type matters
+        "model": bpe(vocab, [merge.split(" ") for merge in get("tokenizer.ggml.merges")], ignore_merges=pre == "llama-bpe"),
+    }
+
+
+def sentence_piece(get, vocab, scores, unk_token):
+    """The same. SentencePiece keeps scores instead of merges: what joins to the piece of the highest score goes first."""
+    merges = []
+    for piece, score in scores.items():
+        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        pairs = [pair for pair in cuts if pair[0] in scores and pair[1] in scores]
+        merges += [(score, len(left), len(right), left, right) for left, right in sorted(pairs, key=lambda p: (vocab[p[0]], vocab[p[1]]))]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    decoders = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    prefix = get("tokenizer.ggml.add_space_prefix", True)
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]} if prefix else space,
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": decoders + ([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
+        },
+        "model": bpe(vocab, [merge[3:] for merge in merges], unk_token=unk_token, fuse_unk=True, byte_fallback=True),
+    }
+
+
 def write_tokenizer(gguf_reader, out_dir):
     """Writes the three tokenizer files of `gguf_reader` to `out_dir`; ValueError when it can't."""
     get = fields(gguf_reader)
 
     model = get("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise ValueError(f"tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') can be converted")
-    pre = get("tokenizer.ggml.pre")
-    if pre not in PRE_TOKENIZERS:
-        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; only {', '.join(PRE_TOKENIZERS)} can be converted")
-    normalizer, pre_tokenizers = PRE_TOKENIZERS[pre]
-
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"tokenizer.ggml.model is {model!r}; only byte-level ('gpt2') and SentencePiece ('llama') BPE "
+                         "can be converted")
     tokens = get("tokenizer.ggml.tokens")
     types = get("tokenizer.ggml.token_type", [1] * len(tokens))
-    merges = [merge.split(" ") for merge in get("tokenizer.ggml.merges")]
+    if model == "llama":
+        # GGUF writes the runs of spaces that are pieces of their own as spaces.
+        tokens = [token.replace(" ", "▁") if kind == USER_DEFINED else token for token, kind in zip(tokens, types)]
     added = [
         {
             "id": i,
@@ -69,10 +127,11 @@ def write_tokenizer(gguf_reader, out_dir):
             "special": kind == CONTROL,
         }
         for i, (token, kind) in enumerate(zip(tokens, types))
-        if kind in (CONTROL, USER_DEFINED)
+        # Runs of spaces are found by merging: a text is cut at added tokens before its spaces become "▁".
+        if kind == CONTROL or kind == USER_DEFINED and token.strip("▁")
     ]
     # Some vocabularies keep whole tokens apart from the BPE, others inside it; inside gives the same ids.
-    vocab = {token: i for i, token in enumerate(tokens)}
+    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
 
     def special(name):
         i = get(f"tokenizer.ggml.{name}_token_id")
@@ -84,10 +143,16 @@ def write_tokenizer(gguf_reader, out_dir):
         "unk_token": special("unknown"),
         "pad_token": special("padding"),
     }
-    add_bos = bool(get("tokenizer.ggml.add_bos_token", False))
-    bos = named["bos_token"]
+    if model == "gpt2":
+        parts = byte_level(get, vocab)
+    else:
+        # A piece that the user defined is found first: as one of the highest score.
+        scores = {token: 0.0 if kind == USER_DEFINED else score
+                  for token, kind, score in zip(tokens, types, get("tokenizer.ggml.scores")) if kind in (1, USER_DEFINED)}
+        parts = sentence_piece(get, vocab, scores, named["unk_token"])
 
-    byte_level = {**BYTE_LEVEL, "add_prefix_space": True}  # as a decoder only the type matters
+    add_bos = bool(get("tokenizer.ggml.add_bos_token", model == "llama"))
+    bos = named["bos_token"]
     post_processor = None
     if add_bos and bos is not None:
         post_processor = {
@@ -102,22 +167,11 @@ def write_tokenizer(gguf_reader, out_dir):
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+        "normalizer": parts["normalizer"],
+        "pre_tokenizer": parts["pre_tokenizer"],
         "post_processor": post_processor,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
+        "decoder": parts["decoder"],
+        "model": parts["model"],
     }
 
     architecture = get("general.architecture")
