@@ -78,8 +78,9 @@ TEST_F(Directory, Missing) {
 }
 
 TEST_F(Directory, BadConfig) {
-  edit([](json& c) { c["model_type"] = "qwen2"; });
-  expect(ErrorCode::kInvalidArgument, "unsupported architecture qwen2, supported: llama, mistral");
+  edit([](json& c) { c["model_type"] = "mamba"; });
+  expect(ErrorCode::kInvalidArgument,
+         "unsupported architecture mamba, supported: gemma2, gemma3, gemma3_text, llama, mistral, phi3, qwen2, qwen3.");
   copy("tiny-q4-g64");
   edit([](json& c) { c["rope_scaling"] = {{"rope_type", "yarn"}, {"factor", 4}}; });
   expect(ErrorCode::kInvalidArgument, "unsupported RoPE type yarn");

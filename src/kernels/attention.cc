@@ -92,7 +92,7 @@ class RopeTables {
       tokens += size_t(sequence.n);
     }
     for (Entry& entry : entries_) {
-      if (entry.spans == spans && entry.inv_freq == rope.inv_freq) return entry.table.data();
+      if (entry.spans == spans && entry.inv_freq == rope.inv_freq && entry.magnitude == rope.magnitude) return entry.table.data();
     }
     Entry& entry = entries_[next_];
     next_ = (next_ + 1) % std::size(entries_);
@@ -109,8 +109,8 @@ class RopeTables {
         float* row = entry.table.data() + t * 2 * half;
         for (size_t i = 0; i < half; ++i) {
           const double angle = double(positions[t]) * double(rope.inv_freq[i]);
-          row[i] = float(std::cos(angle));
-          row[half + i] = float(std::sin(angle));
+          row[i] = float(rope.magnitude * std::cos(angle));
+          row[half + i] = float(rope.magnitude * std::sin(angle));
         }
       }
     };
@@ -122,6 +122,7 @@ class RopeTables {
                         [&](size_t task, int) { fill(task * kChunk, std::min(tokens, (task + 1) * kChunk)); });
     }
     entry.inv_freq = rope.inv_freq;
+    entry.magnitude = rope.magnitude;
     entry.spans = std::move(spans);
     return entry.table.data();
   }
@@ -129,6 +130,7 @@ class RopeTables {
  private:
   struct Entry {
     std::vector<float> inv_freq;
+    float magnitude = 1;
     std::vector<std::pair<int, int>> spans;
     std::vector<float> table;
   };

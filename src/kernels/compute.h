@@ -42,6 +42,7 @@ struct RopeSpec {
   int dims = 0;                    ///< leading dims of a head that rotate
   bool traditional = false;        ///< rotate (2i, 2i+1) instead of (i, i + dims/2)
   std::vector<float> inv_freq;     ///< [dims / 2], scaling applied
+  float magnitude = 1;             ///< what the rotated dims are multiplied by
 };
 
 struct AttentionSpec {

@@ -1,11 +1,13 @@
 #include "model/config.h"
 
+#include <cmath>
 #include <fstream>
 
 #include <nlohmann/json.hpp>
 
 #include "base/hash.h"
 #include "model/config_field.h"
+#include "model/family.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -68,41 +70,55 @@ void parse_quantizations(const json& config, ModelConfig& out) {
   }
 }
 
-/// Llama has windows only where `layer_types` says so; Mistral's `sliding_window` alone means every layer.
 std::vector<int> parse_windows(const json& config, const ModelConfig& model) {
   const std::optional<int> window = optional_count(config, "sliding_window");
-  const json* types = field(config, "layer_types");
-  if (types == nullptr) {
-    return std::vector<int>(size_t(model.n_layers), model.model_type == "mistral" ? window.value_or(0) : 0);
-  }
-  if (!types->is_array() || types->size() != size_t(model.n_layers)) {
-    bad_field("layer_types", "a list with one entry per layer");
-  }
-  std::vector<int> windows;
-  for (const json& type : *types) {
-    if (type == "full_attention") {
-      windows.push_back(0);
-    } else if (type == "sliding_attention") {
-      windows.push_back(window ? *window : count_field(config, "sliding_window"));
-    } else {
-      bad_field("layer_types", "a list of full_attention and sliding_attention");
+  const auto sliding_where = [&](const auto& slides) {
+    std::vector<int> windows(size_t(model.n_layers), 0);
+    for (int i = 0; i < model.n_layers; ++i) {
+      if (slides(i)) windows[size_t(i)] = window ? *window : count_field(config, "sliding_window");
     }
+    return windows;
+  };
+  if (const json* types = field(config, "layer_types"); types != nullptr) {
+    if (!types->is_array() || types->size() != size_t(model.n_layers)) {
+      bad_field("layer_types", "a list with one entry per layer");
+    }
+    return sliding_where([&](int i) {
+      const json& type = (*types)[size_t(i)];
+      if (type != "full_attention" && type != "sliding_attention") {
+        bad_field("layer_types", "a list of full_attention and sliding_attention");
+      }
+      return type == "sliding_attention";
+    });
   }
-  return windows;
+  // Gemma: the last of so many layers is a global one.
+  if (const std::optional<int> pattern = optional_count(config, "sliding_window_pattern")) {
+    return sliding_where([&](int i) { return (i + 1) % *pattern != 0; });
+  }
+  // Qwen: the upper layers, if any.
+  if (bool_field(config, "use_sliding_window", false)) {
+    const int full = optional_count(config, "max_window_layers").value_or(28);
+    return sliding_where([&](int i) { return i >= full; });
+  }
+  const bool everywhere = window && (model.model_type == "mistral" || model.model_type == "phi3");
+  return sliding_where([&](int) { return everywhere; });
 }
 
-ModelConfig parse_config(const json& config) {
+Activation parse_activation(const json& config) {
+  const std::string act = string_field(config, "hidden_activation", string_field(config, "hidden_act", "silu"));
+  if (act == "silu") return Activation::kSilu;
+  if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;
+  throw Error(ErrorCode::kInvalidArgument, "unsupported hidden_act " + act + ", supported: silu, gelu_pytorch_tanh.");
+}
+
+ModelConfig parse_config(const json& file) {
   ModelConfig model;
-  model.model_type = string_field(config, "model_type", "");
-  if (model.model_type != "llama" && model.model_type != "mistral") {
-    throw Error(ErrorCode::kInvalidArgument,
-                "unsupported architecture " + (model.model_type.empty() ? "(config.json has no model_type)" : model.model_type) +
-                    ", supported: llama, mistral.");
-  }
-  model.architecture = "llama";
-  if (const std::string act = string_field(config, "hidden_act", "silu"); act != "silu") {
-    throw Error(ErrorCode::kInvalidArgument, "unsupported hidden_act " + act + ", supported: silu.");
-  }
+  model.model_type = string_field(file, "model_type", "");
+  const Family& family = find_family(model.model_type);
+  const json config = complete(file, family);
+  model.architecture = family.architecture;
+  model.weight_prefix = family.weight_prefix;
+  model.activation = parse_activation(config);
   model.hidden_size = count_field(config, "hidden_size");
   model.intermediate_size = count_field(config, "intermediate_size");
   model.n_layers = count_field(config, "num_hidden_layers");
@@ -127,6 +143,11 @@ ModelConfig parse_config(const json& config) {
   model.mlp_bias = bool_field(config, "mlp_bias", false);
   model.windows = parse_windows(config, model);
   model.rope = parse_rope(config, model.head_dim);
+  if (model.architecture == "gemma3") model.local_rope = parse_local_rope(config, model.head_dim);
+  model.attention_scale = float(1 / std::sqrt(positive_field(config, "query_pre_attn_scalar", model.head_dim)));
+  model.attention_softcap = float(number_field(config, "attn_logit_softcapping", 0));
+  model.logit_softcap = float(number_field(config, "final_logit_softcapping", 0));
+  if (model.attention_softcap < 0 || model.logit_softcap < 0) bad_field("a soft cap", "positive");
   parse_quantizations(config, model);
   model.eos_token_ids = token_ids(config, "eos_token_id");
   return model;
@@ -149,7 +170,16 @@ std::string ModelConfig::digest() const {
   add("attention_bias", attention_bias ? "true" : "false");
   add("mlp_bias", mlp_bias ? "true" : "false");
   for (int window : windows) add("window", std::to_string(window));
+  // Only where they differ from what they were before there were others.
+  if (activation != Activation::kSilu) add("hidden_act", "gelu_pytorch_tanh");
+  if (attention_scale != float(1 / std::sqrt(double(head_dim)))) add("attention_scale", number_text(attention_scale));
+  if (attention_softcap != 0) add("attn_logit_softcapping", number_text(attention_softcap));
+  if (logit_softcap != 0) add("final_logit_softcapping", number_text(logit_softcap));
   return hasher.hex();
+}
+
+std::string ModelConfig::rope_description() const {
+  return rope.description + (local_rope ? "; in sliding layers " + local_rope->description : "");
 }
 
 ModelConfig read_config(const std::filesystem::path& dir) {

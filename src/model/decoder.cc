@@ -30,8 +30,13 @@ struct Progress {
 
 }  // namespace
 
-Decoder::Decoder(const Checkpoint& checkpoint, const Projection& embedding)
-    : config_(checkpoint.config), backend_(checkpoint.backend), dtype_(checkpoint_dtype(embedding)),
+Projection find_embedding(const Checkpoint& checkpoint) {
+  const ModelConfig& c = checkpoint.config;
+  return find_projection(checkpoint.weights, c, c.weight_prefix + "model.embed_tokens", c.vocab_size, c.hidden_size, false);
+}
+
+Decoder::Decoder(const Checkpoint& checkpoint)
+    : config_(checkpoint.config), backend_(checkpoint.backend), dtype_(checkpoint_dtype(find_embedding(checkpoint))),
       ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_) : make_mlx_ops(config_, dtype_)) {
   info_ = {.name = checkpoint.name, .dir = checkpoint.dir, .architecture = config_.architecture,
            .n_layers = config_.n_layers, .n_heads = config_.n_heads, .n_kv_heads = config_.n_kv_heads,
@@ -42,7 +47,7 @@ Decoder::Decoder(const Checkpoint& checkpoint, const Projection& embedding)
   // Rows computed from activations of 8 bits are other rows.
   if (backend_ == Backend::kKernels && kernels::activations() == kernels::Activations::kInt8) identity_.config += "+int8";
   identity_.weights = checkpoint.weights.digest();
-  identity_.rope = config_.rope.description;
+  identity_.rope = config_.rope_description();
 }
 
 KvLayout Decoder::kv_layout(const KvFormat& format) const {

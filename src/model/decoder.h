@@ -23,6 +23,9 @@ struct Checkpoint {
   Backend backend = Backend::kKernels;
 };
 
+/// The embedding, whose dtype is that of the checkpoint's activations.
+Projection find_embedding(const Checkpoint& checkpoint);
+
 class Decoder : public Model {
  public:
   const ModelInfo& info() const override { return info_; }
@@ -33,8 +36,7 @@ class Decoder : public Model {
   mx::array forward(std::span<const ForwardSequence> batch) override;
 
  protected:
-  /// `embedding` tells the dtype of the checkpoint's activations.
-  Decoder(const Checkpoint& checkpoint, const Projection& embedding);
+  explicit Decoder(const Checkpoint& checkpoint);
 
   /// The last layer's output [M, hidden], all caches written (when evaluated).
   virtual mx::array layers(const Batch& batch) = 0;

@@ -1,4 +1,5 @@
-#include "model/llama.h"
+#include "model/architectures.h"
+#include "model/modules.h"
 
 namespace torpor::model {
 namespace {
@@ -8,43 +9,26 @@ struct Layer {
   Ops::Weight mlp_norm, gate_up, down;
 };
 
-Projection embedding_of(const Checkpoint& c) {
-  return find_projection(c.weights, c.config, "model.embed_tokens", c.config.vocab_size, c.config.hidden_size, false);
-}
-
+/// The plain pre-norm layer; biases where the config says so.
 class Llama final : public Decoder {
  public:
-  explicit Llama(const Checkpoint& checkpoint) : Decoder(checkpoint, embedding_of(checkpoint)) {
+  explicit Llama(const Checkpoint& checkpoint) : Decoder(checkpoint) {
     const ModelConfig& c = config_;
-    const Weights& weights = checkpoint.weights;
-    const auto norm = [&](const std::string& name) {
-      return ops_->pack_norm(find_norm(weights, name, c.hidden_size));
-    };
-
-    embedding_ = ops_->pack_linear(embedding_of(checkpoint));
+    const Modules modules(checkpoint, *ops_);
+    embedding_ = modules.embedding();
     for (int i = 0; i < c.n_layers; ++i) {
-      const std::string prefix = "model.layers." + std::to_string(i) + ".";
-      const auto attention = [&](const char* name, int n, int k) {
-        return find_projection(weights, c, prefix + "self_attn." + name, n, k, c.attention_bias);
-      };
-      const auto mlp = [&](const char* name, int n, int k) {
-        return find_projection(weights, c, prefix + "mlp." + name, n, k, c.mlp_bias);
-      };
-      const int q_size = c.n_heads * c.head_dim, kv_size = c.n_kv_heads * c.head_dim;
+      const std::string layer = layer_name(i);
       layers_.push_back({
-          .attention_norm = norm(prefix + "input_layernorm"),
-          .qkv = ops_->pack_qkv(attention("q_proj", q_size, c.hidden_size), attention("k_proj", kv_size, c.hidden_size),
-                                attention("v_proj", kv_size, c.hidden_size)),
-          .output = ops_->pack_linear(attention("o_proj", c.hidden_size, q_size)),
-          .mlp_norm = norm(prefix + "post_attention_layernorm"),
-          .gate_up = ops_->pack_gated(mlp("gate_proj", c.intermediate_size, c.hidden_size),
-                                      mlp("up_proj", c.intermediate_size, c.hidden_size)),
-          .down = ops_->pack_linear(mlp("down_proj", c.hidden_size, c.intermediate_size)),
+          .attention_norm = modules.norm(layer + ".input_layernorm", c.hidden_size),
+          .qkv = modules.qkv(layer + ".self_attn", c.attention_bias),
+          .output = modules.attention_output(layer + ".self_attn", c.attention_bias),
+          .mlp_norm = modules.norm(layer + ".post_attention_layernorm", c.hidden_size),
+          .gate_up = modules.gate_up(layer + ".mlp", c.mlp_bias),
+          .down = modules.down(layer + ".mlp", c.mlp_bias),
       });
     }
-    final_norm_ = norm("model.norm");
-    head_ = *c.tied_head ? embedding_
-                         : ops_->pack_linear(find_projection(weights, c, "lm_head", c.vocab_size, c.hidden_size, false));
+    final_norm_ = modules.norm("model.norm", c.hidden_size);
+    head_ = modules.head(embedding_);
   }
 
  private:

@@ -43,21 +43,30 @@ class Ops {
 
   // Loading: the checkpoint may be unmapped afterwards.
   virtual Weight pack_linear(const Projection& projection) = 0;
-  virtual Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v) = 0;
+  /// The norms, where there are any, are of every head of q and of k, before they rotate.
+  virtual Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm = nullptr,
+                          Weight k_norm = nullptr) = 0;
   virtual Weight pack_gated(const Projection& gate, const Projection& up) = 0;
-  virtual Weight pack_norm(const TensorView& weight) = 0;
+  /// What rows are multiplied by is weight + plus (Gemma keeps its norms less one).
+  virtual Weight pack_norm(const TensorView& weight, float plus = 0) = 0;
 
   // A layer's parts.
   virtual mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) = 0;
   virtual mx::array rms_norm(const mx::array& x, const Weight& w) = 0;
-  /// Projects to q, k and v, rotates, appends k and v to the caches and attends. [M, H_q D]
+  /// Projects to q, k and v, normalises if asked, rotates, appends k and v to the caches and attends, as the config has it for
+  /// this layer. [M, H_q D]
   virtual mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) = 0;
   /// residual + x · Wᵀ
   virtual mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) = 0;
-  /// silu(x · W_gateᵀ) ⊙ (x · W_upᵀ)
+  virtual mx::array linear(const mx::array& x, const Weight& w) = 0;
+  /// act(x · W_gateᵀ) ⊙ (x · W_upᵀ), with the config's activation
   virtual mx::array gated(const mx::array& x, const Weight& w) = 0;
   /// f32 logits, of an lm_head or a tied embedding.
   virtual mx::array head(const mx::array& x, const Weight& w) = 0;
+  mx::array add(const mx::array& x, const mx::array& y) const;
+  mx::array scale(const mx::array& x, float factor) const;
+  /// cap · tanh(x / cap); x itself if the cap is 0.
+  mx::array soft_cap(const mx::array& x, float cap) const;
 
   // The batch's life.
   virtual mx::Device device() const = 0;

@@ -1,7 +1,6 @@
 /// The layer vocabulary over Torpor's CPU kernels: f32 activations, weights packed.
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 
 #include <mlx/ops.h>
@@ -26,7 +25,7 @@ WeightSource source(const Projection& p) {
   WeightSource source;
   source.n = p.n;
   source.k = p.k;
-  source.weight = p.weight->data;
+  source.weight = p.weight.data;
   if (p.quantization) {
     source.type = WeightSource::Type::kAffine;
     source.bits = p.quantization->bits;
@@ -35,9 +34,9 @@ WeightSource source(const Projection& p) {
     source.scales = p.scales->data;
     source.biases = p.biases->data;
   } else {
-    source.type = source_type(*p.weight);
+    source.type = source_type(p.weight);
   }
-  if (p.bias != nullptr) {
+  if (p.bias) {
     source.bias = p.bias->data;
     source.bias_type = source_type(*p.bias);
   }
@@ -54,23 +53,36 @@ struct Norm final : Ops::Packed {
   mx::array w;  // f32
 };
 
-const std::shared_ptr<const PackedLinear>& linear(const Ops::Weight& w) { return static_cast<const Linear&>(*w).w; }
+/// q, k and v side by side.
+struct Qkv final : Ops::Packed {
+  Qkv(std::shared_ptr<const PackedLinear> w, Ops::Weight q_norm, Ops::Weight k_norm)
+      : w(std::move(w)), q_norm(std::move(q_norm)), k_norm(std::move(k_norm)) {}
+  std::shared_ptr<const PackedLinear> w;
+  Ops::Weight q_norm, k_norm;
+};
+
+const float* values(const Ops::Weight& norm) {
+  return norm == nullptr ? nullptr : static_cast<const Norm&>(*norm).w.data<float>();
+}
+const std::shared_ptr<const PackedLinear>& packed(const Ops::Weight& w) { return static_cast<const Linear&>(*w).w; }
 
 class KernelOps final : public Ops {
  public:
   explicit KernelOps(const ModelConfig& config) : config_(config) {}
 
   Weight pack_linear(const Projection& p) override { return std::make_shared<Linear>(PackedLinear::pack({source(p)})); }
-  Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v) override {
-    return std::make_shared<Linear>(PackedLinear::pack({source(q), source(k), source(v)}));
+  Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm, Weight k_norm) override {
+    return std::make_shared<Qkv>(PackedLinear::pack({source(q), source(k), source(v)}), std::move(q_norm), std::move(k_norm));
   }
   Weight pack_gated(const Projection& gate, const Projection& up) override {
     return std::make_shared<Linear>(PackedLinear::pack_gated(source(gate), source(up)));
   }
-  Weight pack_norm(const TensorView& weight) override {
+  Weight pack_norm(const TensorView& weight, float plus) override {
     const int n = int(weight.shape[0]);
     std::vector<float> values(static_cast<size_t>(n));
-    const auto convert = [&](const auto* from) { std::copy(from, from + n, values.begin()); };
+    const auto convert = [&](const auto* from) {
+      std::transform(from, from + n, values.begin(), [&](auto value) { return float(value) + plus; });
+    };
     switch (source_type(weight)) {
       case WeightSource::Type::kF32: convert(reinterpret_cast<const float*>(weight.data)); break;
       case WeightSource::Type::kF16: convert(reinterpret_cast<const mx::float16_t*>(weight.data)); break;
@@ -80,7 +92,7 @@ class KernelOps final : public Ops {
   }
 
   mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) override {
-    return kernels::embedding(mx::array(tokens.data(), {int(tokens.size())}, mx::int32), linear(w));
+    return kernels::embedding(mx::array(tokens.data(), {int(tokens.size())}, mx::int32), packed(w));
   }
   mx::array rms_norm(const mx::array& x, const Weight& w) override {
     return kernels::rms_norm(x, static_cast<const Norm&>(*w).w, config_.rms_norm_eps);
@@ -95,15 +107,18 @@ class KernelOps final : public Ops {
                            .key_offset = layout.offset(size_t(2 * layer), kSegmentTokens),
                            .value_offset = layout.offset(size_t(2 * layer + 1), kSegmentTokens)});
     }
-    return kernels::attention(kernels::linear(x, linear(qkv)), attention_spec(layer, layout.tensors.front().dtype), std::move(sequences));
+    const auto& w = static_cast<const Qkv&>(*qkv);
+    return kernels::attention(kernels::linear(x, w.w), attention_spec(layer, w, layout.tensors.front().dtype), std::move(sequences));
   }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
-    return kernels::linear_add(x, linear(w), residual);
+    return kernels::linear_add(x, packed(w), residual);
   }
+  mx::array linear(const mx::array& x, const Weight& w) override { return kernels::linear(x, packed(w)); }
   mx::array gated(const mx::array& x, const Weight& w) override {
-    return kernels::gated_linear(x, linear(w), kernels::Activation::kSilu);
+    return kernels::gated_linear(x, packed(w), config_.activation == Activation::kSilu ? kernels::Activation::kSilu
+                                                                                       : kernels::Activation::kGeluTanh);
   }
-  mx::array head(const mx::array& x, const Weight& w) override { return kernels::linear(x, linear(w)); }
+  mx::array head(const mx::array& x, const Weight& w) override { return kernels::linear(x, packed(w)); }
 
   mx::Device device() const override { return mx::Device::cpu; }
   std::span<const KvBuffer> reserve(KvAccess& kv, int n) override {
@@ -116,19 +131,22 @@ class KernelOps final : public Ops {
   bool advances_per_chunk() const override { return false; }
 
  private:
-  /// One spec serves all layers of equal window and dtype.
-  std::shared_ptr<const kernels::AttentionSpec> attention_spec(int layer, KvDtype dtype) {
-    const int window = config_.windows[size_t(layer)];
-    auto& spec = specs_[{window, dtype}];
+  std::shared_ptr<const kernels::AttentionSpec> attention_spec(int layer, const Qkv& w, KvDtype dtype) {
+    auto& spec = specs_[{layer, dtype}];
     if (spec == nullptr) {
       auto made = std::make_shared<kernels::AttentionSpec>();
+      const Rope& rope = config_.rope_of(layer);
       made->n_heads = config_.n_heads;
       made->n_kv_heads = config_.n_kv_heads;
       made->head_dim = config_.head_dim;
-      made->scale = 1 / std::sqrt(float(config_.head_dim));
-      made->window = window;
+      made->scale = config_.attention_scale;
+      made->window = config_.windows[size_t(layer)];
+      made->softcap = config_.attention_softcap;
+      made->q_norm = values(w.q_norm);
+      made->k_norm = values(w.k_norm);
+      made->norm_eps = config_.rms_norm_eps;
       made->kv_dtype = dtype;
-      made->rope = {.dims = config_.rope.dims, .traditional = config_.rope.traditional, .inv_freq = config_.rope.inv_freq};
+      made->rope = {.dims = rope.dims, .traditional = rope.traditional, .inv_freq = rope.inv_freq, .magnitude = rope.magnitude};
       spec = std::move(made);
     }
     return spec;

@@ -1,7 +1,10 @@
 /// The layer vocabulary over MLX's own operations. Activations have the checkpoint's dtype on a GPU and are f32 on a
 /// CPU, where MLX has no vector code for half types.
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numbers>
 
 #include <mlx/fast.h>
 #include <mlx/ops.h>
@@ -37,7 +40,7 @@ struct Norm final : Ops::Packed {
 };
 
 struct Linear final : Ops::Packed {
-  Linear(const Projection& p, mx::Dtype dtype) : weight(to_array(*p.weight)), quantization(p.quantization) {
+  Linear(const Projection& p, mx::Dtype dtype) : weight(to_array(p.weight)), quantization(p.quantization) {
     const auto load = [&](const TensorView& tensor) { return mx::astype(to_array(tensor), dtype); };
     if (quantization) {
       scales = load(*p.scales);
@@ -47,7 +50,7 @@ struct Linear final : Ops::Packed {
       weight = mx::astype(weight, dtype);
       mx::eval({weight});
     }
-    if (p.bias != nullptr) {
+    if (p.bias) {
       bias = load(*p.bias);
       mx::eval({*bias});
     }
@@ -70,41 +73,59 @@ struct Linear final : Ops::Packed {
   std::optional<mx::array> scales, biases, bias;
 };
 
-/// Several projections of one input: q, k, v; or gate and up.
+/// Several projections of one input: q, k, v, perhaps with their norms; or gate and up.
 struct Linears final : Ops::Packed {
   std::vector<Linear> parts;
+  Ops::Weight q_norm, k_norm;
 };
 
-const Linear& linear(const Ops::Weight& w) { return static_cast<const Linear&>(*w); }
+mx::array silu(const mx::array& x) { return mx::multiply(x, mx::sigmoid(x)); }
+
+/// The approximation with a tanh.
+mx::array gelu_tanh(const mx::array& x) {
+  const auto number = [&](float value) { return mx::array(value, x.dtype()); };
+  const mx::array cube = mx::multiply(number(0.044715f), mx::multiply(x, mx::multiply(x, x)));
+  const mx::array inner = mx::multiply(number(float(std::sqrt(2 / std::numbers::pi))), mx::add(x, cube));
+  return mx::multiply(mx::multiply(number(0.5f), x), mx::add(number(1), mx::tanh(inner)));
+}
+
+const Linear& single(const Ops::Weight& w) { return static_cast<const Linear&>(*w); }
 const Linear& part(const Ops::Weight& w, size_t i) { return static_cast<const Linears&>(*w).parts[i]; }
 
 class MlxOps final : public Ops {
  public:
   MlxOps(const ModelConfig& config, KvDtype dtype)
       : config_(config), dtype_(mx::default_device() == mx::Device::gpu ? to_mlx(dtype) : mx::float32),
-        rope_periods_(periods(config.rope)) {}
+        rope_(angles(config.rope)), local_rope_(config.local_rope ? std::optional(angles(*config.local_rope)) : std::nullopt) {}
 
   Weight pack_linear(const Projection& p) override { return std::make_shared<Linear>(p, dtype_); }
-  Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v) override { return pack({&q, &k, &v}); }
+  Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm, Weight k_norm) override {
+    auto weight = pack({&q, &k, &v});
+    weight->q_norm = std::move(q_norm);
+    weight->k_norm = std::move(k_norm);
+    return weight;
+  }
   Weight pack_gated(const Projection& gate, const Projection& up) override { return pack({&gate, &up}); }
-  Weight pack_norm(const TensorView& weight) override {
+  Weight pack_norm(const TensorView& weight, float plus) override {
     mx::array w = mx::astype(to_array(weight), dtype_);
+    if (plus != 0) w = mx::add(w, mx::array(plus, dtype_));
     mx::eval({w});
     return std::make_shared<Norm>(std::move(w));
   }
 
   mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) override {
-    return linear(w).rows(mx::array(tokens.data(), {int(tokens.size())}, mx::int32));
+    return single(w).rows(mx::array(tokens.data(), {int(tokens.size())}, mx::int32));
   }
   mx::array rms_norm(const mx::array& x, const Weight& w) override {
-    return mx::fast::rms_norm(x, static_cast<const Norm&>(*w).w, config_.rms_norm_eps);
+    return rms(x, w);
   }
   mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) override {
     const mx::array q = part(qkv, 0).apply(x), k = part(qkv, 1).apply(x), v = part(qkv, 2).apply(x);
     std::vector<mx::array> outputs;
     for (const BatchSequence& s : batch.sequences) {
-      const mx::array queries = rotate(heads(q, s, config_.n_heads), s.position);
-      const mx::array new_keys = rotate(heads(k, s, config_.n_kv_heads), s.position);
+      const auto& norms = static_cast<const Linears&>(*qkv);
+      const mx::array queries = rotate(normed(heads(q, s, config_.n_heads), norms.q_norm), s.position, layer);
+      const mx::array new_keys = rotate(normed(heads(k, s, config_.n_kv_heads), norms.k_norm), s.position, layer);
       auto [keys, values] = s.kv->update_and_fetch(layer, new_keys, heads(v, s, config_.n_kv_heads));
       const mx::array out = attend(queries, mx::astype(keys, dtype_), mx::astype(values, dtype_), s, layer);
       outputs.push_back(mx::reshape(mx::transpose(out, {0, 2, 1, 3}), {s.n, config_.n_heads * config_.head_dim}));
@@ -112,52 +133,85 @@ class MlxOps final : public Ops {
     return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0);
   }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
-    return mx::add(residual, linear(w).apply(x));
+    return mx::add(residual, single(w).apply(x));
   }
+  mx::array linear(const mx::array& x, const Weight& w) override { return single(w).apply(x); }
   mx::array gated(const mx::array& x, const Weight& w) override {
     const mx::array gate = part(w, 0).apply(x);
-    return mx::multiply(mx::multiply(gate, mx::sigmoid(gate)), part(w, 1).apply(x));
+    return mx::multiply(config_.activation == Activation::kSilu ? silu(gate) : gelu_tanh(gate), part(w, 1).apply(x));
   }
-  mx::array head(const mx::array& x, const Weight& w) override { return mx::astype(linear(w).apply(x), mx::float32); }
+  mx::array head(const mx::array& x, const Weight& w) override { return mx::astype(single(w).apply(x), mx::float32); }
 
   mx::Device device() const override { return mx::default_device(); }
   std::span<const KvBuffer> reserve(KvAccess&, int) override { return {}; }
   bool advances_per_chunk() const override { return true; }
 
  private:
-  Weight pack(std::initializer_list<const Projection*> projections) const {
+  std::shared_ptr<Linears> pack(std::initializer_list<const Projection*> projections) const {
     auto weight = std::make_shared<Linears>();
     for (const Projection* p : projections) weight->parts.emplace_back(*p, dtype_);
     return weight;
   }
-  static mx::array periods(const Rope& rope) {
+  /// As fast::rope wants them: 1 / inv_freq; and what a head's dims are multiplied by.
+  struct Angles {
+    mx::array periods;
+    std::optional<mx::array> magnitudes;
+  };
+  Angles angles(const Rope& rope) const {
     std::vector<float> periods;
     for (float f : rope.inv_freq) periods.push_back(1 / f);
-    return mx::array(periods.data(), {int(periods.size())}, mx::float32);
+    Angles angles{.periods = mx::array(periods.data(), {int(periods.size())}, mx::float32)};
+    if (rope.magnitude != 1) {
+      std::vector<float> magnitudes(size_t(config_.head_dim), 1);
+      std::fill_n(magnitudes.begin(), rope.dims, rope.magnitude);
+      angles.magnitudes = mx::astype(mx::array(magnitudes.data(), {config_.head_dim}, mx::float32), dtype_);
+    }
+    return angles;
   }
   /// The sequence's rows of `x` [M, H D] as [1, H, n, D].
   mx::array heads(const mx::array& x, const BatchSequence& s, int n_heads) const {
     const mx::array rows = mx::slice(x, {s.row, 0}, {s.row + s.n, n_heads * config_.head_dim});
     return mx::transpose(mx::reshape(rows, {1, s.n, n_heads, config_.head_dim}), {0, 2, 1, 3});
   }
-  mx::array rotate(const mx::array& x, int position) const {
-    return mx::fast::rope(x, config_.rope.dims, config_.rope.traditional, std::nullopt, 1.0f, position, rope_periods_);
+  mx::array normed(const mx::array& x, const Weight& norm) const { return norm == nullptr ? x : rms(x, norm); }
+  mx::array rms(const mx::array& x, const Weight& w) const {
+    return mx::fast::rms_norm(x, static_cast<const Norm&>(*w).w, config_.rms_norm_eps);
+  }
+  mx::array rotate(const mx::array& x, int position, int layer) const {
+    const Rope& rope = config_.rope_of(layer);
+    const Angles& angles = &rope == &config_.rope ? rope_ : *local_rope_;
+    return mx::fast::rope(angles.magnitudes ? mx::multiply(x, *angles.magnitudes) : x, rope.dims, rope.traditional,
+                          std::nullopt, 1.0f, position, angles.periods);
   }
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const BatchSequence& s, int layer) const {
-    const float scale = 1 / std::sqrt(float(config_.head_dim));
-    const int window = config_.windows[size_t(layer)], length = s.position + s.n;
-    if (window == 0 || length <= window) {
-      return mx::fast::scaled_dot_product_attention(q, k, v, scale, s.n > 1 ? "causal" : "");
+        const int window = config_.windows[size_t(layer)], length = s.position + s.n;
+    if (config_.attention_softcap == 0 && (window == 0 || length <= window)) {
+      return mx::fast::scaled_dot_product_attention(q, k, v, config_.attention_scale, s.n > 1 ? "causal" : "");
     }
     const mx::array at = mx::expand_dims(mx::arange(s.position, length, mx::int32), 1);
     const mx::array key = mx::expand_dims(mx::arange(0, length, mx::int32), 0);
-    const mx::array mask = mx::logical_and(mx::less_equal(key, at), mx::greater(key, mx::subtract(at, mx::array(window))));
-    return mx::fast::scaled_dot_product_attention(q, k, v, scale, "array", mask);
+    mx::array mask = mx::less_equal(key, at);
+    if (window != 0) mask = mx::logical_and(mask, mx::greater(key, mx::subtract(at, mx::array(window))));
+    if (config_.attention_softcap != 0) return attend_capped(q, k, v, mask);
+    return mx::fast::scaled_dot_product_attention(q, k, v, config_.attention_scale, "array", mask);
+  }
+
+  /// MLX has no attention with a soft cap, so it is spelled out.
+  mx::array attend_capped(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& mask) const {
+    const int n = q.shape(2), groups = config_.n_kv_heads;
+    const auto grouped = [&](const mx::array& x) { return mx::expand_dims(x, 2); };
+    const mx::array queries = mx::reshape(scale(q, config_.attention_scale), {1, groups, -1, n, config_.head_dim});
+    mx::array scores = mx::matmul(queries, mx::swapaxes(grouped(k), -1, -2));
+    scores = soft_cap(scores, config_.attention_softcap);
+    scores = mx::where(mask, scores, mx::array(-std::numeric_limits<float>::infinity(), scores.dtype()));
+    const mx::array out = mx::matmul(mx::softmax(scores, -1, /*precise=*/true), grouped(v));
+    return mx::reshape(out, {1, config_.n_heads, n, config_.head_dim});
   }
 
   const ModelConfig config_;
   const mx::Dtype dtype_;
-  const mx::array rope_periods_;  // 1 / inv_freq, as fast::rope wants them
+  const Angles rope_;
+  const std::optional<Angles> local_rope_;
 };
 
 }  // namespace

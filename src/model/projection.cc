@@ -44,22 +44,37 @@ Projection find_projection(const Weights& weights, const ModelConfig& config, co
     if (weight == nullptr) weights.get(name + ".weight", {n, k});  // says that it is missing
     p.quantization = quantization_of(config, name, k, *weight, *scales);
     const int64_t groups = k / p.quantization->group;
-    p.weight = &weights.get(name + ".weight", {n, int64_t(k) * p.quantization->bits / 32});
-    p.scales = &weights.get(name + ".scales", {n, groups});
-    p.biases = &weights.get(name + ".biases", {n, groups});
+    p.weight = weights.get(name + ".weight", {n, int64_t(k) * p.quantization->bits / 32});
+    p.scales = weights.get(name + ".scales", {n, groups});
+    p.biases = weights.get(name + ".biases", {n, groups});
     require_float(*p.scales);
     if (p.biases->dtype != p.scales->dtype) {
       throw Error(ErrorCode::kCorruption, "The scales and biases of " + name + " differ in dtype.");
     }
   } else {
-    p.weight = &weights.get(name + ".weight", {n, k});
-    require_float(*p.weight);
+    p.weight = weights.get(name + ".weight", {n, k});
+    require_float(p.weight);
   }
   if (with_bias) {
-    p.bias = &weights.get(name + ".bias", {n});
+    p.bias = weights.get(name + ".bias", {n});
     require_float(*p.bias);
   }
   return p;
+}
+
+Projection rows_of(const Projection& p, int first, int n) {
+  const auto cut = [&](TensorView tensor) {
+    const size_t row = tensor.nbytes / size_t(p.n);
+    tensor.data += size_t(first) * row;
+    tensor.nbytes = size_t(n) * row;
+    tensor.shape[0] = n;
+    return tensor;
+  };
+  const auto cut_if = [&](const std::optional<TensorView>& tensor) {
+    return tensor ? std::optional(cut(*tensor)) : std::nullopt;
+  };
+  return {.n = n, .k = p.k, .weight = cut(p.weight), .quantization = p.quantization, .scales = cut_if(p.scales),
+          .biases = cut_if(p.biases), .bias = cut_if(p.bias)};
 }
 
 const TensorView& find_norm(const Weights& weights, const std::string& name, int k) {
@@ -69,7 +84,7 @@ const TensorView& find_norm(const Weights& weights, const std::string& name, int
 }
 
 const std::string& activation_dtype(const Projection& embedding) {
-  return (embedding.quantization ? embedding.scales : embedding.weight)->dtype;
+  return (embedding.quantization ? *embedding.scales : embedding.weight).dtype;
 }
 
 }  // namespace torpor::model

@@ -11,17 +11,19 @@ namespace torpor::model {
 
 struct Projection {
   int n = 0, k = 0;  ///< [N, K]: from K features to N
-  const TensorView* weight = nullptr;
+  TensorView weight;
   std::optional<Quantization> quantization;  ///< then weight is packed u32, with scales and biases
-  const TensorView* scales = nullptr;
-  const TensorView* biases = nullptr;
-  const TensorView* bias = nullptr;          ///< optional additive bias [N]
+  std::optional<TensorView> scales, biases;
+  std::optional<TensorView> bias;            ///< additive [N]
 };
 
 /// The module `name` ("model.layers.0.mlp.up_proj"); kCorruption when a tensor is missing or misshapen,
 /// kInvalidArgument for a quantization that is not supported.
 Projection find_projection(const Weights& weights, const ModelConfig& config, const std::string& name, int n, int k,
                            bool with_bias);
+
+/// Rows [first, first + n) of a projection: one part of several that the checkpoint keeps as one.
+Projection rows_of(const Projection& p, int first, int n);
 
 /// The weight of the norm `name`, [K], in a float dtype.
 const TensorView& find_norm(const Weights& weights, const std::string& name, int k);

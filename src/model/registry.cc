@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <fstream>
 
-#include "model/llama.h"
+#include "model/architectures.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -73,7 +73,7 @@ std::unique_ptr<Model> Model::load(const std::string& name, Backend backend) {
     const model::ModelFactory make = model::find_architecture(config.architecture);
     if (make == nullptr) throw Error(ErrorCode::kInternal, "No forward pass for architecture " + config.architecture + ".");
     model::Weights weights = model::Weights::open(dir);
-    if (!config.tied_head) config.tied_head = weights.find("lm_head.weight") == nullptr;
+    if (!config.tied_head) config.tied_head = weights.find(config.weight_prefix + "lm_head.weight") == nullptr;
     return make({.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir, .backend = backend});
   } catch (const Error&) {
     throw;
@@ -89,7 +89,14 @@ std::unique_ptr<Model> Model::load(const std::string& name, Backend backend) {
 namespace model {
 
 ModelFactory find_architecture(const std::string& architecture) {
-  if (architecture == "llama") return make_llama;
+  for (const auto& [name, make] : {std::pair<const char*, ModelFactory>{"gemma2", make_gemma2},
+                                   {"gemma3", make_gemma3},
+                                   {"llama", make_llama},
+                                   {"phi3", make_phi3},
+                                   {"qwen2", make_qwen2},
+                                   {"qwen3", make_qwen3}}) {
+    if (architecture == name) return make;
+  }
   return nullptr;
 }
 

@@ -9,13 +9,18 @@
 namespace torpor::model {
 
 struct Rope {
-  int dims = 0;
+  int dims = 0;                  ///< leading dims of a head that rotate
   bool traditional = false;      ///< rotate (2i, 2i+1) instead of (i, i + dims/2)
   std::vector<float> inv_freq;   ///< [dims / 2], scaling applied: the angle of pair i at position p is p * inv_freq[i]
+  float magnitude = 1;           ///< what the rotated dims are multiplied by
   std::string description;       ///< part of the identity: "default theta 100000"
 };
 
-/// Types default, linear and llama3; kInvalidArgument for any other. `config` is the whole config.json.
+/// Types default, linear, llama3 and longrope (su), as mlx-lm computes them; kInvalidArgument for any other. `config` is the
+/// whole config.json.
 Rope parse_rope(const nlohmann::json& config, int head_dim);
+
+/// The plain RoPE of Gemma 3's sliding layers.
+Rope parse_local_rope(const nlohmann::json& config, int head_dim);
 
 }  // namespace torpor::model
