@@ -6,6 +6,8 @@ import subprocess
 
 import pytest
 
+from conftest import Torpor
+
 
 def check_object(turn, agent, model):
     assert list(turn) == ["agent", "model", "text", "finish_reason", "tokens", "timing_ms", "bytes"]
@@ -52,9 +54,9 @@ def test_a_woken_agent_answers_as_if_it_had_never_slept(real, kv_dtype):
 
 
 @pytest.mark.parametrize("length", [16, 255, 256, 257, 2000])
-def test_waking_at_a_boundary(tiny, words, length):
+def test_waking_at_a_boundary(tiny, tmp_path, words, length):
     lines = [words(length - 8), " and then"]
-    awake = tiny.chat("awake", lines, "--raw")
+    awake = Torpor(tmp_path / "other", tiny.model).chat("awake", lines, "--raw")  # a store of its own: nothing to begin from
     slept = [tiny.run("slept", line, "--raw").ok().json for line in lines]
     assert slept[0]["tokens"]["context"] == length == slept[1]["tokens"]["cached"]
     assert [turn["text"] for turn in slept] == [turn["text"] for turn in awake]

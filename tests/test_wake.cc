@@ -161,8 +161,8 @@ TEST_F(EngineTurns, ACancelledPrefillIsContinuedByTheSamePromptAndForgottenByAno
   turn.generate.cancel = &cancel;
   turn.generate.on_prefill = [&](int, int) { cancel = true; };
 
-  Engine engine({kModel, root_});
-  const TurnResult whole = engine.turn(request("reference", long_prompt));
+  Engine engine({kModel, root_}), elsewhere({kModel, root_ + "/reference"});
+  const TurnResult whole = elsewhere.turn(request("a", long_prompt));
   const TurnResult cut = engine.turn(turn);
   EXPECT_EQ(cut.finish_reason, FinishReason::kCancelled);
   EXPECT_EQ(cut.tokens.context, 512);
@@ -173,6 +173,50 @@ TEST_F(EngineTurns, ACancelledPrefillIsContinuedByTheSamePromptAndForgottenByAno
   EXPECT_EQ(again.tokens.cached, 512);
   EXPECT_EQ(again.text, whole.text);
   EXPECT_EQ(again.tokens.context, whole.tokens.context);
+}
+
+TEST_F(EngineTurns, ForksGoTheirOwnWayBitForBitAndRewindingIsAFreshPrefill) {
+  Engine engine({kModel, root_});
+  std::string prompt;
+  for (int i = 0; i < 300; ++i) prompt += "word" + std::to_string(i % 13) + " ";
+  TurnRequest turn = request("a", prompt);
+  turn.raw = true;
+  engine.turn(turn);
+  const std::vector<int32_t> tokens = engine.store().load_agent_cache("a").tokens;
+  auto model = Model::load(kModel);
+  // What a model that has just read the first `n` tokens says next.
+  const auto fresh = [&](std::span<const int32_t> read) {
+    auto cache = KvCache::create(model->kv_layout(model->default_kv_format()), model->backend());
+    if (read.size() > 1) feed(*model, *cache, read.first(read.size() - 1));
+    const ForwardSequence last{read.last(1), cache.get(), false};
+    const mx::array logits = model->forward({&last, 1});
+    return std::vector<float>(logits.data<float>(), logits.data<float>() + logits.size());
+  };
+
+  engine.fork("a", "b");
+  engine.fork("a", "c", 300);
+  for (const char* id : {"a", "b", "c"}) {
+    TurnRequest more = request(id, std::string(" and then ") + id);
+    more.raw = true;
+    EXPECT_GE(engine.turn(more).tokens.cached, 300);
+    EXPECT_EQ(engine.next_logits(id), fresh(engine.store().load_agent_cache(id).tokens)) << id;
+  }
+  for (const int n : {513, 512, 500, 257, 256, 255, 1}) {
+    if (n % 2 == 0) engine.sleep("b");  // awake and asleep in turn
+    engine.rewind("b", n);
+    EXPECT_EQ(engine.next_logits("b"), fresh(std::span(tokens).first(size_t(n)))) << n;
+  }
+}
+
+TEST_F(EngineTurns, MemoryUsageNamesTheModelAndWhatAgentsShare) {
+  Engine engine({kModel, root_});
+  engine.turn(request("a", "Hello."));
+  engine.fork("a", "b");
+  const MemoryUsage usage = engine.memory_usage();
+  EXPECT_EQ(usage.model_bytes, engine.model().weight_bytes);
+  ASSERT_EQ(usage.agents.size(), 2u);
+  EXPECT_EQ(usage.agents[0].shared_bytes, usage.agents[0].bytes);
+  EXPECT_EQ(usage.kv_bytes, usage.agents[0].bytes);
 }
 
 TEST_F(EngineTurns, ErrorsLeaveTheAgentAsItWas) {

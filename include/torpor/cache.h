@@ -34,6 +34,9 @@ class KvCache : public KvAccess {
 
   /// An independent copy; sealed segments are shared, not copied.
   virtual std::unique_ptr<KvCache> clone() const = 0;
+  /// Whether the cache could go on from its first `n_tokens` tokens: false when a window left rows behind that would be
+  /// needed again.
+  virtual bool can_truncate(int n_tokens) const { return n_tokens <= length_; }
   /// Drops every token from `n_tokens` on. kInvalidArgument beyond length().
   void truncate(int n_tokens);
   /// Bytes of the buffers held, those shared with other caches included: of a mapped run only what a window can still see.

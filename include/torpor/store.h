@@ -141,6 +141,8 @@ class Store {
 
   /// kBusy at once when another process (or another lock in this one) has it.
   std::unique_ptr<AgentLock> lock_agent(const std::string& agent_id);
+  /// Whether someone has the agent's lock right now.
+  bool is_awake(const std::string& agent_id) const;
 
   /// Writes the segments that are not on disk yet, then the agent file; that rename is the commit. Then the sidecar.
   /// On any error the agent on disk is as it was; only when flushing that rename fails (kIo) is the new state in place,

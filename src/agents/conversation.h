@@ -16,6 +16,7 @@ namespace torpor {
 
 struct Message {
   std::string role, content;
+  int end = 0;  ///< tokens that the agent holds up to the end of this message; of a question: up to where the answer begins
 };
 
 /// The conversation as the agent's metadata keeps it: a JSON array of {"role", "content"}. kInvalidArgument for

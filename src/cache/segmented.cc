@@ -56,6 +56,22 @@ void SegmentedKvCache::own_run(int i, int open) {
   open_shared_ = false;
 }
 
+bool SegmentedKvCache::can_truncate(int n_tokens) const {
+  if (n_tokens > length_) return false;
+  // Of a mapped run only those rows are certain to have been checked that could be attended all along.
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    if (!runs_[i].mapped) continue;
+    const int64_t first = int64_t(i) * kSegmentTokens;
+    for (const KvTensorSpec& tensor : layout_.tensors) {
+      if (first < n_tokens && KvLayout::attended(tensor, first, kSegmentTokens, n_tokens) &&
+          !KvLayout::attended(tensor, first, kSegmentTokens, length_)) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
   auto copy = std::make_unique<SegmentedKvCache>(layout_, tokens_);
   copy->length_ = length_;

@@ -1,9 +1,13 @@
 /// ls, show, rm, du.
 
+#include <algorithm>
+#include <map>
+
 #include <CLI/CLI.hpp>
 
 #include "cli/commands.h"
 #include "cli/output.h"
+#include "torpor/agents.h"
 #include "torpor/error.h"
 
 namespace torpor::cli {
@@ -31,33 +35,36 @@ std::string text_of(const Json& message, const char* key) {
   return it->is_string() ? it->get<std::string>() : it->dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 
-/// Columns padded to their widest cell; the first row is the heading. Numbers go to the right.
-std::string table(const std::vector<std::vector<std::string>>& rows, const std::vector<bool>& right) {
-  std::vector<size_t> widths;
-  for (const auto& row : rows) {
-    widths.resize(std::max(widths.size(), row.size()));
-    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+/// Of each agent's bytes those in segments that another one names too. Segments of one agent are of one size but for a few
+/// bytes of header, so nothing but the list is looked at.
+std::map<std::string, int64_t> shared_bytes(const std::vector<AgentInfo>& agents) {
+  std::map<std::string_view, int> named;
+  for (const AgentInfo& info : agents) {
+    for (const std::string& segment : info.segments) ++named[segment];
   }
-  std::string text;
-  for (const auto& row : rows) {
-    std::string line;
-    for (size_t i = 0; i < row.size(); ++i) {
-      if (i > 0) line += "  ";
-      const std::string pad(widths[i] - row[i].size(), ' ');
-      line += right[i] ? pad + row[i] : row[i] + pad;
-    }
-    line.erase(line.find_last_not_of(' ') + 1);
-    text += line + "\n";
+  std::map<std::string, int64_t> shared;
+  for (const AgentInfo& info : agents) {
+    const auto n = std::count_if(info.segments.begin(), info.segments.end(), [&](const auto& segment) { return named[segment] > 1; });
+    if (n > 0) shared[info.agent_id] = (info.bytes - info.tail_bytes) * n / ssize(info.segments);
   }
-  return text;
+  return shared;
 }
 
 int list(const std::filesystem::path& root, bool json) {
   const auto store = open_existing_store(root);
   const std::vector<AgentInfo> agents = store ? store->list_cached_agents() : std::vector<AgentInfo>{};
+  std::map<std::string, int64_t> shared = shared_bytes(agents);
+  const auto state = [&](const AgentInfo& info) { return store->is_awake(info.agent_id) ? "awake" : "asleep"; };
   if (json) {
     Json all = Json::array();
-    for (const AgentInfo& info : agents) all.push_back(summary_json(info));
+    for (const AgentInfo& info : agents) {
+      Json one = summary_json(info);
+      one["own_bytes"] = info.bytes - shared[info.agent_id];
+      one["shared_bytes"] = shared[info.agent_id];
+      one["state"] = state(info);
+      one["pinned"] = is_pinned(info);
+      all.push_back(std::move(one));
+    }
     print_json(all);
     return 0;
   }
@@ -65,16 +72,17 @@ int list(const std::filesystem::path& root, bool json) {
     print("no agents in " + root.string() + "\n");
     return 0;
   }
-  std::vector<std::vector<std::string>> rows{{"AGENT", "TOKENS", "SIZE", "AGE", "MODEL"}};
+  std::vector<std::vector<std::string>> rows{{"AGENT", "TOKENS", "OWN", "SHARED", "STATE", "AGE", "MODEL"}};
   for (const AgentInfo& info : agents) {
     if (info.hash.empty()) {
-      rows.push_back({info.agent_id, "-", human_bytes(info.bytes), "-", "(damaged; see torpor verify)"});
+      rows.push_back({info.agent_id, "-", human_bytes(info.bytes), "-", "damaged", "-", "(see torpor verify)"});
     } else {
-      rows.push_back({info.agent_id, std::to_string(info.cache_size), human_bytes(info.bytes),
+      rows.push_back({info.agent_id, std::to_string(info.cache_size), human_bytes(info.bytes - shared[info.agent_id]),
+                      human_bytes(shared[info.agent_id]), std::string(state(info)) + (is_pinned(info) ? ", pinned" : ""),
                       human_age(info.updated_at), info.model});
     }
   }
-  print(table(rows, {false, true, true, true, false}));
+  print(table(rows, {false, true, true, true, false, true, false}));
   return 0;
 }
 

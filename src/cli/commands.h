@@ -19,7 +19,10 @@ struct Invocation {
 };
 
 /// run and chat: the two that load a model.
-void add_turn_commands(CLI::App& app, Invocation& invocation);
+void add_run_command(CLI::App& app, Invocation& invocation);
+void add_chat_command(CLI::App& app, Invocation& invocation);
+/// fork, rewind, pin, rename and why.
+void add_branch_commands(CLI::App& app, Invocation& invocation);
 /// ls, show, rm and du.
 void add_agent_commands(CLI::App& app, Invocation& invocation);
 /// verify, gc, export and import.

@@ -52,8 +52,10 @@ int dispatch(int argc, char** argv) {
   std::string store;
   app.add_option("--store", store, "Directory of the agents (default: $TORPOR_STORE, else ~/.agent_caches)")
       ->type_name("DIR");
-  add_turn_commands(app, invocation);
+  add_run_command(app, invocation);
+  add_chat_command(app, invocation);
   add_agent_commands(app, invocation);
+  add_branch_commands(app, invocation);
   add_store_commands(app, invocation);
   add_bench_command(app, invocation);
 

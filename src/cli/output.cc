@@ -25,6 +25,26 @@ void complain(std::string_view message) {
   std::fprintf(stderr, "torpor: %.*s%s\n", int(message.size()), message.data(), end);
 }
 
+std::string table(const std::vector<std::vector<std::string>>& rows, const std::vector<bool>& right) {
+  std::vector<size_t> widths;
+  for (const auto& row : rows) {
+    widths.resize(std::max(widths.size(), row.size()));
+    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+  }
+  std::string text;
+  for (const auto& row : rows) {
+    std::string line;
+    for (size_t i = 0; i < row.size(); ++i) {
+      if (i > 0) line += "  ";
+      const std::string pad(widths[i] - row[i].size(), ' ');
+      line += right[i] ? pad + row[i] : row[i] + pad;
+    }
+    line.erase(line.find_last_not_of(' ') + 1);
+    text += line + "\n";
+  }
+  return text;
+}
+
 std::string human_bytes(int64_t bytes) {
   static constexpr const char* kUnits[] = {"B", "kB", "MB", "GB", "TB"};
   double value = double(bytes);
@@ -62,34 +82,6 @@ std::string human_ms(double ms) {
     std::snprintf(text, sizeof text, "%.2f s", ms / 1000);
   }
   return text;
-}
-
-size_t find_invalid_utf8(std::string_view text) {
-  for (size_t i = 0; i < text.size();) {
-    const auto lead = static_cast<unsigned char>(text[i]);
-    size_t length = 1;
-    uint32_t low = 0, code = lead;
-    if (lead >= 0x80) {
-      if (lead >= 0xC2 && lead <= 0xDF) {
-        length = 2, code = lead & 0x1F, low = 0x80;
-      } else if (lead >= 0xE0 && lead <= 0xEF) {
-        length = 3, code = lead & 0x0F, low = 0x800;
-      } else if (lead >= 0xF0 && lead <= 0xF4) {
-        length = 4, code = lead & 0x07, low = 0x10000;
-      } else {
-        return i;
-      }
-      if (text.size() - i < length) return i;
-      for (size_t k = 1; k < length; ++k) {
-        const auto next = static_cast<unsigned char>(text[i + k]);
-        if ((next & 0xC0) != 0x80) return i;
-        code = code << 6 | (next & 0x3F);
-      }
-      if (code < low || code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF)) return i;
-    }
-    i += length;
-  }
-  return std::string_view::npos;
 }
 
 std::unique_ptr<Store> open_existing_store(const std::filesystem::path& root) {

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include <nlohmann/json.hpp>
 
@@ -23,15 +24,15 @@ void print(std::string_view text);
 /// "torpor: <message>." on standard error.
 void complain(std::string_view message);
 
+/// Columns padded to their widest cell; the first row is the heading. Those marked `right` (numbers) are aligned there.
+std::string table(const std::vector<std::vector<std::string>>& rows, const std::vector<bool>& right);
+
 /// "512 B", "1.4 MB".
 std::string human_bytes(int64_t bytes);
 /// How long ago an RFC 3339 UTC time was: "12 s", "3 h", "5 d"; "?" when it can't be read.
 std::string human_age(const std::string& rfc3339);
 /// "0.25 s", "840 ms".
 std::string human_ms(double ms);
-
-/// Offset of the first byte that is not UTF-8, or npos.
-size_t find_invalid_utf8(std::string_view text);
 
 /// Opens the store if its directory is there; null otherwise, and nothing is made.
 std::unique_ptr<Store> open_existing_store(const std::filesystem::path& root);

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
-#include "agents/agent.h"
+#include "agents/manager.h"
 #include "engine/engine_thread.h"
 #include "torpor/error.h"
 
@@ -29,7 +29,7 @@ struct Engine::Impl {
   std::unique_ptr<AgentManager> agents;
   EngineThread thread;
 
-  explicit Impl(EngineOptions given) : options(std::move(given)), store(options.store) {}
+  explicit Impl(EngineOptions given) : options(std::move(given)), store(options.store) { store.set_disk_limits(options.disk); }
 
   void load() {
     const auto start = Clock::now();
@@ -41,8 +41,10 @@ struct Engine::Impl {
     identity.tokenizer = tokenizer->digest();
     identity.chat_template = chat_template ? chat_template->digest() : "";
     identity.kv = format.name();
-    agents = std::make_unique<AgentManager>(store, options.model, std::move(identity), model->kv_layout(format),
-                                            model->backend(), options.durability);
+    agents = std::make_unique<AgentManager>(
+        store, ManagerOptions{.model_name = options.model, .identity = std::move(identity), .layout = model->kv_layout(format),
+                              .backend = model->backend(), .durability = options.durability,
+                              .memory_budget = options.memory_budget, .write_queue_bytes = options.write_queue_bytes});
     load_ms = ms_since(start);
   }
 
@@ -53,6 +55,10 @@ struct Engine::Impl {
 
   /// Every id the agent is to hold before it answers. Changes nothing but a new agent's messages.
   std::vector<int32_t> turn_tokens(Agent& agent, const TurnRequest& request) const;
+  /// Leaves in the agent's cache the rows that `tokens` can start from, and says how many: one token at least is computed,
+  /// for its logits.
+  int reuse(Agent& agent, std::span<const int32_t> tokens);
+  void save(Agent& agent, SaveMode mode, TurnResult& result);
   TurnResult turn(const TurnRequest& request);
   TurnResult turn_awake(Agent& agent, const TurnRequest& request, Clock::time_point start, double wake_ms);
 };
@@ -72,20 +78,49 @@ std::vector<int32_t> Engine::Impl::turn_tokens(Agent& agent, const TurnRequest& 
   return tokens;
 }
 
+int Engine::Impl::reuse(Agent& agent, std::span<const int32_t> tokens) {
+  const std::vector<int32_t>& held = agent.cache->tokens();
+  if (held.empty()) return agents->reuse_prefix(agent, tokens);
+  const auto agree = std::mismatch(held.begin(), held.end(), tokens.begin(), tokens.end());
+  const int common = int(std::min<ptrdiff_t>(agree.first - held.begin(), std::max<ptrdiff_t>(ssize(tokens) - 1, 0)));
+  if (common < agent.cache->length()) agents->truncate(agent, common);
+  return agent.cache->length();
+}
+
 TurnResult Engine::Impl::turn(const TurnRequest& request) {
   const auto start = Clock::now();
   const bool was_awake = agents->is_awake(request.agent);
-  Agent& agent = agents->wake(request.agent);
+  Agent& agent = request.agent.empty() ? agents->stateless() : agents->wake(request.agent);
+  const AgentManager::Turn turn(*agents, agent);
   const double wake_ms = was_awake ? 0 : ms_since(start);
   try {
     TurnResult result = turn_awake(agent, request, start, wake_ms);
     if (!was_awake) result.bytes.read = agent.bytes_read;
+    if (request.agent.empty()) agents->drop("");
     return result;
   } catch (...) {
     // An agent that this turn woke and did not change goes back to sleep; one that is unsaved stays.
-    if (!was_awake && !agent.dirty) agents->drop(request.agent);
+    if (!was_awake && !agent.dirty()) agents->drop(request.agent);
     throw;
   }
+}
+
+void Engine::Impl::save(Agent& agent, SaveMode mode, TurnResult& result) {
+  const auto start = Clock::now();
+  // Of a save behind an earlier turn. One that waits now tries again.
+  if (mode != SaveMode::kWait) result.save_error = std::exchange(agent.save_error, std::nullopt);
+  if (mode == SaveMode::kNo) return;
+  try {
+    if (mode == SaveMode::kWait) {
+      result.bytes.written = agents->save(agent).bytes_written;
+    } else {
+      agents->save_behind(agent);
+    }
+  } catch (const Error& error) {
+    const std::string what = agent.id.empty() ? "its segments" : "agent '" + agent.id + "'";
+    result.save_error.emplace(error.code(), "The answer is complete, but " + what + " could not be saved: " + error.what());
+  }
+  result.timing_ms.save = ms_since(start);
 }
 
 TurnResult Engine::Impl::turn_awake(Agent& agent, const TurnRequest& request, Clock::time_point start,
@@ -115,11 +150,7 @@ TurnResult Engine::Impl::turn_awake(Agent& agent, const TurnRequest& request, Cl
       throw Error(ErrorCode::kInvalidArgument, "--system needs the chat template; leave out --raw, or put the text into the prompt.");
     }
     const std::vector<int32_t> tokens = turn_tokens(agent, request);
-    // Rows the cache has already are used as far as they agree; one token at least is computed, for its logits.
-    const std::vector<int32_t>& held = agent.cache->tokens();
-    const auto agree = std::mismatch(held.begin(), held.end(), tokens.begin(), tokens.end());
-    const int reused = int(std::min<ptrdiff_t>(agree.first - held.begin(), std::max<ptrdiff_t>(ptrdiff_t(tokens.size()) - 1, 0)));
-    if (reused < held_before) agent.cache->truncate(reused);
+    const int reused = reuse(agent, tokens);
     result.tokens.prompt = int(tokens.size());
     result.tokens.cached = reused;
     generated = generate(*model, tokenizer, *agent.cache, std::span(tokens).subspan(size_t(reused)), request.generate);
@@ -128,16 +159,19 @@ TurnResult Engine::Impl::turn_awake(Agent& agent, const TurnRequest& request, Cl
       // Cancelled in the prefill: the turn did not happen, but the rows stay for when it is asked again.
       agent.messages = messages_before;
     } else {
-      agent.messages.push_back({"user", request.prompt});
-      agent.messages.push_back({"assistant", generated.text});
+      for (Message& message : agent.messages) {
+        if (message.end == 0) message.end = int(tokens.size());  // a new system message
+      }
+      agent.messages.push_back({"user", request.prompt, int(tokens.size())});
+      agent.messages.push_back({"assistant", generated.text, agent.cache->length()});
       agent.history = agent.cache->tokens();
     }
   } catch (...) {
     agent.messages = messages_before;
-    if (agent.cache->length() > held_before) agent.cache->truncate(held_before);
+    if (agent.cache->length() > held_before) agents->truncate(agent, held_before);
     throw;
   }
-  agent.dirty = true;
+  agent.changed();
 
   result.text = generated.text;
   result.finish_reason = generated.finish_reason;
@@ -145,17 +179,7 @@ TurnResult Engine::Impl::turn_awake(Agent& agent, const TurnRequest& request, Cl
   result.tokens.generated = int(generated.tokens.size());
   result.tokens.context = agent.cache->length();
   result.timing_ms.decode = generated.decode_ms;
-
-  if (request.save) {
-    const auto save_start = Clock::now();
-    try {
-      result.bytes.written = agents->save(agent).bytes_written;
-    } catch (const Error& error) {
-      result.save_error.emplace(error.code(),
-                                "The answer is complete, but agent '" + agent.id + "' could not be saved: " + error.what());
-    }
-    result.timing_ms.save = ms_since(save_start);
-  }
+  save(agent, request.save, result);
   return result;
 }
 
@@ -175,25 +199,60 @@ Engine::~Engine() {
 }
 
 TurnResult Engine::turn(const TurnRequest& request) {
-  check_agent_id(request.agent);
+  if (!request.agent.empty()) check_agent_id(request.agent);
   if (request.prompt.empty()) throw Error(ErrorCode::kInvalidArgument, "The prompt is empty; give it some text.");
   return impl_->thread.call([&] { return impl_->turn(request); });
 }
 
+bool Engine::prefetch(const std::string& agent) { return impl_->agents->prefetch(agent); }
+
+SaveResult Engine::save(const std::string& agent) {
+  return impl_->thread.call([&] {
+    impl_->agents->require(agent);
+    return impl_->agents->is_awake(agent) ? impl_->agents->save(impl_->agents->wake(agent)) : SaveResult{};
+  });
+}
+
+void Engine::save_all(const std::function<void(int, int)>& progress) {
+  impl_->thread.call([&] { impl_->agents->save_all(progress); });
+}
+
 void Engine::sleep(const std::string& agent) {
-  impl_->thread.call([&] {
-    if (!impl_->agents->is_awake(agent)) return;
-    impl_->agents->save(impl_->agents->wake(agent));
-    impl_->agents->drop(agent);
+  impl_->thread.call([&] { impl_->agents->sleep(agent); });
+}
+
+void Engine::fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token) {
+  impl_->thread.call([&] { impl_->agents->fork(src, dst, at_token); });
+}
+
+void Engine::rewind(const std::string& agent, int64_t n_tokens) {
+  impl_->thread.call([&] { impl_->agents->rewind(agent, n_tokens); });
+}
+
+void Engine::pin(const std::string& agent, bool pinned) {
+  impl_->thread.call([&] { impl_->agents->pin(agent, pinned); });
+}
+
+void Engine::rename(const std::string& agent, const std::string& new_id) {
+  impl_->thread.call([&] { impl_->agents->rename(agent, new_id); });
+}
+
+void Engine::remove(const std::string& agent) {
+  impl_->thread.call([&] { impl_->agents->remove(agent); });
+}
+
+MemoryUsage Engine::memory_usage() const {
+  return impl_->thread.call([&] {
+    MemoryUsage usage = impl_->agents->memory_usage();
+    usage.model_bytes = impl_->model->info().weight_bytes;
+    return usage;
   });
 }
 
 std::vector<float> Engine::next_logits(const std::string& id) {
   return impl_->thread.call([&] {
+    impl_->agents->require(id);
     const bool was_awake = impl_->agents->is_awake(id);
-    if (!was_awake && !impl_->store.contains(id)) {
-      throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in " + impl_->store.root().string() + ".");
-    }
     const std::unique_ptr<KvCache> copy = impl_->agents->wake(id).cache->clone();
     if (!was_awake) impl_->agents->drop(id);
     if (copy->length() == 0) throw Error(ErrorCode::kInvalidArgument, "Agent '" + id + "' holds no tokens yet.");

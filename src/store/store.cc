@@ -105,7 +105,8 @@ FileLock Store::Impl::lock_store(LockMode mode) {
 
 FileLock Store::Impl::lock_agent(const std::string& id) {
   check_agent_id(id);
-  auto lock = env.lock(lock_path(id), LockMode::kExclusive, std::chrono::milliseconds(0));
+  // Not quite at once: who looks whether an agent is awake holds its lock for a moment.
+  auto lock = env.lock(lock_path(id), LockMode::kExclusive, std::chrono::milliseconds(20));
   if (!lock) {
     throw Error(ErrorCode::kBusy, "The agent '" + id + "' is awake elsewhere; let it go to sleep there first.");
   }
@@ -187,6 +188,10 @@ const std::filesystem::path& Store::root() const { return impl_->root; }
 
 std::unique_ptr<AgentLock> Store::lock_agent(const std::string& agent_id) {
   return std::make_unique<HeldAgentLock>(impl_->lock_agent(agent_id));
+}
+bool Store::is_awake(const std::string& agent_id) const {
+  const auto path = impl_->lock_path(agent_id);
+  return impl_->env.exists(path) && !impl_->env.lock(path, LockMode::kShared, std::chrono::milliseconds(0));
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
                                    const UserMetadata& user, Durability durability) {

@@ -1,0 +1,33 @@
+#pragma once
+/// Changes to agents that are asleep: no model is loaded, no sealed row is read. (Engine does the same to those it has awake.)
+/// Any thread. Whoever is awake elsewhere is kBusy, but for the source of a fork: its last save is what is forked.
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "torpor/store.h"
+
+namespace torpor {
+
+/// Agent `dst`, which must be new, begins with the first `at_token` tokens of `src` (all of them unless given) and shares
+/// their segments. kNotFound, kInvalidArgument.
+SaveResult fork_agent(Store& store, const std::string& src, const std::string& dst,
+                      std::optional<int64_t> at_token = std::nullopt);
+
+/// The agent forgets everything after its first `n_tokens` tokens. kInvalidArgument beyond what it holds.
+SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens);
+
+/// A pinned agent stays in memory when others must make room. kNotFound.
+void pin_agent(Store& store, const std::string& id, bool pinned);
+bool is_pinned(const AgentInfo& info);
+
+/// Where a prompt and an agent part ways, as tokens.
+struct Divergence {
+  int64_t common = 0;    ///< tokens that are equal, from the first on
+  int64_t prompt = 0;    ///< tokens of the prompt
+  int64_t held = 0;      ///< tokens of the agent
+};
+Divergence find_divergence(std::span<const int32_t> prompt, std::span<const int32_t> held);
+
+}  // namespace torpor

@@ -1,0 +1,122 @@
+/// Fork, rewind and what else changes an agent as a whole. Those that are asleep are changed on disk (torpor/agents.h).
+
+#include "agents/manager.h"
+#include "torpor/agents.h"
+
+namespace torpor {
+
+void AgentManager::truncate(Agent& agent, int n_tokens) {
+  finish_writes(agent);
+  if (!agent.cache->can_truncate(n_tokens)) {
+    // A window left rows behind that are needed again. Those of whole segments are on disk, the rest is computed again.
+    std::vector<int32_t> tokens(agent.cache->tokens().begin(), agent.cache->tokens().begin() + n_tokens);
+    own(agent, KvCache::create(options_.layout, options_.backend));
+    agent.segments.clear();
+    tokens.push_back(0);  // stands for the one that reuse_prefix leaves to compute
+    reuse_prefix(agent, tokens);
+  } else {
+    agent.cache->truncate(n_tokens);
+    agent.segments.resize(std::min(agent.segments.size(), size_t(n_tokens / kSegmentTokens)));
+  }
+  agent.changed();
+}
+
+void AgentManager::fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token) {
+  settle();
+  take_prefetched(src);
+  require(src);
+  const auto found = awake_.find(src);
+  if (found == awake_.end() || (at_token && !found->second.cache->can_truncate(int(*at_token)))) {
+    if (found != awake_.end()) save(found->second);
+    fork_agent(store_, src, dst, at_token);
+    return;
+  }
+  Agent& source = found->second;
+  const int64_t length = source.cache->length(), keep = at_token.value_or(length);
+  if (keep < 0 || keep > length) {
+    throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' holds " + std::to_string(length) +
+                                                 " tokens, so it can't be forked at " + std::to_string(keep) + ".");
+  }
+  check_agent_id(dst);
+  if (is_awake(dst) || store_.contains(dst)) {
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.");
+  }
+  Agent agent;
+  agent.id = dst;
+  agent.lock = store_.lock_agent(dst);
+  agent.last_used = ++clock_;
+  own(agent, source.cache->clone());
+  agent.cache->truncate(int(keep));
+  AgentRecord record = source.record();
+  record.cut(size_t(keep));
+  agent.messages = std::move(record.messages);
+  agent.history.assign(source.history.begin(), source.history.begin() + ptrdiff_t(record.history));
+  agent.other = std::move(record.other);
+  agent.segments.assign(source.segments.begin(),
+                        source.segments.begin() + std::min<ptrdiff_t>(ssize(source.segments), keep / kSegmentTokens));
+  agent.changed();
+  save_behind(awake_.emplace(dst, std::move(agent)).first->second);
+}
+
+void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
+  settle();
+  take_prefetched(id);
+  require(id);
+  const auto found = awake_.find(id);
+  if (found == awake_.end()) {
+    rewind_agent(store_, id, n_tokens);
+    return;
+  }
+  Agent& agent = found->second;
+  if (n_tokens < 0 || n_tokens > agent.cache->length()) {
+    throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds " + std::to_string(agent.cache->length()) +
+                                                 " tokens, so it can't be rewound to " + std::to_string(n_tokens) + ".");
+  }
+  if (!agent.cache->can_truncate(int(n_tokens))) {
+    sleep(id);
+    rewind_agent(store_, id, n_tokens);
+    wake(id);
+    return;
+  }
+  truncate(agent, int(n_tokens));
+  AgentRecord record = agent.record();
+  record.cut(size_t(n_tokens));
+  agent.messages = std::move(record.messages);
+  agent.history.resize(record.history);
+  save_behind(agent);
+}
+
+void AgentManager::pin(const std::string& id, bool pinned) {
+  settle();
+  take_prefetched(id);
+  require(id);
+  const auto found = awake_.find(id);
+  if (found == awake_.end()) {
+    pin_agent(store_, id, pinned);
+    return;
+  }
+  if (found->second.pinned == pinned) return;
+  found->second.pinned = pinned;
+  found->second.changed();
+  save_behind(found->second);
+}
+
+void AgentManager::rename(const std::string& id, const std::string& new_id) {
+  require(id);
+  check_agent_id(new_id);
+  if (is_awake(new_id) || store_.contains(new_id)) {
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + new_id + "' already; choose another id.");
+  }
+  const bool was_awake = is_awake(id);
+  sleep(id);
+  if (store_.contains(id)) store_.rename_agent_cache(id, new_id);
+  if (was_awake) wake(new_id);
+}
+
+void AgentManager::remove(const std::string& id) {
+  require(id);
+  drop(id);
+  if (store_.contains(id)) store_.delete_agent_cache(id);
+}
+
+}  // namespace torpor

@@ -1,0 +1,124 @@
+#pragma once
+/// Many agents in bounded memory: wake, save, evict, fork, rewind. Engine thread only, but for prefetch.
+///
+/// Memory: what is counted are the real buffers of all awake agents, each once however many hold it. (What the writer copies
+/// for saves under way has a bound of its own, ManagerOptions::write_queue_bytes.) Before more is taken, agents that are neither pinned nor in their turn go to sleep, as the policy says.
+
+#include <functional>
+#include <future>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "agents/agent.h"
+#include "agents/eviction.h"
+#include "torpor/memory_usage.h"
+#include "agents/writer.h"
+
+namespace torpor {
+
+struct ManagerOptions {
+  std::string model_name;
+  Identity identity;           ///< complete: model, tokenizer, template and KV format
+  KvLayout layout;
+  Backend backend = Backend::kKernels;
+  Durability durability = Durability::kFull;
+  size_t memory_budget = 0;    ///< bytes of KV; 0 = no bound
+  size_t write_queue_bytes = size_t(256) << 20;
+};
+
+class AgentManager {
+ public:
+  /// `store` outlives the manager.
+  AgentManager(Store& store, ManagerOptions options, std::unique_ptr<EvictionPolicy> policy = make_lru());
+  /// Writes what is queued. What was not saved is dropped.
+  ~AgentManager();
+
+  /// Memory, then disk, then a new agent. kBusy when it is awake in another process; kIncompatible when it belongs to
+  /// another model; kResourceExhausted, naming what holds the memory, when it does not fit. A damaged agent wakes with its
+  /// longest intact prefix, said in Agent::damage.
+  Agent& wake(const std::string& id);
+  /// Begins to load a sleeping agent on a thread of its own, so that the next wake finds it ready. Any thread. False when
+  /// nothing was begun: it is awake, being loaded, not there, or enough others are being loaded.
+  bool prefetch(const std::string& id);
+  bool is_awake(const std::string& id) const { return awake_.count(id) != 0; }
+  /// kNotFound unless it is awake or on disk.
+  void require(const std::string& id) const;
+  /// An agent without a name, for one prompt; gone with drop("").
+  Agent& stateless();
+
+  /// While one lives, its agent is not evicted.
+  class Turn {
+   public:
+    Turn(AgentManager& manager, const Agent& agent) : manager_(manager) { manager_.in_turn_ = &agent; }
+    ~Turn() { manager_.in_turn_ = nullptr; }
+    Turn(const Turn&) = delete;
+
+   private:
+    AgentManager& manager_;
+  };
+
+  /// Gives an agent without rows those of the longest prefix of `tokens` that any agent in memory (to the token) or any
+  /// segment on disk has; one token at least is left to compute. How many that are.
+  int reuse_prefix(Agent& agent, std::span<const int32_t> tokens);
+  /// Takes back the rows from `n_tokens` on; more than those when a window has left behind what is needed again and not all
+  /// of it is on disk. They are the caller's to compute.
+  void truncate(Agent& agent, int n_tokens);
+
+  /// Hands what changed to the writer. The agent stays awake, and dirty should the store refuse.
+  void save_behind(Agent& agent);
+  /// The same, and waits until it is on disk. Throws what the store says.
+  SaveResult save(Agent& agent);
+  /// Every awake agent. All are tried; then the first error is thrown.
+  void save_all(const Writer::Progress& progress = nullptr);
+  /// Saves, then lets go of memory and lock. No-op for an agent that is not awake.
+  void sleep(const std::string& id);
+  /// Lets go without saving.
+  void drop(const std::string& id);
+
+  void fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token);
+  void rewind(const std::string& id, int64_t n_tokens);
+  void pin(const std::string& id, bool pinned);
+  void rename(const std::string& id, const std::string& new_id);
+  void remove(const std::string& id);
+
+  MemoryUsage memory_usage() const;
+  const Identity& identity() const noexcept { return options_.identity; }
+
+ private:
+  struct Ready {
+    std::unique_ptr<AgentLock> lock;
+    LoadedAgent loaded;
+  };
+
+  LoadedAgent load(const std::string& id) const;
+  void adopt(Agent& agent, LoadedAgent loaded);
+  void own(Agent& agent, std::unique_ptr<KvCache> cache);
+  std::optional<Ready> take_prefetched(const std::string& id);
+  size_t bytes_to_wake(const std::string& id) const;
+  size_t bytes_of_runs(int64_t first_run, int64_t n_tokens) const;
+  /// Takes in what the writer has finished.
+  void settle();
+  void release_behind_window(Agent& agent);
+  /// Waits until the agent's queued saves are over: its rows and its file may then be changed.
+  void finish_writes(Agent& agent);
+  size_t held_bytes() const;
+  void make_room(size_t bytes);
+  std::string holders() const;
+
+  Store& store_;
+  const ManagerOptions options_;
+  const std::unique_ptr<EvictionPolicy> policy_;
+  std::map<std::string, Agent> awake_;
+  Agent stateless_;
+  const Agent* in_turn_ = nullptr;
+  uint64_t clock_ = 0;
+  std::mutex prefetch_mutex_;
+  std::map<std::string, std::future<Ready>> prefetched_;
+  Writer writer_;
+};
+
+}  // namespace torpor

@@ -1,0 +1,33 @@
+#pragma once
+/// What is kept of an agent beside its rows and tokens: the conversation and how far it has come. It lies in the agent
+/// file's user metadata, and is cut together with the rows when an agent is rewound or forked.
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "agents/conversation.h"
+#include "torpor/store.h"
+
+namespace torpor {
+
+struct AgentRecord {
+  std::vector<Message> messages;
+  /// Tokens up to the end of the last whole turn. Fewer than the rows held after a cancelled prefill (kept, so that the
+  /// same prompt goes on from there), more after a salvage (computed again from the ids).
+  size_t history = 0;
+  bool pinned = false;  ///< never evicted from memory to make room
+  UserMetadata other;   ///< what somebody else keeps with the agent; carried along
+
+  /// As if nothing after the first `n_tokens` tokens had been said. A message that the cut goes through is left out of the
+  /// conversation, its first tokens stay.
+  void cut(size_t n_tokens);
+};
+
+/// `n_tokens` ids are in the agent's file: what is the same as them is not said twice.
+UserMetadata encode_record(const AgentRecord& record, size_t n_tokens);
+/// kCorruption when a key can't be read.
+AgentRecord decode_record(const UserMetadata& user, size_t n_tokens);
+
+}  // namespace torpor

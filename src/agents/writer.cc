@@ -1,0 +1,111 @@
+#include "agents/writer.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+namespace torpor {
+
+Writer::Writer(Store& store, Durability durability, size_t max_bytes)
+    : store_(store), durability_(durability), max_bytes_(max_bytes), thread_([this] { run(); }) {}
+
+Writer::~Writer() {
+  {
+    const std::lock_guard lock(mutex_);
+    closing_ = true;
+  }
+  changed_.notify_all();
+  thread_.join();
+}
+
+void Writer::submit(Job job) {
+  std::unique_lock lock(mutex_);
+  const auto waiting = std::find_if(queue_.begin() + (writing_ ? 1 : 0), queue_.end(),
+                                    [&](const Job& queued) { return !job.agent.empty() && queued.agent == job.agent; });
+  if (waiting != queue_.end()) {
+    // The newer state holds all of the older one's rows. What is on disk meanwhile is the state before both.
+    bytes_ += job.new_bytes - waiting->new_bytes;
+    *waiting = std::move(job);
+    return;
+  }
+  changed_.wait(lock, [&] { return queue_.empty() || bytes_ + job.new_bytes <= max_bytes_; });
+  bytes_ += job.new_bytes;
+  queue_.push_back(std::move(job));
+  changed_.notify_all();
+}
+
+bool Writer::busy_with(const std::string& agent) const {
+  return std::any_of(queue_.begin(), queue_.end(), [&](const Job& job) { return job.agent == agent; });
+}
+
+void Writer::wait(const std::string& agent) {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return !busy_with(agent); });
+}
+
+void Writer::wait_all(const Progress& progress) {
+  std::unique_lock lock(mutex_);
+  const size_t total = queue_.size();
+  while (!queue_.empty()) {
+    const size_t left = queue_.size();
+    if (progress) {
+      lock.unlock();
+      progress(int(total - std::min(total, left)), int(total));
+      lock.lock();
+    }
+    changed_.wait(lock, [&] { return queue_.size() != left; });
+  }
+  lock.unlock();
+  if (progress && total > 0) progress(int(total), int(total));
+}
+
+std::vector<Writer::Outcome> Writer::collect() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(outcomes_, {});
+}
+
+size_t Writer::queued_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return bytes_;
+}
+
+void Writer::write(const Job& job) {
+  Outcome outcome{job.agent, job.version};
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    outcome.result = job.agent.empty() ? store_.save_prefix(job.snapshot, durability_)
+                                       : store_.save_agent_cache(job.agent, job.snapshot, job.model, job.user, durability_);
+  } catch (const Error& error) {
+    outcome.error = error;
+  } catch (const std::bad_alloc&) {
+    outcome.error.emplace(ErrorCode::kResourceExhausted, "Out of memory while saving agent '" + job.agent + "'.");
+  } catch (const std::exception& error) {
+    outcome.error.emplace(ErrorCode::kInternal, "Saving agent '" + job.agent + "' failed: " + error.what());
+  }
+  outcome.ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  const std::lock_guard lock(mutex_);
+  outcomes_.push_back(std::move(outcome));
+}
+
+void Writer::run() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    changed_.wait(lock, [this] { return closing_ || !queue_.empty(); });
+    if (queue_.empty()) return;
+    writing_ = true;
+    const Job& job = queue_.front();  // stays where it is: a deque's ends move, its elements don't
+    lock.unlock();
+    write(job);
+    lock.lock();
+    writing_ = false;
+    bytes_ -= job.new_bytes;
+    Job done = std::move(queue_.front());
+    queue_.pop_front();
+    lock.unlock();
+    done = {};  // lets go of memory before waiters count it
+    changed_.notify_all();
+    lock.lock();
+  }
+}
+
+}  // namespace torpor

@@ -1,0 +1,70 @@
+#pragma once
+/// The write-behind: a thread that saves agents while the engine thread goes on. It gets evaluated bytes and never calls
+/// MLX. Any thread may call it; nothing is dropped: a job ends written or with the error that its outcome carries.
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "torpor/error.h"
+#include "torpor/store.h"
+
+namespace torpor {
+
+class Writer {
+ public:
+  struct Job {
+    std::string agent;      ///< empty: the snapshot's segments alone (Store::save_prefix)
+    uint64_t version = 0;   ///< of the agent; comes back in the outcome
+    KvSnapshot snapshot;
+    std::string model;
+    UserMetadata user;
+    size_t new_bytes = 0;   ///< that are in memory for this job alone, or not yet on disk: what the queue's bound counts
+  };
+  struct Outcome {
+    std::string agent;
+    uint64_t version = 0;
+    SaveResult result;
+    std::optional<Error> error;
+    double ms = 0;
+  };
+  /// Jobs done and jobs to do in all.
+  using Progress = std::function<void(int done, int total)>;
+
+  /// `store` outlives the writer. The queue holds `max_bytes` at most, or one job.
+  Writer(Store& store, Durability durability, size_t max_bytes);
+  /// Writes what is queued.
+  ~Writer();
+
+  /// Takes the place of a job of the same agent that has not begun. Waits while the queue is full.
+  void submit(Job job);
+  /// Until nothing of the agent is queued or being written.
+  void wait(const std::string& agent);
+  void wait_all(const Progress& progress = nullptr);
+  /// What was finished since the last call, in order.
+  std::vector<Outcome> collect();
+  size_t queued_bytes() const;
+
+ private:
+  void run();
+  void write(const Job& job);
+  bool busy_with(const std::string& agent) const;
+
+  Store& store_;
+  const Durability durability_;
+  const size_t max_bytes_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Job> queue_;        // the front is being written while writing_ is set
+  bool writing_ = false, closing_ = false;
+  size_t bytes_ = 0;             // new_bytes of the queue
+  std::vector<Outcome> outcomes_;
+  std::thread thread_;
+};
+
+}  // namespace torpor

@@ -1,0 +1,175 @@
+#include "cli/turn.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+
+#include <CLI/CLI.hpp>
+
+#include "cli/output.h"
+#include "cli/progress.h"
+#include "cli/text_input.h"
+#include "torpor/error.h"
+
+namespace torpor::cli {
+namespace {
+
+/// Finds out before a model is loaded that nothing could be saved.
+void check_writable(const std::filesystem::path& root) {
+  std::error_code error;
+  std::filesystem::path there = std::filesystem::absolute(root, error);
+  while (!std::filesystem::exists(there, error) && there.has_parent_path() && there != there.parent_path()) {
+    if (error && error != std::errc::no_such_file_or_directory) break;
+    there = there.parent_path();
+  }
+  const bool directory = std::filesystem::is_directory(there, error);
+  if (!directory || access(there.c_str(), W_OK | X_OK) != 0) {
+    throw Error(ErrorCode::kIo, "can't write to the store '" + root.string() + "': " +
+                                    (error ? error.message()
+                                     : !directory ? "'" + there.string() + "' is not a directory"
+                                                  : std::string(std::strerror(errno))));
+  }
+}
+
+/// Microseconds are enough.
+double rounded(double ms) { return std::round(ms * 1000) / 1000; }
+
+Json result_json(const TurnResult& result) {
+  Json object{
+      {"agent", result.agent},
+      {"model", result.model},
+      {"text", result.text},
+      {"finish_reason", finish_reason_name(result.finish_reason)},
+      {"tokens", Json{{"prompt", result.tokens.prompt},
+                      {"cached", result.tokens.cached},
+                      {"prefilled", result.tokens.prefilled},
+                      {"generated", result.tokens.generated},
+                      {"context", result.tokens.context}}},
+      {"timing_ms", Json{{"load", rounded(result.timing_ms.load)},
+                         {"wake", rounded(result.timing_ms.wake)},
+                         {"ttft", rounded(result.timing_ms.ttft)},
+                         {"decode", rounded(result.timing_ms.decode)},
+                         {"save", rounded(result.timing_ms.save)}}},
+      {"bytes", Json{{"read", result.bytes.read}, {"written", result.bytes.written}}}};
+  if (result.damage) object["damage"] = *result.damage;
+  return object;
+}
+
+void print_summary(const TurnResult& result, bool saved) {
+  const double seconds = result.timing_ms.decode / 1000;
+  std::fprintf(stderr, "[%s: %d tokens, %d reused, %d read; first token after %s; %d generated", result.agent.c_str(),
+               result.tokens.context, result.tokens.cached, result.tokens.prefilled,
+               human_ms(result.timing_ms.ttft).c_str(), result.tokens.generated);
+  if (seconds > 0 && result.tokens.generated > 1) {
+    std::fprintf(stderr, " at %.1f/s", (result.tokens.generated - 1) / seconds);
+  }
+  if (saved) {
+    std::fprintf(stderr, "; %s saved in %s", human_bytes(result.bytes.written).c_str(),
+                 human_ms(result.timing_ms.save).c_str());
+  }
+  std::fputs("]\n", stderr);
+}
+
+}  // namespace
+
+void check_early(const TurnOptions& options, const std::filesystem::path& root) {
+  if (!options.agent.empty()) check_agent_id(options.agent);
+  check_text(options.system, "the system message");
+  for (const std::string& stop : options.stop) {
+    if (stop.empty()) throw Error(ErrorCode::kInvalidArgument, "a stop string can't be empty");
+    check_text(stop, "a stop string");
+  }
+  resolve_model(options.model);
+  if (options.save != SaveMode::kNo) check_writable(root);
+  // An agent that is awake elsewhere: say so at once. (The engine takes the lock for good.)
+  if (const auto store = open_existing_store(root); store && store->contains(options.agent)) {
+    store->lock_agent(options.agent);
+  }
+}
+
+EngineOptions engine_options(const TurnOptions& options, const std::filesystem::path& root) {
+  EngineOptions engine;
+  engine.model = options.model;
+  engine.store = root;
+  engine.kv_format = options.kv_format();
+  engine.durability = options.durability();
+  engine.memory_budget = options.memory_budget;
+  engine.disk = {int64_t(options.disk_budget), int64_t(options.min_free)};
+  return engine;
+}
+
+TurnResult take_turn(Engine& engine, const TurnOptions& options, const std::string& prompt, InterruptScope& interrupt) {
+  ProgressBar progress;
+  bool closed = false;
+  TurnRequest request;
+  request.agent = options.agent;
+  request.prompt = prompt;
+  if (options.has_system) request.system = options.system;
+  request.raw = options.raw;
+  request.save = options.save;
+  request.generate.max_tokens = options.max_tokens;
+  request.generate.sampling = {float(options.temperature), float(options.top_p), options.seed};
+  request.generate.stop = options.stop;
+  request.generate.cancel = &interrupt.flag();
+  request.generate.on_prefill = [&](int done, int total) { progress.update(done, total); };
+  request.generate.on_text = [&](std::string_view text) {
+    progress.clear();
+    if (options.json || closed) return;
+    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
+      closed = true;  // nobody reads: end the turn, and keep what was computed
+      interrupt.flag().store(true);
+    }
+  };
+
+  TurnResult result = engine.turn(request);
+  progress.clear();
+  if (closed) throw Error(ErrorCode::kIo, "standard output is closed; the turn was ended early");
+  if (result.damage) complain("warning: " + *result.damage);
+  if (options.json) {
+    print_json(result_json(result));
+  } else {
+    if (result.text.empty() || result.text.back() != '\n') print("\n");
+    if (isatty(STDERR_FILENO)) print_summary(result, request.save == SaveMode::kWait && !result.save_error);
+  }
+  if (result.save_error) throw *result.save_error;
+  return result;
+}
+
+void add_turn_options(CLI::App& app, TurnOptions& options) {
+  add_model_options(app, options);
+  app.add_option("--system", options.system, "System message of a new agent")->type_name("S");
+  app.add_option("--max-tokens", options.max_tokens, "Longest answer, in tokens")
+      ->capture_default_str()
+      ->check(CLI::Range(1, std::numeric_limits<int>::max()))
+      ->type_name("N");
+  app.add_option("--temperature", options.temperature, "Randomness; 0 always takes the likeliest token")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 100.0))
+      ->type_name("T");
+  app.add_option("--top-p", options.top_p, "Samples from the smallest set with this much probability")
+      ->capture_default_str()
+      ->check(CLI::Range(1e-6, 1.0))
+      ->type_name("P");
+  app.add_option("--seed", options.seed, "Equal seeds give equal answers")->capture_default_str()->type_name("S");
+  app.add_option("--stop", options.stop, "Ends the answer when it contains S; may be given more than once")
+      ->allow_extra_args(false)
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->type_name("S");
+  for (const auto& [name, bytes, help] :
+       {std::tuple{"--memory-budget", &options.memory_budget, "Most KV cache held in memory; other agents go to sleep for it"},
+        std::tuple{"--disk-budget", &options.disk_budget, "Most that the store may take of the disk, all models together"},
+        std::tuple{"--min-free", &options.min_free, "What a save leaves free on the disk"}}) {
+    app.add_option(name, *bytes, std::string(help) + ", as 4GB or 512MiB; 0 = no bound")
+        ->transform(CLI::AsSizeValue(true))
+        ->type_name("SIZE");
+  }
+  app.add_flag("--raw", options.raw, "Append what the user says as it stands, without the chat template");
+  app.add_flag("--json", options.json, "Print one JSON object per turn instead of the text (docs/cli.md)");
+}
+
+}  // namespace torpor::cli

@@ -1,0 +1,35 @@
+#pragma once
+/// What run and chat have in common: their options, and one turn with its streaming, progress bar and report.
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "cli/interrupt.h"
+#include "cli/model_options.h"
+#include "torpor/engine.h"
+
+namespace torpor::cli {
+
+struct TurnOptions : ModelOptions {
+  std::string agent, system;
+  bool has_system = false;
+  bool raw = false, json = false;
+  SaveMode save = SaveMode::kWait;
+  int max_tokens = 256;
+  double temperature = 0, top_p = 1;
+  uint64_t seed = 0;
+  std::vector<std::string> stop;
+  uint64_t memory_budget = 0, disk_budget = 0, min_free = 0;  // bytes
+};
+
+void add_turn_options(CLI::App& app, TurnOptions& options);
+
+/// Everything that can be known to be wrong before the model's weights are read. Changes nothing on disk.
+void check_early(const TurnOptions& options, const std::filesystem::path& root);
+EngineOptions engine_options(const TurnOptions& options, const std::filesystem::path& root);
+/// Streams the answer or prints the turn's object. Throws the error of a save that failed, after the answer.
+TurnResult take_turn(Engine& engine, const TurnOptions& options, const std::string& prompt, InterruptScope& interrupt);
+
+}  // namespace torpor::cli
