@@ -14,7 +14,7 @@ DIRECT = {
     "cli": ["engine"], "server": ["engine"], "python": ["engine"],
 }
 PUBLIC = {"error": "base", "kv_snapshot": "base", "store": "store", "text": "text", "model": "model", "cache": "cache",
-          "generate": "engine", "engine": "engine"}
+          "agents": "agents", "memory_usage": "agents", "generate": "engine", "engine": "engine"}
 NO_MLX = {"base", "store", "text"}
 
 

@@ -94,7 +94,7 @@ def test_agents_with_the_same_beginning_share_segments(tiny, words):
 
 def test_the_listings(ada):
     rows = ada("ls").ok().out.splitlines()
-    assert rows[0].split() == ["AGENT", "TOKENS", "SIZE", "AGE", "MODEL"] and rows[1].split()[:2] == ["ada", "608"]
+    assert rows[0].split() == ["AGENT", "TOKENS", "OWN", "SHARED", "STATE", "AGE", "MODEL"] and rows[1].split()[:2] == ["ada", "608"]
     [listed] = ada("ls", "--json").ok().json
     shown = ada("show", "ada", "--json").ok().json
     assert listed.items() <= shown.items()

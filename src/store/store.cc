@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <random>
@@ -190,8 +191,10 @@ std::unique_ptr<AgentLock> Store::lock_agent(const std::string& agent_id) {
   return std::make_unique<HeldAgentLock>(impl_->lock_agent(agent_id));
 }
 bool Store::is_awake(const std::string& agent_id) const {
-  const auto path = impl_->lock_path(agent_id);
-  return impl_->env.exists(path) && !impl_->env.lock(path, LockMode::kShared, std::chrono::milliseconds(0));
+  const auto path = impl_->root / ".locks" / (agent_id + ".lock");
+  if (!impl_->env.exists(path)) return false;
+  const File file = impl_->env.open(path, OpenMode::kRead);  // works on a store that is read-only
+  return impl_->env.raw_lock(file.fd(), LockMode::kShared) == -EWOULDBLOCK;
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
                                    const UserMetadata& user, Durability durability) {
