@@ -13,10 +13,15 @@
 namespace torpor::cli {
 namespace {
 
-Json summary_json(const AgentInfo& info) {
+const char* state_of(const Store& store, const AgentInfo& info) {
+  return store.is_awake(info.agent_id) ? "awake" : "asleep";
+}
+
+Json summary_json(const Store& store, const AgentInfo& info) {
   return Json{{"agent", info.agent_id},           {"model", info.model},     {"cache_size", info.cache_size},
               {"bytes", info.bytes},              {"hash", info.hash},       {"created_at", info.created_at},
-              {"updated_at", info.updated_at},    {"damaged", info.hash.empty()}};
+              {"updated_at", info.updated_at},    {"damaged", info.hash.empty()},
+              {"state", state_of(store, info)},   {"pinned", is_pinned(info)}};
 }
 
 /// The conversation that the agents room keeps under "messages", or null when there is none to read.
@@ -54,15 +59,12 @@ int list(const std::filesystem::path& root, bool json) {
   const auto store = open_existing_store(root);
   const std::vector<AgentInfo> agents = store ? store->list_cached_agents() : std::vector<AgentInfo>{};
   std::map<std::string, int64_t> shared = shared_bytes(agents);
-  const auto state = [&](const AgentInfo& info) { return store->is_awake(info.agent_id) ? "awake" : "asleep"; };
   if (json) {
     Json all = Json::array();
     for (const AgentInfo& info : agents) {
-      Json one = summary_json(info);
+      Json one = summary_json(*store, info);
       one["own_bytes"] = info.bytes - shared[info.agent_id];
       one["shared_bytes"] = shared[info.agent_id];
-      one["state"] = state(info);
-      one["pinned"] = is_pinned(info);
       all.push_back(std::move(one));
     }
     print_json(all);
@@ -78,7 +80,7 @@ int list(const std::filesystem::path& root, bool json) {
       rows.push_back({info.agent_id, "-", human_bytes(info.bytes), "-", "damaged", "-", "(see torpor verify)"});
     } else {
       rows.push_back({info.agent_id, std::to_string(info.cache_size), human_bytes(info.bytes - shared[info.agent_id]),
-                      human_bytes(shared[info.agent_id]), std::string(state(info)) + (is_pinned(info) ? ", pinned" : ""),
+                      human_bytes(shared[info.agent_id]), std::string(state_of(*store, info)) + (is_pinned(info) ? ", pinned" : ""),
                       human_age(info.updated_at), info.model});
     }
   }
@@ -87,10 +89,11 @@ int list(const std::filesystem::path& root, bool json) {
 }
 
 int show(const std::filesystem::path& root, const std::string& id, bool json) {
-  const AgentInfo info = open_store_of(root, id)->agent_info(id);
+  const auto store = open_store_of(root, id);
+  const AgentInfo info = store->agent_info(id);
   const Json messages = messages_of(info);
   if (json) {
-    Json object = summary_json(info);
+    Json object = summary_json(*store, info);
     object["tail_bytes"] = info.tail_bytes;
     object["segments"] = info.segments;
     Json identity = Json::object();
