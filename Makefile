@@ -22,6 +22,11 @@ test: build model
 demo: build model
 	scripts/demo $(BUILD)/torpor
 
+# Ten agents, three processes on one store, each killed over and over: `make test` kills 300, this KILLS.
+KILLS ?= 20000
+soak: build
+	TORPOR_SOAK_KILLS=$(KILLS) $(BUILD)/tests/test_store_soak
+
 # Regenerates every golden from the reference implementations (mlx-lm, tokenizers, transformers). Slow.
 goldens: setup model
 	scripts/make-goldens
