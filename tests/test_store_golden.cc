@@ -1,0 +1,150 @@
+/// A store that format version 1 left behind (tests/goldens/store-v1) opens, verifies and loads, wherever it may not be
+/// written to. scripts/make-goldens-store made it; a later format version gets a golden of its own, and this one stays.
+
+#include "counting_env.h"
+#include "store_fixture.h"
+
+namespace torpor::testing {
+namespace {
+
+struct GoldenAgent {
+  const char* id;
+  KvSnapshot snapshot;
+  UserMetadata user;
+};
+
+KvLayout quantized_layout() {
+  KvLayout layout;
+  for (const char* part : {"layer_0_keys", "layer_0_values"}) {
+    layout.tensors.push_back({part, KvDtype::kU32, 1, 4, 0});
+    layout.tensors.push_back({part + std::string("_scales"), KvDtype::kF16, 1, 1, 0});
+    layout.tensors.push_back({part + std::string("_biases"), KvDtype::kF16, 1, 1, 0});
+  }
+  return layout;
+}
+
+KvLayout windowed_layout() {
+  KvLayout layout = small_layout();
+  for (auto& tensor : layout.tensors) tensor.window = 100;
+  return layout;
+}
+
+/// Other tokens from token `at` on.
+KvSnapshot diverge(KvSnapshot snapshot, size_t at) {
+  for (size_t t = at; t < snapshot.tokens.size(); ++t) snapshot.tokens[t] += 1000;
+  return snapshot;
+}
+
+KvSnapshot of_kind(const std::string& kv, KvSnapshot snapshot) {
+  snapshot.identity.kv = kv;
+  return snapshot;
+}
+
+/// `long`, `fork` and `sibling` share segments; `other-rows` has the tokens of `long` and rows of its own.
+std::vector<GoldenAgent> golden_agents() {
+  return {
+      {"empty", make_snapshot(0), {}},
+      {"short", make_snapshot(5), {{"note", "grüße \"x\"\n"}, {"empty", ""}}},
+      {"sealed", make_snapshot(256, small_layout(), 2, 3000), {}},
+      {"long", make_snapshot(600), {{"k", "v"}}},
+      {"fork", make_snapshot(300), {{"k", "w"}}},
+      {"sibling", diverge(make_snapshot(520), 512), {}},
+      {"other-rows", make_snapshot(600, small_layout(), 9), {}},
+      {"windowed", make_snapshot(530, windowed_layout(), 3), {}},
+      {"quantized", of_kind("q8 group 32 f16", make_snapshot(300, quantized_layout(), 4)), {}},
+      {"f32", of_kind("f32", make_snapshot(260, small_layout(KvDtype::kF32, 1, 2, 1), 5)), {}},
+      {"bf16", of_kind("bf16", make_snapshot(260, small_layout(KvDtype::kBF16, 1, 1, 3), 6)), {}},
+  };
+}
+const KvSnapshot& golden_prefix() {
+  static const KvSnapshot prefix = make_snapshot(512, small_layout(), 7, 7000);
+  return prefix;
+}
+
+/// A fixed clock, and a disk that can't be written to when told so.
+class GoldenEnv : public CountingEnv {
+ public:
+  bool read_only = true;
+  std::chrono::system_clock::time_point now() override {
+    return std::chrono::system_clock::time_point(std::chrono::seconds(1795498200));
+  }
+  int raw_open(const char* path, OpenMode mode) override {
+    return read_only && mode != OpenMode::kRead ? -EROFS : CountingEnv::raw_open(path, mode);
+  }
+  int raw_make_directory(const char* path) override { return read_only ? -EROFS : CountingEnv::raw_make_directory(path); }
+  int raw_rename(const char* from, const char* to) override { return read_only ? -EROFS : CountingEnv::raw_rename(from, to); }
+  int raw_remove(const char* path) override { return read_only ? -EROFS : CountingEnv::raw_remove(path); }
+};
+
+class StoreGolden : public ::testing::Test {
+ protected:
+  const fs::path golden_ = fs::path(TORPOR_SOURCE_DIR) / "tests/goldens/store-v1";
+};
+
+TEST_F(StoreGolden, OpensVerifiesAndLoadsReadOnly) {
+  const auto before = tree(golden_);
+  GoldenEnv env;
+  const Store store(golden_ / "store", &env);
+  const auto listed = store.list_cached_agents();
+  EXPECT_EQ(listed.size(), golden_agents().size());
+  for (const auto& info : listed) EXPECT_FALSE(info.hash.empty()) << info.agent_id;
+  for (const auto& report : store.verify()) {
+    EXPECT_TRUE(report.problems.empty()) << report.problems[0];
+  }
+  for (const auto& agent : golden_agents()) {
+    for (const bool map : {false, true}) {
+      const auto loaded = Store(golden_ / "store", &env).load_agent_cache(agent.id, {.expected = &agent.snapshot.identity, .map_rows = map});
+      EXPECT_TRUE(same(loaded.snapshot, agent.snapshot)) << agent.id;
+      EXPECT_EQ(loaded.info.user, agent.user) << agent.id;
+      EXPECT_EQ(loaded.info.model, "golden/tiny");
+      EXPECT_EQ(loaded.info.created_at, "2026-11-24T05:30:00.000000Z");
+    }
+  }
+  EXPECT_EQ(store.agent_info("long").segments, store.agent_info("sibling").segments);
+  EXPECT_EQ(store.find_prefix(golden_prefix().identity, golden_prefix().layout, golden_prefix().tokens), 512);
+  EXPECT_TRUE(same(store.load_prefix(golden_prefix().identity, golden_prefix().layout, golden_prefix().tokens).snapshot, golden_prefix()));
+  EXPECT_EQ(store.get_cache_disk_usage().orphan_segments, 2);
+  EXPECT_EQ(tree(golden_), before) << "reading wrote";
+}
+
+TEST_F(StoreGolden, GoesOnAsIfItWereOurs) {
+  TemporaryDirectory directory;
+  fs::copy(golden_ / "store", directory.path() / "store", fs::copy_options::recursive);
+  Store store(directory.path() / "store");
+  // Names are the same in every version, so what is there is shared.
+  const auto saved = store.save_agent_cache("long", make_snapshot(700), "m");
+  EXPECT_EQ(saved.segments_shared, 2);
+  EXPECT_TRUE(same(store.load_agent_cache("sibling").snapshot, diverge(make_snapshot(520), 512)));
+  store.import_agent(golden_ / "export.safetensors", "imported");
+  EXPECT_TRUE(same(store.load_agent_cache("imported").snapshot, make_snapshot(600)));
+  EXPECT_EQ(store.load_agent_cache("imported").info.user, (UserMetadata{{"k", "v"}}));
+  store.gc();
+  for (const auto& report : store.verify()) EXPECT_TRUE(report.problems.empty()) << report.agent_id;
+}
+
+/// Run by scripts/make-goldens-store.
+TEST_F(StoreGolden, DISABLED_Write) {
+  const char* target = std::getenv("TORPOR_GOLDEN");
+  ASSERT_NE(target, nullptr);
+  GoldenEnv env;
+  env.read_only = false;
+  const fs::path root = fs::path(target) / "store";
+  {
+    Store store(root, &env);
+    for (const auto& agent : golden_agents()) {
+      if (agent.id == std::string("fork")) {
+        store.copy_agent_cache("long", "fork", {.n_tokens = 300, .user = agent.user});
+      } else {
+        store.save_agent_cache(agent.id, agent.snapshot, "golden/tiny", agent.user);
+      }
+    }
+    store.save_prefix(golden_prefix());
+    store.export_agent("long", fs::path(target) / "export.safetensors");
+  }
+  // Sidecars speak of one disk's inodes, and locks of nobody.
+  for (const auto& agent : golden_agents()) fs::remove(root / (agent.id + std::string(".json")));
+  fs::remove_all(root / ".locks");
+}
+
+}  // namespace
+}  // namespace torpor::testing
