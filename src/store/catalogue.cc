@@ -26,33 +26,37 @@ AgentInfo Store::Impl::info(const std::string& id) {
   return info;
 }
 
+std::optional<AgentInfo> Store::Impl::list_one(const std::string& id, bool rebuild_sidecar) {
+  const auto stat = env.stat(agent_path(id));
+  if (!stat || stat->is_directory) return std::nullopt;  // deleted meanwhile, or not ours
+  try {
+    auto found = decode_sidecar(env.read_file(sidecar_path(id), kMaxSidecar), *stat);
+    if (found && found->agent_id == id) return found;
+  } catch (const Error&) {
+    // None, or unreadable: as good as stale.
+  }
+  try {
+    AgentInfo rebuilt = info(id);
+    // Written only when no save came between: the pair must speak of one state.
+    if (rebuild_sidecar && env.stat(agent_path(id)) == stat) write_sidecar(rebuilt, *stat);
+    return rebuilt;
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kNotFound) return std::nullopt;
+    AgentInfo damaged;
+    damaged.agent_id = id;
+    damaged.bytes = damaged.tail_bytes = int64_t(stat->size);
+    return damaged;
+  }
+}
+
 std::vector<AgentInfo> Store::Impl::list(bool rebuild_sidecars) {
+  const std::vector<std::string> ids = agent_ids();
+  std::vector<std::optional<AgentInfo>> found(ids.size());
+  parallel_for(ids.size(), std::min(reader_threads(), 1 + ids.size() / 64),
+               [&](size_t i) { found[i] = list_one(ids[i], rebuild_sidecars); });
   std::vector<AgentInfo> agents;
-  for (const auto& id : agent_ids()) {
-    const auto stat = env.stat(agent_path(id));
-    if (!stat || stat->is_directory) continue;  // deleted meanwhile, or not ours
-    std::optional<AgentInfo> found;
-    try {
-      found = decode_sidecar(env.read_file(sidecar_path(id), kMaxSidecar), *stat);
-    } catch (const Error&) {
-      // None, or unreadable: as good as stale.
-    }
-    if (found && found->agent_id == id) {
-      agents.push_back(std::move(*found));
-      continue;
-    }
-    try {
-      AgentInfo rebuilt = info(id);
-      // Written only when no save came between: the pair must speak of one state.
-      if (rebuild_sidecars && env.stat(agent_path(id)) == stat) write_sidecar(rebuilt, *stat);
-      agents.push_back(std::move(rebuilt));
-    } catch (const Error& error) {
-      if (error.code() == ErrorCode::kNotFound) continue;
-      AgentInfo damaged;
-      damaged.agent_id = id;
-      damaged.bytes = damaged.tail_bytes = int64_t(stat->size);
-      agents.push_back(std::move(damaged));
-    }
+  for (auto& agent : found) {
+    if (agent) agents.push_back(std::move(*agent));
   }
   return agents;
 }

@@ -90,6 +90,8 @@ struct Store::Impl {
   std::vector<std::string> agent_ids();
   AgentInfo info(const std::string& id);
   std::vector<AgentInfo> list(bool rebuild_sidecars);
+  /// nullopt when there is no such agent any more.
+  std::optional<AgentInfo> list_one(const std::string& id, bool rebuild_sidecar);
   struct StoredSegment {
     std::string name;
     FileStat stat;
