@@ -146,9 +146,14 @@ class Worker {
   /// What readers and rivals do, beside whoever works on the agent.
   void touch() {
     const int k = pick(kAgents);
-    switch (pick(5)) {
+    switch (pick(6)) {
       case 0: store_.list_cached_agents(); break;
       case 1: store_.get_cache_disk_usage(); break;
+      case 2:
+        for (const auto& report : store_.verify()) {
+          if (!report.problems.empty()) fail(report.problems[0]);
+        }
+        break;
       default:
         try {
           const auto lock = store_.lock_agent(id_of(k));

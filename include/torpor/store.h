@@ -77,7 +77,8 @@ struct LoadOptions {
   /// agents and processes. Every checksum is checked first all the same. Store files are never written again, only
   /// replaced or removed, which a mapping survives; whoever cuts one short by hand under a running process crashes it.
   bool map_rows = false;
-  /// Only the first so many tokens (no more than the agent has), as if it had been rewound to there.
+  /// Only the first so many tokens (or all, when the agent has fewer), as if it had been rewound to there; LoadedAgent::info
+  /// stays that of the whole agent.
   std::optional<int64_t> n_tokens;
   /// Of a layer with a window only those runs are read (and their checksums checked) that can still be attended
   /// (KvLayout::attended); the rest of their bytes is unspecified. For waking, not for looking at rows.
@@ -154,7 +155,8 @@ class Store {
                               const UserMetadata& user = {},
                               Durability durability = Durability::kFull);
 
-  /// kNotFound, kCorruption, kIncompatible as said above. Validates before it allocates; checks every checksum.
+  /// kNotFound, kCorruption, kIncompatible as said above. Validates before it allocates; checks every checksum. Rows that a
+  /// snapshot of this process still holds, of segments whose file has not changed since, are shared instead of read.
   LoadedAgent load_agent_cache(const std::string& agent_id, const LoadOptions& options = {}) const;
 
   /// Writes the snapshot's sealed segments, for anyone whose prompt begins so, and names them in no agent: `gc` and the disk

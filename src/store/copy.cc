@@ -7,11 +7,13 @@ namespace {
 
 /// The first `n` rows of an open file.
 KvRun first_rows(const File& handle, const TorporFile& file, int n) {
-  const auto read = allocate_heap_buffer(size_t(file.rows_bytes()));
-  read_rows(handle, file, TensorMask(file.layout.tensors.size(), true), {read.get(), size_t(file.rows_bytes())});
+  const size_t read_size = size_t(file.rows_bytes());
+  const auto read = allocate_heap_buffer(read_size);
+  read_rows(handle, file, TensorMask(file.layout.tensors.size(), true), {read.get(), read_size});
+  if (n == int(file.rows)) return {.n_tokens = n, .bytes = {read.get(), read_size}, .owner = read};
   const size_t size = file.layout.offset(file.layout.tensors.size(), n);
   const auto rows = allocate_heap_buffer(size);
-  cut_rows(file.layout, {read.get(), size_t(file.rows_bytes())}, int(file.rows), n, rows.get());
+  cut_rows(file.layout, {read.get(), read_size}, int(file.rows), n, rows.get());
   return {.n_tokens = n, .bytes = {rows.get(), size}, .owner = rows};
 }
 

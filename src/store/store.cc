@@ -232,7 +232,13 @@ std::vector<VerifyReport> Store::verify(const std::optional<std::string>& agent_
   std::unordered_map<std::string, std::string> checked_rows;
   if (agent_id) return {impl_->verify(*agent_id, checked_rows)};
   std::vector<VerifyReport> reports;
-  for (const auto& id : impl_->agent_ids()) reports.push_back(impl_->verify(id, checked_rows));
+  for (const auto& id : impl_->agent_ids()) {
+    try {
+      reports.push_back(impl_->verify(id, checked_rows));
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kNotFound) throw;  // deleted meanwhile
+    }
+  }
   return reports;
 }
 GcResult Store::gc() { return impl_->gc(); }

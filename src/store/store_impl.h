@@ -108,7 +108,9 @@ struct Store::Impl {
   /// Removes what else bears the name of an agent that is gone. What can't be removed now is left to gc.
   void tidy_after_agent(const std::string& id, const FileLock& agent_lock) noexcept;
   GcResult gc();
+  /// `checked_rows`: what was found out about segments that agents share.
   VerifyReport verify(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows);
+  VerifyReport verify_once(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows);
   DiskUsage usage();
   /// Of every file in the store, temporary ones included; locks have none.
   int64_t stored_bytes();
