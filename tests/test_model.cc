@@ -1,106 +1,19 @@
-/// The forward pass against mlx-lm's (goldens of scripts/make-goldens-model) and against itself in other shapes.
+/// The forward pass against itself in other shapes: chunks, batches, dtypes, backends. (Against mlx-lm: test_model_goldens.cc.)
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
-#include <map>
 
-#include <mlx/mlx.h>
-#include <nlohmann/json.hpp>
-
+#include "model_fixture.h"
 #include "torpor/error.h"
-#include "torpor/model.h"
 
 namespace torpor {
 namespace {
 
-namespace fs = std::filesystem;
-using nlohmann::json;
-
-const fs::path kSource = TORPOR_SOURCE_DIR;
-const fs::path kGoldens = kSource / "tests/goldens/model";
-
-json read_json(const fs::path& path) {
-  std::ifstream in(path);
-  if (!in) throw std::runtime_error("no " + path.string());
-  return json::parse(in);
-}
-
-/// The least a cache has to do, for both backends.
-class TestCache : public KvAccess {
- public:
-  TestCache(const Model& model, KvDtype dtype) : layout_(model.kv_layout(dtype)) {}
-
-  int length() const override { return length_; }
-  const KvLayout& layout() const noexcept override { return layout_; }
-  std::span<const KvBuffer> reserve(int n) override {
-    while (int(runs_.size()) * kSegmentTokens < length_ + n) {
-      const size_t size = layout_.offset(layout_.tensors.size(), kSegmentTokens);
-      const std::shared_ptr<std::byte> buffer = allocate_heap_buffer(size);
-      runs_.push_back({buffer.get(), size, buffer});
-    }
-    return runs_;
-  }
-  std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override {
-    return {append(2 * layer, k), append(2 * layer + 1, v)};
-  }
-  void advance(int n) override { length_ += n; }
-
-  /// The rows held, tensor by tensor and head by head (kernels backend).
-  std::vector<std::byte> rows() const {
-    std::vector<std::byte> bytes;
-    for (size_t t = 0; t < layout_.tensors.size(); ++t) {
-      const KvTensorSpec& spec = layout_.tensors[t];
-      const size_t row = size_t(spec.dim) * kv_dtype_size(spec.dtype);
-      for (int at = 0; at < length_; ++at) {
-        const auto* run = runs_[size_t(at / kSegmentTokens)].data;
-        for (int head = 0; head < spec.n_kv_heads; ++head) {
-          const std::byte* from = run + layout_.offset(t, kSegmentTokens) +
-                                  (size_t(head) * kSegmentTokens + size_t(at % kSegmentTokens)) * row;
-          bytes.insert(bytes.end(), from, from + row);
-        }
-      }
-    }
-    return bytes;
-  }
-
- private:
-  mx::array append(int tensor, const mx::array& rows) {
-    const KvDtype dtype = layout_.tensors[size_t(tensor)].dtype;
-    const mx::array stored = mx::astype(
-        rows, dtype == KvDtype::kF32 ? mx::float32 : dtype == KvDtype::kF16 ? mx::float16 : mx::bfloat16);
-    const auto [it, added] = tensors_.emplace(tensor, stored);
-    if (!added) it->second = mx::concatenate({it->second, stored}, 2);
-    return it->second;
-  }
-
-  KvLayout layout_;
-  int length_ = 0;
-  std::vector<KvBuffer> runs_;
-  std::map<int, mx::array> tensors_;
-};
-
-std::vector<float> forward(Model& model, TestCache& cache, std::span<const int32_t> tokens, bool all = false) {
-  const ForwardSequence sequence{.tokens = tokens, .kv = &cache, .all_logits = all};
-  mx::array logits = model.forward({&sequence, 1});
-  EXPECT_EQ(logits.shape(), (mx::Shape{all ? int(tokens.size()) : 1, model.info().vocab_size}));
-  EXPECT_EQ(logits.dtype(), mx::float32);
-  return {logits.data<float>(), logits.data<float>() + logits.size()};
-}
-
-int argmax(std::span<const float> row) { return int(std::ranges::max_element(row) - row.begin()); }
-
 /// SmolLM2, loaded once.
 Model& smollm2() {
-  static const std::unique_ptr<Model> model = [] {
-    const fs::path dir = kSource / ".models/smollm2-135m";
-    if (!fs::is_directory(dir)) throw std::runtime_error("no .models/smollm2-135m; run scripts/fetch-model smollm2-135m");
-    return Model::load(dir.string(), Backend::kKernels);
-  }();
+  static const std::unique_ptr<Model> model = load_fetched("smollm2-135m");
   return *model;
 }
 
@@ -111,7 +24,6 @@ const json& smollm2_goldens() {
 
 std::vector<int32_t> prompt(const char* name) { return smollm2_goldens().at(name).at("tokens"); }
 
-// f32 on both sides: what is left are the orders of summation. The largest difference seen was 1e-4.
 constexpr float kLogitBound = 5e-4f;
 
 TEST(SmolLM2, HasTheInfoOfItsConfig) {
@@ -142,63 +54,6 @@ TEST(SmolLM2, IdentityIsStable) {
   EXPECT_EQ(identity.weights.size(), 32u);
   EXPECT_EQ(identity.tokenizer, "");
   EXPECT_EQ(Model::load(smollm2().info().dir.string(), Backend::kKernels)->identity(), identity);
-}
-
-TEST(SmolLM2, LogitsAgreeWithMlxLm) {
-  for (const auto& [name, golden] : smollm2_goldens().items()) {
-    SCOPED_TRACE(name);
-    const std::vector<int32_t> tokens = golden.at("tokens");
-    TestCache cache(smollm2(), KvDtype::kF32);
-    const std::vector<float> logits = forward(smollm2(), cache, tokens, true);
-    const size_t vocab = size_t(smollm2().info().vocab_size);
-    const std::span<const float> last(logits.data() + (tokens.size() - 1) * vocab, vocab);
-
-    const json& expected = golden.at("last");
-    float worst = 0;
-    for (size_t i = 0; i < expected.at("top_ids").size(); ++i) {
-      const float value = expected.at("top_values")[i];
-      worst = std::max(worst, std::abs(last[size_t(expected.at("top_ids")[i])] - value));
-    }
-    EXPECT_LT(worst, kLogitBound);
-    double sum = 0, exp_sum = 0;
-    const float top = *std::ranges::max_element(last);
-    for (float value : last) sum += value, exp_sum += std::exp(double(value) - top);
-    EXPECT_NEAR(sum / double(vocab), double(expected.at("mean")), kLogitBound);
-    EXPECT_NEAR(*std::ranges::min_element(last), double(expected.at("min")), kLogitBound);
-    EXPECT_NEAR(top + std::log(exp_sum), double(expected.at("logsumexp")), kLogitBound);
-
-    // The probability of every token of the prompt, hence the perplexity.
-    const json& log_probs = golden.at("log_probs");
-    double worst_log_prob = 0, total = 0;
-    for (size_t i = 0; i + 1 < tokens.size(); ++i) {
-      const std::span<const float> row(logits.data() + i * vocab, vocab);
-      const float row_top = *std::ranges::max_element(row);
-      double norm = 0;
-      for (float value : row) norm += std::exp(double(value) - row_top);
-      const double log_prob = double(row[size_t(tokens[i + 1])]) - row_top - std::log(norm);
-      worst_log_prob = std::max(worst_log_prob, std::abs(log_prob - double(log_probs[i])));
-      total += log_prob;
-    }
-    const double perplexity = std::exp(-total / double(tokens.size() - 1));
-    EXPECT_LT(worst_log_prob, kLogitBound);
-    EXPECT_NEAR(perplexity, double(golden.at("perplexity")), 1e-3 * perplexity);
-    RecordProperty(name + "_worst_logit", std::to_string(worst));
-    RecordProperty(name + "_worst_log_prob", std::to_string(worst_log_prob));
-  }
-}
-
-TEST(SmolLM2, GreedyTokensEqualMlxLms) {
-  for (const auto& [name, golden] : smollm2_goldens().items()) {
-    SCOPED_TRACE(name);
-    TestCache cache(smollm2(), KvDtype::kF32);
-    std::vector<float> logits = forward(smollm2(), cache, std::vector<int32_t>(golden.at("tokens")));
-    std::vector<int32_t> greedy;
-    while (greedy.size() < golden.at("greedy").size()) {
-      greedy.push_back(argmax(logits));
-      logits = forward(smollm2(), cache, {&greedy.back(), 1});
-    }
-    EXPECT_EQ(greedy, golden.at("greedy").get<std::vector<int32_t>>());
-  }
 }
 
 TEST(SmolLM2, ChunksDoNotChangeABit) {
@@ -316,48 +171,6 @@ TEST(SmolLM2, RefusesBadSequencesAndStaysWhereItWas) {
   EXPECT_EQ(code_of({{.tokens = good, .kv = &cache}, {.tokens = good, .kv = &other}}), ErrorCode::kInvalidArgument);
   EXPECT_EQ(cache.length(), 0);
 }
-
-/// Random models of two layers: dtypes, biases, RoPE scalings, windows, quantizations, shards. Without a backend, on that of TORPOR_BACKEND.
-class Tiny : public testing::TestWithParam<std::tuple<const char*, std::optional<Backend>>> {};
-
-TEST_P(Tiny, LogitsAgreeWithMlxLm) {
-  const auto [name, backend] = GetParam();
-  const fs::path dir = kGoldens / name;
-  const std::unique_ptr<Model> model = backend ? Model::load(dir.string(), *backend) : Model::load(dir.string());
-  const json golden = read_json(dir / "golden.json");
-  const std::vector<int32_t> tokens = golden.at("tokens");
-  const size_t vocab = size_t(model->info().vocab_size);
-  // Whole, and one token at a time.
-  for (size_t step : {tokens.size(), size_t(1)}) {
-    TestCache cache(*model, KvDtype::kF32);
-    std::vector<float> logits;
-    for (size_t at = 0; at < tokens.size(); at += step) {
-      const auto part = forward(*model, cache, std::span(tokens).subspan(at, step), true);
-      logits.insert(logits.end(), part.begin(), part.end());
-    }
-    EXPECT_EQ(cache.length(), int(tokens.size()));
-    float worst = 0;
-    for (const auto& [row, values] : golden.at("rows").items()) {
-      ASSERT_EQ(values.size(), vocab);
-      for (size_t i = 0; i < vocab; ++i) {
-        worst = std::max(worst, std::abs(logits[std::stoul(row) * vocab + i] - float(values[i])));
-      }
-    }
-    EXPECT_LT(worst, 1e-3f);  // logits reach 25
-  }
-}
-
-INSTANTIATE_TEST_SUITE_P(
-    Models, Tiny,
-    testing::Combine(testing::Values("tiny-f16", "tiny-bf16-llama3", "tiny-f32-linear", "tiny-window", "tiny-q4-g64",
-                                     "tiny-mixed-g128"),
-                     testing::Values(std::nullopt, Backend::kKernels, Backend::kMlx)),
-    [](const auto& info) {
-      std::string name = std::get<0>(info.param);
-      std::ranges::replace(name, '-', '_');
-      const std::optional<Backend> backend = std::get<1>(info.param);
-      return name + (!backend ? "_default" : *backend == Backend::kMlx ? "_mlx" : "_kernels");
-    });
 
 }  // namespace
 }  // namespace torpor

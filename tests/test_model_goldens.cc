@@ -1,0 +1,172 @@
+/// The forward passes against mlx-lm's on the same weights, in f32 (goldens of scripts/make-goldens-model).
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "model_fixture.h"
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+/// The models of scripts/fetch-model. What differs in f32 are the orders of summation: `bound` is on logits, which reach 40.
+struct Fetched {
+  const char* name;
+  float bound;
+};
+
+class Real : public testing::TestWithParam<Fetched> {
+ protected:
+  const std::string name_ = GetParam().name;
+  const float bound_ = GetParam().bound;
+  const std::unique_ptr<Model> model_ = load_fetched(name_);
+  const json prompts_ = read_json(kGoldens / (name_ + ".json")).at("prompts");
+
+  /// The largest difference from the kept logits of one row.
+  float difference(std::span<const float> row, const json& expected) {
+    float worst = 0;
+    for (size_t i = 0; i < expected.at("top_ids").size(); ++i) {
+      worst = std::max(worst, std::abs(row[size_t(expected.at("top_ids")[i])] - float(expected.at("top_values")[i])));
+    }
+    double sum = 0, exp_sum = 0;
+    const float top = *std::ranges::max_element(row);
+    for (float value : row) sum += value, exp_sum += std::exp(double(value) - top);
+    EXPECT_NEAR(sum / double(row.size()), double(expected.at("mean")), bound_);
+    EXPECT_NEAR(*std::ranges::min_element(row), double(expected.at("min")), bound_);
+    EXPECT_NEAR(top + std::log(exp_sum), double(expected.at("logsumexp")), bound_);
+    return worst;
+  }
+};
+
+TEST_P(Real, LogitsAgreeWithMlxLm) {
+  const size_t vocab = size_t(model_->info().vocab_size);
+  for (const auto& [name, golden] : prompts_.items()) {
+    SCOPED_TRACE(name);
+    const std::vector<int32_t> tokens = golden.at("tokens");
+    TestCache cache(*model_, KvDtype::kF32);
+    if (golden.contains("rows")) {
+      // Some rows of a long prompt, before the window and far beyond it.
+      std::map<int, json> rows;
+      for (const auto& [at, row] : golden.at("rows").items()) rows[std::stoi(at)] = row;
+      rows[int(tokens.size()) - 1] = golden.at("last");
+      float worst = 0;
+      for (const auto& [at, expected] : rows) {
+        const auto part = std::span(tokens).subspan(size_t(cache.length()), size_t(at + 1 - cache.length()));
+        worst = std::max(worst, difference(forward(*model_, cache, part), expected));
+      }
+      EXPECT_LT(worst, bound_);
+      RecordProperty(name + "_worst_logit", std::to_string(worst));
+      continue;
+    }
+    const std::vector<float> logits = forward(*model_, cache, tokens, true);
+    const float worst = difference({logits.data() + (tokens.size() - 1) * vocab, vocab}, golden.at("last"));
+    EXPECT_LT(worst, bound_);
+
+    // The probability of every token of the prompt, hence the perplexity.
+    const json& log_probs = golden.at("log_probs");
+    double worst_log_prob = 0, total = 0;
+    for (size_t i = 0; i + 1 < tokens.size(); ++i) {
+      const std::span<const float> row(logits.data() + i * vocab, vocab);
+      const float top = *std::ranges::max_element(row);
+      double norm = 0;
+      for (float value : row) norm += std::exp(double(value) - top);
+      const double log_prob = double(row[size_t(tokens[i + 1])]) - top - std::log(norm);
+      worst_log_prob = std::max(worst_log_prob, std::abs(log_prob - double(log_probs[i])));
+      total += log_prob;
+    }
+    const double perplexity = std::exp(-total / double(tokens.size() - 1));
+    EXPECT_LT(worst_log_prob, bound_);
+    EXPECT_NEAR(perplexity, double(golden.at("perplexity")), 1e-3 * perplexity);
+    RecordProperty(name + "_worst_logit", std::to_string(worst));
+    RecordProperty(name + "_worst_log_prob", std::to_string(worst_log_prob));
+  }
+}
+
+TEST_P(Real, GreedyTokensEqualMlxLms) {
+  for (const auto& [name, golden] : prompts_.items()) {
+    SCOPED_TRACE(name);
+    TestCache cache(*model_, KvDtype::kF32);
+    std::vector<float> logits = forward(*model_, cache, std::vector<int32_t>(golden.at("tokens")));
+    std::vector<int32_t> greedy;
+    while (greedy.size() < golden.at("greedy").size()) {
+      greedy.push_back(argmax(logits));
+      logits = forward(*model_, cache, {&greedy.back(), 1});
+    }
+    EXPECT_EQ(greedy, golden.at("greedy").get<std::vector<int32_t>>());
+  }
+}
+
+/// For a test's name.
+std::string identifier(std::string name) {
+  std::ranges::replace_if(name, [](char c) { return c == '-' || c == '.'; }, '_');
+  return name;
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, Real,
+                         testing::Values(Fetched{"smollm2-135m", 5e-4f}, Fetched{"qwen2.5-coder-0.5b", 1e-3f},
+                                         Fetched{"gemma3-270m", 2e-3f}),
+                         [](const auto& info) { return identifier(info.param.name); });
+
+/// Random models of a few layers, in the shape of each family's published config: dtypes, biases, RoPE scalings, windows,
+/// quantizations, shards. Without a backend, on that of TORPOR_BACKEND.
+class Tiny : public testing::TestWithParam<std::tuple<const char*, std::optional<Backend>>> {
+ protected:
+  const fs::path dir_ = kGoldens / std::get<0>(GetParam());
+  const std::optional<Backend> backend_ = std::get<1>(GetParam());
+  const std::unique_ptr<Model> model_ = backend_ ? Model::load(dir_.string(), *backend_) : Model::load(dir_.string());
+  const json golden_ = read_json(dir_ / "golden.json");
+  const std::vector<int32_t> tokens_ = golden_.at("tokens");
+};
+
+TEST_P(Tiny, LogitsAgreeWithMlxLm) {
+  const size_t vocab = size_t(model_->info().vocab_size);
+  // Whole, and one token at a time.
+  for (size_t step : {tokens_.size(), size_t(1)}) {
+    TestCache cache(*model_, KvDtype::kF32);
+    std::vector<float> logits;
+    for (size_t at = 0; at < tokens_.size(); at += step) {
+      const auto part = forward(*model_, cache, std::span(tokens_).subspan(at, step), true);
+      logits.insert(logits.end(), part.begin(), part.end());
+    }
+    EXPECT_EQ(cache.length(), int(tokens_.size()));
+    float worst = 0;
+    for (const auto& [row, values] : golden_.at("rows").items()) {
+      ASSERT_EQ(values.size(), vocab);
+      for (size_t i = 0; i < vocab; ++i) {
+        worst = std::max(worst, std::abs(logits[std::stoul(row) * vocab + i] - float(values[i])));
+      }
+    }
+    EXPECT_LT(worst, 1e-3f);  // logits reach 25
+    RecordProperty(step == 1 ? "worst_one_by_one" : "worst_whole", std::to_string(worst));
+  }
+}
+
+TEST_P(Tiny, GreedyTokensEqualMlxLms) {
+  for (const auto& [length, expected] : golden_.at("greedy").items()) {
+    SCOPED_TRACE(length);
+    TestCache cache(*model_, KvDtype::kF32);
+    std::vector<float> logits = forward(*model_, cache, std::span(tokens_).first(std::stoul(length)));
+    std::vector<int32_t> greedy;
+    while (greedy.size() < expected.size()) {
+      greedy.push_back(argmax(logits));
+      logits = forward(*model_, cache, {&greedy.back(), 1});
+    }
+    EXPECT_EQ(greedy, expected.get<std::vector<int32_t>>());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Models, Tiny,
+    testing::Combine(testing::Values("tiny-f16", "tiny-bf16-llama3", "tiny-f32-linear", "tiny-window", "tiny-q4-g64",
+                                     "tiny-mixed-g128", "tiny-mistral", "tiny-qwen2", "tiny-qwen3", "tiny-gemma2",
+                                     "tiny-gemma3", "tiny-gemma3-vision", "tiny-phi3", "tiny-phi4-mini"),
+                     testing::Values(std::nullopt, Backend::kKernels, Backend::kMlx)),
+    [](const auto& info) {
+      const std::optional<Backend> backend = std::get<1>(info.param);
+      return identifier(std::get<0>(info.param)) +
+             (!backend ? "_default" : *backend == Backend::kMlx ? "_mlx" : "_kernels");
+    });
+
+}  // namespace
+}  // namespace torpor
