@@ -2,7 +2,7 @@
 BUILD   ?= build
 PYTHON  := .venv/bin/python
 
-.PHONY: all setup build test demo bench soak goldens clean
+.PHONY: all setup build model models test demo bench soak goldens clean
 all: build
 
 setup: .venv/.ready
@@ -16,7 +16,12 @@ build: setup
 model: setup
 	scripts/fetch-model smollm2-135m
 
-test: build model
+models: model
+	scripts/fetch-model qwen2.5-coder-0.5b
+	scripts/fetch-model gemma3-270m
+	scripts/fetch-model families
+
+test: build models
 	scripts/run-tests $(BUILD)
 
 demo: build model
@@ -28,7 +33,7 @@ soak: build
 	TORPOR_SOAK_KILLS=$(KILLS) $(BUILD)/tests/test_store_soak
 
 # Regenerates every golden from the reference implementations (mlx-lm, tokenizers, transformers). Slow.
-goldens: setup model
+goldens: setup models
 	scripts/make-goldens
 
 clean:
