@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cctype>
+
 #include "agents/conversation.h"
 #include "torpor/error.h"
 
@@ -41,6 +44,46 @@ TEST_F(Conversation, AnAnswerThatLooksLikeThePlaceholderOrTheTemplateDoesNoHarm)
   const std::vector<int32_t> plain = turn({{"user", "Hi"}, {"assistant", "Hello"}}, encode("x"), "More");
   EXPECT_EQ(turn(history, encode("x"), "More"), plain);
 }
+
+// The families' templates, each with what closes an answer and opens the next (scripts/fetch-model).
+struct Manner {
+  const char* dir;
+  const char* end;   // the token that ends an answer
+  const char* next;  // what follows it, up to the model's turn
+};
+
+class Families : public testing::TestWithParam<Manner> {};
+
+TEST_P(Families, LaterTurnsAppendWhatFollowsTheAnswer) {
+  const auto [name, end, next] = GetParam();
+  const std::string dir = std::string(TORPOR_SOURCE_DIR "/.models/") + name;
+  const auto tokenizer = Tokenizer::load(dir);
+  const auto chat_template = ChatTemplate::load(dir);
+  ASSERT_TRUE(chat_template);
+  const auto encode = [&](const std::string& text) { return tokenizer->encode(text, false); };
+  const std::string cut = "...Hello", ended = cut + end;
+  // After a conversation, and after raw text that no template made.
+  for (const std::vector<Message>& history : {std::vector<Message>{{"user", "Hi"}, {"assistant", "Hello"}}, {}}) {
+    EXPECT_EQ(encode_user_turn(*tokenizer, *chat_template, history, encode(cut), "More"), encode(end + std::string(next)));
+    const std::vector<int32_t> after_end = encode_user_turn(*tokenizer, *chat_template, history, encode(ended), "More");
+    EXPECT_EQ(tokenizer->decode(after_end), tokenizer->decode(encode(next)));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Templates, Families,
+    testing::Values(Manner{"gemma3-270m", "<end_of_turn>", "\n<start_of_turn>user\nMore<end_of_turn>\n<start_of_turn>model\n"},
+                    Manner{"qwen2.5-coder-0.5b", "<|im_end|>", "\n<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n"},
+                    Manner{"families/qwen3", "<|im_end|>", "\n<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n"},
+                    Manner{"families/llama-3.1", "<|eot_id|>",
+                           "<|start_header_id|>user<|end_header_id|>\n\nMore<|eot_id|>"
+                           "<|start_header_id|>assistant<|end_header_id|>\n\n"},
+                    Manner{"families/phi-3.5", "<|end|>", "\n<|user|>\nMore<|end|>\n<|assistant|>\n"}),
+    [](const auto& info) {
+      std::string name = info.param.dir;
+      std::ranges::replace_if(name, [](char c) { return !std::isalnum(static_cast<unsigned char>(c)); }, '_');
+      return name;
+    });
 
 TEST_F(Conversation, MessagesRoundTripAndRefuseWhatIsNone) {
   const std::vector<Message> messages = {{"user", "grüße \"x\"\n"}, {"assistant", ""}};

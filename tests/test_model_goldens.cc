@@ -104,8 +104,7 @@ std::string identifier(std::string name) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, Real,
-                         testing::Values(Fetched{"smollm2-135m", 5e-4f}, Fetched{"qwen2.5-coder-0.5b", 1e-3f},
-                                         Fetched{"gemma3-270m", 2e-3f}),
+                         testing::Values(Fetched{"smollm2-135m", 5e-4f}),
                          [](const auto& info) { return identifier(info.param.name); });
 
 /// Random models of a few layers, in the shape of each family's published config: dtypes, biases, RoPE scalings, windows,

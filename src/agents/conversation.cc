@@ -11,10 +11,14 @@ namespace {
 // a template could trim.
 constexpr const char* kPlaceholder = "\xEE\x80\x80torpor-answer\xEE\x80\x81";
 
-// True when the last answer ended with the very token that `added` begins with (the end-of-turn token is sampled by the
-// model and rendered by the template).
-bool repeats_last(const std::vector<int32_t>& held, const std::vector<int32_t>& added) {
-  return !held.empty() && !added.empty() && held.back() == added.front();
+// How many of the first tokens of `added` the answer had already: the end of a turn is sampled by the model and rendered by the
+// template, which may put white space before it.
+size_t repeated(const Tokenizer& tokenizer, const std::vector<int32_t>& held, const std::vector<int32_t>& added) {
+  for (size_t i = 0; i < added.size(); ++i) {
+    if (added[i] == held.back()) return i + 1;
+    if (tokenizer.decode({added[i]}).find_first_not_of(" \t\r\n") != std::string::npos) break;
+  }
+  return 0;
 }
 
 }  // namespace
@@ -52,7 +56,9 @@ std::vector<int32_t> encode_user_turn(const Tokenizer& tokenizer, const ChatTemp
     return tokenizer.encode(chat_template.render(messages_to_json(messages), true), false);
   }
   // Whatever the answer was (raw text may have followed it), the placeholder now ends what is held.
-  if (messages.empty() || messages.back().role != "assistant") messages.push_back({"assistant", ""});
+  // Some templates want an answer to follow a question, whose text does not matter here.
+  if (messages.empty() || messages.back().role == "system") messages.push_back({"user", prompt});
+  if (messages.back().role != "assistant") messages.push_back({"assistant", ""});
   messages.back().content = kPlaceholder;
   messages.push_back({"user", prompt});
   const std::string rendered = chat_template.render(messages_to_json(messages), true);
@@ -62,7 +68,7 @@ std::vector<int32_t> encode_user_turn(const Tokenizer& tokenizer, const ChatTemp
                 "The model's chat template leaves out the previous answer, so a turn can't be appended; use --raw.");
   }
   std::vector<int32_t> added = tokenizer.encode(rendered.substr(at + std::string(kPlaceholder).size()), false);
-  if (repeats_last(held, added)) added.erase(added.begin());
+  added.erase(added.begin(), added.begin() + std::ptrdiff_t(repeated(tokenizer, held, added)));
   return added;
 }
 
