@@ -3,7 +3,9 @@
 // The parent computes the uninterrupted logits and saves; a child (this program again, with --wake) loads from the store
 // and computes them from there.
 
+#include <algorithm>
 #include <array>
+#include <cctype>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -33,7 +35,7 @@ std::string program;
 
 // Tokens decoded one at a time after the wake; their logits are compared.
 const std::vector<int32_t> kContinuation = {198, 504, 2141};
-const std::vector<KvDtype> kDtypes = {KvDtype::kF32, KvDtype::kF16, KvDtype::kBF16};
+const std::vector<KvFormat> kFormats = {KvDtype::kF32, KvDtype::kF16, KvDtype::kBF16, {KvDtype::kF16, 8}, {KvDtype::kBF16, 4, 32}};
 
 std::vector<int32_t> test_tokens(int n) {
   std::mt19937 random(11);
@@ -56,22 +58,23 @@ std::string continue_and_hash(Model& model, KvCache& cache) {
 }
 
 // `agent hash` per line for every agent of the store.
-int wake_all(const std::string& root) {
-  auto model = Model::load(kModel);
+int wake_all(const std::string& root, const std::string& model_name) {
+  auto model = Model::load(model_name);
   Store store(root);
   for (const AgentInfo& info : store.list_cached_agents()) {
     LoadOptions options;
     options.allocate = mlx_buffer;
     options.map_rows = true;
+    options.window_rows_only = true;
     auto cache = KvCache::restore(store.load_agent_cache(info.agent_id, options).snapshot, model->backend());
     std::cout << info.agent_id << ' ' << continue_and_hash(*model, *cache) << std::endl;
   }
   return 0;
 }
 
-std::map<std::string, std::string> run_child(const std::string& root) {
+std::map<std::string, std::string> run_child(const std::string& root, const std::string& model) {
   std::map<std::string, std::string> hashes;
-  const std::string command = "'" + program + "' --wake '" + root + "'";
+  const std::string command = "'" + program + "' --wake '" + root + "' '" + model + "'";
   FILE* pipe = popen(command.c_str(), "r");
   std::array<char, 256> line;
   while (fgets(line.data(), line.size(), pipe)) {
@@ -93,31 +96,47 @@ class TempStore : public testing::Test {
   std::string root_;
 };
 
-using Wake = TempStore;
+class Wake : public TempStore, public testing::WithParamInterface<const char*> {};
 
-TEST_F(Wake, LogitsInANewProcessEqualTheUninterruptedOnes) {
-  auto model = Model::load(kModel);
-  const std::vector<int32_t> tokens = test_tokens(2000);
+TEST_P(Wake, LogitsInANewProcessEqualTheUninterruptedOnes) {
+  const std::string directory = std::string(TORPOR_SOURCE_DIR "/.models/") + GetParam();
+  if (!fs::exists(directory)) GTEST_SKIP() << directory << " is not there (scripts/fetch-model)";
+  auto model = Model::load(directory);
+  // Around a segment's end, and around and beyond Gemma's window of 512.
+  const std::vector<int> lengths = {1, 255, 256, 257, 511, 512, 513, 700, 1300};
+  const std::vector<int32_t> tokens = test_tokens(lengths.back());
   Store store(root_);
   std::map<std::string, std::string> expected;
-  for (KvDtype dtype : kDtypes) {
+  for (const KvFormat& format : kFormats) {
     Identity identity = model->identity();
-    identity.kv = kv_dtype_name(dtype);
-    auto cache = KvCache::create(model->kv_layout(dtype), model->backend());
+    identity.kv = format.name();
+    std::string name = format.name();
+    std::replace(name.begin(), name.end(), ' ', '-');
+    auto cache = KvCache::create(model->kv_layout(format), model->backend());
     int fed = 0;
-    for (int length : {1, 255, 256, 257, 2000}) {
+    for (int length : lengths) {
       feed(*model, *cache, std::span(tokens).subspan(size_t(fed), size_t(length - fed)));
       fed = length;
-      const std::string agent = std::string(kv_dtype_name(dtype)) + "-" + std::to_string(length);
-      store.save_agent_cache(agent, cache->snapshot(identity), kModel);
+      const std::string agent = name + "-" + std::to_string(length);
+      store.save_agent_cache(agent, cache->snapshot(identity), directory);
       auto uninterrupted = cache->clone();
       expected[agent] = continue_and_hash(*model, *uninterrupted);
     }
-    // The clone stands for never having stopped; once per dtype the cache itself is held to it.
-    EXPECT_EQ(continue_and_hash(*model, *cache), expected[std::string(kv_dtype_name(dtype)) + "-2000"]);
+    // A fork at a token that the window of the whole agent has left behind.
+    store.copy_agent_cache(name + "-1300", name + "-fork", {.n_tokens = 700});
+    expected[name + "-fork"] = expected[name + "-700"];
+    // The clone stands for never having stopped; once per format the cache itself is held to it.
+    EXPECT_EQ(continue_and_hash(*model, *cache), expected[name + "-1300"]);
   }
-  EXPECT_EQ(run_child(root_), expected);
+  EXPECT_EQ(run_child(root_, directory), expected);
 }
+
+INSTANTIATE_TEST_SUITE_P(Models, Wake, testing::Values("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"),
+                         [](const auto& model) {
+                           std::string name = model.param;
+                           std::erase_if(name, [](char c) { return !std::isalnum(static_cast<unsigned char>(c)); });
+                           return name;
+                         });
 
 TurnRequest request(const std::string& agent, const std::string& prompt, int max_tokens = 8) {
   TurnRequest turn;
@@ -357,7 +376,7 @@ TEST_F(EngineTurns, RawTurnsAndExtractorAgree) {
 }  // namespace torpor
 
 int main(int argc, char** argv) {
-  if (argc == 3 && std::string(argv[1]) == "--wake") return torpor::wake_all(argv[2]);
+  if (argc == 4 && std::string(argv[1]) == "--wake") return torpor::wake_all(argv[2], argv[3]);
   torpor::program = argv[0];
   testing::InitGoogleTest(&argc, argv);
   return RUN_ALL_TESTS();

@@ -50,8 +50,9 @@ class KvCache : public KvAccess {
   virtual std::vector<HeldBuffer> buffers() const = 0;
   /// Called before memory for more rows is taken, with its bytes; may make room, or throw kResourceExhausted.
   void on_growth(std::function<void(size_t bytes)> make_room) { make_room_ = std::move(make_room); }
-  /// kKernels: run `i` (sealed) from now on is `run`, the same rows mapped from their segment file. kMlx: nothing happens.
-  virtual void replace_run(int /*i*/, const KvRun& /*run*/) {}
+  /// Run `i` (sealed) from now on is `run`, the same rows mapped from their segment file: memory then need not hold what
+  /// windows have left behind.
+  virtual void replace_run(int i, const KvRun& run) = 0;
   /// Evaluated bytes of every row, `identity` attached. Sealed segments are referenced, the tail is copied.
   virtual KvSnapshot snapshot(const Identity& identity) const = 0;
   CacheValidation validate() const;

@@ -35,7 +35,9 @@ class KvAccess {
   /// kKernels: makes room for `n` more tokens; run i is the buffer of tokens [256 i, 256 (i + 1)), each of the
   /// layout's size for kSegmentTokens tokens. The kernels write the new rows in place.
   virtual std::span<const KvBuffer> reserve(int n) = 0;
-  /// kMlx: appends k, v `[1, H_kv, n, D]` (any float dtype; stored in the cache's) to layer `layer` and returns all of it.
+  /// kMlx: appends k, v `[1, H_kv, n, D]` (any float dtype; stored in the cache's format) to layer `layer` and returns the
+  /// rows held, the last of which are these: all, or of a layer with a window no fewer than it sees. Quantized rows come
+  /// back in the dtype of k and v.
   virtual std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) = 0;
   /// After evaluation: the `n` rows now count.
   virtual void advance(int n) = 0;

@@ -29,14 +29,24 @@ std::span<const KvBuffer> DenseKvCache::reserve(int) {
 
 mx::array DenseKvCache::append(size_t tensor, const mx::array& rows) {
   const KvTensorSpec& spec = layout_.tensors[tensor];
-  const int end = length_ + rows.shape(2);
+  if (spec.dtype != KvDtype::kU32) return append_part(tensor, rows);
+  const int dim = rows.shape(3), bits = spec.dim * 32 / dim, group = dim / layout_.tensors[tensor + 1].dim;
+  const std::vector<mx::array> quantized = mx::quantize(rows, group, bits);
+  const mx::array words = append_part(tensor, quantized[0]);
+  const mx::array scales = append_part(tensor + 1, quantized[1]), biases = append_part(tensor + 2, quantized[2]);
+  return mx::dequantize(words, mx::astype(scales, rows.dtype()), mx::astype(biases, rows.dtype()), group, bits);
+}
+
+mx::array DenseKvCache::append_part(size_t tensor, const mx::array& rows) {
+  const KvTensorSpec& spec = layout_.tensors[tensor];
+  const int begin = length_ - first_[tensor], end = begin + rows.shape(2);
   if (tensors_[tensor].shape(2) < end) {
     make_room(spec.bytes_per_token() * size_t(round_up(end) - tensors_[tensor].shape(2)));
     const mx::array room =
         mx::zeros({1, spec.n_kv_heads, round_up(end) - tensors_[tensor].shape(2), spec.dim}, to_mlx(spec.dtype));
     tensors_[tensor] = mx::concatenate({tensors_[tensor], room}, 2);
   }
-  tensors_[tensor] = mx::slice_update(tensors_[tensor], mx::astype(rows, to_mlx(spec.dtype)), mx::Shape{0, 0, length_, 0},
+  tensors_[tensor] = mx::slice_update(tensors_[tensor], mx::astype(rows, to_mlx(spec.dtype)), mx::Shape{0, 0, begin, 0},
                                       mx::Shape{1, spec.n_kv_heads, end, spec.dim});
   return mx::slice(tensors_[tensor], {0, 0, 0, 0}, {1, spec.n_kv_heads, end, spec.dim});
 }
@@ -46,32 +56,40 @@ std::pair<mx::array, mx::array> DenseKvCache::update_and_fetch(int layer, const 
     for (const KvTensorSpec& spec : layout_.tensors) {
       tensors_.push_back(mx::zeros({1, spec.n_kv_heads, 0, spec.dim}, to_mlx(spec.dtype)));
     }
+    first_.assign(tensors_.size(), 0);
   }
-  mx::array keys = append(size_t(2 * layer), k);
-  mx::array values = append(size_t(2 * layer + 1), v);
+  const size_t parts = layout_.tensors.front().dtype == KvDtype::kU32 ? 3 : 1;
+  mx::array keys = append(2 * size_t(layer) * parts, k);
+  mx::array values = append((2 * size_t(layer) + 1) * parts, v);
   return {std::move(keys), std::move(values)};
 }
 
 std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot) {
   auto cache = std::make_unique<DenseKvCache>(snapshot.layout, snapshot.tokens);
   if (cache->length_ == 0) return cache;
-  const int capacity = round_up(cache->length_);
+  if (snapshot.layout.has_windows()) {
+    for (const KvRun& run : snapshot.runs) {
+      if (run.n_tokens == kSegmentTokens) cache->sealed_.push_back(run.mapped ? run : KvRun{});
+    }
+  }
   for (size_t t = 0; t < snapshot.layout.tensors.size(); ++t) {
     const KvTensorSpec& spec = snapshot.layout.tensors[t];
+    const int begin = cache->first_needed(t), capacity = round_up(cache->length_) - begin;
     mx::array tensor = mx::zeros({1, spec.n_kv_heads, capacity, spec.dim}, to_mlx(spec.dtype));
     tensor.eval();
     auto* to = reinterpret_cast<std::byte*>(tensor.data<uint8_t>());
     const size_t row = size_t(spec.dim) * kv_dtype_size(spec.dtype);
-    int first = 0;
-    for (const KvRun& run : snapshot.runs) {
+    int first = begin;
+    for (const KvRun& run : std::span(snapshot.runs).subspan(size_t(begin / kSegmentTokens))) {
       const std::byte* from = run.bytes.data() + snapshot.layout.offset(t, run.n_tokens);
       for (int head = 0; head < spec.n_kv_heads; ++head) {
-        std::memcpy(to + (size_t(head) * capacity + first) * row, from + size_t(head) * run.n_tokens * row,
+        std::memcpy(to + (size_t(head) * capacity + (first - begin)) * row, from + size_t(head) * run.n_tokens * row,
                     size_t(run.n_tokens) * row);
       }
       first += run.n_tokens;
     }
     cache->tensors_.push_back(std::move(tensor));
+    cache->first_.push_back(begin);
   }
   return cache;
 }
@@ -81,11 +99,46 @@ std::unique_ptr<KvCache> DenseKvCache::clone() const {
   auto copy = std::make_unique<DenseKvCache>(layout_, tokens_);
   copy->length_ = length_;
   copy->tensors_ = tensors_;
+  copy->first_ = first_;
+  copy->sealed_ = sealed_;
   return copy;
 }
 
+int DenseKvCache::first_needed(size_t t) const {
+  size_t run = 0;
+  while (run < sealed_.size() && !sealed_[run].bytes.empty() &&
+         !KvLayout::attended(layout_.tensors[t], int64_t(run) * kSegmentTokens, kSegmentTokens, length_)) {
+    ++run;
+  }
+  return int(run) * kSegmentTokens;
+}
+
+bool DenseKvCache::can_truncate(int n_tokens) const {
+  if (n_tokens > length_) return false;
+  for (size_t t = 0; t < tensors_.size(); ++t) {
+    if (first_[t] > std::max(0, n_tokens - layout_.tensors[t].window)) return false;
+  }
+  return true;
+}
+
 // Rows past the length are overwritten by the next append.
-void DenseKvCache::drop_rows(int) {}
+void DenseKvCache::drop_rows(int n_tokens) {
+  if (const size_t sealed = size_t(n_tokens / kSegmentTokens); sealed_.size() > sealed) sealed_.resize(sealed);
+}
+
+void DenseKvCache::replace_run(int i, const KvRun& run) {
+  if (!layout_.has_windows()) return;
+  if (sealed_.size() <= size_t(i)) sealed_.resize(size_t(i) + 1);
+  sealed_[size_t(i)] = run;
+  for (size_t t = 0; t < tensors_.size(); ++t) {
+    const int first = first_needed(t), behind = first - first_[t];
+    if (behind <= 0) continue;
+    const mx::array& tensor = tensors_[t];
+    tensors_[t] = mx::contiguous(mx::slice(tensor, {0, 0, behind, 0}, tensor.shape()));
+    mx::eval({tensors_[t]});
+    first_[t] = first;
+  }
+}
 
 std::vector<KvCache::HeldBuffer> DenseKvCache::buffers() const {
   // By the array's identity: nothing is evaluated in the middle of a forward pass.
@@ -98,6 +151,10 @@ KvSnapshot DenseKvCache::snapshot(const Identity& identity) const {
   KvSnapshot snapshot{identity, layout_, tokens_, {}};
   if (length_ > 0) mx::eval(tensors_);
   for (int first = 0; first < length_; first += kSegmentTokens) {
+    if (const size_t i = size_t(first / kSegmentTokens); i < sealed_.size() && !sealed_[i].bytes.empty()) {
+      snapshot.runs.push_back(sealed_[i]);
+      continue;
+    }
     const int n = std::min(kSegmentTokens, length_ - first);
     const size_t size = layout_.offset(layout_.tensors.size(), n);
     const std::shared_ptr<std::byte> buffer = allocate_heap_buffer(size);
@@ -108,7 +165,7 @@ KvSnapshot DenseKvCache::snapshot(const Identity& identity) const {
       const auto head_stride = size_t(tensors_[t].strides(1)) * kv_dtype_size(spec.dtype);
       std::byte* to = buffer.get() + layout_.offset(t, n);
       for (int head = 0; head < spec.n_kv_heads; ++head) {
-        std::memcpy(to + size_t(head) * n * row, from + head * head_stride + size_t(first) * row, size_t(n) * row);
+        std::memcpy(to + size_t(head) * n * row, from + head * head_stride + size_t(first - first_[t]) * row, size_t(n) * row);
       }
     }
     snapshot.runs.push_back({n, {buffer.get(), size}, buffer});
@@ -126,9 +183,9 @@ CacheValidation DenseKvCache::validate_buffers() const {
     const KvTensorSpec& spec = layout_.tensors[t];
     const mx::array& tensor = tensors_[t];
     if (tensor.ndim() != 4 || tensor.shape(0) != 1 || tensor.shape(1) != spec.n_kv_heads ||
-        tensor.shape(2) < length_ || tensor.shape(3) != spec.dim) {
+        first_[t] + tensor.shape(2) < length_ || tensor.shape(3) != spec.dim) {
       return {false, "the shape of " + spec.name + " is not [1, " + std::to_string(spec.n_kv_heads) + ", " +
-                         std::to_string(length_) + " or more, " + std::to_string(spec.dim) + "]"};
+                         std::to_string(length_ - first_[t]) + " or more, " + std::to_string(spec.dim) + "]"};
     }
     if (tensor.dtype() != to_mlx(spec.dtype)) {
       return {false, spec.name + " is not of dtype " + kv_dtype_name(spec.dtype)};

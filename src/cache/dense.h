@@ -1,7 +1,7 @@
 #pragma once
-/// The cache MLX's own attention works on: per layer one keys and one values array `[1, H_kv, S, D]`, grown in steps of
+/// The cache MLX's own attention works on: one array `[1, H_kv, S, D]` per tensor of the layout, grown in steps of
 /// kSegmentTokens and updated in place by donation, as mlx-lm's KVCache does. It is cut into runs when a snapshot is
-/// taken and put together when one is restored.
+/// taken and put together when one is restored. Rows that a window has left behind are let go once a segment file has them.
 
 #include <memory>
 #include <vector>
@@ -19,16 +19,24 @@ class DenseKvCache : public KvCache {
   std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
 
+  bool can_truncate(int n_tokens) const override;
   std::unique_ptr<KvCache> clone() const override;
   std::vector<HeldBuffer> buffers() const override;
+  void replace_run(int i, const KvRun& run) override;
   KvSnapshot snapshot(const Identity& identity) const override;
 
  private:
   void drop_rows(int n_tokens) override;
   CacheValidation validate_buffers() const override;
+  /// Appends to the tensor, and if it is quantized to those of its scales and biases; gives back the rows held.
   mx::array append(size_t tensor, const mx::array& rows);
+  mx::array append_part(size_t tensor, const mx::array& rows);
+  /// The first row that tensor `t` must hold itself: those before it are in `sealed_` and behind its window.
+  int first_needed(size_t t) const;
 
   std::vector<mx::array> tensors_;  // one per layout tensor, [1, H_kv, capacity, D]; empty before the first row
+  std::vector<int> first_;          // per tensor the position of its first row, a multiple of kSegmentTokens
+  std::vector<KvRun> sealed_;       // of layouts with windows: runs that a segment file has; without bytes: not known
 };
 
 }  // namespace torpor

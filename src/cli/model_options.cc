@@ -24,17 +24,29 @@ std::vector<std::string> keys(const Map& map) {
 
 }  // namespace
 
-std::optional<KvFormat> ModelOptions::kv_format() const { return kKvDtypes.at(kv_dtype_name); }
+std::optional<KvFormat> ModelOptions::kv_format() const {
+  const std::optional<KvDtype> dtype = kKvDtypes.at(kv_dtype_name);
+  if (kv_bits == 0) return dtype;
+  return KvFormat(dtype.value_or(KvDtype::kF16), kv_bits, kv_group);
+}
 Durability ModelOptions::durability() const { return kDurabilities.at(durability_name); }
 
 void add_model_options(CLI::App& app, ModelOptions& options) {
   app.add_option("--model", options.model, "Model directory, or a repo id in the local Hugging Face cache")
       ->required()
       ->type_name("M");
-  app.add_option("--kv-dtype", options.kv_dtype_name, "What the cache is kept in: auto, f32, f16 or bf16")
+  app.add_option("--kv-dtype", options.kv_dtype_name, "What the cache is kept in (quantized: its scales and biases): auto, f32, f16 or bf16")
       ->capture_default_str()
       ->check(CLI::IsMember(keys(kKvDtypes)))
       ->type_name("TYPE");
+  CLI::Option* bits = app.add_option("--kv-bits", options.kv_bits, "Quantize the cache to 8 or 4 bits")
+                          ->check(CLI::IsMember({8, 4}))
+                          ->type_name("N");
+  app.add_option("--kv-group", options.kv_group, "Elements that share a scale and a bias: 32, 64 or 128")
+      ->capture_default_str()
+      ->check(CLI::IsMember({32, 64, 128}))
+      ->needs(bits)
+      ->type_name("N");
   app.add_option("--durability", options.durability_name,
                  "What a save survives: full (power cut), rename (kill -9), none")
       ->capture_default_str()

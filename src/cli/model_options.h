@@ -16,13 +16,14 @@ namespace torpor::cli {
 struct ModelOptions {
   std::string model;
   std::string kv_dtype_name = "auto", durability_name = "full";
+  int kv_bits = 0, kv_group = 64;
 
-  /// nullopt: the model's own.
+  /// nullopt: not said, so an agent's own, else the model's. With --kv-bits but no dtype, scales and biases are f16.
   std::optional<KvFormat> kv_format() const;
   Durability durability() const;
 };
 
-/// Adds --model, --kv-dtype and --durability to a command.
+/// Adds --model, --kv-dtype, --kv-bits, --kv-group and --durability to a command.
 void add_model_options(CLI::App& app, ModelOptions& options);
 
 }  // namespace torpor::cli

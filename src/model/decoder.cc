@@ -51,24 +51,47 @@ Decoder::Decoder(const Checkpoint& checkpoint)
 }
 
 KvLayout Decoder::kv_layout(const KvFormat& format) const {
-  const KvDtype dtype = format.dtype;
-  if (format.bits != 0) throw Error(ErrorCode::kInvalidArgument, "Quantized KV is not there yet.");
-  if (dtype == KvDtype::kU32) throw Error(ErrorCode::kInvalidArgument, "KV dtype must be f32, f16 or bf16.");
+  if (!KvFormat::parse(format.name())) {
+    throw Error(ErrorCode::kInvalidArgument, "There is no KV format '" + format.name() +
+                                                 "': rows are f32, f16 or bf16, or of 8 or 4 bits in groups of 32, 64 or 128.");
+  }
+  if (format.bits != 0 && config_.head_dim % format.group != 0) {
+    throw Error(ErrorCode::kInvalidArgument, "The model's heads of " + std::to_string(config_.head_dim) +
+                                                 " dims can't be quantized in groups of " + std::to_string(format.group) +
+                                                 "; choose a group that divides them, or no KV quantization.");
+  }
   KvLayout layout;
   for (int i = 0; i < config_.n_layers; ++i) {
     for (const char* part : {"keys", "values"}) {
-      layout.tensors.push_back({.name = "layer_" + std::to_string(i) + "_" + part, .dtype = dtype,
-                                .n_kv_heads = config_.n_kv_heads, .dim = config_.head_dim,
-                                .window = config_.windows[size_t(i)]});
+      const std::string name = "layer_" + std::to_string(i) + "_" + part;
+      const auto add = [&](const char* suffix, KvDtype dtype, int dim) {
+        layout.tensors.push_back({.name = name + suffix, .dtype = dtype, .n_kv_heads = config_.n_kv_heads, .dim = dim,
+                                  .window = config_.windows[size_t(i)]});
+      };
+      if (format.bits == 0) {
+        add("", format.dtype, config_.head_dim);
+      } else {
+        add("", KvDtype::kU32, config_.head_dim * format.bits / 32);
+        add("_scales", format.dtype, config_.head_dim / format.group);
+        add("_biases", format.dtype, config_.head_dim / format.group);
+      }
     }
   }
   return layout;
 }
 
-const KvLayout& Decoder::known_layout(KvDtype dtype) {
-  const auto [it, added] = layouts_.try_emplace(dtype);
-  if (added) it->second = kv_layout(dtype);
-  return it->second;
+KvFormat Decoder::format_of(const KvLayout& layout) {
+  for (const auto& [format, known] : layouts_) {
+    if (known == layout) return format;
+  }
+  KvFormat format = layout.tensors.front().dtype;
+  if (format.dtype == KvDtype::kU32 && layout.tensors.size() > 1 && layout.tensors[1].dim > 0) {
+    format = {layout.tensors[1].dtype, layout.tensors[0].dim * 32 / config_.head_dim, config_.head_dim / layout.tensors[1].dim};
+  }
+  const KvLayout own = kv_layout(format);
+  if (own != layout) throw Error(ErrorCode::kInvalidArgument, "A KV cache of the batch was not made for this model.");
+  layouts_[format] = own;
+  return format;
 }
 
 void Decoder::check(std::span<const ForwardSequence> batch) const {
@@ -106,11 +129,12 @@ mx::array Decoder::forward(std::span<const ForwardSequence> batch) {
 
 mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
   std::vector<Progress> progress;
-  const KvLayout& layout = known_layout(batch.front().kv->layout().tensors.front().dtype);
+  const KvFormat format = format_of(batch.front().kv->layout());
+  const KvLayout& layout = layouts_.at(format);
   for (const ForwardSequence& sequence : batch) {
     if (sequence.kv->layout() != layout) {
       throw Error(ErrorCode::kInvalidArgument,
-                  "A KV cache of the batch was not made for this model, or has another dtype than the first.");
+                  "A KV cache of the batch was not made for this model, or has another format than the first.");
     }
     const auto runs = ops_->reserve(*sequence.kv, int(sequence.tokens.size()));
     progress.push_back({.sequence = &sequence, .runs = runs, .start = sequence.kv->length()});
@@ -121,6 +145,7 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
   for (auto next = progress.begin(); next != progress.end();) {
     Batch chunk;
     chunk.kv_layout = &layout;
+    chunk.kv_format = format;
     std::vector<int32_t> logit_rows;
     std::vector<std::pair<KvAccess*, int>> advances;
     while (next != progress.end() && int(chunk.tokens.size()) < kChunkRows) {

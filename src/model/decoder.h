@@ -51,12 +51,12 @@ class Decoder : public Model {
  private:
   void check(std::span<const ForwardSequence> batch) const;
   mx::array compute(std::span<const ForwardSequence> batch);
-  /// kv_layout, made once: every token asks for it.
-  const KvLayout& known_layout(KvDtype dtype);
+  /// The format of a cache whose layout is kv_layout of it. kInvalidArgument when it is of none.
+  KvFormat format_of(const KvLayout& layout);
 
   ModelInfo info_;
   Identity identity_;
-  std::map<KvDtype, KvLayout> layouts_;
+  std::map<KvFormat, KvLayout> layouts_;  // kv_layout, made once: every token asks for it
 };
 
 }  // namespace torpor::model

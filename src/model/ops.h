@@ -29,6 +29,7 @@ struct Batch {
   std::vector<int32_t> tokens;
   std::vector<BatchSequence> sequences;
   const KvLayout* kv_layout = nullptr;  ///< of all its caches
+  KvFormat kv_format;                   ///< likewise
 };
 
 class Ops {

@@ -98,17 +98,29 @@ class KernelOps final : public Ops {
     return kernels::rms_norm(x, static_cast<const Norm&>(*w).w, config_.rms_norm_eps);
   }
   mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) override {
-    const KvLayout& layout = *batch.kv_layout;
+    // A layer's keys and its values are one tensor each, or words, scales and biases.
+    const size_t parts = batch.kv_format.bits == 0 ? 1 : 3;
+    const auto offset = [&](size_t which, size_t part) {
+      return batch.kv_layout->offset((2 * size_t(layer) + which) * parts + part, kSegmentTokens);
+    };
+    kernels::SequenceRuns at{.key_offset = offset(0, 0), .value_offset = offset(1, 0)};
+    if (parts == 3) {
+      at.key_scale_offset = offset(0, 1);
+      at.key_bias_offset = offset(0, 2);
+      at.value_scale_offset = offset(1, 1);
+      at.value_bias_offset = offset(1, 2);
+    }
     std::vector<kernels::SequenceRuns> sequences;
     for (const BatchSequence& s : batch.sequences) {
       const size_t used = (size_t(s.position) + s.n + kSegmentTokens - 1) / kSegmentTokens;
-      sequences.push_back({.row = s.row, .n = s.n, .position = s.position,
-                           .runs = {s.runs.begin(), s.runs.begin() + used},
-                           .key_offset = layout.offset(size_t(2 * layer), kSegmentTokens),
-                           .value_offset = layout.offset(size_t(2 * layer + 1), kSegmentTokens)});
+      at.row = s.row;
+      at.n = s.n;
+      at.position = s.position;
+      at.runs.assign(s.runs.begin(), s.runs.begin() + used);
+      sequences.push_back(at);
     }
     const auto& w = static_cast<const Qkv&>(*qkv);
-    return kernels::attention(kernels::linear(x, w.w), attention_spec(layer, w, layout.tensors.front().dtype), std::move(sequences));
+    return kernels::attention(kernels::linear(x, w.w), attention_spec(layer, w, batch.kv_format), std::move(sequences));
   }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
     return kernels::linear_add(x, packed(w), residual);
@@ -131,8 +143,8 @@ class KernelOps final : public Ops {
   bool advances_per_chunk() const override { return false; }
 
  private:
-  std::shared_ptr<const kernels::AttentionSpec> attention_spec(int layer, const Qkv& w, KvDtype dtype) {
-    auto& spec = specs_[{layer, dtype}];
+  std::shared_ptr<const kernels::AttentionSpec> attention_spec(int layer, const Qkv& w, const KvFormat& format) {
+    auto& spec = specs_[{layer, format}];
     if (spec == nullptr) {
       auto made = std::make_shared<kernels::AttentionSpec>();
       const Rope& rope = config_.rope_of(layer);
@@ -145,7 +157,9 @@ class KernelOps final : public Ops {
       made->q_norm = values(w.q_norm);
       made->k_norm = values(w.k_norm);
       made->norm_eps = config_.rms_norm_eps;
-      made->kv_dtype = dtype;
+      made->kv_dtype = format.dtype;
+      made->kv_bits = format.bits;
+      made->kv_group = format.group;
       made->rope = {.dims = rope.dims, .traditional = rope.traditional, .inv_freq = rope.inv_freq, .magnitude = rope.magnitude};
       spec = std::move(made);
     }
@@ -153,7 +167,7 @@ class KernelOps final : public Ops {
   }
 
   const ModelConfig config_;
-  std::map<std::pair<int, KvDtype>, std::shared_ptr<const kernels::AttentionSpec>> specs_;
+  std::map<std::pair<int, KvFormat>, std::shared_ptr<const kernels::AttentionSpec>> specs_;
 };
 
 }  // namespace

@@ -184,12 +184,12 @@ class MlxOps final : public Ops {
                           std::nullopt, 1.0f, position, angles.periods);
   }
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const BatchSequence& s, int layer) const {
-        const int window = config_.windows[size_t(layer)], length = s.position + s.n;
+    const int window = config_.windows[size_t(layer)], length = s.position + s.n;
     if (config_.attention_softcap == 0 && (window == 0 || length <= window)) {
       return mx::fast::scaled_dot_product_attention(q, k, v, config_.attention_scale, s.n > 1 ? "causal" : "");
     }
     const mx::array at = mx::expand_dims(mx::arange(s.position, length, mx::int32), 1);
-    const mx::array key = mx::expand_dims(mx::arange(0, length, mx::int32), 0);
+    const mx::array key = mx::expand_dims(mx::arange(length - k.shape(2), length, mx::int32), 0);
     mx::array mask = mx::less_equal(key, at);
     if (window != 0) mask = mx::logical_and(mask, mx::greater(key, mx::subtract(at, mx::array(window))));
     if (config_.attention_softcap != 0) return attend_capped(q, k, v, mask);

@@ -1,0 +1,168 @@
+// How rows are kept, on both backends: quantized as MLX quantizes, and let go where a window has left them behind.
+
+#include <cstring>
+#include <filesystem>
+#include <random>
+
+#include <gtest/gtest.h>
+#include <mlx/mlx.h>
+
+#include "torpor/cache.h"
+#include "torpor/error.h"
+#include "torpor/model.h"
+#include "torpor/store.h"
+
+namespace torpor {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Two layers with heads of 32; in one of them each token sees 6.
+const std::string kWindowed = TORPOR_SOURCE_DIR "/tests/goldens/model/tiny-window";
+
+std::vector<int32_t> test_tokens(int n) {
+  std::mt19937 random(5);
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < n; ++i) tokens.push_back(int32_t(3 + random() % 120));
+  return tokens;
+}
+
+std::vector<float> feed(Model& model, KvCache& cache, std::span<const int32_t> tokens) {
+  const ForwardSequence sequence{tokens, &cache, false};
+  const mx::array logits = model.forward({&sequence, 1});
+  cache.record_tokens(tokens);
+  return {logits.data<float>(), logits.data<float>() + logits.size()};
+}
+
+// Tensor `t` of a snapshot of one run, as an array.
+mx::array tensor(const KvSnapshot& snapshot, size_t t) {
+  const KvTensorSpec& spec = snapshot.layout.tensors[t];
+  const KvRun& run = snapshot.runs.at(0);
+  const std::byte* bytes = run.bytes.data() + snapshot.layout.offset(t, run.n_tokens);
+  const mx::Shape shape{1, spec.n_kv_heads, run.n_tokens, spec.dim};
+  switch (spec.dtype) {
+    case KvDtype::kF32: return mx::array(reinterpret_cast<const float*>(bytes), shape, mx::float32);
+    case KvDtype::kF16: return mx::array(reinterpret_cast<const mx::float16_t*>(bytes), shape, mx::float16);
+    case KvDtype::kBF16: return mx::array(reinterpret_cast<const mx::bfloat16_t*>(bytes), shape, mx::bfloat16);
+    default: return mx::array(reinterpret_cast<const uint32_t*>(bytes), shape, mx::uint32);
+  }
+}
+
+class Backends : public testing::TestWithParam<Backend> {
+ protected:
+  void SetUp() override {
+    char pattern[] = "/tmp/torpor-test-XXXXXX";
+    root_ = mkdtemp(pattern);
+  }
+  void TearDown() override { fs::remove_all(root_); }
+  std::string root_;
+};
+
+TEST_P(Backends, RowsAreThoseOfMlxQuantize) {
+  const auto model = Model::load(kWindowed, GetParam());
+  const std::vector<int32_t> tokens = test_tokens(50);
+  // The first layer's keys and values don't depend on how a cache keeps them.
+  const auto exact = KvCache::create(model->kv_layout(KvDtype::kF32), GetParam());
+  feed(*model, *exact, tokens);
+  const KvSnapshot rows = exact->snapshot({});
+  for (const KvFormat& format : {KvFormat(KvDtype::kF32, 8, 32), KvFormat(KvDtype::kF16, 4, 32), KvFormat(KvDtype::kBF16, 4, 32)}) {
+    const auto cache = KvCache::create(model->kv_layout(format), GetParam());
+    feed(*model, *cache, std::span(tokens).first(33));
+    feed(*model, *cache, std::span(tokens).subspan(33));
+    const KvSnapshot quantized = cache->snapshot({});
+    for (size_t which : {0, 1}) {
+      const std::vector<mx::array> expected =
+          mx::quantize(tensor(rows, which), format.group, format.bits, "affine", std::nullopt, mx::Device::cpu);
+      for (size_t part : {0, 1, 2}) {
+        const mx::array actual = tensor(quantized, 3 * which + part);
+        EXPECT_TRUE(mx::array_equal(actual, mx::astype(expected[part], actual.dtype())).item<bool>())
+            << format.name() << " " << quantized.layout.tensors[3 * which + part].name;
+      }
+    }
+  }
+}
+
+// The same bytes hold 3.56 times the tokens: 4 bits, and 2 x 16 for every 64 elements, against 16.
+TEST_P(Backends, FourBitsHoldThreeTimesTheAgentsOfF16) {
+  const auto model = Model::load(kWindowed, GetParam());
+  EXPECT_THROW(model->kv_layout({KvDtype::kF16, 4, 64}), Error);  // heads of 32
+  EXPECT_THROW(model->kv_layout({KvDtype::kF16, 3, 32}), Error);
+  EXPECT_THROW(model->kv_layout(KvDtype::kU32), Error);
+
+  const auto wide = Model::load(TORPOR_SOURCE_DIR "/.models/smollm2-135m", GetParam());
+  Store store(root_);
+  std::vector<double> held, on_disk;
+  for (const KvFormat& format : {KvFormat(KvDtype::kF16), KvFormat(KvDtype::kF16, 4)}) {
+    KvSnapshot snapshot{{}, wide->kv_layout(format), test_tokens(512), {}};
+    snapshot.identity.kv = format.name();
+    const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), kSegmentTokens);
+    for (int i = 0; i < 2; ++i) {
+      const auto buffer = allocate_heap_buffer(size);
+      std::memset(buffer.get(), i, size);
+      snapshot.runs.push_back({kSegmentTokens, {buffer.get(), size}, buffer});
+    }
+    held.push_back(double(KvCache::restore(snapshot, GetParam())->nbytes()));
+    store.save_agent_cache("a", snapshot, "m");
+    on_disk.push_back(double(store.agent_info("a").bytes));
+  }
+  EXPECT_GT(held[0] / held[1], 3.5);
+  EXPECT_GT(on_disk[0] / on_disk[1], 3.3);
+}
+
+TEST_P(Backends, AWindowBoundsWhatIsHeldAndNothingElseChanges) {
+  for (const KvFormat& format : {KvFormat(KvDtype::kF16), KvFormat(KvDtype::kF16, 4, 32)}) {
+    const auto model = Model::load(kWindowed, GetParam());
+    const KvLayout layout = model->kv_layout(format);
+    const std::vector<int32_t> tokens = test_tokens(1100);
+    Identity identity = model->identity();
+    identity.kv = format.name();
+    Store store(root_ + "/" + std::to_string(format.bits));
+    const auto cache = KvCache::create(layout, GetParam());
+    feed(*model, *cache, std::span(tokens).first(700));
+    const auto whole = cache->clone();
+    const KvSnapshot saved = cache->snapshot(identity);
+    const SaveResult result = store.save_agent_cache("a", saved, "m");
+
+    // What is on disk is let go of.
+    const size_t before = cache->nbytes();
+    for (size_t i = 0; i < result.segments.size(); ++i) cache->replace_run(int(i), store.map_segment(result.segments[i]).value());
+    size_t bounded = 0;  // the last run of a layer with a window, all three of one without
+    for (const KvTensorSpec& spec : layout.tensors) bounded += spec.bytes_per_token() * kSegmentTokens * (spec.window > 0 ? 1 : 3);
+    EXPECT_EQ(before, 3 * kSegmentTokens * layout.bytes_per_token());
+    EXPECT_LT(bounded, before);
+    EXPECT_EQ(cache->nbytes(), bounded);
+    EXPECT_TRUE(cache->can_truncate(600));
+    EXPECT_FALSE(cache->can_truncate(500));
+
+    // And so does a wake that reads no more than the window.
+    LoadOptions options;
+    options.map_rows = options.window_rows_only = true;
+    const auto woken = KvCache::restore(store.load_agent_cache("a", options).snapshot, GetParam());
+    EXPECT_EQ(woken->nbytes(), bounded);
+
+    const auto rewound = whole->clone();
+    rewound->truncate(600);
+    const std::vector<float> expected = feed(*model, *whole, std::span(tokens).subspan(700));
+    const KvSnapshot expected_rows = whole->snapshot(identity);
+    for (KvCache* other : {cache.get(), woken.get()}) {
+      const auto fork = other->clone();
+      EXPECT_EQ(feed(*model, *other, std::span(tokens).subspan(700)), expected);
+      const KvSnapshot rows = other->snapshot(identity);
+      ASSERT_EQ(rows.runs.size(), expected_rows.runs.size());
+      for (size_t i = 0; i < rows.runs.size(); ++i) {
+        EXPECT_TRUE(std::ranges::equal(rows.runs[i].bytes, expected_rows.runs[i].bytes)) << "run " << i;
+      }
+      EXPECT_TRUE(validate_cache_structure(*other, &layout));
+      fork->truncate(600);
+      const auto again = rewound->clone();
+      EXPECT_EQ(feed(*model, *fork, std::span(tokens).subspan(600, 20)),
+                feed(*model, *again, std::span(tokens).subspan(600, 20)));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Backends, testing::Values(Backend::kKernels, Backend::kMlx),
+                         [](const auto& backend) { return backend.param == Backend::kKernels ? "kernels" : "mlx"; });
+
+}  // namespace
+}  // namespace torpor
