@@ -153,6 +153,7 @@ class Bench {
       status("prefill of " + std::to_string(n));
       std::unique_ptr<KvCache> cache;
       const double ms = median_ms([&] {
+        cache.reset();  // before the next one takes memory
         cache = KvCache::create(layout_, model_.backend());
         const auto tokens = random_tokens(n, model_.info().vocab_size);
         return timed([&] { forward(*cache, tokens); });
@@ -230,8 +231,8 @@ class Bench {
     });
     report_.save.push_back({n, save_ms, written});
 
-    cache.reset();
     const double wake_ms = median_ms([&] {
+      cache.reset();
       mx::clear_cache();  // a process that wakes an agent has fresh memory for its tail
       Store store(root);
       return timed([&] {

@@ -1,9 +1,11 @@
 /// The layer vocabulary over Torpor's CPU kernels: f32 activations, weights packed.
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 
 #include <mlx/ops.h>
+#include <mlx/transforms.h>
 
 #include "kernels/primitives.h"
 #include "model/ops.h"
@@ -11,6 +13,9 @@
 
 namespace torpor::model {
 namespace {
+
+// From so many rows on a layer takes long enough to wait for it.
+constexpr int kEvalRows = 64;
 
 using kernels::PackedLinear;
 using kernels::WeightSource;
@@ -43,6 +48,15 @@ WeightSource source(const Projection& p) {
   return source;
 }
 
+/// What is packed is not read again.
+void release(std::initializer_list<const Projection*> projections) {
+  for (const Projection* p : projections) {
+    release_pages(p->weight);
+    if (p->scales) release_pages(*p->scales);
+    if (p->biases) release_pages(*p->biases);
+  }
+}
+
 struct Linear final : Ops::Packed {
   explicit Linear(std::shared_ptr<const PackedLinear> w) : w(std::move(w)) {}
   std::shared_ptr<const PackedLinear> w;
@@ -70,23 +84,34 @@ class KernelOps final : public Ops {
  public:
   explicit KernelOps(const ModelConfig& config) : config_(config) {}
 
-  Weight pack_linear(const Projection& p) override { return std::make_shared<Linear>(PackedLinear::pack({source(p)})); }
+  Weight pack_linear(const Projection& p) override {
+    auto weight = std::make_shared<Linear>(PackedLinear::pack({source(p)}));
+    release({&p});
+    return weight;
+  }
   Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm, Weight k_norm) override {
-    return std::make_shared<Qkv>(PackedLinear::pack({source(q), source(k), source(v)}), std::move(q_norm), std::move(k_norm));
+    auto weight = std::make_shared<Qkv>(PackedLinear::pack({source(q), source(k), source(v)}), std::move(q_norm), std::move(k_norm));
+    release({&q, &k, &v});
+    return weight;
   }
   Weight pack_gated(const Projection& gate, const Projection& up) override {
-    return std::make_shared<Linear>(PackedLinear::pack_gated(source(gate), source(up)));
+    auto weight = std::make_shared<Linear>(PackedLinear::pack_gated(source(gate), source(up)));
+    release({&gate, &up});
+    return weight;
   }
   Weight pack_norm(const TensorView& weight, float plus) override {
     const int n = int(weight.shape[0]);
     std::vector<float> values(static_cast<size_t>(n));
-    const auto convert = [&](const auto* from) {
-      std::transform(from, from + n, values.begin(), [&](auto value) { return float(value) + plus; });
+    const auto convert = [&](auto element) {
+      for (int i = 0; i < n; ++i) {
+        std::memcpy(&element, weight.data + size_t(i) * sizeof(element), sizeof(element));
+        values[size_t(i)] = float(element) + plus;
+      }
     };
     switch (source_type(weight)) {
-      case WeightSource::Type::kF32: convert(reinterpret_cast<const float*>(weight.data)); break;
-      case WeightSource::Type::kF16: convert(reinterpret_cast<const mx::float16_t*>(weight.data)); break;
-      default: convert(reinterpret_cast<const mx::bfloat16_t*>(weight.data));
+      case WeightSource::Type::kF32: convert(float()); break;
+      case WeightSource::Type::kF16: convert(mx::float16_t()); break;
+      default: convert(mx::bfloat16_t());
     }
     return std::make_shared<Norm>(mx::array(values.data(), {n}, mx::float32));
   }
@@ -120,7 +145,11 @@ class KernelOps final : public Ops {
       sequences.push_back(at);
     }
     const auto& w = static_cast<const Qkv&>(*qkv);
-    return kernels::attention(kernels::linear(x, w.w), attention_spec(layer, w, batch.kv_format), std::move(sequences));
+    mx::array attended =
+        kernels::attention(kernels::linear(x, w.w), attention_spec(layer, w, batch.kv_format), std::move(sequences));
+    // MLX runs ahead of its stream, and memory for what is scheduled is taken at once: of many rows, a layer's at a time.
+    if (x.shape(0) >= kEvalRows) mx::eval({attended});
+    return attended;
   }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
     return kernels::linear_add(x, packed(w), residual);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numbers>
 
@@ -18,12 +19,13 @@ namespace {
 
 /// A copy of the tensor's bytes.
 mx::array to_array(const TensorView& tensor) {
-  mx::Shape shape(tensor.shape.begin(), tensor.shape.end());
-  const auto copy = [&](const auto* data, mx::Dtype dtype) { return mx::array(data, shape, dtype); };
-  if (tensor.dtype == "U32") return copy(reinterpret_cast<const uint32_t*>(tensor.data), mx::uint32);
-  if (tensor.dtype == "F16") return copy(reinterpret_cast<const mx::float16_t*>(tensor.data), mx::float16);
-  if (tensor.dtype == "BF16") return copy(reinterpret_cast<const mx::bfloat16_t*>(tensor.data), mx::bfloat16);
-  return copy(reinterpret_cast<const float*>(tensor.data), mx::float32);
+  const mx::Dtype dtype = tensor.dtype == "U32"    ? mx::uint32
+                          : tensor.dtype == "F16"  ? mx::float16
+                          : tensor.dtype == "BF16" ? mx::bfloat16
+                                                   : mx::float32;
+  mx::array copy(mx::allocator::malloc(tensor.nbytes), mx::Shape(tensor.shape.begin(), tensor.shape.end()), dtype);
+  std::memcpy(copy.data<uint8_t>(), tensor.data, tensor.nbytes);
+  return copy;
 }
 
 mx::Dtype to_mlx(KvDtype dtype) {

@@ -1,7 +1,9 @@
 #include "model/weights.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
-#include <cstring>
 #include <fstream>
 #include <set>
 
@@ -48,7 +50,17 @@ std::vector<std::string> weight_files(const std::filesystem::path& dir) {
   return {names.begin(), names.end()};
 }
 
+/// Whole pages of [data, data + size).
+void release(const std::byte* data, size_t size) {
+  const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + size) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 }  // namespace
+
+void release_pages(const TensorView& tensor) { release(tensor.data, tensor.nbytes); }
 
 Weights Weights::open(const std::filesystem::path& dir) {
   Weights weights;
@@ -74,11 +86,6 @@ void Weights::add_file(const std::filesystem::path& path) {
     tensor.shape.assign(entry.shape.begin(), entry.shape.end());
     tensor.data = memory.get() + header.data_start + entry.begin;
     tensor.nbytes = entry.size();
-    if (reinterpret_cast<uintptr_t>(tensor.data) % safetensors_dtype_size(tensor.dtype) != 0) {
-      copies_.push_back(std::make_unique_for_overwrite<std::byte[]>(tensor.nbytes));
-      std::memcpy(copies_.back().get(), tensor.data, tensor.nbytes);
-      tensor.data = copies_.back().get();
-    }
     if (!tensors_.emplace(entry.name, std::move(tensor)).second) {
       damaged(path, "tensor " + entry.name + " is in another file too");
     }
@@ -116,7 +123,10 @@ std::string Weights::digest() const {
     }
   }
   std::vector<std::string> hashes(pieces.size());
-  kernels::ThreadPool::shared().parallel_for(pieces.size(), [&](size_t i, int) { hashes[i] = hash_hex(pieces[i]); });
+  kernels::ThreadPool::shared().parallel_for(pieces.size(), [&](size_t i, int) {
+    hashes[i] = hash_hex(pieces[i]);
+    release(pieces[i].data(), pieces[i].size());
+  });
 
   Hasher hasher;
   size_t piece = 0;

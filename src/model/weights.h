@@ -15,9 +15,12 @@ struct TensorView {
   std::string name;
   std::string dtype;  ///< as safetensors writes it: "F32", "F16", "BF16", "U32", ...
   std::vector<int64_t> shape;
-  const std::byte* data = nullptr;  ///< aligned to its elements; lives as long as the Weights
+  const std::byte* data = nullptr;  ///< where its file is mapped, aligned to nothing; lives as long as the Weights
   size_t nbytes = 0;
 };
+
+/// Lets go of the memory of a tensor's pages: reading it again reads the file. What is packed need not be held twice.
+void release_pages(const TensorView& tensor);
 
 class Weights {
  public:
@@ -38,7 +41,6 @@ class Weights {
 
   std::filesystem::path dir_;
   std::vector<std::shared_ptr<const std::byte>> files_;  // mapped whole
-  std::vector<std::unique_ptr<std::byte[]>> copies_;  // of tensors that are not aligned in their file
   std::map<std::string, TensorView> tensors_;
 };
 
