@@ -47,6 +47,8 @@ def test_bad_agent_id(unchanged, agent):
     ["run", "--model", "m", "--agent", "a", "--prompt", "p", "--max-tokens", "many"],
     ["run", "--model", "m", "--agent", "a", "--prompt", "p", "--top-p", "0"],
     ["run", "--model", "m", "--agent", "a", "--prompt", "p", "--kv-dtype", "f8"],
+    ["run", "--model", "m", "--agent", "a", "--prompt", "p", "--kv-bits", "3"],
+    ["run", "--model", "m", "--agent", "a", "--prompt", "p", "--kv-group", "64"],
     ["show"], ["show", "a", "b"], ["ls", "--frobnicate"]])
 def test_usage(unchanged, arguments):
     unchanged(*arguments).fails("usage", "--help")
@@ -93,6 +95,7 @@ def test_another_chat_template(unchanged, tiny_model, tmp_path):
 
 def test_another_kv_dtype(unchanged):
     unchanged.run("ada", "Hello", "--kv-dtype", "f32").fails("incompatible", "kv")
+    unchanged.run("ada", "Hello", "--kv-bits", "8").fails("incompatible", "kv")
 
 
 def test_an_agent_awake_elsewhere(ada):

@@ -20,7 +20,7 @@ namespace torpor {
 struct EngineOptions {
   std::string model;                  ///< directory or repo id
   std::filesystem::path store = default_store_root();
-  std::optional<KvFormat> kv_format;    ///< nullopt: the model's own
+  std::optional<KvFormat> kv_format;    ///< of new agents; nullopt: the model's own, and an agent on disk goes on in its own
   Durability durability = Durability::kFull;
   /// Bytes of KV held in memory, real buffers, each once; 0 = no bound. Over it the least recently used agents that are not
   /// pinned go to sleep; when none can, kResourceExhausted says what holds the memory.

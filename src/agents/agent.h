@@ -18,6 +18,7 @@ namespace torpor {
 struct Agent {
   std::string id;                    ///< empty: a prompt without an agent, of which nothing but segments is kept
   std::unique_ptr<AgentLock> lock;
+  Identity identity;                 ///< the manager's, but for the KV format, which may be the agent's own
   std::unique_ptr<KvCache> cache;
   std::vector<Message> messages;
   std::vector<int32_t> history;      ///< ids up to the end of the last whole turn (AgentRecord::history)

@@ -10,7 +10,7 @@ void AgentManager::truncate(Agent& agent, int n_tokens) {
   if (!agent.cache->can_truncate(n_tokens)) {
     // A window left rows behind that are needed again. Those of whole segments are on disk, the rest is computed again.
     std::vector<int32_t> tokens(agent.cache->tokens().begin(), agent.cache->tokens().begin() + n_tokens);
-    own(agent, KvCache::create(options_.layout, options_.backend));
+    own(agent, KvCache::create(agent.cache->layout(), options_.backend));
     agent.segments.clear();
     tokens.push_back(0);  // stands for the one that reuse_prefix leaves to compute
     reuse_prefix(agent, tokens);
@@ -43,6 +43,7 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   }
   Agent agent;
   agent.id = dst;
+  agent.identity = source.identity;
   agent.lock = store_.lock_agent(dst);
   agent.last_used = ++clock_;
   own(agent, source.cache->clone());

@@ -25,9 +25,21 @@ AgentManager::~AgentManager() = default;
 
 // ---- waking
 
+Identity AgentManager::expected(const Identity& on_disk) const {
+  Identity identity = options_.identity;
+  if (options_.layout_of && KvFormat::parse(on_disk.kv)) identity.kv = on_disk.kv;
+  return identity;
+}
+
+KvLayout AgentManager::layout_of(const Identity& identity) const {
+  if (identity.kv == options_.identity.kv) return options_.layout;
+  return options_.layout_of(KvFormat::parse(identity.kv).value());
+}
+
 LoadedAgent AgentManager::load(const std::string& id) const {
+  const Identity identity = expected(store_.agent_info(id).identity);
   LoadOptions options;
-  options.expected = &options_.identity;
+  options.expected = &identity;
   options.salvage = true;
   options.allocate = mlx_buffer;
   options.map_rows = true;
@@ -42,9 +54,11 @@ void AgentManager::own(Agent& agent, std::unique_ptr<KvCache> cache) {
 
 void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
   std::unique_ptr<KvCache> cache = KvCache::restore(loaded.snapshot, options_.backend);
-  if (const CacheValidation sound = validate_cache_structure(*cache, &options_.layout); !sound) {
+  const KvLayout layout = layout_of(loaded.info.identity);
+  if (const CacheValidation sound = validate_cache_structure(*cache, &layout); !sound) {
     throw Error(ErrorCode::kIncompatible, "The cache of agent '" + agent.id + "' does not fit the model: " + sound.reason + ".");
   }
+  agent.identity = std::move(loaded.info.identity);
   own(agent, std::move(cache));
   AgentRecord record = decode_record(loaded.info.user, loaded.tokens.size());
   agent.history = std::move(loaded.tokens);
@@ -69,6 +83,7 @@ Agent& AgentManager::wake(const std::string& id) {
   // The agent enters the map whole or not at all: a failed wake leaves it asleep and intact.
   Agent agent;
   agent.id = id;
+  agent.identity = options_.identity;
   agent.last_used = ++clock_;
   if (std::optional<Ready> ready = take_prefetched(id)) {
     make_room(bytes_to_wake(id));
@@ -93,6 +108,7 @@ void AgentManager::require(const std::string& id) const {
 
 Agent& AgentManager::stateless() {
   stateless_ = {};
+  stateless_.identity = options_.identity;
   own(stateless_, KvCache::create(options_.layout, options_.backend));
   return stateless_;
 }
@@ -134,18 +150,22 @@ int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens) {
   int64_t in_memory = 0;
   for (const auto& [id, other] : awake_) {
     const int64_t common = common_prefix(wanted, other.cache->tokens());
-    if (&other == &agent || common <= in_memory || !other.cache->can_truncate(int(common))) continue;
+    if (&other == &agent || other.identity != agent.identity || common <= in_memory ||
+        !other.cache->can_truncate(int(common))) {
+      continue;
+    }
     best = &other;
     in_memory = common;
   }
-  const int64_t on_disk = store_.find_prefix(options_.identity, options_.layout, wanted);
+  const KvLayout& layout = agent.cache->layout();
+  const int64_t on_disk = store_.find_prefix(agent.identity, layout, wanted);
   if (on_disk > in_memory) {
-    make_room(bytes_of_runs(0, on_disk));
+    make_room(bytes_of_runs(layout, 0, on_disk));
     LoadOptions options;
     options.allocate = mlx_buffer;
     options.map_rows = true;
     options.window_rows_only = true;
-    LoadedPrefix prefix = store_.load_prefix(options_.identity, options_.layout, wanted, options);
+    LoadedPrefix prefix = store_.load_prefix(agent.identity, layout, wanted, options);
     if (int64_t(prefix.snapshot.tokens.size()) > in_memory) {
       own(agent, KvCache::restore(prefix.snapshot, options_.backend));
       agent.segments = std::move(prefix.segments);
@@ -167,7 +187,7 @@ int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens) {
 void AgentManager::save_behind(Agent& agent) {
   settle();
   if (!agent.dirty() || !agent.whole() || agent.queued_version == agent.version) return;
-  Writer::Job job{.agent = agent.id, .version = agent.version, .snapshot = agent.cache->snapshot(options_.identity),
+  Writer::Job job{.agent = agent.id, .version = agent.version, .snapshot = agent.cache->snapshot(agent.identity),
                   .model = options_.model_name, .user = encode_record(agent.record(), agent.cache->tokens().size())};
   const size_t stored = options_.backend == Backend::kKernels ? agent.segments.size() : 0;  // MLX's are copied out whole
   for (size_t i = stored; i < job.snapshot.runs.size(); ++i) job.new_bytes += job.snapshot.runs[i].bytes.size();
@@ -218,13 +238,14 @@ void AgentManager::finish_writes(Agent& agent) {
 }
 
 void AgentManager::release_behind_window(Agent& agent) {
-  if (!options_.layout.has_windows() || agent.cache == nullptr) return;
+  if (agent.cache == nullptr || !agent.cache->layout().has_windows()) return;
+  const std::vector<KvTensorSpec>& tensors = agent.cache->layout().tensors;
   const std::vector<KvCache::HeldBuffer> buffers = agent.cache->buffers();
   for (size_t i = 0; i < std::min(agent.segments.size(), buffers.size()); ++i) {
     const auto behind = [&](const KvTensorSpec& tensor) {
       return !KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, kSegmentTokens, agent.cache->length());
     };
-    if (buffers[i].mapped || std::none_of(options_.layout.tensors.begin(), options_.layout.tensors.end(), behind)) continue;
+    if (buffers[i].mapped || std::none_of(tensors.begin(), tensors.end(), behind)) continue;
     if (const std::optional<KvRun> run = store_.map_segment(agent.segments[i])) agent.cache->replace_run(int(i), *run);
   }
 }
@@ -276,10 +297,10 @@ void AgentManager::make_room(size_t bytes) {
 
 // ---- accounting
 
-size_t AgentManager::bytes_of_runs(int64_t first_run, int64_t n_tokens) const {
+size_t AgentManager::bytes_of_runs(const KvLayout& layout, int64_t first_run, int64_t n_tokens) {
   size_t bytes = 0;
   for (int64_t first = first_run * kSegmentTokens; first < n_tokens; first += kSegmentTokens) {
-    for (const KvTensorSpec& tensor : options_.layout.tensors) {
+    for (const KvTensorSpec& tensor : layout.tensors) {
       if (KvLayout::attended(tensor, first, kSegmentTokens, n_tokens)) bytes += tensor.bytes_per_token() * kSegmentTokens;
     }
   }
@@ -295,7 +316,7 @@ size_t AgentManager::bytes_to_wake(const std::string& id) const {
     const auto [end, ignored] = std::mismatch(info.segments.begin(), info.segments.end(), other.segments.begin(), other.segments.end());
     shared = std::max<int64_t>(shared, end - info.segments.begin());
   }
-  return bytes_of_runs(shared, info.cache_size);
+  return bytes_of_runs(layout_of(expected(info.identity)), shared, info.cache_size);
 }
 
 namespace {

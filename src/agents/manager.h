@@ -24,6 +24,8 @@ struct ManagerOptions {
   std::string model_name;
   Identity identity;           ///< complete: model, tokenizer, template and KV format
   KvLayout layout;
+  /// The layout of another format. Where it is set, an agent on disk goes on in its own; else that is kIncompatible.
+  std::function<KvLayout(const KvFormat&)> layout_of;
   Backend backend = Backend::kKernels;
   Durability durability = Durability::kFull;
   size_t memory_budget = 0;    ///< bytes of KV; 0 = no bound
@@ -86,7 +88,6 @@ class AgentManager {
   void remove(const std::string& id);
 
   MemoryUsage memory_usage() const;
-  const Identity& identity() const noexcept { return options_.identity; }
 
  private:
   struct Ready {
@@ -94,12 +95,16 @@ class AgentManager {
     LoadedAgent loaded;
   };
 
+  /// What an agent with such an identity must have: the manager's, with the agent's KV format where it may have one.
+  Identity expected(const Identity& on_disk) const;
+  /// Of an identity that was expected.
+  KvLayout layout_of(const Identity& identity) const;
   LoadedAgent load(const std::string& id) const;
   void adopt(Agent& agent, LoadedAgent loaded);
   void own(Agent& agent, std::unique_ptr<KvCache> cache);
   std::optional<Ready> take_prefetched(const std::string& id);
   size_t bytes_to_wake(const std::string& id) const;
-  size_t bytes_of_runs(int64_t first_run, int64_t n_tokens) const;
+  static size_t bytes_of_runs(const KvLayout& layout, int64_t first_run, int64_t n_tokens);
   /// Takes in what the writer has finished.
   void settle();
   void release_behind_window(Agent& agent);

@@ -29,6 +29,8 @@ void add_agent_commands(CLI::App& app, Invocation& invocation);
 void add_store_commands(CLI::App& app, Invocation& invocation);
 /// bench.
 void add_bench_command(CLI::App& app, Invocation& invocation);
+/// perplexity.
+void add_perplexity_command(CLI::App& app, Invocation& invocation);
 
 /// Exit code for a command line that can't be understood.
 inline constexpr int kExitUsage = 2;

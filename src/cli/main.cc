@@ -58,6 +58,7 @@ int dispatch(int argc, char** argv) {
   add_branch_commands(app, invocation);
   add_store_commands(app, invocation);
   add_bench_command(app, invocation);
+  add_perplexity_command(app, invocation);
 
   try {
     app.parse(argc, argv);

@@ -43,6 +43,8 @@ struct Engine::Impl {
     identity.kv = format.name();
     agents = std::make_unique<AgentManager>(
         store, ManagerOptions{.model_name = options.model, .identity = std::move(identity), .layout = model->kv_layout(format),
+                              .layout_of = options.kv_format ? std::function<KvLayout(const KvFormat&)>()
+                                                             : [this](const KvFormat& own) { return model->kv_layout(own); },
                               .backend = model->backend(), .durability = options.durability,
                               .memory_budget = options.memory_budget, .write_queue_bytes = options.write_queue_bytes});
     load_ms = ms_since(start);
