@@ -27,10 +27,12 @@ test: build models
 demo: build model
 	scripts/demo $(BUILD)/torpor
 
-# Ten agents, three processes on one store, each killed over and over: `make test` kills 300, this KILLS.
+# Ten agents, three processes on one store, each killed over and over: `make test` kills 300, this KILLS. Then
+# conversations (`torpor chat`) and commands.
 KILLS ?= 20000
-soak: build
+soak: build model
 	TORPOR_SOAK_KILLS=$(KILLS) $(BUILD)/tests/test_store_soak
+	TORPOR_KILLS=$$(($(KILLS) / 50)) TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_kill.py
 
 # Regenerates every golden from the reference implementations (mlx-lm, tokenizers, transformers). Slow.
 goldens: setup models

@@ -13,13 +13,13 @@ namespace torpor {
 /// Agent `dst`, which must be new, begins with the first `at_token` tokens of `src` (all of them unless given) and shares
 /// their segments. kNotFound, kInvalidArgument.
 SaveResult fork_agent(Store& store, const std::string& src, const std::string& dst,
-                      std::optional<int64_t> at_token = std::nullopt);
+                      std::optional<int64_t> at_token = std::nullopt, Durability durability = Durability::kFull);
 
 /// The agent forgets everything after its first `n_tokens` tokens. kInvalidArgument beyond what it holds.
-SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens);
+SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens, Durability durability = Durability::kFull);
 
 /// A pinned agent stays in memory when others must make room. kNotFound.
-void pin_agent(Store& store, const std::string& id, bool pinned);
+void pin_agent(Store& store, const std::string& id, bool pinned, Durability durability = Durability::kFull);
 bool is_pinned(const AgentInfo& info);
 
 /// Where a prompt and an agent part ways, as tokens.

@@ -28,7 +28,7 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   const auto found = awake_.find(src);
   if (found == awake_.end() || (at_token && !found->second.cache->can_truncate(int(*at_token)))) {
     if (found != awake_.end()) save(found->second);
-    fork_agent(store_, src, dst, at_token);
+    fork_agent(store_, src, dst, at_token, options_.durability);
     return;
   }
   Agent& source = found->second;
@@ -65,7 +65,7 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
   require(id);
   const auto found = awake_.find(id);
   if (found == awake_.end()) {
-    rewind_agent(store_, id, n_tokens);
+    rewind_agent(store_, id, n_tokens, options_.durability);
     return;
   }
   Agent& agent = found->second;
@@ -75,7 +75,7 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
   }
   if (!agent.cache->can_truncate(int(n_tokens))) {
     sleep(id);
-    rewind_agent(store_, id, n_tokens);
+    rewind_agent(store_, id, n_tokens, options_.durability);
     wake(id);
     return;
   }
@@ -93,7 +93,7 @@ void AgentManager::pin(const std::string& id, bool pinned) {
   require(id);
   const auto found = awake_.find(id);
   if (found == awake_.end()) {
-    pin_agent(store_, id, pinned);
+    pin_agent(store_, id, pinned, options_.durability);
     return;
   }
   if (found->second.pinned == pinned) return;

@@ -9,7 +9,8 @@ namespace {
 
 /// Writes `dst` as the first `n_tokens` of `src` with the record that `change` makes of theirs.
 template <typename Change>
-SaveResult copy(Store& store, const std::string& src, const std::string& dst, std::optional<int64_t> n_tokens, Change change) {
+SaveResult copy(Store& store, const std::string& src, const std::string& dst, std::optional<int64_t> n_tokens, Durability durability,
+                Change change) {
   const AgentInfo info = store.agent_info(src);
   const int64_t keep = n_tokens.value_or(info.cache_size);
   if (keep < 0 || keep > info.cache_size) {
@@ -23,28 +24,30 @@ SaveResult copy(Store& store, const std::string& src, const std::string& dst, st
   options.n_tokens = keep;
   options.user = encode_record(record, size_t(keep));
   options.replace = src == dst;
+  options.durability = durability;
   return store.copy_agent_cache(src, dst, options);
 }
 
 }  // namespace
 
-SaveResult fork_agent(Store& store, const std::string& src, const std::string& dst, std::optional<int64_t> at_token) {
+SaveResult fork_agent(Store& store, const std::string& src, const std::string& dst, std::optional<int64_t> at_token,
+                      Durability durability) {
   check_agent_id(dst);
   const auto lock = store.lock_agent(dst);
   if (store.contains(dst)) {
     throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.");
   }
-  return copy(store, src, dst, at_token, [](AgentRecord& record) { record.pinned = false; });
+  return copy(store, src, dst, at_token, durability, [](AgentRecord& record) { record.pinned = false; });
 }
 
-SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens) {
+SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens, Durability durability) {
   const auto lock = store.lock_agent(id);
-  return copy(store, id, id, n_tokens, [](AgentRecord&) {});
+  return copy(store, id, id, n_tokens, durability, [](AgentRecord&) {});
 }
 
-void pin_agent(Store& store, const std::string& id, bool pinned) {
+void pin_agent(Store& store, const std::string& id, bool pinned, Durability durability) {
   const auto lock = store.lock_agent(id);
-  copy(store, id, id, std::nullopt, [&](AgentRecord& record) { record.pinned = pinned; });
+  copy(store, id, id, std::nullopt, durability, [&](AgentRecord& record) { record.pinned = pinned; });
 }
 
 bool is_pinned(const AgentInfo& info) {
