@@ -107,6 +107,68 @@ TEST_F(Directory, BadConfig) {
   expect(ErrorCode::kCorruption, "config.json");
 }
 
+/// What shapes the computation is part of the identity; another way to write the same is not.
+TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
+  const auto identity = [&](const char* name, const std::function<void(json&)>& change) {
+    copy(name);
+    edit(change);
+    return load()->identity();
+  };
+  const auto same = [](json&) {};
+  struct Change {
+    const char* model;
+    const char* key;
+    json value;
+  };
+  for (const auto& [name, key, value] : {Change{"tiny-gemma2", "attn_logit_softcapping", 20}, {"tiny-gemma2", "attn_logit_softcapping", nullptr},
+                                         {"tiny-gemma2", "final_logit_softcapping", nullptr}, {"tiny-gemma2", "query_pre_attn_scalar", 32},
+                                         {"tiny-gemma2", "sliding_window", 9}, {"tiny-gemma2", "hidden_activation", "silu"},
+                                         {"tiny-gemma3", "rope_local_base_freq", 20000}, {"tiny-gemma3", "sliding_window_pattern", 3},
+                                         {"tiny-gemma3", "rope_scaling", nullptr}, {"tiny-phi4-mini", "partial_rotary_factor", 0.75},
+                                         {"tiny-phi3", "sliding_window", nullptr}, {"tiny-phi3", "partial_rotary_factor", 0.5},
+                                         {"tiny-phi4-mini", "max_position_embeddings", 8192}, {"tiny-qwen3", "rope_theta", 5e5}}) {
+    SCOPED_TRACE(std::string(name) + " " + key + " " + value.dump());
+    const bool equal = read_json(kGoldens / name / "config.json").value(key, json()) == value;
+    EXPECT_EQ(identity(name, same) == identity(name, [&](json& c) { c[key] = value; }), equal);
+  }
+
+  // As transformers 5 writes it.
+  EXPECT_EQ(identity("tiny-gemma3", same), identity("tiny-gemma3", [](json& c) {
+              c["layer_types"] = json::array();
+              for (int i = 1; i <= 7; ++i) c["layer_types"].push_back(i % 6 == 0 ? "full_attention" : "sliding_attention");
+              c["rope_parameters"] = {{"full_attention", {{"rope_type", "linear"}, {"factor", 8}, {"rope_theta", 1e6}}},
+                                      {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 1e4}}}};
+              for (const char* key : {"rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern"}) c.erase(key);
+            }));
+  // Defaults that published configs leave out.
+  EXPECT_EQ(identity("tiny-gemma3", same), identity("tiny-gemma3", [](json& c) {
+              for (const char* key : {"rope_theta", "rope_local_base_freq", "sliding_window_pattern", "rms_norm_eps"}) c.erase(key);
+            }));
+  EXPECT_EQ(identity("tiny-qwen2", same),
+            identity("tiny-qwen2", [](json& c) { c.erase("rope_theta"), c.erase("tie_word_embeddings"); }));
+}
+
+TEST_F(Directory, FamiliesConfigsThatMakeNoSense) {
+  copy("tiny-phi4-mini");
+  edit([](json& c) { c["rope_scaling"]["long_factor"].erase(0); });
+  expect(ErrorCode::kInvalidArgument, "long_factor");
+  copy("tiny-phi4-mini");
+  edit([](json& c) { c["partial_rotary_factor"] = 1.5; });
+  expect(ErrorCode::kInvalidArgument, "partial_rotary_factor");
+  copy("tiny-gemma2");
+  edit([](json& c) { c["attn_logit_softcapping"] = -1; });
+  expect(ErrorCode::kInvalidArgument, "attn_logit_softcapping");
+  copy("tiny-gemma2");
+  edit([](json& c) { c["hidden_activation"] = "gelu"; });
+  expect(ErrorCode::kInvalidArgument, "unsupported hidden_act gelu, supported: silu, gelu_pytorch_tanh");
+  copy("tiny-gemma3-vision");
+  edit([](json& c) { c["text_config"] = "none"; });
+  expect(ErrorCode::kInvalidArgument, "text_config");
+  copy("tiny-qwen2");
+  edit([](json& c) { c["model_type"] = "qwen3", c["head_dim"] = 16; });
+  expect(ErrorCode::kCorruption, "_norm.weight");
+}
+
 TEST_F(Directory, ConfigThatDoesNotFitTheWeights) {
   edit([](json& c) { c["num_hidden_layers"] = 3; });
   expect(ErrorCode::kCorruption, "model.layers.2.");

@@ -145,9 +145,9 @@ ModelConfig parse_config(const json& file) {
   model.rope = parse_rope(config, model.head_dim);
   if (model.architecture == "gemma3") model.local_rope = parse_local_rope(config, model.head_dim);
   model.attention_scale = float(1 / std::sqrt(positive_field(config, "query_pre_attn_scalar", model.head_dim)));
-  model.attention_softcap = float(number_field(config, "attn_logit_softcapping", 0));
-  model.logit_softcap = float(number_field(config, "final_logit_softcapping", 0));
-  if (model.attention_softcap < 0 || model.logit_softcap < 0) bad_field("a soft cap", "positive");
+  const auto cap = [&](const char* key) { return field(config, key) == nullptr ? 0 : float(positive_field(config, key)); };
+  model.attention_softcap = cap("attn_logit_softcapping");
+  model.logit_softcap = cap("final_logit_softcapping");
   parse_quantizations(config, model);
   model.eos_token_ids = token_ids(config, "eos_token_id");
   return model;
