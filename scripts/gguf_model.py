@@ -219,7 +219,8 @@ def convert(reader, out_dir):
     if architecture == "llama" and types <= set(PACK):
         weights, quantization = lossless_weights(reader, get)
     elif architecture == "llama":
-        raise ValueError(f"a llama file with {', '.join(sorted(t.name for t in types))}; only Q4_1, Q8_0 and F32 can be converted")
+        names = ", ".join(sorted(kind.name for kind in types))
+        raise ValueError(f"a llama file with {names}; only Q4_1, Q8_0 and F32 can be converted")
     else:
         weights, quantization = requantized_weights(reader, architecture)
 

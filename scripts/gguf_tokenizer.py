@@ -83,7 +83,8 @@ def sentence_piece(get, vocab, scores, unk_token):
     for piece, score in scores.items():
         cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
         pairs = [pair for pair in cuts if pair[0] in scores and pair[1] in scores]
-        merges += [(score, len(left), len(right), left, right) for left, right in sorted(pairs, key=lambda p: (vocab[p[0]], vocab[p[1]]))]
+        pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        merges += [(score, len(left), len(right), left, right) for left, right in pairs]
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     decoders = [
