@@ -52,6 +52,8 @@ def tree():
     for path in sorted((ROOT / "src").rglob("*")):
         if path.suffix in (".h", ".cc"):
             yield path.relative_to(ROOT / "src").parts[0], str(path.relative_to(ROOT)), path.read_text()
+    for path in sorted((ROOT / "python" / "bindings").iterdir()):
+        yield "python", str(path.relative_to(ROOT)), path.read_text()
     for path in sorted((ROOT / "include/torpor").glob("*.h")):
         yield PUBLIC[path.stem], str(path.relative_to(ROOT)), path.read_text()
 

@@ -1,0 +1,60 @@
+"""Generation by mlx-lm that takes a cache and gives it back."""
+
+from dataclasses import dataclass, field
+
+from mlx_lm.generate import stream_generate
+from mlx_lm.models.cache import make_prompt_cache
+
+
+@dataclass
+class Generation:
+    """A stream of text. Iterate over it; `cache`, `tokens` and `prefilled` are final at its end."""
+
+    cache: list
+    _responses: object = field(repr=False)
+    tokens: list = field(default_factory=list)  #: prompt and answer of this call; their rows are all in the cache
+    prefilled: int = 0  #: prompt tokens computed, as mlx-lm counted them
+    text: str = ""
+
+    def __iter__(self):
+        for response in self._responses:
+            self.prefilled = response.prompt_tokens
+            # The last response repeats the token before it when the answer ended by length.
+            if response.generation_tokens > self._seen:
+                self.tokens.append(int(response.token))
+                self._seen = response.generation_tokens
+            self.text += response.text
+            yield response.text
+
+    _seen: int = 0
+
+
+class MLXCacheExtractor:
+    """Takes the cache out of mlx-lm's generation.
+
+        extractor = MLXCacheExtractor(model, tokenizer)
+        text, cache = extractor.generate("Once upon a time")
+        more, cache = extractor.generate(" and then", cache)
+    """
+
+    def __init__(self, model, tokenizer):
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def stream(self, prompt, cache=None, **options):
+        """A Generation that continues `cache` (None: from nothing) by `prompt`, a text or token ids. A text gets the
+        tokenizer's BOS in an empty cache only. `options` go to mlx_lm.stream_generate (max_tokens, sampler, ...)."""
+        fresh = cache is None
+        cache = make_prompt_cache(self.model) if fresh else cache
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt, add_special_tokens=fresh)
+        prompt = [int(token) for token in prompt]
+        responses = stream_generate(self.model, self.tokenizer, prompt, prompt_cache=cache, **options)
+        return Generation(cache, responses, list(prompt))
+
+    def generate(self, prompt, cache=None, **options):
+        """(text, cache): as `stream`, all at once. `cache` is continued in place."""
+        generation = self.stream(prompt, cache, **options)
+        for _ in generation:
+            pass
+        return generation.text, generation.cache

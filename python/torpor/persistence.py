@@ -1,0 +1,120 @@
+"""Agents' caches on disk: mlx-lm's cache objects in, the same objects out."""
+
+import weakref
+from pathlib import Path
+
+from . import _codec, _core
+from ._identity import identity_of
+from .errors import IncompatibleError, InvalidArgumentError
+
+_DESCRIPTION = "mlx_lm.cache"
+_MODEL_TEXT = "mlx-lm"
+
+
+class CachePersistence:
+    """A store of agents' caches. Many threads and processes may use one directory at once; a save of an agent that
+    another is just saving raises BusyError.
+
+    root: the directory; made when it is not there. Default: $TORPOR_STORE, else ~/.agent_caches.
+    model: whose caches these are: a model directory, or a dict of identity fields ({"weights": "v1"}). A load under another
+        model raises IncompatibleError. None: nothing is compared.
+    durability: "full" survives a power cut, "rename" a killed process, "none" is for benchmarks.
+    """
+
+    def __init__(self, root=None, model=None, durability="full"):
+        self.root = Path(root).expanduser() if root is not None else Path(_core.default_store_root())
+        self._store = _core.Store(self.root)
+        self._model = _MODEL_TEXT if model is None or isinstance(model, dict) else str(model)
+        self._identity = None if model is None else identity_of(model)
+        self._durability = durability
+        self._saved = {}  # agent id -> (weak references to the layers, tokens, segment names)
+
+    def save_agent_cache(self, agent_id, cache, metadata=None, *, tokens=None):
+        """Saves `cache` (as `mlx_lm.models.cache.make_prompt_cache` makes it) as the agent's; atomic. Writes what is not on
+        disk yet: a conversation that grew by 64 tokens writes those.
+
+        metadata: texts by texts, given back by load_agent_cache.
+        tokens: the ids of the rows held, one per row. With them agents of one prefix share its segments, and
+            `common_prefix` works. Rows saved with the same ids from the same cache objects are taken to be unchanged.
+        Returns a SaveResult.
+        """
+        if tokens is not None:
+            tokens = [int(token) for token in tokens]
+            if min(tokens, default=0) < 0:
+                raise InvalidArgumentError(f"A token id of agent '{agent_id}' is negative.")
+        user = dict(metadata or {})
+        for key, value in user.items():
+            if not isinstance(key, str) or not isinstance(value, str) or key.startswith("mlx_lm."):
+                raise InvalidArgumentError(f"The metadata {key!r} is not a text by a text, or begins with 'mlx_lm.'.")
+        description, arrays, n_rows = _codec.encode(cache)
+        whole = not _codec.sliceable(cache)
+        if whole or tokens is None:
+            ids = [_codec.UNKNOWN_TOKEN] * n_rows
+            if tokens is not None:
+                user["mlx_lm.tokens"] = ",".join(map(str, tokens))
+        else:
+            ids = tokens
+            if len(ids) != n_rows:
+                raise InvalidArgumentError(f"The cache of agent '{agent_id}' holds {n_rows} tokens, but {len(ids)} ids are given.")
+        user[_DESCRIPTION] = description
+        unchanged = [] if whole or tokens is None else self._unchanged(agent_id, cache, ids)
+        result = self._store.save(agent_id, arrays, ids, self._identity or [], self._model, list(user.items()), unchanged,
+                                  self._durability)
+        self._remember(agent_id, cache, ids, result.segments)
+        return result
+
+    def load_agent_cache(self, agent_id):
+        """(cache, metadata) of the agent. Every byte is checked: damage raises CorruptionError."""
+        loaded = self._store.load(agent_id, self._identity)
+        info = loaded.info
+        metadata = info["user"]
+        if _DESCRIPTION not in metadata:
+            raise IncompatibleError(f"The agent '{agent_id}' was not saved from an mlx-lm cache; use torpor.Engine.")
+        cache = _codec.decode(metadata[_DESCRIPTION], loaded.array)
+        self._remember(agent_id, cache, loaded.tokens, info["segments"])
+        return cache, {key: value for key, value in metadata.items() if not key.startswith("mlx_lm.")}
+
+    def agent_tokens(self, agent_id):
+        """The ids given when the agent was saved; None when none were."""
+        info = self._store.info(agent_id)
+        if "mlx_lm.tokens" in info["user"]:
+            text = info["user"]["mlx_lm.tokens"]
+            return [int(token) for token in text.split(",")] if text else []
+        tokens = self._store.tokens(agent_id)
+        return None if min(tokens, default=0) < 0 else tokens
+
+    def common_prefix(self, agent_id, tokens):
+        """How many of `tokens`, from the first, are the agent's; 0 when its ids are not known."""
+        held = self.agent_tokens(agent_id) or []
+        n = 0
+        for ours, theirs in zip(held, tokens):
+            if ours != int(theirs):
+                break
+            n += 1
+        return n
+
+    def list_cached_agents(self):
+        """All agents by id: dicts of agent_id, model, cache_size, bytes, created_at, updated_at and more."""
+        return self._store.list()
+
+    def delete_agent_cache(self, agent_id):
+        """Removes the agent, and the segments that no other agent uses. NotFoundError, BusyError."""
+        self._store.delete(agent_id)
+        self._saved.pop(agent_id, None)
+
+    def get_cache_disk_usage(self):
+        """Bytes and counts of agents and segments; `total_bytes` is everything."""
+        return self._store.disk_usage()
+
+    def _remember(self, agent_id, cache, tokens, segments):
+        self._saved[agent_id] = ([weakref.ref(layer) for layer in cache], tokens, segments)
+
+    def _unchanged(self, agent_id, cache, tokens):
+        """Names of the leading segments that this process saved, or loaded, from these very objects with these ids."""
+        layers, saved, segments = self._saved.get(agent_id, ([], [], []))
+        if len(layers) != len(cache) or any(ref() is not layer for ref, layer in zip(layers, cache)):
+            return []
+        n = 256 * len(segments)
+        while n and saved[:n] != tokens[:n]:
+            n -= 256
+        return segments[: n // 256]

@@ -1,0 +1,220 @@
+"""The Python module's store: mlx-lm's cache objects go in and come out as they were."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from conftest import BIN, MODEL
+
+sys.path.insert(0, os.environ.get("TORPOR_PYTHONPATH", str(BIN.parent / "python")))
+
+import mlx.core as mx  # noqa: E402
+import mlx_lm.models.cache as mlx_cache  # noqa: E402
+import torpor  # noqa: E402
+
+DTYPES = [mx.float32, mx.float16, mx.bfloat16]
+
+
+def same(a, b):
+    """Equal bit for bit, in value, class and structure."""
+    if isinstance(a, mx.array):
+        return (isinstance(b, mx.array) and a.dtype == b.dtype and a.shape == b.shape
+                and (a.size == 0 or mx.array_equal(mx.contiguous(a).reshape(-1).view(mx.uint8),
+                                                   mx.contiguous(b).reshape(-1).view(mx.uint8)).item()))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, mlx_cache._BaseCache):
+        return vars(a).keys() == vars(b).keys() and all(same(v, vars(b)[k]) for k, v in vars(a).items())
+    return a == b
+
+
+def fill(cache, n, dtype=mx.float16, batch=1, heads=2, dim=64):
+    """`n` random tokens through the cache's own update, then one by one as decoding does."""
+    for step in (n - 2, 1, 1):
+        cache.update_and_fetch(*(mx.random.normal((batch, heads, step, dim)).astype(dtype) for _ in range(2)))
+    return cache
+
+
+def arrays_cache(dtype):
+    cache = mlx_cache.ArraysCache(3)
+    cache[0], cache[2] = mx.random.normal((1, 3, 7)).astype(dtype), mx.random.normal((1, 5)).astype(dtype)
+    return cache
+
+
+def batch_cache(dtype):
+    return fill(mlx_cache.BatchKVCache([1, 3, 0]), 9, dtype, batch=3)
+
+
+def nested(dtype):
+    inner = mlx_cache.CacheList(arrays_cache(dtype), fill(mlx_cache.RotatingKVCache(16, keep=4), 40, dtype))
+    return mlx_cache.CacheList(inner, fill(mlx_cache.KVCache(), 9, dtype))
+
+
+MAKERS = {
+    "KVCache": lambda dtype: fill(mlx_cache.KVCache(), 300, dtype),
+    "ConcatenateKVCache": lambda dtype: fill(mlx_cache.ConcatenateKVCache(), 300, dtype),
+    "QuantizedKVCache 8 bits": lambda dtype: fill(mlx_cache.QuantizedKVCache(64, 8), 300, dtype),
+    "QuantizedKVCache 4 bits": lambda dtype: fill(mlx_cache.QuantizedKVCache(32, 4), 300, dtype),
+    "RotatingKVCache": lambda dtype: fill(mlx_cache.RotatingKVCache(16, keep=4), 40, dtype),
+    "ChunkedKVCache": lambda dtype: fill(mlx_cache.ChunkedKVCache(64), 40, dtype),
+    "ArraysCache": arrays_cache,
+    "CacheList": nested,
+    "BatchKVCache": batch_cache,
+    "BatchRotatingKVCache": lambda dtype: fill(mlx_cache.BatchRotatingKVCache(16, [0, 2]), 40, dtype, batch=2),
+    "an empty KVCache": lambda dtype: mlx_cache.KVCache(),
+}
+
+
+def held(cache):
+    """What the rows mean: rows past the offset are spare, and come back as zeros."""
+    if isinstance(cache, (mlx_cache.KVCache, mlx_cache.QuantizedKVCache)) and cache.keys is not None:
+        return cache.keys_and_values(), cache.offset
+    return cache
+
+
+@pytest.fixture
+def store(tmp_path):
+    return torpor.CachePersistence(tmp_path / "store")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_cache_of_every_class_comes_back_as_it_was(store, kind, dtype):
+    cache = [MAKERS[kind](dtype) for _ in range(2)]
+    store.save_agent_cache("ada", cache, {"note": "hello"})
+    again, metadata = torpor.CachePersistence(store.root).load_agent_cache("ada")
+    assert metadata == {"note": "hello"}
+    assert all(type(a) is type(b) and same(held(a), held(b)) for a, b in zip(cache, again, strict=True))
+    if kind.startswith(("KVCache", "Quantized")):
+        assert vars(again[0]).keys() == vars(cache[0]).keys()
+        for a, b in zip(cache, again):  # and goes on alike
+            mx.random.seed(1)
+            fill(a, 5, dtype)
+            mx.random.seed(1)
+            fill(b, 5, dtype)
+            assert same(held(a), held(b))
+
+
+def test_a_cache_that_grew_writes_what_is_new(store):
+    cache = [fill(mlx_cache.KVCache(), 600) for _ in range(2)]
+    first = store.save_agent_cache("ada", cache, tokens=range(600))
+    for layer in cache:
+        fill(layer, 20)
+    second = store.save_agent_cache("ada", cache, tokens=range(620))
+    assert (first.segments_written, second.segments_written, second.segments_shared) == (2, 0, 2)
+    assert second.segments == first.segments
+    again, _ = torpor.CachePersistence(store.root).load_agent_cache("ada")
+    assert all(same(held(a), held(b)) for a, b in zip(cache, again))
+    assert store.common_prefix("ada", [*range(610), 7]) == 610
+
+
+def test_caches_of_unknown_tokens_never_take_each_others_rows(store):
+    caches = {name: [fill(mlx_cache.KVCache(), 600)] for name in ("ada", "bob", "eve")}
+    for name, cache in caches.items():
+        assert store.save_agent_cache(name, cache).segments_written == 2
+    for name, cache in caches.items():
+        assert same(held(cache[0]), held(store.load_agent_cache(name)[0][0]))
+    assert store.common_prefix("ada", [1, 2]) == 0
+    for layer in caches["ada"]:
+        fill(layer, 4)
+    assert store.save_agent_cache("ada", caches["ada"]).segments_written == 0
+
+
+def test_the_operations_on_a_store(store):
+    cache = [fill(mlx_cache.KVCache(), 9)]
+    store.save_agent_cache("ada", cache)
+    assert [agent["agent_id"] for agent in store.list_cached_agents()] == ["ada"]
+    assert store.list_cached_agents()[0]["cache_size"] == torpor.get_cache_size(cache) == 9
+    assert torpor.get_cache_memory(cache) == cache[0].nbytes
+    assert torpor.validate_cache_structure(cache) and not torpor.validate_cache_structure([object()])
+    assert store.get_cache_disk_usage()["agents"] == 1
+    store.delete_agent_cache("ada")
+    with pytest.raises(torpor.NotFoundError, match="ada"):
+        store.load_agent_cache("ada")
+
+
+def test_errors_are_of_their_classes(store):
+    cache = [fill(mlx_cache.KVCache(), 9)]
+    with pytest.raises(torpor.InvalidArgumentError):
+        store.save_agent_cache("../ada", cache)
+    with pytest.raises(torpor.InvalidArgumentError, match="9 tokens, but 2"):
+        store.save_agent_cache("ada", cache, tokens=[1, 2])
+    with pytest.raises(torpor.InvalidArgumentError):
+        store.save_agent_cache("ada", [object()])
+    torpor.CachePersistence(store.root, model={"weights": "one"}).save_agent_cache("ada", cache)
+    with pytest.raises(torpor.IncompatibleError, match="weights"):
+        torpor.CachePersistence(store.root, model={"weights": "other"}).load_agent_cache("ada")
+    path = store.root / "ada.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(torpor.CorruptionError):
+        store.load_agent_cache("ada")
+
+
+def test_an_agent_that_another_process_holds_is_busy(tmp_path, store):
+    store.save_agent_cache("ada", [fill(mlx_cache.KVCache(), 9)])
+    script = ("import fcntl,sys; f=open(sys.argv[1],'r+'); fcntl.flock(f,fcntl.LOCK_EX); print('held',flush=True); "
+              "sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", script, str(store.root / ".locks" / "ada.lock")],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(torpor.BusyError):
+            store.save_agent_cache("ada", [fill(mlx_cache.KVCache(), 9)])
+        other.stdin.close()
+
+
+def test_eight_threads_keep_their_agents_apart(store):
+    failures = []
+
+    def work(i):
+        try:
+            with mx.stream(mx.new_stream(mx.cpu)):
+                keys = mx.full((1, 2, 300, 16), i, mx.float32)
+                cache = mlx_cache.KVCache()
+                cache.keys, cache.values, cache.offset = keys, keys + 1, 300
+                for _ in range(5):
+                    store.save_agent_cache(f"agent{i}", [cache])
+                    again, _ = store.load_agent_cache(f"agent{i}")
+                    assert same(held(again[0]), held(cache))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+
+
+def test_generation_goes_on_from_a_saved_cache_with_the_same_tokens(store, tmp_path):
+    import mlx_lm
+    model, tokenizer = mlx_lm.load(str(MODEL))
+    model.set_dtype(mx.float32)
+    extractor = torpor.MLXCacheExtractor(model, tokenizer)
+    first = extractor.stream("The lighthouse keeper", max_tokens=4)
+    assert "".join(first) == first.text and first.cache[0].offset == len(first.tokens)
+    store.save_agent_cache("ada", first.cache, tokens=first.tokens)
+    woken, _ = torpor.CachePersistence(store.root).load_agent_cache("ada")
+    results = [extractor.stream(" and then", cache, max_tokens=4) for cache in (first.cache, woken)]
+    texts = ["".join(result) for result in results]
+    assert texts[0] == texts[1] and results[0].tokens == results[1].tokens
+    assert results[1].prefilled == len(tokenizer.encode(" and then"))
+
+
+def test_the_engine_from_python(tiny_model, tmp_path):
+    engine = torpor.Engine(tiny_model, tmp_path / "engine")
+    ada = engine.agent("ada")
+    result = ada.turn("hello", raw=True, max_tokens=4)
+    assert result.generated == 4
+    bob = ada.fork("bob")
+    assert "".join(bob.stream(" again", raw=True, max_tokens=4)) == ada.turn(" again", raw=True, max_tokens=4).text
+    ada.sleep()
+    with pytest.raises(torpor.NotFoundError):
+        engine.agent("nobody").fork("eve")
