@@ -20,6 +20,7 @@ from ._codec import validate as _validate
 from .engine import Agent, Engine
 from .errors import (BusyError, CancelledError, CorruptionError, Error, IncompatibleError, InternalError,
                      InvalidArgumentError, IoError, NotFoundError, ResourceExhaustedError)
+from .exchange import load_prompt_cache, save_prompt_cache
 from .extractor import Generation, MLXCacheExtractor
 from .persistence import CachePersistence
 
@@ -27,8 +28,8 @@ __all__ = [
     "Agent", "BusyError", "CachePersistence", "CancelledError", "CorruptionError", "Engine", "Error", "Generation",
     "IncompatibleError", "InternalError", "InvalidArgumentError", "IoError", "MLXCacheExtractor", "NotFoundError",
     "ResourceExhaustedError", "SaveResult", "TurnResult", "common_prefix", "delete_agent_cache", "get_cache_disk_usage",
-    "get_cache_memory", "get_cache_size", "list_cached_agents", "load_agent_cache", "save_agent_cache",
-    "validate_cache_structure",
+    "get_cache_memory", "get_cache_size", "list_cached_agents", "load_agent_cache", "load_prompt_cache", "save_agent_cache",
+    "save_prompt_cache", "validate_cache_structure",
 ]
 
 

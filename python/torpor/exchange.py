@@ -1,0 +1,67 @@
+"""mlx-lm's prompt-cache files, both dialects (`mlx_lm.generate --prompt-cache-file`, `mlx_lm.cache_prompt`)."""
+
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+from mlx_lm.models import cache as mlx_cache
+
+from ._codec import cache_class
+from .errors import CorruptionError, InvalidArgumentError, NotFoundError
+
+
+def load_prompt_cache(path):
+    """(cache, metadata) of a prompt-cache file that mlx-lm wrote, of this version's dialect or of that up to 0.31.
+
+    Such a file holds no token ids, and no checksum: what is damaged in it is not found.
+    """
+    path = str(Path(path).expanduser())
+    if not Path(path).is_file():
+        raise NotFoundError(f"There is no prompt-cache file '{path}'.")
+    try:
+        arrays, metadata = mx.load(path, return_metadata=True)
+        if metadata.get("2.0") == "":
+            return mlx_cache.load_prompt_cache(path, return_metadata=True)
+        meta_states, user, classes = tree_unflatten(list(metadata.items()))
+        states = tree_unflatten(list(arrays.items())) if arrays else []
+        states += [[]] * (len(classes) - len(states))
+        return [_old(*layer) for layer in zip(classes, states, meta_states, strict=True)], user or {}
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise CorruptionError(f"'{path}' is no prompt-cache file of mlx-lm, or is damaged: {error}.") from error
+
+
+def _old(name, state, meta):
+    """A layer of the old dialect, in which an object was its arrays (`state`) and texts (`meta`)."""
+    if name == "CacheList":
+        made = mlx_cache.CacheList(*(_old(*child) for child in zip(meta[0], state, meta[1], strict=True)))
+    elif name in ("ArraysCache", "MambaCache"):
+        made = mlx_cache.ArraysCache(len(state))
+        made.cache = list(state)
+    elif name in ("KVCache", "ConcatenateKVCache"):
+        made = cache_class(name)()
+        if state:
+            made.keys, made.values = state
+            made.offset = made.keys.shape[2]
+    elif name == "QuantizedKVCache":
+        offset, group_size, bits = map(int, meta)
+        made = mlx_cache.QuantizedKVCache(group_size, bits)
+        made.keys, made.values = map(tuple, state)
+        made.offset = offset
+    elif name == "RotatingKVCache":
+        keep, max_size, offset, index = map(int, meta)
+        made = mlx_cache.RotatingKVCache(max_size, keep)
+        made.keys, made.values = state
+        made.offset, made._idx = offset, index
+    elif name == "ChunkedKVCache" and int(meta[1]) == 0:
+        made = mlx_cache.ChunkedKVCache(int(meta[0]))
+        made.keys, made.values = state
+        made.offset = made.keys.shape[2]
+    else:
+        raise InvalidArgumentError(f"A {name} of the old prompt-cache dialect can't be read; save it with mlx-lm 0.32 or newer.")
+    return made
+
+
+def save_prompt_cache(path, cache, metadata=None):
+    """Writes `cache` as mlx-lm's own prompt-cache file. `mlx_lm.generate` also wants "model" and "tokenizer_config" (a
+    JSON text) in the metadata."""
+    mlx_cache.save_prompt_cache(str(Path(path).expanduser()), cache, metadata)
