@@ -90,7 +90,7 @@ void save(const char* root, int n_tokens, Durability durability) {
   const double fork_ms = timed([&] { fork_agent(store, "a", "fork", at, durability); });
   std::unique_ptr<KvCache> clone;
   const double clone_ms = timed([&] { clone = cache->clone(); });
-  std::printf("{\"tokens\":%d,\"bytes\":%lld,\"save_ms\":%.3f,\"turn_ms\":%.3f,\"turn_bytes\":%lld,\"fork_ms\":%.3f,"
+  std::printf("{\"tokens\":%d,\"first_bytes\":%lld,\"save_ms\":%.3f,\"turn_ms\":%.3f,\"turn_bytes\":%lld,\"fork_ms\":%.3f,"
               "\"fork_bytes\":%lld,\"fork_awake_ms\":%.4f}\n",
               n_tokens, static_cast<long long>(first.bytes_written), first_ms, turn_ms,
               static_cast<long long>(turn.bytes_written), fork_ms,
@@ -140,7 +140,7 @@ void wake(const char* root) {
     bytes = loaded.bytes_read;
   });
   const int64_t peak = status("VmHWM") - before;
-  std::printf("{\"tokens\":%d,\"bytes\":%lld,\"wake_ms\":%.3f,\"memcpy_ms\":%.3f,\"peak_bytes\":%lld,\"kv_bytes\":%lld}\n",
+  std::printf("{\"tokens\":%d,\"read_bytes\":%lld,\"wake_ms\":%.3f,\"memcpy_ms\":%.3f,\"peak_bytes\":%lld,\"kv_bytes\":%lld}\n",
               cache->length(), static_cast<long long>(bytes), wake_ms, memcpy_ms(size_t(bytes)), static_cast<long long>(peak),
               static_cast<long long>(cache->nbytes()));
 }

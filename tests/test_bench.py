@@ -1,6 +1,13 @@
 """`torpor bench`: the shape of what it prints, and what it refuses. Its numbers are docs/benchmarks.md's business."""
 
+import json
+import subprocess
+
 import pytest
+
+from conftest import BIN
+
+AGENTS_BENCH = BIN.parent / "bench" / "agents_bench"
 
 
 def bench(torpor, *args, **kwargs):
@@ -63,3 +70,22 @@ def test_bad_options(tiny):
     bench(tiny, "--prefill", 8, "--depth", 0, env={"TMPDIR": "/nonexistent"}).fails("io", "TMPDIR")
     tiny.model = tiny.store.parent / "nowhere"
     bench(tiny).fails("not_found", "nowhere")
+
+
+@pytest.mark.skipif(not AGENTS_BENCH.exists(), reason="the benchmarks are not built")
+def test_agents_bench_says_what_the_comparison_with_llama_server_reads(tmp_path):
+    def run(*args):
+        return json.loads(subprocess.run([AGENTS_BENCH, *map(str, args)], check=True, stdout=subprocess.PIPE).stdout)
+
+    row = 30 * 2 * 3 * 64 * 2  # layers x (key, value) x heads x head_dim x f16
+    saved = run("save", tmp_path / "store", 600, "rename")
+    assert list(saved) == ["tokens", "first_bytes", "save_ms", "turn_ms", "turn_bytes", "fork_ms", "fork_bytes", "fork_awake_ms"]
+    assert saved["first_bytes"] >= 600 * row
+    assert 152 * row <= saved["turn_bytes"] < 160 * row, "the tail alone: 88 rows of before and 64 new ones"
+    assert saved["fork_bytes"] < row, "a fork at a segment's end writes no row"
+    woken = run("wake", tmp_path / "store")
+    assert list(woken) == ["tokens", "read_bytes", "wake_ms", "memcpy_ms", "peak_bytes", "kv_bytes"]
+    assert woken["tokens"] == 664 and woken["read_bytes"] >= 664 * row
+    talk = run("conversation", tmp_path / "talk", 1024)
+    assert list(talk) == ["tokens", "written", "bytes"]
+    assert talk["tokens"] == 1024 and talk["bytes"] >= 1024 * row

@@ -3,10 +3,8 @@
     bench/peers/prepare
     .venv/bin/python bench/peers/compare.py [--torpor build/torpor] [--runs 5]
 
-Each case runs once with Torpor, then once with llama.cpp, and so on, so that whatever else the machine does meets both. That
-is not enough: llama.cpp's threads wait for each other by spinning, and lose far more than the share that other processes
-take. So the share of all cores that went to others is measured with each run, and when it was above a tenth in either run of
-a pair, another pair is tried, up to twice --runs; those that were disturbed least count, whatever their result.
+Each case runs once with Torpor, then once with llama.cpp, and so on, so that whatever else the machine does meets both. A pair
+that others disturbed by more than a tenth is tried again, up to twice --runs (bench/peers/pairs.py).
 Torpor warms up with a run of the same size; so does llama.cpp, but for the prompts that take it long. Printed are the
 medians over the pairs, the ratio of the medians, and the lowest and highest ratio of one pair. mlx-lm comes last, on a few
 tokens, because its speed on an x86 CPU allows no more; Torpor is measured on as few beside it. Ctrl-C ends a case early;
@@ -18,24 +16,22 @@ All numbers go to bench/out/compare.json as soon as they are there, the ratios a
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 from machine import cpu_name  # noqa: E402
+from pairs import Others, by_key, least_disturbed, plot, summary  # noqa: E402
 
 OUT = ROOT / "bench" / "out"
 LLAMA_BENCH = OUT / "llama-cpp" / "build" / "bin" / "llama-bench"
 GGUF = OUT / "smollm2-135m.gguf"
 MODEL = ROOT / ".models" / "smollm2-135m"
 DECODE = 64
-QUIET = 0.1
 MLX_LM_PREFILL, MLX_LM_DECODE = 32, 8
 
 
@@ -59,19 +55,10 @@ CASES = [
 PEAK = ("peak", 4096)  # memory of the last case's processes
 
 
-def busy_seconds():
-    """CPU time that all processes have used since boot; None where that is not told."""
-    try:
-        user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
-    except OSError:
-        return None
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
 def run(command):
     """Standard output, the process's largest resident set in bytes, and the share of all cores that others used."""
     with tempfile.TemporaryFile() as errors:
-        busy, start = busy_seconds(), time.monotonic()
+        others = Others()
         process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=errors)
         try:
             out = process.stdout.read()
@@ -85,10 +72,7 @@ def run(command):
         if process.returncode != 0:
             errors.seek(0)
             sys.exit(f"{' '.join(map(str, command))} failed with {process.returncode}:\n{errors.read().decode(errors='replace')}")
-    others = 0.0
-    if busy is not None:
-        others = busy_seconds() - busy - usage.ru_utime - usage.ru_stime
-    share = max(0.0, others / (time.monotonic() - start) / os.cpu_count())
+    share = others.share(usage.ru_utime + usage.ru_stime)
     return json.loads(out), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), share
 
 
@@ -109,21 +93,6 @@ def run_llama_cpp(threads, arguments):
     return found, peak, share
 
 
-def least_disturbed(attempt, runs):
-    """Calls `attempt`, which gives {key: (ours, theirs)} and how disturbed it was; keeps `runs` of its results."""
-    attempts = []
-    try:
-        while len(attempts) < 2 * runs and sum(share <= QUIET for share, _ in attempts) < runs:
-            pairs, share = attempt()
-            attempts.append((share, pairs))
-            print(f"{len(attempts)}: " + ", ".join(f"{key if isinstance(key, str) else ' '.join(map(str, key))} {a:.4g} / {b:.4g} = {a / b:.2f}"
-                                                   for key, (a, b) in pairs.items()) + f"; others {share:.0%}",
-                  file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        print("interrupted: on to what comes next", file=sys.stderr)
-    return sorted(attempts, key=lambda one: one[0])[:runs]
-
-
 def measure_llama_cpp(torpor, runs, threads):
     """Per key a list of (torpor, llama.cpp, others' share), one of each run."""
     results = {}
@@ -135,9 +104,7 @@ def measure_llama_cpp(torpor, runs, threads):
             if measures is CASES[-1][2]:
                 pairs[PEAK] = (our_peak, their_peak)
             return pairs, max(our_share, their_share)
-        for share, pairs in least_disturbed(attempt, runs):
-            for key, pair in pairs.items():
-                results.setdefault(key, []).append((*pair, share))
+        by_key(least_disturbed(attempt, runs), results)
     return results
 
 
@@ -150,17 +117,7 @@ def measure_mlx_lm(torpor, runs):
         return {"prefill": (ours["prefill", MLX_LM_PREFILL], theirs["prefill"]), "decode": (ours["decode", 0], theirs["decode"]),
                 "peak": (our_peak, theirs["peak_bytes"])}, max(our_share, their_share)
 
-    results = {}
-    for share, pairs in least_disturbed(attempt, runs):
-        for key, pair in pairs.items():
-            results.setdefault(key, []).append((*pair, share))
-    return results
-
-
-def summary(pairs):
-    ours, theirs, _ = (statistics.median(side) for side in zip(*pairs))
-    ratios = [a / b for a, b, _ in pairs]
-    return ours, theirs, ours / theirs, min(ratios), max(ratios)
+    return by_key(least_disturbed(attempt, runs))
 
 
 def report(results):
@@ -197,26 +154,6 @@ def save(results, mlx_lm):
         "llama_cpp": {" ".join(map(str, key)): pairs for key, pairs in results.items()}, "mlx_lm": mlx_lm}, indent=1))
 
 
-def plot(bars, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(8, 0.7 * len(bars) + 1.2), layout="constrained")
-    for i, (label, ratio, low, high, target) in enumerate(bars):
-        axes.barh(i, ratio, color="#3b6ea8", height=0.6, label="Torpor / llama.cpp, medians" if i == 0 else None)
-        axes.plot([low, high], [i, i], color="black", lw=1.2, label="lowest to highest pair" if i == 0 else None)
-        axes.plot([target, target], [i - 0.38, i + 0.38], color="#c0392b", lw=2, label="target" if i == 0 else None)
-        axes.text(max(ratio, high, target) + 0.05, i, f"{ratio:.2f}x", va="center")
-    axes.axvline(1, color="gray", lw=0.8, ls=":")
-    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(max(bar[1], bar[3], bar[4]) for bar in bars) * 1.15)
-    axes.set_xlabel("speed relative to llama.cpp (tokens/s over tokens/s)")
-    axes.set_title(f"SmolLM2-135M, 4-bit, KV f16; {os.cpu_count()} cores, {cpu_name()}", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torpor", type=Path, default=ROOT / "build" / "torpor")
@@ -232,7 +169,8 @@ def main():
     save(results, {})
     bars = report(results)
     if bars:
-        plot(bars, OUT / "compare.png")
+        plot(bars, OUT / "compare.png", f"SmolLM2-135M, 4-bit, KV f16; {os.cpu_count()} cores, {cpu_name()}",
+             "speed relative to llama.cpp (tokens/s over tokens/s)")
         print(f"\nPlot: {(OUT / 'compare.png').relative_to(ROOT)}", flush=True)
     if arguments.mlx_lm_runs:
         mlx_lm = measure_mlx_lm(arguments.torpor.resolve(), arguments.mlx_lm_runs)
