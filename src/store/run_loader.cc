@@ -162,7 +162,8 @@ void RunLoader::read() {
     size_t total_bytes = 0;
     for (size_t i = 0; i < todo.size(); ++i) {
       todo[i] = wanted(i, length);
-      if (covers(runs_[i].checked, todo[i])) continue;
+      // A run of which no layer sees anything any more has its place all the same.
+      if (runs_[i].rows.n_tokens > 0 && covers(runs_[i].checked, todo[i])) continue;
       if (!is_tail(i) && !runs_[i].opened) open_segment_file(i);  // what was held of it is not enough
       if (!runs_[i].problem.empty()) break;
       if (!runs_[i].placed) place_rows(i);
