@@ -73,6 +73,7 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds " + std::to_string(agent.cache->length()) +
                                                  " tokens, so it can't be rewound to " + std::to_string(n_tokens) + ".");
   }
+  finish_writes(agent);  // one that ends may let go of rows behind a window
   if (!agent.cache->can_truncate(int(n_tokens))) {
     sleep(id);
     rewind_agent(store_, id, n_tokens, options_.durability);
