@@ -4,6 +4,8 @@
 
 #include <sys/stat.h>
 
+#include <thread>
+
 namespace torpor::testing {
 namespace {
 
@@ -115,6 +117,27 @@ TEST_F(StoreTest, EqualTokensWithOtherRowsKeepTheirOwnRows) {
   EXPECT_TRUE(same(fresh.load_agent_cache("one").snapshot, one));
   EXPECT_TRUE(same(fresh.load_agent_cache("other").snapshot, other));
   EXPECT_TRUE(same(fresh.load_agent_cache("other2").snapshot, other));
+}
+
+TEST_F(StoreTest, SavesAtOnceOfEqualTokensWithOtherRowsKeepTheirOwnRows) {
+  for (int round = 0; round < 20; ++round) {
+    std::vector<KvSnapshot> snapshots;
+    for (uint32_t seed = 1; seed <= 6; ++seed) {
+      snapshots.push_back(make_snapshot(600, small_layout(), seed));
+      snapshots.back().tokens[0] = round;  // names that no round before has taken
+    }
+    {
+      std::vector<std::jthread> threads;
+      for (size_t i = 0; i < snapshots.size(); ++i) {
+        threads.emplace_back([&, i] {  // each with a store of its own, as another process has
+          Store(root_).save_agent_cache(std::to_string(i), snapshots[i], "m", {}, Durability::kRename);
+        });
+      }
+    }
+    for (size_t i = 0; i < snapshots.size(); ++i) {
+      ASSERT_TRUE(same(Store(root_).load_agent_cache(std::to_string(i)).snapshot, snapshots[i])) << "round " << round;
+    }
+  }
 }
 
 TEST_F(StoreTest, OtherIdentityOrParentIsAnotherSegment) {

@@ -8,16 +8,24 @@ namespace torpor {
 
 SegmentWriter::SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot)
     : store_(store), snapshot_(snapshot), all_(snapshot.layout.tensors.size(), true) {
-  const std::string identity = snapshot.identity.digest(), layout = layout_digest(snapshot.layout);
+  plan();
+  if (bytes_to_write() == 0) return;
+  lock_ = store_.lock_beginning(segment_name(segments_.front().place, ""));
+  plan();  // what another save has written meanwhile is there now
+}
+
+void SegmentWriter::plan() {
+  segments_.clear();
+  const std::string identity = snapshot_.identity.digest(), layout = layout_digest(snapshot_.layout);
   const std::vector<std::string> no_checksums(all_.size(), std::string(32, '0'));
   std::string parent;
-  for (size_t i = 0; i < snapshot.runs.size() && snapshot.runs[i].n_tokens == kSegmentTokens; ++i) {
+  for (size_t i = 0; i < snapshot_.runs.size() && snapshot_.runs[i].n_tokens == kSegmentTokens; ++i) {
     Planned& segment = segments_.emplace_back();
-    segment.run = &snapshot.runs[i];
-    segment.place = {identity, layout, parent, std::span(snapshot.tokens).subspan(i * kSegmentTokens, kSegmentTokens)};
+    segment.run = &snapshot_.runs[i];
+    segment.place = {identity, layout, parent, std::span(snapshot_.tokens).subspan(i * kSegmentTokens, kSegmentTokens)};
     choose_name(segment);
     if (segment.write) {
-      segment.stat = {.size = encode_segment_header(segment.place, segment.variant, snapshot.layout, no_checksums).size() +
+      segment.stat = {.size = encode_segment_header(segment.place, segment.variant, snapshot_.layout, no_checksums).size() +
                               segment.run->bytes.size() + token_bytes(segment.place.tokens).size()};
     }
     parent = segment.name;

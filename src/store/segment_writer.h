@@ -11,7 +11,9 @@ namespace torpor {
 
 class SegmentWriter {
  public:
-  /// Gives every sealed run its name, and finds out which are on disk already. `snapshot` must outlive the writer.
+  /// Gives every sealed run its name, and finds out which are on disk already. `snapshot` must outlive the writer. While
+  /// something is missing, other saves of agents that begin with the same segment wait until this writer is gone: two
+  /// that differ in rows alone would else both take the plain name, and the later one would give the other its rows.
   SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot);
 
   /// Bytes of the files that are missing.
@@ -34,6 +36,7 @@ class SegmentWriter {
   };
   enum class Found { kNothing, kSame, kOther };
 
+  void plan();
   void choose_name(Planned& segment);
   Found look_up(Planned& segment);
   const std::vector<std::string>& checksums_of(Planned& segment);
@@ -44,6 +47,7 @@ class SegmentWriter {
   const KvSnapshot& snapshot_;
   const TensorMask all_;
   std::vector<Planned> segments_;
+  std::optional<FileLock> lock_;
 };
 
 }  // namespace torpor

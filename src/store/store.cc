@@ -104,6 +104,15 @@ FileLock Store::Impl::lock_store(LockMode mode) {
   return std::move(*lock);
 }
 
+FileLock Store::Impl::lock_beginning(const std::string& first_segment) {
+  auto lock = env.lock(lock_path(".begin-" + first_segment.substr(0, 2)), LockMode::kExclusive, std::chrono::minutes(1));
+  if (!lock) {
+    throw Error(ErrorCode::kBusy, "Another save to the store '" + root.string() + "' of an agent that begins alike takes too "
+                                  "long; try again later.");
+  }
+  return std::move(*lock);
+}
+
 FileLock Store::Impl::lock_agent(const std::string& id) {
   check_agent_id(id);
   // Not quite at once: who looks whether an agent is awake holds its lock for a moment.

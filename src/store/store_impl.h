@@ -51,6 +51,9 @@ struct Store::Impl {
   // ---- locks
   /// kBusy after 10 s.
   FileLock lock_store(LockMode mode);
+  /// Of agents whose first segment would have this name (and of those that share its first two digits). kBusy after a
+  /// minute.
+  FileLock lock_beginning(const std::string& first_segment);
   FileLock lock_agent(const std::string& id);
 
   // ---- files
