@@ -108,6 +108,8 @@ void File::write_all(std::span<const std::byte> bytes) {
   }
 }
 
+void File::expect_size(uint64_t size) noexcept { env_->raw_preallocate(fd_, size); }
+
 void File::sync() const {
   const int result = retry_interrupted([&] { return env_->raw_sync(fd_); });
   if (result < 0) throw_io_error("flush to disk", path_, -result);
@@ -259,6 +261,11 @@ class PosixEnv final : public Env {
     return {static_cast<const std::byte*>(memory), [size](const std::byte* p) {
               ::munmap(const_cast<std::byte*>(p), size_t(size));
             }};
+  }
+  void raw_preallocate([[maybe_unused]] int fd, [[maybe_unused]] uint64_t size) noexcept override {
+#ifdef __linux__
+    [[maybe_unused]] const int ignored = ::fallocate(fd, 0, 0, off_t(size));
+#endif
   }
   int raw_sync(int fd) override { return sync_descriptor(fd); }
   int raw_stat_fd(int fd, FileStat& out) override {

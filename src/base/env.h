@@ -51,6 +51,8 @@ class File {
   /// caller reads instead). The file must never be written or cut again.
   std::shared_ptr<const std::byte> map(uint64_t size) const;
   void write_all(std::span<const std::byte> bytes);
+  /// Says how long the file will be, which makes writing it cheaper. Only a hint.
+  void expect_size(uint64_t size) noexcept;
   void sync() const;
   /// Reports what close reports (some file systems refuse a write only here). The destructor does not.
   void close();
@@ -111,6 +113,8 @@ class Env {
   virtual int64_t raw_write(int fd, const void* bytes, size_t size) = 0;
   /// nullptr where files can't be mapped.
   virtual std::shared_ptr<const std::byte> raw_map(int /*fd*/, uint64_t /*size*/) { return nullptr; }
+  /// What can't be had is left to the writes to say.
+  virtual void raw_preallocate(int /*fd*/, uint64_t /*size*/) noexcept {}
   virtual int raw_sync(int fd) = 0;
   virtual int raw_stat_fd(int fd, FileStat& out) = 0;
   virtual int raw_stat(const char* path, FileStat& out) = 0;

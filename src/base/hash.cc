@@ -2,7 +2,11 @@
 
 #include <cstdint>
 
+#ifdef TORPOR_XXH_DISPATCH
+#include <xxh_x86dispatch.h>
+#else
 #include <xxhash.h>
+#endif
 
 #include "torpor/error.h"
 

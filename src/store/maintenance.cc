@@ -89,7 +89,11 @@ GcResult Store::Impl::gc() {
     if (!name.ends_with(".json")) continue;
     const std::string id = name.substr(0, name.size() - 5);
     if (!is_agent_id(id) || env.exists(agent_path(id))) continue;
-    if (env.read_file(root / name, kMaxSidecar).find("\"sidecar_checksum\"") != std::string::npos) remove(root / name);
+    try {
+      if (env.read_file(root / name, kMaxSidecar).find("\"sidecar_checksum\"") != std::string::npos) remove(root / name);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kNotFound) throw;  // removed by whoever deleted the agent just now
+    }
   }
   return result;
 }

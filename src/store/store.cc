@@ -128,6 +128,9 @@ FileStat Store::Impl::write_file(const std::filesystem::path& path,
   const auto temporary = path.parent_path() / (temporary_prefix_ + std::to_string(next_temporary_++));
   try {
     File file = env.open(temporary, OpenMode::kCreateNew);
+    uint64_t size = 0;
+    for (const auto& piece : pieces) size += piece.size();
+    file.expect_size(size);
     for (const auto& piece : pieces) file.write_all(piece);
     if (sync) file.sync();
     const FileStat stat = file.stat();
