@@ -49,9 +49,13 @@ def feed(process, script):
 
 def test_nothing_is_lost_but_the_turn_in_flight(tiny):
     rng = random.Random(4)
-    agents = [f"agent{i}" for i in range(10)]
     answered = {}  # tokens each agent held when its last answer was told
     for kill in range(KILLS):
+        if kill % 12 == 0:  # new agents, before the old ones fill the model's context
+            for agent in tiny("ls", "--json").ok().json:
+                tiny("rm", agent["agent"]).ok()
+            agents = [f"agent{kill}-{i}" for i in range(10)]
+            answered.clear()
         for turn in talk_until_killed(tiny, agents, rng.random(), rng.uniform(0.0, 0.5)):
             cached, context = turn["tokens"]["cached"], turn["tokens"]["context"]
             # What this process found of the agent is what was told last, or one turn more that was saved and not told.
@@ -60,12 +64,12 @@ def test_nothing_is_lost_but_the_turn_in_flight(tiny):
         tiny("verify").ok()
         held = {one["agent"]: one["cache_size"] for one in tiny("ls", "--json").ok().json}
         assert all(held[agent] >= context for agent, context in answered.items())
-    assert len(answered) > 5
+    assert answered
     assert tiny("gc").ok()
     tiny("verify").ok()
     assert not list(tiny.store.rglob(".tmp-*"))
     # And each goes on from there.
-    for agent in random.Random(1).sample(sorted(answered), 3):
+    for agent in sorted(answered)[:3]:
         turn = tiny.run(agent, " The end", "--raw").ok().json
         assert turn["tokens"]["cached"] >= answered[agent] and "damage" not in turn
 
