@@ -1,55 +1,23 @@
 #include "model/architectures.h"
-#include "model/modules.h"
+#include "model/pre_norm.h"
 
 namespace torpor::model {
 namespace {
 
-struct Layer {
-  Ops::Weight attention_norm, qkv, output;
-  Ops::Weight mlp_norm, gate_up, down;
-};
-
 /// Llama's layer with a norm on every head of q and k.
-class Qwen3 final : public Decoder {
+class Qwen3 final : public PreNormDecoder {
  public:
-  explicit Qwen3(const Checkpoint& checkpoint) : Decoder(checkpoint) {
+  explicit Qwen3(const Checkpoint& checkpoint) : PreNormDecoder(checkpoint) {
     const ModelConfig& c = config_;
-    const Modules modules(checkpoint, *ops_);
-    embedding_ = modules.embedding();
-    for (int i = 0; i < c.n_layers; ++i) {
-      const std::string layer = layer_name(i);
+    load(checkpoint, [&](const Modules& modules, const std::string& layer) {
       const std::string attention = layer + ".self_attn";
-      layers_.push_back({
-          .attention_norm = modules.norm(layer + ".input_layernorm", c.hidden_size),
-          .qkv = modules.qkv(attention, c.attention_bias, modules.norm(attention + ".q_norm", c.head_dim),
-                             modules.norm(attention + ".k_norm", c.head_dim)),
-          .output = modules.attention_output(layer + ".self_attn", c.attention_bias),
-          .mlp_norm = modules.norm(layer + ".post_attention_layernorm", c.hidden_size),
-          .gate_up = modules.gate_up(layer + ".mlp"),
-          .down = modules.down(layer + ".mlp"),
-      });
-    }
-    final_norm_ = modules.norm("model.norm", c.hidden_size);
-    head_ = modules.head(embedding_);
+      return Parts{.qkv = modules.qkv(attention, c.attention_bias, modules.norm(attention + ".q_norm", c.head_dim),
+                                      modules.norm(attention + ".k_norm", c.head_dim)),
+                   .output = modules.attention_output(attention, c.attention_bias),
+                   .gate_up = modules.gate_up(layer + ".mlp"),
+                   .down = modules.down(layer + ".mlp")};
+    });
   }
-
- private:
-  mx::array layers(const Batch& batch) override {
-    mx::array x = ops_->embedding(batch.tokens, embedding_);
-    for (int i = 0; i < config_.n_layers; ++i) {
-      const Layer& layer = layers_[size_t(i)];
-      const mx::array attended = ops_->attention(ops_->rms_norm(x, layer.attention_norm), layer.qkv, i, batch);
-      x = ops_->linear_add(attended, layer.output, x);
-      const mx::array gated = ops_->gated(ops_->rms_norm(x, layer.mlp_norm), layer.gate_up);
-      x = ops_->linear_add(gated, layer.down, x);
-    }
-    return x;
-  }
-
-  mx::array logits(const mx::array& hidden) override { return ops_->head(ops_->rms_norm(hidden, final_norm_), head_); }
-
-  Ops::Weight embedding_, final_norm_, head_;
-  std::vector<Layer> layers_;
 };
 
 }  // namespace
