@@ -266,6 +266,12 @@ TEST_F(EngineTurns, ErrorsLeaveTheAgentAsItWas) {
   failing.generate.on_prefill = [](int, int) { throw Error(ErrorCode::kIo, "The terminal is gone."); };
   EXPECT_THROW(engine.turn(failing), Error);
   EXPECT_EQ(engine.next_logits("a"), logits);
+  failing.agent = "new";
+  failing.system.reset();
+  EXPECT_THROW(engine.turn(failing), Error);
+  const std::vector<AgentMemory> awake = engine.memory_usage().agents;
+  ASSERT_EQ(awake.size(), 1u);  // and a new agent is none
+  EXPECT_FALSE(awake[0].unsaved);
 
   const TurnResult after = engine.turn(request("a", "Hello again."));
   EXPECT_EQ(after.tokens.cached, before.tokens.context);

@@ -147,12 +147,14 @@ TurnResult Engine::Impl::turn_awake(Agent& agent, const TurnRequest& request, Cl
 
   GenerateResult generated;
   const int held_before = agent.cache->length();
+  uint64_t version = agent.version;
   try {
     if (request.system && request.raw) {
       throw Error(ErrorCode::kInvalidArgument, "--system needs the chat template; leave out --raw, or put the text into the prompt.");
     }
     const std::vector<int32_t> tokens = turn_tokens(agent, request);
     const int reused = reuse(agent, tokens);
+    version = agent.version;
     result.tokens.prompt = int(tokens.size());
     result.tokens.cached = reused;
     generated = generate(*model, tokenizer, *agent.cache, std::span(tokens).subspan(size_t(reused)), request.generate);
@@ -170,7 +172,10 @@ TurnResult Engine::Impl::turn_awake(Agent& agent, const TurnRequest& request, Cl
     }
   } catch (...) {
     agent.messages = messages_before;
-    if (agent.cache->length() > held_before) agents->truncate(agent, held_before);
+    if (agent.cache->length() > held_before) {
+      agents->truncate(agent, held_before);
+      if (agent.cache->length() == held_before) agent.version = version;  // as it was: there is nothing to save
+    }
     throw;
   }
   agent.changed();
