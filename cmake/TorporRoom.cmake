@@ -1,6 +1,14 @@
 # One CMake target per room. torpor_room(NAME SOURCES ... [PUBLIC ...] [PRIVATE ...]) makes the static library
 # `torpor_NAME` (alias torpor::NAME) from files of src/NAME, sees include/ and src/, and links what is named.
 # torpor_test(NAME ROOM...) makes one GoogleTest program from tests/NAME.cc.
+
+# Stops unless FOUND is true, saying in one sentence what to install.
+function(torpor_need found what debian homebrew)
+  if(NOT found)
+    message(FATAL_ERROR "Torpor needs ${what}; install it (apt-get install ${debian}, or brew install ${homebrew}) and build again.")
+  endif()
+endfunction()
+
 find_package(Threads REQUIRED)
 
 add_library(torpor_flags INTERFACE)
@@ -15,16 +23,23 @@ if(TORPOR_SANITIZE)
 endif()
 
 # MLX lives in the Python package: `python -m mlx --cmake-dir` names the prefix of its CMake package. The interpreter
-# is the virtual environment's unless the user points MLX_ROOT or MLX_DIR elsewhere.
+# is the one that a wheel is built for, else the virtual environment's, unless the user points MLX_ROOT or MLX_DIR elsewhere.
 macro(torpor_find_mlx)
   if(NOT TARGET mlx)
     if(NOT MLX_DIR AND NOT MLX_ROOT)
+      if(SKBUILD)
+        set(TORPOR_PYTHON "${Python_EXECUTABLE}")
+      endif()
       find_program(TORPOR_PYTHON NAMES python3 python HINTS "${PROJECT_SOURCE_DIR}/.venv/bin" NO_DEFAULT_PATH)
       find_program(TORPOR_PYTHON NAMES python3 python)
       execute_process(COMMAND "${TORPOR_PYTHON}" -m mlx --cmake-dir
         OUTPUT_VARIABLE MLX_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
     endif()
-    find_package(MLX CONFIG REQUIRED)
+    find_package(MLX CONFIG QUIET)
+    if(NOT MLX_FOUND)
+      message(FATAL_ERROR "Torpor needs MLX; install its Python package (scripts/bootstrap does), or name its CMake package by MLX_DIR.")
+    endif()
+    set(TORPOR_MLX_VERSION "${MLX_VERSION}" CACHE INTERNAL "The MLX that is linked")
     set_target_properties(mlx PROPERTIES IMPORTED_GLOBAL TRUE)
     # Its headers are not ours to keep warning-free.
     get_target_property(_mlx_includes mlx INTERFACE_INCLUDE_DIRECTORIES)
@@ -60,6 +75,9 @@ function(torpor_test name)
 endfunction()
 
 # What several rooms use. xxHash ships a pkg-config file and, in some distributions, no CMake package.
-find_package(nlohmann_json 3.10 REQUIRED)
-find_package(PkgConfig REQUIRED)
-pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
+find_package(nlohmann_json 3.10 QUIET)
+torpor_need("${nlohmann_json_FOUND}" "nlohmann/json 3.10 or newer" nlohmann-json3-dev nlohmann-json)
+find_package(PkgConfig QUIET)
+torpor_need("${PKG_CONFIG_FOUND}" "pkg-config" pkg-config pkg-config)
+pkg_check_modules(XXHASH QUIET IMPORTED_TARGET libxxhash)
+torpor_need("${XXHASH_FOUND}" "xxHash" libxxhash-dev xxhash)
