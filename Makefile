@@ -2,7 +2,7 @@
 BUILD   ?= build
 PYTHON  := .venv/bin/python
 
-.PHONY: all setup build model models test demo bench soak goldens clean
+.PHONY: all setup build model models test wheel demo soak goldens clean
 all: build
 
 setup: .venv/.ready
@@ -23,6 +23,10 @@ models: model
 
 test: build models
 	scripts/run-tests $(BUILD)
+
+# The wheel by pip, tested in an environment of its own; `make test` installs the same files from the build tree.
+wheel: build model
+	scripts/check-wheel
 
 demo: build model
 	scripts/demo $(BUILD)/torpor

@@ -1,6 +1,6 @@
-"""Tests through the command line. Three things they need:
+"""Tests through the command line and the Python module. Three things they need:
 
-- the program: $TORPOR_BIN, else build/torpor;
+- the program: $TORPOR_BIN, else build/torpor, and the module built beside it;
 - the real model, .models/smollm2-135m (`make model`);
 - a tiny model with random weights and the real one's tokenizer, made here: what does not depend on the weights' meaning
   runs on it, in milliseconds.
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(os.environ.get("TORPOR_BIN", ROOT / "build" / "torpor")).resolve()
+BUILD = BIN.parent
 MODEL = ROOT / ".models" / "smollm2-135m"
+sys.path.insert(0, str(BUILD / "python"))
 
 EXIT = {"usage": 2, "not_found": 3, "corruption": 4, "incompatible": 5, "invalid": 6, "io": 7, "busy": 8, "exhausted": 9}
 

@@ -1,19 +1,16 @@
 """The Python module's store: mlx-lm's cache objects go in and come out as they were."""
 
-import os
 import subprocess
 import sys
 import threading
 
+import mlx.core as mx
+import mlx_lm.models.cache as mlx_cache
 import pytest
 
-from conftest import BIN, MODEL
+from conftest import MODEL
 
-sys.path.insert(0, os.environ.get("TORPOR_PYTHONPATH", str(BIN.parent / "python")))
-
-import mlx.core as mx  # noqa: E402
-import mlx_lm.models.cache as mlx_cache  # noqa: E402
-import torpor  # noqa: E402
+import torpor
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
@@ -206,15 +203,3 @@ def test_generation_goes_on_from_a_saved_cache_with_the_same_tokens(store, tmp_p
     texts = ["".join(result) for result in results]
     assert texts[0] == texts[1] and results[0].tokens == results[1].tokens
     assert results[1].prefilled == len(tokenizer.encode(" and then"))
-
-
-def test_the_engine_from_python(tiny_model, tmp_path):
-    engine = torpor.Engine(tiny_model, tmp_path / "engine")
-    ada = engine.agent("ada")
-    result = ada.turn("hello", raw=True, max_tokens=4)
-    assert result.generated == 4
-    bob = ada.fork("bob")
-    assert "".join(bob.stream(" again", raw=True, max_tokens=4)) == ada.turn(" again", raw=True, max_tokens=4).text
-    ada.sleep()
-    with pytest.raises(torpor.NotFoundError):
-        engine.agent("nobody").fork("eve")

@@ -1,11 +1,23 @@
 #pragma once
 /// The parts of torpor._core, one file per concern. Whatever waits for a disk or a model gives the GIL back.
 
+#include <string>
+
 #include <nanobind/nanobind.h>
+
+#include "torpor/error.h"
+#include "torpor/store.h"
 
 namespace torpor::python {
 
 void bind_store(nanobind::module_& module);
+void bind_turn(nanobind::module_& module);
 void bind_engine(nanobind::module_& module);
+
+/// The exception of torpor.errors that stands for `error`.
+nanobind::object exception_of(const Error& error);
+
+/// "full", "rename" or "none"; anything else is kInvalidArgument.
+Durability parse_durability(const std::string& name);
 
 }  // namespace torpor::python

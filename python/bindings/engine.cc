@@ -1,51 +1,152 @@
-// torpor.Engine: durable agents over one model.
+// torpor.Engine: durable agents over one model. What the methods do is said in torpor/engine.py.
 
 #include <nanobind/stl/filesystem.h>
-#include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include "bindings.h"
-#include "torpor/engine.h"
+#include "torpor/agents.h"
+#include "turn.h"
+
+#include <mlx/array.h>
 
 namespace nb = nanobind;
+namespace mx = mlx::core;
 
 namespace torpor::python {
+namespace {
+
+/// An engine that can be closed, though a turn that runs keeps it until it is over.
+class SharedEngine {
+ public:
+  explicit SharedEngine(EngineOptions options) : engine_(std::make_shared<Engine>(std::move(options))) {}
+  ~SharedEngine() { close(); }
+
+  const std::shared_ptr<Engine>& get() const {
+    if (engine_ == nullptr) throw Error(ErrorCode::kInvalidArgument, "The engine is closed; make another one.");
+    return engine_;
+  }
+  void close() {
+    auto engine = std::move(engine_);
+    const nb::gil_scoped_release release;
+    engine.reset();
+  }
+
+ private:
+  std::shared_ptr<Engine> engine_;
+};
+
+/// A method of Engine's, called without the GIL.
+template <class R, class... Args>
+auto without_gil(R (Engine::*method)(Args...)) {
+  return [method](const SharedEngine& shared, std::decay_t<Args>... args) {
+    const std::shared_ptr<Engine> engine = shared.get();
+    const nb::gil_scoped_release release;
+    return (engine.get()->*method)(args...);
+  };
+}
+
+std::optional<KvFormat> parse_kv_format(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  if (const auto format = KvFormat::parse(*name)) return format;
+  throw Error(ErrorCode::kInvalidArgument,
+              "There is no KV format '" + *name + "'; use f32, f16 or bf16, or quantize, as 'q8 group 64 f16'.");
+}
+
+SaveMode parse_save_mode(const std::string& name) {
+  if (name == "wait") return SaveMode::kWait;
+  if (name == "behind") return SaveMode::kBehind;
+  if (name == "no") return SaveMode::kNo;
+  throw Error(ErrorCode::kInvalidArgument, "There is no way '" + name + "' to save; use wait, behind or no.");
+}
+
+std::unique_ptr<RunningTurn> start(const SharedEngine& shared, const std::string& agent, const std::string& prompt,
+                                   std::optional<std::string> system, bool raw, const std::string& save, int max_tokens,
+                                   float temperature, float top_p, uint64_t seed, std::vector<std::string> stop) {
+  TurnRequest request{.agent = agent, .prompt = prompt, .system = std::move(system), .raw = raw,
+                      .save = parse_save_mode(save)};
+  request.generate.max_tokens = max_tokens;
+  request.generate.sampling = {temperature, top_p, seed};
+  request.generate.stop = std::move(stop);
+  return std::make_unique<RunningTurn>(shared.get(), std::move(request));
+}
+
+mx::array next_logits(const SharedEngine& shared, const std::string& agent) {
+  const std::shared_ptr<Engine> engine = shared.get();
+  const nb::gil_scoped_release release;
+  const std::vector<float> logits = engine->next_logits(agent);
+  return mx::array(logits.data(), mx::Shape{int(logits.size())}, mx::float32);
+}
+
+}  // namespace
 
 void bind_engine(nb::module_& module) {
   using namespace nb::literals;
-  nb::class_<TurnResult>(module, "TurnResult", "What one turn answered and computed.")
-      .def_ro("text", &TurnResult::text)
-      .def_prop_ro("finish_reason", [](const TurnResult& r) { return std::string(finish_reason_name(r.finish_reason)); })
-      .def_prop_ro("cached", [](const TurnResult& r) { return r.tokens.cached; }, "Prompt tokens that were not computed.")
-      .def_prop_ro("prefilled", [](const TurnResult& r) { return r.tokens.prefilled; }, "Prompt tokens that were.")
-      .def_prop_ro("generated", [](const TurnResult& r) { return r.tokens.generated; })
-      .def_prop_ro("context", [](const TurnResult& r) { return r.tokens.context; }, "Tokens the agent holds now.")
-      .def_prop_ro("ttft_ms", [](const TurnResult& r) { return r.timing_ms.ttft; });
-  using Release = nb::call_guard<nb::gil_scoped_release>;
-  nb::class_<Engine>(module, "CoreEngine")
-      .def("__init__", [](Engine* self, const std::string& model, const std::filesystem::path& store, size_t memory_budget) {
-        EngineOptions options;
-        options.model = model;
-        options.store = store;
-        options.memory_budget = memory_budget;
-        new (self) Engine(std::move(options));
-      }, "model"_a, "store"_a, "memory_budget"_a, Release())
-      .def("turn", [](Engine& engine, const std::string& agent, const std::string& prompt, std::optional<std::string> system,
-                      bool raw, int max_tokens, float temperature, float top_p, uint64_t seed,
-                      std::function<void(std::string)> on_text) {
-        TurnRequest request{.agent = agent, .prompt = prompt, .system = std::move(system), .raw = raw};
-        request.generate.max_tokens = max_tokens;
-        request.generate.sampling = {temperature, top_p, seed};
-        if (on_text) request.generate.on_text = [&](std::string_view text) { on_text(std::string(text)); };
-        nb::gil_scoped_release release;
-        return engine.turn(request);
-      }, "agent"_a, "prompt"_a, "system"_a.none(), "raw"_a, "max_tokens"_a, "temperature"_a, "top_p"_a, "seed"_a,
-         "on_text"_a.none())
-      .def("sleep", &Engine::sleep, "agent"_a, Release())
-      .def("fork", &Engine::fork, "src"_a, "dst"_a, "at_token"_a.none(), Release())
-      .def("rewind", &Engine::rewind, "agent"_a, "n_tokens"_a, Release())
-      .def("pin", &Engine::pin, "agent"_a, "pinned"_a, Release());
+  nb::class_<AgentMemory>(module, "AgentMemory", "What an agent that is awake holds in memory.")
+      .def_ro("agent", &AgentMemory::agent, "Its id.")
+      .def_ro("tokens", &AgentMemory::tokens)
+      .def_ro("bytes", &AgentMemory::bytes, "Buffers it holds, shared ones included.")
+      .def_ro("shared_bytes", &AgentMemory::shared_bytes, "Of those, held by another agent too.")
+      .def_ro("pinned", &AgentMemory::pinned, "Whether it stays in memory when others must make room.")
+      .def_ro("unsaved", &AgentMemory::unsaved, "Whether it has changed since its last save.");
+  nb::class_<MemoryUsage>(module, "MemoryUsage", "Where an engine's memory is, in bytes; each buffer counts once.")
+      .def_ro("model_bytes", &MemoryUsage::model_bytes, "The model's weights.")
+      .def_ro("agents", &MemoryUsage::agents, "One AgentMemory for each agent that is awake.")
+      .def_ro("kv_bytes", &MemoryUsage::kv_bytes, "All agents' rows: what the budget bounds.")
+      .def_ro("mapped_bytes", &MemoryUsage::mapped_bytes, "Of those, pages of segment files.")
+      .def_ro("queued_bytes", &MemoryUsage::queued_bytes, "Waiting to be written.")
+      .def_ro("budget", &MemoryUsage::budget, "As given to the Engine; 0: no bound.");
+  nb::class_<SharedEngine>(module, "CoreEngine")
+      .def("__init__",
+           [](SharedEngine* self, const std::string& model, const std::filesystem::path& store,
+              const std::optional<std::string>& kv_format, const std::string& durability, size_t memory_budget,
+              int64_t disk_budget, int64_t min_free, size_t write_queue) {
+             EngineOptions options{.model = model, .store = store, .kv_format = parse_kv_format(kv_format),
+                                   .durability = parse_durability(durability), .memory_budget = memory_budget,
+                                   .disk = {disk_budget, min_free}, .write_queue_bytes = write_queue};
+             const nb::gil_scoped_release release;
+             new (self) SharedEngine(std::move(options));
+           },
+           "model"_a, "store"_a, "kv_format"_a.none(), "durability"_a, "memory_budget"_a, "disk_budget"_a, "min_free"_a,
+           "write_queue"_a)
+      .def("close", &SharedEngine::close)
+      .def("start", &start, "agent"_a, "prompt"_a, "system"_a.none(), "raw"_a, "save"_a, "max_tokens"_a, "temperature"_a,
+           "top_p"_a, "seed"_a, "stop"_a)
+      .def("prefetch", without_gil(&Engine::prefetch), "agent"_a)
+      .def("save", without_gil(&Engine::save), "agent"_a)
+      .def("save_all", [](const SharedEngine& shared) {
+        const std::shared_ptr<Engine> engine = shared.get();
+        const nb::gil_scoped_release release;
+        engine->save_all();
+      })
+      .def("sleep", without_gil(&Engine::sleep), "agent"_a)
+      .def("fork", without_gil(&Engine::fork), "src"_a, "dst"_a, "at_token"_a.none())
+      .def("rewind", without_gil(&Engine::rewind), "agent"_a, "n_tokens"_a)
+      .def("pin", without_gil(&Engine::pin), "agent"_a, "pinned"_a)
+      .def("rename", without_gil(&Engine::rename), "agent"_a, "new_id"_a)
+      .def("remove", without_gil(&Engine::remove), "agent"_a)
+      .def("next_logits", &next_logits, "agent"_a)
+      .def("memory_usage", [](const SharedEngine& shared) {
+        const std::shared_ptr<Engine> engine = shared.get();
+        const nb::gil_scoped_release release;
+        return engine->memory_usage();
+      })
+      .def("stored", [](const SharedEngine& shared) {
+        const std::shared_ptr<Engine> engine = shared.get();
+        std::vector<AgentInfo> infos;
+        {
+          const nb::gil_scoped_release release;
+          infos = engine->store().list_cached_agents();
+        }
+        nb::list out;
+        for (const AgentInfo& info : infos) {
+          out.append(nb::make_tuple(info.agent_id, info.model, info.cache_size, info.bytes, is_pinned(info)));
+        }
+        return out;
+      }, nb::sig("def stored(self) -> list[tuple[str, str, int, int, bool]]"));
+  module.def("check_agent_id", &check_agent_id, "agent"_a);
 }
 
 }  // namespace torpor::python

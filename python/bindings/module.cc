@@ -1,7 +1,14 @@
 #include "bindings.h"
-#include "torpor/error.h"
 
 namespace nb = nanobind;
+
+namespace torpor::python {
+
+nb::object exception_of(const Error& error) {
+  return nb::module_::import_("torpor.errors").attr(error_mapping(error.code()).python_name)(error.what());
+}
+
+}  // namespace torpor::python
 
 NB_MODULE(_core, module) {
   module.doc() = "The C++ half of torpor; use the package's own names.";
@@ -11,10 +18,11 @@ NB_MODULE(_core, module) {
     try {
       std::rethrow_exception(error);
     } catch (const torpor::Error& e) {
-      const nb::object type = nb::module_::import_("torpor.errors").attr(torpor::error_mapping(e.code()).python_name);
-      PyErr_SetString(type.ptr(), e.what());
+      const nb::object exception = torpor::python::exception_of(e);
+      PyErr_SetObject(exception.type().ptr(), exception.ptr());
     }
   });
   torpor::python::bind_store(module);
+  torpor::python::bind_turn(module);
   torpor::python::bind_engine(module);
 }

@@ -49,13 +49,6 @@ mx::Dtype mlx_dtype(KvDtype dtype) {
   return mx::uint32;
 }
 
-Durability parse_durability(const std::string& name) {
-  if (name == "full") return Durability::kFull;
-  if (name == "rename") return Durability::kRename;
-  if (name == "none") return Durability::kNone;
-  throw Error(ErrorCode::kInvalidArgument, "There is no durability '" + name + "'; use full, rename or none.");
-}
-
 struct NamedArray {
   std::string name;
   mx::array array;
@@ -180,13 +173,21 @@ nb::dict info_dict(const AgentInfo& info) {
 
 }  // namespace
 
+Durability parse_durability(const std::string& name) {
+  if (name == "full") return Durability::kFull;
+  if (name == "rename") return Durability::kRename;
+  if (name == "none") return Durability::kNone;
+  throw Error(ErrorCode::kInvalidArgument, "There is no durability '" + name + "'; use full, rename or none.");
+}
+
 void bind_store(nb::module_& module) {
   using namespace nb::literals;
   nb::class_<SaveResult>(module, "SaveResult", "What a save wrote.")
-      .def_ro("bytes_written", &SaveResult::bytes_written)
-      .def_ro("segments_written", &SaveResult::segments_written)
-      .def_ro("segments_shared", &SaveResult::segments_shared)
-      .def_ro("segments", &SaveResult::segments);
+      .def_ro("bytes_written", &SaveResult::bytes_written, "Of files written whole: segments, and the agent's own.")
+      .def_ro("segments_written", &SaveResult::segments_written, "Runs of 256 tokens that were not on disk yet.")
+      .def_ro("segments_shared", &SaveResult::segments_shared,
+              "Already on disk, by this agent's last save or another's.")
+      .def_ro("segments", &SaveResult::segments, "The names of all, first to last.");
   nb::class_<Loaded>(module, "Loaded")
       .def("array", &Loaded::array, "name"_a, "capacity"_a)
       .def_prop_ro("info", [](const Loaded& loaded) { return info_dict(loaded.agent.info); })

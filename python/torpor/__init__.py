@@ -8,16 +8,25 @@ For mlx-lm: `MLXCacheExtractor` takes the cache out of generation, `CachePersist
     torpor.save_agent_cache("ada", cache)        # and in another process:
     cache, metadata = torpor.load_agent_cache("ada")
 
-For speed: `Engine` and `Agent`, Torpor's own engine. Errors are subclasses of `torpor.Error`.
+For speed, Torpor's own engine: `Engine` and its `Agent`s, which compute a turn's new tokens only, sleep and wake by themselves.
+
+    with torpor.Engine(path) as engine:
+        for piece in engine.agent("ada").stream("Hello"):
+            print(piece, end="", flush=True)
+
+Errors are subclasses of `torpor.Error`. Whatever waits for a disk or a model lets other threads run.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping, Sequence as _Sequence
 from functools import cache as _once
+from typing import Any as _Any
 
-import mlx.core  # first: _core links the library that it loads
-
-from ._core import SaveResult, TurnResult
+from . import _dependencies  # first: what it says is clearer than what the linker would
 from ._codec import validate as _validate
-from .engine import Agent, Engine
+from ._core import AgentMemory, MemoryUsage, SaveResult, TurnBytes, TurnResult, TurnTiming, TurnTokens
+from .engine import Agent, AgentStatus, Engine, TextStream, TurnOptions
 from .errors import (BusyError, CancelledError, CorruptionError, Error, IncompatibleError, InternalError,
                      InvalidArgumentError, IoError, NotFoundError, ResourceExhaustedError)
 from .exchange import load_prompt_cache, save_prompt_cache
@@ -25,60 +34,62 @@ from .extractor import Generation, MLXCacheExtractor
 from .persistence import CachePersistence
 
 __all__ = [
-    "Agent", "BusyError", "CachePersistence", "CancelledError", "CorruptionError", "Engine", "Error", "Generation",
-    "IncompatibleError", "InternalError", "InvalidArgumentError", "IoError", "MLXCacheExtractor", "NotFoundError",
-    "ResourceExhaustedError", "SaveResult", "TurnResult", "common_prefix", "delete_agent_cache", "get_cache_disk_usage",
-    "get_cache_memory", "get_cache_size", "list_cached_agents", "load_agent_cache", "load_prompt_cache", "save_agent_cache",
-    "save_prompt_cache", "validate_cache_structure",
+    "Agent", "AgentMemory", "AgentStatus", "BusyError", "CachePersistence", "CancelledError", "CorruptionError", "Engine",
+    "Error", "Generation", "IncompatibleError", "InternalError", "InvalidArgumentError", "IoError", "MLXCacheExtractor",
+    "MemoryUsage", "NotFoundError", "ResourceExhaustedError", "SaveResult", "TextStream", "TurnBytes", "TurnOptions",
+    "TurnResult", "TurnTiming", "TurnTokens", "common_prefix", "delete_agent_cache", "get_cache_disk_usage", "get_cache_memory",
+    "get_cache_size", "list_cached_agents", "load_agent_cache", "load_prompt_cache", "save_agent_cache", "save_prompt_cache",
+    "validate_cache_structure",
 ]
 
 
-def get_cache_size(cache):
-    """Tokens that the first layer has seen; of a batch, positions."""
+def get_cache_size(cache: _Sequence[_Any]) -> int:
+    """Tokens that the first layer of an mlx-lm cache has seen; of a batch, positions."""
     offset = getattr(cache[0], "offset", None)
     return offset if isinstance(offset, int) else cache[0].size()
 
 
-def get_cache_memory(cache):
-    """Bytes of the real buffers, spare capacity included."""
+def get_cache_memory(cache: _Sequence[_Any]) -> int:
+    """Bytes of an mlx-lm cache's real buffers, spare capacity included."""
     return sum(0 if layer.empty() else layer.nbytes for layer in cache)
 
 
-def validate_cache_structure(cache):
+def validate_cache_structure(cache: object) -> bool:
     """Whether `cache` is a sound list of mlx-lm's cache objects, which save_agent_cache would take."""
     return _validate(cache) is None
 
 
 @_once
-def _default():
+def _default() -> CachePersistence:
     return CachePersistence()
 
 
-def save_agent_cache(agent_id, cache, metadata=None, *, tokens=None):
-    """CachePersistence.save_agent_cache on the default store."""
+def save_agent_cache(agent_id: str, cache: _Sequence[_Any], metadata: _Mapping[str, str] | None = None, *,
+                     tokens: _Iterable[int] | None = None) -> SaveResult:
+    """CachePersistence.save_agent_cache on the default store ($TORPOR_STORE, else ~/.agent_caches), of no named model."""
     return _default().save_agent_cache(agent_id, cache, metadata, tokens=tokens)
 
 
-def load_agent_cache(agent_id):
+def load_agent_cache(agent_id: str) -> tuple[list[_Any], dict[str, str]]:
     """CachePersistence.load_agent_cache on the default store."""
     return _default().load_agent_cache(agent_id)
 
 
-def common_prefix(agent_id, tokens):
+def common_prefix(agent_id: str, tokens: _Iterable[int]) -> int:
     """CachePersistence.common_prefix on the default store."""
     return _default().common_prefix(agent_id, tokens)
 
 
-def list_cached_agents():
+def list_cached_agents() -> list[dict[str, _Any]]:
     """CachePersistence.list_cached_agents on the default store."""
     return _default().list_cached_agents()
 
 
-def delete_agent_cache(agent_id):
+def delete_agent_cache(agent_id: str) -> None:
     """CachePersistence.delete_agent_cache on the default store."""
     _default().delete_agent_cache(agent_id)
 
 
-def get_cache_disk_usage():
+def get_cache_disk_usage() -> dict[str, int]:
     """CachePersistence.get_cache_disk_usage on the default store."""
     return _default().get_cache_disk_usage()

@@ -1,72 +1,274 @@
 """Torpor's own engine: the fast way, with agents instead of caches."""
 
-import queue
-import threading
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
 from . import _core
+from .errors import Error
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    import mlx.core as mx
+
+_T = TypeVar("_T")
+
+
+class TurnOptions(TypedDict, total=False):
+    """The keyword arguments of every turn, all optional.
+
+    raw: append the prompt as it stands, without the chat template (False).
+    save: "wait" (the default): on disk before the turn returns; "behind": by a writer thread, for which Agent.sleep,
+        Engine.save_all and Engine.close wait; "no": by a later save, sleep or eviction.
+    max_tokens: the longest answer (256).
+    temperature: 0 (the default) always takes the likeliest token.
+    top_p: samples from the smallest set of tokens with this much probability (1).
+    seed: equal seeds, prompts and agents give equal tokens (0).
+    stop: a text or several; the answer ends where it would contain one.
+    """
+
+    raw: bool
+    save: Literal["wait", "behind", "no"]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class AgentStatus:
+    """One agent, as Engine.agents tells."""
+
+    agent_id: str
+    model: str  #: as given when it was last saved; an engine of another model can't wake it
+    tokens: int
+    awake: bool  #: in this engine's memory
+    pinned: bool
+    unsaved: bool  #: has changed since its last save
+    memory_bytes: int  #: buffers it holds, shared ones included; 0 when asleep
+    disk_bytes: int  #: its file and the segments it names; 0 before the first save
 
 
 class Engine:
-    """Durable agents over one model. Methods may be called from any thread and run one at a time.
+    """Durable agents over one model.
 
-    model: a model directory, or a repo id in the local Hugging Face cache.
-    store: default $TORPOR_STORE, else ~/.agent_caches.
-    memory_budget: bytes of KV held in memory (0: no bound); over it the agents used longest ago go to sleep.
+        with torpor.Engine("path/to/model") as engine:
+            print(engine.agent("ada").turn("My name is Ada.").text)
+
+    Methods may be called from any thread; they wait for the one thread that computes, and run there one at a time, in
+    order. Ctrl-C (KeyboardInterrupt) ends a wait for a turn and leaves the agent as it was before that turn, unless it was
+    complete. Errors are subclasses of torpor.Error.
     """
 
-    def __init__(self, model, store=None, memory_budget=0):
-        root = Path(store).expanduser() if store is not None else _core.default_store_root()
-        self._core = _core.CoreEngine(str(model), root, memory_budget)
+    def __init__(self, model: str | os.PathLike[str], store: str | os.PathLike[str] | None = None, *,
+                 kv_format: str | None = None, durability: Literal["full", "rename", "none"] = "full",
+                 memory_budget: int = 0, disk_budget: int = 0, min_free: int = 0, write_queue: int = 256 << 20) -> None:
+        """Loads the model.
 
-    def agent(self, agent_id, system=None):
-        """The agent of that id, which its first turn makes. `system` is the system message of a new one."""
+        model: a model directory, or a repo id in the local Hugging Face cache.
+        store: a directory, made when it is not there. Default: $TORPOR_STORE, else ~/.agent_caches.
+        kv_format: how rows are kept: "f32", "f16", "bf16", or quantized to 8 or 4 bits in groups of 32, 64 or 128, as
+            "q8 group 64 f16". None: the model's own for new agents, and an old one goes on in its own.
+        durability: "full": a save survives a power cut; "rename": a killed process; "none" is for benchmarks.
+        memory_budget: bytes of rows held in memory, each buffer once (0: no bound). Over it agents that are not pinned go to
+            sleep, the least recently used first; when none can, ResourceExhaustedError says what holds the memory.
+        disk_budget: bytes that the store may take, all models together; min_free: bytes that stay free on the disk (0: no
+            bound). Over them segments of no agent go, then the save fails. An agent is never removed to make room.
+        write_queue: bytes of saves "behind" that may wait; beyond it a turn waits for the disk.
+
+        Raises NotFoundError, InvalidArgumentError (a model or format that is not supported), CorruptionError, IoError.
+        """
+        root = Path(store).expanduser() if store is not None else _core.default_store_root()
+        self._core = _core.CoreEngine(os.fspath(model), root, kv_format, durability, memory_budget, disk_budget, min_free,
+                                      write_queue)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the turn and the saves under way, then frees the model, the agents' memory and their locks. What turns
+        with save="no" left unsaved is dropped; call save_all before to keep it."""
+        self._core.close()
+
+    def agent(self, agent_id: str, system: str | None = None) -> Agent:
+        """The agent of that id: 1 to 128 of A-Za-z0-9._-, the first neither '.' nor '-', else InvalidArgumentError. Its first
+        turn makes it, when there is none.
+
+        system: the system message of a new agent; for an old one None or its own, else its next turn raises
+            InvalidArgumentError.
+        """
+        _core.check_agent_id(agent_id)
         return Agent(self, agent_id, system)
+
+    def agents(self) -> list[AgentStatus]:
+        """All agents by id, those on disk and those in memory."""
+        awake = {memory.agent: memory for memory in self._core.memory_usage().agents}
+        stored = {agent_id: rest for agent_id, *rest in self._core.stored()}
+        statuses = []
+        for agent_id in sorted(awake.keys() | stored.keys()):
+            model, tokens, disk_bytes, pinned = stored.get(agent_id, ["", 0, 0, False])
+            if memory := awake.get(agent_id):
+                statuses.append(AgentStatus(agent_id, model, memory.tokens, True, memory.pinned, memory.unsaved, memory.bytes,
+                                            disk_bytes))
+            else:
+                statuses.append(AgentStatus(agent_id, model, tokens, False, pinned, False, 0, disk_bytes))
+        return statuses
+
+    def turn(self, prompt: str, *, system: str | None = None, on_text: Callable[[str], object] | None = None,
+             **options: Unpack[TurnOptions]) -> _core.TurnResult:
+        """Answers a prompt without an agent: as Agent.turn, but nothing with a name is left behind, only whole segments for
+        prompts that begin alike."""
+        return Agent(self, "", system).turn(prompt, on_text=on_text, **options)
+
+    def stream(self, prompt: str, *, system: str | None = None, **options: Unpack[TurnOptions]) -> TextStream:
+        """Answers a prompt without an agent, as Agent.stream."""
+        return Agent(self, "", system).stream(prompt, **options)
+
+    def save_all(self) -> None:
+        """Saves every agent that is awake, and waits. All are tried; then the first error is raised."""
+        self._core.save_all()
+
+    def memory_usage(self) -> _core.MemoryUsage:
+        """Where the memory is: the model, and each agent that is awake."""
+        return self._core.memory_usage()
+
+    def _start(self, agent_id: str, prompt: str, system: str | None, *, raw: bool = False, save: str = "wait",
+               max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+               stop: str | Sequence[str] = ()) -> _core.RunningTurn:
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        return self._core.start(agent_id, prompt, system, raw, save, max_tokens, temperature, top_p, seed, stops)
+
+
+class TextStream(Iterator[str]):
+    """The text of a turn, in pieces, as soon as each can no longer change. The turn runs ahead on its own.
+
+    Iterating raises what the turn raises. Ctrl-C while waiting gives the turn up; `close`, or dropping the stream, ends it
+    early and keeps what was said.
+    """
+
+    def __init__(self, running: _core.RunningTurn) -> None:
+        self._running = running
+
+    def __next__(self) -> str:
+        piece = self._interruptible(self._running.next)
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    def close(self) -> None:
+        """Ends the turn before its next token, and waits until it is over. Its result says "cancelled", unless it was
+        complete; the agent keeps what was said."""
+        self._running.cancel()
+        try:
+            self._running.result()
+        except Error:
+            pass  # iterating, or `result`, tells
+
+    @property
+    def result(self) -> _core.TurnResult:
+        """The turn's TurnResult; waits until it is over. Raises what the turn raised."""
+        return self._interruptible(self._running.result)
+
+    def _interruptible(self, wait: Callable[[], _T]) -> _T:
+        try:
+            return wait()
+        except BaseException:  # a signal's; when it is the turn's own, there is nothing to undo
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
+        self._running.undo()
 
 
 class Agent:
-    """A named, durable conversation. Get one from Engine.agent."""
+    """A named, durable conversation. Get one from Engine.agent; any number of them may stand for the same agent.
 
-    def __init__(self, engine, agent_id, system=None):
+    Every method raises NotFoundError when there is no such agent, in memory or on disk (but `turn`, `stream`: they make it;
+    and `sleep`, `prefetch`), BusyError when another process has it awake, and IncompatibleError when it belongs to another model.
+    """
+
+    engine: Engine
+    id: str  #: changed by `rename`
+    system: str | None
+
+    def __init__(self, engine: Engine, agent_id: str, system: str | None = None) -> None:
         self.engine = engine
         self.id = agent_id
         self.system = system
 
-    def turn(self, prompt, *, raw=False, max_tokens=256, temperature=0.0, top_p=1.0, seed=0, on_text=None):
-        """One user turn, saved when it returns: a TurnResult. `on_text` is called with each piece of text."""
-        return self.engine._core.turn(self.id, prompt, self.system, raw, max_tokens, temperature, top_p, seed, on_text)
+    def __repr__(self) -> str:
+        return f"<torpor.Agent {self.id!r}>"
 
-    def stream(self, prompt, **options):
-        """The turn's text, piece by piece. The turn goes on to its end also when the iterator is dropped."""
-        pieces = queue.SimpleQueue()
-        end = object()
+    def turn(self, prompt: str, *, on_text: Callable[[str], object] | None = None,
+             **options: Unpack[TurnOptions]) -> _core.TurnResult:
+        """One user turn: wakes the agent or makes it, computes what is new, answers, saves. The agent stays awake.
 
-        def work():
-            try:
-                self.turn(prompt, on_text=pieces.put, **options)
-                pieces.put(end)
-            except BaseException as error:  # raised where it is waited for
-                pieces.put(error)
+        on_text: called with each piece of text, on this thread. What it raises gives the turn up, and is raised.
 
-        threading.Thread(target=work, daemon=True).start()
-        while (piece := pieces.get()) is not end:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
+        A turn that raises leaves the agent as it was. ResourceExhaustedError: the prompt does not fit the model's context, or
+        the agent the memory. A save that fails is told by TurnResult.save_error, for the answer stands.
+        """
+        stream = self.stream(prompt, **options)
+        try:
+            for piece in stream:
+                if on_text is not None:
+                    on_text(piece)
+            return stream.result
+        except BaseException:
+            stream._undo()
+            raise
 
-    def fork(self, new_id, at_token=None):
-        """Another agent that begins with this one's first `at_token` tokens (all of them); copies no tensor."""
+    def stream(self, prompt: str, **options: Unpack[TurnOptions]) -> TextStream:
+        """As `turn`, which begins at once; gives a TextStream to iterate over. `result` is its TurnResult."""
+        return TextStream(self.engine._start(self.id, prompt, self.system, **options))
+
+    def fork(self, new_id: str, at_token: int | None = None) -> Agent:
+        """A new agent that begins with this one's first `at_token` tokens (None: all); copies no tensor. InvalidArgumentError
+        when the id is taken or the agent holds fewer."""
         self.engine._core.fork(self.id, new_id, at_token)
         return Agent(self.engine, new_id, self.system)
 
-    def rewind(self, n_tokens):
-        """Forgets everything after the first `n_tokens` tokens."""
+    def rewind(self, n_tokens: int) -> None:
+        """Forgets everything after the first `n_tokens` tokens. InvalidArgumentError when the agent holds fewer."""
         self.engine._core.rewind(self.id, n_tokens)
 
-    def pin(self, pinned=True):
-        """Keeps the agent in memory when others must make room."""
+    def rename(self, new_id: str) -> None:
+        """Gives the agent another id. InvalidArgumentError when it is taken."""
+        self.engine._core.rename(self.id, new_id)
+        self.id = new_id
+
+    def remove(self) -> None:
+        """Removes the agent from memory and disk, and segments that no other agent names."""
+        self.engine._core.remove(self.id)
+
+    def pin(self, pinned: bool = True) -> None:
+        """Keeps the agent in memory when others must make room; no longer, with False. Saved with the agent."""
         self.engine._core.pin(self.id, pinned)
 
-    def sleep(self):
-        """Saves if changed, and lets go of the memory and the lock."""
+    def prefetch(self) -> bool:
+        """Begins to load the agent from disk beside whatever is under way, so that its turn finds it ready. Does not wait.
+        False when nothing was begun: no such agent, awake or being loaded already, or enough others are."""
+        return self.engine._core.prefetch(self.id)
+
+    def save(self) -> _core.SaveResult:
+        """Saves the agent if it has changed, and waits. IoError, ResourceExhaustedError (a disk limit)."""
+        return self.engine._core.save(self.id)
+
+    def sleep(self) -> None:
+        """Saves if changed, then lets go of the memory and the lock. Does nothing when the agent is not awake."""
         self.engine._core.sleep(self.id)
+
+    def next_logits(self) -> mx.array:
+        """Logits, float32 `[vocab]`, that follow the agent's last token; for inspection. The agent is not changed."""
+        return self.engine._core.next_logits(self.id)

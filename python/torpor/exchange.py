@@ -1,6 +1,11 @@
 """mlx-lm's prompt-cache files, both dialects (`mlx_lm.generate --prompt-cache-file`, `mlx_lm.cache_prompt`)."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
@@ -10,7 +15,7 @@ from ._codec import cache_class
 from .errors import CorruptionError, InvalidArgumentError, NotFoundError
 
 
-def load_prompt_cache(path):
+def load_prompt_cache(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, str]]:
     """(cache, metadata) of a prompt-cache file that mlx-lm wrote, of this version's dialect or of that up to 0.31.
 
     Such a file holds no token ids, and no checksum: what is damaged in it is not found.
@@ -61,7 +66,7 @@ def _old(name, state, meta):
     return made
 
 
-def save_prompt_cache(path, cache, metadata=None):
+def save_prompt_cache(path: str | os.PathLike[str], cache: Sequence[Any], metadata: Mapping[str, str] | None = None) -> None:
     """Writes `cache` as mlx-lm's own prompt-cache file. `mlx_lm.generate` also wants "model" and "tokenizer_config" (a
     JSON text) in the metadata."""
     mlx_cache.save_prompt_cache(str(Path(path).expanduser()), cache, metadata)

@@ -1,6 +1,10 @@
 """Generation by mlx-lm that takes a cache and gives it back."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
@@ -10,13 +14,13 @@ from mlx_lm.models.cache import make_prompt_cache
 class Generation:
     """A stream of text. Iterate over it; `cache`, `tokens` and `prefilled` are final at its end."""
 
-    cache: list
-    _responses: object = field(repr=False)
-    tokens: list = field(default_factory=list)  #: prompt and answer of this call; their rows are all in the cache
+    cache: list[Any]
+    _responses: Iterable[Any] = field(repr=False)
+    tokens: list[int] = field(default_factory=list)  #: prompt and answer of this call; their rows are all in the cache
     prefilled: int = 0  #: prompt tokens computed, as mlx-lm counted them
     text: str = ""
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         for response in self._responses:
             self.prefilled = response.prompt_tokens
             # The last response repeats the token before it when the answer ended by length.
@@ -37,11 +41,11 @@ class MLXCacheExtractor:
         more, cache = extractor.generate(" and then", cache)
     """
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
 
-    def stream(self, prompt, cache=None, **options):
+    def stream(self, prompt: str | Iterable[int], cache: list[Any] | None = None, **options: Any) -> Generation:
         """A Generation that continues `cache` (None: from nothing) by `prompt`, a text or token ids. A text gets the
         tokenizer's BOS in an empty cache only. `options` go to mlx_lm.stream_generate (max_tokens, sampler, ...)."""
         fresh = cache is None
@@ -52,7 +56,7 @@ class MLXCacheExtractor:
         responses = stream_generate(self.model, self.tokenizer, prompt, prompt_cache=cache, **options)
         return Generation(cache, responses, list(prompt))
 
-    def generate(self, prompt, cache=None, **options):
+    def generate(self, prompt: str | Iterable[int], cache: list[Any] | None = None, **options: Any) -> tuple[str, list[Any]]:
         """(text, cache): as `stream`, all at once. `cache` is continued in place."""
         generation = self.stream(prompt, cache, **options)
         for _ in generation:

@@ -1,7 +1,12 @@
 """Agents' caches on disk: mlx-lm's cache objects in, the same objects out."""
 
+from __future__ import annotations
+
+import os
 import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from . import _codec, _core
 from ._identity import identity_of
@@ -21,7 +26,10 @@ class CachePersistence:
     durability: "full" survives a power cut, "rename" a killed process, "none" is for benchmarks.
     """
 
-    def __init__(self, root=None, model=None, durability="full"):
+    root: Path
+
+    def __init__(self, root: str | os.PathLike[str] | None = None, model: str | os.PathLike[str] | dict[str, str] | None = None,
+                 durability: Literal["full", "rename", "none"] = "full") -> None:
         self.root = Path(root).expanduser() if root is not None else Path(_core.default_store_root())
         self._store = _core.Store(self.root)
         self._model = _MODEL_TEXT if model is None or isinstance(model, dict) else str(model)
@@ -29,7 +37,8 @@ class CachePersistence:
         self._durability = durability
         self._saved = {}  # agent id -> (weak references to the layers, tokens, segment names)
 
-    def save_agent_cache(self, agent_id, cache, metadata=None, *, tokens=None):
+    def save_agent_cache(self, agent_id: str, cache: Sequence[Any], metadata: Mapping[str, str] | None = None, *,
+                         tokens: Iterable[int] | None = None) -> _core.SaveResult:
         """Saves `cache` (as `mlx_lm.models.cache.make_prompt_cache` makes it) as the agent's; atomic. Writes what is not on
         disk yet: a conversation that grew by 64 tokens writes those.
 
@@ -63,7 +72,7 @@ class CachePersistence:
         self._remember(agent_id, cache, ids, result.segments)
         return result
 
-    def load_agent_cache(self, agent_id):
+    def load_agent_cache(self, agent_id: str) -> tuple[list[Any], dict[str, str]]:
         """(cache, metadata) of the agent. Every byte is checked: damage raises CorruptionError."""
         loaded = self._store.load(agent_id, self._identity)
         info = loaded.info
@@ -74,7 +83,7 @@ class CachePersistence:
         self._remember(agent_id, cache, loaded.tokens, info["segments"])
         return cache, {key: value for key, value in metadata.items() if not key.startswith("mlx_lm.")}
 
-    def agent_tokens(self, agent_id):
+    def agent_tokens(self, agent_id: str) -> list[int] | None:
         """The ids given when the agent was saved; None when none were."""
         info = self._store.info(agent_id)
         if "mlx_lm.tokens" in info["user"]:
@@ -83,7 +92,7 @@ class CachePersistence:
         tokens = self._store.tokens(agent_id)
         return None if min(tokens, default=0) < 0 else tokens
 
-    def common_prefix(self, agent_id, tokens):
+    def common_prefix(self, agent_id: str, tokens: Iterable[int]) -> int:
         """How many of `tokens`, from the first, are the agent's; 0 when its ids are not known."""
         held = self.agent_tokens(agent_id) or []
         n = 0
@@ -93,16 +102,16 @@ class CachePersistence:
             n += 1
         return n
 
-    def list_cached_agents(self):
+    def list_cached_agents(self) -> list[dict[str, Any]]:
         """All agents by id: dicts of agent_id, model, cache_size, bytes, created_at, updated_at and more."""
         return self._store.list()
 
-    def delete_agent_cache(self, agent_id):
+    def delete_agent_cache(self, agent_id: str) -> None:
         """Removes the agent, and the segments that no other agent uses. NotFoundError, BusyError."""
         self._store.delete(agent_id)
         self._saved.pop(agent_id, None)
 
-    def get_cache_disk_usage(self):
+    def get_cache_disk_usage(self) -> dict[str, int]:
         """Bytes and counts of agents and segments; `total_bytes` is everything."""
         return self._store.disk_usage()
 

@@ -1,0 +1,291 @@
+"""Torpor's engine from Python: what the command line does, and what only a program can do (threads, interrupts, streams)."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import mlx.core as mx
+import pytest
+
+from conftest import BUILD, MODEL, Torpor, make_tiny_model
+
+import torpor
+
+ENDLESS = 100_000  # tokens: until something ends the turn, or the context is full
+
+
+@pytest.fixture
+def engine(tiny_model, tmp_path):
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:
+        yield engine
+
+
+def status(engine, agent_id):
+    return next(status for status in engine.agents() if status.agent_id == agent_id)
+
+
+def interrupt_soon(started):
+    """Ctrl-C, as soon as `started` is set."""
+    def kill():
+        started.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_the_same_words_as_the_command_line(tmp_path):
+    real = Torpor(tmp_path / "cli", MODEL)
+    with torpor.Engine(MODEL, tmp_path / "python") as engine:
+        for prompt in ("My name is Ada.", "What is my name?"):
+            theirs = real.run("ada", prompt, max_tokens=12).ok().json
+            ours = engine.agent("ada").turn(prompt, max_tokens=12)
+            assert (ours.text, ours.finish_reason) == (theirs["text"], theirs["finish_reason"])
+            for name in ("prompt", "prefilled", "generated", "context"):
+                assert getattr(ours.tokens, name) == theirs["tokens"][name]
+            assert ours.bytes.written == theirs["bytes"]["written"]
+            assert (ours.agent, ours.model) == ("ada", str(MODEL))
+
+
+def test_an_agent_goes_on_from_one_face_to_the_other(engine, tiny_model, tmp_path):
+    cli = Torpor(tmp_path / "store", tiny_model)
+    held = engine.agent("ada").turn("hello", raw=True, max_tokens=4).tokens.context
+    engine.agent("ada").sleep()
+    assert cli.run("ada", "and", "--raw").ok().json["tokens"]["cached"] == held
+    result = engine.agent("ada").turn("more", raw=True, max_tokens=4)
+    assert result.tokens.cached > held and result.timing_ms.wake > 0 and result.bytes.read > 0
+
+
+def test_pieces_make_the_text(engine):
+    ada, bob = engine.agent("ada"), engine.agent("bob")
+    pieces = []
+    whole = ada.turn("hello", raw=True, max_tokens=16, on_text=pieces.append)
+    stream = bob.stream("hello", raw=True, max_tokens=16)
+    assert list(stream) == pieces and "".join(pieces) == whole.text == stream.result.text
+    assert len(pieces) > 1 and list(stream) == []
+
+
+def test_a_stop_string_ends_the_answer(engine):
+    text = engine.agent("ada").turn("hello", raw=True, max_tokens=16).text
+    stop = text[5:8]
+    for given in (stop, ["never", stop]):
+        result = engine.turn("hello", raw=True, max_tokens=16, stop=given)
+        assert result.text == text[:text.index(stop)] and result.finish_reason == "stop"
+
+
+def test_sampling_is_seeded(engine):
+    texts = [engine.turn("hello", raw=True, max_tokens=8, temperature=1.5, seed=seed).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_a_stream_that_is_left_keeps_what_was_said(engine, end):
+    ada = engine.agent("ada")
+    stream = ada.stream("hello", raw=True, max_tokens=ENDLESS)
+    said = next(stream) + next(stream)
+    if end == "close":
+        stream.close()
+        result = stream.result
+        assert result.finish_reason == "cancelled" and result.text.startswith(said)
+        assert result.tokens.context < 4000 and said + "".join(stream) == result.text
+    del stream
+    held = status(engine, "ada").tokens
+    assert 2 < held < 4000 and not status(engine, "ada").unsaved
+    assert ada.turn(" and", raw=True, max_tokens=2).tokens.cached == held
+
+
+@pytest.mark.parametrize("when", ["waiting", "in on_text", "in the prefill"])
+def test_ctrl_c_leaves_the_agent_as_it_was(engine, words, when):
+    ada = engine.agent("ada")
+    ada.turn("hello", raw=True, max_tokens=4)
+    before, held = ada.next_logits(), status(engine, "ada").tokens
+    started = threading.Event()
+    if when == "in on_text":
+        with pytest.raises(KeyboardInterrupt):
+            ada.turn("more", raw=True, max_tokens=ENDLESS, on_text=lambda _: os.kill(os.getpid(), signal.SIGINT))
+    else:
+        prompt = words(3000) if when == "in the prefill" else "more"
+        stream = ada.stream(prompt, raw=True, max_tokens=ENDLESS)
+        if when == "waiting":
+            next(stream)
+        killer = interrupt_soon(started)
+        with pytest.raises(KeyboardInterrupt):
+            started.set()
+            stream.result
+        killer.join()
+        with pytest.raises(torpor.CancelledError):
+            stream.result
+    assert status(engine, "ada").tokens == held and mx.array_equal(ada.next_logits(), before)
+    assert ada.turn("more", raw=True, max_tokens=2).tokens.cached == held
+
+
+def test_what_on_text_raises_undoes_the_turn(engine):
+    with pytest.raises(ZeroDivisionError):
+        engine.agent("ada").turn("hello", raw=True, max_tokens=ENDLESS, on_text=lambda _: 1 / 0)
+    assert engine.agents() == []
+
+
+def test_a_process_that_ends_in_a_turn_ends(tiny_model, tmp_path):
+    script = ("import sys, torpor\n"
+              "engine = torpor.Engine(sys.argv[1], sys.argv[2])\n"
+              f"stream = engine.agent('ada').stream('hello', raw=True, max_tokens={ENDLESS})\n"
+              "print(len(next(stream)) > 0)\n")
+    ended = subprocess.run([sys.executable, "-c", script, tiny_model, tmp_path / "store"], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(BUILD / "python")}, timeout=300)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
+
+
+def test_the_life_of_an_agent(engine, tmp_path):
+    ada = engine.agent("ada")
+    held = ada.turn("hello", raw=True, max_tokens=4).tokens.context
+    bob = ada.fork("bob", 3)
+    assert [(s.agent_id, s.tokens, s.awake) for s in engine.agents()] == [("ada", held, True), ("bob", 3, True)]
+    assert bob.id == "bob" and bob.turn(" again", raw=True, max_tokens=4).tokens.cached == 3
+    ada.rewind(4)
+    ada.pin()
+    engine.save_all()
+    assert status(engine, "ada") == torpor.AgentStatus("ada", engine.agents()[0].model, 4, True, True, False,
+                                                      status(engine, "ada").memory_bytes, status(engine, "ada").disk_bytes)
+    assert {memory.agent: memory.tokens for memory in engine.memory_usage().agents}["ada"] == 4
+    ada.sleep()
+    asleep = status(engine, "ada")
+    assert (asleep.awake, asleep.pinned, asleep.tokens, asleep.memory_bytes) == (False, True, 4, 0) and asleep.disk_bytes > 0
+    assert ada.prefetch() and not engine.agent("nobody").prefetch()
+    assert ada.turn("on", raw=True, max_tokens=1, save="no").tokens.cached == 4
+    assert status(engine, "ada").unsaved and ada.save().bytes_written > 0 and not status(engine, "ada").unsaved
+    ada.rename("eve")
+    assert ada.id == "eve" and {s.agent_id for s in engine.agents()} == {"bob", "eve"}
+    ada.remove()
+    assert [s.agent_id for s in engine.agents()] == ["bob"] and not (tmp_path / "store" / "eve.safetensors").exists()
+
+
+def test_over_the_budget_the_least_recently_used_sleeps(tiny_model, tmp_path):
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:
+        engine.agent("ada").turn("hello", raw=True, max_tokens=2)
+        one = engine.memory_usage().kv_bytes
+    with torpor.Engine(tiny_model, tmp_path / "store", memory_budget=2 * one) as engine:
+        for name in ("ada", "bob", "eve"):
+            engine.agent(name).turn(f"I am {name}", raw=True, max_tokens=2)
+        assert {s.agent_id: s.awake for s in engine.agents()} == {"ada": False, "bob": True, "eve": True}
+        usage = engine.memory_usage()
+        assert usage.kv_bytes <= usage.budget == 2 * one and usage.model_bytes > 0
+        engine.agent("bob").pin()
+        engine.agent("eve").pin()
+        with pytest.raises(torpor.ResourceExhaustedError, match="pinned"):
+            engine.agent("ada").turn("hello", raw=True, max_tokens=2)
+
+
+def test_a_prompt_without_an_agent_leaves_none(engine, words):
+    first = engine.turn(words(300), raw=True, max_tokens=2)
+    again = engine.stream(words(300), raw=True, max_tokens=2)
+    assert "".join(again) == first.text and again.result.tokens.cached == 256 and engine.agents() == []
+
+
+@pytest.mark.parametrize("save", ["wait", "behind", "no"])
+def test_when_a_turn_is_saved(tiny_model, tmp_path, save):
+    with torpor.Engine(tiny_model, tmp_path / "store", durability="rename") as engine:
+        written = engine.agent("ada").turn("hello", raw=True, max_tokens=4, save=save).bytes.written
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:
+        assert [s.agent_id for s in engine.agents()] == ([] if save == "no" else ["ada"])
+    assert (written > 0) == (save == "wait")
+
+
+def test_a_save_that_fails_is_told_with_the_answer(tiny_model, tmp_path):
+    with torpor.Engine(tiny_model, tmp_path / "store", min_free=1 << 60) as engine:
+        result = engine.agent("ada").turn("hello", raw=True, max_tokens=4)
+        assert result.tokens.generated == 4 and isinstance(result.save_error, torpor.ResourceExhaustedError)
+        assert status(engine, "ada").unsaved
+        with pytest.raises(torpor.ResourceExhaustedError):
+            engine.save_all()
+
+
+def test_damage_is_told(engine, words, tmp_path):
+    ada = engine.agent("ada")
+    assert ada.turn(words(600), raw=True, max_tokens=2).damage is None
+    ada.sleep()
+    path = next((tmp_path / "store" / "segments").glob("*/*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    result = ada.turn(" and", raw=True, max_tokens=2)
+    assert path.name in result.damage and result.tokens.cached < 600
+
+
+def test_kv_formats(tiny_model, tmp_path):
+    with torpor.Engine(tiny_model, tmp_path / "store", kv_format="q8 group 32 f16") as engine:
+        assert engine.agent("ada").turn("hello", raw=True, max_tokens=4).tokens.generated == 4
+    assert torpor.CachePersistence(tmp_path / "store").list_cached_agents()[0]["identity"]["kv"] == "q8 group 32 f16"
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:
+        assert engine.agent("ada").turn("on", raw=True, max_tokens=4).tokens.cached > 0
+    with torpor.Engine(tiny_model, tmp_path / "store", kv_format="f32") as engine, pytest.raises(torpor.IncompatibleError, match="kv"):
+        engine.agent("ada").turn("on", raw=True)
+
+
+def test_errors_are_of_their_classes(engine, tiny_model, tmp_path):
+    ada = engine.agent("ada", system="Be brief.")
+    ada.turn("hello", max_tokens=2)
+    with pytest.raises(torpor.InvalidArgumentError, match="system"):
+        engine.agent("ada", system="Be long.").turn("hello")
+    with pytest.raises(torpor.InvalidArgumentError, match="bob"):
+        ada.fork("bob"), ada.fork("bob")
+    with pytest.raises(torpor.InvalidArgumentError, match="rewound"):
+        ada.rewind(ENDLESS)
+    with pytest.raises(torpor.InvalidArgumentError):
+        engine.agent("../ada")
+    with pytest.raises(torpor.InvalidArgumentError, match="soon"):
+        ada.turn("hello", save="soon")
+    with pytest.raises(torpor.InvalidArgumentError, match="empty"):
+        ada.turn("")
+    with pytest.raises(torpor.InvalidArgumentError, match="max_tokens"):
+        ada.turn("hello", max_tokens=0)
+    with pytest.raises(TypeError, match="maxtokens"):
+        ada.turn("hello", maxtokens=2)
+    for act in ("sleep", "save", "remove", "rewind"):
+        with pytest.raises(torpor.NotFoundError, match="nobody"):
+            nobody = engine.agent("nobody")
+            nobody.rewind(0) if act == "rewind" else nobody.fork("eve") if act == "sleep" else getattr(nobody, act)()
+    with pytest.raises(torpor.NotFoundError):
+        torpor.Engine(tmp_path / "no-model", tmp_path / "store")
+    with pytest.raises(torpor.InvalidArgumentError, match="q7"):
+        torpor.Engine(tiny_model, tmp_path / "store", kv_format="q7")
+    with torpor.Engine(tiny_model, tmp_path / "store") as other, pytest.raises(torpor.BusyError, match="ada"):
+        other.agent("ada").turn("hello")
+    ada.sleep()
+    different = make_tiny_model(tmp_path / "different", lambda config, weights: config.update(rms_norm_eps=1e-6))
+    with torpor.Engine(different, tmp_path / "store") as other, pytest.raises(torpor.IncompatibleError, match="config"):
+        other.agent("ada").turn("hello")
+
+
+def test_a_closed_engine_says_so_and_lets_its_agents_go(tiny_model, tmp_path):
+    engine = torpor.Engine(tiny_model, tmp_path / "store")
+    ada = engine.agent("ada")
+    ada.turn("hello", raw=True, max_tokens=2)
+    engine.close()
+    engine.close()
+    with pytest.raises(torpor.InvalidArgumentError, match="closed"):
+        ada.turn("hello")
+    with torpor.Engine(tiny_model, tmp_path / "store") as other:
+        other.agent("ada").turn(" on", raw=True, max_tokens=2)
+
+
+def test_eight_threads_keep_their_agents_apart(engine):
+    def talk(name):
+        agent = engine.agent(name)
+        return [agent.turn(f"I am {name.removesuffix('-alone')} {i}", raw=True, max_tokens=4).text for i in range(4)]
+
+    names = [f"agent{i}" for i in range(8)]
+    together = {}
+
+    def work(name):
+        together[name] = talk(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == {name: talk(f"{name}-alone") for name in names}
+    assert len({tuple(texts) for texts in together.values()}) == 8

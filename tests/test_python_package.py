@@ -1,0 +1,207 @@
+"""The Python package as it is installed: what is in it, what it links, what it says when something is missing.
+
+It is installed from the build tree into a fresh virtual environment, beside a link to mlx. `make wheel` runs the same tests
+in an environment that pip made from the wheel ($TORPOR_WHEEL_PYTHON is its interpreter).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from conftest import BUILD, ROOT
+
+
+class Installed:
+    def __init__(self, python):
+        self.python = Path(python)
+        self.site = Path(self("import sysconfig; print(sysconfig.get_path('platlib'))").stdout.strip())
+        self.package = self.site / "torpor"
+
+    def __call__(self, script, *args, env=None):
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        return subprocess.run([self.python, "-c", script, *map(str, args)], capture_output=True, text=True, cwd="/", timeout=300,
+                              env={**environment, **(env or {})})
+
+    def ok(self, script, *args, **kwargs):
+        ended = self(script, *args, **kwargs)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+
+def bare_environment(where):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", where], check=True)
+    return where / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    if wheel := os.environ.get("TORPOR_WHEEL_PYTHON"):
+        return Installed(wheel)
+    installed = Installed(bare_environment(tmp_path_factory.mktemp("python") / "venv"))
+    subprocess.run(["cmake", "--install", BUILD, "--component", "python", "--prefix", installed.site], check=True,
+                   stdout=subprocess.DEVNULL)
+    theirs = Path(next(iter(find_spec("mlx").submodule_search_locations))).parent
+    (installed.site / "mlx").symlink_to(theirs / "mlx")
+    (installed.site / "others.pth").write_text(f"{theirs}\n")  # mlx-lm and what it needs
+    return installed
+
+
+def test_the_package_and_nothing_else_is_installed(installed):
+    files = {path.name for path in installed.package.iterdir() if path.name != "__pycache__"}
+    extension = {name for name in files if re.fullmatch(r"_core\..*\.so", name)}
+    sources = {path.name for path in (ROOT / "python" / "torpor").iterdir() if path.name != "__pycache__"}
+    assert len(extension) == 1 and files == sources | extension | {"_core.pyi", "_linked.py"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_extension_finds_the_mlx_beside_it(installed):
+    """Loaded alone: nobody has loaded libmlx before."""
+    maps = installed.ok("import ctypes, sys; ctypes.CDLL(sys.argv[1]); print(open('/proc/self/maps').read())",
+                        next(installed.package.glob("_core*.so")))
+    libraries = {line.split()[-1] for line in maps.splitlines() if "libmlx" in line}
+    assert libraries == {str((installed.site / "mlx" / "lib" / "libmlx.so").resolve())}
+
+
+def test_a_round_trip(installed, tiny_model, tmp_path):
+    script = """
+import sys, mlx.core as mx, torpor
+from mlx_lm.models.cache import KVCache
+cache = KVCache()
+cache.update_and_fetch(*(mx.random.normal((1, 2, 300, 64)) for _ in range(2)))
+torpor.save_agent_cache("ada", [cache])
+(again,), _ = torpor.load_agent_cache("ada")
+for a, b in zip(cache.keys_and_values(), again.keys_and_values()):
+    assert type(b) is mx.array and mx.array_equal(a, b)
+with torpor.Engine(sys.argv[1]) as engine:
+    result = engine.agent("eve").turn("hello", raw=True, max_tokens=4)
+    assert isinstance(engine.agent("eve").next_logits(), mx.array)
+print(result.tokens.generated, torpor.__file__)
+"""
+    said = installed.ok(script, tiny_model, env={"TORPOR_STORE": str(tmp_path / "store")})
+    assert said == f"4 {installed.package / '__init__.py'}\n"
+
+
+def test_help_names_everything(installed):
+    script = """
+import pydoc, torpor
+print(pydoc.plain(pydoc.render_doc(torpor)))
+for name in torpor.__all__:
+    assert getattr(torpor, name).__doc__, name
+    if isinstance(getattr(torpor, name), type):
+        for member, value in vars(getattr(torpor, name)).items():
+            assert member.startswith("_") or not (callable(value) or isinstance(value, property)) or value.__doc__, (name, member)
+"""
+    text = installed.ok(script)
+    for words in ("`CachePersistence` keeps it per agent", "class Engine", "memory_budget: bytes of rows", "raises BusyError"):
+        assert words in text
+
+
+def failing_import(installed, before="", env=None):
+    ended = installed(before + "import torpor", env=env)
+    assert ended.returncode == 1
+    return ended.stderr.splitlines()[-1]
+
+
+def test_without_its_mlx_it_says_what_to_do(installed, tmp_path):
+    other = tmp_path / "mlx"
+    other.mkdir()
+    (other / "__init__.py").touch()
+    (other / "core.py").write_text("__version__ = '0.1.0'")
+    version = re.search(r'= "(.+)"', (installed.package / "_linked.py").read_text())[1]
+    for sentence, words in {
+            failing_import(installed, "import sys; sys.modules['mlx'] = None; "): ["needs mlx " + version, "pip install"],
+            failing_import(installed, env={"PYTHONPATH": str(tmp_path)}): ["mlx " + version, "mlx 0.1.0 is installed", "pip install"],
+            failing_import(installed, "import sys; sys.modules['mlx_lm'] = None; "): ["needs mlx-lm", "pip install"],
+    }.items():
+        assert sentence.startswith("ImportError: torpor ") and sentence.endswith(".") and all(word in sentence for word in words)
+
+
+def test_the_pins_agree():
+    """What is linked, what is tested and what is required are one version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pinned = set(re.findall(r"^(mlx(?:\[cpu\])?==[\d.]+|nanobind==[\d.]+|mlx-lm)", (ROOT / "requirements.txt").read_text(), re.M))
+    for needed in (project["build-system"]["requires"], project["project"]["dependencies"]):
+        for name in (re.match(r"[^;<>]+", line)[0] for line in needed):
+            assert name in pinned or name.startswith("scikit-build-core=="), name
+    dependency = next(line for line in project["project"]["dependencies"] if line.startswith("mlx-lm"))
+    said = (ROOT / "python" / "torpor" / "_dependencies.py").read_text()
+    assert dependency in said
+    cmake = re.search(r"project\(torpor VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1]
+    assert project["project"]["version"] == cmake
+
+
+USER = """
+from typing import assert_type
+import mlx.core as mx
+import torpor
+
+with torpor.Engine("model", memory_budget=1 << 30) as engine:
+    ada = engine.agent("ada", system="Be brief.")
+    result = ada.turn("Hello", max_tokens=3, stop=["."], on_text=print)
+    assert_type(result, torpor.TurnResult)
+    assert_type(result.tokens.cached, int)
+    assert_type(result.damage, str | None)
+    for piece in ada.stream("Hello", save="behind"):
+        assert_type(piece, str)
+    assert_type(ada.fork("bob").next_logits(), mx.array)
+    assert_type([s.tokens for s in engine.agents()], list[int])
+    assert_type(engine.memory_usage().agents, list[torpor.AgentMemory])
+store = torpor.CachePersistence(model={"weights": "one"})
+cache, metadata = store.load_agent_cache("ada")
+assert_type(metadata, dict[str, str])
+assert_type(store.save_agent_cache("ada", cache, tokens=range(3)).segments, list[str])
+assert_type(torpor.get_cache_size(cache), int)
+"""
+MISTAKES = {
+    'ada.turn("Hello", maxtokens=3)': "call-arg",
+    'ada.turn("Hello", save="soon")': "typeddict-item|arg-type",
+    "ada.turn(3)": "arg-type",
+    "store.save_agent_cache(3, cache)": "arg-type",
+    "result.text = ''": "misc|assignment",
+}
+
+
+def test_a_program_of_a_users_is_checked_against_its_types(installed, tmp_path):
+    (tmp_path / "user.py").write_text(USER + "".join(line + "\n" for line in MISTAKES))
+    (tmp_path / "mypy.ini").write_text("[mypy-mlx_lm.*]\nfollow_imports = skip\n")  # else it reads all of transformers
+    ended = subprocess.run([sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache", "--python-executable",
+                            installed.python, "user.py"], capture_output=True, text=True, cwd=tmp_path)
+    first = USER.count("\n") + 1
+    found = {int(line): code for line, code in re.findall(r"^user.py:(\d+): error: .*\[([\w-]+)\]$", ended.stdout, re.M)}
+    assert found.keys() == set(range(first, first + len(MISTAKES))), ended.stdout
+    for (line, code), allowed in zip(sorted(found.items()), MISTAKES.values()):
+        assert code in allowed.split("|"), ended.stdout
+
+
+WITHOUT = {
+    "nlohmann-json3-dev": ["-DCMAKE_DISABLE_FIND_PACKAGE_nlohmann_json=ON"],
+    "pkg-config": ["-DCMAKE_DISABLE_FIND_PACKAGE_PkgConfig=ON"],
+    "libxxhash-dev": [],
+    "libhwy-dev": ["-DCMAKE_DISABLE_FIND_PACKAGE_HWY=ON"],
+    "cargo": ["-DTORPOR_CARGO="],
+    "python3-dev": ["-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON"],
+    "nanobind": ["-DCMAKE_DISABLE_FIND_PACKAGE_nanobind=ON"],
+    "MLX": ["-DCMAKE_DISABLE_FIND_PACKAGE_MLX=ON"],
+}
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize("missing", WITHOUT)
+def test_a_missing_package_is_named(missing, tmp_path):
+    # A pkg-config that knows all packages, or all but one.
+    known = tmp_path / "known"
+    known.mkdir()
+    for name in {"libxxhash-dev": ["libhwy"], "libhwy-dev": ["libxxhash"]}.get(missing, ["libhwy", "libxxhash"]):
+        (known / f"{name}.pc").write_text(f"Name: {name}\nDescription: none\nVersion: 1\n")
+    ended = subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path / "build", "-DTORPOR_PYTHON_MODULE=ON", *WITHOUT[missing]],
+                           capture_output=True, text=True, env={**os.environ, "PKG_CONFIG_LIBDIR": str(known)})
+    assert ended.returncode != 0
+    said = " ".join(ended.stderr.split())
+    assert re.search(rf"Torpor('s Python module)? needs .*\b{missing}\b.*\.", said), said
