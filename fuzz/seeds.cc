@@ -1,8 +1,10 @@
-/// fuzz_seeds DIR: writes small, well-formed agents into the store DIR/store and exports one to DIR/export.safetensors.
+/// fuzz_seeds DIR: writes small, well-formed agents into the store DIR/store, exports one to DIR/export.safetensors, and some
+/// as prompt caches of mlx-lm to DIR/prompt_cache.
 
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <string>
 
 #include "torpor/error.h"
 #include "torpor/store.h"
@@ -25,6 +27,28 @@ torpor::KvSnapshot make(int n_tokens, torpor::KvDtype dtype) {
   return snapshot;
 }
 
+/// Of one layer whose heads have 32 dims, 4 of which are seen behind.
+torpor::KvSnapshot make_prompt_cache(const torpor::KvFormat& format, const char* architecture) {
+  torpor::KvSnapshot snapshot = make(6, format.dtype);
+  snapshot.identity.architecture = architecture;
+  snapshot.identity.kv = format.name();
+  snapshot.layout.tensors.clear();
+  snapshot.runs.clear();
+  for (const std::string name : {"layer_0_keys", "layer_0_values"}) {
+    if (format.bits == 0) {
+      snapshot.layout.tensors.push_back({name, format.dtype, 1, 32, 4});
+    } else {
+      snapshot.layout.tensors.push_back({name, torpor::KvDtype::kU32, 1, format.bits, 4});
+      for (const char* part : {"_scales", "_biases"}) snapshot.layout.tensors.push_back({name + part, format.dtype, 1, 1, 4});
+    }
+  }
+  const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), 6);
+  const auto buffer = torpor::allocate_heap_buffer(size);
+  std::fill_n(buffer.get(), size, std::byte{1});
+  snapshot.runs.push_back({6, {buffer.get(), size}, buffer});
+  return snapshot;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -43,6 +67,16 @@ int main(int argc, char** argv) {
     save("sealed", make(256, torpor::KvDtype::kBF16));
     save("long", make(258, torpor::KvDtype::kF16));
     store.export_agent("short", directory / "export.safetensors");
+    std::filesystem::create_directory(directory / "prompt_cache");
+    torpor::Store prompt_caches(directory / "prompt_cache_store");
+    const auto write = [&](const std::string& name, const torpor::KvFormat& format, const char* architecture) {
+      prompt_caches.save_agent_cache(name, make_prompt_cache(format, architecture), "model");
+      prompt_caches.export_prompt_cache(name, directory / "prompt_cache" / name, torpor::PromptCacheDialect::kNew);
+      prompt_caches.export_prompt_cache(name, directory / "prompt_cache" / (name + "-old"), torpor::PromptCacheDialect::kOld);
+    };
+    write("plain", torpor::KvDtype::kBF16, "llama");
+    write("quantized", {torpor::KvDtype::kF16, 4, 32}, "llama");
+    write("rotating", torpor::KvDtype::kF16, "gemma3");
   } catch (const torpor::Error& error) {
     std::fprintf(stderr, "fuzz_seeds: %s\n", error.what());
     return 1;

@@ -3,6 +3,7 @@
 /// Any thread. Whoever is awake elsewhere is kBusy, but for the source of a fork: its last save is what is forked.
 
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <string>
 
@@ -21,6 +22,12 @@ SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens, D
 /// A pinned agent stays in memory when others must make room. kNotFound.
 void pin_agent(Store& store, const std::string& id, bool pinned, Durability durability = Durability::kFull);
 bool is_pinned(const AgentInfo& info);
+
+/// Agent `id`, which must be new, of a prompt-cache file of mlx-lm's (Store::read_prompt_cache, whose errors it gives). It has no
+/// messages, and its ids are not known: it can be gone on from and cut, but not compared with a prompt, nor computed again
+/// should its rows be damaged.
+SaveResult import_prompt_cache(Store& store, const std::filesystem::path& path, const std::string& id, const CacheModel& model,
+                               Durability durability = Durability::kFull);
 
 /// Where a prompt and an agent part ways, as tokens.
 struct Divergence {

@@ -29,6 +29,10 @@ struct EngineOptions {
   size_t write_queue_bytes = size_t(256) << 20;  ///< saves behind the turn that may wait; beyond it a turn waits for the disk
 };
 
+/// A model as the store needs it to make an agent of a file that does not say whose it is (import_prompt_cache,
+/// torpor/agents.h). Its files are read for their digests; no weights are kept. Errors as the Engine's constructor gives them.
+CacheModel describe_model(const std::string& name);
+
 /// When a turn's changes go to disk.
 enum class SaveMode {
   kNo,      ///< not by this turn; `sleep`, `save_all` or an eviction do it later

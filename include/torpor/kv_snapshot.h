@@ -125,6 +125,12 @@ struct KvSnapshot {
   void validate() const;
 };
 
+/// For rows whose tokens are not known: makes ids of them that no model has (all are negative) and that are equal only
+/// where the rows are, for prefixes and segments are found by their ids. `rows`: of a run, `ids` its tokens'.
+void name_unknown_tokens(std::span<int32_t> ids, std::span<const std::byte> rows);
+/// Whether any id is such a name.
+bool has_unknown_tokens(std::span<const int32_t> ids) noexcept;
+
 /// A run's memory as the kernels work on it. Only the run that is still open is ever written; a full one may be a
 /// read-only mapping of its segment file.
 struct KvBuffer {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -63,6 +64,15 @@ struct ModelInfo {
 /// A directory as it is, else the snapshot of a repo id in the local Hugging Face cache (`HF_HUB_CACHE`, `HF_HOME`,
 /// `~/.cache/huggingface`). kNotFound names the `hf download` command.
 std::filesystem::path resolve_model(const std::string& name);
+
+/// What is known of a model without its weights in memory.
+struct ModelOutline {
+  ModelInfo info;
+  Identity identity;                                   ///< as Model::identity
+  std::function<KvLayout(const KvFormat&)> kv_layout;  ///< as Model::kv_layout
+};
+/// Reads every weight byte, for their digest, and keeps none. Errors are those of Model::load; any thread.
+ModelOutline outline_model(const std::string& name, Backend backend = default_backend());
 
 class Model {
  public:

@@ -22,6 +22,7 @@ struct Agent {
   std::unique_ptr<KvCache> cache;
   std::vector<Message> messages;
   std::vector<int32_t> history;      ///< ids up to the end of the last whole turn (AgentRecord::history)
+  size_t shortest_cut = 0;           ///< AgentRecord::shortest_cut
   bool pinned = false;
   UserMetadata other;
   uint64_t last_used = 0;
@@ -40,7 +41,7 @@ struct Agent {
   bool dirty() const { return version != saved_version; }
   /// Until every row that a salvage lost is computed again, the damaged file is the better one: it has all the tokens.
   bool whole() const { return cache->tokens().size() >= history.size(); }
-  AgentRecord record() const { return {messages, history.size(), pinned, other}; }
+  AgentRecord record() const { return {messages, history.size(), shortest_cut, pinned, other}; }
 };
 
 }  // namespace torpor

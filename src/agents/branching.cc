@@ -8,6 +8,12 @@ namespace torpor {
 void AgentManager::truncate(Agent& agent, int n_tokens) {
   finish_writes(agent);
   if (!agent.cache->can_truncate(n_tokens)) {
+    const auto open = std::span(agent.cache->tokens()).first(size_t(n_tokens)).subspan(size_t(n_tokens / kSegmentTokens * kSegmentTokens));
+    if (has_unknown_tokens(open)) {
+      throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' was imported without its token ids, so what its sliding "
+                                               "windows left behind can't be computed again; rewind it to " +
+                                               std::to_string(n_tokens) + " tokens first.");
+    }
     // A window left rows behind that are needed again. Those of whole segments are on disk, the rest is computed again.
     std::vector<int32_t> tokens(agent.cache->tokens().begin(), agent.cache->tokens().begin() + n_tokens);
     own(agent, KvCache::create(agent.cache->layout(), options_.backend));
@@ -51,6 +57,7 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   AgentRecord record = source.record();
   record.cut(size_t(keep));
   agent.messages = std::move(record.messages);
+  agent.shortest_cut = record.shortest_cut;
   agent.history.assign(source.history.begin(), source.history.begin() + ptrdiff_t(record.history));
   agent.other = std::move(record.other);
   agent.segments.assign(source.segments.begin(),
@@ -80,9 +87,10 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
     wake(id);
     return;
   }
-  truncate(agent, int(n_tokens));
   AgentRecord record = agent.record();
   record.cut(size_t(n_tokens));
+  truncate(agent, int(n_tokens));
+  agent.shortest_cut = record.shortest_cut;
   agent.messages = std::move(record.messages);
   agent.history.resize(record.history);
   save_behind(agent);

@@ -64,6 +64,7 @@ void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
   agent.history = std::move(loaded.tokens);
   agent.history.resize(record.history);
   agent.messages = std::move(record.messages);
+  agent.shortest_cut = record.shortest_cut;
   agent.pinned = record.pinned;
   agent.other = std::move(record.other);
   agent.segments = std::move(loaded.info.segments);

@@ -12,6 +12,7 @@ namespace {
 constexpr const char* kMessages = "messages";
 constexpr const char* kMessageEnds = "message_ends";  // tokens up to each message's end: "12,40"
 constexpr const char* kHistory = "history_tokens";    // written only when it differs from the rows held
+constexpr const char* kShortestCut = "shortest_cut";  // written only when there is one
 constexpr const char* kPinned = "pinned";             // written only when it is "true"
 
 size_t parse_count(std::string_view text, size_t limit) {
@@ -27,6 +28,12 @@ size_t parse_count(std::string_view text, size_t limit) {
 }  // namespace
 
 void AgentRecord::cut(size_t n_tokens) {
+  if (n_tokens > 0 && n_tokens < shortest_cut) {
+    throw Error(ErrorCode::kInvalidArgument, "The agent can't be cut to " + std::to_string(n_tokens) + " tokens, only to " +
+                                                 std::to_string(shortest_cut) + " or more: the file it was imported from had "
+                                                 "forgotten the rows that its sliding windows would need.");
+  }
+  if (n_tokens == 0) shortest_cut = 0;
   const auto cut_through = [&](const Message& message) { return size_t(message.end) > n_tokens; };
   messages.erase(std::find_if(messages.begin(), messages.end(), cut_through), messages.end());
   history = std::min(history, n_tokens);
@@ -40,6 +47,7 @@ UserMetadata encode_record(const AgentRecord& record, size_t n_tokens) {
   }
   UserMetadata user = {{kMessages, messages_to_json(record.messages)}, {kMessageEnds, ends}};
   if (record.history != n_tokens) user.emplace_back(kHistory, std::to_string(record.history));
+  if (record.shortest_cut != 0) user.emplace_back(kShortestCut, std::to_string(record.shortest_cut));
   if (record.pinned) user.emplace_back(kPinned, "true");
   user.insert(user.end(), record.other.begin(), record.other.end());
   return user;
@@ -56,6 +64,8 @@ AgentRecord decode_record(const UserMetadata& user, size_t n_tokens) {
       ends = value;
     } else if (key == kHistory) {
       record.history = parse_count(value, n_tokens);
+    } else if (key == kShortestCut) {
+      record.shortest_cut = parse_count(value, n_tokens);
     } else if (key == kPinned) {
       record.pinned = value == "true";
     } else {

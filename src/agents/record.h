@@ -17,11 +17,14 @@ struct AgentRecord {
   /// Tokens up to the end of the last whole turn. Fewer than the rows held after a cancelled prefill (kept, so that the
   /// same prompt goes on from there), more after a salvage (computed again from the ids).
   size_t history = 0;
+  /// Cuts to fewer tokens, but not none, are refused: rows that windows would attend again were not in the file that the agent
+  /// was imported from.
+  size_t shortest_cut = 0;
   bool pinned = false;  ///< never evicted from memory to make room
   UserMetadata other;   ///< what somebody else keeps with the agent; carried along
 
   /// As if nothing after the first `n_tokens` tokens had been said. A message that the cut goes through is left out of the
-  /// conversation, its first tokens stay.
+  /// conversation, its first tokens stay. kInvalidArgument below shortest_cut.
   void cut(size_t n_tokens);
 };
 

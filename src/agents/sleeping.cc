@@ -40,6 +40,20 @@ SaveResult fork_agent(Store& store, const std::string& src, const std::string& d
   return copy(store, src, dst, at_token, durability, [](AgentRecord& record) { record.pinned = false; });
 }
 
+SaveResult import_prompt_cache(Store& store, const std::filesystem::path& path, const std::string& id, const CacheModel& model,
+                               Durability durability) {
+  check_agent_id(id);
+  const auto lock = store.lock_agent(id);
+  if (store.contains(id)) {
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.");
+  }
+  const PromptCache read = store.read_prompt_cache(path, model);
+  AgentRecord record;
+  record.history = read.snapshot.tokens.size();
+  record.shortest_cut = size_t(read.shortest_cut);
+  return store.save_agent_cache(id, read.snapshot, model.name, encode_record(record, record.history), durability);
+}
+
 SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens, Durability durability) {
   const auto lock = store.lock_agent(id);
   return copy(store, id, id, n_tokens, durability, [](AgentRecord&) {});

@@ -129,6 +129,18 @@ void KvSnapshot::validate() const {
   }
 }
 
+void name_unknown_tokens(std::span<int32_t> ids, std::span<const std::byte> rows) {
+  const std::string digest = hash_hex(rows);
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const uint32_t part = uint32_t(std::stoul(digest.substr(i % 4 * 8, 8), nullptr, 16));
+    ids[i] = int32_t(part | 0x80000000u);
+  }
+}
+
+bool has_unknown_tokens(std::span<const int32_t> ids) noexcept {
+  return std::any_of(ids.begin(), ids.end(), [](int32_t id) { return id < 0; });
+}
+
 std::shared_ptr<std::byte> allocate_heap_buffer(size_t size) {
   constexpr std::align_val_t kAlignment{64};
   auto* bytes = static_cast<std::byte*>(::operator new(size, kAlignment, std::nothrow));

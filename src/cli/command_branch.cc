@@ -60,6 +60,10 @@ int why(const WhyOptions& options, const std::filesystem::path& root) {
   }
 
   const std::vector<int32_t>& held = agent.tokens;
+  if (has_unknown_tokens(held)) {
+    throw Error(ErrorCode::kInvalidArgument, "agent '" + options.id + "' was imported without its token ids, so what it has in "
+                                             "common with a prompt is not known");
+  }
   const Divergence found = find_divergence(ids, held);
   const int64_t common = found.common, sealed = common / kSegmentTokens * kSegmentTokens;
   const bool diverges = common < found.prompt && common < found.held;

@@ -4,6 +4,8 @@
 
 #include "cli/commands.h"
 #include "cli/output.h"
+#include "torpor/agents.h"
+#include "torpor/engine.h"
 #include "torpor/error.h"
 
 namespace torpor::cli {
@@ -42,15 +44,40 @@ int collect_garbage(const std::filesystem::path& root) {
   return 0;
 }
 
+/// Writes as `--format` says; unless it says anything, as Torpor's own export.
+int export_file(Store& store, const std::string& id, const std::filesystem::path& file, const std::string& format) {
+  if (format == "torpor") {
+    store.export_agent(id, file);
+  } else {
+    store.export_prompt_cache(id, file, format == "mlx-lm" ? PromptCacheDialect::kNew : PromptCacheDialect::kOld);
+  }
+  return 0;
+}
+
 /// An import makes an agent, so the store may be new; what is asked for is checked before its directory is made.
-int import_file(const std::filesystem::path& root, const std::filesystem::path& file, const std::string& id) {
+int import_file(const std::filesystem::path& root, const std::filesystem::path& file, const std::string& id,
+                const std::string& model) {
   check_agent_id(id);
   std::error_code error;
   if (!std::filesystem::is_regular_file(file, error)) {
     throw Error(ErrorCode::kNotFound, "can't import '" + file.string() + "': no such file");
   }
-  Store store(root);
-  const SaveResult result = store.import_agent(file, id);
+  const bool of_mlx_lm = is_prompt_cache(file);
+  if (of_mlx_lm && model.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "'" + file.string() + "' is a prompt-cache file of mlx-lm, which does not say whose rows "
+                                             "it holds; name the model that made it with --model");
+  }
+  if (!of_mlx_lm && !model.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "'" + file.string() + "' says itself whose rows it holds; leave out --model");
+  }
+  SaveResult result;
+  if (of_mlx_lm) {
+    const CacheModel described = describe_model(model);
+    Store store(root);
+    result = import_prompt_cache(store, file, id, described);
+  } else {
+    result = Store(root).import_agent(file, id);
+  }
   print("imported " + id + ", " + human_bytes(result.bytes_written) + " written\n");
   return 0;
 }
@@ -59,8 +86,8 @@ int import_file(const std::filesystem::path& root, const std::filesystem::path& 
 
 void add_store_commands(CLI::App& app, Invocation& invocation) {
   struct Options {
-    std::string id;
-    std::string file;
+    std::string id, file, model;
+    std::string format = "torpor";
     bool json = false;
   };
   const auto options = std::make_shared<Options>();
@@ -79,23 +106,29 @@ void add_store_commands(CLI::App& app, Invocation& invocation) {
     invocation.run = [&invocation] { return collect_garbage(invocation.store); };
   });
 
-  CLI::App* export_app = app.add_subcommand("export", "Write an agent to one self-contained safetensors file");
+  CLI::App* export_app = app.add_subcommand("export", "Write an agent to one self-contained file, for Torpor or for mlx-lm");
   export_app->add_option("ID", options->id, "The agent")->required()->type_name("");
-  export_app->add_option("FILE", options->file, "File to write; FILE's .json is written beside it")
+  export_app->add_option("FILE", options->file, "File to write; Torpor's own has a .json beside it")
       ->required()
       ->type_name("");
+  export_app->add_option("--format", options->format, "torpor, or mlx-lm: a prompt cache; mlx-lm-0.31: its older dialect")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"torpor", "mlx-lm", "mlx-lm-0.31"}))
+      ->type_name("FORMAT");
   export_app->callback([&invocation, options] {
     invocation.run = [&invocation, options] {
-      open_store_of(invocation.store, options->id)->export_agent(options->id, options->file);
-      return 0;
+      return export_file(*open_store_of(invocation.store, options->id), options->id, options->file, options->format);
     };
   });
 
-  CLI::App* import_app = app.add_subcommand("import", "Make an agent from an exported file");
+  CLI::App* import_app = app.add_subcommand("import", "Make an agent of an exported file or of mlx-lm's prompt cache");
   import_app->add_option("FILE", options->file, "File to read")->required()->type_name("");
   import_app->add_option("ID", options->id, "The new agent")->required()->type_name("");
+  import_app->add_option("--model", options->model, "Whose rows a prompt cache of mlx-lm holds")->type_name("M");
   import_app->callback([&invocation, options] {
-    invocation.run = [&invocation, options] { return import_file(invocation.store, options->file, options->id); };
+    invocation.run = [&invocation, options] {
+      return import_file(invocation.store, options->file, options->id, options->model);
+    };
   });
 }
 

@@ -16,7 +16,22 @@ double ms_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
 }
 
+/// The identity of an agent, but for its KV format.
+Identity complete(Identity model, const Tokenizer& tokenizer, const ChatTemplate* chat_template) {
+  model.tokenizer = tokenizer.digest();
+  model.chat_template = chat_template != nullptr ? chat_template->digest() : "";
+  return model;
+}
+
 }  // namespace
+
+CacheModel describe_model(const std::string& name) {
+  ModelOutline outline = outline_model(name);
+  const auto tokenizer = Tokenizer::load(outline.info.dir);
+  const auto chat_template = ChatTemplate::load(outline.info.dir);
+  return {name, complete(std::move(outline.identity), *tokenizer, chat_template.get()), outline.info.max_context,
+          std::move(outline.kv_layout)};
+}
 
 struct Engine::Impl {
   EngineOptions options;
@@ -37,9 +52,7 @@ struct Engine::Impl {
     tokenizer = Tokenizer::load(model->info().dir);
     chat_template = ChatTemplate::load(model->info().dir);
     const KvFormat format = options.kv_format.value_or(model->default_kv_format());
-    Identity identity = model->identity();
-    identity.tokenizer = tokenizer->digest();
-    identity.chat_template = chat_template ? chat_template->digest() : "";
+    Identity identity = complete(model->identity(), *tokenizer, chat_template.get());
     identity.kv = format.name();
     agents = std::make_unique<AgentManager>(
         store, ManagerOptions{.model_name = options.model, .identity = std::move(identity), .layout = model->kv_layout(format),
@@ -86,6 +99,10 @@ int Engine::Impl::reuse(Agent& agent, std::span<const int32_t> tokens) {
   const auto agree = std::mismatch(held.begin(), held.end(), tokens.begin(), tokens.end());
   const int common = int(std::min<ptrdiff_t>(agree.first - held.begin(), std::max<ptrdiff_t>(ssize(tokens) - 1, 0)));
   if (common < agent.cache->length()) agents->truncate(agent, common);
+  if (has_unknown_tokens(tokens.subspan(size_t(agent.cache->length())))) {
+    throw Error(ErrorCode::kCorruption, "The agent '" + agent.id + "' is damaged, and can't be computed again: it was imported "
+                                        "without its token ids. Import it once more.");
+  }
   return agent.cache->length();
 }
 
@@ -264,6 +281,7 @@ std::vector<float> Engine::next_logits(const std::string& id) {
     if (!was_awake) impl_->agents->drop(id);
     if (copy->length() == 0) throw Error(ErrorCode::kInvalidArgument, "Agent '" + id + "' holds no tokens yet.");
     const int32_t last = copy->tokens().back();
+    if (last < 0) throw Error(ErrorCode::kInvalidArgument, "The last token of agent '" + id + "' is not known; say something to it.");
     copy->truncate(copy->length() - 1);
     const ForwardSequence sequence{{&last, 1}, copy.get(), false};
     const mx::array logits = impl_->model->forward({&sequence, 1});

@@ -30,6 +30,54 @@ struct Progress {
 
 }  // namespace
 
+ModelInfo info_of(const Checkpoint& checkpoint) {
+  const ModelConfig& c = checkpoint.config;
+  return {.name = checkpoint.name, .dir = checkpoint.dir, .architecture = c.architecture, .n_layers = c.n_layers,
+          .n_heads = c.n_heads, .n_kv_heads = c.n_kv_heads, .head_dim = c.head_dim, .vocab_size = c.vocab_size,
+          .max_context = c.max_context, .weight_bytes = checkpoint.weights.nbytes(), .eos_token_ids = c.eos_token_ids};
+}
+
+Identity identity_of(const Checkpoint& checkpoint) {
+  Identity identity;
+  identity.architecture = checkpoint.config.architecture;
+  identity.config = checkpoint.config.digest();
+  // Rows computed from activations of 8 bits are other rows.
+  if (checkpoint.backend == Backend::kKernels && kernels::activations() == kernels::Activations::kInt8) identity.config += "+int8";
+  identity.weights = checkpoint.weights.digest();
+  identity.rope = checkpoint.config.rope_description();
+  return identity;
+}
+
+KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
+  if (!KvFormat::parse(format.name())) {
+    throw Error(ErrorCode::kInvalidArgument, "There is no KV format '" + format.name() +
+                                                 "': rows are f32, f16 or bf16, or of 8 or 4 bits in groups of 32, 64 or 128.");
+  }
+  if (format.bits != 0 && config.head_dim % format.group != 0) {
+    throw Error(ErrorCode::kInvalidArgument, "The model's heads of " + std::to_string(config.head_dim) +
+                                                 " dims can't be quantized in groups of " + std::to_string(format.group) +
+                                                 "; choose a group that divides them, or no KV quantization.");
+  }
+  KvLayout layout;
+  for (int i = 0; i < config.n_layers; ++i) {
+    for (const char* part : {"keys", "values"}) {
+      const std::string name = "layer_" + std::to_string(i) + "_" + part;
+      const auto add = [&](const char* suffix, KvDtype dtype, int dim) {
+        layout.tensors.push_back({.name = name + suffix, .dtype = dtype, .n_kv_heads = config.n_kv_heads, .dim = dim,
+                                  .window = config.windows[size_t(i)]});
+      };
+      if (format.bits == 0) {
+        add("", format.dtype, config.head_dim);
+      } else {
+        add("", KvDtype::kU32, config.head_dim * format.bits / 32);
+        add("_scales", format.dtype, config.head_dim / format.group);
+        add("_biases", format.dtype, config.head_dim / format.group);
+      }
+    }
+  }
+  return layout;
+}
+
 Projection find_embedding(const Checkpoint& checkpoint) {
   const ModelConfig& c = checkpoint.config;
   return find_projection(checkpoint.weights, c, c.weight_prefix + "model.embed_tokens", c.vocab_size, c.hidden_size, false);
@@ -38,46 +86,8 @@ Projection find_embedding(const Checkpoint& checkpoint) {
 Decoder::Decoder(const Checkpoint& checkpoint)
     : config_(checkpoint.config), backend_(checkpoint.backend), dtype_(checkpoint_dtype(find_embedding(checkpoint))),
       ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_) : make_mlx_ops(config_, dtype_)) {
-  info_ = {.name = checkpoint.name, .dir = checkpoint.dir, .architecture = config_.architecture,
-           .n_layers = config_.n_layers, .n_heads = config_.n_heads, .n_kv_heads = config_.n_kv_heads,
-           .head_dim = config_.head_dim, .vocab_size = config_.vocab_size, .max_context = config_.max_context,
-           .weight_bytes = checkpoint.weights.nbytes(), .eos_token_ids = config_.eos_token_ids};
-  identity_.architecture = config_.architecture;
-  identity_.config = config_.digest();
-  // Rows computed from activations of 8 bits are other rows.
-  if (backend_ == Backend::kKernels && kernels::activations() == kernels::Activations::kInt8) identity_.config += "+int8";
-  identity_.weights = checkpoint.weights.digest();
-  identity_.rope = config_.rope_description();
-}
-
-KvLayout Decoder::kv_layout(const KvFormat& format) const {
-  if (!KvFormat::parse(format.name())) {
-    throw Error(ErrorCode::kInvalidArgument, "There is no KV format '" + format.name() +
-                                                 "': rows are f32, f16 or bf16, or of 8 or 4 bits in groups of 32, 64 or 128.");
-  }
-  if (format.bits != 0 && config_.head_dim % format.group != 0) {
-    throw Error(ErrorCode::kInvalidArgument, "The model's heads of " + std::to_string(config_.head_dim) +
-                                                 " dims can't be quantized in groups of " + std::to_string(format.group) +
-                                                 "; choose a group that divides them, or no KV quantization.");
-  }
-  KvLayout layout;
-  for (int i = 0; i < config_.n_layers; ++i) {
-    for (const char* part : {"keys", "values"}) {
-      const std::string name = "layer_" + std::to_string(i) + "_" + part;
-      const auto add = [&](const char* suffix, KvDtype dtype, int dim) {
-        layout.tensors.push_back({.name = name + suffix, .dtype = dtype, .n_kv_heads = config_.n_kv_heads, .dim = dim,
-                                  .window = config_.windows[size_t(i)]});
-      };
-      if (format.bits == 0) {
-        add("", format.dtype, config_.head_dim);
-      } else {
-        add("", KvDtype::kU32, config_.head_dim * format.bits / 32);
-        add("_scales", format.dtype, config_.head_dim / format.group);
-        add("_biases", format.dtype, config_.head_dim / format.group);
-      }
-    }
-  }
-  return layout;
+  info_ = info_of(checkpoint);
+  identity_ = identity_of(checkpoint);
 }
 
 KvFormat Decoder::format_of(const KvLayout& layout) {

@@ -23,6 +23,12 @@ struct Checkpoint {
   Backend backend = Backend::kKernels;
 };
 
+ModelInfo info_of(const Checkpoint& checkpoint);
+/// Model::identity. Reads every weight byte.
+Identity identity_of(const Checkpoint& checkpoint);
+/// Model::kv_layout.
+KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format);
+
 /// The embedding, whose dtype is that of the checkpoint's activations.
 Projection find_embedding(const Checkpoint& checkpoint);
 
@@ -32,7 +38,7 @@ class Decoder : public Model {
   Backend backend() const override { return backend_; }
   Identity identity() const override { return identity_; }
   KvFormat default_kv_format() const override { return dtype_; }
-  KvLayout kv_layout(const KvFormat& format) const override;
+  KvLayout kv_layout(const KvFormat& format) const override { return kv_layout_of(config_, format); }
   mx::array forward(std::span<const ForwardSequence> batch) override;
 
  protected:

@@ -66,15 +66,17 @@ fs::path resolve_model(const std::string& name) {
                                         hub_cache().string() + "; fetch it with `hf download " + name + "`.");
 }
 
-std::unique_ptr<Model> Model::load(const std::string& name, Backend backend) {
+namespace {
+
+/// `use(checkpoint)` of the model's directory, whose weights are mapped; the errors of others made Torpor's.
+template <typename Use>
+auto with_checkpoint(const std::string& name, Backend backend, Use use) {
   try {
     const fs::path dir = resolve_model(name);
     model::ModelConfig config = model::read_config(dir);
-    const model::ModelFactory make = model::find_architecture(config.architecture);
-    if (make == nullptr) throw Error(ErrorCode::kInternal, "No forward pass for architecture " + config.architecture + ".");
     model::Weights weights = model::Weights::open(dir);
     if (!config.tied_head) config.tied_head = weights.find(config.weight_prefix + "lm_head.weight") == nullptr;
-    return make({.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir, .backend = backend});
+    return use(model::Checkpoint{.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir, .backend = backend});
   } catch (const Error&) {
     throw;
   } catch (const fs::filesystem_error& e) {
@@ -84,6 +86,25 @@ std::unique_ptr<Model> Model::load(const std::string& name, Backend backend) {
   } catch (const std::exception& e) {
     throw Error(ErrorCode::kInternal, "Loading the model " + name + " failed: " + e.what());
   }
+}
+
+}  // namespace
+
+std::unique_ptr<Model> Model::load(const std::string& name, Backend backend) {
+  return with_checkpoint(name, backend, [](const model::Checkpoint& checkpoint) {
+    const model::ModelFactory make = model::find_architecture(checkpoint.config.architecture);
+    if (make == nullptr) {
+      throw Error(ErrorCode::kInternal, "No forward pass for architecture " + checkpoint.config.architecture + ".");
+    }
+    return make(checkpoint);
+  });
+}
+
+ModelOutline outline_model(const std::string& name, Backend backend) {
+  return with_checkpoint(name, backend, [](const model::Checkpoint& checkpoint) {
+    return ModelOutline{model::info_of(checkpoint), model::identity_of(checkpoint),
+                        [config = checkpoint.config](const KvFormat& format) { return model::kv_layout_of(config, format); }};
+  });
 }
 
 namespace model {

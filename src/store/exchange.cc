@@ -1,25 +1,11 @@
 /// Export and import: one file that holds an agent whole, its layers in one piece as other programs expect them.
 
-
 #include "base/hash.h"
+#include "store/pieces.h"
 #include "store/store_impl.h"
 
 namespace torpor {
 namespace {
-
-/// Visits a layer tensor's bytes in the order of an export, [head][token][dim]: one piece for each head and run.
-/// visit(run index, offset in that run, size)
-template <typename Visit>
-void for_each_piece(const KvLayout& layout, const std::vector<int>& run_tokens, size_t tensor, Visit visit) {
-  const auto& spec = layout.tensors[tensor];
-  const size_t row = size_t(spec.dim) * kv_dtype_size(spec.dtype);
-  for (int head = 0; head < spec.n_kv_heads; ++head) {
-    for (size_t run = 0; run < run_tokens.size(); ++run) {
-      const size_t size = row * size_t(run_tokens[run]);
-      visit(run, layout.offset(tensor, run_tokens[run]) + size_t(head) * size, size);
-    }
-  }
-}
 
 std::filesystem::path json_beside(const std::filesystem::path& path) {
   auto beside = path;
@@ -28,11 +14,9 @@ std::filesystem::path json_beside(const std::filesystem::path& path) {
 
 }  // namespace
 
-void Store::Impl::export_agent(const std::string& id, const std::filesystem::path& path) {
+std::filesystem::path Store::Impl::export_directory(const std::filesystem::path& path) {
+  if (!path.has_filename()) throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' can't be an export's name.");
   const auto directory = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
-  if (!path.has_filename() || json_beside(path) == path) {
-    throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' can't be an export's name; end it in .safetensors.");
-  }
   const auto target = env.stat(directory);
   if (!target || !target->is_directory) {
     throw Error(ErrorCode::kIo, "There is no directory '" + directory.string() + "' to export to; make it first.");
@@ -40,17 +24,24 @@ void Store::Impl::export_agent(const std::string& id, const std::filesystem::pat
   if (target->inode == env.stat(root).value_or(FileStat{}).inode) {
     throw Error(ErrorCode::kInvalidArgument, "An export can't go into the store itself; choose another directory.");
   }
-  const LoadedAgent loaded = load(id, {});
+  return directory;
+}
+
+void Store::Impl::export_agent(const std::string& id, const std::filesystem::path& path) {
+  const auto directory = export_directory(path);
+  if (json_beside(path) == path) {
+    throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' can't be an export's name; end it in .safetensors.");
+  }
+  const LoadedAgent loaded = load(id, {.map_rows = true});
   const KvSnapshot& snapshot = loaded.snapshot;
-  std::vector<int> run_tokens;
-  for (const auto& run : snapshot.runs) run_tokens.push_back(run.n_tokens);
+  const auto n_tokens = int64_t(snapshot.tokens.size());
 
   std::vector<std::string> checksums;
   std::vector<std::span<const std::byte>> pieces(1);
-  for (size_t t = 0; t < snapshot.layout.tensors.size() && !snapshot.runs.empty(); ++t) {
+  for (size_t t = 0; t < snapshot.layout.tensors.size() && n_tokens > 0; ++t) {
     Hasher hasher;
-    for_each_piece(snapshot.layout, run_tokens, t, [&](size_t run, size_t offset, size_t size) {
-      pieces.push_back(snapshot.runs[run].bytes.subspan(offset, size));
+    for_each_piece(snapshot.layout, n_tokens, t, 0, n_tokens, [&](const Piece& piece) {
+      pieces.push_back(snapshot.runs[piece.run].bytes.subspan(piece.offset, piece.size));
       hasher.update(pieces.back());
     });
     checksums.push_back(hasher.hex());
@@ -80,7 +71,8 @@ SaveResult Store::Impl::import_agent(const std::filesystem::path& path, const st
   const auto prefix = read_header_bytes(handle, stat.size);
   const SafetensorsHeader plain = parse_safetensors_header(prefix, stat.size, path.string());
   if (plain.metadata_value("checksum") == nullptr || plain.metadata_value("kind") == nullptr) {
-    throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' is a safetensors file, but no export of Torpor's.");
+    throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' is a safetensors file, but neither an export of Torpor's nor a "
+                                                 "prompt-cache file of mlx-lm.");
   }
   const AgentFile agent = parse_export_file(prefix, stat.size, path.string());
   const TorporFile& file = agent.file;
@@ -89,22 +81,15 @@ SaveResult Store::Impl::import_agent(const std::filesystem::path& path, const st
   snapshot.identity = agent.info.identity;
   snapshot.layout = file.layout;
   snapshot.tokens = read_tokens(handle, file);
-  std::vector<int> run_tokens;
-  std::vector<std::shared_ptr<std::byte>> buffers;
-  for (uint64_t done = 0; done < file.rows; done += uint64_t(run_tokens.back())) {
-    run_tokens.push_back(int(std::min<uint64_t>(kSegmentTokens, file.rows - done)));
-    const size_t size = file.layout.offset(file.layout.tensors.size(), run_tokens.back());
-    buffers.push_back(allocate_heap_buffer(size));
-    snapshot.runs.push_back({run_tokens.back(), {buffers.back().get(), size}, buffers.back()});
-  }
+  const std::vector<std::shared_ptr<std::byte>> buffers = allocate_runs(snapshot);
   uint64_t position = file.header.data_start;
   for (size_t t = 0; t < file.layout.tensors.size() && file.rows > 0; ++t) {
     Hasher hasher;
-    for_each_piece(file.layout, run_tokens, t, [&](size_t run, size_t offset, size_t size) {
-      const std::span<std::byte> piece(buffers[run].get() + offset, size);
-      handle.read_at(piece, position);
-      hasher.update(piece);
-      position += size;
+    for_each_piece(file.layout, int64_t(file.rows), t, 0, int64_t(file.rows), [&](const Piece& piece) {
+      const std::span<std::byte> bytes(buffers[piece.run].get() + piece.offset, piece.size);
+      handle.read_at(bytes, position);
+      hasher.update(bytes);
+      position += piece.size;
     });
     if (hasher.hex() != file.checksums[t]) {
       throw Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged: the data of tensor '" +

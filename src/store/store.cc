@@ -260,5 +260,12 @@ void Store::export_agent(const std::string& agent_id, const std::filesystem::pat
 SaveResult Store::import_agent(const std::filesystem::path& path, const std::string& agent_id) {
   return impl_->import_agent(path, agent_id);
 }
+void Store::export_prompt_cache(const std::string& agent_id, const std::filesystem::path& path,
+                                PromptCacheDialect dialect) const {
+  impl_->export_prompt_cache(agent_id, path, dialect);
+}
+PromptCache Store::read_prompt_cache(const std::filesystem::path& path, const CacheModel& model) const {
+  return impl_->read_prompt_cache(path, model);
+}
 
 }  // namespace torpor

@@ -121,7 +121,11 @@ struct Store::Impl {
   /// call makes up for it.
   void record_written() noexcept;
   int64_t total_written();
+  /// The directory that a file `path` outside the store is to be written to. kIo when there is none, kInvalidArgument.
+  std::filesystem::path export_directory(const std::filesystem::path& path);
   void export_agent(const std::string& id, const std::filesystem::path& path);
+  void export_prompt_cache(const std::string& id, const std::filesystem::path& path, PromptCacheDialect dialect);
+  PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheModel& model);
   SaveResult import_agent(const std::filesystem::path& path, const std::string& id);
 
   KnownSegments known;

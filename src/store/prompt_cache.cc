@@ -1,0 +1,279 @@
+#include "store/prompt_cache.h"
+
+#include <algorithm>
+#include <charconv>
+#include <map>
+#include <optional>
+#include <set>
+#include <string_view>
+
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+constexpr std::string_view kKvCache = "KVCache";
+constexpr std::string_view kQuantized = "QuantizedKVCache";
+constexpr std::string_view kRotating = "RotatingKVCache";
+
+/// A number that a cache object holds beside its arrays.
+enum class Field { kOffset, kGroup, kBits, kKeep, kMaxSize, kIndex };
+struct CacheClass {
+  std::string_view name;
+  std::vector<Field> scalars;  ///< dialect of 0.32: tensors that follow keys and values, in this order
+  std::vector<Field> texts;    ///< dialect up to 0.31: metadata, in this order
+};
+const CacheClass kClasses[] = {
+    {kKvCache, {Field::kOffset}, {}},
+    {kQuantized, {Field::kOffset, Field::kGroup, Field::kBits}, {Field::kOffset, Field::kGroup, Field::kBits}},
+    {kRotating, {Field::kOffset, Field::kKeep, Field::kMaxSize, Field::kIndex},
+     {Field::kKeep, Field::kMaxSize, Field::kOffset, Field::kIndex}},
+};
+
+const std::string kDialectMark = "2.0";  // metadata: empty in the dialect of 0.32, else the class of the first layer
+
+std::string at(const std::string& key, size_t i) { return key + "." + std::to_string(i); }
+std::string at(size_t i, size_t j) { return at(std::to_string(i), j); }
+
+class Reader {
+ public:
+  Reader(const SafetensorsHeader& header, const ReadScalar& read_scalar, const std::string& file_name)
+      : header_(header), read_scalar_(read_scalar), file_name_(file_name),
+        metadata_(header.metadata.begin(), header.metadata.end()), old_(!metadata_.at(kDialectMark).empty()) {
+    for (const SafetensorsTensor& tensor : header.tensors) tensors_[tensor.name] = &tensor;
+    // Entry k says that tensor `2.k.0` stands for what is no array, and what for.
+    for (size_t k = 1; !old_ && metadata_.count(at(2, k) + ".0") != 0; ++k) scalars_[text(at(2, k) + ".0")] = text(at(2, k) + ".1");
+  }
+
+  PromptCacheFile read() {
+    PromptCacheFile file;
+    const std::string classes = old_ ? "2" : "1";
+    for (size_t i = 0; metadata_.count(at(classes, i)) != 0; ++i) {
+      const std::string& name = text(at(classes, i));
+      const auto found = std::find_if(std::begin(kClasses), std::end(kClasses), [&](const auto& known) { return name == known.name; });
+      if (found == std::end(kClasses)) {
+        throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' keeps layer " + std::to_string(i) + " in a '" + name +
+                                                  "', which Torpor's engine has no use for; read it in Python with "
+                                                  "torpor.load_prompt_cache.");
+      }
+      const KvFormat format = read_layer(file, i, *found);
+      if (i == 0) file.format = format;
+      if (format != file.format) {
+        throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' keeps layer 0 as " + file.format.name() + " and layer " +
+                                                  std::to_string(i) + " as " + format.name() + "; Torpor's engine keeps all alike.");
+      }
+    }
+    if (file.layers.empty()) corrupt("it names no layer");
+    if (used_.size() != tensors_.size()) {
+      const auto other = std::find_if(tensors_.begin(), tensors_.end(), [&](const auto& entry) { return used_.count(entry.first) == 0; });
+      corrupt("it has a tensor '" + other->first + "' that belongs to no layer");
+    }
+    return file;
+  }
+
+ private:
+  [[noreturn]] void corrupt(const std::string& what) const {
+    throw Error(ErrorCode::kCorruption, "'" + file_name_ + "' is no prompt-cache file of mlx-lm, or is damaged: " + what + ".");
+  }
+
+  const std::string& text(const std::string& key) const {
+    const auto found = metadata_.find(key);
+    if (found == metadata_.end()) corrupt("it lacks the metadata '" + key + "'");
+    return found->second;
+  }
+
+  const SafetensorsTensor& tensor(const std::string& name) {
+    const auto found = tensors_.find(name);
+    if (found == tensors_.end()) corrupt("it lacks the tensor '" + name + "'");
+    used_.insert(name);
+    return *found->second;
+  }
+
+  int32_t scalar(const std::string& name) {
+    const SafetensorsTensor& found = tensor(name);
+    const auto declared = scalars_.find(name);
+    if (declared == scalars_.end() || declared->second != "scalar" || found.dtype != "I32" || !found.shape.empty()) {
+      corrupt("'" + name + "' is not a number");
+    }
+    return read_scalar_(found);
+  }
+
+  int32_t number(const std::string& key) const {
+    const std::string& digits = text(key);
+    int32_t value = 0;
+    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
+    if (error != std::errc() || end != digits.data() + digits.size()) corrupt("the metadata '" + key + "' is not a number");
+    return value;
+  }
+
+  std::map<Field, int32_t> fields(size_t layer, const CacheClass& kind) {
+    std::map<Field, int32_t> values;
+    for (size_t i = 0; !old_ && i < kind.scalars.size(); ++i) values[kind.scalars[i]] = scalar(at(layer, 2 + i));
+    for (size_t i = 0; old_ && i < kind.texts.size(); ++i) values[kind.texts[i]] = number(at(at(0, layer), i));
+    return values;
+  }
+
+  /// Adds a tensor `[1, heads, capacity, dim]` to the layer; gives back its dim.
+  int64_t add(PromptCacheLayer& layer, const std::string& name, std::optional<KvDtype>& dtype) {
+    const SafetensorsTensor& found = tensor(name);
+    const auto own = parse_kv_dtype(found.dtype);
+    const auto& shape = found.shape;
+    if (shape.size() == 4 && shape[0] > 1) {
+      throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' holds a batch of " + std::to_string(shape[0]) +
+                                                " sequences; an agent is one.");
+    }
+    // What is not empty is no larger than the file, so each extent is bounded by its size.
+    if (!own || shape.size() != 4 || found.size() == 0 || shape[1] > INT32_MAX) {
+      corrupt("the tensor '" + name + "' holds no rows");
+    }
+    if (layer.data.empty()) {
+      layer.n_kv_heads = int(shape[1]);
+      layer.capacity = int64_t(shape[2]);
+    }
+    if (layer.n_kv_heads != int(shape[1]) || layer.capacity != int64_t(shape[2]) || (dtype && dtype != own)) {
+      corrupt("the tensors of layer " + name.substr(0, name.find('.')) + " do not fit each other");
+    }
+    dtype = own;
+    layer.data.push_back(header_.data_start + found.begin);
+    return int64_t(shape[3]);
+  }
+
+  KvFormat read_layer(PromptCacheFile& file, size_t i, const CacheClass& kind) {
+    PromptCacheLayer& layer = file.layers.emplace_back();
+    std::optional<KvDtype> dtype, words;
+    std::set<int64_t> dims;
+    KvFormat format;
+    const std::map<Field, int32_t> values = fields(i, kind);
+    if (kind.name == kQuantized) {
+      format.bits = values.at(Field::kBits);
+      format.group = values.at(Field::kGroup);
+      if (!KvFormat::parse(KvFormat(KvDtype::kF16, format.bits, format.group).name()) || format.bits == 0) {
+        throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' is quantized to " + std::to_string(format.bits) +
+                                                  " bits in groups of " + std::to_string(format.group) +
+                                                  "; Torpor's engine knows 8 and 4 bits in groups of 32, 64 or 128.");
+      }
+      for (const size_t side : {0, 1}) {
+        dims.insert(add(layer, at(at(i, side), 0), words) * (32 / format.bits));
+        for (const size_t part : {1, 2}) dims.insert(add(layer, at(at(i, side), part), dtype) * format.group);
+      }
+      if (words != KvDtype::kU32) corrupt("layer " + std::to_string(i) + " is not quantized as it says");
+    } else {
+      for (const size_t side : {0, 1}) dims.insert(add(layer, at(i, side), dtype));
+    }
+    if (dims.size() != 1 || dtype == KvDtype::kU32) corrupt("the tensors of layer " + std::to_string(i) + " do not fit each other");
+    layer.head_dim = *dims.begin();
+    format.dtype = *dtype;
+
+    const int64_t n_tokens = values.count(Field::kOffset) != 0 ? values.at(Field::kOffset) : layer.capacity;
+    if (n_tokens < 1) corrupt("layer " + std::to_string(i) + " says that it holds " + std::to_string(n_tokens) + " tokens");
+    if (i == 0) file.n_tokens = n_tokens;
+    if (n_tokens != file.n_tokens) {
+      corrupt("layer 0 holds " + std::to_string(file.n_tokens) + " tokens, layer " + std::to_string(i) + " " + std::to_string(n_tokens));
+    }
+    if (kind.name == kRotating) {
+      rotated_rows(layer, i, n_tokens, values);
+    } else if (n_tokens > layer.capacity || (old_ && n_tokens < layer.capacity)) {
+      corrupt("layer " + std::to_string(i) + " says that it holds " + std::to_string(n_tokens) + " tokens, and has " +
+              std::to_string(layer.capacity) + " rows");
+    } else {
+      layer.rows = {{0, 0, n_tokens}};
+    }
+    return format;
+  }
+
+  /// Row `index` is the next to be overwritten once the cache is full.
+  void rotated_rows(PromptCacheLayer& layer, size_t i, int64_t n_tokens, const std::map<Field, int32_t>& values) {
+    const int64_t keep = values.at(Field::kKeep), max_size = values.at(Field::kMaxSize), index = values.at(Field::kIndex);
+    const int64_t capacity = layer.capacity, lost = n_tokens - capacity;
+    // Nothing else says where a ring begins; but all of them went round together.
+    if (!rotation_) rotation_ = {capacity, values};
+    const bool full_ring = lost > 0 && capacity == max_size && index > 0 && index <= capacity;
+    const bool in_order = index == std::min(n_tokens, capacity) && (lost <= 0 || capacity >= max_size);
+    if (max_size < 1 || keep < 0 || !(full_ring || in_order) || rotation_ != std::pair(capacity, values)) {
+      corrupt("the numbers of layer " + std::to_string(i) + " fit neither each other nor its " + std::to_string(capacity) + " rows");
+    }
+    if (lost > 0 && keep > 0) {
+      throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' has forgotten rows of layer " + std::to_string(i) +
+                                                " but for the first " + std::to_string(keep) + " (--max-kv-size), which no "
+                                                "model of Torpor's engine can go on from; make it without that bound.");
+    }
+    if (lost <= 0) {
+      layer.rows = {{0, 0, n_tokens}};
+    } else if (index == capacity) {
+      layer.rows = {{lost, 0, capacity}};
+    } else {
+      layer.rows = {{lost, index, capacity - index}, {n_tokens - index, 0, index}};
+    }
+  }
+
+  const SafetensorsHeader& header_;
+  const ReadScalar& read_scalar_;
+  const std::string& file_name_;
+  const std::map<std::string, std::string> metadata_;
+  const bool old_;
+  std::map<std::string, std::string> scalars_;
+  std::optional<std::pair<int64_t, std::map<Field, int32_t>>> rotation_;  // of the first RotatingKVCache
+  std::map<std::string, const SafetensorsTensor*> tensors_;
+  std::set<std::string> used_;
+};
+
+}  // namespace
+
+bool is_prompt_cache(const SafetensorsHeader& header) { return header.metadata_value(kDialectMark) != nullptr; }
+
+PromptCacheFile parse_prompt_cache(const SafetensorsHeader& header, const ReadScalar& read_scalar,
+                                   const std::string& file_name) {
+  return Reader(header, read_scalar, file_name).read();
+}
+
+bool rotates(const KvTensorSpec& tensor, const KvLayout& layout, const std::string& architecture) {
+  return tensor.window > 0 && layout.tensors.front().dtype != KvDtype::kU32 && architecture == "gemma3";
+}
+
+int64_t first_kept(const KvTensorSpec& tensor, const KvSnapshot& snapshot) {
+  const auto n_tokens = int64_t(snapshot.tokens.size());
+  const bool rotating = rotates(tensor, snapshot.layout, snapshot.identity.architecture);
+  return rotating ? std::max<int64_t>(0, n_tokens - tensor.window) : 0;
+}
+
+PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::string& model, PromptCacheDialect dialect) {
+  const bool old = dialect == PromptCacheDialect::kOld;
+  const KvFormat format = KvFormat::parse(snapshot.identity.kv).value_or(KvFormat());
+  const auto& tensors = snapshot.layout.tensors;
+  const size_t parts = format.bits != 0 ? 3 : 1;
+  std::vector<SafetensorsTensor> rows, numbers;
+  PromptCacheFrame frame;
+  const std::string user = old ? "1" : "0", classes = old ? "2" : "1";
+  std::vector<std::pair<std::string, std::string>> metadata = {{user + ".model", model}, {user + ".tokenizer_config", "{}"}};
+  if (!old) metadata.emplace_back(kDialectMark, "");
+  for (size_t i = 0; i < tensors.size() / (2 * parts); ++i) {
+    const KvTensorSpec& first = tensors[2 * parts * i];
+    const auto n_tokens = int64_t(snapshot.tokens.size()), held = n_tokens - first_kept(first, snapshot);
+    for (size_t t = 0; t < 2 * parts; ++t) {
+      const KvTensorSpec& tensor = tensors[2 * parts * i + t];
+      const std::string name = at(i, t / parts);
+      rows.push_back({.name = parts == 1 ? name : at(name, t % parts), .dtype = kv_dtype_name(tensor.dtype),
+                      .shape = {1, uint64_t(tensor.n_kv_heads), uint64_t(held), uint64_t(tensor.dim)}});
+    }
+    const std::string_view name = parts == 3 ? kQuantized : rotates(first, snapshot.layout, snapshot.identity.architecture) ? kRotating : kKvCache;
+    metadata.emplace_back(at(classes, i), std::string(name));
+    const std::map<Field, int64_t> values = {{Field::kOffset, n_tokens}, {Field::kGroup, format.group}, {Field::kBits, format.bits},
+                                             {Field::kKeep, 0}, {Field::kMaxSize, first.window}, {Field::kIndex, held}};
+    const CacheClass& kind = *std::find_if(std::begin(kClasses), std::end(kClasses), [&](const auto& k) { return k.name == name; });
+    for (size_t k = 0; !old && k < kind.scalars.size(); ++k) {
+      numbers.push_back({.name = at(i, 2 + k), .dtype = "I32", .shape = {}});
+      frame.scalars.push_back(int32_t(values.at(kind.scalars[k])));
+      metadata.emplace_back(at(2, numbers.size()) + ".0", numbers.back().name);
+      metadata.emplace_back(at(2, numbers.size()) + ".1", "scalar");
+    }
+    if (old && kind.texts.empty()) metadata.emplace_back(at(0, i), "");
+    for (size_t k = 0; old && k < kind.texts.size(); ++k) {
+      metadata.emplace_back(at(at(0, i), k), std::to_string(values.at(kind.texts[k])));
+    }
+  }
+  rows.insert(rows.end(), numbers.begin(), numbers.end());
+  frame.header = encode_safetensors_header(rows, metadata);
+  return frame;
+}
+
+}  // namespace torpor

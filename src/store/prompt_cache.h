@@ -1,0 +1,63 @@
+#pragma once
+/// mlx-lm's prompt-cache files (`mlx_lm.cache_prompt`, `mlx_lm.generate --prompt-cache-file`), in the dialect of mlx-lm 0.32
+/// and in that up to 0.31: safetensors whose tensors and metadata are a list of cache objects, flattened. They hold no token
+/// ids and no checksum. docs/format.md says what stands where.
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "base/safetensors.h"
+#include "torpor/kv_snapshot.h"
+#include "torpor/store.h"
+
+namespace torpor {
+
+/// Of either dialect, as far as the metadata says.
+bool is_prompt_cache(const SafetensorsHeader& header);
+
+/// `n` consecutive tokens, whose rows are consecutive in each head of a file's tensor.
+struct FileRows {
+  int64_t token = 0;  ///< the first
+  int64_t row = 0;    ///< where its row is
+  int64_t n = 0;
+};
+
+struct PromptCacheLayer {
+  int n_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t capacity = 0;  ///< rows of each of its tensors, unused ones included
+  std::vector<uint64_t> data;  ///< where its tensors begin in the file, in a KvLayout's order
+  std::vector<FileRows> rows;  ///< in the order of the tokens; a RotatingKVCache may have forgotten the first ones
+};
+
+struct PromptCacheFile {
+  KvFormat format;
+  int64_t n_tokens = 0;  ///< at least 1
+  std::vector<PromptCacheLayer> layers;
+};
+
+/// The value of an I32 tensor of the shape [].
+using ReadScalar = std::function<int32_t(const SafetensorsTensor&)>;
+
+/// kCorruption when the file contradicts itself, kIncompatible when it is a cache that the engine has no use for.
+PromptCacheFile parse_prompt_cache(const SafetensorsHeader& header, const ReadScalar& read_scalar,
+                                   const std::string& file_name);
+
+/// What stands before and after the rows of a file to be written.
+struct PromptCacheFrame {
+  std::string header;
+  std::vector<int32_t> scalars;
+};
+
+/// Whether mlx-lm keeps a tensor in a RotatingKVCache: those with a window, of the architectures whose windows it knows, where
+/// the layout is not quantized. Else it holds all rows.
+bool rotates(const KvTensorSpec& tensor, const KvLayout& layout, const std::string& architecture);
+
+/// Of an agent of `n_tokens`, whose rows follow in the layout's order, [head][token][dim]: of each tensor those of the tokens
+/// from first_kept on.
+PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::string& model, PromptCacheDialect dialect);
+int64_t first_kept(const KvTensorSpec& tensor, const KvSnapshot& snapshot);
+
+}  // namespace torpor

@@ -1,0 +1,153 @@
+/// Between agents and mlx-lm's prompt-cache files.
+
+#include "store/prompt_cache.h"
+
+#include <cstring>
+
+#include "store/pieces.h"
+#include "store/store_impl.h"
+
+namespace torpor {
+namespace {
+
+struct OpenedPromptCache {
+  File handle;
+  SafetensorsHeader header;
+};
+
+OpenedPromptCache open_prompt_cache(Env& env, const std::filesystem::path& path) {
+  File handle = env.open(path, OpenMode::kRead);
+  const uint64_t size = handle.stat().size;
+  SafetensorsHeader header = parse_safetensors_header(read_header_bytes(handle, size), size, path.string());
+  return {std::move(handle), std::move(header)};
+}
+
+/// kIncompatible naming what differs.
+void check_model(const PromptCacheFile& file, const KvLayout& plain, const CacheModel& model, const std::string& file_name) {
+  const auto differs = [&](const std::string& what, int64_t has, int64_t wants) {
+    if (has == wants) return;
+    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has " + std::to_string(has) + " " + what + ", the model '" +
+                                              model.name + "' " + std::to_string(wants) + "; it is of another model.");
+  };
+  differs("layers", int64_t(file.layers.size()), int64_t(plain.tensors.size() / 2));
+  for (size_t i = 0; i < file.layers.size(); ++i) {
+    const std::string where = " in layer " + std::to_string(i);
+    differs("KV heads" + where, file.layers[i].n_kv_heads, plain.tensors[2 * i].n_kv_heads);
+    differs("dims of each head" + where, file.layers[i].head_dim, plain.tensors[2 * i].dim);
+  }
+  if (model.max_context > 0 && file.n_tokens > model.max_context) {
+    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' holds " + std::to_string(file.n_tokens) + " tokens, the model '" +
+                                              model.name + "' has a context of " + std::to_string(model.max_context) + ".");
+  }
+}
+
+/// How few tokens may be kept of the file's so that every layer still has the rows it attends. kIncompatible when even all
+/// are too few.
+int64_t shortest_cut(const PromptCacheFile& file, const KvLayout& plain, const CacheModel& model, const std::string& file_name) {
+  int64_t shortest = 0;
+  for (size_t i = 0; i < file.layers.size(); ++i) {
+    const int64_t lost = file.layers[i].rows.front().token;
+    const KvTensorSpec& tensor = plain.tensors[2 * i];
+    if (lost == 0) continue;
+    shortest = std::max(shortest, lost + tensor.window);
+    if (!rotates(tensor, plain, model.identity.architecture) || shortest > file.n_tokens) {
+      throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has forgotten the first " + std::to_string(lost) + " rows of layer " +
+                                                std::to_string(i) + ", which the model '" + model.name +
+                                                "' still attends; make it without a bound on its size.");
+    }
+  }
+  return shortest;
+}
+
+/// Whether a model's layers are all that the layout has, as the engine lays them out in this format.
+bool is_of_engine(const KvLayout& layout, const KvFormat& format) {
+  const std::vector<std::string> parts = format.bits == 0 ? std::vector<std::string>{""} : std::vector<std::string>{"", "_scales", "_biases"};
+  size_t t = 0;
+  for (size_t layer = 0; t < layout.tensors.size(); ++layer) {
+    for (const char* side : {"_keys", "_values"}) {
+      for (const std::string& part : parts) {
+        if (t == layout.tensors.size() || layout.tensors[t].name != "layer_" + std::to_string(layer) + side + part) return false;
+        ++t;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+bool is_prompt_cache(const std::filesystem::path& path) {
+  return is_prompt_cache(open_prompt_cache(Env::posix(), path).header);
+}
+
+PromptCache Store::Impl::read_prompt_cache(const std::filesystem::path& path, const CacheModel& model) {
+  const std::string file_name = path.string();
+  const OpenedPromptCache opened = open_prompt_cache(env, path);
+  if (!is_prompt_cache(opened.header)) {
+    throw Error(ErrorCode::kInvalidArgument, "'" + file_name + "' is a safetensors file, but no prompt-cache file of mlx-lm.");
+  }
+  const PromptCacheFile file = parse_prompt_cache(opened.header, [&](const SafetensorsTensor& tensor) {
+    int32_t value = 0;
+    opened.handle.read_at(std::as_writable_bytes(std::span(&value, 1)), opened.header.data_start + tensor.begin);
+    return value;
+  }, file_name);
+  const KvLayout plain = model.kv_layout(file.format.dtype);
+  check_model(file, plain, model, file_name);
+
+  PromptCache read;
+  read.shortest_cut = shortest_cut(file, plain, model, file_name);
+  KvSnapshot& snapshot = read.snapshot;
+  snapshot.identity = model.identity;
+  snapshot.identity.kv = file.format.name();
+  snapshot.layout = model.kv_layout(file.format);
+  snapshot.tokens.resize(size_t(file.n_tokens));
+  const std::vector<std::shared_ptr<std::byte>> buffers = allocate_runs(snapshot);
+  if (read.shortest_cut > 0) {
+    for (size_t i = 0; i < buffers.size(); ++i) std::memset(buffers[i].get(), 0, snapshot.runs[i].bytes.size());
+  }
+  size_t t = 0;
+  for (const PromptCacheLayer& layer : file.layers) {
+    for (const uint64_t data : layer.data) {
+      const size_t row_size = size_t(snapshot.layout.tensors[t].dim) * kv_dtype_size(snapshot.layout.tensors[t].dtype);
+      for (const FileRows& rows : layer.rows) {
+        for_each_piece(snapshot.layout, file.n_tokens, t, rows.token, rows.token + rows.n, [&](const Piece& piece) {
+          const uint64_t row = uint64_t(piece.head) * uint64_t(layer.capacity) + uint64_t(rows.row + piece.token - rows.token);
+          opened.handle.read_at({buffers[piece.run].get() + piece.offset, piece.size}, data + row * row_size);
+        });
+      }
+      ++t;
+    }
+  }
+  for (size_t i = 0; i < snapshot.runs.size(); ++i) {
+    name_unknown_tokens(std::span(snapshot.tokens).subspan(i * kSegmentTokens, size_t(snapshot.runs[i].n_tokens)), snapshot.runs[i].bytes);
+  }
+  return read;
+}
+
+void Store::Impl::export_prompt_cache(const std::string& id, const std::filesystem::path& path, PromptCacheDialect dialect) {
+  const auto directory = export_directory(path);
+  const LoadedAgent loaded = load(id, {.map_rows = true});
+  const KvSnapshot& snapshot = loaded.snapshot;
+  const auto& tensors = snapshot.layout.tensors;
+  const auto n_tokens = int64_t(snapshot.tokens.size());
+  if (n_tokens == 0) {
+    throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds no tokens yet, which no prompt-cache file can say.");
+  }
+  const auto format = KvFormat::parse(snapshot.identity.kv);
+  if (!format || !is_of_engine(snapshot.layout, *format)) {
+    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was not made by Torpor's engine; write it in Python with "
+                                          "torpor.save_prompt_cache.");
+  }
+  const PromptCacheFrame frame = frame_prompt_cache(snapshot, loaded.info.model, dialect);
+  std::vector<std::span<const std::byte>> pieces = {as_bytes_of(frame.header)};
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    for_each_piece(snapshot.layout, n_tokens, t, first_kept(tensors[t], snapshot), n_tokens, [&](const Piece& piece) {
+      pieces.push_back(snapshot.runs[piece.run].bytes.subspan(piece.offset, piece.size));
+    });
+  }
+  pieces.push_back(std::as_bytes(std::span(frame.scalars)));
+  write_file(directory / path.filename(), pieces, true);
+  env.sync_directory(directory);
+}
+
+}  // namespace torpor
