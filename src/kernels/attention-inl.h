@@ -118,10 +118,13 @@ void PrepareRows(const AttentionJob& job, const PrepareTask& task) {
 }
 
 // ---- products: C = A B, or C = diag(scale) C + A B, one chain over k per element; B of a cache's type, or f32
+//
+// Of `ahead`, which is needed soon, as many bytes are brought into the cache as are read of B, so that memory is read all
+// the time and not in bursts.
 
 template <int MR, int NV, bool kScaleC, class Rows, class Element = typename Rows::Element>
 HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const Element* HWY_RESTRICT b, size_t ldb, size_t k,
-                      const float* HWY_RESTRICT scale, float* HWY_RESTRICT c, size_t ldc) {
+                      const float* HWY_RESTRICT scale, float* HWY_RESTRICT c, size_t ldc, const Element* ahead) {
   const DF d;
   VF acc[MR][NV];
   for (int r = 0; r < MR; ++r) {
@@ -133,7 +136,9 @@ HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const Element* HW
       }
     }
   }
+  constexpr size_t kStep = NV * kLanes, kLine = 64 / sizeof(Element);
   for (size_t i = 0; i < k; ++i) {
+    for (size_t at = 0; at < kStep; at += kLine) hwy::Prefetch(ahead + i * kStep + at);
     if constexpr (MR <= NV) {
       VF av[MR];
       for (int r = 0; r < MR; ++r) av[r] = hn::Set(d, a[size_t(r) * lda + i]);
@@ -157,13 +162,15 @@ HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const Element* HW
 
 template <int MR, int NV, bool kScaleC, class Rows, class Element = typename Rows::Element>
 HWY_INLINE void product_columns(const float* a, size_t lda, const Element* b, size_t ldb, size_t k, const float* scale,
-                                float* c, size_t ldc, size_t columns) {
+                                float* c, size_t ldc, size_t columns, const Element* ahead) {
   size_t n = 0;
   for (; n + NV * kLanes <= columns; n += NV * kLanes) {
-    micro<MR, NV, kScaleC, Rows>(a, lda, b + n, ldb, k, scale, c + n, ldc);
+    micro<MR, NV, kScaleC, Rows>(a, lda, b + n, ldb, k, scale, c + n, ldc, ahead + n * k);
   }
   if constexpr (NV > 1) {
-    if (n < columns) product_columns<MR, NV / 2, kScaleC, Rows>(a, lda, b + n, ldb, k, scale, c + n, ldc, columns - n);
+    if (n < columns) {
+      product_columns<MR, NV / 2, kScaleC, Rows>(a, lda, b + n, ldb, k, scale, c + n, ldc, columns - n, ahead + n * k);
+    }
   }
 }
 
@@ -176,14 +183,14 @@ constexpr int kVectors[kMaxRows + 1] = {0, 8, 8, 4, 4, 4, 4};  // 32
 /// rows <= kMaxRows; columns a multiple of 16.
 template <bool kScaleC, class Rows, class Element = typename Rows::Element>
 HWY_NOINLINE void product(size_t rows, const float* a, size_t lda, const Element* b, size_t ldb, size_t k,
-                          const float* scale, float* c, size_t ldc, size_t columns) {
+                          const float* scale, float* c, size_t ldc, size_t columns, const Element* ahead) {
   switch (rows) {
-    case 1: product_columns<1, kVectors[1], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
-    case 2: product_columns<2, kVectors[2], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
-    case 3: product_columns<3, kVectors[3], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
-    case 4: product_columns<4, kVectors[4], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
-    case 5: product_columns<5, kVectors[5], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
-    default: product_columns<6, kVectors[6], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns); break;
+    case 1: product_columns<1, kVectors[1], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
+    case 2: product_columns<2, kVectors[2], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
+    case 3: product_columns<3, kVectors[3], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
+    case 4: product_columns<4, kVectors[4], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
+    case 5: product_columns<5, kVectors[5], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
+    default: product_columns<6, kVectors[6], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
   }
 }
 
@@ -291,11 +298,11 @@ HWY_INLINE int first_key(const AttentionSpec& spec, int position) {
   return spec.window > 0 ? std::max(0, position - spec.window + 1) : 0;
 }
 
-/// Scores, weights and outputs of all rows of a tile for one block, whose keys are `keys` [dim][kBlock] and values `values`
+/// Scores, weights and outputs of all rows of a tile for the block `here`, whose keys are [dim][kBlock] and values
 /// [kBlock][padded].
 template <class Rows>
 HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int position, int block,
-                             const typename Rows::Element* keys, const typename Rows::Element* values,
+                             const Block<typename Rows::Element>& here, const Block<typename Rows::Element>& ahead,
                              const Scratch& s) {
   const AttentionSpec& spec = *job.spec;
   const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
@@ -317,7 +324,8 @@ HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int 
     }
     if (low >= high) continue;
     const size_t column = low / 16 * 16, columns = (high + 15) / 16 * 16 - column;
-    product<false, Rows>(n, s.q + r0 * dim, dim, keys + column, kBlock, dim, nullptr, s.scores + column, kBlock, columns);
+    product<false, Rows>(n, s.q + r0 * dim, dim, here.keys + column, kBlock, dim, nullptr, s.scores + column, kBlock, columns,
+                         ahead.keys);
     if (spec.softcap > 0) {
       for (size_t r = 0; r < n; ++r) cap_scores(s.scores + r * kBlock + column, columns, job.cap);
     }
@@ -327,14 +335,14 @@ HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int 
                            s.sum + (r0 + r) * kMaxLanes);
     }
     if (same) {
-      product<true, Rows>(n, s.scores + low, kBlock, values + low * padded, padded, high - low, s.factors,
-                          s.acc + r0 * padded, padded, padded);
+      product<true, Rows>(n, s.scores + low, kBlock, here.values + low * padded, padded, high - low, s.factors,
+                          s.acc + r0 * padded, padded, padded, ahead.values);
       continue;
     }
     for (size_t r = 0; r < n; ++r) {
       if (row_begin[r] >= row_end[r]) continue;
-      product<true, Rows>(1, s.scores + r * kBlock + row_begin[r], kBlock, values + row_begin[r] * padded, padded,
-                          row_end[r] - row_begin[r], s.factors + r, s.acc + (r0 + r) * padded, padded, padded);
+      product<true, Rows>(1, s.scores + r * kBlock + row_begin[r], kBlock, here.values + row_begin[r] * padded, padded,
+                          row_end[r] - row_begin[r], s.factors + r, s.acc + (r0 + r) * padded, padded, padded, ahead.values);
     }
   }
 }
@@ -359,7 +367,7 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const S
   const auto block_of = [&](int block) {
     const KvRunView& run = sequence.runs[size_t(block / kSegmentTokens)];
     const size_t at = (size_t(task.kv_head) * kSegmentTokens + size_t(block % kSegmentTokens)) * width;
-    return Ahead<Element>{reinterpret_cast<const Element*>(run.keys) + at,
+    return Block<Element>{reinterpret_cast<const Element*>(run.keys) + at,
                           reinterpret_cast<const Element*>(run.values) + at};
   };
   const int from = std::max(super * kSuper, first_key(spec, position) / kBlock * kBlock);
@@ -369,26 +377,27 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const S
     const size_t begin = size_t(std::max(0, first_key(spec, position) - block));
     const size_t end = size_t(std::min(int(kBlock), last + 1 - block));
     const int next = block + kBlock <= last ? block + kBlock : block;
-    const Ahead<Element> here = block_of(block), ahead = block_of(next);
+    const Block<Element> here = block_of(block), ahead = block_of(next);
     const Element* zeros = reinterpret_cast<const Element*>(s.zeros);
+    const Block<float> widened{s.keys, s.values};
     if constexpr (kAffine) {
       const auto dequantize = spec.kv_bits == 8 ? dequantize_block<8> : dequantize_block<4>;
       dequantize(spec, sequence, size_t(task.kv_head), block, next, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
                  s.keys, s.values);
-      attend_block<RowsF32>(job, task, position, block, s.keys, s.values, s);
+      attend_block<RowsF32>(job, task, position, block, widened, widened, s);
     } else if constexpr (Rows::kIsFloat) {
-      transpose_keys(here.keys, zeros, dim, begin, end, ahead, s.keys);
+      transpose_keys(here.keys, zeros, dim, begin, end, s.keys);
       if (dim != padded) widen<Rows>(here.values, dim, padded, begin, end, s.values);
-      attend_block<Rows>(job, task, position, block, s.keys, dim == padded ? here.values : s.values, s);
+      attend_block<Rows>(job, task, position, block, {s.keys, dim == padded ? here.values : s.values}, ahead, s);
     } else {
       Element* narrow_keys = reinterpret_cast<Element*>(s.narrow_keys);
-      transpose_keys(here.keys, zeros, dim, begin, end, ahead, narrow_keys);
+      transpose_keys(here.keys, zeros, dim, begin, end, narrow_keys);
       if (rows <= 2 * kMaxRows && dim == padded) {  // so few rows that widening while multiplying is cheaper
-        attend_block<Rows>(job, task, position, block, narrow_keys, here.values, s);
+        attend_block<Rows>(job, task, position, block, {narrow_keys, here.values}, ahead, s);
       } else {
         widen<Rows>(narrow_keys, kBlock, kBlock, 0, dim, s.keys);
         widen<Rows>(here.values, dim, padded, begin, end, s.values);
-        attend_block<RowsF32>(job, task, position, block, s.keys, s.values, s);
+        attend_block<RowsF32>(job, task, position, block, widened, widened, s);
       }
     }
   }

@@ -133,10 +133,10 @@ HWY_INLINE void transpose_scales(const float* from, size_t groups, size_t begin,
 }
 
 /// Columns [begin, end) of transposed words [dim * kBits / 32][kBlock] to [dim][kBlock], by scales and biases
-/// [dim / group][kBlock].
+/// [dim / group][kBlock]. As many words of `ahead` are brought into the cache.
 template <int kBits>
 HWY_INLINE void dequantize_keys(const float* words, const float* scales, const float* biases, size_t dim, size_t group,
-                                size_t begin, size_t end, float* HWY_RESTRICT out) {
+                                size_t begin, size_t end, const float* ahead, float* HWY_RESTRICT out) {
   const DF d;
   const hn::RebindToSigned<DF> di;
   const hn::RebindToUnsigned<DF> du;
@@ -146,6 +146,7 @@ HWY_INLINE void dequantize_keys(const float* words, const float* scales, const f
     const float* from = words + i / kPerWord * kBlock;
     const size_t g = i / group * kBlock;
     for (size_t j = begin / kLanes * kLanes; j < end; j += kLanes) {
+      hwy::Prefetch(ahead + i / kPerWord * kBlock + j);
       auto word = hn::BitCast(du, hn::LoadU(d, from + j));
       const VF scale = hn::LoadU(d, scales + g + j), bias = hn::LoadU(d, biases + g + j);
       for (size_t e = 0; e < kPerWord; ++e) {
@@ -173,10 +174,11 @@ HWY_INLINE void spread_nibbles(const uint8_t* from, size_t n, uint8_t* HWY_RESTR
 #endif
 }
 
-/// Rows [begin, end) of words to rows of `dim` floats, by scales and biases [kBlock][dim / group].
+/// Rows [begin, end) of words to rows of `dim` floats, by scales and biases [kBlock][dim / group]. As many words of `ahead`
+/// are brought into the cache.
 template <int kBits>
 HWY_INLINE void dequantize_values(const float* words, const float* scales, const float* biases, size_t dim, size_t group,
-                                  size_t begin, size_t end, float* HWY_RESTRICT out) {
+                                  size_t begin, size_t end, const float* ahead, float* HWY_RESTRICT out) {
   const DF d;
   const hn::Rebind<int32_t, DF> di;
   const hn::Rebind<uint8_t, DF> d8;
@@ -184,6 +186,7 @@ HWY_INLINE void dequantize_values(const float* words, const float* scales, const
   uint8_t spread[128];
   for (size_t at = begin * groups; at < end * groups; ++at) {
     const uint8_t* levels = reinterpret_cast<const uint8_t*>(words) + at * bytes;
+    for (size_t i = 0; i < bytes; i += 64) hwy::Prefetch(reinterpret_cast<const uint8_t*>(ahead) + at * bytes + i);
     if constexpr (kBits == 4) {
       spread_nibbles(levels, group, spread);
       levels = spread;
@@ -210,7 +213,7 @@ HWY_INLINE void fetch_scales(const AttentionSpec& spec, const AttentionSequence&
 /// other keys are garbage or zero. `words` and `scales` are scratch. The block at `next`, `ahead`, is fetched meanwhile.
 template <int kBits>
 HWY_NOINLINE void dequantize_block(const AttentionSpec& spec, const AttentionSequence& sequence, size_t head, int position,
-                                   int next, const Ahead<float>& here, const Ahead<float>& ahead, const float* zeros,
+                                   int next, const Block<float>& here, const Block<float>& ahead, const float* zeros,
                                    size_t begin, size_t end, float* HWY_RESTRICT words, float* HWY_RESTRICT scales,
                                    float* HWY_RESTRICT keys, float* HWY_RESTRICT values) {
   const size_t dim = size_t(spec.head_dim), group = size_t(spec.kv_group), groups = dim / group;
@@ -230,10 +233,10 @@ HWY_NOINLINE void dequantize_block(const AttentionSpec& spec, const AttentionSeq
     transpose_scales(row_scales, groups, begin, end, key_scales);
     transpose_scales(row_biases, groups, begin, end, key_biases);
   }
-  transpose_keys(here.keys, zeros, dim * kBits / 32, begin, end, ahead, words);
-  dequantize_keys<kBits>(words, key_scales, key_biases, dim, group, begin, end, keys);
+  transpose_keys(here.keys, zeros, dim * kBits / 32, begin, end, words);
+  dequantize_keys<kBits>(words, key_scales, key_biases, dim, group, begin, end, ahead.keys, keys);
   load(run.value_scales, run.value_biases);
-  dequantize_values<kBits>(here.values, row_scales, row_biases, dim, group, begin, end, values);
+  dequantize_values<kBits>(here.values, row_scales, row_biases, dim, group, begin, end, ahead.values, values);
 }
 
 }  // namespace HWY_NAMESPACE

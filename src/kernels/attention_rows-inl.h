@@ -119,116 +119,110 @@ HWY_INLINE float load_one(const typename Rows::Element* p) {
 
 // ---- blocks of keys and values as f32
 
-/// Brings a block that is needed soon into the cache, piece by piece while another is transposed.
+/// One head's keys and values of a block, as the cache holds them.
 template <class Element>
-struct Ahead {
+struct Block {
   const Element* keys;
   const Element* values;
-  HWY_INLINE void fetch(size_t from, size_t n) const {
-    for (size_t i = from; i < from + n; i += 64 / sizeof(Element)) {
-      hwy::Prefetch(keys + i);
-      hwy::Prefetch(values + i);
-    }
-  }
 };
 
-/// keys [begin, end) of a block, rows of `dim`, to [dim][kBlock]. Columns of other keys are garbage or zero.
-HWY_INLINE void transpose_keys(const float* keys, const float* zeros, size_t dim, size_t begin, size_t end,
-                               const Ahead<float>& ahead, float* HWY_RESTRICT out) {
-#if HWY_TARGET == HWY_SCALAR
-  for (size_t j = begin; j < end; ++j) {
-    for (size_t i = 0; i < dim; ++i) out[i * kBlock + j] = keys[j * dim + i];
-  }
-#else
+#if HWY_TARGET != HWY_SCALAR
+
+/// Transposes N rows by N columns; the rows begin at `row(0)`, ..., `row(N - 1)`.
+template <class Row>
+HWY_INLINE void transpose_square(const Row& row, float* HWY_RESTRICT out) {
   const hn::CappedTag<float, 8> d;
   const hn::Repartition<double, decltype(d)> d64;
   constexpr size_t N = hn::MaxLanes(d);
   static_assert(N == 4 || N == 8);
-  for (size_t j = begin / N * N; j < end; j += N) {
-    const float* row[N];
-    for (size_t e = 0; e < N; ++e) row[e] = j + e >= begin && j + e < end ? keys + (j + e) * dim : zeros;
-    size_t i = 0;
-    for (; i + N <= dim; i += N) {
-      ahead.fetch(j * dim + i * N, N * N);
-      hn::Vec<decltype(d)> in[N];
-      for (size_t e = 0; e < N; ++e) in[e] = hn::LoadU(d, row[e] + i);
-      for (size_t part = 0; part < N / 4; ++part) {
-        hn::Vec<decltype(d)> a[4];
-        for (size_t e = 0; e < 4; ++e) {
-          if constexpr (N == 4) {
-            a[e] = in[e];
-          } else {
-            a[e] = part == 0 ? hn::ConcatLowerLower(d, in[e + 4], in[e]) : hn::ConcatUpperUpper(d, in[e + 4], in[e]);
-          }
-        }
-        const auto t0 = hn::BitCast(d64, hn::InterleaveLower(d, a[0], a[1]));
-        const auto t1 = hn::BitCast(d64, hn::InterleaveLower(d, a[2], a[3]));
-        const auto t2 = hn::BitCast(d64, hn::InterleaveUpper(d, a[0], a[1]));
-        const auto t3 = hn::BitCast(d64, hn::InterleaveUpper(d, a[2], a[3]));
-        float* to = out + (i + 4 * part) * kBlock + j;
-        hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, t0, t1)), d, to);
-        hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, t0, t1)), d, to + kBlock);
-        hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, t2, t3)), d, to + 2 * kBlock);
-        hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, t2, t3)), d, to + 3 * kBlock);
+  hn::Vec<decltype(d)> in[N];
+  for (size_t e = 0; e < N; ++e) in[e] = hn::LoadU(d, row(e));
+  for (size_t part = 0; part < N / 4; ++part) {
+    hn::Vec<decltype(d)> a[4];
+    for (size_t e = 0; e < 4; ++e) {
+      if constexpr (N == 4) {
+        a[e] = in[e];
+      } else {
+        a[e] = part == 0 ? hn::ConcatLowerLower(d, in[e + 4], in[e]) : hn::ConcatUpperUpper(d, in[e + 4], in[e]);
       }
     }
-    for (; i < dim; ++i) {
-      for (size_t e = 0; e < N; ++e) out[i * kBlock + j + e] = row[e][i];
-    }
+    const auto t0 = hn::BitCast(d64, hn::InterleaveLower(d, a[0], a[1]));
+    const auto t1 = hn::BitCast(d64, hn::InterleaveLower(d, a[2], a[3]));
+    const auto t2 = hn::BitCast(d64, hn::InterleaveUpper(d, a[0], a[1]));
+    const auto t3 = hn::BitCast(d64, hn::InterleaveUpper(d, a[2], a[3]));
+    float* to = out + 4 * part * kBlock;
+    hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, t0, t1)), d, to);
+    hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, t0, t1)), d, to + kBlock);
+    hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, t2, t3)), d, to + 2 * kBlock);
+    hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, t2, t3)), d, to + 3 * kBlock);
   }
-#endif
 }
 
-/// The same for elements of 16 bits: 8 by 8 in each 128-bit block.
-HWY_INLINE void transpose_keys(const uint16_t* keys, const uint16_t* zeros, size_t dim, size_t begin, size_t end,
-                               const Ahead<uint16_t>& ahead, uint16_t* HWY_RESTRICT out) {
-#if HWY_TARGET == HWY_SCALAR
-  for (size_t j = begin; j < end; ++j) {
-    for (size_t i = 0; i < dim; ++i) out[i * kBlock + j] = keys[j * dim + i];
-  }
-#else
+/// The same for elements of 16 bits: N rows by 8 columns, 8 by 8 in each 128-bit block.
+template <class Row>
+HWY_INLINE void transpose_square(const Row& row, uint16_t* HWY_RESTRICT out) {
   const hn::CappedTag<uint16_t, 16> d;
   using V = hn::Vec<decltype(d)>;
   const hn::Repartition<uint32_t, decltype(d)> d32;
   const hn::Repartition<uint64_t, decltype(d)> d64;
   constexpr size_t N = hn::MaxLanes(d);
   static_assert(N == 8 || N == 16);
-  for (size_t j = begin / N * N; j < end; j += N) {
-    const uint16_t* row[N];
-    for (size_t e = 0; e < N; ++e) row[e] = j + e >= begin && j + e < end ? keys + (j + e) * dim : zeros;
-    size_t i = 0;
-    for (; i + 8 <= dim; i += 8) {
-      ahead.fetch(j * dim + i * N, N * 8);
-      V a[8], b[8];
-      for (size_t e = 0; e < 8; ++e) {
-        if constexpr (N == 8) {
-          a[e] = hn::LoadU(d, row[e] + i);
-        } else {
-          const hn::Half<decltype(d)> half;
-          a[e] = hn::Combine(d, hn::LoadU(half, row[e + 8] + i), hn::LoadU(half, row[e] + i));
-        }
-      }
-      for (size_t e = 0; e < 4; ++e) {  // pairs of rows: dims 0 to 3, dims 4 to 7
-        b[e] = hn::InterleaveLower(d, a[2 * e], a[2 * e + 1]);
-        b[4 + e] = hn::InterleaveUpper(d, a[2 * e], a[2 * e + 1]);
-      }
-      for (size_t e = 0; e < 4; ++e) {  // fours: a[2 e] has dims 2 e and 2 e + 1 of rows 0 to 3, a[2 e + 1] of rows 4 to 7
-        const size_t from = e / 2 * 4;
-        for (size_t part = 0; part < 2; ++part) {
-          const auto x = hn::BitCast(d32, b[from + 2 * part]), y = hn::BitCast(d32, b[from + 2 * part + 1]);
-          a[2 * e + part] =
-              hn::BitCast(d, e % 2 == 0 ? hn::InterleaveLower(d32, x, y) : hn::InterleaveUpper(d32, x, y));
-        }
-      }
-      for (size_t e = 0; e < 4; ++e) {
-        const auto x = hn::BitCast(d64, a[2 * e]), y = hn::BitCast(d64, a[2 * e + 1]);
-        uint16_t* to = out + (i + 2 * e) * kBlock + j;
-        hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, x, y)), d, to);
-        hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, x, y)), d, to + kBlock);
-      }
+  V a[8], b[8];
+  for (size_t e = 0; e < 8; ++e) {
+    if constexpr (N == 8) {
+      a[e] = hn::LoadU(d, row(e));
+    } else {
+      const hn::Half<decltype(d)> half;
+      a[e] = hn::Combine(d, hn::LoadU(half, row(e + 8)), hn::LoadU(half, row(e)));
     }
-    for (; i < dim; ++i) {
-      for (size_t e = 0; e < N; ++e) out[i * kBlock + j + e] = row[e][i];
+  }
+  for (size_t e = 0; e < 4; ++e) {  // pairs of rows: dims 0 to 3, dims 4 to 7
+    b[e] = hn::InterleaveLower(d, a[2 * e], a[2 * e + 1]);
+    b[4 + e] = hn::InterleaveUpper(d, a[2 * e], a[2 * e + 1]);
+  }
+  for (size_t e = 0; e < 4; ++e) {  // fours: a[2 e] has dims 2 e and 2 e + 1 of rows 0 to 3, a[2 e + 1] of rows 4 to 7
+    const size_t from = e / 2 * 4;
+    for (size_t part = 0; part < 2; ++part) {
+      const auto x = hn::BitCast(d32, b[from + 2 * part]), y = hn::BitCast(d32, b[from + 2 * part + 1]);
+      a[2 * e + part] = hn::BitCast(d, e % 2 == 0 ? hn::InterleaveLower(d32, x, y) : hn::InterleaveUpper(d32, x, y));
+    }
+  }
+  for (size_t e = 0; e < 4; ++e) {
+    const auto x = hn::BitCast(d64, a[2 * e]), y = hn::BitCast(d64, a[2 * e + 1]);
+    uint16_t* to = out + 2 * e * kBlock;
+    hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, x, y)), d, to);
+    hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, x, y)), d, to + kBlock);
+  }
+}
+
+#endif
+
+/// keys [begin, end) of a block, rows of `dim`, to [dim][kBlock]. Columns of other keys are garbage or zero.
+template <class Element>
+HWY_INLINE void transpose_keys(const Element* keys, const Element* zeros, size_t dim, size_t begin, size_t end,
+                               Element* HWY_RESTRICT out) {
+#if HWY_TARGET == HWY_SCALAR
+  for (size_t j = begin; j < end; ++j) {
+    for (size_t i = 0; i < dim; ++i) out[i * kBlock + j] = keys[j * dim + i];
+  }
+#else
+  constexpr bool kWide = sizeof(Element) == 4;
+  constexpr size_t N = hn::MaxLanes(hn::CappedTag<Element, kWide ? 8 : 16>());
+  constexpr size_t kColumns = kWide ? N : 8;
+  for (size_t j = begin / N * N; j < end; j += N) {
+    const auto transpose = [&](const auto& row) {
+      size_t i = 0;
+      for (; i + kColumns <= dim; i += kColumns) {
+        transpose_square([&](size_t e) { return row(e) + i; }, out + i * kBlock + j);
+      }
+      for (; i < dim; ++i) {
+        for (size_t e = 0; e < N; ++e) out[i * kBlock + j + e] = row(e)[i];
+      }
+    };
+    if (j >= begin && j + N <= end) {
+      transpose([first = keys + j * dim, dim](size_t e) { return first + e * dim; });
+    } else {
+      transpose([&](size_t e) { return j + e >= begin && j + e < end ? keys + (j + e) * dim : zeros; });
     }
   }
 #endif

@@ -2,10 +2,10 @@
 // chain of multiply-adds over k in order, of weights made f32 in one way:
 //
 //   float weights:      sum = fma(x[k], w[k], sum);
-//   quantized weights:  sum = fma(x[k], q[k] * scale, sum), after each group sum = fma(Σ x of the group, bias, sum);
+//   quantized weights:  per group dot = fma(x[k], q[k], dot); sum = fma(dot, scale, sum); sum = fma(Σ x of the group, bias, sum);
 //
 // then its additive bias and its residual. The q's are read in place as q * 2^s (masked, not shifted) and meet x * 2^-s.
-// Prepare() makes rows so, with the groups' sums in their places: a group of 32 is 33 columns, the last one weighed by the bias.
+// Prepare() makes rows so, with the groups' sums in their places: a group of 32 is 33 columns.
 //
 // With Activations::kInt8, rows meet quantized weights as 8-bit integers with a scale per 32 columns, and
 //
@@ -42,13 +42,13 @@ struct LinearCall {
 };
 
 /// Rows that are prepared and multiplied at once, at most.
-inline constexpr int kBlockRows = 512;
+inline constexpr int kBlockRows = 144;
 /// Columns of a panel that are unpacked at once: 16 KiB of f32, half of a usual L1.
 inline constexpr int kBlockK = 256;
 
 /// A worker's own memory.
 struct LinearScratch {
-  alignas(64) float weights[(kBlockK + kBlockK / 32) * kPanel];
+  alignas(64) float weights[(kBlockK + 2 * kBlockK / 32) * kPanel];
   alignas(64) float sums[kBlockRows * kPanel];
 };
 inline LinearScratch& linear_scratch() {
@@ -158,8 +158,12 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const float* x, in
     for (int k0 = 0; k0 < k; k0 += step) {
       const int k1 = std::min(k, k0 + step);
       const float* weights = PanelAsFloats(part, part.panel(panel), k0, k1, scratch.weights);
-      const int first_column = prepared_columns(part, k0), columns = prepared_columns(part, k1) - first_column;
-      Tiles(x + first_column, rows, stride, weights, columns, k0 == 0, scratch.sums);
+      const float* from = x + prepared_columns(part, k0);
+      if (part.group > 0) {
+        Tiles<true>(from, rows, stride, weights, k1 - k0, part.group, k0 == 0, scratch.sums);
+      } else {
+        Tiles<false>(from, rows, stride, weights, k1 - k0, 0, k0 == 0, scratch.sums);
+      }
     }
     for (int r = 0; r < rows; ++r) Finish(call, part, panel, row + r, scratch.sums + r * kPanel);
   }

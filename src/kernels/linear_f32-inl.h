@@ -132,11 +132,11 @@ const float* Prepare(ThreadPool& pool, const PackedPart& part, int k, const floa
   return out;
 }
 
-// ---- One panel's columns [k0, k1) to f32 [prepared columns][16] ----
+// ---- One panel's columns [k0, k1) to f32: [columns][16], and of quantized weights per group its scales and biases, [2][16] ----
 
 template <int kBits, int kJ>
-HWY_INLINE void UnpackTo(VU line, VF scale, float* out) {
-  hn::Store(hn::Mul(Unpack<kBits, kJ>(line), scale), DF(), out + kJ * kPanel);
+HWY_INLINE void UnpackTo(VU line, float* out) {
+  hn::Store(Unpack<kBits, kJ>(line), DF(), out + kJ * kPanel);
 }
 
 template <int kBits, Type kScale>
@@ -145,29 +145,27 @@ void UnpackQuantized(const PackedPart& part, const std::byte* panel, int k0, int
   const int lines = part.group / kPerLine;
   const std::byte* end = panel + size_t(k1 / part.group) * part.group_bytes;
   for (const std::byte* g = panel + size_t(k0 / part.group) * part.group_bytes; g != end; g += part.group_bytes) {
-    VF scale[kVectors];
-    for (int v = 0; v < kVectors; ++v) scale[v] = LoadFloats<kScale>(g, v * kLanes);
     const std::byte* line = g + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
     for (int i = 0; i < lines; ++i) {
       for (int v = 0; v < kVectors; ++v) {
         const VU words = LoadLine(line, v);
         float* to = out + v * kLanes;
-        UnpackTo<kBits, 0>(words, scale[v], to);
-        UnpackTo<kBits, 1>(words, scale[v], to);
-        UnpackTo<kBits, 2>(words, scale[v], to);
-        UnpackTo<kBits, 3>(words, scale[v], to);
+        UnpackTo<kBits, 0>(words, to);
+        UnpackTo<kBits, 1>(words, to);
+        UnpackTo<kBits, 2>(words, to);
+        UnpackTo<kBits, 3>(words, to);
         if constexpr (kBits == 4) {
-          UnpackTo<kBits, 4>(words, scale[v], to);
-          UnpackTo<kBits, 5>(words, scale[v], to);
-          UnpackTo<kBits, 6>(words, scale[v], to);
-          UnpackTo<kBits, 7>(words, scale[v], to);
+          UnpackTo<kBits, 4>(words, to);
+          UnpackTo<kBits, 5>(words, to);
+          UnpackTo<kBits, 6>(words, to);
+          UnpackTo<kBits, 7>(words, to);
         }
       }
       line += kAlignment;
       out += kPerLine * kPanel;
     }
-    for (int i = 0; i < kPanel; i += kLanes) hn::Store(LoadFloats<kScale>(g, kPanel + i), DF(), out + i);
-    out += kPanel;
+    for (int i = 0; i < 2 * kPanel; i += kLanes) hn::Store(LoadFloats<kScale>(g, i), DF(), out + i);
+    out += 2 * kPanel;
   }
 }
 
@@ -204,59 +202,82 @@ const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k
   return scratch;
 }
 
-// ---- kRows prepared rows times k columns of a panel; sums [kRows][16] go on from what they hold unless `first` ----
+// ---- kRows prepared rows times k columns of a panel, in groups of `group` (0: float weights, in one piece); sums [kRows][16]
+// ---- go on from what they hold unless `first` ----
 
-template <int kRows>
-HWY_NOINLINE void Tile(const float* HWY_RESTRICT x, size_t stride, const float* HWY_RESTRICT panel, int k, bool first,
+template <int kRows, bool kGroups>
+HWY_NOINLINE void Tile(const float* HWY_RESTRICT x, size_t stride, const float* HWY_RESTRICT panel, int k, int group, bool first,
                        float* HWY_RESTRICT sums) {
   const DF d;
   VF acc[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = first ? hn::Zero(d) : hn::Load(d, sums + r * kPanel + v * kLanes);
+  if (first) {
+    for (int i = 0; i < kRows * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
   }
-  for (int i = 0; i < k; ++i) {
-    VF w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = hn::Load(d, panel + v * kLanes);
-    panel += kPanel;
+  const int step = kGroups ? group : k;
+  int done = 0;
+  do {
     for (int r = 0; r < kRows; ++r) {
-      const VF xr = hn::Set(d, x[r * stride + i]);
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(xr, w[v], acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = kGroups ? hn::Zero(d) : hn::Load(d, sums + r * kPanel + v * kLanes);
     }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], d, sums + r * kPanel + v * kLanes);
+    for (int i = 0; i < step; ++i) {
+      VF w[kVectors];
+      for (int v = 0; v < kVectors; ++v) w[v] = hn::Load(d, panel + v * kLanes);
+      panel += kPanel;
+      for (int r = 0; r < kRows; ++r) {
+        const VF xr = hn::Set(d, x[r * stride + i]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(xr, w[v], acc[r][v]);
+      }
+    }
+    x += step;
+    if constexpr (kGroups) {
+      for (int r = 0; r < kRows; ++r) {
+        const VF x_sum = hn::Set(d, x[r * stride]);
+        for (int v = 0; v < kVectors; ++v) {
+          const VF scale = hn::Load(d, panel + v * kLanes), bias = hn::Load(d, panel + kPanel + v * kLanes);
+          const VF sum = hn::MulAdd(acc[r][v], scale, hn::Load(d, sums + r * kPanel + v * kLanes));
+          hn::Store(hn::MulAdd(x_sum, bias, sum), d, sums + r * kPanel + v * kLanes);
+        }
+      }
+      panel += 2 * kPanel;
+      x += 1;
+    }
+    done += step;
+  } while (done < k);
+  if constexpr (!kGroups) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], d, sums + r * kPanel + v * kLanes);
+    }
   }
 }
 
-template <int kRows>
-HWY_INLINE void TileTail(int rows, const float* x, size_t stride, const float* panel, int k, bool first, float* sums) {
+template <int kRows, bool kGroups>
+HWY_INLINE void TileTail(int rows, const float* x, size_t stride, const float* panel, int k, int group, bool first, float* sums) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      Tile<kRows>(x, stride, panel, k, first, sums);
+      Tile<kRows, kGroups>(x, stride, panel, k, group, first, sums);
     } else {
-      TileTail<kRows - 1>(rows, x, stride, panel, k, first, sums);
+      TileTail<kRows - 1, kGroups>(rows, x, stride, panel, k, group, first, sums);
     }
   }
 }
 
-void Tiles(const float* x, int rows, size_t stride, const float* panel, int k, bool first, float* sums) {
+template <bool kGroups>
+void Tiles(const float* x, int rows, size_t stride, const float* panel, int k, int group, bool first, float* sums) {
   int row = 0;
   for (; row + kTileRows <= rows; row += kTileRows) {
-    Tile<kTileRows>(x + row * stride, stride, panel, k, first, sums + row * kPanel);
+    Tile<kTileRows, kGroups>(x + row * stride, stride, panel, k, group, first, sums + row * kPanel);
   }
-  TileTail<kTileRows - 1>(rows - row, x + row * stride, stride, panel, k, first, sums + row * kPanel);
+  TileTail<kTileRows - 1, kGroups>(rows - row, x + row * stride, stride, panel, k, group, first, sums + row * kPanel);
 }
 
 // ---- One prepared row times kPanels panels, straight from their packed form ----
 
 template <int kBits, int kJ, int kPanels>
-HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const VF (&scale)[kPanels][kVectors], const float* x,
-                     VF (&acc)[kPanels][kVectors]) {
+HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x, VF (&dot)[kPanels][kVectors]) {
   const VF xk = hn::Set(DF(), x[kJ]);
   for (int p = 0; p < kPanels; ++p) {
     for (int v = 0; v < kVectors; ++v) {
-      const VF w = hn::Mul(Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v)), scale[p][v]);
-      acc[p][v] = hn::MulAdd(xk, w, acc[p][v]);
+      dot[p][v] = hn::MulAdd(xk, Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v)), dot[p][v]);
     }
   }
 }
@@ -267,26 +288,24 @@ HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, 
   const DF d;
   const int lines = part.group / kPerLine, groups = k / part.group;
   const size_t panel_bytes = part.panel_bytes;
-  VF acc[kPanels][kVectors];
-  for (int p = 0; p < kPanels; ++p) {
-    for (int v = 0; v < kVectors; ++v) acc[p][v] = hn::Zero(d);
-  }
+  for (int i = 0; i < kPanels * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
   for (int g = 0; g < groups; ++g) {
-    VF scale[kPanels][kVectors];
+    VF dot[kPanels][kVectors];
     for (int p = 0; p < kPanels; ++p) {
-      for (int v = 0; v < kVectors; ++v) scale[p][v] = LoadFloats<kScale>(panel + p * panel_bytes, v * kLanes);
+      for (int v = 0; v < kVectors; ++v) dot[p][v] = hn::Zero(d);
     }
     const std::byte* line = panel + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
     for (int i = 0; i < lines; ++i) {
-      Step<kBits, 0, kPanels>(line, panel_bytes, scale, x, acc);
-      Step<kBits, 1, kPanels>(line, panel_bytes, scale, x, acc);
-      Step<kBits, 2, kPanels>(line, panel_bytes, scale, x, acc);
-      Step<kBits, 3, kPanels>(line, panel_bytes, scale, x, acc);
+      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(line + (kPanels + p) * panel_bytes, 0, 3);
+      Step<kBits, 0, kPanels>(line, panel_bytes, x, dot);
+      Step<kBits, 1, kPanels>(line, panel_bytes, x, dot);
+      Step<kBits, 2, kPanels>(line, panel_bytes, x, dot);
+      Step<kBits, 3, kPanels>(line, panel_bytes, x, dot);
       if constexpr (kBits == 4) {
-        Step<kBits, 4, kPanels>(line, panel_bytes, scale, x, acc);
-        Step<kBits, 5, kPanels>(line, panel_bytes, scale, x, acc);
-        Step<kBits, 6, kPanels>(line, panel_bytes, scale, x, acc);
-        Step<kBits, 7, kPanels>(line, panel_bytes, scale, x, acc);
+        Step<kBits, 4, kPanels>(line, panel_bytes, x, dot);
+        Step<kBits, 5, kPanels>(line, panel_bytes, x, dot);
+        Step<kBits, 6, kPanels>(line, panel_bytes, x, dot);
+        Step<kBits, 7, kPanels>(line, panel_bytes, x, dot);
       }
       x += kPerLine;
       line += kAlignment;
@@ -294,13 +313,13 @@ HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, 
     const VF x_sum = hn::Set(d, *x++);
     for (int p = 0; p < kPanels; ++p) {
       for (int v = 0; v < kVectors; ++v) {
-        acc[p][v] = hn::MulAdd(x_sum, LoadFloats<kScale>(panel + p * panel_bytes, kPanel + v * kLanes), acc[p][v]);
+        const VF scale = LoadFloats<kScale>(panel + p * panel_bytes, v * kLanes);
+        const VF bias = LoadFloats<kScale>(panel + p * panel_bytes, kPanel + v * kLanes);
+        float* at = sums + p * kPanel + v * kLanes;
+        hn::Store(hn::MulAdd(x_sum, bias, hn::MulAdd(dot[p][v], scale, hn::Load(d, at))), d, at);
       }
     }
     panel += part.group_bytes;
-  }
-  for (int p = 0; p < kPanels; ++p) {
-    for (int v = 0; v < kVectors; ++v) hn::Store(acc[p][v], d, sums + p * kPanel + v * kLanes);
   }
 }
 
