@@ -433,19 +433,23 @@ TEST(KernelsPrimitives, LinearEqualsThePlainKernel) {
   const std::vector<float> x = random_rows(6, 64, rng), residual = random_rows(6, 40, rng);
   std::vector<float> want(6 * 40);
   const mx::array x_array(x.data(), {6, 64}, mx::float32), residual_array(residual.data(), {6, 40}, mx::float32);
+  const auto lazy = [](const mx::array& a) { return a + mx::array(0.0f); };
   auto expect = [&](mx::array got) {
     got.eval();
     ASSERT_EQ(got.shape(), (mx::Shape{6, 40}));
     EXPECT_EQ(std::memcmp(got.data<float>(), want.data(), want.size() * sizeof(float)), 0);
   };
   linear(x.data(), 6, *packed, nullptr, want.data());
+  EXPECT_TRUE(linear(x_array, packed).is_available());
   expect(linear(x_array, packed));
+  EXPECT_FALSE(linear(lazy(x_array), packed).is_available());
+  expect(linear(lazy(x_array), packed));
   // A lazy, transposed input.
   expect(linear(mx::transpose(mx::contiguous(mx::transpose(x_array))), packed));
   linear(x.data(), 6, *packed, residual.data(), want.data());
   expect(linear_add(x_array, packed, residual_array));
   // A residual that may be overwritten.
-  expect(linear_add(x_array, packed, mx::contiguous(residual_array + mx::array(0.0f))));
+  expect(linear_add(x_array, packed, mx::contiguous(lazy(residual_array))));
   EXPECT_EQ(std::memcmp(residual_array.data<float>(), residual.data(), residual.size() * sizeof(float)), 0);
 
   const auto gated = PackedLinear::pack_gated(w.source, w.source);
@@ -474,11 +478,12 @@ TEST(KernelsPrimitives, NormAndEmbeddingEqualThePlainKernels) {
   EXPECT_EQ(std::memcmp(got.data<float>(), want.data(), want.size() * sizeof(float)), 0);
 }
 
-TEST(KernelsPrimitives, ErrorsOnTheStreamReachEval) {
+TEST(KernelsPrimitives, ErrorsReachTheCallerOrEval) {
   std::mt19937 rng(11);
   const TestWeight w(Type::kAffine, 40, 64, rng, 8, 32);
   const auto packed = PackedLinear::pack({w.source});
-  mx::array bad = embedding(mx::array({40}, mx::int32), packed);
+  EXPECT_THROW(embedding(mx::array({40}, mx::int32), packed), Error);
+  mx::array bad = embedding(mx::array({39}, mx::int32) + mx::array(1), packed);
   try {
     bad.eval();
     FAIL() << "token 40 of 40 was accepted";

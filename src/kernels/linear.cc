@@ -19,6 +19,8 @@
 #include <hwy/contrib/math/math-inl.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstring>
 #include <functional>
 
@@ -45,6 +47,9 @@ struct LinearCall {
 inline constexpr int kBlockRows = 144;
 /// Columns of a panel that are unpacked at once: 16 KiB of f32, half of a usual L1.
 inline constexpr int kBlockK = 256;
+
+/// Stretches of a single row's outputs, each for two threads, at most.
+inline constexpr size_t kMaxStretches = 128;
 
 /// A worker's own memory.
 struct LinearScratch {
@@ -128,21 +133,38 @@ void Finish(const LinearCall& call, const PackedPart& part, int panel, int row, 
   }
 }
 
-// Panels [first, last) of a part for a single row: as many at once as hide the latency of their chains.
+// `kPanels` panels of a part for a single row. Those at `ahead` come next.
 template <int kPanels>
-HWY_INLINE int RunPanels(const LinearCall& call, const PackedPart& part, const float* x, int panel, int last, int row) {
+HWY_INLINE void RunPanels(const LinearCall& call, const PackedPart& part, const float* x, int panel, int ahead, int row) {
   HWY_ALIGN float sums[kPanels * kPanel];
-  for (; panel + kPanels <= last; panel += kPanels) {
-    Vector<kPanels>(part, part.panel(panel), call.w->k, x, sums);
-    for (int p = 0; p < kPanels; ++p) Finish(call, part, panel + p, row, sums + p * kPanel);
-  }
-  return panel;
+  Vector<kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, sums);
+  for (int p = 0; p < kPanels; ++p) Finish(call, part, panel + p, row, sums + p * kPanel);
 }
 
-void RunVector(const LinearCall& call, const PackedPart& part, const float* x, int first, int last, int row) {
-  int panel = RunPanels<kVectorPanels>(call, part, x, first, last, row);
-  if constexpr (kVectorPanels > 2) panel = RunPanels<kVectorPanels / 2>(call, part, x, panel, last, row);
-  if constexpr (kVectorPanels > 1) RunPanels<1>(call, part, x, panel, last, row);
+// The units of a single row's work: as many panels at once as hide the latency of their chains.
+int Units(const PackedPart& part) { return (part.panels + kVectorPanels - 1) / kVectorPanels; }
+
+void RunUnit(const LinearCall& call, const PackedPart& part, const float* x, int unit, int next, int row) {
+  int panel = unit * kVectorPanels;
+  const int ahead = next * kVectorPanels, left = part.panels - panel;
+  if (left >= kVectorPanels) return RunPanels<kVectorPanels>(call, part, x, panel, ahead, row);
+  for (; panel < part.panels; ++panel) RunPanels<1>(call, part, x, panel, panel, row);
+}
+
+// A single row: two threads work on a stretch of units from its two ends until they meet, so that each reads memory in
+// order and both end at once.
+void RunRow(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const float* x, int row) {
+  const int units = Units(part), stretches = std::min((pool.size() + 1) / 2, units);
+  std::array<std::atomic<int>, kMaxStretches> taken{};
+  auto body = [&](size_t task, int) {
+    const int stretch = int(task) / 2, step = task % 2 == 0 ? 1 : -1;
+    const int first = int(int64_t(stretch) * units / stretches), last = int(int64_t(stretch + 1) * units / stretches);
+    for (int unit = step > 0 ? first : last - 1; taken[size_t(stretch)].fetch_add(1, std::memory_order_relaxed) < last - first;
+         unit += step) {
+      RunUnit(call, part, x, unit, std::clamp(unit + step, first, last - 1), row);
+    }
+  };
+  pool.parallel_for(size_t(std::min(pool.size(), 2 * stretches)), std::ref(body));
 }
 
 // Panels [first, last) of a part for `rows` prepared rows, the first of which is row `row` of the call.
@@ -186,15 +208,17 @@ void Linear(const LinearCall& call) {
       const bool int8 = call.activations == Activations::kInt8 && part.type == Type::kAffine;
       const int8_t* x8 = int8 ? PrepareInt8(pool, call.w->k, given, rows) : nullptr;
       const float* x = int8 ? nullptr : Prepare(pool, part, call.w->k, given, rows);
-      // Few tasks for one row, where each is short; more for many rows, where an even end matters. Tasks begin at even panels.
+      if (rows == 1 && !int8) {
+        RunRow(pool, call, part, x, row);
+        continue;
+      }
+      // Many tasks, for an even end. They begin at even panels.
       const int pairs = (part.panels + 1) / 2;
-      const int tasks = std::min(pairs, pool.size() * (rows == 1 ? 2 : 8));
+      const int tasks = std::min(pairs, pool.size() * 8);
       auto body = [&](size_t task, int) {
         const int first = int(task * pairs / tasks) * 2, last = std::min(part.panels, int((task + 1) * pairs / tasks) * 2);
         if (int8) {
           RunInt8(call, part, x8, first, last, row, rows);
-        } else if (rows == 1) {
-          RunVector(call, part, x, first, last, row);
         } else {
           RunBlock(call, part, x, first, last, row, rows);
         }
@@ -210,7 +234,6 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 
-#include <atomic>
 #include <cstdlib>
 #include <string>
 

@@ -8,6 +8,7 @@
 #define TORPOR_KERNELS_LINEAR_F32_INL
 #endif
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 HWY_BEFORE_NAMESPACE();
@@ -271,6 +272,8 @@ void Tiles(const float* x, int rows, size_t stride, const float* panel, int k, i
 }
 
 // ---- One prepared row times kPanels panels, straight from their packed form ----
+//
+// As much of the next panels, `ahead` bytes on, is brought into the cache as is read of these.
 
 template <int kBits, int kJ, int kPanels>
 HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x, VF (&dot)[kPanels][kVectors]) {
@@ -283,7 +286,8 @@ HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x, 
 }
 
 template <int kBits, Type kScale, int kPanels>
-HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k, const float* x,
+                                float* sums) {
   constexpr int kPerLine = 32 / kBits;
   const DF d;
   const int lines = part.group / kPerLine, groups = k / part.group;
@@ -296,7 +300,7 @@ HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, 
     }
     const std::byte* line = panel + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
     for (int i = 0; i < lines; ++i) {
-      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(line + (kPanels + p) * panel_bytes, 0, 3);
+      for (int p = 0; p < kPanels; ++p) hwy::Prefetch(line + ahead + p * panel_bytes);
       Step<kBits, 0, kPanels>(line, panel_bytes, x, dot);
       Step<kBits, 1, kPanels>(line, panel_bytes, x, dot);
       Step<kBits, 2, kPanels>(line, panel_bytes, x, dot);
@@ -324,7 +328,7 @@ HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, 
 }
 
 template <Type kType, int kPanels>
-HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k, const float* x, float* sums) {
   const DF d;
   VF acc[kPanels][kVectors];
   for (int p = 0; p < kPanels; ++p) {
@@ -333,6 +337,7 @@ HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, int
   for (int i = 0; i < k; ++i) {
     const VF xk = hn::Set(d, x[i]);
     for (int p = 0; p < kPanels; ++p) {
+      hwy::Prefetch(panel + ahead + p * part.panel_bytes + size_t(i) * kPanel * type_size(kType));
       for (int v = 0; v < kVectors; ++v) {
         acc[p][v] =
             hn::MulAdd(xk, LoadFloats<kType>(panel + p * part.panel_bytes, size_t(i) * kPanel + v * kLanes), acc[p][v]);
@@ -345,25 +350,26 @@ HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, int
 }
 
 template <int kPanels>
-void Vector(const PackedPart& part, const std::byte* panel, int k, const float* x, float* sums) {
+void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const float* x, float* sums) {
+  const ptrdiff_t ahead = next - panel;
   switch (part.type) {
     case Type::kF32:
-      return VectorFloats<Type::kF32, kPanels>(part, panel, k, x, sums);
+      return VectorFloats<Type::kF32, kPanels>(part, panel, ahead, k, x, sums);
     case Type::kF16:
-      return VectorFloats<Type::kF16, kPanels>(part, panel, k, x, sums);
+      return VectorFloats<Type::kF16, kPanels>(part, panel, ahead, k, x, sums);
     case Type::kBF16:
-      return VectorFloats<Type::kBF16, kPanels>(part, panel, k, x, sums);
+      return VectorFloats<Type::kBF16, kPanels>(part, panel, ahead, k, x, sums);
     case Type::kAffine:
       break;
   }
   if (part.bits == 4) {
-    if (part.scale_type == Type::kF32) VectorQuantized<4, Type::kF32, kPanels>(part, panel, k, x, sums);
-    if (part.scale_type == Type::kF16) VectorQuantized<4, Type::kF16, kPanels>(part, panel, k, x, sums);
-    if (part.scale_type == Type::kBF16) VectorQuantized<4, Type::kBF16, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kF32) VectorQuantized<4, Type::kF32, kPanels>(part, panel, ahead, k, x, sums);
+    if (part.scale_type == Type::kF16) VectorQuantized<4, Type::kF16, kPanels>(part, panel, ahead, k, x, sums);
+    if (part.scale_type == Type::kBF16) VectorQuantized<4, Type::kBF16, kPanels>(part, panel, ahead, k, x, sums);
   } else {
-    if (part.scale_type == Type::kF32) VectorQuantized<8, Type::kF32, kPanels>(part, panel, k, x, sums);
-    if (part.scale_type == Type::kF16) VectorQuantized<8, Type::kF16, kPanels>(part, panel, k, x, sums);
-    if (part.scale_type == Type::kBF16) VectorQuantized<8, Type::kBF16, kPanels>(part, panel, k, x, sums);
+    if (part.scale_type == Type::kF32) VectorQuantized<8, Type::kF32, kPanels>(part, panel, ahead, k, x, sums);
+    if (part.scale_type == Type::kF16) VectorQuantized<8, Type::kF16, kPanels>(part, panel, ahead, k, x, sums);
+    if (part.scale_type == Type::kBF16) VectorQuantized<8, Type::kBF16, kPanels>(part, panel, ahead, k, x, sums);
   }
 }
 

@@ -53,10 +53,10 @@ struct PackedPart {
   int panels = 0;
   size_t group_bytes = 0;  ///< of quantized weights: scales, biases and lines
   size_t panel_bytes = 0;
-  AlignedBuffer<std::byte> data;
+  std::shared_ptr<std::byte> data;  ///< [panels][panel_bytes]
   AlignedBuffer<float> bias;  ///< [panels * 16] additive, or empty
 
-  const std::byte* panel(int i) const { return data.data() + size_t(i) * panel_bytes; }
+  const std::byte* panel(int i) const { return data.get() + size_t(i) * panel_bytes; }
 };
 
 inline size_t type_size(WeightSource::Type type) { return type == WeightSource::Type::kF32 ? 4 : 2; }

@@ -8,6 +8,7 @@
 
 #include "kernels/packed_layout.h"
 #include "kernels/thread_pool.h"
+#include "kernels/weight_memory.h"
 #include "torpor/error.h"
 
 namespace torpor::kernels {
@@ -82,7 +83,7 @@ struct RowRef {
 };
 
 void write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref) {
-  std::byte* panel = part.data.data() + size_t(packed_row / kPanel) * part.panel_bytes;
+  std::byte* panel = part.data.get() + size_t(packed_row / kPanel) * part.panel_bytes;
   const int lane = packed_row % kPanel;
   if (part.type != Type::kAffine) {
     const size_t size = type_size(part.type);
@@ -135,7 +136,7 @@ void pack_part(PackedPart& part, int k, const std::vector<RowRef>& rows) {
   } else {
     part.panel_bytes = size_t(k) * kPanel * type_size(part.type);
   }
-  part.data = AlignedBuffer<std::byte>(part.panel_bytes * size_t(part.panels));
+  part.data = allocate_weights(part.panel_bytes * size_t(part.panels));
   const bool with_bias = std::any_of(rows.begin(), rows.end(), [](const RowRef& r) { return r.source && r.source->bias; });
   if (with_bias) part.bias = AlignedBuffer<float>(rows.size());
   ThreadPool::shared().parallel_for(size_t(part.panels), [&](size_t panel, int) {
@@ -262,7 +263,7 @@ int PackedLinear::k() const noexcept { return impl_->k; }
 
 size_t PackedLinear::nbytes() const noexcept {
   size_t total = 0;
-  for (const PackedPart& part : impl_->parts) total += part.data.size() + part.bias.size() * sizeof(float);
+  for (const PackedPart& part : impl_->parts) total += part.panel_bytes * size_t(part.panels) + part.bias.size() * sizeof(float);
   return total;
 }
 

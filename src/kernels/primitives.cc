@@ -24,7 +24,7 @@ std::string shape_text(const mx::array& a) {
 }
 
 /// A node with one output. Its task runs on MLX's stream thread, where MLX catches what it throws and rethrows it
-/// from eval() as a std::runtime_error with the same text.
+/// from eval() as a std::runtime_error with the same text; or at once, on the calling thread (`compute`).
 class Kernel : public mx::Primitive {
  public:
   explicit Kernel(mx::Stream stream) : Primitive(stream) {}
@@ -34,6 +34,10 @@ class Kernel : public mx::Primitive {
       if (!in.flags().row_contiguous) invalid(std::string(name()) + ": an input is not contiguous.");
     }
     run(inputs, outputs[0]);
+  }
+  void compute(const std::vector<mx::array>& inputs, mx::array& out) {
+    at_once_ = true;
+    run(inputs, out);
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) final {
     throw Error(ErrorCode::kInternal, std::string(name()) + " runs on the CPU only.");
@@ -45,9 +49,29 @@ class Kernel : public mx::Primitive {
   /// MLX keeps the buffers of a node's inputs and outputs until its tasks are done, so a task may hold plain pointers.
   template <class F>
   void dispatch(F&& task) {
-    mx::cpu::get_command_encoder(stream()).dispatch(std::forward<F>(task));
+    if (at_once_) {
+      task();
+    } else {
+      mx::cpu::get_command_encoder(stream()).dispatch(std::forward<F>(task));
+    }
   }
+
+ private:
+  bool at_once_ = false;
 };
+
+/// `kernel`'s node, or its result at once where all inputs are there: a decoded token is some two hundred kernels of a few
+/// microseconds each, which neither a graph nor a walk to another thread should come between.
+mx::array node(mx::Shape shape, std::shared_ptr<Kernel> kernel, std::vector<mx::array> inputs) {
+  const bool ready = std::all_of(inputs.begin(), inputs.end(), [](const mx::array& in) {
+    return in.is_available() && in.flags().row_contiguous;
+  });
+  if (!ready) return mx::array(std::move(shape), mx::float32, std::move(kernel), std::move(inputs));
+  mx::array out(std::move(shape), mx::float32, nullptr, {});
+  kernel->compute(inputs, out);
+  out.set_status(mx::array::Status::available);
+  return out;
+}
 
 float* allocate(mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
@@ -55,7 +79,7 @@ float* allocate(mx::array& out) {
 }
 
 /// `x` as row-major f32 (or i32). What another kernel made, or is evaluated and contiguous, is taken as it is.
-mx::array prepared(const mx::array& x, mx::Dtype dtype, mx::Stream stream) {
+mx::array prepared(mx::array x, mx::Dtype dtype, mx::Stream stream) {
   if (x.dtype() == dtype) {
     if (x.has_primitive() ? dynamic_cast<const Kernel*>(&x.primitive()) != nullptr
                           : x.is_available() && x.flags().row_contiguous) {
@@ -168,13 +192,13 @@ class Attention final : public Kernel {
     const float* from = qkv.data<float>();
     float* scratch = const_cast<float*>(from);
     const size_t size = qkv.size();
+    std::shared_ptr<mx::array> copy;
     if (!qkv.is_donatable()) {
-      mx::array copy(qkv.shape(), mx::float32, nullptr, {});
-      scratch = allocate(copy);
-      mx::cpu::get_command_encoder(stream()).add_temporary(std::move(copy));
+      copy = std::make_shared<mx::array>(qkv.shape(), mx::float32, nullptr, std::vector<mx::array>{});
+      scratch = allocate(*copy);
     }
     // A node is evaluated once: its share of the runs' memory moves on to the task that works on it.
-    dispatch([from, scratch, size, spec = spec_, given = std::move(sequences_), y = allocate(out)] {
+    dispatch([copy, from, scratch, size, spec = spec_, given = std::move(sequences_), y = allocate(out)] {
       if (scratch != from) std::copy(from, from + size, scratch);
       std::vector<KvRunView> views;
       std::vector<AttentionSequence> sequences;
@@ -203,7 +227,7 @@ mx::array linear(const mx::array& x, std::shared_ptr<const PackedLinear> w) {
   check_columns(x, w->k(), "linear");
   const mx::Stream stream = cpu_stream();
   const mx::Shape shape{x.shape(0), w->n()};
-  return mx::array(shape, mx::float32, std::make_shared<Linear>(stream, std::move(w)), {prepared(x, mx::float32, stream)});
+  return node(shape, std::make_shared<Linear>(stream, std::move(w)), {prepared(x, mx::float32, stream)});
 }
 
 mx::array linear_add(const mx::array& x, std::shared_ptr<const PackedLinear> w, const mx::array& residual) {
@@ -212,7 +236,7 @@ mx::array linear_add(const mx::array& x, std::shared_ptr<const PackedLinear> w, 
   if (residual.shape(0) != x.shape(0)) invalid("linear_add: the residual has other rows than the input.");
   const mx::Stream stream = cpu_stream();
   const mx::Shape shape{x.shape(0), w->n()};
-  return mx::array(shape, mx::float32, std::make_shared<Linear>(stream, std::move(w)),
+  return node(shape, std::make_shared<Linear>(stream, std::move(w)),
                    {prepared(x, mx::float32, stream), prepared(residual, mx::float32, stream)});
 }
 
@@ -220,7 +244,7 @@ mx::array gated_linear(const mx::array& x, std::shared_ptr<const PackedLinear> w
   check_columns(x, w->k(), "gated_linear");
   const mx::Stream stream = cpu_stream();
   const mx::Shape shape{x.shape(0), w->n()};
-  return mx::array(shape, mx::float32, std::make_shared<GatedLinear>(stream, std::move(w), activation),
+  return node(shape, std::make_shared<GatedLinear>(stream, std::move(w), activation),
                    {prepared(x, mx::float32, stream)});
 }
 
@@ -230,7 +254,7 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
     invalid("rms_norm: a weight of shape " + shape_text(weight) + " doesn't fit an input of shape " + shape_text(x) + ".");
   }
   const mx::Stream stream = cpu_stream();
-  return mx::array(x.shape(), mx::float32, std::make_shared<RmsNorm>(stream, eps),
+  return node(x.shape(), std::make_shared<RmsNorm>(stream, eps),
                    {prepared(x, mx::float32, stream), prepared(weight, mx::float32, stream)});
 }
 
@@ -238,11 +262,11 @@ mx::array embedding(const mx::array& tokens, std::shared_ptr<const PackedLinear>
   if (tokens.ndim() != 1) invalid("embedding: tokens have the shape [M], not " + shape_text(tokens) + ".");
   const mx::Stream stream = cpu_stream();
   const mx::Shape shape{tokens.shape(0), w->k()};
-  return mx::array(shape, mx::float32, std::make_shared<Embedding>(stream, std::move(w)),
+  return node(shape, std::make_shared<Embedding>(stream, std::move(w)),
                    {prepared(tokens, mx::int32, stream)});
 }
 
-mx::array attention(const mx::array& qkv, std::shared_ptr<const AttentionSpec> spec, std::vector<SequenceRuns> sequences) {
+mx::array attention(mx::array qkv, std::shared_ptr<const AttentionSpec> spec, std::vector<SequenceRuns> sequences) {
   check_columns(qkv, (spec->n_heads + 2 * spec->n_kv_heads) * spec->head_dim, "attention");
   const mx::Stream stream = cpu_stream();
   const bool quantized = spec->kv_bits != 0;
@@ -267,8 +291,9 @@ mx::array attention(const mx::array& qkv, std::shared_ptr<const AttentionSpec> s
     }
   }
   const mx::Shape shape{qkv.shape(0), spec->n_heads * spec->head_dim};
-  return mx::array(shape, mx::float32, std::make_shared<Attention>(stream, std::move(spec), std::move(sequences)),
-                   {prepared(qkv, mx::float32, stream)});
+  std::vector<mx::array> inputs;
+  inputs.push_back(prepared(std::move(qkv), mx::float32, stream));
+  return node(shape, std::make_shared<Attention>(stream, std::move(spec), std::move(sequences)), std::move(inputs));
 }
 
 }  // namespace torpor::kernels

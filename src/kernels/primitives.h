@@ -1,6 +1,7 @@
 #pragma once
-/// The kernels as MLX primitives: nodes of the lazy graph, evaluated on the CPU stream. Arrays are f32, row-major;
-/// shapes as in compute.h. Engine thread only, like all of MLX.
+/// The kernels as MLX primitives. On inputs that are evaluated they compute at once, on the calling thread; on others they are
+/// nodes of the lazy graph, evaluated on the CPU stream. Arrays are f32, row-major; shapes as in compute.h. Engine thread only,
+/// like all of MLX.
 
 #include <memory>
 #include <vector>
@@ -29,8 +30,8 @@ struct SequenceRuns {
 };
 
 /// Writes the new rows into the runs in place when evaluated; a later node that reads them must depend on the result.
-/// `spec`'s norm and sink pointers must outlive evaluation.
-mx::array attention(const mx::array& qkv, std::shared_ptr<const AttentionSpec> spec,
+/// `spec`'s norm and sink pointers must outlive evaluation. A `qkv` that nobody else holds is worked in, others in a copy.
+mx::array attention(mx::array qkv, std::shared_ptr<const AttentionSpec> spec,
                     std::vector<SequenceRuns> sequences);  // [M, H_q D]
 
 }  // namespace torpor::kernels

@@ -4,18 +4,12 @@
 #include <cstring>
 #include <map>
 
-#include <mlx/ops.h>
-#include <mlx/transforms.h>
-
 #include "kernels/primitives.h"
 #include "model/ops.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
 namespace {
-
-// From so many rows on a layer takes long enough to wait for it.
-constexpr int kEvalRows = 64;
 
 using kernels::PackedLinear;
 using kernels::WeightSource;
@@ -145,11 +139,7 @@ class KernelOps final : public Ops {
       sequences.push_back(at);
     }
     const auto& w = static_cast<const Qkv&>(*qkv);
-    mx::array attended =
-        kernels::attention(kernels::linear(x, w.w), attention_spec(layer, w, batch.kv_format), std::move(sequences));
-    // MLX runs ahead of its stream, and memory for what is scheduled is taken at once: of many rows, a layer's at a time.
-    if (x.shape(0) >= kEvalRows) mx::eval({attended});
-    return attended;
+    return kernels::attention(kernels::linear(x, w.w), attention_spec(layer, w, batch.kv_format), std::move(sequences));
   }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
     return kernels::linear_add(x, packed(w), residual);
