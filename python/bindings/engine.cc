@@ -86,7 +86,7 @@ void bind_engine(nb::module_& module) {
   using namespace nb::literals;
   nb::class_<AgentMemory>(module, "AgentMemory", "What an agent that is awake holds in memory.")
       .def_ro("agent", &AgentMemory::agent, "Its id.")
-      .def_ro("tokens", &AgentMemory::tokens)
+      .def_ro("tokens", &AgentMemory::tokens, "Tokens it holds.")
       .def_ro("bytes", &AgentMemory::bytes, "Buffers it holds, shared ones included.")
       .def_ro("shared_bytes", &AgentMemory::shared_bytes, "Of those, held by another agent too.")
       .def_ro("pinned", &AgentMemory::pinned, "Whether it stays in memory when others must make room.")

@@ -111,9 +111,9 @@ void bind_turn(nb::module_& module) {
       .def_prop_ro("finish_reason", [](const TurnResult& r) { return std::string(finish_reason_name(r.finish_reason)); },
                    "\"stop\": the model or a stop string ended it; \"length\": max_tokens or the model's context did; "
                    "\"cancelled\": TextStream.close did.")
-      .def_ro("tokens", &TurnResult::tokens)
-      .def_ro("timing_ms", &TurnResult::timing_ms)
-      .def_ro("bytes", &TurnResult::bytes)
+      .def_ro("tokens", &TurnResult::tokens, "How many: a TurnTokens.")
+      .def_ro("timing_ms", &TurnResult::timing_ms, "How long: a TurnTiming.")
+      .def_ro("bytes", &TurnResult::bytes, "From and to the disk: a TurnBytes.")
       .def_ro("damage", &TurnResult::damage,
               "One sentence when the agent was damaged on disk and went on from its longest intact prefix; else None.")
       .def_prop_ro("save_error",

@@ -17,8 +17,6 @@ For speed, Torpor's own engine: `Engine` and its `Agent`s, which compute a turn'
 Errors are subclasses of `torpor.Error`. Whatever waits for a disk or a model lets other threads run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping, Sequence as _Sequence
 from functools import cache as _once
 from typing import Any as _Any

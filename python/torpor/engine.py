@@ -1,21 +1,16 @@
 """Torpor's own engine: the fast way, with agents instead of caches."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
+from typing import Literal, Self, TypedDict, TypeVar, Unpack
+
+import mlx.core as mx
 
 from . import _core
 from .errors import Error
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    import mlx.core as mx
 
 _T = TypeVar("_T")
 
@@ -89,7 +84,7 @@ class Engine:
         self._core = _core.CoreEngine(os.fspath(model), root, kv_format, durability, memory_budget, disk_budget, min_free,
                                       write_queue)
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -101,7 +96,7 @@ class Engine:
         with save="no" left unsaved is dropped; call save_all before to keep it."""
         self._core.close()
 
-    def agent(self, agent_id: str, system: str | None = None) -> Agent:
+    def agent(self, agent_id: str, system: str | None = None) -> "Agent":
         """The agent of that id: 1 to 128 of A-Za-z0-9._-, the first neither '.' nor '-', else InvalidArgumentError. Its first
         turn makes it, when there is none.
 
@@ -131,7 +126,7 @@ class Engine:
         prompts that begin alike."""
         return Agent(self, "", system).turn(prompt, on_text=on_text, **options)
 
-    def stream(self, prompt: str, *, system: str | None = None, **options: Unpack[TurnOptions]) -> TextStream:
+    def stream(self, prompt: str, *, system: str | None = None, **options: Unpack[TurnOptions]) -> "TextStream":
         """Answers a prompt without an agent, as Agent.stream."""
         return Agent(self, "", system).stream(prompt, **options)
 
@@ -233,7 +228,7 @@ class Agent:
         """As `turn`, which begins at once; gives a TextStream to iterate over. `result` is its TurnResult."""
         return TextStream(self.engine._start(self.id, prompt, self.system, **options))
 
-    def fork(self, new_id: str, at_token: int | None = None) -> Agent:
+    def fork(self, new_id: str, at_token: int | None = None) -> "Agent":
         """A new agent that begins with this one's first `at_token` tokens (None: all); copies no tensor. InvalidArgumentError
         when the id is taken or the agent holds fewer."""
         self.engine._core.fork(self.id, new_id, at_token)

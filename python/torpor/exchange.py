@@ -1,7 +1,5 @@
 """mlx-lm's prompt-cache files, both dialects (`mlx_lm.generate --prompt-cache-file`, `mlx_lm.cache_prompt`)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

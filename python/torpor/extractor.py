@@ -1,7 +1,5 @@
 """Generation by mlx-lm that takes a cache and gives it back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Agents' caches on disk: mlx-lm's cache objects in, the same objects out."""
 
-from __future__ import annotations
-
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +43,8 @@ class CachePersistence:
         metadata: texts by texts, given back by load_agent_cache.
         tokens: the ids of the rows held, one per row. With them agents of one prefix share its segments, and
             `common_prefix` works. Rows saved with the same ids from the same cache objects are taken to be unchanged.
-        Returns a SaveResult.
+        Returns a SaveResult. Raises BusyError when someone else has the agent, InvalidArgumentError (a bad id, a cache or
+        metadata that can't be saved), IoError; on any of them the agent on disk is as it was.
         """
         if tokens is not None:
             tokens = [int(token) for token in tokens]
@@ -73,7 +72,11 @@ class CachePersistence:
         return result
 
     def load_agent_cache(self, agent_id: str) -> tuple[list[Any], dict[str, str]]:
-        """(cache, metadata) of the agent. Every byte is checked: damage raises CorruptionError."""
+        """(cache, metadata) of the agent: arrays of the shapes and dtypes that were saved, evaluated, and the caller's own.
+
+        Every byte is checked: damage raises CorruptionError. NotFoundError; IncompatibleError: of another model, or not saved
+        from an mlx-lm cache.
+        """
         loaded = self._store.load(agent_id, self._identity)
         info = loaded.info
         metadata = info["user"]
