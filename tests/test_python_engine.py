@@ -26,17 +26,6 @@ def status(engine, agent_id):
     return next(status for status in engine.agents() if status.agent_id == agent_id)
 
 
-def interrupt_soon(started):
-    """Ctrl-C, as soon as `started` is set."""
-    def kill():
-        started.wait()
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    return thread
-
-
 def test_the_same_words_as_the_command_line(tmp_path):
     real = Torpor(tmp_path / "cli", MODEL)
     with torpor.Engine(MODEL, tmp_path / "python") as engine:
@@ -97,27 +86,24 @@ def test_a_stream_that_is_left_keeps_what_was_said(engine, end):
     assert ada.turn(" and", raw=True, max_tokens=2).tokens.cached == held
 
 
-@pytest.mark.parametrize("when", ["waiting", "in on_text", "in the prefill"])
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("when", ["while it waits", "in on_text", "in the prefill"])
 def test_ctrl_c_leaves_the_agent_as_it_was(engine, words, when):
     ada = engine.agent("ada")
     ada.turn("hello", raw=True, max_tokens=4)
     before, held = ada.next_logits(), status(engine, "ada").tokens
-    started = threading.Event()
-    if when == "in on_text":
-        with pytest.raises(KeyboardInterrupt):
-            ada.turn("more", raw=True, max_tokens=ENDLESS, on_text=lambda _: os.kill(os.getpid(), signal.SIGINT))
-    else:
-        prompt = words(3000) if when == "in the prefill" else "more"
-        stream = ada.stream(prompt, raw=True, max_tokens=ENDLESS)
-        if when == "waiting":
-            next(stream)
-        killer = interrupt_soon(started)
-        with pytest.raises(KeyboardInterrupt):
-            started.set()
-            stream.result
-        killer.join()
-        with pytest.raises(torpor.CancelledError):
-            stream.result
+    begun = threading.Event()
+    if when != "in on_text":
+        threading.Thread(target=lambda: begun.wait() and ctrl_c()).start()
+    with pytest.raises(KeyboardInterrupt):
+        if when == "in the prefill":
+            begun.set()
+            ada.turn(words(3000), raw=True, max_tokens=ENDLESS)
+        else:
+            ada.turn("more", raw=True, max_tokens=ENDLESS, on_text=lambda _: ctrl_c() if when == "in on_text" else begun.set())
     assert status(engine, "ada").tokens == held and mx.array_equal(ada.next_logits(), before)
     assert ada.turn("more", raw=True, max_tokens=2).tokens.cached == held
 

@@ -109,10 +109,10 @@ class Engine:
     def agents(self) -> list[AgentStatus]:
         """All agents by id, those on disk and those in memory."""
         awake = {memory.agent: memory for memory in self._core.memory_usage().agents}
-        stored = {agent_id: rest for agent_id, *rest in self._core.stored()}
+        stored = {entry[0]: entry for entry in self._core.stored()}
         statuses = []
         for agent_id in sorted(awake.keys() | stored.keys()):
-            model, tokens, disk_bytes, pinned = stored.get(agent_id, ["", 0, 0, False])
+            _, model, tokens, disk_bytes, pinned = stored.get(agent_id, (agent_id, "", 0, 0, False))
             if memory := awake.get(agent_id):
                 statuses.append(AgentStatus(agent_id, model, memory.tokens, True, memory.pinned, memory.unsaved, memory.bytes,
                                             disk_bytes))
