@@ -31,6 +31,7 @@ class StoreFaults : public ::testing::Test {
     store.save_agent_cache("bystander", kOther, "m", {}, Durability::kRename);
     store.save_agent_cache("leaves-orphans", make_snapshot(512, small_layout(), 3, 9000), "m", {}, Durability::kRename);
     store.export_agent("a", export_);
+    store.export_prompt_cache("a", prompt_cache_);
     fs::remove(template_ / "leaves-orphans.safetensors");
     fs::remove(template_ / "leaves-orphans.json");
     write_all(template_ / ".tmp-left-by-a-crash", "x");
@@ -49,6 +50,8 @@ class StoreFaults : public ::testing::Test {
         {"rewind", [](Store& s) { s.copy_agent_cache("a", "a", {.n_tokens = 100, .replace = true}); }, {&kOld}, {&kShort}},
         {"rename", [](Store& s) { s.rename_agent_cache("a", "renamed"); }, {&kOld}, {nullptr}},
         {"export", [this](Store& s) { s.export_agent("a", exported_); }, {&kOld}, {&kOld}},
+        {"export for mlx-lm", [this](Store& s) { s.export_prompt_cache("a", exported_); }, {&kOld}, {&kOld}},
+        {"read of mlx-lm", [this](Store& s) { expect_prompt_cache(s, prompt_cache_); }, {&kOld}, {&kOld}},
         {"prefix", [](Store& s) { s.save_prefix(kNew); }, {&kOld}, {&kOld}},
         {"evict", [](Store& s) {
            // Room for the new state only without what no agent names.
@@ -68,6 +71,12 @@ class StoreFaults : public ::testing::Test {
     const auto loaded = store.load_agent_cache("a", options);
     EXPECT_FALSE(loaded.damage.has_value()) << "a disk that can't be read is not damage: " << *loaded.damage;
     EXPECT_TRUE(same(loaded.snapshot, kOld));
+  }
+
+  static void expect_prompt_cache(const Store& store, const fs::path& path) {
+    PromptCache cache = store.read_prompt_cache(path, {"m", test_identity(), 0, [](const KvFormat&) { return small_layout(); }});
+    cache.snapshot.tokens = kOld.tokens;
+    EXPECT_TRUE(same(cache.snapshot, kOld));
   }
 
   static fs::path attic_of(const fs::path& root) { return root.string() + "-attic"; }
@@ -116,7 +125,7 @@ class StoreFaults : public ::testing::Test {
 
   /// Scenarios that may be told to do it again.
   static bool same_twice(const Scenario& s) {
-    return std::set<std::string>{"save", "shrink", "gc", "load", "map", "export", "prefix"}.contains(s.name);
+    return std::set<std::string>{"save", "shrink", "gc", "load", "map", "export", "export for mlx-lm", "read of mlx-lm", "prefix"}.contains(s.name);
   }
 
   void expect_export_whole(const std::string& where) {
@@ -124,8 +133,12 @@ class StoreFaults : public ::testing::Test {
       const auto root = directory_.path() / "other";
       FaultEnv env(root, attic_of(root));  // for want of fsyncs
       Store other(root, &env);
-      EXPECT_NO_THROW(other.import_agent(exported_, "e")) << where;
-      EXPECT_TRUE(same(other.load_agent_cache("e").snapshot, kOld)) << where;
+      if (is_prompt_cache(exported_)) {
+        expect_prompt_cache(other, exported_);
+      } else {
+        EXPECT_NO_THROW(other.import_agent(exported_, "e")) << where;
+        EXPECT_TRUE(same(other.load_agent_cache("e").snapshot, kOld)) << where;
+      }
     }
     fs::remove_all(exported_.parent_path());
     fs::create_directory(exported_.parent_path());
@@ -141,6 +154,7 @@ class StoreFaults : public ::testing::Test {
 
   TemporaryDirectory directory_{TemporaryDirectory::in_memory()};
   fs::path template_ = directory_.path() / "template", export_ = directory_.path() / "export.safetensors";
+  fs::path prompt_cache_ = directory_.path() / "prompt_cache.safetensors";
   fs::path exported_ = directory_.path() / "out" / "export.safetensors";
   int counter_ = 0;
 };

@@ -125,9 +125,9 @@ struct KvSnapshot {
   void validate() const;
 };
 
-/// For rows whose tokens are not known: makes ids of them that no model has (all are negative) and that are equal only
-/// where the rows are, for prefixes and segments are found by their ids. `rows`: of a run, `ids` its tokens'.
-void name_unknown_tokens(std::span<int32_t> ids, std::span<const std::byte> rows);
+/// Gives the tokens of a run, which are not known, ids that no model has (all are negative) and that are equal only where the rows
+/// are, for prefixes and segments are found by their ids. `rows_digest`: 32 hex digits made of the run's rows.
+void name_unknown_tokens(std::span<int32_t> ids, const std::string& rows_digest);
 /// Whether any id is such a name.
 bool has_unknown_tokens(std::span<const int32_t> ids) noexcept;
 

@@ -129,10 +129,9 @@ void KvSnapshot::validate() const {
   }
 }
 
-void name_unknown_tokens(std::span<int32_t> ids, std::span<const std::byte> rows) {
-  const std::string digest = hash_hex(rows);
+void name_unknown_tokens(std::span<int32_t> ids, const std::string& rows_digest) {
   for (size_t i = 0; i < ids.size(); ++i) {
-    const uint32_t part = uint32_t(std::stoul(digest.substr(i % 4 * 8, 8), nullptr, 16));
+    const uint32_t part = uint32_t(std::stoul(rows_digest.substr(i % 4 * 8, 8), nullptr, 16));
     ids[i] = int32_t(part | 0x80000000u);
   }
 }

@@ -95,10 +95,13 @@ std::vector<int32_t> Engine::Impl::turn_tokens(Agent& agent, const TurnRequest& 
 
 int Engine::Impl::reuse(Agent& agent, std::span<const int32_t> tokens) {
   const std::vector<int32_t>& held = agent.cache->tokens();
-  if (held.empty()) return agents->reuse_prefix(agent, tokens);
-  const auto agree = std::mismatch(held.begin(), held.end(), tokens.begin(), tokens.end());
-  const int common = int(std::min<ptrdiff_t>(agree.first - held.begin(), std::max<ptrdiff_t>(ssize(tokens) - 1, 0)));
-  if (common < agent.cache->length()) agents->truncate(agent, common);
+  if (held.empty()) {
+    agents->reuse_prefix(agent, tokens);
+  } else {
+    const auto agree = std::mismatch(held.begin(), held.end(), tokens.begin(), tokens.end());
+    const int common = int(std::min<ptrdiff_t>(agree.first - held.begin(), std::max<ptrdiff_t>(ssize(tokens) - 1, 0)));
+    if (common < agent.cache->length()) agents->truncate(agent, common);
+  }
   if (has_unknown_tokens(tokens.subspan(size_t(agent.cache->length())))) {
     throw Error(ErrorCode::kCorruption, "The agent '" + agent.id + "' is damaged, and can't be computed again: it was imported "
                                         "without its token ids. Import it once more.");

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "base/hash.h"
 #include "store/pieces.h"
 #include "store/store_impl.h"
 
@@ -119,7 +120,8 @@ PromptCache Store::Impl::read_prompt_cache(const std::filesystem::path& path, co
     }
   }
   for (size_t i = 0; i < snapshot.runs.size(); ++i) {
-    name_unknown_tokens(std::span(snapshot.tokens).subspan(i * kSegmentTokens, size_t(snapshot.runs[i].n_tokens)), snapshot.runs[i].bytes);
+    name_unknown_tokens(std::span(snapshot.tokens).subspan(i * kSegmentTokens, size_t(snapshot.runs[i].n_tokens)),
+                        hash_hex(snapshot.runs[i].bytes));
   }
   return read;
 }
