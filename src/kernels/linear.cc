@@ -19,8 +19,6 @@
 #include <hwy/contrib/math/math-inl.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cstring>
 #include <functional>
 
@@ -47,9 +45,6 @@ struct LinearCall {
 inline constexpr int kBlockRows = 144;
 /// Columns of a panel that are unpacked at once: 16 KiB of f32, half of a usual L1.
 inline constexpr int kBlockK = 256;
-
-/// Stretches of a single row's outputs, each for two threads, at most.
-inline constexpr size_t kMaxStretches = 128;
 
 /// A worker's own memory.
 struct LinearScratch {
@@ -141,30 +136,17 @@ HWY_INLINE void RunPanels(const LinearCall& call, const PackedPart& part, const 
   for (int p = 0; p < kPanels; ++p) Finish(call, part, panel + p, row, sums + p * kPanel);
 }
 
-// The units of a single row's work: as many panels at once as hide the latency of their chains.
-int Units(const PackedPart& part) { return (part.panels + kVectorPanels - 1) / kVectorPanels; }
-
-void RunUnit(const LinearCall& call, const PackedPart& part, const float* x, int unit, int next, int row) {
-  int panel = unit * kVectorPanels;
-  const int ahead = next * kVectorPanels, left = part.panels - panel;
-  if (left >= kVectorPanels) return RunPanels<kVectorPanels>(call, part, x, panel, ahead, row);
-  for (; panel < part.panels; ++panel) RunPanels<1>(call, part, x, panel, panel, row);
-}
-
-// A single row: two threads work on a stretch of units from its two ends until they meet, so that each reads memory in
-// order and both end at once.
+// A single row, in units of as many panels as hide the latency of their chains.
 void RunRow(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const float* x, int row) {
-  const int units = Units(part), stretches = std::min((pool.size() + 1) / 2, units);
-  std::array<std::atomic<int>, kMaxStretches> taken{};
-  auto body = [&](size_t task, int) {
-    const int stretch = int(task) / 2, step = task % 2 == 0 ? 1 : -1;
-    const int first = int(int64_t(stretch) * units / stretches), last = int(int64_t(stretch + 1) * units / stretches);
-    for (int unit = step > 0 ? first : last - 1; taken[size_t(stretch)].fetch_add(1, std::memory_order_relaxed) < last - first;
-         unit += step) {
-      RunUnit(call, part, x, unit, std::clamp(unit + step, first, last - 1), row);
+  auto body = [&](int unit, int next) {
+    int panel = unit * kVectorPanels;
+    if (panel + kVectorPanels <= part.panels) {
+      RunPanels<kVectorPanels>(call, part, x, panel, next * kVectorPanels, row);
+    } else {
+      for (; panel < part.panels; ++panel) RunPanels<1>(call, part, x, panel, panel, row);
     }
   };
-  pool.parallel_for(size_t(std::min(pool.size(), 2 * stretches)), std::ref(body));
+  pool.parallel_ends((part.panels + kVectorPanels - 1) / kVectorPanels, std::ref(body));
 }
 
 // Panels [first, last) of a part for `rows` prepared rows, the first of which is row `row` of the call.

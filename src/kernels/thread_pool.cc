@@ -1,5 +1,7 @@
 #include "kernels/thread_pool.h"
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -7,6 +9,7 @@
 #include <cstdlib>
 #include <exception>
 #include <fstream>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -229,6 +232,21 @@ void ThreadPool::parallel_for(size_t n_tasks, const std::function<void(size_t ta
     return;
   }
   impl_->call(n_tasks, body);
+}
+
+void ThreadPool::parallel_ends(int n_tasks, const std::function<void(int task, int next)>& body) {
+  if (n_tasks <= 0) return;
+  const int stretches = std::min((size() + 1) / 2, n_tasks);
+  std::array<std::atomic<int>, kMaxThreads / 2> taken{};
+  auto end = [&](size_t which, int) {
+    const size_t stretch = which / 2;
+    const int first = int(int64_t(stretch) * n_tasks / stretches), last = int(int64_t(stretch + 1) * n_tasks / stretches) - 1;
+    const int step = which % 2 == 0 ? 1 : -1;
+    for (int task = step > 0 ? first : last; taken[stretch].fetch_add(1, std::memory_order_relaxed) <= last - first; task += step) {
+      body(task, std::clamp(task + step, first, last));
+    }
+  };
+  parallel_for(size_t(std::min(size(), 2 * stretches)), std::ref(end));
 }
 
 }  // namespace torpor::kernels

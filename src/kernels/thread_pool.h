@@ -23,6 +23,10 @@ class ThreadPool {
   /// Calls `body(task, worker)` for every task in [0, n_tasks), worker in [0, size()); returns when all are done.
   /// The first exception thrown by a body is rethrown here. Callers wait for each other; not reentrant.
   void parallel_for(size_t n_tasks, const std::function<void(size_t task, int worker)>& body);
+  /// Calls `body(task, next)` for every task in [0, n_tasks), else as parallel_for. Two threads take the tasks of a stretch from
+  /// its two ends until they meet: each works on neighbours in order, which memory likes, and all end together. `next` is the
+  /// task that the thread would take after this one, or this one where there is none.
+  void parallel_ends(int n_tasks, const std::function<void(int task, int next)>& body);
 
  private:
   struct Impl;
