@@ -32,6 +32,24 @@ TEST(KernelsThreadPool, EveryTaskOnce) {
   EXPECT_THROW(ThreadPool(0), Error);
 }
 
+TEST(KernelsThreadPool, EveryTaskOnceFromBothEnds) {
+  for (const int threads : {1, 2, 3, 5}) {
+    ThreadPool pool(threads);
+    for (int n = 0; n < 70; ++n) {
+      std::vector<std::atomic<int>> counts(static_cast<size_t>(n));
+      pool.parallel_ends(n, [&](int task, int next) {
+        EXPECT_TRUE(next >= 0 && next < n && std::abs(next - task) <= 1);
+        ++counts[size_t(task)];
+      });
+      for (const auto& count : counts) ASSERT_EQ(count.load(), 1) << threads << " threads, " << n << " tasks";
+    }
+  }
+  ThreadPool pool(3);
+  EXPECT_THROW(pool.parallel_ends(50, [](int task, int) {
+    if (task == 20) throw std::runtime_error("twenty");
+  }), std::runtime_error);
+}
+
 TEST(KernelsThreadPool, ExceptionsReachTheCaller) {
   ThreadPool pool(3);
   for (int round = 0; round < 100; ++round) {

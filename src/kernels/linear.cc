@@ -136,17 +136,20 @@ HWY_INLINE void RunPanels(const LinearCall& call, const PackedPart& part, const 
   for (int p = 0; p < kPanels; ++p) Finish(call, part, panel + p, row, sums + p * kPanel);
 }
 
-// A single row, in units of as many panels as hide the latency of their chains.
+// A single row: as many panels at once as hide the latency of their chains, in few tasks, for taking one costs something too.
 void RunRow(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const float* x, int row) {
-  auto body = [&](int unit, int next) {
-    int panel = unit * kVectorPanels;
-    if (panel + kVectorPanels <= part.panels) {
-      RunPanels<kVectorPanels>(call, part, x, panel, next * kVectorPanels, row);
-    } else {
-      for (; panel < part.panels; ++panel) RunPanels<1>(call, part, x, panel, panel, row);
+  constexpr int kTasks = 32;
+  const int size = (part.panels + kTasks * kVectorPanels - 1) / (kTasks * kVectorPanels) * kVectorPanels;  // panels of a task
+  auto body = [&](int task, int next) {
+    int panel = task * size;
+    const int end = std::min(part.panels, panel + size);
+    for (; panel + kVectorPanels <= end; panel += kVectorPanels) {
+      const int ahead = panel + kVectorPanels < end ? panel + kVectorPanels : next * size;
+      RunPanels<kVectorPanels>(call, part, x, panel, ahead, row);
     }
+    for (; panel < end; ++panel) RunPanels<1>(call, part, x, panel, panel, row);
   };
-  pool.parallel_ends((part.panels + kVectorPanels - 1) / kVectorPanels, std::ref(body));
+  pool.parallel_ends((part.panels + size - 1) / size, std::ref(body));
 }
 
 // Panels [first, last) of a part for `rows` prepared rows, the first of which is row `row` of the call.
