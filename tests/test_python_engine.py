@@ -108,6 +108,28 @@ def test_ctrl_c_leaves_the_agent_as_it_was(engine, words, when):
     assert ada.turn("more", raw=True, max_tokens=2).tokens.cached == held
 
 
+def test_a_stream_that_was_interrupted_says_so_and_stays_over(engine, monkeypatch):
+    stream = engine.agent("ada").stream("hello", raw=True, max_tokens=ENDLESS)
+    next(stream)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stream, "_running", Interrupted(stream._running))
+        next(stream)
+    for again in (lambda: stream.result, lambda: list(stream)):
+        with pytest.raises(torpor.CancelledError, match="as it was"):
+            again()
+    assert engine.agents() == []
+
+
+class Interrupted:
+    """A RunningTurn whose waits end by Ctrl-C."""
+
+    def __init__(self, running):
+        self.undo = running.undo
+
+    def next(self):
+        raise KeyboardInterrupt
+
+
 def test_what_on_text_raises_undoes_the_turn(engine):
     with pytest.raises(ZeroDivisionError):
         engine.agent("ada").turn("hello", raw=True, max_tokens=ENDLESS, on_text=lambda _: 1 / 0)
