@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <list>
 #include <map>
 #include <random>
 #include <string>
@@ -97,6 +98,55 @@ inline KvSnapshot make_snapshot(int n_tokens, const KvLayout& layout = small_lay
   }
   return snapshot;
 }
+
+/// A snapshot in pieces that lie apart in memory, in no order.
+struct Scattered {
+  explicit Scattered(const KvSnapshot& whole, size_t piece = 300) : snapshot(whole) {
+    for (size_t i = 0; i < whole.runs.size(); ++i) {
+      KvRun& run = snapshot.runs[i];
+      run = {.n_tokens = whole.runs[i].n_tokens};
+      const auto bytes = whole.runs[i].bytes;
+      for (size_t at = 0; at < bytes.size(); at += piece) {
+        const auto part = bytes.subspan(at, std::min(piece, bytes.size() - at));
+        memory.emplace_front(part.begin(), part.end());
+        run.pieces.emplace_back(memory.front());
+      }
+    }
+  }
+  /// Overwrites all of it.
+  void scribble() {
+    for (auto& piece : memory) std::fill(piece.begin(), piece.end(), std::byte{0x5a});
+  }
+  std::list<std::vector<std::byte>> memory;
+  KvSnapshot snapshot;
+};
+
+/// Puts an agent together from what a load gives it.
+class CollectingSink : public RowSink {
+ public:
+  KvSnapshot snapshot;
+  void begin(const AgentInfo& info, const KvSnapshot& of) override {
+    EXPECT_EQ(info.cache_size, int64_t(of.tokens.size()));
+    snapshot = of;
+    given_.assign(of.layout.tensors.size() * (of.tokens.size() / kSegmentTokens + 1), 0);
+    for (int done = 0; done < int(of.tokens.size()); done += kSegmentTokens) {
+      const int n = std::min(kSegmentTokens, int(of.tokens.size()) - done);
+      const size_t size = of.layout.offset(of.layout.tensors.size(), n);
+      const auto buffer = allocate_heap_buffer(size);
+      snapshot.runs.push_back({n, {buffer.get(), size}, buffer});
+    }
+  }
+  void rows(size_t tensor, int64_t first, int n, std::span<const std::byte> rows) override {
+    const KvRun& run = snapshot.runs[size_t(first) / kSegmentTokens];
+    EXPECT_EQ(run.n_tokens, n);
+    EXPECT_EQ(rows.size(), snapshot.layout.tensors[tensor].bytes_per_token() * size_t(n));
+    std::memcpy(const_cast<std::byte*>(run.bytes.data()) + snapshot.layout.offset(tensor, n), rows.data(), rows.size());
+    EXPECT_EQ(given_[size_t(first) / kSegmentTokens * snapshot.layout.tensors.size() + tensor]++, 0) << "given twice";
+  }
+
+ private:
+  std::vector<int> given_;
+};
 
 /// Equal in every byte.
 inline ::testing::AssertionResult same(const KvSnapshot& a, const KvSnapshot& b) {

@@ -43,7 +43,7 @@ TEST(Env, FinishesShortAndInterruptedTransfers) {
   for (int i = 0; i < 5000; ++i) text += char('a' + i % 26);
   {
     File file = env.open(directory.path() / "f", OpenMode::kCreateNew);
-    file.write_all(bytes_of(text));
+    file.write_all({bytes_of(text)});
     file.sync();
     file.close();
   }
@@ -60,7 +60,7 @@ TEST(Env, SaysWhatFailedOnWhatAndWhatToDo) {
   const auto path = directory.path() / "f";
   File file = env.open(path, OpenMode::kCreateNew);
   env.fail_at(1, ENOSPC);
-  EXPECT_EQ(code_of([&] { file.write_all(bytes_of("abc")); }, &message), ErrorCode::kIo);
+  EXPECT_EQ(code_of([&] { file.write_all({bytes_of("abc")}); }, &message), ErrorCode::kIo);
   EXPECT_NE(message.find(path.string()), std::string::npos) << message;
   EXPECT_NE(message.find("disk is full; free some space"), std::string::npos) << message;
   env.fail_at(1, EROFS);

@@ -40,12 +40,23 @@ class StoreFaults : public ::testing::Test {
   std::vector<Scenario> scenarios() {
     return {
         {"save", [](Store& s) { s.save_agent_cache("a", kNew, "m"); }, {&kOld}, {&kNew}},
+        {"save pieces", [](Store& s) {
+           Scattered apart(kNew);
+           const auto names = s.agent_info("a").segments;
+           for (size_t i = 0; i < std::min(names.size(), apart.snapshot.runs.size()); ++i) apart.snapshot.runs[i].segment = names[i];
+           s.save_agent_cache("a", apart.snapshot, "m");
+         }, {&kOld}, {&kNew}},
         {"shrink", [](Store& s) { s.save_agent_cache("a", make_snapshot(0), "m"); }, {&kOld}, {&kEmpty}},
         {"delete", [](Store& s) { s.delete_agent_cache("a"); }, {&kOld}, {nullptr}},
         {"import", [this](Store& s) { s.import_agent(export_, "imported"); }, {&kOld}, {&kOld}},
         {"gc", [](Store& s) { s.gc(); }, {&kOld}, {&kOld}},
         {"load", [](Store& s) { expect_loads(s, {.salvage = true}); }, {&kOld}, {&kOld}},
         {"map", [](Store& s) { expect_loads(s, {.salvage = true, .map_rows = true}); }, {&kOld}, {&kOld}},
+        {"sink", [](Store& s) {
+           CollectingSink sink;
+           s.load_agent_cache("a", {.map_rows = true, .sink = &sink});
+           EXPECT_TRUE(same(sink.snapshot, kOld));
+         }, {&kOld}, {&kOld}},
         {"fork", [](Store& s) { s.copy_agent_cache("a", "forked", {.n_tokens = 100}); }, {&kOld}, {&kOld}},
         {"rewind", [](Store& s) { s.copy_agent_cache("a", "a", {.n_tokens = 100, .replace = true}); }, {&kOld}, {&kShort}},
         {"rename", [](Store& s) { s.rename_agent_cache("a", "renamed"); }, {&kOld}, {nullptr}},

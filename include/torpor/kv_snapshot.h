@@ -103,7 +103,11 @@ struct Identity {
   bool operator==(const Identity&) const = default;
 };
 
-/// The rows of `n_tokens` consecutive tokens. `bytes.size() == layout.offset(tensors.size(), n_tokens)`.
+/// Stands for the id of a token that is not known. A sealed run whose first id it is gets, when saved, ids made of its rows'
+/// checksums (name_unknown_tokens).
+inline constexpr int32_t kUnknownToken = -1;
+
+/// The rows of `n_tokens` consecutive tokens: `layout.offset(tensors.size(), n_tokens)` bytes.
 struct KvRun {
   int n_tokens = 0;
   std::span<const std::byte> bytes;
@@ -111,6 +115,17 @@ struct KvRun {
   /// `bytes` are a read-only mapping of a segment file. What a window has left behind may not have been checked
   /// (LoadOptions::window_rows_only) and is not to be read.
   bool mapped = false;
+  /// Only for a save, in place of `bytes` and `owner`: the same bytes, in order, where they lie apart in the caller's memory.
+  /// They are read while the save runs; nothing is remembered of where they were, for the caller may write to them afterwards.
+  std::vector<std::span<const std::byte>> pieces;
+  /// Only for a save of `pieces`: the segment that these rows came from or went to (SaveResult::segments). Where this process
+  /// has seen that file whole and it is still the same, the rows are taken for the segment's when those of the last tensor are,
+  /// and no others are read.
+  std::string segment;
+
+  size_t size() const noexcept;
+  /// The bytes in order, whichever way they are held. Valid as long as the run.
+  std::span<const std::span<const std::byte>> spans() const noexcept { return pieces.empty() ? std::span(&bytes, 1) : std::span(pieces); }
 };
 
 /// An agent's KV cache at rest, with the tokens it belongs to. All runs but the last hold exactly kSegmentTokens

@@ -66,6 +66,17 @@ struct LoadedAgent {
   std::optional<std::string> damage;
 };
 
+/// Takes an agent's rows where the caller wants them, while those that were just checked are still in the CPU's cache.
+class RowSink {
+ public:
+  virtual ~RowSink() = default;
+  /// Once, on the thread that called load, when everything but the rows was read and checked: of `snapshot` all but the runs.
+  virtual void begin(const AgentInfo& info, const KvSnapshot& snapshot) = 0;
+  /// Rows of tokens [first, first + n) of one tensor of the layout, `[1, heads, n, dim]`, checked; valid during the call. Every
+  /// row comes once, in any order, from several threads at a time. What came counts only when load returns.
+  virtual void rows(size_t tensor, int64_t first, int n, std::span<const std::byte> rows) = 0;
+};
+
 struct LoadOptions {
   /// When set, the first differing field is kIncompatible before any tensor is read.
   const Identity* expected = nullptr;
@@ -83,6 +94,8 @@ struct LoadOptions {
   /// Of a layer with a window only those runs are read (and their checksums checked) that can still be attended
   /// (KvLayout::attended); the rest of their bytes is unspecified. For waking, not for looking at rows.
   bool window_rows_only = false;
+  /// Gets the rows, whole agents only (neither salvage nor n_tokens nor window_rows_only). Outlives the call.
+  RowSink* sink = nullptr;
 };
 
 /// The sealed segments that begin a prompt, whoever saved them (Store::load_prefix).
@@ -183,6 +196,9 @@ class Store {
   /// kNotFound, kCorruption, kIncompatible as said above. Validates before it allocates; checks every checksum. Rows that a
   /// snapshot of this process still holds, of segments whose file has not changed since, are shared instead of read.
   LoadedAgent load_agent_cache(const std::string& agent_id, const LoadOptions& options = {}) const;
+
+  /// Every id of the agent, checked; no rows are read. kNotFound, kCorruption.
+  std::vector<int32_t> agent_tokens(const std::string& agent_id) const;
 
   /// Writes the snapshot's sealed segments, for anyone whose prompt begins so, and names them in no agent: `gc` and the disk
   /// limits may remove them. Its tail is not kept.

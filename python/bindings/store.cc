@@ -6,7 +6,6 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -14,8 +13,10 @@
 
 #include <mlx/allocator.h>
 #include <mlx/array.h>
+#include <mlx/ops.h>
+#include <mlx/transforms.h>
 
-#include "base/hash.h"
+#include "base/large_pages.h"
 #include "bindings.h"
 #include "torpor/cache.h"
 #include "torpor/error.h"
@@ -49,110 +50,105 @@ mx::Dtype mlx_dtype(KvDtype dtype) {
   return mx::uint32;
 }
 
-struct NamedArray {
-  std::string name;
-  mx::array array;
-};
+using NamedArrays = std::vector<std::pair<std::string, mx::array>>;
 
-/// Rows [first, first + n) of every array, gathered into one run.
-KvRun gather(const std::vector<NamedArray>& arrays, const KvLayout& layout, int first, int n) {
-  const size_t size = layout.offset(layout.tensors.size(), n);
-  const auto buffer = allocate_heap_buffer(size);
-  std::byte* out = buffer.get();
+size_t row_bytes(const KvTensorSpec& spec) { return size_t(spec.dim) * kv_dtype_size(spec.dtype); }
+
+/// Rows [first, first + n) of every array, where they are.
+KvRun rows_of(const NamedArrays& arrays, const KvLayout& layout, int first, int n) {
+  KvRun run{.n_tokens = n};
   for (size_t t = 0; t < arrays.size(); ++t) {
-    const size_t row = size_t(layout.tensors[t].dim) * kv_dtype_size(layout.tensors[t].dtype);
-    const size_t capacity = size_t(arrays[t].array.shape(2));
-    const auto* from = arrays[t].array.data<std::byte>();
-    for (int head = 0; head < layout.tensors[t].n_kv_heads; ++head, out += row * size_t(n)) {
-      std::memcpy(out, from + (size_t(head) * capacity + size_t(first)) * row, row * size_t(n));
+    const size_t row = row_bytes(layout.tensors[t]), capacity = size_t(arrays[t].second.shape(2));
+    const auto* from = arrays[t].second.data<std::byte>() + size_t(first) * row;
+    for (int head = 0; head < layout.tensors[t].n_kv_heads; ++head, from += capacity * row) {
+      run.pieces.emplace_back(from, size_t(n) * row);
     }
   }
-  return {n, {buffer.get(), size}, buffer};
+  return run;
 }
 
-/// Ids are not known: those of a sealed run are made of its rows' digest, so that two runs share a segment only when their
-/// rows are equal. All are negative, which no model's ids are.
-void name_unknown_tokens(std::span<int32_t> ids, const KvRun& run) {
-  const std::string digest = hash_hex(run.bytes);
-  for (size_t i = 0; i < digest.size(); ++i) ids[i] = -1 - digest[i];
-}
-
-SaveResult save(Store& store, const std::string& agent_id, const std::vector<std::pair<std::string, mx::array>>& given,
-                const std::vector<int32_t>& tokens, const Texts& identity, const std::string& model, const Texts& user,
-                const std::vector<std::string>& unchanged, const std::string& durability) {
-  nb::gil_scoped_release release;
+SaveResult save(Store& store, const std::string& agent_id, NamedArrays arrays, const std::vector<int32_t>& tokens,
+                const Texts& identity, const std::string& model, const Texts& user, const std::vector<std::string>& unchanged,
+                const std::string& durability) {
   KvSnapshot snapshot;
   snapshot.identity = Identity::from_fields(identity);
   snapshot.tokens = tokens;
-  std::vector<NamedArray> arrays;
-  for (const auto& [name, array] : given) {
-    if (!array.is_available() || !array.flags().row_contiguous || array.ndim() != 4 || array.shape(0) != 1 ||
-        size_t(array.shape(2)) < tokens.size()) {
-      throw Error(ErrorCode::kInvalidArgument, "The array '" + name + "' is not an evaluated, contiguous [1, heads, tokens, dim].");
+  for (auto& [name, array] : arrays) {
+    if (array.ndim() != 4 || array.shape(0) != 1 || size_t(array.shape(2)) < tokens.size()) {
+      throw Error(ErrorCode::kInvalidArgument, "The array '" + name + "' is not [1, heads, tokens, dim].");
     }
+    if (!array.is_available() || !array.flags().row_contiguous) array = mx::contiguous(array);
     snapshot.layout.tensors.push_back({name, kv_dtype(name, array.dtype()), array.shape(1), array.shape(3), 0});
-    arrays.push_back({name, array});
   }
-  const auto lock = store.lock_agent(agent_id);
+  nb::gil_scoped_release release;
+  std::vector<mx::array> lazy;
+  for (const auto& [name, array] : arrays) lazy.push_back(array);
+  mx::eval(lazy);
   const int n_tokens = int(tokens.size());
   for (int first = 0; first < n_tokens && !arrays.empty(); first += kSegmentTokens) {
-    const int n = std::min(kSegmentTokens, n_tokens - first);
     const size_t i = snapshot.runs.size();
-    std::optional<KvRun> run;
-    if (n == kSegmentTokens && i < unchanged.size()) run = store.map_segment(unchanged[i]);
-    if (run && run->bytes.size() != snapshot.layout.offset(snapshot.layout.tensors.size(), n)) run.reset();
-    snapshot.runs.push_back(run ? *run : gather(arrays, snapshot.layout, first, n));
-    const auto ids = std::span(snapshot.tokens).subspan(size_t(first), size_t(n));
-    if (n == kSegmentTokens && ids[0] < 0) name_unknown_tokens(ids, snapshot.runs.back());
+    snapshot.runs.push_back(rows_of(arrays, snapshot.layout, first, std::min(kSegmentTokens, n_tokens - first)));
+    if (i < unchanged.size()) snapshot.runs.back().segment = unchanged[i];
   }
+  const auto lock = store.lock_agent(agent_id);
   return store.save_agent_cache(agent_id, snapshot, model, user, parse_durability(durability));
 }
 
-/// An agent whose rows are checked and mapped; each array is made when asked for.
-struct Loaded {
-  LoadedAgent agent;
+/// The arrays that an agent's rows go into.
+class ArraySink : public RowSink {
+ public:
+  /// `capacities(info)` gives the third dimension of each array by name; called with the GIL.
+  explicit ArraySink(nb::callable capacities) : capacities_(std::move(capacities)) {}
 
-  /// `[1, heads, capacity, dim]`: the rows, then zeros.
-  mx::array array(const std::string& name, int capacity) const {
-    const KvSnapshot& snapshot = agent.snapshot;
-    const auto& tensors = snapshot.layout.tensors;
-    const auto spec = std::find_if(tensors.begin(), tensors.end(), [&](const auto& tensor) { return tensor.name == name; });
-    const int n_tokens = int(snapshot.tokens.size());
-    if (spec == tensors.end() || capacity < n_tokens) {
-      throw Error(ErrorCode::kCorruption, "The agent '" + agent.info.agent_id + "' lacks the array '" + name +
-                                              "' that its description names.");
-    }
-    const size_t row = size_t(spec->dim) * kv_dtype_size(spec->dtype), heads = size_t(spec->n_kv_heads);
-    mx::allocator::Data data = mx::allocator::malloc(row * heads * size_t(capacity));
-    auto* out = static_cast<std::byte*>(data.buffer().raw_ptr());
-    {
-      nb::gil_scoped_release release;
-      int first = 0;
-      for (const KvRun& run : snapshot.runs) {
-        const std::byte* from = run.bytes.data() + snapshot.layout.offset(size_t(spec - tensors.begin()), run.n_tokens);
-        const size_t size = row * size_t(run.n_tokens);
-        for (size_t head = 0; head < heads; ++head) {
-          std::memcpy(out + (head * size_t(capacity) + size_t(first)) * row, from + head * size, size);
-        }
-        first += run.n_tokens;
+  void begin(const AgentInfo& info, const KvSnapshot& snapshot) override {
+    const auto capacities = capacities_of(info);
+    n_tokens_ = int64_t(snapshot.tokens.size());
+    std::vector<std::span<std::byte>> buffers;
+    for (const KvTensorSpec& spec : snapshot.layout.tensors) {
+      const auto capacity = capacities.find(spec.name);
+      if (capacity == capacities.end() || capacity->second < n_tokens_) {
+        throw Error(ErrorCode::kCorruption, "The agent '" + info.agent_id + "' holds the array '" + spec.name +
+                                                "', which its description does not name or has no room for.");
       }
-      for (size_t head = 0; head < heads; ++head) {
-        std::memset(out + (head * size_t(capacity) + size_t(first)) * row, 0, row * size_t(capacity - first));
+      const mx::Shape shape{1, spec.n_kv_heads, capacity->second, spec.dim};
+      const size_t size = size_t(spec.n_kv_heads) * size_t(capacity->second) * row_bytes(spec);
+      mx::allocator::Data data = mx::allocator::malloc(size);
+      if (data.buffer().ptr() == nullptr) {
+        throw Error(ErrorCode::kResourceExhausted, "Out of memory for the cache of the agent '" + info.agent_id + "'.");
       }
+      buffers.emplace_back(static_cast<std::byte*>(data.buffer().raw_ptr()), size);
+      tensors_.push_back({spec, size_t(capacity->second), buffers.back().data()});
+      arrays_.emplace_back(spec.name, mx::array(std::move(data), shape, mlx_dtype(spec.dtype)));
     }
-    return mx::array(std::move(data), mx::Shape{1, spec->n_kv_heads, capacity, spec->dim}, mlx_dtype(spec->dtype));
+    prefer_large_pages(buffers);
   }
-};
 
-std::unique_ptr<Loaded> load(Store& store, const std::string& agent_id, const std::optional<Texts>& expected) {
-  nb::gil_scoped_release release;
-  LoadOptions options;
-  std::optional<Identity> identity;
-  if (expected) identity = Identity::from_fields(*expected);
-  options.expected = identity ? &*identity : nullptr;
-  options.map_rows = true;
-  return std::make_unique<Loaded>(Loaded{store.load_agent_cache(agent_id, options)});
-}
+  void rows(size_t tensor, int64_t first, int n, std::span<const std::byte> rows) override {
+    const Tensor& to = tensors_[tensor];
+    const size_t row = row_bytes(to.spec), size = size_t(n) * row;
+    const bool last = first + n == n_tokens_;
+    std::byte* out = to.data + size_t(first) * row;
+    for (size_t head = 0; head < size_t(to.spec.n_kv_heads); ++head, out += to.capacity * row) {
+      std::memcpy(out, rows.data() + head * size, size);
+      if (last) std::memset(out + size, 0, (to.capacity - size_t(n_tokens_)) * row);
+    }
+  }
+
+  NamedArrays arrays() { return std::move(arrays_); }
+
+ private:
+  struct Tensor {
+    KvTensorSpec spec;
+    size_t capacity;
+    std::byte* data;
+  };
+  std::map<std::string, int> capacities_of(const AgentInfo& info);
+
+  nb::callable capacities_;
+  int64_t n_tokens_ = 0;
+  std::vector<Tensor> tensors_;
+  NamedArrays arrays_;
+};
 
 nb::dict info_dict(const AgentInfo& info) {
   nb::dict identity, user, out;
@@ -169,6 +165,27 @@ nb::dict info_dict(const AgentInfo& info) {
   out["identity"] = identity;
   out["user"] = user;
   return out;
+}
+
+std::map<std::string, int> ArraySink::capacities_of(const AgentInfo& info) {
+  const nb::gil_scoped_acquire acquire;
+  return nb::cast<std::map<std::string, int>>(capacities_(info_dict(info)));
+}
+
+/// (info, tokens, arrays by name): each `[1, heads, capacity, dim]`, the rows and then zeros.
+nb::tuple load(Store& store, const std::string& agent_id, const std::optional<Texts>& expected, nb::callable capacities) {
+  ArraySink sink(std::move(capacities));
+  LoadedAgent loaded;
+  {
+    nb::gil_scoped_release release;
+    std::optional<Identity> identity;
+    if (expected) identity = Identity::from_fields(*expected);
+    loaded = store.load_agent_cache(agent_id, {.expected = identity ? &*identity : nullptr, .map_rows = true, .sink = &sink});
+    loaded.snapshot = {};  // its mappings end without the GIL
+  }
+  nb::dict arrays;
+  for (auto& [name, array] : sink.arrays()) arrays[name.c_str()] = std::move(array);
+  return nb::make_tuple(info_dict(loaded.info), std::move(loaded.tokens), std::move(arrays));
 }
 
 }  // namespace
@@ -188,16 +205,11 @@ void bind_store(nb::module_& module) {
       .def_ro("segments_shared", &SaveResult::segments_shared,
               "Already on disk, by this agent's last save or another's.")
       .def_ro("segments", &SaveResult::segments, "The names of all, first to last.");
-  nb::class_<Loaded>(module, "Loaded")
-      .def("array", &Loaded::array, "name"_a, "capacity"_a)
-      .def_prop_ro("info", [](const Loaded& loaded) { return info_dict(loaded.agent.info); })
-      .def_prop_ro("tokens", [](const Loaded& loaded) { return loaded.agent.snapshot.tokens; })
-      .def_prop_ro("damage", [](const Loaded& loaded) { return loaded.agent.damage; });
   nb::class_<Store>(module, "Store")
       .def("__init__", [](Store* self, const std::filesystem::path& root) { new (self) Store(root); }, "root"_a)
       .def("save", &save, "agent_id"_a, "arrays"_a, "tokens"_a, "identity"_a, "model"_a, "user"_a, "unchanged"_a,
            "durability"_a)
-      .def("load", &load, "agent_id"_a, "expected"_a.none())
+      .def("load", &load, "agent_id"_a, "expected"_a.none(), "capacities"_a)
       .def("info", [](Store& store, const std::string& id) {
         AgentInfo info;
         {
@@ -206,11 +218,7 @@ void bind_store(nb::module_& module) {
         }
         return info_dict(info);
       }, "agent_id"_a)
-      .def("tokens", [](Store& store, const std::string& id) {
-        LoadOptions options;
-        options.map_rows = true;
-        return store.load_agent_cache(id, options).tokens;
-      }, "agent_id"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("tokens", &Store::agent_tokens, "agent_id"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("list", [](Store& store) {
         std::vector<AgentInfo> infos;
         {

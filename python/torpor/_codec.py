@@ -84,7 +84,7 @@ class _Encoder:
     def array(self, array, name):
         reference = {"array": name, "dtype": str(array.dtype).removeprefix("mlx.core."), "shape": list(array.shape)}
         if array.size:
-            self.arrays.append((name, mx.contiguous(array if self.rows else _words(array))))
+            self.arrays.append((name, array if self.rows else _words(array)))
         return reference
 
 
@@ -109,19 +109,35 @@ def _from_words(words, dtype, shape):
 
 
 def encode(cache):
-    """(description, arrays, number of rows): what `Store.save` takes. The arrays are evaluated."""
+    """(description, arrays, number of rows): what `Store.save` takes."""
     if problem := validate(cache):
         raise InvalidArgumentError(problem)
     rows = sliceable(cache)
     encoder = _Encoder(rows)
     layers = [encoder.layer(layer, f"layer_{i}") for i, layer in enumerate(cache)]
-    mx.eval([array for _, array in encoder.arrays])
     n_rows = cache[0].offset if rows else int(bool(encoder.arrays))
     return json.dumps({"layout": "rows" if rows else "whole", "layers": layers}), encoder.arrays, n_rows
 
 
-def decode(description, fetch):
-    """The cache of a description. `fetch(name, capacity)` gives an array as the store keeps it."""
+def capacities(description):
+    """{name: third dimension} of the arrays that `Store.load` is to make."""
+    described = json.loads(description)
+    rows = described["layout"] == "rows"
+    found = {}
+
+    def walk(v):
+        if isinstance(v, dict) and "array" in v:
+            found[v["array"]] = v["shape"][2] if rows else 1
+        elif isinstance(v, (dict, list)):
+            for inner in v.values() if isinstance(v, dict) else v:
+                walk(inner)
+
+    walk(described["layers"])
+    return found
+
+
+def decode(description, arrays):
+    """The cache of a description; `arrays` as the store keeps them, by name."""
     described = json.loads(description)
     rows = described["layout"] == "rows"
 
@@ -132,7 +148,9 @@ def decode(description, fetch):
             dtype, shape = getattr(mx, v["dtype"]), v["shape"]
             if 0 in shape:
                 return mx.zeros(shape, dtype)
-            return fetch(v["array"], shape[2]) if rows else _from_words(fetch(v["array"], 1), dtype, shape)
+            if v["array"] not in arrays:
+                raise CorruptionError(f"The agent lacks the array '{v['array']}' that its description names.")
+            return arrays[v["array"]] if rows else _from_words(arrays[v["array"]], dtype, shape)
         if "class" in v:
             return layer(v)
         return tuple(map(value, v["tuple"])) if "tuple" in v else list(map(value, v["list"]))

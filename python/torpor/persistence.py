@@ -42,7 +42,9 @@ class CachePersistence:
 
         metadata: texts by texts, given back by load_agent_cache.
         tokens: the ids of the rows held, one per row. With them agents of one prefix share its segments, and
-            `common_prefix` works. Rows saved with the same ids from the same cache objects are taken to be unchanged.
+            `common_prefix` works. Rows saved with the same ids from the same cache objects are taken to be unchanged
+            when those of the last layer are, and the others are not read: a cache trimmed and filled again may have the
+            same ids. After writing to rows of other layers by hand, save without `tokens`. Without them all rows are read.
         Returns a SaveResult. Raises BusyError when someone else has the agent, InvalidArgumentError (a bad id, a cache or
         metadata that can't be saved), IoError; on any of them the agent on disk is as it was.
         """
@@ -77,13 +79,15 @@ class CachePersistence:
         Every byte is checked: damage raises CorruptionError. NotFoundError; IncompatibleError: of another model, or not saved
         from an mlx-lm cache.
         """
-        loaded = self._store.load(agent_id, self._identity)
-        info = loaded.info
+        def capacities(info):
+            if _DESCRIPTION not in info["user"]:
+                raise IncompatibleError(f"The agent '{agent_id}' was not saved from an mlx-lm cache; use torpor.Engine.")
+            return _codec.capacities(info["user"][_DESCRIPTION])
+
+        info, tokens, arrays = self._store.load(agent_id, self._identity, capacities)
         metadata = info["user"]
-        if _DESCRIPTION not in metadata:
-            raise IncompatibleError(f"The agent '{agent_id}' was not saved from an mlx-lm cache; use torpor.Engine.")
-        cache = _codec.decode(metadata[_DESCRIPTION], loaded.array)
-        self._remember(agent_id, cache, loaded.tokens, info["segments"])
+        cache = _codec.decode(metadata[_DESCRIPTION], arrays)
+        self._remember(agent_id, cache, tokens, info["segments"])
         return cache, {key: value for key, value in metadata.items() if not key.startswith("mlx_lm.")}
 
     def agent_tokens(self, agent_id: str) -> list[int] | None:

@@ -1,6 +1,7 @@
 #include "base/env.h"
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <system_error>
 #include <thread>
@@ -12,6 +13,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "torpor/error.h"
@@ -98,13 +100,15 @@ void File::read_at(std::span<std::byte> out, uint64_t offset) const {
 
 std::shared_ptr<const std::byte> File::map(uint64_t size) const { return env_->raw_map(fd_, size); }
 
-void File::write_all(std::span<const std::byte> bytes) {
-  while (!bytes.empty()) {
-    const int64_t put = retry_interrupted([&] { return env_->raw_write(fd_, bytes.data(), bytes.size()); });
+void File::write_all(std::vector<std::span<const std::byte>> pieces) {
+  std::erase_if(pieces, [](const auto& piece) { return piece.empty(); });
+  for (std::span<std::span<const std::byte>> rest = pieces; !rest.empty();) {
+    int64_t put = retry_interrupted([&] { return env_->raw_write_pieces(fd_, rest); });
     if (put < 0) throw_io_error("write", path_, int(-put));
     // POSIX lets a write accept nothing without saying why only for zero bytes; taken as a full disk, not retried forever.
     if (put == 0) throw_io_error("write", path_, ENOSPC);
-    bytes = bytes.subspan(size_t(put));
+    for (; put > 0 && size_t(put) >= rest.front().size(); rest = rest.subspan(1)) put -= int64_t(rest.front().size());
+    if (put > 0) rest.front() = rest.front().subspan(size_t(put));
   }
 }
 
@@ -254,6 +258,17 @@ class PosixEnv final : public Env {
     const ssize_t put = ::write(fd, bytes, std::min(size, kMaxTransfer));
     return put < 0 ? -errno : put;
   }
+  int64_t raw_write_pieces(int fd, std::span<const std::span<const std::byte>> pieces) override {
+    if (pieces.front().size() >= kMaxTransfer) return raw_write(fd, pieces.front().data(), pieces.front().size());
+    std::array<iovec, kMaxPieces> vectors;
+    size_t count = 0, size = 0;
+    while (count < std::min(pieces.size(), kMaxPieces) && size + pieces[count].size() <= kMaxTransfer) {
+      vectors[count] = {const_cast<std::byte*>(pieces[count].data()), pieces[count].size()};
+      size += pieces[count++].size();
+    }
+    const ssize_t put = ::writev(fd, vectors.data(), int(count));
+    return put < 0 ? -errno : put;
+  }
   std::shared_ptr<const std::byte> raw_map(int fd, uint64_t size) override {
     if (size == 0) return nullptr;
     void* memory = ::mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, fd, 0);
@@ -318,6 +333,7 @@ class PosixEnv final : public Env {
  private:
   // macOS refuses transfers of 2 GiB and more; Linux shortens them.
   static constexpr size_t kMaxTransfer = size_t(1) << 30;
+  static constexpr size_t kMaxPieces = 1024;  // IOV_MAX of both
 };
 
 }  // namespace

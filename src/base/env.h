@@ -50,7 +50,7 @@ class File {
   /// The first `size` bytes as read-only memory that outlives the file's descriptor; nullptr where that can't be had (the
   /// caller reads instead). The file must never be written or cut again.
   std::shared_ptr<const std::byte> map(uint64_t size) const;
-  void write_all(std::span<const std::byte> bytes);
+  void write_all(std::vector<std::span<const std::byte>> pieces);
   /// Says how long the file will be, which makes writing it cheaper. Only a hint.
   void expect_size(uint64_t size) noexcept;
   void sync() const;
@@ -111,6 +111,10 @@ class Env {
   virtual int raw_close(int fd) = 0;
   virtual int64_t raw_read(int fd, void* bytes, size_t size, uint64_t offset) = 0;
   virtual int64_t raw_write(int fd, const void* bytes, size_t size) = 0;
+  /// As much of `pieces`, in order, as one call takes; none of them is empty.
+  virtual int64_t raw_write_pieces(int fd, std::span<const std::span<const std::byte>> pieces) {
+    return raw_write(fd, pieces.front().data(), pieces.front().size());
+  }
   /// nullptr where files can't be mapped.
   virtual std::shared_ptr<const std::byte> raw_map(int /*fd*/, uint64_t /*size*/) { return nullptr; }
   /// What can't be had is left to the writes to say.

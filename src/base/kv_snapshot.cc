@@ -105,6 +105,12 @@ std::string Identity::digest() const {
   return hasher.hex();
 }
 
+size_t KvRun::size() const noexcept {
+  size_t size = 0;
+  for (const auto& span : spans()) size += span.size();
+  return size;
+}
+
 void KvSnapshot::validate() const {
   auto fail = [](const std::string& what) {
     throw Error(ErrorCode::kInvalidArgument, "The KV snapshot is inconsistent: " + what + ".");
@@ -118,8 +124,8 @@ void KvSnapshot::validate() const {
            std::to_string(run.n_tokens) + " tokens");
     }
     const size_t expected = layout.offset(layout.tensors.size(), run.n_tokens);
-    if (run.bytes.size() != expected) {
-      fail("run " + std::to_string(i) + " has " + std::to_string(run.bytes.size()) + " bytes, its layout needs " +
+    if (run.size() != expected) {
+      fail("run " + std::to_string(i) + " has " + std::to_string(run.size()) + " bytes, its layout needs " +
            std::to_string(expected));
     }
     covered += size_t(run.n_tokens);

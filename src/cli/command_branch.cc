@@ -45,8 +45,8 @@ int why(const WhyOptions& options, const std::filesystem::path& root) {
   const std::string prompt = read_prompt_file(options.prompt_file);
   check_text(prompt, "the prompt file");
   const auto store = open_store_of(root, options.id);
-  const LoadedAgent agent = store->load_agent_cache(options.id, {.salvage = true, .map_rows = true});
-  const std::filesystem::path model = resolve_model(options.model.empty() ? agent.info.model : options.model);
+  const std::vector<int32_t> held = store->agent_tokens(options.id);
+  const std::filesystem::path model = resolve_model(options.model.empty() ? store->agent_info(options.id).model : options.model);
   const auto tokenizer = Tokenizer::load(model);
   std::vector<int32_t> ids;
   if (options.messages) {
@@ -59,7 +59,6 @@ int why(const WhyOptions& options, const std::filesystem::path& root) {
     ids = tokenizer->encode(prompt, true);
   }
 
-  const std::vector<int32_t>& held = agent.tokens;
   if (has_unknown_tokens(held)) {
     throw Error(ErrorCode::kInvalidArgument, "agent '" + options.id + "' was imported without its token ids, so what it has in "
                                              "common with a prompt is not known");

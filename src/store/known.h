@@ -19,6 +19,7 @@ class KnownSegments {
   struct File {
     FileStat stat;        ///< when it was looked at; another one now = look again
     std::string content;  ///< content_digest of its header
+    std::string last;     ///< its last tensor's checksum
     bool whole = false;   ///< every row was checked, or written by us
   };
 

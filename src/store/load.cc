@@ -6,6 +6,9 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
   if (options.n_tokens.value_or(0) < 0) {
     throw Error(ErrorCode::kInvalidArgument, "An agent can't be loaded up to token " + std::to_string(*options.n_tokens) + ".");
   }
+  if (options.sink != nullptr && (options.salvage || options.n_tokens || options.window_rows_only)) {
+    throw Error(ErrorCode::kInvalidArgument, "A sink takes whole agents; load without salvage, n_tokens and window_rows_only.");
+  }
   constexpr int kAttempts = 5;
   for (int attempt = 1;; ++attempt) {
     const OpenedAgent opened = open_agent(id);
@@ -34,6 +37,10 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
       // A save in another process may have put a new agent file in place, and its segments are others.
       const auto now = env.stat(agent_path(id));
       if (!now || !(*now == opened.stat)) continue;
+    }
+    if (options.sink != nullptr && loader.complete()) {
+      snapshot.tokens = loaded.tokens;
+      options.sink->begin(loaded.info, snapshot);
     }
     if (loader.complete() || options.salvage) loader.read();
     if (!loader.complete()) {

@@ -1,27 +1,10 @@
 #include "store/run_loader.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 
+#include "base/large_pages.h"
+
 namespace torpor {
-namespace {
-
-/// Fresh memory costs more in page faults than the read itself; 2 MiB pages make that one fault in 512. A hint: memory
-/// it does not suit ignores it.
-void prefer_large_pages([[maybe_unused]] std::span<std::byte> memory) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kLargePage = uintptr_t(2) << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(memory.data()) + kLargePage - 1) / kLargePage * kLargePage;
-  const auto end = reinterpret_cast<uintptr_t>(memory.data() + memory.size()) / kLargePage * kLargePage;
-  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-}  // namespace
-
 bool is_damage(const Error& error) {
   return error.code() == ErrorCode::kCorruption || error.code() == ErrorCode::kNotFound ||
          error.code() == ErrorCode::kIncompatible;
@@ -49,6 +32,7 @@ void RunLoader::open(int64_t length) {
   const size_t n_segments = std::min(chain_.names.size(), size_t(length + kSegmentTokens - 1) / kSegmentTokens);
   const bool with_tail = length > int64_t(chain_.names.size()) * kSegmentTokens;
   runs_ = std::vector<Run>(n_segments + (with_tail ? 1 : 0));
+  for (Run& run : runs_) run.given.assign(layout_.tensors.size(), false);
   // Descriptors are few (256 on macOS): beyond a modest number each file is opened again when its turn comes.
   keep_open_ = n_segments <= 64;
   // A thread costs as much as a few headers, or a megabyte of rows.
@@ -124,7 +108,7 @@ void RunLoader::place_rows(size_t i) {
   }
   const std::shared_ptr<std::byte> buffer = options_.allocate(size);
   run.writable = {buffer.get(), size};
-  prefer_large_pages(run.writable);
+  prefer_large_pages({run.writable});
   run.rows.bytes = run.writable;
   run.rows.owner = buffer;
 }
@@ -135,7 +119,7 @@ void RunLoader::read_run(size_t i, const TensorMask& todo) {
   try {
     if (run.rows.mapped) {
       const auto path = is_tail(i) ? tail_->handle.path() : store_.segment_path(chain_.names[i]);
-      check_mapped_rows(run.rows.bytes, file, todo, path.string());
+      check_mapped_rows(run.rows.bytes, file, todo, path.string(), [&](size_t t) { give(i, t); });
     } else {
       with_file(i, [&](const File& handle) { read_rows(handle, file, todo, run.writable); });
     }
@@ -149,11 +133,29 @@ void RunLoader::read_run(size_t i, const TensorMask& todo) {
   if (is_tail(i)) return;
   const SegmentFile& segment = run.opened->segment;
   const bool whole = covers(run.checked, TensorMask(layout_.tensors.size(), true));
-  store_.known.add_file(chain_.names[i], {run.stat, segment.content(), whole});
+  store_.known.add_file(chain_.names[i], {run.stat, segment.content(), segment.last(), whole});
   store_.known.add_rows({chain_.names[i], segment.variant, segment.content(), run.rows, run.checked});
 }
 
+void RunLoader::give(size_t i, size_t t) {
+  Run& run = runs_[i];
+  if (options_.sink == nullptr || run.given[t]) return;
+  const size_t size = layout_.tensors[t].bytes_per_token() * size_t(run.rows.n_tokens);
+  options_.sink->rows(t, int64_t(i) * kSegmentTokens, run.rows.n_tokens,
+                      run.rows.bytes.subspan(layout_.offset(t, run.rows.n_tokens), size));
+  run.given[t] = true;
+}
+
 void RunLoader::read() {
+  read_rows_of_all();
+  if (options_.sink == nullptr || !complete()) return;
+  // What was not given when it was checked: rows that were held already, or could not be mapped.
+  parallel_for(runs_.size(), reader_threads(), [&](size_t i) {
+    for (size_t t = 0; t < layout_.tensors.size(); ++t) give(i, t);
+  });
+}
+
+void RunLoader::read_rows_of_all() {
   // Damage shortens the prefix, and then its windows reach further back than was read at first.
   for (;;) {
     const int64_t length = usable_tokens();

@@ -44,6 +44,7 @@ class RunLoader {
     std::span<std::byte> writable;   ///< the same, to be read into; empty for a mapping
     bool placed = false;             ///< `rows` are this loader's own
     TensorMask checked;              ///< of `rows`
+    TensorMask given;                ///< of `rows`, to options_.sink
     std::string problem;
     bool missing = false;
   };
@@ -56,7 +57,10 @@ class RunLoader {
   void open_segment_file(size_t i);
   void open_run(size_t i);
   void place_rows(size_t i);
+  void read_rows_of_all();
   void read_run(size_t i, const TensorMask& todo);
+  /// Tensor `t` of run i to the sink, unless it has it.
+  void give(size_t i, size_t t);
   /// fn(i, handle) with the run's file, which is opened again when it could not be kept open.
   template <typename Fn>
   void with_file(size_t i, Fn fn);

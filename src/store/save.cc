@@ -10,14 +10,15 @@ AgentDraft Store::Impl::draft_agent(AgentInfo info, const KvLayout& layout, cons
   std::vector<std::string> checksums;
   if (tail != nullptr) {
     checksums = run_checksums(layout, *tail);
-    draft.tail = tail->bytes;
+    draft.data.assign(tail->spans().begin(), tail->spans().end());
   }
-  draft.tokens = token_bytes(tokens);
-  checksums.push_back(hash_hex(draft.tokens));
+  draft.data.push_back(token_bytes(tokens));
+  checksums.push_back(hash_hex(draft.data.back()));
   info.cache_size = int64_t(tokens.size());
   draft.header = encode_torpor_header("agent", agent_metadata(info), layout, tail != nullptr ? uint64_t(tail->n_tokens) : 0,
                                       tokens.size(), checksums, &info.hash);
-  info.tail_bytes = int64_t(draft.header.size() + draft.tail.size() + draft.tokens.size());
+  info.tail_bytes = int64_t(draft.header.size());
+  for (const auto& piece : draft.data) info.tail_bytes += int64_t(piece.size());
   info.bytes += info.tail_bytes;
   draft.info = std::move(info);
   return draft;
@@ -30,8 +31,9 @@ int64_t Store::Impl::bytes_to_write(const AgentDraft& draft) {
 
 void Store::Impl::commit_agent(const AgentDraft& draft, Durability durability, SaveResult& result) {
   const bool durable = durability == Durability::kFull;
-  const FileStat stat =
-      add_file(agent_path(draft.info.agent_id), {as_bytes_of(draft.header), draft.tail, draft.tokens}, durable);
+  std::vector<std::span<const std::byte>> pieces{as_bytes_of(draft.header)};
+  pieces.insert(pieces.end(), draft.data.begin(), draft.data.end());
+  const FileStat stat = add_file(agent_path(draft.info.agent_id), pieces, durable);
   if (durable) env.sync_directory(root);
   result.bytes_written += int64_t(stat.size);
   if (durability != Durability::kNone) result.bytes_written += write_sidecar(draft.info, stat);
@@ -73,7 +75,7 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
   info.bytes = segments.bytes();
   const bool has_tail = info.segments.size() < snapshot.runs.size();
   const AgentDraft draft =
-      draft_agent(std::move(info), snapshot.layout, has_tail ? &snapshot.runs.back() : nullptr, snapshot.tokens);
+      draft_agent(std::move(info), snapshot.layout, has_tail ? &snapshot.runs.back() : nullptr, segments.tokens());
   writing.make_room("Saving the agent '" + id + "'", segments.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
   SaveResult result;
   segments.write_missing(durability == Durability::kFull, result);

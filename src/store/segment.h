@@ -41,6 +41,7 @@ struct SegmentFile {
   TorporFile file;
   std::string parent, identity_digest, variant;
   std::string content() const;
+  const std::string& last() const { return file.checksums[file.checksums.size() - 2]; }
 };
 
 /// Every rule that can be checked without the data.

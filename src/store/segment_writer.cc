@@ -1,5 +1,6 @@
 #include "store/segment_writer.h"
 
+#include <algorithm>
 #include <set>
 
 #include "base/hash.h"
@@ -7,11 +8,28 @@
 namespace torpor {
 
 SegmentWriter::SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot)
-    : store_(store), snapshot_(snapshot), all_(snapshot.layout.tensors.size(), true) {
+    : store_(store),
+      snapshot_(snapshot),
+      all_(snapshot.layout.tensors.size(), true),
+      tokens_(snapshot.tokens),
+      checksums_(snapshot.tokens.size() / kSegmentTokens) {
+  name_unknown_tokens();
   plan();
   if (bytes_to_write() == 0) return;
   lock_ = store_.lock_beginning(segment_name(segments_.front().place, ""));
   plan();  // what another save has written meanwhile is there now
+}
+
+void SegmentWriter::name_unknown_tokens() {
+  std::vector<size_t> unknown;
+  for (size_t i = 0; i < checksums_.size(); ++i) {
+    if (tokens_[i * kSegmentTokens] == kUnknownToken) unknown.push_back(i);
+  }
+  parallel_for(unknown.size(), reader_threads(), [&](size_t k) {
+    const size_t i = unknown[k];
+    checksums_[i] = run_checksums(snapshot_.layout, snapshot_.runs[i]);
+    torpor::name_unknown_tokens(std::span(tokens_).subspan(i * kSegmentTokens, kSegmentTokens), content_digest(checksums_[i]));
+  });
 }
 
 void SegmentWriter::plan() {
@@ -19,14 +37,15 @@ void SegmentWriter::plan() {
   const std::string identity = snapshot_.identity.digest(), layout = layout_digest(snapshot_.layout);
   const std::vector<std::string> no_checksums(all_.size(), std::string(32, '0'));
   std::string parent;
-  for (size_t i = 0; i < snapshot_.runs.size() && snapshot_.runs[i].n_tokens == kSegmentTokens; ++i) {
+  for (size_t i = 0; i < checksums_.size(); ++i) {
     Planned& segment = segments_.emplace_back();
     segment.run = &snapshot_.runs[i];
-    segment.place = {identity, layout, parent, std::span(snapshot_.tokens).subspan(i * kSegmentTokens, kSegmentTokens)};
+    segment.checksums = &checksums_[i];
+    segment.place = {identity, layout, parent, std::span<const int32_t>(tokens_).subspan(i * kSegmentTokens, kSegmentTokens)};
     choose_name(segment);
     if (segment.write) {
       segment.stat = {.size = encode_segment_header(segment.place, segment.variant, snapshot_.layout, no_checksums).size() +
-                              segment.run->bytes.size() + token_bytes(segment.place.tokens).size()};
+                              segment.run->size() + token_bytes(segment.place.tokens).size()};
     }
     parent = segment.name;
   }
@@ -63,6 +82,7 @@ void SegmentWriter::choose_name(Planned& segment) {
       return;
     }
   }
+  if (take_hint(segment)) return;
   // Else the plain name. Rows of the same tokens that differ from those under it get a name of their own.
   for (const bool plain : {true, false}) {
     segment.variant = plain ? "" : content_of(segment);
@@ -77,16 +97,33 @@ void SegmentWriter::choose_name(Planned& segment) {
   segment.write = true;
 }
 
+bool SegmentWriter::take_hint(Planned& segment) {
+  const std::string& name = segment.run->segment;
+  if (name.empty()) return false;
+  const auto file = store_.known.file(name);
+  if (!file || !file->whole) return false;
+  const auto stat = store_.env.stat(store_.segment_path(name));
+  if (!stat || file->stat != *stat) return false;
+  const bool plain = segment_name(segment.place, "") == name;
+  if (!plain && segment_name(segment.place, file->content) != name) return false;
+  // What is computed anew with other bits differs in the last tensor too, for that depends on all before it.
+  if (run_checksums(snapshot_.layout, *segment.run, all_.size() - 1).front() != file->last) return false;
+  segment.name = name;
+  segment.variant = plain ? "" : file->content;
+  segment.stat = *stat;
+  return true;
+}
+
 const std::vector<std::string>& SegmentWriter::checksums_of(Planned& segment) {
-  if (!segment.checksums.empty()) return segment.checksums;
-  segment.checksums = run_checksums(snapshot_.layout, *segment.run);
-  if (segment.origin && content_digest(segment.checksums) != segment.origin->content) {
+  if (!segment.checksums->empty()) return *segment.checksums;
+  *segment.checksums = run_checksums(snapshot_.layout, *segment.run);
+  if (segment.origin && content_digest(*segment.checksums) != segment.origin->content) {
     // A mapped file that somebody wrote to, or rows that no one had reason to check: what is in memory is the damage.
     throw Error(ErrorCode::kCorruption,
                 "'" + store_.segment_path(segment.origin->name).string() +
                     "' was changed while it was in use; wake the agent again, which goes on from what is intact.");
   }
-  return segment.checksums;
+  return *segment.checksums;
 }
 
 SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
@@ -110,7 +147,7 @@ SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
       if (error.code() == ErrorCode::kIo) throw;
       return Found::kNothing;
     }
-    store_.known.add_file(segment.name, {segment.stat, content, true});
+    store_.known.add_file(segment.name, {segment.stat, content, checksums_of(segment).back(), true});
   }
   store_.known.add_rows({segment.name, segment.variant, content, *segment.run, all_});
   return Found::kSame;
@@ -149,10 +186,12 @@ void SegmentWriter::write_missing(bool durable, SaveResult& result) {
 void SegmentWriter::write(Planned& segment, bool durable) {
   const auto& checksums = checksums_of(segment);
   const std::string header = encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums);
-  segment.stat = store_.add_file(store_.segment_path(segment.name),
-                                 {as_bytes_of(header), segment.run->bytes, token_bytes(segment.place.tokens)}, durable);
+  std::vector<std::span<const std::byte>> pieces{as_bytes_of(header)};
+  pieces.insert(pieces.end(), segment.run->spans().begin(), segment.run->spans().end());
+  pieces.push_back(token_bytes(segment.place.tokens));
+  segment.stat = store_.add_file(store_.segment_path(segment.name), pieces, durable);
   const std::string content = content_digest(checksums);
-  store_.known.add_file(segment.name, {segment.stat, content, true});
+  store_.known.add_file(segment.name, {segment.stat, content, checksums.back(), true});
   store_.known.add_rows({segment.name, segment.variant, content, *segment.run, all_});
 }
 

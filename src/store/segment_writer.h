@@ -21,6 +21,8 @@ class SegmentWriter {
   /// Bytes of all of them, those to be written included.
   int64_t bytes() const;
   std::vector<std::string> names() const;
+  /// The snapshot's, those that stood for unknown ones replaced where they are sealed.
+  std::span<const int32_t> tokens() const { return tokens_; }
   /// Writes what is missing; with `durable` all segments are on the disk when this returns.
   void write_missing(bool durable, SaveResult& result);
 
@@ -30,14 +32,17 @@ class SegmentWriter {
     SegmentPlace place;
     std::string name, variant;
     std::optional<KnownSegments::Rows> origin;  ///< where the rows came from, or went to before
-    std::vector<std::string> checksums;         ///< empty until someone needed them
+    std::vector<std::string>* checksums = nullptr;  ///< empty until someone needed them
     bool write = false;
     FileStat stat;  ///< of a file to be written its size alone
   };
   enum class Found { kNothing, kSame, kOther };
 
+  void name_unknown_tokens();
   void plan();
   void choose_name(Planned& segment);
+  /// Whether the caller's own word for the segment that the rows are can be taken.
+  bool take_hint(Planned& segment);
   Found look_up(Planned& segment);
   const std::vector<std::string>& checksums_of(Planned& segment);
   std::string content_of(Planned& segment) { return content_digest(checksums_of(segment)); }
@@ -46,6 +51,8 @@ class SegmentWriter {
   Store::Impl& store_;
   const KvSnapshot& snapshot_;
   const TensorMask all_;
+  std::vector<int32_t> tokens_;
+  std::vector<std::vector<std::string>> checksums_;  ///< of the sealed runs
   std::vector<Planned> segments_;
   std::optional<FileLock> lock_;
 };

@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <random>
 #include <set>
-#include <thread>
 
 #include "store/store_impl.h"
 
@@ -44,37 +43,6 @@ void check_agent_id(const std::string& id) {
               "'" + shown + "' can't be an agent id: use 1 to 128 letters, digits, '.', '_' or '-', and begin with none "
               "of '.' and '-'.");
 }
-
-void parallel_for(size_t count, size_t max_threads, const std::function<void(size_t)>& fn) {
-  std::atomic<size_t> next{0};
-  std::mutex mutex;
-  std::exception_ptr first_error;
-  auto work = [&] {
-    for (size_t i; (i = next.fetch_add(1)) < count;) {
-      try {
-        fn(i);
-      } catch (...) {
-        const std::lock_guard lock(mutex);
-        if (!first_error) first_error = std::current_exception();
-        next.store(count);
-      }
-    }
-  };
-  {
-    std::vector<std::jthread> threads;
-    for (size_t i = 1; i < std::min(count, max_threads); ++i) {
-      try {
-        threads.emplace_back(work);
-      } catch (const std::system_error&) {
-        break;  // no more threads to be had: the ones there are do the work
-      }
-    }
-    work();
-  }
-  if (first_error) std::rethrow_exception(first_error);
-}
-
-size_t reader_threads() { return std::clamp<size_t>(std::thread::hardware_concurrency(), 1, 8); }
 
 // ---- Store::Impl
 
@@ -131,7 +99,7 @@ FileStat Store::Impl::write_file(const std::filesystem::path& path,
     uint64_t size = 0;
     for (const auto& piece : pieces) size += piece.size();
     file.expect_size(size);
-    for (const auto& piece : pieces) file.write_all(piece);
+    file.write_all(pieces);
     if (sync) file.sync();
     const FileStat stat = file.stat();
     file.close();
@@ -214,6 +182,10 @@ SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot
 }
 LoadedAgent Store::load_agent_cache(const std::string& agent_id, const LoadOptions& options) const {
   return impl_->load(agent_id, options);
+}
+std::vector<int32_t> Store::agent_tokens(const std::string& agent_id) const {
+  const OpenedAgent opened = impl_->open_agent(agent_id);
+  return read_tokens(opened.handle, opened.agent.file);
 }
 SaveResult Store::save_prefix(const KvSnapshot& snapshot, Durability durability) {
   return impl_->save_prefix(snapshot, durability);

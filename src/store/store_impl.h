@@ -2,13 +2,12 @@
 /// What the parts of the store share; each of the other files holds one side of it.
 
 #include <atomic>
-#include <exception>
-#include <functional>
 #include <mutex>
 #include <unordered_map>
 #include <unordered_set>
 
 #include "base/env.h"
+#include "base/parallel.h"
 #include "store/agent_file.h"
 #include "store/known.h"
 #include "store/segment.h"
@@ -22,7 +21,7 @@ namespace torpor {
 struct AgentDraft {
   AgentInfo info;
   std::string header;
-  std::span<const std::byte> tail, tokens;
+  std::vector<std::span<const std::byte>> data;  ///< the tail, then the tokens
 };
 
 struct OpenedAgent {
@@ -151,11 +150,6 @@ struct Store::Impl {
 
 inline constexpr const char* kTemporaryPrefix = ".tmp-";
 inline constexpr uint64_t kMaxSidecar = 64 << 20;  // bytes that are read of what may be one
-
-/// fn(0) ... fn(count - 1) on up to `max_threads` threads, this one included. Rethrows the first exception, after all
-/// threads have ended; once there is one no further index is begun.
-void parallel_for(size_t count, size_t max_threads, const std::function<void(size_t)>& fn);
-size_t reader_threads();
 
 inline std::span<const std::byte> as_bytes_of(const std::string& text) {
   return std::as_bytes(std::span(text.data(), text.size()));

@@ -267,7 +267,7 @@ void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wan
 }
 
 void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const TensorMask& wanted,
-                       const std::string& file_name) {
+                       const std::string& file_name, const std::function<void(size_t)>& checked) {
   for (size_t i = 0; i + 1 < parsed.header.tensors.size(); ++i) {
     if (!wanted[i]) continue;
     const SafetensorsTensor& tensor = parsed.header.tensors[i];
@@ -275,6 +275,7 @@ void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed
     if (hash_hex(bytes) != parsed.checksums[i]) {
       corrupt(file_name, "the data of tensor '" + tensor.name + "' does not match its checksum");
     }
+    checked(i);
   }
 }
 
@@ -297,13 +298,34 @@ void cut_rows(const KvLayout& layout, std::span<const std::byte> run, int run_to
   }
 }
 
-std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run) {
+std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run, size_t first) {
   std::vector<std::string> checksums;
-  size_t offset = 0;
-  for (const auto& spec : layout.tensors) {
-    const size_t size = spec.bytes_per_token() * size_t(run.n_tokens);
-    checksums.push_back(hash_hex(run.bytes.subspan(offset, size)));
-    offset += size;
+  auto spans = run.spans();
+  size_t skip = layout.offset(first, run.n_tokens);
+  /// At most `size` bytes of what comes next.
+  const auto next = [&](size_t size) {
+    while (skip >= spans.front().size()) {
+      skip -= spans.front().size();
+      spans = spans.subspan(1);
+    }
+    const auto part = spans.front().subspan(skip, std::min(size, spans.front().size() - skip));
+    skip += part.size();
+    return part;
+  };
+  for (size_t i = first; i < layout.tensors.size(); ++i) {
+    size_t size = layout.tensors[i].bytes_per_token() * size_t(run.n_tokens);
+    auto part = next(size);
+    if (part.size() == size) {
+      checksums.push_back(hash_hex(part));
+      continue;
+    }
+    Hasher hasher;
+    for (; size > 0; part = next(size)) {
+      hasher.update(part);
+      size -= part.size();
+      if (size == 0) break;
+    }
+    checksums.push_back(hasher.hex());
   }
   return checksums;
 }

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -64,14 +65,14 @@ std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed);
 /// Reads the `wanted` layer tensors into their places in `out` (rows_bytes() long), checking each checksum while its bytes
 /// are in cache.
 void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted, std::span<std::byte> out);
-/// Checks the checksums of the `wanted` layer tensors, all of them in memory.
+/// Checks the checksums of the `wanted` layer tensors, all of them in memory; `checked(i)` follows each.
 void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const TensorMask& wanted,
-                       const std::string& file_name);
+                       const std::string& file_name, const std::function<void(size_t)>& checked);
 /// Reads and checks without keeping the bytes.
 void check_rows(const File& file, const TorporFile& parsed);
 
-/// Checksums of the layer tensors of a run.
-std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run);
+/// Checksums of the layer tensors of a run, from the `first` on.
+std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run, size_t first = 0);
 /// Copies the first `n` tokens' rows out of a run: they lie apart, head by head.
 void cut_rows(const KvLayout& layout, std::span<const std::byte> run, int run_tokens, int n, std::byte* out);
 

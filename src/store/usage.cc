@@ -81,7 +81,7 @@ void Store::Impl::record_written() noexcept {
   try {
     if (auto lock = env.lock(counter_path(), LockMode::kExclusive, std::chrono::seconds(1))) {
       const std::string digits = std::to_string(total_written() + bytes);
-      lock->file().write_all(as_bytes_of(std::string(kDigits - digits.size(), '0') + digits));
+      lock->file().write_all({as_bytes_of(std::string(kDigits - digits.size(), '0') + digits)});
       return;
     }
   } catch (const std::exception&) {

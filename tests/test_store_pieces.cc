@@ -1,0 +1,179 @@
+/// Saves of rows that lie apart in memory the caller goes on writing to, and loads into memory that the caller lays out.
+
+#include "counting_env.h"
+#include "store_fixture.h"
+
+namespace torpor::testing {
+namespace {
+
+class StorePieces : public ::testing::Test {
+ protected:
+  fs::path segment_path(const std::string& name) const {
+    return root_ / "segments" / name.substr(0, 2) / (name + ".safetensors");
+  }
+  KvSnapshot load(const std::string& id) { return Store(root_).load_agent_cache(id).snapshot; }
+  SaveResult save(const std::string& id, const KvSnapshot& snapshot) { return store_.save_agent_cache(id, snapshot, "m"); }
+  /// `n` tokens in pieces, with the names that an earlier save gave.
+  Scattered hinted(int n, const SaveResult& earlier) {
+    Scattered apart(make_snapshot(n, layout_));
+    for (size_t i = 0; i < earlier.segments.size(); ++i) apart.snapshot.runs[i].segment = earlier.segments[i];
+    return apart;
+  }
+  static void flip(std::span<const std::byte> piece) { const_cast<std::byte&>(piece[0]) ^= std::byte{1}; }
+
+  TemporaryDirectory directory_;
+  fs::path root_ = directory_.path() / "store";
+  KvLayout layout_ = small_layout(KvDtype::kF16, 2, 2, 8);
+  CountingEnv env_;
+  Store store_{root_, &env_};
+};
+
+TEST_F(StorePieces, TheSameFilesAsFromOneBuffer) {
+  const auto whole = make_snapshot(700, layout_);
+  Store(directory_.path() / "other").save_agent_cache("a", whole, "m");
+  for (const size_t piece : {1, 2, 300, 4096, 16384, 1 << 20}) {
+    Store store(root_);
+    const auto result = store.save_agent_cache("a", Scattered(whole, piece).snapshot, "m");
+    EXPECT_EQ(result.segments_written, 2);
+    EXPECT_TRUE(same(load("a"), whole)) << piece;
+    for (const auto& name : result.segments) {
+      EXPECT_EQ(read_all(segment_path(name)), read_all(directory_.path() / "other" / fs::relative(segment_path(name), root_)));
+    }
+    fs::remove_all(root_);
+  }
+}
+
+TEST_F(StorePieces, NothingIsRememberedOfTheirMemory) {
+  Scattered apart(make_snapshot(600, layout_));
+  save("a", apart.snapshot);
+  apart.scribble();
+  const auto scribbled = save("b", apart.snapshot);
+  EXPECT_EQ(scribbled.segments_written, 2) << "other rows of the same tokens";
+  EXPECT_TRUE(same(load("a"), make_snapshot(600, layout_)));
+  EXPECT_EQ(load("b").runs[0].bytes[7], std::byte{0x5a});
+}
+
+TEST_F(StorePieces, RowsOfANamedSegmentAreNotRead) {
+  const auto first = save("a", Scattered(make_snapshot(600, layout_)).snapshot);
+  // Nothing but the last tensor's rows is looked at, so the others may even differ: the caller's word counts.
+  Scattered apart = hinted(620, first);
+  flip(apart.snapshot.runs[0].pieces[0]);
+  env_.reset();
+  const auto second = save("a", apart.snapshot);
+  EXPECT_EQ(second.segments, first.segments);
+  EXPECT_EQ(second.segments_shared, 2);
+  EXPECT_EQ(env_.opened_segments(), 0);
+  EXPECT_TRUE(same(load("a"), make_snapshot(620, layout_)));
+}
+
+TEST_F(StorePieces, RowsThatWereComputedAnewAreFoundOutByTheLastTensor) {
+  const auto first = save("a", Scattered(make_snapshot(600, layout_)).snapshot);
+  Scattered apart = hinted(600, first);
+  flip(apart.snapshot.runs[1].pieces.back());
+  const auto second = save("a", apart.snapshot);
+  EXPECT_EQ(second.segments[0], first.segments[0]);
+  EXPECT_NE(second.segments[1], first.segments[1]) << "a variant";
+  auto expected = make_snapshot(600, layout_);
+  flip(expected.runs[1].bytes.subspan(expected.runs[1].bytes.size() - apart.snapshot.runs[1].pieces.back().size()));
+  EXPECT_TRUE(same(load("a"), expected));
+  // The variant's name is taken too.
+  apart.snapshot.runs[1].segment = second.segments[1];
+  env_.reset();
+  EXPECT_EQ(save("a", apart.snapshot).segments, second.segments);
+  EXPECT_EQ(env_.opened_segments(), 0);
+}
+
+TEST_F(StorePieces, AWrongNameIsNotTaken) {
+  const auto first = save("a", Scattered(make_snapshot(600, layout_)).snapshot);
+  const auto whole = make_snapshot(600, layout_);
+  const auto names = first.segments;
+  const auto expect_saves = [&](Store& store, const std::vector<std::string>& hints) {
+    Scattered apart(whole);
+    for (size_t i = 0; i < 2; ++i) apart.snapshot.runs[i].segment = hints[i];
+    EXPECT_EQ(store.save_agent_cache("b", apart.snapshot, "m").segments, names);
+    EXPECT_TRUE(same(load("b"), whole));
+  };
+  expect_saves(store_, {names[1], names[0]});
+  expect_saves(store_, {"none", "../../a"});
+  // A process that has not seen the file reads it before it builds on it.
+  Store other(root_);
+  const auto path = segment_path(names[0]);
+  auto bytes = read_all(path);
+  bytes[bytes.size() - 2000] ^= 1;
+  fs::remove(path);
+  std::ofstream(path, std::ios::binary) << bytes;
+  expect_saves(other, names);
+  // One that has seen it notices that it is another.
+  fs::remove(path);
+  std::ofstream(path, std::ios::binary) << bytes;
+  expect_saves(store_, names);
+  fs::remove(path);
+  expect_saves(store_, names);
+}
+
+TEST_F(StorePieces, UnknownTokensAreTheSameOnlyWhenTheirRowsAre) {
+  auto one = make_snapshot(600, layout_), other = make_snapshot(600, layout_, /*seed=*/2);
+  for (auto* snapshot : {&one, &other}) std::fill(snapshot->tokens.begin(), snapshot->tokens.end(), kUnknownToken);
+  EXPECT_EQ(save("a", one).segments_written, 2);
+  EXPECT_EQ(save("b", other).segments_written, 2);
+  EXPECT_EQ(save("c", Scattered(one).snapshot).segments_shared, 2);
+  for (const auto& [id, saved] : {std::pair("a", &one), std::pair("b", &other), std::pair("c", &one)}) {
+    const auto loaded = load(id);
+    for (size_t i = 0; i < 600; ++i) ASSERT_LT(loaded.tokens[i], 0);
+    auto expected = *saved;
+    expected.tokens = loaded.tokens;
+    EXPECT_TRUE(same(loaded, expected));
+    EXPECT_EQ(store_.agent_tokens(id), loaded.tokens);
+  }
+}
+
+TEST_F(StorePieces, ASinkGetsEveryRowOnce) {
+  for (const int n : {0, 3, 256, 600, 768}) {
+    const auto whole = make_snapshot(n, layout_);
+    Store(root_).save_agent_cache("a", whole, "m");
+    for (const bool map : {false, true}) {
+      for (const bool can_map : {false, true}) {
+        env_.can_map = can_map;
+        CollectingSink sink;
+        const auto loaded = Store(root_, &env_).load_agent_cache("a", {.map_rows = map, .sink = &sink});
+        EXPECT_TRUE(same(sink.snapshot, whole)) << n << " map " << map << " can map " << can_map;
+        // Rows that this process holds are given all the same.
+        CollectingSink again;
+        Store holder(root_);
+        const auto held = holder.load_agent_cache("a", {.map_rows = true});
+        holder.load_agent_cache("a", {.map_rows = true, .sink = &again});
+        EXPECT_TRUE(same(again.snapshot, whole));
+      }
+    }
+  }
+  CollectingSink sink;
+  for (const LoadOptions& options : {LoadOptions{.salvage = true, .sink = &sink}, LoadOptions{.n_tokens = 3, .sink = &sink},
+                                     LoadOptions{.window_rows_only = true, .sink = &sink}}) {
+    EXPECT_EQ(code_of([&] { store_.load_agent_cache("a", options); }), ErrorCode::kInvalidArgument);
+  }
+}
+
+TEST_F(StorePieces, ASinkNeverGetsDamagedRows) {
+  const auto result = save("a", make_snapshot(600, layout_));
+  const auto path = segment_path(result.segments[1]);
+  const auto good = read_all(path);
+  const size_t rows = layout_.offset(4, 256);
+  for (size_t t = 0; t < 4; ++t) {
+    auto bad = good;
+    bad[good.size() - 1024 - rows + layout_.offset(t, 256) + 5] ^= 1;
+    std::ofstream(path, std::ios::binary) << bad;
+    struct Sink : CollectingSink {
+      size_t damaged;
+      std::atomic<bool> got_damage = false;
+      void rows(size_t tensor, int64_t first, int n, std::span<const std::byte> rows) override {
+        if (first == 256 && tensor == damaged) got_damage = true;
+      }
+    } sink;
+    sink.damaged = t;
+    EXPECT_EQ(code_of([&] { Store(root_).load_agent_cache("a", {.map_rows = true, .sink = &sink}); }), ErrorCode::kCorruption);
+    EXPECT_FALSE(sink.got_damage);
+  }
+}
+
+}  // namespace
+}  // namespace torpor::testing
