@@ -1,5 +1,7 @@
 """The Python module's store: mlx-lm's cache objects go in and come out as they were."""
 
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -8,7 +10,7 @@ import mlx.core as mx
 import mlx_lm.models.cache as mlx_cache
 import pytest
 
-from conftest import MODEL
+from conftest import BUILD, MODEL, ROOT, make_tiny_model
 
 import torpor
 
@@ -185,6 +187,31 @@ def test_errors_are_of_their_classes(store):
         store.load_agent_cache("ada")
 
 
+def test_a_model_directory_is_the_identity(tiny_model, tmp_path):
+    cache = [fill(mlx_cache.KVCache(), 9)]
+    torpor.CachePersistence(tmp_path / "store", model=tiny_model).save_agent_cache("ada", cache)
+    copy = make_tiny_model(tmp_path / "copy")
+    again, _ = torpor.CachePersistence(tmp_path / "store", model=copy).load_agent_cache("ada")
+    assert same(held(again[0]), held(cache[0]))
+    other = make_tiny_model(tmp_path / "other", change=lambda config, weights: weights["model.norm.weight"].put(3, 0.5))
+    with pytest.raises(torpor.IncompatibleError, match="weights"):
+        torpor.CachePersistence(tmp_path / "store", model=other).load_agent_cache("ada")
+    with pytest.raises(torpor.NotFoundError, match="config.json"):
+        torpor.CachePersistence(tmp_path / "store", model=tmp_path)
+    weights = copy / "model.safetensors"  # looked at before in this process, and other bytes now
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(torpor.IncompatibleError, match="weights"):
+        torpor.CachePersistence(tmp_path / "store", model=copy).load_agent_cache("ada")
+
+
+def test_an_agent_of_the_engine_is_no_mlx_lm_cache(tiny_model, tmp_path):
+    torpor.Engine(tiny_model, tmp_path / "store").agent("ada").turn("hello", raw=True, max_tokens=2)
+    with pytest.raises(torpor.IncompatibleError, match="torpor.Engine"):
+        torpor.CachePersistence(tmp_path / "store").load_agent_cache("ada")
+
+
 def test_an_agent_that_another_process_holds_is_busy(tmp_path, store):
     store.save_agent_cache("ada", [fill(mlx_cache.KVCache(), 9)])
     script = ("import fcntl,sys; f=open(sys.argv[1],'r+'); fcntl.flock(f,fcntl.LOCK_EX); print('held',flush=True); "
@@ -234,3 +261,17 @@ def test_generation_goes_on_from_a_saved_cache_with_the_same_tokens(store, tmp_p
     texts = ["".join(result) for result in results]
     assert texts[0] == texts[1] and results[0].tokens == results[1].tokens
     assert results[1].prefilled == len(tokenizer.encode(" and then"))
+
+
+def test_a_new_process_prefills_the_new_tokens_only(tokenizer):
+    """By mlx-lm's own count (bench/python_flow.py says how)."""
+    script = ROOT / "bench" / "python_flow.py"
+    ended = subprocess.run([sys.executable, script, MODEL, "--document-tokens", "12", "--max-tokens", "3", "--json"],
+                           env={**os.environ, "PYTHONPATH": str(BUILD / "python")},
+                           capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    first, woken, cold = json.loads(ended.stdout)
+    assert first["prefilled"] == 12 and first["held"] == 15
+    new = len(tokenizer.encode("\nThe keeper said:").ids)
+    assert woken["prefilled"] == new < cold["prefilled"] == 15 + new
+    assert woken["tokens"] == cold["tokens"][15:] and woken["text"] == cold["text"]

@@ -23,6 +23,7 @@ NB_MODULE(_core, module) {
     }
   });
   torpor::python::bind_store(module);
+  torpor::python::bind_model(module);
   torpor::python::bind_turn(module);
   torpor::python::bind_engine(module);
 }

@@ -5,23 +5,21 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
+from . import _core
 from .errors import InvalidArgumentError, NotFoundError
 
 FIELDS = ("architecture", "config", "weights", "tokenizer", "chat_template", "rope", "kv")
 
 
-@lru_cache(maxsize=64)
-def _digest(path, size, mtime_ns):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of(paths):
-    digests = []
-    for path in paths:
-        stat = path.stat()
-        digests.append(f"{path.name} {_digest(path, stat.st_size, stat.st_mtime_ns)}")
+def _digest_of(*paths):
+    digests = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths if path.exists()]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else ""
+
+
+@lru_cache(maxsize=64)
+def _weights_digest(directory, files):
+    """`files`: their names, sizes and times; other ones are read anew."""
+    return _core.weights_digest(directory)
 
 
 def identity_of(model):
@@ -31,17 +29,17 @@ def identity_of(model):
         if unknown := sorted(set(model) - set(FIELDS)):
             raise InvalidArgumentError(f"The identity has no field '{unknown[0]}'; it has {', '.join(FIELDS)}.")
         return [(field, str(model.get(field, ""))) for field in FIELDS]
-    directory = Path(model).expanduser()
+    directory = Path(model).expanduser().resolve()
     if not (directory / "config.json").is_file():
         raise NotFoundError(f"'{directory}' is no model directory (it has no config.json); "
                             "give a directory, or the identity as a dict.")
+    weights = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in directory.glob("*.safetensors*"))
     return [
         ("architecture", json.loads((directory / "config.json").read_text()).get("model_type", "")),
-        ("config", _digest_of([directory / "config.json"])),
-        ("weights", _digest_of(sorted(directory.glob("*.safetensors")))),
-        ("tokenizer", _digest_of([p for p in [directory / "tokenizer.json"] if p.exists()])),
-        ("chat_template", _digest_of([p for p in [directory / "chat_template.jinja", directory / "tokenizer_config.json"]
-                                      if p.exists()])),
+        ("config", _digest_of(directory / "config.json")),
+        ("weights", _weights_digest(directory, tuple(weights))),
+        ("tokenizer", _digest_of(directory / "tokenizer.json")),
+        ("chat_template", _digest_of(directory / "chat_template.jinja", directory / "tokenizer_config.json")),
         ("rope", ""),
         ("kv", "mlx-lm"),
     ]

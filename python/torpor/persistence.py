@@ -130,7 +130,7 @@ class CachePersistence:
         layers, saved, segments = self._saved.get(agent_id, ([], [], []))
         if len(layers) != len(cache) or any(ref() is not layer for ref, layer in zip(layers, cache)):
             return []
-        n = 256 * len(segments)
-        while n and saved[:n] != tokens[:n]:
-            n -= 256
-        return segments[: n // 256]
+        n = 0
+        while n < len(segments) and saved[256 * n: 256 * (n + 1)] == tokens[256 * n: 256 * (n + 1)]:
+            n += 1
+        return segments[:n]

@@ -1,0 +1,175 @@
+"""Saving and loading mlx-lm caches: torpor.CachePersistence beside mlx_lm's save_prompt_cache and load_prompt_cache.
+
+    PYTHONPATH=build/python .venv/bin/python bench/python_vs_mlx_lm.py [--runs 5] [--sizes 47,189,805]
+
+Both save and load the same caches (KVCache, f16, random rows) on the same file system, from and to the page cache, in alternating
+pairs. Torpor saves with durability="rename", computes a checksum of every tensor and checks all of them when it loads; mlx-lm has
+none and flushes nothing either. Loads end with evaluated arrays. What is measured:
+
+- first save: into an empty store, beside a file that is not there yet; with `tokens=`, and without.
+- second save: 64 tokens later, over what was saved.
+- load, new process: the first thing that a process does after its imports, as when an agent wakes.
+- load, same process: over and over; MLX and malloc then hand out memory that the load before has let go of.
+
+Pages that a virtual machine's host has yet to provide cost both sides up to 1 ns a byte, whoever comes first: memory is touched
+and let go of before each measurement. A pair during which others used more than a tenth of the cores is tried again.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+
+from machine import cpu_name  # noqa: E402
+from pairs import Others, by_key, least_disturbed, summary  # noqa: E402
+
+# MB -> layers, KV heads, head dim, tokens: SmolLM2-135M twice, and a model of 8 billion parameters (Llama 3.1's shape).
+SHAPES = {47: (30, 3, 64, 2048), 189: (30, 3, 64, 8192), 805: (32, 8, 128, 6144)}
+NEW_TOKENS = 64
+TARGETS = {"first save": 2, "first save, no tokens=": 2, "second save": 20, "load, new process": 3, "load, same process": 3}
+
+
+def provide_memory(size):
+    with mmap.mmap(-1, size) as memory:
+        for at in range(0, size, 4096):
+            memory[at] = 1
+
+
+def own_seconds():
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
+def timed(work):
+    start = time.perf_counter()
+    result = work()
+    return (time.perf_counter() - start) * 1e3, result
+
+
+def grow(cache, heads, dim, n):
+    import mlx.core as mx
+    for layer in cache:
+        layer.update_and_fetch(*(mx.random.normal((1, heads, n, dim)).astype(mx.float16) for _ in range(2)))
+        mx.eval(layer.keys, layer.values)
+
+
+class Caches:
+    """One size's cache, and where either side keeps it."""
+
+    def __init__(self, size, directory):
+        from mlx_lm.models.cache import KVCache
+        layers, self.heads, self.dim, self.tokens = SHAPES[size]
+        self.bytes = layers * 2 * self.heads * self.dim * self.tokens * 2
+        self.cache = [KVCache() for _ in range(layers)]
+        grow(self.cache, self.heads, self.dim, self.tokens)
+        self.file, self.root = directory / f"{size}.safetensors", directory / f"store{size}"
+
+    def first_save(self, tokens):
+        import torpor
+        from mlx_lm.models.cache import save_prompt_cache
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.file.unlink(missing_ok=True)
+        provide_memory(2 * self.bytes)
+        self.store = torpor.CachePersistence(self.root, durability="rename")
+        ids = list(range(self.tokens)) if tokens else None
+        ours, _ = timed(lambda: self.store.save_agent_cache("ada", self.cache, tokens=ids))
+        theirs, _ = timed(lambda: save_prompt_cache(str(self.file), self.cache))
+        return ours, theirs
+
+    def second_save(self):
+        from mlx_lm.models.cache import save_prompt_cache
+        self.first_save(True)
+        grow(self.cache, self.heads, self.dim, NEW_TOKENS)
+        ids = list(range(self.tokens + NEW_TOKENS))
+        ours, _ = timed(lambda: self.store.save_agent_cache("ada", self.cache, tokens=ids))
+        theirs, _ = timed(lambda: save_prompt_cache(str(self.file), self.cache))
+        for layer in self.cache:
+            layer.trim(NEW_TOKENS)
+        return ours, theirs
+
+
+def load(size, side, file, root, times):
+    """In a process of its own: milliseconds of each of so many loads."""
+    import mlx.core as mx
+    import torpor
+    from mlx_lm.models.cache import load_prompt_cache
+    layers, heads, dim, tokens = SHAPES[size]
+
+    def theirs():
+        cache = load_prompt_cache(file)
+        mx.eval([(layer.keys, layer.values) for layer in cache])
+        return cache
+
+    work = theirs if side == "mlx-lm" else lambda: torpor.CachePersistence(root).load_agent_cache("ada")[0]
+    provide_memory(int(1.2 * layers * 2 * heads * dim * tokens * 2))
+    milliseconds = []
+    for _ in range(times):
+        ms, cache = timed(work)
+        assert cache[0].offset == tokens
+        del cache
+        milliseconds.append(ms)
+    print(json.dumps(milliseconds))
+
+
+def load_in_a_process(caches, size, side, times):
+    ended = subprocess.run([sys.executable, __file__, "--load", side, "--sizes", str(size), "--times", str(times),
+                            "--file", caches.file, "--store", caches.root], capture_output=True, text=True)
+    if ended.returncode != 0:
+        sys.exit(ended.stderr)
+    return json.loads(ended.stdout)
+
+
+def measure(size, directory, runs):
+    caches = Caches(size, directory)
+
+    def attempt(measurements):
+        others, before = Others(), own_seconds()
+        pairs = measurements()
+        return pairs, others.share(own_seconds() - before)
+
+    def saves():
+        return {"first save, no tokens=": caches.first_save(False), "first save": caches.first_save(True),
+                "second save": caches.second_save()}
+
+    def loads():
+        ours, theirs = (load_in_a_process(caches, size, side, 6) for side in ("torpor", "mlx-lm"))
+        return {"load, new process": (ours[0], theirs[0]), "load, same process": (ours[-1], theirs[-1])}
+
+    results = by_key(least_disturbed(lambda: attempt(saves), runs))
+    caches.first_save(True)
+    return by_key(least_disturbed(lambda: attempt(loads), runs), results)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--sizes", default="47,189,805")
+    for hidden in ("--load", "--file", "--store", "--times"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = [int(size) for size in arguments.sizes.split(",")]
+    if arguments.load:
+        load(sizes[0], arguments.load, arguments.file, arguments.store, int(arguments.times))
+        return
+    print(f"{os.cpu_count()} cores, {cpu_name()}; medians of {arguments.runs} alternating pairs\n")
+    print("| | MB | Torpor | mlx-lm | ratio | lowest, highest | others at most | target |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for size in sizes:
+        with tempfile.TemporaryDirectory(prefix="torpor-bench-") as directory:
+            for key, pairs in measure(size, Path(directory), arguments.runs).items():
+                ours, theirs, ratio, low, high = summary(pairs, less_is_better=True)
+                share = max(share for _, _, share in pairs)
+                print(f"| {key} | {size} | {ours:.1f} ms | {theirs:.1f} ms | {ratio:.1f} | {low:.1f}, {high:.1f} | {share:.0%} | {TARGETS[key]} |",
+                      flush=True)
+
+
+if __name__ == "__main__":
+    main()
