@@ -1,5 +1,6 @@
 """The Python module's store: mlx-lm's cache objects go in and come out as they were."""
 
+import gc
 import json
 import os
 import subprocess
@@ -110,6 +111,20 @@ def test_a_cache_that_grew_writes_what_is_new(store):
     again, _ = torpor.CachePersistence(store.root).load_agent_cache("ada")
     assert all(same(held(a), held(b)) for a, b in zip(cache, again))
     assert store.common_prefix("ada", [*range(610), 7]) == 610
+
+
+def test_a_loaded_cache_is_let_go_of_when_nobody_has_it_any_more(store):
+    store.save_agent_cache("ada", [fill(mlx_cache.KVCache(), 300) for _ in range(2)])
+    gc.collect()
+    gc.disable()  # whoever sleeps and wakes agents can't wait for it
+    try:
+        before = mx.get_active_memory()
+        cache, _ = store.load_agent_cache("ada")
+        assert mx.get_active_memory() > before
+        del cache
+        assert mx.get_active_memory() == before
+    finally:
+        gc.enable()
 
 
 def test_a_cache_trimmed_and_filled_again_under_the_same_ids_is_saved_as_it_is(store):

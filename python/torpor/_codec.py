@@ -123,43 +123,51 @@ def capacities(description):
     """{name: third dimension} of the arrays that `Store.load` is to make."""
     described = json.loads(description)
     rows = described["layout"] == "rows"
-    found = {}
+    return {v["array"]: v["shape"][2] if rows else 1 for v in _references(described["layers"])}
 
-    def walk(v):
-        if isinstance(v, dict) and "array" in v:
-            found[v["array"]] = v["shape"][2] if rows else 1
-        elif isinstance(v, (dict, list)):
-            for inner in v.values() if isinstance(v, dict) else v:
-                walk(inner)
 
-    walk(described["layers"])
-    return found
+def _references(described):
+    if isinstance(described, dict) and "array" in described:
+        yield described
+    elif isinstance(described, (dict, list)):
+        for inner in described.values() if isinstance(described, dict) else described:
+            yield from _references(inner)
+
+
+class _Decoder:
+    def __init__(self, rows, arrays):
+        self.rows = rows
+        self.arrays = arrays
+
+    def layer(self, described):
+        made = cache_class(described["class"])
+        made = made.__new__(made)  # as mlx-lm's from_state
+        for key, value in described["vars"].items():
+            setattr(made, key, self.value(value))
+        return made
+
+    def value(self, described):
+        if not isinstance(described, dict):
+            return described
+        if "array" in described:
+            return self.array(described)
+        if "class" in described:
+            return self.layer(described)
+        if "tuple" in described:
+            return tuple(map(self.value, described["tuple"]))
+        return list(map(self.value, described["list"]))
+
+    def array(self, reference):
+        name, dtype, shape = reference["array"], getattr(mx, reference["dtype"]), reference["shape"]
+        if 0 in shape:
+            return mx.zeros(shape, dtype)
+        if name not in self.arrays:
+            raise CorruptionError(f"The agent lacks the array '{name}' that its description names.")
+        return self.arrays[name] if self.rows else _from_words(self.arrays[name], dtype, shape)
 
 
 def decode(description, arrays):
     """The cache of a description; `arrays` as the store keeps them, by name."""
     described = json.loads(description)
-    rows = described["layout"] == "rows"
-
-    def value(v):
-        if not isinstance(v, dict):
-            return v
-        if "array" in v:
-            dtype, shape = getattr(mx, v["dtype"]), v["shape"]
-            if 0 in shape:
-                return mx.zeros(shape, dtype)
-            if v["array"] not in arrays:
-                raise CorruptionError(f"The agent lacks the array '{v['array']}' that its description names.")
-            return arrays[v["array"]] if rows else _from_words(arrays[v["array"]], dtype, shape)
-        if "class" in v:
-            return layer(v)
-        return tuple(map(value, v["tuple"])) if "tuple" in v else list(map(value, v["list"]))
-
-    def layer(v):
-        made = cache_class(v["class"])
-        made = made.__new__(made)  # as mlx-lm's from_state
-        for key, held in v["vars"].items():
-            setattr(made, key, value(held))
-        return made
-
-    return [layer(v) for v in described["layers"]]
+    decoder = _Decoder(described["layout"] == "rows", arrays)
+    return [decoder.layer(layer) for layer in described["layers"]]
