@@ -35,7 +35,6 @@ void SegmentWriter::name_unknown_tokens() {
 void SegmentWriter::plan() {
   segments_.clear();
   const std::string identity = snapshot_.identity.digest(), layout = layout_digest(snapshot_.layout);
-  const std::vector<std::string> no_checksums(all_.size(), std::string(32, '0'));
   std::string parent;
   for (size_t i = 0; i < checksums_.size(); ++i) {
     Planned& segment = segments_.emplace_back();
@@ -44,11 +43,20 @@ void SegmentWriter::plan() {
     segment.place = {identity, layout, parent, std::span<const int32_t>(tokens_).subspan(i * kSegmentTokens, kSegmentTokens)};
     choose_name(segment);
     if (segment.write) {
-      segment.stat = {.size = encode_segment_header(segment.place, segment.variant, snapshot_.layout, no_checksums).size() +
-                              segment.run->size() + token_bytes(segment.place.tokens).size()};
+      segment.stat = {.size = header_size(segment) + segment.run->size() + token_bytes(segment.place.tokens).size()};
     }
     parent = segment.name;
   }
+}
+
+size_t SegmentWriter::header_size(const Planned& segment) {
+  // Names and checksums are all of one length.
+  size_t& size = header_sizes_[{segment.place.parent.size(), segment.variant.size()}];
+  if (size == 0) {
+    const std::vector<std::string> checksums(all_.size(), std::string(32, '0'));
+    size = encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums).size();
+  }
+  return size;
 }
 
 int64_t SegmentWriter::bytes_to_write() const {

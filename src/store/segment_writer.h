@@ -1,6 +1,7 @@
 #pragma once
 /// The sealed runs of a snapshot on their way to disk.
 
+#include <map>
 #include <optional>
 #include <unordered_set>
 #include <vector>
@@ -40,6 +41,7 @@ class SegmentWriter {
 
   void name_unknown_tokens();
   void plan();
+  size_t header_size(const Planned& segment);
   void choose_name(Planned& segment);
   /// Whether the caller's own word for the segment that the rows are can be taken.
   bool take_hint(Planned& segment);
@@ -53,6 +55,7 @@ class SegmentWriter {
   const TensorMask all_;
   std::vector<int32_t> tokens_;
   std::vector<std::vector<std::string>> checksums_;  ///< of the sealed runs
+  std::map<std::pair<size_t, size_t>, size_t> header_sizes_;  ///< by the lengths of parent and variant
   std::vector<Planned> segments_;
   std::optional<FileLock> lock_;
 };
