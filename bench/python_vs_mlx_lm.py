@@ -39,7 +39,9 @@ TARGETS = {"first save": 2, "first save, no tokens=": 2, "second save": 20, "loa
 
 
 def provide_memory(size):
-    with mmap.mmap(-1, size) as memory:
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)  # else what is let go of suits small pages only
         for at in range(0, size, 4096):
             memory[at] = 1
 
