@@ -120,7 +120,7 @@ void PrepareRows(const AttentionJob& job, const PrepareTask& task) {
 // ---- products: C = A B, or C = diag(scale) C + A B, one chain over k per element; B of a cache's type, or f32
 //
 // Of `ahead`, which is needed soon, as many bytes are brought into the cache as are read of B, so that memory is read all
-// the time and not in bursts.
+// the time and not in bursts. (Not where B is a worker's own memory.)
 
 template <int MR, int NV, bool kScaleC, class Rows, class Element = typename Rows::Element>
 HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const Element* HWY_RESTRICT b, size_t ldb, size_t k,
@@ -138,7 +138,9 @@ HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const Element* HW
   }
   constexpr size_t kStep = NV * kLanes, kLine = 64 / sizeof(Element);
   for (size_t i = 0; i < k; ++i) {
-    for (size_t at = 0; at < kStep; at += kLine) hwy::Prefetch(ahead + i * kStep + at);
+    if constexpr (!std::is_same_v<Rows, RowsWidened>) {
+      for (size_t at = 0; at < kStep; at += kLine) hwy::Prefetch(ahead + i * kStep + at);
+    }
     if constexpr (MR <= NV) {
       VF av[MR];
       for (int r = 0; r < MR; ++r) av[r] = hn::Set(d, a[size_t(r) * lda + i]);
@@ -392,7 +394,7 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
       fetch_scales(spec, job.sequences[size_t(then.sequence)], size_t(then.kv_head), then_block);
       dequantize(spec, sequence, size_t(task.kv_head), block, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
                  s.keys, s.values);
-      attend_block<RowsF32>(job, task, position, block, widened, widened, s);
+      attend_block<RowsWidened>(job, task, position, block, widened, widened, s);
     } else if constexpr (Rows::kIsFloat) {
       transpose_keys(here.keys, zeros, dim, begin, end, s.keys);
       if (dim != padded) widen<Rows>(here.values, dim, padded, begin, end, s.values);
@@ -405,7 +407,7 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
       } else {
         widen<Rows>(narrow_keys, kBlock, kBlock, 0, dim, s.keys);
         widen<Rows>(here.values, dim, padded, begin, end, s.values);
-        attend_block<RowsF32>(job, task, position, block, widened, widened, s);
+        attend_block<RowsWidened>(job, task, position, block, widened, widened, s);
       }
     }
   }

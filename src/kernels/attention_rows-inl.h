@@ -34,6 +34,9 @@ struct RowsF32 {
   static HWY_INLINE void store(const float* from, size_t n, float* to) { std::memcpy(to, from, n * sizeof(float)); }
 };
 
+/// A block that was made f32 in a worker's own memory.
+struct RowsWidened : RowsF32 {};
+
 struct RowsBF16 {
   using Element = uint16_t;
   static constexpr bool kIsFloat = false;
