@@ -30,6 +30,11 @@ const CacheClass kClasses[] = {
      {Field::kKeep, Field::kMaxSize, Field::kOffset, Field::kIndex}},
 };
 
+const CacheClass* find_class(std::string_view name) {
+  const auto found = std::find_if(std::begin(kClasses), std::end(kClasses), [&](const auto& kind) { return kind.name == name; });
+  return found == std::end(kClasses) ? nullptr : found;
+}
+
 const std::string kDialectMark = "2.0";  // metadata: empty in the dialect of 0.32, else the class of the first layer
 
 std::string at(const std::string& key, size_t i) { return key + "." + std::to_string(i); }
@@ -42,7 +47,9 @@ class Reader {
         metadata_(header.metadata.begin(), header.metadata.end()), old_(!metadata_.at(kDialectMark).empty()) {
     for (const SafetensorsTensor& tensor : header.tensors) tensors_[tensor.name] = &tensor;
     // Entry k says that tensor `2.k.0` stands for what is no array, and what for.
-    for (size_t k = 1; !old_ && metadata_.count(at(2, k) + ".0") != 0; ++k) scalars_[text(at(2, k) + ".0")] = text(at(2, k) + ".1");
+    for (size_t k = 1; !old_ && metadata_.count(at(2, k) + ".0") != 0; ++k) {
+      scalars_[text(at(2, k) + ".0")] = text(at(2, k) + ".1");
+    }
   }
 
   PromptCacheFile read() {
@@ -50,8 +57,8 @@ class Reader {
     const std::string classes = old_ ? "2" : "1";
     for (size_t i = 0; metadata_.count(at(classes, i)) != 0; ++i) {
       const std::string& name = text(at(classes, i));
-      const auto found = std::find_if(std::begin(kClasses), std::end(kClasses), [&](const auto& known) { return name == known.name; });
-      if (found == std::end(kClasses)) {
+      const CacheClass* found = find_class(name);
+      if (found == nullptr) {
         throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' keeps layer " + std::to_string(i) + " in a '" + name +
                                                   "', which Torpor's engine has no use for; read it in Python with "
                                                   "torpor.load_prompt_cache.");
@@ -259,7 +266,7 @@ PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::strin
     metadata.emplace_back(at(classes, i), std::string(name));
     const std::map<Field, int64_t> values = {{Field::kOffset, n_tokens}, {Field::kGroup, format.group}, {Field::kBits, format.bits},
                                              {Field::kKeep, 0}, {Field::kMaxSize, first.window}, {Field::kIndex, held}};
-    const CacheClass& kind = *std::find_if(std::begin(kClasses), std::end(kClasses), [&](const auto& k) { return k.name == name; });
+    const CacheClass& kind = *find_class(name);
     for (size_t k = 0; !old && k < kind.scalars.size(); ++k) {
       numbers.push_back({.name = at(i, 2 + k), .dtype = "I32", .shape = {}});
       frame.scalars.push_back(int32_t(values.at(kind.scalars[k])));

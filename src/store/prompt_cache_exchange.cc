@@ -62,7 +62,8 @@ int64_t shortest_cut(const PromptCacheFile& file, const KvLayout& plain, const C
 
 /// Whether a model's layers are all that the layout has, as the engine lays them out in this format.
 bool is_of_engine(const KvLayout& layout, const KvFormat& format) {
-  const std::vector<std::string> parts = format.bits == 0 ? std::vector<std::string>{""} : std::vector<std::string>{"", "_scales", "_biases"};
+  std::vector<std::string> parts = {""};
+  if (format.bits != 0) parts.insert(parts.end(), {"_scales", "_biases"});
   size_t t = 0;
   for (size_t layer = 0; t < layout.tensors.size(); ++layer) {
     for (const char* side : {"_keys", "_values"}) {
