@@ -35,6 +35,7 @@ from pairs import Others, by_key, least_disturbed, summary  # noqa: E402
 # MB -> layers, KV heads, head dim, tokens: SmolLM2-135M twice, and a model of 8 billion parameters (Llama 3.1's shape).
 SHAPES = {47: (30, 3, 64, 2048), 189: (30, 3, 64, 8192), 805: (32, 8, 128, 6144)}
 NEW_TOKENS = 64
+KEPT_BYTES = 4 << 30
 TARGETS = {"first save": 2, "first save, no tokens=": 2, "second save": 20, "load, new process": 3, "load, same process": 3}
 
 
@@ -72,15 +73,21 @@ class Caches:
         self.bytes = layers * 2 * self.heads * self.dim * self.tokens * 2
         self.cache = [KVCache() for _ in range(layers)]
         grow(self.cache, self.heads, self.dim, self.tokens)
-        self.file, self.root = directory / f"{size}.safetensors", directory / f"store{size}"
+        self.file, self.stores = directory / f"{size}.safetensors", directory / "stores"
+        self.stores.mkdir()
+        self.store = None
 
     def first_save(self, tokens):
         import torpor
         from mlx_lm.models.cache import save_prompt_cache
-        shutil.rmtree(self.root, ignore_errors=True)
+        # Some file systems look long for an inode where many were given back just before: old stores stay as long as they may.
+        kept = list(self.stores.glob("*"))
+        if len(kept) * self.bytes > KEPT_BYTES:
+            for root in kept:
+                shutil.rmtree(root)
         self.file.unlink(missing_ok=True)
         provide_memory(2 * self.bytes)
-        self.store = torpor.CachePersistence(self.root, durability="rename")
+        self.store = torpor.CachePersistence(tempfile.mkdtemp(dir=self.stores), durability="rename")
         ids = list(range(self.tokens)) if tokens else None
         ours, _ = timed(lambda: self.store.save_agent_cache("ada", self.cache, tokens=ids))
         theirs, _ = timed(lambda: save_prompt_cache(str(self.file), self.cache))
@@ -123,7 +130,7 @@ def load(size, side, file, root, times):
 
 def load_in_a_process(caches, size, side, times):
     ended = subprocess.run([sys.executable, __file__, "--load", side, "--sizes", str(size), "--times", str(times),
-                            "--file", caches.file, "--store", caches.root], capture_output=True, text=True)
+                            "--file", caches.file, "--store", caches.store.root], capture_output=True, text=True)
     if ended.returncode != 0:
         sys.exit(ended.stderr)
     return json.loads(ended.stdout)
