@@ -1,5 +1,5 @@
-// x · Wᵀ on packed weights. A row's bits depend on that row alone: whatever M, the tile or the thread, an output is one
-// chain of multiply-adds over k in order, of weights made f32 in one way:
+// x · Wᵀ on packed weights. A row's bits depend on that row alone: whatever M, the tile or the thread, an output is the
+// same chains of multiply-adds over k, in order:
 //
 //   float weights:      sum = fma(x[k], w[k], sum);
 //   quantized weights:  per group dot = fma(x[k], q[k], dot); sum = fma(dot, scale, sum); sum = fma(Σ x of the group, bias, sum);
