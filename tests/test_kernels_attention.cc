@@ -343,7 +343,8 @@ TEST(KernelsAttention, RunsBehindTheWindowMayBeMissing) {
   }
 }
 
-// The graph node finds a layer's six tensors in a run by their offsets.
+// The primitive finds a layer's six tensors in a run by their offsets, at once or as a node of the graph, and leaves an input
+// alone that others hold.
 TEST(KernelsAttention, NodeOverQuantizedRuns) {
   namespace mx = mlx::core;
   Options options;
@@ -367,9 +368,14 @@ TEST(KernelsAttention, NodeOverQuantizedRuns) {
   sequence.value_bias_offset = sequence.value_scale_offset + scales;
   const mx::array qkv(source.data(), {kTokens, int(model.width())}, mx::float32);
   const auto spec = std::make_shared<const AttentionSpec>(model.spec);
-  mx::array out = attention(qkv, spec, {sequence});
-  mx::eval(out);
+  const mx::array out = attention(qkv, spec, {sequence});
+  ASSERT_TRUE(out.is_available());
   EXPECT_EQ(0, std::memcmp(out.data<float>(), expected.data(), expected.size() * sizeof(float)));
+  EXPECT_EQ(0, std::memcmp(qkv.data<float>(), source.data(), source.size() * sizeof(float)));
+  mx::array later = attention(qkv + mx::array(0.0f), spec, {sequence});
+  EXPECT_FALSE(later.is_available());
+  mx::eval(later);
+  EXPECT_EQ(0, std::memcmp(later.data<float>(), expected.data(), expected.size() * sizeof(float)));
   for (size_t i = 0; i < 2; ++i) {
     const std::byte* at = memory[i].data();
     const KvRunView& run = cache.runs[i];

@@ -150,6 +150,13 @@ class ArraySink : public RowSink {
   NamedArrays arrays_;
 };
 
+/// What `work` gives, which takes its time, without the GIL.
+template <class Work>
+auto without_gil(Work work) {
+  const nb::gil_scoped_release release;
+  return work();
+}
+
 nb::dict info_dict(const AgentInfo& info) {
   nb::dict identity, user, out;
   for (const auto& [key, value] : info.identity.fields()) identity[key.c_str()] = value;
@@ -175,14 +182,13 @@ std::map<std::string, int> ArraySink::capacities_of(const AgentInfo& info) {
 /// (info, tokens, arrays by name): each `[1, heads, capacity, dim]`, the rows and then zeros.
 nb::tuple load(Store& store, const std::string& agent_id, const std::optional<Texts>& expected, nb::callable capacities) {
   ArraySink sink(std::move(capacities));
-  LoadedAgent loaded;
-  {
-    nb::gil_scoped_release release;
+  LoadedAgent loaded = without_gil([&] {
     std::optional<Identity> identity;
     if (expected) identity = Identity::from_fields(*expected);
-    loaded = store.load_agent_cache(agent_id, {.expected = identity ? &*identity : nullptr, .map_rows = true, .sink = &sink});
-    loaded.snapshot = {};  // its mappings end without the GIL
-  }
+    LoadedAgent agent = store.load_agent_cache(agent_id, {.expected = identity ? &*identity : nullptr, .map_rows = true, .sink = &sink});
+    agent.snapshot = {};  // its mappings end without the GIL
+    return agent;
+  });
   nb::dict arrays;
   for (auto& [name, array] : sink.arrays()) arrays[name.c_str()] = std::move(array);
   return nb::make_tuple(info_dict(loaded.info), std::move(loaded.tokens), std::move(arrays));
@@ -211,31 +217,17 @@ void bind_store(nb::module_& module) {
            "durability"_a)
       .def("load", &load, "agent_id"_a, "expected"_a.none(), "capacities"_a)
       .def("info", [](Store& store, const std::string& id) {
-        AgentInfo info;
-        {
-          nb::gil_scoped_release release;
-          info = store.agent_info(id);
-        }
-        return info_dict(info);
+        return info_dict(without_gil([&] { return store.agent_info(id); }));
       }, "agent_id"_a)
       .def("tokens", &Store::agent_tokens, "agent_id"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("list", [](Store& store) {
-        std::vector<AgentInfo> infos;
-        {
-          nb::gil_scoped_release release;
-          infos = store.list_cached_agents();
-        }
         nb::list out;
-        for (const AgentInfo& info : infos) out.append(info_dict(info));
+        for (const AgentInfo& info : without_gil([&] { return store.list_cached_agents(); })) out.append(info_dict(info));
         return out;
       })
       .def("delete", &Store::delete_agent_cache, "agent_id"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("disk_usage", [](Store& store) {
-        DiskUsage usage;
-        {
-          nb::gil_scoped_release release;
-          usage = store.get_cache_disk_usage();
-        }
+        const DiskUsage usage = without_gil([&] { return store.get_cache_disk_usage(); });
         nb::dict out;
         out["agents"] = usage.agents;
         out["agent_bytes"] = usage.agent_bytes;
@@ -245,6 +237,7 @@ void bind_store(nb::module_& module) {
         out["total_bytes"] = usage.total_bytes;
         return out;
       });
+  module.attr("UNKNOWN_TOKEN") = kUnknownToken;
   module.def("default_store_root", &default_store_root);
 }
 

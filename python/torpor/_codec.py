@@ -15,10 +15,6 @@ from mlx_lm.models import cache as mlx_cache
 
 from .errors import CorruptionError, InvalidArgumentError
 
-#: Stands for an id that is not known. All negative ids do: those of sealed runs are made of their rows' digest, so that two
-#: caches share a segment only when its rows are equal.
-UNKNOWN_TOKEN = -1
-
 _SLICEABLE = ("KVCache", "QuantizedKVCache", "ConcatenateKVCache")
 _ROW_DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.uint32)
 _QUANTIZED_PARTS = ("", "_scales", "_biases")

@@ -59,7 +59,7 @@ class CachePersistence:
         description, arrays, n_rows = _codec.encode(cache)
         whole = not _codec.sliceable(cache)
         if whole or tokens is None:
-            ids = [_codec.UNKNOWN_TOKEN] * n_rows
+            ids = [_core.UNKNOWN_TOKEN] * n_rows
             if tokens is not None:
                 user["mlx_lm.tokens"] = ",".join(map(str, tokens))
         else:

@@ -41,7 +41,8 @@ struct LinearCall {
   Activations activations;
 };
 
-/// Rows that are prepared and multiplied at once, at most.
+/// Rows that are prepared and multiplied at once, at most: few enough that kBlockK columns of them stay in a core's L2 from
+/// panel to panel, and most of them whole tiles.
 inline constexpr int kBlockRows = 144;
 /// Columns of a panel that are unpacked at once: 16 KiB of f32, half of a usual L1.
 inline constexpr int kBlockK = 256;

@@ -20,7 +20,8 @@ std::shared_ptr<std::byte> allocate_block(size_t size) {
   std::shared_ptr<std::byte> block(static_cast<std::byte*>(::operator new(size, alignment)),
                                    [](std::byte* p) { ::operator delete(p, alignment); });
 #ifdef MADV_HUGEPAGE
-  ::madvise(block.get(), size, MADV_HUGEPAGE);  // a hint; what is never written takes no memory either way
+  // Not prefer_large_pages, which would provide the whole block now: what is never written is to take no memory.
+  ::madvise(block.get(), size, MADV_HUGEPAGE);
 #endif
   return block;
 }
