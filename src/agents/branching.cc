@@ -27,26 +27,35 @@ void AgentManager::truncate(Agent& agent, int n_tokens) {
   agent.changed();
 }
 
-void AgentManager::fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token) {
+Agent* AgentManager::existing(const std::string& id) {
   settle();
-  take_prefetched(src);
-  require(src);
-  const auto found = awake_.find(src);
-  if (found == awake_.end() || (at_token && !found->second.cache->can_truncate(int(*at_token)))) {
-    if (found != awake_.end()) save(found->second);
+  take_prefetched(id);
+  require(id);
+  const auto found = awake_.find(id);
+  return found == awake_.end() ? nullptr : &found->second;
+}
+
+void AgentManager::require_free(const std::string& id) const {
+  check_agent_id(id);
+  if (is_awake(id) || store_.contains(id)) {
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.");
+  }
+}
+
+void AgentManager::fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token) {
+  Agent* const found = existing(src);
+  if (found == nullptr || (at_token && !found->cache->can_truncate(int(*at_token)))) {
+    if (found != nullptr) save(*found);
     fork_agent(store_, src, dst, at_token, options_.durability);
     return;
   }
-  Agent& source = found->second;
+  Agent& source = *found;
   const int64_t length = source.cache->length(), keep = at_token.value_or(length);
   if (keep < 0 || keep > length) {
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' holds " + std::to_string(length) +
                                                  " tokens, so it can't be forked at " + std::to_string(keep) + ".");
   }
-  check_agent_id(dst);
-  if (is_awake(dst) || store_.contains(dst)) {
-    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.");
-  }
+  require_free(dst);
   Agent agent;
   agent.id = dst;
   agent.identity = source.identity;
@@ -67,15 +76,12 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
 }
 
 void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
-  settle();
-  take_prefetched(id);
-  require(id);
-  const auto found = awake_.find(id);
-  if (found == awake_.end()) {
+  Agent* const found = existing(id);
+  if (found == nullptr) {
     rewind_agent(store_, id, n_tokens, options_.durability);
     return;
   }
-  Agent& agent = found->second;
+  Agent& agent = *found;
   if (n_tokens < 0 || n_tokens > agent.cache->length()) {
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds " + std::to_string(agent.cache->length()) +
                                                  " tokens, so it can't be rewound to " + std::to_string(n_tokens) + ".");
@@ -97,26 +103,20 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
 }
 
 void AgentManager::pin(const std::string& id, bool pinned) {
-  settle();
-  take_prefetched(id);
-  require(id);
-  const auto found = awake_.find(id);
-  if (found == awake_.end()) {
+  Agent* const agent = existing(id);
+  if (agent == nullptr) {
     pin_agent(store_, id, pinned, options_.durability);
     return;
   }
-  if (found->second.pinned == pinned) return;
-  found->second.pinned = pinned;
-  found->second.changed();
-  save_behind(found->second);
+  if (agent->pinned == pinned) return;
+  agent->pinned = pinned;
+  agent->changed();
+  save_behind(*agent);
 }
 
 void AgentManager::rename(const std::string& id, const std::string& new_id) {
   require(id);
-  check_agent_id(new_id);
-  if (is_awake(new_id) || store_.contains(new_id)) {
-    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + new_id + "' already; choose another id.");
-  }
+  require_free(new_id);
   const bool was_awake = is_awake(id);
   sleep(id);
   if (store_.contains(id)) store_.rename_agent_cache(id, new_id);

@@ -103,6 +103,10 @@ class AgentManager {
   void adopt(Agent& agent, LoadedAgent loaded);
   void own(Agent& agent, std::unique_ptr<KvCache> cache);
   std::optional<Ready> take_prefetched(const std::string& id);
+  /// The agent if it is awake, nullptr if it is on disk, else kNotFound. What was prefetched of it is let go of.
+  Agent* existing(const std::string& id);
+  /// kInvalidArgument when there is an agent of that id, or it is no id.
+  void require_free(const std::string& id) const;
   size_t bytes_to_wake(const std::string& id) const;
   static size_t bytes_of_runs(const KvLayout& layout, int64_t first_run, int64_t n_tokens);
   /// Takes in what the writer has finished.
