@@ -5,12 +5,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <span>
 #include <vector>
 
-#include "base/hash.h"
 #include "store/agent_file.h"
+#include "sign_header.h"
 #include "store/segment.h"
 #include "torpor/error.h"
 
@@ -47,26 +46,6 @@ void check_agent(const torpor::AgentFile& agent, uint64_t file_size, bool is_exp
                     : agent.info.segments.size() * torpor::kSegmentTokens + agent.file.rows == agent.file.n_tokens);
 }
 
-/// Where the header's checksum stands in every file (docs/format.md).
-constexpr size_t kChecksumAt = 8 + sizeof(R"({"__metadata__":{"checksum":")") - 1;
-constexpr size_t kChecksumLength = 32;
-
-/// Puts the right checksum into the header, or every mutation would end there and the rules behind it stay untried.
-void sign(std::vector<std::byte>& bytes) {
-  uint64_t length = 0;
-  if (bytes.size() < kChecksumAt + kChecksumLength) return;
-  std::memcpy(&length, bytes.data(), sizeof length);
-  if (length > bytes.size() - 8 || 8 + length < kChecksumAt + kChecksumLength) return;
-  const std::span<const std::byte> header(bytes.data(), 8 + size_t(length));
-  torpor::Hasher hasher;
-  const std::string zeros(kChecksumLength, '0');
-  hasher.update(header.first(kChecksumAt));
-  hasher.update(std::as_bytes(std::span(zeros.data(), zeros.size())));
-  hasher.update(header.subspan(kChecksumAt + kChecksumLength));
-  const std::string digest = hasher.hex();
-  std::memcpy(bytes.data() + kChecksumAt, digest.data(), kChecksumLength);
-}
-
 void check_all(std::span<const std::byte> bytes) {
   const uint64_t size = bytes.size();
   attempt([&] { check_agent(torpor::parse_agent_file(bytes, size, "fuzzed"), size, false); });
@@ -80,7 +59,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const auto bytes = std::as_bytes(std::span(data, size));
   check_all(bytes);
   std::vector<std::byte> signed_bytes(bytes.begin(), bytes.end());
-  sign(signed_bytes);
+  torpor::testing::sign(signed_bytes);
   check_all(signed_bytes);
   return 0;
 }

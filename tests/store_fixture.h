@@ -121,14 +121,14 @@ struct Scattered {
   KvSnapshot snapshot;
 };
 
-/// Puts an agent together from what a load gives it.
+/// Puts an agent together from what a load reads into it.
 class CollectingSink : public RowSink {
  public:
   KvSnapshot snapshot;
   void begin(const AgentInfo& info, const KvSnapshot& of) override {
     EXPECT_EQ(info.cache_size, int64_t(of.tokens.size()));
     snapshot = of;
-    given_.assign(of.layout.tensors.size() * (of.tokens.size() / kSegmentTokens + 1), 0);
+    asked_.assign(of.layout.tensors.size() * (of.tokens.size() / kSegmentTokens + 1), 0);
     for (int done = 0; done < int(of.tokens.size()); done += kSegmentTokens) {
       const int n = std::min(kSegmentTokens, int(of.tokens.size()) - done);
       const size_t size = of.layout.offset(of.layout.tensors.size(), n);
@@ -136,16 +136,17 @@ class CollectingSink : public RowSink {
       snapshot.runs.push_back({n, {buffer.get(), size}, buffer});
     }
   }
-  void rows(size_t tensor, int64_t first, int n, std::span<const std::byte> rows) override {
+  Place place(size_t tensor, int64_t first, int n) override {
     const KvRun& run = snapshot.runs[size_t(first) / kSegmentTokens];
     EXPECT_EQ(run.n_tokens, n);
-    EXPECT_EQ(rows.size(), snapshot.layout.tensors[tensor].bytes_per_token() * size_t(n));
-    std::memcpy(const_cast<std::byte*>(run.bytes.data()) + snapshot.layout.offset(tensor, n), rows.data(), rows.size());
-    EXPECT_EQ(given_[size_t(first) / kSegmentTokens * snapshot.layout.tensors.size() + tensor]++, 0) << "given twice";
+    const KvTensorSpec& spec = snapshot.layout.tensors[tensor];
+    EXPECT_EQ(asked_[size_t(first) / kSegmentTokens * snapshot.layout.tensors.size() + tensor]++, 0) << "asked for twice";
+    return {const_cast<std::byte*>(run.bytes.data()) + snapshot.layout.offset(tensor, n),
+            size_t(n) * spec.bytes_per_token() / size_t(spec.n_kv_heads)};
   }
 
  private:
-  std::vector<int> given_;
+  std::vector<int> asked_;
 };
 
 /// Equal in every byte.

@@ -53,6 +53,46 @@ TEST(Env, FinishesShortAndInterruptedTransfers) {
   EXPECT_EQ(middle, text.substr(77, 1000));
 }
 
+TEST(Env, MemoryThatLiesApartIsWrittenAndReadInOrder) {
+  TemporaryDirectory directory;
+  FaultEnv stuttering(directory.path(), directory.path() / "attic");
+  stuttering.stutter(true);
+  std::string text;
+  for (int i = 0; i < 5000; ++i) text += char('a' + i % 23);
+  int k = 0;
+  for (Env* env : {&Env::posix(), static_cast<Env*>(&stuttering)}) {
+    const auto path = directory.path() / std::to_string(k++);
+    // 2,500 pieces, more than one system call takes; every fifth is empty.
+    std::vector<std::span<const std::byte>> pieces;
+    for (size_t at = 0; at < text.size(); at += 2) {
+      pieces.push_back(bytes_of(text).subspan(at, 2));
+      if (at % 5 == 0) pieces.emplace_back();
+    }
+    {
+      File file = env->open(path, OpenMode::kCreateNew);
+      file.write_all(pieces);
+      file.close();
+    }
+    EXPECT_EQ(env->read_file(path, 10000), text);
+    std::string apart(3 * 1500, '.');
+    std::vector<std::span<std::byte>> places;
+    for (size_t i = 0; i < 1500; ++i) {
+      places.push_back(std::as_writable_bytes(std::span(apart)).subspan(3 * i, i % 7 == 0 ? 0 : 2));
+    }
+    const File file = env->open(path, OpenMode::kRead);
+    file.read_pieces_at(places, 100);
+    size_t at = 100;
+    for (size_t i = 0; i < 1500; ++i) {
+      const size_t n = i % 7 == 0 ? 0 : 2;
+      EXPECT_EQ(apart.substr(3 * i, 3), text.substr(at, n) + std::string(3 - n, '.')) << i;
+      at += n;
+    }
+    std::string message;
+    EXPECT_EQ(code_of([&] { file.read_pieces_at(places, 4000); }, &message), ErrorCode::kCorruption);
+    EXPECT_NE(message.find("ends at byte 5000, 1570 bytes early"), std::string::npos) << message;
+  }
+}
+
 TEST(Env, SaysWhatFailedOnWhatAndWhatToDo) {
   TemporaryDirectory directory;
   FaultEnv env(directory.path(), directory.path() / "attic");

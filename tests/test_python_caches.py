@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -125,6 +126,51 @@ def test_a_loaded_cache_is_let_go_of_when_nobody_has_it_any_more(store):
         assert mx.get_active_memory() == before
     finally:
         gc.enable()
+
+
+def large_cache(n=1100):
+    """Large enough that its arrays are loaded into one block: 6 layers of 2.6 MB of keys and as much of values."""
+    return [fill(mlx_cache.KVCache(), n, heads=8, dim=128) for _ in range(6)]
+
+
+def test_large_caches_share_no_memory_and_outlive_each_other(store):
+    caches = [large_cache(), large_cache()]
+    for i, cache in enumerate(caches):
+        store.save_agent_cache(str(i), cache)
+    first, second, again = (store.load_agent_cache(id)[0] for id in ("0", "1", "0"))
+    assert same(first, caches[0]) and same(second, caches[1]) and same(again, caches[0])
+
+    # Written to where they lie, then past their capacity; one layer stays when the others are gone.
+    for layer, other in zip(first, again):
+        row = mx.full((1, 8, 1, 128), 3, mx.float16)
+        keys = layer.update_and_fetch(row, row)[0]
+        assert mx.all(keys[..., -1, :] == 3).item()
+        mx.eval(layer.keys, layer.values)
+        assert other.offset == 1100 and mx.all(other.keys[..., 1100:, :] == 0).item()
+    assert same(again, caches[0])
+    kept = again[3]
+    del first, again
+    gc.collect()
+    # Memory that was let go of serves the next load, whatever it held.
+    for _ in range(3):
+        assert same(store.load_agent_cache("1")[0], caches[1])
+        assert same(kept, caches[0][3])
+    many = mx.zeros((1, 8, 300, 128), mx.float16)
+    kept.update_and_fetch(many, many)
+    assert mx.array_equal(kept.keys[..., :1100, :], caches[0][3].keys[..., :1100, :]).item()
+    assert same(second, caches[1])
+
+
+def test_large_caches_are_let_go_of_one_by_one_and_all_at_once(store):
+    store.save_agent_cache("ada", large_cache())
+    peaks = []
+    for _ in range(20):
+        cache, _ = store.load_agent_cache("ada")
+        part = cache[1:]
+        del cache
+        del part
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    assert peaks[-1] - peaks[2] < 100e6, "17 caches of 31 MB came and went"
 
 
 def test_a_cache_trimmed_and_filled_again_under_the_same_ids_is_saved_as_it_is(store):

@@ -66,15 +66,20 @@ struct LoadedAgent {
   std::optional<std::string> damage;
 };
 
-/// Takes an agent's rows where the caller wants them, while those that were just checked are still in the CPU's cache.
+/// Where an agent's rows go when they are read: into memory that the caller lays out.
 class RowSink {
  public:
+  /// `[heads, n, dim]` elements; each head's rows begin `stride` bytes after those of the head before.
+  struct Place {
+    std::byte* rows = nullptr;
+    size_t stride = 0;
+  };
   virtual ~RowSink() = default;
   /// Once, on the thread that called load, when everything but the rows was read and checked: of `snapshot` all but the runs.
   virtual void begin(const AgentInfo& info, const KvSnapshot& snapshot) = 0;
-  /// Rows of tokens [first, first + n) of one tensor of the layout, `[1, heads, n, dim]`, checked; valid during the call. Every
-  /// row comes once, in any order, from several threads at a time. What came counts only when load returns.
-  virtual void rows(size_t tensor, int64_t first, int n, std::span<const std::byte> rows) = 0;
+  /// Where the rows of tokens [first, first + n) of one tensor of the layout go. Every row is asked for once, in any order, from
+  /// several threads at a time. They are written there, then checked: what is there counts only when load returns.
+  virtual Place place(size_t tensor, int64_t first, int n) = 0;
 };
 
 struct LoadOptions {
@@ -94,7 +99,8 @@ struct LoadOptions {
   /// Of a layer with a window only those runs are read (and their checksums checked) that can still be attended
   /// (KvLayout::attended); the rest of their bytes is unspecified. For waking, not for looking at rows.
   bool window_rows_only = false;
-  /// Gets the rows, whole agents only (neither salvage nor n_tokens nor window_rows_only). Outlives the call.
+  /// Gets the rows, whole agents only (neither salvage nor n_tokens nor window_rows_only), and the snapshot has none then; they
+  /// are neither mapped nor allocated. Outlives the call.
   RowSink* sink = nullptr;
 };
 

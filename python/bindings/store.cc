@@ -11,12 +11,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include <mlx/allocator.h>
 #include <mlx/array.h>
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
-#include "base/large_pages.h"
+#include "array_block.h"
 #include "bindings.h"
 #include "torpor/cache.h"
 #include "torpor/error.h"
@@ -103,51 +102,54 @@ class ArraySink : public RowSink {
   void begin(const AgentInfo& info, const KvSnapshot& snapshot) override {
     const auto capacities = capacities_of(info);
     n_tokens_ = int64_t(snapshot.tokens.size());
-    std::vector<std::span<std::byte>> buffers;
+    std::vector<ArrayShape> shapes;
     for (const KvTensorSpec& spec : snapshot.layout.tensors) {
       const auto capacity = capacities.find(spec.name);
       if (capacity == capacities.end() || capacity->second < n_tokens_) {
         throw Error(ErrorCode::kCorruption, "The agent '" + info.agent_id + "' holds the array '" + spec.name +
                                                 "', which its description does not name or has no room for.");
       }
-      const mx::Shape shape{1, spec.n_kv_heads, capacity->second, spec.dim};
-      const size_t size = size_t(spec.n_kv_heads) * size_t(capacity->second) * row_bytes(spec);
-      mx::allocator::Data data = mx::allocator::malloc(size);
-      if (data.buffer().ptr() == nullptr) {
-        throw Error(ErrorCode::kResourceExhausted, "Out of memory for the cache of the agent '" + info.agent_id + "'.");
-      }
-      buffers.emplace_back(static_cast<std::byte*>(data.buffer().raw_ptr()), size);
-      tensors_.push_back({spec, size_t(capacity->second), buffers.back().data()});
-      arrays_.emplace_back(spec.name, mx::array(std::move(data), shape, mlx_dtype(spec.dtype)));
+      shapes.push_back({{1, spec.n_kv_heads, capacity->second, spec.dim}, mlx_dtype(spec.dtype)});
+      tensors_.push_back({spec, size_t(capacity->second)});
     }
-    prefer_large_pages(buffers);
+    try {
+      block_.emplace(std::move(shapes));
+    } catch (const std::bad_alloc&) {
+      throw Error(ErrorCode::kResourceExhausted, "Out of memory for the cache of the agent '" + info.agent_id + "'.");
+    }
   }
 
-  void rows(size_t tensor, int64_t first, int n, std::span<const std::byte> rows) override {
+  Place place(size_t tensor, int64_t first, int n) override {
     const Tensor& to = tensors_[tensor];
-    const size_t row = row_bytes(to.spec), size = size_t(n) * row;
-    const bool last = first + n == n_tokens_;
-    std::byte* out = to.data + size_t(first) * row;
-    for (size_t head = 0; head < size_t(to.spec.n_kv_heads); ++head, out += to.capacity * row) {
-      std::memcpy(out, rows.data() + head * size, size);
-      if (last) std::memset(out + size, 0, (to.capacity - size_t(n_tokens_)) * row);
+    const size_t row = row_bytes(to.spec), stride = to.capacity * row;
+    std::byte* rows = block_->bytes(tensor) + size_t(first) * row;
+    if (first + n == n_tokens_) {
+      for (size_t head = 0; head < size_t(to.spec.n_kv_heads); ++head) {
+        std::memset(rows + head * stride + size_t(n) * row, 0, (to.capacity - size_t(n_tokens_)) * row);
+      }
     }
+    return {rows, stride};
   }
 
-  NamedArrays arrays() { return std::move(arrays_); }
+  NamedArrays arrays() {
+    NamedArrays named;
+    if (!block_) return named;
+    std::vector<mx::array> arrays = block_->arrays();
+    for (size_t t = 0; t < arrays.size(); ++t) named.emplace_back(tensors_[t].spec.name, std::move(arrays[t]));
+    return named;
+  }
 
  private:
   struct Tensor {
     KvTensorSpec spec;
     size_t capacity;
-    std::byte* data;
   };
   std::map<std::string, int> capacities_of(const AgentInfo& info);
 
   nb::callable capacities_;
   int64_t n_tokens_ = 0;
   std::vector<Tensor> tensors_;
-  NamedArrays arrays_;
+  std::optional<ArrayBlock> block_;
 };
 
 /// What `work` gives, which takes its time, without the GIL.
@@ -185,9 +187,7 @@ nb::tuple load(Store& store, const std::string& agent_id, const std::optional<Te
   LoadedAgent loaded = without_gil([&] {
     std::optional<Identity> identity;
     if (expected) identity = Identity::from_fields(*expected);
-    LoadedAgent agent = store.load_agent_cache(agent_id, {.expected = identity ? &*identity : nullptr, .map_rows = true, .sink = &sink});
-    agent.snapshot = {};  // its mappings end without the GIL
-    return agent;
+    return store.load_agent_cache(agent_id, {.expected = identity ? &*identity : nullptr, .sink = &sink});
   });
   nb::dict arrays;
   for (auto& [name, array] : sink.arrays()) arrays[name.c_str()] = std::move(array);

@@ -84,16 +84,31 @@ FileStat File::stat() const {
   return stat;
 }
 
-void File::read_at(std::span<std::byte> out, uint64_t offset) const {
-  while (!out.empty()) {
-    const int64_t got = retry_interrupted([&] { return env_->raw_read(fd_, out.data(), out.size(), offset); });
+namespace {
+
+/// What is left of `pieces` when `n` bytes of them are done.
+template <typename Piece>
+std::span<Piece> after(std::span<Piece> pieces, int64_t n) {
+  for (; n > 0 && size_t(n) >= pieces.front().size(); pieces = pieces.subspan(1)) n -= int64_t(pieces.front().size());
+  if (n > 0) pieces.front() = pieces.front().subspan(size_t(n));
+  return pieces;
+}
+
+}  // namespace
+
+void File::read_pieces_at(std::vector<std::span<std::byte>> pieces, uint64_t offset) const {
+  std::erase_if(pieces, [](const auto& piece) { return piece.empty(); });
+  for (std::span<std::span<std::byte>> rest = pieces; !rest.empty();) {
+    const int64_t got = retry_interrupted([&] { return env_->raw_read_pieces(fd_, rest, offset); });
     if (got < 0) throw_io_error("read", path_, int(-got));
     if (got == 0) {
+      size_t missing = 0;
+      for (const auto& piece : rest) missing += piece.size();
       throw Error(ErrorCode::kCorruption, "'" + path_.string() + "' ends at byte " + std::to_string(offset) + ", " +
-                                              std::to_string(out.size()) +
+                                              std::to_string(missing) +
                                               " bytes early: it was cut short; restore it from a copy.");
     }
-    out = out.subspan(size_t(got));
+    rest = after(rest, got);
     offset += uint64_t(got);
   }
 }
@@ -103,12 +118,11 @@ std::shared_ptr<const std::byte> File::map(uint64_t size) const { return env_->r
 void File::write_all(std::vector<std::span<const std::byte>> pieces) {
   std::erase_if(pieces, [](const auto& piece) { return piece.empty(); });
   for (std::span<std::span<const std::byte>> rest = pieces; !rest.empty();) {
-    int64_t put = retry_interrupted([&] { return env_->raw_write_pieces(fd_, rest); });
+    const int64_t put = retry_interrupted([&] { return env_->raw_write_pieces(fd_, rest); });
     if (put < 0) throw_io_error("write", path_, int(-put));
     // POSIX lets a write accept nothing without saying why only for zero bytes; taken as a full disk, not retried forever.
     if (put == 0) throw_io_error("write", path_, ENOSPC);
-    for (; put > 0 && size_t(put) >= rest.front().size(); rest = rest.subspan(1)) put -= int64_t(rest.front().size());
-    if (put > 0) rest.front() = rest.front().subspan(size_t(put));
+    rest = after(rest, put);
   }
 }
 
@@ -258,15 +272,16 @@ class PosixEnv final : public Env {
     const ssize_t put = ::write(fd, bytes, std::min(size, kMaxTransfer));
     return put < 0 ? -errno : put;
   }
+  int64_t raw_read_pieces(int fd, std::span<const std::span<std::byte>> pieces, uint64_t offset) override {
+    const Vectors vectors(pieces);
+    if (vectors.count == 0) return raw_read(fd, pieces.front().data(), pieces.front().size(), offset);
+    const ssize_t got = ::preadv(fd, vectors.array.data(), vectors.count, off_t(offset));
+    return got < 0 ? -errno : got;
+  }
   int64_t raw_write_pieces(int fd, std::span<const std::span<const std::byte>> pieces) override {
-    if (pieces.front().size() >= kMaxTransfer) return raw_write(fd, pieces.front().data(), pieces.front().size());
-    std::array<iovec, kMaxPieces> vectors;
-    size_t count = 0, size = 0;
-    while (count < std::min(pieces.size(), kMaxPieces) && size + pieces[count].size() <= kMaxTransfer) {
-      vectors[count] = {const_cast<std::byte*>(pieces[count].data()), pieces[count].size()};
-      size += pieces[count++].size();
-    }
-    const ssize_t put = ::writev(fd, vectors.data(), int(count));
+    const Vectors vectors(pieces);
+    if (vectors.count == 0) return raw_write(fd, pieces.front().data(), pieces.front().size());
+    const ssize_t put = ::writev(fd, vectors.array.data(), vectors.count);
     return put < 0 ? -errno : put;
   }
   std::shared_ptr<const std::byte> raw_map(int fd, uint64_t size) override {
@@ -334,6 +349,20 @@ class PosixEnv final : public Env {
   // macOS refuses transfers of 2 GiB and more; Linux shortens them.
   static constexpr size_t kMaxTransfer = size_t(1) << 30;
   static constexpr size_t kMaxPieces = 1024;  // IOV_MAX of both
+
+  /// As many of the pieces as one call takes; none when the first alone is too large.
+  struct Vectors {
+    template <typename Pieces>
+    explicit Vectors(Pieces pieces) {
+      for (size_t size = 0; size_t(count) < std::min(pieces.size(), kMaxPieces); ++count) {
+        const auto& piece = pieces[size_t(count)];
+        if ((size += piece.size()) > kMaxTransfer) break;
+        array[size_t(count)] = {const_cast<std::byte*>(piece.data()), piece.size()};
+      }
+    }
+    std::array<iovec, kMaxPieces> array;
+    int count = 0;
+  };
 };
 
 }  // namespace

@@ -46,7 +46,9 @@ class File {
   int fd() const { return fd_; }
   FileStat stat() const;
   /// Fills `out` from `offset`; kCorruption when the file ends first.
-  void read_at(std::span<std::byte> out, uint64_t offset) const;
+  void read_at(std::span<std::byte> out, uint64_t offset) const { read_pieces_at({out}, offset); }
+  /// The same, with memory that lies apart; fills `pieces` in order.
+  void read_pieces_at(std::vector<std::span<std::byte>> pieces, uint64_t offset) const;
   /// The first `size` bytes as read-only memory that outlives the file's descriptor; nullptr where that can't be had (the
   /// caller reads instead). The file must never be written or cut again.
   std::shared_ptr<const std::byte> map(uint64_t size) const;
@@ -110,6 +112,10 @@ class Env {
   virtual int raw_open(const char* path, OpenMode mode) = 0;
   virtual int raw_close(int fd) = 0;
   virtual int64_t raw_read(int fd, void* bytes, size_t size, uint64_t offset) = 0;
+  /// As much of `pieces`, in order, as one call gives; none of them is empty.
+  virtual int64_t raw_read_pieces(int fd, std::span<const std::span<std::byte>> pieces, uint64_t offset) {
+    return raw_read(fd, pieces.front().data(), pieces.front().size(), offset);
+  }
   virtual int64_t raw_write(int fd, const void* bytes, size_t size) = 0;
   /// As much of `pieces`, in order, as one call takes; none of them is empty.
   virtual int64_t raw_write_pieces(int fd, std::span<const std::span<const std::byte>> pieces) {

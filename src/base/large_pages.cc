@@ -4,33 +4,49 @@
 #include <sys/mman.h>
 #endif
 
-#include <algorithm>
 #include <cstdint>
+#include <new>
 
 #include "base/parallel.h"
 
 namespace torpor {
 
-void prefer_large_pages([[maybe_unused]] std::vector<std::span<std::byte>> buffers) {
+namespace {
+
+/// The large pages that lie in `memory` whole.
+std::span<std::byte> whole_pages(std::span<std::byte> memory) {
+  const auto begin = reinterpret_cast<uintptr_t>(memory.data()), end = begin + memory.size();
+  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage, last = end / kLargePage * kLargePage;
+  return first < last ? memory.subspan(first - begin, last - first) : std::span<std::byte>();
+}
+
+}  // namespace
+
+void prefer_large_pages([[maybe_unused]] std::span<std::byte> buffer) {
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 4096, kLargePage = uintptr_t(2) << 20;
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, which Debian 12's headers lack
-  std::sort(buffers.begin(), buffers.end(), [](const auto& a, const auto& b) { return a.data() < b.data(); });
-  for (size_t i = 0; i < buffers.size();) {
-    const auto begin = reinterpret_cast<uintptr_t>(buffers[i].data());
-    uintptr_t end = begin;
-    // What an allocator keeps for itself between two buffers is less than a page.
-    for (; i < buffers.size() && (end == begin || reinterpret_cast<uintptr_t>(buffers[i].data()) - end < 2 * kPage); ++i) {
-      end = reinterpret_cast<uintptr_t>(buffers[i].data() + buffers[i].size());
-    }
-    const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage, last = end / kLargePage * kLargePage;
-    if (first >= last) continue;
-    ::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-    // Where the allocator has written a header there is a small page already, and a large one does not come by itself.
-    parallel_for((last - first) / kLargePage, reader_threads(), [&](size_t page) {
-      ::madvise(reinterpret_cast<void*>(first + page * kLargePage), kLargePage, kCollapse);
-    });
-  }
+  const auto pages = whole_pages(buffer);
+  if (pages.empty()) return;
+  ::madvise(pages.data(), pages.size(), MADV_HUGEPAGE);
+  // Where an allocator has used the memory there are small pages already, and large ones do not come by themselves.
+  parallel_for(pages.size() / kLargePage, reader_threads(),
+               [&](size_t page) { ::madvise(pages.data() + page * kLargePage, kLargePage, kCollapse); });
+#endif
+}
+
+std::shared_ptr<std::byte> allocate_large_pages(size_t size) {
+  constexpr std::align_val_t alignment{kLargePage};
+  std::shared_ptr<std::byte> memory(static_cast<std::byte*>(::operator new(size, alignment)),
+                                    [](std::byte* p) { ::operator delete(p, alignment); });
+#ifdef MADV_HUGEPAGE
+  ::madvise(memory.get(), size, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+void forget_contents([[maybe_unused]] std::span<std::byte> memory) noexcept {
+#ifdef MADV_FREE
+  if (const auto pages = whole_pages(memory); !pages.empty()) ::madvise(pages.data(), pages.size(), MADV_FREE);
 #endif
 }
 

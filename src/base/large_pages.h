@@ -2,13 +2,21 @@
 /// Fresh memory costs more in page faults than what is read into it; 2 MiB pages make that one fault in 512.
 
 #include <cstddef>
+#include <memory>
 #include <span>
-#include <vector>
 
 namespace torpor {
 
-/// Asks for large pages under buffers that are about to be filled. Buffers that lie next to each other, as an allocator hands
-/// them out, are taken together, so that those smaller than a page count too. A hint: memory it does not suit ignores it.
-void prefer_large_pages(std::vector<std::span<std::byte>> buffers);
+/// Asks for large pages under a buffer that is about to be filled. A hint: memory it does not suit ignores it.
+void prefer_large_pages(std::span<std::byte> buffer);
+
+inline constexpr size_t kLargePage = size_t(2) << 20;
+
+/// Uninitialised memory that begins with a large page; `size` is a multiple of kLargePage. Pages come when they are first
+/// touched: what never is takes no memory. Throws std::bad_alloc.
+std::shared_ptr<std::byte> allocate_large_pages(size_t size);
+/// The contents of `memory` are not needed any more: until it is written again the system may take back the large pages that
+/// lie in it whole.
+void forget_contents(std::span<std::byte> memory) noexcept;
 
 }  // namespace torpor

@@ -2,29 +2,14 @@
 
 #include <algorithm>
 #include <mutex>
-#include <new>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "base/large_pages.h"
 #include "kernels/packed_layout.h"
 
 namespace torpor::kernels {
 namespace {
 
-constexpr size_t kLargePage = size_t{2} << 20, kBlock = size_t{32} << 20;
-
-std::shared_ptr<std::byte> allocate_block(size_t size) {
-  constexpr std::align_val_t alignment{kLargePage};
-  std::shared_ptr<std::byte> block(static_cast<std::byte*>(::operator new(size, alignment)),
-                                   [](std::byte* p) { ::operator delete(p, alignment); });
-#ifdef MADV_HUGEPAGE
-  // Not prefer_large_pages, which would provide the whole block now: what is never written is to take no memory.
-  ::madvise(block.get(), size, MADV_HUGEPAGE);
-#endif
-  return block;
-}
+constexpr size_t kBlock = size_t{32} << 20;
 
 }  // namespace
 
@@ -37,7 +22,7 @@ std::shared_ptr<std::byte> allocate_weights(size_t size) {
   std::shared_ptr<std::byte> block = current.lock();
   if (block == nullptr || size > capacity - used) {
     capacity = std::max(kBlock, (size + kLargePage - 1) / kLargePage * kLargePage);
-    block = allocate_block(capacity);
+    block = allocate_large_pages(capacity);
     current = block;
     used = 0;
   }

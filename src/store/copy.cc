@@ -1,5 +1,6 @@
 /// Copies of an agent that read no sealed row: fork, rewind, rename, a change of metadata.
 
+#include "store/segment_headers.h"
 #include "store/writing.h"
 
 namespace torpor {
@@ -42,7 +43,8 @@ SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, con
   std::optional<KvRun> tail;
   if (rest > 0 && n_sealed < all_segments.size()) {
     const std::string& name = all_segments[n_sealed];
-    const OpenedSegment segment = open_segment(env, segment_path(name), name, chain.place(n_sealed));
+    SegmentHeaders headers;
+    const OpenedSegment segment = open_segment(env, segment_path(name), name, chain.place(n_sealed), headers);
     tail = first_rows(segment.handle, segment.segment.file, rest);
   } else if (rest > 0) {
     tail = first_rows(opened.handle, file, rest);

@@ -41,13 +41,15 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
     if (options.sink != nullptr && loader.complete()) {
       snapshot.tokens = loaded.tokens;
       options.sink->begin(loaded.info, snapshot);
+      loader.read_into(*options.sink);
+    } else if (loader.complete() || options.salvage) {
+      loader.read();
     }
-    if (loader.complete() || options.salvage) loader.read();
     if (!loader.complete()) {
       if (!options.salvage) throw Error(ErrorCode::kCorruption, loader.problem());
       loaded.damage = loader.problem();
     }
-    snapshot.runs = loader.take();
+    if (options.sink == nullptr) snapshot.runs = loader.take();
     snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + loader.usable_tokens());
     const TorporFile& file = agent.file;
     loaded.bytes_read = loader.bytes_read() + int64_t(file.header.data_start + file.tokens_tensor().end - file.tokens_tensor().begin);

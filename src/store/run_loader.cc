@@ -1,10 +1,19 @@
 #include "store/run_loader.h"
 
 #include <algorithm>
+#include <mutex>
 
 #include "base/large_pages.h"
 
 namespace torpor {
+namespace {
+
+constexpr size_t kOpenFiles = 64;
+/// Bytes of neighbouring tensors that one thread reads for a sink.
+constexpr size_t kStretch = size_t(8) << 20;
+
+}  // namespace
+
 bool is_damage(const Error& error) {
   return error.code() == ErrorCode::kCorruption || error.code() == ErrorCode::kNotFound ||
          error.code() == ErrorCode::kIncompatible;
@@ -32,9 +41,8 @@ void RunLoader::open(int64_t length) {
   const size_t n_segments = std::min(chain_.names.size(), size_t(length + kSegmentTokens - 1) / kSegmentTokens);
   const bool with_tail = length > int64_t(chain_.names.size()) * kSegmentTokens;
   runs_ = std::vector<Run>(n_segments + (with_tail ? 1 : 0));
-  for (Run& run : runs_) run.given.assign(layout_.tensors.size(), false);
   // Descriptors are few (256 on macOS): beyond a modest number each file is opened again when its turn comes.
-  keep_open_ = n_segments <= 64;
+  keep_open_ = n_segments <= kOpenFiles;
   // A thread costs as much as a few headers, or a megabyte of rows.
   parallel_for(n_segments, std::min(reader_threads(), 1 + n_segments / 8), [&](size_t i) { open_run(i); });
   if (with_tail) runs_.back().stat = tail_->stat;
@@ -43,7 +51,7 @@ void RunLoader::open(int64_t length) {
 void RunLoader::open_run(size_t i) {
   const std::string& name = chain_.names[i];
   Run& run = runs_[i];
-  const auto held = store_.known.rows_of(name);
+  const auto held = options_.sink == nullptr ? store_.known.rows_of(name) : std::nullopt;
   if (held && (options_.map_rows || !held->run.mapped) && covers(held->checked, wanted(i, length_)) &&
       segment_name(chain_.place(i), held->variant) == name) {
     const auto stat = store_.env.stat(store_.segment_path(name));
@@ -62,7 +70,7 @@ void RunLoader::open_segment_file(size_t i) {
   const auto path = store_.segment_path(chain_.names[i]);
   Run& run = runs_[i];
   try {
-    run.opened = open_segment(store_.env, path, chain_.names[i], chain_.place(i));
+    run.opened = open_segment(store_.env, path, chain_.names[i], chain_.place(i), headers_);
     run.stat = run.opened->stat;
     const TorporFile& file = run.opened->segment.file;
     bytes_read_ += int64_t(file.header.data_start + (file.tokens_tensor().end - file.tokens_tensor().begin));
@@ -119,7 +127,7 @@ void RunLoader::read_run(size_t i, const TensorMask& todo) {
   try {
     if (run.rows.mapped) {
       const auto path = is_tail(i) ? tail_->handle.path() : store_.segment_path(chain_.names[i]);
-      check_mapped_rows(run.rows.bytes, file, todo, path.string(), [&](size_t t) { give(i, t); });
+      check_mapped_rows(run.rows.bytes, file, todo, path.string());
     } else {
       with_file(i, [&](const File& handle) { read_rows(handle, file, todo, run.writable); });
     }
@@ -137,25 +145,7 @@ void RunLoader::read_run(size_t i, const TensorMask& todo) {
   store_.known.add_rows({chain_.names[i], segment.variant, segment.content(), run.rows, run.checked});
 }
 
-void RunLoader::give(size_t i, size_t t) {
-  Run& run = runs_[i];
-  if (options_.sink == nullptr || run.given[t]) return;
-  const size_t size = layout_.tensors[t].bytes_per_token() * size_t(run.rows.n_tokens);
-  options_.sink->rows(t, int64_t(i) * kSegmentTokens, run.rows.n_tokens,
-                      run.rows.bytes.subspan(layout_.offset(t, run.rows.n_tokens), size));
-  run.given[t] = true;
-}
-
 void RunLoader::read() {
-  read_rows_of_all();
-  if (options_.sink == nullptr || !complete()) return;
-  // What was not given when it was checked: rows that were held already, or could not be mapped.
-  parallel_for(runs_.size(), reader_threads(), [&](size_t i) {
-    for (size_t t = 0; t < layout_.tensors.size(); ++t) give(i, t);
-  });
-}
-
-void RunLoader::read_rows_of_all() {
   // Damage shortens the prefix, and then its windows reach further back than was read at first.
   for (;;) {
     const int64_t length = usable_tokens();
@@ -176,6 +166,57 @@ void RunLoader::read_rows_of_all() {
     if (work.empty() && usable_tokens() == length) return;
     parallel_for(work.size(), std::min(reader_threads(), 1 + (total_bytes >> 20)),
                  [&](size_t i) { read_run(work[i], todo[work[i]]); });
+  }
+}
+
+void RunLoader::read_into(RowSink& sink) {
+  const size_t n_tensors = layout_.tensors.size();
+  size_t bytes = 0;
+  for (size_t i = 0; i < runs_.size(); ++i) bytes += size_t(file_of(i).rows_bytes());
+  const size_t threads = std::min(reader_threads(), 1 + (bytes >> 20));
+  // Tensor by tensor, and neighbours by one thread: a sink has a tensor's rows together, and what it has together may share
+  // pages, whose first writer waits until they are zeroed and then finds them in its cache.
+  const size_t stretches = std::min(n_tensors, std::max(threads, bytes / kStretch));
+  std::mutex mutex;
+  for (size_t begin = 0; begin < runs_.size() && complete(); begin += kOpenFiles) {
+    const size_t end = std::min(runs_.size(), begin + kOpenFiles);
+    std::vector<File> reopened;
+    std::vector<const File*> files;
+    reopened.reserve(end - begin);
+    for (size_t i = begin; i < end; ++i) {
+      if (is_tail(i) || keep_open_) {
+        files.push_back(is_tail(i) ? &tail_->handle : &runs_[i].opened->handle);
+        continue;
+      }
+      try {
+        reopened.push_back(store_.env.open(store_.segment_path(chain_.names[i]), OpenMode::kRead));
+      } catch (const Error& error) {
+        if (!is_damage(error)) throw;
+        runs_[i].problem = error.what();
+        return;
+      }
+      files.push_back(&reopened.back());
+    }
+    parallel_for(stretches, threads, [&](size_t stretch) {
+      for (size_t i = begin; i < end; ++i) {
+        for (size_t t = stretch * n_tensors / stretches; t < (stretch + 1) * n_tensors / stretches; ++t) {
+          const RowSink::Place place = sink.place(t, int64_t(i) * kSegmentTokens, stored_tokens(i));
+          try {
+            read_tensor(*files[i - begin], file_of(i), t, place.rows, place.stride);
+          } catch (const Error& error) {
+            if (!is_damage(error)) throw;
+            const std::lock_guard lock(mutex);
+            runs_[i].problem = error.what();
+          }
+        }
+      }
+    });
+  }
+  if (!complete()) return;
+  bytes_read_ += int64_t(bytes);
+  for (size_t i = 0; i < chain_.names.size(); ++i) {
+    const SegmentFile& segment = runs_[i].opened->segment;
+    store_.known.add_file(chain_.names[i], {runs_[i].stat, segment.content(), segment.last(), true});
   }
 }
 

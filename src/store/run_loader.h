@@ -2,6 +2,7 @@
 /// The runs of an agent or a prefix on their way into memory: mapped, read, or shared with whoever in this process holds
 /// them already.
 
+#include "store/segment_headers.h"
 #include "store/store_impl.h"
 
 namespace torpor {
@@ -20,6 +21,8 @@ class RunLoader {
   void open(int64_t length);
   /// The rows, of the runs before the first that has a problem.
   void read();
+  /// The rows of all runs, none of which has a problem yet, to where the sink wants them; there is nothing to `take` then.
+  void read_into(RowSink& sink);
 
   /// Runs before the first that has a problem, and that problem.
   size_t usable() const;
@@ -44,7 +47,6 @@ class RunLoader {
     std::span<std::byte> writable;   ///< the same, to be read into; empty for a mapping
     bool placed = false;             ///< `rows` are this loader's own
     TensorMask checked;              ///< of `rows`
-    TensorMask given;                ///< of `rows`, to options_.sink
     std::string problem;
     bool missing = false;
   };
@@ -57,10 +59,7 @@ class RunLoader {
   void open_segment_file(size_t i);
   void open_run(size_t i);
   void place_rows(size_t i);
-  void read_rows_of_all();
   void read_run(size_t i, const TensorMask& todo);
-  /// Tensor `t` of run i to the sink, unless it has it.
-  void give(size_t i, size_t t);
   /// fn(i, handle) with the run's file, which is opened again when it could not be kept open.
   template <typename Fn>
   void with_file(size_t i, Fn fn);
@@ -70,6 +69,7 @@ class RunLoader {
   const SegmentChain& chain_;
   const OpenedAgent* tail_;
   const LoadOptions& options_;
+  SegmentHeaders headers_;
   std::vector<Run> runs_;
   int64_t length_ = 0;
   bool keep_open_ = true;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/hash.h"
+#include "store/segment_headers.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -49,11 +50,11 @@ SegmentFile parse_segment_file(std::span<const std::byte> prefix, uint64_t file_
 }
 
 OpenedSegment open_segment(Env& env, const std::filesystem::path& path, const std::string& name,
-                           const SegmentPlace& place) {
+                           const SegmentPlace& place, SegmentHeaders& headers) {
   File handle = env.open(path, OpenMode::kRead);
   const FileStat stat = handle.stat();
   const std::string file_name = path.string();
-  SegmentFile segment = parse_segment_file(read_header_bytes(handle, stat.size), stat.size, file_name);
+  SegmentFile segment = headers.parse(read_header_bytes(handle, stat.size), stat.size, file_name);
   if (segment.identity_digest != place.identity_digest) corrupt(file_name, "it belongs to another model");
   if (layout_digest(segment.file.layout) != place.layout_digest) corrupt(file_name, "its layout is not the agent's");
   if (segment.parent != place.parent) corrupt(file_name, "it does not follow the segment before it");

@@ -53,9 +53,11 @@ struct OpenedSegment {
   SegmentFile segment;
 };
 
-/// Opens segment `name`, and checks all of it but its rows: header, name, place, tokens. kNotFound, kCorruption, kIo.
+class SegmentHeaders;
+/// Opens segment `name`, and checks all of it but its rows: header, name, place, tokens. `headers`: one for all segments of a
+/// chain. kNotFound, kCorruption, kIo.
 OpenedSegment open_segment(Env& env, const std::filesystem::path& path, const std::string& name,
-                           const SegmentPlace& place);
+                           const SegmentPlace& place, SegmentHeaders& headers);
 
 std::string encode_segment_header(const SegmentPlace& place, const std::string& variant, const KvLayout& layout,
                                   const std::vector<std::string>& layer_checksums);

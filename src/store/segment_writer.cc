@@ -147,7 +147,7 @@ SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
     // Not seen whole by this process: read it before anything is built on it. A damaged one is written again, for the
     // good bytes are here.
     try {
-      const OpenedSegment opened = open_segment(store_.env, path, segment.name, segment.place);
+      const OpenedSegment opened = open_segment(store_.env, path, segment.name, segment.place, headers_);
       if (opened.segment.content() != content) return Found::kOther;
       check_rows(opened.handle, opened.segment.file);
       segment.stat = opened.stat;

@@ -6,6 +6,7 @@
 #include <unordered_set>
 #include <vector>
 
+#include "store/segment_headers.h"
 #include "store/store_impl.h"
 
 namespace torpor {
@@ -55,6 +56,7 @@ class SegmentWriter {
   const TensorMask all_;
   std::vector<int32_t> tokens_;
   std::vector<std::vector<std::string>> checksums_;  ///< of the sealed runs
+  SegmentHeaders headers_;
   std::map<std::pair<size_t, size_t>, size_t> header_sizes_;  ///< by the lengths of parent and variant
   std::vector<Planned> segments_;
   std::optional<FileLock> lock_;

@@ -31,6 +31,10 @@ constexpr size_t kMaxTensors = 1 << 14;
   throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".");
 }
 
+[[noreturn]] void corrupt_tensor(const std::string& file_name, const SafetensorsTensor& tensor) {
+  corrupt(file_name, "the data of tensor '" + tensor.name + "' does not match its checksum");
+}
+
 std::string header_checksum(std::span<const std::byte> header) {
   static constexpr std::string_view kZeros = "00000000000000000000000000000000";
   Hasher hasher;
@@ -38,18 +42,6 @@ std::string header_checksum(std::span<const std::byte> header) {
   hasher.update(std::as_bytes(std::span(kZeros.data(), kZeros.size())));
   hasher.update(header.subspan(kChecksumAt + kDigestLength));
   return hasher.hex();
-}
-
-std::string check_header_checksum(std::span<const std::byte> header, const std::string& file_name) {
-  const std::string_view text(reinterpret_cast<const char*>(header.data()), header.size());
-  if (text.size() < kChecksumAt + kDigestLength || text.substr(8, kPrefix.size()) != kPrefix) {
-    corrupt(file_name, "it has no Torpor checksum in its place");
-  }
-  const std::string stored(text.substr(kChecksumAt, kDigestLength));
-  if (stored != header_checksum(header)) {
-    corrupt(file_name, "its header does not match its checksum; restore the file from a copy, or delete the agent");
-  }
-  return stored;
 }
 
 std::string encode_layout(const KvLayout& layout) {
@@ -131,9 +123,7 @@ void read_and_check_rows(const File& file, const TorporFile& parsed, size_t firs
   Hasher hasher;
   size_t current = first;
   auto finish_tensor = [&] {
-    if (hasher.hex() != parsed.checksums[current]) {
-      corrupt(file_name, "the data of tensor '" + tensors[current].name + "' does not match its checksum");
-    }
+    if (hasher.hex() != parsed.checksums[current]) corrupt_tensor(file_name, tensors[current]);
     hasher = Hasher();
     ++current;
   };
@@ -165,6 +155,18 @@ TensorMask attended_tensors(const KvLayout& layout, int64_t first, int64_t n, in
   TensorMask mask;
   for (const KvTensorSpec& tensor : layout.tensors) mask.push_back(KvLayout::attended(tensor, first, n, length));
   return mask;
+}
+
+std::string check_header_checksum(std::span<const std::byte> header, const std::string& file_name) {
+  const std::string_view text(reinterpret_cast<const char*>(header.data()), header.size());
+  if (text.size() < kChecksumAt + kDigestLength || text.substr(8, kPrefix.size()) != kPrefix) {
+    corrupt(file_name, "it has no Torpor checksum in its place");
+  }
+  const std::string stored(text.substr(kChecksumAt, kDigestLength));
+  if (stored != header_checksum(header)) {
+    corrupt(file_name, "its header does not match its checksum; restore the file from a copy, or delete the agent");
+  }
+  return stored;
 }
 
 uint64_t TorporFile::rows_bytes() const { return tokens_tensor().begin; }
@@ -266,16 +268,27 @@ void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wan
   }
 }
 
+void read_tensor(const File& file, const TorporFile& parsed, size_t i, std::byte* out, size_t stride) {
+  const SafetensorsTensor& tensor = parsed.header.tensors[i];
+  const size_t heads = size_t(parsed.layout.tensors[i].n_kv_heads), size = size_t(tensor.end - tensor.begin) / heads;
+  const size_t at_once = std::max<size_t>(1, kChunk / size);
+  Hasher hasher;
+  for (size_t head = 0; head < heads; head += at_once) {
+    std::vector<std::span<std::byte>> pieces;
+    for (size_t h = head; h < std::min(heads, head + at_once); ++h) pieces.emplace_back(out + h * stride, size);
+    file.read_pieces_at(pieces, parsed.header.data_start + tensor.begin + head * size);
+    for (const auto& piece : pieces) hasher.update(piece);
+  }
+  if (hasher.hex() != parsed.checksums[i]) corrupt_tensor(file.path().string(), tensor);
+}
+
 void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const TensorMask& wanted,
-                       const std::string& file_name, const std::function<void(size_t)>& checked) {
+                       const std::string& file_name) {
   for (size_t i = 0; i + 1 < parsed.header.tensors.size(); ++i) {
     if (!wanted[i]) continue;
     const SafetensorsTensor& tensor = parsed.header.tensors[i];
     const auto bytes = rows.subspan(size_t(tensor.begin), size_t(tensor.end - tensor.begin));
-    if (hash_hex(bytes) != parsed.checksums[i]) {
-      corrupt(file_name, "the data of tensor '" + tensor.name + "' does not match its checksum");
-    }
-    checked(i);
+    if (hash_hex(bytes) != parsed.checksums[i]) corrupt_tensor(file_name, tensor);
   }
 }
 

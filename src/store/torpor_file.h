@@ -47,6 +47,9 @@ struct TorporFile {
   const std::string& required(std::string_view key, const std::string& file_name) const;
 };
 
+/// Compares a header (length, JSON, padding) with the checksum that it begins with, and gives that. kCorruption.
+std::string check_header_checksum(std::span<const std::byte> header, const std::string& file_name);
+
 /// Every rule that holds for all kinds. kCorruption; kIncompatible for a newer format version.
 TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
 
@@ -65,9 +68,11 @@ std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed);
 /// Reads the `wanted` layer tensors into their places in `out` (rows_bytes() long), checking each checksum while its bytes
 /// are in cache.
 void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted, std::span<std::byte> out);
-/// Checks the checksums of the `wanted` layer tensors, all of them in memory; `checked(i)` follows each.
+/// Reads layer tensor `i`, `[1, heads, rows, dim]`, its heads each to `stride` bytes after the one before, and checks it.
+void read_tensor(const File& file, const TorporFile& parsed, size_t i, std::byte* out, size_t stride);
+/// Checks the checksums of the `wanted` layer tensors, all of them in memory.
 void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const TensorMask& wanted,
-                       const std::string& file_name, const std::function<void(size_t)>& checked);
+                       const std::string& file_name);
 /// Reads and checks without keeping the bytes.
 void check_rows(const File& file, const TorporFile& parsed);
 

@@ -1,5 +1,6 @@
 /// verify: every byte of an agent and of the segments it names, changing nothing.
 
+#include "store/segment_headers.h"
 #include "store/store_impl.h"
 
 namespace torpor {
@@ -31,11 +32,12 @@ VerifyReport Store::Impl::verify_once(const std::string& id, std::unordered_map<
   const AgentInfo& info = opened->agent.info;
   const SegmentChain chain{info.identity.digest(), layout_digest(opened->agent.file.layout), info.segments, tokens};
   bool intact = true;
+  SegmentHeaders headers;
   for (size_t i = 0; i < info.segments.size(); ++i) {
     const std::string& name = info.segments[i];
     std::string problem;
     try {
-      const OpenedSegment segment = open_segment(env, segment_path(name), name, chain.place(i));
+      const OpenedSegment segment = open_segment(env, segment_path(name), name, chain.place(i), headers);
       // Agents share segments: the rows of each are read once.
       auto [entry, is_new] = checked_rows.try_emplace(name);
       if (is_new) {

@@ -1,0 +1,40 @@
+#pragma once
+/// Headers of segments that are read one after another.
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "store/segment.h"
+
+namespace torpor {
+
+/// Parses segment files' headers as parse_segment_file does. The segments of one agent differ in four values of a known length:
+/// a header that is otherwise, byte for byte, like the first one takes over what that was parsed to. Thread-safe.
+class SegmentHeaders {
+ public:
+  SegmentFile parse(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
+
+ private:
+  /// The text of a value in the header.
+  struct Value {
+    size_t begin = 0, size = 0;
+  };
+  struct Parsed {
+    std::string header;
+    uint64_t file_size = 0;
+    std::vector<Value> values;  ///< `checksum`, `parent`, `variant`, `checksums`: in the order of the file
+    SegmentFile segment;
+  };
+  static std::shared_ptr<const Parsed> remember(std::string_view header, uint64_t file_size, const SegmentFile& segment);
+  static bool alike(const Parsed& parsed, std::string_view header);
+
+  std::mutex mutex_;
+  std::shared_ptr<const Parsed> parsed_;
+};
+
+}  // namespace torpor
