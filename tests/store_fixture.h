@@ -99,6 +99,17 @@ inline KvSnapshot make_snapshot(int n_tokens, const KvLayout& layout = small_lay
   return snapshot;
 }
 
+/// `snapshot` with state of two tensors beside its rows.
+inline KvSnapshot with_state(KvSnapshot snapshot, uint32_t seed = 7) {
+  for (const auto& [name, dtype, shape, size] :
+       {std::tuple("layer_9_ring", "BF16", std::vector<uint64_t>{1, 2, 3}, 12), std::tuple("layer_9_flags", "U8", std::vector<uint64_t>{5}, 5)}) {
+    const auto buffer = allocate_heap_buffer(size_t(size));
+    for (int i = 0; i < size; ++i) buffer.get()[i] = std::byte(seed++ * 37);
+    snapshot.state.push_back({name, dtype, shape, {buffer.get(), size_t(size)}, buffer});
+  }
+  return snapshot;
+}
+
 /// A snapshot in pieces that lie apart in memory, in no order.
 struct Scattered {
   explicit Scattered(const KvSnapshot& whole, size_t piece = 300) : snapshot(whole) {
@@ -161,6 +172,13 @@ inline ::testing::AssertionResult same(const KvSnapshot& a, const KvSnapshot& b)
       return ::testing::AssertionFailure() << "run " << i << " differs";
     }
   }
+  if (a.state.size() != b.state.size()) return ::testing::AssertionFailure() << "numbers of state tensors differ";
+  for (size_t i = 0; i < a.state.size(); ++i) {
+    const KvState &x = a.state[i], &y = b.state[i];
+    if (x.name != y.name || x.dtype != y.dtype || x.shape != y.shape || !std::ranges::equal(x.bytes, y.bytes)) {
+      return ::testing::AssertionFailure() << "state " << i << " differs";
+    }
+  }
   return ::testing::AssertionSuccess();
 }
 
@@ -172,6 +190,7 @@ inline ::testing::AssertionResult is_prefix(const KvSnapshot& prefix, const KvSn
   size_t tokens = 0;
   for (const auto& run : cut.runs) tokens += size_t(run.n_tokens);
   cut.tokens.resize(tokens);
+  if (prefix.state.empty()) cut.state.clear();  // it is that after the last token: none of a prefix
   return same(prefix, cut);
 }
 

@@ -10,7 +10,7 @@
 namespace torpor::testing {
 namespace {
 
-const KvSnapshot kWhole = make_snapshot(2 * 256 + 5);
+const KvSnapshot kWhole = with_state(make_snapshot(2 * 256 + 5));
 
 class StoreDamage : public ::testing::Test {
  protected:

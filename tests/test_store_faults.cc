@@ -7,7 +7,7 @@ namespace torpor::testing {
 namespace {
 
 const KvSnapshot kOld = make_snapshot(300, small_layout(), 1);
-const KvSnapshot kNew = make_snapshot(600, small_layout(), 1);
+const KvSnapshot kNew = with_state(make_snapshot(600, small_layout(), 1));
 const KvSnapshot kOther = make_snapshot(520, small_layout(), 7, 5000);
 
 const KvSnapshot kShort = make_snapshot(100, small_layout(), 1);  // a cut inside the first segment

@@ -128,6 +128,16 @@ struct KvRun {
   std::span<const std::span<const std::byte>> spans() const noexcept { return pieces.empty() ? std::span(&bytes, 1) : std::span(pieces); }
 };
 
+/// A tensor that is not one row per token: what a layer of another kind (a ring, a recurrent state) holds after the last token.
+/// An agent that has any can't be cut to fewer tokens.
+struct KvState {
+  std::string name;             ///< `A-Za-z0-9_.-`; another than the layout's names and "tokens"
+  std::string dtype;            ///< as safetensors calls it: "F16", "U8"
+  std::vector<uint64_t> shape;  ///< of at least one element
+  std::span<const std::byte> bytes;
+  std::shared_ptr<const void> owner;  ///< keeps `bytes` alive
+};
+
 /// An agent's KV cache at rest, with the tokens it belongs to. All runs but the last hold exactly kSegmentTokens
 /// tokens, the last one 1 to kSegmentTokens; an agent without tokens has no runs.
 struct KvSnapshot {
@@ -135,8 +145,9 @@ struct KvSnapshot {
   KvLayout layout;
   std::vector<int32_t> tokens;  ///< one id per cached row
   std::vector<KvRun> runs;
+  std::vector<KvState> state;
 
-  /// Throws kInvalidArgument naming the first disagreement between tokens, runs and layout.
+  /// Throws kInvalidArgument naming the first disagreement between tokens, runs, layout and state.
   void validate() const;
 };
 

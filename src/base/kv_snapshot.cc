@@ -4,7 +4,9 @@
 #include <cctype>
 #include <new>
 
+#include "base/checked.h"
 #include "base/hash.h"
+#include "base/safetensors.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -34,7 +36,7 @@ std::string KvFormat::name() const {
   std::string float_name = kv_dtype_name(dtype);
   for (char& c : float_name) c = char(std::tolower(static_cast<unsigned char>(c)));
   if (bits == 0) return float_name;
-  return "q" + std::to_string(bits) + " group " + std::to_string(group) + " " + float_name;
+  return std::string("q").append(std::to_string(bits)) + " group " + std::to_string(group) + " " + float_name;
 }
 
 std::optional<KvFormat> KvFormat::parse(std::string_view name) {
@@ -132,6 +134,13 @@ void KvSnapshot::validate() const {
   }
   if (covered != tokens.size()) {
     fail("its runs hold " + std::to_string(covered) + " rows for " + std::to_string(tokens.size()) + " tokens");
+  }
+  for (const KvState& tensor : state) {
+    std::optional<uint64_t> size = safetensors_dtype_size(tensor.dtype);
+    for (const uint64_t n : tensor.shape) size = size ? checked_mul(*size, n) : size;
+    if (size.value_or(0) == 0 || *size != tensor.bytes.size()) {
+      fail("the state '" + tensor.name + "' has " + std::to_string(tensor.bytes.size()) + " bytes, which its dtype and shape do not need");
+    }
   }
 }
 

@@ -34,6 +34,11 @@ SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, con
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' has " + std::to_string(info.cache_size) +
                                                  " tokens; it can't be cut to " + std::to_string(n) + ".");
   }
+  if (n < info.cache_size && !file.state().empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' holds state of its last token besides its rows, so it can't be cut to " +
+                                                 std::to_string(n) + " tokens; copy it whole.");
+  }
+  const std::vector<KvState> state = read_state(opened.handle, file);
   const std::vector<int32_t> tokens = read_tokens(opened.handle, file);
   const std::vector<std::string> all_segments = info.segments;
   const SegmentChain chain{info.identity.digest(), layout_digest(file.layout), all_segments, tokens};
@@ -68,7 +73,7 @@ SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, con
     info.created_at = date_of_birth(dst, info.updated_at);
   }
   const AgentDraft draft =
-      draft_agent(std::move(info), file.layout, tail ? &*tail : nullptr, std::span(tokens).first(size_t(n)));
+      draft_agent(std::move(info), file.layout, tail ? &*tail : nullptr, state, std::span(tokens).first(size_t(n)));
   writing.make_room("Copying the agent '" + src + "' to '" + dst + "'", bytes_to_write(draft), draft.info.segments);
   SaveResult result;
   result.segments = draft.info.segments;

@@ -46,12 +46,16 @@ void Store::Impl::export_agent(const std::string& id, const std::filesystem::pat
     });
     checksums.push_back(hasher.hex());
   }
+  for (const KvState& tensor : snapshot.state) {
+    pieces.push_back(tensor.bytes);
+    checksums.push_back(hash_hex(tensor.bytes));
+  }
   pieces.push_back(token_bytes(snapshot.tokens));
   checksums.push_back(hash_hex(pieces.back()));
   AgentInfo info = loaded.info;
   info.segments.clear();
   const std::string header = encode_torpor_header("export", agent_metadata(info), snapshot.layout, snapshot.tokens.size(),
-                                                  snapshot.tokens.size(), checksums, &info.hash);
+                                                  snapshot.state, snapshot.tokens.size(), checksums, &info.hash);
   pieces.front() = as_bytes_of(header);
   const FileStat stat = write_file(directory / path.filename(), pieces, true);
   info.bytes = info.tail_bytes = int64_t(stat.size);
@@ -96,6 +100,7 @@ SaveResult Store::Impl::import_agent(const std::filesystem::path& path, const st
                                               file.header.tensors[t].name + "' does not match its checksum.");
     }
   }
+  snapshot.state = read_state(handle, file);
   return save(id, snapshot, agent.info.model, agent.info.user, Durability::kFull);
 }
 

@@ -27,6 +27,10 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
     snapshot.layout = agent.file.layout;
     const std::vector<int32_t> tokens = read_tokens(opened.handle, agent.file);
     const int64_t length = std::min(options.n_tokens.value_or(agent.info.cache_size), agent.info.cache_size);
+    if (length < agent.info.cache_size && !agent.file.state().empty()) {
+      throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds state of its last token besides its rows, so not fewer than its " +
+                                                   std::to_string(agent.info.cache_size) + " tokens can be loaded.");
+    }
     loaded.tokens.assign(tokens.begin(), tokens.begin() + length);
 
     const SegmentChain chain{snapshot.identity.digest(), layout_digest(snapshot.layout), agent.info.segments, tokens};
@@ -37,6 +41,12 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
       // A save in another process may have put a new agent file in place, and its segments are others.
       const auto now = env.stat(agent_path(id));
       if (!now || !(*now == opened.stat)) continue;
+    }
+    try {
+      snapshot.state = read_state(opened.handle, agent.file, options.allocate);
+    } catch (const Error& error) {
+      if (!options.salvage || !is_damage(error)) throw;
+      loaded.damage = error.what();
     }
     if (options.sink != nullptr && loader.complete()) {
       snapshot.tokens = loaded.tokens;
@@ -49,10 +59,12 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
       if (!options.salvage) throw Error(ErrorCode::kCorruption, loader.problem());
       loaded.damage = loader.problem();
     }
+    // State is that after the last token: none of a prefix.
+    if (loaded.damage) snapshot.state.clear();
     if (options.sink == nullptr) snapshot.runs = loader.take();
     snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + loader.usable_tokens());
     const TorporFile& file = agent.file;
-    loaded.bytes_read = loader.bytes_read() + int64_t(file.header.data_start + file.tokens_tensor().end - file.tokens_tensor().begin);
+    loaded.bytes_read = loader.bytes_read() + int64_t(file.header.data_start + file.tokens_tensor().end - file.rows_bytes());
     for (size_t i = 0; i < agent.info.segments.size(); ++i) {
       auto size = loader.segment_size(i);
       if (!size) {

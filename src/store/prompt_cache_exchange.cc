@@ -137,7 +137,7 @@ void Store::Impl::export_prompt_cache(const std::string& id, const std::filesyst
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds no tokens yet, which no prompt-cache file can say.");
   }
   const auto format = KvFormat::parse(snapshot.identity.kv);
-  if (!format || !is_of_engine(snapshot.layout, *format)) {
+  if (!format || !is_of_engine(snapshot.layout, *format) || !snapshot.state.empty()) {
     throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was not made by Torpor's engine; write it in Python with "
                                           "torpor.save_prompt_cache.");
   }

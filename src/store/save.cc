@@ -5,18 +5,22 @@
 namespace torpor {
 
 AgentDraft Store::Impl::draft_agent(AgentInfo info, const KvLayout& layout, const KvRun* tail,
-                                    std::span<const int32_t> tokens) {
+                                    std::span<const KvState> state, std::span<const int32_t> tokens) {
   AgentDraft draft;
   std::vector<std::string> checksums;
   if (tail != nullptr) {
     checksums = run_checksums(layout, *tail);
     draft.data.assign(tail->spans().begin(), tail->spans().end());
   }
+  for (const KvState& tensor : state) {
+    draft.data.push_back(tensor.bytes);
+    checksums.push_back(hash_hex(tensor.bytes));
+  }
   draft.data.push_back(token_bytes(tokens));
   checksums.push_back(hash_hex(draft.data.back()));
   info.cache_size = int64_t(tokens.size());
   draft.header = encode_torpor_header("agent", agent_metadata(info), layout, tail != nullptr ? uint64_t(tail->n_tokens) : 0,
-                                      tokens.size(), checksums, &info.hash);
+                                      state, tokens.size(), checksums, &info.hash);
   info.tail_bytes = int64_t(draft.header.size());
   for (const auto& piece : draft.data) info.tail_bytes += int64_t(piece.size());
   info.bytes += info.tail_bytes;
@@ -40,7 +44,7 @@ void Store::Impl::commit_agent(const AgentDraft& draft, Durability durability, S
 }
 
 void Store::Impl::check_storable(const KvSnapshot& snapshot) {
-  check_layout(snapshot.layout);
+  check_layout(snapshot.layout, snapshot.state);
   snapshot.validate();
   if (snapshot.layout.tensors.empty() && !snapshot.tokens.empty()) {
     throw Error(ErrorCode::kInvalidArgument, "The KV layout can't be stored: it has tokens and no tensors.");
@@ -75,7 +79,8 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
   info.bytes = segments.bytes();
   const bool has_tail = info.segments.size() < snapshot.runs.size();
   const AgentDraft draft =
-      draft_agent(std::move(info), snapshot.layout, has_tail ? &snapshot.runs.back() : nullptr, segments.tokens());
+      draft_agent(std::move(info), snapshot.layout, has_tail ? &snapshot.runs.back() : nullptr, snapshot.state,
+                  segments.tokens());
   writing.make_room("Saving the agent '" + id + "'", segments.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
   SaveResult result;
   segments.write_missing(durability == Durability::kFull, result);

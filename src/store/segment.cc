@@ -40,6 +40,7 @@ SegmentFile parse_segment_file(std::span<const std::byte> prefix, uint64_t file_
     corrupt(file_name, "a segment holds " + std::to_string(kSegmentTokens) + " tokens, it has " +
                            std::to_string(segment.file.n_tokens) + " and " + std::to_string(segment.file.rows) + " rows");
   }
+  if (!segment.file.state().empty()) corrupt(file_name, "a segment holds state");
   segment.parent = segment.file.required("parent", file_name);
   segment.identity_digest = segment.file.required("identity_digest", file_name);
   segment.variant = segment.file.required("variant", file_name);
@@ -72,7 +73,7 @@ std::string encode_segment_header(const SegmentPlace& place, const std::string& 
   checksums.push_back(hash_hex(token_bytes(place.tokens)));
   return encode_torpor_header(
       "segment", {{"parent", place.parent}, {"identity_digest", place.identity_digest}, {"variant", variant}}, layout,
-      kSegmentTokens, kSegmentTokens, checksums);
+      kSegmentTokens, {}, kSegmentTokens, checksums);
 }
 
 }  // namespace torpor

@@ -21,7 +21,7 @@ namespace torpor {
 struct AgentDraft {
   AgentInfo info;
   std::string header;
-  std::vector<std::span<const std::byte>> data;  ///< the tail, then the tokens
+  std::vector<std::span<const std::byte>> data;  ///< the tail, the state, the tokens
 };
 
 struct OpenedAgent {
@@ -72,8 +72,9 @@ struct Store::Impl {
   void check_storable(const KvSnapshot& snapshot);
   /// `created_at` of the agent that a save replaces, else `now`.
   std::string date_of_birth(const std::string& id, const std::string& now);
-  /// `info.bytes`: its segments'. `tail` may be nullptr; its bytes and `tokens` must outlive the draft.
-  AgentDraft draft_agent(AgentInfo info, const KvLayout& layout, const KvRun* tail, std::span<const int32_t> tokens);
+  /// `info.bytes`: its segments'. `tail` may be nullptr; its bytes, `state`'s and `tokens` must outlive the draft.
+  AgentDraft draft_agent(AgentInfo info, const KvLayout& layout, const KvRun* tail, std::span<const KvState> state,
+                         std::span<const int32_t> tokens);
   /// Of the agent file and, at most, its sidecar.
   int64_t bytes_to_write(const AgentDraft& draft);
   /// The commit of save and copy, and the sidecar.

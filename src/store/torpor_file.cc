@@ -97,12 +97,21 @@ void check_tensors(TorporFile& file, const std::string& file_name) {
   if (tokens + 1 != tensors.end()) corrupt(file_name, "its tensor 'tokens' is not the last");
   if (tokens->dtype != "I32" || tokens->shape.size() != 1) corrupt(file_name, "its tensor 'tokens' is not a list of I32");
   file.n_tokens = tokens->shape[0];
-  if (tensors.size() == 1) return;
-  if (tensors.size() != file.layout.tensors.size() + 1) {
-    corrupt(file_name, "it has " + std::to_string(tensors.size() - 1) + " layer tensors, its layout names " +
+  const std::string* state_text = file.header.metadata_value("state");
+  const std::vector<std::string> state = split(state_text != nullptr ? *state_text : "");
+  if (tensors.size() - 1 < state.size()) corrupt(file_name, "it lacks some of the tensors that its state names");
+  const size_t n_layers = tensors.size() - 1 - state.size();
+  for (size_t i = 0; i < state.size(); ++i) {
+    const auto& tensor = tensors[n_layers + i];
+    if (tensor.name != state[i]) corrupt(file_name, "tensor '" + tensor.name + "' stands where its state has '" + state[i] + "'");
+    if (tensor.size() == 0) corrupt(file_name, "the state '" + tensor.name + "' is empty");
+  }
+  if (n_layers == 0) return;
+  if (n_layers != file.layout.tensors.size()) {
+    corrupt(file_name, "it has " + std::to_string(n_layers) + " layer tensors, its layout names " +
                            std::to_string(file.layout.tensors.size()));
   }
-  for (size_t i = 0; i < file.layout.tensors.size(); ++i) {
+  for (size_t i = 0; i < n_layers; ++i) {
     const auto& spec = file.layout.tensors[i];
     const auto& tensor = tensors[i];
     if (tensor.name != spec.name) corrupt(file_name, "tensor '" + tensor.name + "' stands where its layout has '" + spec.name + "'");
@@ -169,11 +178,11 @@ std::string check_header_checksum(std::span<const std::byte> header, const std::
   return stored;
 }
 
-uint64_t TorporFile::rows_bytes() const { return tokens_tensor().begin; }
+uint64_t TorporFile::rows_bytes() const { return rows > 0 ? header.tensors[layer_tensors() - 1].end : 0; }
 
 uint64_t TorporFile::rows_bytes(const TensorMask& wanted) const {
   uint64_t bytes = 0;
-  for (size_t i = 0; i + 1 < header.tensors.size(); ++i) {
+  for (size_t i = 0; i < layer_tensors(); ++i) {
     if (wanted[i]) bytes += header.tensors[i].end - header.tensors[i].begin;
   }
   return bytes;
@@ -208,11 +217,17 @@ TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_si
 }
 
 std::string encode_torpor_header(std::string_view kind, const Metadata& metadata, const KvLayout& layout, uint64_t rows,
-                                 uint64_t n_tokens, const std::vector<std::string>& checksums, std::string* checksum) {
+                                 std::span<const KvState> state, uint64_t n_tokens, const std::vector<std::string>& checksums,
+                                 std::string* checksum) {
   Metadata all = {{"checksum", std::string(kDigestLength, '0')},
                   {"format_version", kFormatVersion},
                   {"kind", std::string(kind)}};
   all.insert(all.end(), metadata.begin(), metadata.end());
+  if (!state.empty()) {
+    std::vector<std::string> names;
+    for (const KvState& tensor : state) names.push_back(tensor.name);
+    all.emplace_back("state", join(names));
+  }
   all.emplace_back("layout", encode_layout(layout));
   all.emplace_back("checksums", join(checksums));
   std::vector<SafetensorsTensor> tensors;
@@ -223,6 +238,7 @@ std::string encode_torpor_header(std::string_view kind, const Metadata& metadata
                          .shape = {1, uint64_t(spec.n_kv_heads), rows, uint64_t(spec.dim)}});
     }
   }
+  for (const KvState& tensor : state) tensors.push_back({.name = tensor.name, .dtype = tensor.dtype, .shape = tensor.shape});
   tensors.push_back({.name = "tokens", .dtype = "I32", .shape = {n_tokens}});
   std::string header = encode_safetensors_header(tensors, all);
   const std::string digest = header_checksum(std::as_bytes(std::span(header.data(), header.size())));
@@ -256,7 +272,7 @@ std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed) {
 }
 
 void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted, std::span<std::byte> out) {
-  const size_t count = parsed.header.tensors.size() - 1;
+  const size_t count = parsed.layer_tensors();
   for (size_t first = 0; first < count;) {
     size_t last = first;
     while (last < count && wanted[last]) ++last;
@@ -284,7 +300,7 @@ void read_tensor(const File& file, const TorporFile& parsed, size_t i, std::byte
 
 void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const TensorMask& wanted,
                        const std::string& file_name) {
-  for (size_t i = 0; i + 1 < parsed.header.tensors.size(); ++i) {
+  for (size_t i = 0; i < parsed.layer_tensors(); ++i) {
     if (!wanted[i]) continue;
     const SafetensorsTensor& tensor = parsed.header.tensors[i];
     const auto bytes = rows.subspan(size_t(tensor.begin), size_t(tensor.end - tensor.begin));
@@ -295,8 +311,21 @@ void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed
 void check_rows(const File& file, const TorporFile& parsed) {
   if (parsed.rows == 0) return;
   std::vector<std::byte> buffer(size_t(std::min<uint64_t>(kChunk, parsed.rows_bytes())));
-  read_and_check_rows(file, parsed, 0, parsed.header.tensors.size() - 1,
+  read_and_check_rows(file, parsed, 0, parsed.layer_tensors(),
                       [&](uint64_t, size_t size) { return std::span(buffer).first(size); });
+}
+
+std::vector<KvState> read_state(const File& file, const TorporFile& parsed, const BufferAllocator& allocate) {
+  std::vector<KvState> state;
+  for (const SafetensorsTensor& tensor : parsed.state()) {
+    const std::shared_ptr<std::byte> buffer = allocate(size_t(tensor.size()));
+    const std::span<std::byte> bytes(buffer.get(), size_t(tensor.size()));
+    file.read_at(bytes, parsed.header.data_start + tensor.begin);
+    const size_t i = parsed.layer_tensors() + state.size();
+    if (hash_hex(bytes) != parsed.checksums[i]) corrupt_tensor(file.path().string(), tensor);
+    state.push_back({tensor.name, tensor.dtype, tensor.shape, bytes, buffer});
+  }
+  return state;
 }
 
 void cut_rows(const KvLayout& layout, std::span<const std::byte> run, int run_tokens, int n, std::byte* out) {
@@ -343,17 +372,24 @@ std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run,
   return checksums;
 }
 
-void check_layout(const KvLayout& layout) {
+void check_layout(const KvLayout& layout, std::span<const KvState> state) {
   auto fail = [](const std::string& what) {
     throw Error(ErrorCode::kInvalidArgument, "The KV layout can't be stored: " + what + ".");
   };
-  if (layout.tensors.size() > kMaxTensors) fail("it has more than " + std::to_string(kMaxTensors) + " tensors");
-  std::vector<std::string_view> names;
-  for (const auto& spec : layout.tensors) {
-    const bool plain = !spec.name.empty() && std::all_of(spec.name.begin(), spec.name.end(), [](char c) {
+  if (layout.tensors.size() + state.size() > kMaxTensors) fail("it has more than " + std::to_string(kMaxTensors) + " tensors");
+  const auto check_name = [&](const std::string& name) {
+    const bool plain = !name.empty() && std::all_of(name.begin(), name.end(), [](char c) {
       return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '.' || c == '-';
     });
-    if (!plain || spec.name == "tokens" || spec.name == "__metadata__") fail("'" + spec.name + "' is no name for a layer tensor");
+    if (!plain || name == "tokens" || name == "__metadata__") fail("'" + name + "' is no name for a layer tensor");
+  };
+  std::vector<std::string_view> names;
+  for (const KvState& tensor : state) {
+    check_name(tensor.name);
+    names.push_back(tensor.name);
+  }
+  for (const auto& spec : layout.tensors) {
+    check_name(spec.name);
     if (spec.n_kv_heads < 1 || spec.n_kv_heads > kMaxHeads || spec.dim < 1 || spec.dim > kMaxDim || spec.window < 0) {
       fail("the heads, dim or window of '" + spec.name + "' are out of range");
     }

@@ -38,6 +38,12 @@ struct TorporFile {
   uint64_t rows = 0;
   uint64_t n_tokens = 0;               ///< length of the tensor `tokens`
 
+  /// The layout's, or 0 when there are no rows.
+  size_t layer_tensors() const { return rows > 0 ? layout.tensors.size() : 0; }
+  /// What stands between the layer tensors and the tokens (KvSnapshot::state).
+  std::span<const SafetensorsTensor> state() const {
+    return std::span(header.tensors).subspan(layer_tensors(), header.tensors.size() - 1 - layer_tensors());
+  }
   /// Where the layer tensors' bytes are; they come first, in the layout's order.
   uint64_t rows_bytes() const;
   /// Bytes of the `wanted` ones alone.
@@ -54,10 +60,10 @@ std::string check_header_checksum(std::span<const std::byte> header, const std::
 TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
 
 /// The header of a file of `kind` with `rows` rows in each layer tensor (none: no layer tensors) and `n_tokens` ids.
-/// `checksums`: the layer tensors', then that of `tokens`. `checksum` receives the header's own.
+/// `checksums`: the layer tensors', those of `state`, then that of `tokens`. `checksum` receives the header's own.
 std::string encode_torpor_header(std::string_view kind, const Metadata& metadata, const KvLayout& layout,
-                                 uint64_t rows, uint64_t n_tokens, const std::vector<std::string>& checksums,
-                                 std::string* checksum = nullptr);
+                                 uint64_t rows, std::span<const KvState> state, uint64_t n_tokens,
+                                 const std::vector<std::string>& checksums, std::string* checksum = nullptr);
 
 /// Reads as much of an open file's beginning as its header needs.
 std::vector<std::byte> read_header_bytes(const File& file, uint64_t file_size);
@@ -75,14 +81,16 @@ void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed
                        const std::string& file_name);
 /// Reads and checks without keeping the bytes.
 void check_rows(const File& file, const TorporFile& parsed);
+/// Reads what is in the file beside the rows, and checks it.
+std::vector<KvState> read_state(const File& file, const TorporFile& parsed, const BufferAllocator& allocate = allocate_heap_buffer);
 
 /// Checksums of the layer tensors of a run, from the `first` on.
 std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run, size_t first = 0);
 /// Copies the first `n` tokens' rows out of a run: they lie apart, head by head.
 void cut_rows(const KvLayout& layout, std::span<const std::byte> run, int run_tokens, int n, std::byte* out);
 
-/// kInvalidArgument when the layout can't be stored (names, counts, sizes out of range).
-void check_layout(const KvLayout& layout);
+/// kInvalidArgument when they can't be stored (names, counts, sizes out of range).
+void check_layout(const KvLayout& layout, std::span<const KvState> state = {});
 std::string layout_digest(const KvLayout& layout);
 
 bool is_hex_digest(std::string_view text);

@@ -61,6 +61,7 @@ VerifyReport Store::Impl::verify_once(const std::string& id, std::unordered_map<
   try {
     check_rows(opened->handle, opened->agent.file);
     if (intact) report.intact_tokens = info.cache_size;
+    read_state(opened->handle, opened->agent.file);
   } catch (const Error& error) {
     report.problems.push_back(error.what());
   }
