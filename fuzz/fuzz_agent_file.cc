@@ -25,6 +25,12 @@ void check(const torpor::TorporFile& file, uint64_t file_size) {
   require(file.header.data_start + file.rows_bytes() <= file_size);
   require(file.checksums.size() == file.header.tensors.size());
   require(file.header.data_start + file.tokens_tensor().end == file_size);
+  uint64_t state_end = file.rows_bytes();
+  for (const auto& tensor : file.state()) {
+    require(tensor.begin == state_end && tensor.size() > 0);
+    state_end = tensor.end;
+  }
+  require(state_end == file.tokens_tensor().begin);
   require(file.tokens_tensor().size() == file.n_tokens * 4);
 }
 

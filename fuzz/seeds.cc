@@ -27,6 +27,13 @@ torpor::KvSnapshot make(int n_tokens, torpor::KvDtype dtype) {
   return snapshot;
 }
 
+torpor::KvSnapshot with_state(torpor::KvSnapshot snapshot) {
+  const auto buffer = torpor::allocate_heap_buffer(6);
+  std::fill_n(buffer.get(), 6, std::byte{2});
+  snapshot.state = {{"layer_1_ring", "F16", {1, 2}, {buffer.get(), 4}, buffer}, {"layer_1_flags", "BOOL", {2}, {buffer.get(), 2}, buffer}};
+  return snapshot;
+}
+
 /// Of one layer whose heads have 32 dims, 4 of which are seen behind.
 torpor::KvSnapshot make_prompt_cache(const torpor::KvFormat& format, const char* architecture) {
   torpor::KvSnapshot snapshot = make(6, format.dtype);
@@ -66,6 +73,8 @@ int main(int argc, char** argv) {
     save("short", make(3, torpor::KvDtype::kF16));
     save("sealed", make(256, torpor::KvDtype::kBF16));
     save("long", make(258, torpor::KvDtype::kF16));
+    save("state", with_state(make(3, torpor::KvDtype::kF16)));
+    save("state-alone", with_state({}));
     store.export_agent("short", directory / "export.safetensors");
     std::filesystem::create_directory(directory / "prompt_cache");
     torpor::Store prompt_caches(directory / "prompt_cache_store");

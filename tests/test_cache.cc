@@ -103,6 +103,10 @@ TEST_P(CacheKinds, TruncateKeepsThePrefixAndLeavesClonesAlone) {
     expect_equal(cache->snapshot(whole.identity), prefix_of(whole, n));
     expect_equal(clone->snapshot(whole.identity), whole);
   }
+  KvSnapshot with_ring = whole;
+  const std::byte byte{};
+  with_ring.state = {{"ring", "U8", {1}, {&byte, 1}, nullptr}};
+  EXPECT_THROW(KvCache::restore(with_ring, backend()), Error);
   EXPECT_THROW(KvCache::restore(whole, backend())->truncate(701), Error);
   EXPECT_THROW(KvCache::restore(whole, backend())->truncate(-1), Error);
 }

@@ -114,6 +114,76 @@ def test_a_cache_that_grew_writes_what_is_new(store):
     assert store.common_prefix("ada", [*range(610), 7]) == 610
 
 
+def mixed(n, dtype=mx.float16):
+    """As of models whose layers are of several kinds: global and sliding attention, a recurrent state, a list of two."""
+    return [fill(mlx_cache.KVCache(), n, dtype), fill(mlx_cache.RotatingKVCache(64, keep=4), n, dtype),
+            mlx_cache.CacheList(arrays_cache(dtype), fill(mlx_cache.KVCache(), n, dtype)),
+            fill(mlx_cache.QuantizedKVCache(64, 8), n, dtype), fill(mlx_cache.KVCache(), n, dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cache_of_several_kinds_comes_back_and_goes_on_alike(store, dtype):
+    cache = mixed(600, dtype)
+    result = store.save_agent_cache("ada", cache, tokens=range(600))
+    assert result.segments_written == 2 and store.agent_tokens("ada") == list(range(600))
+    again, _ = torpor.CachePersistence(store.root).load_agent_cache("ada")
+    assert all(same(held(a), held(b)) for a, b in zip(cache, again, strict=True))
+    for layers in (cache, again):
+        mx.random.seed(2)
+        for layer in (layers[0], layers[1], layers[3], layers[4]):
+            fill(layer, 100, dtype)
+    assert all(same(held(a), held(b)) for a, b in zip(cache, again))
+
+
+def test_of_a_cache_of_several_kinds_the_rows_are_shared_and_the_rest_is_written(store):
+    cache = mixed(600)
+    store.save_agent_cache("ada", cache, tokens=range(600))
+    for layer in (cache[0], cache[1], cache[2][1], cache[3], cache[4]):
+        fill(layer, 200)
+    cache[2][0][1] = mx.arange(5)
+    result = store.save_agent_cache("ada", cache, tokens=range(800))
+    assert (result.segments_written, result.segments_shared) == (1, 2)
+    again, _ = torpor.CachePersistence(store.root).load_agent_cache("ada")
+    assert all(same(held(a), held(b)) for a, b in zip(cache, again))
+    # Another agent, whose rows are the same: of it the ring and the state are written.
+    result = store.save_agent_cache("bob", cache, tokens=range(800))
+    assert result.segments_written == 0
+    # Without ids too, and where the layers hold different numbers of tokens, which have no rows in common.
+    store.save_agent_cache("ada", cache)
+    assert store.agent_tokens("ada") is None
+    assert all(same(held(a), held(b)) for a, b in zip(cache, store.load_agent_cache("ada")[0]))
+    cache[0].trim(10)
+    assert store.save_agent_cache("ada", cache, tokens=[1, 2, 3]).segments == []
+    assert store.agent_tokens("ada") == [1, 2, 3]
+    assert all(same(held(a), held(b)) for a, b in zip(cache, store.load_agent_cache("ada")[0]))
+
+
+def test_every_dtype_that_an_array_may_have(store):
+    cache = mlx_cache.ArraysCache(13)
+    for i, dtype in enumerate((mx.bool_, mx.uint8, mx.uint16, mx.uint32, mx.uint64, mx.int8, mx.int16, mx.int32, mx.int64, mx.float16,
+                               mx.bfloat16, mx.float32)):
+        cache[i] = mx.random.randint(0, 2, (3, 5)).astype(dtype)
+    cache[12] = mx.array(3.5)
+    store.save_agent_cache("ada", [cache])
+    assert same(store.load_agent_cache("ada")[0], [cache])
+    cache[12] = mx.array([1j])
+    with pytest.raises(torpor.InvalidArgumentError, match="complex64"):
+        store.save_agent_cache("ada", [cache])
+
+
+@pytest.mark.parametrize("tokens", [[1, 2**31], [1, -1, 3], [1, 2]], ids=str)
+def test_ids_that_can_t_be(store, tokens):
+    with pytest.raises(torpor.InvalidArgumentError):
+        store.save_agent_cache("ada", [fill(mlx_cache.KVCache(), 3)], tokens=tokens)
+
+
+def test_ids_of_any_kind(store):
+    cache = [fill(mlx_cache.KVCache(), 3)]
+    for tokens in (mx.array([7, 8, 9]), iter((7, 8, 9)), (7.0, 8.0, 9.0), [mx.array(7), 8, True + 8]):
+        store.save_agent_cache("ada", cache, tokens=tokens)
+        assert store.agent_tokens("ada") == [7, 8, 9]
+
+
 def test_a_loaded_cache_is_let_go_of_when_nobody_has_it_any_more(store):
     store.save_agent_cache("ada", [fill(mlx_cache.KVCache(), 300) for _ in range(2)])
     gc.collect()

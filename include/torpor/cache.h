@@ -29,7 +29,7 @@ class KvCache : public KvAccess {
   /// An empty cache of the kind `backend` computes with.
   static std::unique_ptr<KvCache> create(const KvLayout& layout, Backend backend);
   /// The cache a snapshot was taken of. kKernels: full runs are adopted without a copy, whatever memory they are in.
-  /// kInvalidArgument when the snapshot is inconsistent.
+  /// kInvalidArgument when the snapshot is inconsistent, kIncompatible when it has state: all that is cached here is rows.
   static std::unique_ptr<KvCache> restore(const KvSnapshot& snapshot, Backend backend);
 
   /// An independent copy; sealed segments are shared, not copied.

@@ -9,13 +9,16 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
 
+#include <mlx/allocator.h>
 #include <mlx/array.h>
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
 #include "array_block.h"
+#include "base/safetensors.h"
 #include "bindings.h"
 #include "torpor/cache.h"
 #include "torpor/error.h"
@@ -29,24 +32,32 @@ namespace {
 
 using Texts = std::vector<std::pair<std::string, std::string>>;
 
-KvDtype kv_dtype(const std::string& name, mx::Dtype dtype) {
-  switch (dtype.val()) {
-    case mx::Dtype::Val::float32: return KvDtype::kF32;
-    case mx::Dtype::Val::float16: return KvDtype::kF16;
-    case mx::Dtype::Val::bfloat16: return KvDtype::kBF16;
-    case mx::Dtype::Val::uint32: return KvDtype::kU32;
-    default: throw Error(ErrorCode::kInvalidArgument, "The array '" + name + "' is of a dtype that rows can't have.");
+/// What safetensors calls the dtypes that MLX has.
+constexpr std::pair<const char*, mx::Dtype::Val> kDtypes[] = {
+    {"F32", mx::Dtype::Val::float32}, {"F16", mx::Dtype::Val::float16}, {"BF16", mx::Dtype::Val::bfloat16},
+    {"U32", mx::Dtype::Val::uint32},  {"I32", mx::Dtype::Val::int32},   {"U8", mx::Dtype::Val::uint8},
+    {"I8", mx::Dtype::Val::int8},     {"U16", mx::Dtype::Val::uint16},  {"I16", mx::Dtype::Val::int16},
+    {"U64", mx::Dtype::Val::uint64},  {"I64", mx::Dtype::Val::int64},   {"F64", mx::Dtype::Val::float64},
+    {"BOOL", mx::Dtype::Val::bool_},
+};
+
+std::string dtype_name(const std::string& array, mx::Dtype dtype) {
+  for (const auto& [name, val] : kDtypes) {
+    if (val == dtype.val()) return name;
   }
+  throw Error(ErrorCode::kInvalidArgument, "The array '" + array + "' is of a dtype that can't be saved.");
 }
 
-mx::Dtype mlx_dtype(KvDtype dtype) {
-  switch (dtype) {
-    case KvDtype::kF32: return mx::float32;
-    case KvDtype::kF16: return mx::float16;
-    case KvDtype::kBF16: return mx::bfloat16;
-    case KvDtype::kU32: break;
+mx::Dtype mlx_dtype(const std::string& name) {
+  for (const auto& [known, val] : kDtypes) {
+    if (known == name) return mx::Dtype(val, uint8_t(safetensors_dtype_size(name)));
   }
-  return mx::uint32;
+  throw Error(ErrorCode::kIncompatible, "An array of the dtype '" + name + "' is none that MLX has.");
+}
+
+KvDtype kv_dtype(const std::string& array, mx::Dtype dtype) {
+  if (const auto known = parse_kv_dtype(dtype_name(array, dtype))) return *known;
+  throw Error(ErrorCode::kInvalidArgument, "The array '" + array + "' is of a dtype that rows can't have.");
 }
 
 using NamedArrays = std::vector<std::pair<std::string, mx::array>>;
@@ -66,27 +77,40 @@ KvRun rows_of(const NamedArrays& arrays, const KvLayout& layout, int first, int 
   return run;
 }
 
-SaveResult save(Store& store, const std::string& agent_id, NamedArrays arrays, const std::vector<int32_t>& tokens,
+/// Evaluated, and with nothing between its elements.
+void make_plain(NamedArrays& arrays) {
+  std::vector<mx::array> lazy;
+  for (auto& [name, array] : arrays) {
+    if (!array.is_available() || !array.flags().row_contiguous) array = mx::contiguous(array);
+    lazy.push_back(array);
+  }
+  mx::eval(lazy);
+}
+
+SaveResult save(Store& store, const std::string& agent_id, NamedArrays rows, NamedArrays state, const nb::bytes& tokens,
                 const Texts& identity, const std::string& model, const Texts& user, const std::vector<std::string>& unchanged,
                 const std::string& durability) {
   KvSnapshot snapshot;
   snapshot.identity = Identity::from_fields(identity);
-  snapshot.tokens = tokens;
-  for (auto& [name, array] : arrays) {
-    if (array.ndim() != 4 || array.shape(0) != 1 || size_t(array.shape(2)) < tokens.size()) {
+  snapshot.tokens.resize(tokens.size() / sizeof(int32_t));
+  std::memcpy(snapshot.tokens.data(), tokens.c_str(), snapshot.tokens.size() * sizeof(int32_t));
+  const nb::gil_scoped_release release;
+  for (const auto& [name, array] : rows) {
+    if (array.ndim() != 4 || array.shape(0) != 1 || size_t(array.shape(2)) < snapshot.tokens.size()) {
       throw Error(ErrorCode::kInvalidArgument, "The array '" + name + "' is not [1, heads, tokens, dim].");
     }
-    if (!array.is_available() || !array.flags().row_contiguous) array = mx::contiguous(array);
     snapshot.layout.tensors.push_back({name, kv_dtype(name, array.dtype()), array.shape(1), array.shape(3), 0});
   }
-  nb::gil_scoped_release release;
-  std::vector<mx::array> lazy;
-  for (const auto& [name, array] : arrays) lazy.push_back(array);
-  mx::eval(lazy);
-  const int n_tokens = int(tokens.size());
-  for (int first = 0; first < n_tokens && !arrays.empty(); first += kSegmentTokens) {
+  make_plain(rows);
+  make_plain(state);
+  for (const auto& [name, array] : state) {
+    snapshot.state.push_back({name, dtype_name(name, array.dtype()), {array.shape().begin(), array.shape().end()},
+                              {array.data<std::byte>(), array.nbytes()}, nullptr});
+  }
+  const int n_tokens = int(snapshot.tokens.size());
+  for (int first = 0; first < n_tokens && !rows.empty(); first += kSegmentTokens) {
     const size_t i = snapshot.runs.size();
-    snapshot.runs.push_back(rows_of(arrays, snapshot.layout, first, std::min(kSegmentTokens, n_tokens - first)));
+    snapshot.runs.push_back(rows_of(rows, snapshot.layout, first, std::min(kSegmentTokens, n_tokens - first)));
     if (i < unchanged.size()) snapshot.runs.back().segment = unchanged[i];
   }
   const auto lock = store.lock_agent(agent_id);
@@ -109,7 +133,7 @@ class ArraySink : public RowSink {
         throw Error(ErrorCode::kCorruption, "The agent '" + info.agent_id + "' holds the array '" + spec.name +
                                                 "', which its description does not name or has no room for.");
       }
-      shapes.push_back({{1, spec.n_kv_heads, capacity->second, spec.dim}, mlx_dtype(spec.dtype)});
+      shapes.push_back({{1, spec.n_kv_heads, capacity->second, spec.dim}, mlx_dtype(kv_dtype_name(spec.dtype))});
       tensors_.push_back({spec, size_t(capacity->second)});
     }
     try {
@@ -181,7 +205,18 @@ std::map<std::string, int> ArraySink::capacities_of(const AgentInfo& info) {
   return nb::cast<std::map<std::string, int>>(capacities_(info_dict(info)));
 }
 
-/// (info, tokens, arrays by name): each `[1, heads, capacity, dim]`, the rows and then zeros.
+mx::array array_of(const KvState& state) {
+  mx::Shape shape;
+  for (const uint64_t n : state.shape) {
+    if (n > uint64_t(INT_MAX)) throw Error(ErrorCode::kIncompatible, "The array '" + state.name + "' is larger than MLX can have.");
+    shape.push_back(int(n));
+  }
+  mx::array array(mx::allocator::malloc(state.bytes.size()), shape, mlx_dtype(state.dtype));
+  std::memcpy(array.data<std::byte>(), state.bytes.data(), state.bytes.size());
+  return array;
+}
+
+/// (info, tokens, arrays by name): of rows each `[1, heads, capacity, dim]`, the rows and then zeros; state as it was.
 nb::tuple load(Store& store, const std::string& agent_id, const std::optional<Texts>& expected, nb::callable capacities) {
   ArraySink sink(std::move(capacities));
   LoadedAgent loaded = without_gil([&] {
@@ -191,7 +226,9 @@ nb::tuple load(Store& store, const std::string& agent_id, const std::optional<Te
   });
   nb::dict arrays;
   for (auto& [name, array] : sink.arrays()) arrays[name.c_str()] = std::move(array);
-  return nb::make_tuple(info_dict(loaded.info), std::move(loaded.tokens), std::move(arrays));
+  for (const KvState& state : loaded.snapshot.state) arrays[state.name.c_str()] = array_of(state);
+  const nb::bytes tokens(loaded.tokens.data(), loaded.tokens.size() * sizeof(int32_t));
+  return nb::make_tuple(info_dict(loaded.info), tokens, std::move(arrays));
 }
 
 }  // namespace
@@ -213,7 +250,7 @@ void bind_store(nb::module_& module) {
       .def_ro("segments", &SaveResult::segments, "The names of all, first to last.");
   nb::class_<Store>(module, "Store")
       .def("__init__", [](Store* self, const std::filesystem::path& root) { new (self) Store(root); }, "root"_a)
-      .def("save", &save, "agent_id"_a, "arrays"_a, "tokens"_a, "identity"_a, "model"_a, "user"_a, "unchanged"_a,
+      .def("save", &save, "agent_id"_a, "rows"_a, "state"_a, "tokens"_a, "identity"_a, "model"_a, "user"_a, "unchanged"_a,
            "durability"_a)
       .def("load", &load, "agent_id"_a, "expected"_a.none(), "capacities"_a)
       .def("info", [](Store& store, const std::string& id) {

@@ -1,11 +1,11 @@
-"""mlx-lm's cache objects as rows and texts, and back.
+"""mlx-lm's cache objects as rows, state and texts, and back.
 
 A cache is a list of objects, one per layer; what an object holds is its `vars()`. `encode` gives a JSON description of them
-in which each array is a reference, and the arrays. Two layouts, said by the description's "layout":
+in which each array is a reference, and the arrays, of two kinds:
 
-- "rows": every layer is a sliceable kind at one offset. Array `layer_{i}_keys` holds one row per token, so the store cuts
-  it into segments. The description keeps the capacity (`shape`); rows past the offset come back as zeros.
-- "whole": any other. Every array is kept as it is, as 32-bit words `[1, n, 1, dim]` in the one row of a pseudo-token.
+- rows: arrays of the sliceable kinds of cache, `[1, heads, capacity, dim]` with one row per token, which the store cuts into
+  segments. The description keeps the capacity; rows past the offset come back as zeros.
+- state: all others, kept as they are.
 """
 
 import json
@@ -18,6 +18,9 @@ from .errors import CorruptionError, InvalidArgumentError
 _SLICEABLE = ("KVCache", "QuantizedKVCache", "ConcatenateKVCache")
 _ROW_DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.uint32)
 _QUANTIZED_PARTS = ("", "_scales", "_biases")
+_DTYPE_NAMES = {getattr(mx, name): name for name in (
+    "bool_", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")}
+_to_json = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
 
 
 def cache_class(name):
@@ -46,80 +49,64 @@ def _row_arrays(layer):
     return [*layer.keys, *layer.values] if quantized else [layer.keys, layer.values]
 
 
-def sliceable(cache):
-    """Whether the layers are all of kinds with one row per token, for one sequence, at one offset."""
-    return all(
-        type(layer).__name__ in _SLICEABLE and layer.keys is not None and layer.offset == cache[0].offset > 0
-        and all(a.ndim == 4 and a.shape[0] == 1 and a.dtype in _ROW_DTYPES for a in _row_arrays(layer))
-        for layer in cache)
+def _is_sliceable(layer):
+    """Whether `layer` is of a kind with one row per token, holds any, and is for one sequence."""
+    return (type(layer).__name__ in _SLICEABLE and layer.keys is not None and layer.offset > 0
+            and all(a.ndim == 4 and a.shape[0] == 1 and a.dtype in _ROW_DTYPES for a in _row_arrays(layer)))
+
+
+def _inner(layer):
+    """`layer`, and the caches that it is made of."""
+    yield layer
+    if type(layer).__name__ == "CacheList":
+        for inner in layer.caches:
+            yield from _inner(inner)
 
 
 class _Encoder:
-    def __init__(self, rows):
-        self.rows = rows
-        self.arrays = []
+    def __init__(self, cache):
+        sliceable = [inner for layer in cache for inner in _inner(layer) if _is_sliceable(inner)]
+        # A row is one of every layer's for the same token: layers that hold different numbers of them have none in common.
+        self.n_rows = sliceable[0].offset if len({layer.offset for layer in sliceable}) == 1 else 0
+        self.sliceable = {id(layer) for layer in sliceable} if self.n_rows else set()
+        self.rows, self.state = [], []
 
     def layer(self, layer, name):
+        arrays = self.rows if id(layer) in self.sliceable else self.state
         return {"class": type(layer).__name__,
-                "vars": {key: self.value(value, f"{name}_{key}") for key, value in vars(layer).items()}}
+                "vars": {key: self.value(value, f"{name}_{key}", arrays) for key, value in vars(layer).items()}}
 
-    def value(self, value, name):
+    def value(self, value, name, arrays):
         if isinstance(value, mx.array):
-            return self.array(value, name)
-        if isinstance(value, (list, tuple)):
-            # The parts of a quantized tensor have the names that the format gives them.
-            parts = _QUANTIZED_PARTS if self.rows and len(value) == 3 else [f"_{i}" for i in range(len(value))]
-            kind = "tuple" if isinstance(value, tuple) else "list"
-            return {kind: [self.value(v, name + part) for v, part in zip(value, parts)]}
-        if isinstance(value, mlx_cache._BaseCache):
-            return self.layer(value, name)
+            if value.size:
+                arrays.append((name, value))
+            if value.dtype not in _DTYPE_NAMES:
+                raise InvalidArgumentError(f"{name} is an array of {value.dtype}, which can't be saved.")
+            return {"array": name, "dtype": _DTYPE_NAMES[value.dtype], "shape": value.shape}
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
+        if isinstance(value, (list, tuple)):
+            # The parts of a quantized tensor have the names that the format gives them.
+            parts = _QUANTIZED_PARTS if arrays is self.rows and len(value) == 3 else [f"_{i}" for i in range(len(value))]
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [self.value(v, name + part, arrays) for v, part in zip(value, parts)]}
+        if isinstance(value, mlx_cache._BaseCache):
+            return self.layer(value, name)
         raise InvalidArgumentError(f"{name} is a {type(value).__name__}, which can't be saved.")
-
-    def array(self, array, name):
-        reference = {"array": name, "dtype": str(array.dtype).removeprefix("mlx.core."), "shape": list(array.shape)}
-        if array.size:
-            self.arrays.append((name, array if self.rows else _words(array)))
-        return reference
-
-
-def _words(array):
-    """`array` as uint32 `[1, n, 1, dim]`, padded with zeros; `_from_words` undoes it."""
-    flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
-    words = (flat.size + 3) // 4
-    dim = 1024
-    while words > dim * 65536:
-        dim *= 2
-    dim = min(dim, words)
-    count = (words + dim - 1) // dim
-    padded = mx.pad(flat, (0, count * dim * 4 - flat.size))
-    return padded.view(mx.uint32).reshape(1, count, 1, dim)
-
-
-def _from_words(words, dtype, shape):
-    size = dtype.size
-    for n in shape:
-        size *= n
-    return words.reshape(-1).view(mx.uint8)[:size].view(dtype).reshape(shape)
 
 
 def encode(cache):
-    """(description, arrays, number of rows): what `Store.save` takes."""
+    """(description, rows, state, number of rows): what `Store.save` takes."""
     if problem := validate(cache):
         raise InvalidArgumentError(problem)
-    rows = sliceable(cache)
-    encoder = _Encoder(rows)
+    encoder = _Encoder(cache)
     layers = [encoder.layer(layer, f"layer_{i}") for i, layer in enumerate(cache)]
-    n_rows = cache[0].offset if rows else int(bool(encoder.arrays))
-    return json.dumps({"layout": "rows" if rows else "whole", "layers": layers}), encoder.arrays, n_rows
+    return _to_json(layers), encoder.rows, encoder.state, encoder.n_rows
 
 
 def capacities(description):
-    """{name: third dimension} of the arrays that `Store.load` is to make."""
-    described = json.loads(description)
-    rows = described["layout"] == "rows"
-    return {v["array"]: v["shape"][2] if rows else 1 for v in _references(described["layers"])}
+    """{name: third dimension} of the arrays that `Store.load` may have to make for rows."""
+    return {v["array"]: v["shape"][2] for v in _references(json.loads(description)) if len(v["shape"]) == 4}
 
 
 def _references(described):
@@ -130,40 +117,31 @@ def _references(described):
             yield from _references(inner)
 
 
-class _Decoder:
-    def __init__(self, rows, arrays):
-        self.rows = rows
-        self.arrays = arrays
+def _layer(described, arrays):
+    made = cache_class(described["class"])
+    made = made.__new__(made)  # as mlx-lm's from_state
+    for key, value in described["vars"].items():
+        setattr(made, key, _value(value, arrays))
+    return made
 
-    def layer(self, described):
-        made = cache_class(described["class"])
-        made = made.__new__(made)  # as mlx-lm's from_state
-        for key, value in described["vars"].items():
-            setattr(made, key, self.value(value))
-        return made
 
-    def value(self, described):
-        if not isinstance(described, dict):
-            return described
-        if "array" in described:
-            return self.array(described)
-        if "class" in described:
-            return self.layer(described)
-        if "tuple" in described:
-            return tuple(map(self.value, described["tuple"]))
-        return list(map(self.value, described["list"]))
-
-    def array(self, reference):
-        name, dtype, shape = reference["array"], getattr(mx, reference["dtype"]), reference["shape"]
-        if 0 in shape:
-            return mx.zeros(shape, dtype)
-        if name not in self.arrays:
+def _value(described, arrays):
+    if not isinstance(described, dict):
+        return described
+    if "array" in described:
+        name = described["array"]
+        if 0 in described["shape"]:
+            return mx.zeros(described["shape"], getattr(mx, described["dtype"]))
+        if name not in arrays:
             raise CorruptionError(f"The agent lacks the array '{name}' that its description names.")
-        return self.arrays[name] if self.rows else _from_words(self.arrays[name], dtype, shape)
+        return arrays[name]
+    if "class" in described:
+        return _layer(described, arrays)
+    if "tuple" in described:
+        return tuple(_value(value, arrays) for value in described["tuple"])
+    return [_value(value, arrays) for value in described["list"]]
 
 
 def decode(description, arrays):
     """The cache of a description; `arrays` as the store keeps them, by name."""
-    described = json.loads(description)
-    decoder = _Decoder(described["layout"] == "rows", arrays)
-    return [decoder.layer(layer) for layer in described["layers"]]
+    return [_layer(layer, arrays) for layer in json.loads(description)]

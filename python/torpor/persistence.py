@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from ._identity import identity_of
 from .errors import IncompatibleError, InvalidArgumentError
 
 _DESCRIPTION = "mlx_lm.cache"
+_TOKENS = "mlx_lm.tokens"
 _MODEL_TEXT = "mlx-lm"
 
 
@@ -48,29 +50,26 @@ class CachePersistence:
         Returns a SaveResult. Raises BusyError when someone else has the agent, InvalidArgumentError (a bad id, a cache or
         metadata that can't be saved), IoError; on any of them the agent on disk is as it was.
         """
-        if tokens is not None:
-            tokens = [int(token) for token in tokens]
-            if min(tokens, default=0) < 0:
-                raise InvalidArgumentError(f"A token id of agent '{agent_id}' is negative.")
+        ids = None if tokens is None else _ids(agent_id, tokens)
         user = dict(metadata or {})
         for key, value in user.items():
             if not isinstance(key, str) or not isinstance(value, str) or key.startswith("mlx_lm."):
                 raise InvalidArgumentError(f"The metadata {key!r} is not a text by a text, or begins with 'mlx_lm.'.")
-        description, arrays, n_rows = _codec.encode(cache)
-        whole = not _codec.sliceable(cache)
-        if whole or tokens is None:
-            ids = [_core.UNKNOWN_TOKEN] * n_rows
-            if tokens is not None:
-                user["mlx_lm.tokens"] = ",".join(map(str, tokens))
+        user[_DESCRIPTION], rows, state, n_rows = _codec.encode(cache)
+        unchanged = []
+        if ids is None:
+            saved = array("i", [_core.UNKNOWN_TOKEN]) * n_rows
+        elif not rows:
+            saved = array("i")
+            user[_TOKENS] = ",".join(map(str, ids))
+        elif len(ids) == n_rows:
+            saved = ids
+            unchanged = self._unchanged(agent_id, cache, saved)
         else:
-            ids = tokens
-            if len(ids) != n_rows:
-                raise InvalidArgumentError(f"The cache of agent '{agent_id}' holds {n_rows} tokens, but {len(ids)} ids are given.")
-        user[_DESCRIPTION] = description
-        unchanged = [] if whole or tokens is None else self._unchanged(agent_id, cache, ids)
-        result = self._store.save(agent_id, arrays, ids, self._identity or [], self._model, list(user.items()), unchanged,
-                                  self._durability)
-        self._remember(agent_id, cache, ids, result.segments)
+            raise InvalidArgumentError(f"The cache of agent '{agent_id}' holds {n_rows} tokens, but {len(ids)} ids are given.")
+        result = self._store.save(agent_id, rows, state, saved.tobytes(), self._identity or [], self._model, list(user.items()),
+                                  unchanged, self._durability)
+        self._remember(agent_id, cache, saved, result.segments)
         return result
 
     def load_agent_cache(self, agent_id: str) -> tuple[list[Any], dict[str, str]]:
@@ -87,17 +86,17 @@ class CachePersistence:
         info, tokens, arrays = self._store.load(agent_id, self._identity, capacities)
         metadata = info["user"]
         cache = _codec.decode(metadata[_DESCRIPTION], arrays)
-        self._remember(agent_id, cache, tokens, info["segments"])
+        self._remember(agent_id, cache, array("i", tokens), info["segments"])
         return cache, {key: value for key, value in metadata.items() if not key.startswith("mlx_lm.")}
 
     def agent_tokens(self, agent_id: str) -> list[int] | None:
         """The ids given when the agent was saved; None when none were."""
         info = self._store.info(agent_id)
-        if "mlx_lm.tokens" in info["user"]:
-            text = info["user"]["mlx_lm.tokens"]
+        if _TOKENS in info["user"]:
+            text = info["user"][_TOKENS]
             return [int(token) for token in text.split(",")] if text else []
         tokens = self._store.tokens(agent_id)
-        return None if min(tokens, default=0) < 0 else tokens
+        return None if not tokens or min(tokens) < 0 else tokens
 
     def common_prefix(self, agent_id: str, tokens: Iterable[int]) -> int:
         """How many of `tokens`, from the first, are the agent's; 0 when its ids are not known."""
@@ -134,3 +133,17 @@ class CachePersistence:
         while n < len(segments) and saved[256 * n: 256 * (n + 1)] == tokens[256 * n: 256 * (n + 1)]:
             n += 1
         return segments[:n]
+
+
+def _ids(agent_id, tokens):
+    tokens = list(tokens)
+    try:
+        try:
+            ids = array("i", tokens)
+        except TypeError:  # what is no int may be made one
+            ids = array("i", map(int, tokens))
+    except OverflowError:
+        raise InvalidArgumentError(f"A token id of agent '{agent_id}' is larger than 32 bits.") from None
+    if min(ids, default=0) < 0:
+        raise InvalidArgumentError(f"A token id of agent '{agent_id}' is negative.")
+    return ids

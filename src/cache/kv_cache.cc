@@ -13,6 +13,10 @@ std::unique_ptr<KvCache> KvCache::create(const KvLayout& layout, Backend backend
 
 std::unique_ptr<KvCache> KvCache::restore(const KvSnapshot& snapshot, Backend backend) {
   snapshot.validate();
+  if (!snapshot.state.empty()) {
+    throw Error(ErrorCode::kIncompatible, "The agent holds state '" + snapshot.state[0].name +
+                                              "', which Torpor's engine does not have; load it with whatever saved it.");
+  }
   if (backend == Backend::kKernels) return SegmentedKvCache::restore(snapshot);
   return DenseKvCache::restore(snapshot);
 }
