@@ -2,8 +2,8 @@
 
     PYTHONPATH=build/python .venv/bin/python bench/python_vs_mlx_lm.py [--runs 5] [--sizes 47,189,805]
 
-Both save and load the same caches (KVCache, f16, random rows) on the same file system, from and to the page cache, in alternating
-pairs. Torpor saves with durability="rename", computes a checksum of every tensor and checks all of them when it loads; mlx-lm has
+Both save and load the same caches (KVCache, f16, random rows) on the same file system ($TMPDIR), from and to the page cache, in
+alternating pairs. It needs up to 30 GB of disk, and on ext4 a disk on which few files were deleted in the last five minutes. Torpor saves with durability="rename", computes a checksum of every tensor and checks all of them when it loads; mlx-lm has
 none and flushes nothing either. Loads end with evaluated arrays. What is measured:
 
 - first save: into an empty store, beside a file that is not there yet; with `tokens=`, and without.
@@ -12,7 +12,8 @@ none and flushes nothing either. Loads end with evaluated arrays. What is measur
 - load, same process: over and over; MLX and malloc then hand out memory that the load before has let go of.
 
 Pages that a virtual machine's host has yet to provide cost both sides up to 1 ns a byte, whoever comes first: memory is touched
-and let go of before each measurement. A pair during which others used more than a tenth of the cores is tried again.
+and let go of before each measurement. So is the disk left to finish before a first save: what earlier ones left in the page cache
+would else be written during one of the two. A pair during which others used more than a tenth of the cores is tried again.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from pairs import Others, by_key, least_disturbed, summary  # noqa: E402
 # MB -> layers, KV heads, head dim, tokens: SmolLM2-135M twice, and a model of 8 billion parameters (Llama 3.1's shape).
 SHAPES = {47: (30, 3, 64, 2048), 189: (30, 3, 64, 8192), 805: (32, 8, 128, 6144)}
 NEW_TOKENS = 64
-KEPT_BYTES = 4 << 30
+KEPT_BYTES = 12 << 30
+PROVIDED_BYTES = 2 << 30
 TARGETS = {"first save": 2, "first save, no tokens=": 2, "second save": 20, "load, new process": 3, "load, same process": 3}
 
 
@@ -73,23 +75,26 @@ class Caches:
         self.bytes = layers * 2 * self.heads * self.dim * self.tokens * 2
         self.cache = [KVCache() for _ in range(layers)]
         grow(self.cache, self.heads, self.dim, self.tokens)
-        self.file, self.stores = directory / f"{size}.safetensors", directory / "stores"
+        self.stores = directory / "stores"
         self.stores.mkdir()
-        self.store = None
+        self.file = self.store = None
 
     def first_save(self, tokens):
         import torpor
         from mlx_lm.models.cache import save_prompt_cache
-        # Some file systems look long for an inode where many were given back just before: old stores stay as long as they may.
+        # ext4 looks long for an inode where many were given back in the five minutes before: what was saved stays as long as it may.
         kept = list(self.stores.glob("*"))
-        if len(kept) * self.bytes > KEPT_BYTES:
+        if 2 * len(kept) * self.bytes > KEPT_BYTES:
             for root in kept:
                 shutil.rmtree(root)
-        self.file.unlink(missing_ok=True)
-        provide_memory(2 * self.bytes)
-        self.store = torpor.CachePersistence(tempfile.mkdtemp(dir=self.stores), durability="rename")
+        root = Path(tempfile.mkdtemp(dir=self.stores))
+        self.file = root / "cache.safetensors"
+        self.store = torpor.CachePersistence(root / "store", durability="rename")
+        os.sync()
         ids = list(range(self.tokens)) if tokens else None
+        provide_memory(PROVIDED_BYTES + 2 * self.bytes)
         ours, _ = timed(lambda: self.store.save_agent_cache("ada", self.cache, tokens=ids))
+        provide_memory(PROVIDED_BYTES + 2 * self.bytes)
         theirs, _ = timed(lambda: save_prompt_cache(str(self.file), self.cache))
         return ours, theirs
 
@@ -118,7 +123,7 @@ def load(size, side, file, root, times):
         return cache
 
     work = theirs if side == "mlx-lm" else lambda: torpor.CachePersistence(root).load_agent_cache("ada")[0]
-    provide_memory(int(1.2 * layers * 2 * heads * dim * tokens * 2))
+    provide_memory(PROVIDED_BYTES + int(1.2 * layers * 2 * heads * dim * tokens * 2))
     milliseconds = []
     for _ in range(times):
         ms, cache = timed(work)
@@ -171,9 +176,10 @@ def main():
     print(f"{os.cpu_count()} cores, {cpu_name()}; medians of {arguments.runs} alternating pairs\n")
     print("| | MB | Torpor | mlx-lm | ratio | lowest, highest | others at most | target |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for size in sizes:
-        with tempfile.TemporaryDirectory(prefix="torpor-bench-") as directory:
-            for key, pairs in measure(size, Path(directory), arguments.runs).items():
+    with tempfile.TemporaryDirectory(prefix="torpor-bench-") as directory:
+        for size in sizes:
+            (Path(directory) / str(size)).mkdir()
+            for key, pairs in measure(size, Path(directory) / str(size), arguments.runs).items():
                 ours, theirs, ratio, low, high = summary(pairs, less_is_better=True)
                 share = max(share for _, _, share in pairs)
                 print(f"| {key} | {size} | {ours:.1f} ms | {theirs:.1f} ms | {ratio:.1f} | {low:.1f}, {high:.1f} | {share:.0%} | {TARGETS[key]} |",

@@ -1,5 +1,6 @@
 """The Python module's store: mlx-lm's cache objects go in and come out as they were."""
 
+import copy
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from conftest import BUILD, MODEL, ROOT, make_tiny_model
 
 import torpor
+from torpor import _codec
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
@@ -156,6 +158,45 @@ def test_of_a_cache_of_several_kinds_the_rows_are_shared_and_the_rest_is_written
     assert store.save_agent_cache("ada", cache, tokens=[1, 2, 3]).segments == []
     assert store.agent_tokens("ada") == [1, 2, 3]
     assert all(same(held(a), held(b)) for a, b in zip(cache, store.load_agent_cache("ada")[0]))
+
+
+def test_the_command_line_copies_a_cache_of_several_kinds_whole_or_not_at_all(tiny, tmp_path):
+    store = torpor.CachePersistence(tiny.store)
+    cache = mixed(600)
+    store.save_agent_cache("ada", cache, {"note": "hello"}, tokens=range(600))
+    tiny("fork", "ada", "bob").ok()
+    tiny("rename", "ada", "eve").ok()
+    tiny("export", "eve", tmp_path / "eve.safetensors").ok()
+    tiny("import", tmp_path / "eve.safetensors", "zoe").ok()
+    tiny("verify").ok()
+    for agent in ("bob", "eve", "zoe"):
+        again, metadata = store.load_agent_cache(agent)
+        assert metadata["note"] == "hello" and all(same(held(a), held(b)) for a, b in zip(cache, again))
+    tiny("fork", "bob", "new", "--at", 300).fails("invalid", "state", "whole")
+    tiny("rewind", "bob", 300).fails("invalid", "state")
+    tiny("export", "bob", tmp_path / "bob.safetensors", "--format", "mlx-lm").fails("incompatible", "torpor.save_prompt_cache")
+    tiny.run("bob", "Hello").fails("incompatible")
+
+
+@pytest.mark.parametrize("kind", ["KVCache", "ConcatenateKVCache", "QuantizedKVCache 8 bits", "CacheList"])
+def test_a_cache_cut_on_the_command_line_is_that_prefix(tiny, kind):
+    store = torpor.CachePersistence(tiny.store)
+    make = (lambda: mlx_cache.CacheList(fill(mlx_cache.KVCache(), 300))) if kind == "CacheList" else lambda: MAKERS[kind](mx.float16)
+    cache = [make() for _ in range(2)]
+    store.save_agent_cache("ada", cache, tokens=range(300))
+    for n in (299, 256, 7, 0):
+        tiny("fork", "ada", f"at-{n}", "--at", n).ok()
+        again, _ = store.load_agent_cache(f"at-{n}")
+        for a, b in zip(cache, again):
+            a, b = (a[0], b[0]) if kind == "CacheList" else (a, b)
+            expected = copy.copy(a)
+            _codec._cut(expected, n)
+            assert b.offset == n
+            assert same([x[..., :n, :] for x in _codec._row_arrays(expected)], [x[..., :n, :] for x in _codec._row_arrays(b)])
+            assert all(mx.all(x[..., n:, :] == 0).item() for x in _codec._row_arrays(b))
+            if n:  # and goes on like a cache that was trimmed
+                rows = [mx.random.normal((1, 2, 1, 64)).astype(mx.float16) for _ in range(2)]
+                assert same(list(expected.update_and_fetch(*rows)), list(b.update_and_fetch(*rows)))
 
 
 def test_every_dtype_that_an_array_may_have(store):

@@ -158,6 +158,7 @@ class ArraySink : public RowSink {
   NamedArrays arrays() {
     NamedArrays named;
     if (!block_) return named;
+    for (size_t t = 0; t < tensors_.size() && n_tokens_ == 0; ++t) place(t, 0, 0);
     std::vector<mx::array> arrays = block_->arrays();
     for (size_t t = 0; t < arrays.size(); ++t) named.emplace_back(tensors_[t].spec.name, std::move(arrays[t]));
     return named;

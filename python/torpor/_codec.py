@@ -13,7 +13,7 @@ import json
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
-from .errors import CorruptionError, InvalidArgumentError
+from .errors import CorruptionError, IncompatibleError, InvalidArgumentError
 
 _SLICEABLE = ("KVCache", "QuantizedKVCache", "ConcatenateKVCache")
 _ROW_DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.uint32)
@@ -101,7 +101,7 @@ def encode(cache):
         raise InvalidArgumentError(problem)
     encoder = _Encoder(cache)
     layers = [encoder.layer(layer, f"layer_{i}") for i, layer in enumerate(cache)]
-    return _to_json(layers), encoder.rows, encoder.state, encoder.n_rows
+    return _to_json({"layers": layers, "rows": encoder.n_rows}), encoder.rows, encoder.state, encoder.n_rows
 
 
 def capacities(description):
@@ -142,6 +142,20 @@ def _value(described, arrays):
     return [_value(value, arrays) for value in described["list"]]
 
 
-def decode(description, arrays):
-    """The cache of a description; `arrays` as the store keeps them, by name."""
-    return [_layer(layer, arrays) for layer in json.loads(description)]
+def _cut(layer, n_rows):
+    layer.trim(layer.offset - n_rows)
+    if type(layer).__name__ == "ConcatenateKVCache":  # which has no spare capacity
+        layer.keys, layer.values = layer.keys[..., :n_rows, :], layer.values[..., :n_rows, :]
+
+
+def decode(description, arrays, n_rows):
+    """The cache of a description; `arrays` as the store keeps them, by name, with their first `n_rows` rows: fewer than were saved
+    when the agent has been cut since."""
+    described = json.loads(description)
+    if described.get("layout") == "whole":
+        raise IncompatibleError("The agent was saved by a Torpor that kept caches of several kinds otherwise; save it anew.")
+    cache = [_layer(layer, arrays) for layer in described["layers"]]
+    if n_rows < described.get("rows", 0):
+        for inner in (inner for layer in cache for inner in _inner(layer) if _is_sliceable(inner)):
+            _cut(inner, n_rows)
+    return cache

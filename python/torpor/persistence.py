@@ -85,7 +85,7 @@ class CachePersistence:
 
         info, tokens, arrays = self._store.load(agent_id, self._identity, capacities)
         metadata = info["user"]
-        cache = _codec.decode(metadata[_DESCRIPTION], arrays)
+        cache = _codec.decode(metadata[_DESCRIPTION], arrays, info["cache_size"])
         self._remember(agent_id, cache, array("i", tokens), info["segments"])
         return cache, {key: value for key, value in metadata.items() if not key.startswith("mlx_lm.")}
 

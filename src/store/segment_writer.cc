@@ -171,7 +171,6 @@ void SegmentWriter::write_missing(bool durable, SaveResult& result) {
   }
   if (!missing.empty()) {
     const bool first = store_.env.make_directory(store_.segments_path());
-    for (const auto& directory : directories) store_.env.make_directory(directory);
     // Two writers: one fills the page cache while the other waits for its fsync.
     parallel_for(missing.size(), 2, [&](size_t i) { write(*missing[i], durable); });
     if (durable) {
@@ -197,6 +196,7 @@ void SegmentWriter::write(Planned& segment, bool durable) {
   std::vector<std::span<const std::byte>> pieces{as_bytes_of(header)};
   pieces.insert(pieces.end(), segment.run->spans().begin(), segment.run->spans().end());
   pieces.push_back(token_bytes(segment.place.tokens));
+  store_.env.make_directory(store_.segment_directory(segment.name));
   segment.stat = store_.add_file(store_.segment_path(segment.name), pieces, durable);
   const std::string content = content_digest(checksums);
   store_.known.add_file(segment.name, {segment.stat, content, checksums.back(), true});
