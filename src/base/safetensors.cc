@@ -252,6 +252,9 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> prefix, ui
 }
 
 std::string json_quote(std::string_view text) {
+  // Nearly all of what a header holds needs no escape, and no check of its UTF-8.
+  const auto plain = [](char c) { return c >= ' ' && c < 0x7f && c != '"' && c != '\\'; };
+  if (std::all_of(text.begin(), text.end(), plain)) return std::string(1, '"').append(text).append(1, '"');
   try {
     return nlohmann::json(text).dump();
   } catch (const nlohmann::json::exception&) {

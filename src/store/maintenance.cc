@@ -31,6 +31,10 @@ void Store::Impl::require_agent(const std::string& id) {
 
 void Store::Impl::remove_agent_file(const std::string& id) {
   if (!env.remove(agent_path(id))) require_agent(id);
+  {
+    const std::lock_guard lock(births_mutex_);
+    births_.erase(id);
+  }
   env.sync_directory(root);
 }
 

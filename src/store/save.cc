@@ -38,6 +38,10 @@ void Store::Impl::commit_agent(const AgentDraft& draft, Durability durability, S
   std::vector<std::span<const std::byte>> pieces{as_bytes_of(draft.header)};
   pieces.insert(pieces.end(), draft.data.begin(), draft.data.end());
   const FileStat stat = add_file(agent_path(draft.info.agent_id), pieces, durable);
+  {
+    const std::lock_guard lock(births_mutex_);
+    births_[draft.info.agent_id] = {stat, draft.info.created_at};
+  }
   if (durable) env.sync_directory(root);
   result.bytes_written += int64_t(stat.size);
   if (durability != Durability::kNone) result.bytes_written += write_sidecar(draft.info, stat);
@@ -52,7 +56,12 @@ void Store::Impl::check_storable(const KvSnapshot& snapshot) {
 }
 
 std::string Store::Impl::date_of_birth(const std::string& id, const std::string& now) {
-  if (!env.exists(agent_path(id))) return now;
+  const auto stat = env.stat(agent_path(id));
+  if (!stat) return now;
+  {
+    const std::lock_guard lock(births_mutex_);
+    if (const auto known = births_.find(id); known != births_.end() && known->second.first == *stat) return known->second.second;
+  }
   try {
     return open_agent(id).agent.info.created_at;
   } catch (const Error& error) {

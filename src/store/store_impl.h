@@ -70,7 +70,7 @@ struct Store::Impl {
                   const UserMetadata& user, Durability durability);
   /// kInvalidArgument.
   void check_storable(const KvSnapshot& snapshot);
-  /// `created_at` of the agent that a save replaces, else `now`.
+  /// `created_at` of the agent that a save replaces, else `now`. What this process has saved is not read for it.
   std::string date_of_birth(const std::string& id, const std::string& now);
   /// `info.bytes`: its segments'. `tail` may be nullptr; its bytes, `state`'s and `tokens` must outlive the draft.
   AgentDraft draft_agent(AgentInfo info, const KvLayout& layout, const KvRun* tail, std::span<const KvState> state,
@@ -142,7 +142,8 @@ struct Store::Impl {
  private:
   std::filesystem::path counter_path();
 
-  std::mutex limits_mutex_, counter_mutex_;
+  std::mutex limits_mutex_, counter_mutex_, births_mutex_;
+  std::unordered_map<std::string, std::pair<FileStat, std::string>> births_;  ///< by agent id: its file as we wrote it, created_at
   DiskLimits limits_;
   std::atomic<int64_t> unrecorded_{0};
   std::atomic<uint64_t> next_temporary_{0};
