@@ -196,6 +196,10 @@ TEST_P(Manager, AnAgentThatCannotBeSavedIsNotGivenUp) {
   manager.drop("c");
   // A save behind a turn that fails is said at the next occasion, and tried again.
   manager.save_behind(manager.wake("a"));
+  EXPECT_THROW(manager.finish_saves(), Error);
+  EXPECT_NO_THROW(manager.finish_saves());
+  EXPECT_TRUE(manager.wake("a").dirty());
+  manager.save_behind(manager.wake("a"));
   EXPECT_THROW(manager.save(manager.wake("a")), Error);
   env.fail_at(0, 0);
   EXPECT_GT(manager.save(manager.wake("a")).bytes_written, 0);

@@ -210,6 +210,25 @@ def test_a_save_that_fails_is_told_with_the_answer(tiny_model, tmp_path):
             engine.save_all()
 
 
+def test_a_save_behind_that_fails_is_told_when_the_engine_closes(tiny_model, tmp_path):
+    for how in ("close", "with", "an error of its own"):
+        engine = torpor.Engine(tiny_model, tmp_path / "store", min_free=1 << 60)
+        assert engine.agent("ada").turn("hello", raw=True, max_tokens=4, save="behind").save_error is None
+        if how == "an error of its own":
+            with pytest.raises(ValueError) as raised, engine:
+                raise ValueError("mine")
+            assert "bytes are free" in raised.value.__notes__[0]
+        else:
+            with pytest.raises(torpor.ResourceExhaustedError):
+                if how == "close":
+                    engine.close()
+                else:
+                    with engine:
+                        pass
+        engine.close()  # is free by now: told once, and no lock is left
+        torpor.Engine(tiny_model, tmp_path / "store").close()
+
+
 def test_damage_is_told(engine, words, tmp_path):
     ada = engine.agent("ada")
     assert ada.turn(words(600), raw=True, max_tokens=2).damage is None

@@ -184,6 +184,17 @@ TEST_F(StoreTest, OverwritingKeepsTheDateOfBirth) {
   EXPECT_EQ(first.created_at, second.created_at);
   EXPECT_LT(first.updated_at, second.updated_at);
   EXPECT_NE(first.hash, second.hash);
+  // Replaced by another process since: that one's counts.
+  Store other(root_);
+  other.delete_agent_cache("a");
+  other.save_agent_cache("a", make_snapshot(5), "m");
+  const std::string born = other.agent_info("a").created_at;
+  EXPECT_LT(second.updated_at, born);
+  store_.save_agent_cache("a", make_snapshot(6), "m");
+  EXPECT_EQ(store_.agent_info("a").created_at, born);
+  store_.delete_agent_cache("a");
+  store_.save_agent_cache("a", make_snapshot(7), "m");
+  EXPECT_LT(born, store_.agent_info("a").created_at);
 }
 
 TEST_F(StoreTest, AnotherIdentityIsRefusedByTheFieldsName) {

@@ -97,6 +97,9 @@ class Engine {
   SaveResult save(const std::string& agent);
   /// Saves every awake agent and waits, telling how many of how many are done. All are tried; then the first error is thrown.
   void save_all(const std::function<void(int done, int total)>& progress = nullptr);
+  /// Waits for saves that turns have queued (SaveMode::kBehind), and throws the first error that no later turn or save has told:
+  /// the destructor, which waits too, can't.
+  void finish_saves();
   /// Saves if changed, then lets go of memory and lock. No-op for an agent that is not awake.
   void sleep(const std::string& agent);
 

@@ -89,11 +89,17 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except Error as failed:
+            if error is None:
+                raise
+            error.add_note(f"Closing the engine also failed: {failed}")
 
     def close(self) -> None:
         """Waits for the turn and the saves under way, then frees the model, the agents' memory and their locks. What turns
-        with save="no" left unsaved is dropped; call save_all before to keep it."""
+        with save="no" left unsaved is dropped; call save_all before to keep it. Raises, when all is freed, what a save "behind"
+        met that no result has told yet."""
         self._core.close()
 
     def agent(self, agent_id: str, system: str | None = None) -> "Agent":

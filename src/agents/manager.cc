@@ -205,6 +205,10 @@ SaveResult AgentManager::save(Agent& agent) {
 
 void AgentManager::save_all(const Writer::Progress& progress) {
   for (auto& [id, agent] : awake_) save_behind(agent);
+  finish_saves(progress);
+}
+
+void AgentManager::finish_saves(const Writer::Progress& progress) {
   writer_.wait_all(progress);
   settle();
   for (auto& [id, agent] : awake_) {

@@ -76,6 +76,8 @@ class AgentManager {
   SaveResult save(Agent& agent);
   /// Every awake agent. All are tried; then the first error is thrown.
   void save_all(const Writer::Progress& progress = nullptr);
+  /// Waits for what is queued, and throws the first error that was not told yet.
+  void finish_saves(const Writer::Progress& progress = nullptr);
   /// Saves, then lets go of memory and lock. No-op for an agent that is not awake.
   void sleep(const std::string& id);
   /// Lets go without saving.

@@ -14,7 +14,7 @@ namespace torpor {
 namespace {
 
 /// The large pages that lie in `memory` whole.
-std::span<std::byte> whole_pages(std::span<std::byte> memory) {
+[[maybe_unused]] std::span<std::byte> whole_pages(std::span<std::byte> memory) {
   const auto begin = reinterpret_cast<uintptr_t>(memory.data()), end = begin + memory.size();
   const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage, last = end / kLargePage * kLargePage;
   return first < last ? memory.subspan(first - begin, last - first) : std::span<std::byte>();

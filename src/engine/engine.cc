@@ -244,6 +244,10 @@ void Engine::save_all(const std::function<void(int, int)>& progress) {
   impl_->thread.call([&] { impl_->agents->save_all(progress); });
 }
 
+void Engine::finish_saves() {
+  impl_->thread.call([&] { impl_->agents->finish_saves(); });
+}
+
 void Engine::sleep(const std::string& agent) {
   impl_->thread.call([&] { impl_->agents->sleep(agent); });
 }
