@@ -175,8 +175,8 @@ void RunLoader::read_into(RowSink& sink) {
   for (size_t i = 0; i < runs_.size(); ++i) bytes += size_t(file_of(i).rows_bytes());
   const size_t threads = std::min(reader_threads(), 1 + (bytes >> 20));
   // Tensor by tensor, and neighbours by one thread: a sink has a tensor's rows together, and what it has together may share
-  // pages, whose first writer waits until they are zeroed and then finds them in its cache.
-  const size_t stretches = std::min(n_tensors, std::max(threads, bytes / kStretch));
+  // pages, whose first writer waits until they are zeroed and then finds them in its cache. As many stretches for each thread.
+  const size_t stretches = std::min(n_tensors, (bytes / kStretch / threads + 1) * threads);
   std::mutex mutex;
   for (size_t begin = 0; begin < runs_.size() && complete(); begin += kOpenFiles) {
     const size_t end = std::min(runs_.size(), begin + kOpenFiles);
