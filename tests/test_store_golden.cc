@@ -1,5 +1,5 @@
-/// A store that format version 1 left behind (tests/goldens/store-v1) opens, verifies and loads, wherever it may not be
-/// written to. scripts/make-goldens-store made it; a later format version gets a golden of its own, and this one stays.
+/// Stores that format versions 1 and 2 left behind (tests/goldens/store-v1 and -v2) open, verify and load, wherever they may not be
+/// written to. scripts/make-goldens-store made them; a later format version gets a golden of its own, and these stay.
 
 #include "counting_env.h"
 #include "store_fixture.h"
@@ -56,6 +56,14 @@ std::vector<GoldenAgent> golden_agents() {
       {"bf16", of_kind("bf16", make_snapshot(260, small_layout(KvDtype::kBF16, 1, 1, 3), 6)), {}},
   };
 }
+
+/// With state, which is what version 2 adds.
+std::vector<GoldenAgent> golden_agents_v2() {
+  KvSnapshot alone = with_state({});
+  alone.identity = test_identity();
+  return {{"ring", with_state(make_snapshot(300)), {{"k", "v"}}}, {"state-alone", alone, {}}};
+}
+
 const KvSnapshot& golden_prefix() {
   static const KvSnapshot prefix = make_snapshot(512, small_layout(), 7, 7000);
   return prefix;
@@ -79,6 +87,7 @@ class GoldenEnv : public CountingEnv {
 class StoreGolden : public ::testing::Test {
  protected:
   const fs::path golden_ = fs::path(TORPOR_SOURCE_DIR) / "tests/goldens/store-v1";
+  const fs::path golden_v2_ = fs::path(TORPOR_SOURCE_DIR) / "tests/goldens/store-v2";
 };
 
 TEST_F(StoreGolden, OpensVerifiesAndLoadsReadOnly) {
@@ -122,8 +131,23 @@ TEST_F(StoreGolden, GoesOnAsIfItWereOurs) {
   for (const auto& report : store.verify()) EXPECT_TRUE(report.problems.empty()) << report.agent_id;
 }
 
-/// Run by scripts/make-goldens-store.
-TEST_F(StoreGolden, DISABLED_Write) {
+TEST_F(StoreGolden, StateOfVersion2) {
+  const auto before = tree(golden_v2_);
+  GoldenEnv env;
+  const Store store(golden_v2_ / "store", &env);
+  for (const auto& report : store.verify()) EXPECT_TRUE(report.problems.empty()) << report.agent_id;
+  for (const auto& agent : golden_agents_v2()) {
+    EXPECT_TRUE(same(store.load_agent_cache(agent.id, {.expected = &agent.snapshot.identity}).snapshot, agent.snapshot)) << agent.id;
+  }
+  EXPECT_EQ(tree(golden_v2_), before) << "reading wrote";
+  TemporaryDirectory directory;
+  Store other(directory.path() / "store");
+  other.import_agent(golden_v2_ / "export.safetensors", "imported");
+  EXPECT_TRUE(same(other.load_agent_cache("imported").snapshot, golden_agents_v2()[0].snapshot));
+}
+
+/// Without what depends on the disk that it was made on.
+void write_golden(const std::vector<GoldenAgent>& agents, const char* exported, const KvSnapshot* prefix) {
   const char* target = std::getenv("TORPOR_GOLDEN");
   ASSERT_NE(target, nullptr);
   GoldenEnv env;
@@ -131,20 +155,24 @@ TEST_F(StoreGolden, DISABLED_Write) {
   const fs::path root = fs::path(target) / "store";
   {
     Store store(root, &env);
-    for (const auto& agent : golden_agents()) {
+    for (const auto& agent : agents) {
       if (agent.id == std::string("fork")) {
         store.copy_agent_cache("long", "fork", {.n_tokens = 300, .user = agent.user});
       } else {
         store.save_agent_cache(agent.id, agent.snapshot, "golden/tiny", agent.user);
       }
     }
-    store.save_prefix(golden_prefix());
-    store.export_agent("long", fs::path(target) / "export.safetensors");
+    if (prefix != nullptr) store.save_prefix(*prefix);
+    store.export_agent(exported, fs::path(target) / "export.safetensors");
   }
   // Sidecars speak of one disk's inodes, and locks of nobody.
-  for (const auto& agent : golden_agents()) fs::remove(root / (agent.id + std::string(".json")));
+  for (const auto& agent : agents) fs::remove(root / (agent.id + std::string(".json")));
   fs::remove_all(root / ".locks");
 }
+
+/// Both run by scripts/make-goldens-store.
+TEST_F(StoreGolden, DISABLED_WriteVersion1) { write_golden(golden_agents(), "long", &golden_prefix()); }
+TEST_F(StoreGolden, DISABLED_WriteVersion2) { write_golden(golden_agents_v2(), "ring", nullptr); }
 
 }  // namespace
 }  // namespace torpor::testing

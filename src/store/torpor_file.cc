@@ -97,7 +97,8 @@ void check_tensors(TorporFile& file, const std::string& file_name) {
   if (tokens + 1 != tensors.end()) corrupt(file_name, "its tensor 'tokens' is not the last");
   if (tokens->dtype != "I32" || tokens->shape.size() != 1) corrupt(file_name, "its tensor 'tokens' is not a list of I32");
   file.n_tokens = tokens->shape[0];
-  const std::string* state_text = file.header.metadata_value("state");
+  const bool has_state = file.required("format_version", file_name) == kFormatVersionWithState;
+  const std::string* state_text = has_state ? file.header.metadata_value("state") : nullptr;
   const std::vector<std::string> state = split(state_text != nullptr ? *state_text : "");
   if (tensors.size() - 1 < state.size()) corrupt(file_name, "it lacks some of the tensors that its state names");
   const size_t n_layers = tensors.size() - 1 - state.size();
@@ -199,9 +200,9 @@ TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_si
   file.header = parse_safetensors_header(prefix, file_size, file_name);
   file.checksum = check_header_checksum(prefix.first(size_t(file.header.data_start)), file_name);
   const std::string& version = file.required("format_version", file_name);
-  if (version != kFormatVersion) {
+  if (version != kFormatVersion && version != kFormatVersionWithState) {
     throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has format version " + version + ", this Torpor reads " +
-                                              kFormatVersion + "; use a newer one.");
+                                              kFormatVersionWithState + " and older; use a newer one.");
   }
   file.kind = file.required("kind", file_name);
   const auto layout = decode_layout(file.required("layout", file_name));
@@ -220,7 +221,7 @@ std::string encode_torpor_header(std::string_view kind, const Metadata& metadata
                                  std::span<const KvState> state, uint64_t n_tokens, const std::vector<std::string>& checksums,
                                  std::string* checksum) {
   Metadata all = {{"checksum", std::string(kDigestLength, '0')},
-                  {"format_version", kFormatVersion},
+                  {"format_version", state.empty() ? kFormatVersion : kFormatVersionWithState},
                   {"kind", std::string(kind)}};
   all.insert(all.end(), metadata.begin(), metadata.end());
   if (!state.empty()) {

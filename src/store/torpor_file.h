@@ -19,7 +19,9 @@ namespace torpor {
 
 using Metadata = std::vector<std::pair<std::string, std::string>>;
 
+/// A file says the first version that has what it holds: with state, which version 1 does not know, the second.
 inline constexpr const char* kFormatVersion = "1";
+inline constexpr const char* kFormatVersionWithState = "2";
 
 /// Some of a layout's tensors.
 using TensorMask = std::vector<bool>;
