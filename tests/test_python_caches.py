@@ -12,6 +12,7 @@ import threading
 import mlx.core as mx
 import mlx_lm.models.cache as mlx_cache
 import pytest
+from safetensors import safe_open
 
 from conftest import BUILD, MODEL, ROOT, make_tiny_model
 
@@ -128,6 +129,11 @@ def test_a_cache_of_several_kinds_comes_back_and_goes_on_alike(store, dtype):
     cache = mixed(600, dtype)
     result = store.save_agent_cache("ada", cache, tokens=range(600))
     assert result.segments_written == 2 and store.agent_tokens("ada") == list(range(600))
+    with safe_open(store.root / "ada.safetensors", "numpy") as file:  # Hugging Face's
+        assert {"layer_0_keys", "layer_1_keys", "layer_2_caches_0_cache_0", "tokens"} <= set(file.keys())
+        assert file.get_tensor("tokens").tolist() == list(range(600))
+        if dtype != mx.bfloat16:  # which numpy has not
+            assert file.get_tensor("layer_1_keys").tolist() == cache[1].keys.tolist()
     again, _ = torpor.CachePersistence(store.root).load_agent_cache("ada")
     assert all(same(held(a), held(b)) for a, b in zip(cache, again, strict=True))
     for layers in (cache, again):
