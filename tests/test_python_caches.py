@@ -278,6 +278,25 @@ def test_large_caches_share_no_memory_and_outlive_each_other(store):
     assert same(second, caches[1])
 
 
+def test_large_caches_loaded_by_four_threads_at_once(store):
+    caches = [large_cache(1000 + i) for i in range(4)]
+    for i, cache in enumerate(caches):
+        store.save_agent_cache(str(i), cache)
+    wrong = []
+
+    def work(i):
+        for _ in range(5):
+            if not same(store.load_agent_cache(str(i))[0], caches[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 def test_large_caches_are_let_go_of_one_by_one_and_all_at_once(store):
     store.save_agent_cache("ada", large_cache())
     peaks = []
