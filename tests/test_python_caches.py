@@ -282,19 +282,19 @@ def test_large_caches_loaded_by_four_threads_at_once(store):
     caches = [large_cache(1000 + i) for i in range(4)]
     for i, cache in enumerate(caches):
         store.save_agent_cache(str(i), cache)
-    wrong = []
+    right = []
 
     def work(i):
         for _ in range(5):
-            if not same(store.load_agent_cache(str(i))[0], caches[i]):
-                wrong.append(i)
+            if same(store.load_agent_cache(str(i))[0], caches[i]):
+                right.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert len(right) == 20
 
 
 def test_large_caches_are_let_go_of_one_by_one_and_all_at_once(store):
