@@ -190,7 +190,8 @@ inline ::testing::AssertionResult is_prefix(const KvSnapshot& prefix, const KvSn
   size_t tokens = 0;
   for (const auto& run : cut.runs) tokens += size_t(run.n_tokens);
   cut.tokens.resize(tokens);
-  if (prefix.state.empty()) cut.state.clear();  // it is that after the last token: none of a prefix
+  // State is that after the last token: a prefix has none, and the whole may have lost it alone.
+  if (tokens < whole.tokens.size() || prefix.state.empty()) cut.state.clear();
   return same(prefix, cut);
 }
 
