@@ -3,13 +3,14 @@
     PYTHONPATH=build/python .venv/bin/python bench/python_vs_mlx_lm.py [--runs 5] [--sizes 47,189,805]
 
 Both save and load the same caches (KVCache, f16, random rows) on the same file system ($TMPDIR), from and to the page cache, in
-alternating pairs. It needs up to 30 GB of disk, and on ext4 a disk on which few files were deleted in the last five minutes. Torpor saves with durability="rename", computes a checksum of every tensor and checks all of them when it loads; mlx-lm has
-none and flushes nothing either. Loads end with evaluated arrays. What is measured:
+alternating pairs. It needs up to 30 GB of disk, and on ext4 a disk on which few files were deleted in the last five minutes.
+Torpor saves with durability="rename", computes a checksum of every tensor and checks all of them when it loads; mlx-lm has none and
+flushes nothing either. Loads end with evaluated arrays. What is measured:
 
 - first save: into an empty store, beside a file that is not there yet; with `tokens=`, and without.
 - second save: 64 tokens later, over what was saved.
 - load, new process: the first thing that a process does after its imports, as when an agent wakes.
-- load, same process: over and over; MLX and malloc then hand out memory that the load before has let go of.
+- load, same process: over and over, into memory that the load before has let go of.
 
 Pages that a virtual machine's host has yet to provide cost both sides up to 1 ns a byte, whoever comes first: memory is touched
 and let go of before each measurement. So is the disk left to finish before a first save: what earlier ones left in the page cache

@@ -8,8 +8,8 @@
 #include <span>
 #include <vector>
 
-#include "store/agent_file.h"
 #include "sign_header.h"
+#include "store/agent_file.h"
 #include "store/segment.h"
 #include "torpor/error.h"
 

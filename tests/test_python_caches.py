@@ -178,7 +178,7 @@ def test_the_command_line_copies_a_cache_of_several_kinds_whole_or_not_at_all(ti
     tiny("verify").ok()
     for agent in ("bob", "eve", "zoe"):
         again, metadata = store.load_agent_cache(agent)
-        assert metadata["note"] == "hello" and all(same(held(a), held(b)) for a, b in zip(cache, again))
+        assert metadata == {"note": "hello"} and all(same(held(a), held(b)) for a, b in zip(cache, again))
     tiny("fork", "bob", "new", "--at", 300).fails("invalid", "state", "whole")
     tiny("rewind", "bob", 300).fails("invalid", "state")
     tiny("export", "bob", tmp_path / "bob.safetensors", "--format", "mlx-lm").fails("incompatible", "torpor.save_prompt_cache")
@@ -246,6 +246,26 @@ def test_a_loaded_cache_is_let_go_of_when_nobody_has_it_any_more(store):
         gc.enable()
 
 
+def in_threads(n, work):
+    """work(0) ... work(n - 1) at once, each with a stream of its own. Raises what one of them raised."""
+    failures = []
+
+    def run(i):
+        try:
+            with mx.stream(mx.new_stream(mx.cpu)):
+                work(i)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
 def large_cache(n=1100):
     """Large enough that its arrays are loaded into one block: 6 layers of 2.6 MB of keys and as much of values."""
     return [fill(mlx_cache.KVCache(), n, heads=8, dim=128) for _ in range(6)]
@@ -283,19 +303,12 @@ def test_large_caches_loaded_by_four_threads_at_once(store):
     caches = [large_cache(1000 + i) for i in range(4)]
     for i, cache in enumerate(caches):
         store.save_agent_cache(str(i), cache)
-    right = []
 
     def work(i):
         for _ in range(5):
-            if same(store.load_agent_cache(str(i))[0], caches[i]):
-                right.append(i)
+            assert same(store.load_agent_cache(str(i))[0], caches[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(right) == 20
+    in_threads(4, work)
 
 
 def resident_bytes():
@@ -372,6 +385,20 @@ def test_the_operations_on_a_store(store):
         store.load_agent_cache("ada")
 
 
+def test_what_was_kept_whole_before_there_was_state_is_refused(store):
+    store._store.save("ada", [], [], b"", [], "mlx-lm", [("mlx_lm.cache", '{"layout":"whole","layers":[]}')], [], "rename")
+    with pytest.raises(torpor.IncompatibleError, match="save it anew"):
+        store.load_agent_cache("ada")
+
+
+def test_rows_that_are_fewer_than_the_offset_are_told_in_a_list_of_caches_too(store):
+    inner = fill(mlx_cache.KVCache(), 9)
+    inner.offset = 500
+    for layer in (inner, mlx_cache.CacheList(inner)):
+        with pytest.raises(torpor.InvalidArgumentError, match="Layer 0 holds fewer rows than its offset of 500"):
+            store.save_agent_cache("ada", [layer])
+
+
 def test_errors_are_of_their_classes(store):
     cache = [fill(mlx_cache.KVCache(), 9)]
     with pytest.raises(torpor.InvalidArgumentError):
@@ -429,27 +456,16 @@ def test_an_agent_that_another_process_holds_is_busy(tmp_path, store):
 
 
 def test_eight_threads_keep_their_agents_apart(store):
-    failures = []
-
     def work(i):
-        try:
-            with mx.stream(mx.new_stream(mx.cpu)):
-                keys = mx.full((1, 2, 300, 16), i, mx.float32)
-                cache = mlx_cache.KVCache()
-                cache.keys, cache.values, cache.offset = keys, keys + 1, 300
-                for _ in range(5):
-                    store.save_agent_cache(f"agent{i}", [cache])
-                    again, _ = store.load_agent_cache(f"agent{i}")
-                    assert same(held(again[0]), held(cache))
-        except BaseException as error:
-            failures.append(error)
+        keys = mx.full((1, 2, 300, 16), i, mx.float32)
+        cache = mlx_cache.KVCache()
+        cache.keys, cache.values, cache.offset = keys, keys + 1, 300
+        for _ in range(5):
+            store.save_agent_cache(f"agent{i}", [cache])
+            again, _ = store.load_agent_cache(f"agent{i}")
+            assert same(held(again[0]), held(cache))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures[0]
+    in_threads(8, work)
 
 
 def test_generation_goes_on_from_a_saved_cache_with_the_same_tokens(store, tmp_path):

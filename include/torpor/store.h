@@ -100,7 +100,7 @@ struct LoadOptions {
   /// (KvLayout::attended); the rest of their bytes is unspecified. For waking, not for looking at rows.
   bool window_rows_only = false;
   /// Gets the rows, whole agents only (neither salvage nor n_tokens nor window_rows_only), and the snapshot has none then; they
-  /// are neither mapped nor allocated. Outlives the call.
+  /// are neither mapped nor allocated, as state is. Outlives the call.
   RowSink* sink = nullptr;
 };
 

@@ -206,28 +206,47 @@ std::map<std::string, int> ArraySink::capacities_of(const AgentInfo& info) {
   return nb::cast<std::map<std::string, int>>(capacities_(info_dict(info)));
 }
 
-mx::array array_of(const KvState& state) {
-  mx::Shape shape;
-  for (const uint64_t n : state.shape) {
-    if (n > uint64_t(INT_MAX)) throw Error(ErrorCode::kIncompatible, "The array '" + state.name + "' is larger than MLX can have.");
-    shape.push_back(int(n));
+/// Memory of MLX's that state is read into, to become its arrays.
+class StateMemory {
+ public:
+  BufferAllocator allocator() {
+    return [this](size_t size) {
+      data_.push_back(std::make_shared<mx::allocator::Data>(mx::allocator::malloc(size)));
+      mx::allocator::Buffer buffer = data_.back()->buffer();
+      if (buffer.ptr() == nullptr) throw Error(ErrorCode::kResourceExhausted, "Out of memory for the state of a cache.");
+      return std::shared_ptr<std::byte>(data_.back(), static_cast<std::byte*>(buffer.raw_ptr()));
+    };
   }
-  mx::array array(mx::allocator::malloc(state.bytes.size()), shape, mlx_dtype(state.dtype));
-  std::memcpy(array.data<std::byte>(), state.bytes.data(), state.bytes.size());
-  return array;
-}
+  /// The array that the i-th buffer holds; once.
+  mx::array array(size_t i, const KvState& state) {
+    mx::Shape shape;
+    for (const uint64_t n : state.shape) {
+      if (n > uint64_t(INT_MAX)) throw Error(ErrorCode::kIncompatible, "The array '" + state.name + "' is larger than MLX can have.");
+      shape.push_back(int(n));
+    }
+    return mx::array(std::move(*data_[i]), shape, mlx_dtype(state.dtype));
+  }
+
+ private:
+  std::vector<std::shared_ptr<mx::allocator::Data>> data_;
+};
 
 /// (info, tokens, arrays by name): of rows each `[1, heads, capacity, dim]`, the rows and then zeros; state as it was.
 nb::tuple load(Store& store, const std::string& agent_id, const std::optional<Texts>& expected, nb::callable capacities) {
   ArraySink sink(std::move(capacities));
+  StateMemory state_memory;
   LoadedAgent loaded = without_gil([&] {
     std::optional<Identity> identity;
     if (expected) identity = Identity::from_fields(*expected);
-    return store.load_agent_cache(agent_id, {.expected = identity ? &*identity : nullptr, .sink = &sink});
+    return store.load_agent_cache(agent_id, {.expected = identity ? &*identity : nullptr, .allocate = state_memory.allocator(),
+                                             .sink = &sink});
   });
   nb::dict arrays;
   for (auto& [name, array] : sink.arrays()) arrays[name.c_str()] = std::move(array);
-  for (const KvState& state : loaded.snapshot.state) arrays[state.name.c_str()] = array_of(state);
+  for (size_t i = 0; i < loaded.snapshot.state.size(); ++i) {
+    const KvState& state = loaded.snapshot.state[i];
+    arrays[state.name.c_str()] = state_memory.array(i, state);
+  }
   const nb::bytes tokens(loaded.tokens.data(), loaded.tokens.size() * sizeof(int32_t));
   return nb::make_tuple(info_dict(loaded.info), tokens, std::move(arrays));
 }

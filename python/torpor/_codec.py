@@ -37,10 +37,10 @@ def validate(cache):
     for i, layer in enumerate(cache):
         if getattr(mlx_cache, type(layer).__name__, None) is not type(layer) or not isinstance(layer, mlx_cache._BaseCache):
             return f"Layer {i} is a {type(layer).__name__}, which is no cache class of mlx-lm."
-        if type(layer).__name__ in _SLICEABLE and layer.keys is not None:
-            for array in _row_arrays(layer):
-                if array.ndim != 4 or array.shape[2] < layer.offset:
-                    return f"Layer {i} holds fewer rows than its offset of {layer.offset}."
+        for inner in _inner(layer):
+            if type(inner).__name__ in _SLICEABLE and inner.keys is not None:
+                if any(array.ndim != 4 or array.shape[2] < inner.offset for array in _row_arrays(inner)):
+                    return f"Layer {i} holds fewer rows than its offset of {inner.offset}."
     return None
 
 
@@ -104,9 +104,17 @@ def encode(cache):
     return _to_json({"layers": layers, "rows": encoder.n_rows}), encoder.rows, encoder.state, encoder.n_rows
 
 
-def capacities(description):
+def parse(description):
+    """What `capacities` and `decode` take."""
+    described = json.loads(description)
+    if described.get("layout") == "whole":
+        raise IncompatibleError("The agent was saved by a Torpor that kept caches of several kinds otherwise; save it anew.")
+    return described
+
+
+def capacities(described):
     """{name: third dimension} of the arrays that `Store.load` may have to make for rows."""
-    return {v["array"]: v["shape"][2] for v in _references(json.loads(description)) if len(v["shape"]) == 4}
+    return {v["array"]: v["shape"][2] for v in _references(described) if len(v["shape"]) == 4}
 
 
 def _references(described):
@@ -148,12 +156,9 @@ def _cut(layer, n_rows):
         layer.keys, layer.values = layer.keys[..., :n_rows, :], layer.values[..., :n_rows, :]
 
 
-def decode(description, arrays, n_rows):
-    """The cache of a description; `arrays` as the store keeps them, by name, with their first `n_rows` rows: fewer than were saved
+def decode(described, arrays, n_rows):
+    """The cache that is described; `arrays` as the store keeps them, by name, with their first `n_rows` rows: fewer than were saved
     when the agent has been cut since."""
-    described = json.loads(description)
-    if described.get("layout") == "whole":
-        raise IncompatibleError("The agent was saved by a Torpor that kept caches of several kinds otherwise; save it anew.")
     cache = [_layer(layer, arrays) for layer in described["layers"]]
     if n_rows < described.get("rows", 0):
         for inner in (inner for layer in cache for inner in _inner(layer) if _is_sliceable(inner)):

@@ -78,14 +78,17 @@ class CachePersistence:
         Every byte is checked: damage raises CorruptionError. NotFoundError; IncompatibleError: of another model, or not saved
         from an mlx-lm cache.
         """
+        described = {}
+
         def capacities(info):
             if _DESCRIPTION not in info["user"]:
                 raise IncompatibleError(f"The agent '{agent_id}' was not saved from an mlx-lm cache; use torpor.Engine.")
-            return _codec.capacities(info["user"][_DESCRIPTION])
+            described.update(_codec.parse(info["user"][_DESCRIPTION]))
+            return _codec.capacities(described)
 
         info, tokens, arrays = self._store.load(agent_id, self._identity, capacities)
         metadata = info["user"]
-        cache = _codec.decode(metadata[_DESCRIPTION], arrays, info["cache_size"])
+        cache = _codec.decode(described, arrays, info["cache_size"])
         self._remember(agent_id, cache, array("i", tokens), info["segments"])
         return cache, {key: value for key, value in metadata.items() if not key.startswith("mlx_lm.")}
 

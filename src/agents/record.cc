@@ -45,7 +45,8 @@ UserMetadata encode_record(const AgentRecord& record, size_t n_tokens) {
     if (!ends.empty()) ends += ',';
     ends += std::to_string(message.end);
   }
-  UserMetadata user = {{kMessages, messages_to_json(record.messages)}, {kMessageEnds, ends}};
+  UserMetadata user;
+  if (record.conversation) user = {{kMessages, messages_to_json(record.messages)}, {kMessageEnds, ends}};
   if (record.history != n_tokens) user.emplace_back(kHistory, std::to_string(record.history));
   if (record.shortest_cut != 0) user.emplace_back(kShortestCut, std::to_string(record.shortest_cut));
   if (record.pinned) user.emplace_back(kPinned, "true");
@@ -56,9 +57,11 @@ UserMetadata encode_record(const AgentRecord& record, size_t n_tokens) {
 AgentRecord decode_record(const UserMetadata& user, size_t n_tokens) {
   AgentRecord record;
   record.history = n_tokens;
+  record.conversation = false;
   std::string ends;
   for (const auto& [key, value] : user) {
     if (key == kMessages) {
+      record.conversation = true;
       record.messages = messages_from_json(value);
     } else if (key == kMessageEnds) {
       ends = value;

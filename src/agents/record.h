@@ -22,6 +22,7 @@ struct AgentRecord {
   size_t shortest_cut = 0;
   bool pinned = false;  ///< never evicted from memory to make room
   UserMetadata other;   ///< what somebody else keeps with the agent; carried along
+  bool conversation = true;  ///< false: somebody else's agent, such as one of mlx-lm's caches, which gets none
 
   /// As if nothing after the first `n_tokens` tokens had been said. A message that the cut goes through is left out of the
   /// conversation, its first tokens stay. kInvalidArgument below shortest_cut.

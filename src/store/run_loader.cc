@@ -116,7 +116,7 @@ void RunLoader::place_rows(size_t i) {
   }
   const std::shared_ptr<std::byte> buffer = options_.allocate(size);
   run.writable = {buffer.get(), size};
-  prefer_large_pages({run.writable});
+  prefer_large_pages(run.writable);
   run.rows.bytes = run.writable;
   run.rows.owner = buffer;
 }
