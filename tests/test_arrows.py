@@ -11,10 +11,11 @@ DIRECT = {
     "model": ["kernels"], "cache": ["model"],
     "agents": ["store", "cache", "text"],
     "engine": ["agents"],
-    "cli": ["engine"], "server": ["engine"], "python": ["engine"],
+    "faces": ["base"],
+    "cli": ["engine", "faces"], "server": ["engine", "faces"], "python": ["engine", "faces"],
 }
-PUBLIC = {"error": "base", "kv_snapshot": "base", "store": "store", "text": "text", "model": "model", "cache": "cache",
-          "agents": "agents", "memory_usage": "agents", "generate": "engine", "engine": "engine"}
+PUBLIC = {"error": "base", "log": "base", "version": "base", "kv_snapshot": "base", "store": "store", "text": "text",
+          "model": "model", "cache": "cache", "agents": "agents", "memory_usage": "agents", "generate": "engine", "engine": "engine"}
 NO_MLX = {"base", "store", "text"}
 
 

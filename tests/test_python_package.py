@@ -133,8 +133,10 @@ def test_the_pins_agree():
     dependency = next(line for line in project["project"]["dependencies"] if line.startswith("mlx-lm"))
     said = (ROOT / "python" / "torpor" / "_dependencies.py").read_text()
     assert dependency in said
-    cmake = re.search(r"project\(torpor VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1]
-    assert project["project"]["version"] == cmake
+    header = (ROOT / "include/torpor/version.h").read_text()
+    version = re.search(r'#define TORPOR_VERSION "([\d.]+)"', header)[1]
+    assert version == ".".join(re.findall(r"#define TORPOR_VERSION_[A-Z]+ (\d+)", header))
+    assert project["project"]["version"] == version
 
 
 USER = """

@@ -1,11 +1,21 @@
 #include "bindings.h"
+#include "faces/error_table.h"
 
 namespace nb = nanobind;
 
 namespace torpor::python {
 
 nb::object exception_of(const Error& error) {
-  return nb::module_::import_("torpor.errors").attr(error_mapping(error.code()).python_name)(error.what());
+  nb::object exception = nb::module_::import_("torpor.errors").attr(faces::error_mapping(error.code()).python_name)(error.what());
+  const auto add = [&](const char* name, const std::string& value) {
+    if (!value.empty()) exception.attr(name) = value;
+  };
+  add("agent", error.agent());
+  add("path", error.path());
+  add("field", error.field());
+  add("expected", error.expected());
+  add("found", error.found());
+  return exception;
 }
 
 }  // namespace torpor::python

@@ -2,7 +2,21 @@
 
 
 class Error(Exception):
-    """What failed, on what, and what to do, in one sentence. Its subclasses are all there are."""
+    """What failed, on what, and what to do, in one sentence. Its subclasses are all there are.
+
+    The same as data; None where it does not apply.
+    """
+
+    agent: str | None = None
+    """Id of the agent that could not be worked on."""
+    path: str | None = None
+    """File or directory, as it was opened."""
+    field: str | None = None
+    """What is wrong: a field of the identity or of a file, or a member of the C++ API's options ("TurnRequest::system")."""
+    expected: str | None = None
+    """What `field` would have to be."""
+    found: str | None = None
+    """What `field` is."""
 
 
 class NotFoundError(Error):

@@ -1,23 +1,37 @@
 #include "torpor/error.h"
 
+#include <utility>
+
 namespace torpor {
 
-const ErrorMapping& error_mapping(ErrorCode code) noexcept {
-  static constexpr ErrorMapping kTable[] = {
-      {ErrorCode::kNotFound, "kNotFound", 3, 404, "NotFoundError"},
-      {ErrorCode::kCorruption, "kCorruption", 4, 500, "CorruptionError"},
-      {ErrorCode::kIncompatible, "kIncompatible", 5, 409, "IncompatibleError"},
-      {ErrorCode::kInvalidArgument, "kInvalidArgument", 6, 400, "InvalidArgumentError"},
-      {ErrorCode::kIo, "kIo", 7, 500, "IoError"},
-      {ErrorCode::kBusy, "kBusy", 8, 423, "BusyError"},
-      {ErrorCode::kResourceExhausted, "kResourceExhausted", 9, 507, "ResourceExhaustedError"},
-      {ErrorCode::kCancelled, "kCancelled", 10, 499, "CancelledError"},
-      {ErrorCode::kInternal, "kInternal", 11, 500, "InternalError"},
-  };
-  for (const ErrorMapping& row : kTable) {
-    if (row.code == code) return row;
-  }
-  return kTable[sizeof(kTable) / sizeof(kTable[0]) - 1];
+const Error::Data& Error::data() const noexcept {
+  static const Data none;
+  return data_ ? *data_ : none;
+}
+
+Error::Data& Error::own() {
+  auto copy = std::make_shared<Data>(data());  // whoever holds a copy of this error keeps what it has read
+  Data& own = *copy;
+  data_ = std::move(copy);
+  return own;
+}
+
+Error& Error::with_agent(std::string id) {
+  own().agent = std::move(id);
+  return *this;
+}
+
+Error& Error::with_path(std::string path) {
+  own().path = std::move(path);
+  return *this;
+}
+
+Error& Error::with_field(std::string field, std::string expected, std::string found) {
+  Data& data = own();
+  data.field = std::move(field);
+  data.expected = std::move(expected);
+  data.found = std::move(found);
+  return *this;
 }
 
 }  // namespace torpor

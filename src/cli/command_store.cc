@@ -4,6 +4,7 @@
 
 #include "cli/commands.h"
 #include "cli/output.h"
+#include "faces/error_table.h"
 #include "torpor/agents.h"
 #include "torpor/engine.h"
 #include "torpor/error.h"
@@ -34,7 +35,7 @@ int verify(const std::filesystem::path& root, const std::optional<std::string>& 
     }
     print(text.empty() ? "no agents in " + root.string() + "\n" : text);
   }
-  return ok ? 0 : error_mapping(ErrorCode::kCorruption).exit_code;
+  return ok ? 0 : faces::error_mapping(ErrorCode::kCorruption).exit_code;
 }
 
 int collect_garbage(const std::filesystem::path& root) {

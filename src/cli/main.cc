@@ -8,8 +8,10 @@
 
 #include "cli/commands.h"
 #include "cli/output.h"
+#include "faces/error_table.h"
 #include "torpor/error.h"
 #include "torpor/store.h"
+#include "torpor/version.h"
 
 namespace {
 
@@ -37,7 +39,7 @@ std::string one_line(std::string text) {
 
 int fail(const torpor::Error& error) {
   torpor::cli::complain(error.what());
-  return torpor::error_mapping(error.code()).exit_code;
+  return torpor::faces::error_mapping(error.code()).exit_code;
 }
 
 int dispatch(int argc, char** argv) {

@@ -10,9 +10,11 @@
 #include <torpor/error.h>
 #include <torpor/generate.h>
 #include <torpor/kv_snapshot.h>
+#include <torpor/log.h>
 #include <torpor/model.h>
 #include <torpor/store.h>
 #include <torpor/text.h>
+#include <torpor/version.h>
 
 namespace {
 

@@ -1,0 +1,17 @@
+#pragma once
+/// Which Torpor this is. CMake, the Python package and `find_package(torpor)` read the version here.
+
+#define TORPOR_VERSION_MAJOR 0
+#define TORPOR_VERSION_MINOR 1
+#define TORPOR_VERSION_PATCH 0
+#define TORPOR_VERSION "0.1.0"
+
+namespace torpor {
+
+/// Versions of the store's file format (docs/format.md). Versions from kOldestFormatRead to kNewestFormat are read; a newer one
+/// is kIncompatible. A file is written in the oldest version that has what it holds, but none before kOldestFormatWritten.
+inline constexpr int kOldestFormatRead = 1;
+inline constexpr int kOldestFormatWritten = 1;
+inline constexpr int kNewestFormat = 2;
+
+}  // namespace torpor
