@@ -2,7 +2,7 @@
 BUILD   ?= build
 PYTHON  := .venv/bin/python
 
-.PHONY: all setup build model models test wheel demo soak goldens clean
+.PHONY: all setup build model models test wheel demo soak goldens prove clean
 all: build
 
 setup: .venv/.ready
@@ -41,6 +41,11 @@ soak: build model
 # Regenerates every golden from the reference implementations (mlx-lm, tokenizers, transformers). Slow.
 goldens: setup models
 	scripts/make-goldens
+
+# The tests of tests/proofs.txt fail at REV and pass here.
+REV ?= 2543f30
+prove: build model
+	scripts/prove-tests $(REV) --here $(BUILD)
 
 clean:
 	rm -rf build build-*
