@@ -8,6 +8,7 @@
 
 #include <gtest/gtest.h>
 
+#include "kernels/compute.h"
 #include "kernels/cpu_target.h"
 #include "kernels/thread_pool.h"
 #include "torpor/error.h"
@@ -81,6 +82,24 @@ TEST(KernelsTargetDeathTest, TheForcedTargetIsUsedOrRefused) {
 #else
   EXPECT_EXIT(result_of("avx2"), testing::ExitedWithCode(10), "");
 #endif
+}
+
+TEST(KernelsTargetDeathTest, AskingForTheTargetsNameLeavesItInUse) {
+  testing::GTEST_FLAG(death_test_style) = "threadsafe";
+  const auto normed = [] {
+    constexpr int kWidth = 577;  // sums of so many depend on the target's lanes
+    std::vector<float> x(kWidth), weight(kWidth, 1.0f), y(kWidth);
+    for (int i = 0; i < kWidth; ++i) x[size_t(i)] = 1.0f / float(i + 1);
+    rms_norm(x.data(), 1, kWidth, weight.data(), 1e-5f, y.data());
+    return y;
+  };
+  const auto run = [&] {
+    setenv("TORPOR_CPU_TARGET", "portable", 1);
+    const std::vector<float> before = normed();
+    const std::string name = cpu_target_name();
+    std::exit((name == "EMU128" || name == "SCALAR") && normed() == before ? 20 : 21);
+  };
+  EXPECT_EXIT(run(), testing::ExitedWithCode(20), "");
 }
 
 }  // namespace

@@ -1,3 +1,7 @@
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu_target.cc"
+#include <hwy/foreach_target.h>  // must come before highway.h
+
 #include "kernels/cpu_target.h"
 
 #include <cstdint>
@@ -9,7 +13,21 @@
 
 #include "torpor/error.h"
 
+HWY_BEFORE_NAMESPACE();
 namespace torpor::kernels {
+namespace HWY_NAMESPACE {
+
+const char* ThisTarget() { return hwy::TargetName(HWY_TARGET); }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace torpor::kernels
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace torpor::kernels {
+
+HWY_EXPORT(ThisTarget);
+
 namespace {
 
 constexpr int64_t kPortable = HWY_EMU128 | HWY_SCALAR;
@@ -58,8 +76,9 @@ void ensure_cpu_target() {
 
 const char* cpu_target_name() {
   ensure_cpu_target();
-  const int64_t targets = hwy::SupportedTargets() & HWY_TARGETS;
-  return hwy::TargetName(targets == 0 ? HWY_STATIC_TARGET : targets & -targets);  // the lowest bit is the best target
+  // Asked of the dispatch itself: hwy::SupportedTargets() makes Highway choose anew, from the disabled targets too.
+  return HWY_DYNAMIC_DISPATCH(ThisTarget)();
 }
 
 }  // namespace torpor::kernels
+#endif  // HWY_ONCE
