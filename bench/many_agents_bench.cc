@@ -42,7 +42,7 @@ int main(int argc, char** argv) {
       const size_t size = snapshot.layout.offset(2, rows);
       const auto buffer = torpor::allocate_heap_buffer(size);
       std::fill_n(buffer.get(), size, std::byte(1));
-      snapshot.runs.push_back({rows, {buffer.get(), size}, buffer});
+      snapshot.add_run(rows, {buffer.get(), size}, buffer);
     }
     snapshot.tokens.assign(size_t(tokens), 1);
     {

@@ -22,7 +22,7 @@ torpor::KvSnapshot make(int n_tokens, torpor::KvDtype dtype) {
     const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), n);
     const auto buffer = torpor::allocate_heap_buffer(size);
     std::fill_n(buffer.get(), size, std::byte{1});
-    snapshot.runs.push_back({n, {buffer.get(), size}, buffer});
+    snapshot.add_run(n, {buffer.get(), size}, buffer);
   }
   return snapshot;
 }
@@ -40,7 +40,6 @@ torpor::KvSnapshot make_prompt_cache(const torpor::KvFormat& format, const char*
   snapshot.identity.architecture = architecture;
   snapshot.identity.kv = format.name();
   snapshot.layout.tensors.clear();
-  snapshot.runs.clear();
   for (const std::string name : {"layer_0_keys", "layer_0_values"}) {
     if (format.bits == 0) {
       snapshot.layout.tensors.push_back({name, format.dtype, 1, 32, 4});
@@ -52,7 +51,7 @@ torpor::KvSnapshot make_prompt_cache(const torpor::KvFormat& format, const char*
   const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), 6);
   const auto buffer = torpor::allocate_heap_buffer(size);
   std::fill_n(buffer.get(), size, std::byte{1});
-  snapshot.runs.push_back({6, {buffer.get(), size}, buffer});
+  snapshot.add_run(6, {buffer.get(), size}, buffer);
   return snapshot;
 }
 

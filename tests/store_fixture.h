@@ -1,6 +1,7 @@
 #pragma once
 /// What the store's tests share: a directory that goes away, and snapshots whose every byte is known.
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -67,7 +68,7 @@ inline KvLayout small_layout(KvDtype dtype = KvDtype::kF16, int layers = 1, int 
 }
 
 /// Token `t`'s bytes depend on (seed, tensor, head, t) alone, so equal prefixes have equal rows.
-inline KvRun make_run(const KvLayout& layout, int first, int n_tokens, uint32_t seed) {
+inline KvTail make_run(const KvLayout& layout, int first, int n_tokens, uint32_t seed) {
   const size_t size = layout.offset(layout.tensors.size(), n_tokens);
   auto buffer = allocate_heap_buffer(size);
   size_t at = 0;
@@ -94,7 +95,8 @@ inline KvSnapshot make_snapshot(int n_tokens, const KvLayout& layout = small_lay
   snapshot.layout = layout;
   for (int t = 0; t < n_tokens; ++t) snapshot.tokens.push_back(first_token + t % 1000);
   for (int done = 0; done < n_tokens; done += kSegmentTokens) {
-    snapshot.runs.push_back(make_run(layout, done, std::min(kSegmentTokens, n_tokens - done), seed));
+    const KvTail run = make_run(layout, done, std::min(kSegmentTokens, n_tokens - done), seed);
+    snapshot.add_run(run.n_tokens, run.bytes, run.owner);
   }
   return snapshot;
 }
@@ -110,13 +112,14 @@ inline KvSnapshot with_state(KvSnapshot snapshot, uint32_t seed = 7) {
   return snapshot;
 }
 
-/// A snapshot in pieces that lie apart in memory, in no order.
+/// A snapshot whose rows are in pieces that lie apart in memory, in no order.
 struct Scattered {
   explicit Scattered(const KvSnapshot& whole, size_t piece = 300) : snapshot(whole) {
-    for (size_t i = 0; i < whole.runs.size(); ++i) {
-      KvRun& run = snapshot.runs[i];
-      run = {.n_tokens = whole.runs[i].n_tokens};
-      const auto bytes = whole.runs[i].bytes;
+    snapshot.sealed.clear();
+    snapshot.tail = {};
+    for (size_t i = 0; i < whole.n_runs(); ++i) {
+      BorrowedRows::Run& run = rows.runs.emplace_back();
+      const auto bytes = whole.run_bytes(i);
       for (size_t at = 0; at < bytes.size(); at += piece) {
         const auto part = bytes.subspan(at, std::min(piece, bytes.size() - at));
         memory.emplace_front(part.begin(), part.end());
@@ -128,8 +131,12 @@ struct Scattered {
   void scribble() {
     for (auto& piece : memory) std::fill(piece.begin(), piece.end(), std::byte{0x5a});
   }
+  SaveResult save(Store& store, const std::string& id, Durability durability = Durability::kFull) const {
+    return store.save_agent_cache(id, snapshot, rows, "m", {}, durability);
+  }
   std::list<std::vector<std::byte>> memory;
   KvSnapshot snapshot;
+  BorrowedRows rows;
 };
 
 /// Puts an agent together from what a load reads into it.
@@ -144,15 +151,15 @@ class CollectingSink : public RowSink {
       const int n = std::min(kSegmentTokens, int(of.tokens.size()) - done);
       const size_t size = of.layout.offset(of.layout.tensors.size(), n);
       const auto buffer = allocate_heap_buffer(size);
-      snapshot.runs.push_back({n, {buffer.get(), size}, buffer});
+      snapshot.add_run(n, {buffer.get(), size}, buffer);
     }
   }
   Place place(size_t tensor, int64_t first, int n) override {
-    const KvRun& run = snapshot.runs[size_t(first) / kSegmentTokens];
-    EXPECT_EQ(run.n_tokens, n);
+    const size_t run = size_t(first) / kSegmentTokens;
+    EXPECT_EQ(snapshot.run_tokens(run), n);
     const KvTensorSpec& spec = snapshot.layout.tensors[tensor];
-    EXPECT_EQ(asked_[size_t(first) / kSegmentTokens * snapshot.layout.tensors.size() + tensor]++, 0) << "asked for twice";
-    return {const_cast<std::byte*>(run.bytes.data()) + snapshot.layout.offset(tensor, n),
+    EXPECT_EQ(asked_[run * snapshot.layout.tensors.size() + tensor]++, 0) << "asked for twice";
+    return {const_cast<std::byte*>(snapshot.run_bytes(run).data()) + snapshot.layout.offset(tensor, n),
             size_t(n) * spec.bytes_per_token() / size_t(spec.n_kv_heads)};
   }
 
@@ -165,10 +172,9 @@ inline ::testing::AssertionResult same(const KvSnapshot& a, const KvSnapshot& b)
   if (!(a.identity == b.identity)) return ::testing::AssertionFailure() << "identities differ";
   if (!(a.layout == b.layout)) return ::testing::AssertionFailure() << "layouts differ";
   if (a.tokens != b.tokens) return ::testing::AssertionFailure() << "tokens differ: " << a.tokens.size() << ", " << b.tokens.size();
-  if (a.runs.size() != b.runs.size()) return ::testing::AssertionFailure() << "numbers of runs differ";
-  for (size_t i = 0; i < a.runs.size(); ++i) {
-    if (a.runs[i].n_tokens != b.runs[i].n_tokens || a.runs[i].bytes.size() != b.runs[i].bytes.size() ||
-        std::memcmp(a.runs[i].bytes.data(), b.runs[i].bytes.data(), a.runs[i].bytes.size()) != 0) {
+  if (a.n_runs() != b.n_runs()) return ::testing::AssertionFailure() << "numbers of runs differ";
+  for (size_t i = 0; i < a.n_runs(); ++i) {
+    if (a.run_tokens(i) != b.run_tokens(i) || !std::ranges::equal(a.run_bytes(i), b.run_bytes(i))) {
       return ::testing::AssertionFailure() << "run " << i << " differs";
     }
   }
@@ -185,11 +191,13 @@ inline ::testing::AssertionResult same(const KvSnapshot& a, const KvSnapshot& b)
 /// `prefix` is `whole` cut at a run's end.
 inline ::testing::AssertionResult is_prefix(const KvSnapshot& prefix, const KvSnapshot& whole) {
   KvSnapshot cut = whole;
-  if (prefix.runs.size() > whole.runs.size()) return ::testing::AssertionFailure() << "more runs than there were";
-  cut.runs.resize(prefix.runs.size());
-  size_t tokens = 0;
-  for (const auto& run : cut.runs) tokens += size_t(run.n_tokens);
-  cut.tokens.resize(tokens);
+  if (prefix.n_runs() > whole.n_runs()) return ::testing::AssertionFailure() << "more runs than there were";
+  if (prefix.n_runs() < whole.n_runs()) {
+    cut.sealed.resize(prefix.n_runs());
+    cut.tail = {};
+    cut.tokens.resize(prefix.n_runs() * kSegmentTokens);
+  }
+  const size_t tokens = cut.tokens.size();
   // State is that after the last token: a prefix has none, and the whole may have lost it alone.
   if (tokens < whole.tokens.size() || prefix.state.empty()) cut.state.clear();
   return same(prefix, cut);

@@ -36,7 +36,7 @@ KvSnapshot random_snapshot(int n, KvDtype dtype, const BufferAllocator& allocate
     const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), rows);
     auto buffer = allocate(size);
     for (size_t i = 0; i < size; ++i) buffer.get()[i] = std::byte(random());
-    snapshot.runs.push_back({rows, {buffer.get(), size}, buffer});
+    snapshot.add_run(rows, {buffer.get(), size}, buffer);
   }
   return snapshot;
 }
@@ -45,10 +45,10 @@ void expect_equal(const KvSnapshot& a, const KvSnapshot& b) {
   EXPECT_EQ(a.identity, b.identity);
   EXPECT_EQ(a.layout, b.layout);
   EXPECT_EQ(a.tokens, b.tokens);
-  ASSERT_EQ(a.runs.size(), b.runs.size());
-  for (size_t i = 0; i < a.runs.size(); ++i) {
-    ASSERT_EQ(a.runs[i].bytes.size(), b.runs[i].bytes.size());
-    EXPECT_EQ(0, std::memcmp(a.runs[i].bytes.data(), b.runs[i].bytes.data(), a.runs[i].bytes.size())) << "run " << i;
+  ASSERT_EQ(a.n_runs(), b.n_runs());
+  for (size_t i = 0; i < a.n_runs(); ++i) {
+    ASSERT_EQ(a.run_bytes(i).size(), b.run_bytes(i).size());
+    EXPECT_EQ(0, std::memcmp(a.run_bytes(i).data(), b.run_bytes(i).data(), a.run_bytes(i).size())) << "run " << i;
   }
 }
 
@@ -56,7 +56,8 @@ void expect_equal(const KvSnapshot& a, const KvSnapshot& b) {
 KvSnapshot prefix_of(const KvSnapshot& whole, int n) {
   KvSnapshot prefix{whole.identity, whole.layout, {whole.tokens.begin(), whole.tokens.begin() + n}, {}};
   for (int first = 0; first < n; first += kSegmentTokens) {
-    const KvRun& from = whole.runs[size_t(first / kSegmentTokens)];
+    const int from_tokens = whole.run_tokens(size_t(first / kSegmentTokens));
+    const std::byte* from = whole.run_bytes(size_t(first / kSegmentTokens)).data();
     const int rows = std::min(kSegmentTokens, n - first);
     const size_t size = whole.layout.offset(whole.layout.tensors.size(), rows);
     auto buffer = allocate_heap_buffer(size);
@@ -66,12 +67,12 @@ KvSnapshot prefix_of(const KvSnapshot& whole, int n) {
       const size_t row = size_t(spec.dim) * kv_dtype_size(spec.dtype);
       for (int head = 0; head < spec.n_kv_heads; ++head) {
         std::memcpy(buffer.get() + out,
-                    from.bytes.data() + whole.layout.offset(t, from.n_tokens) + size_t(head) * from.n_tokens * row,
+                    from + whole.layout.offset(t, from_tokens) + size_t(head) * from_tokens * row,
                     rows * row);
         out += rows * row;
       }
     }
-    prefix.runs.push_back({rows, {buffer.get(), size}, buffer});
+    prefix.add_run(rows, {buffer.get(), size}, buffer);
   }
   return prefix;
 }
@@ -149,9 +150,49 @@ TEST(SegmentedCache, FullRunsAreAdoptedNotCopied) {
   const KvSnapshot snapshot = random_snapshot(600, KvDtype::kF16, mlx_buffer, 1);
   const auto cache = KvCache::restore(snapshot, Backend::kKernels);
   const KvSnapshot again = cache->snapshot(snapshot.identity);
-  EXPECT_EQ(again.runs[0].bytes.data(), snapshot.runs[0].bytes.data());
-  EXPECT_EQ(again.runs[1].bytes.data(), snapshot.runs[1].bytes.data());
-  EXPECT_NE(again.runs[2].bytes.data(), snapshot.runs[2].bytes.data());
+  EXPECT_EQ(again.sealed, snapshot.sealed);
+  EXPECT_NE(again.tail.bytes.data(), snapshot.tail.bytes.data());
+}
+
+// Restored from a mapping of segment files, which either kind goes on holding.
+TEST_P(CacheKinds, MappedRunsStayTheObjectsTheyWere) {
+  KvSnapshot mapped = random_snapshot(600, dtype(), allocate_heap_buffer, 1);
+  for (auto& run : mapped.sealed) {
+    run = std::make_shared<const SealedRun>(run->bytes(), run, /*mapped=*/true);
+    run->set_segment({"name", "", "content"});
+  }
+  const auto cache = KvCache::restore(mapped, backend());
+  EXPECT_EQ(cache->snapshot(mapped.identity).sealed, mapped.sealed);
+  EXPECT_EQ(cache->clone()->snapshot(mapped.identity).sealed, mapped.sealed);
+  cache->truncate(300);
+  EXPECT_EQ(cache->snapshot(mapped.identity).sealed, std::vector(1, mapped.sealed[0]));
+  expect_equal(cache->snapshot(mapped.identity), prefix_of(mapped, 300));
+}
+
+TEST(SegmentedCache, ARunThatFillsIsOneObjectForEveryone) {
+  const auto cache = KvCache::create(make_layout(KvDtype::kF16), Backend::kKernels);
+  const std::vector<int32_t> tokens(700, 5);
+  for (int done = 0; done < 700; done += 50) {
+    cache->reserve(50);
+    cache->record_tokens(std::span(tokens).first(50));
+    cache->advance(50);
+  }
+  const KvSnapshot snapshot = cache->snapshot({});
+  ASSERT_EQ(snapshot.sealed.size(), 2u);
+  EXPECT_EQ(snapshot.tail.n_tokens, 700 - 512);
+  EXPECT_EQ(cache->snapshot({}).sealed, snapshot.sealed);
+  const auto clone = cache->clone();
+  EXPECT_EQ(clone->snapshot({}).sealed, snapshot.sealed);
+  // Cut inside the second run: what fills it again is another.
+  clone->truncate(300);
+  clone->reserve(250);
+  clone->record_tokens(std::span(tokens).first(250));
+  clone->advance(250);
+  const KvSnapshot other = clone->snapshot({});
+  ASSERT_EQ(other.sealed.size(), 2u);
+  EXPECT_EQ(other.sealed[0], snapshot.sealed[0]);
+  EXPECT_NE(other.sealed[1], snapshot.sealed[1]);
+  EXPECT_EQ(cache->snapshot({}).sealed, snapshot.sealed);
 }
 
 TEST(SegmentedCache, RowsWrittenAfterACutInsideASealedRunReachNobodyElse) {
@@ -185,14 +226,14 @@ TEST(DenseCache, AppendedRowsAreWhatASnapshotHolds) {
     cache->record_tokens(std::vector<int32_t>(size_t(n), 5));
   }
   const KvSnapshot snapshot = cache->snapshot({});
-  ASSERT_EQ(snapshot.runs.size(), 2u);
+  ASSERT_EQ(snapshot.n_runs(), 2u);
   mx::array all = mx::contiguous(mx::concatenate(keys, 2));
   all.eval();
   const auto* rows = reinterpret_cast<const std::byte*>(all.data<uint8_t>());
   const size_t row = kDim * 2;
   for (int head = 0; head < kHeads; ++head) {
-    EXPECT_EQ(0, std::memcmp(snapshot.runs[0].bytes.data() + head * 256 * row, rows + head * 304 * row, 256 * row));
-    EXPECT_EQ(0, std::memcmp(snapshot.runs[1].bytes.data() + head * 48 * row, rows + (head * 304 + 256) * row, 48 * row));
+    EXPECT_EQ(0, std::memcmp(snapshot.run_bytes(0).data() + head * 256 * row, rows + head * 304 * row, 256 * row));
+    EXPECT_EQ(0, std::memcmp(snapshot.run_bytes(1).data() + head * 48 * row, rows + (head * 304 + 256) * row, 48 * row));
   }
 }
 

@@ -37,9 +37,8 @@ std::vector<float> feed(Model& model, KvCache& cache, std::span<const int32_t> t
 // Tensor `t` of a snapshot of one run, as an array.
 mx::array tensor(const KvSnapshot& snapshot, size_t t) {
   const KvTensorSpec& spec = snapshot.layout.tensors[t];
-  const KvRun& run = snapshot.runs.at(0);
-  const std::byte* bytes = run.bytes.data() + snapshot.layout.offset(t, run.n_tokens);
-  const mx::Shape shape{1, spec.n_kv_heads, run.n_tokens, spec.dim};
+  const std::byte* bytes = snapshot.run_bytes(0).data() + snapshot.layout.offset(t, snapshot.run_tokens(0));
+  const mx::Shape shape{1, spec.n_kv_heads, snapshot.run_tokens(0), spec.dim};
   switch (spec.dtype) {
     case KvDtype::kF32: return mx::array(reinterpret_cast<const float*>(bytes), shape, mx::float32);
     case KvDtype::kF16: return mx::array(reinterpret_cast<const mx::float16_t*>(bytes), shape, mx::float16);
@@ -99,7 +98,7 @@ TEST_P(Backends, FourBitsHoldThreeTimesTheAgentsOfF16) {
     for (int i = 0; i < 2; ++i) {
       const auto buffer = allocate_heap_buffer(size);
       std::memset(buffer.get(), i, size);
-      snapshot.runs.push_back({kSegmentTokens, {buffer.get(), size}, buffer});
+      snapshot.add_run(kSegmentTokens, {buffer.get(), size}, buffer);
     }
     held.push_back(double(KvCache::restore(snapshot, GetParam())->nbytes()));
     store.save_agent_cache("a", snapshot, "m");
@@ -125,7 +124,7 @@ TEST_P(Backends, AWindowBoundsWhatIsHeldAndNothingElseChanges) {
 
     // What is on disk is let go of.
     const size_t before = cache->nbytes();
-    for (size_t i = 0; i < result.segments.size(); ++i) cache->replace_run(int(i), store.map_segment(result.segments[i]).value());
+    for (size_t i = 0; i < result.segments.size(); ++i) cache->replace_run(int(i), store.map_segment(result.segments[i]));
     size_t bounded = 0;  // the last run of a layer with a window, all three of one without
     for (const KvTensorSpec& spec : layout.tensors) bounded += spec.bytes_per_token() * kSegmentTokens * (spec.window > 0 ? 1 : 3);
     EXPECT_EQ(before, 3 * kSegmentTokens * layout.bytes_per_token());
@@ -148,9 +147,9 @@ TEST_P(Backends, AWindowBoundsWhatIsHeldAndNothingElseChanges) {
       const auto fork = other->clone();
       EXPECT_EQ(feed(*model, *other, std::span(tokens).subspan(700)), expected);
       const KvSnapshot rows = other->snapshot(identity);
-      ASSERT_EQ(rows.runs.size(), expected_rows.runs.size());
-      for (size_t i = 0; i < rows.runs.size(); ++i) {
-        EXPECT_TRUE(std::ranges::equal(rows.runs[i].bytes, expected_rows.runs[i].bytes)) << "run " << i;
+      ASSERT_EQ(rows.n_runs(), expected_rows.n_runs());
+      for (size_t i = 0; i < rows.n_runs(); ++i) {
+        EXPECT_TRUE(std::ranges::equal(rows.run_bytes(i), expected_rows.run_bytes(i))) << "run " << i;
       }
       EXPECT_TRUE(validate_cache_structure(*other, &layout));
       fork->truncate(600);

@@ -57,16 +57,16 @@ void compute(KvCache& cache, std::span<const int32_t> tokens) {
 void expect_sound(const KvCache& cache) {
   ASSERT_TRUE(cache.validate()) << cache.validate().reason;
   const KvSnapshot snapshot = cache.snapshot({});
-  for (size_t r = 0; r < snapshot.runs.size(); ++r) {
-    const KvRun& run = snapshot.runs[r];
+  for (size_t r = 0; r < snapshot.n_runs(); ++r) {
+    const int n = snapshot.run_tokens(r);
     for (size_t t = 0; t < snapshot.layout.tensors.size(); ++t) {
       const KvTensorSpec& spec = snapshot.layout.tensors[t];
       for (int head = 0; head < kHeads; ++head) {
-        for (int row = 0; row < run.n_tokens; ++row) {
+        for (int row = 0; row < n; ++row) {
           const int position = int(r) * kSegmentTokens + row;
           if (!KvLayout::attended(spec, position, 1, cache.length())) continue;
           const std::byte* at =
-              run.bytes.data() + snapshot.layout.offset(t, run.n_tokens) + size_t(head * run.n_tokens + row) * kDim * 2;
+              snapshot.run_bytes(r).data() + snapshot.layout.offset(t, n) + size_t(head * n + row) * kDim * 2;
           const auto expected = std::byte(row_byte(t, head, position, snapshot.tokens[size_t(position)]));
           ASSERT_TRUE(at[0] == expected && at[kDim * 2 - 1] == expected)
               << spec.name << " position " << position << " of " << cache.length();
@@ -431,7 +431,7 @@ TEST(WriteBehind, ATurnDoesNotWaitForTheDiskUntilTheQueueIsFull) {
   const auto job = [&](const std::string& id, int n, size_t new_bytes) {
     Writer::Job made{.agent = id, .version = uint64_t(n)};
     made.snapshot = {testing::test_identity(), layout_of(0), ids(n, 1), {}};
-    made.snapshot.runs.push_back(testing::make_run(layout_of(0), 0, n, 1));
+    made.snapshot.tail = testing::make_run(layout_of(0), 0, n, 1);
     made.new_bytes = new_bytes;
     return made;
   };

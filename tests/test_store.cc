@@ -149,7 +149,8 @@ TEST_F(StoreTest, OtherIdentityOrParentIsAnotherSegment) {
   // The same 256 tokens twice in a row.
   auto twice = make_snapshot(256);
   twice.tokens.insert(twice.tokens.end(), a.tokens.begin(), a.tokens.end());
-  twice.runs.push_back(make_run(twice.layout, 256, 256, 1));
+  const KvTail again = make_run(twice.layout, 256, 256, 1);
+  twice.add_run(256, again.bytes, again.owner);
   store_.save_agent_cache("twice", twice, "m");
   EXPECT_EQ(count_segments(), 3);
   EXPECT_TRUE(same(store_.load_agent_cache("twice").snapshot, twice));
@@ -162,7 +163,7 @@ TEST_F(StoreTest, CostFollowsTheChange) {
   // What a turn does: the sealed runs stay, the last one grows.
   const auto longer = make_snapshot(2020, layout);
   snapshot.tokens = longer.tokens;
-  snapshot.runs.back() = longer.runs.back();
+  snapshot.tail = longer.tail;
   const auto second = store_.save_agent_cache("a", snapshot, "m");
   EXPECT_EQ(second.segments_written, 0);
   EXPECT_LT(second.bytes_written * 4, first.bytes_written);

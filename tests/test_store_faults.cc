@@ -43,8 +43,8 @@ class StoreFaults : public ::testing::Test {
         {"save pieces", [](Store& s) {
            Scattered apart(kNew);
            const auto names = s.agent_info("a").segments;
-           for (size_t i = 0; i < std::min(names.size(), apart.snapshot.runs.size()); ++i) apart.snapshot.runs[i].segment = names[i];
-           s.save_agent_cache("a", apart.snapshot, "m");
+           for (size_t i = 0; i < std::min(names.size(), apart.rows.runs.size()); ++i) apart.rows.runs[i].segment = names[i];
+           apart.save(s, "a");
          }, {&kOld}, {&kNew}},
         {"shrink", [](Store& s) { s.save_agent_cache("a", make_snapshot(0), "m"); }, {&kOld}, {&kEmpty}},
         {"delete", [](Store& s) { s.delete_agent_cache("a"); }, {&kOld}, {nullptr}},

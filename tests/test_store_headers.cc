@@ -98,7 +98,7 @@ TEST_F(StoreHeaders, OtherLayoutsAndVariants) {
   after(headers, files_[1]);
   // Other rows of the same tokens are kept as a variant; another layout has another header.
   auto other = make_snapshot(4 * 256);
-  for (auto& run : other.runs) const_cast<std::byte&>(run.bytes[0]) ^= std::byte{1};
+  for (auto& run : other.sealed) const_cast<std::byte&>(run->bytes()[0]) ^= std::byte{1};
   const fs::path wide = directory_.path() / "wide";
   const std::pair<fs::path, SaveResult> saves[] = {
       {root_, Store(root_).save_agent_cache("b", other, "m")},

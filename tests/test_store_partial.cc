@@ -1,6 +1,7 @@
 /// Loads of a part: the first tokens, the rows that windows still see, and rows that this process holds already.
 
 #include "counting_env.h"
+#include "store/known.h"
 #include "store_fixture.h"
 
 namespace torpor::testing {
@@ -18,14 +19,14 @@ KvSnapshot first_tokens(int n, const KvLayout& layout) { return make_snapshot(n,
 
 /// Equal in every byte that can still be attended.
 ::testing::AssertionResult same_attended(const KvSnapshot& a, const KvSnapshot& b) {
-  if (a.tokens != b.tokens || a.runs.size() != b.runs.size()) return ::testing::AssertionFailure() << "other tokens";
-  for (size_t i = 0; i < a.runs.size(); ++i) {
-    const int n = a.runs[i].n_tokens;
-    if (b.runs[i].n_tokens != n) return ::testing::AssertionFailure() << "run " << i << " has another length";
+  if (a.tokens != b.tokens || a.n_runs() != b.n_runs()) return ::testing::AssertionFailure() << "other tokens";
+  for (size_t i = 0; i < a.n_runs(); ++i) {
+    const int n = a.run_tokens(i);
+    if (b.run_tokens(i) != n) return ::testing::AssertionFailure() << "run " << i << " has another length";
     for (size_t t = 0; t < a.layout.tensors.size(); ++t) {
       if (!KvLayout::attended(a.layout.tensors[t], int64_t(i) * kSegmentTokens, n, int64_t(a.tokens.size()))) continue;
       const size_t begin = a.layout.offset(t, n), end = a.layout.offset(t + 1, n);
-      if (std::memcmp(a.runs[i].bytes.data() + begin, b.runs[i].bytes.data() + begin, end - begin) != 0) {
+      if (std::memcmp(a.run_bytes(i).data() + begin, b.run_bytes(i).data() + begin, end - begin) != 0) {
         return ::testing::AssertionFailure() << "run " << i << " tensor " << t << " differs";
       }
     }
@@ -72,7 +73,7 @@ TEST_F(StorePartial, AnyNumberOfFirstTokens) {
         } else {
           EXPECT_TRUE(same(loaded.snapshot, expected)) << n << " mapped " << map;
         }
-        for (const auto& run : loaded.snapshot.runs) EXPECT_EQ(run.mapped, map && (run.n_tokens == 256 || n == 1300)) << n;
+        for (const auto& run : loaded.snapshot.sealed) EXPECT_EQ(run->mapped(), map) << n;
         EXPECT_EQ(loaded.info.bytes, Store(root_).agent_info("a").bytes);
       }
     }
@@ -127,7 +128,7 @@ TEST_F(StorePartial, RowsThatAreHeldAreSharedAndNotRead) {
   for (const bool map : {false, true}) {
     env.reset();
     const auto loaded = store.load_agent_cache("a", {.map_rows = map});
-    for (int i = 0; i < 5; ++i) EXPECT_EQ(loaded.snapshot.runs[i].bytes.data(), saved.runs[i].bytes.data());
+    for (int i = 0; i < 5; ++i) EXPECT_EQ(loaded.snapshot.sealed[i], saved.sealed[i]);
     EXPECT_TRUE(same(loaded.snapshot, saved));
     EXPECT_EQ(env.opens, 1) << "the agent file";
     EXPECT_EQ(loaded.bytes_read, Store(root_).agent_info("a").tail_bytes);
@@ -137,20 +138,20 @@ TEST_F(StorePartial, RowsThatAreHeldAreSharedAndNotRead) {
   const auto mapped = other.load_agent_cache("a", {.map_rows = true});
   env.reset();
   const auto again = other.load_agent_cache("a", {.map_rows = true});
-  EXPECT_EQ(again.snapshot.runs[0].bytes.data(), mapped.snapshot.runs[0].bytes.data());
+  EXPECT_EQ(again.snapshot.sealed[0], mapped.snapshot.sealed[0]);
   EXPECT_EQ(env.maps, 1) << "the tail";
-  EXPECT_FALSE(other.load_agent_cache("a", {}).snapshot.runs[0].mapped);
+  EXPECT_FALSE(other.load_agent_cache("a", {}).snapshot.sealed[0]->mapped());
 }
 
 TEST_F(StorePartial, NobodyElsesRowsAreTakenForTheFiles) {
   Store store(root_);
   auto held = std::optional(store.load_agent_cache("a", {.map_rows = true}));
-  const auto* before = held->snapshot.runs[0].bytes.data();
+  const auto* before = held->snapshot.sealed[0]->bytes().data();
   // Replaced by another process: same rows, another file.
   const auto path = segment_path(held->info.segments[0]);
   fs::copy(path, directory_.path() / "copy");
   fs::rename(directory_.path() / "copy", path);
-  EXPECT_NE(store.load_agent_cache("a", {.map_rows = true}).snapshot.runs[0].bytes.data(), before);
+  EXPECT_NE(store.load_agent_cache("a", {.map_rows = true}).snapshot.sealed[0]->bytes().data(), before);
   // Rows that no one holds any more are read again.
   held.reset();
   damage(1, 0);
@@ -171,6 +172,40 @@ TEST_F(StorePartial, APartlyCheckedSegmentIsNotTakenForAWholeOne) {
   EXPECT_EQ(code_of([&] { store.load_agent_cache("a", {.map_rows = true}); }), ErrorCode::kCorruption);
   // Someone with good rows in hand does not build on it either: it is written again.
   EXPECT_EQ(store.save_agent_cache("b", make_snapshot(300, layout_), "m").segments_written, 1);
+}
+
+TEST(KnownSegmentsTest, NamesOfRunsThatNobodyHoldsAreForgotten) {
+  KnownSegments known;
+  std::vector<std::shared_ptr<const SealedRun>> held;
+  for (int i = 0; i < 100'000; ++i) {
+    const auto run = std::make_shared<const SealedRun>(std::span<const std::byte>(), nullptr);
+    run->set_segment({std::to_string(i), "", "content"});
+    known.add_run(run);
+    if (i % 1000 == 0) held.push_back(run);
+  }
+  EXPECT_LE(known.n_runs(), 1024u);
+  for (const auto& run : held) EXPECT_EQ(known.run(run->segment()->name), run);
+  EXPECT_EQ(known.run("1"), nullptr);
+}
+
+TEST_F(StorePartial, ASaveKnowsByTheRunItselfThatItsRowsAreOnDisk) {
+  CountingEnv env;
+  Store store(root_, &env);
+  const auto snapshot = make_snapshot(1300, layout_, /*seed=*/3, /*first_token=*/500);
+  const auto first = store.save_agent_cache("b", snapshot, "m", {}, Durability::kRename);
+  for (size_t i = 0; i < 5; ++i) EXPECT_EQ(snapshot.sealed[i]->segment()->name, first.segments[i]);
+  // Whoever shares the runs, longer or shorter.
+  KvSnapshot shorter = snapshot;
+  shorter.tokens.resize(512);
+  shorter.sealed.resize(2);
+  shorter.tail = {};
+  // No row is read: not even those in memory, which may be pages on disk.
+  for (const auto& run : snapshot.sealed) const_cast<std::byte&>(run->bytes()[0]) ^= std::byte{1};
+  env.reset();
+  EXPECT_EQ(store.save_agent_cache("c", shorter, "m", {}, Durability::kRename).segments_shared, 2);
+  EXPECT_EQ(store.save_agent_cache("d", snapshot, "m", {}, Durability::kRename).segments, first.segments);
+  EXPECT_EQ(env.opened_segments(), 0);
+  EXPECT_TRUE(same(Store(root_).load_agent_cache("d").snapshot, make_snapshot(1300, layout_, 3, 500)));
 }
 
 TEST_F(StorePartial, SavingWhatWasLoadedInPartReadsNoRow) {

@@ -13,10 +13,11 @@ class StorePieces : public ::testing::Test {
   }
   KvSnapshot load(const std::string& id) { return Store(root_).load_agent_cache(id).snapshot; }
   SaveResult save(const std::string& id, const KvSnapshot& snapshot) { return store_.save_agent_cache(id, snapshot, "m"); }
+  SaveResult save(const std::string& id, const Scattered& apart) { return apart.save(store_, id); }
   /// `n` tokens in pieces, with the names that an earlier save gave.
   Scattered hinted(int n, const SaveResult& earlier) {
     Scattered apart(make_snapshot(n, layout_));
-    for (size_t i = 0; i < earlier.segments.size(); ++i) apart.snapshot.runs[i].segment = earlier.segments[i];
+    for (size_t i = 0; i < earlier.segments.size(); ++i) apart.rows.runs[i].segment = earlier.segments[i];
     return apart;
   }
   static void flip(std::span<const std::byte> piece) { const_cast<std::byte&>(piece[0]) ^= std::byte{1}; }
@@ -33,7 +34,7 @@ TEST_F(StorePieces, TheSameFilesAsFromOneBuffer) {
   Store(directory_.path() / "other").save_agent_cache("a", whole, "m");
   for (const size_t piece : {1, 2, 300, 4096, 16384, 1 << 20}) {
     Store store(root_);
-    const auto result = store.save_agent_cache("a", Scattered(whole, piece).snapshot, "m");
+    const auto result = Scattered(whole, piece).save(store, "a");
     EXPECT_EQ(result.segments_written, 2);
     EXPECT_TRUE(same(load("a"), whole)) << piece;
     for (const auto& name : result.segments) {
@@ -45,21 +46,21 @@ TEST_F(StorePieces, TheSameFilesAsFromOneBuffer) {
 
 TEST_F(StorePieces, NothingIsRememberedOfTheirMemory) {
   Scattered apart(make_snapshot(600, layout_));
-  save("a", apart.snapshot);
+  save("a", apart);
   apart.scribble();
-  const auto scribbled = save("b", apart.snapshot);
+  const auto scribbled = save("b", apart);
   EXPECT_EQ(scribbled.segments_written, 2) << "other rows of the same tokens";
   EXPECT_TRUE(same(load("a"), make_snapshot(600, layout_)));
-  EXPECT_EQ(load("b").runs[0].bytes[7], std::byte{0x5a});
+  EXPECT_EQ(load("b").run_bytes(0)[7], std::byte{0x5a});
 }
 
 TEST_F(StorePieces, RowsOfANamedSegmentAreNotRead) {
-  const auto first = save("a", Scattered(make_snapshot(600, layout_)).snapshot);
+  const auto first = save("a", Scattered(make_snapshot(600, layout_)));
   // Nothing but the last tensor's rows is looked at, so the others may even differ: the caller's word counts.
   Scattered apart = hinted(620, first);
-  flip(apart.snapshot.runs[0].pieces[0]);
+  flip(apart.rows.runs[0].pieces[0]);
   env_.reset();
-  const auto second = save("a", apart.snapshot);
+  const auto second = save("a", apart);
   EXPECT_EQ(second.segments, first.segments);
   EXPECT_EQ(second.segments_shared, 2);
   EXPECT_EQ(env_.opened_segments(), 0);
@@ -67,30 +68,30 @@ TEST_F(StorePieces, RowsOfANamedSegmentAreNotRead) {
 }
 
 TEST_F(StorePieces, RowsThatWereComputedAnewAreFoundOutByTheLastTensor) {
-  const auto first = save("a", Scattered(make_snapshot(600, layout_)).snapshot);
+  const auto first = save("a", Scattered(make_snapshot(600, layout_)));
   Scattered apart = hinted(600, first);
-  flip(apart.snapshot.runs[1].pieces.back());
-  const auto second = save("a", apart.snapshot);
+  flip(apart.rows.runs[1].pieces.back());
+  const auto second = save("a", apart);
   EXPECT_EQ(second.segments[0], first.segments[0]);
   EXPECT_NE(second.segments[1], first.segments[1]) << "a variant";
   auto expected = make_snapshot(600, layout_);
-  flip(expected.runs[1].bytes.subspan(expected.runs[1].bytes.size() - apart.snapshot.runs[1].pieces.back().size()));
+  flip(expected.run_bytes(1).subspan(expected.run_bytes(1).size() - apart.rows.runs[1].pieces.back().size()));
   EXPECT_TRUE(same(load("a"), expected));
   // The variant's name is taken too.
-  apart.snapshot.runs[1].segment = second.segments[1];
+  apart.rows.runs[1].segment = second.segments[1];
   env_.reset();
-  EXPECT_EQ(save("a", apart.snapshot).segments, second.segments);
+  EXPECT_EQ(save("a", apart).segments, second.segments);
   EXPECT_EQ(env_.opened_segments(), 0);
 }
 
 TEST_F(StorePieces, AWrongNameIsNotTaken) {
-  const auto first = save("a", Scattered(make_snapshot(600, layout_)).snapshot);
+  const auto first = save("a", Scattered(make_snapshot(600, layout_)));
   const auto whole = make_snapshot(600, layout_);
   const auto names = first.segments;
   const auto expect_saves = [&](Store& store, const std::vector<std::string>& hints) {
     Scattered apart(whole);
-    for (size_t i = 0; i < 2; ++i) apart.snapshot.runs[i].segment = hints[i];
-    EXPECT_EQ(store.save_agent_cache("b", apart.snapshot, "m").segments, names);
+    for (size_t i = 0; i < 2; ++i) apart.rows.runs[i].segment = hints[i];
+    EXPECT_EQ(apart.save(store, "b").segments, names);
     EXPECT_TRUE(same(load("b"), whole));
   };
   expect_saves(store_, {names[1], names[0]});
@@ -116,7 +117,7 @@ TEST_F(StorePieces, UnknownTokensAreTheSameOnlyWhenTheirRowsAre) {
   for (auto* snapshot : {&one, &other}) std::fill(snapshot->tokens.begin(), snapshot->tokens.end(), kUnknownToken);
   EXPECT_EQ(save("a", one).segments_written, 2);
   EXPECT_EQ(save("b", other).segments_written, 2);
-  EXPECT_EQ(save("c", Scattered(one).snapshot).segments_shared, 2);
+  EXPECT_EQ(save("c", Scattered(one)).segments_shared, 2);
   for (const auto& [id, saved] : {std::pair("a", &one), std::pair("b", &other), std::pair("c", &one)}) {
     const auto loaded = load(id);
     for (size_t i = 0; i < 600; ++i) ASSERT_LT(loaded.tokens[i], 0);
@@ -134,7 +135,7 @@ TEST_F(StorePieces, ASinkGetsEveryRowOnce) {
     Store holder(root_);
     holder.save_agent_cache("a", whole, "m");
     CollectingSink sink;
-    EXPECT_TRUE(Store(root_).load_agent_cache("a", {.sink = &sink}).snapshot.runs.empty());
+    EXPECT_EQ(Store(root_).load_agent_cache("a", {.sink = &sink}).snapshot.n_runs(), 0u);
     EXPECT_TRUE(same(sink.snapshot, whole)) << n;
     // Rows that this process holds are given all the same.
     CollectingSink again;
@@ -172,8 +173,8 @@ TEST_F(StorePieces, ASinkMayHaveRoomBetweenTheHeads) {
           EXPECT_EQ(row[3], std::byte{0x77});
           continue;
         }
-        const KvRun& run = whole.runs[token / 256];
-        const auto expected = run.bytes.subspan(layout_.offset(t, run.n_tokens) + (head * size_t(run.n_tokens) + token % 256) * 16, 16);
+        const int n = whole.run_tokens(token / 256);
+        const auto expected = whole.run_bytes(token / 256).subspan(layout_.offset(t, n) + (head * size_t(n) + token % 256) * 16, 16);
         EXPECT_TRUE(std::equal(row.begin(), row.end(), expected.begin())) << t << " " << head << " " << token;
       }
     }

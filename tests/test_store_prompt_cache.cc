@@ -45,10 +45,11 @@ KvSnapshot snapshot_of(int n_tokens, const KvFormat& format, const std::string& 
 /// The row of a token, of one head.
 std::string row_of(const KvSnapshot& snapshot, size_t tensor, int head, int token) {
   const KvTensorSpec& spec = snapshot.layout.tensors[tensor];
-  const KvRun& run = snapshot.runs[size_t(token / kSegmentTokens)];
+  const size_t run = size_t(token / kSegmentTokens);
+  const int n = snapshot.run_tokens(run);
   const size_t row = size_t(spec.dim) * kv_dtype_size(spec.dtype);
-  const size_t at = snapshot.layout.offset(tensor, run.n_tokens) + size_t(head * run.n_tokens + token % kSegmentTokens) * row;
-  return {reinterpret_cast<const char*>(run.bytes.data()) + at, row};
+  const size_t at = snapshot.layout.offset(tensor, n) + size_t(head * n + token % kSegmentTokens) * row;
+  return {reinterpret_cast<const char*>(snapshot.run_bytes(run).data()) + at, row};
 }
 
 class StorePromptCache : public ::testing::Test {

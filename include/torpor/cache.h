@@ -28,7 +28,7 @@ class KvCache : public KvAccess {
  public:
   /// An empty cache of the kind `backend` computes with.
   static std::unique_ptr<KvCache> create(const KvLayout& layout, Backend backend);
-  /// The cache a snapshot was taken of. kKernels: full runs are adopted without a copy, whatever memory they are in.
+  /// The cache a snapshot was taken of. kKernels: sealed runs are adopted without a copy, whatever memory they are in.
   /// kInvalidArgument when the snapshot is inconsistent, kIncompatible when it has state: all that is cached here is rows.
   static std::unique_ptr<KvCache> restore(const KvSnapshot& snapshot, Backend backend);
 
@@ -52,7 +52,7 @@ class KvCache : public KvAccess {
   void on_growth(std::function<void(size_t bytes)> make_room) { make_room_ = std::move(make_room); }
   /// Run `i` (sealed) from now on is `run`, the same rows mapped from their segment file: memory then need not hold what
   /// windows have left behind.
-  virtual void replace_run(int i, const KvRun& run) = 0;
+  virtual void replace_run(int i, std::shared_ptr<const SealedRun> run) = 0;
   /// Evaluated bytes of every row, `identity` attached. Sealed segments are referenced, the tail is copied.
   virtual KvSnapshot snapshot(const Identity& identity) const = 0;
   CacheValidation validate() const;

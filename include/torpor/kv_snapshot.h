@@ -6,13 +6,17 @@
 ///
 ///     [tensor 0: [1, H_kv, S, D]] [tensor 1: [1, H_kv, S, D]] ...      row-major, no gaps, little-endian
 ///
-/// Everything here is plain data. Concurrent reads are safe.
+/// A run of kSegmentTokens tokens is *sealed*: it never changes again, and everyone who needs its rows shares one SealedRun.
+/// The tokens past the last sealed run are the *tail*.
+///
+/// Everything here but SealedRun is plain data. Concurrent reads are safe.
 
 #include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -107,25 +111,52 @@ struct Identity {
 /// checksums (name_unknown_tokens).
 inline constexpr int32_t kUnknownToken = -1;
 
-/// The rows of `n_tokens` consecutive tokens: `layout.offset(tensors.size(), n_tokens)` bytes.
-struct KvRun {
-  int n_tokens = 0;
-  std::span<const std::byte> bytes;
-  std::shared_ptr<const void> owner;  ///< keeps `bytes` alive; bytes are immutable while any snapshot holds them
-  /// `bytes` are a read-only mapping of a segment file. What a window has left behind may not have been checked
-  /// (LoadOptions::window_rows_only) and is not to be read.
-  bool mapped = false;
-  /// Only for a save, in place of `bytes` and `owner`: the same bytes, in order, where they lie apart in the caller's memory.
-  /// They are read while the save runs; nothing is remembered of where they were, for the caller may write to them afterwards.
-  std::vector<std::span<const std::byte>> pieces;
-  /// Only for a save of `pieces`: the segment that these rows came from or went to (SaveResult::segments). Where this process
-  /// has seen that file whole and it is still the same, the rows are taken for the segment's when those of the last tensor are,
-  /// and no others are read.
-  std::string segment;
+/// Some of a layout's tensors, by index. Empty: all of them.
+using TensorMask = std::vector<bool>;
+/// Whether `mask` has all that `other` has.
+bool covers(const TensorMask& mask, const TensorMask& other) noexcept;
 
-  size_t size() const noexcept;
-  /// The bytes in order, whichever way they are held. Valid as long as the run.
-  std::span<const std::span<const std::byte>> spans() const noexcept { return pieces.empty() ? std::span(&bytes, 1) : std::span(pieces); }
+/// The rows of kSegmentTokens consecutive tokens in memory: `layout.offset(tensors.size(), kSegmentTokens)` bytes, which never
+/// change. Caches, snapshots and the store share it, so the object itself says whether its rows are on disk. Thread-safe.
+class SealedRun {
+ public:
+  /// The segment that holds these rows on disk.
+  struct Segment {
+    std::string name;     ///< 32 hex digits
+    std::string variant;  ///< empty, or `content` where the plain name is taken by other rows
+    std::string content;  ///< digest of the rows' checksums, 32 hex digits
+  };
+
+  /// `owner` keeps `bytes` alive. `mapped`: they are a read-only mapping of a segment file. `checked`: the tensors whose rows
+  /// were computed here, or read and compared with their checksums; no other tensor's rows may be read.
+  SealedRun(std::span<const std::byte> bytes, std::shared_ptr<const void> owner, bool mapped = false, TensorMask checked = {})
+      : bytes_(bytes), owner_(std::move(owner)), mapped_(mapped), checked_(std::move(checked)) {}
+  SealedRun(const SealedRun&) = delete;
+  SealedRun& operator=(const SealedRun&) = delete;
+
+  std::span<const std::byte> bytes() const noexcept { return bytes_; }
+  bool mapped() const noexcept { return mapped_; }
+  const TensorMask& checked() const noexcept { return checked_; }
+
+  /// Where the store last read or wrote these rows; nullptr when it never did. The file may be gone since.
+  std::shared_ptr<const Segment> segment() const;
+  /// For the store.
+  void set_segment(Segment segment) const;
+
+ private:
+  const std::span<const std::byte> bytes_;
+  const std::shared_ptr<const void> owner_;
+  const bool mapped_;
+  const TensorMask checked_;
+  mutable std::mutex mutex_;
+  mutable std::shared_ptr<const Segment> segment_;
+};
+
+/// The rows past the last sealed run: fewer than kSegmentTokens.
+struct KvTail {
+  int n_tokens = 0;
+  std::span<const std::byte> bytes;   ///< `layout.offset(tensors.size(), n_tokens)` of them
+  std::shared_ptr<const void> owner;  ///< keeps `bytes` alive; they do not change while any snapshot holds them
 };
 
 /// A tensor that is not one row per token: what a layer of another kind (a ring, a recurrent state) holds after the last token.
@@ -138,17 +169,39 @@ struct KvState {
   std::shared_ptr<const void> owner;  ///< keeps `bytes` alive
 };
 
-/// An agent's KV cache at rest, with the tokens it belongs to. All runs but the last hold exactly kSegmentTokens
-/// tokens, the last one 1 to kSegmentTokens; an agent without tokens has no runs.
+/// Rows to be saved that lie apart in memory which the caller goes on using. They are read while the save runs. Nothing is
+/// remembered of where they were.
+struct BorrowedRows {
+  struct Run {
+    /// The run's bytes in order.
+    std::vector<std::span<const std::byte>> pieces;
+    /// The segment that these rows came from or went to (SaveResult::segments), or empty. If this process has seen that file
+    /// whole and it is still the same, only the last tensor's rows are compared with it, and no others are read.
+    std::string segment;
+  };
+  std::vector<Run> runs;  ///< of kSegmentTokens tokens each; the last one may have fewer
+};
+
+/// An agent's KV cache at rest, with the tokens it belongs to.
 struct KvSnapshot {
   Identity identity;
   KvLayout layout;
   std::vector<int32_t> tokens;  ///< one id per cached row
-  std::vector<KvRun> runs;
+  std::vector<std::shared_ptr<const SealedRun>> sealed;
+  KvTail tail;
   std::vector<KvState> state;
 
-  /// Throws kInvalidArgument naming the first disagreement between tokens, runs, layout and state.
+  /// Throws kInvalidArgument naming the first disagreement between tokens, rows, layout and state.
   void validate() const;
+  /// The same for a snapshot whose rows are all in `rows`.
+  void validate(const BorrowedRows& rows) const;
+
+  /// Sealed runs and tail as one sequence: their number, and of run `i` the tokens and bytes.
+  size_t n_runs() const noexcept { return sealed.size() + (tail.n_tokens > 0 ? 1 : 0); }
+  int run_tokens(size_t i) const noexcept { return i < sealed.size() ? kSegmentTokens : tail.n_tokens; }
+  std::span<const std::byte> run_bytes(size_t i) const noexcept { return i < sealed.size() ? sealed[i]->bytes() : tail.bytes; }
+  /// Adds the rows of the next `n_tokens` tokens: a sealed run when they are kSegmentTokens, else the tail.
+  void add_run(int n_tokens, std::span<const std::byte> bytes, std::shared_ptr<const void> owner);
 };
 
 /// Gives the tokens of a run, which are not known, ids that no model has (all are negative) and that are equal only where the rows
@@ -157,13 +210,13 @@ void name_unknown_tokens(std::span<int32_t> ids, const std::string& rows_digest)
 /// Whether any id is such a name.
 bool has_unknown_tokens(std::span<const int32_t> ids) noexcept;
 
-/// A run's memory as the kernels work on it. Only the run that is still open is ever written; a full one may be a
+/// A run's memory as the kernels work on it. Only the run that is still open is ever written; a sealed one may be a
 /// read-only mapping of its segment file.
 struct KvBuffer {
   std::byte* data = nullptr;
   size_t size = 0;
   std::shared_ptr<const void> owner;  ///< keeps `data` alive
-  bool mapped = false;                ///< as KvRun::mapped
+  bool mapped = false;                ///< as SealedRun::mapped
 };
 
 /// Where a load puts a run: `size` writable bytes, aligned to 8. The cache room supplies MLX buffers, so that waking

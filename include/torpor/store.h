@@ -75,7 +75,7 @@ class RowSink {
     size_t stride = 0;
   };
   virtual ~RowSink() = default;
-  /// Once, on the thread that called load, when everything but the rows was read and checked: of `snapshot` all but the runs.
+  /// Once, on the thread that called load, when everything but the rows was read and checked: of `snapshot` all but the rows.
   virtual void begin(const AgentInfo& info, const KvSnapshot& snapshot) = 0;
   /// Where the rows of tokens [first, first + n) of one tensor of the layout go. Every row is asked for once, in any order, from
   /// several threads at a time. They are written there, then checked: what is there counts only when load returns.
@@ -193,10 +193,15 @@ class Store {
   /// On any error the agent on disk is as it was; only when flushing that rename fails (kIo) is the new state in place,
   /// though not yet certain to survive a power cut. The caller holds the agent's lock.
   ///
-  /// A sealed run whose `owner` and `bytes` are those of an earlier save or load is taken to be the same rows and is not
-  /// read again; so bytes behind an owner never change once a snapshot has held them.
+  /// A SealedRun that an earlier save or load put in a segment, or read from one, is not read again as long as that file is
+  /// the one it was.
   SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
                               const UserMetadata& user = {},
+                              Durability durability = Durability::kFull);
+
+  /// The same for rows in the caller's own memory; `snapshot` has no rows then.
+  SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const BorrowedRows& rows,
+                              const std::string& model, const UserMetadata& user = {},
                               Durability durability = Durability::kFull);
 
   /// kNotFound, kCorruption, kIncompatible as said above. Validates before it allocates; checks every checksum. Rows that a
@@ -217,9 +222,9 @@ class Store {
   LoadedPrefix load_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens,
                            const LoadOptions& options = {}) const;
 
-  /// The rows of a segment that this process has saved or loaded, mapped read-only; nullopt where that can't be had, or
+  /// The rows of a segment that this process has saved or loaded, mapped read-only; nullptr where that can't be had, or
   /// when the file is not the one it was.
-  std::optional<KvRun> map_segment(const std::string& name) const;
+  std::shared_ptr<const SealedRun> map_segment(const std::string& name) const;
 
   /// Makes agent `dst` of `src` without reading a sealed row: the same segments, tokens and tail, cut as asked. Writes one
   /// agent file, in which only the tail's rows are tensor bytes; that rename is the commit. `dst` may be `src`. The caller

@@ -65,8 +65,8 @@ using NamedArrays = std::vector<std::pair<std::string, mx::array>>;
 size_t row_bytes(const KvTensorSpec& spec) { return size_t(spec.dim) * kv_dtype_size(spec.dtype); }
 
 /// Rows [first, first + n) of every array, where they are.
-KvRun rows_of(const NamedArrays& arrays, const KvLayout& layout, int first, int n) {
-  KvRun run{.n_tokens = n};
+BorrowedRows::Run rows_of(const NamedArrays& arrays, const KvLayout& layout, int first, int n) {
+  BorrowedRows::Run run;
   for (size_t t = 0; t < arrays.size(); ++t) {
     const size_t row = row_bytes(layout.tensors[t]), capacity = size_t(arrays[t].second.shape(2));
     const auto* from = arrays[t].second.data<std::byte>() + size_t(first) * row;
@@ -108,13 +108,14 @@ SaveResult save(Store& store, const std::string& agent_id, NamedArrays rows, Nam
                               {array.data<std::byte>(), array.nbytes()}, nullptr});
   }
   const int n_tokens = int(snapshot.tokens.size());
+  BorrowedRows borrowed;
   for (int first = 0; first < n_tokens && !rows.empty(); first += kSegmentTokens) {
-    const size_t i = snapshot.runs.size();
-    snapshot.runs.push_back(rows_of(rows, snapshot.layout, first, std::min(kSegmentTokens, n_tokens - first)));
-    if (i < unchanged.size()) snapshot.runs.back().segment = unchanged[i];
+    const size_t i = borrowed.runs.size();
+    borrowed.runs.push_back(rows_of(rows, snapshot.layout, first, std::min(kSegmentTokens, n_tokens - first)));
+    if (i < unchanged.size()) borrowed.runs.back().segment = unchanged[i];
   }
   const auto lock = store.lock_agent(agent_id);
-  return store.save_agent_cache(agent_id, snapshot, model, user, parse_durability(durability));
+  return store.save_agent_cache(agent_id, snapshot, borrowed, model, user, parse_durability(durability));
 }
 
 /// The arrays that an agent's rows go into.

@@ -190,8 +190,10 @@ void AgentManager::save_behind(Agent& agent) {
   if (!agent.dirty() || !agent.whole() || agent.queued_version == agent.version) return;
   Writer::Job job{.agent = agent.id, .version = agent.version, .snapshot = agent.cache->snapshot(agent.identity),
                   .model = options_.model_name, .user = encode_record(agent.record(), agent.cache->tokens().size())};
-  const size_t stored = options_.backend == Backend::kKernels ? agent.segments.size() : 0;  // MLX's are copied out whole
-  for (size_t i = stored; i < job.snapshot.runs.size(); ++i) job.new_bytes += job.snapshot.runs[i].bytes.size();
+  job.new_bytes = job.snapshot.tail.bytes.size();
+  for (const auto& run : job.snapshot.sealed) {
+    if (run->segment() == nullptr) job.new_bytes += run->bytes().size();
+  }
   writer_.submit(std::move(job));
   agent.queued_version = agent.version;
 }
@@ -251,7 +253,7 @@ void AgentManager::release_behind_window(Agent& agent) {
       return !KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, kSegmentTokens, agent.cache->length());
     };
     if (buffers[i].mapped || std::none_of(tensors.begin(), tensors.end(), behind)) continue;
-    if (const std::optional<KvRun> run = store_.map_segment(agent.segments[i])) agent.cache->replace_run(int(i), *run);
+    if (const auto run = store_.map_segment(agent.segments[i])) agent.cache->replace_run(int(i), run);
   }
 }
 

@@ -107,40 +107,90 @@ std::string Identity::digest() const {
   return hasher.hex();
 }
 
-size_t KvRun::size() const noexcept {
-  size_t size = 0;
-  for (const auto& span : spans()) size += span.size();
-  return size;
+bool covers(const TensorMask& mask, const TensorMask& other) noexcept {
+  for (size_t i = 0; i < mask.size(); ++i) {
+    if ((other.empty() || other[i]) && !mask[i]) return false;
+  }
+  return true;
 }
 
-void KvSnapshot::validate() const {
-  auto fail = [](const std::string& what) {
-    throw Error(ErrorCode::kInvalidArgument, "The KV snapshot is inconsistent: " + what + ".");
-  };
-  size_t covered = 0;
-  for (size_t i = 0; i < runs.size(); ++i) {
-    const KvRun& run = runs[i];
-    const bool last = i + 1 == runs.size();
-    if (last ? run.n_tokens < 1 || run.n_tokens > kSegmentTokens : run.n_tokens != kSegmentTokens) {
-      fail("run " + std::to_string(i) + " of " + std::to_string(runs.size()) + " holds " +
-           std::to_string(run.n_tokens) + " tokens");
-    }
-    const size_t expected = layout.offset(layout.tensors.size(), run.n_tokens);
-    if (run.size() != expected) {
-      fail("run " + std::to_string(i) + " has " + std::to_string(run.size()) + " bytes, its layout needs " +
-           std::to_string(expected));
-    }
-    covered += size_t(run.n_tokens);
-  }
-  if (covered != tokens.size()) {
-    fail("its runs hold " + std::to_string(covered) + " rows for " + std::to_string(tokens.size()) + " tokens");
-  }
+std::shared_ptr<const SealedRun::Segment> SealedRun::segment() const {
+  const std::lock_guard lock(mutex_);
+  return segment_;
+}
+
+void SealedRun::set_segment(Segment segment) const {
+  auto shared = std::make_shared<const Segment>(std::move(segment));
+  const std::lock_guard lock(mutex_);
+  segment_ = std::move(shared);
+}
+
+namespace {
+
+[[noreturn]] void inconsistent(const std::string& what) {
+  throw Error(ErrorCode::kInvalidArgument, "The KV snapshot is inconsistent: " + what + ".");
+}
+
+/// Of `n_runs` runs the i-th holds `n_tokens` tokens in `bytes` bytes.
+void check_run(const KvLayout& layout, size_t i, size_t n_runs, int n_tokens, size_t bytes) {
+  const size_t expected = layout.offset(layout.tensors.size(), n_tokens);
+  if (bytes == expected) return;
+  inconsistent("run " + std::to_string(i) + " of " + std::to_string(n_runs) + " has " + std::to_string(bytes) +
+               " bytes, its layout needs " + std::to_string(expected));
+}
+
+void check_covered(size_t rows, size_t tokens) {
+  if (rows == tokens) return;
+  inconsistent("its runs hold " + std::to_string(rows) + " rows for " + std::to_string(tokens) + " tokens");
+}
+
+void check_state(const std::vector<KvState>& state) {
   for (const KvState& tensor : state) {
     std::optional<uint64_t> size = safetensors_dtype_size(tensor.dtype);
     for (const uint64_t n : tensor.shape) size = size ? checked_mul(*size, n) : size;
     if (size.value_or(0) == 0 || *size != tensor.bytes.size()) {
-      fail("the state '" + tensor.name + "' has " + std::to_string(tensor.bytes.size()) + " bytes, which its dtype and shape do not need");
+      inconsistent("the state '" + tensor.name + "' has " + std::to_string(tensor.bytes.size()) +
+                   " bytes, which its dtype and shape do not need");
     }
+  }
+}
+
+}  // namespace
+
+void KvSnapshot::validate() const {
+  if (tail.n_tokens < 0 || tail.n_tokens >= kSegmentTokens) {
+    inconsistent("its tail holds " + std::to_string(tail.n_tokens) + " tokens");
+  }
+  for (size_t i = 0; i < sealed.size(); ++i) {
+    if (sealed[i] == nullptr) inconsistent("run " + std::to_string(i) + " is missing");
+  }
+  for (size_t i = 0; i < n_runs(); ++i) check_run(layout, i, n_runs(), run_tokens(i), run_bytes(i).size());
+  check_covered(sealed.size() * kSegmentTokens + size_t(tail.n_tokens), tokens.size());
+  check_state(state);
+}
+
+void KvSnapshot::validate(const BorrowedRows& rows) const {
+  if (n_runs() > 0) inconsistent("it has rows of its own beside the borrowed ones");
+  size_t covered = 0;
+  for (size_t i = 0; i < rows.runs.size(); ++i) {
+    const int n = int(std::min<size_t>(kSegmentTokens, tokens.size() - std::min(covered, tokens.size())));
+    size_t bytes = 0;
+    for (const auto& piece : rows.runs[i].pieces) bytes += piece.size();
+    check_run(layout, i, rows.runs.size(), n, bytes);
+    covered += size_t(n);
+  }
+  check_covered(covered, tokens.size());
+  if (rows.runs.size() != (tokens.size() + kSegmentTokens - 1) / kSegmentTokens) {
+    inconsistent(std::to_string(rows.runs.size()) + " runs are borrowed for " + std::to_string(tokens.size()) + " tokens");
+  }
+  check_state(state);
+}
+
+void KvSnapshot::add_run(int n_tokens, std::span<const std::byte> bytes, std::shared_ptr<const void> owner) {
+  if (n_tokens == kSegmentTokens) {
+    sealed.push_back(std::make_shared<SealedRun>(bytes, std::move(owner)));
+  } else {
+    tail = {n_tokens, bytes, std::move(owner)};
   }
 }
 

@@ -67,11 +67,8 @@ std::pair<mx::array, mx::array> DenseKvCache::update_and_fetch(int layer, const 
 std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot) {
   auto cache = std::make_unique<DenseKvCache>(snapshot.layout, snapshot.tokens);
   if (cache->length_ == 0) return cache;
-  if (snapshot.layout.has_windows()) {
-    for (const KvRun& run : snapshot.runs) {
-      if (run.n_tokens == kSegmentTokens) cache->sealed_.push_back(run.mapped ? run : KvRun{});
-    }
-  }
+  // Memory that is no mapping would be held twice.
+  for (const auto& run : snapshot.sealed) cache->sealed_.push_back(run->mapped() ? run : nullptr);
   for (size_t t = 0; t < snapshot.layout.tensors.size(); ++t) {
     const KvTensorSpec& spec = snapshot.layout.tensors[t];
     const int begin = cache->first_needed(t), capacity = round_up(cache->length_) - begin;
@@ -80,13 +77,13 @@ std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot) 
     auto* to = reinterpret_cast<std::byte*>(tensor.data<uint8_t>());
     const size_t row = size_t(spec.dim) * kv_dtype_size(spec.dtype);
     int first = begin;
-    for (const KvRun& run : std::span(snapshot.runs).subspan(size_t(begin / kSegmentTokens))) {
-      const std::byte* from = run.bytes.data() + snapshot.layout.offset(t, run.n_tokens);
+    for (size_t i = size_t(begin / kSegmentTokens); i < snapshot.n_runs(); ++i) {
+      const int n = snapshot.run_tokens(i);
+      const std::byte* from = snapshot.run_bytes(i).data() + snapshot.layout.offset(t, n);
       for (int head = 0; head < spec.n_kv_heads; ++head) {
-        std::memcpy(to + (size_t(head) * capacity + (first - begin)) * row, from + size_t(head) * run.n_tokens * row,
-                    size_t(run.n_tokens) * row);
+        std::memcpy(to + (size_t(head) * capacity + (first - begin)) * row, from + size_t(head) * n * row, size_t(n) * row);
       }
-      first += run.n_tokens;
+      first += n;
     }
     cache->tensors_.push_back(std::move(tensor));
     cache->first_.push_back(begin);
@@ -106,7 +103,7 @@ std::unique_ptr<KvCache> DenseKvCache::clone() const {
 
 int DenseKvCache::first_needed(size_t t) const {
   size_t run = 0;
-  while (run < sealed_.size() && !sealed_[run].bytes.empty() &&
+  while (run < sealed_.size() && sealed_[run] != nullptr &&
          !KvLayout::attended(layout_.tensors[t], int64_t(run) * kSegmentTokens, kSegmentTokens, length_)) {
     ++run;
   }
@@ -126,10 +123,9 @@ void DenseKvCache::drop_rows(int n_tokens) {
   if (const size_t sealed = size_t(n_tokens / kSegmentTokens); sealed_.size() > sealed) sealed_.resize(sealed);
 }
 
-void DenseKvCache::replace_run(int i, const KvRun& run) {
-  if (!layout_.has_windows()) return;
+void DenseKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) {
   if (sealed_.size() <= size_t(i)) sealed_.resize(size_t(i) + 1);
-  sealed_[size_t(i)] = run;
+  sealed_[size_t(i)] = std::move(run);
   for (size_t t = 0; t < tensors_.size(); ++t) {
     const int first = first_needed(t), behind = first - first_[t];
     if (behind <= 0) continue;
@@ -151,8 +147,8 @@ KvSnapshot DenseKvCache::snapshot(const Identity& identity) const {
   KvSnapshot snapshot{identity, layout_, tokens_, {}};
   if (length_ > 0) mx::eval(tensors_);
   for (int first = 0; first < length_; first += kSegmentTokens) {
-    if (const size_t i = size_t(first / kSegmentTokens); i < sealed_.size() && !sealed_[i].bytes.empty()) {
-      snapshot.runs.push_back(sealed_[i]);
+    if (const size_t i = size_t(first / kSegmentTokens); i < sealed_.size() && sealed_[i] != nullptr) {
+      snapshot.sealed.push_back(sealed_[i]);
       continue;
     }
     const int n = std::min(kSegmentTokens, length_ - first);
@@ -168,7 +164,7 @@ KvSnapshot DenseKvCache::snapshot(const Identity& identity) const {
         std::memcpy(to + size_t(head) * n * row, from + head * head_stride + size_t(first - first_[t]) * row, size_t(n) * row);
       }
     }
-    snapshot.runs.push_back({n, {buffer.get(), size}, buffer});
+    snapshot.add_run(n, {buffer.get(), size}, buffer);
   }
   snapshot.validate();
   return snapshot;

@@ -22,7 +22,7 @@ class DenseKvCache : public KvCache {
   bool can_truncate(int n_tokens) const override;
   std::unique_ptr<KvCache> clone() const override;
   std::vector<HeldBuffer> buffers() const override;
-  void replace_run(int i, const KvRun& run) override;
+  void replace_run(int i, std::shared_ptr<const SealedRun> run) override;
   KvSnapshot snapshot(const Identity& identity) const override;
 
  private:
@@ -36,7 +36,7 @@ class DenseKvCache : public KvCache {
 
   std::vector<mx::array> tensors_;  // one per layout tensor, [1, H_kv, capacity, D]; empty before the first row
   std::vector<int> first_;          // per tensor the position of its first row, a multiple of kSegmentTokens
-  std::vector<KvRun> sealed_;       // of layouts with windows: runs that a segment file has; without bytes: not known
+  std::vector<std::shared_ptr<const SealedRun>> sealed_;  // runs mapped from their segment files; nullptr: not mapped
 };
 
 }  // namespace torpor

@@ -1,5 +1,6 @@
 #include "cache/segmented.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "torpor/error.h"
@@ -10,6 +11,11 @@ KvBuffer SegmentedKvCache::new_run() const {
   make_room(run_bytes());
   const std::shared_ptr<std::byte> buffer = mlx_buffer(run_bytes());
   return {buffer.get(), run_bytes(), buffer};
+}
+
+KvBuffer SegmentedKvCache::buffer_of(const std::shared_ptr<const SealedRun>& run) {
+  // Nobody writes a sealed run: the kernels take buffers that they may write to, and write to the open one only.
+  return {const_cast<std::byte*>(run->bytes().data()), run->bytes().size(), run, run->mapped()};
 }
 
 void SegmentedKvCache::copy_rows(const std::byte* from, int from_tokens, std::byte* to, int to_tokens, int n) const {
@@ -25,15 +31,13 @@ void SegmentedKvCache::copy_rows(const std::byte* from, int from_tokens, std::by
 
 std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& snapshot) {
   auto cache = std::make_unique<SegmentedKvCache>(snapshot.layout, snapshot.tokens);
-  for (const KvRun& run : snapshot.runs) {
-    // A full run is adopted as it is, for nobody writes it any more. The tail moves into a buffer with room to grow.
-    if (run.n_tokens == kSegmentTokens) {
-      cache->runs_.push_back({const_cast<std::byte*>(run.bytes.data()), run.bytes.size(), run.owner, run.mapped});
-    } else {
-      KvBuffer buffer = cache->new_run();
-      cache->copy_rows(run.bytes.data(), run.n_tokens, buffer.data, kSegmentTokens, run.n_tokens);
-      cache->runs_.push_back(std::move(buffer));
-    }
+  cache->sealed_ = snapshot.sealed;
+  for (const auto& run : snapshot.sealed) cache->runs_.push_back(buffer_of(run));
+  // The tail moves into a buffer with room to grow.
+  if (const KvTail& tail = snapshot.tail; tail.n_tokens > 0) {
+    KvBuffer buffer = cache->new_run();
+    cache->copy_rows(tail.bytes.data(), tail.n_tokens, buffer.data, kSegmentTokens, tail.n_tokens);
+    cache->runs_.push_back(std::move(buffer));
   }
   return cache;
 }
@@ -47,6 +51,14 @@ std::span<const KvBuffer> SegmentedKvCache::reserve(int n) {
 
 std::pair<mx::array, mx::array> SegmentedKvCache::update_and_fetch(int, const mx::array&, const mx::array&) {
   throw Error(ErrorCode::kInternal, "A segmented KV cache was given to MLX's own attention; it serves the CPU kernels only.");
+}
+
+void SegmentedKvCache::advance(int n) {
+  KvCache::advance(n);
+  while (sealed_.size() < size_t(length_ / kSegmentTokens)) {
+    const KvBuffer& full = runs_[sealed_.size()];
+    sealed_.push_back(std::make_shared<const SealedRun>(std::span<const std::byte>(full.data, full.size), full.owner));
+  }
 }
 
 void SegmentedKvCache::own_run(int i, int open) {
@@ -77,17 +89,18 @@ std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
   copy->length_ = length_;
   const int held = (length_ + kSegmentTokens - 1) / kSegmentTokens;
   copy->runs_.assign(runs_.begin(), runs_.begin() + held);
+  copy->sealed_ = sealed_;
   copy->make_room_ = make_room_;
   copy->open_shared_ = open_shared_ = length_ % kSegmentTokens != 0;
   return copy;
 }
 
 void SegmentedKvCache::drop_rows(int n_tokens) {
-  const int sealed_before = length_ / kSegmentTokens;
   const int keep = n_tokens / kSegmentTokens;
   const int open = n_tokens % kSegmentTokens;
   // A cut inside a sealed run, which others may share: the rows that stay move to a buffer of our own.
-  if (open > 0 && keep < sealed_before) own_run(keep, open);
+  if (open > 0 && size_t(keep) < sealed_.size()) own_run(keep, open);
+  sealed_.resize(std::min(sealed_.size(), size_t(keep)));
   runs_.erase(runs_.begin() + keep + (open > 0 ? 1 : 0), runs_.end());
   if (open == 0) open_shared_ = false;
 }
@@ -110,24 +123,21 @@ std::vector<KvCache::HeldBuffer> SegmentedKvCache::buffers() const {
   return held;
 }
 
-void SegmentedKvCache::replace_run(int i, const KvRun& run) {
-  if (i < 0 || (i + 1) * kSegmentTokens > length_ || run.n_tokens != kSegmentTokens || run.bytes.size() != run_bytes()) {
+void SegmentedKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) {
+  if (i < 0 || size_t(i) >= sealed_.size() || run->bytes().size() != run_bytes()) {
     throw Error(ErrorCode::kInternal, "Run " + std::to_string(i) + " of a KV cache can't be replaced: it is not sealed.");
   }
-  runs_[size_t(i)] = {const_cast<std::byte*>(run.bytes.data()), run.bytes.size(), run.owner, run.mapped};
+  runs_[size_t(i)] = buffer_of(run);
+  sealed_[size_t(i)] = std::move(run);
 }
 
 KvSnapshot SegmentedKvCache::snapshot(const Identity& identity) const {
-  KvSnapshot snapshot{identity, layout_, tokens_, {}};
-  const int sealed = length_ / kSegmentTokens;
-  for (int i = 0; i < sealed; ++i) {
-    snapshot.runs.push_back({kSegmentTokens, {runs_[i].data, run_bytes()}, runs_[i].owner, runs_[i].mapped});
-  }
+  KvSnapshot snapshot{identity, layout_, tokens_, sealed_};
   if (const int open = length_ % kSegmentTokens; open > 0) {
     const size_t size = layout_.offset(layout_.tensors.size(), open);
     const std::shared_ptr<std::byte> tail = allocate_heap_buffer(size);
-    copy_rows(runs_[sealed].data, kSegmentTokens, tail.get(), open, open);
-    snapshot.runs.push_back({open, {tail.get(), size}, tail});
+    copy_rows(runs_[sealed_.size()].data, kSegmentTokens, tail.get(), open, open);
+    snapshot.tail = {open, {tail.get(), size}, tail};
   }
   snapshot.validate();
   return snapshot;

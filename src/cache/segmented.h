@@ -1,8 +1,7 @@
 #pragma once
 /// The cache the CPU kernels work on: a list of buffers of kSegmentTokens tokens each, all of one layout, written in
-/// place. A full buffer is sealed: it is what a segment file holds, and may be shared by any number of caches and
-/// snapshots. Only the last one may be open; one that clones share is
-/// copied by whoever writes first.
+/// place. A full one becomes a SealedRun: it is what a segment file holds, and may be shared by any number of caches and
+/// snapshots. Only the last one may be open; one that clones share is copied by whoever writes first.
 
 #include <memory>
 #include <vector>
@@ -23,7 +22,8 @@ class SegmentedKvCache : public KvCache {
   bool can_truncate(int n_tokens) const override;
   std::unique_ptr<KvCache> clone() const override;
   std::vector<HeldBuffer> buffers() const override;
-  void replace_run(int i, const KvRun& run) override;
+  void replace_run(int i, std::shared_ptr<const SealedRun> run) override;
+  void advance(int n) override;
   KvSnapshot snapshot(const Identity& identity) const override;
 
  private:
@@ -31,6 +31,7 @@ class SegmentedKvCache : public KvCache {
   CacheValidation validate_buffers() const override;
   size_t run_bytes() const { return layout_.offset(layout_.tensors.size(), kSegmentTokens); }
   KvBuffer new_run() const;
+  static KvBuffer buffer_of(const std::shared_ptr<const SealedRun>& run);
   /// Bytes of run `i` that can still be attended.
   size_t attended_bytes(size_t i) const;
   /// Copies the first `n` rows of every tensor between a run of `from_tokens` and one of `to_tokens` capacity.
@@ -40,6 +41,7 @@ class SegmentedKvCache : public KvCache {
   void own_run(int i, int open);
 
   std::vector<KvBuffer> runs_;  // of run_bytes() each; may reach past length_ (reserved)
+  std::vector<std::shared_ptr<const SealedRun>> sealed_;  // the first length_ / kSegmentTokens of runs_
   mutable bool open_shared_ = false;  // a clone may hold the open run too: it is copied before it is written
 };
 

@@ -7,7 +7,7 @@ namespace torpor {
 namespace {
 
 /// The first `n` rows of an open file.
-KvRun first_rows(const File& handle, const TorporFile& file, int n) {
+KvTail first_rows(const File& handle, const TorporFile& file, int n) {
   const size_t read_size = size_t(file.rows_bytes());
   const auto read = allocate_heap_buffer(read_size);
   read_rows(handle, file, TensorMask(file.layout.tensors.size(), true), {read.get(), read_size});
@@ -45,7 +45,7 @@ SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, con
   const size_t n_sealed = size_t(n / kSegmentTokens);
   const int rest = int(n % kSegmentTokens);
 
-  std::optional<KvRun> tail;
+  KvTail tail;
   if (rest > 0 && n_sealed < all_segments.size()) {
     const std::string& name = all_segments[n_sealed];
     SegmentHeaders headers;
@@ -73,7 +73,7 @@ SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, con
     info.created_at = date_of_birth(dst, info.updated_at);
   }
   const AgentDraft draft =
-      draft_agent(std::move(info), file.layout, tail ? &*tail : nullptr, state, std::span(tokens).first(size_t(n)));
+      draft_agent(std::move(info), file.layout, tail.n_tokens, {&tail.bytes, 1}, state, std::span(tokens).first(size_t(n)));
   writing.make_room("Copying the agent '" + src + "' to '" + dst + "'", bytes_to_write(draft), draft.info.segments);
   SaveResult result;
   result.segments = draft.info.segments;

@@ -41,7 +41,7 @@ void Store::Impl::export_agent(const std::string& id, const std::filesystem::pat
   for (size_t t = 0; t < snapshot.layout.tensors.size() && n_tokens > 0; ++t) {
     Hasher hasher;
     for_each_piece(snapshot.layout, n_tokens, t, 0, n_tokens, [&](const Piece& piece) {
-      pieces.push_back(snapshot.runs[piece.run].bytes.subspan(piece.offset, piece.size));
+      pieces.push_back(snapshot.run_bytes(piece.run).subspan(piece.offset, piece.size));
       hasher.update(pieces.back());
     });
     checksums.push_back(hasher.hex());
@@ -101,7 +101,7 @@ SaveResult Store::Impl::import_agent(const std::filesystem::path& path, const st
     }
   }
   snapshot.state = read_state(handle, file);
-  return save(id, snapshot, agent.info.model, agent.info.user, Durability::kFull);
+  return save(id, snapshot, nullptr, agent.info.model, agent.info.user, Durability::kFull);
 }
 
 }  // namespace torpor

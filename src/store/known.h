@@ -1,6 +1,6 @@
 #pragma once
 /// What this process knows of segments, so that what it has saved, loaded or checked need not be read again: the state of
-/// their files, and where in memory their rows are. Thread-safe.
+/// their files, and the runs in memory that hold their rows. Thread-safe.
 
 #include <memory>
 #include <mutex>
@@ -9,7 +9,6 @@
 #include <unordered_map>
 
 #include "base/env.h"
-#include "store/torpor_file.h"
 #include "torpor/kv_snapshot.h"
 
 namespace torpor {
@@ -23,40 +22,26 @@ class KnownSegments {
     bool whole = false;   ///< every row was checked, or written by us
   };
 
-  /// Rows of segment `name` in memory. A memory keeps what it was filled with, whatever becomes of the file.
-  struct Rows {
-    std::string name, variant, content;
-    KvRun run;
-    TensorMask checked;  ///< those whose bytes are there and were checked
-  };
-
   void add_file(const std::string& name, const File& file);
   std::optional<File> file(const std::string& name) const;
 
-  void add_rows(const Rows& rows);
-  /// What the run's memory is known to hold.
-  std::optional<Rows> rows_in(const KvRun& run) const;
-  /// Rows of the segment that someone still holds.
-  std::optional<Rows> rows_of(const std::string& name) const;
+  /// The rows of its SealedRun::segment, for others to share as long as someone holds the run.
+  void add_run(const std::shared_ptr<const SealedRun>& run);
+  /// The rows of segment `name`, if someone holds them; else nullptr.
+  std::shared_ptr<const SealedRun> run(const std::string& name) const;
+  /// Names of such runs. Those that nobody holds any more are removed when the number has doubled.
+  size_t n_runs() const;
 
   /// The file and its name have been flushed to the disk.
   void set_durable(const std::string& name, const FileStat& stat);
   bool is_durable(const std::string& name, const FileStat& stat) const;
 
  private:
-  struct HeldRows {
-    Rows rows;  ///< its `run.owner` is empty
-    std::weak_ptr<const void> owner;
-  };
-  std::optional<Rows> lock(const HeldRows& held) const;
-  void forget_expired();
-
   mutable std::mutex mutex_;
   std::unordered_map<std::string, File> files_;
   std::unordered_map<std::string, FileStat> durable_;
-  std::unordered_map<const std::byte*, HeldRows> rows_;
-  std::unordered_map<std::string, const std::byte*> rows_of_;
-  size_t next_sweep_ = 1024;
+  std::unordered_map<std::string, std::weak_ptr<const SealedRun>> runs_;
+  size_t next_sweep_ = 1024;  ///< entries of `runs_` at which those that nobody holds any more are removed
 };
 
 }  // namespace torpor

@@ -61,7 +61,7 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
     }
     // State is that after the last token: none of a prefix.
     if (loaded.damage) snapshot.state.clear();
-    if (options.sink == nullptr) snapshot.runs = loader.take();
+    if (options.sink == nullptr) loader.take(snapshot);
     snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + loader.usable_tokens());
     const TorporFile& file = agent.file;
     loaded.bytes_read = loader.bytes_read() + int64_t(file.header.data_start + file.tokens_tensor().end - file.rows_bytes());

@@ -45,7 +45,7 @@ inline std::vector<std::shared_ptr<std::byte>> allocate_runs(KvSnapshot& snapsho
     const int n = int(std::min<size_t>(kSegmentTokens, snapshot.tokens.size() - first));
     const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), n);
     buffers.push_back(allocate_heap_buffer(size));
-    snapshot.runs.push_back({n, {buffers.back().get(), size}, buffers.back()});
+    snapshot.add_run(n, {buffers.back().get(), size}, buffers.back());
   }
   return buffers;
 }

@@ -30,16 +30,17 @@ LoadedPrefix Store::Impl::load_prefix(const Identity& identity, const KvLayout& 
   loader.open(int64_t(loaded.segments.size()) * kSegmentTokens);
   loader.read();
   const auto n = size_t(loader.usable_tokens());
-  loaded.snapshot = {identity, layout, {tokens.begin(), tokens.begin() + ptrdiff_t(n)}, loader.take()};
+  loaded.snapshot = {identity, layout, {tokens.begin(), tokens.begin() + ptrdiff_t(n)}, {}};
+  loader.take(loaded.snapshot);
   loaded.segments.resize(n / kSegmentTokens);
   loaded.bytes_read = loader.bytes_read();
   return loaded;
 }
 
 SaveResult Store::Impl::save_prefix(const KvSnapshot& snapshot, Durability durability) {
-  check_storable(snapshot);
+  check_storable(snapshot, nullptr);
   Writing writing(*this);
-  SegmentWriter segments(*this, snapshot);
+  SegmentWriter segments(*this, snapshot, nullptr);
   writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens", segments.bytes_to_write(),
                     segments.names());
   SaveResult result;
@@ -47,24 +48,25 @@ SaveResult Store::Impl::save_prefix(const KvSnapshot& snapshot, Durability durab
   return result;
 }
 
-std::optional<KvRun> Store::Impl::map_segment(const std::string& name) {
+std::shared_ptr<const SealedRun> Store::Impl::map_segment(const std::string& name) {
   const auto file = known.file(name);
-  if (!file || !file->whole) return std::nullopt;
+  if (!file || !file->whole) return nullptr;
   try {
     const File handle = env.open(segment_path(name), OpenMode::kRead);
     const FileStat stat = handle.stat();
-    if (stat != file->stat) return std::nullopt;
-    const auto held = known.rows_of(name);
-    if (held && held->run.mapped && held->content == file->content) return held->run;
+    if (stat != file->stat) return nullptr;
+    const auto held = known.run(name);
+    if (held != nullptr && held->mapped() && held->segment()->content == file->content) return held;
     const SegmentFile segment = parse_segment_file(read_header_bytes(handle, stat.size), stat.size, handle.path().string());
     const auto mapping = segment.content() == file->content ? handle.map(stat.size) : nullptr;
-    if (mapping == nullptr) return std::nullopt;
-    const size_t size = size_t(segment.file.rows_bytes());
-    const KvRun run{kSegmentTokens, {mapping.get() + segment.file.header.data_start, size}, mapping, true};
-    known.add_rows({name, segment.variant, file->content, run, TensorMask(segment.file.layout.tensors.size(), true)});
+    if (mapping == nullptr) return nullptr;
+    const std::span rows(mapping.get() + segment.file.header.data_start, size_t(segment.file.rows_bytes()));
+    const auto run = std::make_shared<const SealedRun>(rows, mapping, /*mapped=*/true);
+    run->set_segment({name, segment.variant, file->content});
+    known.add_run(run);
     return run;
   } catch (const Error&) {
-    return std::nullopt;  // gone, or another one
+    return nullptr;  // gone, or another one
   }
 }
 

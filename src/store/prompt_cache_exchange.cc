@@ -105,7 +105,7 @@ PromptCache Store::Impl::read_prompt_cache(const std::filesystem::path& path, co
   snapshot.tokens.resize(size_t(file.n_tokens));
   const std::vector<std::shared_ptr<std::byte>> buffers = allocate_runs(snapshot);
   if (read.shortest_cut > 0) {
-    for (size_t i = 0; i < buffers.size(); ++i) std::memset(buffers[i].get(), 0, snapshot.runs[i].bytes.size());
+    for (size_t i = 0; i < buffers.size(); ++i) std::memset(buffers[i].get(), 0, snapshot.run_bytes(i).size());
   }
   size_t t = 0;
   for (const PromptCacheLayer& layer : file.layers) {
@@ -120,9 +120,9 @@ PromptCache Store::Impl::read_prompt_cache(const std::filesystem::path& path, co
       ++t;
     }
   }
-  for (size_t i = 0; i < snapshot.runs.size(); ++i) {
-    name_unknown_tokens(std::span(snapshot.tokens).subspan(i * kSegmentTokens, size_t(snapshot.runs[i].n_tokens)),
-                        hash_hex(snapshot.runs[i].bytes));
+  for (size_t i = 0; i < snapshot.n_runs(); ++i) {
+    name_unknown_tokens(std::span(snapshot.tokens).subspan(i * kSegmentTokens, size_t(snapshot.run_tokens(i))),
+                        hash_hex(snapshot.run_bytes(i)));
   }
   return read;
 }
@@ -145,7 +145,7 @@ void Store::Impl::export_prompt_cache(const std::string& id, const std::filesyst
   std::vector<std::span<const std::byte>> pieces = {as_bytes_of(frame.header)};
   for (size_t t = 0; t < tensors.size(); ++t) {
     for_each_piece(snapshot.layout, n_tokens, t, first_kept(tensors[t], snapshot), n_tokens, [&](const Piece& piece) {
-      pieces.push_back(snapshot.runs[piece.run].bytes.subspan(piece.offset, piece.size));
+      pieces.push_back(snapshot.run_bytes(piece.run).subspan(piece.offset, piece.size));
     });
   }
   pieces.push_back(std::as_bytes(std::span(frame.scalars)));

@@ -51,15 +51,15 @@ void RunLoader::open(int64_t length) {
 void RunLoader::open_run(size_t i) {
   const std::string& name = chain_.names[i];
   Run& run = runs_[i];
-  const auto held = options_.sink == nullptr ? store_.known.rows_of(name) : std::nullopt;
-  if (held && (options_.map_rows || !held->run.mapped) && covers(held->checked, wanted(i, length_)) &&
-      segment_name(chain_.place(i), held->variant) == name) {
+  const auto held = options_.sink == nullptr ? store_.known.run(name) : nullptr;
+  if (held != nullptr && (options_.map_rows || !held->mapped()) && covers(held->checked(), wanted(i, length_))) {
+    const auto segment = held->segment();
     const auto stat = store_.env.stat(store_.segment_path(name));
     const auto file = store_.known.file(name);
-    if (stat && file && file->stat == *stat && file->content == held->content) {
+    if (stat && file && file->stat == *stat && file->content == segment->content &&
+        segment_name(chain_.place(i), segment->variant) == name) {
       run.stat = *stat;
-      run.rows = held->run;
-      run.checked = held->checked;
+      run.sealed = held;
       return;
     }
   }
@@ -100,7 +100,6 @@ void RunLoader::place_rows(size_t i) {
   const TorporFile& file = file_of(i);
   const size_t size = size_t(file.rows_bytes());
   run.placed = true;
-  run.rows = {.n_tokens = stored_tokens(i)};
   run.checked.assign(layout_.tensors.size(), false);
   if (options_.map_rows) {
     with_file(i, [&](const File& handle) {
@@ -108,26 +107,26 @@ void RunLoader::place_rows(size_t i) {
       if (!is_tail(i) && !keep_open_ && handle.stat() != run.stat) return;
       const auto mapping = handle.map(run.stat.size);
       if (mapping == nullptr) return;
-      run.rows.bytes = {mapping.get() + file.header.data_start, size};
-      run.rows.owner = mapping;
-      run.rows.mapped = true;
+      run.rows = {mapping.get() + file.header.data_start, size};
+      run.owner = mapping;
+      run.mapped = true;
     });
-    if (run.rows.mapped) return;
+    if (run.mapped) return;
   }
   const std::shared_ptr<std::byte> buffer = options_.allocate(size);
   run.writable = {buffer.get(), size};
   prefer_large_pages(run.writable);
-  run.rows.bytes = run.writable;
-  run.rows.owner = buffer;
+  run.rows = run.writable;
+  run.owner = buffer;
 }
 
 void RunLoader::read_run(size_t i, const TensorMask& todo) {
   Run& run = runs_[i];
   const TorporFile& file = file_of(i);
   try {
-    if (run.rows.mapped) {
+    if (run.mapped) {
       const auto path = is_tail(i) ? tail_->handle.path() : store_.segment_path(chain_.names[i]);
-      check_mapped_rows(run.rows.bytes, file, todo, path.string());
+      check_mapped_rows(run.rows, file, todo, path.string());
     } else {
       with_file(i, [&](const File& handle) { read_rows(handle, file, todo, run.writable); });
     }
@@ -140,9 +139,15 @@ void RunLoader::read_run(size_t i, const TensorMask& todo) {
   for (size_t t = 0; t < todo.size(); ++t) run.checked[t] = run.checked[t] || todo[t];
   if (is_tail(i)) return;
   const SegmentFile& segment = run.opened->segment;
-  const bool whole = covers(run.checked, TensorMask(layout_.tensors.size(), true));
-  store_.known.add_file(chain_.names[i], {run.stat, segment.content(), segment.last(), whole});
-  store_.known.add_rows({chain_.names[i], segment.variant, segment.content(), run.rows, run.checked});
+  store_.known.add_file(chain_.names[i], {run.stat, segment.content(), segment.last(), covers(run.checked, {})});
+}
+
+void RunLoader::seal(size_t i) {
+  Run& run = runs_[i];
+  const SegmentFile& segment = run.opened->segment;
+  run.sealed = std::make_shared<const SealedRun>(run.rows, run.owner, run.mapped, run.checked);
+  run.sealed->set_segment({chain_.names[i], segment.variant, segment.content()});
+  store_.known.add_run(run.sealed);
 }
 
 void RunLoader::read() {
@@ -155,17 +160,24 @@ void RunLoader::read() {
     for (size_t i = 0; i < todo.size(); ++i) {
       todo[i] = wanted(i, length);
       // A run of which no layer sees anything any more has its place all the same.
-      if (runs_[i].rows.n_tokens > 0 && covers(runs_[i].checked, todo[i])) continue;
-      if (!is_tail(i) && !runs_[i].opened) open_segment_file(i);  // what was held of it is not enough
+      const Run& run = runs_[i];
+      if (run.sealed != nullptr ? covers(run.sealed->checked(), todo[i]) : run.placed && covers(run.checked, todo[i])) continue;
+      if (run.sealed != nullptr) {  // what was held of it is not enough
+        runs_[i].sealed = nullptr;
+        open_segment_file(i);
+      }
       if (!runs_[i].problem.empty()) break;
       if (!runs_[i].placed) place_rows(i);
       for (size_t t = 0; t < todo[i].size(); ++t) todo[i][t] = todo[i][t] && !runs_[i].checked[t];
       total_bytes += size_t(file_of(i).rows_bytes(todo[i]));
       work.push_back(i);
     }
-    if (work.empty() && usable_tokens() == length) return;
+    if (work.empty() && usable_tokens() == length) break;
     parallel_for(work.size(), std::min(reader_threads(), 1 + (total_bytes >> 20)),
                  [&](size_t i) { read_run(work[i], todo[work[i]]); });
+  }
+  for (size_t i = 0; i < usable(); ++i) {
+    if (!is_tail(i) && runs_[i].sealed == nullptr) seal(i);
   }
 }
 
@@ -220,18 +232,21 @@ void RunLoader::read_into(RowSink& sink) {
   }
 }
 
-std::vector<KvRun> RunLoader::take() {
-  std::vector<KvRun> runs;
+void RunLoader::take(KvSnapshot& snapshot) {
   for (size_t i = 0; i < usable(); ++i) {
-    KvRun& run = runs.emplace_back(runs_[i].rows);
+    const Run& run = runs_[i];
     const int64_t rows = length_ - int64_t(i) * kSegmentTokens;
-    if (rows >= run.n_tokens) continue;
-    const size_t size = layout_.offset(layout_.tensors.size(), int(rows));
-    const std::shared_ptr<std::byte> buffer = options_.allocate(size);
-    cut_rows(layout_, run.bytes, run.n_tokens, int(rows), buffer.get());
-    run = {.n_tokens = int(rows), .bytes = {buffer.get(), size}, .owner = buffer};
+    if (rows < stored_tokens(i)) {
+      const size_t size = layout_.offset(layout_.tensors.size(), int(rows));
+      const std::shared_ptr<std::byte> buffer = options_.allocate(size);
+      cut_rows(layout_, run.sealed != nullptr ? run.sealed->bytes() : run.rows, stored_tokens(i), int(rows), buffer.get());
+      snapshot.tail = {int(rows), {buffer.get(), size}, buffer};
+    } else if (is_tail(i)) {
+      snapshot.tail = {stored_tokens(i), run.rows, run.owner};
+    } else {
+      snapshot.sealed.push_back(run.sealed);
+    }
   }
-  return runs;
 }
 
 }  // namespace torpor

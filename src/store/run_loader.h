@@ -32,8 +32,8 @@ class RunLoader {
   /// Tokens of the usable runs.
   int64_t usable_tokens() const { return complete() ? length_ : int64_t(usable()) * kSegmentTokens; }
 
-  /// The usable runs, after `read`; the last one cut to its first rows where `length` ends inside it.
-  std::vector<KvRun> take();
+  /// Gives `snapshot` the rows of the usable runs, after `read`; of the last one its first rows where `length` ends inside it.
+  void take(KvSnapshot& snapshot);
   /// What was really read: headers, token lists, rows. The tail's file counts with its rows alone.
   int64_t bytes_read() const { return bytes_read_; }
   /// Size of segment i's file, where it was found.
@@ -43,10 +43,13 @@ class RunLoader {
   struct Run {
     std::optional<OpenedSegment> opened;  ///< unless the rows are held already, or are the tail's
     FileStat stat;
-    KvRun rows;                      ///< where they are, or are going to be
-    std::span<std::byte> writable;   ///< the same, to be read into; empty for a mapping
-    bool placed = false;             ///< `rows` are this loader's own
-    TensorMask checked;              ///< of `rows`
+    std::shared_ptr<const SealedRun> sealed;  ///< held already, or made of the rows when they are read; the tail has none
+    std::span<const std::byte> rows;     ///< where they are, or are going to be
+    std::shared_ptr<const void> owner;   ///< of `rows`
+    std::span<std::byte> writable;       ///< `rows`, to be read into; empty for a mapping
+    bool placed = false;                 ///< there are `rows`
+    bool mapped = false;
+    TensorMask checked;                  ///< of `rows`
     std::string problem;
     bool missing = false;
   };
@@ -60,6 +63,7 @@ class RunLoader {
   void open_run(size_t i);
   void place_rows(size_t i);
   void read_run(size_t i, const TensorMask& todo);
+  void seal(size_t i);
   /// fn(i, handle) with the run's file, which is opened again when it could not be kept open.
   template <typename Fn>
   void with_file(size_t i, Fn fn);

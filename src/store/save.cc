@@ -4,13 +4,13 @@
 
 namespace torpor {
 
-AgentDraft Store::Impl::draft_agent(AgentInfo info, const KvLayout& layout, const KvRun* tail,
+AgentDraft Store::Impl::draft_agent(AgentInfo info, const KvLayout& layout, int tail_tokens, Pieces tail,
                                     std::span<const KvState> state, std::span<const int32_t> tokens) {
   AgentDraft draft;
   std::vector<std::string> checksums;
-  if (tail != nullptr) {
-    checksums = run_checksums(layout, *tail);
-    draft.data.assign(tail->spans().begin(), tail->spans().end());
+  if (tail_tokens > 0) {
+    checksums = run_checksums(layout, tail_tokens, tail);
+    draft.data.assign(tail.begin(), tail.end());
   }
   for (const KvState& tensor : state) {
     draft.data.push_back(tensor.bytes);
@@ -19,8 +19,8 @@ AgentDraft Store::Impl::draft_agent(AgentInfo info, const KvLayout& layout, cons
   draft.data.push_back(token_bytes(tokens));
   checksums.push_back(hash_hex(draft.data.back()));
   info.cache_size = int64_t(tokens.size());
-  draft.header = encode_torpor_header("agent", agent_metadata(info), layout, tail != nullptr ? uint64_t(tail->n_tokens) : 0,
-                                      state, tokens.size(), checksums, &info.hash);
+  draft.header = encode_torpor_header("agent", agent_metadata(info), layout, uint64_t(tail_tokens), state,
+                                      tokens.size(), checksums, &info.hash);
   info.tail_bytes = int64_t(draft.header.size());
   for (const auto& piece : draft.data) info.tail_bytes += int64_t(piece.size());
   info.bytes += info.tail_bytes;
@@ -47,9 +47,13 @@ void Store::Impl::commit_agent(const AgentDraft& draft, Durability durability, S
   if (durability != Durability::kNone) result.bytes_written += write_sidecar(draft.info, stat);
 }
 
-void Store::Impl::check_storable(const KvSnapshot& snapshot) {
+void Store::Impl::check_storable(const KvSnapshot& snapshot, const BorrowedRows* rows) {
   check_layout(snapshot.layout, snapshot.state);
-  snapshot.validate();
+  if (rows != nullptr) {
+    snapshot.validate(*rows);
+  } else {
+    snapshot.validate();
+  }
   if (snapshot.layout.tensors.empty() && !snapshot.tokens.empty()) {
     throw Error(ErrorCode::kInvalidArgument, "The KV layout can't be stored: it has tokens and no tensors.");
   }
@@ -70,10 +74,10 @@ std::string Store::Impl::date_of_birth(const std::string& id, const std::string&
   }
 }
 
-SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, const std::string& model,
-                             const UserMetadata& user, Durability durability) {
+SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, const BorrowedRows* rows,
+                             const std::string& model, const UserMetadata& user, Durability durability) {
   check_agent_id(id);
-  check_storable(snapshot);
+  check_storable(snapshot, rows);
   AgentInfo info;
   info.agent_id = id;
   info.model = model;
@@ -83,13 +87,14 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
 
   Writing writing(*this);
   info.created_at = date_of_birth(id, info.updated_at);
-  SegmentWriter segments(*this, snapshot);
+  SegmentWriter segments(*this, snapshot, rows);
   info.segments = segments.names();
   info.bytes = segments.bytes();
-  const bool has_tail = info.segments.size() < snapshot.runs.size();
+  const int tail_tokens = int(snapshot.tokens.size() % kSegmentTokens);
+  Pieces tail{&snapshot.tail.bytes, 1};
+  if (rows != nullptr && tail_tokens > 0) tail = rows->runs.back().pieces;
   const AgentDraft draft =
-      draft_agent(std::move(info), snapshot.layout, has_tail ? &snapshot.runs.back() : nullptr, snapshot.state,
-                  segments.tokens());
+      draft_agent(std::move(info), snapshot.layout, tail_tokens, tail, snapshot.state, segments.tokens());
   writing.make_room("Saving the agent '" + id + "'", segments.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
   SaveResult result;
   segments.write_missing(durability == Durability::kFull, result);

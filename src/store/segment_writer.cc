@@ -7,10 +7,10 @@
 
 namespace torpor {
 
-SegmentWriter::SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot)
+SegmentWriter::SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot, const BorrowedRows* rows)
     : store_(store),
       snapshot_(snapshot),
-      all_(snapshot.layout.tensors.size(), true),
+      borrowed_(rows),
       tokens_(snapshot.tokens),
       checksums_(snapshot.tokens.size() / kSegmentTokens) {
   name_unknown_tokens();
@@ -20,6 +20,11 @@ SegmentWriter::SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot)
   plan();  // what another save has written meanwhile is there now
 }
 
+std::vector<std::span<const std::byte>> SegmentWriter::rows_of(size_t i) const {
+  if (borrowed_ != nullptr) return borrowed_->runs[i].pieces;
+  return {snapshot_.sealed[i]->bytes()};
+}
+
 void SegmentWriter::name_unknown_tokens() {
   std::vector<size_t> unknown;
   for (size_t i = 0; i < checksums_.size(); ++i) {
@@ -27,7 +32,7 @@ void SegmentWriter::name_unknown_tokens() {
   }
   parallel_for(unknown.size(), reader_threads(), [&](size_t k) {
     const size_t i = unknown[k];
-    checksums_[i] = run_checksums(snapshot_.layout, snapshot_.runs[i]);
+    checksums_[i] = run_checksums(snapshot_.layout, kSegmentTokens, rows_of(i));
     torpor::name_unknown_tokens(std::span(tokens_).subspan(i * kSegmentTokens, kSegmentTokens), content_digest(checksums_[i]));
   });
 }
@@ -35,15 +40,21 @@ void SegmentWriter::name_unknown_tokens() {
 void SegmentWriter::plan() {
   segments_.clear();
   const std::string identity = snapshot_.identity.digest(), layout = layout_digest(snapshot_.layout);
+  const size_t rows_size = snapshot_.layout.offset(snapshot_.layout.tensors.size(), kSegmentTokens);
   std::string parent;
   for (size_t i = 0; i < checksums_.size(); ++i) {
     Planned& segment = segments_.emplace_back();
-    segment.run = &snapshot_.runs[i];
+    if (borrowed_ != nullptr) {
+      segment.borrowed = &borrowed_->runs[i];
+    } else {
+      segment.run = snapshot_.sealed[i];
+    }
+    segment.rows = rows_of(i);
     segment.checksums = &checksums_[i];
     segment.place = {identity, layout, parent, std::span<const int32_t>(tokens_).subspan(i * kSegmentTokens, kSegmentTokens)};
     choose_name(segment);
     if (segment.write) {
-      segment.stat = {.size = header_size(segment) + segment.run->size() + token_bytes(segment.place.tokens).size()};
+      segment.stat = {.size = header_size(segment) + rows_size + token_bytes(segment.place.tokens).size()};
     }
     parent = segment.name;
   }
@@ -53,7 +64,7 @@ size_t SegmentWriter::header_size(const Planned& segment) {
   // Names and checksums are all of one length.
   size_t& size = header_sizes_[{segment.place.parent.size(), segment.variant.size()}];
   if (size == 0) {
-    const std::vector<std::string> checksums(all_.size(), std::string(32, '0'));
+    const std::vector<std::string> checksums(snapshot_.layout.tensors.size(), std::string(32, '0'));
     size = encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums).size();
   }
   return size;
@@ -79,8 +90,8 @@ std::vector<std::string> SegmentWriter::names() const {
 
 void SegmentWriter::choose_name(Planned& segment) {
   // Rows that came from a segment of this store keep its name, and nothing is read to find that out.
-  segment.origin = store_.known.rows_in(*segment.run);
-  if (segment.origin && segment_name(segment.place, segment.origin->variant) == segment.origin->name) {
+  if (segment.run != nullptr) segment.origin = segment.run->segment();
+  if (segment.origin != nullptr && segment_name(segment.place, segment.origin->variant) == segment.origin->name) {
     segment.name = segment.origin->name;
     segment.variant = segment.origin->variant;
     const auto stat = store_.env.stat(store_.segment_path(segment.name));
@@ -106,8 +117,8 @@ void SegmentWriter::choose_name(Planned& segment) {
 }
 
 bool SegmentWriter::take_hint(Planned& segment) {
-  const std::string& name = segment.run->segment;
-  if (name.empty()) return false;
+  if (segment.borrowed == nullptr || segment.borrowed->segment.empty()) return false;
+  const std::string& name = segment.borrowed->segment;
   const auto file = store_.known.file(name);
   if (!file || !file->whole) return false;
   const auto stat = store_.env.stat(store_.segment_path(name));
@@ -115,7 +126,7 @@ bool SegmentWriter::take_hint(Planned& segment) {
   const bool plain = segment_name(segment.place, "") == name;
   if (!plain && segment_name(segment.place, file->content) != name) return false;
   // What is computed anew with other bits differs in the last tensor too, for that depends on all before it.
-  if (run_checksums(snapshot_.layout, *segment.run, all_.size() - 1).front() != file->last) return false;
+  if (run_checksums(snapshot_.layout, kSegmentTokens, segment.rows, snapshot_.layout.tensors.size() - 1).front() != file->last) return false;
   segment.name = name;
   segment.variant = plain ? "" : file->content;
   segment.stat = *stat;
@@ -124,8 +135,8 @@ bool SegmentWriter::take_hint(Planned& segment) {
 
 const std::vector<std::string>& SegmentWriter::checksums_of(Planned& segment) {
   if (!segment.checksums->empty()) return *segment.checksums;
-  *segment.checksums = run_checksums(snapshot_.layout, *segment.run);
-  if (segment.origin && content_digest(*segment.checksums) != segment.origin->content) {
+  *segment.checksums = run_checksums(snapshot_.layout, kSegmentTokens, segment.rows);
+  if (segment.origin != nullptr && content_digest(*segment.checksums) != segment.origin->content) {
     // A mapped file that somebody wrote to, or rows that no one had reason to check: what is in memory is the damage.
     throw Error(ErrorCode::kCorruption,
                 "'" + store_.segment_path(segment.origin->name).string() +
@@ -157,8 +168,14 @@ SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
     }
     store_.known.add_file(segment.name, {segment.stat, content, checksums_of(segment).back(), true});
   }
-  store_.known.add_rows({segment.name, segment.variant, content, *segment.run, all_});
+  remember(segment, content);
   return Found::kSame;
+}
+
+void SegmentWriter::remember(const Planned& segment, const std::string& content) {
+  if (segment.run == nullptr) return;
+  segment.run->set_segment({segment.name, segment.variant, content});
+  store_.known.add_run(segment.run);
 }
 
 void SegmentWriter::write_missing(bool durable, SaveResult& result) {
@@ -194,13 +211,13 @@ void SegmentWriter::write(Planned& segment, bool durable) {
   const auto& checksums = checksums_of(segment);
   const std::string header = encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums);
   std::vector<std::span<const std::byte>> pieces{as_bytes_of(header)};
-  pieces.insert(pieces.end(), segment.run->spans().begin(), segment.run->spans().end());
+  pieces.insert(pieces.end(), segment.rows.begin(), segment.rows.end());
   pieces.push_back(token_bytes(segment.place.tokens));
   store_.env.make_directory(store_.segment_directory(segment.name));
   segment.stat = store_.add_file(store_.segment_path(segment.name), pieces, durable);
   const std::string content = content_digest(checksums);
   store_.known.add_file(segment.name, {segment.stat, content, checksums.back(), true});
-  store_.known.add_rows({segment.name, segment.variant, content, *segment.run, all_});
+  remember(segment, content);
 }
 
 }  // namespace torpor

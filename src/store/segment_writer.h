@@ -13,10 +13,11 @@ namespace torpor {
 
 class SegmentWriter {
  public:
-  /// Gives every sealed run its name, and finds out which are on disk already. `snapshot` must outlive the writer. While
+  /// Gives every sealed run its name, and finds out which are on disk already. `rows`: where they are when they are not the
+  /// snapshot's; else nullptr. Both must outlive the writer. While
   /// something is missing, other saves of agents that begin with the same segment wait until this writer is gone: two
   /// that differ in rows alone would else both take the plain name, and the later one would give the other its rows.
-  SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot);
+  SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot, const BorrowedRows* rows);
 
   /// Bytes of the files that are missing.
   int64_t bytes_to_write() const;
@@ -30,16 +31,19 @@ class SegmentWriter {
 
  private:
   struct Planned {
-    const KvRun* run = nullptr;
+    std::shared_ptr<const SealedRun> run;          ///< nullptr: the rows are borrowed
+    const BorrowedRows::Run* borrowed = nullptr;   ///< else nullptr
+    std::vector<std::span<const std::byte>> rows;  ///< either's bytes
     SegmentPlace place;
     std::string name, variant;
-    std::optional<KnownSegments::Rows> origin;  ///< where the rows came from, or went to before
+    std::shared_ptr<const SealedRun::Segment> origin;  ///< where the rows came from, or went to before
     std::vector<std::string>* checksums = nullptr;  ///< empty until someone needed them
     bool write = false;
     FileStat stat;  ///< of a file to be written its size alone
   };
   enum class Found { kNothing, kSame, kOther };
 
+  std::vector<std::span<const std::byte>> rows_of(size_t i) const;
   void name_unknown_tokens();
   void plan();
   size_t header_size(const Planned& segment);
@@ -47,13 +51,15 @@ class SegmentWriter {
   /// Whether the caller's own word for the segment that the rows are can be taken.
   bool take_hint(Planned& segment);
   Found look_up(Planned& segment);
+  /// Tells the run where its rows are.
+  void remember(const Planned& segment, const std::string& content);
   const std::vector<std::string>& checksums_of(Planned& segment);
   std::string content_of(Planned& segment) { return content_digest(checksums_of(segment)); }
   void write(Planned& segment, bool durable);
 
   Store::Impl& store_;
   const KvSnapshot& snapshot_;
-  const TensorMask all_;
+  const BorrowedRows* const borrowed_;
   std::vector<int32_t> tokens_;
   std::vector<std::vector<std::string>> checksums_;  ///< of the sealed runs
   SegmentHeaders headers_;

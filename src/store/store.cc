@@ -178,7 +178,11 @@ bool Store::is_awake(const std::string& agent_id) const {
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
                                    const UserMetadata& user, Durability durability) {
-  return impl_->save(agent_id, snapshot, model, user, durability);
+  return impl_->save(agent_id, snapshot, nullptr, model, user, durability);
+}
+SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const BorrowedRows& rows,
+                                   const std::string& model, const UserMetadata& user, Durability durability) {
+  return impl_->save(agent_id, snapshot, &rows, model, user, durability);
 }
 LoadedAgent Store::load_agent_cache(const std::string& agent_id, const LoadOptions& options) const {
   return impl_->load(agent_id, options);
@@ -197,7 +201,9 @@ LoadedPrefix Store::load_prefix(const Identity& identity, const KvLayout& layout
                                 const LoadOptions& options) const {
   return impl_->load_prefix(identity, layout, tokens, options);
 }
-std::optional<KvRun> Store::map_segment(const std::string& name) const { return impl_->map_segment(name); }
+std::shared_ptr<const SealedRun> Store::map_segment(const std::string& name) const {
+  return impl_->map_segment(name);
+}
 SaveResult Store::copy_agent_cache(const std::string& src, const std::string& dst, const CopyOptions& options) {
   return impl_->copy(src, dst, options);
 }

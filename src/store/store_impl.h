@@ -66,14 +66,16 @@ struct Store::Impl {
   int64_t write_sidecar(const AgentInfo& info, const FileStat& agent_file) noexcept;
 
   // ---- the work
-  SaveResult save(const std::string& id, const KvSnapshot& snapshot, const std::string& model,
+  /// `rows`: where they are when they are not the snapshot's; else nullptr.
+  SaveResult save(const std::string& id, const KvSnapshot& snapshot, const BorrowedRows* rows, const std::string& model,
                   const UserMetadata& user, Durability durability);
   /// kInvalidArgument.
-  void check_storable(const KvSnapshot& snapshot);
+  void check_storable(const KvSnapshot& snapshot, const BorrowedRows* rows);
   /// `created_at` of the agent that a save replaces, else `now`. What this process has saved is not read for it.
   std::string date_of_birth(const std::string& id, const std::string& now);
-  /// `info.bytes`: its segments'. `tail` may be nullptr; its bytes, `state`'s and `tokens` must outlive the draft.
-  AgentDraft draft_agent(AgentInfo info, const KvLayout& layout, const KvRun* tail, std::span<const KvState> state,
+  /// `info.bytes`: its segments'. `tail`: the rows of `tail_tokens` tokens. These, `state`'s bytes and `tokens` must outlive
+  /// the draft.
+  AgentDraft draft_agent(AgentInfo info, const KvLayout& layout, int tail_tokens, Pieces tail, std::span<const KvState> state,
                          std::span<const int32_t> tokens);
   /// Of the agent file and, at most, its sidecar.
   int64_t bytes_to_write(const AgentDraft& draft);
@@ -89,7 +91,7 @@ struct Store::Impl {
   LoadedPrefix load_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens,
                            const LoadOptions& options);
   SaveResult save_prefix(const KvSnapshot& snapshot, Durability durability);
-  std::optional<KvRun> map_segment(const std::string& name);
+  std::shared_ptr<const SealedRun> map_segment(const std::string& name);
   std::vector<std::string> agent_ids();
   AgentInfo info(const std::string& id);
   std::vector<AgentInfo> list(bool rebuild_sidecars);

@@ -154,13 +154,6 @@ void read_and_check_rows(const File& file, const TorporFile& parsed, size_t firs
 
 }  // namespace
 
-bool covers(const TensorMask& mask, const TensorMask& other) {
-  for (size_t i = 0; i < other.size(); ++i) {
-    if (other[i] && (i >= mask.size() || !mask[i])) return false;
-  }
-  return true;
-}
-
 TensorMask attended_tensors(const KvLayout& layout, int64_t first, int64_t n, int64_t length) {
   TensorMask mask;
   for (const KvTensorSpec& tensor : layout.tensors) mask.push_back(KvLayout::attended(tensor, first, n, length));
@@ -341,22 +334,21 @@ void cut_rows(const KvLayout& layout, std::span<const std::byte> run, int run_to
   }
 }
 
-std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run, size_t first) {
+std::vector<std::string> run_checksums(const KvLayout& layout, int n_tokens, Pieces pieces, size_t first) {
   std::vector<std::string> checksums;
-  auto spans = run.spans();
-  size_t skip = layout.offset(first, run.n_tokens);
+  size_t skip = layout.offset(first, n_tokens);
   /// At most `size` bytes of what comes next.
   const auto next = [&](size_t size) {
-    while (skip >= spans.front().size()) {
-      skip -= spans.front().size();
-      spans = spans.subspan(1);
+    while (skip >= pieces.front().size()) {
+      skip -= pieces.front().size();
+      pieces = pieces.subspan(1);
     }
-    const auto part = spans.front().subspan(skip, std::min(size, spans.front().size() - skip));
+    const auto part = pieces.front().subspan(skip, std::min(size, pieces.front().size() - skip));
     skip += part.size();
     return part;
   };
   for (size_t i = first; i < layout.tensors.size(); ++i) {
-    size_t size = layout.tensors[i].bytes_per_token() * size_t(run.n_tokens);
+    size_t size = layout.tensors[i].bytes_per_token() * size_t(n_tokens);
     auto part = next(size);
     if (part.size() == size) {
       checksums.push_back(hash_hex(part));

@@ -23,10 +23,6 @@ using Metadata = std::vector<std::pair<std::string, std::string>>;
 inline constexpr const char* kFormatVersion = "1";
 inline constexpr const char* kFormatVersionWithState = "2";
 
-/// Some of a layout's tensors.
-using TensorMask = std::vector<bool>;
-/// Whether `mask` has all that `other` has.
-bool covers(const TensorMask& mask, const TensorMask& other);
 /// Of a run of tokens [first, first + n) the tensors that can still be attended once `length` tokens are held.
 TensorMask attended_tensors(const KvLayout& layout, int64_t first, int64_t n, int64_t length);
 
@@ -86,8 +82,10 @@ void check_rows(const File& file, const TorporFile& parsed);
 /// Reads what is in the file beside the rows, and checks it.
 std::vector<KvState> read_state(const File& file, const TorporFile& parsed, const BufferAllocator& allocate = allocate_heap_buffer);
 
-/// Checksums of the layer tensors of a run, from the `first` on.
-std::vector<std::string> run_checksums(const KvLayout& layout, const KvRun& run, size_t first = 0);
+/// Bytes in order, in one piece or several.
+using Pieces = std::span<const std::span<const std::byte>>;
+/// Checksums of the layer tensors of a run of `n_tokens` tokens, from the `first` on.
+std::vector<std::string> run_checksums(const KvLayout& layout, int n_tokens, Pieces pieces, size_t first = 0);
 /// Copies the first `n` tokens' rows out of a run: they lie apart, head by head.
 void cut_rows(const KvLayout& layout, std::span<const std::byte> run, int run_tokens, int n, std::byte* out);
 
