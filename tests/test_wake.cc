@@ -22,6 +22,7 @@
 #include "torpor/cache.h"
 #include "torpor/engine.h"
 #include "torpor/error.h"
+#include "torpor/generate.h"
 #include "torpor/model.h"
 #include "torpor/store.h"
 

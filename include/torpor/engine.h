@@ -1,9 +1,12 @@
 #pragma once
-/// Durable agents over one model: the C++ API that the command line and the other faces use.
+/// Durable agents over one model: the C++ API that the command line and the other faces use. No header of MLX's is needed.
 ///
 /// An Engine owns the one thread that touches MLX. Its methods may be called from any thread and block until that thread
 /// has done the work; they run one at a time, in order. Callbacks run on the engine thread. Errors are torpor::Error.
 
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -11,8 +14,9 @@
 #include <vector>
 
 #include "torpor/error.h"
-#include "torpor/generate.h"
+#include "torpor/generate_options.h"
 #include "torpor/memory_usage.h"
+#include "torpor/model_info.h"
 #include "torpor/store.h"
 
 namespace torpor {

@@ -3,10 +3,7 @@
 /// (MLX streams are per thread); the engine thread in Torpor itself.
 
 #include <cstdint>
-#include <filesystem>
-#include <functional>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -15,15 +12,11 @@
 #include <mlx/array.h>
 
 #include "torpor/kv_snapshot.h"
+#include "torpor/model_info.h"
 
 namespace torpor {
 
 namespace mx = mlx::core;
-
-/// Who computes: Torpor's CPU kernels, or MLX's own operations (Metal, CUDA; on a CPU for comparison).
-enum class Backend { kKernels, kMlx };
-/// kMlx where MLX's default device is a GPU, else kKernels; `TORPOR_BACKEND=kernels|mlx` overrides.
-Backend default_backend();
 
 /// What a forward pass asks of a KV cache (implemented by src/cache, one kind per backend).
 class KvAccess {
@@ -49,30 +42,8 @@ struct ForwardSequence {
   std::span<const int32_t> tokens;  ///< at least one, at positions [kv->length(), ...)
   KvAccess* kv = nullptr;
   bool all_logits = false;          ///< logits of every token instead of the last
+  bool no_logits = false;           ///< of none: more of the prompt follows
 };
-
-struct ModelInfo {
-  std::string name;          ///< as given: directory or repo id
-  std::filesystem::path dir;
-  std::string architecture;  ///< "llama"
-  int n_layers = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, vocab_size = 0;
-  int max_context = 0;       ///< max_position_embeddings
-  int64_t weight_bytes = 0;
-  std::vector<int32_t> eos_token_ids;  ///< generation_config.json's, else config.json's
-};
-
-/// A directory as it is, else the snapshot of a repo id in the local Hugging Face cache (`HF_HUB_CACHE`, `HF_HOME`,
-/// `~/.cache/huggingface`). kNotFound names the `hf download` command.
-std::filesystem::path resolve_model(const std::string& name);
-
-/// What is known of a model without its weights in memory.
-struct ModelOutline {
-  ModelInfo info;
-  Identity identity;                                   ///< as Model::identity
-  std::function<KvLayout(const KvFormat&)> kv_layout;  ///< as Model::kv_layout
-};
-/// Reads every weight byte, for their digest, and keeps none. Errors are those of Model::load; any thread.
-ModelOutline outline_model(const std::string& name, Backend backend = default_backend());
 
 class Model {
  public:
@@ -89,7 +60,7 @@ class Model {
   /// Tensors a cache of this model has in `format`. kInvalidArgument for a format the model can't have.
   virtual KvLayout kv_layout(const KvFormat& format) const = 0;
 
-  /// Evaluated f32 logits [rows, vocab]: per sequence its last token's row, or all of them. Long inputs are
+  /// Evaluated f32 logits [rows, vocab]: per sequence its last token's row, all of them or none. Long inputs are
   /// computed in chunks inside. On an error no sequence has advanced.
   virtual mx::array forward(std::span<const ForwardSequence> batch) = 0;
 };

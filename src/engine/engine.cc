@@ -6,6 +6,7 @@
 #include "agents/manager.h"
 #include "engine/engine_thread.h"
 #include "torpor/error.h"
+#include "torpor/generate.h"
 
 namespace torpor {
 namespace {

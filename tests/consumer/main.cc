@@ -9,12 +9,16 @@
 #include <torpor/engine.h>
 #include <torpor/error.h>
 #include <torpor/generate.h>
+#include <torpor/generate_options.h>
 #include <torpor/kv_snapshot.h>
 #include <torpor/log.h>
 #include <torpor/model.h>
+#include <torpor/model_info.h>
 #include <torpor/store.h>
 #include <torpor/text.h>
 #include <torpor/version.h>
+
+int64_t turn_without_mlx(const char* model, const char* root);  // without_mlx.cc
 
 namespace {
 
@@ -76,9 +80,11 @@ int main(int, char** argv) {
     } catch (const torpor::Error& error) {
       expect(error.code() == torpor::ErrorCode::kNotFound, "Model::load gives another error");
     }
-    // CacheExtractor is there to be called; without a model only its address is taken.
+    // These are there to be called; without a model only their addresses are taken.
     auto generate = &torpor::CacheExtractor::generate;
     expect(generate != nullptr, "no CacheExtractor");
+    auto turn = &turn_without_mlx;
+    expect(turn != nullptr, "no Engine");
 
     auto cache = torpor::KvCache::restore(loaded.snapshot, torpor::Backend::kMlx);
     expect(torpor::get_cache_size(*cache) == 300, "get_cache_size is wrong");

@@ -1,0 +1,42 @@
+#pragma once
+/// What a model is, without its weights: no header of MLX's is needed. Plain data; any thread.
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "torpor/kv_snapshot.h"
+
+namespace torpor {
+
+/// Who computes: Torpor's CPU kernels, or MLX's own operations (Metal, CUDA; on a CPU for comparison).
+enum class Backend { kKernels, kMlx };
+/// kMlx where MLX's default device is a GPU, else kKernels; `TORPOR_BACKEND=kernels|mlx` overrides.
+Backend default_backend();
+
+struct ModelInfo {
+  std::string name;          ///< as given: directory or repo id
+  std::filesystem::path dir;
+  std::string architecture;  ///< "llama"
+  int n_layers = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, vocab_size = 0;
+  int max_context = 0;       ///< max_position_embeddings
+  int64_t weight_bytes = 0;
+  std::vector<int32_t> eos_token_ids;  ///< generation_config.json's, else config.json's
+};
+
+/// A directory as it is, else the snapshot of a repo id in the local Hugging Face cache (`HF_HUB_CACHE`, `HF_HOME`,
+/// `~/.cache/huggingface`). kNotFound names the `hf download` command.
+std::filesystem::path resolve_model(const std::string& name);
+
+/// What is known of a model without its weights in memory.
+struct ModelOutline {
+  ModelInfo info;
+  Identity identity;                                   ///< as Model::identity
+  std::function<KvLayout(const KvFormat&)> kv_layout;  ///< as Model::kv_layout
+};
+/// Reads every weight byte, for their digest, and keeps none. Errors are those of Model::load; any thread.
+ModelOutline outline_model(const std::string& name, Backend backend = default_backend());
+
+}  // namespace torpor
