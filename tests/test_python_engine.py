@@ -286,6 +286,21 @@ def test_errors_are_of_their_classes(engine, tiny_model, tmp_path):
         other.agent("ada").turn("hello")
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0}])
+def test_a_model_that_computes_no_number_says_nothing_and_leaves_nothing(tmp_path, sampling):
+    def spoil(config, weights):
+        weights["model.norm.weight"][0] = float("nan")
+
+    spoilt = make_tiny_model(tmp_path / "spoilt", spoil)
+    with torpor.Engine(spoilt, tmp_path / "store") as engine:
+        with pytest.raises(torpor.InternalError, match="no number"):
+            engine.agent("ada").turn("hello", raw=True, **sampling)
+        assert engine.agents() == []
+    assert not list((tmp_path / "store").glob("*.safetensors"))
+    cli = Torpor(tmp_path / "store", spoilt).run("ada", "hello", "--raw")
+    assert (cli.code, cli.out) == (11, "") and "no number" in cli.err
+
+
 def test_a_closed_engine_says_so_and_lets_its_agents_go(tiny_model, tmp_path):
     engine = torpor.Engine(tiny_model, tmp_path / "store")
     ada = engine.agent("ada")

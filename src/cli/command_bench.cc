@@ -26,7 +26,7 @@
 #include "cli/interrupt.h"
 #include "cli/model_options.h"
 #include "cli/output.h"
-#include "engine/sampler.h"
+#include "engine/generation.h"
 #include "torpor/cache.h"
 #include "torpor/error.h"
 #include "torpor/model.h"

@@ -1,32 +1,11 @@
 #include "torpor/generate.h"
 
-#include <algorithm>
 #include <chrono>
 
-#include "engine/sampler.h"
-#include "engine/stop_filter.h"
+#include "engine/generation.h"
 #include "torpor/error.h"
 
 namespace torpor {
-namespace {
-
-// Prompt tokens between two looks at the cancel flag and the progress callback.
-constexpr int kPrefillChunk = 512;
-
-using Clock = std::chrono::steady_clock;
-
-double ms_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
-
-bool cancelled(const GenerateOptions& options) { return options.cancel != nullptr && options.cancel->load(); }
-
-std::span<const float> last_row(const mx::array& logits) {
-  const int vocab = logits.shape(-1);
-  return {logits.data<float>() + (logits.size() - size_t(vocab)), size_t(vocab)};
-}
-
-}  // namespace
 
 const char* finish_reason_name(FinishReason reason) {
   switch (reason) {
@@ -39,76 +18,20 @@ const char* finish_reason_name(FinishReason reason) {
 
 GenerateResult generate(Model& model, std::shared_ptr<const Tokenizer> tokenizer, KvCache& cache,
                         std::span<const int32_t> prompt, const GenerateOptions& options) {
-  check_sampling(options.sampling);
-  if (prompt.empty()) throw Error(ErrorCode::kInvalidArgument, "The prompt has no tokens; give it some text.");
-  if (options.max_tokens < 1) throw Error(ErrorCode::kInvalidArgument, "max_tokens must be at least 1.");
-  const int limit = model.info().max_context;
-  if (limit > 0 && cache.length() + int64_t(prompt.size()) >= limit) {
-    throw Error(ErrorCode::kResourceExhausted,
-                "The prompt of " + std::to_string(prompt.size()) + " tokens after " + std::to_string(cache.length()) +
-                    " held does not fit the model's context of " + std::to_string(limit) +
-                    " tokens; shorten it or start a new agent.");
+  using Clock = std::chrono::steady_clock;
+  Generation generation(model.info(), std::move(tokenizer), cache.length(), {prompt.begin(), prompt.end()}, options);
+  PrefillPace pace(model.backend());
+  while (true) {
+    const std::span<const int32_t> rows = generation.next_rows(pace.rows());
+    if (rows.empty()) return generation.finish();
+    const auto start = Clock::now();
+    const bool wanted = generation.wants_logits();
+    const ForwardSequence sequence{.tokens = rows, .kv = &cache, .no_logits = !wanted};
+    const mx::array logits = model.forward({&sequence, 1});
+    cache.record_tokens(rows);
+    if (rows.size() > 1) pace.took(int(rows.size()), std::chrono::duration<double>(Clock::now() - start).count());
+    generation.take({logits.data<float>(), logits.size()});
   }
-
-  GenerateResult result;
-  const auto start = Clock::now();
-  const auto forward = [&](std::span<const int32_t> tokens) {
-    const ForwardSequence sequence{tokens, &cache, false};
-    mx::array logits = model.forward({&sequence, 1});
-    cache.record_tokens(tokens);
-    return logits;
-  };
-
-  mx::array logits(0.0f);
-  const int total = int(prompt.size());
-  while (result.prefilled < total) {
-    if (cancelled(options)) {
-      result.finish_reason = FinishReason::kCancelled;
-      result.prefill_ms = ms_since(start);
-      return result;
-    }
-    const int n = std::min(kPrefillChunk, total - result.prefilled);
-    logits = forward(prompt.subspan(size_t(result.prefilled), size_t(n)));
-    result.prefilled += n;
-    if (options.on_prefill) options.on_prefill(result.prefilled, total);
-  }
-
-  Detokenizer detokenizer(tokenizer);
-  StopFilter filter(options.stop);
-  const auto emit = [&](const std::string& text) {
-    if (text.empty()) return;
-    result.text += text;
-    if (options.on_text) options.on_text(text);
-  };
-  const std::vector<int32_t>& eos = model.info().eos_token_ids;
-  auto decode_start = start;
-  for (int i = 0; i < options.max_tokens; ++i) {
-    if (limit > 0 && cache.length() >= limit) break;
-    if (cancelled(options)) {
-      result.finish_reason = FinishReason::kCancelled;
-      break;
-    }
-    const int32_t token = sample(last_row(logits), options.sampling, cache.length());
-    if (i == 0) {
-      result.prefill_ms = ms_since(start);
-      decode_start = Clock::now();
-    }
-    result.tokens.push_back(token);
-    const bool end = std::find(eos.begin(), eos.end(), token) != eos.end();
-    if (!end) emit(filter.push(detokenizer.push(token)));
-    // The last token's rows are computed too: the next turn then prefills nothing but what is new.
-    logits = forward({&token, 1});
-    if (end || filter.stopped()) {
-      result.finish_reason = FinishReason::kStop;
-      break;
-    }
-  }
-  if (!filter.stopped()) {
-    emit(filter.push(detokenizer.finish()));
-    emit(filter.finish());
-  }
-  result.decode_ms = ms_since(decode_start);
-  return result;
 }
 
 CacheExtractor::CacheExtractor(std::shared_ptr<Model> model, std::shared_ptr<const Tokenizer> tokenizer,

@@ -166,7 +166,8 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
       chunk.sequences.push_back({.kv = next->sequence->kv, .runs = next->runs, .row = row, .n = n,
                                  .position = next->start + next->done});
       next->done += n;
-      const int first_logit = next->sequence->all_logits ? row : next->left() == 0 ? row + n - 1 : row + n;
+      const bool last = next->left() == 0 && !next->sequence->no_logits;
+      const int first_logit = next->sequence->all_logits ? row : last ? row + n - 1 : row + n;
       for (int i = first_logit; i < row + n; ++i) logit_rows.push_back(i);
       if (ops_->advances_per_chunk()) advances.emplace_back(next->sequence->kv, n);
       if (next->left() > 0) break;
@@ -187,7 +188,9 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
     }
     for (const auto& [kv, n] : advances) kv->advance(n);
   }
-  mx::array result = results.size() == 1 ? results.front() : mx::concatenate(results, 0, ops_->device());
+  mx::array result = results.size() == 1 ? results.front()
+                     : results.empty()   ? mx::zeros({0, config_.vocab_size}, mx::float32, ops_->device())
+                                         : mx::concatenate(results, 0, ops_->device());
   mx::eval({result});
   // All at the end where the backend allows it, so that an error leaves every sequence where it was.
   if (!ops_->advances_per_chunk()) {

@@ -1,0 +1,100 @@
+#pragma once
+/// One answer as it comes about, step by step: what is to be computed next, and what its logits say. No model and no cache
+/// inside, so whoever owns those may compute the rows of several generations in one forward pass. One thread at a time.
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "torpor/generate_options.h"
+#include "torpor/model_info.h"
+#include "torpor/text.h"
+
+namespace torpor {
+
+/// kInvalidArgument for a temperature below 0 or a top_p outside (0, 1].
+void check_sampling(const SamplingOptions& options);
+
+/// The token that follows position `position - 1`. The random number depends on seed and position alone, so a turn that is
+/// interrupted by sleep draws the same numbers as one that is not. kInternal when a logit is no number, or none is finite.
+int32_t sample(std::span<const float> logits, const SamplingOptions& options, int position);
+
+/// Lets text through once it can no longer become part of a stop string.
+class StopFilter {
+ public:
+  explicit StopFilter(std::vector<std::string> stops);
+  /// Text that is certain after `piece`. After stopped() it is always empty.
+  std::string push(std::string_view piece);
+  /// What was held back, at the end of generation.
+  std::string finish();
+  bool stopped() const noexcept { return stopped_; }
+
+ private:
+  std::vector<std::string> stops_;
+  std::string held_;
+  bool stopped_ = false;
+};
+
+/// How many prompt tokens to compute at once: as many as take about a quarter of a second at the speed measured last, so that
+/// a cancellation, or somebody else's request, waits no longer. Chunks change no bit where kernels are batch invariant; other
+/// backends get chunks of one size.
+class PrefillPace {
+ public:
+  static constexpr int kMost = 512, kLeast = 16;
+  static constexpr double kSeconds = 0.25;
+
+  explicit PrefillPace(Backend backend) : adapts_(backend == Backend::kKernels), rows_(adapts_ ? kFirst : kMost) {}
+  /// Tokens of the next chunk.
+  int rows() const noexcept { return rows_; }
+  /// A chunk of `rows` tokens took `seconds`.
+  void took(int rows, double seconds);
+
+ private:
+  static constexpr int kFirst = 32;  // the speed is not known yet
+  bool adapts_;
+  int rows_;
+};
+
+class Generation {
+ public:
+  /// An answer to `prompt`, which follows `held` tokens in the cache. kInvalidArgument for options that can't be;
+  /// kResourceExhausted when the prompt leaves no room in the model's context. `model` must outlive the generation.
+  Generation(const ModelInfo& model, std::shared_ptr<const Tokenizer> tokenizer, int held, std::vector<int32_t> prompt,
+             GenerateOptions options);
+
+  /// Tokens whose rows the next forward pass computes: at most `most` of the prompt, then the token sampled last. Empty when
+  /// the generation is over. Valid until take().
+  std::span<const int32_t> next_rows(int most);
+  /// Whether take() needs logits: not before the prompt's last token is among the rows.
+  bool wants_logits() const noexcept { return result_.prefilled + asked_ >= int(prompt_.size()); }
+  /// The rows of next_rows() are in the cache. `logits` `[vocab]` are those after the last one, or empty where none are wanted.
+  /// Calls the options' callbacks. kInternal when the logits hold no number.
+  void take(std::span<const float> logits);
+  /// Once it is over.
+  GenerateResult finish();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  bool cancelled() const { return options_.cancel != nullptr && options_.cancel->load(); }
+  void sample_next(std::span<const float> logits);
+  void emit(const std::string& text);
+  void end(FinishReason reason);
+
+  const ModelInfo& model_;
+  const GenerateOptions options_;
+  const std::vector<int32_t> prompt_;
+  Detokenizer detokenizer_;
+  StopFilter filter_;
+  int position_;                      // rows in the cache
+  int asked_ = 0;                     // rows that next_rows gave
+  bool last_ = false, over_ = false;  // the token sampled last ends the answer; all is said
+  Clock::time_point start_ = Clock::now(), first_token_;
+  GenerateResult result_;
+};
+
+}  // namespace torpor
