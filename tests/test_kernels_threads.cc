@@ -6,6 +6,9 @@
 #include <string>
 #include <vector>
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <gtest/gtest.h>
 
 #include "kernels/compute.h"
@@ -61,6 +64,28 @@ TEST(KernelsThreadPool, ExceptionsReachTheCaller) {
     pool.parallel_for(50, [&](size_t, int) { ++done; });
     EXPECT_EQ(done.load(), 50);
   }
+}
+
+TEST(KernelsThreadPool, AForkedProcessIsToldThatItHasNoThreads) {
+  ThreadPool pool(3);
+  pool.parallel_for(30, [](size_t, int) {});
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);  // one that waits for workers waits for ever
+    try {
+      pool.parallel_for(30, [](size_t, int) {});
+      _exit(1);
+    } catch (const Error& error) {
+      pool.~ThreadPool();
+      _exit(error.code() == ErrorCode::kInvalidArgument ? 0 : 2);
+    }
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  std::atomic<int> done{0};
+  pool.parallel_for(30, [&](size_t, int) { ++done; });
+  EXPECT_EQ(done.load(), 30);
 }
 
 TEST(KernelsTargetDeathTest, TheForcedTargetIsUsedOrRefused) {

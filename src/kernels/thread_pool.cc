@@ -18,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include <pthread.h>
+
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
 #elif defined(__linux__)
@@ -82,6 +84,14 @@ int default_threads() {
                 "TORPOR_THREADS must be a number from 1 to " + std::to_string(kMaxThreads) + ", not '" + text + "'.");
   }
   return int(n);
+}
+
+/// How often fork(2) has made this process another one. A pool's workers are only in the process that made it.
+std::atomic<uint32_t> forks{0};
+
+uint32_t count_forks() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
+  return registered == 0 ? forks.load() : 0;
 }
 
 }  // namespace
@@ -156,6 +166,10 @@ struct ThreadPool::Impl {
   }
 
   void call(size_t count, const std::function<void(size_t, int)>& function) {
+    if (elsewhere()) {
+      throw Error(ErrorCode::kInvalidArgument, "The threads that compute were not taken along by fork(2); start a new process "
+                                               "instead of forking this one.");
+    }
     std::lock_guard one_caller(callers);
     body = &function;
     n_tasks = count;
@@ -180,7 +194,11 @@ struct ThreadPool::Impl {
     if (error) std::rethrow_exception(std::exchange(error, nullptr));
   }
 
+  /// Whether the workers are in another process, which was forked.
+  bool elsewhere() const { return forks.load(std::memory_order_relaxed) != made_at; }
+
   const int n_threads;
+  const uint32_t made_at = count_forks();
   std::vector<std::thread> threads;
   std::mutex callers;
   std::mutex mutex;  ///< guards parking and `error`
@@ -221,7 +239,9 @@ ThreadPool::ThreadPool(int n_threads) {
   impl_ = new Impl(n_threads);
 }
 
-ThreadPool::~ThreadPool() { delete impl_; }
+ThreadPool::~ThreadPool() {
+  if (!impl_->elsewhere()) delete impl_;  // else there is nobody to join
+}
 
 int ThreadPool::size() const noexcept { return impl_->n_threads; }
 

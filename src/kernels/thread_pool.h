@@ -21,7 +21,8 @@ class ThreadPool {
   /// Workers, the calling thread included.
   int size() const noexcept;
   /// Calls `body(task, worker)` for every task in [0, n_tasks), worker in [0, size()); returns when all are done.
-  /// The first exception thrown by a body is rethrown here. Callers wait for each other; not reentrant.
+  /// The first exception thrown by a body is rethrown here. Callers wait for each other; not reentrant. kInvalidArgument in a
+  /// process that was forked from the one that made the pool.
   void parallel_for(size_t n_tasks, const std::function<void(size_t task, int worker)>& body);
   /// Calls `body(task, next)` for every task in [0, n_tasks), else as parallel_for. Two threads take the tasks of a stretch from
   /// its two ends until they meet: each works on neighbours in order, which memory likes, and all end together. `next` is the
