@@ -1,12 +1,14 @@
 """Turns: what is computed, what is reused, what is answered."""
 
 import json
+import os
+import pty
 import signal
 import subprocess
 
 import pytest
 
-from conftest import Torpor
+from conftest import EXIT, Torpor
 
 
 def check_object(turn, agent, model):
@@ -120,7 +122,7 @@ def test_an_agent_remembers_its_system_message(tiny):
     assert tiny.state() == before
 
 
-@pytest.mark.parametrize("which, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("which, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_turn_is_saved(tiny, which, code):
     process = subprocess.Popen(tiny.command("run", "--model", tiny.model, "--agent", "a", "--prompt", "Once",
                                             "--max-tokens", 3500), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -132,6 +134,54 @@ def test_an_interrupted_turn_is_saved(tiny, which, code):
     size = tiny("show", "a", "--json").ok().json["cache_size"]
     turn = tiny.run("a", " more", "--raw").ok().json
     assert turn["tokens"]["cached"] == size > 0
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tiny):
+    """As under nohup."""
+    process = subprocess.Popen(tiny.command("run", "--model", tiny.model, "--agent", "a", "--prompt", "Once",
+                                            "--max-tokens", 200), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGHUP)
+    process.stdout.read()
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert tiny("show", "a", "--json").ok().json["cache_size"] > 200
+
+
+def test_a_save_that_fails_is_told_when_nobody_reads_the_answer(tiny):
+    for json_or_text in ([], ["--json"]):
+        process = subprocess.Popen(tiny.command("run", "--model", tiny.model, "--agent", "a", "--prompt", "Once", "--max-tokens", 3500,
+                                                "--min-free", "1000TB", *json_or_text), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait(timeout=60) == EXIT["exhausted"], said
+        assert "could not be saved" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("last", ["/rewind 99999", "/exit", None])
+def test_a_chat_tells_of_saves_that_failed_behind_however_it_ends(tiny, last):
+    result = tiny("chat", "--model", tiny.model, "--agent", "a", "--max-tokens", 4, "--write-behind", "--min-free", "1000TB",
+                  stdin="".join(f"{line}\n" for line in ["Once", *([last] if last else [])]))
+    assert result.code == EXIT["invalid" if last == "/rewind 99999" else "exhausted"], result.err
+    assert ("99999" in result.err) == (last == "/rewind 99999") and "bytes are free" in result.err
+
+
+def test_the_bar_of_a_prefill_is_wiped_before_an_error_is_told(ada, words):
+    """On a terminal, which standard error is here."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(ada.command("run", "--model", ada.model, "--agent", "a", "--prompt", words(1500), "--raw",
+                                           "--memory-budget", "700KB"), stdout=subprocess.PIPE, stderr=follower)
+    os.close(follower)
+    said = b""
+    try:
+        while part := os.read(leader, 4096):
+            said += part
+    except OSError:
+        pass  # the end, where nobody has the other side any more
+    assert process.wait(timeout=60) == EXIT["exhausted"], said
+    assert b"reading [" in said and said.rfind(b"\r\x1b[K") > said.rfind(b"reading ["), said
+    assert said.endswith(b".\r\n") and said[said.rfind(b"\r\x1b[K"):].startswith(b"\r\x1b[Ktorpor: "), said
+    os.close(leader)
 
 
 def test_chat_resumes(tiny):

@@ -6,6 +6,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <map>
 #include <optional>
 #include <set>
@@ -80,7 +81,30 @@ class Chat {
  public:
   Chat(TurnOptions options, const std::filesystem::path& root) : options_(std::move(options)), engine_(engine_options(options_, root)) {}
 
+  /// However the conversation ends, what it said is saved, and an error of that is told.
   int talk() {
+    std::exception_ptr ended;
+    std::string told;
+    try {
+      converse();
+    } catch (const std::exception& error) {
+      ended = std::current_exception();
+      told = error.what();
+    }
+    try {
+      engine_.save_all([&](int done, int total) {
+        if (interactive_) std::fprintf(stderr, "\rsaving: %d of %d%s", done, total, done == total ? "\n" : "");
+      });
+    } catch (const Error& error) {
+      if (!ended) throw;
+      if (told.find(error.what()) == std::string::npos) complain(error.what());  // else a turn has just said so
+    }
+    if (ended) std::rethrow_exception(ended);
+    return interrupt_.signal() == 0 ? 0 : 128 + interrupt_.signal();
+  }
+
+ private:
+  void converse() {
     if (interactive_) {
       std::fprintf(stderr, "%s on %s; /help lists the commands, Ctrl-D ends, Ctrl-C stops an answer.\n",
                    options_.agent.c_str(), options_.model.c_str());
@@ -105,13 +129,8 @@ class Chat {
       }
     }
     if (interactive_) std::fputs("\n", stderr);
-    engine_.save_all([&](int done, int total) {
-      if (interactive_) std::fprintf(stderr, "\rsaving: %d of %d%s", done, total, done == total ? "\n" : "");
-    });
-    return interrupt_.signal() == 0 ? 0 : 128 + interrupt_.signal();
   }
 
- private:
   void say(const std::string& message) {
     check_text(message, "the message");
     TurnOptions turn = options_;

@@ -14,13 +14,14 @@ void on_signal(int signal) {
   g_flag.store(true);
 }
 
-void listen() {
-  struct sigaction action {};
-  action.sa_handler = on_signal;
+void set_handlers(void (*handler)(int)) {
+  struct sigaction action {}, before {};
+  action.sa_handler = handler;
   action.sa_flags = SA_RESETHAND;  // and no SA_RESTART: a waiting read ends
   sigemptyset(&action.sa_mask);
-  sigaction(SIGINT, &action, nullptr);
-  sigaction(SIGTERM, &action, nullptr);
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
+    if (sigaction(signal, nullptr, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(signal, &action, nullptr);
+  }
 }
 
 }  // namespace
@@ -28,14 +29,12 @@ void listen() {
 InterruptScope::InterruptScope() {
   g_flag.store(false);
   g_signal.store(0);
-  listen();
+  set_handlers(on_signal);
   std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);
 }
 
-InterruptScope::~InterruptScope() {
-  std::signal(SIGINT, SIG_DFL);
-  std::signal(SIGTERM, SIG_DFL);
-}
+InterruptScope::~InterruptScope() { set_handlers(SIG_DFL); }
 
 std::atomic<bool>& InterruptScope::flag() { return g_flag; }
 int InterruptScope::signal() const { return g_signal.load(); }
@@ -43,7 +42,7 @@ int InterruptScope::signal() const { return g_signal.load(); }
 void InterruptScope::rearm() {
   g_flag.store(false);
   g_signal.store(0);
-  listen();
+  set_handlers(on_signal);
 }
 
 }  // namespace torpor::cli

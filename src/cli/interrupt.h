@@ -1,12 +1,13 @@
 #pragma once
-/// Ctrl-C and SIGTERM during a turn: the turn ends cleanly and is saved.
+/// Ctrl-C, SIGTERM and a terminal that is closed during a turn: the turn ends cleanly and is saved.
 
 #include <atomic>
 
 namespace torpor::cli {
 
-/// While one lives, the first SIGINT or SIGTERM sets `flag()`; a second one of the same kind kills the process, as usual.
-/// A closed standard output does not kill. Only one may live at a time.
+/// While one lives, the first SIGINT, SIGTERM or SIGHUP sets `flag()`; a second one of the same kind kills the process, as usual.
+/// One that was ignored when the process started (nohup) stays ignored. A closed standard output and a file that may grow no
+/// further do not kill: the write fails. Only one may live at a time.
 class InterruptScope {
  public:
   InterruptScope();

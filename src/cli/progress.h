@@ -5,10 +5,13 @@
 
 namespace torpor::cli {
 
-/// Draws on standard error, and only when that is a terminal and the work is long enough to be watched.
+/// Draws on standard error, and only when that is a terminal and the work is long enough to be watched. It is wiped in the end,
+/// so that no error is glued to it.
 class ProgressBar {
  public:
   ProgressBar();
+  ~ProgressBar() { clear(); }
+  ProgressBar(const ProgressBar&) = delete;
   void update(int done, int total);
   /// Wipes the bar, if there is one.
   void clear();

@@ -125,15 +125,19 @@ TurnResult take_turn(Engine& engine, const TurnOptions& options, const std::stri
     }
   };
 
-  TurnResult result = engine.turn(request);
+  const TurnResult result = engine.turn(request);
   progress.clear();
-  if (closed) throw Error(ErrorCode::kIo, "standard output is closed; the turn was ended early");
   if (result.damage) complain("warning: " + *result.damage);
-  if (options.json) {
-    print_json(result_json(result));
-  } else {
-    if (result.text.empty() || result.text.back() != '\n') print("\n");
-    if (isatty(STDERR_FILENO)) print_summary(result, request.save == SaveMode::kWait && !result.save_error);
+  try {
+    if (closed) throw Error(ErrorCode::kIo, "standard output is closed; the turn was ended early");
+    if (options.json) {
+      print_json(result_json(result));
+    } else {
+      if (result.text.empty() || result.text.back() != '\n') print("\n");
+      if (isatty(STDERR_FILENO)) print_summary(result, request.save == SaveMode::kWait && !result.save_error);
+    }
+  } catch (const Error&) {
+    if (!result.save_error) throw;  // else that is worse
   }
   if (result.save_error) throw *result.save_error;
   return result;
