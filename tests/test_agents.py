@@ -119,6 +119,19 @@ def test_chat_commands_do_the_same_to_agents_that_are_awake(tiny, words):
     tiny("verify").ok()
 
 
+@pytest.mark.parametrize("budget", ["400KB", "530KB"])  # three runs of 256 tokens are held: those alone fit, or one more
+def test_a_cut_at_the_edge_of_the_budget_takes_nobody_away(tiny, words, tokenizer, budget):
+    prefix = tokenizer.decode(tokenizer.encode(words(730)).ids[:300], skip_special_tokens=False)
+    fresh = tiny.run("fresh", prefix + " and then", "--raw").ok().json["text"]
+    for command in ("/rewind 300", "/fork eve 300"):
+        objects = chat(tiny, "a", [words(730), command, " and then", "/memory"], "--raw", "--memory-budget", budget)
+        assert turns(objects)[1]["tokens"]["cached"] == 300
+        assert turns(objects)[1]["text"] == fresh
+        assert memories(objects)[0]["kv_bytes"] <= 1000 * int(budget[:-2])
+        tiny("rm", "a").ok()
+    tiny("verify").ok()
+
+
 def test_a_message_may_begin_with_a_slash(tiny):
     assert len(turns(chat(tiny, "a", ["/usr/bin is a directory", "/agent", "/fork a b c"]))) == 3
 

@@ -1,113 +1,20 @@
-// Many agents in bounded memory, without a model: "computing" a token writes rows that its position and id determine, so
-// every row that comes back can be checked.
+// Many agents in bounded memory, without a model.
 
 #include <condition_variable>
-#include <cstring>
 #include <mutex>
-#include <random>
 
 #include <gtest/gtest.h>
 #include <mlx/memory.h>
 #include <mlx/mlx.h>
 
-#include "agents/manager.h"
 #include "fault_env.h"
-#include "store_fixture.h"
+#include "manager_fixture.h"
 #include "torpor/agents.h"
 
 namespace torpor {
 namespace {
 
 using testing::TemporaryDirectory;
-
-constexpr int kHeads = 2, kDim = 32;
-
-KvLayout layout_of(int window) {
-  KvLayout layout;
-  for (int i = 0; i < 2; ++i) {
-    for (const char* part : {"_keys", "_values"}) {
-      layout.tensors.push_back({"layer_" + std::to_string(i) + part, KvDtype::kF16, kHeads, kDim, i == 1 ? window : 0});
-    }
-  }
-  return layout;
-}
-
-uint8_t row_byte(size_t tensor, int head, int position, int32_t token) {
-  return uint8_t((tensor * 7 + size_t(head) * 13 + size_t(position) * 31 + size_t(token) * 101) >> 1);
-}
-
-void compute(KvCache& cache, std::span<const int32_t> tokens) {
-  const std::span<const KvBuffer> runs = cache.reserve(int(tokens.size()));
-  const KvLayout& layout = cache.layout();
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    const int position = cache.length() + int(i), row = position % kSegmentTokens;
-    for (size_t t = 0; t < layout.tensors.size(); ++t) {
-      for (int head = 0; head < kHeads; ++head) {
-        std::byte* at = runs[size_t(position / kSegmentTokens)].data + layout.offset(t, kSegmentTokens) +
-                        size_t(head * kSegmentTokens + row) * kDim * 2;
-        std::memset(at, row_byte(t, head, position, tokens[i]), kDim * 2);
-      }
-    }
-  }
-  cache.record_tokens(tokens);
-  cache.advance(int(tokens.size()));
-}
-
-/// Every row that the next token attends is that of its token.
-void expect_sound(const KvCache& cache) {
-  ASSERT_TRUE(cache.validate()) << cache.validate().reason;
-  const KvSnapshot snapshot = cache.snapshot({});
-  for (size_t r = 0; r < snapshot.n_runs(); ++r) {
-    const int n = snapshot.run_tokens(r);
-    for (size_t t = 0; t < snapshot.layout.tensors.size(); ++t) {
-      const KvTensorSpec& spec = snapshot.layout.tensors[t];
-      for (int head = 0; head < kHeads; ++head) {
-        for (int row = 0; row < n; ++row) {
-          const int position = int(r) * kSegmentTokens + row;
-          if (!KvLayout::attended(spec, position, 1, cache.length())) continue;
-          const std::byte* at =
-              snapshot.run_bytes(r).data() + snapshot.layout.offset(t, n) + size_t(head * n + row) * kDim * 2;
-          const auto expected = std::byte(row_byte(t, head, position, snapshot.tokens[size_t(position)]));
-          ASSERT_TRUE(at[0] == expected && at[kDim * 2 - 1] == expected)
-              << spec.name << " position " << position << " of " << cache.length();
-        }
-      }
-    }
-  }
-}
-
-std::vector<int32_t> ids(int n, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<int32_t> tokens;
-  for (int i = 0; i < n; ++i) tokens.push_back(int32_t(random() % 50000));
-  return tokens;
-}
-
-/// The parameter is the window of layer 1; 0 = none.
-class Manager : public ::testing::TestWithParam<int> {
- protected:
-  KvLayout layout() const { return layout_of(GetParam()); }
-  size_t run_bytes() const { return layout().bytes_per_token() * kSegmentTokens; }
-  std::unique_ptr<AgentManager> make(size_t budget = 0, size_t queue = size_t(64) << 20) {
-    return std::make_unique<AgentManager>(
-        store_, ManagerOptions{.model_name = "m", .identity = testing::test_identity(), .layout = layout(),
-                               .backend = Backend::kKernels, .durability = Durability::kRename, .memory_budget = budget,
-                               .write_queue_bytes = queue});
-  }
-  /// A turn: what is held is continued with `tokens`.
-  static Agent& say(AgentManager& manager, const std::string& id, std::span<const int32_t> tokens) {
-    Agent& agent = manager.wake(id);
-    const AgentManager::Turn turn(manager, agent);
-    compute(*agent.cache, tokens);
-    agent.messages.push_back({"user", "said", agent.cache->length()});
-    agent.history = agent.cache->tokens();
-    agent.changed();
-    return agent;
-  }
-
-  TemporaryDirectory directory_;
-  Store store_{directory_.path() / "store"};
-};
 
 INSTANTIATE_TEST_SUITE_P(Windows, Manager, ::testing::Values(0, 300));
 
@@ -120,24 +27,24 @@ TEST_P(Manager, TenAgentsInTheMemoryOfThreeAreAsTheyWouldBeAlone) {
     const std::string id = "agent" + std::to_string(random() % 10);
     const std::vector<int32_t> more = ids(1 + int(random() % 200), random());
     const bool was_awake = manager->is_awake(id);
-    Agent& agent = say(*manager, id, more);
+    AgentHold agent = say(*manager, id, more);
     std::vector<int32_t>& all = expected[id];
     if (!was_awake && !all.empty()) {
-      EXPECT_EQ(agent.cache->length(), int(all.size() + more.size()));
+      EXPECT_EQ(agent->cache->length(), int(all.size() + more.size()));
     }
     all.insert(all.end(), more.begin(), more.end());
-    EXPECT_EQ(agent.cache->tokens(), all);
-    expect_sound(*agent.cache);
+    EXPECT_EQ(agent->cache->tokens(), all);
+    expect_sound(*agent->cache);
     ASSERT_LE(manager->memory_usage().kv_bytes, int64_t(budget));
-    turn % 3 == 0 ? void(manager->save(agent)) : manager->save_behind(agent);
+    turn % 3 == 0 ? void(manager->save(*agent)) : manager->save_behind(*agent);
     ASSERT_LE(manager->memory_usage().kv_bytes, int64_t(budget));
   }
   manager->save_all();
   manager.reset();
   manager = make();
   for (const auto& [id, tokens] : expected) {
-    EXPECT_EQ(manager->wake(id).cache->tokens(), tokens);
-    expect_sound(*manager->wake(id).cache);
+    EXPECT_EQ(manager->wake(id)->cache->tokens(), tokens);
+    expect_sound(*manager->wake(id)->cache);
   }
   for (const VerifyReport& report : store_.verify()) EXPECT_TRUE(report.problems.empty()) << report.problems[0];
 }
@@ -162,12 +69,12 @@ TEST_P(Manager, WhenNothingCanGoTheErrorSaysWhatHoldsTheMemory) {
   manager->pin("kept", false);
   say(*manager, "big", ids(600, 3));
   EXPECT_FALSE(manager->is_awake("kept"));
-  EXPECT_EQ(manager->wake("big").cache->length(), 600);
+  EXPECT_EQ(manager->wake("big")->cache->length(), 600);
 }
 
 TEST_P(Manager, ACleanAgentGoesWithoutAWriteAndTheLeastRecentlyUsedFirst) {
   auto manager = make(4 * run_bytes());
-  for (const char* id : {"a", "b", "c", "d"}) manager->save(say(*manager, id, ids(100, unsigned(id[0]))));
+  for (const char* id : {"a", "b", "c", "d"}) manager->save(*say(*manager, id, ids(100, unsigned(id[0]))));
   manager->wake("a");
   const auto before = store_.agent_info("b").hash;
   say(*manager, "e", ids(100, 9));
@@ -195,26 +102,26 @@ TEST_P(Manager, AnAgentThatCannotBeSavedIsNotGivenUp) {
   EXPECT_TRUE(manager.is_awake("a") && manager.is_awake("b"));
   manager.drop("c");
   // A save behind a turn that fails is said at the next occasion, and tried again.
-  manager.save_behind(manager.wake("a"));
+  manager.save_behind(*manager.wake("a"));
   EXPECT_THROW(manager.finish_saves(), Error);
   EXPECT_NO_THROW(manager.finish_saves());
-  EXPECT_TRUE(manager.wake("a").dirty());
-  manager.save_behind(manager.wake("a"));
-  EXPECT_THROW(manager.save(manager.wake("a")), Error);
+  EXPECT_TRUE(manager.wake("a")->dirty());
+  manager.save_behind(*manager.wake("a"));
+  EXPECT_THROW(manager.save(*manager.wake("a")), Error);
   env.fail_at(0, 0);
-  EXPECT_GT(manager.save(manager.wake("a")).bytes_written, 0);
-  EXPECT_FALSE(manager.wake("a").dirty());
+  EXPECT_GT(manager.save(*manager.wake("a")).bytes_written, 0);
+  EXPECT_FALSE(manager.wake("a")->dirty());
 }
 
 TEST_P(Manager, AForkCopiesNothingAndBothGoTheirOwnWay) {
   auto manager = make();
   const std::vector<int32_t> begun = ids(700, 1);
-  manager->save(say(*manager, "a", begun));
+  manager->save(*say(*manager, "a", begun));
   const int64_t before = manager->memory_usage().kv_bytes;
   manager->fork("a", "b", std::nullopt);
   EXPECT_EQ(manager->memory_usage().kv_bytes, before);  // the open run too is shared until one of them writes
   EXPECT_EQ(manager->memory_usage().agents[1].shared_bytes, manager->memory_usage().agents[1].bytes);
-  const SaveResult saved = manager->save(manager->wake("b"));
+  const SaveResult saved = manager->save(*manager->wake("b"));
   EXPECT_EQ(saved.segments_written, 0);
 
   say(*manager, "a", ids(100, 2));
@@ -223,11 +130,11 @@ TEST_P(Manager, AForkCopiesNothingAndBothGoTheirOwnWay) {
     std::vector<int32_t> all = begun;
     const std::vector<int32_t> more = ids(n, unsigned(seed));
     all.insert(all.end(), more.begin(), more.end());
-    EXPECT_EQ(manager->wake(id).cache->tokens(), all);
-    expect_sound(*manager->wake(id).cache);
+    EXPECT_EQ(manager->wake(id)->cache->tokens(), all);
+    expect_sound(*manager->wake(id)->cache);
     manager->sleep(id);
-    EXPECT_EQ(manager->wake(id).cache->tokens(), all);
-    expect_sound(*manager->wake(id).cache);
+    EXPECT_EQ(manager->wake(id)->cache->tokens(), all);
+    expect_sound(*manager->wake(id)->cache);
   }
   EXPECT_THROW(manager->fork("a", "b", std::nullopt), Error);
   EXPECT_THROW(manager->fork("a", "c", 801), Error);
@@ -240,23 +147,24 @@ TEST_P(Manager, RewindAndForkAtAnyTokenAwakeOrAsleep) {
     for (const int n : {0, 1, 255, 256, 257, 512, 700, 1023, 1024, 1025, 1299, 1300}) {
       auto manager = make();
       const std::string id = std::to_string(n) + (awake ? "-awake" : "-asleep");
-      manager->save(say(*manager, id, begun));
+      manager->save(*say(*manager, id, begun));
       if (!awake) manager->sleep(id);
       const std::vector<int32_t> prefix(begun.begin(), begun.begin() + n);
       manager->fork(id, id + "-fork", n);
       manager->rewind(id, n);
       EXPECT_EQ(manager->is_awake(id), awake);
       for (const std::string& name : {id, id + "-fork"}) {
-        Agent& agent = manager->wake(name);
-        EXPECT_EQ(agent.cache->tokens(), prefix) << name;
-        EXPECT_EQ(agent.history, prefix);
-        EXPECT_EQ(agent.messages.size(), n == 1300 ? 1u : 0u);  // the cut went through the only message
-        expect_sound(*agent.cache);
+        AgentHold agent = manager->wake(name);
+        EXPECT_EQ(agent->cache->tokens(), prefix) << name;
+        EXPECT_EQ(agent->history, prefix);
+        EXPECT_EQ(agent->messages.size(), n == 1300 ? 1u : 0u);  // the cut went through the only message
+        expect_sound(*agent->cache);
         say(*manager, name, ids(300, 5));
-        expect_sound(*agent.cache);
+        expect_sound(*agent->cache);
+        agent.release();
         manager->sleep(name);
-        expect_sound(*manager->wake(name).cache);
-        EXPECT_EQ(manager->wake(name).cache->length(), n + 300);
+        expect_sound(*manager->wake(name)->cache);
+        EXPECT_EQ(manager->wake(name)->cache->length(), n + 300);
         manager->remove(name);
         EXPECT_FALSE(store_.contains(name));
       }
@@ -267,52 +175,52 @@ TEST_P(Manager, RewindAndForkAtAnyTokenAwakeOrAsleep) {
 TEST_P(Manager, ANewAgentStartsFromTheLongestPrefixAnyoneHas) {
   const std::vector<int32_t> known = ids(700, 1);
   auto manager = make();
-  manager->save(say(*manager, "asleep", known));
+  manager->save(*say(*manager, "asleep", known));
   manager->sleep("asleep");
 
   // From disk, to the segment.
   std::vector<int32_t> wanted(known.begin(), known.begin() + 650);
   wanted.push_back(-1 & 0x7FFF);
-  Agent& first = manager->wake("first");
-  EXPECT_EQ(manager->reuse_prefix(first, wanted), 512);
-  EXPECT_EQ(first.cache->tokens(), std::vector<int32_t>(known.begin(), known.begin() + 512));
-  expect_sound(*first.cache);
-  compute(*first.cache, std::span(wanted).subspan(512));
-  first.changed();
-  EXPECT_EQ(manager->save(first).segments_written, 0);
+  AgentHold first = manager->wake("first");
+  EXPECT_EQ(manager->reuse_prefix(*first, wanted), 512);
+  EXPECT_EQ(first->cache->tokens(), std::vector<int32_t>(known.begin(), known.begin() + 512));
+  expect_sound(*first->cache);
+  compute(*first->cache, std::span(wanted).subspan(512));
+  first->changed();
+  EXPECT_EQ(manager->save(*first).segments_written, 0);
 
   // From memory, to the token; one is left to compute.
-  Agent& second = manager->wake("second");
-  EXPECT_EQ(manager->reuse_prefix(second, wanted), 650);
-  expect_sound(*second.cache);
-  Agent& third = manager->wake("third");
+  AgentHold second = manager->wake("second");
+  EXPECT_EQ(manager->reuse_prefix(*second, wanted), 650);
+  expect_sound(*second->cache);
+  AgentHold third = manager->wake("third");
   std::vector<int32_t> early = ids(1, 77);
   early.insert(early.end(), wanted.begin(), wanted.end());
-  EXPECT_EQ(manager->reuse_prefix(third, early), 0);
+  EXPECT_EQ(manager->reuse_prefix(*third, early), 0);
 
   // What nobody's name is on serves too.
-  Agent& nameless = manager->stateless();
+  AgentHold nameless = manager->stateless();
   const std::vector<int32_t> other = ids(600, 8);
-  compute(*nameless.cache, other);
-  nameless.changed();
-  manager->save(nameless);
-  manager->drop("");
+  compute(*nameless->cache, other);
+  nameless->changed();
+  manager->save(*nameless);
+  nameless.release();
   EXPECT_EQ(store_.list_cached_agents().size(), 2u);
-  EXPECT_EQ(manager->reuse_prefix(third, other), 512);
-  expect_sound(*third.cache);
+  EXPECT_EQ(manager->reuse_prefix(*third, other), 512);
+  expect_sound(*third->cache);
 }
 
 TEST_P(Manager, AgentsThatWokeWithTheSameBeginningHoldItOnce) {
   const std::vector<int32_t> begun = ids(1024, 1);
   auto manager = make();
-  manager->save(say(*manager, "a", begun));
+  manager->save(*say(*manager, "a", begun));
   manager->fork("a", "b", std::nullopt);
   manager->save_all();
   manager.reset();
   manager = make();
   manager->wake("a");
   const int64_t one = manager->memory_usage().kv_bytes;
-  EXPECT_EQ(manager->wake("b").bytes_read > 0, true);
+  EXPECT_EQ(manager->wake("b")->bytes_read > 0, true);
   EXPECT_EQ(manager->memory_usage().kv_bytes, one);
 }
 
@@ -332,35 +240,36 @@ TEST_P(Manager, MemoryIsWhatMlxCounts) {
 TEST_P(Manager, WhatAWindowHasLeftBehindIsLetGoOnceItIsOnDisk) {
   if (GetParam() == 0) return;
   auto manager = make();
-  Agent& agent = say(*manager, "a", ids(4000, 1));
+  AgentHold agent = say(*manager, "a", ids(4000, 1));
   EXPECT_EQ(manager->memory_usage().kv_bytes, int64_t(16 * run_bytes()));
-  manager->save(agent);
+  manager->save(*agent);
+  EXPECT_EQ(manager->memory_usage().kv_bytes, int64_t(16 * run_bytes()));  // nobody's rows move while they are held
+  agent.release();
   // Layer 1 keeps the runs that its window of 300 can reach: of 4,000 tokens the last two.
   EXPECT_EQ(manager->memory_usage().kv_bytes, int64_t(16 * run_bytes() / 2 + 2 * run_bytes() / 2));
-  expect_sound(*agent.cache);
+  expect_sound(*manager->wake("a")->cache);
   say(*manager, "a", ids(500, 2));
   manager->sleep("a");
-  const int64_t read = manager->wake("a").bytes_read;
-  expect_sound(*manager->wake("a").cache);
+  const int64_t read = manager->wake("a")->bytes_read;
+  expect_sound(*manager->wake("a")->cache);
   EXPECT_LT(read, int64_t(18 * run_bytes() / 2 + 3 * run_bytes() / 2 + 18 * 4096));
 }
 
 TEST_P(Manager, APrefetchedAgentIsReadyAndAFailedPrefetchHarmsNobody) {
   auto manager = make();
-  manager->save(say(*manager, "a", ids(600, 1)));
+  manager->save(*say(*manager, "a", ids(600, 1)));
   EXPECT_TRUE(manager->prefetch("a"));  // awake: its lock is taken, so nothing comes of it
   manager->sleep("a");
   EXPECT_FALSE(manager->prefetch("nobody"));
   EXPECT_TRUE(manager->prefetch("a"));
   EXPECT_FALSE(manager->prefetch("a"));
-  Agent& agent = manager->wake("a");
-  EXPECT_EQ(agent.cache->length(), 600);
-  expect_sound(*agent.cache);
+  EXPECT_EQ(manager->wake("a")->cache->length(), 600);
+  expect_sound(*manager->wake("a")->cache);
   // Prefetched, then changed or let go: no lock stays behind.
   manager->sleep("a");
   EXPECT_TRUE(manager->prefetch("a"));
   manager->rewind("a", 100);
-  EXPECT_EQ(manager->wake("a").cache->length(), 100);
+  EXPECT_EQ(manager->wake("a")->cache->length(), 100);
   manager->sleep("a");
   EXPECT_NO_THROW(store_.lock_agent("a"));
 }
@@ -376,7 +285,7 @@ TEST_P(Manager, NamesAndPinsOutliveTheProcess) {
   manager.reset();
   EXPECT_TRUE(is_pinned(store_.agent_info("b")));
   manager = make();
-  EXPECT_TRUE(manager->wake("b").pinned);
+  EXPECT_TRUE(manager->wake("b")->pinned);
   EXPECT_THROW(manager->rename("nobody", "c"), Error);
   say(*manager, "c", ids(3, 1));
   EXPECT_THROW(manager->rename("b", "c"), Error);
@@ -388,16 +297,16 @@ TEST_P(Manager, SavingEveryTurnOfALongConversationWritesLessThanTwiceItsBytes) {
   for (KvTensorSpec& tensor : wide.tensors) tensor.n_kv_heads = kHeads * 16;
   AgentManager manager(store_, {.model_name = "m", .identity = testing::test_identity(), .layout = wide,
                                 .durability = Durability::kNone});
-  Agent& agent = manager.wake("a");
+  AgentHold agent = manager.wake("a");
   int64_t written = 0;
   for (int turn = 0; turn < 50; ++turn) {
     const std::vector<int32_t> more = ids(8192 / 50, unsigned(turn));
-    agent.cache->reserve(int(more.size()));
-    agent.cache->record_tokens(more);
-    agent.cache->advance(int(more.size()));
-    agent.history = agent.cache->tokens();
-    agent.changed();
-    written += manager.save(agent).bytes_written;
+    agent->cache->reserve(int(more.size()));
+    agent->cache->record_tokens(more);
+    agent->cache->advance(int(more.size()));
+    agent->history = agent->cache->tokens();
+    agent->changed();
+    written += manager.save(*agent).bytes_written;
   }
   EXPECT_LT(written, 2 * store_.agent_info("a").bytes);
 }
@@ -429,7 +338,7 @@ TEST(WriteBehind, ATurnDoesNotWaitForTheDiskUntilTheQueueIsFull) {
   Store store(directory.path() / "store", &env);
   Writer writer(store, Durability::kNone, 1000);
   const auto job = [&](const std::string& id, int n, size_t new_bytes) {
-    Writer::Job made{.agent = id, .version = uint64_t(n)};
+    Writer::Job made{.agent = id, .ticket = uint64_t(id[0]), .version = uint64_t(n)};
     made.snapshot = {testing::test_identity(), layout_of(0), ids(n, 1), {}};
     made.snapshot.tail = testing::make_run(layout_of(0), 0, n, 1);
     made.new_bytes = new_bytes;

@@ -5,11 +5,19 @@
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "torpor/store.h"
 
 namespace torpor {
+
+/// When the changes of an agent that is awake go to disk.
+enum class SaveMode {
+  kNo,      ///< not now; `sleep`, `save_all` or an eviction do it later
+  kWait,    ///< before the call returns
+  kBehind,  ///< by a writer thread; `sleep`, `save_all` and the engine's destructor wait for it
+};
 
 /// Agent `dst`, which must be new, begins with the first `at_token` tokens of `src` (all of them unless given) and shares
 /// their segments. kNotFound, kInvalidArgument.

@@ -37,6 +37,8 @@ class KvCache : public KvAccess {
   /// Whether the cache could go on from its first `n_tokens` tokens: false when a window left rows behind that would be
   /// needed again.
   virtual bool can_truncate(int n_tokens) const { return n_tokens <= length_; }
+  /// Bytes that truncate(n_tokens) takes: a cut inside a sealed run copies the rows of it that stay.
+  virtual size_t cut_cost(int n_tokens) const { return 0; }
   /// Drops every token from `n_tokens` on. kInvalidArgument beyond length().
   void truncate(int n_tokens);
   /// Bytes of the buffers held, those shared with other caches included: of a mapped run only what a window can still see.

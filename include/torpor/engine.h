@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "torpor/agents.h"
 #include "torpor/error.h"
 #include "torpor/generate_options.h"
 #include "torpor/memory_usage.h"
@@ -36,13 +37,6 @@ struct EngineOptions {
 /// A model as the store needs it to make an agent of a file that does not say whose it is (import_prompt_cache,
 /// torpor/agents.h). Its files are read for their digests; no weights are kept. Errors as the Engine's constructor gives them.
 CacheModel describe_model(const std::string& name);
-
-/// When a turn's changes go to disk.
-enum class SaveMode {
-  kNo,      ///< not by this turn; `sleep`, `save_all` or an eviction do it later
-  kWait,    ///< before the turn returns
-  kBehind,  ///< by a writer thread; `sleep`, `save_all` and the engine's destructor wait for it
-};
 
 struct TurnRequest {
   /// Empty: a prompt without an agent. It starts from the longest prefix that anyone has, and leaves its own sealed segments

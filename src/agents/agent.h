@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "agents/record.h"
@@ -14,9 +15,15 @@
 
 namespace torpor {
 
+class AgentManager;
+
 /// Owns its lock, so no other process can wake it, and its cache, so nobody else can change it. Engine thread only.
 struct Agent {
   std::string id;                    ///< empty: a prompt without an agent, of which nothing but segments is kept
+  uint64_t ticket = 0;               ///< unique in its manager: the outcome of a save names the agent by it
+  int holds = 0;                     ///< AgentHold's count
+  bool in_turn = false;              ///< a TurnTransaction is under way
+  bool releasable = false;           ///< saved while held: rows behind windows go when the last hold does
   std::unique_ptr<AgentLock> lock;
   Identity identity;                 ///< the manager's, but for the KV format, which may be the agent's own
   std::unique_ptr<KvCache> cache;
@@ -42,6 +49,42 @@ struct Agent {
   /// Until every row that a salvage lost is computed again, the damaged file is the better one: it has all the tokens.
   bool whole() const { return cache->tokens().size() >= history.size(); }
   AgentRecord record() const { return {messages, history.size(), shortest_cut, pinned, other}; }
+};
+
+/// A counted hold on an awake agent. While anyone holds it, an agent is not evicted, dropped, renamed, removed, forked or cut
+/// by others, and its rows stay where they are. A nameless agent is gone with its last hold. Engine thread only; holds are
+/// gone before their manager.
+class AgentHold {
+ public:
+  AgentHold() = default;
+  AgentHold(AgentHold&& other) noexcept { swap(other); }
+  AgentHold& operator=(AgentHold&& other) noexcept {
+    AgentHold(std::move(other)).swap(*this);
+    return *this;
+  }
+  ~AgentHold() { release(); }
+
+  /// Another hold on the same agent.
+  AgentHold share() const { return agent_ == nullptr ? AgentHold() : AgentHold(*manager_, *agent_, false); }
+  void release() noexcept;
+  explicit operator bool() const noexcept { return agent_ != nullptr; }
+  Agent& operator*() const noexcept { return *agent_; }
+  Agent* operator->() const noexcept { return agent_; }
+  /// Whether the wake that gave this hold had to load or make the agent.
+  bool woke() const noexcept { return woke_; }
+
+ private:
+  friend class AgentManager;
+  AgentHold(AgentManager& manager, Agent& agent, bool woke) : manager_(&manager), agent_(&agent), woke_(woke) { ++agent.holds; }
+  void swap(AgentHold& other) noexcept {
+    std::swap(manager_, other.manager_);
+    std::swap(agent_, other.agent_);
+    std::swap(woke_, other.woke_);
+  }
+
+  AgentManager* manager_ = nullptr;
+  Agent* agent_ = nullptr;
+  bool woke_ = false;
 };
 
 }  // namespace torpor

@@ -4,6 +4,15 @@
 #include "torpor/agents.h"
 
 namespace torpor {
+namespace {
+
+void require_length(const Agent& agent, int64_t n_tokens, const char* verb) {
+  if (n_tokens >= 0 && n_tokens <= agent.cache->length()) return;
+  throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' holds " + std::to_string(agent.cache->length()) +
+                                               " tokens, so it can't be " + verb + " " + std::to_string(n_tokens) + ".");
+}
+
+}  // namespace
 
 void AgentManager::truncate(Agent& agent, int n_tokens) {
   finish_writes(agent);
@@ -16,23 +25,24 @@ void AgentManager::truncate(Agent& agent, int n_tokens) {
     }
     // A window left rows behind that are needed again. Those of whole segments are on disk, the rest is computed again.
     std::vector<int32_t> tokens(agent.cache->tokens().begin(), agent.cache->tokens().begin() + n_tokens);
-    own(agent, KvCache::create(agent.cache->layout(), options_.backend));
-    agent.segments.clear();
-    tokens.push_back(0);  // stands for the one that reuse_prefix leaves to compute
-    reuse_prefix(agent, tokens);
+    tokens.push_back(0);  // stands for the one that is left to compute
+    Prefix prefix = longest_prefix(agent, tokens);
+    own(agent, std::move(prefix.cache));
+    agent.segments = std::move(prefix.segments);
+    agent.bytes_read += prefix.bytes_read;
   } else {
+    make_room(agent.cache->cut_cost(n_tokens));
     agent.cache->truncate(n_tokens);
     agent.segments.resize(std::min(agent.segments.size(), size_t(n_tokens / kSegmentTokens)));
   }
   agent.changed();
 }
 
-Agent* AgentManager::existing(const std::string& id) {
+AgentHold AgentManager::existing(const std::string& id) {
   settle();
   take_prefetched(id);
   require(id);
-  const auto found = awake_.find(id);
-  return found == awake_.end() ? nullptr : &found->second;
+  return hold_alone(id);
 }
 
 void AgentManager::require_free(const std::string& id) const {
@@ -43,51 +53,46 @@ void AgentManager::require_free(const std::string& id) const {
 }
 
 void AgentManager::fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token) {
-  Agent* const found = existing(src);
-  if (found == nullptr || (at_token && !found->cache->can_truncate(int(*at_token)))) {
-    if (found != nullptr) save(*found);
+  const AgentHold source = existing(src);
+  if (source) require_length(*source, at_token.value_or(0), "forked at");
+  const int keep = source ? int(at_token.value_or(source->cache->length())) : 0;
+  // A window may have left rows behind that are needed again, and a budget no room for the run that the cut copies: the files
+  // have the rows, and a fork of those needs no memory.
+  if (!source || !source->cache->can_truncate(keep) || !has_room(source->cache->cut_cost(keep))) {
+    if (source) save(*source);
     fork_agent(store_, src, dst, at_token, options_.durability);
     return;
   }
-  Agent& source = *found;
-  const int64_t length = source.cache->length(), keep = at_token.value_or(length);
-  if (keep < 0 || keep > length) {
-    throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' holds " + std::to_string(length) +
-                                                 " tokens, so it can't be forked at " + std::to_string(keep) + ".");
-  }
   require_free(dst);
-  Agent agent;
-  agent.id = dst;
-  agent.identity = source.identity;
+  Agent agent = make_agent(dst);
+  agent.identity = source->identity;
   agent.lock = store_.lock_agent(dst);
-  agent.last_used = ++clock_;
-  own(agent, source.cache->clone());
-  agent.cache->truncate(int(keep));
-  AgentRecord record = source.record();
+  require_free(dst);  // until the lock was held another process could make it
+  own(agent, source->cache->clone());
+  agent.cache->truncate(keep);
+  AgentRecord record = source->record();
   record.cut(size_t(keep));
   agent.messages = std::move(record.messages);
   agent.shortest_cut = record.shortest_cut;
-  agent.history.assign(source.history.begin(), source.history.begin() + ptrdiff_t(record.history));
+  agent.history.assign(source->history.begin(), source->history.begin() + ptrdiff_t(record.history));
   agent.other = std::move(record.other);
-  agent.segments.assign(source.segments.begin(),
-                        source.segments.begin() + std::min<ptrdiff_t>(ssize(source.segments), keep / kSegmentTokens));
+  agent.segments.assign(source->segments.begin(),
+                        source->segments.begin() + std::min<ptrdiff_t>(ssize(source->segments), keep / kSegmentTokens));
   agent.changed();
   save_behind(awake_.emplace(dst, std::move(agent)).first->second);
 }
 
 void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
-  Agent* const found = existing(id);
-  if (found == nullptr) {
+  AgentHold hold = existing(id);
+  if (!hold) {
     rewind_agent(store_, id, n_tokens, options_.durability);
     return;
   }
-  Agent& agent = *found;
-  if (n_tokens < 0 || n_tokens > agent.cache->length()) {
-    throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds " + std::to_string(agent.cache->length()) +
-                                                 " tokens, so it can't be rewound to " + std::to_string(n_tokens) + ".");
-  }
-  finish_writes(agent);  // one that ends may let go of rows behind a window
-  if (!agent.cache->can_truncate(int(n_tokens))) {
+  Agent& agent = *hold;
+  require_length(agent, n_tokens, "rewound to");
+  finish_writes(agent);
+  if (!agent.cache->can_truncate(int(n_tokens)) || !has_room(agent.cache->cut_cost(int(n_tokens)))) {
+    hold.release();
     sleep(id);
     rewind_agent(store_, id, n_tokens, options_.durability);
     wake(id);
@@ -103,8 +108,8 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
 }
 
 void AgentManager::pin(const std::string& id, bool pinned) {
-  Agent* const agent = existing(id);
-  if (agent == nullptr) {
+  const AgentHold agent = existing(id);
+  if (!agent) {
     pin_agent(store_, id, pinned, options_.durability);
     return;
   }
@@ -125,6 +130,10 @@ void AgentManager::rename(const std::string& id, const std::string& new_id) {
 
 void AgentManager::remove(const std::string& id) {
   require(id);
+  if (const AgentHold hold = hold_alone(id)) {
+    finish_writes(*hold);
+    hold->save_error.reset();  // of something that is to be gone
+  }
   drop(id);
   if (store_.contains(id)) store_.delete_agent_cache(id);
 }

@@ -8,12 +8,24 @@ namespace {
 
 // Agents being loaded ahead of their turn: each keeps pages, a tail and its lock.
 constexpr size_t kMaxPrefetched = 4;
+// Errors kept for finish_saves, which whoever never calls it must not pile up.
+constexpr size_t kMaxUntold = 64;
 
 int64_t common_prefix(std::span<const int32_t> a, std::span<const int32_t> b) {
   return std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin();
 }
 
+class Lru final : public EvictionPolicy {
+ public:
+  size_t choose(std::span<const Evictable> candidates) const override {
+    const auto older = [](const Evictable& a, const Evictable& b) { return a.last_used < b.last_used; };
+    return size_t(std::min_element(candidates.begin(), candidates.end(), older) - candidates.begin());
+  }
+};
+
 }  // namespace
+
+std::unique_ptr<EvictionPolicy> make_lru() { return std::make_unique<Lru>(); }
 
 AgentManager::AgentManager(Store& store, ManagerOptions options, std::unique_ptr<EvictionPolicy> policy)
     : store_(store),
@@ -22,6 +34,35 @@ AgentManager::AgentManager(Store& store, ManagerOptions options, std::unique_ptr
       writer_(store, options_.durability, options_.write_queue_bytes) {}
 
 AgentManager::~AgentManager() = default;
+
+// ---- holds
+
+void AgentHold::release() noexcept {
+  Agent* const agent = std::exchange(agent_, nullptr);
+  if (agent != nullptr && --agent->holds == 0) manager_->unheld(*agent);
+}
+
+void AgentManager::unheld(Agent& agent) noexcept {
+  try {
+    if (agent.id.empty()) {
+      if (agent.save_error) remember(*agent.save_error);
+    } else if (std::exchange(agent.releasable, false)) {
+      release_behind_window(agent);
+    }
+  } catch (...) {
+    // Memory that could have been let go of stays; nobody is waiting to hear it.
+  }
+  if (agent.id.empty()) nameless_.remove_if([&](const Agent& other) { return &other == &agent; });
+}
+
+AgentHold AgentManager::hold_alone(const std::string& id) {
+  const auto found = awake_.find(id);
+  if (found == awake_.end()) return {};
+  if (found->second.holds > 0) {
+    throw Error(ErrorCode::kBusy, "The agent '" + id + "' is in use; wait until its turn is over.");
+  }
+  return AgentHold(*this, found->second, false);
+}
 
 // ---- waking
 
@@ -74,18 +115,24 @@ void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
   if (agent.damage) agent.changed();
 }
 
-Agent& AgentManager::wake(const std::string& id) {
+Agent AgentManager::make_agent(const std::string& id) {
+  Agent agent;
+  agent.id = id;
+  agent.ticket = ++tickets_;
+  agent.identity = options_.identity;
+  agent.last_used = ++clock_;
+  return agent;
+}
+
+AgentHold AgentManager::wake(const std::string& id) {
   settle();
   if (const auto found = awake_.find(id); found != awake_.end()) {
     found->second.last_used = ++clock_;
-    return found->second;
+    return AgentHold(*this, found->second, false);
   }
   check_agent_id(id);
   // The agent enters the map whole or not at all: a failed wake leaves it asleep and intact.
-  Agent agent;
-  agent.id = id;
-  agent.identity = options_.identity;
-  agent.last_used = ++clock_;
+  Agent agent = make_agent(id);
   if (std::optional<Ready> ready = take_prefetched(id)) {
     make_room(bytes_to_wake(id));
     agent.lock = std::move(ready->lock);
@@ -99,7 +146,7 @@ Agent& AgentManager::wake(const std::string& id) {
       own(agent, KvCache::create(options_.layout, options_.backend));
     }
   }
-  return awake_.emplace(id, std::move(agent)).first->second;
+  return AgentHold(*this, awake_.emplace(id, std::move(agent)).first->second, true);
 }
 
 void AgentManager::require(const std::string& id) const {
@@ -107,11 +154,11 @@ void AgentManager::require(const std::string& id) const {
   throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + store_.root().string() + "'.");
 }
 
-Agent& AgentManager::stateless() {
-  stateless_ = {};
-  stateless_.identity = options_.identity;
-  own(stateless_, KvCache::create(options_.layout, options_.backend));
-  return stateless_;
+AgentHold AgentManager::stateless() {
+  nameless_.push_back(make_agent(""));
+  AgentHold hold(*this, nameless_.back(), true);
+  own(*hold, KvCache::create(options_.layout, options_.backend));
+  return hold;
 }
 
 bool AgentManager::prefetch(const std::string& id) {
@@ -144,42 +191,53 @@ std::optional<AgentManager::Ready> AgentManager::take_prefetched(const std::stri
   }
 }
 
-int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens) {
-  if (agent.cache->length() > 0 || tokens.size() < 2) return 0;
+AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<const int32_t> tokens) {
+  const KvLayout& layout = agent.cache->layout();
+  Prefix prefix;
+  const auto nothing = [&] { prefix.cache = KvCache::create(layout, options_.backend); };
+  if (tokens.size() < 2) return nothing(), std::move(prefix);
   const std::span<const int32_t> wanted = tokens.first(tokens.size() - 1);
-  const Agent* best = nullptr;
+  AgentHold best;
   int64_t in_memory = 0;
-  for (const auto& [id, other] : awake_) {
+  for (auto& [id, other] : awake_) {
     const int64_t common = common_prefix(wanted, other.cache->tokens());
     if (&other == &agent || other.identity != agent.identity || common <= in_memory ||
         !other.cache->can_truncate(int(common))) {
       continue;
     }
-    best = &other;
+    best = AgentHold(*this, other, false);  // it may not go while room is made for its copy
     in_memory = common;
   }
-  const KvLayout& layout = agent.cache->layout();
   const int64_t on_disk = store_.find_prefix(agent.identity, layout, wanted);
-  if (on_disk > in_memory) {
-    make_room(bytes_of_runs(layout, 0, on_disk));
+  if (on_disk > in_memory && has_room(bytes_of_runs(layout, 0, on_disk))) {
     LoadOptions options;
     options.allocate = mlx_buffer;
     options.map_rows = true;
     options.window_rows_only = true;
-    LoadedPrefix prefix = store_.load_prefix(agent.identity, layout, wanted, options);
-    if (int64_t(prefix.snapshot.tokens.size()) > in_memory) {
-      own(agent, KvCache::restore(prefix.snapshot, options_.backend));
-      agent.segments = std::move(prefix.segments);
-      agent.bytes_read += prefix.bytes_read;
-      return agent.cache->length();
+    LoadedPrefix loaded = store_.load_prefix(agent.identity, layout, wanted, options);
+    if (int64_t(loaded.snapshot.tokens.size()) > in_memory) {
+      prefix.cache = KvCache::restore(loaded.snapshot, options_.backend);
+      prefix.segments = std::move(loaded.segments);
+      prefix.bytes_read = loaded.bytes_read;
+      return prefix;
     }
   }
-  if (best == nullptr) return 0;
-  std::unique_ptr<KvCache> copy = best->cache->clone();
-  copy->truncate(int(in_memory));
-  own(agent, std::move(copy));
-  agent.segments.assign(best->segments.begin(),
-                        best->segments.begin() + std::min<ptrdiff_t>(ssize(best->segments), in_memory / kSegmentTokens));
+  if (!best) return nothing(), std::move(prefix);
+  prefix.cache = best->cache->clone();
+  // A cut inside a sealed run copies it. Where there is no room for that, the whole runs before it are had for nothing.
+  if (!has_room(prefix.cache->cut_cost(int(in_memory)))) in_memory = in_memory / kSegmentTokens * kSegmentTokens;
+  prefix.cache->truncate(int(in_memory));
+  prefix.segments.assign(best->segments.begin(),
+                         best->segments.begin() + std::min<ptrdiff_t>(ssize(best->segments), in_memory / kSegmentTokens));
+  return prefix;
+}
+
+int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens) {
+  if (agent.cache->length() > 0) return 0;
+  Prefix prefix = longest_prefix(agent, tokens);
+  own(agent, std::move(prefix.cache));
+  agent.segments = std::move(prefix.segments);
+  agent.bytes_read += prefix.bytes_read;
   return agent.cache->length();
 }
 
@@ -188,7 +246,7 @@ int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens) {
 void AgentManager::save_behind(Agent& agent) {
   settle();
   if (!agent.dirty() || !agent.whole() || agent.queued_version == agent.version) return;
-  Writer::Job job{.agent = agent.id, .version = agent.version, .snapshot = agent.cache->snapshot(agent.identity),
+  Writer::Job job{.agent = agent.id, .ticket = agent.ticket, .version = agent.version, .snapshot = agent.cache->snapshot(agent.identity),
                   .model = options_.model_name, .user = encode_record(agent.record(), agent.cache->tokens().size())};
   job.new_bytes = job.snapshot.tail.bytes.size();
   for (const auto& run : job.snapshot.sealed) {
@@ -213,34 +271,55 @@ void AgentManager::save_all(const Writer::Progress& progress) {
 void AgentManager::finish_saves(const Writer::Progress& progress) {
   writer_.wait_all(progress);
   settle();
+  if (!untold_.empty()) {
+    const Error first = untold_.front();
+    untold_.erase(untold_.begin());
+    throw first;
+  }
   for (auto& [id, agent] : awake_) {
     if (agent.save_error) throw Error(*std::exchange(agent.save_error, std::nullopt));
   }
 }
 
+Agent* AgentManager::find(uint64_t ticket, const std::string& id) {
+  if (const auto found = awake_.find(id); found != awake_.end()) return found->second.ticket == ticket ? &found->second : nullptr;
+  for (Agent& agent : nameless_) {
+    if (agent.ticket == ticket) return &agent;
+  }
+  return nullptr;
+}
+
 void AgentManager::settle() {
   for (Writer::Outcome& outcome : writer_.collect()) {
-    const auto found = awake_.find(outcome.agent);
-    if (!outcome.agent.empty() && found == awake_.end()) continue;
-    Agent& agent = outcome.agent.empty() ? stateless_ : found->second;
-    if (outcome.error) {
-      agent.save_error = std::move(outcome.error);
-      agent.queued_version = agent.saved_version;
+    Agent* const agent = find(outcome.ticket, outcome.agent);
+    if (agent == nullptr) {
+      // Its agent is gone. What has another name, or none, is another one's.
+      if (outcome.error) remember(std::move(*outcome.error));
       continue;
     }
-    agent.saved_version = outcome.version;
-    agent.segments = outcome.result.segments;
-    agent.last_save.bytes_written += outcome.result.bytes_written;
-    agent.last_save.segments_written += outcome.result.segments_written;
-    agent.last_save.segments_shared = outcome.result.segments_shared;
-    agent.damage.reset();
-    agent.save_error.reset();
-    release_behind_window(agent);
+    if (outcome.error) {
+      agent->save_error = std::move(outcome.error);
+      agent->queued_version = agent->saved_version;
+      continue;
+    }
+    agent->saved_version = outcome.version;
+    agent->segments = outcome.result.segments;
+    agent->last_save.bytes_written += outcome.result.bytes_written;
+    agent->last_save.segments_written += outcome.result.segments_written;
+    agent->last_save.segments_shared = outcome.result.segments_shared;
+    agent->damage.reset();
+    agent->save_error.reset();
+    // Whoever holds it may be computing with its rows, so they stay where they are until then.
+    agent->holds == 0 ? release_behind_window(*agent) : void(agent->releasable = true);
   }
 }
 
+void AgentManager::remember(Error error) {
+  if (untold_.size() < kMaxUntold) untold_.push_back(std::move(error));
+}
+
 void AgentManager::finish_writes(Agent& agent) {
-  writer_.wait(agent.id);
+  writer_.wait(agent.ticket);
   settle();
 }
 
@@ -260,19 +339,19 @@ void AgentManager::release_behind_window(Agent& agent) {
 // ---- sleeping
 
 void AgentManager::sleep(const std::string& id) {
-  const auto found = awake_.find(id);
-  if (found != awake_.end()) save(found->second);
+  if (const AgentHold hold = hold_alone(id)) save(*hold);
   drop(id);
 }
 
 void AgentManager::drop(const std::string& id) {
-  if (id.empty()) stateless_ = {};
   take_prefetched(id);
-  const auto found = awake_.find(id);
-  if (found == awake_.end()) return;
-  writer_.wait(id);  // the lock outlives the write
+  AgentHold hold = hold_alone(id);
+  if (!hold) return;
+  finish_writes(*hold);  // the lock outlives the write
+  if (hold->save_error) remember(*hold->save_error);
+  hold->releasable = false;
+  hold.release();
   awake_.erase(id);
-  settle();
 }
 
 void AgentManager::make_room(size_t bytes) {
@@ -282,7 +361,7 @@ void AgentManager::make_room(size_t bytes) {
   while (held_bytes() + bytes > options_.memory_budget) {
     std::vector<Evictable> candidates;
     for (const auto& [id, agent] : awake_) {
-      if (agent.pinned || &agent == in_turn_ || refused.count(id) != 0) continue;
+      if (agent.pinned || agent.holds > 0 || refused.count(id) != 0) continue;
       candidates.push_back({id, agent.last_used, agent.cache->nbytes(), agent.dirty()});
     }
     if (candidates.empty()) {
@@ -299,6 +378,16 @@ void AgentManager::make_room(size_t bytes) {
       refused.insert(victim);
       if (why.empty()) why = "agent '" + victim + "' could not be saved: " + error.what();
     }
+  }
+}
+
+bool AgentManager::has_room(size_t bytes) {
+  try {
+    make_room(bytes);
+    return true;
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kResourceExhausted) throw;
+    return false;
   }
 }
 
@@ -363,7 +452,7 @@ MemoryUsage AgentManager::memory_usage() const {
     }
     usage.agents.push_back(std::move(memory));
   }
-  if (stateless_.cache) tally.add(*stateless_.cache);
+  for (const Agent& agent : nameless_) tally.add(*agent.cache);
   usage.kv_bytes = int64_t(tally.bytes);
   usage.mapped_bytes = int64_t(tally.mapped);
   usage.queued_bytes = int64_t(writer_.queued_bytes());
@@ -376,10 +465,9 @@ size_t AgentManager::held_bytes() const { return size_t(memory_usage().kv_bytes)
 std::string AgentManager::holders() const {
   std::string text;
   for (const AgentMemory& memory : memory_usage().agents) {
-    const bool in_turn = in_turn_ != nullptr && in_turn_->id == memory.agent;
     if (!text.empty()) text += ", ";
     text += "agent '" + memory.agent + "' holds " + std::to_string(memory.bytes);
-    text += memory.pinned ? " (pinned)" : in_turn ? " (in its turn)" : "";
+    text += memory.pinned ? " (pinned)" : awake_.at(memory.agent).holds > 0 ? " (in its turn)" : "";
   }
   return text.empty() ? "no agent can go to sleep" : text;
 }

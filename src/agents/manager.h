@@ -2,23 +2,44 @@
 /// Many agents in bounded memory: wake, save, evict, fork, rewind. Engine thread only, but for prefetch.
 ///
 /// Memory: what is counted are the real buffers of all awake agents, each once however many hold it. (What the writer copies
-/// for saves under way has a bound of its own, ManagerOptions::write_queue_bytes.) Before more is taken, agents that are neither pinned nor in their turn go to sleep, as the policy says.
+/// for saves under way has a bound of its own, ManagerOptions::write_queue_bytes.) Before more is taken, agents that are
+/// neither pinned nor held go to sleep, as the policy says.
 
 #include <functional>
 #include <future>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "agents/agent.h"
-#include "agents/eviction.h"
-#include "torpor/memory_usage.h"
 #include "agents/writer.h"
+#include "torpor/memory_usage.h"
 
 namespace torpor {
+
+/// An awake agent that may go to sleep: neither pinned nor held.
+struct Evictable {
+  std::string id;
+  uint64_t last_used = 0;  ///< greater is later
+  size_t bytes = 0;        ///< of its buffers
+  bool dirty = false;      ///< must be written first
+};
+
+/// Which agent goes to sleep when memory is short.
+class EvictionPolicy {
+ public:
+  virtual ~EvictionPolicy() = default;
+  /// Index of the one to go; `candidates` is not empty.
+  virtual size_t choose(std::span<const Evictable> candidates) const = 0;
+};
+
+/// The least recently used.
+std::unique_ptr<EvictionPolicy> make_lru();
 
 struct ManagerOptions {
   std::string model_name;
@@ -42,47 +63,38 @@ class AgentManager {
   /// Memory, then disk, then a new agent. kBusy when it is awake in another process; kIncompatible when it belongs to
   /// another model; kResourceExhausted, naming what holds the memory, when it does not fit. A damaged agent wakes with its
   /// longest intact prefix, said in Agent::damage.
-  Agent& wake(const std::string& id);
+  AgentHold wake(const std::string& id);
+  /// A new agent without a name, for one prompt.
+  AgentHold stateless();
   /// Begins to load a sleeping agent on a thread of its own, so that the next wake finds it ready. Any thread. False when
   /// nothing was begun: it is awake, being loaded, not there, or enough others are being loaded.
   bool prefetch(const std::string& id);
   bool is_awake(const std::string& id) const { return awake_.count(id) != 0; }
   /// kNotFound unless it is awake or on disk.
   void require(const std::string& id) const;
-  /// An agent without a name, for one prompt; gone with drop("").
-  Agent& stateless();
 
-  /// While one lives, its agent is not evicted.
-  class Turn {
-   public:
-    Turn(AgentManager& manager, const Agent& agent) : manager_(manager) { manager_.in_turn_ = &agent; }
-    ~Turn() { manager_.in_turn_ = nullptr; }
-    Turn(const Turn&) = delete;
-
-   private:
-    AgentManager& manager_;
-  };
-
+  // The caller holds `agent`, and nobody else changes its rows meanwhile.
   /// Gives an agent without rows those of the longest prefix of `tokens` that any agent in memory (to the token) or any
   /// segment on disk has; one token at least is left to compute. How many that are.
   int reuse_prefix(Agent& agent, std::span<const int32_t> tokens);
   /// Takes back the rows from `n_tokens` on; more than those when a window has left behind what is needed again and not all
-  /// of it is on disk. They are the caller's to compute.
+  /// of it is on disk. They are the caller's to compute. An error leaves the agent as it was.
   void truncate(Agent& agent, int n_tokens);
-
   /// Hands what changed to the writer. The agent stays awake, and dirty should the store refuse.
   void save_behind(Agent& agent);
   /// The same, and waits until it is on disk. Throws what the store says.
   SaveResult save(Agent& agent);
+
   /// Every awake agent. All are tried; then the first error is thrown.
   void save_all(const Writer::Progress& progress = nullptr);
-  /// Waits for what is queued, and throws the first error that was not told yet.
+  /// Waits for what is queued, and throws the first error that was not told yet, be it of an agent that is gone.
   void finish_saves(const Writer::Progress& progress = nullptr);
+
+  // All of these are kBusy for an agent that somebody holds.
   /// Saves, then lets go of memory and lock. No-op for an agent that is not awake.
   void sleep(const std::string& id);
   /// Lets go without saving.
   void drop(const std::string& id);
-
   void fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token);
   void rewind(const std::string& id, int64_t n_tokens);
   void pin(const std::string& id, bool pinned);
@@ -92,9 +104,16 @@ class AgentManager {
   MemoryUsage memory_usage() const;
 
  private:
+  friend class AgentHold;
   struct Ready {
     std::unique_ptr<AgentLock> lock;
     LoadedAgent loaded;
+  };
+  /// Rows that somebody has, as a cache of their own.
+  struct Prefix {
+    std::unique_ptr<KvCache> cache;
+    std::vector<std::string> segments;
+    int64_t bytes_read = 0;
   };
 
   /// What an agent with such an identity must have: the manager's, with the agent's KV format where it may have one.
@@ -102,31 +121,46 @@ class AgentManager {
   /// Of an identity that was expected.
   KvLayout layout_of(const Identity& identity) const;
   LoadedAgent load(const std::string& id) const;
+  Agent make_agent(const std::string& id);
   void adopt(Agent& agent, LoadedAgent loaded);
   void own(Agent& agent, std::unique_ptr<KvCache> cache);
   std::optional<Ready> take_prefetched(const std::string& id);
-  /// The agent if it is awake, nullptr if it is on disk, else kNotFound. What was prefetched of it is let go of.
-  Agent* existing(const std::string& id);
+  /// What reuse_prefix gives an agent like `agent`, from anyone but itself. Its cache is empty when nobody has anything.
+  Prefix longest_prefix(const Agent& agent, std::span<const int32_t> tokens);
+  /// A hold on the agent if it is awake, none if it is not. kBusy when somebody holds it.
+  AgentHold hold_alone(const std::string& id);
+  /// The same of an agent that exists, else kNotFound. What was prefetched of it is let go of.
+  AgentHold existing(const std::string& id);
+  /// The last hold of `agent` is gone.
+  void unheld(Agent& agent) noexcept;
   /// kInvalidArgument when there is an agent of that id, or it is no id.
   void require_free(const std::string& id) const;
   size_t bytes_to_wake(const std::string& id) const;
   static size_t bytes_of_runs(const KvLayout& layout, int64_t first_run, int64_t n_tokens);
   /// Takes in what the writer has finished.
   void settle();
+  /// The agent that has the ticket, nullptr when it is gone.
+  Agent* find(uint64_t ticket, const std::string& id);
+  /// Keeps an error for finish_saves.
+  void remember(Error error);
+  /// Of an agent that nobody holds: memory need not keep rows that windows have left behind and segments have.
   void release_behind_window(Agent& agent);
   /// Waits until the agent's queued saves are over: its rows and its file may then be changed.
   void finish_writes(Agent& agent);
   size_t held_bytes() const;
+  /// Lets agents sleep until the budget has room for `bytes` more. kResourceExhausted when nobody can go any more.
   void make_room(size_t bytes);
+  /// The same, and whether there is.
+  bool has_room(size_t bytes);
   std::string holders() const;
 
   Store& store_;
   const ManagerOptions options_;
   const std::unique_ptr<EvictionPolicy> policy_;
   std::map<std::string, Agent> awake_;
-  Agent stateless_;
-  const Agent* in_turn_ = nullptr;
-  uint64_t clock_ = 0;
+  std::list<Agent> nameless_;
+  std::vector<Error> untold_;  // of saves whose agents are gone
+  uint64_t clock_ = 0, tickets_ = 0;
   std::mutex prefetch_mutex_;
   std::map<std::string, std::future<Ready>> prefetched_;
   Writer writer_;

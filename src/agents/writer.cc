@@ -21,7 +21,7 @@ Writer::~Writer() {
 void Writer::submit(Job job) {
   std::unique_lock lock(mutex_);
   const auto waiting = std::find_if(queue_.begin() + (writing_ ? 1 : 0), queue_.end(),
-                                    [&](const Job& queued) { return !job.agent.empty() && queued.agent == job.agent; });
+                                    [&](const Job& queued) { return queued.ticket == job.ticket; });
   if (waiting != queue_.end()) {
     // The newer state holds all of the older one's rows. What is on disk meanwhile is the state before both.
     bytes_ += job.new_bytes - waiting->new_bytes;
@@ -34,13 +34,13 @@ void Writer::submit(Job job) {
   changed_.notify_all();
 }
 
-bool Writer::busy_with(const std::string& agent) const {
-  return std::any_of(queue_.begin(), queue_.end(), [&](const Job& job) { return job.agent == agent; });
+bool Writer::busy_with(uint64_t ticket) const {
+  return std::any_of(queue_.begin(), queue_.end(), [&](const Job& job) { return job.ticket == ticket; });
 }
 
-void Writer::wait(const std::string& agent) {
+void Writer::wait(uint64_t ticket) {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return !busy_with(agent); });
+  changed_.wait(lock, [&] { return !busy_with(ticket); });
 }
 
 void Writer::wait_all(const Progress& progress) {
@@ -70,7 +70,7 @@ size_t Writer::queued_bytes() const {
 }
 
 void Writer::write(const Job& job) {
-  Outcome outcome{job.agent, job.version};
+  Outcome outcome{job.agent, job.ticket, job.version};
   const auto start = std::chrono::steady_clock::now();
   try {
     outcome.result = job.agent.empty() ? store_.save_prefix(job.snapshot, durability_)

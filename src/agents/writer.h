@@ -20,6 +20,7 @@ class Writer {
  public:
   struct Job {
     std::string agent;      ///< empty: the snapshot's segments alone (Store::save_prefix)
+    uint64_t ticket = 0;    ///< Agent::ticket; comes back in the outcome
     uint64_t version = 0;   ///< of the agent; comes back in the outcome
     KvSnapshot snapshot;
     std::string model;
@@ -28,7 +29,7 @@ class Writer {
   };
   struct Outcome {
     std::string agent;
-    uint64_t version = 0;
+    uint64_t ticket = 0, version = 0;
     SaveResult result;
     std::optional<Error> error;
     double ms = 0;
@@ -44,7 +45,7 @@ class Writer {
   /// Takes the place of a job of the same agent that has not begun. Waits while the queue is full.
   void submit(Job job);
   /// Until nothing of the agent is queued or being written.
-  void wait(const std::string& agent);
+  void wait(uint64_t ticket);
   void wait_all(const Progress& progress = nullptr);
   /// What was finished since the last call, in order.
   std::vector<Outcome> collect();
@@ -53,7 +54,7 @@ class Writer {
  private:
   void run();
   void write(const Job& job);
-  bool busy_with(const std::string& agent) const;
+  bool busy_with(uint64_t ticket) const;
 
   Store& store_;
   const Durability durability_;

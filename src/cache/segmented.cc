@@ -84,6 +84,10 @@ bool SegmentedKvCache::can_truncate(int n_tokens) const {
   return true;
 }
 
+size_t SegmentedKvCache::cut_cost(int n_tokens) const {
+  return n_tokens % kSegmentTokens != 0 && n_tokens / kSegmentTokens < length_ / kSegmentTokens ? run_bytes() : 0;
+}
+
 std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
   auto copy = std::make_unique<SegmentedKvCache>(layout_, tokens_);
   copy->length_ = length_;

@@ -20,6 +20,7 @@ class SegmentedKvCache : public KvCache {
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
 
   bool can_truncate(int n_tokens) const override;
+  size_t cut_cost(int n_tokens) const override;
   std::unique_ptr<KvCache> clone() const override;
   std::vector<HeldBuffer> buffers() const override;
   void replace_run(int i, std::shared_ptr<const SealedRun> run) override;

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
-#include "agents/manager.h"
+#include "agents/turn_transaction.h"
 #include "engine/engine_thread.h"
 #include "torpor/error.h"
 #include "torpor/generate.h"
@@ -69,145 +69,38 @@ struct Engine::Impl {
     model.reset();
   }
 
-  /// Every id the agent is to hold before it answers. Changes nothing but a new agent's messages.
-  std::vector<int32_t> turn_tokens(Agent& agent, const TurnRequest& request) const;
-  /// Leaves in the agent's cache the rows that `tokens` can start from, and says how many: one token at least is computed,
-  /// for its logits.
-  int reuse(Agent& agent, std::span<const int32_t> tokens);
-  void save(Agent& agent, SaveMode mode, TurnResult& result);
   TurnResult turn(const TurnRequest& request);
-  TurnResult turn_awake(Agent& agent, const TurnRequest& request, Clock::time_point start, double wake_ms);
 };
-
-std::vector<int32_t> Engine::Impl::turn_tokens(Agent& agent, const TurnRequest& request) const {
-  std::vector<int32_t> added;
-  if (request.raw) {
-    added = tokenizer->encode(request.prompt, agent.history.empty());
-  } else if (chat_template == nullptr) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "The model '" + options.model + "' has no chat template; use --raw to append plain text.");
-  } else {
-    added = encode_user_turn(*tokenizer, *chat_template, agent.messages, agent.history, request.prompt);
-  }
-  std::vector<int32_t> tokens = agent.history;
-  tokens.insert(tokens.end(), added.begin(), added.end());
-  return tokens;
-}
-
-int Engine::Impl::reuse(Agent& agent, std::span<const int32_t> tokens) {
-  const std::vector<int32_t>& held = agent.cache->tokens();
-  if (held.empty()) {
-    agents->reuse_prefix(agent, tokens);
-  } else {
-    const auto agree = std::mismatch(held.begin(), held.end(), tokens.begin(), tokens.end());
-    const int common = int(std::min<ptrdiff_t>(agree.first - held.begin(), std::max<ptrdiff_t>(ssize(tokens) - 1, 0)));
-    if (common < agent.cache->length()) agents->truncate(agent, common);
-  }
-  if (has_unknown_tokens(tokens.subspan(size_t(agent.cache->length())))) {
-    throw Error(ErrorCode::kCorruption, "The agent '" + agent.id + "' is damaged, and can't be computed again: it was imported "
-                                        "without its token ids. Import it once more.");
-  }
-  return agent.cache->length();
-}
 
 TurnResult Engine::Impl::turn(const TurnRequest& request) {
   const auto start = Clock::now();
-  const bool was_awake = agents->is_awake(request.agent);
-  Agent& agent = request.agent.empty() ? agents->stateless() : agents->wake(request.agent);
-  const AgentManager::Turn turn(*agents, agent);
-  const double wake_ms = was_awake ? 0 : ms_since(start);
-  try {
-    TurnResult result = turn_awake(agent, request, start, wake_ms);
-    if (!was_awake) result.bytes.read = agent.bytes_read;
-    if (request.agent.empty()) agents->drop("");
-    return result;
-  } catch (...) {
-    // An agent that this turn woke and did not change goes back to sleep; one that is unsaved stays.
-    if (!was_awake && !agent.dirty()) agents->drop(request.agent);
-    throw;
-  }
-}
-
-void Engine::Impl::save(Agent& agent, SaveMode mode, TurnResult& result) {
-  const auto start = Clock::now();
-  // Of a save behind an earlier turn. One that waits now tries again.
-  if (mode != SaveMode::kWait) result.save_error = std::exchange(agent.save_error, std::nullopt);
-  if (mode == SaveMode::kNo) return;
-  try {
-    if (mode == SaveMode::kWait) {
-      result.bytes.written = agents->save(agent).bytes_written;
-    } else {
-      agents->save_behind(agent);
-    }
-  } catch (const Error& error) {
-    const std::string what = agent.id.empty() ? "its segments" : "agent '" + agent.id + "'";
-    result.save_error.emplace(error.code(), "The answer is complete, but " + what + " could not be saved: " + error.what());
-  }
-  result.timing_ms.save = ms_since(start);
-}
-
-TurnResult Engine::Impl::turn_awake(Agent& agent, const TurnRequest& request, Clock::time_point start,
-                                    double wake_ms) {
+  AgentHold hold = request.agent.empty() ? agents->stateless() : agents->wake(request.agent);
   TurnResult result;
   result.agent = request.agent;
   result.model = options.model;
-  result.damage = agent.damage;
+  result.damage = hold->damage;
   result.timing_ms.load = load_ms;
-  result.timing_ms.wake = wake_ms;
+  result.timing_ms.wake = hold.woke() ? ms_since(start) : 0;
 
-  const std::vector<Message> messages_before = agent.messages;
-  if (request.system) {
-    const bool has_own = !agent.messages.empty() && agent.messages.front().role == "system";
-    if (agent.history.empty() && agent.messages.empty()) {
-      agent.messages.push_back({"system", *request.system});
-    } else if (!has_own || agent.messages.front().content != *request.system) {
-      throw Error(ErrorCode::kInvalidArgument, "Agent '" + agent.id + "' already has another system prompt; leave --system "
-                                               "out, or start a new agent.");
-    }
-  }
-
-  GenerateResult generated;
-  const int held_before = agent.cache->length();
-  uint64_t version = agent.version;
-  try {
-    if (request.system && request.raw) {
-      throw Error(ErrorCode::kInvalidArgument, "--system needs the chat template; leave out --raw, or put the text into the prompt.");
-    }
-    const std::vector<int32_t> tokens = turn_tokens(agent, request);
-    const int reused = reuse(agent, tokens);
-    version = agent.version;
-    result.tokens.prompt = int(tokens.size());
-    result.tokens.cached = reused;
-    generated = generate(*model, tokenizer, *agent.cache, std::span(tokens).subspan(size_t(reused)), request.generate);
-    result.timing_ms.ttft = ms_since(start) - generated.decode_ms;
-    if (generated.prefilled + reused < int(tokens.size())) {
-      // Cancelled in the prefill: the turn did not happen, but the rows stay for when it is asked again.
-      agent.messages = messages_before;
-    } else {
-      for (Message& message : agent.messages) {
-        if (message.end == 0) message.end = int(tokens.size());  // a new system message
-      }
-      agent.messages.push_back({"user", request.prompt, int(tokens.size())});
-      agent.messages.push_back({"assistant", generated.text, agent.cache->length()});
-      agent.history = agent.cache->tokens();
-    }
-  } catch (...) {
-    agent.messages = messages_before;
-    if (agent.cache->length() > held_before) {
-      agents->truncate(agent, held_before);
-      if (agent.cache->length() == held_before) agent.version = version;  // as it was: there is nothing to save
-    }
-    throw;
-  }
-  agent.changed();
+  TurnTransaction turn(*agents, std::move(hold), {.prompt = request.prompt, .system = request.system, .raw = request.raw,
+                                                  .tokenizer = tokenizer, .chat_template = chat_template});
+  result.tokens.prompt = int(turn.tokens().size());
+  result.tokens.cached = turn.reused();
+  const GenerateResult generated = generate(*model, tokenizer, turn.cache(), turn.pending(), request.generate);
+  result.timing_ms.ttft = ms_since(start) - generated.decode_ms;
+  turn.commit(generated.text, turn.pending().empty());
 
   result.text = generated.text;
   result.finish_reason = generated.finish_reason;
   result.tokens.prefilled = generated.prefilled;
   result.tokens.generated = int(generated.tokens.size());
-  result.tokens.context = agent.cache->length();
+  result.tokens.context = turn.cache().length();
   result.timing_ms.decode = generated.decode_ms;
-  save(agent, request.save, result);
+  const auto saving = Clock::now();
+  result.bytes.written = turn.save(request.save);
+  result.save_error = turn.save_error();
+  if (request.save != SaveMode::kNo) result.timing_ms.save = ms_since(saving);
+  if (turn.woke()) result.bytes.read = turn.agent().bytes_read;
   return result;
 }
 
@@ -237,7 +130,7 @@ bool Engine::prefetch(const std::string& agent) { return impl_->agents->prefetch
 SaveResult Engine::save(const std::string& agent) {
   return impl_->thread.call([&] {
     impl_->agents->require(agent);
-    return impl_->agents->is_awake(agent) ? impl_->agents->save(impl_->agents->wake(agent)) : SaveResult{};
+    return impl_->agents->is_awake(agent) ? impl_->agents->save(*impl_->agents->wake(agent)) : SaveResult{};
   });
 }
 
@@ -285,7 +178,7 @@ std::vector<float> Engine::next_logits(const std::string& id) {
   return impl_->thread.call([&] {
     impl_->agents->require(id);
     const bool was_awake = impl_->agents->is_awake(id);
-    const std::unique_ptr<KvCache> copy = impl_->agents->wake(id).cache->clone();
+    const std::unique_ptr<KvCache> copy = impl_->agents->wake(id)->cache->clone();
     if (!was_awake) impl_->agents->drop(id);
     if (copy->length() == 0) throw Error(ErrorCode::kInvalidArgument, "Agent '" + id + "' holds no tokens yet.");
     const int32_t last = copy->tokens().back();

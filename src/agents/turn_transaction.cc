@@ -1,0 +1,146 @@
+#include "agents/turn_transaction.h"
+
+#include <algorithm>
+
+#include "torpor/error.h"
+
+namespace torpor {
+
+TurnTransaction::TurnTransaction(AgentManager& manager, AgentHold hold, const TurnInput& input)
+    : manager_(manager), hold_(std::move(hold)), prompt_(input.prompt) {
+  try {
+    begin(input);
+  } catch (...) {
+    roll_back();
+    throw;
+  }
+}
+
+TurnTransaction::~TurnTransaction() {
+  if (committed_) {
+    hold_->in_turn = false;
+  } else {
+    roll_back();
+  }
+}
+
+void TurnTransaction::begin(const TurnInput& input) {
+  Agent& agent = *hold_;
+  if (agent.in_turn) throw Error(ErrorCode::kBusy, "The agent '" + agent.id + "' is in a turn; wait until that is over.");
+  agent.in_turn = begun_ = true;
+  version_ = agent.version;
+  queued_version_ = agent.queued_version;
+  held_ = agent.cache->length();
+
+  messages_ = agent.messages;
+  if (input.system) {
+    const bool has_own = !messages_.empty() && messages_.front().role == "system";
+    if (agent.history.empty() && messages_.empty()) {
+      messages_.push_back({"system", *input.system});
+    } else if (!has_own || messages_.front().content != *input.system) {
+      throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' already has another system prompt; give none, or "
+                                               "start a new agent.");
+    }
+    if (input.raw) {
+      throw Error(ErrorCode::kInvalidArgument, "A system prompt needs the chat template, which plain text goes without; put it into "
+                                               "the prompt.");
+    }
+  }
+  tokens_ = agent.history;
+  const std::vector<int32_t> added = added_tokens(input);
+  tokens_.insert(tokens_.end(), added.begin(), added.end());
+
+  const std::vector<int32_t>& held = agent.cache->tokens();
+  if (held.empty()) {
+    manager_.reuse_prefix(agent, tokens_);
+  } else {
+    const auto agree = std::mismatch(held.begin(), held.end(), tokens_.begin(), tokens_.end());
+    const int common = int(std::min<ptrdiff_t>(agree.first - held.begin(), std::max<ptrdiff_t>(ssize(tokens_) - 1, 0)));
+    if (common < agent.cache->length()) {
+      cut_ = agent.cache->clone();
+      cut_segments_ = agent.segments;
+      manager_.truncate(agent, common);
+    }
+  }
+  reused_ = agent.cache->length();
+  if (has_unknown_tokens(pending())) {
+    throw Error(ErrorCode::kCorruption, "The agent '" + agent.id + "' is damaged, and can't be computed again: it was imported "
+                                        "without its token ids. Import it once more.");
+  }
+}
+
+std::vector<int32_t> TurnTransaction::added_tokens(const TurnInput& input) const {
+  const std::vector<int32_t>& history = hold_->history;
+  if (input.raw) return input.tokenizer->encode(input.prompt, history.empty());
+  if (input.chat_template == nullptr) {
+    throw Error(ErrorCode::kInvalidArgument, "The model has no chat template; append the prompt as plain text instead.");
+  }
+  return encode_user_turn(*input.tokenizer, *input.chat_template, messages_, history, input.prompt);
+}
+
+std::span<const int32_t> TurnTransaction::pending() const noexcept {
+  const size_t held = size_t(hold_->cache->length());
+  return held < tokens_.size() ? std::span(tokens_).subspan(held) : std::span<const int32_t>();
+}
+
+void TurnTransaction::commit(const std::string& answer, bool complete) {
+  Agent& agent = *hold_;
+  if (complete) {
+    for (Message& message : messages_) {
+      if (message.end == 0) message.end = int(tokens_.size());  // a new system message
+    }
+    messages_.push_back({"user", prompt_, int(tokens_.size())});
+    messages_.push_back({"assistant", answer, agent.cache->length()});
+    std::vector<int32_t> history = agent.cache->tokens();
+    agent.messages = std::move(messages_);
+    agent.history = std::move(history);
+  }
+  agent.changed();
+  committed_ = true;
+  cut_.reset();
+}
+
+int64_t TurnTransaction::save(SaveMode mode) {
+  Agent& agent = *hold_;
+  // Of a save behind an earlier turn. One that waits now tries again.
+  if (mode != SaveMode::kWait) save_error_ = std::exchange(agent.save_error, std::nullopt);
+  try {
+    if (mode == SaveMode::kWait) return manager_.save(agent).bytes_written;
+    if (mode == SaveMode::kBehind) manager_.save_behind(agent);
+  } catch (const Error& error) {
+    const std::string what = agent.id.empty() ? "its segments" : "agent '" + agent.id + "'";
+    save_error_.emplace(error.code(), "The answer is complete, but " + what + " could not be saved: " + error.what());
+  }
+  return 0;
+}
+
+void TurnTransaction::roll_back() noexcept {
+  Agent& agent = *hold_;
+  const std::string id = agent.id;
+  if (begun_) {
+    agent.in_turn = false;
+    const bool queued = agent.queued_version != queued_version_;  // somebody saved it meanwhile, rows of this turn with it
+    try {
+      if (cut_ != nullptr) {
+        agent.cache = std::move(cut_);
+        agent.segments = std::move(cut_segments_);
+      } else if (agent.cache->length() > held_) {
+        manager_.truncate(agent, held_);
+      }
+    } catch (...) {
+      // The rows stay: they are of the history and of a prompt that may be asked again.
+    }
+    const bool as_before = agent.cache->length() == held_ && !queued;
+    as_before ? void(agent.version = version_) : agent.changed();
+  }
+  const bool sleeps = hold_.woke() && !agent.dirty() && agent.holds == 1;
+  hold_.release();
+  if (!sleeps || id.empty()) return;
+  try {
+    manager_.drop(id);
+  } catch (...) {
+    // It stays awake.
+  }
+}
+
+}  // namespace torpor

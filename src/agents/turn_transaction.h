@@ -1,0 +1,82 @@
+#pragma once
+/// One user turn of an agent as a transaction: begin, append, commit or roll back. It owns what a turn changes of an agent:
+/// messages, history, version, rows and save error. Engine thread only.
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "agents/manager.h"
+#include "torpor/agents.h"
+#include "torpor/text.h"
+
+namespace torpor {
+
+/// What is said to the agent.
+struct TurnInput {
+  std::string prompt;                              ///< UTF-8; one user message, or plain text with `raw`
+  std::optional<std::string> system;               ///< for a new agent; must equal the agent's own otherwise
+  bool raw = false;                                ///< the prompt is appended as it stands, without the chat template
+  std::shared_ptr<const Tokenizer> tokenizer;
+  std::shared_ptr<const ChatTemplate> chat_template;  ///< nullptr: the model has none
+};
+
+/// Begins in the constructor. Whoever computes then appends the rows of `pending()`, and of the answer, to `cache()`, and tells
+/// it their ids (KvCache::record_tokens). Memory for them is reserved with AgentManager::reserve. Then `commit`, and `save`.
+///
+/// The destructor rolls back what was not committed: rows, messages, history and version are what they were before, and an agent
+/// that the turn had to wake and that has nothing unsaved goes back to sleep (a new one vanishes).
+class TurnTransaction {
+ public:
+  /// Renders the turn and leaves in the agent's cache the rows that it can start from: its own, or for a new agent those of
+  /// the longest prefix that anyone has. One token at least is left to compute. kInvalidArgument for a system prompt or a
+  /// prompt that can't be said to this agent, kBusy when the agent is in another turn, kCorruption when rows that were lost can't
+  /// be computed again, kResourceExhausted. After an error all is as if the transaction had never been.
+  TurnTransaction(AgentManager& manager, AgentHold hold, const TurnInput& input);
+  ~TurnTransaction();
+  TurnTransaction(const TurnTransaction&) = delete;
+
+  const Agent& agent() const noexcept { return *hold_; }
+  /// Whether the agent had to be woken, or made, for this turn.
+  bool woke() const noexcept { return hold_.woke(); }
+  /// Every id that the agent is to hold before it answers.
+  const std::vector<int32_t>& tokens() const noexcept { return tokens_; }
+  /// How many of them had their rows when the turn began.
+  int reused() const noexcept { return reused_; }
+  KvCache& cache() noexcept { return *hold_->cache; }
+  /// The ids of `tokens()` whose rows are still to be computed.
+  std::span<const int32_t> pending() const noexcept;
+
+  /// Ends the turn with this answer, whose rows follow those of `tokens()`. Without `complete` the prompt's rows were not all
+  /// computed before the turn was cancelled: it did not happen, but they stay for when it is asked again.
+  void commit(const std::string& answer, bool complete);
+  /// After commit. Gives the bytes written, when it waits for them. An error is not thrown, for the answer stands: it is in
+  /// save_error, as is one of a save behind an earlier turn.
+  int64_t save(SaveMode mode);
+  const std::optional<Error>& save_error() const noexcept { return save_error_; }
+
+ private:
+  void begin(const TurnInput& input);
+  std::vector<int32_t> added_tokens(const TurnInput& input) const;
+  void roll_back() noexcept;
+
+  AgentManager& manager_;
+  AgentHold hold_;
+  bool begun_ = false, committed_ = false;
+  std::string prompt_;
+  std::vector<Message> messages_;   // the agent's, with a new system message; the agent gets them when the turn is committed
+  std::vector<int32_t> tokens_;
+  int reused_ = 0;
+  std::optional<Error> save_error_;
+
+  // What was before.
+  uint64_t version_ = 0, queued_version_ = 0;
+  int held_ = 0;
+  std::unique_ptr<KvCache> cut_;        // the rows, where the turn began by cutting them
+  std::vector<std::string> cut_segments_;
+};
+
+}  // namespace torpor
