@@ -62,6 +62,8 @@ class CountingEnv : public Env {
   int raw_stat_fd(int fd, FileStat& out) override { return ++stats, base_.raw_stat_fd(fd, out); }
   int raw_stat(const char* path, FileStat& out) override { return ++stats, base_.raw_stat(path, out); }
   int raw_rename(const char* from, const char* to) override { return ++changes, base_.raw_rename(from, to); }
+  int raw_link(const char* from, const char* to) override { return ++changes, base_.raw_link(from, to); }
+  int raw_rename_new(const char* from, const char* to) override { return ++changes, base_.raw_rename_new(from, to); }
   int raw_remove(const char* path) override { return ++changes, base_.raw_remove(path); }
   int raw_make_directory(const char* path) override { return base_.raw_make_directory(path); }
   int raw_sync_directory(const char* path) override { return ++syncs, base_.raw_sync_directory(path); }
@@ -72,6 +74,7 @@ class CountingEnv : public Env {
     return 0;
   }
   int raw_lock(int fd, LockMode mode) override { return base_.raw_lock(fd, mode); }
+  int raw_unlock(int fd) override { return base_.raw_unlock(fd); }
 
  private:
   Env& base_ = Env::posix();

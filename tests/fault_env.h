@@ -52,6 +52,9 @@ class FaultEnv : public Env {
   /// Reads and writes move a few bytes at a time, and every second call is interrupted.
   void stutter(bool on) { stutter_ = on; }
 
+  /// As a file system without hard links.
+  void no_links() { can_link_ = false; }
+
   /// What the disk holds after the power comes back. Only after everything that used this Env is gone.
   void lose(Lost what) {
     const std::lock_guard lock(mutex_);
@@ -138,6 +141,20 @@ class FaultEnv : public Env {
     }
     return result;
   }
+  int raw_link(const char* from, const char* to) override {
+    if (const int error = next_change()) return error;
+    if (!can_link_) return -EPERM;
+    const std::lock_guard lock(mutex_);
+    const int result = base_.raw_link(from, to);
+    if (result < 0) return result;
+    journal_.push_back({Change::kCreated, std::filesystem::path(to).parent_path(), to, {}, {}});
+    if (dirty_.contains(from)) dirty_.insert(to);
+    return result;
+  }
+  int raw_rename_new(const char* from, const char* to) override {
+    // Nobody else works on the files of one FaultEnv when this is asked for.
+    return std::filesystem::exists(to) ? -EEXIST : raw_rename(from, to);
+  }
   int raw_remove(const char* path) override {
     if (const int error = next_change()) return error;
     const std::lock_guard lock(mutex_);
@@ -169,6 +186,7 @@ class FaultEnv : public Env {
     if (const int error = next_look()) return error;
     return base_.raw_lock(fd, mode);
   }
+  int raw_unlock(int fd) override { return base_.raw_unlock(fd); }
 
  private:
   struct Change {
@@ -215,7 +233,7 @@ class FaultEnv : public Env {
   const std::filesystem::path root_, attic_;
   mutable std::mutex mutex_;
   int countdown_ = 0, error_number_ = EIO, kept_ = 0;
-  bool for_good_ = false;
+  bool for_good_ = false, can_link_ = true;
   Calls counted_ = Calls::kChanges;
   std::atomic<bool> dead_ = false, triggered_ = false, stutter_ = false;
   std::atomic<int> calls_ = 0;

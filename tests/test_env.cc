@@ -7,6 +7,7 @@
 
 #include "base/checked.h"
 #include "fault_env.h"
+#include "forked_child.h"
 #include "store_fixture.h"
 
 namespace torpor::testing {
@@ -144,6 +145,86 @@ TEST(Env, LocksExcludeEachOtherInOneProcessToo) {
   const auto next = env.lock(path, LockMode::kExclusive, milliseconds(0));
   ASSERT_TRUE(next);
   EXPECT_TRUE(env.exists(path));
+}
+
+TEST(Env, ANewNameIsGivenOnce) {
+  TemporaryDirectory directory;
+  FaultEnv with_links(directory.path(), directory.path() / "attic"), without(directory.path(), directory.path() / "attic2");
+  without.no_links();
+  int k = 0;
+  for (Env* env : {&Env::posix(), static_cast<Env*>(&with_links), static_cast<Env*>(&without)}) {
+    const auto first = directory.path() / ("first" + std::to_string(k)), second = directory.path() / ("second" + std::to_string(k));
+    const auto name = directory.path() / ("name" + std::to_string(k++));
+    write_all(first, "1");
+    write_all(second, "2");
+    EXPECT_TRUE(env->put_new(first, name));
+    EXPECT_FALSE(env->put_new(second, name));
+    EXPECT_EQ(read_all(name), "1");
+    EXPECT_FALSE(fs::exists(first));
+    EXPECT_EQ(read_all(second), "2");
+    EXPECT_EQ(env->raw_rename_new(second.c_str(), name.c_str()), -EEXIST);
+    EXPECT_EQ(env->raw_rename_new(second.c_str(), first.c_str()), 0);
+    EXPECT_EQ(read_all(first), "2");
+  }
+}
+
+TEST(Env, ALinkThatWasMadeThoughItSeemedToFailCounts) {
+  class Forgetful : public FaultEnv {
+   public:
+    using FaultEnv::FaultEnv;
+    int answer = 0;
+    int raw_link(const char* from, const char* to) override { return FaultEnv::raw_link(from, to), answer; }
+  };
+  TemporaryDirectory directory;
+  Forgetful env(directory.path(), directory.path() / "attic");
+  for (const int answer : {-EINTR, -EEXIST}) {
+    env.answer = answer;
+    const auto from = directory.path() / "from", to = directory.path() / ("to" + std::to_string(answer));
+    write_all(from, "1");
+    EXPECT_TRUE(env.put_new(from, to));
+    EXPECT_FALSE(fs::exists(from));
+    EXPECT_EQ(read_all(to), "1");
+  }
+}
+
+TEST(Env, ALockIsFreeWhenItsHolderLetsGoThoughAForkedChildLives) {
+  TemporaryDirectory directory;
+  Env& env = Env::posix();
+  const auto path = directory.path() / "lock";
+  const auto is_free = [&] { return env.lock(path, LockMode::kExclusive, std::chrono::milliseconds(0)).has_value(); };
+  auto held = env.lock(path, LockMode::kExclusive, std::chrono::milliseconds(0));
+  ASSERT_TRUE(held);
+  ForkedChild child([&] { held.reset(); });
+  EXPECT_EQ(child.first_part(), 0);
+  EXPECT_FALSE(is_free()) << "the child's copy is not the child's to release";
+  held.reset();
+  EXPECT_TRUE(is_free());
+  EXPECT_EQ(child.end(), 0);
+}
+
+TEST(Env, ALockIsNeverTakenThroughASymbolicLink) {
+  TemporaryDirectory directory;
+  write_all(directory.path() / "victim", "text");
+  fs::create_symlink(directory.path() / "victim", directory.path() / "lock");
+  std::string message;
+  EXPECT_EQ(code_of([&] { Env::posix().lock(directory.path() / "lock", LockMode::kExclusive, {}); }, &message), ErrorCode::kIo);
+  EXPECT_NE(message.find("symbolic link"), std::string::npos) << message;
+}
+
+TEST(Env, ALockWhoseFileHasAnotherInodeEachTimeIsAnError) {
+  class Restless : public FaultEnv {
+   public:
+    using FaultEnv::FaultEnv;
+    int raw_stat(const char* path, FileStat& out) override {
+      const int result = FaultEnv::raw_stat(path, out);
+      out.inode = ++next_;
+      return result;
+    }
+    uint64_t next_ = uint64_t(1) << 60;
+  };
+  TemporaryDirectory directory;
+  Restless env(directory.path(), directory.path() / "attic");
+  EXPECT_EQ(code_of([&] { env.lock(directory.path() / "lock", LockMode::kExclusive, std::chrono::milliseconds(20)); }), ErrorCode::kIo);
 }
 
 TEST(Env, WaitsForALockUntilItIsFree) {

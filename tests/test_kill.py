@@ -67,7 +67,7 @@ def test_nothing_is_lost_but_the_turn_in_flight(tiny):
     assert answered
     assert tiny("gc").ok()
     tiny("verify").ok()
-    assert not list(tiny.store.rglob(".tmp-*"))
+    assert not list(tiny.store.rglob(".torpor-tmp-*"))
     # And each goes on from there.
     for agent in sorted(answered)[:3]:
         turn = tiny.run(agent, " The end", "--raw").ok().json

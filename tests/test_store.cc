@@ -316,9 +316,9 @@ TEST_F(StoreTest, GcKeepsTheLivingAndRemovesTheRest) {
   const auto living = tree(root_);
   store_.save_agent_cache("b", make_snapshot(600, small_layout(), 1, 7000), "m");
   fs::remove(root_ / "b.safetensors");
-  write_all(root_ / ".tmp-1", "left over");
+  write_all(root_ / ".torpor-tmp-1-2", "left over");
   const auto segment = store_.agent_info("a").segments[0];
-  write_all(root_ / "segments" / segment.substr(0, 2) / ".tmp-2", "left over");
+  write_all(root_ / "segments" / segment.substr(0, 2) / ".torpor-tmp-3-4", "left over");
   write_all(root_ / "notes.json", "{}");
   const auto usage = store_.get_cache_disk_usage();
   EXPECT_EQ(usage.orphan_segments, 2);

@@ -34,7 +34,7 @@ class StoreFaults : public ::testing::Test {
     store.export_prompt_cache("a", prompt_cache_);
     fs::remove(template_ / "leaves-orphans.safetensors");
     fs::remove(template_ / "leaves-orphans.json");
-    write_all(template_ / ".tmp-left-by-a-crash", "x");
+    write_all(template_ / ".torpor-tmp-left-by-a-crash", "x");
   }
 
   std::vector<Scenario> scenarios() {

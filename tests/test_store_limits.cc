@@ -88,7 +88,7 @@ TEST_F(StoreLimits, UnnamedSegmentsGoOldestLeafFirst) {
   store_.save_agent_cache("a", named, "m");
   const auto young = store_.save_prefix(make_snapshot(512, kLayout, 2, 2000)).segments;
   const auto old = store_.save_prefix(make_snapshot(768, kLayout, 3, 4000)).segments;
-  write_all(root_ / ".tmp-left-by-a-crash", std::string(1000, 'x'));
+  write_all(root_ / ".torpor-tmp-left-by-a-crash", std::string(1000, 'x'));
   for (size_t i = 0; i < old.size(); ++i) age(old[i], 30 - int(i));  // the first of a chain is the oldest, and not a leaf
   for (const auto& name : young) age(name, 10);
   const auto exists = [&](const std::string& name) { return fs::exists(segment_path(name)); };
@@ -98,7 +98,7 @@ TEST_F(StoreLimits, UnnamedSegmentsGoOldestLeafFirst) {
 
   store_.set_disk_limits({.budget = used() + need - 500});
   store_.save_agent_cache("b", extra, "m");
-  EXPECT_FALSE(fs::exists(root_ / ".tmp-left-by-a-crash")) << "what a crash left goes first";
+  EXPECT_FALSE(fs::exists(root_ / ".torpor-tmp-left-by-a-crash")) << "what a crash left goes first";
   for (const auto& name : old) EXPECT_TRUE(exists(name));
 
   const auto third = make_snapshot(256, kLayout, 6, 8000);

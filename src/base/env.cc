@@ -13,6 +13,9 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -38,6 +41,7 @@ const char* advice_for(int error_number) {
     case EMFILE:
     case ENFILE: return "too many files are open; raise the limit (ulimit -n)";
     case EIO: return "the disk reports an error; check it before trying again";
+    case ELOOP: return "a symbolic link is in the way there; remove it";
     case ENAMETOOLONG: return "choose a shorter path";
     case ENOTDIR:
     case EISDIR: return "something else is in the way there; move it aside";
@@ -133,6 +137,23 @@ void File::sync() const {
   if (result < 0) throw_io_error("flush to disk", path_, -result);
 }
 
+// ---- FileLock
+
+FileLock::FileLock(Env& env, File file) : env_(&env), file_(std::move(file)), process_(::getpid()) {}
+
+FileLock& FileLock::operator=(FileLock&& other) noexcept {
+  release();
+  env_ = other.env_;
+  file_ = std::move(other.file_);
+  process_ = other.process_;
+  return *this;
+}
+
+void FileLock::release() noexcept {
+  // Closing is not enough: a lock lasts until each forked copy of its descriptor is closed.
+  if (file_.fd() >= 0 && process_ == ::getpid()) env_->raw_unlock(file_.fd());
+}
+
 // ---- Env
 
 File Env::open(const std::filesystem::path& path, OpenMode mode) {
@@ -155,6 +176,33 @@ std::optional<FileStat> Env::stat(const std::filesystem::path& path) {
 void Env::rename(const std::filesystem::path& from, const std::filesystem::path& to) {
   const int result = retry_interrupted([&] { return raw_rename(from.c_str(), to.c_str()); });
   if (result < 0) throw_io_error("put in place", to, -result);
+}
+
+bool Env::put_new(const std::filesystem::path& from, const std::filesystem::path& to) {
+  int result = raw_link(from.c_str(), to.c_str());
+  if (result == -EEXIST || result == -EINTR) {
+    // A link that was interrupted, or whose answer a network lost, may have been made all the same.
+    const auto source = stat(from), target = stat(to);
+    if (source && target && source->inode == target->inode) {
+      result = 0;
+    } else if (target) {
+      return false;
+    } else {
+      result = retry_interrupted([&] { return raw_link(from.c_str(), to.c_str()); });
+      if (result == -EEXIST) return false;
+    }
+  }
+  if (result >= 0) {
+    remove(from);
+    return true;
+  }
+  if (result == -EPERM || result == -ENOTSUP || result == -EOPNOTSUPP || result == -ENOSYS || result == -EMLINK) {
+    // A file system without links.
+    result = retry_interrupted([&] { return raw_rename_new(from.c_str(), to.c_str()); });
+    if (result == -EEXIST) return false;
+  }
+  if (result < 0) throw_io_error("put in place", to, -result);
+  return true;
 }
 
 bool Env::remove(const std::filesystem::path& path) {
@@ -209,14 +257,21 @@ std::string Env::read_file(const std::filesystem::path& path, uint64_t max_bytes
 }
 
 std::optional<FileLock> Env::lock(const std::filesystem::path& path, LockMode mode, std::chrono::milliseconds timeout) {
+  constexpr int kMaxGhosts = 1000;
   const auto deadline = std::chrono::steady_clock::now() + timeout;
-  for (;;) {
+  for (int ghosts = 0;;) {
     File file = open(path, OpenMode::kLockFile);
     const int result = retry_interrupted([&] { return raw_lock(file.fd(), mode); });
     if (result >= 0) {
+      FileLock lock(*this, std::move(file));
       // Whoever held it before may have removed the file: then this lock guards nothing, and we begin again.
       const auto on_disk = stat(path);
-      if (on_disk && on_disk->inode == file.stat().inode) return FileLock(std::move(file));
+      if (on_disk && on_disk->inode == lock.file().stat().inode) return lock;
+      if (++ghosts == kMaxGhosts) {
+        throw Error(ErrorCode::kIo, "The lock '" + path.string() + "' can't be had: its file system gives an open file another "
+                                    "inode number than its name; choose a store on another file system.");
+      }
+      if (ghosts > 10) std::this_thread::sleep_for(std::chrono::milliseconds(1));
       continue;
     }
     if (result != -EWOULDBLOCK && result != -EAGAIN) throw_io_error("lock", path, -result);
@@ -259,7 +314,7 @@ class PosixEnv final : public Env {
     switch (mode) {
       case OpenMode::kRead: return or_errno(::open(path, O_RDONLY | O_CLOEXEC));
       case OpenMode::kCreateNew: return or_errno(::open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-      case OpenMode::kLockFile: return or_errno(::open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+      case OpenMode::kLockFile: return or_errno(::open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
     }
     return -EINVAL;
   }
@@ -311,6 +366,17 @@ class PosixEnv final : public Env {
     return 0;
   }
   int raw_rename(const char* from, const char* to) override { return or_errno(::rename(from, to)); }
+  int raw_link(const char* from, const char* to) override { return or_errno(::link(from, to)); }
+  int raw_rename_new(const char* from, const char* to) override {
+#if defined(__APPLE__)
+    return or_errno(::renamex_np(from, to, RENAME_EXCL));
+#elif defined(SYS_renameat2)
+    constexpr unsigned kNoReplace = 1;  // RENAME_NOREPLACE, which older C libraries do not name
+    return or_errno(int(::syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, kNoReplace)));
+#else
+    return -ENOSYS;
+#endif
+  }
   int raw_remove(const char* path) override { return or_errno(::unlink(path)); }
   int raw_make_directory(const char* path) override { return or_errno(::mkdir(path, 0700)); }
   int raw_sync_directory(const char* path) override {
@@ -344,6 +410,7 @@ class PosixEnv final : public Env {
   int raw_lock(int fd, LockMode mode) override {
     return or_errno(::flock(fd, (mode == LockMode::kShared ? LOCK_SH : LOCK_EX) | LOCK_NB));
   }
+  int raw_unlock(int fd) override { return or_errno(::flock(fd, LOCK_UN)); }
 
  private:
   // macOS refuses transfers of 2 GiB and more; Linux shortens them.

@@ -31,7 +31,7 @@ struct FileStat {
 enum class OpenMode {
   kRead,       ///< an existing file
   kCreateNew,  ///< for writing, 0600; fails when the name exists
-  kLockFile,   ///< read and write, created (0600) when absent
+  kLockFile,   ///< read and write, created (0600) when absent; never through a symbolic link
 };
 
 /// An open file, closed by the destructor. Concurrent `read_at` is safe.
@@ -67,16 +67,25 @@ class File {
   std::filesystem::path path_;
 };
 
-/// A held lock; released by the destructor, and by the kernel when the process ends.
+/// A held lock; released by the destructor, and by the kernel when the process ends. A child that was forked shares it:
+/// the process that took it releases it for both, and the child's copy releases nothing.
 class FileLock {
  public:
-  explicit FileLock(File file) : file_(std::move(file)) {}
+  FileLock(Env& env, File file);
+  ~FileLock() { release(); }
+  FileLock(FileLock&& other) noexcept = default;
+  FileLock& operator=(FileLock&& other) noexcept;
   const std::filesystem::path& path() const { return file_.path(); }
   /// Open for reading and writing, at its beginning.
   File& file() { return file_; }
+  const File& file() const { return file_; }
 
  private:
+  void release() noexcept;
+
+  Env* env_;
   File file_;
+  int64_t process_;  ///< that took it
 };
 
 enum class LockMode { kShared, kExclusive };
@@ -93,6 +102,8 @@ class Env {
   std::optional<FileStat> stat(const std::filesystem::path& path);
   bool exists(const std::filesystem::path& path) { return stat(path).has_value(); }
   void rename(const std::filesystem::path& from, const std::filesystem::path& to);
+  /// Renames `from` to `to` unless that name is taken: false then, and `from` stays. Of several at once one gets the name.
+  bool put_new(const std::filesystem::path& from, const std::filesystem::path& to);
   /// False when there was nothing to remove.
   bool remove(const std::filesystem::path& path);
   /// Makes one directory (0700); false when it exists.
@@ -129,6 +140,10 @@ class Env {
   virtual int raw_stat_fd(int fd, FileStat& out) = 0;
   virtual int raw_stat(const char* path, FileStat& out) = 0;
   virtual int raw_rename(const char* from, const char* to) = 0;
+  /// A second name for a file; -EEXIST when it is taken.
+  virtual int raw_link(const char* from, const char* to) = 0;
+  /// As raw_rename, but -EEXIST when the new name is taken; -ENOSYS where that can't be had.
+  virtual int raw_rename_new(const char* from, const char* to) = 0;
   virtual int raw_remove(const char* path) = 0;
   virtual int raw_make_directory(const char* path) = 0;
   virtual int raw_sync_directory(const char* path) = 0;
@@ -136,6 +151,8 @@ class Env {
   virtual int raw_free_space(const char* path, uint64_t& bytes) = 0;
   /// Without waiting; -EWOULDBLOCK when another holds it.
   virtual int raw_lock(int fd, LockMode mode) = 0;
+  /// Releases it for every process that shares the descriptor.
+  virtual int raw_unlock(int fd) = 0;
 };
 
 /// Throws kIo with a sentence for people: what failed, on what, and what to do.

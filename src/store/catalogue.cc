@@ -80,7 +80,7 @@ std::vector<std::filesystem::path> Store::Impl::temporary_files() {
   std::vector<std::filesystem::path> found;
   auto look_in = [&](const std::filesystem::path& directory) {
     for (const auto& name : env.list(directory)) {
-      if (name.starts_with(kTemporaryPrefix)) found.push_back(directory / name);
+      if (is_temporary_name(name)) found.push_back(directory / name);
     }
   };
   look_in(root);

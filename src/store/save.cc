@@ -37,7 +37,8 @@ void Store::Impl::commit_agent(const AgentDraft& draft, Durability durability, S
   const bool durable = durability == Durability::kFull;
   std::vector<std::span<const std::byte>> pieces{as_bytes_of(draft.header)};
   pieces.insert(pieces.end(), draft.data.begin(), draft.data.end());
-  const FileStat stat = add_file(agent_path(draft.info.agent_id), pieces, durable);
+  const FileStat stat = write_file(agent_path(draft.info.agent_id), pieces, durable);
+  count_written(stat);
   {
     const std::lock_guard lock(births_mutex_);
     births_[draft.info.agent_id] = {stat, draft.info.created_at};
@@ -88,16 +89,19 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
   Writing writing(*this);
   info.created_at = date_of_birth(id, info.updated_at);
   SegmentWriter segments(*this, snapshot, rows);
-  info.segments = segments.names();
-  info.bytes = segments.bytes();
   const int tail_tokens = int(snapshot.tokens.size() % kSegmentTokens);
   Pieces tail{&snapshot.tail.bytes, 1};
   if (rows != nullptr && tail_tokens > 0) tail = rows->runs.back().pieces;
-  const AgentDraft draft =
-      draft_agent(std::move(info), snapshot.layout, tail_tokens, tail, snapshot.state, segments.tokens());
+  const auto draft_now = [&] {
+    info.segments = segments.names();
+    info.bytes = segments.bytes();
+    return draft_agent(info, snapshot.layout, tail_tokens, tail, snapshot.state, segments.tokens());
+  };
+  AgentDraft draft = draft_now();
   writing.make_room("Saving the agent '" + id + "'", segments.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
   SaveResult result;
   segments.write_missing(durability == Durability::kFull, result);
+  if (result.segments != draft.info.segments) draft = draft_now();
   commit_agent(draft, durability, result);
   return result;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 #include "base/hash.h"
 
@@ -15,9 +16,6 @@ SegmentWriter::SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot, con
       checksums_(snapshot.tokens.size() / kSegmentTokens) {
   name_unknown_tokens();
   plan();
-  if (bytes_to_write() == 0) return;
-  lock_ = store_.lock_beginning(segment_name(segments_.front().place, ""));
-  plan();  // what another save has written meanwhile is there now
 }
 
 std::vector<std::span<const std::byte>> SegmentWriter::rows_of(size_t i) const {
@@ -113,7 +111,7 @@ void SegmentWriter::choose_name(Planned& segment) {
     }
   }
   // The variant's name holds the rows' digest: what is there and differs is not what it says.
-  segment.write = true;
+  segment.write = segment.damaged = true;
 }
 
 bool SegmentWriter::take_hint(Planned& segment) {
@@ -164,6 +162,7 @@ SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
       segment.stat = opened.stat;
     } catch (const Error& error) {
       if (error.code() == ErrorCode::kIo) throw;
+      segment.damaged = error.code() != ErrorCode::kNotFound;
       return Found::kNothing;
     }
     store_.known.add_file(segment.name, {segment.stat, content, checksums_of(segment).back(), true});
@@ -179,27 +178,8 @@ void SegmentWriter::remember(const Planned& segment, const std::string& content)
 }
 
 void SegmentWriter::write_missing(bool durable, SaveResult& result) {
-  std::vector<Planned*> missing;
-  std::set<std::filesystem::path> directories;
-  for (auto& segment : segments_) {
-    if (!segment.write) continue;
-    missing.push_back(&segment);
-    directories.insert(store_.segment_directory(segment.name));
-  }
-  if (!missing.empty()) {
-    const bool first = store_.env.make_directory(store_.segments_path());
-    // Two writers: one fills the page cache while the other waits for its fsync.
-    parallel_for(missing.size(), 2, [&](size_t i) { write(*missing[i], durable); });
-    if (durable) {
-      for (const auto& directory : directories) store_.env.sync_directory(directory);
-      store_.env.sync_directory(store_.segments_path());
-      if (first) store_.env.sync_directory(store_.root);
-      for (const auto* segment : missing) store_.known.set_durable(segment->name, segment->stat);
-    }
-  }
-  for (const auto* segment : missing) result.bytes_written += int64_t(segment->stat.size);
-  result.segments_written = int(missing.size());
-  result.segments_shared = int(segments_.size() - missing.size());
+  while (!put_missing(durable, result)) plan();
+  result.segments_shared = int(segments_.size()) - result.segments_written;
   result.segments = names();
   if (!durable) return;
   std::vector<std::pair<std::string, FileStat>> all;
@@ -207,17 +187,54 @@ void SegmentWriter::write_missing(bool durable, SaveResult& result) {
   store_.flush_segments(all);
 }
 
-void SegmentWriter::write(Planned& segment, bool durable) {
-  const auto& checksums = checksums_of(segment);
-  const std::string header = encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums);
+bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
+  std::vector<Planned*> missing;
+  for (auto& segment : segments_) {
+    if (segment.write) missing.push_back(&segment);
+  }
+  if (missing.empty()) return true;
+  new_directory_ |= store_.env.make_directory(store_.segments_path());
+  // Two writers: one fills the page cache while the other waits for its fsync.
+  std::vector<std::optional<TemporaryFile>> files(missing.size());
+  parallel_for(missing.size(), 2, [&](size_t i) { files[i].emplace(write(*missing[i], durable)); });
+  // In order: a segment's name says which rows come before it, so none may be there before those are.
+  std::vector<const Planned*> put;
+  std::set<std::filesystem::path> directories;
+  for (size_t i = 0; i < missing.size(); ++i) {
+    Planned& segment = *missing[i];
+    const auto path = store_.segment_path(segment.name);
+    if (segment.damaged) {
+      files[i]->replace(path);
+    } else if (!files[i]->put_new(path)) {
+      break;
+    }
+    segment.stat = files[i]->stat();
+    store_.count_written(segment.stat);
+    const std::string content = content_of(segment);
+    store_.known.add_file(segment.name, {segment.stat, content, checksums_of(segment).back(), true});
+    remember(segment, content);
+    put.push_back(&segment);
+    directories.insert(store_.segment_directory(segment.name));
+    result.bytes_written += int64_t(segment.stat.size);
+    ++result.segments_written;
+  }
+  if (durable && !put.empty()) {
+    for (const auto& directory : directories) store_.env.sync_directory(directory);
+    store_.env.sync_directory(store_.segments_path());
+    if (std::exchange(new_directory_, false)) store_.env.sync_directory(store_.root);
+    for (const auto* segment : put) store_.known.set_durable(segment->name, segment->stat);
+  }
+  return put.size() == missing.size();
+}
+
+TemporaryFile SegmentWriter::write(Planned& segment, bool durable) {
+  const std::string header = encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums_of(segment));
   std::vector<std::span<const std::byte>> pieces{as_bytes_of(header)};
   pieces.insert(pieces.end(), segment.rows.begin(), segment.rows.end());
   pieces.push_back(token_bytes(segment.place.tokens));
-  store_.env.make_directory(store_.segment_directory(segment.name));
-  segment.stat = store_.add_file(store_.segment_path(segment.name), pieces, durable);
-  const std::string content = content_digest(checksums);
-  store_.known.add_file(segment.name, {segment.stat, content, checksums.back(), true});
-  remember(segment, content);
+  const auto directory = store_.segment_directory(segment.name);
+  store_.env.make_directory(directory);
+  return TemporaryFile(store_.env, directory, pieces, durable);
 }
 
 }  // namespace torpor

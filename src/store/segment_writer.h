@@ -3,7 +3,6 @@
 
 #include <map>
 #include <optional>
-#include <unordered_set>
 #include <vector>
 
 #include "store/segment_headers.h"
@@ -14,9 +13,7 @@ namespace torpor {
 class SegmentWriter {
  public:
   /// Gives every sealed run its name, and finds out which are on disk already. `rows`: where they are when they are not the
-  /// snapshot's; else nullptr. Both must outlive the writer. While
-  /// something is missing, other saves of agents that begin with the same segment wait until this writer is gone: two
-  /// that differ in rows alone would else both take the plain name, and the later one would give the other its rows.
+  /// snapshot's; else nullptr. Both must outlive the writer.
   SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot, const BorrowedRows* rows);
 
   /// Bytes of the files that are missing.
@@ -26,7 +23,8 @@ class SegmentWriter {
   std::vector<std::string> names() const;
   /// The snapshot's, those that stood for unknown ones replaced where they are sealed.
   std::span<const int32_t> tokens() const { return tokens_; }
-  /// Writes what is missing; with `durable` all segments are on the disk when this returns.
+  /// Writes what is missing; with `durable` all segments are on the disk when this returns. Names may change: another save
+  /// may have taken one meanwhile, for the same tokens and other rows.
   void write_missing(bool durable, SaveResult& result);
 
  private:
@@ -39,6 +37,7 @@ class SegmentWriter {
     std::shared_ptr<const SealedRun::Segment> origin;  ///< where the rows came from, or went to before
     std::vector<std::string>* checksums = nullptr;  ///< empty until someone needed them
     bool write = false;
+    bool damaged = false;  ///< a file has the name that no reader would take
     FileStat stat;  ///< of a file to be written its size alone
   };
   enum class Found { kNothing, kSame, kOther };
@@ -55,7 +54,9 @@ class SegmentWriter {
   void remember(const Planned& segment, const std::string& content);
   const std::vector<std::string>& checksums_of(Planned& segment);
   std::string content_of(Planned& segment) { return content_digest(checksums_of(segment)); }
-  void write(Planned& segment, bool durable);
+  /// False when a name was taken meanwhile: from there on nothing was put in place.
+  bool put_missing(bool durable, SaveResult& result);
+  TemporaryFile write(Planned& segment, bool durable);
 
   Store::Impl& store_;
   const KvSnapshot& snapshot_;
@@ -65,7 +66,7 @@ class SegmentWriter {
   SegmentHeaders headers_;
   std::map<std::pair<size_t, size_t>, size_t> header_sizes_;  ///< by the lengths of parent and variant
   std::vector<Planned> segments_;
-  std::optional<FileLock> lock_;
+  bool new_directory_ = false;  ///< the store's first segments: the root does not name their directory durably yet
 };
 
 }  // namespace torpor

@@ -2,7 +2,6 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdlib>
-#include <random>
 #include <set>
 
 #include "store/store_impl.h"
@@ -52,9 +51,6 @@ Store::Impl::Impl(std::filesystem::path root_path, Env& environment) : root(std:
     throw Error(ErrorCode::kIo, "'" + root.string() + "' is not a directory; choose another store.");
   }
   make_directories(env, root);
-  // Process ids repeat (in containers they do at once), and a crash leaves its temporary files behind.
-  std::random_device random;
-  temporary_prefix_ = kTemporaryPrefix + std::to_string((uint64_t(random()) << 32) | random()) + "-";
 }
 
 std::filesystem::path Store::Impl::lock_path(const std::string& id) {
@@ -72,15 +68,6 @@ FileLock Store::Impl::lock_store(LockMode mode) {
   return std::move(*lock);
 }
 
-FileLock Store::Impl::lock_beginning(const std::string& first_segment) {
-  auto lock = env.lock(lock_path(".begin-" + first_segment.substr(0, 2)), LockMode::kExclusive, std::chrono::minutes(1));
-  if (!lock) {
-    throw Error(ErrorCode::kBusy, "Another save to the store '" + root.string() + "' of an agent that begins alike takes too "
-                                  "long; try again later.");
-  }
-  return std::move(*lock);
-}
-
 FileLock Store::Impl::lock_agent(const std::string& id) {
   check_agent_id(id);
   // Not quite at once: who looks whether an agent is awake holds its lock for a moment.
@@ -93,33 +80,9 @@ FileLock Store::Impl::lock_agent(const std::string& id) {
 
 FileStat Store::Impl::write_file(const std::filesystem::path& path,
                                  const std::vector<std::span<const std::byte>>& pieces, bool sync) {
-  const auto temporary = path.parent_path() / (temporary_prefix_ + std::to_string(next_temporary_++));
-  try {
-    File file = env.open(temporary, OpenMode::kCreateNew);
-    uint64_t size = 0;
-    for (const auto& piece : pieces) size += piece.size();
-    file.expect_size(size);
-    file.write_all(pieces);
-    if (sync) file.sync();
-    const FileStat stat = file.stat();
-    file.close();
-    env.rename(temporary, path);
-    return stat;
-  } catch (...) {
-    try {
-      env.remove(temporary);
-    } catch (const Error&) {
-      // gc finds it; the first error is the one to report.
-    }
-    throw;
-  }
-}
-
-FileStat Store::Impl::add_file(const std::filesystem::path& path, const std::vector<std::span<const std::byte>>& pieces,
-                               bool sync) {
-  const FileStat stat = write_file(path, pieces, sync);
-  unrecorded_ += int64_t(stat.size);
-  return stat;
+  TemporaryFile file(env, path.parent_path(), pieces, sync);
+  file.replace(path);
+  return file.stat();
 }
 
 OpenedAgent Store::Impl::open_agent(const std::string& id) {
@@ -140,7 +103,7 @@ int64_t Store::Impl::write_sidecar(const AgentInfo& info, const FileStat& agent_
   try {
     const std::string text = encode_sidecar(info, agent_file);
     // Never fsynced: half of one is found by its checksum and rebuilt.
-    add_file(sidecar_path(info.agent_id), {as_bytes_of(text)}, false);
+    count_written(write_file(sidecar_path(info.agent_id), {as_bytes_of(text)}, false));
     return int64_t(text.size());
   } catch (const std::exception&) {
     return 0;

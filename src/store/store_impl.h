@@ -12,6 +12,7 @@
 #include "store/known.h"
 #include "store/segment.h"
 #include "store/sidecar.h"
+#include "store/temporary_file.h"
 #include "torpor/error.h"
 #include "torpor/store.h"
 
@@ -50,16 +51,13 @@ struct Store::Impl {
   // ---- locks
   /// kBusy after 10 s.
   FileLock lock_store(LockMode mode);
-  /// Of agents whose first segment would have this name (and of those that share its first two digits). kBusy after a
-  /// minute.
-  FileLock lock_beginning(const std::string& first_segment);
   FileLock lock_agent(const std::string& id);
 
   // ---- files
-  /// Writes `pieces` to a temporary file beside `path` and renames it into place. On an error nothing is left behind.
+  /// Writes `pieces` beside `path` and renames that into place. On an error nothing is left behind.
   FileStat write_file(const std::filesystem::path& path, const std::vector<std::span<const std::byte>>& pieces, bool sync);
-  /// The same for a file of the store, which `du` counts as written.
-  FileStat add_file(const std::filesystem::path& path, const std::vector<std::span<const std::byte>>& pieces, bool sync);
+  /// `du` counts what was put into the store as written.
+  void count_written(const FileStat& stat) { unrecorded_ += int64_t(stat.size); }
   /// Header of the agent file, checked. kNotFound says which agent.
   OpenedAgent open_agent(const std::string& id);
   /// Best effort: a read-only or full store still lists.
@@ -148,11 +146,8 @@ struct Store::Impl {
   std::unordered_map<std::string, std::pair<FileStat, std::string>> births_;  ///< by agent id: its file as we wrote it, created_at
   DiskLimits limits_;
   std::atomic<int64_t> unrecorded_{0};
-  std::atomic<uint64_t> next_temporary_{0};
-  std::string temporary_prefix_;
 };
 
-inline constexpr const char* kTemporaryPrefix = ".tmp-";
 inline constexpr uint64_t kMaxSidecar = 64 << 20;  // bytes that are read of what may be one
 
 inline std::span<const std::byte> as_bytes_of(const std::string& text) {

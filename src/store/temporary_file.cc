@@ -1,0 +1,80 @@
+#include "store/temporary_file.h"
+
+#include <random>
+#include <utility>
+
+#include <unistd.h>
+
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+constexpr std::string_view kPrefix = ".torpor-tmp-";
+constexpr std::string_view kOldPrefix = ".tmp-";  // followed by two numbers
+
+}  // namespace
+
+std::string temporary_name() {
+  // Process ids repeat (in containers they do at once), and a crash leaves its temporary files behind.
+  std::random_device random;
+  const uint64_t number = (uint64_t(random()) << 32) | random();
+  return std::string(kPrefix) + std::to_string(::getpid()) + "-" + std::to_string(number);
+}
+
+bool is_temporary_name(std::string_view name) {
+  if (name.starts_with(kPrefix)) return true;
+  if (!name.starts_with(kOldPrefix)) return false;
+  const std::string_view numbers = name.substr(kOldPrefix.size());
+  const size_t dash = numbers.find('-');
+  return dash != std::string_view::npos && dash > 0 && dash + 1 < numbers.size() &&
+         numbers.find_first_not_of("0123456789-") == std::string_view::npos && numbers.rfind('-') == dash;
+}
+
+TemporaryFile::TemporaryFile(Env& env, const std::filesystem::path& directory,
+                             const std::vector<std::span<const std::byte>>& pieces, bool sync)
+    : env_(env) {
+  const auto path = directory / temporary_name();
+  File file = env.open(path, OpenMode::kCreateNew);
+  path_ = path;  // from here on it is this object's to remove, and not before: a name that is taken is somebody else's
+  try {
+    uint64_t size = 0;
+    for (const auto& piece : pieces) size += piece.size();
+    file.expect_size(size);
+    file.write_all(pieces);
+    if (sync) file.sync();
+    stat_ = file.stat();
+    file.close();
+  } catch (...) {
+    remove();
+    throw;
+  }
+}
+
+TemporaryFile::TemporaryFile(TemporaryFile&& other) noexcept
+    : env_(other.env_), path_(std::exchange(other.path_, {})), stat_(other.stat_) {}
+
+TemporaryFile::~TemporaryFile() { remove(); }
+
+void TemporaryFile::remove() noexcept {
+  if (path_.empty()) return;
+  try {
+    env_.remove(path_);
+  } catch (const std::exception&) {
+    // gc finds it.
+  }
+  path_.clear();
+}
+
+void TemporaryFile::replace(const std::filesystem::path& path) {
+  env_.rename(path_, path);
+  path_.clear();
+}
+
+bool TemporaryFile::put_new(const std::filesystem::path& path) {
+  if (!env_.put_new(path_, path)) return false;
+  path_.clear();
+  return true;
+}
+
+}  // namespace torpor
