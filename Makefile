@@ -21,8 +21,9 @@ models: model
 	scripts/fetch-model gemma3-270m
 	scripts/fetch-model families
 
+# TEST_FLAGS=--times prints each stage's seconds and the ten slowest tests.
 test: build models
-	scripts/run-tests $(BUILD)
+	scripts/run-tests $(TEST_FLAGS) $(BUILD)
 
 # The wheel by pip, tested in an environment of its own; `make test` installs the same files from the build tree.
 wheel: build model
