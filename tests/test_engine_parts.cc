@@ -1,13 +1,11 @@
-// Sampling, stop strings and the engine thread, without a model.
+// Sampling, stop strings, the pace of a prefill and a generation's steps, without a model.
 
 #include <cmath>
 #include <limits>
 #include <map>
-#include <stdexcept>
 
 #include <gtest/gtest.h>
 
-#include "engine/engine_thread.h"
 #include "engine/generation.h"
 #include "torpor/error.h"
 
@@ -205,15 +203,6 @@ TEST_F(GenerationTest, LogitsThatHoldNoNumberEndItWithAnError) {
   logits[5] = NAN;
   EXPECT_THROW(generation.take(logits), Error);
   EXPECT_EQ(said_, "");
-}
-
-TEST(EngineThread, RunsInOrderOnOneThreadAndCarriesErrors) {
-  EngineThread thread;
-  const auto id = thread.call([] { return std::this_thread::get_id(); });
-  EXPECT_NE(id, std::this_thread::get_id());
-  EXPECT_EQ(id, thread.call([] { return std::this_thread::get_id(); }));
-  EXPECT_THROW(thread.call([]() -> int { throw std::runtime_error("x"); }), std::runtime_error);
-  EXPECT_EQ(thread.call([] { return 7; }), 7);
 }
 
 }  // namespace

@@ -130,6 +130,103 @@ class Interrupted:
         raise KeyboardInterrupt
 
 
+def test_on_text_may_call_the_engine_but_not_wait_for_its_own_turn(engine):
+    ada, bob = engine.agent("ada"), engine.agent("bob")
+    bob.turn("I am bob", raw=True, max_tokens=2)
+    refused = [lambda: ada.turn("more", raw=True), lambda: ada.stream("more", raw=True), lambda: ada.fork("eve"), lambda: bob.fork("ada"),
+               lambda: ada.rewind(1), lambda: ada.rename("eve"), lambda: bob.rename("ada"), ada.remove, ada.pin, ada.save, ada.sleep,
+               ada.next_logits, engine.save_all]
+    heard = []
+
+    def on_text(piece):
+        heard.append(piece)
+        if len(heard) > 1:
+            return
+        for call in refused:
+            with pytest.raises(torpor.InvalidArgumentError, match="own|ada"):
+                call()
+        assert engine.memory_usage().agents and not ada.prefetch()
+        assert status(engine, "ada").in_turn and not status(engine, "bob").in_turn
+        nested = []
+        assert bob.turn(" and", raw=True, max_tokens=6, on_text=nested.append).text == "".join(nested)
+        assert engine.turn("nameless", raw=True, max_tokens=2).tokens.generated == 2
+        bob.fork("eve").rewind(1)
+        bob.sleep()
+
+    text = ada.turn("hello", raw=True, max_tokens=16, on_text=on_text).text
+    assert text == "".join(heard) and ada.id == "ada" and bob.id == "bob"
+    assert {s.agent_id: s.awake for s in engine.agents()} == {"ada": True, "bob": False, "eve": True}
+    ada.rewind(1)
+
+
+def test_the_engine_answers_during_a_stream(engine):
+    stream = engine.agent("ada").stream("hello", raw=True, max_tokens=ENDLESS)
+    next(stream)
+    assert status(engine, "ada").in_turn and engine.memory_usage().agents
+    bob = engine.agent("bob").stream("hello", raw=True, max_tokens=4)  # waits for its turn
+    assert not [s for s in engine.agents() if s.agent_id == "bob"]
+    stream.close()
+    assert bob.result.tokens.generated == 4 and not status(engine, "ada").in_turn
+
+
+def test_a_stream_in_the_queue_is_left_at_once(engine):
+    stream = engine.agent("ada").stream("hello", raw=True, max_tokens=ENDLESS)
+    next(stream)
+    queued = engine.agent("bob").stream("hello", raw=True)
+    queued.close()
+    assert queued.result.finish_reason == "cancelled" and queued.result.tokens.generated == 0
+    undone = engine.agent("bob").stream("hello", raw=True)
+    undone._undo()
+    with pytest.raises(torpor.CancelledError):
+        undone.result
+    assert status(engine, "ada").in_turn
+    stream.close()
+    assert [s.agent_id for s in engine.agents()] == ["ada"]
+
+
+def test_threads_that_share_a_stream_each_get_other_pieces_until_its_end(engine):
+    stream = engine.agent("ada").stream("hello", raw=True, max_tokens=600)
+    taken, ended = [], []
+
+    def read():
+        for piece in stream:
+            taken.append(piece)
+        ended.append(len(taken))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    result = stream.result
+    assert sum(map(len, taken)) == len(result.text) and result.tokens.generated == 600
+    assert min(ended) >= len(taken) - 3  # each of the others may have had one in its hands
+
+
+def test_a_forked_process_is_told_at_once(engine):
+    ada = engine.agent("ada")
+    ada.turn("hello", raw=True, max_tokens=2)
+    stream = engine.agent("bob").stream("hello", raw=True, max_tokens=ENDLESS)
+    next(stream)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # whoever waits for the engine's thread waits for ever
+        for code, call in enumerate([lambda: ada.turn("more", raw=True), ada.save, engine.agents, engine.memory_usage, lambda: next(stream),
+                                     lambda: stream.result, engine.close], 1):
+            try:
+                call()
+                os._exit(code)
+            except torpor.InvalidArgumentError as error:
+                if "fork" not in str(error):
+                    os._exit(100 + code)
+        stream.close()
+        del stream
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    stream.close()
+    assert ada.turn(" more", raw=True, max_tokens=2).tokens.generated == 2
+
+
 def test_what_on_text_raises_undoes_the_turn(engine):
     with pytest.raises(ZeroDivisionError):
         engine.agent("ada").turn("hello", raw=True, max_tokens=ENDLESS, on_text=lambda _: 1 / 0)
@@ -227,6 +324,20 @@ def test_a_save_behind_that_fails_is_told_when_the_engine_closes(tiny_model, tmp
                         pass
         engine.close()  # is free by now: told once, and no lock is left
         torpor.Engine(tiny_model, tmp_path / "store").close()
+
+
+def test_what_fork_rewind_and_pin_changed_survives_the_process(tiny_model, tmp_path):
+    script = ("import os, sys, torpor\n"
+              "ada = torpor.Engine(sys.argv[1], sys.argv[2]).agent('ada')\n"
+              "ada.turn('hello there', raw=True, max_tokens=4)\n"
+              "ada.fork('bob', 2)\n"
+              "ada.rewind(3)\n"
+              "ada.pin()\n"
+              "os.kill(os.getpid(), 9)\n")
+    subprocess.run([sys.executable, "-c", script, tiny_model, tmp_path / "store"], timeout=300,
+                   env={**os.environ, "PYTHONPATH": str(BUILD / "python")})
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:
+        assert [(s.agent_id, s.tokens, s.pinned) for s in engine.agents()] == [("ada", 3, True), ("bob", 2, False)]
 
 
 def test_damage_is_told(engine, words, tmp_path):

@@ -338,9 +338,10 @@ TEST_F(EngineTurns, LostRowsAreComputedAgainFromTheTokens) {
   fclose(file);
 
   // A turn that ends before the lost rows are back must not put the shorter agent in the place of the whole one.
-  std::atomic<bool> cancel{true};
+  std::atomic<bool> cancel{false};
   TurnRequest cut = request("a", "Go on.");
   cut.generate.cancel = &cancel;
+  cut.generate.on_prefill = [&](int, int) { cancel = true; };
   {
     Engine engine({kModel, root_});
     EXPECT_EQ(engine.turn(cut).finish_reason, FinishReason::kCancelled);

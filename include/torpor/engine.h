@@ -1,9 +1,17 @@
 #pragma once
 /// Durable agents over one model: the C++ API that the command line and the other faces use. No header of MLX's is needed.
 ///
-/// An Engine owns the one thread that touches MLX. Its methods may be called from any thread and block until that thread
-/// has done the work; they run one at a time, in order. Callbacks run on the engine thread. Errors are torpor::Error.
+/// An Engine owns the one thread that touches MLX. Its methods may be called from any thread and block until that thread has
+/// done the work. It works step by step: a chunk of a prompt, or a token. Turns run first come, first served. Methods run
+/// between the steps of other agents' turns. What names the same agent runs in the order it came.
+///
+/// Callbacks run on the thread that called. They may call the Engine. A call that would wait for the turn from whose callback
+/// it is made is kInvalidArgument: one on the same agent, and save_all. The destructor must not be called there. What a callback
+/// throws comes out of the method as it is; all other errors are torpor::Error.
+///
+/// fork(2): an Engine works in the process that made it. In a child its methods are kInvalidArgument.
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -32,6 +40,8 @@ struct EngineOptions {
   size_t memory_budget = 0;
   DiskLimits disk;
   size_t write_queue_bytes = size_t(256) << 20;  ///< saves behind the turn that may wait; beyond it a turn waits for the disk
+  /// Text of each turn that may wait for its callback. Beyond it the turn waits, and others go on.
+  size_t text_queue_bytes = size_t(64) << 10;
 };
 
 /// A model as the store needs it to make an agent of a file that does not say whose it is (import_prompt_cache,
@@ -46,7 +56,12 @@ struct TurnRequest {
   std::optional<std::string> system;  ///< for a new agent; must equal the agent's own otherwise (kInvalidArgument)
   bool raw = false;                   ///< append the prompt as it stands, without the chat template
   SaveMode save = SaveMode::kWait;
+  /// With its callbacks. A chunk of the prompt is computed when on_prefill has returned for the one before. The turn is saved when
+  /// on_text has returned for all text. `cancel` ends a turn that has not begun, too; nothing has happened then.
   GenerateOptions generate;
+  /// Set from any thread to take the turn back: it throws kCancelled, and the agent is as it was before. Without effect once
+  /// the last callback has returned.
+  const std::atomic<bool>* give_up = nullptr;
 };
 
 struct TurnResult {
@@ -76,16 +91,29 @@ struct TurnResult {
   std::optional<Error> save_error;
 };
 
+/// One agent, in memory or on disk.
+struct AgentStatus {
+  std::string agent, model;   ///< the model as given when the agent was last saved
+  int64_t tokens = 0;
+  bool awake = false;         ///< in this engine's memory
+  bool pinned = false;
+  bool unsaved = false;       ///< has changed since its last save
+  bool in_turn = false;       ///< `tokens` grow as the turn goes on
+  int64_t memory_bytes = 0;   ///< buffers it holds, shared ones included; 0 when asleep
+  int64_t disk_bytes = 0;     ///< its file and the segments it names; 0 before the first save
+};
+
 class Engine {
  public:
   /// Loads the model. The calling thread waits.
   explicit Engine(EngineOptions options);
-  /// Waits for the work under way and for queued saves. What was not saved is dropped.
+  /// Waits for the work under way and for queued saves. What was not saved is dropped. In a forked process nothing is freed.
   ~Engine();
 
   /// One user turn: wakes the agent (or makes it), prefills what is new, generates, saves. The agent stays awake. A new agent
   /// starts from the longest prefix that any agent in memory (to the token) or segment on disk has.
   /// A save that fails is said in the result, not thrown, for the answer stands; the agent then is awake and unsaved.
+  /// A turn that throws leaves the agent as it was. kInternal when the model computes no number.
   TurnResult turn(const TurnRequest& request);
 
   /// Begins to load a sleeping agent beside whatever turn is under way, so that its own turn finds it ready. Does not wait.
@@ -94,6 +122,7 @@ class Engine {
   /// Saves if changed and waits. kNotFound unless the agent is awake or on disk.
   SaveResult save(const std::string& agent);
   /// Saves every awake agent and waits, telling how many of how many are done. All are tried; then the first error is thrown.
+  /// Agents in a turn are saved after it. kInvalidArgument, and nothing is done, from a callback of a turn.
   void save_all(const std::function<void(int done, int total)>& progress = nullptr);
   /// Waits for saves that turns have queued (SaveMode::kBehind), and throws the first error that no later turn or save has told:
   /// the destructor, which waits too, can't.
@@ -102,17 +131,24 @@ class Engine {
   void sleep(const std::string& agent);
 
   // What follows works on agents awake or asleep: kNotFound when they are neither, kInvalidArgument when a new name is taken.
+  // With SaveMode::kWait the change is on disk when the call returns. What the save says is thrown; the change then stands in
+  // memory, unsaved. Else the change of an agent that is awake is saved behind the call, and a crash may lose it.
   /// `dst` begins with the first `at_token` tokens of `src` (all unless given). Copies no tensor: both go on from shared
   /// buffers, and on disk from shared segments.
-  void fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token = std::nullopt);
+  void fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token = std::nullopt,
+            SaveMode save = SaveMode::kWait);
   /// Forgets everything after the first `n_tokens` tokens.
-  void rewind(const std::string& agent, int64_t n_tokens);
+  void rewind(const std::string& agent, int64_t n_tokens, SaveMode save = SaveMode::kWait);
   /// A pinned agent stays in memory when others must make room.
-  void pin(const std::string& agent, bool pinned = true);
+  void pin(const std::string& agent, bool pinned = true, SaveMode save = SaveMode::kWait);
+  // These two are on disk when they return.
   void rename(const std::string& agent, const std::string& new_id);
   void remove(const std::string& agent);
 
+  // These two answer during the turns of others, within a step.
   MemoryUsage memory_usage() const;
+  /// All agents of the store and in memory, by id.
+  std::vector<AgentStatus> agents() const;
 
   /// Logits `[vocab]` that follow the agent's last token (recomputed from its cache without changing it); for tests and
   /// inspection. kNotFound.

@@ -7,7 +7,6 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
-#include "torpor/agents.h"
 #include "turn.h"
 
 #include <mlx/array.h>
@@ -85,6 +84,22 @@ std::unique_ptr<RunningTurn> start(const SharedEngine& shared, const std::string
   return std::make_unique<RunningTurn>(shared.get(), std::move(request));
 }
 
+void fork(const SharedEngine& shared, const std::string& src, const std::string& dst, std::optional<int64_t> at_token,
+          const std::string& save) {
+  const SaveMode mode = parse_save_mode(save);
+  without_gil(&Engine::fork)(shared, src, dst, at_token, mode);
+}
+
+void rewind(const SharedEngine& shared, const std::string& agent, int64_t n_tokens, const std::string& save) {
+  const SaveMode mode = parse_save_mode(save);
+  without_gil(&Engine::rewind)(shared, agent, n_tokens, mode);
+}
+
+void pin(const SharedEngine& shared, const std::string& agent, bool pinned, const std::string& save) {
+  const SaveMode mode = parse_save_mode(save);
+  without_gil(&Engine::pin)(shared, agent, pinned, mode);
+}
+
 mx::array next_logits(const SharedEngine& shared, const std::string& agent) {
   const std::shared_ptr<Engine> engine = shared.get();
   const nb::gil_scoped_release release;
@@ -134,9 +149,9 @@ void bind_engine(nb::module_& module) {
         engine->save_all();
       })
       .def("sleep", without_gil(&Engine::sleep), "agent"_a)
-      .def("fork", without_gil(&Engine::fork), "src"_a, "dst"_a, "at_token"_a.none())
-      .def("rewind", without_gil(&Engine::rewind), "agent"_a, "n_tokens"_a)
-      .def("pin", without_gil(&Engine::pin), "agent"_a, "pinned"_a)
+      .def("fork", &fork, "src"_a, "dst"_a, "at_token"_a.none(), "save"_a)
+      .def("rewind", &rewind, "agent"_a, "n_tokens"_a, "save"_a)
+      .def("pin", &pin, "agent"_a, "pinned"_a, "save"_a)
       .def("rename", without_gil(&Engine::rename), "agent"_a, "new_id"_a)
       .def("remove", without_gil(&Engine::remove), "agent"_a)
       .def("next_logits", &next_logits, "agent"_a)
@@ -145,19 +160,20 @@ void bind_engine(nb::module_& module) {
         const nb::gil_scoped_release release;
         return engine->memory_usage();
       })
-      .def("stored", [](const SharedEngine& shared) {
+      .def("agents", [](const SharedEngine& shared) {
         const std::shared_ptr<Engine> engine = shared.get();
-        std::vector<AgentInfo> infos;
+        std::vector<AgentStatus> agents;
         {
           const nb::gil_scoped_release release;
-          infos = engine->store().list_cached_agents();
+          agents = engine->agents();
         }
         nb::list out;
-        for (const AgentInfo& info : infos) {
-          out.append(nb::make_tuple(info.agent_id, info.model, info.cache_size, info.bytes, is_pinned(info)));
+        for (const AgentStatus& agent : agents) {
+          out.append(nb::make_tuple(agent.agent, agent.model, agent.tokens, agent.awake, agent.pinned, agent.unsaved,
+                                    agent.memory_bytes, agent.disk_bytes, agent.in_turn));
         }
         return out;
-      }, nb::sig("def stored(self) -> list[tuple[str, str, int, int, bool]]"));
+      }, nb::sig("def agents(self) -> list[tuple[str, str, int, bool, bool, bool, int, int, bool]]"));
   module.def("check_agent_id", &check_agent_id, "agent"_a);
 }
 

@@ -1,3 +1,5 @@
+#include <nanobind/stl/string.h>
+
 #include "bindings.h"
 #include "faces/error_table.h"
 

@@ -1,6 +1,7 @@
 #include "turn.h"
 
 #include <chrono>
+#include <system_error>
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -11,80 +12,93 @@ namespace nb = nanobind;
 
 namespace torpor::python {
 
-RunningTurn::RunningTurn(std::shared_ptr<Engine> engine, TurnRequest request)
-    : engine_(std::move(engine)), request_(std::move(request)) {
-  request_.generate.cancel = &cancelled_;
-  request_.generate.on_prefill = [this](int, int) { check_undone(); };
-  request_.generate.on_text = [this](std::string_view text) {
-    check_undone();
-    const std::lock_guard lock(mutex_);
-    pieces_.emplace_back(text);
-    changed_.notify_all();
+RunningTurn::RunningTurn(std::shared_ptr<Engine> engine, TurnRequest request) : state_(std::make_unique<State>()) {
+  State& state = *state_;
+  state.engine = std::move(engine);
+  state.request = std::move(request);
+  state.request.generate.cancel = &state.cancelled;
+  state.request.give_up = &state.undone;
+  state.request.generate.on_text = [&state](std::string_view text) {
+    const std::lock_guard lock(state.mutex);
+    state.pieces.emplace_back(text);
+    state.changed.notify_all();
   };
-  thread_ = std::thread([this] { run(); });
+  try {
+    state.thread = std::thread([&state] { state.run(); });
+  } catch (const std::system_error&) {
+    throw Error(ErrorCode::kResourceExhausted, "The system refuses another thread; raise its limit or end some processes.");
+  }
 }
 
 RunningTurn::~RunningTurn() {
   cancel();
-  const nb::gil_scoped_release release;
-  thread_.join();
-}
-
-void RunningTurn::run() {
-  std::optional<TurnResult> result;
-  std::exception_ptr error;
-  try {
-    result = engine_->turn(request_);
-  } catch (...) {
-    error = std::current_exception();
+  if (getpid() != state_->process) {
+    static_cast<void>(state_.release());  // its thread is in the process that was forked
+    return;
   }
-  const std::lock_guard lock(mutex_);
-  result_ = std::move(result);
-  error_ = error;
-  changed_.notify_all();
+  const nb::gil_scoped_release release;
+  state_->thread.join();
+  state_.reset();  // perhaps the last to hold the engine, which waits for its saves
 }
 
-void RunningTurn::check_undone() const {
-  if (undone_) throw Error(ErrorCode::kCancelled, "The turn was given up; the agent is as it was before.");
+void RunningTurn::State::run() {
+  std::optional<TurnResult> answer;
+  std::exception_ptr failed;
+  try {
+    answer = engine->turn(request);
+  } catch (...) {
+    failed = std::current_exception();
+  }
+  const std::lock_guard lock(mutex);
+  result = std::move(answer);
+  error = failed;
+  changed.notify_all();
 }
 
-void RunningTurn::wait(bool text) {
+void RunningTurn::check_process() const {
+  if (getpid() == state_->process) return;
+  throw Error(ErrorCode::kInvalidArgument, "The turn is in the process that this one was forked from.");
+}
+
+bool RunningTurn::wait(std::optional<std::string>* piece) {
   // How soon a signal is seen.
   constexpr auto kPatience = std::chrono::milliseconds(50);
+  check_process();
+  State& state = *state_;
   while (true) {
     {
       const nb::gil_scoped_release release;
-      std::unique_lock lock(mutex_);
-      if (changed_.wait_for(lock, kPatience, [&] { return result_ || error_ || (text && !pieces_.empty()); })) return;
+      std::unique_lock lock(state.mutex);
+      state.changed.wait_for(lock, kPatience, [&] { return state.over() || (piece != nullptr && !state.pieces.empty()); });
+      if (piece != nullptr && !state.pieces.empty()) {
+        *piece = std::move(state.pieces.front());
+        state.pieces.pop_front();
+        return true;
+      }
+      if (state.over()) return false;
     }
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
   }
 }
 
 std::optional<std::string> RunningTurn::next() {
-  wait(true);
-  const std::lock_guard lock(mutex_);
-  if (!pieces_.empty()) {
-    std::string piece = std::move(pieces_.front());
-    pieces_.pop_front();
-    return piece;
-  }
-  if (error_) std::rethrow_exception(error_);
-  return std::nullopt;
+  std::optional<std::string> piece;
+  if (!wait(&piece) && state_->error) std::rethrow_exception(state_->error);
+  return piece;
 }
 
 void RunningTurn::undo() {
-  undone_ = true;
+  check_process();
+  state_->undone = true;
   const nb::gil_scoped_release release;
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return result_ || error_; });
+  std::unique_lock lock(state_->mutex);
+  state_->changed.wait(lock, [&] { return state_->over(); });
 }
 
 TurnResult RunningTurn::result() {
-  wait(false);
-  const std::lock_guard lock(mutex_);
-  if (error_) std::rethrow_exception(error_);
-  return *result_;
+  wait(nullptr);
+  if (state_->error) std::rethrow_exception(state_->error);
+  return *state_->result;
 }
 
 void bind_turn(nb::module_& module) {

@@ -1,7 +1,9 @@
 """Torpor's own engine: the fast way, with agents instead of caches."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +12,7 @@ from typing import Literal, Self, TypedDict, TypeVar, Unpack
 import mlx.core as mx
 
 from . import _core
-from .errors import Error
+from .errors import Error, InvalidArgumentError
 
 _T = TypeVar("_T")
 
@@ -49,6 +51,7 @@ class AgentStatus:
     unsaved: bool  #: has changed since its last save
     memory_bytes: int  #: buffers it holds, shared ones included; 0 when asleep
     disk_bytes: int  #: its file and the segments it names; 0 before the first save
+    in_turn: bool = False  #: its tokens grow as the turn goes on
 
 
 class Engine:
@@ -57,9 +60,13 @@ class Engine:
         with torpor.Engine("path/to/model") as engine:
             print(engine.agent("ada").turn("My name is Ada.").text)
 
-    Methods may be called from any thread; they wait for the one thread that computes, and run there one at a time, in
-    order. Ctrl-C (KeyboardInterrupt) ends a wait for a turn and leaves the agent as it was before that turn, unless it was
-    complete. Errors are subclasses of torpor.Error.
+    Methods may be called from any thread. They wait for the one thread that computes, which runs them between the steps of
+    turns: a call waits for the turn of its own agent, and for no other. Turns run one at a time, in order. An `on_text` may call
+    the engine, too; a call that would wait for its own turn raises InvalidArgumentError.
+
+    Ctrl-C (KeyboardInterrupt) ends a wait for a turn and leaves the agent as it was before that turn, unless it was complete.
+    In a process forked from the engine's own every call raises InvalidArgumentError; start processes by "spawn". Errors are
+    subclasses of torpor.Error.
     """
 
     def __init__(self, model: str | os.PathLike[str], store: str | os.PathLike[str] | None = None, *,
@@ -83,6 +90,7 @@ class Engine:
         root = Path(store).expanduser() if store is not None else _core.default_store_root()
         self._core = _core.CoreEngine(os.fspath(model), root, kv_format, durability, memory_budget, disk_budget, min_free,
                                       write_queue)
+        self._talking = threading.local()  # .to: agents whose on_text runs on this thread
 
     def __enter__(self) -> Self:
         return self
@@ -114,17 +122,7 @@ class Engine:
 
     def agents(self) -> list[AgentStatus]:
         """All agents by id, those on disk and those in memory."""
-        awake = {memory.agent: memory for memory in self._core.memory_usage().agents}
-        stored = {entry[0]: entry for entry in self._core.stored()}
-        statuses = []
-        for agent_id in sorted(awake.keys() | stored.keys()):
-            _, model, tokens, disk_bytes, pinned = stored.get(agent_id, (agent_id, "", 0, 0, False))
-            if memory := awake.get(agent_id):
-                statuses.append(AgentStatus(agent_id, model, memory.tokens, True, memory.pinned, memory.unsaved, memory.bytes,
-                                            disk_bytes))
-            else:
-                statuses.append(AgentStatus(agent_id, model, tokens, False, pinned, False, 0, disk_bytes))
-        return statuses
+        return [AgentStatus(*status) for status in self._core.agents()]
 
     def turn(self, prompt: str, *, system: str | None = None, on_text: Callable[[str], object] | None = None,
              **options: Unpack[TurnOptions]) -> _core.TurnResult:
@@ -137,18 +135,41 @@ class Engine:
         return Agent(self, "", system).stream(prompt, **options)
 
     def save_all(self) -> None:
-        """Saves every agent that is awake, and waits. All are tried; then the first error is raised."""
+        """Saves every agent that is awake, and waits. All are tried; then the first error is raised. Agents in a turn are saved
+        after it, so an `on_text` gets InvalidArgumentError."""
+        self._refuse_in_callback()
         self._core.save_all()
 
     def memory_usage(self) -> _core.MemoryUsage:
         """Where the memory is: the model, and each agent that is awake."""
         return self._core.memory_usage()
 
+    def _for(self, *agent_ids: str) -> _core.CoreEngine:
+        """For calls that wait for the turns of these agents."""
+        self._refuse_in_callback(*agent_ids)
+        return self._core
+
+    def _refuse_in_callback(self, *agent_ids: str) -> None:
+        for agent_id in getattr(self._talking, "to", ()):
+            if not agent_ids or agent_id in agent_ids:
+                raise InvalidArgumentError(f"This call would wait for the turn of agent '{agent_id}', from whose on_text it is made; "
+                                           "make it when that turn is over.")
+
+    @contextmanager
+    def _in_callback(self, agent_id: str) -> Iterator[None]:
+        before = getattr(self._talking, "to", ())
+        self._talking.to = (*before, agent_id)
+        try:
+            yield
+        finally:
+            self._talking.to = before
+
     def _start(self, agent_id: str, prompt: str, system: str | None, *, raw: bool = False, save: str = "wait",
                max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
                stop: str | Sequence[str] = ()) -> _core.RunningTurn:
         stops = [stop] if isinstance(stop, str) else list(stop)
-        return self._core.start(agent_id, prompt, system, raw, save, max_tokens, temperature, top_p, seed, stops)
+        core = self._for(agent_id) if agent_id else self._core
+        return core.start(agent_id, prompt, system, raw, save, max_tokens, temperature, top_p, seed, stops)
 
 
 class TextStream(Iterator[str]):
@@ -215,7 +236,8 @@ class Agent:
              **options: Unpack[TurnOptions]) -> _core.TurnResult:
         """One user turn: wakes the agent or makes it, computes what is new, answers, saves. The agent stays awake.
 
-        on_text: called with each piece of text, on this thread. What it raises gives the turn up, and is raised.
+        on_text: called with each piece of text, on this thread. What it raises gives the turn up, and is raised. It may call the
+            engine, for other agents.
 
         A turn that raises leaves the agent as it was. ResourceExhaustedError: the prompt does not fit the model's context, or
         the agent the memory. A save that fails is told by TurnResult.save_error, for the answer stands.
@@ -224,7 +246,8 @@ class Agent:
         try:
             for piece in stream:
                 if on_text is not None:
-                    on_text(piece)
+                    with self.engine._in_callback(self.id):
+                        on_text(piece)
             return stream.result
         except BaseException:
             stream._undo()
@@ -234,28 +257,32 @@ class Agent:
         """As `turn`, which begins at once; gives a TextStream to iterate over. `result` is its TurnResult."""
         return TextStream(self.engine._start(self.id, prompt, self.system, **options))
 
-    def fork(self, new_id: str, at_token: int | None = None) -> "Agent":
+    def fork(self, new_id: str, at_token: int | None = None, *, save: Literal["wait", "behind"] = "wait") -> "Agent":
         """A new agent that begins with this one's first `at_token` tokens (None: all); copies no tensor. InvalidArgumentError
-        when the id is taken or the agent holds fewer."""
-        self.engine._core.fork(self.id, new_id, at_token)
+        when the id is taken or the agent holds fewer.
+
+        save: "wait": the change is on disk when this returns; what a save raises leaves it in memory, unsaved. "behind": by a
+            writer thread; a crash may lose it.
+        """
+        self.engine._for(self.id, new_id).fork(self.id, new_id, at_token, save)
         return Agent(self.engine, new_id, self.system)
 
-    def rewind(self, n_tokens: int) -> None:
-        """Forgets everything after the first `n_tokens` tokens. InvalidArgumentError when the agent holds fewer."""
-        self.engine._core.rewind(self.id, n_tokens)
+    def rewind(self, n_tokens: int, *, save: Literal["wait", "behind"] = "wait") -> None:
+        """Forgets everything after the first `n_tokens` tokens. InvalidArgumentError when the agent holds fewer. `save`: as fork's."""
+        self.engine._for(self.id).rewind(self.id, n_tokens, save)
 
     def rename(self, new_id: str) -> None:
         """Gives the agent another id. InvalidArgumentError when it is taken."""
-        self.engine._core.rename(self.id, new_id)
+        self.engine._for(self.id, new_id).rename(self.id, new_id)
         self.id = new_id
 
     def remove(self) -> None:
         """Removes the agent from memory and disk, and segments that no other agent names."""
-        self.engine._core.remove(self.id)
+        self.engine._for(self.id).remove(self.id)
 
-    def pin(self, pinned: bool = True) -> None:
-        """Keeps the agent in memory when others must make room; no longer, with False. Saved with the agent."""
-        self.engine._core.pin(self.id, pinned)
+    def pin(self, pinned: bool = True, *, save: Literal["wait", "behind"] = "wait") -> None:
+        """Keeps the agent in memory when others must make room; no longer, with False. Saved with the agent. `save`: as fork's."""
+        self.engine._for(self.id).pin(self.id, pinned, save)
 
     def prefetch(self) -> bool:
         """Begins to load the agent from disk beside whatever is under way, so that its turn finds it ready. Does not wait.
@@ -264,12 +291,12 @@ class Agent:
 
     def save(self) -> _core.SaveResult:
         """Saves the agent if it has changed, and waits. IoError, ResourceExhaustedError (a disk limit)."""
-        return self.engine._core.save(self.id)
+        return self.engine._for(self.id).save(self.id)
 
     def sleep(self) -> None:
         """Saves if changed, then lets go of the memory and the lock. Does nothing when the agent is not awake."""
-        self.engine._core.sleep(self.id)
+        self.engine._for(self.id).sleep(self.id)
 
     def next_logits(self) -> mx.array:
         """Logits, float32 `[vocab]`, that follow the agent's last token; for inspection. The agent is not changed."""
-        return self.engine._core.next_logits(self.id)
+        return self.engine._for(self.id).next_logits(self.id)

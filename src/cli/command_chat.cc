@@ -156,13 +156,13 @@ class Chat {
       agent = words[1];
       engine_.prefetch(agent);
     } else if (name == "/fork" && (arguments == 1 || arguments == 2)) {
-      engine_.fork(agent, words[1], arguments == 2 ? std::optional(parse_tokens(words[2])) : std::nullopt);
+      engine_.fork(agent, words[1], arguments == 2 ? std::optional(parse_tokens(words[2])) : std::nullopt, options_.save);
       agent = words[1];
       spoken_to_.insert(agent);
     } else if (name == "/rewind" && arguments == 1) {
-      engine_.rewind(agent, parse_tokens(words[1]));
+      engine_.rewind(agent, parse_tokens(words[1]), options_.save);
     } else if ((name == "/pin" || name == "/unpin") && arguments == 0) {
-      engine_.pin(agent, name == "/pin");
+      engine_.pin(agent, name == "/pin", options_.save);
     } else if (name == "/rename" && arguments == 1) {
       engine_.rename(agent, words[1]);
       agent = words[1];

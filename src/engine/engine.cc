@@ -2,20 +2,17 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
 
-#include "agents/turn_transaction.h"
-#include "engine/engine_thread.h"
+#include <unistd.h>
+
+#include "engine/scheduler.h"
+#include "engine/turn.h"
+#include "torpor/agents.h"
 #include "torpor/error.h"
-#include "torpor/generate.h"
 
 namespace torpor {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double ms_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
 
 /// The identity of an agent, but for its KV format.
 Identity complete(Identity model, const Tokenizer& tokenizer, const ChatTemplate* chat_template) {
@@ -35,77 +32,111 @@ CacheModel describe_model(const std::string& name) {
 }
 
 struct Engine::Impl {
-  EngineOptions options;
+  const EngineOptions options;
   Store store;
-  double load_ms = 0;
-  // Everything below lives and dies on the engine thread.
-  std::unique_ptr<Model> model;
-  std::shared_ptr<const Tokenizer> tokenizer;
-  std::shared_ptr<const ChatTemplate> chat_template;
-  std::unique_ptr<AgentManager> agents;
-  EngineThread thread;
+  const pid_t process = getpid();
+  EngineParts parts;  // lives and dies on the scheduler's thread
+  Scheduler scheduler;
 
-  explicit Impl(EngineOptions given) : options(std::move(given)), store(options.store) { store.set_disk_limits(options.disk); }
-
-  void load() {
-    const auto start = Clock::now();
-    model = Model::load(options.model);
-    tokenizer = Tokenizer::load(model->info().dir);
-    chat_template = ChatTemplate::load(model->info().dir);
-    const KvFormat format = options.kv_format.value_or(model->default_kv_format());
-    Identity identity = complete(model->identity(), *tokenizer, chat_template.get());
-    identity.kv = format.name();
-    agents = std::make_unique<AgentManager>(
-        store, ManagerOptions{.model_name = options.model, .identity = std::move(identity), .layout = model->kv_layout(format),
-                              .layout_of = options.kv_format ? std::function<KvLayout(const KvFormat&)>()
-                                                             : [this](const KvFormat& own) { return model->kv_layout(own); },
-                              .backend = model->backend(), .durability = options.durability,
-                              .memory_budget = options.memory_budget, .write_queue_bytes = options.write_queue_bytes});
-    load_ms = ms_since(start);
+  explicit Impl(EngineOptions given) : options(std::move(given)), store(options.store), scheduler(options.text_queue_bytes) {
+    store.set_disk_limits(options.disk);
   }
 
-  void unload() {
-    agents.reset();
-    model.reset();
+  void load() {
+    const auto start = std::chrono::steady_clock::now();
+    parts.model_name = options.model;
+    parts.model = Model::load(options.model);
+    const Model& model = *parts.model;
+    parts.tokenizer = Tokenizer::load(model.info().dir);
+    parts.chat_template = ChatTemplate::load(model.info().dir);
+    parts.pace.emplace(model.backend());
+    const KvFormat format = options.kv_format.value_or(model.default_kv_format());
+    Identity identity = complete(model.identity(), *parts.tokenizer, parts.chat_template.get());
+    identity.kv = format.name();
+    parts.agents = std::make_unique<AgentManager>(
+        store, ManagerOptions{.model_name = options.model, .identity = std::move(identity), .layout = model.kv_layout(format),
+                              .layout_of = options.kv_format ? std::function<KvLayout(const KvFormat&)>()
+                                                             : [&model](const KvFormat& own) { return model.kv_layout(own); },
+                              .backend = model.backend(), .durability = options.durability,
+                              .memory_budget = options.memory_budget, .write_queue_bytes = options.write_queue_bytes});
+    parts.load_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  }
+  void unload() noexcept {
+    parts.agents.reset();
+    parts.model.reset();
+  }
+
+  /// In a process that fork(2) made of the engine's own there is nobody to answer.
+  void check_process() const {
+    if (getpid() == process) return;
+    throw Error(ErrorCode::kInvalidArgument, "The process that made this Engine was forked, and its threads are not here; make "
+                                             "another Engine, in a process that was not forked from one with an Engine.");
+  }
+  /// Runs `work` on the calling thread; what it throws is an Error.
+  template <class F>
+  auto guard(F work) const -> std::invoke_result_t<F> {
+    check_process();
+    if constexpr (std::is_void_v<std::invoke_result_t<F>>) {
+      translate_errors(work);
+    } else {
+      std::optional<std::invoke_result_t<F>> result;
+      translate_errors([&] { result.emplace(work()); });
+      return std::move(*result);
+    }
+  }
+  /// Runs `work` on the engine thread when no turn or earlier call on one of `agents` is under way.
+  template <class F>
+  auto call(std::vector<std::string> agents, F work) -> std::invoke_result_t<F> {
+    return guard([&] { return scheduler.call(std::move(agents), work); });
   }
 
   TurnResult turn(const TurnRequest& request);
+  /// Waits for the save of a change that the manager has queued. (An agent that is asleep was changed on disk.)
+  void save_change(const std::string& agent, SaveMode mode) {
+    if (mode == SaveMode::kWait && parts.agents->is_awake(agent)) parts.agents->save(*parts.agents->wake(agent));
+  }
 };
 
 TurnResult Engine::Impl::turn(const TurnRequest& request) {
-  const auto start = Clock::now();
-  AgentHold hold = request.agent.empty() ? agents->stateless() : agents->wake(request.agent);
   TurnResult result;
   result.agent = request.agent;
   result.model = options.model;
-  result.damage = hold->damage;
-  result.timing_ms.load = load_ms;
-  result.timing_ms.wake = hold.woke() ? ms_since(start) : 0;
-
-  TurnTransaction turn(*agents, std::move(hold), {.prompt = request.prompt, .system = request.system, .raw = request.raw,
-                                                  .tokenizer = tokenizer, .chat_template = chat_template});
-  result.tokens.prompt = int(turn.tokens().size());
-  result.tokens.cached = turn.reused();
-  const GenerateResult generated = generate(*model, tokenizer, turn.cache(), turn.pending(), request.generate);
-  result.timing_ms.ttft = ms_since(start) - generated.decode_ms;
-  turn.commit(generated.text, turn.pending().empty());
-
-  result.text = generated.text;
-  result.finish_reason = generated.finish_reason;
-  result.tokens.prefilled = generated.prefilled;
-  result.tokens.generated = int(generated.tokens.size());
-  result.tokens.context = turn.cache().length();
-  result.timing_ms.decode = generated.decode_ms;
-  const auto saving = Clock::now();
-  result.bytes.written = turn.save(request.save);
-  result.save_error = turn.save_error();
-  if (request.save != SaveMode::kNo) result.timing_ms.save = ms_since(saving);
-  if (turn.woke()) result.bytes.read = turn.agent().bytes_read;
+  // What a callback throws comes out as it is; everything else as an Error.
+  std::exception_ptr thrown;
+  const auto heard = [&thrown](const auto& callback, auto... news) {
+    try {
+      callback(news...);
+    } catch (...) {
+      thrown = std::current_exception();
+      throw;
+    }
+  };
+  Scheduler::TurnCall call{.agent = request.agent, .cancel = request.generate.cancel, .give_up = request.give_up,
+                           .begin = [&](Scheduler::Listener& listener) {
+                             return std::make_unique<EngineTurn>(parts, request, listener, result);
+                           }};
+  if (const auto& on_text = request.generate.on_text) call.on_text = [&](std::string_view text) { heard(on_text, text); };
+  if (const auto& on_prefill = request.generate.on_prefill) {
+    call.on_prefill = [&](int done, int total) { heard(on_prefill, done, total); };
+  }
+  Scheduler::Ended ended;
+  try {
+    ended = guard([&] { return scheduler.turn(call); });
+  } catch (const Error&) {
+    if (thrown) std::rethrow_exception(thrown);
+    throw;
+  }
+  if (ended == Scheduler::Ended::kCommitted) return result;
+  if (ended == Scheduler::Ended::kGivenUp || (request.give_up != nullptr && request.give_up->load())) {
+    throw Error(ErrorCode::kCancelled, "The turn was given up; the agent is as it was before.").with_agent(request.agent);
+  }
+  result.finish_reason = FinishReason::kCancelled;
   return result;
 }
 
-Engine::Engine(EngineOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {
-  impl_->thread.call([this] {
+Engine::Engine(EngineOptions options) {
+  translate_errors([&] { impl_ = std::make_unique<Impl>(std::move(options)); });
+  impl_->call({}, [this] {
     try {
       impl_->load();
     } catch (...) {
@@ -116,81 +147,143 @@ Engine::Engine(EngineOptions options) : impl_(std::make_unique<Impl>(std::move(o
 }
 
 Engine::~Engine() {
-  impl_->thread.call([this] { impl_->unload(); });
+  if (getpid() != impl_->process) {
+    static_cast<void>(impl_.release());  // its threads, which would have to end first, are in another process
+    return;
+  }
+  impl_->scheduler.finish([this] { impl_->unload(); });
 }
 
 TurnResult Engine::turn(const TurnRequest& request) {
   if (!request.agent.empty()) check_agent_id(request.agent);
   if (request.prompt.empty()) throw Error(ErrorCode::kInvalidArgument, "The prompt is empty; give it some text.");
-  return impl_->thread.call([&] { return impl_->turn(request); });
+  return impl_->turn(request);
 }
 
-bool Engine::prefetch(const std::string& agent) { return impl_->agents->prefetch(agent); }
+bool Engine::prefetch(const std::string& agent) {
+  return impl_->guard([&] { return impl_->parts.agents->prefetch(agent); });
+}
 
 SaveResult Engine::save(const std::string& agent) {
-  return impl_->thread.call([&] {
-    impl_->agents->require(agent);
-    return impl_->agents->is_awake(agent) ? impl_->agents->save(*impl_->agents->wake(agent)) : SaveResult{};
+  return impl_->call({agent}, [&] {
+    AgentManager& agents = *impl_->parts.agents;
+    agents.require(agent);
+    return agents.is_awake(agent) ? agents.save(*agents.wake(agent)) : SaveResult{};
   });
 }
 
 void Engine::save_all(const std::function<void(int, int)>& progress) {
-  impl_->thread.call([&] { impl_->agents->save_all(progress); });
+  impl_->guard([&] { impl_->scheduler.refuse_in_callbacks(); });
+  AgentManager& agents = *impl_->parts.agents;
+  std::exception_ptr first;
+  for (const AgentMemory& memory : memory_usage().agents) {
+    try {
+      impl_->call({memory.agent}, [&] {
+        if (agents.is_awake(memory.agent)) agents.save_behind(*agents.wake(memory.agent));
+      });
+    } catch (const Error&) {
+      if (!first) first = std::current_exception();
+    }
+  }
+  impl_->guard([&] { agents.wait_for_writes(progress); });
+  try {
+    finish_saves();
+  } catch (const Error&) {
+    if (!first) first = std::current_exception();
+  }
+  if (first) std::rethrow_exception(first);
 }
 
 void Engine::finish_saves() {
-  impl_->thread.call([&] { impl_->agents->finish_saves(); });
+  impl_->guard([&] { impl_->parts.agents->wait_for_writes(); });
+  impl_->call({}, [&] { impl_->parts.agents->finish_saves(); });
 }
 
 void Engine::sleep(const std::string& agent) {
-  impl_->thread.call([&] { impl_->agents->sleep(agent); });
+  impl_->call({agent}, [&] { impl_->parts.agents->sleep(agent); });
 }
 
-void Engine::fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token) {
-  impl_->thread.call([&] { impl_->agents->fork(src, dst, at_token); });
+void Engine::fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token, SaveMode save) {
+  impl_->call({src, dst}, [&] {
+    impl_->parts.agents->fork(src, dst, at_token);
+    impl_->save_change(dst, save);
+  });
 }
 
-void Engine::rewind(const std::string& agent, int64_t n_tokens) {
-  impl_->thread.call([&] { impl_->agents->rewind(agent, n_tokens); });
+void Engine::rewind(const std::string& agent, int64_t n_tokens, SaveMode save) {
+  impl_->call({agent}, [&] {
+    impl_->parts.agents->rewind(agent, n_tokens);
+    impl_->save_change(agent, save);
+  });
 }
 
-void Engine::pin(const std::string& agent, bool pinned) {
-  impl_->thread.call([&] { impl_->agents->pin(agent, pinned); });
+void Engine::pin(const std::string& agent, bool pinned, SaveMode save) {
+  impl_->call({agent}, [&] {
+    impl_->parts.agents->pin(agent, pinned);
+    impl_->save_change(agent, save);
+  });
 }
 
 void Engine::rename(const std::string& agent, const std::string& new_id) {
-  impl_->thread.call([&] { impl_->agents->rename(agent, new_id); });
+  impl_->call({agent, new_id}, [&] { impl_->parts.agents->rename(agent, new_id); });
 }
 
 void Engine::remove(const std::string& agent) {
-  impl_->thread.call([&] { impl_->agents->remove(agent); });
+  impl_->call({agent}, [&] { impl_->parts.agents->remove(agent); });
 }
 
 MemoryUsage Engine::memory_usage() const {
-  return impl_->thread.call([&] {
-    MemoryUsage usage = impl_->agents->memory_usage();
-    usage.model_bytes = impl_->model->info().weight_bytes;
+  return impl_->call({}, [&] {
+    MemoryUsage usage = impl_->parts.agents->memory_usage();
+    usage.model_bytes = impl_->parts.model->info().weight_bytes;
     return usage;
   });
 }
 
+std::vector<AgentStatus> Engine::agents() const {
+  std::map<std::string, AgentStatus> found;
+  for (const AgentInfo& info : impl_->guard([&] { return impl_->store.list_cached_agents(); })) {
+    found[info.agent_id] = {.agent = info.agent_id, .model = info.model, .tokens = info.cache_size, .pinned = is_pinned(info),
+                            .disk_bytes = info.bytes};
+  }
+  for (const AgentMemory& memory : memory_usage().agents) {
+    AgentStatus& status = found[memory.agent];
+    status.agent = memory.agent;
+    if (status.model.empty()) status.model = impl_->options.model;
+    status.tokens = memory.tokens;
+    status.awake = true;
+    status.pinned = memory.pinned;
+    status.unsaved = memory.unsaved;
+    status.memory_bytes = memory.bytes;
+  }
+  for (const std::string& agent : impl_->scheduler.in_turn()) {
+    if (const auto status = found.find(agent); status != found.end()) status->second.in_turn = true;
+  }
+  std::vector<AgentStatus> all;
+  for (auto& [id, status] : found) all.push_back(std::move(status));
+  return all;
+}
+
 std::vector<float> Engine::next_logits(const std::string& id) {
-  return impl_->thread.call([&] {
-    impl_->agents->require(id);
-    const bool was_awake = impl_->agents->is_awake(id);
-    const std::unique_ptr<KvCache> copy = impl_->agents->wake(id)->cache->clone();
-    if (!was_awake) impl_->agents->drop(id);
-    if (copy->length() == 0) throw Error(ErrorCode::kInvalidArgument, "Agent '" + id + "' holds no tokens yet.");
+  return impl_->call({id}, [&] {
+    AgentManager& agents = *impl_->parts.agents;
+    agents.require(id);
+    const bool was_awake = agents.is_awake(id);
+    const std::unique_ptr<KvCache> copy = agents.wake(id)->cache->clone();
+    if (!was_awake) agents.drop(id);
+    if (copy->length() == 0) throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds no tokens yet.");
     const int32_t last = copy->tokens().back();
-    if (last < 0) throw Error(ErrorCode::kInvalidArgument, "The last token of agent '" + id + "' is not known; say something to it.");
+    if (last < 0) {
+      throw Error(ErrorCode::kInvalidArgument, "The last token of agent '" + id + "' is not known; say something to it.");
+    }
     copy->truncate(copy->length() - 1);
     const ForwardSequence sequence{{&last, 1}, copy.get(), false};
-    const mx::array logits = impl_->model->forward({&sequence, 1});
+    const mx::array logits = impl_->parts.model->forward({&sequence, 1});
     return std::vector<float>(logits.data<float>(), logits.data<float>() + logits.size());
   });
 }
 
-const ModelInfo& Engine::model() const { return impl_->model->info(); }
+const ModelInfo& Engine::model() const { return impl_->parts.model->info(); }
 Store& Engine::store() { return impl_->store; }
 
 }  // namespace torpor

@@ -74,6 +74,7 @@ class Generation {
   /// The rows of next_rows() are in the cache. `logits` `[vocab]` are those after the last one, or empty where none are wanted.
   /// Calls the options' callbacks. kInternal when the logits hold no number.
   void take(std::span<const float> logits);
+  bool over() const noexcept { return over_; }
   /// Once it is over.
   GenerateResult finish();
 

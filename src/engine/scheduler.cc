@@ -1,0 +1,312 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+#include <chrono>
+#include <new>
+#include <system_error>
+#include <utility>
+
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+/// How soon the flags of a turn that can't be stepped are seen.
+constexpr auto kPatience = std::chrono::milliseconds(20);
+
+bool is_set(const std::atomic<bool>* flag) { return flag != nullptr && flag->load(); }
+
+}  // namespace
+
+void translate_errors(const std::function<void()>& work) {
+  try {
+    work();
+  } catch (const Error&) {
+    throw;
+  } catch (const std::bad_alloc&) {
+    throw Error(ErrorCode::kResourceExhausted, "Out of memory; free some, or lower the memory budget.");
+  } catch (const std::system_error& error) {
+    const bool threads = error.code() == std::errc::resource_unavailable_try_again;
+    throw Error(threads ? ErrorCode::kResourceExhausted : ErrorCode::kIo,
+                threads ? "The system refuses another thread; raise its limit or end some processes."
+                        : std::string("The system refused an operation: ") + error.what() + ".");
+  } catch (const std::exception& error) {
+    throw Error(ErrorCode::kInternal, std::string("A defect of Torpor's own: ") + error.what() + ".");
+  }
+}
+
+/// Something to be done, in its caller's frame. A turn's is the engine thread's end of its queue, too.
+class Scheduler::Task final : public Scheduler::Listener {
+ public:
+  explicit Task(Scheduler& scheduler) : scheduler_(scheduler) {}
+
+  // All under the scheduler's lock, but for what says otherwise.
+  std::vector<std::string> agents;
+  std::vector<const Task*> holds_up;  // turns whose callbacks wait for this one
+  uint64_t number = 0;
+  bool over = false;
+  std::exception_ptr error;
+  std::condition_variable changed;    // its caller waits for it
+
+  const std::function<void()>* work = nullptr;  // of a call
+
+  const TurnCall* turn_call = nullptr;          // of a turn
+  std::unique_ptr<Turn> turn;                   // the engine thread's alone
+  bool begun = false, computed = false;         // its first step was made; its last
+  bool deaf = false;                            // a callback has thrown
+  Ended ended = Ended::kCommitted;
+  struct Said {
+    std::string text;
+    int done = 0, total = 0;  // of the prefill, where `total` is set
+  };
+  std::deque<Said> said;
+  int unheard = 0;            // of what was said, until its callback has returned
+  size_t bytes = 0;           // of that
+  bool reading = false;       // a prefill's progress is among it
+
+  bool is_turn() const { return turn_call != nullptr; }
+  bool given_up() const { return deaf || is_set(turn_call->give_up) || (!begun && is_set(turn_call->cancel)); }
+  bool overlaps(const Task& other) const {
+    return std::any_of(agents.begin(), agents.end(), [&](const std::string& agent) {
+      return std::find(other.agents.begin(), other.agents.end(), agent) != other.agents.end();
+    });
+  }
+
+  void say(std::string_view text) override {
+    if (turn_call->on_text && !text.empty()) push({.text = std::string(text)});
+  }
+  void read(int done, int total) override {
+    if (turn_call->on_prefill) push({.done = done, .total = total});
+  }
+
+ private:
+  void push(Said news) {
+    const std::lock_guard lock(scheduler_.mutex_);
+    ++unheard;
+    bytes += news.text.size();
+    reading |= news.total > 0;
+    said.push_back(std::move(news));
+    changed.notify_one();
+  }
+
+  Scheduler& scheduler_;
+};
+
+namespace {
+
+/// Turns whose callbacks run on this thread, of any scheduler, the innermost last.
+thread_local std::vector<const void*> turns_of_this_thread;
+
+}  // namespace
+
+Scheduler::Scheduler(size_t text_queue_bytes)
+    : text_queue_bytes_(std::max<size_t>(text_queue_bytes, 1)), thread_([this] { run(); }) {}
+
+Scheduler::~Scheduler() {
+  if (thread_.joinable()) finish([] {});
+}
+
+// ---- callers
+
+bool Scheduler::waits_for(const Task& task, const std::vector<const Task*>& own) const {
+  for (const Task* earlier : tasks_) {
+    if (earlier == &task) return false;
+    if (!earlier->overlaps(task)) continue;
+    if (std::find(own.begin(), own.end(), earlier) != own.end() || waits_for(*earlier, own)) return true;
+    // A turn whose callback waits for something waits for it too.
+    for (const Task* other : tasks_) {
+      const std::vector<const Task*>& held_up = other->holds_up;
+      if (std::find(held_up.begin(), held_up.end(), earlier) != held_up.end() && waits_for(*other, own)) return true;
+    }
+  }
+  return false;
+}
+
+void Scheduler::enqueue(Task& task) {
+  for (const void* turn : turns_of_this_thread) {
+    const auto found = std::find(tasks_.begin(), tasks_.end(), turn);
+    if (found != tasks_.end()) task.holds_up.push_back(*found);
+  }
+  tasks_.push_back(&task);
+  if (!task.holds_up.empty() && waits_for(task, task.holds_up)) {
+    tasks_.pop_back();
+    throw Error(ErrorCode::kInvalidArgument, "This call would wait for the turn of agent '" + task.holds_up.back()->agents.front() +
+                                             "', from whose callback it is made; make it when that turn is over.");
+  }
+  task.number = ++numbers_;
+  wake_.notify_one();
+}
+
+void Scheduler::run_call(std::vector<std::string> agents, const std::function<void()>& work) {
+  Task task(*this);
+  task.agents = std::move(agents);
+  task.work = &work;
+  std::unique_lock lock(mutex_);
+  enqueue(task);
+  task.changed.wait(lock, [&] { return task.over; });
+  if (task.error) std::rethrow_exception(task.error);
+}
+
+Scheduler::Ended Scheduler::turn(const TurnCall& call) {
+  Task task(*this);
+  task.turn_call = &call;
+  if (!call.agent.empty()) task.agents = {call.agent};  // one without a name is nobody else's
+  std::unique_lock lock(mutex_);
+  enqueue(task);
+  std::exception_ptr thrown;
+  while (true) {
+    task.changed.wait(lock, [&] { return task.over || (!task.said.empty() && !task.deaf); });
+    if (task.over) break;
+    try {
+      hear(task, lock);
+    } catch (...) {
+      thrown = std::current_exception();
+      if (!lock.owns_lock()) lock.lock();
+      task.deaf = true;  // now the engine thread undoes the turn
+      wake_.notify_one();
+    }
+  }
+  if (thrown) std::rethrow_exception(thrown);
+  if (task.error) std::rethrow_exception(task.error);
+  return task.ended;
+}
+
+void Scheduler::hear(Task& task, std::unique_lock<std::mutex>& lock) {
+  const Task::Said said = std::move(task.said.front());
+  task.said.pop_front();
+  lock.unlock();
+  turns_of_this_thread.push_back(&task);
+  try {
+    said.total > 0 ? task.turn_call->on_prefill(said.done, said.total) : task.turn_call->on_text(said.text);
+  } catch (...) {
+    turns_of_this_thread.pop_back();
+    throw;
+  }
+  turns_of_this_thread.pop_back();
+  lock.lock();
+  --task.unheard;
+  task.bytes -= said.text.size();
+  if (said.total > 0) task.reading = false;
+  wake_.notify_one();
+}
+
+void Scheduler::finish(const std::function<void()>& work) {
+  std::unique_lock lock(mutex_);
+  last_ = &work;
+  closing_ = true;
+  wake_.notify_one();
+  lock.unlock();
+  thread_.join();
+}
+
+std::vector<std::string> Scheduler::in_turn() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::string> agents;
+  for (const Task* task : tasks_) {
+    if (task->is_turn() && task->begun) agents.insert(agents.end(), task->agents.begin(), task->agents.end());
+  }
+  return agents;
+}
+
+size_t Scheduler::waiting() const {
+  const std::lock_guard lock(mutex_);
+  return tasks_.size();
+}
+
+void Scheduler::refuse_in_callbacks() const {
+  const std::lock_guard lock(mutex_);
+  for (const void* turn : turns_of_this_thread) {
+    const auto found = std::find(tasks_.begin(), tasks_.end(), turn);
+    if (found == tasks_.end()) continue;
+    throw Error(ErrorCode::kInvalidArgument, "This call waits for every turn, and so for the one from whose callback it is made; "
+                                             "make it when that turn is over.");
+  }
+}
+
+// ---- the engine thread
+
+bool Scheduler::blocked(const Task& task) const {
+  for (const Task* earlier : tasks_) {
+    if (earlier == &task) return false;
+    if (earlier->overlaps(task)) return true;
+  }
+  return false;
+}
+
+bool Scheduler::may_step(const Task& task) const {
+  // One that is cancelled ends soon, and what it still says is little.
+  return !task.computed && !task.reading && (task.bytes < text_queue_bytes_ || is_set(task.turn_call->cancel));
+}
+
+std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
+  std::pair<Task*, Action> step{nullptr, Action::kNothing}, later = step;
+  for (Task* task : tasks_) {
+    if (task->is_turn() && task->given_up()) return {task, Action::kUndo};  // whatever is before it
+    if (blocked(*task)) continue;
+    if (!task->is_turn()) {
+      if (task->number <= due_) return {task, Action::kCall};
+      if (later.first == nullptr) later = {task, Action::kCall};
+    } else if (task->computed) {
+      if (task->unheard == 0) return {task, Action::kCommit};
+    } else if (step.first == nullptr && may_step(*task)) {
+      step = {task, Action::kStep};
+    }
+  }
+  return step.first != nullptr ? step : later;
+}
+
+void Scheduler::act(Task& task, Action action, std::unique_lock<std::mutex>& lock) {
+  const bool begun = task.begun;
+  task.begun = true;
+  lock.unlock();
+  std::exception_ptr error;
+  bool over = action != Action::kStep, computed = false;
+  try {
+    translate_errors([&] {
+      switch (action) {
+        case Action::kNothing:
+        case Action::kUndo: break;
+        case Action::kCall: (*task.work)(); break;
+        case Action::kCommit: task.turn->commit(); break;
+        case Action::kStep:
+          if (task.turn == nullptr) {
+            task.turn = task.turn_call->begin(task);
+          } else {
+            computed = !task.turn->step();
+          }
+      }
+    });
+  } catch (...) {
+    error = std::current_exception();
+    over = true;
+  }
+  if (over) task.turn.reset();
+  lock.lock();
+  task.computed = computed;
+  if (action == Action::kStep) due_ = numbers_;
+  if (!over) return;
+  if (action == Action::kUndo) task.ended = begun ? Ended::kGivenUp : Ended::kNotBegun;
+  task.error = error;
+  task.over = true;
+  tasks_.remove(&task);
+  task.changed.notify_one();  // under the lock: the task is gone once its caller has it
+}
+
+void Scheduler::run() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    if (const auto [task, action] = next(); task != nullptr) {
+      act(*task, action, lock);
+    } else if (closing_ && tasks_.empty()) {
+      break;
+    } else if (std::any_of(tasks_.begin(), tasks_.end(), [](const Task* task) { return task->is_turn(); })) {
+      wake_.wait_for(lock, kPatience);  // their flags are set without a word
+    } else {
+      wake_.wait(lock);
+    }
+  }
+  lock.unlock();
+  if (last_ != nullptr) (*last_)();
+}
+
+}  // namespace torpor

@@ -1,0 +1,130 @@
+#pragma once
+/// The one thread that creates, evaluates and destroys MLX arrays, and what is to be done on it, in which order.
+///
+/// There are *turns*, which take many steps, and *calls*, which take one. Calls run between steps. What names the same agent runs
+/// in the order it came: a call waits for the turns and calls on its agents that came before it, and for no others. Of the
+/// turns that may run, the one that came first is stepped.
+///
+/// A turn talks to its caller through a bounded queue (Listener), whose callbacks run on the caller's thread and may call
+/// back. While the queue is full the turn is skipped and others are stepped. It is committed when its caller has heard all.
+/// A call made from a callback that would wait, however indirectly, for that callback's own turn is kInvalidArgument.
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace torpor {
+
+/// Runs `work` and lets only torpor::Error out: kResourceExhausted for memory or threads that the system refuses, else kInternal.
+/// For every wall that foreign exceptions meet.
+void translate_errors(const std::function<void()>& work);
+
+class Scheduler {
+ public:
+  /// Where a turn says what its caller is to hear. Engine thread; never waits.
+  class Listener {
+   public:
+    virtual void say(std::string_view text) = 0;
+    virtual void read(int done, int total) = 0;
+
+   protected:
+    ~Listener() = default;
+  };
+
+  /// A turn at work: made, used and destroyed on the engine thread. The destructor undoes what was not committed.
+  class Turn {
+   public:
+    virtual ~Turn() = default;
+    /// Computes a little. False when nothing is left to compute.
+    virtual bool step() = 0;
+    /// After the last step, when the caller has heard everything.
+    virtual void commit() = 0;
+  };
+
+  /// What a caller asks for.
+  struct TurnCall {
+    std::string agent;
+    std::function<void(std::string_view)> on_text;          ///< may be empty
+    std::function<void(int done, int total)> on_prefill;    ///< may be empty; the next step waits until it has returned
+    const std::atomic<bool>* cancel = nullptr;              ///< ends the turn in its own way; one that has not begun is given up
+    const std::atomic<bool>* give_up = nullptr;             ///< ends the turn without a commit
+    std::function<std::unique_ptr<Turn>(Listener&)> begin;  ///< its first step, on the engine thread
+  };
+  enum class Ended {
+    kCommitted,
+    kNotBegun,  ///< cancelled before its first step
+    kGivenUp,   ///< undone
+  };
+
+  /// Text that may wait for each turn's caller.
+  explicit Scheduler(size_t text_queue_bytes);
+  /// As finish.
+  ~Scheduler();
+  Scheduler(const Scheduler&) = delete;
+
+  /// Runs a turn to its end. Throws what its steps threw, and, when the turn has been undone, what a callback threw.
+  Ended turn(const TurnCall& call);
+
+  /// Runs `work` on the engine thread, once nothing that names one of `agents` is before it, and gives back what it returns.
+  /// Throws torpor::Error, whatever it throws.
+  template <class F>
+  auto call(std::vector<std::string> agents, F work) -> std::invoke_result_t<F> {
+    using Result = std::invoke_result_t<F>;
+    if constexpr (std::is_void_v<Result>) {
+      run_call(std::move(agents), work);
+    } else {
+      std::optional<Result> result;
+      run_call(std::move(agents), [&] { result.emplace(work()); });
+      return std::move(*result);
+    }
+  }
+  /// Waits until nothing is left to do, then runs `work`, which throws nothing, and ends the thread.
+  void finish(const std::function<void()>& work);
+
+  /// Agents whose turns have begun.
+  std::vector<std::string> in_turn() const;
+  /// Turns and calls that are not over.
+  size_t waiting() const;
+  /// kInvalidArgument when the caller is a callback of one of the turns: for calls that wait for every turn.
+  void refuse_in_callbacks() const;
+
+ private:
+  class Task;
+  enum class Action { kNothing, kCall, kStep, kCommit, kUndo };
+
+  void run_call(std::vector<std::string> agents, const std::function<void()>& work);
+  void enqueue(Task& task);
+  /// Whether `task`, in the list, can't begin before one of `own` is over.
+  bool waits_for(const Task& task, const std::vector<const Task*>& own) const;
+  void hear(Task& task, std::unique_lock<std::mutex>& lock);
+
+  void run();
+  std::pair<Task*, Action> next() const;
+  bool blocked(const Task& task) const;
+  bool may_step(const Task& task) const;
+  void act(Task& task, Action action, std::unique_lock<std::mutex>& lock);
+
+  const size_t text_queue_bytes_;
+  mutable std::mutex mutex_;         // of all that follows, tasks included
+  std::condition_variable wake_;     // the engine thread
+  std::list<Task*> tasks_;           // in the order they came; owned by their callers, who wait
+  uint64_t numbers_ = 0, due_ = 0;   // calls up to `due_` come before the next step
+  const std::function<void()>* last_ = nullptr;
+  bool closing_ = false;
+  std::thread thread_;
+};
+
+}  // namespace torpor

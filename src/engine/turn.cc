@@ -1,0 +1,95 @@
+#include "engine/turn.h"
+
+#include <utility>
+#include <vector>
+
+namespace torpor {
+namespace {
+
+double ms_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+AgentHold EngineTurn::wake(EngineParts& parts, const TurnRequest& request, TurnResult& result) {
+  const auto start = Clock::now();
+  AgentHold hold = request.agent.empty() ? parts.agents->stateless() : parts.agents->wake(request.agent);
+  result.damage = hold->damage;
+  result.timing_ms.load = parts.load_ms;
+  result.timing_ms.wake = hold.woke() ? ms_since(start) : 0;
+  return hold;
+}
+
+GenerateOptions EngineTurn::options_of(const TurnRequest& request, Scheduler::Listener& listener) {
+  GenerateOptions options = request.generate;
+  options.on_text = [&listener](std::string_view text) { listener.say(text); };
+  options.on_prefill = [&listener](int done, int total) { listener.read(done, total); };
+  return options;
+}
+
+EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnResult& result)
+    : parts_(parts), request_(request), result_(result), start_(Clock::now()),
+      transaction_(*parts.agents, wake(parts, request, result),
+                   {.prompt = request.prompt, .system = request.system, .raw = request.raw, .tokenizer = parts.tokenizer,
+                    .chat_template = parts.chat_template}),
+      begin_ms_(ms_since(start_)),
+      generation_(parts.model->info(), parts.tokenizer, transaction_.reused(),
+                  {transaction_.pending().begin(), transaction_.pending().end()}, options_of(request, listener)) {
+  result.tokens.prompt = int(transaction_.tokens().size());
+  result.tokens.cached = transaction_.reused();
+}
+
+void EngineTurn::compute(EngineParts& parts, std::span<EngineTurn* const> turns) {
+  std::vector<EngineTurn*> computing;
+  std::vector<ForwardSequence> batch;
+  for (EngineTurn* turn : turns) {
+    const std::span<const int32_t> rows = turn->generation_.next_rows(parts.pace->rows());
+    if (rows.empty()) continue;
+    computing.push_back(turn);
+    batch.push_back({.tokens = rows, .kv = &turn->transaction_.cache(), .no_logits = !turn->generation_.wants_logits()});
+  }
+  if (batch.empty()) return;
+  const auto start = Clock::now();
+  const mx::array logits = parts.model->forward(batch);
+  // The speed of a prefill; a token of an answer takes longer than one of many.
+  size_t rows = 0;
+  for (const ForwardSequence& sequence : batch) rows += sequence.tokens.size();
+  if (rows > batch.size()) parts.pace->took(int(rows), ms_since(start) / 1000);
+
+  for (size_t i = 0; i < computing.size(); ++i) computing[i]->transaction_.cache().record_tokens(batch[i].tokens);
+
+  const size_t vocab = size_t(logits.shape(-1));
+  const float* row = logits.data<float>();
+  for (size_t i = 0; i < computing.size(); ++i) {
+    const std::span<const float> own(row, batch[i].no_logits ? 0 : vocab);
+    row += own.size();
+    computing[i]->generation_.take(own);
+  }
+}
+
+bool EngineTurn::step() {
+  EngineTurn* const self = this;
+  compute(parts_, {&self, 1});
+  return !generation_.over();
+}
+
+void EngineTurn::commit() {
+  const GenerateResult generated = generation_.finish();
+  transaction_.commit(generated.text, transaction_.pending().empty());
+  result_.text = generated.text;
+  result_.finish_reason = generated.finish_reason;
+  result_.tokens.prefilled = generated.prefilled;
+  result_.tokens.generated = int(generated.tokens.size());
+  result_.tokens.context = transaction_.cache().length();
+  result_.timing_ms.ttft = begin_ms_ + generated.prefill_ms;
+  result_.timing_ms.decode = generated.decode_ms;
+
+  const auto saving = Clock::now();
+  result_.bytes.written = transaction_.save(request_.save);
+  result_.save_error = transaction_.save_error();
+  if (request_.save != SaveMode::kNo) result_.timing_ms.save = ms_since(saving);
+  if (transaction_.woke()) result_.bytes.read = transaction_.agent().bytes_read;
+}
+
+}  // namespace torpor

@@ -1,0 +1,54 @@
+#pragma once
+/// One turn of an engine's, step by step: an agent's transaction and a generation over its rows. Engine thread only.
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "agents/turn_transaction.h"
+#include "engine/generation.h"
+#include "engine/scheduler.h"
+#include "torpor/engine.h"
+
+namespace torpor {
+
+/// What all turns of an engine compute with.
+struct EngineParts {
+  std::string model_name;
+  double load_ms = 0;
+  std::unique_ptr<Model> model;
+  std::shared_ptr<const Tokenizer> tokenizer;
+  std::shared_ptr<const ChatTemplate> chat_template;  ///< nullptr: the model has none
+  std::unique_ptr<AgentManager> agents;
+  std::optional<PrefillPace> pace;
+};
+
+class EngineTurn final : public Scheduler::Turn {
+ public:
+  /// Wakes or makes the agent and begins its transaction. All that is given outlives the turn. Errors leave the agent as it was.
+  EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnResult& result);
+
+  bool step() override;
+  /// Commits and saves; the result is complete.
+  void commit() override;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  static AgentHold wake(EngineParts& parts, const TurnRequest& request, TurnResult& result);
+  static GenerateOptions options_of(const TurnRequest& request, Scheduler::Listener& listener);
+  /// Computes the next rows of all `turns` in one forward pass. A turn whose generation is over has none.
+  static void compute(EngineParts& parts, std::span<EngineTurn* const> turns);
+
+  EngineParts& parts_;
+  const TurnRequest& request_;
+  TurnResult& result_;
+  const Clock::time_point start_;
+  TurnTransaction transaction_;
+  double begin_ms_ = 0;
+  Generation generation_;
+};
+
+}  // namespace torpor

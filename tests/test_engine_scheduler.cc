@@ -1,0 +1,330 @@
+// The engine thread: who runs when, what a slow or failing caller does to its own turn, and calls from callbacks. No model.
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <future>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "engine/scheduler.h"
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+/// What happened on the engine thread, in order.
+class Diary {
+ public:
+  void add(const std::string& line) {
+    const std::lock_guard lock(mutex_);
+    lines_.push_back(line);
+  }
+  std::vector<std::string> lines() const {
+    const std::lock_guard lock(mutex_);
+    return lines_;
+  }
+  bool has(const std::string& line) const {
+    const std::lock_guard lock(mutex_);
+    return std::find(lines_.begin(), lines_.end(), line) != lines_.end();
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<std::string> lines_;
+};
+
+/// Waits for what another thread is about to bring about.
+void until(const std::function<bool()>& condition) {
+  while (!condition()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
+/// Says a letter in each of `steps` steps.
+class Chatter : public Scheduler::Turn {
+ public:
+  Chatter(Diary& diary, std::string name, int steps, Scheduler::Listener& listener, std::function<void(int)> in_step = {})
+      : diary_(diary), name_(std::move(name)), steps_(steps), listener_(listener), in_step_(std::move(in_step)) {
+    diary_.add(name_ + " begins");
+  }
+  ~Chatter() override { diary_.add(name_ + (committed_ ? " ends" : " is undone")); }
+  bool step() override {
+    if (in_step_) in_step_(done_);
+    listener_.say("x");
+    diary_.add(name_ + " steps");
+    return ++done_ < steps_;
+  }
+  void commit() override {
+    diary_.add(name_ + " commits");
+    committed_ = true;
+  }
+
+ private:
+  Diary& diary_;
+  const std::string name_;
+  const int steps_;
+  Scheduler::Listener& listener_;
+  const std::function<void(int)> in_step_;
+  int done_ = 0;
+  bool committed_ = false;
+};
+
+constexpr int kEndless = 1 << 30;
+
+struct SchedulerTest : testing::Test {
+  Scheduler::TurnCall chat(const std::string& agent, int steps, std::function<void(std::string_view)> on_text = {},
+                           std::function<void(int)> in_step = {}) {
+    return {.agent = agent, .on_text = std::move(on_text), .begin = [=, this](Scheduler::Listener& listener) {
+              return std::make_unique<Chatter>(diary, agent, steps, listener, in_step);
+            }};
+  }
+  static ErrorCode code_of(const std::function<void()>& work) {
+    try {
+      work();
+    } catch (const Error& error) {
+      return error.code();
+    }
+    throw std::logic_error("nothing was thrown");
+  }
+
+  Diary diary;
+  Scheduler scheduler{1};  // whoever has said something waits until it was heard
+};
+
+TEST_F(SchedulerTest, CallsRunOnOneThreadInOrderAndCarryErrors) {
+  const auto id = scheduler.call({}, [] { return std::this_thread::get_id(); });
+  EXPECT_NE(id, std::this_thread::get_id());
+  EXPECT_EQ(id, scheduler.call({"a"}, [] { return std::this_thread::get_id(); }));
+  EXPECT_EQ(scheduler.call({}, [] { return 7; }), 7);
+  EXPECT_EQ(code_of([&] { scheduler.call({}, []() -> int { throw Error(ErrorCode::kBusy, "x"); }); }), ErrorCode::kBusy);
+}
+
+TEST_F(SchedulerTest, WhateverIsThrownOnTheEngineThreadComesOutAsATorporError) {
+  const auto code = [&](auto error) { return code_of([&] { scheduler.call({}, [&] { throw error; }); }); };
+  EXPECT_EQ(code(std::bad_alloc()), ErrorCode::kResourceExhausted);
+  EXPECT_EQ(code(std::system_error(std::make_error_code(std::errc::resource_unavailable_try_again))), ErrorCode::kResourceExhausted);
+  EXPECT_EQ(code(std::system_error(std::make_error_code(std::errc::io_error))), ErrorCode::kIo);
+  EXPECT_EQ(code(std::runtime_error("x")), ErrorCode::kInternal);
+  EXPECT_EQ(code_of([&] { scheduler.turn(chat("a", 3, {}, [](int) { throw std::bad_alloc(); })); }), ErrorCode::kResourceExhausted);
+  EXPECT_TRUE(diary.has("a is undone"));
+}
+
+TEST_F(SchedulerTest, ATurnIsCommittedWhenAllWasHeardOnTheCallersThread) {
+  int heard = 0;
+  const auto here = std::this_thread::get_id();
+  EXPECT_EQ(scheduler.turn(chat("a", 3, [&](std::string_view text) {
+              EXPECT_EQ(text, "x");
+              EXPECT_EQ(std::this_thread::get_id(), here);
+              EXPECT_FALSE(diary.has("a commits"));
+              ++heard;
+            })), Scheduler::Ended::kCommitted);
+  EXPECT_EQ(heard, 3);
+  EXPECT_EQ(diary.lines(), (std::vector<std::string>{"a begins", "a steps", "a steps", "a steps", "a commits", "a ends"}));
+}
+
+TEST_F(SchedulerTest, CallsOnOthersRunBetweenStepsAndThoseOnTheSameAgentAfterTheTurn) {
+  std::atomic<bool> cancel{false}, stepped{false};
+  Scheduler::TurnCall call = chat("a", kEndless, {}, [&](int) {
+    stepped = true;
+    if (cancel) throw Error(ErrorCode::kCancelled, "enough");
+  });
+  std::thread talker([&] { EXPECT_EQ(code_of([&] { scheduler.turn(call); }), ErrorCode::kCancelled); });
+  until([&] { return stepped.load(); });
+  EXPECT_EQ(scheduler.call({}, [] { return 1; }), 1);
+  EXPECT_EQ(scheduler.call({"b"}, [] { return 2; }), 2);
+  EXPECT_EQ(scheduler.in_turn(), std::vector<std::string>{"a"});
+  auto same = std::async(std::launch::async, [&] { scheduler.call({"b", "a"}, [&] { diary.add("call"); }); });
+  // What names an agent of the call that waits waits behind it.
+  auto behind = std::async(std::launch::async, [&] {
+    until([&] { return scheduler.waiting() == 2; });
+    scheduler.call({"b"}, [&] { diary.add("behind"); });
+  });
+  until([&] { return scheduler.waiting() == 3; });
+  EXPECT_FALSE(diary.has("call"));
+  cancel = true;
+  talker.join();
+  same.get();
+  behind.get();
+  const std::vector<std::string> lines = diary.lines();
+  EXPECT_EQ(std::vector<std::string>(lines.end() - 3, lines.end()), (std::vector<std::string>{"a is undone", "call", "behind"}));
+}
+
+TEST_F(SchedulerTest, TheTurnThatCameFirstIsSteppedFirst) {
+  std::atomic<bool> second{false};
+  std::thread other;
+  scheduler.turn(chat("a", 50, {}, [&](int done) {
+    if (done != 0) return;
+    other = std::thread([&] { scheduler.turn(chat("b", 2)); });
+    until([&] { return scheduler.waiting() == 2; });
+  }));
+  other.join();
+  const std::vector<std::string> lines = diary.lines();
+  const auto place = [&](const char* line) { return std::find(lines.begin(), lines.end(), line) - lines.begin(); };
+  EXPECT_LT(place("a ends"), place("b begins"));
+}
+
+TEST_F(SchedulerTest, ASlowReaderPausesItsOwnTurnOnly) {
+  std::promise<void> read;
+  std::atomic<bool> reading{false};
+  std::thread slow([&] {
+    scheduler.turn(chat("slow", 3, [&](std::string_view) {
+      if (!reading.exchange(true)) read.get_future().wait();
+    }));
+  });
+  until([&] { return reading.load(); });
+  scheduler.turn(chat("b", 5, [](std::string_view) {}));
+  const std::vector<std::string> lines = diary.lines();
+  EXPECT_EQ(std::count(lines.begin(), lines.end(), "slow steps"), 1);
+  EXPECT_EQ(std::count(lines.begin(), lines.end(), "b steps"), 5);
+  read.set_value();
+  slow.join();
+  EXPECT_TRUE(diary.has("slow ends"));
+}
+
+TEST_F(SchedulerTest, TheNextStepWaitsForTheProgressOfThePrefillToBeHeard) {
+  struct Prefill : Scheduler::Turn {
+    explicit Prefill(Scheduler::Listener& listener) : listener(listener) {}
+    bool step() override {
+      listener.read(++done, 10);
+      return done < 10;
+    }
+    void commit() override {}
+    Scheduler::Listener& listener;
+    int done = 0;
+  };
+  Scheduler roomy(1 << 20);
+  std::atomic<bool> give_up{false};
+  int heard = 0;
+  Scheduler::TurnCall call{.agent = "a", .on_prefill = [&](int done, int) { heard = done; give_up = done == 3; },
+                           .give_up = &give_up, .begin = [](Scheduler::Listener& l) { return std::make_unique<Prefill>(l); }};
+  EXPECT_EQ(roomy.turn(call), Scheduler::Ended::kGivenUp);
+  EXPECT_EQ(heard, 3);
+}
+
+TEST_F(SchedulerTest, WhatACallbackThrowsUndoesTheTurnAndComesOutAsItIs) {
+  struct Mine {};
+  for (const int nth : {1, 3}) {  // the first piece, and the last, when all is computed
+    int heard = 0;
+    EXPECT_THROW(scheduler.turn(chat("a", 3, [&](std::string_view) {
+                   if (++heard == nth) throw Mine();
+                 })), Mine);
+    EXPECT_EQ(diary.lines().back(), "a is undone");
+  }
+  EXPECT_FALSE(diary.has("a commits"));
+}
+
+TEST_F(SchedulerTest, ATurnIsGivenUpInTheQueueWhilePausedAndAtWork) {
+  std::atomic<bool> give_up{false}, cancel{false}, reading{false};
+  std::promise<void> read;
+  Scheduler::TurnCall paused = chat("a", kEndless, [&](std::string_view) {
+    reading = true;
+    read.get_future().wait();
+  });
+  paused.give_up = &give_up;
+  auto first = std::async(std::launch::async, [&] { return scheduler.turn(paused); });
+  until([&] { return reading.load(); });
+  Scheduler::TurnCall queued = chat("a", 1);
+  queued.cancel = &cancel;
+  auto second = std::async(std::launch::async, [&] { return scheduler.turn(queued); });
+  until([&] { return scheduler.waiting() == 2; });
+  cancel = true;
+  EXPECT_EQ(second.get(), Scheduler::Ended::kNotBegun);
+  EXPECT_EQ(diary.lines(), (std::vector<std::string>{"a begins", "a steps"}));
+  give_up = true;
+  until([&] { return diary.has("a is undone"); });
+  read.set_value();
+  EXPECT_EQ(first.get(), Scheduler::Ended::kGivenUp);
+
+  give_up = false;
+  Scheduler::TurnCall at_work = chat("b", kEndless, {}, [&](int done) { give_up = done == 5; });
+  at_work.give_up = &give_up;
+  EXPECT_EQ(scheduler.turn(at_work), Scheduler::Ended::kGivenUp);
+}
+
+TEST_F(SchedulerTest, ACallbackMayCallForAnythingButWhatWaitsForItsOwnTurn) {
+  int heard = 0;
+  scheduler.turn(chat("a", 2, [&](std::string_view) {
+    if (++heard == 2) return;
+    EXPECT_EQ(scheduler.call({}, [] { return 1; }), 1);
+    EXPECT_EQ(scheduler.call({"b"}, [] { return 2; }), 2);
+    EXPECT_EQ(code_of([&] { scheduler.call({"a"}, [] {}); }), ErrorCode::kInvalidArgument);
+    EXPECT_EQ(code_of([&] { scheduler.call({"b", "a"}, [] {}); }), ErrorCode::kInvalidArgument);
+    EXPECT_EQ(code_of([&] { scheduler.turn(chat("a", 1)); }), ErrorCode::kInvalidArgument);
+    EXPECT_EQ(code_of([&] { scheduler.refuse_in_callbacks(); }), ErrorCode::kInvalidArgument);
+    // A turn of another agent, from whose callback both are out of reach.
+    EXPECT_EQ(scheduler.turn(chat("b", 2, [&](std::string_view) {
+                EXPECT_EQ(code_of([&] { scheduler.call({"a"}, [] {}); }), ErrorCode::kInvalidArgument);
+                EXPECT_EQ(code_of([&] { scheduler.call({"b"}, [] {}); }), ErrorCode::kInvalidArgument);
+                EXPECT_EQ(scheduler.call({"c"}, [] { return 3; }), 3);
+              })), Scheduler::Ended::kCommitted);
+    Scheduler another(1);
+    EXPECT_EQ(another.call({"a"}, [] { return 4; }), 4);
+  }));
+  EXPECT_NO_THROW(scheduler.refuse_in_callbacks());
+  EXPECT_NO_THROW(scheduler.call({"a"}, [] {}));
+}
+
+TEST_F(SchedulerTest, OfTwoCallbacksThatWouldWaitForEachOtherOneIsTold) {
+  std::atomic<int> in_callback{0}, refused{0};
+  const auto talk = [&](const char* own, const char* other) {
+    scheduler.turn(chat(own, 1, [&, other](std::string_view) {
+      ++in_callback;
+      until([&] { return in_callback == 2; });
+      try {
+        scheduler.call({other}, [] {});
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+        ++refused;
+      }
+    }));
+  };
+  std::thread one([&] { talk("a", "b"); });
+  talk("b", "a");
+  one.join();
+  EXPECT_EQ(refused, 1);
+}
+
+TEST_F(SchedulerTest, AFloodOfCallsStopsNoTurn) {
+  std::atomic<bool> over{false};
+  std::vector<std::thread> monitors;
+  for (int i = 0; i < 3; ++i) {
+    monitors.emplace_back([&] {
+      while (!over) scheduler.call({}, [] {});
+    });
+  }
+  scheduler.turn(chat("a", 200));
+  over = true;
+  for (std::thread& monitor : monitors) monitor.join();
+}
+
+TEST_F(SchedulerTest, ManyThreadsManyAgents) {
+  std::vector<std::thread> threads;
+  std::atomic<int> heard{0};
+  for (int i = 0; i < 6; ++i) {
+    threads.emplace_back([&, i] {
+      const std::string own = "agent" + std::to_string(i % 4), other = "agent" + std::to_string((i + 1) % 4);
+      for (int turn = 0; turn < 30; ++turn) {
+        scheduler.turn(chat(own, 3, [&](std::string_view) {
+          ++heard;
+          try {
+            scheduler.call({other}, [] {});
+          } catch (const Error& error) {
+            EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+          }
+        }));
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(heard, 6 * 30 * 3);
+}
+
+}  // namespace
+}  // namespace torpor
