@@ -296,10 +296,12 @@ TEST_F(SchedulerTest, AFloodOfCallsStopsNoTurn) {
   std::vector<std::thread> monitors;
   for (int i = 0; i < 3; ++i) {
     monitors.emplace_back([&] {
-      while (!over) scheduler.call({}, [] {});
+      // Each call ends when another waits, so that there is always one to run.
+      while (!over) scheduler.call({}, [&] { until([&] { return over || scheduler.waiting() >= 3; }); });
     });
   }
-  scheduler.turn(chat("a", 200));
+  until([&] { return scheduler.waiting() == 3; });
+  scheduler.turn(chat("a", 50));
   over = true;
   for (std::thread& monitor : monitors) monitor.join();
 }
