@@ -110,7 +110,8 @@ TEST(PrefillPace, AChunkTakesAboutAQuarterOfASecond) {
     for (int i = 0; i < 3; ++i) {
       pace.took(pace.rows(), pace.rows() / rows_per_second);
       EXPECT_LE(pace.rows(), std::max<double>(PrefillPace::kLeast, rows_per_second * PrefillPace::kSeconds));
-      EXPECT_GE(pace.rows(), std::min<double>(PrefillPace::kMost, rows_per_second * PrefillPace::kSeconds) - PrefillPace::kLeast);
+      EXPECT_GT(pace.rows(), std::min<double>(PrefillPace::kMost, rows_per_second * PrefillPace::kSeconds) - PrefillPace::kBlock);
+      EXPECT_TRUE(pace.rows() % (pace.rows() < PrefillPace::kBlock ? PrefillPace::kLeast : PrefillPace::kBlock) == 0) << pace.rows();
     }
   }
 }

@@ -132,7 +132,8 @@ std::string StopFilter::finish() { return std::exchange(held_, {}); }
 void PrefillPace::took(int rows, double seconds) {
   if (!adapts_ || rows <= 0) return;
   const double fit = seconds > 0 ? rows * kSeconds / seconds : kMost;
-  rows_ = std::clamp(int(std::min(fit, double(kMost))) / kLeast * kLeast, kLeast, kMost);
+  const int most = int(std::min(fit, double(kMost))), unit = most >= kBlock ? kBlock : kLeast;
+  rows_ = std::max(most / unit * unit, kLeast);
 }
 
 // ---- an answer

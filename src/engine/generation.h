@@ -45,6 +45,7 @@ class StopFilter {
 class PrefillPace {
  public:
   static constexpr int kMost = 512, kLeast = 16;
+  static constexpr int kBlock = 144;  // rows that the kernels multiply at once: whole blocks cost nothing more than one chunk
   static constexpr double kSeconds = 0.25;
 
   explicit PrefillPace(Backend backend) : adapts_(backend == Backend::kKernels), rows_(adapts_ ? kFirst : kMost) {}
