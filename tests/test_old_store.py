@@ -1,5 +1,5 @@
-"""Agents that Torpor 0.1.0 left behind (tests/goldens/agents-v1, by scripts/make-goldens-agents): they open, verify, go on with
-the same words, fork and are cut. A store of an old version stays readable in every later one."""
+"""Agents that Torpor 0.1.0 left behind (tests/goldens/agents-v1, by scripts/make-goldens-agents): they open, verify, go
+on with the same words, fork and are cut. A store of an old version stays readable in every later one."""
 
 import json
 import shutil
@@ -27,7 +27,8 @@ def windowed(config, weights):
 
 
 def make_models(directory):
-    return {"plain": make_tiny_model(directory / "plain"), "windowed": make_tiny_model(directory / "windowed", windowed)}
+    return {"plain": make_tiny_model(directory / "plain"),
+            "windowed": make_tiny_model(directory / "windowed", windowed)}
 
 
 def tensors(torpor):
@@ -61,7 +62,8 @@ def old(tmp_path):
 def test_all_are_listed_and_every_byte_is_as_it_was_written(old, said):
     before = tensors(old)
     assert [agent["agent"] for agent in old("ls", "--json").ok().json] == sorted(said)
-    assert {report["agent"]: report["problems"] for report in old("verify", "--json").ok().json["agents"]} == {name: [] for name in said}
+    reports = old("verify", "--json").ok().json["agents"]
+    assert {report["agent"]: report["problems"] for report in reports} == {name: [] for name in said}
     assert tensors(old) == before, "looking at an old store changed it"
 
 
