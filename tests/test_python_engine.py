@@ -227,6 +227,27 @@ def test_a_forked_process_is_told_at_once(engine):
     assert ada.turn(" more", raw=True, max_tokens=2).tokens.generated == 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library has no default size of stacks")
+def test_a_thread_that_the_system_refuses_is_told(tiny_model, tmp_path):
+    script = ("import ctypes, sys, torpor\n"
+              "engine = torpor.Engine(sys.argv[1], sys.argv[2])\n"
+              "ada = engine.agent('ada')\n"
+              "ada.turn('hello', raw=True, max_tokens=2)\n"
+              "ada.sleep()\n"
+              "libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+              "libc.pthread_attr_init(attributes)\n"
+              "libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(1 << 47))  # no such stack can be had\n"
+              "assert libc.pthread_setattr_default_np(attributes) == 0\n"
+              "for call in (lambda: torpor.Engine(sys.argv[1], sys.argv[2]), ada.prefetch, lambda: ada.turn('more', raw=True)):\n"
+              "    try:\n"
+              "        print('began', call())\n"
+              "    except Exception as error:\n"
+              "        print(type(error).__name__)\n")
+    ended = subprocess.run([sys.executable, "-c", script, tiny_model, tmp_path / "store"], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(BUILD / "python")}, timeout=300)
+    assert (ended.returncode, ended.stdout) == (0, "ResourceExhaustedError\n" * 3), ended.stderr
+
+
 def test_what_on_text_raises_undoes_the_turn(engine):
     with pytest.raises(ZeroDivisionError):
         engine.agent("ada").turn("hello", raw=True, max_tokens=ENDLESS, on_text=lambda _: 1 / 0)
