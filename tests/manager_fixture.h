@@ -10,8 +10,10 @@
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <mlx/mlx.h>
 
 #include "agents/manager.h"
+#include "cache/dense.h"
 #include "store_fixture.h"
 
 namespace torpor {
@@ -32,7 +34,29 @@ inline uint8_t row_byte(size_t tensor, int head, int position, int32_t token) {
   return uint8_t((tensor * 7 + size_t(head) * 13 + size_t(position) * 31 + size_t(token) * 101) >> 1);
 }
 
+/// Likewise for a cache of MLX's arrays.
+inline void compute_dense(KvCache& cache, std::span<const int32_t> tokens) {
+  const int n = int(tokens.size());
+  const auto rows = [&](size_t tensor) {
+    mx::array made(mx::allocator::malloc(size_t(kHeads) * tokens.size() * kDim * 2), {1, kHeads, n, kDim}, mx::float16);
+    for (int head = 0; head < kHeads; ++head) {
+      for (int i = 0; i < n; ++i) {
+        std::memset(made.data<uint8_t>() + size_t(head * n + i) * kDim * 2,
+                    row_byte(tensor, head, cache.length() + i, tokens[size_t(i)]), kDim * 2);
+      }
+    }
+    return made;
+  };
+  for (int layer = 0; layer < 2; ++layer) {
+    const auto [keys, values] = cache.update_and_fetch(layer, rows(size_t(2 * layer)), rows(size_t(2 * layer + 1)));
+    mx::eval({keys, values});
+  }
+  cache.record_tokens(tokens);
+  cache.advance(n);
+}
+
 inline void compute(KvCache& cache, std::span<const int32_t> tokens) {
+  if (dynamic_cast<DenseKvCache*>(&cache) != nullptr) return compute_dense(cache, tokens);
   const std::span<const KvBuffer> runs = cache.reserve(int(tokens.size()));
   const KvLayout& layout = cache.layout();
   for (size_t i = 0; i < tokens.size(); ++i) {
@@ -84,15 +108,17 @@ class Manager : public ::testing::TestWithParam<int> {
  protected:
   KvLayout layout() const { return layout_of(GetParam()); }
   size_t run_bytes() const { return layout().bytes_per_token() * kSegmentTokens; }
-  std::unique_ptr<AgentManager> make(size_t budget = 0, size_t queue = size_t(64) << 20) {
+  std::unique_ptr<AgentManager> make(size_t budget = 0, size_t queue = size_t(64) << 20, Backend backend = Backend::kKernels) {
     return std::make_unique<AgentManager>(
         store_, ManagerOptions{.model_name = "m", .identity = testing::test_identity(), .layout = layout(),
-                               .backend = Backend::kKernels, .durability = Durability::kRename, .memory_budget = budget,
+                               .backend = backend, .durability = Durability::kRename, .memory_budget = budget,
                                .write_queue_bytes = queue});
   }
   /// A turn: what is held is continued with `tokens`.
   static AgentHold say(AgentManager& manager, const std::string& id, std::span<const int32_t> tokens) {
     AgentHold agent = manager.wake(id);
+    const Growth growth{agent->cache.get(), int(tokens.size())};
+    manager.reserve({&growth, 1});
     compute(*agent->cache, tokens);
     agent->messages.push_back({"user", "said", agent->cache->length()});
     agent->history = agent->cache->tokens();

@@ -258,7 +258,7 @@ TEST_P(Manager, WhatAWindowHasLeftBehindIsLetGoOnceItIsOnDisk) {
 TEST_P(Manager, APrefetchedAgentIsReadyAndAFailedPrefetchHarmsNobody) {
   auto manager = make();
   manager->save(*say(*manager, "a", ids(600, 1)));
-  EXPECT_TRUE(manager->prefetch("a"));  // awake: its lock is taken, so nothing comes of it
+  EXPECT_FALSE(manager->prefetch("a"));  // it is awake
   manager->sleep("a");
   EXPECT_FALSE(manager->prefetch("nobody"));
   EXPECT_TRUE(manager->prefetch("a"));

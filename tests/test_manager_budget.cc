@@ -1,5 +1,9 @@
 // Agents at the edge of the memory budget: what an operation works on is not let go of to make room for it.
 
+#include <algorithm>
+#include <functional>
+#include <map>
+
 #include <gtest/gtest.h>
 
 #include "fault_env.h"
@@ -91,6 +95,131 @@ TEST_P(Budget, WhenThePrefixOnDiskIsGoneTheOneInMemoryStillServes) {
     third.release();
     EXPECT_TRUE(manager->is_awake("short"));
     for (const char* id : {"short", "third"}) manager->drop(id);
+  }
+}
+
+/// Bytes of the buffers of every awake agent, each once, found by a walk over all of them.
+int64_t walked_bytes(AgentManager& manager) {
+  std::map<const void*, size_t> buffers;
+  for (const AgentMemory& memory : manager.memory_usage().agents) {
+    for (const KvCache::HeldBuffer& buffer : manager.wake(memory.agent)->cache->buffers()) {
+      size_t& most = buffers[buffer.data];
+      most = std::max(most, buffer.bytes);
+    }
+  }
+  int64_t bytes = 0;
+  for (const auto& [data, size] : buffers) bytes += int64_t(size);
+  return bytes;
+}
+
+TEST_P(Budget, TheLedgerIsWhatAWalkOverAllBuffersFinds) {
+  for (const Backend backend : {Backend::kKernels, Backend::kMlx}) {
+    const size_t budget = 16 * run_bytes();
+    auto manager = make(budget, size_t(64) << 20, backend);
+    std::mt19937 random(3);
+    std::map<std::string, std::vector<int32_t>> expected;
+    int cuts = 0;
+    for (int i = 0; i < 400; ++i) {
+      const std::string id = std::string(backend == Backend::kMlx ? "dense" : "runs") + std::to_string(random() % 8);
+      std::vector<int32_t>& tokens = expected[id];
+      try {
+        switch (random() % 8) {
+          case 0: {
+            const std::string other = id + "-" + std::to_string(i);
+            const int at = int(random() % (tokens.size() + 1));
+            if (tokens.empty()) break;
+            manager->fork(id, other, at);
+            manager->remove(id);
+            manager->rename(other, id);
+            tokens.resize(size_t(at));
+            ++cuts;
+            break;
+          }
+          case 1: {
+            if (tokens.empty()) break;
+            const int at = int(random() % (tokens.size() + 1));
+            manager->rewind(id, at);
+            tokens.resize(size_t(at));
+            ++cuts;
+            break;
+          }
+          case 2: manager->sleep(id); break;
+          case 3: manager->save_all(); break;
+          default: {
+            const std::vector<int32_t> more = ids(1 + int(random() % 300), random());
+            if (tokens.size() + more.size() > 1500) break;
+            AgentHold agent = say(*manager, id, more);
+            tokens.insert(tokens.end(), more.begin(), more.end());
+            ASSERT_EQ(agent->cache->tokens(), tokens);
+            expect_sound(*agent->cache);
+            random() % 2 == 0 ? manager->save_behind(*agent) : void(manager->save(*agent));
+          }
+        }
+      } catch (const Error& error) {
+        ADD_FAILURE() << i << ": " << error.what();
+        return;
+      }
+      ASSERT_EQ(manager->memory_usage().kv_bytes, walked_bytes(*manager)) << i;
+      ASSERT_LE(manager->memory_usage().kv_bytes, int64_t(budget)) << i;
+    }
+    EXPECT_GT(manager->memory_usage().evictions, 10);
+    EXPECT_GT(cuts, 40);
+    for (auto& [id, tokens] : expected) {
+      if (tokens.empty()) continue;
+      EXPECT_EQ(manager->wake(id)->cache->tokens(), tokens);
+      expect_sound(*manager->wake(id)->cache);
+    }
+  }
+}
+
+TEST_P(Budget, ReservedRowsTakeNoMemoryWhenTheyAreComputed) {
+  for (const Backend backend : {Backend::kKernels, Backend::kMlx}) {
+    auto manager = make(100 * run_bytes(), size_t(64) << 20, backend);
+    const std::string name = backend == Backend::kMlx ? "dense" : "runs";
+    say(*manager, name, ids(400, 1));
+    manager->fork(name, name + "-fork", std::nullopt);
+    AgentHold one = manager->wake(name), two = manager->wake(name + "-fork"), three = manager->wake(name + "-new");
+    const std::vector<Growth> growths = {{one->cache.get(), 500}, {two->cache.get(), 1}, {three->cache.get(), 300}};
+    manager->reserve(growths);
+    const int64_t reserved = manager->memory_usage().kv_bytes;
+    EXPECT_EQ(reserved, int64_t((backend == Backend::kMlx ? 4 + 2 + 2 : 1 + 3 + 1 + 2) * run_bytes()));
+    for (const Growth& growth : growths) compute(*growth.cache, ids(growth.rows, 2));
+    EXPECT_EQ(manager->memory_usage().kv_bytes, reserved);
+    for (const Growth& growth : growths) expect_sound(*growth.cache);
+  }
+}
+
+TEST_P(Budget, WhatDoesNotFitIsRefusedBeforeAnythingIsTaken) {
+  auto manager = make(5 * run_bytes());
+  const AgentHold one = say(*manager, "one", ids(400, 1)), two = say(*manager, "two", ids(400, 2));
+  const std::vector<Growth> growths = {{one->cache.get(), 200}, {two->cache.get(), 200}};
+  EXPECT_EQ(testing::code_of([&] { manager->reserve(growths); }), ErrorCode::kResourceExhausted);
+  EXPECT_EQ(manager->memory_usage().kv_bytes, int64_t(4 * run_bytes()));
+  EXPECT_NO_THROW(manager->reserve({growths.data(), 1}));
+}
+
+TEST_P(Budget, RowsOfAnAgentInItsTurnStayWhereTheyAreWhileItsLastSaveEnds) {
+  if (GetParam() == 0) return;
+  for (const Backend backend : {Backend::kKernels, Backend::kMlx}) {
+    auto manager = make(12 * run_bytes(), size_t(64) << 20, backend);
+    const std::string name = backend == Backend::kMlx ? "dense" : "runs";
+    say(*manager, name + "-other", ids(1000, 1));
+    AgentHold agent = say(*manager, name, ids(2000, 2));
+    manager->save_behind(*agent);
+    const auto before = agent->cache->buffers();
+    manager->save(*manager->wake(name + "-other"));  // takes in the outcome of the save behind
+    const Growth growth{agent->cache.get(), 500};
+    manager->reserve({&growth, 1});
+    EXPECT_FALSE(manager->is_awake(name + "-other"));
+    ASSERT_FALSE(agent->dirty());
+    const auto after = agent->cache->buffers();
+    for (size_t i = 0; i < before.size(); ++i) EXPECT_GE(after[i].bytes, before[i].bytes);
+    compute(*agent->cache, ids(500, 3));
+    expect_sound(*agent->cache);
+    const int64_t held = manager->memory_usage().kv_bytes;
+    agent.release();
+    EXPECT_LT(manager->memory_usage().kv_bytes, held);
+    expect_sound(*manager->wake(name)->cache);
   }
 }
 

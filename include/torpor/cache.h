@@ -4,7 +4,7 @@
 /// A KvCache belongs to the engine thread (it holds MLX arrays); the snapshot it gives is plain bytes that any thread
 /// may read.
 
-#include <functional>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <span>
@@ -16,6 +16,8 @@
 
 namespace torpor {
 
+class KvLedger;
+
 /// What validate_cache_structure found. Converts to true when the cache is sound.
 struct CacheValidation {
   bool ok = true;
@@ -24,8 +26,12 @@ struct CacheValidation {
 };
 
 /// The KV cache of one conversation, all layers, with the tokens it belongs to.
+///
+/// It takes memory when rows are appended, unless `grow` took it before. Whoever keeps several caches in bounded memory calls
+/// `growth` for all of them, makes room, and then `grow`: computing the rows then takes none.
 class KvCache : public KvAccess {
  public:
+  ~KvCache() override;
   /// An empty cache of the kind `backend` computes with.
   static std::unique_ptr<KvCache> create(const KvLayout& layout, Backend backend);
   /// The cache a snapshot was taken of. kKernels: sealed runs are adopted without a copy, whatever memory they are in.
@@ -37,8 +43,12 @@ class KvCache : public KvAccess {
   /// Whether the cache could go on from its first `n_tokens` tokens: false when a window left rows behind that would be
   /// needed again.
   virtual bool can_truncate(int n_tokens) const { return n_tokens <= length_; }
+  /// Bytes of memory that `rows` more rows take: new buffers, and a copy of an open one that clones share.
+  virtual size_t growth(int rows) const = 0;
+  /// Takes that memory. kResourceExhausted when there is none.
+  virtual void grow(int rows) = 0;
   /// Bytes that truncate(n_tokens) takes: a cut inside a sealed run copies the rows of it that stay.
-  virtual size_t cut_cost(int n_tokens) const { return 0; }
+  virtual size_t cut_cost(int n_tokens) const = 0;
   /// Drops every token from `n_tokens` on. kInvalidArgument beyond length().
   void truncate(int n_tokens);
   /// Bytes of the buffers held, those shared with other caches included: of a mapped run only what a window can still see.
@@ -49,9 +59,9 @@ class KvCache : public KvAccess {
     size_t bytes;
     bool mapped;  ///< pages of a segment file, not MLX's memory
   };
-  virtual std::vector<HeldBuffer> buffers() const = 0;
-  /// Called before memory for more rows is taken, with its bytes; may make room, or throw kResourceExhausted.
-  void on_growth(std::function<void(size_t bytes)> make_room) { make_room_ = std::move(make_room); }
+  std::vector<HeldBuffer> buffers() const;
+  /// From now on its buffers, and those of its clones, are counted there, each once.
+  void count_in(std::shared_ptr<KvLedger> ledger);
   /// Run `i` (sealed) from now on is `run`, the same rows mapped from their segment file: memory then need not hold what
   /// windows have left behind.
   virtual void replace_run(int i, std::shared_ptr<const SealedRun> run) = 0;
@@ -68,21 +78,27 @@ class KvCache : public KvAccess {
   void advance(int n) override { length_ += n; }
 
  protected:
-  explicit KvCache(KvLayout layout, std::vector<int32_t> tokens = {})
-      : layout_(std::move(layout)), tokens_(std::move(tokens)), length_(int(tokens_.size())) {}
+  explicit KvCache(KvLayout layout, std::vector<int32_t> tokens = {});
   /// Frees rows from `n_tokens` (at most length()) on.
   virtual void drop_rows(int n_tokens) = 0;
   /// Whether the buffers hold what layout and length say.
   virtual CacheValidation validate_buffers() const = 0;
 
-  void make_room(size_t bytes) const {
-    if (make_room_) make_room_(bytes);
-  }
+  virtual size_t n_buffers() const = 0;
+  virtual HeldBuffer buffer(size_t i) const = 0;
+  /// To be called after buffers [first, end) have changed, or how many there are.
+  void recount(size_t first = 0, size_t end = SIZE_MAX);
+  /// `copy` is counted where this cache is.
+  void count_like(KvCache& copy) const { copy.count_in(ledger_); }
 
   KvLayout layout_;
   std::vector<int32_t> tokens_;
   int length_ = 0;  // rows held
-  std::function<void(size_t)> make_room_;
+
+ private:
+  std::shared_ptr<KvLedger> ledger_;
+  struct Shares;
+  std::unique_ptr<Shares> shares_;
 };
 
 /// Tokens held.

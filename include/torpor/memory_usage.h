@@ -15,7 +15,7 @@ struct AgentMemory {
   bool pinned = false, unsaved = false;
 };
 
-/// All in bytes. Each buffer counts once, however many agents hold it.
+/// All in bytes, but for evictions. Each buffer counts once, however many agents hold it.
 struct MemoryUsage {
   int64_t model_bytes = 0;
   std::vector<AgentMemory> agents;
@@ -23,6 +23,7 @@ struct MemoryUsage {
   int64_t mapped_bytes = 0;  ///< of those, pages of segment files; the rest is MLX's memory
   int64_t queued_bytes = 0;  ///< waiting to be written; EngineOptions::write_queue_bytes bounds them
   int64_t budget = 0;        ///< 0 = no bound
+  int64_t evictions = 0;     ///< agents that went to sleep to make room, since the engine began
 };
 
 }  // namespace torpor

@@ -14,6 +14,14 @@ void require_length(const Agent& agent, int64_t n_tokens, const char* verb) {
 
 }  // namespace
 
+void AgentManager::take_back(Agent& agent, int n_tokens) {
+  finish_writes(agent);
+  // The copy of a run that this makes is of the turn's own rows, and the run goes: less is held afterwards, whatever fits.
+  has_room(agent.cache->cut_cost(n_tokens));
+  agent.cache->truncate(n_tokens);
+  agent.segments.resize(std::min(agent.segments.size(), size_t(n_tokens / kSegmentTokens)));
+}
+
 void AgentManager::truncate(Agent& agent, int n_tokens) {
   finish_writes(agent);
   if (!agent.cache->can_truncate(n_tokens)) {
@@ -40,7 +48,7 @@ void AgentManager::truncate(Agent& agent, int n_tokens) {
 
 AgentHold AgentManager::existing(const std::string& id) {
   settle();
-  take_prefetched(id);
+  prefetcher_.drop(id);
   require(id);
   return hold_alone(id);
 }
@@ -79,6 +87,7 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   agent.segments.assign(source->segments.begin(),
                         source->segments.begin() + std::min<ptrdiff_t>(ssize(source->segments), keep / kSegmentTokens));
   agent.changed();
+  prefetcher_.set_awake(dst, true);
   save_behind(awake_.emplace(dst, std::move(agent)).first->second);
 }
 

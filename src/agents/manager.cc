@@ -1,36 +1,23 @@
 #include "agents/manager.h"
 
 #include <algorithm>
-#include <set>
+#include <new>
+#include <utility>
 
 namespace torpor {
 namespace {
-
-// Agents being loaded ahead of their turn: each keeps pages, a tail and its lock.
-constexpr size_t kMaxPrefetched = 4;
-// Errors kept for finish_saves, which whoever never calls it must not pile up.
-constexpr size_t kMaxUntold = 64;
 
 int64_t common_prefix(std::span<const int32_t> a, std::span<const int32_t> b) {
   return std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin();
 }
 
-class Lru final : public EvictionPolicy {
- public:
-  size_t choose(std::span<const Evictable> candidates) const override {
-    const auto older = [](const Evictable& a, const Evictable& b) { return a.last_used < b.last_used; };
-    return size_t(std::min_element(candidates.begin(), candidates.end(), older) - candidates.begin());
-  }
-};
-
 }  // namespace
-
-std::unique_ptr<EvictionPolicy> make_lru() { return std::make_unique<Lru>(); }
 
 AgentManager::AgentManager(Store& store, ManagerOptions options, std::unique_ptr<EvictionPolicy> policy)
     : store_(store),
       options_(std::move(options)),
       policy_(std::move(policy)),
+      prefetcher_(store_, ledger_, [this](const std::string& id) { return load(id); }, options_.prefetch),
       writer_(store, options_.durability, options_.write_queue_bytes) {}
 
 AgentManager::~AgentManager() = default;
@@ -89,7 +76,7 @@ LoadedAgent AgentManager::load(const std::string& id) const {
 }
 
 void AgentManager::own(Agent& agent, std::unique_ptr<KvCache> cache) {
-  cache->on_growth([this](size_t bytes) { make_room(bytes); });
+  cache->count_in(ledger_);
   agent.cache = std::move(cache);
 }
 
@@ -132,8 +119,22 @@ AgentHold AgentManager::wake(const std::string& id) {
   }
   check_agent_id(id);
   // The agent enters the map whole or not at all: a failed wake leaves it asleep and intact.
+  prefetcher_.set_awake(id, true);  // from here on a prefetch would only take the lock from us
+  try {
+    return AgentHold(*this, awake_.emplace(id, load_or_make(id)).first->second, true);
+  } catch (const std::bad_alloc&) {
+    prefetcher_.set_awake(id, false);
+    throw Error(ErrorCode::kResourceExhausted, "Out of memory while waking agent '" + id + "'; let other agents sleep first.");
+  } catch (...) {
+    prefetcher_.set_awake(id, false);
+    throw;
+  }
+}
+
+Agent AgentManager::load_or_make(const std::string& id) {
   Agent agent = make_agent(id);
-  if (std::optional<Ready> ready = take_prefetched(id)) {
+  if (std::optional<Prefetcher::Ready> ready = prefetcher_.take(id)) {
+    ready->shares.clear();  // they count again once the agent is adopted
     make_room(bytes_to_wake(id));
     agent.lock = std::move(ready->lock);
     adopt(agent, std::move(ready->loaded));
@@ -146,7 +147,7 @@ AgentHold AgentManager::wake(const std::string& id) {
       own(agent, KvCache::create(options_.layout, options_.backend));
     }
   }
-  return AgentHold(*this, awake_.emplace(id, std::move(agent)).first->second, true);
+  return agent;
 }
 
 void AgentManager::require(const std::string& id) const {
@@ -163,32 +164,7 @@ AgentHold AgentManager::stateless() {
 
 bool AgentManager::prefetch(const std::string& id) {
   check_agent_id(id);
-  const std::lock_guard lock(prefetch_mutex_);
-  if (prefetched_.count(id) != 0 || prefetched_.size() >= kMaxPrefetched || !store_.contains(id)) return false;
-  prefetched_[id] = std::async(std::launch::async, [this, id] {
-    // In this order: once the lock is held the file can't change any more. An agent that is awake has its lock taken.
-    Ready ready;
-    ready.lock = store_.lock_agent(id);
-    ready.loaded = load(id);
-    return ready;
-  });
-  return true;
-}
-
-std::optional<AgentManager::Ready> AgentManager::take_prefetched(const std::string& id) {
-  std::future<Ready> future;
-  {
-    const std::lock_guard lock(prefetch_mutex_);
-    const auto found = prefetched_.find(id);
-    if (found == prefetched_.end()) return std::nullopt;
-    future = std::move(found->second);
-    prefetched_.erase(found);
-  }
-  try {
-    return future.get();
-  } catch (const std::exception&) {
-    return std::nullopt;  // the wake that comes now finds out why, and says it
-  }
+  return store_.contains(id) && prefetcher_.begin(id);
 }
 
 AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<const int32_t> tokens) {
@@ -209,7 +185,12 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
     in_memory = common;
   }
   const int64_t on_disk = store_.find_prefix(agent.identity, layout, wanted);
-  if (on_disk > in_memory && has_room(bytes_of_runs(layout, 0, on_disk))) {
+  // Runs that the other one has saved are not read again, but shared.
+  Shared shared;
+  if (best && options_.backend == Backend::kKernels) {
+    shared = {std::min<int64_t>(ssize(best->segments), in_memory / kSegmentTokens), best->cache->length()};
+  }
+  if (on_disk > in_memory && has_room(bytes_of_runs(layout, on_disk, shared))) {
     LoadOptions options;
     options.allocate = mlx_buffer;
     options.map_rows = true;
@@ -241,101 +222,6 @@ int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens) {
   return agent.cache->length();
 }
 
-// ---- saving
-
-void AgentManager::save_behind(Agent& agent) {
-  settle();
-  if (!agent.dirty() || !agent.whole() || agent.queued_version == agent.version) return;
-  Writer::Job job{.agent = agent.id, .ticket = agent.ticket, .version = agent.version, .snapshot = agent.cache->snapshot(agent.identity),
-                  .model = options_.model_name, .user = encode_record(agent.record(), agent.cache->tokens().size())};
-  job.new_bytes = job.snapshot.tail.bytes.size();
-  for (const auto& run : job.snapshot.sealed) {
-    if (run->segment() == nullptr) job.new_bytes += run->bytes().size();
-  }
-  writer_.submit(std::move(job));
-  agent.queued_version = agent.version;
-}
-
-SaveResult AgentManager::save(Agent& agent) {
-  save_behind(agent);
-  finish_writes(agent);
-  if (agent.save_error) throw Error(*std::exchange(agent.save_error, std::nullopt));
-  return std::exchange(agent.last_save, {});
-}
-
-void AgentManager::save_all(const Writer::Progress& progress) {
-  for (auto& [id, agent] : awake_) save_behind(agent);
-  finish_saves(progress);
-}
-
-void AgentManager::finish_saves(const Writer::Progress& progress) {
-  writer_.wait_all(progress);
-  settle();
-  if (!untold_.empty()) {
-    const Error first = untold_.front();
-    untold_.erase(untold_.begin());
-    throw first;
-  }
-  for (auto& [id, agent] : awake_) {
-    if (agent.save_error) throw Error(*std::exchange(agent.save_error, std::nullopt));
-  }
-}
-
-Agent* AgentManager::find(uint64_t ticket, const std::string& id) {
-  if (const auto found = awake_.find(id); found != awake_.end()) return found->second.ticket == ticket ? &found->second : nullptr;
-  for (Agent& agent : nameless_) {
-    if (agent.ticket == ticket) return &agent;
-  }
-  return nullptr;
-}
-
-void AgentManager::settle() {
-  for (Writer::Outcome& outcome : writer_.collect()) {
-    Agent* const agent = find(outcome.ticket, outcome.agent);
-    if (agent == nullptr) {
-      // Its agent is gone. What has another name, or none, is another one's.
-      if (outcome.error) remember(std::move(*outcome.error));
-      continue;
-    }
-    if (outcome.error) {
-      agent->save_error = std::move(outcome.error);
-      agent->queued_version = agent->saved_version;
-      continue;
-    }
-    agent->saved_version = outcome.version;
-    agent->segments = outcome.result.segments;
-    agent->last_save.bytes_written += outcome.result.bytes_written;
-    agent->last_save.segments_written += outcome.result.segments_written;
-    agent->last_save.segments_shared = outcome.result.segments_shared;
-    agent->damage.reset();
-    agent->save_error.reset();
-    // Whoever holds it may be computing with its rows, so they stay where they are until then.
-    agent->holds == 0 ? release_behind_window(*agent) : void(agent->releasable = true);
-  }
-}
-
-void AgentManager::remember(Error error) {
-  if (untold_.size() < kMaxUntold) untold_.push_back(std::move(error));
-}
-
-void AgentManager::finish_writes(Agent& agent) {
-  writer_.wait(agent.ticket);
-  settle();
-}
-
-void AgentManager::release_behind_window(Agent& agent) {
-  if (agent.cache == nullptr || !agent.cache->layout().has_windows()) return;
-  const std::vector<KvTensorSpec>& tensors = agent.cache->layout().tensors;
-  const std::vector<KvCache::HeldBuffer> buffers = agent.cache->buffers();
-  for (size_t i = 0; i < std::min(agent.segments.size(), buffers.size()); ++i) {
-    const auto behind = [&](const KvTensorSpec& tensor) {
-      return !KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, kSegmentTokens, agent.cache->length());
-    };
-    if (buffers[i].mapped || std::none_of(tensors.begin(), tensors.end(), behind)) continue;
-    if (const auto run = store_.map_segment(agent.segments[i])) agent.cache->replace_run(int(i), run);
-  }
-}
-
 // ---- sleeping
 
 void AgentManager::sleep(const std::string& id) {
@@ -344,7 +230,7 @@ void AgentManager::sleep(const std::string& id) {
 }
 
 void AgentManager::drop(const std::string& id) {
-  take_prefetched(id);
+  prefetcher_.drop(id);
   AgentHold hold = hold_alone(id);
   if (!hold) return;
   finish_writes(*hold);  // the lock outlives the write
@@ -352,124 +238,7 @@ void AgentManager::drop(const std::string& id) {
   hold->releasable = false;
   hold.release();
   awake_.erase(id);
-}
-
-void AgentManager::make_room(size_t bytes) {
-  if (options_.memory_budget == 0) return;
-  std::set<std::string> refused;
-  std::string why;
-  while (held_bytes() + bytes > options_.memory_budget) {
-    std::vector<Evictable> candidates;
-    for (const auto& [id, agent] : awake_) {
-      if (agent.pinned || agent.holds > 0 || refused.count(id) != 0) continue;
-      candidates.push_back({id, agent.last_used, agent.cache->nbytes(), agent.dirty()});
-    }
-    if (candidates.empty()) {
-      throw Error(ErrorCode::kResourceExhausted,
-                  std::to_string(bytes) + " bytes more of KV cache do not fit the memory budget of " +
-                      std::to_string(options_.memory_budget) + " bytes: " + holders() +
-                      (why.empty() ? "; raise the budget, unpin an agent or shorten the prompt." : "; " + why));
-    }
-    const std::string victim = candidates[policy_->choose(candidates)].id;
-    try {
-      sleep(victim);
-    } catch (const Error& error) {
-      // It stays awake, and keeps what could not be saved.
-      refused.insert(victim);
-      if (why.empty()) why = "agent '" + victim + "' could not be saved: " + error.what();
-    }
-  }
-}
-
-bool AgentManager::has_room(size_t bytes) {
-  try {
-    make_room(bytes);
-    return true;
-  } catch (const Error& error) {
-    if (error.code() != ErrorCode::kResourceExhausted) throw;
-    return false;
-  }
-}
-
-// ---- accounting
-
-size_t AgentManager::bytes_of_runs(const KvLayout& layout, int64_t first_run, int64_t n_tokens) {
-  size_t bytes = 0;
-  for (int64_t first = first_run * kSegmentTokens; first < n_tokens; first += kSegmentTokens) {
-    for (const KvTensorSpec& tensor : layout.tensors) {
-      if (KvLayout::attended(tensor, first, kSegmentTokens, n_tokens)) bytes += tensor.bytes_per_token() * kSegmentTokens;
-    }
-  }
-  return bytes;
-}
-
-size_t AgentManager::bytes_to_wake(const std::string& id) const {
-  if (options_.memory_budget == 0) return 0;
-  const AgentInfo info = store_.agent_info(id);
-  // Segments that an awake agent has are not loaded again. Agents share prefixes: the first run that differs ends them.
-  int64_t shared = 0;
-  for (const auto& [other_id, other] : awake_) {
-    const auto [end, ignored] = std::mismatch(info.segments.begin(), info.segments.end(), other.segments.begin(), other.segments.end());
-    shared = std::max<int64_t>(shared, end - info.segments.begin());
-  }
-  return bytes_of_runs(layout_of(expected(info.identity)), shared, info.cache_size);
-}
-
-namespace {
-
-/// Counts buffers, each once.
-class Tally {
- public:
-  void add(const KvCache& cache) {
-    for (const KvCache::HeldBuffer& buffer : cache.buffers()) add(buffer);
-  }
-  void add(const KvCache::HeldBuffer& buffer) {
-    if (!seen_.insert(buffer.data).second) return;
-    bytes += buffer.bytes;
-    if (buffer.mapped) mapped += buffer.bytes;
-  }
-  size_t bytes = 0, mapped = 0;
-
- private:
-  std::set<const void*> seen_;
-};
-
-}  // namespace
-
-MemoryUsage AgentManager::memory_usage() const {
-  MemoryUsage usage;
-  Tally tally;
-  std::map<const void*, int> holders;
-  for (const auto& [id, agent] : awake_) {
-    tally.add(*agent.cache);
-    for (const KvCache::HeldBuffer& buffer : agent.cache->buffers()) ++holders[buffer.data];
-  }
-  for (const auto& [id, agent] : awake_) {
-    AgentMemory memory{.agent = id, .tokens = agent.cache->length(), .pinned = agent.pinned, .unsaved = agent.dirty()};
-    for (const KvCache::HeldBuffer& buffer : agent.cache->buffers()) {
-      memory.bytes += int64_t(buffer.bytes);
-      if (holders[buffer.data] > 1) memory.shared_bytes += int64_t(buffer.bytes);
-    }
-    usage.agents.push_back(std::move(memory));
-  }
-  for (const Agent& agent : nameless_) tally.add(*agent.cache);
-  usage.kv_bytes = int64_t(tally.bytes);
-  usage.mapped_bytes = int64_t(tally.mapped);
-  usage.queued_bytes = int64_t(writer_.queued_bytes());
-  usage.budget = int64_t(options_.memory_budget);
-  return usage;
-}
-
-size_t AgentManager::held_bytes() const { return size_t(memory_usage().kv_bytes); }
-
-std::string AgentManager::holders() const {
-  std::string text;
-  for (const AgentMemory& memory : memory_usage().agents) {
-    if (!text.empty()) text += ", ";
-    text += "agent '" + memory.agent + "' holds " + std::to_string(memory.bytes);
-    text += memory.pinned ? " (pinned)" : awake_.at(memory.agent).holds > 0 ? " (in its turn)" : "";
-  }
-  return text.empty() ? "no agent can go to sleep" : text;
+  prefetcher_.set_awake(id, false);
 }
 
 }  // namespace torpor

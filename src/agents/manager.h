@@ -1,23 +1,25 @@
 #pragma once
 /// Many agents in bounded memory: wake, save, evict, fork, rewind. Engine thread only, but for prefetch.
 ///
-/// Memory: what is counted are the real buffers of all awake agents, each once however many hold it. (What the writer copies
-/// for saves under way has a bound of its own, ManagerOptions::write_queue_bytes.) Before more is taken, agents that are
-/// neither pinned nor held go to sleep, as the policy says.
+/// Memory: the real buffers of all agents awake or prefetched are counted, each once however many hold it. (What the writer
+/// copies for saves under way has a bound of its own, ManagerOptions::write_queue_bytes.) Before more is taken, agents that are
+/// neither pinned nor held go to sleep, as the policy says, and prefetched ones are let go of when no other can. Whoever
+/// computes rows reserves their memory first. A prefetch counts once it has loaded, and room is made for it by whoever next
+/// needs some.
 
 #include <functional>
-#include <future>
 #include <list>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "agents/agent.h"
+#include "agents/prefetcher.h"
 #include "agents/writer.h"
+#include "cache/ledger.h"
 #include "torpor/memory_usage.h"
 
 namespace torpor {
@@ -51,6 +53,13 @@ struct ManagerOptions {
   Durability durability = Durability::kFull;
   size_t memory_budget = 0;    ///< bytes of KV; 0 = no bound
   size_t write_queue_bytes = size_t(256) << 20;
+  PrefetchOptions prefetch;
+};
+
+/// Rows to be appended to a cache.
+struct Growth {
+  KvCache* cache;
+  int rows;
 };
 
 class AgentManager {
@@ -67,11 +76,15 @@ class AgentManager {
   /// A new agent without a name, for one prompt.
   AgentHold stateless();
   /// Begins to load a sleeping agent on a thread of its own, so that the next wake finds it ready. Any thread. False when
-  /// nothing was begun: it is awake, being loaded, not there, or enough others are being loaded.
+  /// nothing was begun: it is awake, prefetched already, not there, or enough others are.
   bool prefetch(const std::string& id);
   bool is_awake(const std::string& id) const { return awake_.count(id) != 0; }
   /// kNotFound unless it is awake or on disk.
   void require(const std::string& id) const;
+
+  /// Takes the memory that computing these rows needs, for all sequences of a step at once; their agents are held.
+  /// kResourceExhausted, before anything is taken, when it does not fit.
+  void reserve(std::span<const Growth> growths);
 
   // The caller holds `agent`, and nobody else changes its rows meanwhile.
   /// Gives an agent without rows those of the longest prefix of `tokens` that any agent in memory (to the token) or any
@@ -80,6 +93,9 @@ class AgentManager {
   /// Takes back the rows from `n_tokens` on; more than those when a window has left behind what is needed again and not all
   /// of it is on disk. They are the caller's to compute. An error leaves the agent as it was.
   void truncate(Agent& agent, int n_tokens);
+  /// Takes back rows that were computed since the agent was held, come what may: the budget may be exceeded by a run while the
+  /// cut is made. The agent's version stays.
+  void take_back(Agent& agent, int n_tokens);
   /// Hands what changed to the writer. The agent stays awake, and dirty should the store refuse.
   void save_behind(Agent& agent);
   /// The same, and waits until it is on disk. Throws what the store says.
@@ -97,6 +113,8 @@ class AgentManager {
   void sleep(const std::string& id);
   /// Lets go without saving.
   void drop(const std::string& id);
+  // The next three change agents that are asleep on disk before they return. An agent that is awake is saved behind, so a crash
+  // after the call may still lose the change: `save` waits for it.
   void fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token);
   void rewind(const std::string& id, int64_t n_tokens);
   void pin(const std::string& id, bool pinned);
@@ -107,10 +125,6 @@ class AgentManager {
 
  private:
   friend class AgentHold;
-  struct Ready {
-    std::unique_ptr<AgentLock> lock;
-    LoadedAgent loaded;
-  };
   /// Rows that somebody has, as a cache of their own.
   struct Prefix {
     std::unique_ptr<KvCache> cache;
@@ -124,9 +138,10 @@ class AgentManager {
   KvLayout layout_of(const Identity& identity) const;
   LoadedAgent load(const std::string& id) const;
   Agent make_agent(const std::string& id);
+  /// What wake gives an agent that is not awake.
+  Agent load_or_make(const std::string& id);
   void adopt(Agent& agent, LoadedAgent loaded);
   void own(Agent& agent, std::unique_ptr<KvCache> cache);
-  std::optional<Ready> take_prefetched(const std::string& id);
   /// What reuse_prefix gives an agent like `agent`, from anyone but itself. Its cache is empty when nobody has anything.
   Prefix longest_prefix(const Agent& agent, std::span<const int32_t> tokens);
   /// A hold on the agent if it is awake, none if it is not. kBusy when somebody holds it.
@@ -138,7 +153,14 @@ class AgentManager {
   /// kInvalidArgument when there is an agent of that id, or it is no id.
   void require_free(const std::string& id) const;
   size_t bytes_to_wake(const std::string& id) const;
-  static size_t bytes_of_runs(const KvLayout& layout, int64_t first_run, int64_t n_tokens);
+  /// The first runs of an agent that hold the same rows as those of one that is awake.
+  struct Shared {
+    int64_t runs = 0;
+    int64_t length = 0;  ///< tokens that the other one holds
+  };
+  /// What `n_tokens` tokens take in memory beside what is shared.
+  static size_t bytes_of_runs(const KvLayout& layout, int64_t n_tokens, const Shared& shared);
+  void submit(Agent& agent);
   /// Takes in what the writer has finished.
   void settle();
   /// The agent that has the ticket, nullptr when it is gone.
@@ -149,7 +171,6 @@ class AgentManager {
   void release_behind_window(Agent& agent);
   /// Waits until the agent's queued saves are over: its rows and its file may then be changed.
   void finish_writes(Agent& agent);
-  size_t held_bytes() const;
   /// Lets agents sleep until the budget has room for `bytes` more. kResourceExhausted when nobody can go any more.
   void make_room(size_t bytes);
   /// The same, and whether there is.
@@ -159,12 +180,13 @@ class AgentManager {
   Store& store_;
   const ManagerOptions options_;
   const std::unique_ptr<EvictionPolicy> policy_;
+  const std::shared_ptr<KvLedger> ledger_ = std::make_shared<KvLedger>();  // before the agents whose caches it counts
   std::map<std::string, Agent> awake_;
   std::list<Agent> nameless_;
   std::vector<Error> untold_;  // of saves whose agents are gone
   uint64_t clock_ = 0, tickets_ = 0;
-  std::mutex prefetch_mutex_;
-  std::map<std::string, std::future<Ready>> prefetched_;
+  int64_t evictions_ = 0;
+  Prefetcher prefetcher_;
   Writer writer_;
 };
 

@@ -28,26 +28,40 @@ SaveResult copy(Store& store, const std::string& src, const std::string& dst, st
   return store.copy_agent_cache(src, dst, options);
 }
 
+void require_free(const Store& store, const std::string& id) {
+  check_agent_id(id);
+  if (!store.contains(id)) return;
+  throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.");
+}
+
+/// The lock of an agent that is not there yet.
+std::unique_ptr<AgentLock> lock_new(Store& store, const std::string& id) {
+  require_free(store, id);
+  auto lock = store.lock_agent(id);
+  require_free(store, id);  // until the lock was held another process could make it
+  return lock;
+}
+
+/// The lock of an agent that is there. kNotFound leaves no lock file behind.
+std::unique_ptr<AgentLock> lock_existing(Store& store, const std::string& id) {
+  store.agent_info(id);
+  return store.lock_agent(id);
+}
+
 }  // namespace
 
 SaveResult fork_agent(Store& store, const std::string& src, const std::string& dst, std::optional<int64_t> at_token,
                       Durability durability) {
-  check_agent_id(dst);
-  const auto lock = store.lock_agent(dst);
-  if (store.contains(dst)) {
-    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.");
-  }
+  store.agent_info(src);  // a lock that nothing comes of would leave its file behind
+  const auto lock = lock_new(store, dst);
   return copy(store, src, dst, at_token, durability, [](AgentRecord& record) { record.pinned = false; });
 }
 
 SaveResult import_prompt_cache(Store& store, const std::filesystem::path& path, const std::string& id, const CacheModel& model,
                                Durability durability) {
-  check_agent_id(id);
-  const auto lock = store.lock_agent(id);
-  if (store.contains(id)) {
-    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.");
-  }
+  require_free(store, id);
   const PromptCache read = store.read_prompt_cache(path, model);
+  const auto lock = lock_new(store, id);
   AgentRecord record;
   record.history = read.snapshot.tokens.size();
   record.shortest_cut = size_t(read.shortest_cut);
@@ -55,12 +69,12 @@ SaveResult import_prompt_cache(Store& store, const std::filesystem::path& path, 
 }
 
 SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens, Durability durability) {
-  const auto lock = store.lock_agent(id);
+  const auto lock = lock_existing(store, id);
   return copy(store, id, id, n_tokens, durability, [](AgentRecord&) {});
 }
 
 void pin_agent(Store& store, const std::string& id, bool pinned, Durability durability) {
-  const auto lock = store.lock_agent(id);
+  const auto lock = lock_existing(store, id);
   copy(store, id, id, std::nullopt, durability, [&](AgentRecord& record) { record.pinned = pinned; });
 }
 

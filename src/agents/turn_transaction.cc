@@ -1,6 +1,8 @@
 #include "agents/turn_transaction.h"
 
 #include <algorithm>
+#include <new>
+#include <utility>
 
 #include "torpor/error.h"
 
@@ -10,6 +12,9 @@ TurnTransaction::TurnTransaction(AgentManager& manager, AgentHold hold, const Tu
     : manager_(manager), hold_(std::move(hold)), prompt_(input.prompt) {
   try {
     begin(input);
+  } catch (const std::bad_alloc&) {
+    roll_back();
+    throw Error(ErrorCode::kResourceExhausted, "Out of memory at the beginning of a turn; let other agents sleep first.");
   } catch (...) {
     roll_back();
     throw;
@@ -125,10 +130,10 @@ void TurnTransaction::roll_back() noexcept {
         agent.cache = std::move(cut_);
         agent.segments = std::move(cut_segments_);
       } else if (agent.cache->length() > held_) {
-        manager_.truncate(agent, held_);
+        manager_.take_back(agent, held_);
       }
     } catch (...) {
-      // The rows stay: they are of the history and of a prompt that may be asked again.
+      // The rows stay: those of the history, and of a prompt that may be asked again.
     }
     const bool as_before = agent.cache->length() == held_ && !queued;
     as_before ? void(agent.version = version_) : agent.changed();

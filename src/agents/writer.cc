@@ -1,13 +1,20 @@
 #include "agents/writer.h"
 
 #include <algorithm>
-#include <chrono>
+#include <system_error>
 #include <utility>
 
 namespace torpor {
 
 Writer::Writer(Store& store, Durability durability, size_t max_bytes)
-    : store_(store), durability_(durability), max_bytes_(max_bytes), thread_([this] { run(); }) {}
+    : store_(store), durability_(durability), max_bytes_(max_bytes) {
+  try {
+    thread_ = std::thread([this] { run(); });
+  } catch (const std::system_error& error) {
+    throw Error(ErrorCode::kResourceExhausted, std::string("No thread could be started for saves: ") + error.what() +
+                                                   "; end other programs, or raise the limit of threads.");
+  }
+}
 
 Writer::~Writer() {
   {
@@ -71,7 +78,6 @@ size_t Writer::queued_bytes() const {
 
 void Writer::write(const Job& job) {
   Outcome outcome{job.agent, job.ticket, job.version};
-  const auto start = std::chrono::steady_clock::now();
   try {
     outcome.result = job.agent.empty() ? store_.save_prefix(job.snapshot, durability_)
                                        : store_.save_agent_cache(job.agent, job.snapshot, job.model, job.user, durability_);
@@ -82,7 +88,6 @@ void Writer::write(const Job& job) {
   } catch (const std::exception& error) {
     outcome.error.emplace(ErrorCode::kInternal, "Saving agent '" + job.agent + "' failed: " + error.what());
   }
-  outcome.ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   const std::lock_guard lock(mutex_);
   outcomes_.push_back(std::move(outcome));
 }

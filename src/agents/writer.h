@@ -32,7 +32,6 @@ class Writer {
     uint64_t ticket = 0, version = 0;
     SaveResult result;
     std::optional<Error> error;
-    double ms = 0;
   };
   /// Jobs done and jobs to do in all.
   using Progress = std::function<void(int done, int total)>;

@@ -27,6 +27,50 @@ std::span<const KvBuffer> DenseKvCache::reserve(int) {
   throw Error(ErrorCode::kInternal, "A dense KV cache was given to the CPU kernels; it serves MLX's own attention only.");
 }
 
+void DenseKvCache::add_tensor(mx::array tensor, int first) {
+  tensors_.push_back(std::move(tensor));
+  storage_.push_back(std::make_shared<char>());
+  first_.push_back(first);
+}
+
+void DenseKvCache::make_tensors() {
+  if (!tensors_.empty()) return;
+  for (const KvTensorSpec& spec : layout_.tensors) add_tensor(mx::zeros({1, spec.n_kv_heads, 0, spec.dim}, to_mlx(spec.dtype)), 0);
+}
+
+int DenseKvCache::capacity_for(size_t t, int rows) const {
+  return round_up(length_ + rows) - (tensors_.empty() ? 0 : first_[t]);  // first_ is where a segment begins
+}
+
+size_t DenseKvCache::growth(int rows) const {
+  size_t bytes = 0;
+  for (size_t t = 0; t < layout_.tensors.size() && rows > 0; ++t) {
+    // An array that a clone has too is copied by whoever appends first.
+    const int held = tensors_.empty() ? 0 : tensors_[t].shape(2), kept = held > 0 && storage_[t].use_count() > 1 ? 0 : held;
+    bytes += layout_.tensors[t].bytes_per_token() * size_t(std::max(held, capacity_for(t, rows)) - kept);
+  }
+  return bytes;
+}
+
+void DenseKvCache::grow(int rows) {
+  if (rows <= 0) return;
+  make_tensors();
+  for (size_t t = 0; t < tensors_.size(); ++t) grow_tensor(t, rows);
+}
+
+void DenseKvCache::grow_tensor(size_t t, int rows) {
+  const KvTensorSpec& spec = layout_.tensors[t];
+  const int held = tensors_[t].shape(2), capacity = capacity_for(t, rows);
+  const bool shared = storage_[t].use_count() > 1;
+  if (!shared && held >= capacity) return;
+  if (shared) storage_[t] = std::make_shared<char>();
+  if (held < capacity) {
+    const mx::array room = mx::zeros({1, spec.n_kv_heads, capacity - held, spec.dim}, to_mlx(spec.dtype));
+    tensors_[t] = mx::concatenate({tensors_[t], room}, 2);
+  }
+  recount(t, t + 1);
+}
+
 mx::array DenseKvCache::append(size_t tensor, const mx::array& rows) {
   const KvTensorSpec& spec = layout_.tensors[tensor];
   if (spec.dtype != KvDtype::kU32) return append_part(tensor, rows);
@@ -39,25 +83,15 @@ mx::array DenseKvCache::append(size_t tensor, const mx::array& rows) {
 
 mx::array DenseKvCache::append_part(size_t tensor, const mx::array& rows) {
   const KvTensorSpec& spec = layout_.tensors[tensor];
+  grow_tensor(tensor, rows.shape(2));
   const int begin = length_ - first_[tensor], end = begin + rows.shape(2);
-  if (tensors_[tensor].shape(2) < end) {
-    make_room(spec.bytes_per_token() * size_t(round_up(end) - tensors_[tensor].shape(2)));
-    const mx::array room =
-        mx::zeros({1, spec.n_kv_heads, round_up(end) - tensors_[tensor].shape(2), spec.dim}, to_mlx(spec.dtype));
-    tensors_[tensor] = mx::concatenate({tensors_[tensor], room}, 2);
-  }
   tensors_[tensor] = mx::slice_update(tensors_[tensor], mx::astype(rows, to_mlx(spec.dtype)), mx::Shape{0, 0, begin, 0},
                                       mx::Shape{1, spec.n_kv_heads, end, spec.dim});
   return mx::slice(tensors_[tensor], {0, 0, 0, 0}, {1, spec.n_kv_heads, end, spec.dim});
 }
 
 std::pair<mx::array, mx::array> DenseKvCache::update_and_fetch(int layer, const mx::array& k, const mx::array& v) {
-  if (tensors_.empty()) {
-    for (const KvTensorSpec& spec : layout_.tensors) {
-      tensors_.push_back(mx::zeros({1, spec.n_kv_heads, 0, spec.dim}, to_mlx(spec.dtype)));
-    }
-    first_.assign(tensors_.size(), 0);
-  }
+  make_tensors();
   const size_t parts = layout_.tensors.front().dtype == KvDtype::kU32 ? 3 : 1;
   mx::array keys = append(2 * size_t(layer) * parts, k);
   mx::array values = append((2 * size_t(layer) + 1) * parts, v);
@@ -85,8 +119,7 @@ std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot) 
       }
       first += n;
     }
-    cache->tensors_.push_back(std::move(tensor));
-    cache->first_.push_back(begin);
+    cache->add_tensor(std::move(tensor), begin);
   }
   return cache;
 }
@@ -96,8 +129,10 @@ std::unique_ptr<KvCache> DenseKvCache::clone() const {
   auto copy = std::make_unique<DenseKvCache>(layout_, tokens_);
   copy->length_ = length_;
   copy->tensors_ = tensors_;
+  copy->storage_ = storage_;
   copy->first_ = first_;
   copy->sealed_ = sealed_;
+  count_like(*copy);
   return copy;
 }
 
@@ -132,16 +167,14 @@ void DenseKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) {
     const mx::array& tensor = tensors_[t];
     tensors_[t] = mx::contiguous(mx::slice(tensor, {0, 0, behind, 0}, tensor.shape()));
     mx::eval({tensors_[t]});
+    storage_[t] = std::make_shared<char>();
     first_[t] = first;
   }
+  recount();
 }
 
-std::vector<KvCache::HeldBuffer> DenseKvCache::buffers() const {
-  // By the array's identity: nothing is evaluated in the middle of a forward pass.
-  std::vector<HeldBuffer> held;
-  for (const mx::array& tensor : tensors_) held.push_back({reinterpret_cast<const void*>(tensor.id()), tensor.nbytes(), false});
-  return held;
-}
+// Not by the array, which every append replaces, nor by its memory, which is there only once it is evaluated.
+KvCache::HeldBuffer DenseKvCache::buffer(size_t i) const { return {storage_[i].get(), tensors_[i].nbytes(), false}; }
 
 KvSnapshot DenseKvCache::snapshot(const Identity& identity) const {
   KvSnapshot snapshot{identity, layout_, tokens_, {}};

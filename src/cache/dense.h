@@ -19,14 +19,24 @@ class DenseKvCache : public KvCache {
   std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
 
+  size_t growth(int rows) const override;
+  void grow(int rows) override;
+  size_t cut_cost(int) const override { return 0; }  // rows past the length are overwritten
   bool can_truncate(int n_tokens) const override;
   std::unique_ptr<KvCache> clone() const override;
-  std::vector<HeldBuffer> buffers() const override;
   void replace_run(int i, std::shared_ptr<const SealedRun> run) override;
   KvSnapshot snapshot(const Identity& identity) const override;
 
  private:
   void drop_rows(int n_tokens) override;
+  size_t n_buffers() const override { return tensors_.size(); }
+  HeldBuffer buffer(size_t i) const override;
+  /// Empty tensors, where there are none yet.
+  void make_tensors();
+  void add_tensor(mx::array tensor, int first);
+  /// Rows that tensor `t` must be able to hold when there are `rows` more: whole segments.
+  int capacity_for(size_t t, int rows) const;
+  void grow_tensor(size_t t, int rows);
   CacheValidation validate_buffers() const override;
   /// Appends to the tensor, and if it is quantized to those of its scales and biases; gives back the rows held.
   mx::array append(size_t tensor, const mx::array& rows);
@@ -35,6 +45,7 @@ class DenseKvCache : public KvCache {
   int first_needed(size_t t) const;
 
   std::vector<mx::array> tensors_;  // one per layout tensor, [1, H_kv, capacity, D]; empty before the first row
+  std::vector<std::shared_ptr<const char>> storage_;  // one per tensor, shared with the clones that share its array
   std::vector<int> first_;          // per tensor the position of its first row, a multiple of kSegmentTokens
   std::vector<std::shared_ptr<const SealedRun>> sealed_;  // runs mapped from their segment files; nullptr: not mapped
 };

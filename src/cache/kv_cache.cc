@@ -1,10 +1,22 @@
 #include "torpor/cache.h"
 
+#include <algorithm>
+
 #include "cache/dense.h"
+#include "cache/ledger.h"
 #include "cache/segmented.h"
 #include "torpor/error.h"
 
 namespace torpor {
+
+struct KvCache::Shares {
+  std::vector<KvLedger::Share> of_buffers;
+};
+
+KvCache::KvCache(KvLayout layout, std::vector<int32_t> tokens)
+    : layout_(std::move(layout)), tokens_(std::move(tokens)), length_(int(tokens_.size())), shares_(std::make_unique<Shares>()) {}
+
+KvCache::~KvCache() = default;
 
 std::unique_ptr<KvCache> KvCache::create(const KvLayout& layout, Backend backend) {
   if (backend == Backend::kKernels) return std::make_unique<SegmentedKvCache>(layout);
@@ -29,6 +41,30 @@ void KvCache::truncate(int n_tokens) {
   drop_rows(n_tokens);
   length_ = n_tokens;
   if (int(tokens_.size()) > n_tokens) tokens_.resize(size_t(n_tokens));
+  recount();
+}
+
+std::vector<KvCache::HeldBuffer> KvCache::buffers() const {
+  std::vector<HeldBuffer> held;
+  for (size_t i = 0; i < n_buffers(); ++i) held.push_back(buffer(i));
+  return held;
+}
+
+void KvCache::count_in(std::shared_ptr<KvLedger> ledger) {
+  shares_->of_buffers.clear();
+  ledger_ = std::move(ledger);
+  recount();
+}
+
+void KvCache::recount(size_t first, size_t end) {
+  if (ledger_ == nullptr) return;
+  std::vector<KvLedger::Share>& shares = shares_->of_buffers;
+  const size_t n = n_buffers();
+  shares.resize(n);
+  for (size_t i = first; i < std::min(n, end); ++i) {
+    const HeldBuffer held = buffer(i);
+    if (!shares[i].is(held.data, held.bytes, held.mapped)) shares[i] = {ledger_, held.data, held.bytes, held.mapped};
+  }
 }
 
 size_t KvCache::nbytes() const {

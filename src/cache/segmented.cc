@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "torpor/error.h"
 
 namespace torpor {
 
 KvBuffer SegmentedKvCache::new_run() const {
-  make_room(run_bytes());
   const std::shared_ptr<std::byte> buffer = mlx_buffer(run_bytes());
   return {buffer.get(), run_bytes(), buffer};
 }
@@ -42,11 +42,32 @@ std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& sn
   return cache;
 }
 
-std::span<const KvBuffer> SegmentedKvCache::reserve(int n) {
-  if (open_shared_) own_run(length_ / kSegmentTokens, length_ % kSegmentTokens);
-  const size_t needed = (size_t(length_) + n + kSegmentTokens - 1) / kSegmentTokens;
+bool SegmentedKvCache::open_shared() const {
+  const size_t open = size_t(length_ / kSegmentTokens);
+  return length_ % kSegmentTokens != 0 && runs_[open].owner.use_count() > 1;
+}
+
+size_t SegmentedKvCache::growth(int rows) const {
+  const size_t needed = size_t(length_ + rows + kSegmentTokens - 1) / kSegmentTokens;
+  const size_t added = needed > runs_.size() ? needed - runs_.size() : 0;
+  const size_t runs = added + (rows > 0 && open_shared() ? 1 : 0);
+  return runs == 0 ? 0 : runs * run_bytes();
+}
+
+void SegmentedKvCache::grow(int rows) {
+  if (rows > 0 && open_shared()) {
+    const int open = length_ / kSegmentTokens;
+    own_run(open, length_ % kSegmentTokens);
+    recount(size_t(open), size_t(open) + 1);
+  }
+  const size_t held = runs_.size(), needed = size_t(length_ + rows + kSegmentTokens - 1) / kSegmentTokens;
   while (runs_.size() < needed) runs_.push_back(new_run());
-  return {runs_.data(), needed};
+  if (runs_.size() > held) recount(held);
+}
+
+std::span<const KvBuffer> SegmentedKvCache::reserve(int n) {
+  grow(n);
+  return {runs_.data(), size_t(length_ + n + kSegmentTokens - 1) / kSegmentTokens};
 }
 
 std::pair<mx::array, mx::array> SegmentedKvCache::update_and_fetch(int, const mx::array&, const mx::array&) {
@@ -54,10 +75,18 @@ std::pair<mx::array, mx::array> SegmentedKvCache::update_and_fetch(int, const mx
 }
 
 void SegmentedKvCache::advance(int n) {
+  const int before = length_;
   KvCache::advance(n);
   while (sealed_.size() < size_t(length_ / kSegmentTokens)) {
     const KvBuffer& full = runs_[sealed_.size()];
     sealed_.push_back(std::make_shared<const SealedRun>(std::span<const std::byte>(full.data, full.size), full.owner));
+  }
+  // What a window has just left behind of mapped runs no longer counts.
+  int last = 0;
+  for (const KvTensorSpec& tensor : layout_.tensors) {
+    if (tensor.window == std::exchange(last, tensor.window) || tensor.window == 0) continue;
+    const auto first_attended = [&](int length) { return size_t(std::max(0, length - tensor.window) / kSegmentTokens); };
+    if (first_attended(before) < first_attended(length_)) recount(first_attended(before), first_attended(length_));
   }
 }
 
@@ -65,27 +94,27 @@ void SegmentedKvCache::own_run(int i, int open) {
   KvBuffer buffer = new_run();
   copy_rows(runs_[size_t(i)].data, kSegmentTokens, buffer.data, kSegmentTokens, open);
   runs_[size_t(i)] = std::move(buffer);
-  open_shared_ = false;
 }
 
 bool SegmentedKvCache::can_truncate(int n_tokens) const {
   if (n_tokens > length_) return false;
-  // Of a mapped run only those rows are certain to have been checked that could be attended all along.
-  for (size_t i = 0; i < runs_.size(); ++i) {
-    if (!runs_[i].mapped) continue;
-    const int64_t first = int64_t(i) * kSegmentTokens;
-    for (const KvTensorSpec& tensor : layout_.tensors) {
-      if (first < n_tokens && KvLayout::attended(tensor, first, kSegmentTokens, n_tokens) &&
-          !KvLayout::attended(tensor, first, kSegmentTokens, length_)) {
-        return false;
-      }
+  for (size_t i = 0; i < sealed_.size() && int(i) * kSegmentTokens < n_tokens; ++i) {
+    const TensorMask& checked = sealed_[i]->checked();
+    for (size_t t = 0; t < checked.size(); ++t) {
+      if (!checked[t] && KvLayout::attended(layout_.tensors[t], int64_t(i) * kSegmentTokens, kSegmentTokens, n_tokens)) return false;
     }
   }
   return true;
 }
 
 size_t SegmentedKvCache::cut_cost(int n_tokens) const {
-  return n_tokens % kSegmentTokens != 0 && n_tokens / kSegmentTokens < length_ / kSegmentTokens ? run_bytes() : 0;
+  const int keep = n_tokens / kSegmentTokens, open = n_tokens % kSegmentTokens;
+  size_t bytes = open != 0 && size_t(keep) < sealed_.size() ? run_bytes() : 0;
+  // What windows had left behind of mapped runs counts again.
+  for (size_t i = 0; i < size_t(keep); ++i) {
+    if (runs_[i].mapped) bytes += attended_bytes(i, n_tokens) - attended_bytes(i, length_);
+  }
+  return bytes;
 }
 
 std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
@@ -94,8 +123,7 @@ std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
   const int held = (length_ + kSegmentTokens - 1) / kSegmentTokens;
   copy->runs_.assign(runs_.begin(), runs_.begin() + held);
   copy->sealed_ = sealed_;
-  copy->make_room_ = make_room_;
-  copy->open_shared_ = open_shared_ = length_ % kSegmentTokens != 0;
+  count_like(*copy);
   return copy;
 }
 
@@ -106,25 +134,20 @@ void SegmentedKvCache::drop_rows(int n_tokens) {
   if (open > 0 && size_t(keep) < sealed_.size()) own_run(keep, open);
   sealed_.resize(std::min(sealed_.size(), size_t(keep)));
   runs_.erase(runs_.begin() + keep + (open > 0 ? 1 : 0), runs_.end());
-  if (open == 0) open_shared_ = false;
 }
 
-size_t SegmentedKvCache::attended_bytes(size_t i) const {
+size_t SegmentedKvCache::attended_bytes(size_t i, int length) const {
   size_t bytes = 0;
   for (const KvTensorSpec& tensor : layout_.tensors) {
-    if (KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, kSegmentTokens, length_)) {
+    if (KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, kSegmentTokens, length)) {
       bytes += tensor.bytes_per_token() * kSegmentTokens;
     }
   }
   return bytes;
 }
 
-std::vector<KvCache::HeldBuffer> SegmentedKvCache::buffers() const {
-  std::vector<HeldBuffer> held;
-  for (size_t i = 0; i < runs_.size(); ++i) {
-    held.push_back({runs_[i].data, runs_[i].mapped ? attended_bytes(i) : run_bytes(), runs_[i].mapped});
-  }
-  return held;
+KvCache::HeldBuffer SegmentedKvCache::buffer(size_t i) const {
+  return {runs_[i].data, runs_[i].mapped ? attended_bytes(i, length_) : run_bytes(), runs_[i].mapped};
 }
 
 void SegmentedKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) {
@@ -133,6 +156,7 @@ void SegmentedKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) 
   }
   runs_[size_t(i)] = buffer_of(run);
   sealed_[size_t(i)] = std::move(run);
+  recount(size_t(i), size_t(i) + 1);
 }
 
 KvSnapshot SegmentedKvCache::snapshot(const Identity& identity) const {

@@ -20,21 +20,26 @@ class SegmentedKvCache : public KvCache {
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
 
   bool can_truncate(int n_tokens) const override;
+  size_t growth(int rows) const override;
+  void grow(int rows) override;
   size_t cut_cost(int n_tokens) const override;
   std::unique_ptr<KvCache> clone() const override;
-  std::vector<HeldBuffer> buffers() const override;
   void replace_run(int i, std::shared_ptr<const SealedRun> run) override;
   void advance(int n) override;
   KvSnapshot snapshot(const Identity& identity) const override;
 
  private:
   void drop_rows(int n_tokens) override;
+  size_t n_buffers() const override { return runs_.size(); }
+  HeldBuffer buffer(size_t i) const override;
+  /// Whether a clone holds the open run too.
+  bool open_shared() const;
   CacheValidation validate_buffers() const override;
   size_t run_bytes() const { return layout_.offset(layout_.tensors.size(), kSegmentTokens); }
   KvBuffer new_run() const;
   static KvBuffer buffer_of(const std::shared_ptr<const SealedRun>& run);
-  /// Bytes of run `i` that can still be attended.
-  size_t attended_bytes(size_t i) const;
+  /// Bytes of run `i` that can still be attended when `length` tokens are held.
+  size_t attended_bytes(size_t i, int length) const;
   /// Copies the first `n` rows of every tensor between a run of `from_tokens` and one of `to_tokens` capacity.
   void copy_rows(const std::byte* from, int from_tokens, std::byte* to, int to_tokens, int n) const;
 
@@ -43,7 +48,6 @@ class SegmentedKvCache : public KvCache {
 
   std::vector<KvBuffer> runs_;  // of run_bytes() each; may reach past length_ (reserved)
   std::vector<std::shared_ptr<const SealedRun>> sealed_;  // the first length_ / kSegmentTokens of runs_
-  mutable bool open_shared_ = false;  // a clone may hold the open run too: it is copied before it is written
 };
 
 }  // namespace torpor

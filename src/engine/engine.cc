@@ -277,6 +277,8 @@ std::vector<float> Engine::next_logits(const std::string& id) {
       throw Error(ErrorCode::kInvalidArgument, "The last token of agent '" + id + "' is not known; say something to it.");
     }
     copy->truncate(copy->length() - 1);
+    const Growth growth{copy.get(), 1};
+    agents.reserve({&growth, 1});
     const ForwardSequence sequence{{&last, 1}, copy.get(), false};
     const mx::array logits = impl_->parts.model->forward({&sequence, 1});
     return std::vector<float>(logits.data<float>(), logits.data<float>() + logits.size());

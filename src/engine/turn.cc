@@ -43,13 +43,16 @@ EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler
 void EngineTurn::compute(EngineParts& parts, std::span<EngineTurn* const> turns) {
   std::vector<EngineTurn*> computing;
   std::vector<ForwardSequence> batch;
+  std::vector<Growth> growths;
   for (EngineTurn* turn : turns) {
     const std::span<const int32_t> rows = turn->generation_.next_rows(parts.pace->rows());
     if (rows.empty()) continue;
     computing.push_back(turn);
+    growths.push_back({&turn->transaction_.cache(), int(rows.size())});
     batch.push_back({.tokens = rows, .kv = &turn->transaction_.cache(), .no_logits = !turn->generation_.wants_logits()});
   }
   if (batch.empty()) return;
+  parts.agents->reserve(growths);
   const auto start = Clock::now();
   const mx::array logits = parts.model->forward(batch);
   // The speed of a prefill; a token of an answer takes longer than one of many.

@@ -1,0 +1,118 @@
+/// What the manager hands to the writer, and what comes back.
+
+#include <new>
+#include <utility>
+
+#include "agents/manager.h"
+
+namespace torpor {
+namespace {
+
+// Errors kept for finish_saves, which whoever never calls it must not pile up.
+constexpr size_t kMaxUntold = 64;
+
+}  // namespace
+
+void AgentManager::save_behind(Agent& agent) {
+  settle();
+  if (!agent.dirty() || !agent.whole() || agent.queued_version == agent.version) return;
+  try {
+    submit(agent);
+  } catch (const std::bad_alloc&) {
+    throw Error(ErrorCode::kResourceExhausted, "Out of memory while saving agent '" + agent.id + "'; let other agents sleep first.");
+  }
+  agent.queued_version = agent.version;
+}
+
+void AgentManager::submit(Agent& agent) {
+  Writer::Job job{.agent = agent.id, .ticket = agent.ticket, .version = agent.version, .snapshot = agent.cache->snapshot(agent.identity),
+                  .model = options_.model_name, .user = encode_record(agent.record(), agent.cache->tokens().size())};
+  job.new_bytes = job.snapshot.tail.bytes.size();
+  for (const auto& run : job.snapshot.sealed) {
+    if (run->segment() == nullptr) job.new_bytes += run->bytes().size();
+  }
+  writer_.submit(std::move(job));
+}
+
+SaveResult AgentManager::save(Agent& agent) {
+  save_behind(agent);
+  finish_writes(agent);
+  if (agent.save_error) throw Error(*std::exchange(agent.save_error, std::nullopt));
+  return std::exchange(agent.last_save, {});
+}
+
+void AgentManager::save_all(const Writer::Progress& progress) {
+  for (auto& [id, agent] : awake_) save_behind(agent);
+  finish_saves(progress);
+}
+
+void AgentManager::finish_saves(const Writer::Progress& progress) {
+  writer_.wait_all(progress);
+  settle();
+  if (!untold_.empty()) {
+    const Error first = untold_.front();
+    untold_.erase(untold_.begin());
+    throw first;
+  }
+  for (auto& [id, agent] : awake_) {
+    if (agent.save_error) throw Error(*std::exchange(agent.save_error, std::nullopt));
+  }
+}
+
+Agent* AgentManager::find(uint64_t ticket, const std::string& id) {
+  if (const auto found = awake_.find(id); found != awake_.end()) return found->second.ticket == ticket ? &found->second : nullptr;
+  for (Agent& agent : nameless_) {
+    if (agent.ticket == ticket) return &agent;
+  }
+  return nullptr;
+}
+
+void AgentManager::settle() {
+  prefetcher_.let_stale_go();
+  for (Writer::Outcome& outcome : writer_.collect()) {
+    Agent* const agent = find(outcome.ticket, outcome.agent);
+    if (agent == nullptr) {
+      // Its agent is gone. What has another name, or none, is another one's.
+      if (outcome.error) remember(std::move(*outcome.error));
+      continue;
+    }
+    if (outcome.error) {
+      agent->save_error = std::move(outcome.error);
+      agent->queued_version = agent->saved_version;
+      continue;
+    }
+    agent->saved_version = outcome.version;
+    agent->segments = outcome.result.segments;
+    agent->last_save.bytes_written += outcome.result.bytes_written;
+    agent->last_save.segments_written += outcome.result.segments_written;
+    agent->last_save.segments_shared = outcome.result.segments_shared;
+    agent->damage.reset();
+    agent->save_error.reset();
+    // Whoever holds it may be computing with its rows, so they stay where they are until then.
+    agent->holds == 0 ? release_behind_window(*agent) : void(agent->releasable = true);
+  }
+}
+
+void AgentManager::remember(Error error) {
+  if (untold_.size() < kMaxUntold) untold_.push_back(std::move(error));
+}
+
+void AgentManager::finish_writes(Agent& agent) {
+  writer_.wait(agent.ticket);
+  settle();
+}
+
+void AgentManager::release_behind_window(Agent& agent) {
+  if (agent.cache == nullptr || !agent.cache->layout().has_windows()) return;
+  const std::vector<KvTensorSpec>& tensors = agent.cache->layout().tensors;
+  const std::vector<KvCache::HeldBuffer> buffers = agent.cache->buffers();
+  for (size_t i = 0; i < std::min(agent.segments.size(), buffers.size()); ++i) {
+    const auto behind = [&](const KvTensorSpec& tensor) {
+      return !KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, kSegmentTokens, agent.cache->length());
+    };
+    if (buffers[i].mapped || std::none_of(tensors.begin(), tensors.end(), behind)) continue;
+    if (const auto run = store_.map_segment(agent.segments[i])) agent.cache->replace_run(int(i), run);
+  }
+}
+
+}  // namespace torpor

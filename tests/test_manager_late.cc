@@ -1,0 +1,156 @@
+// What comes late: outcomes of saves whose agents are gone, agents loaded ahead that nobody wakes, and an id that another
+// process takes between the look and the lock.
+
+#include <thread>
+
+#include <gtest/gtest.h>
+
+#include "fault_env.h"
+#include "manager_fixture.h"
+
+namespace torpor {
+namespace {
+
+using Late = Manager;
+
+INSTANTIATE_TEST_SUITE_P(Windows, Late, ::testing::Values(0, 300));
+
+AgentHold nameless_prompt(AgentManager& manager, std::span<const int32_t> tokens) {
+  AgentHold agent = manager.stateless();
+  compute(*agent->cache, tokens);
+  agent->changed();
+  return agent;
+}
+
+TEST_P(Late, TheSaveOfANamelessPromptSaysNothingAboutTheNext) {
+  auto manager = make();
+  {
+    const AgentHold first = nameless_prompt(*manager, ids(2000, 1));
+    manager->save_behind(*first);
+  }
+  const std::vector<int32_t> other = ids(2000, 2);
+  const AgentHold second = nameless_prompt(*manager, other);
+  manager->finish_saves();
+  EXPECT_TRUE(second->dirty());
+  EXPECT_TRUE(second->segments.empty());
+  expect_sound(*second->cache);
+  EXPECT_EQ(manager->save(*second).segments_written, 7);
+  EXPECT_EQ(store_.find_prefix(testing::test_identity(), layout(), other), 1792);
+}
+
+TEST_P(Late, ErrorsOfSavesWhoseAgentsAreGoneAreToldOnceByFinishSaves) {
+  testing::FaultEnv env(directory_.path() / "faulty", directory_.path() / "attic");
+  Store store(directory_.path() / "faulty", &env);
+  AgentManager manager(store, {.model_name = "m", .identity = testing::test_identity(), .layout = layout()});
+  for (const char* id : {"a", "b"}) say(manager, id, ids(10, 1));
+  env.fail_at(1, ENOSPC, true);
+  manager.save_behind(*nameless_prompt(manager, ids(600, 1)));
+  const AgentHold second = nameless_prompt(manager, ids(600, 2));
+  EXPECT_EQ(testing::code_of([&] { manager.finish_saves(); }), ErrorCode::kIo);
+  EXPECT_FALSE(second->save_error.has_value());
+  EXPECT_NO_THROW(manager.finish_saves());
+  manager.save_behind(*manager.wake("a"));
+  manager.drop("a");
+  EXPECT_EQ(testing::code_of([&] { manager.finish_saves(); }), ErrorCode::kIo);
+  // What was to be removed anyway has no error to tell.
+  manager.save_behind(*manager.wake("b"));
+  for (int i = 0; i < 10000 && !manager.wake("b")->save_error; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  ASSERT_TRUE(manager.wake("b")->save_error.has_value());
+  env.fail_at(0, 0);
+  manager.remove("b");
+  EXPECT_NO_THROW(manager.finish_saves());
+}
+
+TEST_P(Late, AwakeAgentsAndFailedLoadsKeepNoSlot) {
+  auto manager = make();
+  for (const char* id : {"a", "b", "c", "d", "asleep"}) say(*manager, id, ids(300, unsigned(id[0])));
+  manager->sleep("asleep");
+  for (const char* id : {"a", "b", "c", "d"}) EXPECT_FALSE(manager->prefetch(id));
+  manager->save_all();
+  // Elsewhere they are awake, so their loads fail; no slot is lost to that.
+  auto elsewhere = make();
+  for (const char* id : {"a", "b", "c", "d"}) {
+    manager->drop(id);
+    elsewhere->wake(id);
+  }
+  for (const char* id : {"a", "b", "c", "d"}) EXPECT_TRUE(manager->prefetch(id));
+  bool begun = false;
+  for (int i = 0; i < 10000 && !begun; ++i) {
+    begun = manager->prefetch("asleep");
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_TRUE(begun);
+  EXPECT_EQ(manager->wake("asleep")->cache->length(), 300);
+}
+
+TEST_P(Late, APrefetchedAgentThatNobodyWakesIsLetGo) {
+  ManagerOptions options{.model_name = "m", .identity = testing::test_identity(), .layout = layout()};
+  options.prefetch = {.slots = 1, .patience = std::chrono::milliseconds(0)};
+  AgentManager manager(store_, options);
+  for (const char* id : {"a", "b"}) {
+    say(manager, id, ids(300, unsigned(id[0])));
+    manager.sleep(id);
+  }
+  EXPECT_TRUE(manager.prefetch("a"));
+  bool begun = false;
+  for (int i = 0; i < 10000 && !begun; ++i) {
+    begun = manager.prefetch("b");
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_TRUE(begun);
+  EXPECT_NO_THROW(store_.lock_agent("a"));
+  bool free = false;
+  for (int i = 0; i < 10000 && !free; ++i) {
+    manager.finish_saves();
+    free = !testing::code_of([&] { store_.lock_agent("b"); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_TRUE(free);
+}
+
+TEST_P(Late, WhatWasPrefetchedCountsAndGoesWhenNobodyElseCan) {
+  auto manager = make(8 * run_bytes());
+  say(*manager, "a", ids(1000, 1));
+  manager->sleep("a");
+  EXPECT_TRUE(manager->prefetch("a"));
+  int64_t held = 0;
+  for (int i = 0; i < 10000 && held == 0; ++i) {
+    held = manager->memory_usage().kv_bytes;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_GT(held, 0);
+  const AgentHold big = say(*manager, "big", ids(2000, 2));
+  EXPECT_EQ(manager->memory_usage().kv_bytes, int64_t(8 * run_bytes()));
+  EXPECT_NO_THROW(store_.lock_agent("a"));
+}
+
+// Makes an agent the moment somebody opens its lock file.
+class IntrudingEnv : public testing::FaultEnv {
+ public:
+  using FaultEnv::FaultEnv;
+  std::function<void()> intrude;
+  int raw_open(const char* path, OpenMode mode) override {
+    if (intrude && std::string(path).ends_with("eve.lock")) std::exchange(intrude, nullptr)();
+    return FaultEnv::raw_open(path, mode);
+  }
+};
+
+TEST_P(Late, AForkDoesNotReplaceAnAgentThatCameIntoBeingMeanwhile) {
+  IntrudingEnv env(directory_.path() / "shared", directory_.path() / "attic");
+  Store store(directory_.path() / "shared", &env);
+  AgentManager manager(store, {.model_name = "m", .identity = testing::test_identity(), .layout = layout()});
+  say(manager, "a", ids(600, 1));
+  env.intrude = [&] {
+    Store other(directory_.path() / "shared");
+    AgentManager elsewhere(other, {.model_name = "m", .identity = testing::test_identity(), .layout = layout()});
+    say(elsewhere, "eve", ids(40, 2));
+    elsewhere.sleep("eve");
+  };
+  EXPECT_EQ(testing::code_of([&] { manager.fork("a", "eve", std::nullopt); }), ErrorCode::kInvalidArgument);
+  manager.save_all();
+  EXPECT_FALSE(manager.is_awake("eve"));
+  EXPECT_EQ(manager.wake("eve")->cache->tokens(), ids(40, 2));
+}
+
+}  // namespace
+}  // namespace torpor

@@ -1,0 +1,164 @@
+// A turn is committed with its answer, or leaves no trace. Rows are made up; tokenizer and template are a real model's.
+
+#include <gtest/gtest.h>
+
+#include "agents/turn_transaction.h"
+#include "manager_fixture.h"
+
+namespace torpor {
+namespace {
+
+const std::string kModel = TORPOR_SOURCE_DIR "/.models/smollm2-135m";
+
+class Turns : public Manager {
+ protected:
+  TurnInput input(const std::string& prompt, bool raw = true) const {
+    return {.prompt = prompt, .raw = raw, .tokenizer = tokenizer_, .chat_template = template_};
+  }
+  static void append(AgentManager& manager, TurnTransaction& turn, std::span<const int32_t> tokens) {
+    const Growth growth{&turn.cache(), int(tokens.size())};
+    manager.reserve({&growth, 1});
+    compute(turn.cache(), tokens);
+  }
+  /// A whole turn, with an answer of `answered` tokens.
+  void answer(AgentManager& manager, const std::string& id, const TurnInput& input, int answered = 5) const {
+    TurnTransaction turn(manager, manager.wake(id), input);
+    append(manager, turn, turn.pending());
+    append(manager, turn, ids(answered, 9));
+    turn.commit("answer", true);
+    EXPECT_EQ(turn.save(SaveMode::kNo), 0);
+  }
+  static std::string words(int n, const std::string& word = " lamp") {
+    std::string text;
+    for (int i = 0; i < n; ++i) text += word;
+    return text;
+  }
+
+  const std::shared_ptr<const Tokenizer> tokenizer_ = Tokenizer::load(kModel);
+  const std::shared_ptr<const ChatTemplate> template_ = ChatTemplate::load(kModel);
+};
+
+INSTANTIATE_TEST_SUITE_P(Windows, Turns, ::testing::Values(0, 300));
+
+TEST_P(Turns, ACommittedTurnIsHistoryAndMessages) {
+  auto manager = make();
+  TurnInput first = input("Hello.", false);
+  first.system = "Be brief.";
+  answer(*manager, "a", first);
+  const AgentHold agent = manager->wake("a");
+  ASSERT_EQ(agent->messages.size(), 3u);
+  EXPECT_EQ(agent->messages[0].role, "system");
+  EXPECT_EQ(agent->messages[1].content, "Hello.");
+  EXPECT_EQ(agent->messages[2].content, "answer");
+  EXPECT_EQ(agent->messages[2].end, agent->cache->length());
+  EXPECT_EQ(agent->history, agent->cache->tokens());
+  EXPECT_TRUE(agent->dirty());
+  TurnTransaction turn(*manager, manager->wake("a"), input("And now?", false));
+  EXPECT_EQ(turn.reused(), agent->cache->length());
+  append(*manager, turn, turn.pending());
+  turn.commit("answer", true);
+  EXPECT_GT(turn.save(SaveMode::kWait), 0);
+  EXPECT_FALSE(agent->dirty());
+}
+
+TEST_P(Turns, ATurnThatIsNotCommittedLeavesTheAgentAsItWas) {
+  for (const bool saved : {false, true}) {
+    auto manager = make();
+    const std::string id = saved ? "saved" : "unsaved";
+    answer(*manager, id, input(words(800)));
+    if (saved) {
+      manager->sleep(id);
+      manager->wake(id);
+    }
+    const AgentHold agent = manager->wake(id);
+    const std::vector<int32_t> tokens = agent->cache->tokens();
+    const uint64_t version = agent->version;
+    const std::vector<std::string> segments = agent->segments;
+    for (const int computed : {0, 1, 300, 700}) {
+      {
+        TurnTransaction turn(*manager, manager->wake(id), input(words(900, " sea")));
+        append(*manager, turn, turn.pending().first(size_t(computed)));
+      }
+      EXPECT_EQ(agent->cache->tokens(), tokens) << computed;
+      EXPECT_EQ(agent->history, tokens);
+      EXPECT_EQ(agent->version, version);
+      EXPECT_EQ(agent->messages.size(), 2u);
+      EXPECT_EQ(agent->segments, segments);
+      EXPECT_EQ(agent->dirty(), !saved);
+      expect_sound(*agent->cache);
+    }
+  }
+}
+
+TEST_P(Turns, RowsThatATurnBeganByCuttingComeBack) {
+  auto manager = make();
+  answer(*manager, "a", input(words(300)));
+  {
+    // Cancelled in the prefill: its rows stay for when it is asked again.
+    TurnTransaction turn(*manager, manager->wake("a"), input(words(700, " sea")));
+    append(*manager, turn, turn.pending().first(600));
+    turn.commit("", false);
+  }
+  const AgentHold agent = manager->wake("a");
+  const std::vector<int32_t> tokens = agent->cache->tokens();
+  const uint64_t version = agent->version;
+  EXPECT_EQ(agent->history.size() + 600, tokens.size());
+  {
+    TurnTransaction turn(*manager, manager->wake("a"), input(words(700, " sea") + words(10)));
+    EXPECT_EQ(turn.reused(), int(tokens.size()));
+  }
+  {
+    TurnTransaction turn(*manager, manager->wake("a"), input(words(100, " wind")));
+    EXPECT_EQ(turn.reused(), int(agent->history.size()));
+    append(*manager, turn, turn.pending());
+  }
+  EXPECT_EQ(agent->cache->tokens(), tokens);
+  EXPECT_EQ(agent->version, version);
+  expect_sound(*agent->cache);
+}
+
+TEST_P(Turns, AnAgentThatOnlyAFailedTurnWokeGoesBackToSleep) {
+  auto manager = make();
+  answer(*manager, "a", input(words(300)));
+  manager->sleep("a");
+  for (const char* id : {"a", "new"}) {
+    {
+      TurnTransaction turn(*manager, manager->wake(id), input(words(50, " sea")));
+      append(*manager, turn, turn.pending());
+    }
+    EXPECT_FALSE(manager->is_awake(id));
+  }
+  EXPECT_FALSE(store_.contains("new"));
+  TurnInput other = input("Hello.", false);
+  other.system = "Be brief.";
+  EXPECT_EQ(testing::code_of([&] { TurnTransaction(*manager, manager->wake("a"), other); }), ErrorCode::kInvalidArgument);
+  EXPECT_FALSE(manager->is_awake("a"));
+}
+
+TEST_P(Turns, OneTurnOfAnAgentAtATime) {
+  auto manager = make();
+  TurnTransaction turn(*manager, manager->wake("a"), input("Hello."));
+  EXPECT_EQ(testing::code_of([&] { TurnTransaction(*manager, manager->wake("a"), input("Hello.")); }), ErrorCode::kBusy);
+  EXPECT_EQ(testing::code_of([&] { manager->sleep("a"); }), ErrorCode::kBusy);
+  append(*manager, turn, turn.pending());
+  turn.commit("answer", true);
+  EXPECT_EQ(turn.agent().messages.size(), 2u);
+}
+
+TEST_P(Turns, ARollBackAtTheEdgeOfTheBudgetSucceeds) {
+  auto manager = make(4 * run_bytes());
+  answer(*manager, "a", input(words(300)), 20);
+  const AgentHold agent = manager->wake("a");
+  const std::vector<int32_t> tokens = agent->cache->tokens();
+  {
+    TurnTransaction turn(*manager, manager->wake("a"), input(words(800, " sea")));
+    append(*manager, turn, turn.pending().first(1024 - tokens.size()));
+    EXPECT_EQ(manager->memory_usage().kv_bytes, int64_t(4 * run_bytes()));
+  }
+  EXPECT_EQ(agent->cache->tokens(), tokens);
+  EXPECT_EQ(manager->memory_usage().kv_bytes, int64_t(2 * run_bytes()));
+  expect_sound(*agent->cache);
+}
+
+}  // namespace
+}  // namespace torpor
