@@ -104,7 +104,9 @@ class AgentManager {
   /// Every awake agent. All are tried; then the first error is thrown.
   void save_all(const Writer::Progress& progress = nullptr);
   /// Waits until what is queued is written, and takes nothing in. Any thread.
-  void wait_for_writes(const Writer::Progress& progress = nullptr) { writer_.wait_all(progress); }
+  void wait_for_writes(const Writer::Progress& progress = nullptr, size_t submitted = 0) {
+    writer_.wait_all(progress, submitted);
+  }
   /// Waits for what is queued, and throws the first error that was not told yet, be it of an agent that is gone.
   void finish_saves(const Writer::Progress& progress = nullptr);
 

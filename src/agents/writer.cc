@@ -50,9 +50,9 @@ void Writer::wait(uint64_t ticket) {
   changed_.wait(lock, [&] { return !busy_with(ticket); });
 }
 
-void Writer::wait_all(const Progress& progress) {
+void Writer::wait_all(const Progress& progress, size_t submitted) {
   std::unique_lock lock(mutex_);
-  const size_t total = queue_.size();
+  const size_t total = std::max(submitted, queue_.size());
   while (!queue_.empty()) {
     const size_t left = queue_.size();
     if (progress) {

@@ -45,7 +45,8 @@ class Writer {
   void submit(Job job);
   /// Until nothing of the agent is queued or being written.
   void wait(uint64_t ticket);
-  void wait_all(const Progress& progress = nullptr);
+  /// Until nothing is queued. `submitted` jobs count as to be done even where some were over before this call.
+  void wait_all(const Progress& progress = nullptr, size_t submitted = 0);
   /// What was finished since the last call, in order.
   std::vector<Outcome> collect();
   size_t queued_bytes() const;

@@ -176,7 +176,9 @@ void Engine::save_all(const std::function<void(int, int)>& progress) {
   impl_->guard([&] { impl_->scheduler.refuse_in_callbacks(); });
   AgentManager& agents = *impl_->parts.agents;
   std::exception_ptr first;
+  size_t unsaved = 0;
   for (const AgentMemory& memory : memory_usage().agents) {
+    unsaved += memory.unsaved ? 1 : 0;
     try {
       impl_->call({memory.agent}, [&] {
         if (agents.is_awake(memory.agent)) agents.save_behind(*agents.wake(memory.agent));
@@ -185,7 +187,7 @@ void Engine::save_all(const std::function<void(int, int)>& progress) {
       if (!first) first = std::current_exception();
     }
   }
-  impl_->guard([&] { agents.wait_for_writes(progress); });
+  impl_->guard([&] { agents.wait_for_writes(progress, unsaved); });
   try {
     finish_saves();
   } catch (const Error&) {
