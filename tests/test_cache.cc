@@ -169,6 +169,24 @@ TEST_P(CacheKinds, MappedRunsStayTheObjectsTheyWere) {
   expect_equal(cache->snapshot(mapped.identity), prefix_of(mapped, 300));
 }
 
+// A snapshot without the rows that a window left behind (LoadOptions::window_rows_only), read into memory.
+TEST_P(CacheKinds, RowsThatWereNotReadAreNotGoneOnFrom) {
+  KvSnapshot read = random_snapshot(1000, dtype(), allocate_heap_buffer, 1);
+  read.layout.tensors[2].window = read.layout.tensors[3].window = 300;
+  for (size_t i = 0; i < read.sealed.size(); ++i) {
+    read.sealed[i] = std::make_shared<const SealedRun>(read.sealed[i]->bytes(), read.sealed[i], /*mapped=*/false,
+                                                       read.layout.attended(int64_t(i) * 256, 256, 1000));
+  }
+  const auto cache = KvCache::restore(read, backend());
+  EXPECT_TRUE(cache->can_truncate(1000));
+  EXPECT_TRUE(cache->can_truncate(820));
+  EXPECT_FALSE(cache->can_truncate(811));
+  EXPECT_FALSE(cache->can_truncate(300));
+  const KvSnapshot again = cache->snapshot(read.identity);
+  EXPECT_EQ(again.sealed[0], read.sealed[0]);
+  expect_equal(again, read);
+}
+
 TEST(SegmentedCache, ARunThatFillsIsOneObjectForEveryone) {
   const auto cache = KvCache::create(make_layout(KvDtype::kF16), Backend::kKernels);
   const std::vector<int32_t> tokens(700, 5);

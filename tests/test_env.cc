@@ -3,7 +3,10 @@
 #include <fstream>
 #include <thread>
 
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "base/checked.h"
 #include "fault_env.h"
@@ -123,6 +126,42 @@ TEST(Env, AMissingFileIsNotFoundAndAShortOneCorruption) {
             }),
             ErrorCode::kCorruption);
   EXPECT_EQ(code_of([&] { env.read_file(directory.path() / "f", 4); }), ErrorCode::kResourceExhausted);
+}
+
+TEST(Env, NoMoreFilesAreMappedThanAProcessMayHold) {
+  TemporaryDirectory directory;
+  std::ofstream(directory.path() / "f") << "rows";
+  const File file = Env::posix().open(directory.path() / "f", OpenMode::kRead);
+  std::vector<std::shared_ptr<const std::byte>> mappings;
+  for (int i = 0; i < kMaxMappings; ++i) {
+    mappings.push_back(file.map(4));
+    ASSERT_NE(mappings.back(), nullptr) << i;
+  }
+  EXPECT_EQ(file.map(4), nullptr);
+  mappings.pop_back();
+  EXPECT_NE(file.map(4), nullptr);
+}
+
+TEST(Env, TellsWhetherAMappingIsInMemory) {
+  TemporaryDirectory directory;
+  const auto path = directory.path() / "f";
+  std::ofstream(path) << std::string(1 << 20, 'r');
+  const File file = Env::posix().open(path, OpenMode::kRead);
+  file.sync();
+  const auto mapping = file.map(1 << 20);
+  ASSERT_NE(mapping, nullptr);
+  // From within one page into another.
+  const std::span<const std::byte> all(mapping.get(), 1 << 20), part = all.subspan(5000, 300'000);
+  EXPECT_EQ(std::count(all.begin(), all.end(), std::byte('r')), 1 << 20);
+  EXPECT_TRUE(Env::posix().raw_in_memory(part));
+#ifdef __linux__
+  ::madvise(const_cast<std::byte*>(mapping.get()), 1 << 20, MADV_DONTNEED);
+  if (::posix_fadvise(file.fd(), 0, 0, POSIX_FADV_DONTNEED) != 0) GTEST_SKIP() << "this file system keeps its pages";
+  if (Env::posix().raw_in_memory(all)) GTEST_SKIP() << "this file system keeps its pages";
+  EXPECT_FALSE(Env::posix().raw_in_memory(part));
+  EXPECT_EQ(part[0], std::byte('r'));
+  EXPECT_TRUE(Env::posix().raw_in_memory(part.first(1)));
+#endif
 }
 
 TEST(Env, LocksExcludeEachOtherInOneProcessToo) {

@@ -8,6 +8,7 @@
 #include <mlx/mlx.h>
 
 #include "fault_env.h"
+#include "counting_env.h"
 #include "manager_fixture.h"
 #include "torpor/agents.h"
 
@@ -15,6 +16,72 @@ namespace torpor {
 namespace {
 
 using testing::TemporaryDirectory;
+
+TEST_P(Manager, RowsThatRottedUnderAMappingAreComputedAgain) {
+  const std::vector<int32_t> known = ids(1500, 1);
+  {
+    auto manager = make();
+    manager->save(*say(*manager, "ada", known));
+  }
+  testing::CountingEnv env;
+  Store store(directory_.path() / "store", &env);
+  AgentManager manager(store, {.model_name = "m", .identity = testing::test_identity(), .layout = layout(),
+                               .backend = Backend::kKernels, .durability = Durability::kRename});
+  const std::string name = manager.wake("ada")->segments[4];
+  manager.fork("ada", "eve", std::nullopt);
+  manager.finish_saves();
+  ASSERT_GT(manager.memory_usage().mapped_bytes, 0);
+  {
+    std::fstream file(directory_.path() / "store/segments" / name.substr(0, 2) / (name + ".safetensors"), std::ios::in | std::ios::out);
+    file.seekp(-2000, std::ios::end);  // before the token list
+    file.put(file.peek() ^ 1);
+  }
+  EXPECT_FALSE(manager.wake("ada")->damage) << "its pages never left";
+  env.in_memory = false;
+  {
+    AgentHold ada = manager.wake("ada");
+    ASSERT_TRUE(ada->damage);
+    EXPECT_NE(ada->damage->find(name), std::string::npos);
+    EXPECT_EQ(ada->cache->length(), 4 * kSegmentTokens);
+    EXPECT_EQ(ada->history, known);
+    compute(*ada->cache, std::span(known).subspan(4 * kSegmentTokens));
+    expect_sound(*ada->cache);
+    manager.save(*ada);
+  }
+  EXPECT_TRUE(store.verify("ada")[0].problems.empty()) << "the segment was written again";
+  // Who shares the damaged run finds it, though its pages are back; nobody new starts from it.
+  env.in_memory = true;
+  {
+    AgentHold bob = manager.wake("bob");
+    manager.drop("ada");
+    manager.reuse_prefix(*bob, known);
+    expect_sound(*bob->cache);
+  }
+  EXPECT_TRUE(manager.wake("eve")->damage);
+  expect_sound(*manager.wake("eve")->cache);
+}
+
+TEST_P(Manager, RowsAreReadWhereTheyAreNotToBeMapped) {
+  const std::vector<int32_t> known = ids(1500, 1);
+  {
+    auto manager = make();
+    manager->save(*say(*manager, "ada", known));
+  }
+  AgentManager manager(store_, {.model_name = "m", .identity = testing::test_identity(), .layout = layout(),
+                                .backend = Backend::kKernels, .durability = Durability::kRename, .map_rows = false});
+  AgentHold ada = manager.wake("ada"), bob = manager.wake("bob");
+  EXPECT_EQ(manager.reuse_prefix(*bob, known), 1499);
+  expect_sound(*ada->cache);
+  compute(*ada->cache, ids(300, 2));
+  ada->history = ada->cache->tokens();
+  ada->changed();
+  EXPECT_EQ(manager.save(*ada).segments_written, 2);
+  EXPECT_EQ(manager.memory_usage().mapped_bytes, 0);
+  // All rows are there, those behind a window too.
+  manager.truncate(*ada, 400);
+  EXPECT_EQ(ada->cache->length(), 400);
+  expect_sound(*ada->cache);
+}
 
 INSTANTIATE_TEST_SUITE_P(Windows, Manager, ::testing::Values(0, 300));
 

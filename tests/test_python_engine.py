@@ -48,6 +48,20 @@ def test_an_agent_goes_on_from_one_face_to_the_other(engine, tiny_model, tmp_pat
     assert result.tokens.cached > held and result.timing_ms.wake > 0 and result.bytes.read > 0
 
 
+def test_rows_are_read_where_they_are_not_to_be_mapped(tiny_model, tmp_path):
+    prompt = "the lamp and the sea " * 60
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:
+        engine.agent("ada").turn(prompt, raw=True, max_tokens=4)
+        engine.agent("ada").fork("eve")
+    answers = []
+    for agent, map_rows in (("ada", True), ("eve", False)):
+        with torpor.Engine(tiny_model, tmp_path / "store", map_rows=map_rows) as engine:
+            answers.append(engine.agent(agent).turn("and", raw=True, max_tokens=4).text)
+            assert (engine.memory_usage().mapped_bytes > 0) == map_rows
+    assert answers[0] == answers[1]
+    assert Torpor(tmp_path / "store", tiny_model).run("ada", "and", "--raw", "--no-mmap").ok().json["tokens"]["cached"] > 256
+
+
 def test_pieces_make_the_text(engine):
     ada, bob = engine.agent("ada"), engine.agent("bob")
     pieces = []

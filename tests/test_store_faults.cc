@@ -54,7 +54,7 @@ class StoreFaults : public ::testing::Test {
         {"map", [](Store& s) { expect_loads(s, {.salvage = true, .map_rows = true}); }, {&kOld}, {&kOld}},
         {"sink", [](Store& s) {
            CollectingSink sink;
-           s.load_agent_cache("a", {.sink = &sink});
+           s.load_into("a", sink);
            EXPECT_TRUE(same(sink.snapshot, kOld));
          }, {&kOld}, {&kOld}},
         {"fork", [](Store& s) { s.copy_agent_cache("a", "forked", {.n_tokens = 100}); }, {&kOld}, {&kOld}},

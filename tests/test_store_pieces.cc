@@ -135,18 +135,13 @@ TEST_F(StorePieces, ASinkGetsEveryRowOnce) {
     Store holder(root_);
     holder.save_agent_cache("a", whole, "m");
     CollectingSink sink;
-    EXPECT_EQ(Store(root_).load_agent_cache("a", {.sink = &sink}).snapshot.n_runs(), 0u);
+    EXPECT_EQ(Store(root_).load_into("a", sink).snapshot.n_runs(), 0u);
     EXPECT_TRUE(same(sink.snapshot, whole)) << n;
     // Rows that this process holds are given all the same.
     CollectingSink again;
     const auto held = holder.load_agent_cache("a", {.map_rows = true});
-    holder.load_agent_cache("a", {.sink = &again});
+    holder.load_into("a", again);
     EXPECT_TRUE(same(again.snapshot, whole));
-  }
-  CollectingSink sink;
-  for (const LoadOptions& options : {LoadOptions{.salvage = true, .sink = &sink}, LoadOptions{.n_tokens = 3, .sink = &sink},
-                                     LoadOptions{.window_rows_only = true, .sink = &sink}}) {
-    EXPECT_EQ(code_of([&] { store_.load_agent_cache("a", options); }), ErrorCode::kInvalidArgument);
   }
 }
 
@@ -164,7 +159,7 @@ TEST_F(StorePieces, ASinkMayHaveRoomBetweenTheHeads) {
       return {tensors[tensor].data() + size_t(first) * row, 700 * row};
     }
   } sink;
-  Store(root_).load_agent_cache("a", {.sink = &sink});
+  Store(root_).load_into("a", sink);
   for (size_t t = 0; t < 4; ++t) {
     for (size_t head = 0; head < 2; ++head) {
       for (size_t token = 0; token < 700; ++token) {
@@ -192,12 +187,12 @@ TEST_F(StorePieces, ALoadIntoASinkFindsDamage) {
       bad[good.size() - (tail ? 2400 + layout_.offset(4, 88) - layout_.offset(t, 88) : 1024 + rows - layout_.offset(t, 256)) + 5] ^= 1;
       std::ofstream(path, std::ios::binary) << bad;
       CollectingSink sink;
-      EXPECT_EQ(code_of([&] { Store(root_).load_agent_cache("a", {.sink = &sink}); }), ErrorCode::kCorruption);
+      EXPECT_EQ(code_of([&] { Store(root_).load_into("a", sink); }), ErrorCode::kCorruption);
     }
     std::ofstream(path, std::ios::binary) << good;
   }
   CollectingSink sink;
-  EXPECT_NO_THROW(Store(root_).load_agent_cache("a", {.sink = &sink}));
+  EXPECT_NO_THROW(Store(root_).load_into("a", sink));
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ TEST_F(StoreState, ComesBackBesideAnyNumberOfRows) {
     EXPECT_TRUE(same(load("a", {.map_rows = true}), whole)) << n;
     EXPECT_TRUE(same(load("a", {.salvage = true}), whole)) << n;
     CollectingSink sink;
-    const auto loaded = load("a", {.sink = &sink});
+    const auto loaded = Store(root_).load_into("a", sink).snapshot;
     EXPECT_TRUE(same(sink.snapshot, whole)) << n;
     EXPECT_EQ(loaded.state.size(), 2u);
     EXPECT_TRUE(store_.verify("a")[0].problems.empty());

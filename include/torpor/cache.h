@@ -62,6 +62,8 @@ class KvCache : public KvAccess {
   std::vector<HeldBuffer> buffers() const;
   /// From now on its buffers, and those of its clones, are counted there, each once.
   void count_in(std::shared_ptr<KvLedger> ledger);
+  /// The sealed runs whose bytes are attended where they are; none where rows are copied into arrays (kMlx).
+  virtual std::span<const std::shared_ptr<const SealedRun>> sealed_runs() const { return {}; }
   /// Run `i` (sealed) from now on is `run`, the same rows mapped from their segment file: memory then need not hold what
   /// windows have left behind.
   virtual void replace_run(int i, std::shared_ptr<const SealedRun> run) = 0;

@@ -42,6 +42,9 @@ struct EngineOptions {
   size_t write_queue_bytes = size_t(256) << 20;  ///< saves behind the turn that may wait; beyond it a turn waits for the disk
   /// Text of each turn that may wait for its callback. Beyond it the turn waits, and others go on.
   size_t text_queue_bytes = size_t(64) << 10;
+  /// Sealed rows of agents that wake are mapped from their files: nothing is copied, and processes share the pages. False: they
+  /// are read into memory of the process, those behind sliding windows too. Then no later fault of the disk can reach them.
+  bool map_rows = true;
 };
 
 /// A model as the store needs it to make an agent of a file that does not say whose it is (import_prompt_cache,

@@ -11,6 +11,7 @@
 ///
 /// Everything here but SealedRun is plain data. Concurrent reads are safe.
 
+#include <atomic>
 #include <compare>
 #include <cstddef>
 #include <cstdint>
@@ -68,6 +69,11 @@ struct KvTensorSpec {
   bool operator==(const KvTensorSpec&) const = default;
 };
 
+/// Some of a layout's tensors, by index. Empty: all of them.
+using TensorMask = std::vector<bool>;
+/// Whether `mask` has all that `other` has.
+bool covers(const TensorMask& mask, const TensorMask& other) noexcept;
+
 /// All KV tensors of a model, in file order.
 struct KvLayout {
   std::vector<KvTensorSpec> tensors;
@@ -80,6 +86,8 @@ struct KvLayout {
   /// token sees `window` tokens, itself included, and the next one to be computed is at `length`, or at `length - 1` when
   /// the last is computed again for its logits.
   static bool attended(const KvTensorSpec& tensor, int64_t first, int64_t n, int64_t length) noexcept;
+  /// The tensors of which that is true.
+  TensorMask attended(int64_t first, int64_t n, int64_t length) const;
   /// Byte offset of tensor `i` in a run of `n_tokens` tokens; `i == tensors.size()` gives the run's size.
   size_t offset(size_t i, int n_tokens) const noexcept;
   bool operator==(const KvLayout&) const = default;
@@ -111,11 +119,6 @@ struct Identity {
 /// checksums (name_unknown_tokens).
 inline constexpr int32_t kUnknownToken = -1;
 
-/// Some of a layout's tensors, by index. Empty: all of them.
-using TensorMask = std::vector<bool>;
-/// Whether `mask` has all that `other` has.
-bool covers(const TensorMask& mask, const TensorMask& other) noexcept;
-
 /// The rows of kSegmentTokens consecutive tokens in memory: `layout.offset(tensors.size(), kSegmentTokens)` bytes, which never
 /// change. Caches, snapshots and the store share it, so the object itself says whether its rows are on disk. Thread-safe.
 class SealedRun {
@@ -140,14 +143,18 @@ class SealedRun {
 
   /// Where the store last read or wrote these rows; nullptr when it never did. The file may be gone since.
   std::shared_ptr<const Segment> segment() const;
-  /// For the store.
+  /// Whether a look at the bytes has found that they are no longer what was checked (Store::recheck).
+  bool damaged() const noexcept { return damaged_; }
+  // For the store.
   void set_segment(Segment segment) const;
+  void set_damaged() const noexcept { damaged_ = true; }
 
  private:
   const std::span<const std::byte> bytes_;
   const std::shared_ptr<const void> owner_;
   const bool mapped_;
   const TensorMask checked_;
+  mutable std::atomic<bool> damaged_ = false;
   mutable std::mutex mutex_;
   mutable std::shared_ptr<const Segment> segment_;
 };

@@ -75,10 +75,10 @@ class RowSink {
     size_t stride = 0;
   };
   virtual ~RowSink() = default;
-  /// Once, on the thread that called load, when everything but the rows was read and checked: of `snapshot` all but the rows.
+  /// Once, on the thread that called load_into, when everything but the rows was read and checked: of `snapshot` all but the rows.
   virtual void begin(const AgentInfo& info, const KvSnapshot& snapshot) = 0;
   /// Where the rows of tokens [first, first + n) of one tensor of the layout go. Every row is asked for once, in any order, from
-  /// several threads at a time. They are written there, then checked: what is there counts only when load returns.
+  /// several threads at a time. They are written there, then checked: what is there counts only when load_into returns.
   virtual Place place(size_t tensor, int64_t first, int n) = 0;
 };
 
@@ -99,9 +99,6 @@ struct LoadOptions {
   /// Of a layer with a window only those runs are read (and their checksums checked) that can still be attended
   /// (KvLayout::attended); the rest of their bytes is unspecified. For waking, not for looking at rows.
   bool window_rows_only = false;
-  /// Gets the rows, whole agents only (neither salvage nor n_tokens nor window_rows_only), and the snapshot has none then; they
-  /// are neither mapped nor allocated, as state is. Outlives the call.
-  RowSink* sink = nullptr;
 };
 
 /// The sealed segments that begin a prompt, whoever saved them (Store::load_prefix).
@@ -208,6 +205,11 @@ class Store {
   /// snapshot of this process still holds, of segments whose file has not changed since, are shared instead of read.
   LoadedAgent load_agent_cache(const std::string& agent_id, const LoadOptions& options = {}) const;
 
+  /// Reads a whole agent into memory that `sink` lays out. `snapshot` has no rows then; `allocate` gives memory for its state.
+  /// Errors as load_agent_cache without salvage gives them; what is in the sink's memory then counts for nothing.
+  LoadedAgent load_into(const std::string& agent_id, RowSink& sink, const Identity* expected = nullptr,
+                        const BufferAllocator& allocate = allocate_heap_buffer) const;
+
   /// Every id of the agent, checked; no rows are read. kNotFound, kCorruption.
   std::vector<int32_t> agent_tokens(const std::string& agent_id) const;
 
@@ -225,6 +227,11 @@ class Store {
   /// The rows of a segment that this process has saved or loaded, mapped read-only; nullptr where that can't be had, or
   /// when the file is not the one it was.
   std::shared_ptr<const SealedRun> map_segment(const std::string& name) const;
+
+  /// Checks the `wanted` tensors of a mapped run again if the system has let go of any of their pages: what comes back from the
+  /// disk is unchecked. Whether it had to. kCorruption naming the segment: no load shares the run any more, and the next save
+  /// that has the rows writes the segment again. kIo when the disk fails (touching the mapping would end the process).
+  bool recheck(const KvLayout& layout, const SealedRun& run, const TensorMask& wanted = {}) const;
 
   /// Makes agent `dst` of `src` without reading a sealed row: the same segments, tokens and tail, cut as asked. Writes one
   /// agent file, in which only the tail's rows are tensor bytes; that rename is the commit. `dst` may be `src`. The caller

@@ -129,15 +129,15 @@ void bind_engine(nb::module_& module) {
       .def("__init__",
            [](SharedEngine* self, const std::string& model, const std::filesystem::path& store,
               const std::optional<std::string>& kv_format, const std::string& durability, size_t memory_budget,
-              int64_t disk_budget, int64_t min_free, size_t write_queue) {
+              int64_t disk_budget, int64_t min_free, size_t write_queue, bool map_rows) {
              EngineOptions options{.model = model, .store = store, .kv_format = parse_kv_format(kv_format),
                                    .durability = parse_durability(durability), .memory_budget = memory_budget,
-                                   .disk = {disk_budget, min_free}, .write_queue_bytes = write_queue};
+                                   .disk = {disk_budget, min_free}, .write_queue_bytes = write_queue, .map_rows = map_rows};
              const nb::gil_scoped_release release;
              new (self) SharedEngine(std::move(options));
            },
            "model"_a, "store"_a, "kv_format"_a.none(), "durability"_a, "memory_budget"_a, "disk_budget"_a, "min_free"_a,
-           "write_queue"_a)
+           "write_queue"_a, "map_rows"_a)
       .def("close", &SharedEngine::close)
       .def("start", &start, "agent"_a, "prompt"_a, "system"_a.none(), "raw"_a, "save"_a, "max_tokens"_a, "temperature"_a,
            "top_p"_a, "seed"_a, "stop"_a)

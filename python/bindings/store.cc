@@ -239,8 +239,7 @@ nb::tuple load(Store& store, const std::string& agent_id, const std::optional<Te
   LoadedAgent loaded = without_gil([&] {
     std::optional<Identity> identity;
     if (expected) identity = Identity::from_fields(*expected);
-    return store.load_agent_cache(agent_id, {.expected = identity ? &*identity : nullptr, .allocate = state_memory.allocator(),
-                                             .sink = &sink});
+    return store.load_into(agent_id, sink, identity ? &*identity : nullptr, state_memory.allocator());
   });
   nb::dict arrays;
   for (auto& [name, array] : sink.arrays()) arrays[name.c_str()] = std::move(array);

@@ -71,7 +71,8 @@ class Engine:
 
     def __init__(self, model: str | os.PathLike[str], store: str | os.PathLike[str] | None = None, *,
                  kv_format: str | None = None, durability: Literal["full", "rename", "none"] = "full",
-                 memory_budget: int = 0, disk_budget: int = 0, min_free: int = 0, write_queue: int = 256 << 20) -> None:
+                 memory_budget: int = 0, disk_budget: int = 0, min_free: int = 0, write_queue: int = 256 << 20,
+                 map_rows: bool = True) -> None:
         """Loads the model.
 
         model: a model directory, or a repo id in the local Hugging Face cache.
@@ -84,12 +85,14 @@ class Engine:
         disk_budget: bytes that the store may take, all models together; min_free: bytes that stay free on the disk (0: no
             bound). Over them segments of no agent go, then the save fails. An agent is never removed to make room.
         write_queue: bytes of saves "behind" that may wait; beyond it a turn waits for the disk.
+        map_rows: rows of agents that wake are mapped from their files, whose pages all processes share. False: they are read
+            into memory, where no later fault of the disk can reach them.
 
         Raises NotFoundError, InvalidArgumentError (a model or format that is not supported), CorruptionError, IoError.
         """
         root = Path(store).expanduser() if store is not None else _core.default_store_root()
         self._core = _core.CoreEngine(os.fspath(model), root, kv_format, durability, memory_budget, disk_budget, min_free,
-                                      write_queue)
+                                      write_queue, map_rows)
         self._talking = threading.local()  # .to: agents whose on_text runs on this thread
 
     def __enter__(self) -> Self:

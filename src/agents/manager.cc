@@ -70,8 +70,8 @@ LoadedAgent AgentManager::load(const std::string& id) const {
   options.expected = &identity;
   options.salvage = true;
   options.allocate = mlx_buffer;
-  options.map_rows = true;
-  options.window_rows_only = true;
+  options.map_rows = options_.map_rows;
+  options.window_rows_only = options_.map_rows;
   return store_.load_agent_cache(id, options);
 }
 
@@ -102,6 +102,23 @@ void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
   if (agent.damage) agent.changed();
 }
 
+int64_t AgentManager::intact_tokens(const Agent& agent, std::optional<std::string>& damage) const {
+  const KvLayout& layout = agent.cache->layout();
+  const int64_t length = agent.cache->length();
+  const auto runs = agent.cache->sealed_runs();
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const int64_t first = int64_t(i) * kSegmentTokens;
+    try {
+      store_.recheck(layout, *runs[i], layout.attended(first, kSegmentTokens, length));
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kCorruption) throw;
+      damage = error.what();
+      return first;
+    }
+  }
+  return length;
+}
+
 Agent AgentManager::make_agent(const std::string& id) {
   Agent agent;
   agent.id = id;
@@ -115,7 +132,13 @@ AgentHold AgentManager::wake(const std::string& id) {
   settle();
   if (const auto found = awake_.find(id); found != awake_.end()) {
     found->second.last_used = ++clock_;
-    return AgentHold(*this, found->second, false);
+    AgentHold hold(*this, found->second, false);
+    std::optional<std::string> damage;
+    if (const int64_t intact = hold->holds == 1 ? intact_tokens(*hold, damage) : hold->cache->length(); damage) {
+      truncate(*hold, int(intact));
+      hold->damage = std::move(damage);
+    }
+    return hold;
   }
   check_agent_id(id);
   // The agent enters the map whole or not at all: a failed wake leaves it asleep and intact.
@@ -176,11 +199,11 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
   AgentHold best;
   int64_t in_memory = 0;
   for (auto& [id, other] : awake_) {
-    const int64_t common = common_prefix(wanted, other.cache->tokens());
-    if (&other == &agent || other.identity != agent.identity || common <= in_memory ||
-        !other.cache->can_truncate(int(common))) {
-      continue;
-    }
+    int64_t common = common_prefix(wanted, other.cache->tokens());
+    if (&other == &agent || other.identity != agent.identity || common <= in_memory) continue;
+    std::optional<std::string> damage;
+    common = std::min(common, intact_tokens(other, damage));
+    if (common <= in_memory || !other.cache->can_truncate(int(common))) continue;
     best = AgentHold(*this, other, false);  // it may not go while room is made for its copy
     in_memory = common;
   }
@@ -193,8 +216,8 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
   if (on_disk > in_memory && has_room(bytes_of_runs(layout, on_disk, shared))) {
     LoadOptions options;
     options.allocate = mlx_buffer;
-    options.map_rows = true;
-    options.window_rows_only = true;
+    options.map_rows = options_.map_rows;
+    options.window_rows_only = options_.map_rows;
     LoadedPrefix loaded = store_.load_prefix(agent.identity, layout, wanted, options);
     if (int64_t(loaded.snapshot.tokens.size()) > in_memory) {
       prefix.cache = KvCache::restore(loaded.snapshot, options_.backend);

@@ -54,6 +54,7 @@ struct ManagerOptions {
   size_t memory_budget = 0;    ///< bytes of KV; 0 = no bound
   size_t write_queue_bytes = size_t(256) << 20;
   PrefetchOptions prefetch;
+  bool map_rows = true;        ///< EngineOptions::map_rows
 };
 
 /// Rows to be appended to a cache.
@@ -143,6 +144,9 @@ class AgentManager {
   /// What wake gives an agent that is not awake.
   Agent load_or_make(const std::string& id);
   void adopt(Agent& agent, LoadedAgent loaded);
+  /// How many of its tokens an agent could go on from: the rows of mapped runs whose pages the system let go of are checked
+  /// again. When these are not all, `damage` says why.
+  int64_t intact_tokens(const Agent& agent, std::optional<std::string>& damage) const;
   void own(Agent& agent, std::unique_ptr<KvCache> cache);
   /// What reuse_prefix gives an agent like `agent`, from anyone but itself. Its cache is empty when nobody has anything.
   Prefix longest_prefix(const Agent& agent, std::span<const int32_t> tokens);
@@ -161,7 +165,7 @@ class AgentManager {
     int64_t length = 0;  ///< tokens that the other one holds
   };
   /// What `n_tokens` tokens take in memory beside what is shared.
-  static size_t bytes_of_runs(const KvLayout& layout, int64_t n_tokens, const Shared& shared);
+  size_t bytes_of_runs(const KvLayout& layout, int64_t n_tokens, const Shared& shared) const;
   void submit(Agent& agent);
   /// Takes in what the writer has finished.
   void settle();

@@ -67,13 +67,14 @@ bool AgentManager::has_room(size_t bytes) {
   }
 }
 
-size_t AgentManager::bytes_of_runs(const KvLayout& layout, int64_t n_tokens, const Shared& shared) {
+size_t AgentManager::bytes_of_runs(const KvLayout& layout, int64_t n_tokens, const Shared& shared) const {
   size_t bytes = 0;
   for (int64_t run = 0, first = 0; first < n_tokens; ++run, first += kSegmentTokens) {
     for (const KvTensorSpec& tensor : layout.tensors) {
       // Of a run that somebody has, what they can no longer attend does not count yet.
       const bool counted = run < shared.runs && KvLayout::attended(tensor, first, kSegmentTokens, shared.length);
-      if (!counted && KvLayout::attended(tensor, first, kSegmentTokens, n_tokens)) bytes += tensor.bytes_per_token() * kSegmentTokens;
+      const bool held = !options_.map_rows || KvLayout::attended(tensor, first, kSegmentTokens, n_tokens);
+      if (!counted && held) bytes += tensor.bytes_per_token() * kSegmentTokens;
     }
   }
   return bytes;

@@ -103,7 +103,7 @@ void AgentManager::finish_writes(Agent& agent) {
 }
 
 void AgentManager::release_behind_window(Agent& agent) {
-  if (agent.cache == nullptr || !agent.cache->layout().has_windows()) return;
+  if (agent.cache == nullptr || !agent.cache->layout().has_windows() || !options_.map_rows) return;
   const std::vector<KvTensorSpec>& tensors = agent.cache->layout().tensors;
   const std::vector<KvCache::HeldBuffer> buffers = agent.cache->buffers();
   for (size_t i = 0; i < std::min(agent.segments.size(), buffers.size()); ++i) {

@@ -1,6 +1,7 @@
 #include "base/env.h"
 
 #include <algorithm>
+#include <atomic>
 #include <array>
 #include <cerrno>
 #include <system_error>
@@ -341,11 +342,31 @@ class PosixEnv final : public Env {
   }
   std::shared_ptr<const std::byte> raw_map(int fd, uint64_t size) override {
     if (size == 0) return nullptr;
+    if (++mappings_ > kMaxMappings) {
+      --mappings_;
+      return nullptr;
+    }
     void* memory = ::mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, fd, 0);
-    if (memory == MAP_FAILED) return nullptr;
+    if (memory == MAP_FAILED) {
+      --mappings_;
+      return nullptr;
+    }
     return {static_cast<const std::byte*>(memory), [size](const std::byte* p) {
               ::munmap(const_cast<std::byte*>(p), size_t(size));
+              --mappings_;
             }};
+  }
+  bool raw_in_memory(std::span<const std::byte> bytes) override {
+    const auto page = uintptr_t(::sysconf(_SC_PAGESIZE));
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(bytes.data()) / page * page;
+    const size_t size = reinterpret_cast<uintptr_t>(bytes.data()) + bytes.size() - begin;
+#ifdef __APPLE__
+    std::vector<char> pages((size + page - 1) / page);
+#else
+    std::vector<unsigned char> pages((size + page - 1) / page);
+#endif
+    if (::mincore(reinterpret_cast<void*>(begin), size, pages.data()) < 0) return true;
+    return std::all_of(pages.begin(), pages.end(), [](auto state) { return (state & 1) != 0; });
   }
   void raw_preallocate([[maybe_unused]] int fd, [[maybe_unused]] uint64_t size) noexcept override {
 #ifdef __linux__
@@ -413,6 +434,8 @@ class PosixEnv final : public Env {
   int raw_unlock(int fd) override { return or_errno(::flock(fd, LOCK_UN)); }
 
  private:
+  static inline std::atomic<int> mappings_ = 0;  // static: a mapping may outlive the Env that made it
+
   // macOS refuses transfers of 2 GiB and more; Linux shortens them.
   static constexpr size_t kMaxTransfer = size_t(1) << 30;
   static constexpr size_t kMaxPieces = 1024;  // IOV_MAX of both

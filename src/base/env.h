@@ -34,6 +34,9 @@ enum class OpenMode {
   kLockFile,   ///< read and write, created (0600) when absent; never through a symbolic link
 };
 
+/// Mappings of files that one process holds at most. Linux allows 65,530 of all kinds, and beyond them malloc fails too.
+inline constexpr int kMaxMappings = 16'384;
+
 /// An open file, closed by the destructor. Concurrent `read_at` is safe.
 class File {
  public:
@@ -136,6 +139,8 @@ class Env {
   virtual std::shared_ptr<const std::byte> raw_map(int /*fd*/, uint64_t /*size*/) { return nullptr; }
   /// What can't be had is left to the writes to say.
   virtual void raw_preallocate(int /*fd*/, uint64_t /*size*/) noexcept {}
+  /// Whether every page of a mapping is in memory now; true where that can't be told.
+  virtual bool raw_in_memory(std::span<const std::byte>) { return true; }
   virtual int raw_sync(int fd) = 0;
   virtual int raw_stat_fd(int fd, FileStat& out) = 0;
   virtual int raw_stat(const char* path, FileStat& out) = 0;

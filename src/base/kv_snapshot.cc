@@ -58,6 +58,12 @@ bool KvLayout::attended(const KvTensorSpec& tensor, int64_t first, int64_t n, in
   return tensor.window == 0 || first + n > length - tensor.window;
 }
 
+TensorMask KvLayout::attended(int64_t first, int64_t n, int64_t length) const {
+  TensorMask mask;
+  for (const KvTensorSpec& tensor : tensors) mask.push_back(attended(tensor, first, n, length));
+  return mask;
+}
+
 size_t KvLayout::bytes_per_token() const noexcept { return offset(tensors.size(), 1); }
 
 size_t KvLayout::offset(size_t i, int n_tokens) const noexcept {

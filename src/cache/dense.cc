@@ -101,8 +101,10 @@ std::pair<mx::array, mx::array> DenseKvCache::update_and_fetch(int layer, const 
 std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot) {
   auto cache = std::make_unique<DenseKvCache>(snapshot.layout, snapshot.tokens);
   if (cache->length_ == 0) return cache;
-  // Memory that is no mapping would be held twice.
-  for (const auto& run : snapshot.sealed) cache->sealed_.push_back(run->mapped() ? run : nullptr);
+  // Memory that is no mapping would be held twice. But rows that were not read can't be copied.
+  for (const auto& run : snapshot.sealed) {
+    cache->sealed_.push_back(run->mapped() || !covers(run->checked(), {}) ? run : nullptr);
+  }
   for (size_t t = 0; t < snapshot.layout.tensors.size(); ++t) {
     const KvTensorSpec& spec = snapshot.layout.tensors[t];
     const int begin = cache->first_needed(t), capacity = round_up(cache->length_) - begin;

@@ -47,7 +47,7 @@ class DenseKvCache : public KvCache {
   std::vector<mx::array> tensors_;  // one per layout tensor, [1, H_kv, capacity, D]; empty before the first row
   std::vector<std::shared_ptr<const char>> storage_;  // one per tensor, shared with the clones that share its array
   std::vector<int> first_;          // per tensor the position of its first row, a multiple of kSegmentTokens
-  std::vector<std::shared_ptr<const SealedRun>> sealed_;  // runs mapped from their segment files; nullptr: not mapped
+  std::vector<std::shared_ptr<const SealedRun>> sealed_;  // runs that are mapped or read in part; else nullptr: the arrays have all
 };
 
 }  // namespace torpor

@@ -24,6 +24,7 @@ class SegmentedKvCache : public KvCache {
   void grow(int rows) override;
   size_t cut_cost(int n_tokens) const override;
   std::unique_ptr<KvCache> clone() const override;
+  std::span<const std::shared_ptr<const SealedRun>> sealed_runs() const override { return sealed_; }
   void replace_run(int i, std::shared_ptr<const SealedRun> run) override;
   void advance(int n) override;
   KvSnapshot snapshot(const Identity& identity) const override;

@@ -98,6 +98,7 @@ EngineOptions engine_options(const TurnOptions& options, const std::filesystem::
   engine.kv_format = options.kv_format();
   engine.durability = options.durability();
   engine.memory_budget = options.memory_budget;
+  engine.map_rows = !options.no_mmap;
   engine.disk = {int64_t(options.disk_budget), int64_t(options.min_free)};
   return engine;
 }
@@ -172,6 +173,7 @@ void add_turn_options(CLI::App& app, TurnOptions& options) {
         ->transform(CLI::AsSizeValue(true))
         ->type_name("SIZE");
   }
+  app.add_flag("--no-mmap", options.no_mmap, "Read rows of agents into memory instead of mapping their files");
   app.add_flag("--raw", options.raw, "Append what the user says as it stands, without the chat template");
   app.add_flag("--json", options.json, "Print one JSON object per turn instead of the text (docs/cli.md)");
 }

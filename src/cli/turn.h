@@ -16,6 +16,7 @@ struct TurnOptions : ModelOptions {
   std::string agent, system;
   bool has_system = false;
   bool raw = false, json = false;
+  bool no_mmap = false;
   SaveMode save = SaveMode::kWait;
   int max_tokens = 256;
   double temperature = 0, top_p = 1;

@@ -58,7 +58,8 @@ struct Engine::Impl {
                               .layout_of = options.kv_format ? std::function<KvLayout(const KvFormat&)>()
                                                              : [&model](const KvFormat& own) { return model.kv_layout(own); },
                               .backend = model.backend(), .durability = options.durability,
-                              .memory_budget = options.memory_budget, .write_queue_bytes = options.write_queue_bytes});
+                              .memory_budget = options.memory_budget, .write_queue_bytes = options.write_queue_bytes,
+                              .map_rows = options.map_rows});
     parts.load_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   }
   void unload() noexcept {

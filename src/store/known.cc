@@ -25,6 +25,12 @@ std::optional<KnownSegments::File> KnownSegments::file(const std::string& name) 
   return found->second;
 }
 
+void KnownSegments::forget(const std::string& name) {
+  const std::lock_guard lock(mutex_);
+  files_.erase(name);
+  runs_.erase(name);
+}
+
 void KnownSegments::add_run(const std::shared_ptr<const SealedRun>& run) {
   const auto segment = run->segment();
   const std::lock_guard lock(mutex_);

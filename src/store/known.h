@@ -24,6 +24,8 @@ class KnownSegments {
 
   void add_file(const std::string& name, const File& file);
   std::optional<File> file(const std::string& name) const;
+  /// The segment is damaged: its file is to be looked at again, and nobody new shares the rows in memory.
+  void forget(const std::string& name);
 
   /// The rows of its SealedRun::segment, for others to share as long as someone holds the run.
   void add_run(const std::shared_ptr<const SealedRun>& run);

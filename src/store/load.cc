@@ -2,12 +2,9 @@
 
 namespace torpor {
 
-LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options) {
+LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options, RowSink* sink) {
   if (options.n_tokens.value_or(0) < 0) {
     throw Error(ErrorCode::kInvalidArgument, "An agent can't be loaded up to token " + std::to_string(*options.n_tokens) + ".");
-  }
-  if (options.sink != nullptr && (options.salvage || options.n_tokens || options.window_rows_only)) {
-    throw Error(ErrorCode::kInvalidArgument, "A sink takes whole agents; load without salvage, n_tokens and window_rows_only.");
   }
   constexpr int kAttempts = 5;
   for (int attempt = 1;; ++attempt) {
@@ -36,7 +33,7 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
     const SegmentChain chain{snapshot.identity.digest(), layout_digest(snapshot.layout), agent.info.segments, tokens};
     RunLoader loader(*this, snapshot.layout, chain, &opened, options);
     // Everything but the rows, before a byte is allocated for them.
-    loader.open(length);
+    loader.open(length, /*share_held=*/sink == nullptr);
     if (loader.missing() && attempt < kAttempts) {
       // A save in another process may have put a new agent file in place, and its segments are others.
       const auto now = env.stat(agent_path(id));
@@ -48,10 +45,10 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
       if (!options.salvage || !is_damage(error)) throw;
       loaded.damage = error.what();
     }
-    if (options.sink != nullptr && loader.complete()) {
+    if (sink != nullptr && loader.complete()) {
       snapshot.tokens = loaded.tokens;
-      options.sink->begin(loaded.info, snapshot);
-      loader.read_into(*options.sink);
+      sink->begin(loaded.info, snapshot);
+      loader.read_into(*sink);
     } else if (loader.complete() || options.salvage) {
       loader.read();
     }
@@ -61,7 +58,7 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options)
     }
     // State is that after the last token: none of a prefix.
     if (loaded.damage) snapshot.state.clear();
-    if (options.sink == nullptr) loader.take(snapshot);
+    if (sink == nullptr) loader.take(snapshot);
     snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + loader.usable_tokens());
     const TorporFile& file = agent.file;
     loaded.bytes_read = loader.bytes_read() + int64_t(file.header.data_start + file.tokens_tensor().end - file.rows_bytes());

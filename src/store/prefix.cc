@@ -27,7 +27,7 @@ LoadedPrefix Store::Impl::load_prefix(const Identity& identity, const KvLayout& 
   loaded.segments = find_prefix(identity, layout, tokens);
   const SegmentChain chain{identity.digest(), layout_digest(layout), loaded.segments, tokens};
   RunLoader loader(*this, layout, chain, nullptr, options);
-  loader.open(int64_t(loaded.segments.size()) * kSegmentTokens);
+  loader.open(int64_t(loaded.segments.size()) * kSegmentTokens, /*share_held=*/true);
   loader.read();
   const auto n = size_t(loader.usable_tokens());
   loaded.snapshot = {identity, layout, {tokens.begin(), tokens.begin() + ptrdiff_t(n)}, {}};

@@ -22,7 +22,7 @@ bool is_damage(const Error& error) {
 TensorMask RunLoader::wanted(size_t i, int64_t length) const {
   if (!options_.window_rows_only) return TensorMask(layout_.tensors.size(), true);
   const int64_t first = int64_t(i) * kSegmentTokens;
-  return attended_tensors(layout_, first, std::min<int64_t>(stored_tokens(i), length - first), length);
+  return layout_.attended(first, std::min<int64_t>(stored_tokens(i), length - first), length);
 }
 
 size_t RunLoader::usable() const {
@@ -36,7 +36,7 @@ std::optional<uint64_t> RunLoader::segment_size(size_t i) const {
   return runs_[i].stat.size;
 }
 
-void RunLoader::open(int64_t length) {
+void RunLoader::open(int64_t length, bool share_held) {
   length_ = length;
   const size_t n_segments = std::min(chain_.names.size(), size_t(length + kSegmentTokens - 1) / kSegmentTokens);
   const bool with_tail = length > int64_t(chain_.names.size()) * kSegmentTokens;
@@ -44,26 +44,32 @@ void RunLoader::open(int64_t length) {
   // Descriptors are few (256 on macOS): beyond a modest number each file is opened again when its turn comes.
   keep_open_ = n_segments <= kOpenFiles;
   // A thread costs as much as a few headers, or a megabyte of rows.
-  parallel_for(n_segments, std::min(reader_threads(), 1 + n_segments / 8), [&](size_t i) { open_run(i); });
+  parallel_for(n_segments, std::min(reader_threads(), 1 + n_segments / 8), [&](size_t i) {
+    if (!share_held || !take_held(i)) open_segment_file(i);
+  });
   if (with_tail) runs_.back().stat = tail_->stat;
 }
 
-void RunLoader::open_run(size_t i) {
+bool RunLoader::take_held(size_t i) {
   const std::string& name = chain_.names[i];
-  Run& run = runs_[i];
-  const auto held = options_.sink == nullptr ? store_.known.run(name) : nullptr;
-  if (held != nullptr && (options_.map_rows || !held->mapped()) && covers(held->checked(), wanted(i, length_))) {
-    const auto segment = held->segment();
-    const auto stat = store_.env.stat(store_.segment_path(name));
-    const auto file = store_.known.file(name);
-    if (stat && file && file->stat == *stat && file->content == segment->content &&
-        segment_name(chain_.place(i), segment->variant) == name) {
-      run.stat = *stat;
-      run.sealed = held;
-      return;
-    }
+  const auto held = store_.known.run(name);
+  if (held == nullptr || (held->mapped() && !options_.map_rows) || !covers(held->checked(), wanted(i, length_))) return false;
+  const auto segment = held->segment();
+  const auto stat = store_.env.stat(store_.segment_path(name));
+  const auto file = store_.known.file(name);
+  if (!stat || !file || file->stat != *stat || file->content != segment->content ||
+      segment_name(chain_.place(i), segment->variant) != name) {
+    return false;
   }
-  open_segment_file(i);
+  try {
+    store_.recheck(layout_, *held, wanted(i, length_));
+  } catch (const Error& error) {
+    if (!is_damage(error)) throw;
+    return false;  // the file, which is looked at now, says what is wrong with it
+  }
+  runs_[i].stat = *stat;
+  runs_[i].sealed = held;
+  return true;
 }
 
 void RunLoader::open_segment_file(size_t i) {

@@ -17,8 +17,9 @@ class RunLoader {
             const LoadOptions& options)
       : store_(store), layout_(layout), chain_(chain), tail_(tail), options_(options) {}
 
-  /// Opens what the first `length` tokens are in, and checks all of it but the rows.
-  void open(int64_t length);
+  /// Opens what the first `length` tokens are in, and checks all of it but the rows. With `share_held` runs that someone in this
+  /// process holds are taken as they are.
+  void open(int64_t length, bool share_held);
   /// The rows, of the runs before the first that has a problem.
   void read();
   /// The rows of all runs, none of which has a problem yet, to where the sink wants them; there is nothing to `take` then.
@@ -60,7 +61,7 @@ class RunLoader {
   /// The tensors of run i that `options_` asks for when `length` tokens are held.
   TensorMask wanted(size_t i, int64_t length) const;
   void open_segment_file(size_t i);
-  void open_run(size_t i);
+  bool take_held(size_t i);
   void place_rows(size_t i);
   void read_run(size_t i, const TensorMask& todo);
   void seal(size_t i);

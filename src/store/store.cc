@@ -150,6 +150,10 @@ SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot
 LoadedAgent Store::load_agent_cache(const std::string& agent_id, const LoadOptions& options) const {
   return impl_->load(agent_id, options);
 }
+LoadedAgent Store::load_into(const std::string& agent_id, RowSink& sink, const Identity* expected,
+                             const BufferAllocator& allocate) const {
+  return impl_->load(agent_id, {.expected = expected, .allocate = allocate}, &sink);
+}
 std::vector<int32_t> Store::agent_tokens(const std::string& agent_id) const {
   const OpenedAgent opened = impl_->open_agent(agent_id);
   return read_tokens(opened.handle, opened.agent.file);
@@ -166,6 +170,9 @@ LoadedPrefix Store::load_prefix(const Identity& identity, const KvLayout& layout
 }
 std::shared_ptr<const SealedRun> Store::map_segment(const std::string& name) const {
   return impl_->map_segment(name);
+}
+bool Store::recheck(const KvLayout& layout, const SealedRun& run, const TensorMask& wanted) const {
+  return impl_->recheck(layout, run, wanted);
 }
 SaveResult Store::copy_agent_cache(const std::string& src, const std::string& dst, const CopyOptions& options) {
   return impl_->copy(src, dst, options);

@@ -81,7 +81,8 @@ struct Store::Impl {
   void commit_agent(const AgentDraft& draft, Durability durability, SaveResult& result);
   /// Files that a save which asked for less may have left in the page cache, or whose fsync we did not see.
   void flush_segments(const std::vector<std::pair<std::string, FileStat>>& segments);
-  LoadedAgent load(const std::string& id, const LoadOptions& options);
+  /// `sink`: gets the rows of a whole agent, which the snapshot then lacks; else nullptr.
+  LoadedAgent load(const std::string& id, const LoadOptions& options, RowSink* sink = nullptr);
   SaveResult copy(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates = false);
   void rename_agent(const std::string& id, const std::string& new_id);
   /// Names of the segments.
@@ -114,6 +115,7 @@ struct Store::Impl {
   /// `checked_rows`: what was found out about segments that agents share.
   VerifyReport verify(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows);
   VerifyReport verify_once(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows);
+  bool recheck(const KvLayout& layout, const SealedRun& run, const TensorMask& wanted);
   DiskUsage usage();
   /// Of every file in the store, temporary ones included; locks have none.
   int64_t stored_bytes();

@@ -154,12 +154,6 @@ void read_and_check_rows(const File& file, const TorporFile& parsed, size_t firs
 
 }  // namespace
 
-TensorMask attended_tensors(const KvLayout& layout, int64_t first, int64_t n, int64_t length) {
-  TensorMask mask;
-  for (const KvTensorSpec& tensor : layout.tensors) mask.push_back(KvLayout::attended(tensor, first, n, length));
-  return mask;
-}
-
 std::string check_header_checksum(std::span<const std::byte> header, const std::string& file_name) {
   const std::string_view text(reinterpret_cast<const char*>(header.data()), header.size());
   if (text.size() < kChecksumAt + kDigestLength || text.substr(8, kPrefix.size()) != kPrefix) {
@@ -265,17 +259,26 @@ std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed) {
   return tokens;
 }
 
-void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted, std::span<std::byte> out) {
-  const size_t count = parsed.layer_tensors();
+namespace {
+
+/// fn(first, last) for each stretch of `wanted` tensors among `count`.
+template <typename Fn>
+void for_each_stretch(const TensorMask& wanted, size_t count, Fn fn) {
   for (size_t first = 0; first < count;) {
     size_t last = first;
-    while (last < count && wanted[last]) ++last;
-    if (last > first) {
-      read_and_check_rows(file, parsed, first, last,
-                          [&](uint64_t position, size_t size) { return out.subspan(size_t(position), size); });
-    }
+    while (last < count && (wanted.empty() || wanted[last])) ++last;
+    if (last > first) fn(first, last);
     first = last + 1;
   }
+}
+
+}  // namespace
+
+void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted, std::span<std::byte> out) {
+  for_each_stretch(wanted, parsed.layer_tensors(), [&](size_t first, size_t last) {
+    read_and_check_rows(file, parsed, first, last,
+                        [&](uint64_t position, size_t size) { return out.subspan(size_t(position), size); });
+  });
 }
 
 void read_tensor(const File& file, const TorporFile& parsed, size_t i, std::byte* out, size_t stride) {
@@ -302,11 +305,12 @@ void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed
   }
 }
 
-void check_rows(const File& file, const TorporFile& parsed) {
+void check_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted) {
   if (parsed.rows == 0) return;
   std::vector<std::byte> buffer(size_t(std::min<uint64_t>(kChunk, parsed.rows_bytes())));
-  read_and_check_rows(file, parsed, 0, parsed.layer_tensors(),
-                      [&](uint64_t, size_t size) { return std::span(buffer).first(size); });
+  for_each_stretch(wanted, parsed.layer_tensors(), [&](size_t first, size_t last) {
+    read_and_check_rows(file, parsed, first, last, [&](uint64_t, size_t size) { return std::span(buffer).first(size); });
+  });
 }
 
 std::vector<KvState> read_state(const File& file, const TorporFile& parsed, const BufferAllocator& allocate) {

@@ -23,8 +23,6 @@ using Metadata = std::vector<std::pair<std::string, std::string>>;
 inline constexpr const char* kFormatVersion = "1";
 inline constexpr const char* kFormatVersionWithState = "2";
 
-/// Of a run of tokens [first, first + n) the tensors that can still be attended once `length` tokens are held.
-TensorMask attended_tensors(const KvLayout& layout, int64_t first, int64_t n, int64_t length);
 
 struct TorporFile {
   SafetensorsHeader header;
@@ -77,8 +75,8 @@ void read_tensor(const File& file, const TorporFile& parsed, size_t i, std::byte
 /// Checks the checksums of the `wanted` layer tensors, all of them in memory.
 void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const TensorMask& wanted,
                        const std::string& file_name);
-/// Reads and checks without keeping the bytes.
-void check_rows(const File& file, const TorporFile& parsed);
+/// Reads the `wanted` layer tensors and checks them without keeping the bytes.
+void check_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted = {});
 /// Reads what is in the file beside the rows, and checks it.
 std::vector<KvState> read_state(const File& file, const TorporFile& parsed, const BufferAllocator& allocate = allocate_heap_buffer);
 

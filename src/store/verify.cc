@@ -1,4 +1,4 @@
-/// verify: every byte of an agent and of the segments it names, changing nothing.
+/// Looking again: verify, at every byte of an agent and of the segments it names; recheck, at mapped rows that the system let go of.
 
 #include "store/segment_headers.h"
 #include "store/store_impl.h"
@@ -14,6 +14,54 @@ VerifyReport Store::Impl::verify(const std::string& id, std::unordered_map<std::
     // A save or a rewind in another process may have put a new agent file in place, and what is missing is no longer needed.
     if (report.problems.empty() || attempt == kAttempts || env.stat(agent_path(id)) == before) return report;
   }
+}
+
+bool Store::Impl::recheck(const KvLayout& layout, const SealedRun& run, const TensorMask& wanted) {
+  const auto segment = run.segment();
+  if (!run.mapped() || segment == nullptr) return false;
+  TensorMask todo(layout.tensors.size());
+  bool in_memory = true;
+  size_t begin = 0, end = 0;  // neighbouring tensors are asked for at once
+  for (size_t t = 0; t <= todo.size() && in_memory; ++t) {
+    if (t < todo.size()) todo[t] = (wanted.empty() || wanted[t]) && (run.checked().empty() || run.checked()[t]);
+    const size_t offset = layout.offset(t, kSegmentTokens);
+    if (t < todo.size() && todo[t]) {
+      if (begin == end) begin = offset;
+      end = layout.offset(t + 1, kSegmentTokens);
+    } else if (begin < end) {
+      in_memory = env.raw_in_memory(run.bytes().subspan(begin, end - begin));
+      begin = end;
+    }
+  }
+  const auto path = segment_path(segment->name);
+  const auto damaged = [&] {
+    return Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged, and so are the rows of it that are in use; wake the agent "
+                                         "again, which goes on from what is intact.");
+  };
+  if (run.damaged()) throw damaged();
+  if (in_memory) return false;
+  try {
+    // Through the file: a disk that fails is then an error, where touching the mapping would end the process.
+    const auto known_file = known.file(segment->name);
+    const auto stat = env.stat(path);
+    if (stat && known_file && known_file->stat == *stat) {
+      const File handle = env.open(path, OpenMode::kRead);
+      check_rows(handle, parse_segment_file(read_header_bytes(handle, stat->size), stat->size, path.string()).file, todo);
+      return true;
+    }
+    // The file was removed or replaced, and the mapping is what is left of it.
+    const std::span<const std::byte> rows = run.bytes();
+    if (covers(run.checked(), {}) && content_digest(run_checksums(layout, kSegmentTokens, {&rows, 1})) != segment->content) {
+      throw damaged();
+    }
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kCorruption) {
+      run.set_damaged();
+      known.forget(segment->name);
+    }
+    throw;
+  }
+  return true;
 }
 
 VerifyReport Store::Impl::verify_once(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows) {
