@@ -1,4 +1,4 @@
-/// Looking again: verify, at every byte of an agent and of the segments it names; recheck, at mapped rows that the system let go of.
+/// Looking again: verify, at all of an agent and its segments; recheck, at mapped rows that the system let go of.
 
 #include "store/segment_headers.h"
 #include "store/store_impl.h"
@@ -35,8 +35,8 @@ bool Store::Impl::recheck(const KvLayout& layout, const SealedRun& run, const Te
   }
   const auto path = segment_path(segment->name);
   const auto damaged = [&] {
-    return Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged, and so are the rows of it that are in use; wake the agent "
-                                         "again, which goes on from what is intact.");
+    return Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged, and so are the rows of it that are in use; "
+                                         "wake the agent again, which goes on from what is intact.");
   };
   if (run.damaged()) throw damaged();
   if (in_memory) return false;
@@ -46,12 +46,14 @@ bool Store::Impl::recheck(const KvLayout& layout, const SealedRun& run, const Te
     const auto stat = env.stat(path);
     if (stat && known_file && known_file->stat == *stat) {
       const File handle = env.open(path, OpenMode::kRead);
-      check_rows(handle, parse_segment_file(read_header_bytes(handle, stat->size), stat->size, path.string()).file, todo);
+      const auto header = read_header_bytes(handle, stat->size);
+      check_rows(handle, parse_segment_file(header, stat->size, path.string()).file, todo);
       return true;
     }
     // The file was removed or replaced, and the mapping is what is left of it.
     const std::span<const std::byte> rows = run.bytes();
-    if (covers(run.checked(), {}) && content_digest(run_checksums(layout, kSegmentTokens, {&rows, 1})) != segment->content) {
+    if (covers(run.checked(), {}) &&
+        content_digest(run_checksums(layout, kSegmentTokens, {&rows, 1})) != segment->content) {
       throw damaged();
     }
   } catch (const Error& error) {
