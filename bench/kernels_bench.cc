@@ -75,6 +75,7 @@ int main(int argc, char** argv) {
   const int rows = argc > 2 ? std::atoi(argv[2]) : 512;
   const int repeats = argc > 3 ? std::atoi(argv[3]) : 5;
   constexpr int kHidden = 576, kQkv = 960, kInner = 1536, kVocabulary = 49152;
+  const auto activations = torpor::with_environment({}).activations.value_or(torpor::Activations::kF32);
   std::mt19937 rng(1);
 
   const auto start = std::chrono::steady_clock::now();
@@ -83,14 +84,15 @@ int main(int argc, char** argv) {
   for (int i = 0; i < n_layers; ++i) {
     const Weights qkv(kQkv, kHidden, 4, 32, rng), o(kHidden, kHidden, 4, 32, rng), gate(kInner, kHidden, 4, 32, rng),
         up(kInner, kHidden, 4, 32, rng), down(kHidden, kInner, 4, 32, rng);
-    layers.push_back({PackedLinear::pack({qkv.source}), PackedLinear::pack({o.source}),
-                      PackedLinear::pack_gated(gate.source, up.source), PackedLinear::pack({down.source})});
+    layers.push_back({PackedLinear::pack({qkv.source}, activations), PackedLinear::pack({o.source}, activations),
+                      PackedLinear::pack_gated(gate.source, up.source, activations),
+                      PackedLinear::pack({down.source}, activations)});
     for (const Packed& p : {layers.back().qkv, layers.back().o, layers.back().gate_up, layers.back().down}) {
       bytes += p->nbytes();
     }
   }
   const Weights head_weights(kVocabulary, kHidden, 8, 32, rng);
-  const Packed head = PackedLinear::pack({head_weights.source});
+  const Packed head = PackedLinear::pack({head_weights.source}, activations);
   bytes += head->nbytes();
   std::printf("target %s, %d threads; made and packed %.1f MB in %.2f s\n", cpu_target_name(), ThreadPool::shared().size(),
               double(bytes) / 1e6, seconds_since(start));

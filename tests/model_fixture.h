@@ -97,7 +97,7 @@ inline int argmax(std::span<const float> row) { return int(std::ranges::max_elem
 inline std::unique_ptr<Model> load_fetched(const std::string& name, Backend backend = Backend::kKernels) {
   const fs::path dir = kSource / ".models" / name;
   if (!fs::is_directory(dir)) throw std::runtime_error("no .models/" + name + "; run scripts/fetch-model " + name);
-  return Model::load(dir.string(), backend);
+  return Model::load(dir.string(), {.backend = backend});
 }
 
 }  // namespace torpor

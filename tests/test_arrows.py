@@ -14,9 +14,9 @@ DIRECT = {
     "faces": ["base"],
     "cli": ["engine", "faces"], "server": ["engine", "faces"], "python": ["engine", "faces"],
 }
-PUBLIC = {"error": "base", "log": "base", "version": "base", "kv_snapshot": "base", "store": "store", "text": "text",
-          "model_info": "model", "model": "model", "cache": "cache", "agents": "agents", "memory_usage": "agents",
-          "generate_options": "engine", "generate": "engine", "engine": "engine"}
+PUBLIC = {"error": "base", "log": "base", "version": "base", "compute_options": "base", "kv_snapshot": "base",
+          "store": "store", "text": "text", "model_info": "model", "model": "model", "cache": "cache", "agents": "agents",
+          "memory_usage": "agents", "generate_options": "engine", "generate": "engine", "engine": "engine"}
 NO_MLX = {"base", "store", "text"}
 
 

@@ -45,6 +45,16 @@ TEST_F(Conversation, AnAnswerThatLooksLikeThePlaceholderOrTheTemplateDoesNoHarm)
   EXPECT_EQ(turn(history, encode("x"), "More"), plain);
 }
 
+TEST_F(Conversation, APromptThatLooksLikeThePlaceholderKeepsItsFrame) {
+  const std::vector<Message> history = {{"user", "Hi"}, {"assistant", "Hello"}};
+  const std::string frame = "<|im_end|>\n<|im_start|>user\n";
+  for (const std::string prompt : {"\xEE\x80\x80torpor-answer\xEE\x80\x81", "a \xEE\x80\x80torpor-answer\xEE\x80\x81 b",
+                                   "\xEE\x80\x80torpor-1-2\xEE\x80\x81"}) {
+    const std::string added = tokenizer_->decode(turn(history, encode("...Hello"), prompt));
+    EXPECT_EQ(added, frame + prompt + "<|im_end|>\n<|im_start|>assistant\n");
+  }
+}
+
 // The families' templates, each with what closes an answer and opens the next (scripts/fetch-model).
 struct Manner {
   const char* dir;

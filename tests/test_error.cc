@@ -1,16 +1,20 @@
 /// Errors with their data, the faces' table of codes, the log handler, and the version.
 
 #include <atomic>
+#include <cerrno>
 #include <memory>
+#include <new>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
 
 #include <gtest/gtest.h>
 
+#include "base/foreign_error.h"
 #include "faces/error_table.h"
 #include "store/torpor_file.h"
 #include "torpor/error.h"
@@ -45,6 +49,18 @@ TEST(Error, AChangedCopyLeavesTheOtherAsItWas) {
   EXPECT_EQ(second.agent(), "eve");
   EXPECT_EQ(second.field(), "kv");
   static_assert(std::is_nothrow_copy_constructible_v<Error>);
+}
+
+TEST(Error, IsMadeOfWhatOthersThrow) {
+  const auto made_of = [](auto exception) { return to_error(std::make_exception_ptr(exception), "The work"); };
+  const auto refusal = [](int code) { return std::system_error(code, std::generic_category(), "thread"); };
+  EXPECT_EQ(made_of(Error(ErrorCode::kBusy, "No.")).code(), ErrorCode::kBusy);
+  EXPECT_STREQ(made_of(std::bad_alloc()).what(), "The work failed: out of memory; free some and try again.");
+  EXPECT_EQ(made_of(std::bad_alloc()).code(), ErrorCode::kResourceExhausted);
+  for (const int code : {EAGAIN, ENOMEM, EMFILE}) EXPECT_EQ(made_of(refusal(code)).code(), ErrorCode::kResourceExhausted) << code;
+  for (const int code : {EACCES, EROFS, EIO}) EXPECT_EQ(made_of(refusal(code)).code(), ErrorCode::kIo) << code;
+  EXPECT_EQ(made_of(std::logic_error("oops")).code(), ErrorCode::kInternal);
+  EXPECT_EQ(made_of(42).code(), ErrorCode::kInternal);
 }
 
 TEST(ErrorTable, EachCodeHasItsOwnExitCodeAndPythonClass) {

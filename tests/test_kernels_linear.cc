@@ -122,13 +122,13 @@ struct TestWeight {
 
   /// Output `column` of input row `x`, and the bound on an f32 kernel's error: a rounding of the sum of
   /// magnitudes per multiply-add (k, and one per group) and a few for the weights and the groups' sums.
-  std::pair<double, double> reference(const float* x, int column) const {
+  std::pair<double, double> reference(const float* x, int column, Activations activations = Activations::kF32) const {
     double sum = 0, magnitude = 0, rounding = 0;
     const size_t at = size_t(column) * source.k;
     for (int i = 0; i < source.k; ++i) {
       sum += double(x[i]) * values[at + i];
       magnitude += std::abs(double(x[i])) * magnitudes[at + i];
-      if (activations() == Activations::kInt8 && source.type == Type::kAffine) {
+      if (activations == Activations::kInt8 && source.type == Type::kAffine) {
         // Half a step of the block's scale, times what the activation is multiplied with: q * scale.
         double most = 0;
         for (int j = i / 32 * 32; j < i / 32 * 32 + 32; ++j) most = std::max(most, std::abs(double(x[j])));
@@ -154,19 +154,14 @@ struct RestoreThreads {
   ~RestoreThreads() { ThreadPool::resize_shared(before); }
 };
 
-struct Int8Activations {
-  Activations before = activations();
-  Int8Activations() { set_activations(Activations::kInt8); }
-  ~Int8Activations() { set_activations(before); }
-};
-
 const std::vector<int> kRows{0, 1, 2, 7, 64, 513};
 
 /// linear() of every M against the reference, against its own rows one at a time, and with 1, 2 and 3 threads.
-void check_linear(const std::vector<const TestWeight*>& weights, bool with_residual, std::mt19937& rng) {
+void check_linear(const std::vector<const TestWeight*>& weights, bool with_residual, std::mt19937& rng,
+                  Activations activations = Activations::kF32) {
   std::vector<WeightSource> sources;
   for (const TestWeight* w : weights) sources.push_back(w->source);
-  const auto packed = PackedLinear::pack(sources);
+  const auto packed = PackedLinear::pack(sources, activations);
   const int n = packed->n(), k = packed->k(), most = kRows.back();
   const std::vector<float> x = random_rows(most, k, rng), residual = random_rows(most, n, rng);
   const float* added = with_residual ? residual.data() : nullptr;
@@ -178,7 +173,7 @@ void check_linear(const std::vector<const TestWeight*>& weights, bool with_resid
     int column = 0;
     for (const TestWeight* w : weights) {
       for (int i = 0; i < w->source.n; ++i, ++column) {
-        auto [want, bound] = w->reference(x.data() + size_t(row) * k, i);
+        auto [want, bound] = w->reference(x.data() + size_t(row) * k, i, activations);
         const size_t at = size_t(row) * n + column;
         if (with_residual) {
           want += residual[at];
@@ -225,14 +220,13 @@ TEST(KernelsLinear, QuantizedWeights) {
 
 TEST(KernelsLinear, QuantizedWeightsWithInt8Activations) {
   const RestoreThreads restore;
-  const Int8Activations int8;
   std::mt19937 rng(12);
   for (const int bits : {4, 8}) {
     for (const int group : {32, 64, 128}) {
       for (const Type scale_type : {Type::kF32, Type::kF16, Type::kBF16}) {
         SCOPED_TRACE(std::to_string(bits) + " bits, group " + std::to_string(group) + ", scales " + type_name(scale_type));
         const TestWeight w(Type::kAffine, 39, 3 * 128, rng, bits, group, scale_type, true);
-        check_linear({&w}, true, rng);
+        check_linear({&w}, true, rng, Activations::kInt8);
         if (HasFatalFailure()) return;
       }
     }
@@ -240,7 +234,6 @@ TEST(KernelsLinear, QuantizedWeightsWithInt8Activations) {
 }
 
 TEST(KernelsLinear, Int8ActivationsAtTheExtremes) {
-  const Int8Activations int8;
   // All weights 1 (q = 255, scale = 1, bias = -254): a sum of the largest products, then zeros, then what isn't a number.
   const std::vector<uint32_t> words(16 * 32 / 4, 0xffffffffu);
   const std::vector<float> scales(16, 1.0f), biases(16, -254.0f);
@@ -253,7 +246,7 @@ TEST(KernelsLinear, Int8ActivationsAtTheExtremes) {
   source.weight = words.data();
   source.scales = scales.data();
   source.biases = biases.data();
-  const auto packed = PackedLinear::pack({source});
+  const auto packed = PackedLinear::pack({source}, Activations::kInt8);
   std::vector<float> x(32, -2.0f), y(16);
   linear(x.data(), 1, *packed, nullptr, y.data());
   EXPECT_NEAR(y[0], -64.0f, 1e-2);

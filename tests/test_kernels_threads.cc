@@ -127,5 +127,41 @@ TEST(KernelsTargetDeathTest, AskingForTheTargetsNameLeavesItInUse) {
   EXPECT_EXIT(run(), testing::ExitedWithCode(20), "");
 }
 
+TEST(KernelsTargetDeathTest, TheFirstToSettleItSettlesItForTheProcess) {
+  testing::GTEST_FLAG(death_test_style) = "threadsafe";
+  auto result_of = [](const char* first, const char* second) {
+    settle_cpu_target(first);
+    try {
+      settle_cpu_target(second);
+    } catch (const Error& error) {
+      if (std::string name = cpu_target_name(); name != "EMU128" && name != "SCALAR") std::exit(12);
+      std::exit(error.code() == ErrorCode::kInvalidArgument && error.found() == second ? 10 : 11);
+    }
+    std::exit(20);
+  };
+  EXPECT_EXIT(result_of("portable", "portable"), testing::ExitedWithCode(20), "");
+  EXPECT_EXIT(result_of("portable", ""), testing::ExitedWithCode(20), "");
+  EXPECT_EXIT(result_of("portable", "mmx"), testing::ExitedWithCode(10), "");
+#if defined(__x86_64__)
+  EXPECT_EXIT(result_of("portable", "sse4"), testing::ExitedWithCode(10), "");
+#endif
+}
+
+TEST(KernelsThreadPoolDeathTest, TheFirstToSettleItSettlesItForTheProcess) {
+  testing::GTEST_FLAG(death_test_style) = "threadsafe";
+  auto result_of = [](int second) {
+    ThreadPool::settle_shared(3);
+    if (ThreadPool::shared().size() != 3) std::exit(12);
+    try {
+      ThreadPool::settle_shared(second);
+    } catch (const Error& error) {
+      std::exit(error.code() == ErrorCode::kInvalidArgument && error.expected() == "3" ? 10 : 11);
+    }
+    std::exit(20);
+  };
+  EXPECT_EXIT(result_of(3), testing::ExitedWithCode(20), "");
+  EXPECT_EXIT(result_of(2), testing::ExitedWithCode(10), "");
+}
+
 }  // namespace
 }  // namespace torpor::kernels

@@ -58,7 +58,7 @@ class Backends : public testing::TestWithParam<Backend> {
 };
 
 TEST_P(Backends, RowsAreThoseOfMlxQuantize) {
-  const auto model = Model::load(kWindowed, GetParam());
+  const auto model = Model::load(kWindowed, {.backend = GetParam()});
   const std::vector<int32_t> tokens = test_tokens(50);
   // The first layer's keys and values don't depend on how a cache keeps them.
   const auto exact = KvCache::create(model->kv_layout(KvDtype::kF32), GetParam());
@@ -83,12 +83,12 @@ TEST_P(Backends, RowsAreThoseOfMlxQuantize) {
 
 // The same bytes hold 3.56 times the tokens: 4 bits, and 2 x 16 for every 64 elements, against 16.
 TEST_P(Backends, FourBitsHoldThreeTimesTheAgentsOfF16) {
-  const auto model = Model::load(kWindowed, GetParam());
+  const auto model = Model::load(kWindowed, {.backend = GetParam()});
   EXPECT_THROW(model->kv_layout({KvDtype::kF16, 4, 64}), Error);  // heads of 32
   EXPECT_THROW(model->kv_layout({KvDtype::kF16, 3, 32}), Error);
   EXPECT_THROW(model->kv_layout(KvDtype::kU32), Error);
 
-  const auto wide = Model::load(TORPOR_SOURCE_DIR "/.models/smollm2-135m", GetParam());
+  const auto wide = Model::load(TORPOR_SOURCE_DIR "/.models/smollm2-135m", {.backend = GetParam()});
   Store store(root_);
   std::vector<double> held, on_disk;
   for (const KvFormat& format : {KvFormat(KvDtype::kF16), KvFormat(KvDtype::kF16, 4)}) {
@@ -110,7 +110,7 @@ TEST_P(Backends, FourBitsHoldThreeTimesTheAgentsOfF16) {
 
 TEST_P(Backends, AWindowBoundsWhatIsHeldAndNothingElseChanges) {
   for (const KvFormat& format : {KvFormat(KvDtype::kF16), KvFormat(KvDtype::kF16, 4, 32)}) {
-    const auto model = Model::load(kWindowed, GetParam());
+    const auto model = Model::load(kWindowed, {.backend = GetParam()});
     const KvLayout layout = model->kv_layout(format);
     const std::vector<int32_t> tokens = test_tokens(1100);
     Identity identity = model->identity();

@@ -53,7 +53,7 @@ TEST(SmolLM2, IdentityIsStable) {
   EXPECT_EQ(identity.config.size(), 32u);
   EXPECT_EQ(identity.weights.size(), 32u);
   EXPECT_EQ(identity.tokenizer, "");
-  EXPECT_EQ(Model::load(smollm2().info().dir.string(), Backend::kKernels)->identity(), identity);
+  EXPECT_EQ(Model::load(smollm2().info().dir.string(), {.backend = Backend::kKernels})->identity(), identity);
 }
 
 TEST(SmolLM2, ChunksDoNotChangeABit) {
@@ -139,7 +139,7 @@ TEST(SmolLM2, ABatchIsBitEqualToItsSequencesAlone) {
 }
 
 TEST(SmolLM2, MlxBackendAgrees) {
-  const std::unique_ptr<Model> mlx = Model::load(smollm2().info().dir.string(), Backend::kMlx);
+  const std::unique_ptr<Model> mlx = Model::load(smollm2().info().dir.string(), {.backend = Backend::kMlx});
   EXPECT_EQ(mlx->identity(), smollm2().identity());
   const std::vector<int32_t> tokens = prompt("list");
   TestCache a(smollm2(), KvDtype::kF32), b(*mlx, KvDtype::kF32);
@@ -149,6 +149,31 @@ TEST(SmolLM2, MlxBackendAgrees) {
   for (size_t i = 0; i < expected.size(); ++i) worst = std::max(worst, std::abs(logits[i] - expected[i]));
   EXPECT_LT(worst, kLogitBound);
   EXPECT_EQ(argmax(logits), argmax(expected));
+}
+
+TEST(SmolLM2, ModelsOfOneProcessMayDifferInTheirActivations) {
+  const std::unique_ptr<Model> int8 = Model::load(smollm2().info().dir.string(), {.activations = Activations::kInt8});
+  EXPECT_EQ(int8->identity().first_difference(smollm2().identity()), "config");
+  const std::vector<int32_t> tokens = prompt("list");
+  const auto logits_of = [&](Model& model) {
+    TestCache cache(model, KvDtype::kF32);
+    return forward(model, cache, tokens);
+  };
+  const std::vector<float> f32_first = logits_of(smollm2()), rounded = logits_of(*int8), f32_again = logits_of(smollm2());
+  EXPECT_EQ(f32_first, f32_again);
+  EXPECT_NE(f32_first, rounded);
+  EXPECT_EQ(logits_of(*int8), rounded);
+}
+
+TEST(SmolLM2, AnotherNumberOfThreadsInOneProcessIsRefused) {
+  try {
+    Model::load(smollm2().info().dir.string(), {.threads = 61});
+    FAIL() << "loaded";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+    EXPECT_EQ(error.field(), "ComputeOptions::threads");
+    EXPECT_EQ(error.found(), "61");
+  }
 }
 
 TEST(SmolLM2, RefusesBadSequencesAndStaysWhereItWas) {

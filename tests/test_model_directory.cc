@@ -50,7 +50,7 @@ class Directory : public testing::Test {
     change(value);
     std::ofstream(dir_ / file) << value;
   }
-  std::unique_ptr<Model> load() { return Model::load(dir_.string(), Backend::kKernels); }
+  std::unique_ptr<Model> load() { return Model::load(dir_.string(), {.backend = Backend::kKernels}); }
   void expect(ErrorCode code, const std::string& part) {
     try {
       load();
@@ -257,7 +257,7 @@ TEST_F(Directory, FoundInTheHuggingFaceCache) {
   fs::rename(dir_, repo / "snapshots/abc123");
   std::ofstream(repo / "refs/main") << "abc123";
   EXPECT_EQ(resolve_model("some-org/Some.Model"), repo / "snapshots/abc123");
-  EXPECT_EQ(Model::load("some-org/Some.Model", Backend::kKernels)->info().name, "some-org/Some.Model");
+  EXPECT_EQ(Model::load("some-org/Some.Model", {.backend = Backend::kKernels})->info().name, "some-org/Some.Model");
   for (const char* name : {"some-org/Other", "../Some.Model", "a/b/c", ""}) {
     SCOPED_TRACE(name);
     try {

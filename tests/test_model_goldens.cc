@@ -110,7 +110,7 @@ class Tiny : public testing::TestWithParam<std::tuple<const char*, std::optional
  protected:
   const fs::path dir_ = kGoldens / std::get<0>(GetParam());
   const std::optional<Backend> backend_ = std::get<1>(GetParam());
-  const std::unique_ptr<Model> model_ = backend_ ? Model::load(dir_.string(), *backend_) : Model::load(dir_.string());
+  const std::unique_ptr<Model> model_ = backend_ ? Model::load(dir_.string(), {.backend = *backend_}) : Model::load(dir_.string());
   const json golden_ = read_json(dir_ / "golden.json");
   const std::vector<int32_t> tokens_ = golden_.at("tokens");
 };

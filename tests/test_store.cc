@@ -1,5 +1,7 @@
 /// The store as its callers see it: round trips, sharing, the catalogue, locks, exchange.
 
+#include "base/env.h"
+#include "store/sidecar.h"
 #include "store_fixture.h"
 
 #include <sys/stat.h>
@@ -221,7 +223,7 @@ TEST_F(StoreTest, RefusesWhatCanNotBeStored) {
   for (const char* id : {"", ".", "..", ".a", "-a", "a/b", "a b", "ä", "../a"}) {
     EXPECT_EQ(code_of([&] { store_.save_agent_cache(id, make_snapshot(1), "m"); }), ErrorCode::kInvalidArgument) << id;
     EXPECT_EQ(code_of([&] { store_.load_agent_cache(id); }), ErrorCode::kInvalidArgument) << id;
-    EXPECT_EQ(code_of([&] { store_.lock_agent(id); }), ErrorCode::kInvalidArgument) << id;
+    EXPECT_EQ(code_of([&] { (void)store_.lock_agent(id); }), ErrorCode::kInvalidArgument) << id;
     EXPECT_FALSE(store_.contains(id));
   }
   EXPECT_EQ(code_of([&] { check_agent_id(std::string(129, 'a')); }), ErrorCode::kInvalidArgument);
@@ -246,6 +248,26 @@ TEST_F(StoreTest, MissingAgentsAreNotFound) {
   EXPECT_TRUE(store_.list_cached_agents().empty());
   EXPECT_TRUE(store_.verify().empty());
   EXPECT_EQ(store_.gc().files_removed, 0);
+}
+
+TEST_F(StoreTest, ASidecarWhoseNumbersCanNotBeIsRebuilt) {
+  store_.save_agent_cache("a", make_snapshot(300), "m");
+  const AgentInfo honest = store_.agent_info("a");
+  const FileStat stat = Env::posix().stat(root_ / "a.safetensors").value();
+  const auto listed = [&](auto change) {
+    AgentInfo claimed = honest;
+    change(claimed);
+    write_all(root_ / "a.json", encode_sidecar(claimed, stat));
+    return store_.list_cached_agents().at(0);
+  };
+  for (const AgentInfo& found : {listed([](AgentInfo& i) { i.cache_size = -1; }), listed([](AgentInfo& i) { i.bytes = INT64_MIN; }),
+                                 listed([](AgentInfo& i) { i.bytes = i.tail_bytes - 1; }),
+                                 listed([](AgentInfo& i) { i.tail_bytes = INT64_MAX; }),
+                                 listed([](AgentInfo& i) { i.bytes = INT64_MAX, i.tail_bytes = -1; })}) {
+    EXPECT_EQ(found.cache_size, honest.cache_size);
+    EXPECT_EQ(found.bytes, honest.bytes);
+    EXPECT_EQ(found.tail_bytes, honest.tail_bytes);
+  }
 }
 
 TEST_F(StoreTest, SidecarsAreRebuiltWhenMissingEditedOrStale) {
@@ -333,16 +355,16 @@ TEST_F(StoreTest, GcKeepsTheLivingAndRemovesTheRest) {
 TEST_F(StoreTest, AnAwakeAgentHasOneOwner) {
   store_.save_agent_cache("a", make_snapshot(3), "m");
   auto lock = store_.lock_agent("a");
-  EXPECT_EQ(code_of([&] { store_.lock_agent("a"); }), ErrorCode::kBusy);
-  EXPECT_EQ(code_of([&] { Store(root_).lock_agent("a"); }), ErrorCode::kBusy);
+  EXPECT_EQ(code_of([&] { (void)store_.lock_agent("a"); }), ErrorCode::kBusy);
+  EXPECT_EQ(code_of([&] { (void)Store(root_).lock_agent("a"); }), ErrorCode::kBusy);
   EXPECT_EQ(code_of([&] { store_.delete_agent_cache("a"); }), ErrorCode::kBusy);
-  EXPECT_NO_THROW(store_.lock_agent("b"));
+  EXPECT_NO_THROW((void)store_.lock_agent("b"));
   // Readers and the owner's own saves go on.
   EXPECT_NO_THROW(store_.load_agent_cache("a"));
   EXPECT_NO_THROW(store_.save_agent_cache("a", make_snapshot(4), "m"));
   EXPECT_NO_THROW(store_.gc());
   lock.reset();
-  EXPECT_NO_THROW(store_.lock_agent("a"));
+  EXPECT_NO_THROW((void)store_.lock_agent("a"));
 }
 
 TEST_F(StoreTest, ExportAndImportAreInverses) {

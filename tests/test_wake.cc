@@ -361,7 +361,7 @@ TEST_F(EngineTurns, LookingAtAnAgentDoesNotKeepItAwake) {
   engine.turn(request("a", "Hello."));
   engine.sleep("a");
   EXPECT_FALSE(engine.next_logits("a").empty());
-  EXPECT_NO_THROW(Store(root_).lock_agent("a"));
+  EXPECT_NO_THROW((void)Store(root_).lock_agent("a"));
   EXPECT_THROW(engine.next_logits("nobody"), Error);
 }
 

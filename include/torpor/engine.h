@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "torpor/agents.h"
+#include "torpor/compute_options.h"
 #include "torpor/error.h"
 #include "torpor/generate_options.h"
 #include "torpor/memory_usage.h"
@@ -39,6 +40,7 @@ struct EngineOptions {
   /// pinned go to sleep; when none can, kResourceExhausted says what holds the memory.
   size_t memory_budget = 0;
   DiskLimits disk;
+  ComputeOptions compute;
   size_t write_queue_bytes = size_t(256) << 20;  ///< saves behind the turn that may wait; beyond it a turn waits for the disk
   /// Text of each turn that may wait for its callback. Beyond it the turn waits, and others go on.
   size_t text_queue_bytes = size_t(64) << 10;
@@ -49,7 +51,7 @@ struct EngineOptions {
 
 /// A model as the store needs it to make an agent of a file that does not say whose it is (import_prompt_cache,
 /// torpor/agents.h). Its files are read for their digests; no weights are kept. Errors as the Engine's constructor gives them.
-CacheModel describe_model(const std::string& name);
+CacheModel describe_model(const std::string& name, const ComputeOptions& compute = {});
 
 struct TurnRequest {
   /// Empty: a prompt without an agent. It starts from the longest prefix that anyone has, and leaves its own sealed segments

@@ -110,6 +110,8 @@ struct Identity {
   static Identity from_fields(const std::vector<std::pair<std::string, std::string>>& fields);
   /// Name of the first field in which the two differ, or nullopt when they are equal.
   std::optional<std::string> first_difference(const Identity& other) const;
+  /// What a field of `fields` is; empty when there is none of that name.
+  std::string value(std::string_view field) const;
   /// 32 hex digits over all fields; equal in every process and on every machine.
   std::string digest() const;
   bool operator==(const Identity&) const = default;

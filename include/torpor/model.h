@@ -47,8 +47,9 @@ struct ForwardSequence {
 
 class Model {
  public:
-  /// kNotFound, kInvalidArgument ("unsupported architecture X, supported: ..."), kCorruption, kIo.
-  static std::unique_ptr<Model> load(const std::string& name, Backend backend = default_backend());
+  /// kNotFound, kInvalidArgument ("unsupported architecture X, supported: ..."; what `compute` asks for can't be had),
+  /// kCorruption, kIo.
+  static std::unique_ptr<Model> load(const std::string& name, const ComputeOptions& compute = {});
   virtual ~Model() = default;
 
   virtual const ModelInfo& info() const = 0;

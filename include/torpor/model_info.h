@@ -7,13 +7,12 @@
 #include <string>
 #include <vector>
 
+#include "torpor/compute_options.h"
 #include "torpor/kv_snapshot.h"
 
 namespace torpor {
 
-/// Who computes: Torpor's CPU kernels, or MLX's own operations (Metal, CUDA; on a CPU for comparison).
-enum class Backend { kKernels, kMlx };
-/// kMlx where MLX's default device is a GPU, else kKernels; `TORPOR_BACKEND=kernels|mlx` overrides.
+/// Who computes unless asked otherwise (ComputeOptions::backend).
 Backend default_backend();
 
 struct ModelInfo {
@@ -37,6 +36,6 @@ struct ModelOutline {
   std::function<KvLayout(const KvFormat&)> kv_layout;  ///< as Model::kv_layout
 };
 /// Reads every weight byte, for their digest, and keeps none. Errors are those of Model::load; any thread.
-ModelOutline outline_model(const std::string& name, Backend backend = default_backend());
+ModelOutline outline_model(const std::string& name, const ComputeOptions& compute = {});
 
 }  // namespace torpor

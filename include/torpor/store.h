@@ -32,8 +32,10 @@ enum class Durability {
   kNone,    ///< as kRename, and the sidecar may lag; for benchmarks and throw-away stores
 };
 
-/// The caller's own metadata: keys and values, kept as given.
+/// The caller's own metadata: keys and values, kept as given. No key begins with "torpor.".
 using UserMetadata = std::vector<std::pair<std::string, std::string>>;
+/// Torpor's own of an agent, apart from the caller's: the conversation and how far it has come (src/agents/record.h).
+using RecordMetadata = std::vector<std::pair<std::string, std::string>>;
 
 /// What people and programs read about an agent without opening its tensors. Mirrored in the sidecar JSON.
 struct AgentInfo {
@@ -48,6 +50,7 @@ struct AgentInfo {
   int64_t tail_bytes = 0;       ///< the agent file alone
   std::vector<std::string> segments;
   UserMetadata user;
+  RecordMetadata record;
 };
 
 struct SaveResult {
@@ -112,6 +115,7 @@ struct LoadedPrefix {
 struct CopyOptions {
   std::optional<int64_t> n_tokens;   ///< keep only the first so many tokens (kInvalidArgument beyond the agent's)
   std::optional<UserMetadata> user;  ///< instead of the source's
+  std::optional<RecordMetadata> record;  ///< likewise
   bool replace = false;              ///< the destination may exist (else kInvalidArgument)
   Durability durability = Durability::kFull;
 };
@@ -181,8 +185,8 @@ class Store {
   ~Store();
   const std::filesystem::path& root() const;
 
-  /// kBusy at once when another process (or another lock in this one) has it.
-  std::unique_ptr<AgentLock> lock_agent(const std::string& agent_id);
+  /// kBusy at once when another process (or another lock in this one) has it. A lock that is dropped locks nothing.
+  [[nodiscard]] std::unique_ptr<AgentLock> lock_agent(const std::string& agent_id);
   /// Whether someone has the agent's lock right now.
   bool is_awake(const std::string& agent_id) const;
 
@@ -192,9 +196,11 @@ class Store {
   ///
   /// A SealedRun that an earlier save or load put in a segment, or read from one, is not read again as long as that file is
   /// the one it was.
+  ///
+  /// kInvalidArgument for a key of `user` that begins with "torpor.". An embedder has no `record`.
   SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
-                              const UserMetadata& user = {},
-                              Durability durability = Durability::kFull);
+                              const UserMetadata& user = {}, Durability durability = Durability::kFull,
+                              const RecordMetadata& record = {});
 
   /// The same for rows in the caller's own memory; `snapshot` has no rows then.
   SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const BorrowedRows& rows,

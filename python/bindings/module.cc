@@ -10,7 +10,7 @@ namespace torpor::python {
 nb::object exception_of(const Error& error) {
   nb::object exception = nb::module_::import_("torpor.errors").attr(faces::error_mapping(error.code()).python_name)(error.what());
   const auto add = [&](const char* name, const std::string& value) {
-    if (!value.empty()) exception.attr(name) = value;
+    if (!value.empty()) exception.attr(name) = nb::str(value.c_str(), value.size());
   };
   add("agent", error.agent());
   add("path", error.path());

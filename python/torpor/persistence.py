@@ -53,8 +53,8 @@ class CachePersistence:
         ids = None if tokens is None else _ids(agent_id, tokens)
         user = dict(metadata or {})
         for key, value in user.items():
-            if not isinstance(key, str) or not isinstance(value, str) or key.startswith("mlx_lm."):
-                raise InvalidArgumentError(f"The metadata {key!r} is not a text by a text, or begins with 'mlx_lm.'.")
+            if not isinstance(key, str) or not isinstance(value, str) or key.startswith(("mlx_lm.", "torpor.")):
+                raise InvalidArgumentError(f"The metadata {key!r} is not a text by a text, or begins with 'mlx_lm.' or 'torpor.'.")
         user[_DESCRIPTION], rows, state, n_rows = _codec.encode(cache)
         unchanged = []
         if ids is None:

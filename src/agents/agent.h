@@ -31,7 +31,7 @@ struct Agent {
   std::vector<int32_t> history;      ///< ids up to the end of the last whole turn (AgentRecord::history)
   size_t shortest_cut = 0;           ///< AgentRecord::shortest_cut
   bool pinned = false;
-  UserMetadata other;
+  UserMetadata user;                 ///< somebody else's metadata; carried along
   uint64_t last_used = 0;
 
   // What the disk has of it.
@@ -48,7 +48,7 @@ struct Agent {
   bool dirty() const { return version != saved_version; }
   /// Until every row that a salvage lost is computed again, the damaged file is the better one: it has all the tokens.
   bool whole() const { return cache->tokens().size() >= history.size(); }
-  AgentRecord record() const { return {messages, history.size(), shortest_cut, pinned, other}; }
+  AgentRecord record() const { return {messages, history.size(), shortest_cut, pinned}; }
 };
 
 /// A counted hold on an awake agent. While anyone holds it, an agent is not evicted, dropped, renamed, removed, forked or cut

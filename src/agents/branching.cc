@@ -83,7 +83,7 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   agent.messages = std::move(record.messages);
   agent.shortest_cut = record.shortest_cut;
   agent.history.assign(source->history.begin(), source->history.begin() + ptrdiff_t(record.history));
-  agent.other = std::move(record.other);
+  agent.user = source->user;
   agent.segments.assign(source->segments.begin(),
                         source->segments.begin() + std::min<ptrdiff_t>(ssize(source->segments), keep / kSegmentTokens));
   agent.changed();

@@ -1,5 +1,8 @@
 #include "agents/conversation.h"
 
+#include <algorithm>
+#include <random>
+
 #include <nlohmann/json.hpp>
 
 #include "torpor/error.h"
@@ -7,9 +10,17 @@
 namespace torpor {
 namespace {
 
-// Stands for an answer whose tokens are held already. Not of the vocabulary of any template, and free of white space that
-// a template could trim.
-constexpr const char* kPlaceholder = "\xEE\x80\x80torpor-answer\xEE\x80\x81";
+// Stands for an answer whose tokens are held already. It is drawn anew for every turn and is in none of the messages:
+// whoever could write it could cut off the beginning of a turn. Free of white space that a template could trim.
+std::string draw_placeholder(const std::vector<Message>& messages, const std::string& prompt) {
+  std::random_device random;
+  while (true) {
+    const std::string number = std::to_string(random()) + "-" + std::to_string(random());
+    const std::string drawn = "\xEE\x80\x80torpor-" + number + "\xEE\x80\x81";
+    const auto is_in = [&](const Message& message) { return message.content.find(drawn) != std::string::npos; };
+    if (!is_in({"user", prompt}) && std::none_of(messages.begin(), messages.end(), is_in)) return drawn;
+  }
+}
 
 // How many of the first tokens of `added` the answer had already: the end of a turn is sampled by the model and rendered by the
 // template, which may put white space before it.
@@ -59,15 +70,17 @@ std::vector<int32_t> encode_user_turn(const Tokenizer& tokenizer, const ChatTemp
   // Some templates want an answer to follow a question, whose text does not matter here.
   if (messages.empty() || messages.back().role == "system") messages.push_back({"user", prompt});
   if (messages.back().role != "assistant") messages.push_back({"assistant", ""});
-  messages.back().content = kPlaceholder;
+  const std::string placeholder = draw_placeholder(messages, prompt);
+  messages.back().content = placeholder;
   messages.push_back({"user", prompt});
   const std::string rendered = chat_template.render(messages_to_json(messages), true);
-  const size_t at = rendered.rfind(kPlaceholder);
+  const size_t at = rendered.rfind(placeholder);
   if (at == std::string::npos) {
     throw Error(ErrorCode::kInvalidArgument,
-                "The model's chat template leaves out the previous answer, so a turn can't be appended; use --raw.");
+                "The model's chat template leaves out the previous answer, so a turn can't be appended; append plain text.")
+        .with_field("TurnRequest::raw");
   }
-  std::vector<int32_t> added = tokenizer.encode(rendered.substr(at + std::string(kPlaceholder).size()), false);
+  std::vector<int32_t> added = tokenizer.encode(rendered.substr(at + placeholder.size()), false);
   added.erase(added.begin(), added.begin() + std::ptrdiff_t(repeated(tokenizer, held, added)));
   return added;
 }

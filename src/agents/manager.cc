@@ -84,17 +84,19 @@ void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
   std::unique_ptr<KvCache> cache = KvCache::restore(loaded.snapshot, options_.backend);
   const KvLayout layout = layout_of(loaded.info.identity);
   if (const CacheValidation sound = validate_cache_structure(*cache, &layout); !sound) {
-    throw Error(ErrorCode::kIncompatible, "The cache of agent '" + agent.id + "' does not fit the model: " + sound.reason + ".");
+    throw Error(ErrorCode::kIncompatible, "The cache of agent '" + agent.id + "' does not fit the model: " + sound.reason + ".")
+        .with_agent(agent.id)
+        .with_field("layout");
   }
   agent.identity = std::move(loaded.info.identity);
   own(agent, std::move(cache));
-  AgentRecord record = decode_record(loaded.info.user, loaded.tokens.size());
+  AgentRecord record = decode_record(loaded.info, loaded.tokens.size());
   agent.history = std::move(loaded.tokens);
   agent.history.resize(record.history);
   agent.messages = std::move(record.messages);
   agent.shortest_cut = record.shortest_cut;
   agent.pinned = record.pinned;
-  agent.other = std::move(record.other);
+  agent.user = std::move(loaded.info.user);
   agent.segments = std::move(loaded.info.segments);
   agent.segments.resize(std::min(agent.segments.size(), size_t(agent.cache->length() / kSegmentTokens)));
   agent.bytes_read = loaded.bytes_read;

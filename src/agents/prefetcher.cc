@@ -4,6 +4,8 @@
 #include <system_error>
 #include <utility>
 
+#include "torpor/log.h"
+
 namespace torpor {
 namespace {
 
@@ -82,8 +84,10 @@ std::optional<Prefetcher::Ready> Prefetcher::take(const std::string& id) {
   }
   try {
     return slot.future.get();
-  } catch (const std::exception&) {
-    return std::nullopt;  // the wake that comes now finds out why, and says it
+  } catch (const std::exception& error) {
+    // The wake that comes now finds out why, and says it.
+    log(LogLevel::kInfo, "Agent '" + id + "' could not be loaded ahead: " + error.what());
+    return std::nullopt;
   }
 }
 

@@ -39,27 +39,26 @@ void AgentRecord::cut(size_t n_tokens) {
   history = std::min(history, n_tokens);
 }
 
-UserMetadata encode_record(const AgentRecord& record, size_t n_tokens) {
+RecordMetadata encode_record(const AgentRecord& record, size_t n_tokens) {
   std::string ends;
   for (const Message& message : record.messages) {
     if (!ends.empty()) ends += ',';
     ends += std::to_string(message.end);
   }
-  UserMetadata user;
-  if (record.conversation) user = {{kMessages, messages_to_json(record.messages)}, {kMessageEnds, ends}};
-  if (record.history != n_tokens) user.emplace_back(kHistory, std::to_string(record.history));
-  if (record.shortest_cut != 0) user.emplace_back(kShortestCut, std::to_string(record.shortest_cut));
-  if (record.pinned) user.emplace_back(kPinned, "true");
-  user.insert(user.end(), record.other.begin(), record.other.end());
-  return user;
+  RecordMetadata keys;
+  if (record.conversation) keys = {{kMessages, messages_to_json(record.messages)}, {kMessageEnds, ends}};
+  if (record.history != n_tokens) keys.emplace_back(kHistory, std::to_string(record.history));
+  if (record.shortest_cut != 0) keys.emplace_back(kShortestCut, std::to_string(record.shortest_cut));
+  if (record.pinned) keys.emplace_back(kPinned, "true");
+  return keys;
 }
 
-AgentRecord decode_record(const UserMetadata& user, size_t n_tokens) {
+AgentRecord decode_record(const AgentInfo& info, size_t n_tokens) {
   AgentRecord record;
   record.history = n_tokens;
   record.conversation = false;
   std::string ends;
-  for (const auto& [key, value] : user) {
+  for (const auto& [key, value] : info.record) {
     if (key == kMessages) {
       record.conversation = true;
       record.messages = messages_from_json(value);
@@ -71,8 +70,6 @@ AgentRecord decode_record(const UserMetadata& user, size_t n_tokens) {
       record.shortest_cut = parse_count(value, n_tokens);
     } else if (key == kPinned) {
       record.pinned = value == "true";
-    } else {
-      record.other.emplace_back(key, value);
     }
   }
   std::string_view rest = ends;

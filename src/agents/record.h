@@ -1,6 +1,6 @@
 #pragma once
 /// What is kept of an agent beside its rows and tokens: the conversation and how far it has come. It lies in the agent
-/// file's user metadata, and is cut together with the rows when an agent is rewound or forked.
+/// file's own metadata (AgentInfo::record), and is cut together with the rows when an agent is rewound or forked.
 
 #include <cstdint>
 #include <optional>
@@ -21,7 +21,6 @@ struct AgentRecord {
   /// was imported from.
   size_t shortest_cut = 0;
   bool pinned = false;  ///< never evicted from memory to make room
-  UserMetadata other;   ///< what somebody else keeps with the agent; carried along
   bool conversation = true;  ///< false: somebody else's agent, such as one of mlx-lm's caches, which gets none
 
   /// As if nothing after the first `n_tokens` tokens had been said. A message that the cut goes through is left out of the
@@ -30,8 +29,8 @@ struct AgentRecord {
 };
 
 /// `n_tokens` ids are in the agent's file: what is the same as them is not said twice.
-UserMetadata encode_record(const AgentRecord& record, size_t n_tokens);
+RecordMetadata encode_record(const AgentRecord& record, size_t n_tokens);
 /// kCorruption when a key can't be read.
-AgentRecord decode_record(const UserMetadata& user, size_t n_tokens);
+AgentRecord decode_record(const AgentInfo& info, size_t n_tokens);
 
 }  // namespace torpor

@@ -26,7 +26,8 @@ void AgentManager::save_behind(Agent& agent) {
 
 void AgentManager::submit(Agent& agent) {
   Writer::Job job{.agent = agent.id, .ticket = agent.ticket, .version = agent.version, .snapshot = agent.cache->snapshot(agent.identity),
-                  .model = options_.model_name, .user = encode_record(agent.record(), agent.cache->tokens().size())};
+                  .model = options_.model_name, .user = agent.user,
+                  .record = encode_record(agent.record(), agent.cache->tokens().size())};
   job.new_bytes = job.snapshot.tail.bytes.size();
   for (const auto& run : job.snapshot.sealed) {
     if (run->segment() == nullptr) job.new_bytes += run->bytes().size();

@@ -17,12 +17,12 @@ SaveResult copy(Store& store, const std::string& src, const std::string& dst, st
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' holds " + std::to_string(info.cache_size) +
                                                  " tokens, so it can't be cut to " + std::to_string(keep) + ".");
   }
-  AgentRecord record = decode_record(info.user, size_t(info.cache_size));
+  AgentRecord record = decode_record(info, size_t(info.cache_size));
   record.cut(size_t(keep));
   change(record);
   CopyOptions options;
   options.n_tokens = keep;
-  options.user = encode_record(record, size_t(keep));
+  options.record = encode_record(record, size_t(keep));
   options.replace = src == dst;
   options.durability = durability;
   return store.copy_agent_cache(src, dst, options);
@@ -65,7 +65,7 @@ SaveResult import_prompt_cache(Store& store, const std::filesystem::path& path, 
   AgentRecord record;
   record.history = read.snapshot.tokens.size();
   record.shortest_cut = size_t(read.shortest_cut);
-  return store.save_agent_cache(id, read.snapshot, model.name, encode_record(record, record.history), durability);
+  return store.save_agent_cache(id, read.snapshot, model.name, {}, durability, encode_record(record, record.history));
 }
 
 SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens, Durability durability) {
@@ -79,7 +79,7 @@ void pin_agent(Store& store, const std::string& id, bool pinned, Durability dura
 }
 
 bool is_pinned(const AgentInfo& info) {
-  return std::find(info.user.begin(), info.user.end(), std::pair<std::string, std::string>("pinned", "true")) != info.user.end();
+  return std::find(info.record.begin(), info.record.end(), RecordMetadata::value_type("pinned", "true")) != info.record.end();
 }
 
 Divergence find_divergence(std::span<const int32_t> prompt, std::span<const int32_t> held) {

@@ -44,11 +44,14 @@ void TurnTransaction::begin(const TurnInput& input) {
       messages_.push_back({"system", *input.system});
     } else if (!has_own || messages_.front().content != *input.system) {
       throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' already has another system prompt; give none, or "
-                                               "start a new agent.");
+                                               "start a new agent.")
+          .with_agent(agent.id)
+          .with_field("TurnRequest::system", has_own ? messages_.front().content : "", *input.system);
     }
     if (input.raw) {
       throw Error(ErrorCode::kInvalidArgument, "A system prompt needs the chat template, which plain text goes without; put it into "
-                                               "the prompt.");
+                                               "the prompt.")
+          .with_field("TurnRequest::system");
     }
   }
   tokens_ = agent.history;
@@ -78,7 +81,8 @@ std::vector<int32_t> TurnTransaction::added_tokens(const TurnInput& input) const
   const std::vector<int32_t>& history = hold_->history;
   if (input.raw) return input.tokenizer->encode(input.prompt, history.empty());
   if (input.chat_template == nullptr) {
-    throw Error(ErrorCode::kInvalidArgument, "The model has no chat template; append the prompt as plain text instead.");
+    throw Error(ErrorCode::kInvalidArgument, "The model has no chat template; append the prompt as plain text instead.")
+        .with_field("TurnRequest::raw");
   }
   return encode_user_turn(*input.tokenizer, *input.chat_template, messages_, history, input.prompt);
 }
@@ -115,6 +119,7 @@ int64_t TurnTransaction::save(SaveMode mode) {
   } catch (const Error& error) {
     const std::string what = agent.id.empty() ? "its segments" : "agent '" + agent.id + "'";
     save_error_.emplace(error.code(), "The answer is complete, but " + what + " could not be saved: " + error.what());
+    save_error_->with_agent(agent.id).with_path(error.path()).with_field(error.field(), error.expected(), error.found());
   }
   return 0;
 }

@@ -91,7 +91,8 @@ Identity Identity::from_fields(const std::vector<std::pair<std::string, std::str
                                                    : nullptr;
     if (field == nullptr) {
       throw Error(ErrorCode::kIncompatible,
-                  "The identity has a field '" + name + "' that this version of Torpor does not know; use a newer one.");
+                  "The identity has a field '" + name + "' that this version of Torpor does not know; use a newer one.")
+          .with_field(name, "", value);
     }
     *field = value;
   }
@@ -105,6 +106,13 @@ std::optional<std::string> Identity::first_difference(const Identity& other) con
     if (mine[i].second != theirs[i].second) return mine[i].first;
   }
   return std::nullopt;
+}
+
+std::string Identity::value(std::string_view field) const {
+  for (const auto& [name, value] : fields()) {
+    if (name == field) return value;
+  }
+  return "";
 }
 
 std::string Identity::digest() const {

@@ -27,7 +27,8 @@ std::unique_ptr<KvCache> KvCache::restore(const KvSnapshot& snapshot, Backend ba
   snapshot.validate();
   if (!snapshot.state.empty()) {
     throw Error(ErrorCode::kIncompatible, "The agent holds state '" + snapshot.state[0].name +
-                                              "', which Torpor's engine does not have; load it with whatever saved it.");
+                                              "', which Torpor's engine does not have; load it with whatever saved it.")
+        .with_field("state", "", snapshot.state[0].name);
   }
   if (backend == Backend::kKernels) return SegmentedKvCache::restore(snapshot);
   return DenseKvCache::restore(snapshot);

@@ -24,15 +24,19 @@ Json summary_json(const Store& store, const AgentInfo& info) {
               {"state", state_of(store, info)},   {"pinned", is_pinned(info)}};
 }
 
-/// The conversation that the agents room keeps under "messages", or null when there is none to read.
+/// The conversation that the agents room keeps under "messages", or null when there is none to read. What is nested deeper
+/// than any message is left out: printing recurses as deep as the value.
 Json messages_of(const AgentInfo& info) {
-  for (const auto& [key, value] : info.user) {
+  constexpr int kDeepest = 64;
+  const auto shallow = [](int depth, Json::parse_event_t, Json&) { return depth <= kDeepest; };
+  for (const auto& [key, value] : info.record) {
     if (key != "messages") continue;
-    Json messages = Json::parse(value, nullptr, false);
+    Json messages = Json::parse(value, shallow, false);
     if (messages.is_array()) return messages;
   }
   return nullptr;
 }
+
 
 std::string text_of(const Json& message, const char* key) {
   const auto it = message.is_object() ? message.find(key) : message.end();
@@ -50,7 +54,8 @@ std::map<std::string, int64_t> shared_bytes(const std::vector<AgentInfo>& agents
   std::map<std::string, int64_t> shared;
   for (const AgentInfo& info : agents) {
     const auto n = std::count_if(info.segments.begin(), info.segments.end(), [&](const auto& segment) { return named[segment] > 1; });
-    if (n > 0) shared[info.agent_id] = (info.bytes - info.tail_bytes) * n / ssize(info.segments);
+    // Wide: `bytes` is what a sidecar claims.
+    if (n > 0) shared[info.agent_id] = int64_t(__int128(info.bytes - info.tail_bytes) * n / ssize(info.segments));
   }
   return shared;
 }
@@ -100,10 +105,13 @@ int show(const std::filesystem::path& root, const std::string& id, bool json) {
     for (const auto& [name, value] : info.identity.fields()) identity[name] = value;
     object["identity"] = identity;
     Json user = Json::object();
-    for (const auto& [key, value] : info.user) {
-      if (key != "messages" || messages.is_null()) user[key] = value;
-    }
+    for (const auto& [key, value] : info.user) user[key] = value;
     object["user"] = user;
+    Json record = Json::object();
+    for (const auto& [key, value] : info.record) {
+      if (key != "messages" || messages.is_null()) record[key] = value;
+    }
+    object["record"] = record;
     object["messages"] = messages.is_null() ? Json::array() : messages;
     print_json(object);
     return 0;

@@ -308,7 +308,7 @@ int bench(const BenchOptions& options) {
   const std::vector<int> prefill = parse_list(options.prefill, "--prefill", 1);
   const std::vector<int> depths = parse_list(options.depth, "--depth", 0);
 
-  const auto model = Model::load(options.model);  // this thread is the one that computes
+  const auto model = Model::load(options.model, options.compute());  // this thread is the one that computes
   const int64_t longest = std::max<int64_t>(*std::max_element(prefill.begin(), prefill.end()),
                                             int64_t(*std::max_element(depths.begin(), depths.end())) + options.decode);
   if (const int limit = model->info().max_context; limit > 0 && longest > limit) {

@@ -121,7 +121,7 @@ class Chat {
         const std::set<ErrorCode> harmless{ErrorCode::kInvalidArgument, ErrorCode::kResourceExhausted, ErrorCode::kIo,
                                            ErrorCode::kNotFound, ErrorCode::kBusy};
         if (!interactive_ || harmless.count(error.code()) == 0) throw;
-        complain(error.what());
+        complain(error);
       }
       if (interrupt_.signal() != 0) {
         if (!interactive_ || interrupt_.signal() != SIGINT) break;

@@ -39,7 +39,7 @@ double log_probability(std::span<const float> logits, int32_t token) {
 int perplexity(const PerplexityOptions& options) {
   const std::string text = read_prompt_file(options.file);
   check_text(text, "the text");
-  const auto model = Model::load(options.model);  // this thread is the one that computes
+  const auto model = Model::load(options.model, options.compute());  // this thread is the one that computes
   std::vector<int32_t> tokens = Tokenizer::load(model->info().dir)->encode(text, /*add_special=*/true);
   if (options.tokens > 0 && size_t(options.tokens) < tokens.size()) tokens.resize(size_t(options.tokens));
   if (tokens.size() < 2) throw Error(ErrorCode::kInvalidArgument, "the text is too short; perplexity needs two tokens at least");

@@ -5,11 +5,16 @@
 #include <string>
 
 #include <CLI/CLI.hpp>
+#include <mlx/version.h>
 
+#include "base/foreign_error.h"
 #include "cli/commands.h"
 #include "cli/output.h"
 #include "faces/error_table.h"
+#include "kernels/cpu_target.h"
 #include "torpor/error.h"
+#include "torpor/log.h"
+#include "torpor/model.h"
 #include "torpor/store.h"
 #include "torpor/version.h"
 
@@ -37,16 +42,22 @@ std::string one_line(std::string text) {
   return text;
 }
 
-int fail(const torpor::Error& error) {
-  torpor::cli::complain(error.what());
-  return torpor::faces::error_mapping(error.code()).exit_code;
+/// What `--version` prints: everything that decides what this program computes, reads and writes.
+std::string version_text() {
+  const auto range = [](int first, int last) {
+    return std::to_string(first) + (first < last ? " to " + std::to_string(last) : std::string());
+  };
+  return std::string("torpor " TORPOR_VERSION "\nMLX ") + mlx::core::version() + "\nbackend " +
+         torpor::backend_name(torpor::default_backend()) + "\nCPU target " + torpor::kernels::cpu_target_name() +
+         "\nformat versions: reads " + range(torpor::kOldestFormatRead, torpor::kNewestFormat) + ", writes " +
+         range(torpor::kOldestFormatWritten, torpor::kNewestFormat);
 }
 
 int dispatch(int argc, char** argv) {
   using namespace torpor::cli;
   CLI::App app{"LLM agents that sleep to disk and wake in milliseconds", "torpor"};
   app.footer(kFooter);
-  app.set_version_flag("--version", "torpor " TORPOR_VERSION);
+  app.set_version_flag("--version", version_text, "Print the versions, backend and CPU target, and exit");
   app.require_subcommand(0, 1);  // none is told apart from an unknown one below
   app.fallthrough();
 
@@ -54,6 +65,8 @@ int dispatch(int argc, char** argv) {
   std::string store;
   app.add_option("--store", store, "Directory of the agents (default: $TORPOR_STORE, else ~/.agent_caches)")
       ->type_name("DIR");
+  bool verbose = false;
+  app.add_flag("--verbose", verbose, "Say on standard error what Torpor goes on without");
   add_run_command(app, invocation);
   add_chat_command(app, invocation);
   add_agent_commands(app, invocation);
@@ -77,6 +90,11 @@ int dispatch(int argc, char** argv) {
     complain("--store needs a directory (see 'torpor --help')");
     return kExitUsage;
   }
+  if (verbose) {
+    torpor::set_log_handler([](torpor::LogLevel level, std::string_view sentence) {
+      complain(std::string(torpor::log_level_name(level)) + ": " + std::string(sentence));
+    });
+  }
   invocation.store = store.empty() ? torpor::default_store_root() : std::filesystem::path(store);
   return invocation.run();
 }
@@ -86,11 +104,9 @@ int dispatch(int argc, char** argv) {
 int main(int argc, char** argv) {
   try {
     return dispatch(argc, argv);
-  } catch (const torpor::Error& error) {
-    return fail(error);
-  } catch (const std::bad_alloc&) {
-    return fail(torpor::Error(torpor::ErrorCode::kResourceExhausted, "out of memory"));
-  } catch (const std::exception& error) {
-    return fail(torpor::Error(torpor::ErrorCode::kInternal, std::string("a defect of Torpor: ") + error.what()));
+  } catch (...) {
+    const torpor::Error error = torpor::to_error(std::current_exception(), "the command");
+    torpor::cli::complain(error);
+    return torpor::faces::error_mapping(error.code()).exit_code;
   }
 }

@@ -15,6 +15,9 @@ const std::map<std::string, std::optional<KvDtype>> kKvDtypes{{"auto", std::null
 const std::map<std::string, Durability> kDurabilities{
     {"full", Durability::kFull}, {"rename", Durability::kRename}, {"none", Durability::kNone}};
 
+const std::map<std::string, Backend> kBackends{{"kernels", Backend::kKernels}, {"mlx", Backend::kMlx}};
+const std::map<std::string, Activations> kActivations{{"f32", Activations::kF32}, {"int8", Activations::kInt8}};
+
 template <typename Map>
 std::vector<std::string> keys(const Map& map) {
   std::vector<std::string> names;
@@ -28,6 +31,12 @@ std::optional<KvFormat> ModelOptions::kv_format() const {
   const std::optional<KvDtype> dtype = kKvDtypes.at(kv_dtype_name);
   if (kv_bits == 0) return dtype;
   return KvFormat(dtype.value_or(KvDtype::kF16), kv_bits, kv_group);
+}
+ComputeOptions ModelOptions::compute() const {
+  ComputeOptions compute = compute_given;
+  if (!backend_name.empty()) compute.backend = kBackends.at(backend_name);
+  if (!activations_name.empty()) compute.activations = kActivations.at(activations_name);
+  return compute;
 }
 Durability ModelOptions::durability() const { return kDurabilities.at(durability_name); }
 
@@ -52,6 +61,21 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
       ->capture_default_str()
       ->check(CLI::IsMember(keys(kDurabilities)))
       ->type_name("LEVEL");
+  app.add_option("--threads", options.compute_given.threads, "Threads that compute (default: $TORPOR_THREADS, else one per core)")
+      ->check(CLI::Range(1, 256))
+      ->type_name("N");
+  app.add_option("--backend", options.backend_name,
+                 "Who computes: kernels (Torpor's, on the CPU) or mlx (default: $TORPOR_BACKEND, else mlx on a GPU)")
+      ->check(CLI::IsMember(keys(kBackends)))
+      ->type_name("NAME");
+  app.add_option("--activations", options.activations_name,
+                 "What rows are rounded to: f32 or int8 (default: $TORPOR_ACTIVATIONS, else f32)")
+      ->check(CLI::IsMember(keys(kActivations)))
+      ->type_name("TYPE");
+  app.add_option("--cpu-target", options.compute_given.cpu_target,
+                 "portable, sse4, avx2, avx512 or neon (default: $TORPOR_CPU_TARGET, else the CPU's best)")
+      ->check(CLI::IsMember({"portable", "sse4", "avx2", "avx512", "neon"}))
+      ->type_name("NAME");
 }
 
 }  // namespace torpor::cli

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "torpor/compute_options.h"
 #include "torpor/kv_snapshot.h"
 #include "torpor/store.h"
 
@@ -17,13 +18,16 @@ struct ModelOptions {
   std::string model;
   std::string kv_dtype_name = "auto", durability_name = "full";
   int kv_bits = 0, kv_group = 64;
+  std::string backend_name, activations_name;
+  ComputeOptions compute_given;  ///< threads and cpu_target
 
   /// nullopt: not said, so an agent's own, else the model's. With --kv-bits but no dtype, scales and biases are f16.
   std::optional<KvFormat> kv_format() const;
   Durability durability() const;
+  ComputeOptions compute() const;
 };
 
-/// Adds --model, --kv-dtype, --kv-bits, --kv-group and --durability to a command.
+/// Adds --model, the options of the KV format, --durability, and those of ComputeOptions to a command.
 void add_model_options(CLI::App& app, ModelOptions& options);
 
 }  // namespace torpor::cli

@@ -6,27 +6,93 @@
 #include <cstring>
 #include <ctime>
 
+#include "cli/text_input.h"
 #include "torpor/error.h"
 
 namespace torpor::cli {
 
-void print(std::string_view text) {
+namespace {
+
+void write_out(std::string_view text) {
   if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
     throw Error(ErrorCode::kIo, std::string("can't write to standard output: ") + std::strerror(errno));
   }
 }
 
+/// What a terminal obeys (C0, DEL, C1), or what makes text read other than it is (bidirectional controls).
+bool is_control(char32_t code) {
+  return code < 0x20 || (code >= 0x7F && code < 0xA0) || code == 0x61C || code == 0x200E || code == 0x200F ||
+         (code >= 0x2028 && code <= 0x202E) || (code >= 0x2066 && code <= 0x2069);
+}
+
+std::string escaped(std::string_view text, std::string_view allowed) {
+  std::string out;
+  out.reserve(text.size());
+  char escape[8];
+  while (!text.empty()) {
+    char32_t code = 0;
+    const size_t length = decode_utf8(text, code);
+    if (length == 0) {
+      std::snprintf(escape, sizeof escape, "\\x%02x", unsigned(static_cast<unsigned char>(text[0])));
+      out += escape;
+    } else if (is_control(code) && (code > 0x7F || allowed.find(char(code)) == allowed.npos)) {
+      std::snprintf(escape, sizeof escape, "\\u%04x", unsigned(code));
+      out += escape;
+    } else {
+      out += text.substr(0, length);
+    }
+    text.remove_prefix(std::max<size_t>(length, 1));
+  }
+  return out;
+}
+
+}  // namespace
+
+std::string printable(std::string_view text) { return escaped(text, "\n\t"); }
+std::string printable_name(std::string_view name) { return escaped(name, ""); }
+
+void print(std::string_view text) { write_out(printable(text)); }
+
 void print_json(const Json& value) {
-  print(value.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n");
+  // In JSON control characters stand in strings alone, where their escapes mean the same.
+  write_out(printable(value.dump(-1, ' ', false, Json::error_handler_t::replace)) + "\n");
 }
 
 void complain(std::string_view message) {
   const char* end = message.empty() || message.back() != '.' ? "." : "";
-  std::fprintf(stderr, "torpor: %.*s%s\n", int(message.size()), message.data(), end);
+  std::fprintf(stderr, "torpor: %s%s\n", printable(message).c_str(), end);
 }
 
-std::string table(const std::vector<std::vector<std::string>>& rows, const std::vector<bool>& right) {
+void complain(const Error& error) {
+  // The library's sentences name no options: each face has its own.
+  struct Hint {
+    ErrorCode code;
+    std::string_view field, text;
+  };
+  static constexpr Hint kHints[] = {
+      {ErrorCode::kInvalidArgument, "TurnRequest::raw", "--raw does"},
+      {ErrorCode::kInvalidArgument, "TurnRequest::system", "see --system"},
+      {ErrorCode::kInvalidArgument, "EngineOptions::store", "--store, or TORPOR_STORE"},
+      {ErrorCode::kInvalidArgument, "kind", "torpor export"},
+      {ErrorCode::kInvalidArgument, "ComputeOptions::cpu_target", "--cpu-target, or TORPOR_CPU_TARGET"},
+      {ErrorCode::kResourceExhausted, "DiskLimits", "--disk-budget, --min-free, torpor rm"},
+      {ErrorCode::kResourceExhausted, "EngineOptions::memory_budget", "--memory-budget"},
+  };
+  std::string_view sentence = error.what();
+  for (const Hint& hint : kHints) {
+    if (hint.code != error.code() || hint.field != error.field()) continue;
+    if (sentence.ends_with('.')) sentence.remove_suffix(1);
+    return complain(std::string(sentence) + " (" + std::string(hint.text) + ")");
+  }
+  complain(sentence);
+}
+
+std::string table(const std::vector<std::vector<std::string>>& given, const std::vector<bool>& right) {
+  std::vector<std::vector<std::string>> rows = given;
   std::vector<size_t> widths;
+  for (auto& row : rows) {
+    for (std::string& cell : row) cell = printable_name(cell);
+  }
   for (const auto& row : rows) {
     widths.resize(std::max(widths.size(), row.size()));
     for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());

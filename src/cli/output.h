@@ -10,6 +10,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "torpor/error.h"
 #include "torpor/store.h"
 
 namespace torpor::cli {
@@ -17,14 +18,24 @@ namespace torpor::cli {
 /// Keeps keys in the order they were written.
 using Json = nlohmann::ordered_json;
 
+/// `text` with what a terminal would obey or be misled by written as in JSON: control characters other than tabs and ends of
+/// lines, and those that turn the direction of writing. Bytes that are no UTF-8 become \xNN. Whatever comes from a file goes
+/// through this.
+std::string printable(std::string_view text);
+/// The same for a name, which is one line: ends of lines too.
+std::string printable_name(std::string_view name);
+
 /// Prints `value` as one line on standard output. kIo when it can't be written.
 void print_json(const Json& value);
-/// Prints text on standard output. kIo when it can't be written.
+/// Prints text on standard output, made printable. kIo when it can't be written.
 void print(std::string_view text);
 /// "torpor: <message>." on standard error.
 void complain(std::string_view message);
+/// The same of an error's sentence, with a hint at the option or command that helps, where there is one.
+void complain(const Error& error);
 
-/// Columns padded to their widest cell; the first row is the heading. Those marked `right` (numbers) are aligned there.
+/// Columns padded to their widest cell; the first row is the heading. Those marked `right` (numbers) are aligned there. Cells
+/// are made printable names.
 std::string table(const std::vector<std::vector<std::string>>& rows, const std::vector<bool>& right);
 
 /// "512 B", "1.4 MB".

@@ -1,7 +1,6 @@
 #include "cli/text_input.h"
 
 #include <cerrno>
-#include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -33,30 +32,33 @@ std::string read_prompt_file(const std::string& path) {
   return text.str();
 }
 
+size_t decode_utf8(std::string_view text, char32_t& code) {
+  const auto lead = static_cast<unsigned char>(text[0]);
+  code = lead;
+  if (lead < 0x80) return 1;
+  size_t length = 0;
+  char32_t low = 0;
+  if (lead >= 0xC2 && lead <= 0xDF) {
+    length = 2, code = lead & 0x1F, low = 0x80;
+  } else if (lead >= 0xE0 && lead <= 0xEF) {
+    length = 3, code = lead & 0x0F, low = 0x800;
+  } else if (lead >= 0xF0 && lead <= 0xF4) {
+    length = 4, code = lead & 0x07, low = 0x10000;
+  }
+  if (length == 0 || text.size() < length) return 0;
+  for (size_t k = 1; k < length; ++k) {
+    const auto next = static_cast<unsigned char>(text[k]);
+    if ((next & 0xC0) != 0x80) return 0;
+    code = code << 6 | (next & 0x3F);
+  }
+  return code < low || code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF) ? 0 : length;
+}
+
 size_t find_invalid_utf8(std::string_view text) {
-  for (size_t i = 0; i < text.size();) {
-    const auto lead = static_cast<unsigned char>(text[i]);
-    size_t length = 1;
-    uint32_t low = 0, code = lead;
-    if (lead >= 0x80) {
-      if (lead >= 0xC2 && lead <= 0xDF) {
-        length = 2, code = lead & 0x1F, low = 0x80;
-      } else if (lead >= 0xE0 && lead <= 0xEF) {
-        length = 3, code = lead & 0x0F, low = 0x800;
-      } else if (lead >= 0xF0 && lead <= 0xF4) {
-        length = 4, code = lead & 0x07, low = 0x10000;
-      } else {
-        return i;
-      }
-      if (text.size() - i < length) return i;
-      for (size_t k = 1; k < length; ++k) {
-        const auto next = static_cast<unsigned char>(text[i + k]);
-        if ((next & 0xC0) != 0x80) return i;
-        code = code << 6 | (next & 0x3F);
-      }
-      if (code < low || code > 0x10FFFF || (code >= 0xD800 && code <= 0xDFFF)) return i;
-    }
-    i += length;
+  char32_t code = 0;
+  for (size_t i = 0, length = 0; i < text.size(); i += length) {
+    length = decode_utf8(text.substr(i), code);
+    if (length == 0) return i;
   }
   return std::string_view::npos;
 }

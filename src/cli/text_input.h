@@ -10,6 +10,8 @@ namespace torpor::cli {
 std::string read_prompt_file(const std::string& path);
 /// kInvalidArgument, calling the text `what`, unless it is UTF-8.
 void check_text(std::string_view text, const char* what);
+/// Bytes of the character that `text`, which is not empty, begins with, and its code point; 0 when it is no UTF-8.
+size_t decode_utf8(std::string_view text, char32_t& code);
 /// Offset of the first byte that is not UTF-8, or npos.
 size_t find_invalid_utf8(std::string_view text);
 

@@ -87,7 +87,7 @@ void check_early(const TurnOptions& options, const std::filesystem::path& root) 
   if (options.save != SaveMode::kNo) check_writable(root);
   // An agent that is awake elsewhere: say so at once. (The engine takes the lock for good.)
   if (const auto store = open_existing_store(root); store && store->contains(options.agent)) {
-    store->lock_agent(options.agent);
+    (void)store->lock_agent(options.agent);
   }
 }
 
@@ -97,6 +97,7 @@ EngineOptions engine_options(const TurnOptions& options, const std::filesystem::
   engine.store = root;
   engine.kv_format = options.kv_format();
   engine.durability = options.durability();
+  engine.compute = options.compute();
   engine.memory_budget = options.memory_budget;
   engine.map_rows = !options.no_mmap;
   engine.disk = {int64_t(options.disk_budget), int64_t(options.min_free)};

@@ -23,8 +23,8 @@ Identity complete(Identity model, const Tokenizer& tokenizer, const ChatTemplate
 
 }  // namespace
 
-CacheModel describe_model(const std::string& name) {
-  ModelOutline outline = outline_model(name);
+CacheModel describe_model(const std::string& name, const ComputeOptions& compute) {
+  ModelOutline outline = outline_model(name, compute);
   const auto tokenizer = Tokenizer::load(outline.info.dir);
   const auto chat_template = ChatTemplate::load(outline.info.dir);
   return {name, complete(std::move(outline.identity), *tokenizer, chat_template.get()), outline.info.max_context,
@@ -45,7 +45,7 @@ struct Engine::Impl {
   void load() {
     const auto start = std::chrono::steady_clock::now();
     parts.model_name = options.model;
-    parts.model = Model::load(options.model);
+    parts.model = Model::load(options.model, options.compute);
     const Model& model = *parts.model;
     parts.tokenizer = Tokenizer::load(model.info().dir);
     parts.chat_template = ChatTemplate::load(model.info().dir);

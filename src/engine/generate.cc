@@ -45,7 +45,7 @@ CacheExtractor::Output CacheExtractor::generate(const std::string& prompt, std::
   const KvLayout layout = model_->kv_layout(kv_format_);
   if (cache == nullptr) cache = KvCache::create(layout, model_->backend());
   if (const CacheValidation sound = validate_cache_structure(*cache, &layout); !sound) {
-    throw Error(ErrorCode::kIncompatible, "The cache given does not fit the model: " + sound.reason + ".");
+    throw Error(ErrorCode::kIncompatible, "The cache given does not fit the model: " + sound.reason + ".").with_field("layout");
   }
   const std::vector<int32_t> tokens = tokenizer_->encode(prompt, cache->length() == 0);
   Output output;

@@ -2,11 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
-#include <new>
-#include <system_error>
 #include <utility>
 
-#include "torpor/error.h"
+#include "base/foreign_error.h"
 
 namespace torpor {
 namespace {
@@ -21,17 +19,8 @@ bool is_set(const std::atomic<bool>* flag) { return flag != nullptr && flag->loa
 void translate_errors(const std::function<void()>& work) {
   try {
     work();
-  } catch (const Error&) {
-    throw;
-  } catch (const std::bad_alloc&) {
-    throw Error(ErrorCode::kResourceExhausted, "Out of memory; free some, or lower the memory budget.");
-  } catch (const std::system_error& error) {
-    const bool threads = error.code() == std::errc::resource_unavailable_try_again;
-    throw Error(threads ? ErrorCode::kResourceExhausted : ErrorCode::kIo,
-                threads ? "The system refuses another thread; raise its limit or end some processes."
-                        : std::string("The system refused an operation: ") + error.what() + ".");
-  } catch (const std::exception& error) {
-    throw Error(ErrorCode::kInternal, std::string("A defect of Torpor's own: ") + error.what() + ".");
+  } catch (...) {
+    throw to_error(std::current_exception(), "The engine's work");
   }
 }
 

@@ -1,6 +1,5 @@
 #pragma once
-/// The kernels over plain memory: Highway, chosen at run time (`TORPOR_CPU_TARGET=portable|avx2|avx512|neon` forces one
-/// that the CPU has). Activations and accumulation are f32.
+/// The kernels over plain memory: Highway, chosen at run time (cpu_target.h). Rows and accumulation are f32.
 ///
 /// Batch invariance: an output row is accumulated in an order that depends on neither M, nor the other rows, nor the
 /// chunking of a prefill, nor the number of threads. All functions run on ThreadPool::shared() and block.
@@ -14,13 +13,6 @@
 #include "torpor/kv_snapshot.h"
 
 namespace torpor::kernels {
-
-/// What rows are rounded to before they meet quantized weights: nothing, or 8-bit integers with a scale per 32 columns
-/// (faster; a relative error of about 2^-8 per value). `TORPOR_ACTIVATIONS=f32|int8` sets it at first use; f32 by default.
-/// Part of what a cache depends on: a cache made with one continues bit-exactly only with the same.
-enum class Activations { kF32, kInt8 };
-Activations activations();
-void set_activations(Activations activations);
 
 /// y [M, N] = x [M, K] · Wᵀ (+ bias) (+ residual [M, N], which may be y itself).
 void linear(const float* x, int m, const PackedLinear& w, const float* residual, float* y);

@@ -4,20 +4,21 @@
 
 #include "kernels/cpu_target.h"
 
+#include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <mutex>
 #include <string>
 
 #include <hwy/highway.h>
 
+#include "torpor/compute_options.h"
 #include "torpor/error.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace torpor::kernels {
 namespace HWY_NAMESPACE {
 
-const char* ThisTarget() { return hwy::TargetName(HWY_TARGET); }
+int64_t ThisTarget() { return HWY_TARGET; }
 
 }  // namespace HWY_NAMESPACE
 }  // namespace torpor::kernels
@@ -32,7 +33,12 @@ namespace {
 
 constexpr int64_t kPortable = HWY_EMU128 | HWY_SCALAR;
 
-void apply(const std::string& name) {
+[[noreturn]] void refuse(const std::string& name, const std::string& sentence) {
+  throw Error(ErrorCode::kInvalidArgument, sentence).with_field("ComputeOptions::cpu_target", "", name);
+}
+
+/// What Highway calls the targets that `name` allows.
+int64_t targets_of(const std::string& name) {
   int64_t wanted = 0;
   if (name == "portable") {
     wanted = kPortable;
@@ -48,36 +54,45 @@ void apply(const std::string& name) {
     wanted = HWY_NEON;
 #endif
   } else if (name == "sse4" || name == "avx2" || name == "avx512" || name == "neon") {
-    throw Error(ErrorCode::kInvalidArgument,
-                "TORPOR_CPU_TARGET=" + name + " belongs to another architecture; unset it, or use 'portable'.");
+    refuse(name, "The CPU target '" + name + "' belongs to another architecture; leave it unset, or use 'portable'.");
   } else {
-    throw Error(ErrorCode::kInvalidArgument, "TORPOR_CPU_TARGET must be portable, sse4, avx2, avx512 or neon, not '" +
-                                                 name + "'.");
+    refuse(name, "The CPU target must be portable, sse4, avx2, avx512 or neon, not '" + name + "'.");
   }
-  // The portable target is always among the supported ones when it was compiled at all.
-  const int64_t available = (hwy::SupportedTargets() | kPortable) & HWY_TARGETS;
-  if ((wanted & available) == 0) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "TORPOR_CPU_TARGET=" + name + " is not available on this CPU; unset it to use the best one.");
-  }
-  // Highway falls back to the portable target when all others are disabled.
-  hwy::DisableTargets(~(wanted | kPortable));
+  return wanted;
 }
+
+/// Asked of the dispatch itself: hwy::SupportedTargets() makes Highway choose anew, from the disabled targets too.
+int64_t target_in_use() { return HWY_DYNAMIC_DISPATCH(ThisTarget)(); }
+
+std::atomic<bool> settled{false};
 
 }  // namespace
 
+void settle_cpu_target(const std::string& name) {
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  const int64_t wanted = name.empty() ? 0 : targets_of(name);
+  if (!settled.load()) {
+    // The portable target is always among the supported ones when it was compiled at all.
+    if (wanted != 0 && (wanted & (hwy::SupportedTargets() | kPortable) & HWY_TARGETS) == 0) {
+      refuse(name, "The CPU target '" + name + "' is not available on this CPU; leave it unset to use the best one.");
+    }
+    // Highway falls back to the portable target when all others are disabled.
+    if (wanted != 0) hwy::DisableTargets(~(wanted | kPortable));
+    settled.store(true, std::memory_order_release);
+  } else if (wanted != 0 && (wanted & target_in_use()) == 0) {
+    refuse(name, std::string("This process computes on the CPU target ") + hwy::TargetName(target_in_use()) + " already, not '" +
+                     name + "'; give every model the same.");
+  }
+}
+
 void ensure_cpu_target() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    const char* name = std::getenv("TORPOR_CPU_TARGET");
-    if (name != nullptr && *name != '\0') apply(name);
-  });
+  if (!settled.load(std::memory_order_acquire)) settle_cpu_target(with_environment({}).cpu_target);
 }
 
 const char* cpu_target_name() {
   ensure_cpu_target();
-  // Asked of the dispatch itself: hwy::SupportedTargets() makes Highway choose anew, from the disabled targets too.
-  return HWY_DYNAMIC_DISPATCH(ThisTarget)();
+  return hwy::TargetName(target_in_use());
 }
 
 }  // namespace torpor::kernels

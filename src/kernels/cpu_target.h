@@ -1,10 +1,14 @@
 #pragma once
-/// Which instruction set the kernels run on: the best one the CPU has, or the one `TORPOR_CPU_TARGET` names.
+/// Which instruction set the kernels run on: the best one the CPU has, or the one that ComputeOptions::cpu_target names.
+
+#include <string>
 
 namespace torpor::kernels {
 
-/// Applies `TORPOR_CPU_TARGET` (portable, sse4, avx2, avx512, neon) once per process. Every public kernel calls this before
-/// its first dynamic dispatch. Throws kInvalidArgument when the name is unknown or the CPU can't run it.
+/// Settles it for the process, unless it is settled already: then another one is kInvalidArgument. An empty name takes what there
+/// is. kInvalidArgument when the name is unknown or the CPU can't run it.
+void settle_cpu_target(const std::string& name);
+/// Settles it by TORPOR_CPU_TARGET if nobody has. Every public kernel calls this before its first dynamic dispatch.
 void ensure_cpu_target();
 
 /// Name of the target in use, as Highway spells it ("AVX2"; the portable one is "EMU128" or, on compilers that break it, "SCALAR").

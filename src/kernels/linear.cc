@@ -38,7 +38,6 @@ struct LinearCall {
   const float* residual;  // or nullptr
   float* y;
   Activation activation;  // of a gated weight
-  Activations activations;
 };
 
 /// Rows that are prepared and multiplied at once, at most: few enough that kBlockK columns of them stay in a core's L2 from
@@ -191,7 +190,7 @@ void Linear(const LinearCall& call) {
     for (int row = 0; row < call.m; row += kBlockRows) {
       const int rows = std::min(kBlockRows, call.m - row);
       const float* given = call.x + size_t(row) * call.w->k;
-      const bool int8 = call.activations == Activations::kInt8 && part.type == Type::kAffine;
+      const bool int8 = call.w->activations == Activations::kInt8 && part.type == Type::kAffine;
       const int8_t* x8 = int8 ? PrepareInt8(pool, call.w->k, given, rows) : nullptr;
       const float* x = int8 ? nullptr : Prepare(pool, part, call.w->k, given, rows);
       if (rows == 1 && !int8) {
@@ -220,9 +219,6 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 
-#include <cstdlib>
-#include <string>
-
 #include "kernels/cpu_target.h"
 #include "torpor/error.h"
 
@@ -231,36 +227,20 @@ namespace {
 
 HWY_EXPORT(Linear);
 
-Activations activations_from_environment() {
-  const char* text = std::getenv("TORPOR_ACTIVATIONS");
-  const std::string name = text == nullptr ? "" : text;
-  if (name.empty() || name == "f32") return Activations::kF32;
-  if (name == "int8") return Activations::kInt8;
-  throw Error(ErrorCode::kInvalidArgument, "TORPOR_ACTIVATIONS must be f32 or int8, not '" + name + "'.");
-}
-
-std::atomic<Activations>& chosen_activations() {
-  static std::atomic<Activations> chosen{activations_from_environment()};
-  return chosen;
-}
-
 }  // namespace
-
-Activations activations() { return chosen_activations().load(); }
-void set_activations(Activations activations) { chosen_activations().store(activations); }
 
 void linear(const float* x, int m, const PackedLinear& w, const float* residual, float* y) {
   if (w.impl().gated) throw Error(ErrorCode::kInvalidArgument, "A gated weight needs gated_linear.");
   if (m <= 0) return;
   ensure_cpu_target();
-  HWY_DYNAMIC_DISPATCH(Linear)({x, m, &w.impl(), residual, y, Activation::kSilu, activations()});
+  HWY_DYNAMIC_DISPATCH(Linear)({x, m, &w.impl(), residual, y, Activation::kSilu});
 }
 
 void gated_linear(const float* x, int m, const PackedLinear& w, Activation activation, float* y) {
   if (!w.impl().gated) throw Error(ErrorCode::kInvalidArgument, "gated_linear needs a weight packed by pack_gated.");
   if (m <= 0) return;
   ensure_cpu_target();
-  HWY_DYNAMIC_DISPATCH(Linear)({x, m, &w.impl(), nullptr, y, activation, activations()});
+  HWY_DYNAMIC_DISPATCH(Linear)({x, m, &w.impl(), nullptr, y, activation});
 }
 
 }  // namespace torpor::kernels

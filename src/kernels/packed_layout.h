@@ -64,6 +64,7 @@ inline size_t type_size(WeightSource::Type type) { return type == WeightSource::
 struct PackedLinear::Impl {
   int n = 0, k = 0;
   bool gated = false;
+  Activations activations = Activations::kF32;
   std::vector<PackedPart> parts;
 };
 

@@ -207,10 +207,11 @@ WeightSource as_f32(const WeightSource& s, const std::vector<float>& values) {
 PackedLinear::PackedLinear(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 PackedLinear::~PackedLinear() = default;
 
-std::shared_ptr<const PackedLinear> PackedLinear::pack(const std::vector<WeightSource>& sources) {
+std::shared_ptr<const PackedLinear> PackedLinear::pack(const std::vector<WeightSource>& sources, Activations activations) {
   if (sources.empty()) invalid("No weights to pack.");
   auto impl = std::make_unique<Impl>();
   impl->k = sources.front().k;
+  impl->activations = activations;
   for (const WeightSource& s : sources) {
     check(s);
     if (s.k != impl->k) invalid("Weights packed together must have the same number of columns.");
@@ -233,18 +234,20 @@ std::shared_ptr<const PackedLinear> PackedLinear::pack(const std::vector<WeightS
   return std::shared_ptr<const PackedLinear>(new PackedLinear(std::move(impl)));
 }
 
-std::shared_ptr<const PackedLinear> PackedLinear::pack_gated(const WeightSource& gate, const WeightSource& up) {
+std::shared_ptr<const PackedLinear> PackedLinear::pack_gated(const WeightSource& gate, const WeightSource& up,
+                                                             Activations activations) {
   check(gate);
   check(up);
   if (gate.n != up.n || gate.k != up.k) invalid("Gate and up projections must have the same shape.");
   if (!same_format(gate, up)) {
     const std::vector<float> gate_values = to_f32(gate), up_values = to_f32(up);
-    return pack_gated(as_f32(gate, gate_values), as_f32(up, up_values));
+    return pack_gated(as_f32(gate, gate_values), as_f32(up, up_values), activations);
   }
   auto impl = std::make_unique<Impl>();
   impl->n = gate.n;
   impl->k = gate.k;
   impl->gated = true;
+  impl->activations = activations;
   std::vector<RowRef> rows;
   for (int first = 0; first < gate.n; first += kGatedPanel) {
     for (const WeightSource* s : {&gate, &up}) {

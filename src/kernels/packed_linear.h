@@ -6,6 +6,8 @@
 #include <memory>
 #include <vector>
 
+#include "torpor/compute_options.h"
+
 namespace torpor::kernels {
 
 /// One projection as it stands in a checkpoint: `[N, K]` row-major, or MLX affine: `w = scale * q + bias` per group
@@ -25,10 +27,13 @@ struct WeightSource {
 
 class PackedLinear {
  public:
-  /// Several projections of one input, stacked along N in the given order (q, k, v). Packs in parallel; the sources may be freed afterwards.
-  static std::shared_ptr<const PackedLinear> pack(const std::vector<WeightSource>& sources);
+  /// Several projections of one input, stacked along N in the given order (q, k, v). Packs in parallel; the sources may be freed
+  /// afterwards. `activations` is what their inputs' rows are rounded to.
+  static std::shared_ptr<const PackedLinear> pack(const std::vector<WeightSource>& sources,
+                                                  Activations activations = Activations::kF32);
   /// gate and up, interleaved so that `gated_linear` finds both rows of an output together; n() is that of one.
-  static std::shared_ptr<const PackedLinear> pack_gated(const WeightSource& gate, const WeightSource& up);
+  static std::shared_ptr<const PackedLinear> pack_gated(const WeightSource& gate, const WeightSource& up,
+                                                        Activations activations = Activations::kF32);
   ~PackedLinear();
 
   int n() const noexcept;

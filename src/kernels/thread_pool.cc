@@ -6,7 +6,6 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
 #include <exception>
 #include <fstream>
 #include <functional>
@@ -26,6 +25,7 @@
 #include <sched.h>
 #endif
 
+#include "torpor/compute_options.h"
 #include "torpor/error.h"
 
 namespace torpor::kernels {
@@ -75,15 +75,8 @@ int physical_cores() {
 }
 
 int default_threads() {
-  const char* text = std::getenv("TORPOR_THREADS");
-  if (text == nullptr || *text == '\0') return physical_cores();
-  char* end = nullptr;
-  const long n = std::strtol(text, &end, 10);
-  if (*end != '\0' || n < 1 || n > kMaxThreads) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "TORPOR_THREADS must be a number from 1 to " + std::to_string(kMaxThreads) + ", not '" + text + "'.");
-  }
-  return int(n);
+  const int threads = with_environment({}).threads;
+  return threads > 0 ? threads : physical_cores();
 }
 
 /// How often fork(2) has made this process another one. A pool's workers are only in the process that made it.
@@ -225,6 +218,18 @@ ThreadPool& ThreadPool::shared() {
   return *shared_pool.load();
 }
 
+void ThreadPool::settle_shared(int n_threads) {
+  std::lock_guard lock(shared_mutex);
+  const ThreadPool* pool = shared_pool.load();
+  if (pool == nullptr) {
+    shared_pool.store(new ThreadPool(n_threads), std::memory_order_release);
+  } else if (pool->size() != n_threads) {
+    throw Error(ErrorCode::kInvalidArgument, "This process computes with " + std::to_string(pool->size()) + " threads already, not " +
+                                                 std::to_string(n_threads) + "; give every model the same number.")
+        .with_field("ComputeOptions::threads", std::to_string(pool->size()), std::to_string(n_threads));
+  }
+}
+
 void ThreadPool::resize_shared(int n_threads) {
   auto pool = std::make_unique<ThreadPool>(n_threads);
   std::lock_guard lock(shared_mutex);
@@ -234,7 +239,8 @@ void ThreadPool::resize_shared(int n_threads) {
 ThreadPool::ThreadPool(int n_threads) {
   if (n_threads < 1 || n_threads > kMaxThreads) {
     throw Error(ErrorCode::kInvalidArgument, "A thread pool has 1 to " + std::to_string(kMaxThreads) + " threads, not " +
-                                                 std::to_string(n_threads) + ".");
+                                                 std::to_string(n_threads) + ".")
+        .with_field("ComputeOptions::threads", "1 to " + std::to_string(kMaxThreads), std::to_string(n_threads));
   }
   impl_ = new Impl(n_threads);
 }

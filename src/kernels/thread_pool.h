@@ -1,6 +1,5 @@
 #pragma once
-/// The pool every kernel shares: one worker per physical core (`TORPOR_THREADS` overrides), parked on a condition
-/// variable between calls. A kernel's result never depends on how many workers there are.
+/// The pool every kernel shares; workers are parked between calls. No kernel's result depends on how many there are.
 
 #include <cstddef>
 #include <functional>
@@ -11,6 +10,8 @@ class ThreadPool {
  public:
   /// The process-wide pool, made at first use.
   static ThreadPool& shared();
+  /// Makes it with so many threads if it is not there yet. kInvalidArgument when it has another number of them.
+  static void settle_shared(int n_threads);
   /// Replaces the process-wide pool by one of `n_threads` (tests, benchmarks). No kernel may be running.
   static void resize_shared(int n_threads);
   explicit ThreadPool(int n_threads);

@@ -42,7 +42,7 @@ Identity identity_of(const Checkpoint& checkpoint) {
   identity.architecture = checkpoint.config.architecture;
   identity.config = checkpoint.config.digest();
   // Rows computed from activations of 8 bits are other rows.
-  if (checkpoint.backend == Backend::kKernels && kernels::activations() == kernels::Activations::kInt8) identity.config += "+int8";
+  if (checkpoint.backend == Backend::kKernels && checkpoint.activations == Activations::kInt8) identity.config += "+int8";
   identity.weights = checkpoint.weights.digest();
   identity.rope = checkpoint.config.rope_description();
   return identity;
@@ -85,7 +85,7 @@ Projection find_embedding(const Checkpoint& checkpoint) {
 
 Decoder::Decoder(const Checkpoint& checkpoint)
     : config_(checkpoint.config), backend_(checkpoint.backend), dtype_(checkpoint_dtype(find_embedding(checkpoint))),
-      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_) : make_mlx_ops(config_, dtype_)) {
+      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_, checkpoint.activations) : make_mlx_ops(config_, dtype_)) {
   info_ = info_of(checkpoint);
   identity_ = identity_of(checkpoint);
 }

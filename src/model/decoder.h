@@ -21,6 +21,7 @@ struct Checkpoint {
   std::string name;
   std::filesystem::path dir;
   Backend backend = Backend::kKernels;
+  Activations activations = Activations::kF32;
 };
 
 ModelInfo info_of(const Checkpoint& checkpoint);

@@ -77,7 +77,7 @@ class Ops {
   virtual bool advances_per_chunk() const = 0;
 };
 
-std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config);
+std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config, Activations activations);
 /// `dtype` is that of the checkpoint's activations.
 std::unique_ptr<Ops> make_mlx_ops(const ModelConfig& config, KvDtype dtype);
 

@@ -76,20 +76,21 @@ const std::shared_ptr<const PackedLinear>& packed(const Ops::Weight& w) { return
 
 class KernelOps final : public Ops {
  public:
-  explicit KernelOps(const ModelConfig& config) : config_(config) {}
+  KernelOps(const ModelConfig& config, Activations activations) : config_(config), activations_(activations) {}
 
   Weight pack_linear(const Projection& p) override {
-    auto weight = std::make_shared<Linear>(PackedLinear::pack({source(p)}));
+    auto weight = std::make_shared<Linear>(PackedLinear::pack({source(p)}, activations_));
     release({&p});
     return weight;
   }
   Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm, Weight k_norm) override {
-    auto weight = std::make_shared<Qkv>(PackedLinear::pack({source(q), source(k), source(v)}), std::move(q_norm), std::move(k_norm));
+    auto weight = std::make_shared<Qkv>(PackedLinear::pack({source(q), source(k), source(v)}, activations_), std::move(q_norm),
+                                        std::move(k_norm));
     release({&q, &k, &v});
     return weight;
   }
   Weight pack_gated(const Projection& gate, const Projection& up) override {
-    auto weight = std::make_shared<Linear>(PackedLinear::pack_gated(source(gate), source(up)));
+    auto weight = std::make_shared<Linear>(PackedLinear::pack_gated(source(gate), source(up), activations_));
     release({&gate, &up});
     return weight;
   }
@@ -186,13 +187,14 @@ class KernelOps final : public Ops {
   }
 
   const ModelConfig config_;
+  const Activations activations_;
   std::map<std::pair<int, KvFormat>, std::shared_ptr<const kernels::AttentionSpec>> specs_;
 };
 
 }  // namespace
 
-std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config) {
-  return std::make_unique<KernelOps>(config);
+std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config, Activations activations) {
+  return std::make_unique<KernelOps>(config, activations);
 }
 
 }  // namespace torpor::model

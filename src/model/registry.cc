@@ -1,8 +1,11 @@
 #include "model/registry.h"
 
-#include <cstdlib>
 #include <fstream>
 
+#include "base/environment.h"
+#include "base/foreign_error.h"
+#include "kernels/cpu_target.h"
+#include "kernels/thread_pool.h"
 #include "model/architectures.h"
 #include "torpor/error.h"
 
@@ -11,10 +14,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::string environment(const char* name) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? "" : value;
-}
+Backend backend_of_device() { return mx::default_device() == mx::Device::gpu ? Backend::kMlx : Backend::kKernels; }
 
 /// Where Hugging Face's tools keep repositories, by their own rules.
 fs::path hub_cache() {
@@ -37,13 +37,7 @@ bool is_repo_id(const std::string& name) {
 }  // namespace
 
 Backend default_backend() {
-  const std::string wanted = environment("TORPOR_BACKEND");
-  if (wanted == "kernels") return Backend::kKernels;
-  if (wanted == "mlx") return Backend::kMlx;
-  if (!wanted.empty()) {
-    throw Error(ErrorCode::kInvalidArgument, "TORPOR_BACKEND must be kernels or mlx, not '" + wanted + "'.");
-  }
-  return mx::default_device() == mx::Device::gpu ? Backend::kMlx : Backend::kKernels;
+  return with_environment({}).backend.value_or(backend_of_device());
 }
 
 fs::path resolve_model(const std::string& name) {
@@ -70,28 +64,28 @@ namespace {
 
 /// `use(checkpoint)` of the model's directory, whose weights are mapped; the errors of others made Torpor's.
 template <typename Use>
-auto with_checkpoint(const std::string& name, Backend backend, Use use) {
+auto with_checkpoint(const std::string& name, const ComputeOptions& given, Use use) {
+  const ComputeOptions compute = with_environment(given);
   try {
     const fs::path dir = resolve_model(name);
     model::ModelConfig config = model::read_config(dir);
     model::Weights weights = model::Weights::open(dir);
     if (!config.tied_head) config.tied_head = weights.find(config.weight_prefix + "lm_head.weight") == nullptr;
-    return use(model::Checkpoint{.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir, .backend = backend});
-  } catch (const Error&) {
-    throw;
-  } catch (const fs::filesystem_error& e) {
-    throw Error(ErrorCode::kIo, "Can't read the model " + name + ": " + e.what() + ".");
-  } catch (const std::bad_alloc&) {
-    throw Error(ErrorCode::kResourceExhausted, "Out of memory while loading the model " + name + ".");
-  } catch (const std::exception& e) {
-    throw Error(ErrorCode::kInternal, "Loading the model " + name + " failed: " + e.what());
+    return use(model::Checkpoint{.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir,
+                                 .backend = compute.backend.value_or(backend_of_device()),
+                                 .activations = compute.activations.value_or(Activations::kF32)});
+  } catch (...) {
+    throw to_error(std::current_exception(), "Loading the model " + name);
   }
 }
 
 }  // namespace
 
-std::unique_ptr<Model> Model::load(const std::string& name, Backend backend) {
-  return with_checkpoint(name, backend, [](const model::Checkpoint& checkpoint) {
+std::unique_ptr<Model> Model::load(const std::string& name, const ComputeOptions& compute) {
+  return with_checkpoint(name, compute, [&](const model::Checkpoint& checkpoint) {
+    const ComputeOptions settled = with_environment(compute);
+    kernels::settle_cpu_target(settled.cpu_target);
+    if (settled.threads != 0) kernels::ThreadPool::settle_shared(settled.threads);
     const model::ModelFactory make = model::find_architecture(checkpoint.config.architecture);
     if (make == nullptr) {
       throw Error(ErrorCode::kInternal, "No forward pass for architecture " + checkpoint.config.architecture + ".");
@@ -100,8 +94,8 @@ std::unique_ptr<Model> Model::load(const std::string& name, Backend backend) {
   });
 }
 
-ModelOutline outline_model(const std::string& name, Backend backend) {
-  return with_checkpoint(name, backend, [](const model::Checkpoint& checkpoint) {
+ModelOutline outline_model(const std::string& name, const ComputeOptions& compute) {
+  return with_checkpoint(name, compute, [](const model::Checkpoint& checkpoint) {
     return ModelOutline{model::info_of(checkpoint), model::identity_of(checkpoint),
                         [config = checkpoint.config](const KvFormat& format) { return model::kv_layout_of(config, format); }};
   });

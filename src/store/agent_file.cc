@@ -12,9 +12,25 @@ namespace {
 
 constexpr std::string_view kIdentityPrefix = "identity.";
 constexpr std::string_view kUserPrefix = "user.";
+constexpr std::string_view kRecordPrefix = "torpor.";
 
 [[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
   throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".");
+}
+
+/// Earlier files of versions 1 and 2 have Torpor's own among the caller's. The engine wrote the conversation and its ends always
+/// together; whoever else has a key of such a name (a file made from Python, which describes its cache) keeps it.
+void take_old_record(AgentInfo& info) {
+  const auto has = [&](std::string_view key) {
+    return std::any_of(info.user.begin(), info.user.end(), [&](const auto& entry) { return entry.first == key; });
+  };
+  if (!info.record.empty() || !has("messages") || !has("message_ends") || has("mlx_lm.cache")) return;
+  const auto old = std::stable_partition(info.user.begin(), info.user.end(), [](const auto& entry) {
+    static constexpr std::string_view kOld[] = {"messages", "message_ends", "history_tokens", "shortest_cut", "pinned"};
+    return std::find(std::begin(kOld), std::end(kOld), entry.first) == std::end(kOld);
+  });
+  info.record.assign(std::make_move_iterator(old), std::make_move_iterator(info.user.end()));
+  info.user.erase(old, info.user.end());
 }
 
 AgentFile parse_fields(TorporFile file, uint64_t file_size, const std::string& file_name) {
@@ -35,7 +51,9 @@ AgentFile parse_fields(TorporFile file, uint64_t file_size, const std::string& f
   for (const auto& [key, value] : file.header.metadata) {
     if (key.starts_with(kIdentityPrefix)) identity.emplace_back(key.substr(kIdentityPrefix.size()), value);
     if (key.starts_with(kUserPrefix)) info.user.emplace_back(key.substr(kUserPrefix.size()), value);
+    if (key.starts_with(kRecordPrefix)) info.record.emplace_back(key.substr(kRecordPrefix.size()), value);
   }
+  take_old_record(info);
   info.identity = Identity::from_fields(identity);
   info.cache_size = int64_t(file.n_tokens);
   if (file.required("cache_size", file_name) != std::to_string(info.cache_size)) {
@@ -64,7 +82,9 @@ AgentFile parse_export_file(std::span<const std::byte> prefix, uint64_t file_siz
   TorporFile file = parse_torpor_file(prefix, file_size, file_name);
   if (file.kind != "export") {
     throw Error(ErrorCode::kInvalidArgument, "'" + file_name + "' is of the kind '" + file.kind +
-                                                 "', not an export; make one with `torpor export`.");
+                                                 "', not an export; export the agent and import that file.")
+        .with_path(file_name)
+        .with_field("kind", "export", file.kind);
   }
   AgentFile agent = parse_fields(std::move(file), file_size, file_name);
   if (!agent.info.segments.empty()) corrupt(file_name, "an export names segments");
@@ -85,8 +105,14 @@ Metadata agent_metadata(const AgentInfo& info) {
     if (!seen.insert(name).second) {
       throw Error(ErrorCode::kInvalidArgument, "The metadata key '" + name + "' is given twice.");
     }
+    if (name.starts_with(kRecordPrefix)) {
+      throw Error(ErrorCode::kInvalidArgument, "The metadata key '" + name + "' begins with 'torpor.', as Torpor's own do; choose another.")
+          .with_agent(info.agent_id)
+          .with_field(name);
+    }
     metadata.emplace_back(std::string(kUserPrefix) + name, value);
   }
+  for (const auto& [name, value] : info.record) metadata.emplace_back(std::string(kRecordPrefix) + name, value);
   return metadata;
 }
 

@@ -23,8 +23,8 @@ struct AgentFile {
 AgentFile parse_agent_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
 AgentFile parse_export_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
 
-/// `info.agent_id`, `model`, `identity`, `cache_size`, timestamps, `segments` and `user` as metadata.
-/// kInvalidArgument when a user key occurs twice.
+/// `info.agent_id`, `model`, `identity`, `cache_size`, timestamps, `segments`, `user` and `record` as metadata.
+/// kInvalidArgument when a user key occurs twice or begins with "torpor.".
 Metadata agent_metadata(const AgentInfo& info);
 
 /// RFC 3339 in UTC with microseconds.

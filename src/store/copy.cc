@@ -68,6 +68,7 @@ SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, con
   }
   info.agent_id = dst;
   if (options.user) info.user = *options.user;
+  if (options.record) info.record = *options.record;
   if (!keep_dates) {
     info.updated_at = format_time(env.now());
     info.created_at = date_of_birth(dst, info.updated_at);

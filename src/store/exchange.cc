@@ -101,7 +101,7 @@ SaveResult Store::Impl::import_agent(const std::filesystem::path& path, const st
     }
   }
   snapshot.state = read_state(handle, file);
-  return save(id, snapshot, nullptr, agent.info.model, agent.info.user, Durability::kFull);
+  return save(id, snapshot, nullptr, agent.info.model, agent.info.user, agent.info.record, Durability::kFull);
 }
 
 }  // namespace torpor

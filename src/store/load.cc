@@ -1,6 +1,12 @@
 #include "store/run_loader.h"
 
 namespace torpor {
+namespace {
+
+/// Digests are long; their beginnings tell them apart.
+std::string abridged(const std::string& value) { return value.size() <= 16 ? value : value.substr(0, 12) + "..."; }
+
+}  // namespace
 
 LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options, RowSink* sink) {
   if (options.n_tokens.value_or(0) < 0) {
@@ -12,9 +18,12 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options,
     const AgentFile& agent = opened.agent;
     if (options.expected != nullptr) {
       if (const auto field = agent.info.identity.first_difference(*options.expected)) {
-        throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was cached with another " + *field +
-                                                  " than the model now has; use the model it was saved with, or "
-                                                  "rebuild it from its text.");
+        const std::string has = agent.info.identity.value(*field), wants = options.expected->value(*field);
+        throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was cached with another " + *field + " ('" + abridged(has) +
+                                                  "') than the model now has ('" + abridged(wants) +
+                                                  "'); use the model it was saved with, or rebuild it from its text.")
+            .with_agent(id)
+            .with_field(*field, wants, has);
       }
     }
     LoadedAgent loaded;

@@ -2,6 +2,7 @@
 /// agent files that decide are flushed first.
 
 #include "store/store_impl.h"
+#include "torpor/log.h"
 
 namespace torpor {
 
@@ -26,7 +27,9 @@ std::unordered_set<std::string> Store::Impl::live_segments() {
 
 void Store::Impl::require_agent(const std::string& id) {
   if (env.exists(agent_path(id))) return;
-  throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root.string() + "'.");
+  throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root.string() + "'.")
+      .with_agent(id)
+      .with_path(root.string());
 }
 
 void Store::Impl::remove_agent_file(const std::string& id) {
@@ -42,7 +45,8 @@ void Store::Impl::tidy_after_agent(const std::string& id, const FileLock& agent_
   try {
     env.remove(sidecar_path(id));
     env.remove(agent_lock.path());
-  } catch (const std::exception&) {
+  } catch (const std::exception& error) {
+    log(LogLevel::kWarning, "What is left of agent '" + id + "' could not be removed: " + error.what());
   }
 }
 
@@ -53,8 +57,9 @@ void Store::Impl::remove_agent(const std::string& id) {
   std::vector<std::string> candidates;
   try {
     candidates = open_agent(id).agent.info.segments;
-  } catch (const Error&) {
+  } catch (const Error& error) {
     // Damaged, and to be deleted all the same; its segments are left to gc.
+    log(LogLevel::kInfo, "The segments of agent '" + id + "' are left to garbage collection: " + error.what());
   }
   remove_agent_file(id);
   try {
@@ -68,8 +73,9 @@ void Store::Impl::remove_agent(const std::string& id) {
         }
       }
     }
-  } catch (const Error&) {
+  } catch (const Error& error) {
     // gc makes up for it.
+    log(LogLevel::kInfo, "The segments of agent '" + id + "' are left to garbage collection: " + error.what());
   }
   tidy_after_agent(id, agent_lock);
 }

@@ -60,14 +60,17 @@ class Reader {
       const CacheClass* found = find_class(name);
       if (found == nullptr) {
         throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' keeps layer " + std::to_string(i) + " in a '" + name +
-                                                  "', which Torpor's engine has no use for; read it in Python with "
-                                                  "torpor.load_prompt_cache.");
+                                                  "', which Torpor's engine has no use for; the Python module reads it.")
+            .with_path(file_name_)
+            .with_field("class", "KVCache, RotatingKVCache or QuantizedKVCache", name);
       }
       const KvFormat format = read_layer(file, i, *found);
       if (i == 0) file.format = format;
       if (format != file.format) {
         throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' keeps layer 0 as " + file.format.name() + " and layer " +
-                                                  std::to_string(i) + " as " + format.name() + "; Torpor's engine keeps all alike.");
+                                                  std::to_string(i) + " as " + format.name() + "; Torpor's engine keeps all alike.")
+            .with_path(file_name_)
+            .with_field("kv", file.format.name(), format.name());
       }
     }
     if (file.layers.empty()) corrupt("it names no layer");
@@ -127,7 +130,9 @@ class Reader {
     const auto& shape = found.shape;
     if (shape.size() == 4 && shape[0] > 1) {
       throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' holds a batch of " + std::to_string(shape[0]) +
-                                                " sequences; an agent is one.");
+                                                " sequences; an agent is one.")
+          .with_path(file_name_)
+          .with_field("batch", "1", std::to_string(shape[0]));
     }
     // What is not empty is no larger than the file, so each extent is bounded by its size.
     if (!own || shape.size() != 4 || found.size() == 0 || shape[1] > INT32_MAX) {
@@ -157,7 +162,10 @@ class Reader {
       if (!KvFormat::parse(KvFormat(KvDtype::kF16, format.bits, format.group).name()) || format.bits == 0) {
         throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' is quantized to " + std::to_string(format.bits) +
                                                   " bits in groups of " + std::to_string(format.group) +
-                                                  "; Torpor's engine knows 8 and 4 bits in groups of 32, 64 or 128.");
+                                                  "; Torpor's engine knows 8 and 4 bits in groups of 32, 64 or 128.")
+            .with_path(file_name_)
+            .with_field("kv", "8 or 4 bits in groups of 32, 64 or 128",
+                        std::to_string(format.bits) + " bits in groups of " + std::to_string(format.group));
       }
       for (const size_t side : {0, 1}) {
         dims.insert(add(layer, at(at(i, side), 0), words) * (32 / format.bits));
@@ -201,8 +209,10 @@ class Reader {
     }
     if (lost > 0 && keep > 0) {
       throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' has forgotten rows of layer " + std::to_string(i) +
-                                                " but for the first " + std::to_string(keep) + " (--max-kv-size), which no "
-                                                "model of Torpor's engine can go on from; make it without that bound.");
+                                                " but for the first " + std::to_string(keep) + " (mlx-lm's max_kv_size), which no "
+                                                "model of Torpor's engine can go on from; make it without that bound.")
+          .with_path(file_name_)
+          .with_field("keep", "0", std::to_string(keep));
     }
     if (lost <= 0) {
       layer.rows = {{0, 0, n_tokens}};

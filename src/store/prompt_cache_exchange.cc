@@ -28,7 +28,9 @@ void check_model(const PromptCacheFile& file, const KvLayout& plain, const Cache
   const auto differs = [&](const std::string& what, int64_t has, int64_t wants) {
     if (has == wants) return;
     throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has " + std::to_string(has) + " " + what + ", the model '" +
-                                              model.name + "' " + std::to_string(wants) + "; it is of another model.");
+                                              model.name + "' " + std::to_string(wants) + "; it is of another model.")
+        .with_path(file_name)
+        .with_field(what, std::to_string(wants), std::to_string(has));
   };
   differs("layers", int64_t(file.layers.size()), int64_t(plain.tensors.size() / 2));
   for (size_t i = 0; i < file.layers.size(); ++i) {
@@ -38,7 +40,9 @@ void check_model(const PromptCacheFile& file, const KvLayout& plain, const Cache
   }
   if (model.max_context > 0 && file.n_tokens > model.max_context) {
     throw Error(ErrorCode::kIncompatible, "'" + file_name + "' holds " + std::to_string(file.n_tokens) + " tokens, the model '" +
-                                              model.name + "' has a context of " + std::to_string(model.max_context) + ".");
+                                              model.name + "' has a context of " + std::to_string(model.max_context) + ".")
+        .with_path(file_name)
+        .with_field("tokens", std::to_string(model.max_context), std::to_string(file.n_tokens));
   }
 }
 
@@ -54,7 +58,9 @@ int64_t shortest_cut(const PromptCacheFile& file, const KvLayout& plain, const C
     if (!rotates(tensor, plain, model.identity.architecture) || shortest > file.n_tokens) {
       throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has forgotten the first " + std::to_string(lost) + " rows of layer " +
                                                 std::to_string(i) + ", which the model '" + model.name +
-                                                "' still attends; make it without a bound on its size.");
+                                                "' still attends; make it without a bound on its size.")
+          .with_path(file_name)
+          .with_field("rows of layer " + std::to_string(i), std::to_string(file.n_tokens), std::to_string(file.n_tokens - lost));
     }
   }
   return shortest;
@@ -138,8 +144,10 @@ void Store::Impl::export_prompt_cache(const std::string& id, const std::filesyst
   }
   const auto format = KvFormat::parse(snapshot.identity.kv);
   if (!format || !is_of_engine(snapshot.layout, *format) || !snapshot.state.empty()) {
-    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was not made by Torpor's engine; write it in Python with "
-                                          "torpor.save_prompt_cache.");
+    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was not made by Torpor's engine; the Python module writes its "
+                                          "prompt-cache file.")
+        .with_agent(id)
+        .with_field("kv", "one of the engine's", snapshot.identity.kv);
   }
   const PromptCacheFrame frame = frame_prompt_cache(snapshot, loaded.info.model, dialect);
   std::vector<std::span<const std::byte>> pieces = {as_bytes_of(frame.header)};

@@ -76,7 +76,8 @@ std::string Store::Impl::date_of_birth(const std::string& id, const std::string&
 }
 
 SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, const BorrowedRows* rows,
-                             const std::string& model, const UserMetadata& user, Durability durability) {
+                             const std::string& model, const UserMetadata& user, const RecordMetadata& record,
+                             Durability durability) {
   check_agent_id(id);
   check_storable(snapshot, rows);
   AgentInfo info;
@@ -84,6 +85,7 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
   info.model = model;
   info.identity = snapshot.identity;
   info.user = user;
+  info.record = record;
   info.created_at = info.updated_at = format_time(env.now());
 
   Writing writing(*this);

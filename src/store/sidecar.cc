@@ -16,9 +16,10 @@ const std::string kZeros(32, '0');
 }  // namespace
 
 std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
-  Json identity = Json::object(), user = Json::object();
+  Json identity = Json::object(), user = Json::object(), record = Json::object();
   for (const auto& [name, value] : info.identity.fields()) identity[name] = value;
   for (const auto& [name, value] : info.user) user[name] = value;
+  for (const auto& [name, value] : info.record) record[name] = value;
   const Json json = {{"sidecar_checksum", kZeros},
                      {"agent_id", info.agent_id},
                      {"model", info.model},
@@ -28,6 +29,7 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
                      {"updated_at", info.updated_at},
                      {"identity", identity},
                      {"user", user},
+                     {"record", record},
                      {"bytes", info.bytes},
                      {"tail_bytes", info.tail_bytes},
                      {"segment_count", info.segments.size()},
@@ -60,10 +62,13 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
     info.bytes = json.at("bytes").get<int64_t>();
     info.tail_bytes = json.at("tail_bytes").get<int64_t>();
     info.segments = json.at("segments").get<std::vector<std::string>>();
+    // Whoever adds these up relies on it.
+    if (info.cache_size < 0 || info.tail_bytes != int64_t(agent_file.size) || info.bytes < info.tail_bytes) return std::nullopt;
     std::vector<std::pair<std::string, std::string>> identity;
     for (const auto& [name, value] : json.at("identity").items()) identity.emplace_back(name, value.get<std::string>());
     info.identity = Identity::from_fields(identity);
     for (const auto& [name, value] : json.at("user").items()) info.user.emplace_back(name, value.get<std::string>());
+    for (const auto& [name, value] : json.at("record").items()) info.record.emplace_back(name, value.get<std::string>());
     return info;
   } catch (const std::exception&) {
     return std::nullopt;  // a sidecar of another version: rebuilt

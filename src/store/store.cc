@@ -1,10 +1,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cstdlib>
 #include <set>
 
+#include "base/environment.h"
 #include "store/store_impl.h"
+#include "torpor/log.h"
 
 namespace torpor {
 namespace {
@@ -27,11 +28,12 @@ void make_directories(Env& env, const std::filesystem::path& path) {
 }  // namespace
 
 std::filesystem::path default_store_root() {
-  if (const char* root = std::getenv("TORPOR_STORE"); root != nullptr && *root != '\0') return root;
-  if (const char* home = std::getenv("HOME"); home != nullptr && *home != '\0') {
+  if (const std::string root = environment("TORPOR_STORE"); !root.empty()) return root;
+  if (const std::string home = environment("HOME"); !home.empty()) {
     return std::filesystem::path(home) / ".agent_caches";
   }
-  throw Error(ErrorCode::kInvalidArgument, "There is no home directory for the store; set TORPOR_STORE or --store.");
+  throw Error(ErrorCode::kInvalidArgument, "There is no home directory, so there is no default store; name the store's directory.")
+      .with_field("EngineOptions::store");
 }
 
 void check_agent_id(const std::string& id) {
@@ -73,7 +75,7 @@ FileLock Store::Impl::lock_agent(const std::string& id) {
   // Not quite at once: who looks whether an agent is awake holds its lock for a moment.
   auto lock = env.lock(lock_path(id), LockMode::kExclusive, std::chrono::milliseconds(20));
   if (!lock) {
-    throw Error(ErrorCode::kBusy, "The agent '" + id + "' is awake elsewhere; let it go to sleep there first.");
+    throw Error(ErrorCode::kBusy, "The agent '" + id + "' is awake elsewhere; let it go to sleep there first.").with_agent(id);
   }
   return std::move(*lock);
 }
@@ -105,7 +107,8 @@ int64_t Store::Impl::write_sidecar(const AgentInfo& info, const FileStat& agent_
     // Never fsynced: half of one is found by its checksum and rebuilt.
     count_written(write_file(sidecar_path(info.agent_id), {as_bytes_of(text)}, false));
     return int64_t(text.size());
-  } catch (const std::exception&) {
+  } catch (const std::exception& error) {
+    log(LogLevel::kWarning, "The sidecar of agent '" + info.agent_id + "' could not be written: " + error.what());
     return 0;
   }
 }
@@ -140,12 +143,12 @@ bool Store::is_awake(const std::string& agent_id) const {
   return impl_->env.raw_lock(file.fd(), LockMode::kShared) == -EWOULDBLOCK;
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
-                                   const UserMetadata& user, Durability durability) {
-  return impl_->save(agent_id, snapshot, nullptr, model, user, durability);
+                                   const UserMetadata& user, Durability durability, const RecordMetadata& record) {
+  return impl_->save(agent_id, snapshot, nullptr, model, user, record, durability);
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const BorrowedRows& rows,
                                    const std::string& model, const UserMetadata& user, Durability durability) {
-  return impl_->save(agent_id, snapshot, &rows, model, user, durability);
+  return impl_->save(agent_id, snapshot, &rows, model, user, {}, durability);
 }
 LoadedAgent Store::load_agent_cache(const std::string& agent_id, const LoadOptions& options) const {
   return impl_->load(agent_id, options);

@@ -66,7 +66,7 @@ struct Store::Impl {
   // ---- the work
   /// `rows`: where they are when they are not the snapshot's; else nullptr.
   SaveResult save(const std::string& id, const KvSnapshot& snapshot, const BorrowedRows* rows, const std::string& model,
-                  const UserMetadata& user, Durability durability);
+                  const UserMetadata& user, const RecordMetadata& record, Durability durability);
   /// kInvalidArgument.
   void check_storable(const KvSnapshot& snapshot, const BorrowedRows* rows);
   /// `created_at` of the agent that a save replaces, else `now`. What this process has saved is not read for it.

@@ -189,7 +189,9 @@ TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_si
   const std::string& version = file.required("format_version", file_name);
   if (version != kFormatVersion && version != kFormatVersionWithState) {
     throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has format version " + version + ", this Torpor reads " +
-                                              kFormatVersionWithState + " and older; use a newer one.");
+                                              kFormatVersionWithState + " and older; use a newer one.")
+        .with_path(file_name)
+        .with_field("format_version", kFormatVersionWithState, version);
   }
   file.kind = file.required("kind", file_name);
   const auto layout = decode_layout(file.required("layout", file_name));

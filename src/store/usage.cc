@@ -3,6 +3,7 @@
 #include <charconv>
 
 #include "store/store_impl.h"
+#include "torpor/log.h"
 
 namespace torpor {
 namespace {
@@ -84,8 +85,9 @@ void Store::Impl::record_written() noexcept {
       lock->file().write_all({as_bytes_of(std::string(kDigits - digits.size(), '0') + digits)});
       return;
     }
-  } catch (const std::exception&) {
+  } catch (const std::exception& error) {
     // A counter is no reason for a save to fail.
+    log(LogLevel::kWarning, std::string("The store's counter of bytes written could not be changed: ") + error.what());
   }
   unrecorded_ += bytes;
 }

@@ -82,7 +82,9 @@ void Writing::make_room(const std::string& what, int64_t needed, const std::vect
   if (over <= 0) return;
   auto refuse = [&](const std::string& why) {
     throw Error(ErrorCode::kResourceExhausted, what + " needs " + std::to_string(needed) + " bytes on the disk, but " + state +
-                                                   ". " + why + " Raise the limit, or delete agents (`torpor rm`).");
+                                                   ". " + why + " Raise the limit, or delete agents.")
+        .with_path(store_.root.string())
+        .with_field("DiskLimits");
   };
   std::unordered_set<std::string> live;
   try {

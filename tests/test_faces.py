@@ -1,0 +1,191 @@
+"""What the faces add to the library: hints, versions, what is shown of files, and whose metadata is whose."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import mlx.core as mx
+import mlx_lm.models.cache as mlx_cache
+import pytest
+
+from conftest import BIN, ROOT, Result, Torpor
+
+import torpor
+
+ESCAPES = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp.exe \x7f"
+SHOWN = "\\u001b[31mred\\u001b]0;title\\u0007 \\u009b2J \\u202egnp.exe \\u007f"
+
+
+def cache_of(n):
+    cache = mlx_cache.KVCache()
+    cache.update_and_fetch(mx.ones((1, 2, n, 16)), mx.zeros((1, 2, n, 16)))
+    return [cache]
+
+
+@pytest.fixture
+def python_store(tmp_path):
+    return torpor.CachePersistence(tmp_path / "store")
+
+
+@pytest.fixture
+def cli(tmp_path):
+    return Torpor(tmp_path / "store", "no-model")
+
+
+# ---- Torpor's own metadata and the caller's
+
+def test_metadata_with_names_of_the_record_is_the_callers_own(python_store, cli):
+    theirs = {"messages": "hi", "message_ends": "x", "history_tokens": "no number", "shortest_cut": "-1", "pinned": "true"}
+    python_store.save_agent_cache("ada", cache_of(300), theirs)
+    shown = cli("show", "ada", "--json").ok().json
+    assert shown["pinned"] is False and shown["messages"] == []
+    assert {key: shown["user"][key] for key in theirs} == theirs
+    cli("fork", "ada", "eve").ok()
+    cli("fork", "ada", "cut", "--at", 256).ok()
+    cli("rename", "eve", "bob").ok()
+    for agent in ("ada", "bob", "cut"):
+        assert python_store.load_agent_cache(agent)[1] == theirs
+    cli("pin", "bob").ok()
+    assert [agent["pinned"] for agent in cli("ls", "--json").ok().json] == [False, True, False]
+    assert python_store.load_agent_cache("bob")[1] == theirs
+
+
+def test_metadata_can_not_be_torpors_own(python_store, cli):
+    for key in ("torpor.pinned", "torpor.", "torpor.messages"):
+        with pytest.raises(torpor.InvalidArgumentError, match="torpor"):
+            python_store.save_agent_cache("ada", cache_of(3), {key: "true"})
+        with pytest.raises(torpor.InvalidArgumentError, match="torpor") as refused:
+            python_store._store.save("ada", [], [], b"", [], "m", [(key, "true")], [], "none")
+        assert refused.value.field == key and refused.value.agent == "ada"
+    cli("show", "ada").fails("not_found")
+
+
+def test_the_engines_record_is_no_metadata_of_the_callers(tiny, tmp_path):
+    tiny.run("ada", "One").ok()
+    tiny("pin", "ada").ok()
+    shown = tiny("show", "ada", "--json").ok().json
+    assert shown["user"] == {} and shown["record"]["pinned"] == "true" and shown["pinned"]
+    assert [message["role"] for message in shown["messages"]][-2:] == ["user", "assistant"]
+
+
+# ---- errors
+
+def test_errors_carry_what_they_are_about(tiny, tiny_model, tmp_path):
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:
+        engine.agent("ada").turn("One", max_tokens=2)
+    with torpor.Engine(tiny_model, tmp_path / "store", kv_format="f32") as engine:
+        with pytest.raises(torpor.IncompatibleError) as failed:
+            engine.agent("ada").turn("Two", max_tokens=2)
+    error = failed.value
+    assert (error.agent, error.field, error.expected, error.found, error.path) == ("ada", "kv", "f32", "f16", None)
+    assert "f32" in str(error) and "f16" in str(error)
+    tiny.run("ada", "Two", "--kv-dtype", "f32").fails("incompatible", "kv", "f16", "f32")
+    with pytest.raises(torpor.NotFoundError) as missing:
+        torpor.CachePersistence(tmp_path / "store").load_agent_cache("eve")
+    assert missing.value.agent == "eve" and missing.value.path == str(tmp_path / "store") and missing.value.field is None
+
+
+def test_the_command_line_hints_at_its_own_options(tiny, tiny_model, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (bare / name).unlink(missing_ok=True)
+    Torpor(tiny.store, bare).run("ada", "Hello").fails("invalid", "no chat template", "(--raw does).")
+    with pytest.raises(torpor.InvalidArgumentError) as failed:
+        torpor.Engine(bare, tmp_path / "other").agent("ada").turn("Hello")
+    assert "--" not in str(failed.value)
+    tiny.run("ada", "Hello", "--disk-budget", 100).fails("exhausted", "torpor rm", answered=True)
+    tiny("ls", "--cpu-target", "avx2").fails("usage")
+    tiny.run("ada", "Hello", env={"TORPOR_CPU_TARGET": "mmx"}).fails("invalid", "mmx", "--cpu-target")
+
+
+def test_without_a_home_directory_the_command_line_names_its_option():
+    result = Result(subprocess.run([BIN, "ls"], capture_output=True, env={"PATH": os.environ["PATH"]}))
+    result.fails("invalid", "home", "--store", "TORPOR_STORE")
+
+
+def test_what_the_system_refuses_is_no_defect_of_torpors(tiny, tmp_path):
+    """A process that may start no thread."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if not compiler or not os.path.exists("/proc/self"):
+        pytest.skip("needs Linux and a C compiler")
+    (tmp_path / "no_threads.c").write_text("int pthread_create(void* t, const void* a, void* f, void* x) { return 11; /* EAGAIN */ }\n")
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", tmp_path / "no_threads.so", tmp_path / "no_threads.c"], check=True)
+    result = tiny.run("ada", "Hello", env={"LD_PRELOAD": str(tmp_path / "no_threads.so")})
+    result.fails("exhausted")
+    assert "defect" not in result.err
+
+
+# ---- what is shown of files
+
+def test_control_sequences_of_files_are_shown_and_not_obeyed(tiny, python_store, cli):
+    tiny.run("ada", ESCAPES).ok()
+    python_store._store.save("eve", [], [], b"", [], ESCAPES, [("mlx_lm.cache", "{}")], [], "none")
+    for result in (tiny("show", "ada"), tiny("ls"), tiny("show", "eve"), tiny("show", "ada", "--json"), tiny("ls", "--json")):
+        assert not set(result.ok().out) & set("\x1b\x07\x9b\x7f\u202e")
+    assert SHOWN in tiny("show", "ada").ok().out
+    assert SHOWN in tiny("ls").ok().out
+    [question] = [m["content"] for m in tiny("show", "ada", "--json").ok().json["messages"] if m["role"] == "user"]
+    assert question == ESCAPES
+    assert [agent["model"] for agent in tiny("ls", "--json").ok().json][-1] == ESCAPES
+
+
+def test_a_sentence_about_a_file_is_printable(tmp_path):
+    result = Result(subprocess.run([BIN, "--store", tmp_path / "s", "import", tmp_path / "no\x1b[31mfile", "ada"], capture_output=True))
+    result.fails("not_found", "no\\u001b[31mfile")
+
+
+def test_messages_of_a_million_levels_are_shown(python_store, cli):
+    """`show` prints what a file says, however deep."""
+    deep = "[" * 1_000_000 + "]" * 1_000_000
+    messages = '[{"role":' + deep + ',"content":"Hello"},{"role":"user","content":"Once"}]'
+    # As versions 1 and 2 keep the record.
+    python_store._store.save("ada", [], [], b"", [], "m", [("messages", messages), ("message_ends", "0,0")], [], "none")
+    assert "Once" in cli("show", "ada").ok().out
+    assert cli("show", "ada", "--json").ok().json["messages"][-1]["content"] == "Once"
+    cli("fork", "ada", "eve").fails("corruption", "messages")
+
+
+# ---- what Torpor goes on without
+
+def test_a_sidecar_that_can_not_be_written_is_told_to_who_asks(tiny):
+    tiny.run("ada", "One").ok()
+    (tiny.store / "ada.json").unlink()
+    (tiny.store / "ada.json").mkdir()
+    assert tiny.run("ada", "Two").ok().err == ""
+    told = tiny.run("ada", "Three", "--verbose").ok().err
+    assert told.startswith("torpor: warning: The sidecar of agent 'ada' could not be written: ") and told.count("\n") == 1
+
+
+# ---- versions and settings
+
+def test_the_version_says_what_computes_and_what_is_read_and_written():
+    result = Result(subprocess.run([BIN, "--version"], capture_output=True)).ok()
+    header = (ROOT / "include/torpor/version.h").read_text()
+    lines = result.out.splitlines()
+    assert lines[0] == "torpor " + re.search(r'TORPOR_VERSION "(.+)"', header)[1]
+    assert lines[1] == "MLX " + mx.__version__
+    assert lines[2] in ("backend kernels", "backend mlx") and lines[3].startswith("CPU target ")
+    newest = re.search(r"kNewestFormat = (\d+)", header)[1]
+    assert re.fullmatch(rf"format versions: reads \d+ to {newest}, writes (\d+ to )?{newest}", lines[4]) and len(lines) == 5
+    portable = Result(subprocess.run([BIN, "--version"], capture_output=True, env={**os.environ, "TORPOR_CPU_TARGET": "portable",
+                                                                                   "TORPOR_BACKEND": "mlx"})).ok()
+    assert portable.out.splitlines()[2] == "backend mlx" and portable.out.splitlines()[3] in ("CPU target EMU128", "CPU target SCALAR")
+
+
+def test_options_say_how_rows_are_computed_and_the_environment_is_only_their_default(tiny, words):
+    said = {}
+    for name, options, env in (("plain", [], {}), ("one thread", ["--threads", 1], {}), ("portable", ["--cpu-target", "portable"], {}),
+                               ("mlx", ["--backend", "mlx"], {}), ("over the environment", ["--backend", "kernels"], {"TORPOR_BACKEND": "mlx"}),
+                               ("read", ["--no-mmap"], {})):
+        said[name] = tiny.run(name.replace(" ", "-"), words(300), "--raw", *options, env=env).ok().json["text"]
+    assert said["one thread"] == said["over the environment"] == said["read"] == said["plain"]
+    tiny.run("ada", "Hello", "--threads", 0).fails("usage")
+    tiny.run("ada", "Hello", env={"TORPOR_THREADS": "many"}).fails("invalid", "TORPOR_THREADS")
+    tiny.run("ada", "Hello", "--threads", 2, env={"TORPOR_THREADS": "many"}).ok()
+
+
+def test_rows_that_are_not_mapped_are_the_same(ada):
+    mapped, read = (ada.run("ada", " more", "--raw", "--no-save", *options).ok().json for options in ([], ["--no-mmap"]))
+    assert read["text"] == mapped["text"] and read["tokens"] == mapped["tokens"]

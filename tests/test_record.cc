@@ -1,0 +1,90 @@
+/// Torpor's own metadata of an agent beside the caller's, in files of this version and of earlier ones.
+
+#include "agents/record.h"
+#include "store_fixture.h"
+#include "torpor/agents.h"
+
+namespace torpor {
+namespace {
+
+using testing::code_of;
+
+class Record : public ::testing::Test {
+ protected:
+  void save(const std::string& id, const UserMetadata& user, const RecordMetadata& record = {}) {
+    const auto lock = store_.lock_agent(id);
+    store_.save_agent_cache(id, testing::make_snapshot(30), "model", user, Durability::kNone, record);
+  }
+  AgentInfo info(const std::string& id) { return store_.agent_info(id); }
+
+  testing::TemporaryDirectory directory_;
+  Store store_{directory_.path()};
+};
+
+const UserMetadata kOld = {{"messages", R"([{"role":"user","content":"Hi"},{"role":"assistant","content":"Hello"}])"},
+                           {"message_ends", "10,20"},
+                           {"history_tokens", "25"},
+                           {"pinned", "true"},
+                           {"note", "mine"}};
+
+TEST_F(Record, ComesBackAsItWasBesideTheCallersKeysOfTheSameNames) {
+  AgentRecord record;
+  record.messages = {{"user", "Hi", 10}, {"assistant", "Hello", 20}};
+  record.history = 25;
+  record.shortest_cut = 7;
+  record.pinned = true;
+  const UserMetadata user = {{"messages", "hi"}, {"pinned", "no"}};
+  save("a", user, encode_record(record, 30));
+  for (const AgentInfo& found : {info("a"), store_.list_cached_agents().at(0)}) {
+    EXPECT_EQ(found.user, user);
+    const AgentRecord again = decode_record(found, 30);
+    ASSERT_EQ(again.messages.size(), 2u);
+    EXPECT_EQ(again.messages[1].content, "Hello");
+    EXPECT_EQ(again.messages[1].end, 20);
+    EXPECT_EQ(again.history, 25u);
+    EXPECT_EQ(again.shortest_cut, 7u);
+    EXPECT_TRUE(again.pinned && again.conversation && is_pinned(found));
+  }
+}
+
+TEST_F(Record, OfTheEnginesEarlierFilesIsReadAndKeptByWhatIsMadeOfThem) {
+  save("old", kOld);
+  fork_agent(store_, "old", "fork");
+  store_.rename_agent_cache("old", "renamed");
+  for (const std::string id : {"renamed", "fork"}) {
+    EXPECT_EQ(info(id).user, (UserMetadata{{"note", "mine"}})) << id;
+    const AgentRecord record = decode_record(info(id), 30);
+    ASSERT_EQ(record.messages.size(), 2u) << id;
+    EXPECT_EQ(record.messages[1].end, 20) << id;
+    EXPECT_EQ(record.history, 25u) << id;
+    EXPECT_EQ(record.pinned, id == "renamed");  // a fork is not pinned
+  }
+}
+
+TEST_F(Record, IsNotTakenFromSomebodyElsesKeys) {
+  UserMetadata described = kOld;
+  described.emplace_back("mlx_lm.cache", "{}");
+  const UserMetadata half = {{"messages", "hi"}, {"pinned", "true"}};
+  save("python", described);
+  save("half", half);
+  EXPECT_EQ(info("half").user, half);
+  EXPECT_EQ(info("python").user.size(), described.size());
+  for (const std::string id : {"python", "half"}) {
+    EXPECT_TRUE(info(id).record.empty()) << id;
+    EXPECT_FALSE(is_pinned(info(id))) << id;
+    EXPECT_FALSE(decode_record(info(id), 30).conversation) << id;
+  }
+}
+
+TEST_F(Record, CanNotBeWrittenByACaller) {
+  for (const char* key : {"torpor.pinned", "torpor.", "torpor.anything"}) {
+    EXPECT_EQ(code_of([&] { save("a", {{key, "true"}}); }), ErrorCode::kInvalidArgument) << key;
+  }
+  EXPECT_FALSE(store_.contains("a"));
+  save("a", {{"torpor", "fine"}});
+  EXPECT_EQ(code_of([&] { store_.copy_agent_cache("a", "b", {.user = UserMetadata{{"torpor.pinned", "true"}}}); }),
+            ErrorCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace torpor
