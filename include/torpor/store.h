@@ -1,8 +1,8 @@
 #pragma once
 /// The store: agents' KV caches as files (docs/format.md). Bytes only; it never sees an MLX array.
 ///
-/// A Store may be used from many threads at once, and many processes may use one directory at once: each save takes
-/// a shared lock on the store for its duration, `gc` an exclusive one, and AgentLock keeps an awake agent to one owner.
+/// A Store may be used from many threads at once, and many processes may use one directory at once: a save
+/// claims the segments that it will name, `gc` removes none that is claimed or named, and AgentLock keeps an awake agent to one owner.
 /// Readers (list, load, verify, disk usage) take no lock.
 
 #include <cstdint>
@@ -246,7 +246,8 @@ class Store {
   /// The agent under another id, which must be free; takes both locks itself. A crash may leave it under both.
   void rename_agent_cache(const std::string& agent_id, const std::string& new_id);
 
-  /// For what this Store does from now on. With limits every save holds the store's lock exclusively (kBusy after 10 s).
+  /// For what this Store does from now on. Saves whose need fits run at once, and take no room twice; one that has to
+  /// evict waits for those under way (kBusy after a minute).
   void set_disk_limits(const DiskLimits& limits);
 
   /// Reads the agent file's header alone. kNotFound, kCorruption.
@@ -267,7 +268,8 @@ class Store {
   /// One report per agent (all of them when `agent_id` is nullopt), segments included. Changes nothing.
   std::vector<VerifyReport> verify(const std::optional<std::string>& agent_id = std::nullopt) const;
 
-  /// Removes temporary files and segments that no agent names. Waits for saves under way, at most 10 s, else kBusy.
+  /// Removes temporary files and segments that no agent names. Waits for the saves that are under way, at most a minute, else
+  /// kBusy; saves that begin meanwhile do not wait for it.
   /// kCorruption naming the agent file that can't be read, and then no segment is removed: which ones it needs is
   /// not known.
   GcResult gc();

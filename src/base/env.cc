@@ -257,11 +257,13 @@ std::string Env::read_file(const std::filesystem::path& path, uint64_t max_bytes
   return text;
 }
 
-std::optional<FileLock> Env::lock(const std::filesystem::path& path, LockMode mode, std::chrono::milliseconds timeout) {
+std::optional<FileLock> Env::lock(const std::filesystem::path& path, LockMode mode, std::chrono::milliseconds timeout,
+                                  OpenMode open_mode) {
   constexpr int kMaxGhosts = 1000;
   const auto deadline = std::chrono::steady_clock::now() + timeout;
+  std::chrono::microseconds pause(200);
   for (int ghosts = 0;;) {
-    File file = open(path, OpenMode::kLockFile);
+    File file = open(path, open_mode);
     const int result = retry_interrupted([&] { return raw_lock(file.fd(), mode); });
     if (result >= 0) {
       FileLock lock(*this, std::move(file));
@@ -277,7 +279,8 @@ std::optional<FileLock> Env::lock(const std::filesystem::path& path, LockMode mo
     }
     if (result != -EWOULDBLOCK && result != -EAGAIN) throw_io_error("lock", path, -result);
     if (std::chrono::steady_clock::now() >= deadline) return std::nullopt;
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    std::this_thread::sleep_for(pause);
+    pause = std::min(2 * pause, std::chrono::microseconds(5000));
   }
 }
 
@@ -316,6 +319,8 @@ class PosixEnv final : public Env {
       case OpenMode::kRead: return or_errno(::open(path, O_RDONLY | O_CLOEXEC));
       case OpenMode::kCreateNew: return or_errno(::open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
       case OpenMode::kLockFile: return or_errno(::open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+      case OpenMode::kAppendLocked:
+        return or_errno(::open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600));
     }
     return -EINVAL;
   }

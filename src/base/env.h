@@ -32,6 +32,7 @@ enum class OpenMode {
   kRead,       ///< an existing file
   kCreateNew,  ///< for writing, 0600; fails when the name exists
   kLockFile,   ///< read and write, created (0600) when absent; never through a symbolic link
+  kAppendLocked,  ///< as kLockFile, and what is written goes to the file's end
 };
 
 /// Mappings of files that one process holds at most. Linux allows 65,530 of all kinds, and beyond them malloc fails too.
@@ -119,7 +120,8 @@ class Env {
   /// Whole file; kResourceExhausted when it is larger than `max_bytes`.
   std::string read_file(const std::filesystem::path& path, uint64_t max_bytes);
   /// Locks the file (made when absent). nullopt when it can't be had within `timeout`; zero = one attempt.
-  std::optional<FileLock> lock(const std::filesystem::path& path, LockMode mode, std::chrono::milliseconds timeout);
+  std::optional<FileLock> lock(const std::filesystem::path& path, LockMode mode, std::chrono::milliseconds timeout,
+                               OpenMode open_mode = OpenMode::kLockFile);
   virtual std::chrono::system_clock::time_point now();
 
   // The raw layer: one system call each, >= 0 or -errno.

@@ -21,7 +21,26 @@ KvTail first_rows(const File& handle, const TorporFile& file, int n) {
 }  // namespace
 
 SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates) {
+  check_agent_id(src);
   check_agent_id(dst);
+  constexpr int kAttempts = 20;
+  for (int attempt = 1;; ++attempt) {
+    // A save in another process may put a new file of `src` in place, and then nobody keeps the segments of the old one.
+    const auto before = env.stat(agent_path(src));
+    try {
+      if (auto result = copy_once(src, dst, options, keep_dates)) return std::move(*result);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kCorruption || attempt == kAttempts || env.stat(agent_path(src)) == before) throw;
+      continue;
+    }
+    if (attempt == kAttempts) {
+      throw Error(ErrorCode::kBusy, "The agent '" + src + "' changes while it is copied; try again later.");
+    }
+  }
+}
+
+std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const std::string& dst, const CopyOptions& options,
+                                                 bool keep_dates) {
   Writing writing(*this);
   const OpenedAgent opened = open_agent(src);
   const TorporFile& file = opened.agent.file;
@@ -76,6 +95,7 @@ SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, con
   const AgentDraft draft =
       draft_agent(std::move(info), file.layout, tail.n_tokens, {&tail.bytes, 1}, state, std::span(tokens).first(size_t(n)));
   writing.make_room("Copying the agent '" + src + "' to '" + dst + "'", bytes_to_write(draft), draft.info.segments);
+  if (!writing.claim(draft.info.segments, segments)) return std::nullopt;
   SaveResult result;
   result.segments = draft.info.segments;
   result.segments_shared = int(n_sealed);

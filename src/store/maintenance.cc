@@ -63,15 +63,16 @@ void Store::Impl::remove_agent(const std::string& id) {
   }
   remove_agent_file(id);
   try {
-    if (!candidates.empty()) {
-      // Without waiting: a save under way in another process may be about to name one of them.
-      if (const auto store_lock =
-              env.lock(lock_path(".store"), LockMode::kExclusive, std::chrono::milliseconds(100))) {
-        const auto live = live_segments();
-        for (const auto& name : candidates) {
-          if (!live.contains(name)) env.remove(segment_path(name));
-        }
+    // Without waiting long: what is not removed now is left to gc.
+    auto sweep = candidates.empty() ? std::nullopt : this->sweep(std::chrono::milliseconds(100));
+    if (sweep) {
+      const auto live = live_segments();
+      std::vector<Removable> unneeded;
+      for (const auto& name : candidates) {
+        const auto stat = env.stat(segment_path(name));
+        if (stat && !live.contains(name)) unneeded.push_back({segment_path(name), *stat, name});
       }
+      sweep->remove(unneeded);
     }
   } catch (const Error& error) {
     // gc makes up for it.
@@ -80,19 +81,27 @@ void Store::Impl::remove_agent(const std::string& id) {
   tidy_after_agent(id, agent_lock);
 }
 
+std::optional<Sweep> Store::Impl::sweep(std::chrono::milliseconds timeout) {
+  return Sweep::begin(env, locks, [this] { return temporary_files(); }, timeout);
+}
+
 GcResult Store::Impl::gc() {
-  GcResult result;
-  const FileLock lock = lock_store(LockMode::kExclusive);
-  auto remove = [&](const std::filesystem::path& path) {
+  auto sweep = this->sweep(std::chrono::minutes(1));
+  if (!sweep) {
+    throw Error(ErrorCode::kBusy, "A save to the store '" + root.string() + "' has been under way for long; try again later.");
+  }
+  std::vector<Removable> unneeded;
+  auto add = [&](const std::filesystem::path& path, const std::string& segment = {}) {
     const auto stat = env.stat(path);
-    if (!stat || !env.remove(path)) return;
-    ++result.files_removed;
-    result.bytes_freed += int64_t(stat->size);
+    if (stat && !stat->is_directory) unneeded.push_back({path, *stat, segment});
   };
-  for (const auto& path : temporary_files()) remove(path);
+  for (const auto& path : sweep->temporary_files()) add(path);
+  // Temporary files go whatever the agents say.
+  Sweep::Removed removed = sweep->remove(unneeded);
+  unneeded.clear();
   const auto live = live_segments();
   for (const auto& segment : stored_segments()) {
-    if (!live.contains(segment.name)) remove(segment_path(segment.name));
+    if (!live.contains(segment.name)) unneeded.push_back({segment_path(segment.name), segment.stat, segment.name});
   }
   for (const auto& name : env.list(root)) {
     // Sidecars whose agent is gone. Other people's .json files hold no sidecar checksum and stay.
@@ -100,12 +109,13 @@ GcResult Store::Impl::gc() {
     const std::string id = name.substr(0, name.size() - 5);
     if (!is_agent_id(id) || env.exists(agent_path(id))) continue;
     try {
-      if (env.read_file(root / name, kMaxSidecar).find("\"sidecar_checksum\"") != std::string::npos) remove(root / name);
+      if (env.read_file(root / name, kMaxSidecar).find("\"sidecar_checksum\"") != std::string::npos) add(root / name);
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kNotFound) throw;  // removed by whoever deleted the agent just now
     }
   }
-  return result;
+  const Sweep::Removed rest = sweep->remove(unneeded);
+  return {removed.files + rest.files, removed.bytes + rest.bytes};
 }
 
 }  // namespace torpor

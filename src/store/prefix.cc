@@ -41,10 +41,13 @@ SaveResult Store::Impl::save_prefix(const KvSnapshot& snapshot, Durability durab
   check_storable(snapshot, nullptr);
   Writing writing(*this);
   SegmentWriter segments(*this, snapshot, nullptr);
-  writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens", segments.bytes_to_write(),
-                    segments.names());
+  const auto make_room = [&] {
+    writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens", segments.bytes_to_write(),
+                      segments.names());
+  };
+  for (make_room(); !writing.claim(segments.names(), segments.found()); make_room()) segments.plan();
   SaveResult result;
-  segments.write_missing(durability == Durability::kFull, result);
+  segments.write_missing(durability == Durability::kFull, writing, result);
   return result;
 }
 

@@ -100,9 +100,15 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
     return draft_agent(info, snapshot.layout, tail_tokens, tail, snapshot.state, segments.tokens());
   };
   AgentDraft draft = draft_now();
-  writing.make_room("Saving the agent '" + id + "'", segments.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
+  const auto make_room = [&] {
+    writing.make_room("Saving the agent '" + id + "'", segments.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
+  };
+  for (make_room(); !writing.claim(segments.names(), segments.found()); make_room()) {
+    segments.plan();
+    draft = draft_now();
+  }
   SaveResult result;
-  segments.write_missing(durability == Durability::kFull, result);
+  segments.write_missing(durability == Durability::kFull, writing, result);
   if (result.segments != draft.info.segments) draft = draft_now();
   commit_agent(draft, durability, result);
   return result;

@@ -111,7 +111,8 @@ void SegmentWriter::choose_name(Planned& segment) {
     }
   }
   // The variant's name holds the rows' digest: what is there and differs is not what it says.
-  segment.write = segment.damaged = true;
+  segment.write = true;
+  segment.damaged = segment.stat;
 }
 
 bool SegmentWriter::take_hint(Planned& segment) {
@@ -162,7 +163,7 @@ SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
       segment.stat = opened.stat;
     } catch (const Error& error) {
       if (error.code() == ErrorCode::kIo) throw;
-      segment.damaged = error.code() != ErrorCode::kNotFound;
+      if (error.code() != ErrorCode::kNotFound) segment.damaged = *stat;
       return Found::kNothing;
     }
     store_.known.add_file(segment.name, {segment.stat, content, checksums_of(segment).back(), true});
@@ -177,8 +178,19 @@ void SegmentWriter::remember(const Planned& segment, const std::string& content)
   store_.known.add_run(segment.run);
 }
 
-void SegmentWriter::write_missing(bool durable, SaveResult& result) {
-  while (!put_missing(durable, result)) plan();
+std::vector<std::pair<std::string, FileStat>> SegmentWriter::found() const {
+  std::vector<std::pair<std::string, FileStat>> found;
+  for (const Planned& segment : segments_) {
+    if (!segment.write) found.emplace_back(segment.name, segment.stat);
+  }
+  return found;
+}
+
+void SegmentWriter::write_missing(bool durable, Writing& writing, SaveResult& result) {
+  while (!put_missing(durable, result)) {
+    do plan();
+    while (!writing.claim(names(), found()));
+  }
   result.segments_shared = int(segments_.size()) - result.segments_written;
   result.segments = names();
   if (!durable) return;
@@ -202,12 +214,7 @@ bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
   std::set<std::filesystem::path> directories;
   for (size_t i = 0; i < missing.size(); ++i) {
     Planned& segment = *missing[i];
-    const auto path = store_.segment_path(segment.name);
-    if (segment.damaged) {
-      files[i]->replace(path);
-    } else if (!files[i]->put_new(path)) {
-      break;
-    }
+    if (!put_in_place(segment, *files[i])) break;
     segment.stat = files[i]->stat();
     store_.count_written(segment.stat);
     const std::string content = content_of(segment);
@@ -225,6 +232,17 @@ bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
     for (const auto* segment : put) store_.known.set_durable(segment->name, segment->stat);
   }
   return put.size() == missing.size();
+}
+
+bool SegmentWriter::put_in_place(Planned& segment, TemporaryFile& file) {
+  const auto path = store_.segment_path(segment.name);
+  if (!segment.damaged) return file.put_new(path);
+  // Of several who find the damage one replaces the file.
+  const auto hold = store_.locks.removing(std::chrono::seconds(10));
+  if (!hold) throw Error(ErrorCode::kBusy, "The store '" + store_.root.string() + "' is in use by another process; try again later.");
+  if (store_.env.stat(path) != segment.damaged) return false;
+  file.replace(path);
+  return true;
 }
 
 TemporaryFile SegmentWriter::write(Planned& segment, bool durable) {

@@ -7,6 +7,7 @@
 
 #include "store/segment_headers.h"
 #include "store/store_impl.h"
+#include "store/writing.h"
 
 namespace torpor {
 
@@ -16,6 +17,10 @@ class SegmentWriter {
   /// snapshot's; else nullptr. Both must outlive the writer.
   SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot, const BorrowedRows* rows);
 
+  /// Looks again what is on disk.
+  void plan();
+  /// Those that are, as they were when they were looked at.
+  std::vector<std::pair<std::string, FileStat>> found() const;
   /// Bytes of the files that are missing.
   int64_t bytes_to_write() const;
   /// Bytes of all of them, those to be written included.
@@ -23,9 +28,9 @@ class SegmentWriter {
   std::vector<std::string> names() const;
   /// The snapshot's, those that stood for unknown ones replaced where they are sealed.
   std::span<const int32_t> tokens() const { return tokens_; }
-  /// Writes what is missing; with `durable` all segments are on the disk when this returns. Names may change: another save
+  /// Writes what is missing, when `writing` has claimed all names; with `durable` all segments are on the disk when this returns. Names may change: another save
   /// may have taken one meanwhile, for the same tokens and other rows.
-  void write_missing(bool durable, SaveResult& result);
+  void write_missing(bool durable, Writing& writing, SaveResult& result);
 
  private:
   struct Planned {
@@ -37,14 +42,13 @@ class SegmentWriter {
     std::shared_ptr<const SealedRun::Segment> origin;  ///< where the rows came from, or went to before
     std::vector<std::string>* checksums = nullptr;  ///< empty until someone needed them
     bool write = false;
-    bool damaged = false;  ///< a file has the name that no reader would take
+    std::optional<FileStat> damaged;  ///< a file that has the name, and that no reader would take
     FileStat stat;  ///< of a file to be written its size alone
   };
   enum class Found { kNothing, kSame, kOther };
 
   std::vector<std::span<const std::byte>> rows_of(size_t i) const;
   void name_unknown_tokens();
-  void plan();
   size_t header_size(const Planned& segment);
   void choose_name(Planned& segment);
   /// Whether the caller's own word for the segment that the rows are can be taken.
@@ -56,6 +60,7 @@ class SegmentWriter {
   std::string content_of(Planned& segment) { return content_digest(checksums_of(segment)); }
   /// False when a name was taken meanwhile: from there on nothing was put in place.
   bool put_missing(bool durable, SaveResult& result);
+  bool put_in_place(Planned& segment, TemporaryFile& file);
   TemporaryFile write(Planned& segment, bool durable);
 
   Store::Impl& store_;

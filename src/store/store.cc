@@ -55,29 +55,9 @@ Store::Impl::Impl(std::filesystem::path root_path, Env& environment) : root(std:
   make_directories(env, root);
 }
 
-std::filesystem::path Store::Impl::lock_path(const std::string& id) {
-  const auto directory = root / ".locks";
-  if (!env.exists(directory)) env.make_directory(directory);
-  return directory / (id + ".lock");
-}
-
-FileLock Store::Impl::lock_store(LockMode mode) {
-  // No agent id begins with '.', so this name is free.
-  auto lock = env.lock(lock_path(".store"), mode, std::chrono::seconds(10));
-  if (!lock) {
-    throw Error(ErrorCode::kBusy, "The store '" + root.string() + "' is in use by another process; try again later.");
-  }
-  return std::move(*lock);
-}
-
 FileLock Store::Impl::lock_agent(const std::string& id) {
   check_agent_id(id);
-  // Not quite at once: who looks whether an agent is awake holds its lock for a moment.
-  auto lock = env.lock(lock_path(id), LockMode::kExclusive, std::chrono::milliseconds(20));
-  if (!lock) {
-    throw Error(ErrorCode::kBusy, "The agent '" + id + "' is awake elsewhere; let it go to sleep there first.").with_agent(id);
-  }
-  return std::move(*lock);
+  return locks.agent(id);
 }
 
 FileStat Store::Impl::write_file(const std::filesystem::path& path,
@@ -137,10 +117,8 @@ std::unique_ptr<AgentLock> Store::lock_agent(const std::string& agent_id) {
   return std::make_unique<HeldAgentLock>(impl_->lock_agent(agent_id));
 }
 bool Store::is_awake(const std::string& agent_id) const {
-  const auto path = impl_->root / ".locks" / (agent_id + ".lock");
-  if (!impl_->env.exists(path)) return false;
-  const File file = impl_->env.open(path, OpenMode::kRead);  // works on a store that is read-only
-  return impl_->env.raw_lock(file.fd(), LockMode::kShared) == -EWOULDBLOCK;
+  check_agent_id(agent_id);
+  return impl_->locks.is_awake(agent_id);
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
                                    const UserMetadata& user, Durability durability, const RecordMetadata& record) {

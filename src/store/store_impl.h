@@ -12,6 +12,8 @@
 #include "store/known.h"
 #include "store/segment.h"
 #include "store/sidecar.h"
+#include "store/store_locks.h"
+#include "store/sweep.h"
 #include "store/temporary_file.h"
 #include "torpor/error.h"
 #include "torpor/store.h"
@@ -46,11 +48,8 @@ struct Store::Impl {
   std::filesystem::path segment_path(const std::string& name) const {
     return segment_directory(name) / (name + ".safetensors");
   }
-  std::filesystem::path lock_path(const std::string& id);
 
-  // ---- locks
-  /// kBusy after 10 s.
-  FileLock lock_store(LockMode mode);
+  StoreLocks locks{env, root};
   FileLock lock_agent(const std::string& id);
 
   // ---- files
@@ -84,6 +83,8 @@ struct Store::Impl {
   /// `sink`: gets the rows of a whole agent, which the snapshot then lacks; else nullptr.
   LoadedAgent load(const std::string& id, const LoadOptions& options, RowSink* sink = nullptr);
   SaveResult copy(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates = false);
+  /// nullopt when a segment of `src` was removed meanwhile.
+  std::optional<SaveResult> copy_once(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates);
   void rename_agent(const std::string& id, const std::string& new_id);
   /// Names of the segments.
   std::vector<std::string> find_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens);
@@ -117,8 +118,11 @@ struct Store::Impl {
   VerifyReport verify_once(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows);
   bool recheck(const KvLayout& layout, const SealedRun& run, const TensorMask& wanted);
   DiskUsage usage();
-  /// Of every file in the store, temporary ones included; locks have none.
-  int64_t stored_bytes();
+  /// Of every file in the store, temporary ones included; locks have none. `reserved` receives what saves under limits have been
+  /// given room for, of which some may be written already.
+  int64_t stored_bytes(int64_t* reserved = nullptr);
+  /// nullopt when saves under way, or somebody else who removes, take longer than `timeout`.
+  std::optional<Sweep> sweep(std::chrono::milliseconds timeout);
   /// Adds what this process has written since the last call to the store's counter. When that can't be done now, the next
   /// call makes up for it.
   void record_written() noexcept;
@@ -142,8 +146,6 @@ struct Store::Impl {
   }
 
  private:
-  std::filesystem::path counter_path();
-
   std::mutex limits_mutex_, counter_mutex_, births_mutex_;
   std::unordered_map<std::string, std::pair<FileStat, std::string>> births_;  ///< by agent id: its file as we wrote it, created_at
   DiskLimits limits_;

@@ -1,5 +1,7 @@
 #include "store/temporary_file.h"
 
+#include <algorithm>
+#include <charconv>
 #include <random>
 #include <utility>
 
@@ -11,6 +13,7 @@ namespace torpor {
 namespace {
 
 constexpr std::string_view kPrefix = ".torpor-tmp-";
+constexpr std::string_view kReserves = "-reserves-";
 constexpr std::string_view kOldPrefix = ".tmp-";  // followed by two numbers
 
 }  // namespace
@@ -29,6 +32,28 @@ bool is_temporary_name(std::string_view name) {
   const size_t dash = numbers.find('-');
   return dash != std::string_view::npos && dash > 0 && dash + 1 < numbers.size() &&
          numbers.find_first_not_of("0123456789-") == std::string_view::npos && numbers.rfind('-') == dash;
+}
+
+Reservation::Reservation(Env& env, const std::filesystem::path& root, int64_t bytes)
+    : env_(env), path_(root / (temporary_name() + std::string(kReserves) + std::to_string(bytes))) {
+  env.open(path_, OpenMode::kCreateNew).close();
+}
+
+Reservation::~Reservation() {
+  try {
+    env_.remove(path_);
+  } catch (const std::exception&) {
+    // The next who looks for room removes it.
+  }
+}
+
+int64_t reserved_bytes(std::string_view name) {
+  const size_t at = name.find(kReserves);
+  if (!name.starts_with(kPrefix) || at == std::string_view::npos) return 0;
+  const std::string_view digits = name.substr(at + kReserves.size());
+  int64_t bytes = 0;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), bytes);
+  return error == std::errc() && end == digits.data() + digits.size() ? std::max<int64_t>(bytes, 0) : 0;
 }
 
 TemporaryFile::TemporaryFile(Env& env, const std::filesystem::path& directory,

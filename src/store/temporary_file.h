@@ -16,6 +16,23 @@ std::string temporary_name();
 /// Whether a file of this name is one, also of an earlier Torpor's.
 bool is_temporary_name(std::string_view name);
 
+/// Room in the store that a save under limits has been given, while this object lives: an empty file in the root whose name
+/// says how many bytes.
+class Reservation {
+ public:
+  Reservation(Env& env, const std::filesystem::path& root, int64_t bytes);
+  ~Reservation();
+  Reservation(const Reservation&) = delete;
+  Reservation& operator=(const Reservation&) = delete;
+
+ private:
+  Env& env_;
+  const std::filesystem::path path_;
+};
+
+/// The bytes that a file of this name reserves; 0 when it is none that does.
+int64_t reserved_bytes(std::string_view name);
+
 /// A file under a temporary name; the destructor removes it unless it was put in place.
 class TemporaryFile {
  public:

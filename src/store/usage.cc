@@ -18,7 +18,7 @@ int64_t parse_counter(std::string_view text) {
 
 }  // namespace
 
-int64_t Store::Impl::stored_bytes() {
+int64_t Store::Impl::stored_bytes(int64_t* reserved) {
   int64_t bytes = 0;
   auto add_files_in = [&](const std::filesystem::path& directory) {
     std::vector<std::filesystem::path> directories;
@@ -28,6 +28,7 @@ int64_t Store::Impl::stored_bytes() {
       if (stat->is_directory) {
         directories.push_back(directory / name);
       } else {
+        if (reserved != nullptr) *reserved += reserved_bytes(name);
         bytes += int64_t(stat->size);
       }
     }
@@ -65,11 +66,9 @@ DiskUsage Store::Impl::usage() {
 
 // ---- the counter
 
-std::filesystem::path Store::Impl::counter_path() { return root / ".locks" / ".bytes_written"; }
-
 int64_t Store::Impl::total_written() {
   try {
-    return parse_counter(env.read_file(counter_path(), kDigits));
+    return parse_counter(env.read_file(locks.counter_path(), kDigits));
   } catch (const Error&) {
     return 0;
   }
@@ -80,8 +79,9 @@ void Store::Impl::record_written() noexcept {
   const std::lock_guard guard(counter_mutex_);
   const int64_t bytes = unrecorded_.exchange(0);
   try {
-    if (auto lock = env.lock(counter_path(), LockMode::kExclusive, std::chrono::seconds(1))) {
-      const std::string digits = std::to_string(total_written() + bytes);
+    if (auto lock = env.lock(locks.counter_path(), LockMode::kExclusive, std::chrono::seconds(1))) {
+      const int64_t before = total_written();
+      const std::string digits = std::to_string(before > INT64_MAX - bytes ? INT64_MAX : before + bytes);
       lock->file().write_all({as_bytes_of(std::string(kDigits - digits.size(), '0') + digits)});
       return;
     }

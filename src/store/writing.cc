@@ -26,10 +26,10 @@ std::string parent_of(Env& env, const std::filesystem::path& path, uint64_t size
 }
 
 /// Files in the order in which they may be removed: what crashes left behind, then unnamed segments, oldest leaf first.
-std::vector<Evictable> eviction_order(Store::Impl& store, const std::unordered_set<std::string>& live) {
-  std::vector<Evictable> order;
-  for (const auto& path : store.temporary_files()) {
-    if (const auto stat = store.env.stat(path)) order.push_back({.path = path, .stat = *stat});
+std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, const std::unordered_set<std::string>& live) {
+  std::vector<Removable> order;
+  for (const auto& path : sweep.temporary_files()) {
+    if (const auto stat = store.env.stat(path); stat && !stat->is_directory) order.push_back({path, *stat, {}});
   }
   std::unordered_map<std::string, Evictable> unnamed;
   for (const auto& [name, stat] : store.stored_segments()) {
@@ -46,9 +46,10 @@ std::vector<Evictable> eviction_order(Store::Impl& store, const std::unordered_s
     if (segment.children == 0) leaves.emplace(segment.stat.mtime_ns, name);
   }
   for (; !leaves.empty();) {
-    const Evictable& leaf = unnamed.at(leaves.top().second);
+    const std::string name = leaves.top().second;
+    const Evictable& leaf = unnamed.at(name);
     leaves.pop();
-    order.push_back(leaf);
+    order.push_back({leaf.path, leaf.stat, name});
     const auto parent = unnamed.find(leaf.parent);
     if (parent != unnamed.end() && --parent->second.children == 0) {
       leaves.emplace(parent->second.stat.mtime_ns, parent->first);
@@ -59,16 +60,37 @@ std::vector<Evictable> eviction_order(Store::Impl& store, const std::unordered_s
 
 }  // namespace
 
-std::pair<int64_t, std::string> Writing::excess(int64_t needed) {
+bool Writing::claim(const std::vector<std::string>& names, const std::vector<std::pair<std::string, FileStat>>& found) {
+  if (!saving_) saving_ = store_.locks.saving();
+  if (names.empty()) return true;
+  const StoreLock hold = store_.locks.claiming();
+  for (const auto& [name, stat] : found) {
+    if (store_.env.stat(store_.segment_path(name)) != stat) return false;
+  }
+  // A sweep that begins later waits for this operation; one that is under way reads what it needs.
+  if (!store_.locks.is_swept()) return true;
+  std::string lines;
+  for (const auto& name : names) lines += name + "\n";
+  auto claims = store_.env.lock(store_.locks.claims_path(), LockMode::kExclusive, std::chrono::seconds(10), OpenMode::kAppendLocked);
+  if (!claims) {
+    throw Error(ErrorCode::kBusy, "The store '" + store_.root.string() + "' is in use by another process; try again later.");
+  }
+  claims->file().write_all({as_bytes_of(lines)});
+  return true;
+}
+
+std::pair<int64_t, std::string> Writing::excess(int64_t needed, bool reserved) {
   std::pair<int64_t, std::string> worst;
+  int64_t given = 0;
+  const int64_t used = store_.stored_bytes(&given);
+  if (!reserved) given = 0;
   if (limits_.budget > 0) {
-    const int64_t used = store_.stored_bytes();
-    worst = {used + needed - limits_.budget, "the store holds " + std::to_string(used) + " of the " +
-                                                 std::to_string(limits_.budget) + " bytes of its budget"};
+    worst = {used + given + needed - limits_.budget, "the store holds " + std::to_string(used) + " of the " +
+                                                         std::to_string(limits_.budget) + " bytes of its budget"};
   }
   if (limits_.min_free > 0) {
     const auto free = int64_t(std::min<uint64_t>(store_.env.free_space(store_.root), INT64_MAX));
-    if (const int64_t over = needed - (free - limits_.min_free); limits_.budget == 0 || over > worst.first) {
+    if (const int64_t over = needed + given - (free - limits_.min_free); limits_.budget == 0 || over > worst.first) {
       worst = {over, std::to_string(free) + " bytes are free on its file system, of which " +
                          std::to_string(limits_.min_free) + " are to stay free"};
     }
@@ -77,15 +99,38 @@ std::pair<int64_t, std::string> Writing::excess(int64_t needed) {
 }
 
 void Writing::make_room(const std::string& what, int64_t needed, const std::vector<std::string>& keep) {
+  // Who waits for room is not waited for by whoever makes it.
+  reservation_.reset();
+  saving_.reset();
   if (!limited() || needed == 0) return;
-  auto [over, state] = excess(needed);
-  if (over <= 0) return;
+  const LimitsLock turn = store_.locks.limits();
+  if (excess(needed, true).first > 0) evict(what, needed, keep);
+  saving_ = store_.locks.saving();
+  reservation_.emplace(store_.env, store_.root, needed);
+}
+
+void Writing::evict(const std::string& what, int64_t needed, const std::vector<std::string>& keep) {
+  auto sweep = store_.sweep(std::chrono::minutes(1));
+  if (!sweep) {
+    throw Error(ErrorCode::kBusy, what + " waits for room in the store '" + store_.root.string() +
+                                      "', and saves to it take long; try again later.");
+  }
+  // Whoever had been given room is through with it now, so this is the exact sum.
+  auto [over, state] = excess(needed, false);
   auto refuse = [&](const std::string& why) {
     throw Error(ErrorCode::kResourceExhausted, what + " needs " + std::to_string(needed) + " bytes on the disk, but " + state +
                                                    ". " + why + " Raise the limit, or delete agents.")
         .with_path(store_.root.string())
         .with_field("DiskLimits");
   };
+  // What a killed process had been given.
+  std::vector<Removable> given;
+  for (const auto& path : sweep->temporary_files()) {
+    const auto stat = reserved_bytes(path.filename().string()) > 0 ? store_.env.stat(path) : std::nullopt;
+    if (stat) given.push_back({path, *stat, {}});
+  }
+  sweep->remove(given);
+  if (over <= 0) return;
   std::unordered_set<std::string> live;
   try {
     live = store_.live_segments();
@@ -94,15 +139,15 @@ void Writing::make_room(const std::string& what, int64_t needed, const std::vect
     refuse(error.what());
   }
   live.insert(keep.begin(), keep.end());
-  const auto order = eviction_order(store_, live);
+  const auto order = eviction_order(store_, *sweep, live);
   int64_t evictable = 0;
-  for (const Evictable& file : order) evictable += int64_t(file.stat.size);
+  for (const Removable& file : order) evictable += int64_t(file.stat.size);
   if (evictable < over) {
     refuse("Segments that no agent names would give " + std::to_string(evictable) + ", so none was removed.");
   }
-  for (size_t i = 0; over > 0; over -= int64_t(order[i++].stat.size)) store_.env.remove(order[i].path);
+  sweep->remove(order, over);
   // A file that someone still maps gives its space back later.
-  std::tie(over, state) = excess(needed);
+  std::tie(over, state) = excess(needed, false);
   if (over > 0) refuse("Segments that no agent names were removed, and it is not enough yet.");
 }
 

@@ -8,28 +8,31 @@
 
 namespace torpor {
 
-/// The store's lock: shared, so that `gc` waits; exclusive where there are limits to keep, so that nobody takes the room
-/// that was made. Its end is when the counter of bytes is written.
+/// Keeps what an operation is about to name from being removed, and the room that it was given. Its end is when the counter of
+/// bytes is written. Steps: look at what is there; `make_room`; `claim`, and when that fails begin again; write; commit.
 class Writing {
  public:
-  explicit Writing(Store::Impl& store)
-      : store_(store),
-        limits_(store.disk_limits()),
-        lock_(store.lock_store(limited() ? LockMode::kExclusive : LockMode::kShared)) {}
+  explicit Writing(Store::Impl& store) : store_(store), limits_(store.disk_limits()) {}
   ~Writing() { store_.record_written(); }
 
-  /// Evicts segments that no agent names and `keep` does not have, oldest leaf first, until `needed` bytes more break no
-  /// limit. kResourceExhausted beginning with `what` when that is not enough, and then nothing was evicted.
+  /// With limits: gives the operation room for `needed` bytes more. Evicts for it segments that no agent names and `keep` does
+  /// not have, oldest leaf first. kResourceExhausted beginning with `what` when that is not enough, and then nothing was evicted.
+  /// kBusy.
   void make_room(const std::string& what, int64_t needed, const std::vector<std::string>& keep);
+
+  /// True: the files of `found` are as they were, and until this object is gone nobody removes a segment of `names`.
+  bool claim(const std::vector<std::string>& names, const std::vector<std::pair<std::string, FileStat>>& found);
 
  private:
   bool limited() const { return limits_.budget > 0 || limits_.min_free > 0; }
-  /// Bytes by which the tighter limit would be broken, and how to say so.
-  std::pair<int64_t, std::string> excess(int64_t needed);
+  /// Bytes by which the tighter limit would be broken, and how to say so. Without `reserved` nobody else has been given room.
+  std::pair<int64_t, std::string> excess(int64_t needed, bool reserved);
+  void evict(const std::string& what, int64_t needed, const std::vector<std::string>& keep);
 
   Store::Impl& store_;
   const DiskLimits limits_;
-  const FileLock lock_;
+  std::optional<FileLock> saving_;
+  std::optional<Reservation> reservation_;
 };
 
 }  // namespace torpor

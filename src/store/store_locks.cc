@@ -1,0 +1,115 @@
+#include "store/store_locks.h"
+
+#include <cerrno>
+
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+using std::chrono::milliseconds, std::chrono::seconds;
+
+// No agent id begins with '.', so these are free.
+constexpr const char* kStore = ".store";
+constexpr const char* kGate = ".gate";
+constexpr const char* kSaving = ".saving";
+constexpr const char* kSavingBefore = ".saving-before";
+constexpr const char* kSweeping = ".sweeping";
+constexpr const char* kLimits = ".limits";
+
+}  // namespace
+
+void FairMutex::lock() {
+  std::unique_lock lock(mutex_);
+  const uint64_t mine = next_++;
+  served_.wait(lock, [&] { return now_serving_ == mine; });
+}
+
+void FairMutex::unlock() {
+  {
+    const std::lock_guard lock(mutex_);
+    ++now_serving_;
+  }
+  served_.notify_all();
+}
+
+std::filesystem::path StoreLocks::path(const std::string& name) {
+  if (!env_.exists(directory_)) env_.make_directory(directory_);
+  return directory_ / (name + ".lock");
+}
+
+bool StoreLocks::is_held(const std::filesystem::path& path) const {
+  try {
+    const File file = env_.open(path, OpenMode::kRead);  // works on a store that is read-only
+    if (env_.raw_lock(file.fd(), LockMode::kShared) == -EWOULDBLOCK) return true;
+    env_.raw_unlock(file.fd());
+    return false;
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kNotFound) throw;
+    return false;
+  }
+}
+
+FileLock StoreLocks::agent(const std::string& id) {
+  // Not quite at once: who looks whether an agent is awake holds its lock for a moment.
+  auto lock = env_.lock(path(id), LockMode::kExclusive, milliseconds(20));
+  if (!lock) {
+    throw Error(ErrorCode::kBusy, "The agent '" + id + "' is awake elsewhere; let it go to sleep there first.").with_agent(id);
+  }
+  return std::move(*lock);
+}
+
+bool StoreLocks::is_awake(const std::string& id) const { return is_held(directory_ / (id + ".lock")); }
+
+FileLock StoreLocks::saving() {
+  // Whoever removes renames the file before it takes it exclusively, so this one is free but for a moment.
+  auto lock = env_.lock(path(kSaving), LockMode::kShared, seconds(10));
+  if (!lock) throw Error(ErrorCode::kBusy, "The store '" + root_.string() + "' is in use by another process; try again later.");
+  return std::move(*lock);
+}
+
+StoreLock StoreLocks::claiming() {
+  const auto gate = env_.lock(path(kGate), LockMode::kShared, seconds(10));
+  auto lock = gate ? env_.lock(path(kStore), LockMode::kShared, seconds(10)) : std::nullopt;
+  if (!lock) throw Error(ErrorCode::kBusy, "The store '" + root_.string() + "' is in use by another process; try again later.");
+  return {std::nullopt, std::move(*lock)};
+}
+
+std::optional<StoreLock> StoreLocks::removing(milliseconds timeout) {
+  auto gate = env_.lock(path(kGate), LockMode::kExclusive, timeout);
+  auto lock = gate ? env_.lock(path(kStore), LockMode::kExclusive, timeout) : std::nullopt;
+  if (!lock) return std::nullopt;
+  return StoreLock{std::move(gate), std::move(*lock)};
+}
+
+LimitsLock StoreLocks::limits() {
+  std::unique_lock turn(limits_);
+  auto lock = env_.lock(path(kLimits), LockMode::kExclusive, std::chrono::minutes(1));
+  if (!lock) {
+    throw Error(ErrorCode::kBusy, "Another process takes too long to make room in the store '" + root_.string() + "'; try again later.");
+  }
+  return {std::move(turn), std::move(*lock)};
+}
+
+std::optional<FileLock> StoreLocks::sweeping(milliseconds timeout) {
+  return env_.lock(path(kSweeping), LockMode::kExclusive, timeout);
+}
+
+bool StoreLocks::is_swept() const { return is_held(directory_ / (std::string(kSweeping) + ".lock")); }
+
+bool StoreLocks::wait_for_saves(milliseconds timeout) {
+  const auto now = path(kSaving), before = path(kSavingBefore);
+  const auto wait = [&] {
+    if (!env_.exists(before)) return true;
+    const auto lock = env_.lock(before, LockMode::kExclusive, timeout);
+    if (!lock) return false;
+    env_.remove(before);
+    return true;
+  };
+  // The file keeps its name until the wait is over: a sweep that was killed or gave up leaves its saves to the next one.
+  if (!wait()) return false;
+  if (env_.exists(now)) env_.rename(now, before);
+  return wait();
+}
+
+}  // namespace torpor
