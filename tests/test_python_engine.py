@@ -342,6 +342,14 @@ def test_a_save_that_fails_is_told_with_the_answer(tiny_model, tmp_path):
             engine.save_all()
 
 
+def test_prompts_without_an_agent_saved_behind_each_leave_their_segments(tiny_model, tmp_path, words):
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:
+        for prompt in (words(600), words(1400)[2000:]):  # the second begins with other words
+            engine.turn(prompt, raw=True, max_tokens=4, save="behind")
+    segments = Torpor(tmp_path / "store", tiny_model).segments()
+    assert len(segments) >= 4  # two of the first prompt, and two or more of the second
+
+
 def test_a_save_behind_that_fails_is_told_when_the_engine_closes(tiny_model, tmp_path):
     for how in ("close", "with", "an error of its own"):
         engine = torpor.Engine(tiny_model, tmp_path / "store", min_free=1 << 60)
