@@ -270,7 +270,7 @@ def test_files_that_can_not_become_agents(store, tmp_path, words):
     refused([fill(mlx_cache.KVCache()), fill(mlx_cache.KVCache(), 8)], "corruption", "9 tokens, layer 1 8")
     refused([fill(mlx_cache.ChunkedKVCache(64)) for _ in range(2)], "incompatible", "torpor.load_prompt_cache")
     bounded = [fill(fill(mlx_cache.RotatingKVCache(8, keep=4), 16), 1) for _ in range(2)]
-    refused(bounded, "incompatible", "--max-kv-size")
+    refused(bounded, "incompatible", "max_kv_size")
     refused([mlx_cache.KVCache() for _ in range(2)], "corruption", "holds")
     torpor("import", "--model", torpor.model, ROOT / "tests/goldens/prompt_cache/old.safetensors", "ada").fails("incompatible", "layer")
 

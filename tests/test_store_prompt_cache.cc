@@ -183,7 +183,7 @@ TEST_F(StorePromptCache, RefusesWhatTheEngineHasNoUseFor) {
   using Texts = std::vector<std::pair<std::string, std::string>>;
   for (const char* name : {"ArraysCache", "CacheList", "ChunkedKVCache"}) {
     write({{"2.0", name}, {"0.0", ""}}, {rows("0.0", 1, 3), rows("0.1", 1, 3)});
-    expect_refused(ErrorCode::kIncompatible, "torpor.load_prompt_cache");
+    expect_refused(ErrorCode::kIncompatible, std::string(name) + "', which Torpor's engine has no use for");
   }
   write({{"2.0", "KVCache"}, {"0.0", ""}}, {rows("0.0", 2, 3), rows("0.1", 2, 3)});
   expect_refused(ErrorCode::kIncompatible, "a batch of 2");

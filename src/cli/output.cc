@@ -75,6 +75,8 @@ void complain(const Error& error) {
       {ErrorCode::kInvalidArgument, "EngineOptions::store", "--store, or TORPOR_STORE"},
       {ErrorCode::kInvalidArgument, "kind", "torpor export"},
       {ErrorCode::kInvalidArgument, "ComputeOptions::cpu_target", "--cpu-target, or TORPOR_CPU_TARGET"},
+      {ErrorCode::kIncompatible, "class", "torpor.load_prompt_cache"},
+      {ErrorCode::kIncompatible, "made_by", "torpor.save_prompt_cache"},
       {ErrorCode::kResourceExhausted, "DiskLimits", "--disk-budget, --min-free, torpor rm"},
       {ErrorCode::kResourceExhausted, "EngineOptions::memory_budget", "--memory-budget"},
   };

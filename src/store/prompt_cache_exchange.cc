@@ -147,7 +147,7 @@ void Store::Impl::export_prompt_cache(const std::string& id, const std::filesyst
     throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was not made by Torpor's engine; the Python module writes its "
                                           "prompt-cache file.")
         .with_agent(id)
-        .with_field("kv", "one of the engine's", snapshot.identity.kv);
+        .with_field("made_by", "Torpor's engine", "kv '" + snapshot.identity.kv + "'");
   }
   const PromptCacheFrame frame = frame_prompt_cache(snapshot, loaded.info.model, dialect);
   std::vector<std::span<const std::byte>> pieces = {as_bytes_of(frame.header)};
