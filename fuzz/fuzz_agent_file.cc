@@ -1,4 +1,4 @@
-/// Agent files, exports and segments: any bytes give a file whose parts agree with each other, or kCorruption
+/// Agent files, parts, exports, segments and messages: any bytes give a file whose parts agree with each other, or kCorruption
 /// (kIncompatible for a format version to come).
 
 #include <cstddef>
@@ -6,10 +6,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "sign_header.h"
 #include "store/agent_file.h"
+#include "store/messages.h"
 #include "store/segment.h"
 #include "torpor/error.h"
 
@@ -30,6 +32,11 @@ void check(const torpor::TorporFile& file, uint64_t file_size) {
     require(tensor.begin == state_end && tensor.size() > 0);
     state_end = tensor.end;
   }
+  if (file.has_messages) {
+    const auto& messages = file.header.tensors[file.messages_index()];
+    require(messages.begin == state_end && messages.size() > 0);
+    state_end = messages.end;
+  }
   require(state_end == file.tokens_tensor().begin);
   require(file.tokens_tensor().size() == file.n_tokens * 4);
 }
@@ -47,9 +54,16 @@ void attempt(Parse parse, bool is_export = false) {
 void check_agent(const torpor::AgentFile& agent, uint64_t file_size, bool is_export) {
   check(agent.file, file_size);
   require(torpor::is_agent_id(agent.info.agent_id));
-  require(agent.info.cache_size == int64_t(agent.file.n_tokens));
+  require(agent.info.cache_size == agent.first + int64_t(agent.file.n_tokens));
+  int64_t end = 0, rows = int64_t(agent.file.rows);
+  for (const torpor::PartRef& part : agent.parts) {
+    require(part.first == end && part.tokens >= 0 && part.rows >= 0 && part.rows <= part.tokens);
+    end = part.end();
+    rows += part.rows;
+  }
+  require(end == agent.first);
   require(is_export ? agent.info.segments.empty()
-                    : agent.info.segments.size() * torpor::kSegmentTokens + agent.file.rows == agent.file.n_tokens);
+                    : int64_t(agent.info.segments.size()) * torpor::kSegmentTokens + rows == agent.info.cache_size);
 }
 
 void check_all(std::span<const std::byte> bytes) {
@@ -57,6 +71,18 @@ void check_all(std::span<const std::byte> bytes) {
   attempt([&] { check_agent(torpor::parse_agent_file(bytes, size, "fuzzed"), size, false); });
   attempt([&] { check_agent(torpor::parse_export_file(bytes, size, "fuzzed"), size, true); }, true);
   attempt([&] { check(torpor::parse_segment_file(bytes, size, "fuzzed").file, size); });
+  static const torpor::KnownLayout layout{"layer_0_keys:F16:1:2:0:rows,layer_0_values:F16:1:2:0:rows", 8};
+  attempt([&] {
+    const torpor::PartFile part = torpor::parse_part_file(bytes, size, "fuzzed", layout);
+    check(part.file, size);
+    require(part.first >= 0 && part.file.rows <= part.file.n_tokens && part.file.rows_bytes() == 8 * part.file.rows);
+  });
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  attempt([&] {
+    // What is taken apart is put together again.
+    const auto messages = torpor::decode_messages(text, "fuzzed");
+    require(torpor::decode_messages(torpor::encode_messages(messages), "fuzzed") == messages);
+  });
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ torpor::KvSnapshot make(int n_tokens, torpor::KvDtype dtype) {
   torpor::KvSnapshot snapshot;
   snapshot.identity.architecture = "llama";
   snapshot.identity.kv = torpor::kv_dtype_name(dtype);
+  snapshot.lineage.ranges = {{0, "f32/kernels/l8-fma"}, {256, "f32/kernels/l4"}};
   for (const char* name : {"layer_0_keys", "layer_0_values"}) snapshot.layout.tensors.push_back({name, dtype, 1, 2, 0});
   for (int i = 0; i < n_tokens; ++i) snapshot.tokens.push_back(i % 7);
   for (int done = 0; done < n_tokens; done += torpor::kSegmentTokens) {
@@ -66,12 +67,15 @@ int main(int argc, char** argv) {
     const std::filesystem::path directory = argv[1];
     torpor::Store store(directory / "store");
     const auto save = [&](const char* id, const torpor::KvSnapshot& snapshot) {
-      store.save_agent_cache(id, snapshot, "model", {{"messages", "[]"}});
+      const auto n = std::min<int64_t>(200, int64_t(snapshot.tokens.size()));
+      const torpor::AgentNotes notes{{{R"({"role":"user","content":"x"})", 0, n}}, {{"pinned", "true"}}};
+      store.save_agent_cache(id, snapshot, "model", {{"k", "v"}}, torpor::Durability::kFull, notes);
     };
     save("empty", make(0, torpor::KvDtype::kF32));
     save("short", make(3, torpor::KvDtype::kF16));
     save("sealed", make(256, torpor::KvDtype::kBF16));
     save("long", make(258, torpor::KvDtype::kF16));
+    for (const int n : {200, 270, 310, 350}) save("turns", make(n, torpor::KvDtype::kF16));
     save("state", with_state(make(3, torpor::KvDtype::kF16)));
     save("state-alone", with_state({}));
     store.export_agent("short", directory / "export.safetensors");

@@ -50,8 +50,6 @@ inline Identity test_identity(const std::string& weights = "w0") {
   identity.architecture = "llama";
   identity.config = "c0";
   identity.weights = weights;
-  identity.tokenizer = "t0";
-  identity.chat_template = "m0";
   identity.rope = "theta 10000";
   identity.kv = "f16";
   return identity;
@@ -92,6 +90,8 @@ inline KvSnapshot make_snapshot(int n_tokens, const KvLayout& layout = small_lay
                                 int32_t first_token = 100) {
   KvSnapshot snapshot;
   snapshot.identity = test_identity();
+  snapshot.lineage.ranges = {{0, "f32/test/l1"}};
+  snapshot.conversation = {"t0", "m0"};
   snapshot.layout = layout;
   for (int t = 0; t < n_tokens; ++t) snapshot.tokens.push_back(first_token + t % 1000);
   for (int done = 0; done < n_tokens; done += kSegmentTokens) {

@@ -84,13 +84,24 @@ def test_another_model_under_an_agent(unchanged, tmp_path, field, change):
     unchanged.run("ada", "Hello").fails("incompatible", field)
 
 
-def test_another_chat_template(unchanged, tiny_model, tmp_path):
+def test_another_chat_template_or_tokenizer_makes_no_row_unusable(ada, tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "other")
     for path in (tmp_path / "other").iterdir():
         if path.name in ("chat_template.jinja", "tokenizer_config.json"):
             path.write_text(path.read_text().replace("<|im_start|>' + ", "<|im_start|>a ' + ").replace("assistant", "helper"))
-    unchanged.model = tmp_path / "other"
-    unchanged.run("ada", "Hello").fails("incompatible", "chat_template")
+    before = ada("show", "ada", "--json").ok().json
+    ada.model = tmp_path / "other"
+    turn = ada.run("ada", "Hello").ok()
+    # Every row is used, and the turn says once that the template changed.
+    assert turn.json["tokens"]["cached"] == before["cache_size"]
+    assert len(turn.json["notices"]) == 1 and "chat template" in turn.json["notices"][0]
+    assert "chat template" in turn.err
+    after = ada("show", "ada", "--json").ok().json
+    assert after["segments"][:len(before["segments"])] == before["segments"]
+    assert after["identity"] == before["identity"] and after["chat_template"] != before["chat_template"]
+    assert "notices" not in ada.run("ada", "Hello").ok().json
+    # What another agent says first is found by its ids, whichever template made them.
+    ada("verify").ok()
 
 
 def test_another_kv_dtype(unchanged):

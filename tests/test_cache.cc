@@ -54,7 +54,7 @@ void expect_equal(const KvSnapshot& a, const KvSnapshot& b) {
 
 // The first `n` tokens of a snapshot, cut by hand.
 KvSnapshot prefix_of(const KvSnapshot& whole, int n) {
-  KvSnapshot prefix{whole.identity, whole.layout, {whole.tokens.begin(), whole.tokens.begin() + n}, {}};
+  KvSnapshot prefix{.identity = whole.identity, .layout = whole.layout, .tokens = {whole.tokens.begin(), whole.tokens.begin() + n}};
   for (int first = 0; first < n; first += kSegmentTokens) {
     const int from_tokens = whole.run_tokens(size_t(first / kSegmentTokens));
     const std::byte* from = whole.run_bytes(size_t(first / kSegmentTokens)).data();

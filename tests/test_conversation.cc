@@ -97,11 +97,10 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST_F(Conversation, MessagesRoundTripAndRefuseWhatIsNone) {
   const std::vector<Message> messages = {{"user", "grüße \"x\"\n"}, {"assistant", ""}};
-  const std::vector<Message> again = messages_from_json(messages_to_json(messages));
-  ASSERT_EQ(again.size(), 2u);
-  EXPECT_EQ(again[0].content, messages[0].content);
-  EXPECT_EQ(again[1].role, "assistant");
-  for (const char* bad : {"", "{}x", "[1]", "[{\"role\":\"user\"}]"}) EXPECT_THROW(messages_from_json(bad), Error) << bad;
+  EXPECT_EQ(messages_to_json(messages), "[" + message_to_json(messages[0]) + "," + message_to_json(messages[1]) + "]");
+  EXPECT_EQ(message_from_json(message_to_json(messages[0])).content, messages[0].content);
+  EXPECT_EQ(message_from_json(message_to_json(messages[1])).role, "assistant");
+  for (const char* bad : {"", "{}x", "[1]", "{\"role\":\"user\"}"}) EXPECT_THROW(message_from_json(bad), Error) << bad;
   EXPECT_THROW(messages_to_json({{"user", "bad \xff"}}), Error);
 }
 

@@ -147,8 +147,8 @@ TEST_F(LogTest, AHandlerThatWasReplacedIsNotCalledAnyMore) {
 }
 
 TEST(Version, IsThatOfTheStoresFiles) {
-  EXPECT_EQ(std::to_string(kOldestFormatWritten), kFormatVersion);
-  EXPECT_EQ(std::to_string(kNewestFormat), kFormatVersionWithState);
+  EXPECT_EQ(kNewestFormat, kFormatVersion);
+  EXPECT_EQ(kOldestFormatRead, kOldVersion);
   EXPECT_EQ(TORPOR_VERSION, std::to_string(TORPOR_VERSION_MAJOR) + "." + std::to_string(TORPOR_VERSION_MINOR) + "." +
                                 std::to_string(TORPOR_VERSION_PATCH));
 }

@@ -92,7 +92,7 @@ TEST_P(Backends, FourBitsHoldThreeTimesTheAgentsOfF16) {
   Store store(root_);
   std::vector<double> held, on_disk;
   for (const KvFormat& format : {KvFormat(KvDtype::kF16), KvFormat(KvDtype::kF16, 4)}) {
-    KvSnapshot snapshot{{}, wide->kv_layout(format), test_tokens(512), {}};
+    KvSnapshot snapshot{.layout = wide->kv_layout(format), .tokens = test_tokens(512)};
     snapshot.identity.kv = format.name();
     const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), kSegmentTokens);
     for (int i = 0; i < 2; ++i) {

@@ -406,7 +406,7 @@ TEST(WriteBehind, ATurnDoesNotWaitForTheDiskUntilTheQueueIsFull) {
   Writer writer(store, Durability::kNone, 1000);
   const auto job = [&](const std::string& id, int n, size_t new_bytes) {
     Writer::Job made{.agent = id, .ticket = uint64_t(id[0]), .version = uint64_t(n)};
-    made.snapshot = {testing::test_identity(), layout_of(0), ids(n, 1), {}};
+    made.snapshot = {.identity = testing::test_identity(), .layout = layout_of(0), .tokens = ids(n, 1)};
     made.snapshot.tail = testing::make_run(layout_of(0), 0, n, 1);
     made.new_bytes = new_bytes;
     return made;

@@ -35,7 +35,7 @@ TEST_P(Late, TheSaveOfANamelessPromptSaysNothingAboutTheNext) {
   EXPECT_TRUE(second->segments.empty());
   expect_sound(*second->cache);
   EXPECT_EQ(manager->save(*second).segments_written, 7);
-  EXPECT_EQ(store_.find_prefix(testing::test_identity(), layout(), other), 1792);
+  EXPECT_EQ(store_.find_prefix(testing::test_identity(), {}, layout(), other), 1792);
 }
 
 TEST_P(Late, ErrorsOfSavesWhoseAgentsAreGoneAreToldOnceByFinishSaves) {

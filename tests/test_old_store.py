@@ -76,6 +76,23 @@ def test_an_agent_goes_on_with_the_same_words(old, models, said, agent):
     old("verify").ok()
 
 
+@pytest.mark.parametrize("agent", ["chat", "cut", "quantized", "window"])
+def test_an_upgraded_agent_goes_on_with_the_same_words_under_new_names(old, models, said, agent):
+    before = old("show", agent, "--json").ok().json
+    old("upgrade", agent).ok()
+    after = old("show", agent, "--json").ok().json
+    assert len(after["segments"]) == len(before["segments"])
+    assert not set(after["segments"]) & set(before["segments"])
+    for kept in ("cache_size", "identity", "messages", "numerics", "tokenizer", "chat_template", "created_at"):
+        assert after[kept] == before[kept]
+    old("gc").ok()
+    old("verify").ok()
+    state = tensors(old)
+    old("upgrade", agent).ok()
+    assert tensors(old) == state, "an agent that has today's names was written again"
+    assert go_on(old, models, agent) == said[agent]
+
+
 def test_a_fork_of_an_old_agent_says_what_the_old_fork_said(old, models, said):
     old("fork", "raw", "eve", "--at", 300).ok()
     assert go_on(old, models, "eve") == said["fork"]

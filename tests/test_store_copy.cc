@@ -120,14 +120,14 @@ TEST_F(StoreCopy, APrefixIsFoundWhoeverSavedIt) {
   const Store fresh(root_);
   auto tokens = kWhole.tokens;
   tokens.resize(900);
-  EXPECT_EQ(fresh.find_prefix(kWhole.identity, kLayout, tokens), 768);
+  EXPECT_EQ(fresh.find_prefix(kWhole.identity, kWhole.lineage, kLayout, tokens), 768);
   tokens[700] += 1;
-  EXPECT_EQ(fresh.find_prefix(kWhole.identity, kLayout, tokens), 512);
-  EXPECT_EQ(fresh.find_prefix(kWhole.identity, kLayout, std::span(tokens).first(255)), 0);
-  EXPECT_EQ(fresh.find_prefix(test_identity("w1"), kLayout, tokens), 0);
-  EXPECT_EQ(fresh.find_prefix(kWhole.identity, small_layout(), tokens), 0);
+  EXPECT_EQ(fresh.find_prefix(kWhole.identity, kWhole.lineage, kLayout, tokens), 512);
+  EXPECT_EQ(fresh.find_prefix(kWhole.identity, kWhole.lineage, kLayout, std::span(tokens).first(255)), 0);
+  EXPECT_EQ(fresh.find_prefix(test_identity("w1"), kWhole.lineage, kLayout, tokens), 0);
+  EXPECT_EQ(fresh.find_prefix(kWhole.identity, kWhole.lineage, small_layout(), tokens), 0);
   for (const bool map : {false, true}) {
-    const auto loaded = Store(root_).load_prefix(kWhole.identity, kLayout, tokens, {.map_rows = map});
+    const auto loaded = Store(root_).load_prefix(kWhole.identity, kWhole.lineage, kLayout, tokens, {.map_rows = map});
     EXPECT_TRUE(same(loaded.snapshot, make_snapshot(512, kLayout)));
     EXPECT_EQ(loaded.segments.size(), 2u);
     EXPECT_GT(loaded.bytes_read, int64_t(kLayout.bytes_per_token()) * 512);
@@ -139,7 +139,7 @@ TEST_F(StoreCopy, APrefixIsFoundWhoeverSavedIt) {
   std::string bytes = good;
   bytes[bytes.size() / 2] ^= 1;
   write_all(path, bytes);
-  EXPECT_EQ(Store(root_).load_prefix(kWhole.identity, kLayout, tokens).snapshot.tokens.size(), 256u);
+  EXPECT_EQ(Store(root_).load_prefix(kWhole.identity, kWhole.lineage, kLayout, tokens).snapshot.tokens.size(), 256u);
   EXPECT_EQ(Store(root_).save_prefix(kWhole).segments_written, 1);
   EXPECT_EQ(read_all(path), good);
 }
@@ -149,12 +149,12 @@ TEST_F(StoreCopy, ASavedPrefixBelongsToNoAgent) {
   const auto result = store_.save_prefix(other);
   EXPECT_EQ(result.segments_written, 2);
   EXPECT_EQ(result.segments.size(), 2u);
-  EXPECT_EQ(Store(root_).find_prefix(other.identity, kLayout, other.tokens), 512);
+  EXPECT_EQ(Store(root_).find_prefix(other.identity, other.lineage, kLayout, other.tokens), 512);
   EXPECT_EQ(store_.list_cached_agents().size(), 1u);
   EXPECT_EQ(store_.save_prefix(other).segments_written, 0);
   EXPECT_EQ(store_.save_agent_cache("b", other, "m").segments_shared, 2);
   store_.delete_agent_cache("b");
-  EXPECT_EQ(Store(root_).find_prefix(other.identity, kLayout, other.tokens), 0);
+  EXPECT_EQ(Store(root_).find_prefix(other.identity, other.lineage, kLayout, other.tokens), 0);
 }
 
 TEST_F(StoreCopy, WhatWasSavedCanBeMapped) {

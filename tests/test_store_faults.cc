@@ -1,6 +1,7 @@
 /// Every call to the disk that the store makes is refused once, and the power is cut at every change; agents are old or new.
 
 #include "fault_env.h"
+#include "store/agent_file.h"
 #include "store_fixture.h"
 
 namespace torpor::testing {
@@ -12,6 +13,10 @@ const KvSnapshot kOther = make_snapshot(520, small_layout(), 7, 5000);
 
 const KvSnapshot kShort = make_snapshot(100, small_layout(), 1);  // a cut inside the first segment
 const KvSnapshot kEmpty = make_snapshot(0);
+const KvSnapshot kTurn = make_snapshot(309, small_layout(), 1);   // leaves the parts that there are
+const KvSnapshot kSeal = make_snapshot(530, small_layout(), 1);   // seals their rows
+const KvSnapshot kMerge = make_snapshot(350, small_layout(), 1);  // takes the last one in
+const KvSnapshot kInTail = make_snapshot(285, small_layout(), 1);
 
 /// What a store holds of agent "a" is one of these; nullptr stands for no agent.
 using States = std::vector<const KvSnapshot*>;
@@ -27,7 +32,7 @@ class StoreFaults : public ::testing::Test {
   StoreFaults() {
     fs::create_directory(exported_.parent_path());
     Store store(template_);
-    store.save_agent_cache("a", kOld, "m", {}, Durability::kRename);
+    for (const int n : {200, 278, 300}) store.save_agent_cache("a", make_snapshot(n, small_layout(), 1), "m", {}, Durability::kRename);
     store.save_agent_cache("bystander", kOther, "m", {}, Durability::kRename);
     store.save_agent_cache("leaves-orphans", make_snapshot(512, small_layout(), 3, 9000), "m", {}, Durability::kRename);
     store.export_agent("a", export_);
@@ -46,6 +51,12 @@ class StoreFaults : public ::testing::Test {
            for (size_t i = 0; i < std::min(names.size(), apart.rows.runs.size()); ++i) apart.rows.runs[i].segment = names[i];
            apart.save(s, "a");
          }, {&kOld}, {&kNew}},
+        {"turn", [](Store& s) { s.save_agent_cache("a", kTurn, "m"); }, {&kOld}, {&kTurn}},
+        {"merge", [](Store& s) { s.save_agent_cache("a", kMerge, "m"); }, {&kOld}, {&kMerge}},
+        {"seal", [](Store& s) { s.save_agent_cache("a", kSeal, "m"); }, {&kOld}, {&kSeal}},
+        {"rewind inside the tail", [](Store& s) { s.copy_agent_cache("a", "a", {.n_tokens = 285, .replace = true}); }, {&kOld}, {&kInTail}},
+        {"shorten", [](Store& s) { s.save_agent_cache("a", kInTail, "m"); }, {&kOld}, {&kInTail}},
+        {"fork inside the tail", [](Store& s) { s.copy_agent_cache("a", "forked", {.n_tokens = 285}); }, {&kOld}, {&kOld}},
         {"shrink", [](Store& s) { s.save_agent_cache("a", make_snapshot(0), "m"); }, {&kOld}, {&kEmpty}},
         {"delete", [](Store& s) { s.delete_agent_cache("a"); }, {&kOld}, {nullptr}},
         {"import", [this](Store& s) { s.import_agent(export_, "imported"); }, {&kOld}, {&kOld}},
@@ -85,7 +96,7 @@ class StoreFaults : public ::testing::Test {
   }
 
   static void expect_prompt_cache(const Store& store, const fs::path& path) {
-    PromptCache cache = store.read_prompt_cache(path, {"m", test_identity(), 0, [](const KvFormat&) { return small_layout(); }});
+    PromptCache cache = store.read_prompt_cache(path, {"m", test_identity(), {}, 0, [](const KvFormat&) { return small_layout(); }});
     cache.snapshot.tokens = kOld.tokens;
     EXPECT_TRUE(same(cache.snapshot, kOld));
   }
@@ -97,10 +108,10 @@ class StoreFaults : public ::testing::Test {
     expect_one_of(store, "a", store.contains("renamed") ? States{&kOld, nullptr} : allowed, where);
     expect_one_of(store, "bystander", {&kOther}, where);
     expect_one_of(store, "imported", {&kOld, nullptr}, where);
-    expect_one_of(store, "forked", {&kShort, nullptr}, where);
+    expect_one_of(store, "forked", {&kShort, &kInTail, nullptr}, where);
     expect_one_of(store, "renamed", {&kOld, nullptr}, where);
     // A prefix that is found is whole.
-    const auto prefix = store.load_prefix(kNew.identity, kNew.layout, kNew.tokens);
+    const auto prefix = store.load_prefix(kNew.identity, kNew.lineage, kNew.layout, kNew.tokens);
     EXPECT_TRUE(is_prefix(prefix.snapshot, kNew)) << where;
   }
 
@@ -127,6 +138,9 @@ class StoreFaults : public ::testing::Test {
       expected.insert(agent.agent_id + ".safetensors");
       expected.insert(agent.agent_id + ".json");
       for (const auto& name : agent.segments) expected.insert("segments/" + name.substr(0, 2) + "/" + name + ".safetensors");
+      const std::string file = read_all(root / (agent.agent_id + ".safetensors"));
+      const AgentFile parsed = parse_agent_file(std::as_bytes(std::span(file)), file.size(), agent.agent_id);
+      for (const PartRef& part : parsed.parts) expected.insert("parts/" + parsed.uid + "-" + part.name + ".safetensors");
     }
     std::set<std::string> found;
     for (const auto& [name, bytes] : tree(root)) found.insert(name);
@@ -136,7 +150,7 @@ class StoreFaults : public ::testing::Test {
 
   /// Scenarios that may be told to do it again.
   static bool same_twice(const Scenario& s) {
-    return std::set<std::string>{"save", "shrink", "gc", "load", "map", "export", "export for mlx-lm", "read of mlx-lm", "prefix"}.contains(s.name);
+    return std::set<std::string>{"save", "turn", "merge", "seal", "shorten", "rewind inside the tail", "shrink", "gc", "load", "map", "export", "export for mlx-lm", "read of mlx-lm", "prefix"}.contains(s.name);
   }
 
   void expect_export_whole(const std::string& where) {

@@ -11,16 +11,25 @@ from safetensors.numpy import load_file
 from conftest import EXIT
 
 
+def row_bytes(torpor):
+    """Of one token over all layers of a segment."""
+    tensors = load_file(torpor.segments()[0])
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name != "tokens") // 256
+
+
 def test_hugging_face_opens_every_file(ada):
     files = [path for path in ada.files() if path.suffix == ".safetensors"]
     assert len(files) == 3  # two segments and the agent
-    for path in files:
+    for path in ada.segments():
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():
-                tensor = file.get_tensor(name)
-                assert name == "tokens" or tensor.shape[:2] == (1, 1) and tensor.shape[3] == 64
-    tokens = load_file(ada.agent_file("ada"))["tokens"]
-    assert tokens.dtype == "int32" and tokens.shape == (608,)
+                assert file.get_tensor(name).shape == ((256,) if name == "tokens" else (1, 1, 256, 64))
+    agent = load_file(ada.agent_file("ada"))
+    assert set(agent) == {"rows", "messages", "tokens"}
+    assert agent["tokens"].dtype == "int32" and agent["tokens"].shape == (608,)
+    assert agent["rows"].dtype == "uint8" and agent["rows"].size == (608 - 2 * 256) * row_bytes(ada)
+    said = json.loads(agent["messages"].tobytes())
+    assert [message["role"] for message in said] == ["user", "assistant"] and said[1]["ids"][1] == 608
 
 
 def test_modes(ada):
@@ -32,15 +41,32 @@ def test_modes(ada):
 def test_a_short_agent_is_one_file(tiny):
     tiny.run("a", "Once").ok()
     assert tiny.segments() == []
-    assert set(load_file(tiny.agent_file("a"))) == {"tokens", *(f"layer_{i}_{kind}" for i in range(2)
-                                                                 for kind in ("keys", "values"))}
+    assert set(load_file(tiny.agent_file("a"))) == {"rows", "messages", "tokens"}
+
+
+def test_a_turn_that_seals_nothing_leaves_earlier_rows_where_they_are(tiny, words):
+    tiny.run("a", words(100), "--raw").ok()
+    parts = tiny.store / "parts"
+    assert not parts.exists()
+    tiny.run("a", words(20), "--raw").ok()
+    [first] = parts.iterdir()
+    assert load_file(tiny.agent_file("a"))["tokens"].size < 100 <= load_file(first)["tokens"].size
+    before = first.stat()
+    tiny.run("a", words(20), "--raw").ok()
+    assert first.stat() == before
+    held = tiny("show", "a", "--json").ok().json["cache_size"]
+    assert tiny.run("a", " more", "--raw").ok().json["tokens"]["cached"] == held
+    tiny("verify").ok()
+    tiny("rm", "a").ok()
+    assert list(parts.iterdir()) == []
 
 
 @pytest.mark.parametrize("n", [1, 300])
-def test_an_export_has_exactly_the_layers_and_the_tokens(tiny, words, tmp_path, n):
+def test_an_export_has_exactly_the_layers_the_messages_and_the_tokens(tiny, words, tmp_path, n):
     turn = tiny.run("a", words(n), "--raw").ok().json
     tiny("export", "a", tmp_path / "a.safetensors").ok()
     tensors = load_file(tmp_path / "a.safetensors")
+    assert len(json.loads(tensors.pop("messages").tobytes())) == 2
     assert set(tensors) == {"tokens", *(f"layer_{i}_{kind}" for i in range(2) for kind in ("keys", "values"))}
     for name, tensor in tensors.items():
         context = turn["tokens"]["context"]

@@ -14,8 +14,8 @@ std::string described(const std::function<SegmentFile()>& parse) {
   try {
     const SegmentFile segment = parse();
     const TorporFile& file = segment.file;
-    std::string text = segment.parent + "|" + segment.identity_digest + "|" + segment.variant + "|" + file.kind + "|" + file.checksum +
-                       "|" + join(file.checksums) + "|" + layout_digest(file.layout) + "|" + std::to_string(file.rows) + "|" +
+    std::string text = segment.parent + "|" + segment.lineage + "|" + segment.variant + "|" + file.kind + "|" + file.checksum +
+                       "|" + join(file.checksums) + "|" + layout_digest(file.layout, file.version) + "|" + std::to_string(file.rows) + "|" +
                        std::to_string(file.n_tokens) + "|" + std::to_string(file.header.data_start);
     std::ostringstream rest;
     for (const auto& [key, value] : file.header.metadata) rest << "|" << key << "=" << value;

@@ -121,7 +121,7 @@ TEST_F(StoreLimits, WhatASaveIsAboutToNameIsNotEvicted) {
   store_.save_prefix(prefix);
   store_.set_disk_limits({.budget = used() + 1000});
   EXPECT_EQ(code_of([&] { store_.save_agent_cache("a", make_snapshot(700, kLayout), "m"); }), ErrorCode::kResourceExhausted);
-  EXPECT_EQ(Store(root_).find_prefix(prefix.identity, kLayout, prefix.tokens), 512);
+  EXPECT_EQ(Store(root_).find_prefix(prefix.identity, prefix.lineage, kLayout, prefix.tokens), 512);
 }
 
 TEST_F(StoreLimits, ARefusedSaveEvictsNothing) {

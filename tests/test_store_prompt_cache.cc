@@ -30,7 +30,7 @@ KvLayout layout_of(const KvFormat& format) {
 }
 
 CacheModel model_of(const std::string& architecture = "llama") {
-  CacheModel model{"some/model", test_identity(), 4096, layout_of};
+  CacheModel model{"some/model", test_identity(), {}, 4096, layout_of};
   model.identity.architecture = architecture;
   return model;
 }

@@ -89,6 +89,8 @@ struct TurnResult {
   struct Bytes {
     int64_t read = 0, written = 0;
   } bytes;
+  /// What has changed since the agent's last turn, and makes no row unusable: tokenizer, chat template, numerics. Sentences.
+  std::vector<std::string> notices;
   /// Set when the agent was damaged on disk and went on from its longest intact prefix.
   std::optional<std::string> damage;
   /// Set when the answer is complete but could not be saved, or the turn before it (kBehind): nothing is lost while the

@@ -93,14 +93,12 @@ struct KvLayout {
   bool operator==(const KvLayout&) const = default;
 };
 
-/// What must match for a cache to be used. Each field is a short text or a hex digest; the empty field is a value
-/// like any other.
+/// What rows depend on, so what must match for them to be used. Each field is a short text or a hex digest; the empty field is
+/// a value like any other.
 struct Identity {
   std::string architecture;   ///< "llama"
   std::string config;         ///< digest of the config fields that shape the computation
   std::string weights;        ///< digest of every weight byte (names, dtypes and shapes included)
-  std::string tokenizer;      ///< digest of tokenizer.json
-  std::string chat_template;  ///< digest of the template text
   std::string rope;           ///< base and scaling, readable
   std::string kv;             ///< KV dtype and quantization, readable: KvFormat::name()
 
@@ -112,9 +110,37 @@ struct Identity {
   std::optional<std::string> first_difference(const Identity& other) const;
   /// What a field of `fields` is; empty when there is none of that name.
   std::string value(std::string_view field) const;
-  /// 32 hex digits over all fields; equal in every process and on every machine.
-  std::string digest() const;
   bool operator==(const Identity&) const = default;
+};
+
+/// What the ids of a conversation depend on. Recorded with an agent; another one makes no row unusable.
+struct ConversationIdentity {
+  std::string tokenizer;      ///< digest of tokenizer.json
+  std::string chat_template;  ///< digest of the template text
+  bool operator==(const ConversationIdentity&) const = default;
+};
+
+/// How an agent's rows are computed, and with that how its segments are named (docs/format.md, "Names").
+struct Lineage {
+  struct Range {
+    int64_t first = 0;     ///< a position, a multiple of kSegmentTokens
+    std::string numerics;  ///< "f32/kernels/l8-fma"; neither ',' nor ':' in it
+    bool operator==(const Range&) const = default;
+  };
+  /// Ascending, the first from 0 on. Of segments from `first` on to the next range's; none: computed by nobody knows whom.
+  std::vector<Range> ranges;
+  /// Segments are named as format versions 1 and 2 did, for a conversation of this identity.
+  std::optional<ConversationIdentity> old_names;
+
+  /// How new rows are computed; empty when that is not known.
+  const std::string& numerics() const noexcept;
+  /// How rows of the segment that begins at `position` were computed.
+  const std::string& numerics_at(int64_t position) const noexcept;
+  /// New rows, from `n_tokens` on, are computed so. False when that is no change. ("f32", of an agent of version 1, is any "f32/...".)
+  bool go_on_with(const std::string& numerics, int64_t n_tokens);
+  /// The agent has only its first `n_tokens` tokens from now on.
+  void cut(int64_t n_tokens);
+  bool operator==(const Lineage&) const = default;
 };
 
 /// Stands for the id of a token that is not known. A sealed run whose first id it is gets, when saved, ids made of its rows'
@@ -194,6 +220,8 @@ struct BorrowedRows {
 /// An agent's KV cache at rest, with the tokens it belongs to.
 struct KvSnapshot {
   Identity identity;
+  Lineage lineage;
+  ConversationIdentity conversation;
   KvLayout layout;
   std::vector<int32_t> tokens;  ///< one id per cached row
   std::vector<std::shared_ptr<const SealedRun>> sealed;

@@ -54,8 +54,10 @@ class Model {
 
   virtual const ModelInfo& info() const = 0;
   virtual Backend backend() const = 0;
-  /// architecture, config, weights and rope filled in; tokenizer, chat_template and kv are the caller's to add.
+  /// architecture, config, weights and rope filled in; kv is the caller's to add.
   virtual Identity identity() const = 0;
+  /// How this process computes rows (Lineage): "f32/kernels/l8-fma", "f16/mlx-metal/-".
+  virtual std::string numerics() const = 0;
   /// How KV is kept unless asked otherwise: in the dtype of the checkpoint's activations.
   virtual KvFormat default_kv_format() const = 0;
   /// Tensors a cache of this model has in `format`. kInvalidArgument for a format the model can't have.

@@ -37,17 +37,32 @@ using UserMetadata = std::vector<std::pair<std::string, std::string>>;
 /// Torpor's own of an agent, apart from the caller's: the conversation and how far it has come (src/agents/record.h).
 using RecordMetadata = std::vector<std::pair<std::string, std::string>>;
 
+/// A message of an agent's conversation: a JSON object, {"role": ..., "content": ...}, and the positions of its tokens.
+struct StoredMessage {
+  std::string json;
+  int64_t begin = 0, end = 0;
+  bool operator==(const StoredMessage&) const = default;
+};
+
+/// What an agent's owner keeps with it that is not the caller's metadata.
+struct AgentNotes {
+  std::vector<StoredMessage> messages;  ///< in order; what was saved before is not written again
+  RecordMetadata record;
+};
+
 /// What people and programs read about an agent without opening its tensors. Mirrored in the sidecar JSON.
 struct AgentInfo {
   std::string agent_id;
   std::string model;            ///< as given to --model when last saved
   std::string hash;             ///< the agent file's checksum: changes with every save
   Identity identity;
+  Lineage lineage;
+  ConversationIdentity conversation;
   int64_t cache_size = 0;       ///< tokens
   std::string created_at;       ///< RFC 3339, UTC
   std::string updated_at;
-  int64_t bytes = 0;            ///< agent file plus the segments it names
-  int64_t tail_bytes = 0;       ///< the agent file alone
+  int64_t bytes = 0;            ///< agent file and parts plus the segments it names
+  int64_t tail_bytes = 0;       ///< agent file and parts alone
   std::vector<std::string> segments;
   UserMetadata user;
   RecordMetadata record;
@@ -64,6 +79,7 @@ struct LoadedAgent {
   AgentInfo info;
   KvSnapshot snapshot;
   std::vector<int32_t> tokens;  ///< every id of the agent, those whose rows a salvage had to leave out included
+  std::vector<StoredMessage> messages;  ///< those that end within `tokens`
   int64_t bytes_read = 0;
   /// Set when damage was found and the snapshot is the longest intact prefix (LoadOptions::salvage).
   std::optional<std::string> damage;
@@ -144,6 +160,7 @@ enum class PromptCacheDialect {
 struct CacheModel {
   std::string name;     ///< AgentInfo::model
   Identity identity;    ///< `kv` is the file's
+  ConversationIdentity conversation;
   int max_context = 0;  ///< tokens; 0 = no bound
   /// As Model::kv_layout.
   std::function<KvLayout(const KvFormat&)> kv_layout;
@@ -197,15 +214,15 @@ class Store {
   /// A SealedRun that an earlier save or load put in a segment, or read from one, is not read again as long as that file is
   /// the one it was.
   ///
-  /// kInvalidArgument for a key of `user` that begins with "torpor.". An embedder has no `record`.
+  /// kInvalidArgument for a key of `user` that begins with "torpor.". An embedder has no `notes`.
   SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
-                              const UserMetadata& user = {}, Durability durability = Durability::kFull,
-                              const RecordMetadata& record = {});
+                              const UserMetadata& user = {},
+                              Durability durability = Durability::kFull, const AgentNotes& notes = {});
 
   /// The same for rows in the caller's own memory; `snapshot` has no rows then.
   SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const BorrowedRows& rows,
                               const std::string& model, const UserMetadata& user = {},
-                              Durability durability = Durability::kFull);
+                              Durability durability = Durability::kFull, const AgentNotes& notes = {});
 
   /// kNotFound, kCorruption, kIncompatible as said above. Validates before it allocates; checks every checksum. Rows that a
   /// snapshot of this process still holds, of segments whose file has not changed since, are shared instead of read.
@@ -218,17 +235,20 @@ class Store {
 
   /// Every id of the agent, checked; no rows are read. kNotFound, kCorruption.
   std::vector<int32_t> agent_tokens(const std::string& agent_id) const;
+  /// Its messages, likewise.
+  std::vector<StoredMessage> agent_messages(const std::string& agent_id) const;
 
   /// Writes the snapshot's sealed segments, for anyone whose prompt begins so, and names them in no agent: `gc` and the disk
   /// limits may remove them. Its tail is not kept.
   SaveResult save_prefix(const KvSnapshot& snapshot, Durability durability = Durability::kFull);
 
-  /// How many of `tokens`, a multiple of kSegmentTokens, have their rows in segments of this identity and layout. Looks at
-  /// names only.
-  int64_t find_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens) const;
+  /// How many of `tokens`, a multiple of kSegmentTokens, have their rows in segments of this identity, lineage and layout.
+  /// Looks at names only.
+  int64_t find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                      std::span<const int32_t> tokens) const;
   /// Their rows, up to the first segment that is damaged. Of `options`, `allocate`, `map_rows` and `window_rows_only` count.
-  LoadedPrefix load_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens,
-                           const LoadOptions& options = {}) const;
+  LoadedPrefix load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                           std::span<const int32_t> tokens, const LoadOptions& options = {}) const;
 
   /// The rows of a segment that this process has saved or loaded, mapped read-only; nullptr where that can't be had, or
   /// when the file is not the one it was.
@@ -245,6 +265,11 @@ class Store {
   SaveResult copy_agent_cache(const std::string& src, const std::string& dst, const CopyOptions& options = {});
   /// The agent under another id, which must be free; takes both locks itself. A crash may leave it under both.
   void rename_agent_cache(const std::string& agent_id, const std::string& new_id);
+
+  /// Writes an agent of format version 1 or 2 anew, under the names of this version: its segments too, which agents of that
+  /// kind then share. An agent that has them already is left as it is. Takes the agent's lock itself: kBusy. kNotFound,
+  /// kCorruption.
+  SaveResult upgrade_agent(const std::string& agent_id);
 
   /// For what this Store does from now on. Saves whose need fits run at once, and take no room twice; one that has to
   /// evict waits for those under way (kBusy after a minute).

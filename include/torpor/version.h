@@ -9,9 +9,8 @@
 namespace torpor {
 
 /// Versions of the store's file format (docs/format.md). Versions from kOldestFormatRead to kNewestFormat are read; a newer one
-/// is kIncompatible. A file is written in the oldest version that has what it holds, but none before kOldestFormatWritten.
+/// is kIncompatible. The newest is written; segments of an agent that goes on under old names are of the oldest.
 inline constexpr int kOldestFormatRead = 1;
-inline constexpr int kOldestFormatWritten = 1;
-inline constexpr int kNewestFormat = 2;
+inline constexpr int kNewestFormat = 3;
 
 }  // namespace torpor

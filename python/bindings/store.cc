@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstring>
+#include <tuple>
 
 #include <mlx/allocator.h>
 #include <mlx/array.h>
@@ -64,6 +65,17 @@ using NamedArrays = std::vector<std::pair<std::string, mx::array>>;
 
 size_t row_bytes(const KvTensorSpec& spec) { return size_t(spec.dim) * kv_dtype_size(spec.dtype); }
 
+/// What a caller describes in one: what must match, and what is recorded.
+std::pair<Identity, ConversationIdentity> split_identity(Texts fields) {
+  ConversationIdentity conversation;
+  for (const auto& [name, value] : fields) {
+    if (name == "tokenizer") conversation.tokenizer = value;
+    if (name == "chat_template") conversation.chat_template = value;
+  }
+  std::erase_if(fields, [](const auto& field) { return field.first == "tokenizer" || field.first == "chat_template"; });
+  return {Identity::from_fields(fields), conversation};
+}
+
 /// Rows [first, first + n) of every array, where they are.
 BorrowedRows::Run rows_of(const NamedArrays& arrays, const KvLayout& layout, int first, int n) {
   BorrowedRows::Run run;
@@ -91,7 +103,7 @@ SaveResult save(Store& store, const std::string& agent_id, NamedArrays rows, Nam
                 const Texts& identity, const std::string& model, const Texts& user, const std::vector<std::string>& unchanged,
                 const std::string& durability) {
   KvSnapshot snapshot;
-  snapshot.identity = Identity::from_fields(identity);
+  std::tie(snapshot.identity, snapshot.conversation) = split_identity(identity);
   snapshot.tokens.resize(tokens.size() / sizeof(int32_t));
   std::memcpy(snapshot.tokens.data(), tokens.c_str(), snapshot.tokens.size() * sizeof(int32_t));
   const nb::gil_scoped_release release;
@@ -188,6 +200,8 @@ auto without_gil(Work work) {
 nb::dict info_dict(const AgentInfo& info) {
   nb::dict identity, user, out;
   for (const auto& [key, value] : info.identity.fields()) identity[key.c_str()] = value;
+  identity["tokenizer"] = info.conversation.tokenizer;
+  identity["chat_template"] = info.conversation.chat_template;
   for (const auto& [key, value] : info.user) user[key.c_str()] = value;
   out["agent_id"] = info.agent_id;
   out["model"] = info.model;
@@ -238,7 +252,7 @@ nb::tuple load(Store& store, const std::string& agent_id, const std::optional<Te
   StateMemory state_memory;
   LoadedAgent loaded = without_gil([&] {
     std::optional<Identity> identity;
-    if (expected) identity = Identity::from_fields(*expected);
+    if (expected) identity = split_identity(*expected).first;
     return store.load_into(agent_id, sink, identity ? &*identity : nullptr, state_memory.allocator());
   });
   nb::dict arrays;

@@ -128,6 +128,7 @@ void bind_turn(nb::module_& module) {
       .def_ro("tokens", &TurnResult::tokens, "How many: a TurnTokens.")
       .def_ro("timing_ms", &TurnResult::timing_ms, "How long: a TurnTiming.")
       .def_ro("bytes", &TurnResult::bytes, "From and to the disk: a TurnBytes.")
+      .def_ro("notices", &TurnResult::notices, "Sentences: what has changed since the agent's last turn that makes no row unusable.")
       .def_ro("damage", &TurnResult::damage,
               "One sentence when the agent was damaged on disk and went on from its longest intact prefix; else None.")
       .def_prop_ro("save_error",

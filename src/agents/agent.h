@@ -26,6 +26,8 @@ struct Agent {
   bool releasable = false;           ///< saved while held: rows behind windows go when the last hold does
   std::unique_ptr<AgentLock> lock;
   Identity identity;                 ///< the manager's, but for the KV format, which may be the agent's own
+  Lineage lineage;                   ///< of its rows
+  ConversationIdentity conversation; ///< of its last turn
   std::unique_ptr<KvCache> cache;
   std::vector<Message> messages;
   std::vector<int32_t> history;      ///< ids up to the end of the last whole turn (AgentRecord::history)

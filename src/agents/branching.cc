@@ -36,6 +36,7 @@ void AgentManager::truncate(Agent& agent, int n_tokens) {
     tokens.push_back(0);  // stands for the one that is left to compute
     Prefix prefix = longest_prefix(agent, tokens);
     own(agent, std::move(prefix.cache));
+    agent.lineage = std::move(prefix.lineage);
     agent.segments = std::move(prefix.segments);
     agent.bytes_read += prefix.bytes_read;
   } else {
@@ -43,6 +44,7 @@ void AgentManager::truncate(Agent& agent, int n_tokens) {
     agent.cache->truncate(n_tokens);
     agent.segments.resize(std::min(agent.segments.size(), size_t(n_tokens / kSegmentTokens)));
   }
+  agent.lineage.cut(agent.cache->length());
   agent.changed();
 }
 
@@ -74,6 +76,9 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   require_free(dst);
   Agent agent = make_agent(dst);
   agent.identity = source->identity;
+  agent.lineage = source->lineage;
+  agent.lineage.cut(keep);
+  agent.conversation = source->conversation;
   agent.lock = store_.lock_agent(dst);
   require_free(dst);  // until the lock was held another process could make it
   own(agent, source->cache->clone());

@@ -35,26 +35,27 @@ size_t repeated(const Tokenizer& tokenizer, const std::vector<int32_t>& held, co
 }  // namespace
 
 std::string messages_to_json(const std::vector<Message>& messages) {
-  nlohmann::ordered_json array = nlohmann::ordered_json::array();
-  for (const Message& message : messages) array.push_back({{"role", message.role}, {"content", message.content}});
+  std::string array = "[";
+  for (const Message& message : messages) array.append(array.size() > 1 ? "," : "").append(message_to_json(message));
+  return array + "]";
+}
+
+std::string message_to_json(const Message& message) {
   try {
-    return array.dump();
+    return nlohmann::ordered_json{{"role", message.role}, {"content", message.content}}.dump();
   } catch (const nlohmann::json::exception&) {
     // Answers come out of the detokenizer, which never gives invalid UTF-8: this is the prompt or the system prompt.
     throw Error(ErrorCode::kInvalidArgument, "The prompt is not valid UTF-8; convert it and try again.");
   }
 }
 
-std::vector<Message> messages_from_json(const std::string& json) {
-  std::vector<Message> messages;
+Message message_from_json(const std::string& json) {
   try {
-    for (const auto& entry : nlohmann::json::parse(json)) {
-      messages.push_back({entry.at("role").get<std::string>(), entry.at("content").get<std::string>()});
-    }
+    const auto message = nlohmann::json::parse(json);
+    return {message.at("role").get<std::string>(), message.at("content").get<std::string>()};
   } catch (const nlohmann::json::exception&) {
-    throw Error(ErrorCode::kCorruption, "The agent's list of messages is not readable; delete the agent and start again.");
+    throw Error(ErrorCode::kCorruption, "A message of the agent is not readable; delete the agent and start again.");
   }
-  return messages;
 }
 
 std::vector<int32_t> encode_user_turn(const Tokenizer& tokenizer, const ChatTemplate& chat_template,

@@ -22,8 +22,10 @@ struct Message {
 /// The conversation as the agent's metadata keeps it: a JSON array of {"role", "content"}. kInvalidArgument for
 /// invalid UTF-8.
 std::string messages_to_json(const std::vector<Message>& messages);
-/// kCorruption when `json` is no such array.
-std::vector<Message> messages_from_json(const std::string& json);
+/// One of them, as it is stored.
+std::string message_to_json(const Message& message);
+/// kCorruption when `json` is no such message.
+Message message_from_json(const std::string& json);
 
 /// Tokens to append to `held` (whose messages are `history`, ending with the assistant's) so that the model answers
 /// `prompt`. With an empty `held` the whole conversation is rendered. kInvalidArgument carries the template's own refusal.

@@ -90,7 +90,9 @@ void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
   }
   agent.identity = std::move(loaded.info.identity);
   own(agent, std::move(cache));
-  AgentRecord record = decode_record(loaded.info, loaded.tokens.size());
+  agent.lineage = std::move(loaded.info.lineage);
+  agent.conversation = std::move(loaded.info.conversation);
+  AgentRecord record = decode_record({std::move(loaded.messages), loaded.info.record}, loaded.tokens.size());
   agent.history = std::move(loaded.tokens);
   agent.history.resize(record.history);
   agent.messages = std::move(record.messages);
@@ -126,6 +128,8 @@ Agent AgentManager::make_agent(const std::string& id) {
   agent.id = id;
   agent.ticket = ++tickets_;
   agent.identity = options_.identity;
+  agent.lineage.ranges = {{0, options_.numerics}};
+  agent.conversation = options_.conversation;
   agent.last_used = ++clock_;
   return agent;
 }
@@ -195,6 +199,7 @@ bool AgentManager::prefetch(const std::string& id) {
 AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<const int32_t> tokens) {
   const KvLayout& layout = agent.cache->layout();
   Prefix prefix;
+  prefix.lineage = agent.lineage;
   const auto nothing = [&] { prefix.cache = KvCache::create(layout, options_.backend); };
   if (tokens.size() < 2) return nothing(), std::move(prefix);
   const std::span<const int32_t> wanted = tokens.first(tokens.size() - 1);
@@ -209,7 +214,16 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
     best = AgentHold(*this, other, false);  // it may not go while room is made for its copy
     in_memory = common;
   }
-  const int64_t on_disk = store_.find_prefix(agent.identity, layout, wanted);
+  Lineage names = agent.lineage;
+  int64_t on_disk = store_.find_prefix(agent.identity, names, layout, wanted);
+  if (agent.cache->length() == 0) {
+    // Under the names of versions 1 and 2, which did not say on what f32 was computed.
+    const Lineage old{.ranges = {{0, options_.numerics.substr(0, options_.numerics.find('/'))}}, .old_names = options_.conversation};
+    if (const int64_t found = store_.find_prefix(agent.identity, old, layout, wanted); found > on_disk) {
+      on_disk = found;
+      names = old;
+    }
+  }
   // Runs that the other one has saved are not read again, but shared.
   Shared shared;
   if (best && options_.backend == Backend::kKernels) {
@@ -220,9 +234,10 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
     options.allocate = mlx_buffer;
     options.map_rows = options_.map_rows;
     options.window_rows_only = options_.map_rows;
-    LoadedPrefix loaded = store_.load_prefix(agent.identity, layout, wanted, options);
+    LoadedPrefix loaded = store_.load_prefix(agent.identity, names, layout, wanted, options);
     if (int64_t(loaded.snapshot.tokens.size()) > in_memory) {
       prefix.cache = KvCache::restore(loaded.snapshot, options_.backend);
+      prefix.lineage = names;
       prefix.segments = std::move(loaded.segments);
       prefix.bytes_read = loaded.bytes_read;
       return prefix;
@@ -233,6 +248,7 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
   // A cut inside a sealed run copies it. Where there is no room for that, the whole runs before it are had for nothing.
   if (!has_room(prefix.cache->cut_cost(int(in_memory)))) in_memory = in_memory / kSegmentTokens * kSegmentTokens;
   prefix.cache->truncate(int(in_memory));
+  prefix.lineage = best->lineage;  // its rows keep the names that they have
   prefix.segments.assign(best->segments.begin(),
                          best->segments.begin() + std::min<ptrdiff_t>(ssize(best->segments), in_memory / kSegmentTokens));
   return prefix;
@@ -242,9 +258,29 @@ int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens) {
   if (agent.cache->length() > 0) return 0;
   Prefix prefix = longest_prefix(agent, tokens);
   own(agent, std::move(prefix.cache));
+  agent.lineage = std::move(prefix.lineage);
+  agent.lineage.cut(agent.cache->length());
   agent.segments = std::move(prefix.segments);
   agent.bytes_read += prefix.bytes_read;
   return agent.cache->length();
+}
+
+std::vector<std::string> AgentManager::adapt(Agent& agent, int n_tokens) {
+  std::vector<std::string> notices;
+  const ConversationIdentity& now = options_.conversation;
+  if (agent.conversation.tokenizer != now.tokenizer) {
+    notices.push_back("The tokenizer is another than at this agent's last turn; the tokens that it holds stay as they are.");
+  }
+  if (agent.conversation.chat_template != now.chat_template) {
+    notices.push_back("The chat template is another than at this agent's last turn; the tokens that it holds stay as they are.");
+  }
+  agent.conversation = now;
+  const std::string before = agent.lineage.numerics();
+  if (agent.lineage.go_on_with(options_.numerics, n_tokens)) {
+    notices.push_back("This agent's rows were computed as '" + before + "'; new ones are computed as '" + options_.numerics +
+                      "', and nobody takes the one for the other.");
+  }
+  return notices;
 }
 
 // ---- sleeping

@@ -45,7 +45,9 @@ std::unique_ptr<EvictionPolicy> make_lru();
 
 struct ManagerOptions {
   std::string model_name;
-  Identity identity;           ///< complete: model, tokenizer, template and KV format
+  Identity identity;           ///< complete: model and KV format
+  std::string numerics;        ///< Model::numerics
+  ConversationIdentity conversation;
   KvLayout layout;
   /// The layout of another format. Where it is set, an agent on disk goes on in its own; else that is kIncompatible.
   std::function<KvLayout(const KvFormat&)> layout_of;
@@ -111,6 +113,10 @@ class AgentManager {
   /// Waits for what is queued, and throws the first error that was not told yet, be it of an agent that is gone.
   void finish_saves(const Writer::Progress& progress = nullptr);
 
+  /// After a turn that began with `n_tokens` rows: takes the agent on to this process's numerics, tokenizer and template. A
+  /// sentence for each that is another than before.
+  std::vector<std::string> adapt(Agent& agent, int n_tokens);
+
   // All of these are kBusy for an agent that somebody holds.
   /// Saves, then lets go of memory and lock. No-op for an agent that is not awake.
   void sleep(const std::string& id);
@@ -131,6 +137,7 @@ class AgentManager {
   /// Rows that somebody has, as a cache of their own.
   struct Prefix {
     std::unique_ptr<KvCache> cache;
+    Lineage lineage;
     std::vector<std::string> segments;
     int64_t bytes_read = 0;
   };

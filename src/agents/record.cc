@@ -9,8 +9,6 @@
 namespace torpor {
 namespace {
 
-constexpr const char* kMessages = "messages";
-constexpr const char* kMessageEnds = "message_ends";  // tokens up to each message's end: "12,40"
 constexpr const char* kHistory = "history_tokens";    // written only when it differs from the rows held
 constexpr const char* kShortestCut = "shortest_cut";  // written only when there is one
 constexpr const char* kPinned = "pinned";             // written only when it is "true"
@@ -39,32 +37,25 @@ void AgentRecord::cut(size_t n_tokens) {
   history = std::min(history, n_tokens);
 }
 
-RecordMetadata encode_record(const AgentRecord& record, size_t n_tokens) {
-  std::string ends;
+AgentNotes encode_record(const AgentRecord& record, size_t n_tokens) {
+  AgentNotes notes;
+  int64_t begin = 0;
   for (const Message& message : record.messages) {
-    if (!ends.empty()) ends += ',';
-    ends += std::to_string(message.end);
+    begin = std::min<int64_t>(begin, message.end);
+    notes.messages.push_back({message_to_json(message), begin, message.end});
+    begin = message.end;
   }
-  RecordMetadata keys;
-  if (record.conversation) keys = {{kMessages, messages_to_json(record.messages)}, {kMessageEnds, ends}};
-  if (record.history != n_tokens) keys.emplace_back(kHistory, std::to_string(record.history));
-  if (record.shortest_cut != 0) keys.emplace_back(kShortestCut, std::to_string(record.shortest_cut));
-  if (record.pinned) keys.emplace_back(kPinned, "true");
-  return keys;
+  if (record.history != n_tokens) notes.record.emplace_back(kHistory, std::to_string(record.history));
+  if (record.shortest_cut != 0) notes.record.emplace_back(kShortestCut, std::to_string(record.shortest_cut));
+  if (record.pinned) notes.record.emplace_back(kPinned, "true");
+  return notes;
 }
 
-AgentRecord decode_record(const AgentInfo& info, size_t n_tokens) {
+AgentRecord decode_record(const AgentNotes& notes, size_t n_tokens) {
   AgentRecord record;
   record.history = n_tokens;
-  record.conversation = false;
-  std::string ends;
-  for (const auto& [key, value] : info.record) {
-    if (key == kMessages) {
-      record.conversation = true;
-      record.messages = messages_from_json(value);
-    } else if (key == kMessageEnds) {
-      ends = value;
-    } else if (key == kHistory) {
+  for (const auto& [key, value] : notes.record) {
+    if (key == kHistory) {
       record.history = parse_count(value, n_tokens);
     } else if (key == kShortestCut) {
       record.shortest_cut = parse_count(value, n_tokens);
@@ -72,12 +63,9 @@ AgentRecord decode_record(const AgentInfo& info, size_t n_tokens) {
       record.pinned = value == "true";
     }
   }
-  std::string_view rest = ends;
-  for (Message& message : record.messages) {
-    // An agent that something else wrote may not say where its messages end: then only the whole of it is certain.
-    const std::string_view end = rest.substr(0, rest.find(','));
-    message.end = end.empty() ? int(n_tokens) : int(parse_count(end, size_t(std::numeric_limits<int>::max())));
-    rest.remove_prefix(std::min(rest.size(), end.size() + 1));
+  for (const StoredMessage& message : notes.messages) {
+    record.messages.push_back(message_from_json(message.json));
+    record.messages.back().end = int(std::min<int64_t>(message.end, std::numeric_limits<int>::max()));
   }
   return record;
 }

@@ -1,6 +1,6 @@
 #pragma once
-/// What is kept of an agent beside its rows and tokens: the conversation and how far it has come. It lies in the agent
-/// file's own metadata (AgentInfo::record), and is cut together with the rows when an agent is rewound or forked.
+/// What is kept of an agent beside its rows and tokens: the conversation and how far it has come. It is cut together with
+/// the rows when an agent is rewound or forked.
 
 #include <cstdint>
 #include <optional>
@@ -21,16 +21,15 @@ struct AgentRecord {
   /// was imported from.
   size_t shortest_cut = 0;
   bool pinned = false;  ///< never evicted from memory to make room
-  bool conversation = true;  ///< false: somebody else's agent, such as one of mlx-lm's caches, which gets none
 
   /// As if nothing after the first `n_tokens` tokens had been said. A message that the cut goes through is left out of the
   /// conversation, its first tokens stay. kInvalidArgument below shortest_cut.
   void cut(size_t n_tokens);
 };
 
-/// `n_tokens` ids are in the agent's file: what is the same as them is not said twice.
-RecordMetadata encode_record(const AgentRecord& record, size_t n_tokens);
-/// kCorruption when a key can't be read.
-AgentRecord decode_record(const AgentInfo& info, size_t n_tokens);
+/// `n_tokens` ids are the agent's: what is the same as them is not said twice. kInvalidArgument when a message is not UTF-8.
+AgentNotes encode_record(const AgentRecord& record, size_t n_tokens);
+/// kCorruption when a key or message can't be read.
+AgentRecord decode_record(const AgentNotes& notes, size_t n_tokens);
 
 }  // namespace torpor

@@ -27,7 +27,9 @@ void AgentManager::save_behind(Agent& agent) {
 void AgentManager::submit(Agent& agent) {
   Writer::Job job{.agent = agent.id, .ticket = agent.ticket, .version = agent.version, .snapshot = agent.cache->snapshot(agent.identity),
                   .model = options_.model_name, .user = agent.user,
-                  .record = encode_record(agent.record(), agent.cache->tokens().size())};
+                  .notes = encode_record(agent.record(), agent.cache->tokens().size())};
+  job.snapshot.lineage = agent.lineage;
+  job.snapshot.conversation = agent.conversation;
   job.new_bytes = job.snapshot.tail.bytes.size();
   for (const auto& run : job.snapshot.sealed) {
     if (run->segment() == nullptr) job.new_bytes += run->bytes().size();

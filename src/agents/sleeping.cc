@@ -17,12 +17,12 @@ SaveResult copy(Store& store, const std::string& src, const std::string& dst, st
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' holds " + std::to_string(info.cache_size) +
                                                  " tokens, so it can't be cut to " + std::to_string(keep) + ".");
   }
-  AgentRecord record = decode_record(info, size_t(info.cache_size));
+  AgentRecord record = decode_record({{}, info.record}, size_t(info.cache_size));
   record.cut(size_t(keep));
   change(record);
   CopyOptions options;
   options.n_tokens = keep;
-  options.record = encode_record(record, size_t(keep));
+  options.record = encode_record(record, size_t(keep)).record;
   options.replace = src == dst;
   options.durability = durability;
   return store.copy_agent_cache(src, dst, options);

@@ -67,6 +67,7 @@ void TurnTransaction::begin(const TurnInput& input) {
     if (common < agent.cache->length()) {
       cut_ = agent.cache->clone();
       cut_segments_ = agent.segments;
+      cut_lineage_ = agent.lineage;
       manager_.truncate(agent, common);
     }
   }
@@ -104,6 +105,7 @@ void TurnTransaction::commit(const std::string& answer, bool complete) {
     agent.messages = std::move(messages_);
     agent.history = std::move(history);
   }
+  notices_ = manager_.adapt(agent, reused_);
   agent.changed();
   committed_ = true;
   cut_.reset();
@@ -134,6 +136,7 @@ void TurnTransaction::roll_back() noexcept {
       if (cut_ != nullptr) {
         agent.cache = std::move(cut_);
         agent.segments = std::move(cut_segments_);
+        agent.lineage = std::move(cut_lineage_);
       } else if (agent.cache->length() > held_) {
         manager_.take_back(agent, held_);
       }

@@ -57,6 +57,8 @@ class TurnTransaction {
   /// save_error, as is one of a save behind an earlier turn.
   int64_t save(SaveMode mode);
   const std::optional<Error>& save_error() const noexcept { return save_error_; }
+  /// After commit: what has changed since the agent's last turn (AgentManager::adapt).
+  const std::vector<std::string>& notices() const noexcept { return notices_; }
 
  private:
   void begin(const TurnInput& input);
@@ -71,12 +73,14 @@ class TurnTransaction {
   std::vector<int32_t> tokens_;
   int reused_ = 0;
   std::optional<Error> save_error_;
+  std::vector<std::string> notices_;
 
   // What was before.
   uint64_t version_ = 0, queued_version_ = 0;
   int held_ = 0;
   std::unique_ptr<KvCache> cut_;        // the rows, where the turn began by cutting them
   std::vector<std::string> cut_segments_;
+  Lineage cut_lineage_;
 };
 
 }  // namespace torpor

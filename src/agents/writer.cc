@@ -80,7 +80,7 @@ void Writer::write(const Job& job) {
   Outcome outcome{job.agent, job.ticket, job.version};
   try {
     outcome.result = job.agent.empty() ? store_.save_prefix(job.snapshot, durability_)
-                                       : store_.save_agent_cache(job.agent, job.snapshot, job.model, job.user, durability_, job.record);
+                                       : store_.save_agent_cache(job.agent, job.snapshot, job.model, job.user, durability_, job.notes);
   } catch (const Error& error) {
     outcome.error = error;
   } catch (const std::bad_alloc&) {

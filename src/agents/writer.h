@@ -25,7 +25,7 @@ class Writer {
     KvSnapshot snapshot;
     std::string model;
     UserMetadata user;
-    RecordMetadata record;
+    AgentNotes notes;
     size_t new_bytes = 0;   ///< that are in memory for this job alone, or not yet on disk: what the queue's bound counts
   };
   struct Outcome {

@@ -4,7 +4,9 @@
 #include <atomic>
 #include <array>
 #include <cerrno>
+#include <cstdio>
 #include <system_error>
+#include <random>
 #include <thread>
 #include <utility>
 
@@ -206,6 +208,13 @@ bool Env::put_new(const std::filesystem::path& from, const std::filesystem::path
   return true;
 }
 
+bool Env::link(const std::filesystem::path& from, const std::filesystem::path& to) {
+  const int result = retry_interrupted([&] { return raw_link(from.c_str(), to.c_str()); });
+  if (result >= 0) return true;
+  if (result == -EPERM || result == -ENOTSUP || result == -EOPNOTSUPP || result == -ENOSYS || result == -EMLINK) return false;
+  throw_io_error("link", from, -result);
+}
+
 bool Env::remove(const std::filesystem::path& path) {
   const int result = retry_interrupted([&] { return raw_remove(path.c_str()); });
   if (result == -ENOENT) return false;
@@ -282,6 +291,17 @@ std::optional<FileLock> Env::lock(const std::filesystem::path& path, LockMode mo
     std::this_thread::sleep_for(pause);
     pause = std::min(2 * pause, std::chrono::microseconds(5000));
   }
+}
+
+std::string Env::random_id() {
+  std::random_device random;
+  std::string digits;
+  for (int i = 0; i < 4; ++i) {
+    char word[9];
+    std::snprintf(word, sizeof word, "%08x", unsigned(random()));
+    digits += word;
+  }
+  return digits;
 }
 
 std::chrono::system_clock::time_point Env::now() { return std::chrono::system_clock::now(); }

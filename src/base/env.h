@@ -108,6 +108,8 @@ class Env {
   void rename(const std::filesystem::path& from, const std::filesystem::path& to);
   /// Renames `from` to `to` unless that name is taken: false then, and `from` stays. Of several at once one gets the name.
   bool put_new(const std::filesystem::path& from, const std::filesystem::path& to);
+  /// Gives a file a second name, which must be free; kNotFound when there is no such file. False where files can't have two.
+  bool link(const std::filesystem::path& from, const std::filesystem::path& to);
   /// False when there was nothing to remove.
   bool remove(const std::filesystem::path& path);
   /// Makes one directory (0700); false when it exists.
@@ -123,6 +125,8 @@ class Env {
   std::optional<FileLock> lock(const std::filesystem::path& path, LockMode mode, std::chrono::milliseconds timeout,
                                OpenMode open_mode = OpenMode::kLockFile);
   virtual std::chrono::system_clock::time_point now();
+  /// 128 bits that no one else draws, as 32 lower-case hex digits.
+  virtual std::string random_id();
 
   // The raw layer: one system call each, >= 0 or -errno.
   virtual int raw_open(const char* path, OpenMode mode) = 0;

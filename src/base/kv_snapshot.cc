@@ -73,22 +73,18 @@ size_t KvLayout::offset(size_t i, int n_tokens) const noexcept {
 }
 
 std::vector<std::pair<std::string, std::string>> Identity::fields() const {
-  return {{"architecture", architecture}, {"config", config}, {"weights", weights},
-          {"tokenizer", tokenizer},       {"chat_template", chat_template}, {"rope", rope},
-          {"kv", kv}};
+  return {{"architecture", architecture}, {"config", config}, {"weights", weights}, {"rope", rope}, {"kv", kv}};
 }
 
 Identity Identity::from_fields(const std::vector<std::pair<std::string, std::string>>& fields) {
   Identity identity;
   for (const auto& [name, value] : fields) {
-    std::string* field = name == "architecture"    ? &identity.architecture
-                         : name == "config"        ? &identity.config
-                         : name == "weights"       ? &identity.weights
-                         : name == "tokenizer"     ? &identity.tokenizer
-                         : name == "chat_template" ? &identity.chat_template
-                         : name == "rope"          ? &identity.rope
-                         : name == "kv"            ? &identity.kv
-                                                   : nullptr;
+    std::string* field = name == "architecture" ? &identity.architecture
+                         : name == "config"     ? &identity.config
+                         : name == "weights"    ? &identity.weights
+                         : name == "rope"       ? &identity.rope
+                         : name == "kv"         ? &identity.kv
+                                                : nullptr;
     if (field == nullptr) {
       throw Error(ErrorCode::kIncompatible,
                   "The identity has a field '" + name + "' that this version of Torpor does not know; use a newer one.")
@@ -115,10 +111,39 @@ std::string Identity::value(std::string_view field) const {
   return "";
 }
 
-std::string Identity::digest() const {
-  Hasher hasher;
-  for (const auto& [name, value] : fields()) hasher.update_field(name).update_field(value);
-  return hasher.hex();
+const std::string& Lineage::numerics() const noexcept { return numerics_at(INT64_MAX); }
+
+const std::string& Lineage::numerics_at(int64_t position) const noexcept {
+  static const std::string kUnknown;
+  const std::string* found = &kUnknown;
+  for (const Range& range : ranges) {
+    if (range.first <= position) found = &range.numerics;
+  }
+  return *found;
+}
+
+bool Lineage::go_on_with(const std::string& with, int64_t n_tokens) {
+  const std::string& now = numerics();
+  const bool any = !now.empty() && now.find('/') == std::string::npos && with.starts_with(now + "/");
+  if (now == with || any) return false;
+  cut(n_tokens);
+  const int64_t first = n_tokens / kSegmentTokens * kSegmentTokens;
+  if (!ranges.empty() && ranges.back().first >= first) ranges.pop_back();
+  ranges.push_back({ranges.empty() ? 0 : first, with});
+  return true;
+}
+
+void Lineage::cut(int64_t n_tokens) {
+  const int64_t first = n_tokens / kSegmentTokens * kSegmentTokens;
+  // The last one stays: it says how new rows are computed.
+  while (ranges.size() > 1 && ranges.back().first > first) {
+    const size_t before = ranges.size() - 2;
+    if (ranges[before].first >= first) {
+      ranges.erase(ranges.begin() + ptrdiff_t(before));
+    } else {
+      ranges.back().first = first;
+    }
+  }
 }
 
 bool covers(const TensorMask& mask, const TensorMask& other) noexcept {

@@ -179,7 +179,7 @@ void DenseKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) {
 KvCache::HeldBuffer DenseKvCache::buffer(size_t i) const { return {storage_[i].get(), tensors_[i].nbytes(), false}; }
 
 KvSnapshot DenseKvCache::snapshot(const Identity& identity) const {
-  KvSnapshot snapshot{identity, layout_, tokens_, {}};
+  KvSnapshot snapshot{.identity = identity, .layout = layout_, .tokens = tokens_};
   if (length_ > 0) mx::eval(tensors_);
   for (int first = 0; first < length_; first += kSegmentTokens) {
     if (const size_t i = size_t(first / kSegmentTokens); i < sealed_.size() && sealed_[i] != nullptr) {

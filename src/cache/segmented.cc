@@ -160,7 +160,7 @@ void SegmentedKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) 
 }
 
 KvSnapshot SegmentedKvCache::snapshot(const Identity& identity) const {
-  KvSnapshot snapshot{identity, layout_, tokens_, sealed_};
+  KvSnapshot snapshot{.identity = identity, .layout = layout_, .tokens = tokens_, .sealed = sealed_};
   if (const int open = length_ % kSegmentTokens; open > 0) {
     const size_t size = layout_.offset(layout_.tensors.size(), open);
     const std::shared_ptr<std::byte> tail = allocate_heap_buffer(size);

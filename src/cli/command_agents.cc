@@ -24,17 +24,23 @@ Json summary_json(const Store& store, const AgentInfo& info) {
               {"state", state_of(store, info)},   {"pinned", is_pinned(info)}};
 }
 
-/// The conversation that the agents room keeps under "messages", or null when there is none to read. What is nested deeper
-/// than any message is left out: printing recurses as deep as the value.
-Json messages_of(const AgentInfo& info) {
+/// An agent's conversation. What is nested deeper than any message is left out: printing recurses as deep as the value.
+Json messages_of(const Store& store, const std::string& id) {
   constexpr int kDeepest = 64;
   const auto shallow = [](int depth, Json::parse_event_t, Json&) { return depth <= kDeepest; };
-  for (const auto& [key, value] : info.record) {
-    if (key != "messages") continue;
-    Json messages = Json::parse(value, shallow, false);
-    if (messages.is_array()) return messages;
+  Json messages = Json::array();
+  for (const StoredMessage& message : store.agent_messages(id)) {
+    Json parsed = Json::parse(message.json, shallow, false);
+    if (parsed.is_object()) messages.push_back(std::move(parsed));
   }
-  return nullptr;
+  return messages;
+}
+
+/// What its tokens and rows were made with, beside what must match.
+std::vector<std::pair<std::string, std::string>> origin_of(const AgentInfo& info) {
+  return {{"numerics", info.lineage.numerics()},
+          {"tokenizer", info.conversation.tokenizer},
+          {"chat_template", info.conversation.chat_template}};
 }
 
 
@@ -96,7 +102,7 @@ int list(const std::filesystem::path& root, bool json) {
 int show(const std::filesystem::path& root, const std::string& id, bool json) {
   const auto store = open_store_of(root, id);
   const AgentInfo info = store->agent_info(id);
-  const Json messages = messages_of(info);
+  const Json messages = messages_of(*store, id);
   if (json) {
     Json object = summary_json(*store, info);
     object["tail_bytes"] = info.tail_bytes;
@@ -104,15 +110,14 @@ int show(const std::filesystem::path& root, const std::string& id, bool json) {
     Json identity = Json::object();
     for (const auto& [name, value] : info.identity.fields()) identity[name] = value;
     object["identity"] = identity;
+    for (const auto& [name, value] : origin_of(info)) object[name] = value;
     Json user = Json::object();
     for (const auto& [key, value] : info.user) user[key] = value;
     object["user"] = user;
     Json record = Json::object();
-    for (const auto& [key, value] : info.record) {
-      if (key != "messages" || messages.is_null()) record[key] = value;
-    }
+    for (const auto& [key, value] : info.record) record[key] = value;
     object["record"] = record;
-    object["messages"] = messages.is_null() ? Json::array() : messages;
+    object["messages"] = messages;
     print_json(object);
     return 0;
   }
@@ -126,11 +131,10 @@ int show(const std::filesystem::path& root, const std::string& id, bool json) {
       {"updated", info.updated_at},
       {"hash", info.hash}};
   for (const auto& [name, value] : info.identity.fields()) rows.push_back({name, value});
+  for (const auto& [name, value] : origin_of(info)) rows.push_back({name, value});
   std::string text = table(rows, {false, false});
-  if (!messages.is_null()) {
-    for (const Json& message : messages) {
-      text += "\n[" + text_of(message, "role") + "]\n" + text_of(message, "content") + "\n";
-    }
+  for (const Json& message : messages) {
+    text += "\n[" + text_of(message, "role") + "]\n" + text_of(message, "content") + "\n";
   }
   print(text);
   return 0;

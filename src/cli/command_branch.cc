@@ -126,6 +126,8 @@ void add_branch_commands(CLI::App& app, Invocation& invocation) {
   add("pin", "Keep an agent in memory, once it is awake, when others must make room",
       [&](CLI::App& command) { command.add_flag("--off", options->off, "No longer"); },
       [](Store& store, const Options& o, const CLI::App&) { pin_agent(store, o.id, !o.off); });
+  add("upgrade", "Write an agent of an older format anew in today's, so that others can share what it begins with", [](CLI::App&) {},
+      [](Store& store, const Options& o, const CLI::App&) { store.upgrade_agent(o.id); });
   add("rename", "Give an agent another name",
       [&](CLI::App& command) { command.add_option("NEW", options->other, "The new name")->required()->type_name(""); },
       [](Store& store, const Options& o, const CLI::App&) { store.rename_agent_cache(o.id, o.other); });

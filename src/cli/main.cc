@@ -50,7 +50,7 @@ std::string version_text() {
   return std::string("torpor " TORPOR_VERSION "\nMLX ") + mlx::core::version() + "\nbackend " +
          torpor::backend_name(torpor::default_backend()) + "\nCPU target " + torpor::kernels::cpu_target_name() +
          "\nformat versions: reads " + range(torpor::kOldestFormatRead, torpor::kNewestFormat) + ", writes " +
-         range(torpor::kOldestFormatWritten, torpor::kNewestFormat);
+         range(torpor::kNewestFormat, torpor::kNewestFormat);
 }
 
 int dispatch(int argc, char** argv) {

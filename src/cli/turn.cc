@@ -56,6 +56,7 @@ Json result_json(const TurnResult& result) {
                          {"save", rounded(result.timing_ms.save)}}},
       {"bytes", Json{{"read", result.bytes.read}, {"written", result.bytes.written}}}};
   if (result.damage) object["damage"] = *result.damage;
+  if (!result.notices.empty()) object["notices"] = result.notices;
   return object;
 }
 
@@ -130,6 +131,7 @@ TurnResult take_turn(Engine& engine, const TurnOptions& options, const std::stri
   const TurnResult result = engine.turn(request);
   progress.clear();
   if (result.damage) complain("warning: " + *result.damage);
+  for (const std::string& notice : result.notices) complain("note: " + notice);
   try {
     if (closed) throw Error(ErrorCode::kIo, "standard output is closed; the turn was ended early");
     if (options.json) {

@@ -14,11 +14,8 @@
 namespace torpor {
 namespace {
 
-/// The identity of an agent, but for its KV format.
-Identity complete(Identity model, const Tokenizer& tokenizer, const ChatTemplate* chat_template) {
-  model.tokenizer = tokenizer.digest();
-  model.chat_template = chat_template != nullptr ? chat_template->digest() : "";
-  return model;
+ConversationIdentity conversation_of(const Tokenizer& tokenizer, const ChatTemplate* chat_template) {
+  return {tokenizer.digest(), chat_template != nullptr ? chat_template->digest() : ""};
 }
 
 }  // namespace
@@ -27,7 +24,7 @@ CacheModel describe_model(const std::string& name, const ComputeOptions& compute
   ModelOutline outline = outline_model(name, compute);
   const auto tokenizer = Tokenizer::load(outline.info.dir);
   const auto chat_template = ChatTemplate::load(outline.info.dir);
-  return {name, complete(std::move(outline.identity), *tokenizer, chat_template.get()), outline.info.max_context,
+  return {name, std::move(outline.identity), conversation_of(*tokenizer, chat_template.get()), outline.info.max_context,
           std::move(outline.kv_layout)};
 }
 
@@ -51,10 +48,12 @@ struct Engine::Impl {
     parts.chat_template = ChatTemplate::load(model.info().dir);
     parts.pace.emplace(model.backend());
     const KvFormat format = options.kv_format.value_or(model.default_kv_format());
-    Identity identity = complete(model.identity(), *parts.tokenizer, parts.chat_template.get());
+    Identity identity = model.identity();
     identity.kv = format.name();
     parts.agents = std::make_unique<AgentManager>(
-        store, ManagerOptions{.model_name = options.model, .identity = std::move(identity), .layout = model.kv_layout(format),
+        store, ManagerOptions{.model_name = options.model, .identity = std::move(identity), .numerics = model.numerics(),
+                              .conversation = conversation_of(*parts.tokenizer, parts.chat_template.get()),
+                              .layout = model.kv_layout(format),
                               .layout_of = options.kv_format ? std::function<KvLayout(const KvFormat&)>()
                                                              : [&model](const KvFormat& own) { return model.kv_layout(own); },
                               .backend = model.backend(), .durability = options.durability,

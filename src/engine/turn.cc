@@ -91,6 +91,7 @@ void EngineTurn::commit() {
   const auto saving = Clock::now();
   result_.bytes.written = transaction_.save(request_.save);
   result_.save_error = transaction_.save_error();
+  result_.notices = transaction_.notices();
   if (request_.save != SaveMode::kNo) result_.timing_ms.save = ms_since(saving);
   if (transaction_.woke()) result_.bytes.read = transaction_.agent().bytes_read;
 }

@@ -19,6 +19,8 @@ namespace torpor::kernels {
 namespace HWY_NAMESPACE {
 
 int64_t ThisTarget() { return HWY_TARGET; }
+size_t LanesOfTarget() { return hwy::HWY_NAMESPACE::Lanes(hwy::HWY_NAMESPACE::ScalableTag<float>()); }
+bool TargetFuses() { return HWY_NATIVE_FMA != 0; }
 
 }  // namespace HWY_NAMESPACE
 }  // namespace torpor::kernels
@@ -28,6 +30,8 @@ HWY_AFTER_NAMESPACE();
 namespace torpor::kernels {
 
 HWY_EXPORT(ThisTarget);
+HWY_EXPORT(LanesOfTarget);
+HWY_EXPORT(TargetFuses);
 
 namespace {
 
@@ -93,6 +97,11 @@ void ensure_cpu_target() {
 const char* cpu_target_name() {
   ensure_cpu_target();
   return hwy::TargetName(target_in_use());
+}
+
+std::string lane_class() {
+  ensure_cpu_target();
+  return "l" + std::to_string(HWY_DYNAMIC_DISPATCH(LanesOfTarget)()) + (HWY_DYNAMIC_DISPATCH(TargetFuses)() ? "-fma" : "");
 }
 
 }  // namespace torpor::kernels

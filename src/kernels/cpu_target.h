@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include <string>
+
 namespace torpor::kernels {
 
 /// Settles it for the process, unless it is settled already: then another one is kInvalidArgument. An empty name takes what there
@@ -13,5 +15,9 @@ void ensure_cpu_target();
 
 /// Name of the target in use, as Highway spells it ("AVX2"; the portable one is "EMU128" or, on compilers that break it, "SCALAR").
 const char* cpu_target_name();
+
+/// What rounding depends on in the target in use: f32 lanes of its vectors, and whether it multiplies and adds in one
+/// ("l8-fma", "l4").
+std::string lane_class();
 
 }  // namespace torpor::kernels

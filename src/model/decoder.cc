@@ -1,12 +1,14 @@
 #include "model/decoder.h"
 
 #include <algorithm>
+#include <cctype>
 #include <set>
 
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
 #include "kernels/compute.h"
+#include "kernels/cpu_target.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -41,8 +43,6 @@ Identity identity_of(const Checkpoint& checkpoint) {
   Identity identity;
   identity.architecture = checkpoint.config.architecture;
   identity.config = checkpoint.config.digest();
-  // Rows computed from activations of 8 bits are other rows.
-  if (checkpoint.backend == Backend::kKernels && checkpoint.activations == Activations::kInt8) identity.config += "+int8";
   identity.weights = checkpoint.weights.digest();
   identity.rope = checkpoint.config.rope_description();
   return identity;
@@ -83,8 +83,24 @@ Projection find_embedding(const Checkpoint& checkpoint) {
   return find_projection(checkpoint.weights, c, c.weight_prefix + "model.embed_tokens", c.vocab_size, c.hidden_size, false);
 }
 
+std::string Decoder::numerics() const {
+  if (backend_ == Backend::kKernels) {
+    const bool int8 = activations_ == Activations::kInt8;
+    return std::string(int8 ? "int8" : "f32") + "/kernels/" + kernels::lane_class();
+  }
+  const bool gpu = mx::default_device() == mx::Device::gpu;
+#if defined(__APPLE__)
+  const char* const device = "metal";
+#else
+  const char* const device = "cuda";
+#endif
+  std::string dtype = kv_dtype_name(gpu ? dtype_ : KvDtype::kF32);
+  for (char& c : dtype) c = char(std::tolower(static_cast<unsigned char>(c)));
+  return dtype + "/mlx-" + (gpu ? device : "cpu") + "/-";
+}
+
 Decoder::Decoder(const Checkpoint& checkpoint)
-    : config_(checkpoint.config), backend_(checkpoint.backend), dtype_(checkpoint_dtype(find_embedding(checkpoint))),
+    : config_(checkpoint.config), backend_(checkpoint.backend), activations_(checkpoint.activations), dtype_(checkpoint_dtype(find_embedding(checkpoint))),
       ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_, checkpoint.activations) : make_mlx_ops(config_, dtype_)) {
   info_ = info_of(checkpoint);
   identity_ = identity_of(checkpoint);

@@ -38,6 +38,7 @@ class Decoder : public Model {
   const ModelInfo& info() const override { return info_; }
   Backend backend() const override { return backend_; }
   Identity identity() const override { return identity_; }
+  std::string numerics() const override;
   KvFormat default_kv_format() const override { return dtype_; }
   KvLayout kv_layout(const KvFormat& format) const override { return kv_layout_of(config_, format); }
   mx::array forward(std::span<const ForwardSequence> batch) override;
@@ -52,6 +53,7 @@ class Decoder : public Model {
 
   const ModelConfig config_;
   const Backend backend_;
+  const Activations activations_;
   const KvDtype dtype_;
   const std::unique_ptr<Ops> ops_;
 

@@ -1,40 +1,134 @@
 #include "store/agent_file.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <ctime>
 #include <unordered_set>
 
+#include "store/messages.h"
 #include "torpor/error.h"
 
 namespace torpor {
 namespace {
 
-constexpr std::string_view kIdentityPrefix = "identity.";
-constexpr std::string_view kUserPrefix = "user.";
-constexpr std::string_view kRecordPrefix = "torpor.";
+constexpr std::string_view kIdentityPrefix = "identity.", kUserPrefix = "user.", kRecordPrefix = "torpor.";
+constexpr std::string_view kOldInt8Suffix = "+int8";
+constexpr const char* kOldNames = "1";
 
 [[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
-  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".");
+  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".").with_path(file_name);
 }
 
-/// Earlier files of versions 1 and 2 have Torpor's own among the caller's. The engine wrote the conversation and its ends always
-/// together; whoever else has a key of such a name (a file made from Python, which describes its cache) keeps it.
-void take_old_record(AgentInfo& info) {
-  const auto has = [&](std::string_view key) {
-    return std::any_of(info.user.begin(), info.user.end(), [&](const auto& entry) { return entry.first == key; });
+bool parse_number(std::string_view text, int64_t& out) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), out);
+  return error == std::errc() && end == text.data() + text.size() && out >= 0;
+}
+
+/// "f32/kernels/l8-fma", or where they changed "f32/kernels/l8-fma,512:f32/kernels/l16-fma".
+std::string encode_numerics(const std::vector<Lineage::Range>& ranges) {
+  std::string text;
+  for (const Lineage::Range& range : ranges) {
+    if (range.numerics.find_first_of(",:") != std::string::npos) {
+      throw Error(ErrorCode::kInvalidArgument, "'" + range.numerics + "' can't be the name of numerics: it has a ',' or ':' in it.");
+    }
+    if (!text.empty()) text += "," + std::to_string(range.first) + ":";
+    text += range.numerics;
+  }
+  return text;
+}
+
+bool decode_numerics(std::string_view text, std::vector<Lineage::Range>& ranges) {
+  for (const std::string& entry : split(text)) {
+    Lineage::Range range;
+    if (ranges.empty()) {
+      range.numerics = entry;
+    } else {
+      const size_t colon = entry.find(':');
+      if (colon == std::string::npos || !parse_number(std::string_view(entry).substr(0, colon), range.first) ||
+          range.first % kSegmentTokens != 0 || range.first <= ranges.back().first) {
+        return false;
+      }
+      range.numerics = entry.substr(colon + 1);
+      if (range.numerics.empty()) return false;
+    }
+    if (range.numerics.find(':') != std::string::npos) return false;
+    ranges.push_back(std::move(range));
+  }
+  return true;
+}
+
+/// What versions 1 and 2 kept otherwise: seven fields of identity, the numerics in one of them, the record among the user's.
+void take_old_fields(AgentFile& agent, std::vector<std::pair<std::string, std::string>>& identity) {
+  AgentInfo& info = agent.info;
+  for (auto& [name, value] : identity) {
+    if (name == "tokenizer") info.conversation.tokenizer = value;
+    if (name == "chat_template") info.conversation.chat_template = value;
+    if (name != "config") continue;
+    const bool int8 = value.ends_with(kOldInt8Suffix);
+    if (int8) value.resize(value.size() - kOldInt8Suffix.size());
+    info.lineage.ranges = {{0, int8 ? "int8" : "f32"}};
+  }
+  std::erase_if(identity, [](const auto& field) { return field.first == "tokenizer" || field.first == "chat_template"; });
+  info.lineage.old_names = info.conversation;
+  // Torpor's own keys, which the first files of these versions have among the user's.
+  UserMetadata old;
+  std::swap(old, info.record);
+  const bool apart = !old.empty();
+  if (!apart) old = info.user;
+  const auto value_of = [&](std::string_view key) {
+    const auto found = std::find_if(old.begin(), old.end(), [&](const auto& entry) { return entry.first == key; });
+    return found == old.end() ? nullptr : &found->second;
   };
-  if (!info.record.empty() || !has("messages") || !has("message_ends") || has("mlx_lm.cache")) return;
-  const auto old = std::stable_partition(info.user.begin(), info.user.end(), [](const auto& entry) {
-    static constexpr std::string_view kOld[] = {"messages", "message_ends", "history_tokens", "shortest_cut", "pinned"};
-    return std::find(std::begin(kOld), std::end(kOld), entry.first) == std::end(kOld);
-  });
-  info.record.assign(std::make_move_iterator(old), std::make_move_iterator(info.user.end()));
-  info.user.erase(old, info.user.end());
+  // The engine wrote both of these, always; whoever else has such keys keeps them.
+  const std::string *messages = value_of("messages"), *ends = value_of("message_ends");
+  if (messages == nullptr || ends == nullptr || value_of("mlx_lm.cache") != nullptr ||
+      !decode_old_messages(*messages, *ends, info.cache_size, agent.old_messages)) {
+    return;
+  }
+  std::vector<std::string_view> taken = {"messages", "message_ends"};
+  int64_t number = 0;
+  for (const char* key : {"history_tokens", "shortest_cut", "pinned"}) {
+    const std::string* value = value_of(key);
+    if (value == nullptr || !(key == std::string_view("pinned") ? *value == "true" : parse_number(*value, number))) continue;
+    info.record.emplace_back(key, *value);
+    taken.push_back(key);
+  }
+  if (apart) return;
+  std::erase_if(info.user, [&](const auto& entry) { return std::find(taken.begin(), taken.end(), entry.first) != taken.end(); });
 }
 
-AgentFile parse_fields(TorporFile file, uint64_t file_size, const std::string& file_name) {
+void take_fields(AgentFile& agent, const std::string& file_name) {
+  AgentInfo& info = agent.info;
+  const TorporFile& file = agent.file;
+  info.conversation = {file.required("conversation.tokenizer", file_name), file.required("conversation.chat_template", file_name)};
+  if (!decode_numerics(file.required("numerics", file_name), info.lineage.ranges)) corrupt(file_name, "its numerics can't be understood");
+  if (const std::string* names = file.header.metadata_value("names")) {
+    if (*names != kOldNames) {
+      throw Error(ErrorCode::kIncompatible, "'" + file_name + "' names its segments in the way '" + *names +
+                                                "', which this Torpor does not know; use a newer one.")
+          .with_path(file_name)
+          .with_field("names", kOldNames, *names);
+    }
+    info.lineage.old_names = {file.required("names.tokenizer", file_name), file.required("names.chat_template", file_name)};
+  }
+  if (file.kind != "agent") return;
+  agent.uid = file.required("uid", file_name);
+  if (!is_hex_digest(agent.uid)) corrupt(file_name, "its uid is none");
+  const auto parts = decode_parts(file.required("parts", file_name));
+  if (!parts) corrupt(file_name, "its list of parts can't be understood");
+  agent.parts = *parts;
+  if (!parse_number(file.required("first", file_name), agent.first) || agent.first != (parts->empty() ? 0 : parts->back().end())) {
+    corrupt(file_name, "its ids do not follow those of its parts");
+  }
+  // One in the file's size, the other below 2^62 by what `segments` and `cache_size` are compared with.
+  info.cache_size += agent.first;
+}
+
+AgentFile parse_fields(TorporFile parsed, uint64_t file_size, const std::string& file_name) {
   AgentFile agent;
+  agent.file = std::move(parsed);
+  const TorporFile& file = agent.file;
   AgentInfo& info = agent.info;
   info.agent_id = file.required("agent_id", file_name);
   if (!is_agent_id(info.agent_id)) corrupt(file_name, "it names the impossible agent id '" + info.agent_id + "'");
@@ -53,13 +147,16 @@ AgentFile parse_fields(TorporFile file, uint64_t file_size, const std::string& f
     if (key.starts_with(kUserPrefix)) info.user.emplace_back(key.substr(kUserPrefix.size()), value);
     if (key.starts_with(kRecordPrefix)) info.record.emplace_back(key.substr(kRecordPrefix.size()), value);
   }
-  take_old_record(info);
-  info.identity = Identity::from_fields(identity);
   info.cache_size = int64_t(file.n_tokens);
+  if (file.version < 3) {
+    take_old_fields(agent, identity);
+  } else {
+    take_fields(agent, file_name);
+  }
+  info.identity = Identity::from_fields(identity);
   if (file.required("cache_size", file_name) != std::to_string(info.cache_size)) {
     corrupt(file_name, "its cache_size is not the number of its tokens");
   }
-  agent.file = std::move(file);
   return agent;
 }
 
@@ -69,9 +166,15 @@ AgentFile parse_agent_file(std::span<const std::byte> prefix, uint64_t file_size
   TorporFile file = parse_torpor_file(prefix, file_size, file_name);
   if (file.kind != "agent") corrupt(file_name, "it is of the kind '" + file.kind + "', not an agent");
   AgentFile agent = parse_fields(std::move(file), file_size, file_name);
-  const uint64_t rows = agent.file.rows, n_tokens = agent.file.n_tokens;
-  // Both bounds come from the file's own size, so nothing here can overflow.
-  if (rows >= kSegmentTokens || agent.info.segments.size() * uint64_t(kSegmentTokens) + rows != n_tokens) {
+  const int64_t sealed = int64_t(agent.info.segments.size()) * kSegmentTokens, n_tokens = agent.info.cache_size;
+  int64_t rows = int64_t(agent.file.rows);
+  bool fits = agent.file.rows < uint64_t(kSegmentTokens) && agent.file.rows <= agent.file.n_tokens;
+  for (const PartRef& part : agent.parts) {
+    // Rows follow the last segment, each part's those of the one before it.
+    fits = fits && part.rows < kSegmentTokens && (part.rows == 0 || part.end() - part.rows >= sealed) && (part.rows > 0 || part.end() <= sealed);
+    rows += fits ? part.rows : 0;
+  }
+  if (!fits || rows >= kSegmentTokens || n_tokens - sealed != rows) {
     corrupt(file_name, std::to_string(agent.info.segments.size()) + " segments and " + std::to_string(rows) +
                            " rows do not make its " + std::to_string(n_tokens) + " tokens");
   }
@@ -92,27 +195,54 @@ AgentFile parse_export_file(std::span<const std::byte> prefix, uint64_t file_siz
   return agent;
 }
 
-Metadata agent_metadata(const AgentInfo& info) {
-  Metadata metadata = {{"agent_id", info.agent_id},
-                       {"model", info.model},
-                       {"cache_size", std::to_string(info.cache_size)},
-                       {"created_at", info.created_at},
-                       {"updated_at", info.updated_at}};
-  for (const auto& [name, value] : info.identity.fields()) metadata.emplace_back(std::string(kIdentityPrefix) + name, value);
-  metadata.emplace_back("segments", join(info.segments));
-  std::unordered_set<std::string_view> seen;
-  for (const auto& [name, value] : info.user) {
-    if (!seen.insert(name).second) {
-      throw Error(ErrorCode::kInvalidArgument, "The metadata key '" + name + "' is given twice.");
-    }
-    if (name.starts_with(kRecordPrefix)) {
-      throw Error(ErrorCode::kInvalidArgument, "The metadata key '" + name + "' begins with 'torpor.', as Torpor's own do; choose another.")
-          .with_agent(info.agent_id)
-          .with_field(name);
-    }
-    metadata.emplace_back(std::string(kUserPrefix) + name, value);
+PartFile parse_part_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name,
+                         const KnownLayout& layout) {
+  PartFile part{parse_torpor_file(prefix, file_size, file_name, &layout), 0};
+  if (part.file.version < 3 || (part.file.kind != "agent" && part.file.kind != "part")) {
+    corrupt(file_name, "it is of the kind '" + part.file.kind + "' and version " + std::to_string(part.file.version) + ", not a part");
   }
-  for (const auto& [name, value] : info.record) metadata.emplace_back(std::string(kRecordPrefix) + name, value);
+  if (!parse_number(part.file.required("first", file_name), part.first)) corrupt(file_name, "it does not say which ids it holds");
+  if (part.file.rows > part.file.n_tokens) corrupt(file_name, "it has more rows than ids");
+  return part;
+}
+
+Metadata agent_metadata(const AgentFile& file) {
+  const AgentInfo& info = file.info;
+  Metadata metadata = {{"agent_id", info.agent_id}, {"model", info.model}};
+  if (!file.uid.empty()) metadata.emplace_back("uid", file.uid);
+  metadata.emplace_back("cache_size", std::to_string(info.cache_size));
+  metadata.emplace_back("created_at", info.created_at);
+  metadata.emplace_back("updated_at", info.updated_at);
+  for (const auto& [name, value] : info.identity.fields()) metadata.emplace_back(std::string(kIdentityPrefix) + name, value);
+  metadata.emplace_back("numerics", encode_numerics(info.lineage.ranges));
+  metadata.emplace_back("conversation.tokenizer", info.conversation.tokenizer);
+  metadata.emplace_back("conversation.chat_template", info.conversation.chat_template);
+  if (info.lineage.old_names) {
+    metadata.emplace_back("names", kOldNames);
+    metadata.emplace_back("names.tokenizer", info.lineage.old_names->tokenizer);
+    metadata.emplace_back("names.chat_template", info.lineage.old_names->chat_template);
+  }
+  metadata.emplace_back("segments", join(info.segments));
+  if (!file.uid.empty()) {
+    metadata.emplace_back("parts", encode_parts(file.parts));
+    metadata.emplace_back("first", std::to_string(file.first));
+  }
+  const auto add = [&](std::string_view prefix, const UserMetadata& entries) {
+    std::unordered_set<std::string_view> seen;
+    for (const auto& [name, value] : entries) {
+      if (prefix == kUserPrefix && name.starts_with(kRecordPrefix)) {
+        throw Error(ErrorCode::kInvalidArgument, "The metadata key '" + name + "' begins with 'torpor.', as Torpor's own do; choose another.")
+            .with_agent(info.agent_id)
+            .with_field(name);
+      }
+      if (!seen.insert(name).second) {
+        throw Error(ErrorCode::kInvalidArgument, "The metadata key '" + name + "' is given twice.");
+      }
+      metadata.emplace_back(std::string(prefix) + name, value);
+    }
+  };
+  add(kRecordPrefix, info.record);
+  add(kUserPrefix, info.user);
   return metadata;
 }
 

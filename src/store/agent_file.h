@@ -1,6 +1,6 @@
 #pragma once
-/// The agent file: `tokens`, the rows past the last sealed segment, and in its metadata all that `ls` and `load` need.
-/// An export is the same with every row in it and no segments.
+/// The agent file: the ids, messages and rows that no part and no segment holds, and in its metadata all that `ls` and `load`
+/// need. An export is the same with every row in it, tensor by tensor, and no segments.
 
 #include <chrono>
 #include <cstddef>
@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 
+#include "store/parts.h"
 #include "store/torpor_file.h"
 #include "torpor/store.h"
 
@@ -17,15 +18,28 @@ namespace torpor {
 struct AgentFile {
   TorporFile file;
   AgentInfo info;  ///< `bytes` counts this file alone
+  std::string uid;              ///< names its parts; empty before version 3
+  std::vector<PartRef> parts;   ///< first to last
+  int64_t first = 0;            ///< position of the first id in this file
+  /// Before version 3 messages are metadata; later they are a tensor of this file and of parts.
+  std::vector<StoredMessage> old_messages;
 };
 
-/// Every rule that can be checked without the data and the segments.
+/// Every rule that can be checked without the data, the parts and the segments. Versions 1 to 3.
 AgentFile parse_agent_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
 AgentFile parse_export_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
 
-/// `info.agent_id`, `model`, `identity`, `cache_size`, timestamps, `segments`, `user` and `record` as metadata.
-/// kInvalidArgument when a user key occurs twice or begins with "torpor.".
-Metadata agent_metadata(const AgentInfo& info);
+/// What `file.info`, `uid`, `parts` and `first` say, as metadata. Where `uid` is empty that of an export. kInvalidArgument when
+/// a key occurs twice or can't be kept.
+Metadata agent_metadata(const AgentFile& file);
+
+/// A part: what of an earlier agent file is still read.
+struct PartFile {
+  TorporFile file;
+  int64_t first = 0;  ///< position of its first id
+};
+PartFile parse_part_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name,
+                         const KnownLayout& layout);
 
 /// RFC 3339 in UTC with microseconds.
 std::string format_time(std::chrono::system_clock::time_point time);

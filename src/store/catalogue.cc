@@ -19,10 +19,9 @@ std::vector<std::string> Store::Impl::agent_ids() {
 }
 
 AgentInfo Store::Impl::info(const std::string& id) {
-  AgentInfo info = open_agent(id).agent.info;
-  for (const auto& name : info.segments) {
-    if (const auto stat = env.stat(segment_path(name))) info.bytes += int64_t(stat->size);
-  }
+  const AgentFile agent = open_agent(id).agent;
+  AgentInfo info = agent.info;
+  add_file_sizes(info, agent);
   return info;
 }
 
@@ -76,6 +75,17 @@ std::vector<Store::Impl::StoredSegment> Store::Impl::stored_segments() {
   return segments;
 }
 
+std::vector<Store::Impl::StoredPart> Store::Impl::stored_parts() {
+  std::vector<StoredPart> parts;
+  for (const auto& file : env.list(parts_path())) {
+    constexpr size_t kDigest = 32;
+    const std::string uid = file.substr(0, kDigest), name = file.size() > kDigest ? file.substr(kDigest + 1, kDigest) : "";
+    if (!is_hex_digest(uid) || !is_hex_digest(name) || part_path(uid, name).filename() != file) continue;
+    if (const auto stat = env.stat(parts_path() / file)) parts.push_back({uid, name, *stat});
+  }
+  return parts;
+}
+
 std::vector<std::filesystem::path> Store::Impl::temporary_files() {
   std::vector<std::filesystem::path> found;
   auto look_in = [&](const std::filesystem::path& directory) {
@@ -84,6 +94,7 @@ std::vector<std::filesystem::path> Store::Impl::temporary_files() {
     }
   };
   look_in(root);
+  look_in(parts_path());
   for (const auto& directory : env.list(segments_path())) {
     const auto path = segments_path() / directory;
     if (const auto stat = env.stat(path); stat && stat->is_directory) look_in(path);

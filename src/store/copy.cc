@@ -1,21 +1,43 @@
 /// Copies of an agent that read no sealed row: fork, rewind, rename, a change of metadata.
 
-#include "store/segment_headers.h"
+#include <algorithm>
+
+#include "store/run_loader.h"
 #include "store/writing.h"
 
 namespace torpor {
 namespace {
 
-/// The first `n` rows of an open file.
-KvTail first_rows(const File& handle, const TorporFile& file, int n) {
-  const size_t read_size = size_t(file.rows_bytes());
-  const auto read = allocate_heap_buffer(read_size);
-  read_rows(handle, file, TensorMask(file.layout.tensors.size(), true), {read.get(), read_size});
-  if (n == int(file.rows)) return {.n_tokens = n, .bytes = {read.get(), read_size}, .owner = read};
-  const size_t size = file.layout.offset(file.layout.tensors.size(), n);
-  const auto rows = allocate_heap_buffer(size);
-  cut_rows(file.layout, {read.get(), read_size}, int(file.rows), n, rows.get());
+/// The first `n` rows of a segment.
+KvTail first_rows(const OpenedSegment& segment, int n) {
+  const KvLayout& layout = segment.segment.file.layout;
+  const size_t read_size = size_t(segment.segment.file.rows_bytes()), size = layout.offset(layout.tensors.size(), n);
+  const auto read = allocate_heap_buffer(read_size), rows = allocate_heap_buffer(size);
+  read_rows(segment.handle, segment.segment.file, {}, {read.get(), read_size});
+  copy_rows(layout, {read.get(), kSegmentTokens, 0}, {rows.get(), n, 0}, n);
   return {.n_tokens = n, .bytes = {rows.get(), size}, .owner = rows};
+}
+
+/// What of `files` an agent of `n_tokens` still consists of, `sealed` of them in segments. `messages`: all of its.
+std::vector<OwnFile> keep_files(const std::vector<OpenedFile>& files, int64_t sealed, int64_t n_tokens,
+                                std::span<const StoredMessage> messages) {
+  std::vector<OwnFile> kept;
+  for (const OpenedFile& opened : files) {
+    if (opened.ref.first > n_tokens) break;
+    OwnFile file{.ref = opened.ref, .path = opened.path, .stat = opened.stat, .has_state = !opened.file->state().empty()};
+    int64_t end = std::min(file.ref.end(), n_tokens);
+    if (end > sealed && file.ref.end() - file.ref.rows > std::max(sealed, file.ref.first)) end = sealed;
+    const bool cut = end < file.ref.end();
+    if (cut && end <= file.ref.first) break;
+    file.ref.tokens = end - file.ref.first;
+    const int64_t without_rows = int64_t(opened.file->n_tokens - opened.file->rows);
+    file.ref.rows = std::clamp<int64_t>(file.ref.tokens - without_rows, 0, file.ref.rows);
+    while (file.n_messages < messages.size() && messages[file.n_messages].end <= end) ++file.n_messages;
+    messages = messages.subspan(file.n_messages);
+    kept.push_back(std::move(file));
+    if (cut) break;
+  }
+  return kept;
 }
 
 }  // namespace
@@ -25,12 +47,12 @@ SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, con
   check_agent_id(dst);
   constexpr int kAttempts = 20;
   for (int attempt = 1;; ++attempt) {
-    // A save in another process may put a new file of `src` in place, and then nobody keeps the segments of the old one.
+    // A save in another process may put a new file of `src` in place, and then nobody keeps what the old one needs.
     const auto before = env.stat(agent_path(src));
     try {
       if (auto result = copy_once(src, dst, options, keep_dates)) return std::move(*result);
     } catch (const Error& error) {
-      if (error.code() != ErrorCode::kCorruption || attempt == kAttempts || env.stat(agent_path(src)) == before) throw;
+      if (!is_damage(error) || attempt == kAttempts || env.stat(agent_path(src)) == before) throw;
       continue;
     }
     if (attempt == kAttempts) {
@@ -46,41 +68,39 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
   const TorporFile& file = opened.agent.file;
   AgentInfo info = opened.agent.info;
   if (!options.replace && env.exists(agent_path(dst))) {
-    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.");
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.").with_agent(dst);
   }
   const int64_t n = options.n_tokens.value_or(info.cache_size);
   if (n < 0 || n > info.cache_size) {
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' has " + std::to_string(info.cache_size) +
-                                                 " tokens; it can't be cut to " + std::to_string(n) + ".");
+                                                 " tokens; it can't be cut to " + std::to_string(n) + ".").with_agent(src);
   }
   if (n < info.cache_size && !file.state().empty()) {
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' holds state of its last token besides its rows, so it can't be cut to " +
-                                                 std::to_string(n) + " tokens; copy it whole.");
+                                                 std::to_string(n) + " tokens; copy it whole.").with_agent(src);
   }
   const std::vector<KvState> state = read_state(opened.handle, file);
-  const std::vector<int32_t> tokens = read_tokens(opened.handle, file);
-  const std::vector<std::string> all_segments = info.segments;
-  const SegmentChain chain{info.identity.digest(), layout_digest(file.layout), all_segments, tokens};
-  const size_t n_sealed = size_t(n / kSegmentTokens);
-  const int rest = int(n % kSegmentTokens);
+  const std::vector<OpenedFile> files = open_own_files(opened);
+  const int64_t all_sealed = int64_t(info.segments.size()) * kSegmentTokens, sealed = n / kSegmentTokens * kSegmentTokens;
+  // Ids of the segment that the cut falls into are needed whole.
+  const int64_t read = std::min(info.cache_size, sealed < all_sealed ? sealed + kSegmentTokens : n);
+  OwnState own = read_own_state(files, file.layout, {.sealed = all_sealed, .length = read, .rows = false});
+  if (!own.problem.empty()) throw Error(own.missing ? ErrorCode::kNotFound : ErrorCode::kCorruption, own.problem).with_agent(src);
+  if (!opened.agent.old_messages.empty()) own.messages = opened.agent.old_messages;
+  if (n < info.cache_size) std::erase_if(own.messages, [&](const StoredMessage& message) { return message.end > n; });
 
-  KvTail tail;
-  if (rest > 0 && n_sealed < all_segments.size()) {
-    const std::string& name = all_segments[n_sealed];
-    SegmentHeaders headers;
-    const OpenedSegment segment = open_segment(env, segment_path(name), name, chain.place(n_sealed), headers);
-    tail = first_rows(segment.handle, segment.segment.file, rest);
-  } else if (rest > 0) {
-    tail = first_rows(opened.handle, file, rest);
-  }
-  info.segments.resize(n_sealed);
-  info.bytes = 0;
+  AgentState agent{.layout = file.layout, .tokens = std::span(own.ids).first(size_t(n)), .sealed = sealed, .state = state,
+                   .messages = own.messages};
+  const std::vector<std::string> all_segments = info.segments;
+  info.segments.resize(size_t(sealed / kSegmentTokens));
+  info.lineage.cut(n);
   std::vector<std::pair<std::string, FileStat>> segments;
+  info.bytes = 0;
   for (const auto& name : info.segments) {
     const auto stat = env.stat(segment_path(name));
     if (!stat) {
       throw Error(ErrorCode::kCorruption, "The segment '" + segment_path(name).string() + "' of agent '" + src +
-                                              "' is missing; restore it from a copy, or cut the agent before it.");
+                                              "' is missing; restore it from a copy, or cut the agent before it.").with_agent(src);
     }
     segments.emplace_back(name, *stat);
     info.bytes += int64_t(stat->size);
@@ -88,20 +108,51 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
   info.agent_id = dst;
   if (options.user) info.user = *options.user;
   if (options.record) info.record = *options.record;
+  const std::optional<AgentFile> replaced = src == dst ? opened.agent : agent_file(dst);
   if (!keep_dates) {
     info.updated_at = format_time(env.now());
-    info.created_at = date_of_birth(dst, info.updated_at);
+    info.created_at = replaced ? replaced->info.created_at : info.updated_at;
   }
-  const AgentDraft draft =
-      draft_agent(std::move(info), file.layout, tail.n_tokens, {&tail.bytes, 1}, state, std::span(tokens).first(size_t(n)));
+  std::vector<OwnFile> kept;
+  if (file.version == kFormatVersion) kept = keep_files(files, sealed, n, own.messages);
+  // Rows that no file keeps: of a segment that the cut falls into, else of the files that are merged.
+  if (n > sealed && sealed < all_sealed) {
+    const SegmentChain chain(info.identity, opened.agent.info.lineage, file.layout, all_segments, own.ids);
+    const size_t i = size_t(sealed / kSegmentTokens);
+    SegmentHeaders headers;
+    agent.tail = first_rows(open_segment(env, segment_path(all_segments[i]), all_segments[i], chain.place(i), headers), int(n - sealed));
+  } else if (n > sealed && rows_to_write(kept, agent) > 0) {
+    agent.tail = read_own_state(files, file.layout, {.sealed = all_sealed, .length = n}).tail;
+    if (agent.tail.n_tokens != n - sealed) {
+      throw Error(ErrorCode::kCorruption, "The rows of agent '" + src + "' past its last segment are damaged; restore its files "
+                                          "from a copy, or wake it with salvage.").with_agent(src);
+    }
+  }
+  const bool in_place = src == dst && !opened.agent.uid.empty();
+  AgentDraft draft = draft_agent(std::move(info), in_place ? opened.agent.uid : env.random_id(), agent, std::move(kept));
+  draft.digests_known = draft.kept.empty();
+  if (replaced) find_obsolete(replaced->uid, part_names(replaced->parts), draft);
   writing.make_room("Copying the agent '" + src + "' to '" + dst + "'", bytes_to_write(draft), draft.info.segments);
-  if (!writing.claim(draft.info.segments, segments)) return std::nullopt;
+  if (!writing.claim(claims_of(draft), segments)) return std::nullopt;
   SaveResult result;
   result.segments = draft.info.segments;
-  result.segments_shared = int(n_sealed);
+  result.segments_shared = int(result.segments.size());
   if (options.durability == Durability::kFull) flush_segments(segments);
   commit_agent(draft, options.durability, result);
   return result;
+}
+
+SaveResult Store::Impl::upgrade_agent(const std::string& id) {
+  require_agent(id);
+  const FileLock lock = lock_agent(id);
+  const OpenedAgent opened = open_agent(id);
+  SaveResult result;
+  result.segments = opened.agent.info.segments;
+  if (opened.agent.file.version == kFormatVersion && !opened.agent.info.lineage.old_names) return result;
+  LoadedAgent loaded = load(id, {.map_rows = true});
+  loaded.snapshot.lineage.old_names.reset();
+  return save(id, loaded.snapshot, nullptr, loaded.info.model, loaded.info.user, Durability::kFull,
+              {std::move(loaded.messages), loaded.info.record});
 }
 
 void Store::Impl::rename_agent(const std::string& id, const std::string& new_id) {
@@ -112,6 +163,7 @@ void Store::Impl::rename_agent(const std::string& id, const std::string& new_id)
     throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + new_id + "' already; choose another id.");
   }
   const FileLock lock = lock_agent(id), new_lock = lock_agent(new_id);
+  // Under a uid of its own: after a crash here there are two agents, and neither may remove the other's parts.
   copy(id, new_id, {}, /*keep_dates=*/true);
   remove_agent_file(id);
   tidy_after_agent(id, lock);

@@ -1,6 +1,7 @@
 /// Export and import: one file that holds an agent whole, its layers in one piece as other programs expect them.
 
 #include "base/hash.h"
+#include "store/messages.h"
 #include "store/pieces.h"
 #include "store/store_impl.h"
 
@@ -50,12 +51,21 @@ void Store::Impl::export_agent(const std::string& id, const std::filesystem::pat
     pieces.push_back(tensor.bytes);
     checksums.push_back(hash_hex(tensor.bytes));
   }
+  const std::string messages = encode_messages(loaded.messages);
+  if (!messages.empty()) {
+    pieces.push_back(as_bytes_of(messages));
+    checksums.push_back(hash_hex(messages));
+  }
   pieces.push_back(token_bytes(snapshot.tokens));
   checksums.push_back(hash_hex(pieces.back()));
-  AgentInfo info = loaded.info;
+  AgentFile exported;
+  exported.info = loaded.info;
+  AgentInfo& info = exported.info;
   info.segments.clear();
-  const std::string header = encode_torpor_header("export", agent_metadata(info), snapshot.layout, snapshot.tokens.size(),
-                                                  snapshot.state, snapshot.tokens.size(), checksums, &info.hash);
+  const std::string header = encode_torpor_header({.kind = "export", .metadata = agent_metadata(exported), .rows = snapshot.tokens.size(),
+                                                   .state = snapshot.state, .message_bytes = messages.size(),
+                                                   .n_tokens = snapshot.tokens.size(), .checksums = std::move(checksums)},
+                                                  snapshot.layout, &info.hash);
   pieces.front() = as_bytes_of(header);
   const FileStat stat = write_file(directory / path.filename(), pieces, true);
   info.bytes = info.tail_bytes = int64_t(stat.size);
@@ -83,6 +93,9 @@ SaveResult Store::Impl::import_agent(const std::filesystem::path& path, const st
 
   KvSnapshot snapshot;
   snapshot.identity = agent.info.identity;
+  snapshot.conversation = agent.info.conversation;
+  // It begins anew here, with names of its own.
+  snapshot.lineage.ranges = agent.info.lineage.ranges;
   snapshot.layout = file.layout;
   snapshot.tokens = read_tokens(handle, file);
   const std::vector<std::shared_ptr<std::byte>> buffers = allocate_runs(snapshot);
@@ -101,7 +114,9 @@ SaveResult Store::Impl::import_agent(const std::filesystem::path& path, const st
     }
   }
   snapshot.state = read_state(handle, file);
-  return save(id, snapshot, nullptr, agent.info.model, agent.info.user, agent.info.record, Durability::kFull);
+  AgentNotes notes{agent.old_messages, agent.info.record};
+  if (file.has_messages) notes.messages = decode_messages(read_messages(handle, file), path.string());
+  return save(id, snapshot, nullptr, agent.info.model, agent.info.user, Durability::kFull, notes);
 }
 
 }  // namespace torpor

@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <cstring>
+
 #include "store/run_loader.h"
 
 namespace torpor {
@@ -5,6 +8,56 @@ namespace {
 
 /// Digests are long; their beginnings tell them apart.
 std::string abridged(const std::string& value) { return value.size() <= 16 ? value : value.substr(0, 12) + "..."; }
+
+/// The ids of sealed tokens, from their segments: as many as can be believed.
+std::vector<int32_t> ids_of_segments(Store::Impl& store, const AgentInfo& info, const KvLayout& layout, int64_t first, int64_t end) {
+  std::vector<int32_t> ids;
+  try {
+    for (int64_t position = first; position < end;) {
+      const size_t i = size_t(position / kSegmentTokens);
+      const auto path = store.segment_path(info.segments[i]);
+      const File handle = store.env.open(path, OpenMode::kRead);
+      const uint64_t size = handle.stat().size;
+      const SegmentFile segment = parse_segment_file(read_header_bytes(handle, size), size, path.string());
+      const std::vector<int32_t> own = read_tokens(handle, segment.file);
+      // The name is made of the ids, so it says whether they are the agent's.
+      SegmentPlace place = SegmentChain(info.identity, info.lineage, layout, info.segments, {}).place(i);
+      place.tokens = own;
+      if (segment_name(place, segment.variant) != info.segments[i]) break;
+      const int64_t begin = int64_t(i) * kSegmentTokens, stop = std::min(end, begin + kSegmentTokens);
+      ids.insert(ids.end(), own.begin() + (position - begin), own.begin() + (stop - begin));
+      position = stop;
+    }
+  } catch (const Error& error) {
+    if (!is_damage(error)) throw;
+  }
+  return ids;
+}
+
+void check_identity(const std::string& id, const Identity& own, const Identity& expected) {
+  const auto field = own.first_difference(expected);
+  if (!field) return;
+  const std::string found = own.value(*field), wanted = expected.value(*field);
+  throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was cached with another " + *field + " ('" + abridged(found) +
+                                            "') than the model now has ('" + abridged(wanted) +
+                                            "'); use the model it was saved with, or rebuild it from its text.")
+      .with_agent(id)
+      .with_field(*field, wanted, found);
+}
+
+/// The rows past the last segment, to where the sink wants them.
+void place_tail(RowSink& sink, const KvLayout& layout, int64_t first, const KvTail& tail) {
+  if (tail.n_tokens == 0) return;
+  const std::byte* from = tail.bytes.data();
+  for (size_t t = 0; t < layout.tensors.size(); ++t) {
+    const KvTensorSpec& tensor = layout.tensors[t];
+    const RowSink::Place place = sink.place(t, first, tail.n_tokens);
+    const size_t size = size_t(tail.n_tokens) * tensor.bytes_per_token() / size_t(tensor.n_kv_heads);
+    for (int head = 0; head < tensor.n_kv_heads; ++head, from += size) {
+      std::memcpy(place.rows + size_t(head) * place.stride, from, size);
+    }
+  }
+}
 
 }  // namespace
 
@@ -16,38 +69,51 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options,
   for (int attempt = 1;; ++attempt) {
     const OpenedAgent opened = open_agent(id);
     const AgentFile& agent = opened.agent;
-    if (options.expected != nullptr) {
-      if (const auto field = agent.info.identity.first_difference(*options.expected)) {
-        const std::string has = agent.info.identity.value(*field), wants = options.expected->value(*field);
-        throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was cached with another " + *field + " ('" + abridged(has) +
-                                                  "') than the model now has ('" + abridged(wants) +
-                                                  "'); use the model it was saved with, or rebuild it from its text.")
-            .with_agent(id)
-            .with_field(*field, wants, has);
-      }
+    if (options.expected != nullptr) check_identity(id, agent.info.identity, *options.expected);
+    const int64_t length = std::min(options.n_tokens.value_or(agent.info.cache_size), agent.info.cache_size);
+    if (length < agent.info.cache_size && !agent.file.state().empty()) {
+      throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds state of its last token besides its rows, so not fewer than its " +
+                                                   std::to_string(agent.info.cache_size) + " tokens can be loaded.").with_agent(id);
     }
     LoadedAgent loaded;
     loaded.info = agent.info;
     KvSnapshot& snapshot = loaded.snapshot;
     snapshot.identity = agent.info.identity;
+    snapshot.lineage = agent.info.lineage;
+    snapshot.conversation = agent.info.conversation;
     snapshot.layout = agent.file.layout;
-    const std::vector<int32_t> tokens = read_tokens(opened.handle, agent.file);
-    const int64_t length = std::min(options.n_tokens.value_or(agent.info.cache_size), agent.info.cache_size);
-    if (length < agent.info.cache_size && !agent.file.state().empty()) {
-      throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds state of its last token besides its rows, so not fewer than its " +
-                                                   std::to_string(agent.info.cache_size) + " tokens can be loaded.");
-    }
-    loaded.tokens.assign(tokens.begin(), tokens.begin() + length);
 
-    const SegmentChain chain{snapshot.identity.digest(), layout_digest(snapshot.layout), agent.info.segments, tokens};
-    RunLoader loader(*this, snapshot.layout, chain, &opened, options);
-    // Everything but the rows, before a byte is allocated for them.
-    loader.open(length, /*share_held=*/sink == nullptr);
-    if (loader.missing() && attempt < kAttempts) {
-      // A save in another process may have put a new agent file in place, and its segments are others.
+    // A save in another process may have put a new agent file in place, which needs other files.
+    const auto replaced = [&] {
       const auto now = env.stat(agent_path(id));
-      if (!now || !(*now == opened.stat)) continue;
+      return attempt < kAttempts && (!now || *now != opened.stat);
+    };
+    const std::vector<OpenedFile> files = open_own_files(opened);
+    OwnStateOptions own_options{.sealed = int64_t(agent.info.segments.size()) * kSegmentTokens, .length = length};
+    if (sink == nullptr) own_options.allocate = options.allocate;
+    if (options.salvage) {
+      own_options.recover_ids = [&](int64_t first, int64_t end) {
+        return ids_of_segments(*this, agent.info, snapshot.layout, first, end);
+      };
     }
+    OwnState own = read_own_state(files, snapshot.layout, own_options);
+    if (!own.problem.empty()) {
+      if (own.missing && replaced()) continue;
+      // Without ids nothing would say what the agent was.
+      if (!options.salvage || own.files.empty()) throw Error(ErrorCode::kCorruption, own.problem).with_agent(id);
+      loaded.damage = own.problem;
+    }
+    loaded.tokens = std::move(own.ids);
+    loaded.messages = agent.old_messages.empty() ? std::move(own.messages) : agent.old_messages;
+    std::erase_if(loaded.messages, [&](const StoredMessage& message) { return length < agent.info.cache_size && message.end > length; });
+    const int64_t sealed = std::min({own_options.sealed, length, int64_t(loaded.tokens.size())});
+    const int64_t held = std::min<int64_t>(sealed + own.tail.n_tokens, length);
+
+    const SegmentChain chain(snapshot.identity, snapshot.lineage, snapshot.layout, agent.info.segments, loaded.tokens);
+    RunLoader loader(*this, snapshot.layout, chain, options);
+    // Everything but the rows, before a byte is allocated for them.
+    loader.open(held, /*share_held=*/sink == nullptr);
+    if (loader.missing() && replaced()) continue;
     try {
       snapshot.state = read_state(opened.handle, agent.file, options.allocate);
     } catch (const Error& error) {
@@ -58,19 +124,27 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options,
       snapshot.tokens = loaded.tokens;
       sink->begin(loaded.info, snapshot);
       loader.read_into(*sink);
+      place_tail(*sink, snapshot.layout, sealed, own.tail);
     } else if (loader.complete() || options.salvage) {
       loader.read();
     }
     if (!loader.complete()) {
-      if (!options.salvage) throw Error(ErrorCode::kCorruption, loader.problem());
+      if (!options.salvage) throw Error(ErrorCode::kCorruption, loader.problem()).with_agent(id);
       loaded.damage = loader.problem();
     }
     // State is that after the last token: none of a prefix.
     if (loaded.damage) snapshot.state.clear();
+    int64_t usable = loader.usable_tokens();
     if (sink == nullptr) loader.take(snapshot);
-    snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + loader.usable_tokens());
-    const TorporFile& file = agent.file;
-    loaded.bytes_read = loader.bytes_read() + int64_t(file.header.data_start + file.tokens_tensor().end - file.rows_bytes());
+    if (loader.complete() && own.tail.n_tokens > 0) {
+      if (sink == nullptr) snapshot.tail = own.tail;
+      usable += own.tail.n_tokens;
+    }
+    snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + usable);
+    loaded.bytes_read = loader.bytes_read() + own.bytes_read + int64_t(own.tail.bytes.size());
+    if (own.problem.empty() && length == agent.info.cache_size) know_files(id, opened, std::move(own.files));
+    for (size_t i = 0; i + 1 < files.size(); ++i) loaded.info.tail_bytes += int64_t(files[i].stat.size);
+    loaded.info.bytes = loaded.info.tail_bytes;
     for (size_t i = 0; i < agent.info.segments.size(); ++i) {
       auto size = loader.segment_size(i);
       if (!size) {

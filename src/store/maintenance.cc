@@ -6,13 +6,14 @@
 
 namespace torpor {
 
-std::unordered_set<std::string> Store::Impl::live_segments() {
+std::unordered_set<std::string> Store::Impl::live_files() {
   std::unordered_set<std::string> live;
   for (const auto& id : agent_ids()) {
     try {
       const OpenedAgent opened = open_agent(id);
       opened.handle.sync();
       live.insert(opened.agent.info.segments.begin(), opened.agent.info.segments.end());
+      for (const PartRef& part : opened.agent.parts) live.insert(part_path(opened.agent.uid, part.name).string());
     } catch (const Error& error) {
       if (error.code() == ErrorCode::kNotFound) continue;  // deleted meanwhile
       if (error.code() == ErrorCode::kIo) throw;
@@ -33,12 +34,14 @@ void Store::Impl::require_agent(const std::string& id) {
 }
 
 void Store::Impl::remove_agent_file(const std::string& id) {
+  // Its parts are nobody else's. Those of one that is damaged are left to gc.
+  const std::optional<AgentFile> agent = agent_file(id);
   if (!env.remove(agent_path(id))) require_agent(id);
-  {
-    const std::lock_guard lock(births_mutex_);
-    births_.erase(id);
-  }
+  forget_files(id);
   env.sync_directory(root);
+  if (agent) {
+    for (const PartRef& part : agent->parts) remove_quietly(part_path(agent->uid, part.name));
+  }
 }
 
 void Store::Impl::tidy_after_agent(const std::string& id, const FileLock& agent_lock) noexcept {
@@ -66,7 +69,7 @@ void Store::Impl::remove_agent(const std::string& id) {
     // Without waiting long: what is not removed now is left to gc.
     auto sweep = candidates.empty() ? std::nullopt : this->sweep(std::chrono::milliseconds(100));
     if (sweep) {
-      const auto live = live_segments();
+      const auto live = live_files();
       std::vector<Removable> unneeded;
       for (const auto& name : candidates) {
         const auto stat = env.stat(segment_path(name));
@@ -99,9 +102,13 @@ GcResult Store::Impl::gc() {
   // Temporary files go whatever the agents say.
   Sweep::Removed removed = sweep->remove(unneeded);
   unneeded.clear();
-  const auto live = live_segments();
+  const auto live = live_files();
   for (const auto& segment : stored_segments()) {
     if (!live.contains(segment.name)) unneeded.push_back({segment_path(segment.name), segment.stat, segment.name});
+  }
+  for (const auto& part : stored_parts()) {
+    const auto path = part_path(part.uid, part.name);
+    if (!live.contains(path.string())) unneeded.push_back({path, part.stat, part_claim(part.uid, part.name)});
   }
   for (const auto& name : env.list(root)) {
     // Sidecars whose agent is gone. Other people's .json files hold no sidecar checksum and stay.

@@ -6,31 +6,32 @@
 
 namespace torpor {
 
-std::vector<std::string> Store::Impl::find_prefix(const Identity& identity, const KvLayout& layout,
+std::vector<std::string> Store::Impl::find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                                                   std::span<const int32_t> tokens) {
   std::vector<std::string> names;
   if (layout.tensors.empty()) return names;
-  const std::string identity_digest = identity.digest(), digest = layout_digest(layout);
-  for (size_t end = kSegmentTokens; end <= tokens.size(); end += kSegmentTokens) {
-    const SegmentPlace place{identity_digest, digest, names.empty() ? "" : names.back(),
-                             tokens.subspan(end - kSegmentTokens, kSegmentTokens)};
-    std::string name = segment_name(place, "");
+  const SegmentChain chain(identity, lineage, layout, {}, tokens);
+  for (size_t i = 0; i < tokens.size() / kSegmentTokens; ++i) {
+    std::string name = segment_name(chain.place(i, names.empty() ? "" : names.back()), "");
     if (!env.exists(segment_path(name))) break;
     names.push_back(std::move(name));
   }
   return names;
 }
 
-LoadedPrefix Store::Impl::load_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens,
-                                      const LoadOptions& options) {
+LoadedPrefix Store::Impl::load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                                      std::span<const int32_t> tokens, const LoadOptions& options) {
   LoadedPrefix loaded;
-  loaded.segments = find_prefix(identity, layout, tokens);
-  const SegmentChain chain{identity.digest(), layout_digest(layout), loaded.segments, tokens};
-  RunLoader loader(*this, layout, chain, nullptr, options);
+  loaded.segments = find_prefix(identity, lineage, layout, tokens);
+  const SegmentChain chain(identity, lineage, layout, loaded.segments, tokens);
+  RunLoader loader(*this, layout, chain, options);
   loader.open(int64_t(loaded.segments.size()) * kSegmentTokens, /*share_held=*/true);
   loader.read();
   const auto n = size_t(loader.usable_tokens());
-  loaded.snapshot = {identity, layout, {tokens.begin(), tokens.begin() + ptrdiff_t(n)}, {}};
+  loaded.snapshot.identity = identity;
+  loaded.snapshot.lineage = lineage;
+  loaded.snapshot.layout = layout;
+  loaded.snapshot.tokens.assign(tokens.begin(), tokens.begin() + ptrdiff_t(n));
   loader.take(loaded.snapshot);
   loaded.segments.resize(n / kSegmentTokens);
   loaded.bytes_read = loader.bytes_read();

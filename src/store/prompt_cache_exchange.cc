@@ -107,6 +107,8 @@ PromptCache Store::Impl::read_prompt_cache(const std::filesystem::path& path, co
   KvSnapshot& snapshot = read.snapshot;
   snapshot.identity = model.identity;
   snapshot.identity.kv = file.format.name();
+  snapshot.conversation = model.conversation;
+  snapshot.lineage.ranges = {{0, "mlx-lm"}};  // whatever computed them
   snapshot.layout = model.kv_layout(file.format);
   snapshot.tokens.resize(size_t(file.n_tokens));
   const std::vector<std::shared_ptr<std::byte>> buffers = allocate_runs(snapshot);

@@ -22,7 +22,7 @@ bool is_damage(const Error& error) {
 TensorMask RunLoader::wanted(size_t i, int64_t length) const {
   if (!options_.window_rows_only) return TensorMask(layout_.tensors.size(), true);
   const int64_t first = int64_t(i) * kSegmentTokens;
-  return layout_.attended(first, std::min<int64_t>(stored_tokens(i), length - first), length);
+  return layout_.attended(first, std::min<int64_t>(kSegmentTokens, length - first), length);
 }
 
 size_t RunLoader::usable() const {
@@ -32,22 +32,20 @@ size_t RunLoader::usable() const {
 }
 
 std::optional<uint64_t> RunLoader::segment_size(size_t i) const {
-  if (i >= runs_.size() || is_tail(i) || runs_[i].stat == FileStat{}) return std::nullopt;
+  if (i >= runs_.size() || runs_[i].stat == FileStat{}) return std::nullopt;
   return runs_[i].stat.size;
 }
 
 void RunLoader::open(int64_t length, bool share_held) {
   length_ = length;
   const size_t n_segments = std::min(chain_.names.size(), size_t(length + kSegmentTokens - 1) / kSegmentTokens);
-  const bool with_tail = length > int64_t(chain_.names.size()) * kSegmentTokens;
-  runs_ = std::vector<Run>(n_segments + (with_tail ? 1 : 0));
+  runs_ = std::vector<Run>(n_segments);
   // Descriptors are few (256 on macOS): beyond a modest number each file is opened again when its turn comes.
   keep_open_ = n_segments <= kOpenFiles;
   // A thread costs as much as a few headers, or a megabyte of rows.
   parallel_for(n_segments, std::min(reader_threads(), 1 + n_segments / 8), [&](size_t i) {
     if (!share_held || !take_held(i)) open_segment_file(i);
   });
-  if (with_tail) runs_.back().stat = tail_->stat;
 }
 
 bool RunLoader::take_held(size_t i) {
@@ -92,9 +90,7 @@ void RunLoader::open_segment_file(size_t i) {
 
 template <typename Fn>
 void RunLoader::with_file(size_t i, Fn fn) {
-  if (is_tail(i)) {
-    fn(tail_->handle);
-  } else if (keep_open_) {
+  if (keep_open_) {
     fn(runs_[i].opened->handle);
   } else {
     fn(store_.env.open(store_.segment_path(chain_.names[i]), OpenMode::kRead));
@@ -110,7 +106,7 @@ void RunLoader::place_rows(size_t i) {
   if (options_.map_rows) {
     with_file(i, [&](const File& handle) {
       // Another file under that name may be shorter: it is read, and found out.
-      if (!is_tail(i) && !keep_open_ && handle.stat() != run.stat) return;
+      if (!keep_open_ && handle.stat() != run.stat) return;
       const auto mapping = handle.map(run.stat.size);
       if (mapping == nullptr) return;
       run.rows = {mapping.get() + file.header.data_start, size};
@@ -131,8 +127,7 @@ void RunLoader::read_run(size_t i, const TensorMask& todo) {
   const TorporFile& file = file_of(i);
   try {
     if (run.mapped) {
-      const auto path = is_tail(i) ? tail_->handle.path() : store_.segment_path(chain_.names[i]);
-      check_mapped_rows(run.rows, file, todo, path.string());
+      check_mapped_rows(run.rows, file, todo, store_.segment_path(chain_.names[i]).string());
     } else {
       with_file(i, [&](const File& handle) { read_rows(handle, file, todo, run.writable); });
     }
@@ -143,7 +138,6 @@ void RunLoader::read_run(size_t i, const TensorMask& todo) {
   }
   bytes_read_ += int64_t(file.rows_bytes(todo));
   for (size_t t = 0; t < todo.size(); ++t) run.checked[t] = run.checked[t] || todo[t];
-  if (is_tail(i)) return;
   const SegmentFile& segment = run.opened->segment;
   store_.known.add_file(chain_.names[i], {run.stat, segment.content(), segment.last(), covers(run.checked, {})});
 }
@@ -159,7 +153,7 @@ void RunLoader::seal(size_t i) {
 void RunLoader::read() {
   // Damage shortens the prefix, and then its windows reach further back than was read at first.
   for (;;) {
-    const int64_t length = usable_tokens();
+    const int64_t length = this->length();
     std::vector<TensorMask> todo(usable());
     std::vector<size_t> work;
     size_t total_bytes = 0;
@@ -178,12 +172,12 @@ void RunLoader::read() {
       total_bytes += size_t(file_of(i).rows_bytes(todo[i]));
       work.push_back(i);
     }
-    if (work.empty() && usable_tokens() == length) break;
+    if (work.empty() && this->length() == length) break;
     parallel_for(work.size(), std::min(reader_threads(), 1 + (total_bytes >> 20)),
                  [&](size_t i) { read_run(work[i], todo[work[i]]); });
   }
   for (size_t i = 0; i < usable(); ++i) {
-    if (!is_tail(i) && runs_[i].sealed == nullptr) seal(i);
+    if (runs_[i].sealed == nullptr) seal(i);
   }
 }
 
@@ -202,8 +196,8 @@ void RunLoader::read_into(RowSink& sink) {
     std::vector<const File*> files;
     reopened.reserve(end - begin);
     for (size_t i = begin; i < end; ++i) {
-      if (is_tail(i) || keep_open_) {
-        files.push_back(is_tail(i) ? &tail_->handle : &runs_[i].opened->handle);
+      if (keep_open_) {
+        files.push_back(&runs_[i].opened->handle);
         continue;
       }
       try {
@@ -218,7 +212,7 @@ void RunLoader::read_into(RowSink& sink) {
     parallel_for(stretches, threads, [&](size_t stretch) {
       for (size_t i = begin; i < end; ++i) {
         for (size_t t = stretch * n_tensors / stretches; t < (stretch + 1) * n_tensors / stretches; ++t) {
-          const RowSink::Place place = sink.place(t, int64_t(i) * kSegmentTokens, stored_tokens(i));
+          const RowSink::Place place = sink.place(t, int64_t(i) * kSegmentTokens, kSegmentTokens);
           try {
             read_tensor(*files[i - begin], file_of(i), t, place.rows, place.stride);
           } catch (const Error& error) {
@@ -242,13 +236,11 @@ void RunLoader::take(KvSnapshot& snapshot) {
   for (size_t i = 0; i < usable(); ++i) {
     const Run& run = runs_[i];
     const int64_t rows = length_ - int64_t(i) * kSegmentTokens;
-    if (rows < stored_tokens(i)) {
+    if (rows < kSegmentTokens) {
       const size_t size = layout_.offset(layout_.tensors.size(), int(rows));
       const std::shared_ptr<std::byte> buffer = options_.allocate(size);
-      cut_rows(layout_, run.sealed != nullptr ? run.sealed->bytes() : run.rows, stored_tokens(i), int(rows), buffer.get());
+      copy_rows(layout_, {run.sealed->bytes().data(), kSegmentTokens, 0}, {buffer.get(), int(rows), 0}, int(rows));
       snapshot.tail = {int(rows), {buffer.get(), size}, buffer};
-    } else if (is_tail(i)) {
-      snapshot.tail = {stored_tokens(i), run.rows, run.owner};
     } else {
       snapshot.sealed.push_back(run.sealed);
     }

@@ -12,12 +12,11 @@ bool is_damage(const Error& error);
 
 class RunLoader {
  public:
-  /// `tail`: the agent file whose own rows follow the chain's; nullptr for none. All must outlive the loader.
-  RunLoader(Store::Impl& store, const KvLayout& layout, const SegmentChain& chain, const OpenedAgent* tail,
-            const LoadOptions& options)
-      : store_(store), layout_(layout), chain_(chain), tail_(tail), options_(options) {}
+  /// All must outlive the loader.
+  RunLoader(Store::Impl& store, const KvLayout& layout, const SegmentChain& chain, const LoadOptions& options)
+      : store_(store), layout_(layout), chain_(chain), options_(options) {}
 
-  /// Opens what the first `length` tokens are in, and checks all of it but the rows. With `share_held` runs that someone in this
+  /// Opens the segments that the first `length` tokens are in, and checks all of them but the rows. With `share_held` runs that someone in this
   /// process holds are taken as they are.
   void open(int64_t length, bool share_held);
   /// The rows, of the runs before the first that has a problem.
@@ -31,20 +30,20 @@ class RunLoader {
   const std::string& problem() const { return runs_[usable()].problem; }
   bool missing() const { return !complete() && runs_[usable()].missing; }
   /// Tokens of the usable runs.
-  int64_t usable_tokens() const { return complete() ? length_ : int64_t(usable()) * kSegmentTokens; }
+  int64_t usable_tokens() const { return std::min(length_, int64_t(usable()) * kSegmentTokens); }
 
   /// Gives `snapshot` the rows of the usable runs, after `read`; of the last one its first rows where `length` ends inside it.
   void take(KvSnapshot& snapshot);
-  /// What was really read: headers, token lists, rows. The tail's file counts with its rows alone.
+  /// What was really read: headers, token lists, rows.
   int64_t bytes_read() const { return bytes_read_; }
   /// Size of segment i's file, where it was found.
   std::optional<uint64_t> segment_size(size_t i) const;
 
  private:
   struct Run {
-    std::optional<OpenedSegment> opened;  ///< unless the rows are held already, or are the tail's
+    std::optional<OpenedSegment> opened;  ///< unless the rows are held already
     FileStat stat;
-    std::shared_ptr<const SealedRun> sealed;  ///< held already, or made of the rows when they are read; the tail has none
+    std::shared_ptr<const SealedRun> sealed;  ///< held already, or made of the rows when they are read
     std::span<const std::byte> rows;     ///< where they are, or are going to be
     std::shared_ptr<const void> owner;   ///< of `rows`
     std::span<std::byte> writable;       ///< `rows`, to be read into; empty for a mapping
@@ -55,9 +54,9 @@ class RunLoader {
     bool missing = false;
   };
 
-  bool is_tail(size_t i) const { return i == chain_.names.size(); }
-  const TorporFile& file_of(size_t i) const { return is_tail(i) ? tail_->agent.file : runs_[i].opened->segment.file; }
-  int stored_tokens(size_t i) const { return is_tail(i) ? int(tail_->agent.file.rows) : kSegmentTokens; }
+  const TorporFile& file_of(size_t i) const { return runs_[i].opened->segment.file; }
+  /// Tokens that will be held in all.
+  int64_t length() const { return complete() ? length_ : usable_tokens(); }
   /// The tensors of run i that `options_` asks for when `length` tokens are held.
   TensorMask wanted(size_t i, int64_t length) const;
   void open_segment_file(size_t i);
@@ -72,7 +71,6 @@ class RunLoader {
   Store::Impl& store_;
   const KvLayout& layout_;
   const SegmentChain& chain_;
-  const OpenedAgent* tail_;
   const LoadOptions& options_;
   SegmentHeaders headers_;
   std::vector<Run> runs_;

@@ -1,51 +1,120 @@
-#include "base/hash.h"
+#include <algorithm>
+
 #include "store/segment_writer.h"
 #include "store/writing.h"
 
 namespace torpor {
+namespace {
 
-AgentDraft Store::Impl::draft_agent(AgentInfo info, const KvLayout& layout, int tail_tokens, Pieces tail,
-                                    std::span<const KvState> state, std::span<const int32_t> tokens) {
-  AgentDraft draft;
-  std::vector<std::string> checksums;
-  if (tail_tokens > 0) {
-    checksums = run_checksums(layout, tail_tokens, tail);
-    draft.data.assign(tail.begin(), tail.end());
-  }
-  for (const KvState& tensor : state) {
-    draft.data.push_back(tensor.bytes);
-    checksums.push_back(hash_hex(tensor.bytes));
-  }
-  draft.data.push_back(token_bytes(tokens));
-  checksums.push_back(hash_hex(draft.data.back()));
-  info.cache_size = int64_t(tokens.size());
-  draft.header = encode_torpor_header("agent", agent_metadata(info), layout, uint64_t(tail_tokens), state,
-                                      tokens.size(), checksums, &info.hash);
-  info.tail_bytes = int64_t(draft.header.size());
-  for (const auto& piece : draft.data) info.tail_bytes += int64_t(piece.size());
-  info.bytes += info.tail_bytes;
-  draft.info = std::move(info);
-  return draft;
+/// Rows of `n` tokens that lie apart, in one piece.
+KvTail gather_rows(const KvLayout& layout, int n, Pieces pieces) {
+  const size_t size = layout.offset(layout.tensors.size(), n);
+  const auto rows = allocate_heap_buffer(size);
+  std::byte* to = rows.get();
+  for (const auto& piece : pieces) to = std::copy(piece.begin(), piece.end(), to);
+  return {n, {rows.get(), size}, rows};
 }
+
+}  // namespace
 
 int64_t Store::Impl::bytes_to_write(const AgentDraft& draft) {
   const FileStat longest{.size = UINT64_MAX, .mtime_ns = INT64_MAX, .inode = UINT64_MAX};
-  return draft.info.tail_bytes + int64_t(encode_sidecar(draft.info, longest).size());
+  return draft.file.size() + (draft.history ? draft.history->size() : 0) + int64_t(encode_sidecar(draft.info, longest).size());
 }
 
-void Store::Impl::commit_agent(const AgentDraft& draft, Durability durability, SaveResult& result) {
-  const bool durable = durability == Durability::kFull;
-  std::vector<std::span<const std::byte>> pieces{as_bytes_of(draft.header)};
-  pieces.insert(pieces.end(), draft.data.begin(), draft.data.end());
-  const FileStat stat = write_file(agent_path(draft.info.agent_id), pieces, durable);
-  count_written(stat);
-  {
-    const std::lock_guard lock(births_mutex_);
-    births_[draft.info.agent_id] = {stat, draft.info.created_at};
+bool Store::Impl::link_part(const OwnFile& from, const std::filesystem::path& to) {
+  if (from.path == to) return false;
+  // What a crash left there under that name has its content, or is damaged.
+  if (const auto there = env.stat(to)) {
+    if (*there == from.stat) return false;
+    env.remove(to);
   }
-  if (durable) env.sync_directory(root);
+  if (!env.link(from.path, to)) {
+    const File file = env.open(from.path, OpenMode::kRead);
+    std::vector<std::byte> bytes(size_t(file.stat().size));
+    file.read_at(bytes, 0);
+    write_file(to, {bytes}, true);
+    return true;
+  }
+  if (env.stat(to) == from.stat) return true;
+  env.remove(to);
+  throw Error(ErrorCode::kNotFound, "'" + from.path.string() + "' was replaced while it was copied; try again.").with_path(from.path.string());
+}
+
+void Store::Impl::put_parts(AgentDraft& draft, bool durable, SaveResult& result, std::vector<std::filesystem::path>& put) {
+  bool changed = env.make_directory(parts_path());
+  if (changed && durable) env.sync_directory(root);
+  for (OwnFile& part : draft.kept) {
+    const auto path = part_path(draft.uid, part.ref.name);
+    if (link_part(part, path)) {
+      put.push_back(path);
+      changed = true;
+    }
+    part.path = path;
+    part.stat = env.stat(path).value_or(FileStat{});
+    if (!durable || known.is_durable(part.ref.name, part.stat)) continue;
+    env.open(path, OpenMode::kRead).sync();
+    known.set_durable(part.ref.name, part.stat);
+    changed = true;
+  }
+  if (draft.history) {
+    FileDraft& history = *draft.history;
+    history.digests.path = part_path(draft.uid, history.ref.name);
+    put.push_back(history.digests.path);
+    history.digests.stat = write_file(history.digests.path, history.pieces(), durable);
+    count_written(history.digests.stat);
+    if (durable) known.set_durable(history.ref.name, history.digests.stat);
+    result.bytes_written += int64_t(history.digests.stat.size);
+    changed = true;
+  }
+  if (changed && durable) env.sync_directory(parts_path());
+}
+
+void Store::Impl::commit_agent(AgentDraft& draft, Durability durability, SaveResult& result) {
+  const bool durable = durability == Durability::kFull;
+  const std::string& id = draft.info.agent_id;
+  std::vector<std::filesystem::path> put;
+  const auto before = own_files_known(id);
+  const bool replaces_durable = before != nullptr && !before->files.empty() &&
+                                known.is_durable(before->files.back().ref.name, before->stat);
+  FileStat stat;
+  try {
+    if (!draft.kept.empty() || draft.history) put_parts(draft, durable, result, put);
+    stat = write_file(agent_path(id), draft.file.pieces(), durable);
+    count_written(stat);
+  } catch (...) {
+    for (const auto& path : put) remove_quietly(path);
+    throw;
+  }
+  if (durable) {
+    env.sync_directory(root);
+    known.set_durable(draft.file.ref.name, stat);
+  }
+  // A power cut may bring back an old agent file that was flushed, if this one is not: what it needs is left to gc then.
+  if (durable || !replaces_durable) {
+    for (const auto& path : draft.obsolete) remove_quietly(path);
+  }
+  draft.file.digests.path = agent_path(id);
+  draft.file.digests.stat = stat;
+  OwnFiles files{stat, draft.uid, draft.info.created_at, draft.layout, {}, draft.kept};
+  if (draft.history) files.files.push_back(draft.history->digests);
+  for (const OwnFile& part : files.files) files.parts.push_back(part.ref.name);
+  files.files.push_back(draft.file.digests);
+  if (draft.digests_known) {
+    know_files(id, std::move(files));
+  } else {
+    forget_files(id);
+  }
   result.bytes_written += int64_t(stat.size);
   if (durability != Durability::kNone) result.bytes_written += write_sidecar(draft.info, stat);
+}
+
+void Store::Impl::remove_quietly(const std::filesystem::path& path) noexcept {
+  try {
+    env.remove(path);
+  } catch (const std::exception&) {
+    // gc makes up for it.
+  }
 }
 
 void Store::Impl::check_storable(const KvSnapshot& snapshot, const BorrowedRows* rows) {
@@ -60,50 +129,45 @@ void Store::Impl::check_storable(const KvSnapshot& snapshot, const BorrowedRows*
   }
 }
 
-std::string Store::Impl::date_of_birth(const std::string& id, const std::string& now) {
-  const auto stat = env.stat(agent_path(id));
-  if (!stat) return now;
-  {
-    const std::lock_guard lock(births_mutex_);
-    if (const auto known = births_.find(id); known != births_.end() && known->second.first == *stat) return known->second.second;
-  }
-  try {
-    return open_agent(id).agent.info.created_at;
-  } catch (const Error& error) {
-    if (error.code() == ErrorCode::kIo) throw;
-    return now;  // a damaged file is being replaced: the agent begins anew
-  }
-}
-
 SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, const BorrowedRows* rows,
-                             const std::string& model, const UserMetadata& user, const RecordMetadata& record,
-                             Durability durability) {
+                             const std::string& model, const UserMetadata& user, Durability durability, const AgentNotes& notes) {
   check_agent_id(id);
   check_storable(snapshot, rows);
   AgentInfo info;
   info.agent_id = id;
   info.model = model;
   info.identity = snapshot.identity;
+  info.lineage = snapshot.lineage;
+  info.conversation = snapshot.conversation;
+  info.record = notes.record;
   info.user = user;
-  info.record = record;
   info.created_at = info.updated_at = format_time(env.now());
 
   Writing writing(*this);
-  info.created_at = date_of_birth(id, info.updated_at);
+  const std::shared_ptr<const OwnFiles> replaced = own_files(id);
+  if (replaced != nullptr) info.created_at = replaced->created_at;
   SegmentWriter segments(*this, snapshot, rows);
-  const int tail_tokens = int(snapshot.tokens.size() % kSegmentTokens);
-  Pieces tail{&snapshot.tail.bytes, 1};
-  if (rows != nullptr && tail_tokens > 0) tail = rows->runs.back().pieces;
+  AgentState agent{.layout = snapshot.layout, .tokens = segments.tokens(), .tail = snapshot.tail, .state = snapshot.state,
+                   .messages = notes.messages};
+  agent.sealed = int64_t(snapshot.tokens.size()) / kSegmentTokens * kSegmentTokens;
+  if (const int n = int(int64_t(snapshot.tokens.size()) - agent.sealed); rows != nullptr && n > 0) {
+    agent.tail = gather_rows(snapshot.layout, n, rows->runs.back().pieces);
+  }
+  const bool has_uid = replaced != nullptr && !replaced->uid.empty();
+  const std::string uid = has_uid ? replaced->uid : env.random_id();
+  const std::vector<OwnFile> held = has_uid ? held_files(*replaced, agent) : std::vector<OwnFile>();
   const auto draft_now = [&] {
     info.segments = segments.names();
     info.bytes = segments.bytes();
-    return draft_agent(info, snapshot.layout, tail_tokens, tail, snapshot.state, segments.tokens());
+    AgentDraft draft = draft_agent(info, uid, agent, held);
+    if (has_uid) find_obsolete(uid, replaced->parts, draft);
+    return draft;
   };
   AgentDraft draft = draft_now();
   const auto make_room = [&] {
     writing.make_room("Saving the agent '" + id + "'", segments.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
   };
-  for (make_room(); !writing.claim(segments.names(), segments.found()); make_room()) {
+  for (make_room(); !writing.claim(claims_of(draft), segments.found()); make_room()) {
     segments.plan();
     draft = draft_now();
   }

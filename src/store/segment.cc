@@ -9,6 +9,11 @@
 namespace torpor {
 namespace {
 
+constexpr const char* kOldInt8Suffix = "+int8";
+
+/// Under which key a segment's file has its lineage.
+const char* lineage_key(int version) { return version < 3 ? "identity_digest" : "lineage"; }
+
 [[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
   throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".");
 }
@@ -17,13 +22,52 @@ namespace {
 
 std::string segment_name(const SegmentPlace& place, const std::string& variant) {
   Hasher hasher;
-  hasher.update_field("torpor segment 1")
-      .update_field(place.identity_digest)
+  hasher.update_field(place.old_names ? "torpor segment 1" : "torpor segment 3")
+      .update_field(place.lineage)
       .update_field(place.layout_digest)
       .update_field(place.parent)
-      .update_field(variant)
-      .update(token_bytes(place.tokens));
+      .update_field(variant);
+  if (!place.old_names) hasher.update_field("");  // the digests of its images and sounds
+  return hasher.update(token_bytes(place.tokens)).hex();
+}
+
+std::string lineage_digest(const Identity& identity, const Lineage& lineage, int64_t position) {
+  Hasher hasher;
+  if (lineage.old_names) {
+    const bool int8 = lineage.numerics_at(position).starts_with("int8");
+    hasher.update_field("architecture").update_field(identity.architecture);
+    hasher.update_field("config").update_field(identity.config + (int8 ? kOldInt8Suffix : ""));
+    hasher.update_field("weights").update_field(identity.weights);
+    hasher.update_field("tokenizer").update_field(lineage.old_names->tokenizer);
+    hasher.update_field("chat_template").update_field(lineage.old_names->chat_template);
+    hasher.update_field("rope").update_field(identity.rope);
+    hasher.update_field("kv").update_field(identity.kv);
+    return hasher.hex();
+  }
+  hasher.update_field("torpor lineage 3");
+  for (const auto& [name, value] : identity.fields()) hasher.update_field(value);
+  hasher.update_field(lineage.numerics_at(position)).update_field("");  // the salt of the tenant `local`
   return hasher.hex();
+}
+
+SegmentChain::SegmentChain(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                           std::span<const std::string> chain_names, std::span<const int32_t> chain_tokens)
+    : names(chain_names), tokens(chain_tokens), old_names_(lineage.old_names.has_value()),
+      layout_digest_(torpor::layout_digest(layout, old_names_ ? kOldVersion : kFormatVersion)) {
+  lineages_.emplace_back(0, lineage_digest(identity, lineage, 0));
+  for (const Lineage::Range& range : lineage.ranges) {
+    if (range.first > 0) lineages_.emplace_back(range.first, lineage_digest(identity, lineage, range.first));
+  }
+}
+
+SegmentPlace SegmentChain::place(size_t i, std::string parent) const {
+  const int64_t position = int64_t(i) * kSegmentTokens;
+  const std::string* lineage = &lineages_.front().second;
+  for (const auto& [first, digest] : lineages_) {
+    if (first <= position) lineage = &digest;
+  }
+  return {old_names_, *lineage, layout_digest_, std::move(parent),
+          tokens.empty() ? tokens : tokens.subspan(size_t(position), kSegmentTokens)};
 }
 
 std::string content_digest(const std::vector<std::string>& layer_checksums) { return hash_hex(join(layer_checksums)); }
@@ -41,8 +85,9 @@ SegmentFile parse_segment_file(std::span<const std::byte> prefix, uint64_t file_
                            std::to_string(segment.file.n_tokens) + " and " + std::to_string(segment.file.rows) + " rows");
   }
   if (!segment.file.state().empty()) corrupt(file_name, "a segment holds state");
+  if (segment.file.has_messages) corrupt(file_name, "a segment holds messages");
   segment.parent = segment.file.required("parent", file_name);
-  segment.identity_digest = segment.file.required("identity_digest", file_name);
+  segment.lineage = segment.file.required(lineage_key(segment.file.version), file_name);
   segment.variant = segment.file.required("variant", file_name);
   if (!segment.variant.empty() && segment.variant != segment.content()) {
     corrupt(file_name, "its variant is not the digest of its rows");
@@ -56,8 +101,8 @@ OpenedSegment open_segment(Env& env, const std::filesystem::path& path, const st
   const FileStat stat = handle.stat();
   const std::string file_name = path.string();
   SegmentFile segment = headers.parse(read_header_bytes(handle, stat.size), stat.size, file_name);
-  if (segment.identity_digest != place.identity_digest) corrupt(file_name, "it belongs to another model");
-  if (layout_digest(segment.file.layout) != place.layout_digest) corrupt(file_name, "its layout is not the agent's");
+  if (segment.lineage != place.lineage) corrupt(file_name, "it belongs to another model");
+  if (layout_digest(segment.file.layout, segment.file.version) != place.layout_digest) corrupt(file_name, "its layout is not the agent's");
   if (segment.parent != place.parent) corrupt(file_name, "it does not follow the segment before it");
   const auto tokens = read_tokens(handle, segment.file);
   if (!std::equal(tokens.begin(), tokens.end(), place.tokens.begin(), place.tokens.end())) {
@@ -71,9 +116,11 @@ std::string encode_segment_header(const SegmentPlace& place, const std::string& 
                                   const std::vector<std::string>& layer_checksums) {
   auto checksums = layer_checksums;
   checksums.push_back(hash_hex(token_bytes(place.tokens)));
-  return encode_torpor_header(
-      "segment", {{"parent", place.parent}, {"identity_digest", place.identity_digest}, {"variant", variant}}, layout,
-      kSegmentTokens, {}, kSegmentTokens, checksums);
+  const int version = place.old_names ? kOldVersion : kFormatVersion;
+  return encode_torpor_header({.kind = "segment", .version = version,
+                               .metadata = {{"parent", place.parent}, {lineage_key(version), place.lineage}, {"variant", variant}},
+                               .rows = kSegmentTokens, .n_tokens = kSegmentTokens, .checksums = std::move(checksums)},
+                              layout);
 }
 
 }  // namespace torpor

@@ -37,7 +37,7 @@ void SegmentWriter::name_unknown_tokens() {
 
 void SegmentWriter::plan() {
   segments_.clear();
-  const std::string identity = snapshot_.identity.digest(), layout = layout_digest(snapshot_.layout);
+  const SegmentChain chain(snapshot_.identity, snapshot_.lineage, snapshot_.layout, {}, tokens_);
   const size_t rows_size = snapshot_.layout.offset(snapshot_.layout.tensors.size(), kSegmentTokens);
   std::string parent;
   for (size_t i = 0; i < checksums_.size(); ++i) {
@@ -49,7 +49,7 @@ void SegmentWriter::plan() {
     }
     segment.rows = rows_of(i);
     segment.checksums = &checksums_[i];
-    segment.place = {identity, layout, parent, std::span<const int32_t>(tokens_).subspan(i * kSegmentTokens, kSegmentTokens)};
+    segment.place = chain.place(i, parent);
     choose_name(segment);
     if (segment.write) {
       segment.stat = {.size = header_size(segment) + rows_size + token_bytes(segment.place.tokens).size()};

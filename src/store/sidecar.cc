@@ -20,6 +20,9 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
   for (const auto& [name, value] : info.identity.fields()) identity[name] = value;
   for (const auto& [name, value] : info.user) user[name] = value;
   for (const auto& [name, value] : info.record) record[name] = value;
+  Json lineage = {{"numerics", Json::array()}};
+  for (const auto& [first, numerics] : info.lineage.ranges) lineage["numerics"].push_back({first, numerics});
+  if (const auto& old = info.lineage.old_names) lineage["old_names"] = {old->tokenizer, old->chat_template};
   const Json json = {{"sidecar_checksum", kZeros},
                      {"agent_id", info.agent_id},
                      {"model", info.model},
@@ -28,6 +31,9 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
                      {"created_at", info.created_at},
                      {"updated_at", info.updated_at},
                      {"identity", identity},
+                     {"lineage", lineage},
+                     {"conversation", {{"tokenizer", info.conversation.tokenizer}, {"chat_template", info.conversation.chat_template}}},
+                     {"record", record},
                      {"user", user},
                      {"record", record},
                      {"bytes", info.bytes},
@@ -67,6 +73,15 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
     std::vector<std::pair<std::string, std::string>> identity;
     for (const auto& [name, value] : json.at("identity").items()) identity.emplace_back(name, value.get<std::string>());
     info.identity = Identity::from_fields(identity);
+    for (const Json& range : json.at("lineage").at("numerics")) {
+      info.lineage.ranges.push_back({range.at(0).get<int64_t>(), range.at(1).get<std::string>()});
+    }
+    if (const auto old = json.at("lineage").find("old_names"); old != json.at("lineage").end()) {
+      info.lineage.old_names = {old->at(0).get<std::string>(), old->at(1).get<std::string>()};
+    }
+    const Json& conversation = json.at("conversation");
+    info.conversation = {conversation.at("tokenizer").get<std::string>(), conversation.at("chat_template").get<std::string>()};
+    for (const auto& [name, value] : json.at("record").items()) info.record.emplace_back(name, value.get<std::string>());
     for (const auto& [name, value] : json.at("user").items()) info.user.emplace_back(name, value.get<std::string>());
     for (const auto& [name, value] : json.at("record").items()) info.record.emplace_back(name, value.get<std::string>());
     return info;

@@ -121,12 +121,12 @@ bool Store::is_awake(const std::string& agent_id) const {
   return impl_->locks.is_awake(agent_id);
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
-                                   const UserMetadata& user, Durability durability, const RecordMetadata& record) {
-  return impl_->save(agent_id, snapshot, nullptr, model, user, record, durability);
+                                   const UserMetadata& user, Durability durability, const AgentNotes& notes) {
+  return impl_->save(agent_id, snapshot, nullptr, model, user, durability, notes);
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const BorrowedRows& rows,
-                                   const std::string& model, const UserMetadata& user, Durability durability) {
-  return impl_->save(agent_id, snapshot, &rows, model, user, {}, durability);
+                                   const std::string& model, const UserMetadata& user, Durability durability, const AgentNotes& notes) {
+  return impl_->save(agent_id, snapshot, &rows, model, user, durability, notes);
 }
 LoadedAgent Store::load_agent_cache(const std::string& agent_id, const LoadOptions& options) const {
   return impl_->load(agent_id, options);
@@ -136,18 +136,21 @@ LoadedAgent Store::load_into(const std::string& agent_id, RowSink& sink, const I
   return impl_->load(agent_id, {.expected = expected, .allocate = allocate}, &sink);
 }
 std::vector<int32_t> Store::agent_tokens(const std::string& agent_id) const {
-  const OpenedAgent opened = impl_->open_agent(agent_id);
-  return read_tokens(opened.handle, opened.agent.file);
+  return impl_->read_agent(agent_id).ids;
+}
+std::vector<StoredMessage> Store::agent_messages(const std::string& agent_id) const {
+  return impl_->read_agent(agent_id).messages;
 }
 SaveResult Store::save_prefix(const KvSnapshot& snapshot, Durability durability) {
   return impl_->save_prefix(snapshot, durability);
 }
-int64_t Store::find_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens) const {
-  return int64_t(impl_->find_prefix(identity, layout, tokens).size()) * kSegmentTokens;
+int64_t Store::find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                           std::span<const int32_t> tokens) const {
+  return int64_t(impl_->find_prefix(identity, lineage, layout, tokens).size()) * kSegmentTokens;
 }
-LoadedPrefix Store::load_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens,
-                                const LoadOptions& options) const {
-  return impl_->load_prefix(identity, layout, tokens, options);
+LoadedPrefix Store::load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                                std::span<const int32_t> tokens, const LoadOptions& options) const {
+  return impl_->load_prefix(identity, lineage, layout, tokens, options);
 }
 std::shared_ptr<const SealedRun> Store::map_segment(const std::string& name) const {
   return impl_->map_segment(name);
@@ -161,6 +164,7 @@ SaveResult Store::copy_agent_cache(const std::string& src, const std::string& ds
 void Store::rename_agent_cache(const std::string& agent_id, const std::string& new_id) {
   impl_->rename_agent(agent_id, new_id);
 }
+SaveResult Store::upgrade_agent(const std::string& agent_id) { return impl_->upgrade_agent(agent_id); }
 void Store::set_disk_limits(const DiskLimits& limits) { impl_->set_disk_limits(limits); }
 AgentInfo Store::agent_info(const std::string& agent_id) const { return impl_->info(agent_id); }
 bool Store::contains(const std::string& agent_id) const {

@@ -8,7 +8,7 @@
 
 #include "base/env.h"
 #include "base/parallel.h"
-#include "store/agent_file.h"
+#include "store/agent_draft.h"
 #include "store/known.h"
 #include "store/segment.h"
 #include "store/sidecar.h"
@@ -19,13 +19,6 @@
 #include "torpor/store.h"
 
 namespace torpor {
-
-/// An agent file ready to be written.
-struct AgentDraft {
-  AgentInfo info;
-  std::string header;
-  std::vector<std::span<const std::byte>> data;  ///< the tail, the state, the tokens
-};
 
 struct OpenedAgent {
   File handle;
@@ -48,6 +41,12 @@ struct Store::Impl {
   std::filesystem::path segment_path(const std::string& name) const {
     return segment_directory(name) / (name + ".safetensors");
   }
+  std::filesystem::path parts_path() const { return root / "parts"; }
+  std::filesystem::path part_path(const std::string& uid, const std::string& name) const {
+    return parts_path() / (uid + "-" + name + ".safetensors");
+  }
+  /// What a part is called by who claims it, or removes what is not claimed: as long as a segment's name.
+  static std::string part_claim(const std::string& uid, const std::string& name);
 
   StoreLocks locks{env, root};
   FileLock lock_agent(const std::string& id);
@@ -62,34 +61,63 @@ struct Store::Impl {
   /// Best effort: a read-only or full store still lists.
   int64_t write_sidecar(const AgentInfo& info, const FileStat& agent_file) noexcept;
 
+  // ---- an agent's own files
+  /// Its parts and the agent file, as long as `opened` lives. What is wrong with a part is said in it. kIo.
+  std::vector<OpenedFile> open_own_files(const OpenedAgent& opened);
+  /// The same as they were last seen intact, and read unless this process has seen them. nullptr when there is no agent file, or
+  /// a damaged one. kIo.
+  std::shared_ptr<const OwnFiles> own_files(const std::string& id);
+  /// Those that this process has seen, be they still there or not; nullptr when it has seen none.
+  std::shared_ptr<const OwnFiles> own_files_known(const std::string& id);
+  void know_files(const std::string& id, OwnFiles files);
+  void know_files(const std::string& id, const OpenedAgent& opened, std::vector<OwnFile> files);
+  void forget_files(const std::string& id);
+  /// Header of the agent file; nullopt when there is none that can be read.
+  std::optional<AgentFile> agent_file(const std::string& id);
+  /// Those of the files, from the first on, that hold what `agent` begins with: ids, messages and rows are equal. The last
+  /// one may hold more.
+  std::vector<OwnFile> held_files(const OwnFiles& known, const AgentState& agent);
+  /// Reads the file for what it holds up to position `end`. False when it is damaged.
+  bool cut_own_file(OwnFile& file, const KvLayout& layout, int64_t end);
+  /// Of parts of an agent, those that `draft` has no more.
+  void find_obsolete(const std::string& uid, const std::vector<std::string>& parts, AgentDraft& draft);
+  /// What nobody may remove until `draft` is committed (Writing::claim).
+  std::vector<std::string> claims_of(const AgentDraft& draft);
+  /// Gives a file another name, or copies it where it can't have two. False when it has it already.
+  bool link_part(const OwnFile& from, const std::filesystem::path& to);
+  /// Everything that the agent file is going to name is there when this returns; `put` are those that were not before.
+  void put_parts(AgentDraft& draft, bool durable, SaveResult& result, std::vector<std::filesystem::path>& put);
+  /// What can't be removed now is left to gc.
+  void remove_quietly(const std::filesystem::path& path) noexcept;
+  /// Ids and messages alone. kNotFound, kCorruption.
+  OwnState read_agent(const std::string& id);
+  /// To `info.bytes` and `tail_bytes`, which are the agent file's, those of its parts and segments.
+  void add_file_sizes(AgentInfo& info, const AgentFile& agent);
+
   // ---- the work
   /// `rows`: where they are when they are not the snapshot's; else nullptr.
   SaveResult save(const std::string& id, const KvSnapshot& snapshot, const BorrowedRows* rows, const std::string& model,
-                  const UserMetadata& user, const RecordMetadata& record, Durability durability);
+                  const UserMetadata& user, Durability durability, const AgentNotes& notes);
   /// kInvalidArgument.
   void check_storable(const KvSnapshot& snapshot, const BorrowedRows* rows);
-  /// `created_at` of the agent that a save replaces, else `now`. What this process has saved is not read for it.
-  std::string date_of_birth(const std::string& id, const std::string& now);
-  /// `info.bytes`: its segments'. `tail`: the rows of `tail_tokens` tokens. These, `state`'s bytes and `tokens` must outlive
-  /// the draft.
-  AgentDraft draft_agent(AgentInfo info, const KvLayout& layout, int tail_tokens, Pieces tail, std::span<const KvState> state,
-                         std::span<const int32_t> tokens);
-  /// Of the agent file and, at most, its sidecar.
+  /// Of the agent file, a part that is written with it and, at most, its sidecar.
   int64_t bytes_to_write(const AgentDraft& draft);
   /// The commit of save and copy, and the sidecar.
-  void commit_agent(const AgentDraft& draft, Durability durability, SaveResult& result);
+  void commit_agent(AgentDraft& draft, Durability durability, SaveResult& result);
   /// Files that a save which asked for less may have left in the page cache, or whose fsync we did not see.
   void flush_segments(const std::vector<std::pair<std::string, FileStat>>& segments);
   /// `sink`: gets the rows of a whole agent, which the snapshot then lacks; else nullptr.
   LoadedAgent load(const std::string& id, const LoadOptions& options, RowSink* sink = nullptr);
   SaveResult copy(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates = false);
-  /// nullopt when a segment of `src` was removed meanwhile.
+  /// nullopt when something that `src` needs was removed meanwhile.
   std::optional<SaveResult> copy_once(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates);
   void rename_agent(const std::string& id, const std::string& new_id);
+  SaveResult upgrade_agent(const std::string& id);
   /// Names of the segments.
-  std::vector<std::string> find_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens);
-  LoadedPrefix load_prefix(const Identity& identity, const KvLayout& layout, std::span<const int32_t> tokens,
-                           const LoadOptions& options);
+  std::vector<std::string> find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                                       std::span<const int32_t> tokens);
+  LoadedPrefix load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                           std::span<const int32_t> tokens, const LoadOptions& options);
   SaveResult save_prefix(const KvSnapshot& snapshot, Durability durability);
   std::shared_ptr<const SealedRun> map_segment(const std::string& name);
   std::vector<std::string> agent_ids();
@@ -103,8 +131,13 @@ struct Store::Impl {
   };
   std::vector<StoredSegment> stored_segments();
   std::vector<std::filesystem::path> temporary_files();
-  /// Names of segments that some agent needs, read from the agent files themselves. kCorruption when one can't be read.
-  std::unordered_set<std::string> live_segments();
+  struct StoredPart {
+    std::string uid, name;
+    FileStat stat;
+  };
+  std::vector<StoredPart> stored_parts();
+  /// Names of segments, and paths of parts, that some agent needs, read from the agent files themselves. kCorruption when one can't be read.
+  std::unordered_set<std::string> live_files();
   void remove_agent(const std::string& id);
   /// kNotFound says which agent.
   void require_agent(const std::string& id);
@@ -146,8 +179,8 @@ struct Store::Impl {
   }
 
  private:
-  std::mutex limits_mutex_, counter_mutex_, births_mutex_;
-  std::unordered_map<std::string, std::pair<FileStat, std::string>> births_;  ///< by agent id: its file as we wrote it, created_at
+  std::mutex limits_mutex_, counter_mutex_, own_files_mutex_;
+  std::unordered_map<std::string, std::shared_ptr<const OwnFiles>> own_files_;  ///< by agent id
   DiskLimits limits_;
   std::atomic<int64_t> unrecorded_{0};
 };

@@ -44,22 +44,16 @@ std::string header_checksum(std::span<const std::byte> header) {
   return hasher.hex();
 }
 
-std::string encode_layout(const KvLayout& layout) {
-  std::string text;
-  for (const auto& spec : layout.tensors) {
-    if (!text.empty()) text += ',';
-    text += spec.name + ":" + kv_dtype_name(spec.dtype) + ":" + std::to_string(spec.n_kv_heads) + ":" +
-            std::to_string(spec.dim) + ":" + std::to_string(spec.window);
-  }
-  return text;
-}
-
 bool parse_int(std::string_view text, int& out) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), out);
   return error == std::errc() && end == text.data() + text.size();
 }
 
-std::optional<KvLayout> decode_layout(std::string_view text) {
+/// How a tensor's elements lie, of which only this one is written and read.
+constexpr std::string_view kRowOrder = "rows";
+
+KvLayout decode_layout(std::string_view text, int version, const std::string& file_name) {
+  const char* const kNotUnderstood = "its layout can't be understood";
   KvLayout layout;
   for (const std::string& part : split(text)) {
     std::vector<std::string_view> fields;
@@ -70,12 +64,18 @@ std::optional<KvLayout> decode_layout(std::string_view text) {
       rest.remove_prefix(colon + 1);
     }
     KvTensorSpec spec;
-    if (fields.size() != 5) return std::nullopt;
+    if (fields.size() != (version < 3 ? 5 : 6)) corrupt(file_name, kNotUnderstood);
     spec.name = fields[0];
     const auto dtype = parse_kv_dtype(fields[1]);
     if (!dtype || !parse_int(fields[2], spec.n_kv_heads) || !parse_int(fields[3], spec.dim) ||
         !parse_int(fields[4], spec.window)) {
-      return std::nullopt;
+      corrupt(file_name, kNotUnderstood);
+    }
+    if (version >= 3 && fields[5] != kRowOrder) {
+      throw Error(ErrorCode::kIncompatible, "'" + file_name + "' keeps the elements of '" + spec.name + "' in the order '" +
+                                                std::string(fields[5]) + "', which this Torpor does not know; use a newer one.")
+          .with_path(file_name)
+          .with_field("layout", std::string(kRowOrder), std::string(fields[5]));
     }
     spec.dtype = *dtype;
     layout.tensors.push_back(std::move(spec));
@@ -83,36 +83,21 @@ std::optional<KvLayout> decode_layout(std::string_view text) {
   try {
     check_layout(layout);
   } catch (const Error&) {
-    return std::nullopt;
+    corrupt(file_name, kNotUnderstood);
   }
   return layout;
 }
 
-/// The tensors are exactly those the layout promises, in its order, then `tokens`.
-void check_tensors(TorporFile& file, const std::string& file_name) {
-  auto& tensors = file.header.tensors;
-  // An empty tensor sorts before the one it stands in front of; `tokens` belongs last, whatever its size.
-  const auto tokens = std::find_if(tensors.begin(), tensors.end(), [](const auto& t) { return t.name == "tokens"; });
-  if (tokens == tensors.end()) corrupt(file_name, "it has no tensor 'tokens'");
-  if (tokens + 1 != tensors.end()) corrupt(file_name, "its tensor 'tokens' is not the last");
-  if (tokens->dtype != "I32" || tokens->shape.size() != 1) corrupt(file_name, "its tensor 'tokens' is not a list of I32");
-  file.n_tokens = tokens->shape[0];
-  const bool has_state = file.required("format_version", file_name) == kFormatVersionWithState;
-  const std::string* state_text = has_state ? file.header.metadata_value("state") : nullptr;
-  const std::vector<std::string> state = split(state_text != nullptr ? *state_text : "");
-  if (tensors.size() - 1 < state.size()) corrupt(file_name, "it lacks some of the tensors that its state names");
-  const size_t n_layers = tensors.size() - 1 - state.size();
-  for (size_t i = 0; i < state.size(); ++i) {
-    const auto& tensor = tensors[n_layers + i];
-    if (tensor.name != state[i]) corrupt(file_name, "tensor '" + tensor.name + "' stands where its state has '" + state[i] + "'");
-    if (tensor.size() == 0) corrupt(file_name, "the state '" + tensor.name + "' is empty");
-  }
-  if (n_layers == 0) return;
-  if (n_layers != file.layout.tensors.size()) {
-    corrupt(file_name, "it has " + std::to_string(n_layers) + " layer tensors, its layout names " +
+/// In agents and parts of version 3: one tensor `rows`, and messages of their own.
+bool is_flat(std::string_view kind, int version) { return version >= 3 && (kind == "agent" || kind == "part"); }
+
+void check_layer_tensors(TorporFile& file, const std::string& file_name) {
+  const auto& tensors = file.header.tensors;
+  if (file.row_tensors != file.layout.tensors.size()) {
+    corrupt(file_name, "it has " + std::to_string(file.row_tensors) + " layer tensors, its layout names " +
                            std::to_string(file.layout.tensors.size()));
   }
-  for (size_t i = 0; i < n_layers; ++i) {
+  for (size_t i = 0; i < file.row_tensors; ++i) {
     const auto& spec = file.layout.tensors[i];
     const auto& tensor = tensors[i];
     if (tensor.name != spec.name) corrupt(file_name, "tensor '" + tensor.name + "' stands where its layout has '" + spec.name + "'");
@@ -123,6 +108,53 @@ void check_tensors(TorporFile& file, const std::string& file_name) {
     }
   }
   if (file.rows == 0) corrupt(file_name, "its layer tensors have no rows");
+}
+
+void check_flat_rows(TorporFile& file, size_t bytes_per_token, const std::string& file_name) {
+  const SafetensorsTensor& rows = file.header.tensors.front();
+  if (file.row_tensors != 1 || rows.name != "rows" || rows.dtype != "U8" || rows.shape.size() != 1) {
+    corrupt(file_name, "tensor '" + rows.name + "' stands where its rows should be");
+  }
+  if (bytes_per_token == 0 || rows.size() == 0 || rows.size() % bytes_per_token != 0) {
+    corrupt(file_name, "its rows are not those of whole tokens");
+  }
+  file.rows = rows.size() / bytes_per_token;
+}
+
+/// The rows' tensors, then the state's, then `messages`, then `tokens`.
+void check_tensors(TorporFile& file, size_t bytes_per_token, const std::string& file_name) {
+  auto& tensors = file.header.tensors;
+  // An empty tensor sorts before the one it stands in front of; `tokens` belongs last, whatever its size.
+  const auto tokens = std::find_if(tensors.begin(), tensors.end(), [](const auto& t) { return t.name == "tokens"; });
+  if (tokens == tensors.end()) corrupt(file_name, "it has no tensor 'tokens'");
+  if (tokens + 1 != tensors.end()) corrupt(file_name, "its tensor 'tokens' is not the last");
+  if (tokens->dtype != "I32" || tokens->shape.size() != 1) corrupt(file_name, "its tensor 'tokens' is not a list of I32");
+  file.n_tokens = tokens->shape[0];
+  size_t others = tensors.size() - 1;
+  if (file.version >= 3 && others > 0 && tensors[others - 1].name == "messages") {
+    const auto& messages = tensors[others - 1];
+    if (messages.dtype != "U8" || messages.shape.size() != 1 || messages.size() == 0) {
+      corrupt(file_name, "its tensor 'messages' is not a text");
+    }
+    file.has_messages = true;
+    --others;
+  }
+  const std::string* state_text = file.version >= 2 ? file.header.metadata_value("state") : nullptr;
+  const std::vector<std::string> state = split(state_text != nullptr ? *state_text : "");
+  if (others < state.size()) corrupt(file_name, "it lacks some of the tensors that its state names");
+  file.state_tensors = state.size();
+  file.row_tensors = others - state.size();
+  for (size_t i = 0; i < state.size(); ++i) {
+    const auto& tensor = tensors[file.row_tensors + i];
+    if (tensor.name != state[i]) corrupt(file_name, "tensor '" + tensor.name + "' stands where its state has '" + state[i] + "'");
+    if (tensor.size() == 0) corrupt(file_name, "the state '" + tensor.name + "' is empty");
+  }
+  if (file.row_tensors == 0) return;
+  if (is_flat(file.kind, file.version)) {
+    check_flat_rows(file, bytes_per_token, file_name);
+  } else {
+    check_layer_tensors(file, file_name);
+  }
 }
 
 /// Reads the layer tensors [first, last) chunk by chunk; `buffer_for(position, size)` says where the bytes go.
@@ -166,12 +198,12 @@ std::string check_header_checksum(std::span<const std::byte> header, const std::
   return stored;
 }
 
-uint64_t TorporFile::rows_bytes() const { return rows > 0 ? header.tensors[layer_tensors() - 1].end : 0; }
+uint64_t TorporFile::rows_bytes() const { return row_tensors > 0 ? header.tensors[row_tensors - 1].end : 0; }
 
 uint64_t TorporFile::rows_bytes(const TensorMask& wanted) const {
   uint64_t bytes = 0;
-  for (size_t i = 0; i < layer_tensors(); ++i) {
-    if (wanted[i]) bytes += header.tensors[i].end - header.tensors[i].begin;
+  for (size_t i = 0; i < row_tensors; ++i) {
+    if (wanted[i]) bytes += header.tensors[i].size();
   }
   return bytes;
 }
@@ -182,22 +214,27 @@ const std::string& TorporFile::required(std::string_view key, const std::string&
   return *value;
 }
 
-TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name) {
+TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name,
+                             const KnownLayout* known) {
   TorporFile file;
   file.header = parse_safetensors_header(prefix, file_size, file_name);
   file.checksum = check_header_checksum(prefix.first(size_t(file.header.data_start)), file_name);
   const std::string& version = file.required("format_version", file_name);
-  if (version != kFormatVersion && version != kFormatVersionWithState) {
-    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has format version " + version + ", this Torpor reads " +
-                                              kFormatVersionWithState + " and older; use a newer one.")
+  if (!parse_int(version, file.version) || file.version < 1 || file.version > kFormatVersion) {
+    const std::string newest = std::to_string(kFormatVersion);
+    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has format version " + version + ", this Torpor reads " + newest +
+                                              " and older; use a newer one.")
         .with_path(file_name)
-        .with_field("format_version", kFormatVersionWithState, version);
+        .with_field("format_version", newest, version);
   }
   file.kind = file.required("kind", file_name);
-  const auto layout = decode_layout(file.required("layout", file_name));
-  if (!layout) corrupt(file_name, "its layout can't be understood");
-  file.layout = *layout;
-  check_tensors(file, file_name);
+  const std::string& layout = file.required("layout", file_name);
+  if (known == nullptr) {
+    file.layout = decode_layout(layout, file.version, file_name);
+  } else if (layout != known->text) {
+    corrupt(file_name, "its layout is not the agent's");
+  }
+  check_tensors(file, known != nullptr ? known->bytes_per_token : file.layout.bytes_per_token(), file_name);
   file.checksums = split(file.required("checksums", file_name));
   if (file.checksums.size() != file.header.tensors.size() ||
       !std::all_of(file.checksums.begin(), file.checksums.end(), is_hex_digest)) {
@@ -206,30 +243,31 @@ TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_si
   return file;
 }
 
-std::string encode_torpor_header(std::string_view kind, const Metadata& metadata, const KvLayout& layout, uint64_t rows,
-                                 std::span<const KvState> state, uint64_t n_tokens, const std::vector<std::string>& checksums,
-                                 std::string* checksum) {
+std::string encode_torpor_header(const FileContents& contents, const KvLayout& layout, std::string* checksum) {
   Metadata all = {{"checksum", std::string(kDigestLength, '0')},
-                  {"format_version", state.empty() ? kFormatVersion : kFormatVersionWithState},
-                  {"kind", std::string(kind)}};
-  all.insert(all.end(), metadata.begin(), metadata.end());
-  if (!state.empty()) {
+                  {"format_version", std::to_string(contents.version)},
+                  {"kind", std::string(contents.kind)}};
+  all.insert(all.end(), contents.metadata.begin(), contents.metadata.end());
+  if (!contents.state.empty()) {
     std::vector<std::string> names;
-    for (const KvState& tensor : state) names.push_back(tensor.name);
+    for (const KvState& tensor : contents.state) names.push_back(tensor.name);
     all.emplace_back("state", join(names));
   }
-  all.emplace_back("layout", encode_layout(layout));
-  all.emplace_back("checksums", join(checksums));
+  all.emplace_back("layout", encode_layout(layout, contents.version));
+  all.emplace_back("checksums", join(contents.checksums));
   std::vector<SafetensorsTensor> tensors;
-  if (rows > 0) {
+  if (contents.rows > 0 && is_flat(contents.kind, contents.version)) {
+    tensors.push_back({.name = "rows", .dtype = "U8", .shape = {contents.rows * layout.bytes_per_token()}});
+  } else if (contents.rows > 0) {
     for (const auto& spec : layout.tensors) {
       tensors.push_back({.name = spec.name,
                          .dtype = kv_dtype_name(spec.dtype),
-                         .shape = {1, uint64_t(spec.n_kv_heads), rows, uint64_t(spec.dim)}});
+                         .shape = {1, uint64_t(spec.n_kv_heads), contents.rows, uint64_t(spec.dim)}});
     }
   }
-  for (const KvState& tensor : state) tensors.push_back({.name = tensor.name, .dtype = tensor.dtype, .shape = tensor.shape});
-  tensors.push_back({.name = "tokens", .dtype = "I32", .shape = {n_tokens}});
+  for (const KvState& tensor : contents.state) tensors.push_back({.name = tensor.name, .dtype = tensor.dtype, .shape = tensor.shape});
+  if (contents.message_bytes > 0) tensors.push_back({.name = "messages", .dtype = "U8", .shape = {contents.message_bytes}});
+  tensors.push_back({.name = "tokens", .dtype = "I32", .shape = {contents.n_tokens}});
   std::string header = encode_safetensors_header(tensors, all);
   const std::string digest = header_checksum(std::as_bytes(std::span(header.data(), header.size())));
   header.replace(kChecksumAt, kDigestLength, digest);
@@ -261,6 +299,16 @@ std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed) {
   return tokens;
 }
 
+std::string read_messages(const File& file, const TorporFile& parsed) {
+  if (!parsed.has_messages) return {};
+  const auto& tensor = parsed.header.tensors[parsed.messages_index()];
+  std::string text(size_t(tensor.size()), '\0');
+  const auto bytes = std::as_writable_bytes(std::span(text.data(), text.size()));
+  file.read_at(bytes, parsed.header.data_start + tensor.begin);
+  if (hash_hex(bytes) != parsed.checksums[parsed.messages_index()]) corrupt_tensor(file.path().string(), tensor);
+  return text;
+}
+
 namespace {
 
 /// fn(first, last) for each stretch of `wanted` tensors among `count`.
@@ -277,7 +325,7 @@ void for_each_stretch(const TensorMask& wanted, size_t count, Fn fn) {
 }  // namespace
 
 void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted, std::span<std::byte> out) {
-  for_each_stretch(wanted, parsed.layer_tensors(), [&](size_t first, size_t last) {
+  for_each_stretch(wanted, parsed.row_tensors, [&](size_t first, size_t last) {
     read_and_check_rows(file, parsed, first, last,
                         [&](uint64_t position, size_t size) { return out.subspan(size_t(position), size); });
   });
@@ -299,7 +347,7 @@ void read_tensor(const File& file, const TorporFile& parsed, size_t i, std::byte
 
 void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const TensorMask& wanted,
                        const std::string& file_name) {
-  for (size_t i = 0; i < parsed.layer_tensors(); ++i) {
+  for (size_t i = 0; i < parsed.row_tensors; ++i) {
     if (!wanted[i]) continue;
     const SafetensorsTensor& tensor = parsed.header.tensors[i];
     const auto bytes = rows.subspan(size_t(tensor.begin), size_t(tensor.end - tensor.begin));
@@ -310,7 +358,7 @@ void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed
 void check_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted) {
   if (parsed.rows == 0) return;
   std::vector<std::byte> buffer(size_t(std::min<uint64_t>(kChunk, parsed.rows_bytes())));
-  for_each_stretch(wanted, parsed.layer_tensors(), [&](size_t first, size_t last) {
+  for_each_stretch(wanted, parsed.row_tensors, [&](size_t first, size_t last) {
     read_and_check_rows(file, parsed, first, last, [&](uint64_t, size_t size) { return std::span(buffer).first(size); });
   });
 }
@@ -321,23 +369,37 @@ std::vector<KvState> read_state(const File& file, const TorporFile& parsed, cons
     const std::shared_ptr<std::byte> buffer = allocate(size_t(tensor.size()));
     const std::span<std::byte> bytes(buffer.get(), size_t(tensor.size()));
     file.read_at(bytes, parsed.header.data_start + tensor.begin);
-    const size_t i = parsed.layer_tensors() + state.size();
+    const size_t i = parsed.row_tensors + state.size();
     if (hash_hex(bytes) != parsed.checksums[i]) corrupt_tensor(file.path().string(), tensor);
     state.push_back({tensor.name, tensor.dtype, tensor.shape, bytes, buffer});
   }
   return state;
 }
 
-void cut_rows(const KvLayout& layout, std::span<const std::byte> run, int run_tokens, int n, std::byte* out) {
-  const std::byte* from = run.data();
+void copy_rows(const KvLayout& layout, const RowsIn<const std::byte>& from, const RowsIn<std::byte>& to, int n) {
+  const std::byte* source = from.bytes;
+  std::byte* target = to.bytes;
   for (const KvTensorSpec& tensor : layout.tensors) {
     const size_t row = size_t(tensor.dim) * kv_dtype_size(tensor.dtype);
     for (int head = 0; head < tensor.n_kv_heads; ++head) {
-      std::memcpy(out, from, row * size_t(n));
-      from += row * size_t(run_tokens);
-      out += row * size_t(n);
+      std::memcpy(target + row * size_t(to.first), source + row * size_t(from.first), row * size_t(n));
+      source += row * size_t(from.n_tokens);
+      target += row * size_t(to.n_tokens);
     }
   }
+}
+
+std::string rows_checksum(const KvLayout& layout, const RowsIn<const std::byte>& rows, int n) {
+  Hasher hasher;
+  const std::byte* at = rows.bytes;
+  if (n == rows.n_tokens) return hash_hex(std::span(at, layout.offset(layout.tensors.size(), n)));
+  for (const KvTensorSpec& tensor : layout.tensors) {
+    const size_t row = size_t(tensor.dim) * kv_dtype_size(tensor.dtype);
+    for (int head = 0; head < tensor.n_kv_heads; ++head, at += row * size_t(rows.n_tokens)) {
+      hasher.update(std::span(at + row * size_t(rows.first), row * size_t(n)));
+    }
+  }
+  return hasher.hex();
 }
 
 std::vector<std::string> run_checksums(const KvLayout& layout, int n_tokens, Pieces pieces, size_t first) {
@@ -380,7 +442,7 @@ void check_layout(const KvLayout& layout, std::span<const KvState> state) {
     const bool plain = !name.empty() && std::all_of(name.begin(), name.end(), [](char c) {
       return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '.' || c == '-';
     });
-    if (!plain || name == "tokens" || name == "__metadata__") fail("'" + name + "' is no name for a layer tensor");
+    if (!plain || name == "tokens" || name == "rows" || name == "messages" || name == "__metadata__") fail("'" + name + "' is no name for a layer tensor");
   };
   std::vector<std::string_view> names;
   for (const KvState& tensor : state) {
@@ -398,7 +460,18 @@ void check_layout(const KvLayout& layout, std::span<const KvState> state) {
   if (std::adjacent_find(names.begin(), names.end()) != names.end()) fail("two of its tensors have the same name");
 }
 
-std::string layout_digest(const KvLayout& layout) { return hash_hex(encode_layout(layout)); }
+std::string encode_layout(const KvLayout& layout, int version) {
+  std::string text;
+  for (const auto& spec : layout.tensors) {
+    if (!text.empty()) text += ',';
+    text += spec.name + ":" + kv_dtype_name(spec.dtype) + ":" + std::to_string(spec.n_kv_heads) + ":" +
+            std::to_string(spec.dim) + ":" + std::to_string(spec.window);
+    if (version >= 3) text.append(":").append(kRowOrder);
+  }
+  return text;
+}
+
+std::string layout_digest(const KvLayout& layout, int version) { return hash_hex(encode_layout(layout, version)); }
 
 bool is_hex_digest(std::string_view text) {
   return text.size() == kDigestLength && std::all_of(text.begin(), text.end(), [](char c) {

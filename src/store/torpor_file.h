@@ -1,5 +1,5 @@
 #pragma once
-/// What agent files, segments and exports have in common: a safetensors file whose metadata begins with a checksum over
+/// What agent files, parts, segments and exports have in common: a safetensors file whose metadata begins with a checksum over
 /// its own header, says its kind, and holds a checksum of every tensor.
 
 #include <cstddef>
@@ -14,37 +14,46 @@
 #include "base/env.h"
 #include "base/safetensors.h"
 #include "torpor/kv_snapshot.h"
+#include "torpor/version.h"
 
 namespace torpor {
 
 using Metadata = std::vector<std::pair<std::string, std::string>>;
 
-/// A file says the first version that has what it holds: with state, which version 1 does not know, the second.
-inline constexpr const char* kFormatVersion = "1";
-inline constexpr const char* kFormatVersionWithState = "2";
+/// What is written. Versions 1 and 2, which differ in state alone, are read, and segments under old names are of version 1.
+inline constexpr int kFormatVersion = kNewestFormat;
+inline constexpr int kOldVersion = kOldestFormatRead;
 
+
+/// A layout's text, so that files which have the same need not have it parsed again.
+struct KnownLayout {
+  std::string text;
+  size_t bytes_per_token = 0;
+};
 
 struct TorporFile {
   SafetensorsHeader header;
-  std::string kind;                    ///< "agent", "segment", "export"
+  int version = 0;                     ///< 1 to 3
+  std::string kind;                    ///< "agent", "part", "segment", "export"
   std::string checksum;                ///< over the header
-  KvLayout layout;
+  KvLayout layout;                     ///< empty where it is a KnownLayout
   std::vector<std::string> checksums;  ///< one per tensor, in the order of header.tensors
-  /// Tokens' rows in the layer tensors, 0 when there are none.
+  /// Tokens that have rows here; 0 when none have.
   uint64_t rows = 0;
   uint64_t n_tokens = 0;               ///< length of the tensor `tokens`
+  /// Tensors that hold the rows, which come first: the layout's, or in agents and parts of version 3 one for all of these.
+  size_t row_tensors = 0;
+  size_t state_tensors = 0;            ///< behind the rows (KvSnapshot::state)
+  bool has_messages = false;           ///< behind the state
 
-  /// The layout's, or 0 when there are no rows.
-  size_t layer_tensors() const { return rows > 0 ? layout.tensors.size() : 0; }
-  /// What stands between the layer tensors and the tokens (KvSnapshot::state).
-  std::span<const SafetensorsTensor> state() const {
-    return std::span(header.tensors).subspan(layer_tensors(), header.tensors.size() - 1 - layer_tensors());
-  }
-  /// Where the layer tensors' bytes are; they come first, in the layout's order.
+  std::span<const SafetensorsTensor> state() const { return std::span(header.tensors).subspan(row_tensors, state_tensors); }
+  /// Bytes of the rows, in the layout's order.
   uint64_t rows_bytes() const;
-  /// Bytes of the `wanted` ones alone.
+  /// Bytes of the `wanted` layer tensors alone.
   uint64_t rows_bytes(const TensorMask& wanted) const;
   const SafetensorsTensor& tokens_tensor() const { return header.tensors.back(); }
+  /// Where the tensor `messages` is in header.tensors, when there is one.
+  size_t messages_index() const { return row_tensors + state_tensors; }
   /// kCorruption naming the file when absent.
   const std::string& required(std::string_view key, const std::string& file_name) const;
 };
@@ -52,23 +61,35 @@ struct TorporFile {
 /// Compares a header (length, JSON, padding) with the checksum that it begins with, and gives that. kCorruption.
 std::string check_header_checksum(std::span<const std::byte> header, const std::string& file_name);
 
-/// Every rule that holds for all kinds. kCorruption; kIncompatible for a newer format version.
-TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
+/// Every rule that holds for all kinds. kCorruption, also where the layout is another than `known`; kIncompatible for a newer
+/// format version or something in a layout that this one does not know.
+TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name,
+                             const KnownLayout* known = nullptr);
 
-/// The header of a file of `kind` with `rows` rows in each layer tensor (none: no layer tensors) and `n_tokens` ids.
-/// `checksums`: the layer tensors', those of `state`, then that of `tokens`. `checksum` receives the header's own.
-std::string encode_torpor_header(std::string_view kind, const Metadata& metadata, const KvLayout& layout,
-                                 uint64_t rows, std::span<const KvState> state, uint64_t n_tokens,
-                                 const std::vector<std::string>& checksums, std::string* checksum = nullptr);
+/// What a file holds, as far as its header says.
+struct FileContents {
+  std::string_view kind;
+  int version = kFormatVersion;
+  Metadata metadata;
+  uint64_t rows = 0;                ///< tokens that have rows
+  std::span<const KvState> state;
+  uint64_t message_bytes = 0;       ///< 0: no tensor `messages`
+  uint64_t n_tokens = 0;
+  std::vector<std::string> checksums;  ///< of the tensors, in order
+};
+/// The header of such a file; `checksum` receives the one that it begins with.
+std::string encode_torpor_header(const FileContents& contents, const KvLayout& layout, std::string* checksum = nullptr);
 
 /// Reads as much of an open file's beginning as its header needs.
 std::vector<std::byte> read_header_bytes(const File& file, uint64_t file_size);
 
 /// Reads the tensor `tokens` and checks its checksum.
 std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed);
+/// Reads the tensor `messages` and checks its checksum; empty when there is none.
+std::string read_messages(const File& file, const TorporFile& parsed);
 
-/// Reads the `wanted` layer tensors into their places in `out` (rows_bytes() long), checking each checksum while its bytes
-/// are in cache.
+/// Reads the `wanted` tensors of the rows (none named: all) into their places in `out` (rows_bytes() long), checking each
+/// checksum while its bytes are in cache.
 void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted, std::span<std::byte> out);
 /// Reads layer tensor `i`, `[1, heads, rows, dim]`, its heads each to `stride` bytes after the one before, and checks it.
 void read_tensor(const File& file, const TorporFile& parsed, size_t i, std::byte* out, size_t stride);
@@ -84,12 +105,23 @@ std::vector<KvState> read_state(const File& file, const TorporFile& parsed, cons
 using Pieces = std::span<const std::span<const std::byte>>;
 /// Checksums of the layer tensors of a run of `n_tokens` tokens, from the `first` on.
 std::vector<std::string> run_checksums(const KvLayout& layout, int n_tokens, Pieces pieces, size_t first = 0);
-/// Copies the first `n` tokens' rows out of a run: they lie apart, head by head.
-void cut_rows(const KvLayout& layout, std::span<const std::byte> run, int run_tokens, int n, std::byte* out);
+/// Rows from the `first` on of a run of `n_tokens` tokens. They lie apart, head by head.
+template <typename Byte>
+struct RowsIn {
+  Byte* bytes = nullptr;
+  int n_tokens = 0, first = 0;
+};
+/// Copies the rows of `n` tokens.
+void copy_rows(const KvLayout& layout, const RowsIn<const std::byte>& from, const RowsIn<std::byte>& to, int n);
+/// The checksum of the tensor `rows` of a file that holds them.
+std::string rows_checksum(const KvLayout& layout, const RowsIn<const std::byte>& rows, int n);
 
 /// kInvalidArgument when they can't be stored (names, counts, sizes out of range).
 void check_layout(const KvLayout& layout, std::span<const KvState> state = {});
-std::string layout_digest(const KvLayout& layout);
+/// As text, of format version `version`: before 3 it did not say the order of a tensor's elements.
+std::string encode_layout(const KvLayout& layout, int version);
+/// The digest of that text.
+std::string layout_digest(const KvLayout& layout, int version);
 
 bool is_hex_digest(std::string_view text);
 std::string join(const std::vector<std::string>& parts);

@@ -20,6 +20,7 @@ int64_t parse_counter(std::string_view text) {
 
 int64_t Store::Impl::stored_bytes(int64_t* reserved) {
   int64_t bytes = 0;
+  std::unordered_set<uint64_t> inodes;  // of parts, which forks have under names of their own
   auto add_files_in = [&](const std::filesystem::path& directory) {
     std::vector<std::filesystem::path> directories;
     for (const auto& name : env.list(directory)) {
@@ -29,12 +30,13 @@ int64_t Store::Impl::stored_bytes(int64_t* reserved) {
         directories.push_back(directory / name);
       } else {
         if (reserved != nullptr) *reserved += reserved_bytes(name);
-        bytes += int64_t(stat->size);
+        bytes += directory != parts_path() || inodes.insert(stat->inode).second ? int64_t(stat->size) : 0;
       }
     }
     return directories;
   };
   add_files_in(root);
+  add_files_in(parts_path());
   for (const auto& directory : add_files_in(segments_path())) add_files_in(directory);
   return bytes;
 }

@@ -70,23 +70,44 @@ VerifyReport Store::Impl::verify_once(const std::string& id, std::unordered_map<
   VerifyReport report;
   report.agent_id = id;
   std::optional<OpenedAgent> opened;
-  std::vector<int32_t> tokens;
   try {
     opened = open_agent(id);
-    tokens = read_tokens(opened->handle, opened->agent.file);
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kNotFound) throw;
     report.problems.push_back(error.what());
     return report;
   }
   const AgentInfo& info = opened->agent.info;
-  const SegmentChain chain{info.identity.digest(), layout_digest(opened->agent.file.layout), info.segments, tokens};
+  const KvLayout& layout = opened->agent.file.layout;
+  // Every file of its own, also behind one that is damaged.
+  std::vector<int32_t> tokens;
+  RowBuffer rows;
+  int64_t own_intact = 0;
+  for (const OpenedFile& file : open_own_files(*opened)) {
+    std::string problem = file.problem;
+    try {
+      if (file.handle != nullptr) {
+        const OwnContents contents = read_own_file(file, layout, &rows);
+        problem = contents.problem;
+        if (int64_t(tokens.size()) == file.ref.first) tokens.insert(tokens.end(), contents.ids.begin(), contents.ids.end());
+      }
+    } catch (const Error& error) {
+      problem = error.what();
+    }
+    if (!problem.empty()) {
+      report.problems.push_back(problem);
+    } else if (own_intact == file.ref.first) {
+      own_intact = file.ref.end();
+    }
+  }
+  const SegmentChain chain(info.identity, info.lineage, layout, info.segments, tokens);
   bool intact = true;
   SegmentHeaders headers;
   for (size_t i = 0; i < info.segments.size(); ++i) {
     const std::string& name = info.segments[i];
     std::string problem;
     try {
+      if ((i + 1) * kSegmentTokens > tokens.size()) break;  // what they belong to is damaged, and said
       const OpenedSegment segment = open_segment(env, segment_path(name), name, chain.place(i), headers);
       // Agents share segments: the rows of each are read once.
       auto [entry, is_new] = checked_rows.try_emplace(name);
@@ -109,8 +130,9 @@ VerifyReport Store::Impl::verify_once(const std::string& id, std::unordered_map<
     }
   }
   try {
-    check_rows(opened->handle, opened->agent.file);
-    if (intact) report.intact_tokens = info.cache_size;
+    if (intact && report.intact_tokens == int64_t(info.segments.size()) * kSegmentTokens) {
+      report.intact_tokens = std::max(report.intact_tokens, own_intact);
+    }
     read_state(opened->handle, opened->agent.file);
   } catch (const Error& error) {
     report.problems.push_back(error.what());

@@ -31,6 +31,10 @@ std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, co
   for (const auto& path : sweep.temporary_files()) {
     if (const auto stat = store.env.stat(path); stat && !stat->is_directory) order.push_back({path, *stat, {}});
   }
+  for (const auto& [uid, name, stat] : store.stored_parts()) {
+    const auto path = store.part_path(uid, name);
+    if (!live.contains(path.string())) order.push_back({path, stat, Store::Impl::part_claim(uid, name)});
+  }
   std::unordered_map<std::string, Evictable> unnamed;
   for (const auto& [name, stat] : store.stored_segments()) {
     if (live.contains(name)) continue;
@@ -133,7 +137,7 @@ void Writing::evict(const std::string& what, int64_t needed, const std::vector<s
   if (over <= 0) return;
   std::unordered_set<std::string> live;
   try {
-    live = store_.live_segments();
+    live = store_.live_files();
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kCorruption) throw;
     refuse(error.what());
