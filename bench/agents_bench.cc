@@ -81,20 +81,20 @@ void save(const char* root, int n_tokens, Durability durability) {
   Store store(root);
   const auto cache = KvCache::create(layout(), Backend::kKernels);
   grow(*cache, n_tokens);
-  SaveResult first, turn;
+  SaveResult first, turn, fork;
   const double first_ms = timed([&] { first = store.save_agent_cache("a", cache->snapshot(identity()), "m", {}, durability); });
   grow(*cache, 64);
   const double turn_ms = timed([&] { turn = store.save_agent_cache("a", cache->snapshot(identity()), "m", {}, durability); });
   // At a segment's end, where no row is left to write.
   const int64_t at = n_tokens / kSegmentTokens * kSegmentTokens;
-  const double fork_ms = timed([&] { fork_agent(store, "a", "fork", at, durability); });
+  const double fork_ms = timed([&] { fork = fork_agent(store, "a", "fork", at, durability); });
   std::unique_ptr<KvCache> clone;
   const double clone_ms = timed([&] { clone = cache->clone(); });
   std::printf("{\"tokens\":%d,\"first_bytes\":%lld,\"save_ms\":%.3f,\"turn_ms\":%.3f,\"turn_bytes\":%lld,\"fork_ms\":%.3f,"
               "\"fork_bytes\":%lld,\"fork_awake_ms\":%.4f}\n",
               n_tokens, static_cast<long long>(first.bytes_written), first_ms, turn_ms,
               static_cast<long long>(turn.bytes_written), fork_ms,
-              static_cast<long long>(store.agent_info("fork").tail_bytes), clone_ms);
+              static_cast<long long>(fork.bytes_written), clone_ms);
 }
 
 /// A field of /proc/self/status in bytes; 0 where there is none.

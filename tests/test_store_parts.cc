@@ -163,6 +163,39 @@ TEST_F(StoreParts, TurnsAreHeldWhole) {
   EXPECT_EQ(parts(), 0u);
 }
 
+TEST_F(StoreParts, TheSidecarOfAnAgentWithPartsIsTakenAsItIs) {
+  for (const int n : {30, 100, 180}) save("a", n);
+  ASSERT_GT(parts(), 0u);
+  const auto written = Env::posix().stat(root_ / "a.json");
+  const AgentInfo listed = store_.list_cached_agents().at(0), direct = store_.agent_info("a");
+  EXPECT_EQ(Env::posix().stat(root_ / "a.json"), written) << "written anew";
+  EXPECT_EQ(listed.parts, direct.parts);
+  EXPECT_EQ(listed.parts.size(), parts());
+  EXPECT_EQ(listed.bytes, direct.bytes);
+  EXPECT_EQ(listed.tail_bytes, direct.tail_bytes);
+  EXPECT_EQ(listed.record, direct.record);
+}
+
+TEST_F(StoreParts, APartThatForksShareTakesItsBytesOnce) {
+  for (const int n : {30, 100, 180}) save("a", n);
+  const int64_t before = store_.get_cache_disk_usage().agent_bytes;
+  store_.copy_agent_cache("a", "b");
+  int64_t added = 0;  // nothing but these has bytes of its own
+  for (const char* name : {"b.safetensors", "b.json"}) added += int64_t(fs::file_size(root_ / name));
+  EXPECT_EQ(store_.get_cache_disk_usage().agent_bytes, before + added);
+  // What no agent names any more is for gc, and only when no other agent has it.
+  fs::remove(root_ / "b.safetensors");
+  const DiskUsage shared = store_.get_cache_disk_usage();
+  EXPECT_EQ(shared.agent_bytes, before);
+  EXPECT_EQ(shared.orphan_bytes, 0);
+  fs::remove(root_ / "a.safetensors");
+  const DiskUsage none = store_.get_cache_disk_usage();
+  EXPECT_EQ(none.agent_bytes, 0);
+  EXPECT_GT(none.orphan_bytes, 0);
+  EXPECT_EQ(store_.gc().bytes_freed > none.orphan_bytes, true);
+  EXPECT_EQ(store_.get_cache_disk_usage().total_bytes, 0);
+}
+
 TEST_F(StoreParts, WhoeverSavesNextGoesOnFromWhatIsThere) {
   for (const int n : {100, 120, 140, 150, 250, 270, 290}) {
     const auto result = Store(root_).save_agent_cache("a", make_snapshot(n, kLayout), "m", {}, Durability::kFull, notes_for(n));

@@ -1,5 +1,7 @@
 """Layers with a sliding window, through the command line: what a wake reads, and forks and rewinds beyond the window."""
 
+import json
+
 import pytest
 
 from conftest import Torpor, make_tiny_model
@@ -26,10 +28,11 @@ def test_a_wake_reads_only_what_its_layers_still_see(windowed, words):
     result = windowed.run("ada", "and", "--raw").ok().json
     assert result["tokens"]["cached"] == length > 3500
     first = (length - WINDOW) // SEGMENT * SEGMENT  # the segment in which the window begins
-    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in windowed.files()
-                  if path.suffix == ".safetensors")
+    files = [path.read_bytes() for path in windowed.files() if path.suffix == ".safetensors"]
+    sizes = [8 + int.from_bytes(content[:8], "little") for content in files]
+    of_messages = [json.loads(content[8:size]).get("messages", {"shape": [0]})["shape"][0] for content, size in zip(files, sizes)]
     token_ids = 4 * (length + SEGMENT * len(windowed.segments()))
-    assert result["bytes"]["read"] <= 2 * ROW * (length - first) + headers + token_ids
+    assert result["bytes"]["read"] <= 2 * ROW * (length - first) + sum(sizes) + sum(of_messages) + token_ids
     assert result["bytes"]["read"] < 2 * ROW * length / 3
 
 

@@ -64,6 +64,7 @@ struct AgentInfo {
   int64_t bytes = 0;            ///< agent file and parts plus the segments it names
   int64_t tail_bytes = 0;       ///< agent file and parts alone
   std::vector<std::string> segments;
+  std::vector<std::string> parts;  ///< its own in `parts/`, UID-NAME each, first to last
   UserMetadata user;
   RecordMetadata record;
 };
@@ -177,9 +178,10 @@ struct PromptCache {
 bool is_prompt_cache(const std::filesystem::path& path);
 
 struct DiskUsage {
-  int64_t agents = 0, agent_bytes = 0;        ///< agent files and sidecars
+  int64_t agents = 0, agent_bytes = 0;  ///< agent files, sidecars and parts; a part that forks share counts once
   int64_t segments = 0, segment_bytes = 0;    ///< all segment files, each once
-  int64_t orphan_segments = 0, orphan_bytes = 0;  ///< named by no agent: what gc would free
+  int64_t orphan_segments = 0;  ///< named by no agent
+  int64_t orphan_bytes = 0;     ///< of these, and of parts that no agent names: what gc would free
   int64_t total_bytes = 0;
   int64_t bytes_written = 0;  ///< by all saves of all processes since the store was made
 };

@@ -43,7 +43,6 @@ std::vector<std::pair<std::string, std::string>> origin_of(const AgentInfo& info
           {"chat_template", info.conversation.chat_template}};
 }
 
-
 std::string text_of(const Json& message, const char* key) {
   const auto it = message.is_object() ? message.find(key) : message.end();
   if (!message.is_object() || it == message.end()) return "";
@@ -107,6 +106,7 @@ int show(const std::filesystem::path& root, const std::string& id, bool json) {
     Json object = summary_json(*store, info);
     object["tail_bytes"] = info.tail_bytes;
     object["segments"] = info.segments;
+    object["parts"] = info.parts;
     Json identity = Json::object();
     for (const auto& [name, value] : info.identity.fields()) identity[name] = value;
     object["identity"] = identity;

@@ -100,6 +100,8 @@ AgentDraft draft_agent(AgentInfo info, const std::string& uid, const AgentState&
   file.info.hash = draft.file.ref.name;
   file.info.tail_bytes = draft.file.size() + parts_size;
   file.info.bytes += file.info.tail_bytes;
+  file.info.parts.clear();
+  for (const PartRef& part : file.parts) file.info.parts.push_back(part_stem(uid, part.name));
   draft.info = std::move(file.info);
   return draft;
 }

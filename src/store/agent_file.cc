@@ -118,6 +118,7 @@ void take_fields(AgentFile& agent, const std::string& file_name) {
   const auto parts = decode_parts(file.required("parts", file_name));
   if (!parts) corrupt(file_name, "its list of parts can't be understood");
   agent.parts = *parts;
+  for (const PartRef& part : agent.parts) info.parts.push_back(part_stem(agent.uid, part.name));
   if (!parse_number(file.required("first", file_name), agent.first) || agent.first != (parts->empty() ? 0 : parts->back().end())) {
     corrupt(file_name, "its ids do not follow those of its parts");
   }

@@ -193,7 +193,7 @@ OwnState Store::Impl::read_agent(const std::string& id) {
   }
 }
 
-std::string Store::Impl::part_claim(const std::string& uid, const std::string& name) { return hash_hex(uid + "-" + name); }
+std::string Store::Impl::part_claim(const std::string& uid, const std::string& name) { return hash_hex(part_stem(uid, name)); }
 
 std::vector<std::string> Store::Impl::claims_of(const AgentDraft& draft) {
   std::vector<std::string> claims = draft.info.segments;

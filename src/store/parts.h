@@ -22,6 +22,8 @@ struct PartRef {
 };
 
 std::vector<std::string> part_names(std::span<const PartRef> parts);
+/// A part's file in `parts/`, without its extension: UID-NAME.
+inline std::string part_stem(const std::string& uid, const std::string& name) { return uid + "-" + name; }
 
 /// "NAME:FIRST:TOKENS:ROWS" of each, joined with ','.
 std::string encode_parts(std::span<const PartRef> parts);

@@ -35,11 +35,11 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
                      {"conversation", {{"tokenizer", info.conversation.tokenizer}, {"chat_template", info.conversation.chat_template}}},
                      {"record", record},
                      {"user", user},
-                     {"record", record},
                      {"bytes", info.bytes},
                      {"tail_bytes", info.tail_bytes},
                      {"segment_count", info.segments.size()},
                      {"segments", info.segments},
+                     {"parts", info.parts},
                      {"agent_file", {{"size", agent_file.size}, {"mtime_ns", agent_file.mtime_ns}, {"inode", agent_file.inode}}}};
   // The texts come from a file or call that has been checked for UTF-8; `replace` keeps this from ever throwing.
   std::string text = json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
@@ -68,8 +68,9 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
     info.bytes = json.at("bytes").get<int64_t>();
     info.tail_bytes = json.at("tail_bytes").get<int64_t>();
     info.segments = json.at("segments").get<std::vector<std::string>>();
+    info.parts = json.at("parts").get<std::vector<std::string>>();
     // Whoever adds these up relies on it.
-    if (info.cache_size < 0 || info.tail_bytes != int64_t(agent_file.size) || info.bytes < info.tail_bytes) return std::nullopt;
+    if (info.cache_size < 0 || info.tail_bytes < int64_t(agent_file.size) || info.bytes < info.tail_bytes) return std::nullopt;
     std::vector<std::pair<std::string, std::string>> identity;
     for (const auto& [name, value] : json.at("identity").items()) identity.emplace_back(name, value.get<std::string>());
     info.identity = Identity::from_fields(identity);
@@ -83,7 +84,6 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
     info.conversation = {conversation.at("tokenizer").get<std::string>(), conversation.at("chat_template").get<std::string>()};
     for (const auto& [name, value] : json.at("record").items()) info.record.emplace_back(name, value.get<std::string>());
     for (const auto& [name, value] : json.at("user").items()) info.user.emplace_back(name, value.get<std::string>());
-    for (const auto& [name, value] : json.at("record").items()) info.record.emplace_back(name, value.get<std::string>());
     return info;
   } catch (const std::exception&) {
     return std::nullopt;  // a sidecar of another version: rebuilt

@@ -43,7 +43,7 @@ struct Store::Impl {
   }
   std::filesystem::path parts_path() const { return root / "parts"; }
   std::filesystem::path part_path(const std::string& uid, const std::string& name) const {
-    return parts_path() / (uid + "-" + name + ".safetensors");
+    return parts_path() / (part_stem(uid, name) + ".safetensors");
   }
   /// What a part is called by who claims it, or removes what is not claimed: as long as a segment's name.
   static std::string part_claim(const std::string& uid, const std::string& name);

@@ -20,7 +20,7 @@ int64_t parse_counter(std::string_view text) {
 
 int64_t Store::Impl::stored_bytes(int64_t* reserved) {
   int64_t bytes = 0;
-  std::unordered_set<uint64_t> inodes;  // of parts, which forks have under names of their own
+  std::unordered_set<uint64_t> inodes;  // a part has one name for each fork, or is an agent's file too
   auto add_files_in = [&](const std::filesystem::path& directory) {
     std::vector<std::filesystem::path> directories;
     for (const auto& name : env.list(directory)) {
@@ -30,7 +30,7 @@ int64_t Store::Impl::stored_bytes(int64_t* reserved) {
         directories.push_back(directory / name);
       } else {
         if (reserved != nullptr) *reserved += reserved_bytes(name);
-        bytes += directory != parts_path() || inodes.insert(stat->inode).second ? int64_t(stat->size) : 0;
+        bytes += inodes.insert(stat->inode).second ? int64_t(stat->size) : 0;
       }
     }
     return directories;
@@ -43,19 +43,30 @@ int64_t Store::Impl::stored_bytes(int64_t* reserved) {
 
 DiskUsage Store::Impl::usage() {
   DiskUsage usage;
-  std::unordered_set<std::string> live;
+  std::unordered_set<std::string> live, live_parts;
+  std::unordered_set<uint64_t> counted;  // inodes
   bool all_readable = true;
   for (const auto& agent : list(false)) {
     ++usage.agents;
-    usage.agent_bytes += agent.tail_bytes;
-    if (const auto stat = env.stat(sidecar_path(agent.agent_id))) usage.agent_bytes += int64_t(stat->size);
+    for (const auto& path : {agent_path(agent.agent_id), sidecar_path(agent.agent_id)}) {
+      const auto stat = env.stat(path);
+      if (stat && counted.insert(stat->inode).second) usage.agent_bytes += int64_t(stat->size);
+    }
     live.insert(agent.segments.begin(), agent.segments.end());
+    live_parts.insert(agent.parts.begin(), agent.parts.end());
     all_readable = all_readable && !agent.hash.empty();
+  }
+  const std::vector<StoredPart> parts = stored_parts();
+  for (const bool live_ones : {true, false}) {
+    for (const auto& [uid, name, stat] : parts) {
+      // gc frees nothing while an agent file is damaged: what that one needs is not known.
+      if ((!all_readable || live_parts.contains(part_stem(uid, name))) != live_ones || !counted.insert(stat.inode).second) continue;
+      (live_ones ? usage.agent_bytes : usage.orphan_bytes) += int64_t(stat.size);
+    }
   }
   for (const auto& segment : stored_segments()) {
     ++usage.segments;
     usage.segment_bytes += int64_t(segment.stat.size);
-    // gc frees nothing while an agent file is damaged: which segments that one needs is not known.
     if (all_readable && !live.contains(segment.name)) {
       ++usage.orphan_segments;
       usage.orphan_bytes += int64_t(segment.stat.size);
