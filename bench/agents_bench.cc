@@ -3,6 +3,7 @@
 ///     agents_bench save STORE TOKENS DURABILITY    first save; the save of a turn of 64 tokens on top of it; a fork
 ///     agents_bench wake STORE                      the same agent in a new process; and a parallel memcpy of its bytes
 ///     agents_bench conversation STORE TOKENS       as many tokens in 50 turns, each saved
+///     agents_bench chunks STORE TOKENS             wakes two such agents in turn, whose last 255 rows are in one file and in eight
 ///
 /// Prints one JSON object. bench/peers/agents.py drives it.
 
@@ -157,6 +158,44 @@ void converse(const char* root, int n_tokens) {
               static_cast<long long>(store.agent_info("a").bytes));
 }
 
+/// An agent of `n_tokens` in whole segments and 255 more, the last ones saved in as many turns as `turns` names.
+void talk(Store& store, const std::string& id, int n_tokens, const std::vector<int>& turns) {
+  const auto cache = KvCache::create(layout(), Backend::kKernels);
+  grow(*cache, n_tokens / kSegmentTokens * kSegmentTokens);
+  for (const int n : turns) {
+    grow(*cache, n);
+    store.save_agent_cache(id, cache->snapshot(identity()), "m", {}, Durability::kRename);
+  }
+}
+
+void chunks(const char* root, int n_tokens) {
+  constexpr int kWakes = 101;
+  const std::string ids[] = {"one", "eight"};
+  {
+    Store store(root);
+    talk(store, ids[0], n_tokens, {255});
+    // None of them is written again: they have more than 32 rows.
+    talk(store, ids[1], n_tokens, {33, 33, 33, 33, 33, 33, 33, 24});
+  }
+  std::vector<double> times[2];
+  for (int i = 0; i < 2 * kWakes; ++i) {
+    Store store(root);  // one that has seen nothing
+    std::unique_ptr<KvCache> cache;
+    times[i % 2].push_back(timed([&] {
+      const LoadedAgent loaded = store.load_agent_cache(ids[i % 2], {.allocate = mlx_buffer, .map_rows = true});
+      cache = KvCache::restore(loaded.snapshot, Backend::kKernels);
+    }));
+  }
+  std::vector<double> ratios;
+  for (size_t i = 0; i < size_t(kWakes); ++i) ratios.push_back(times[1][i] / times[0][i]);
+  const auto median = [](std::vector<double>& values) {
+    std::nth_element(values.begin(), values.begin() + ssize(values) / 2, values.end());
+    return values[values.size() / 2];
+  };
+  std::printf("{\"tokens\":%d,\"one_ms\":%.3f,\"eight_ms\":%.3f,\"ratio\":%.3f}\n", n_tokens / kSegmentTokens * kSegmentTokens + 255,
+              median(times[0]), median(times[1]), median(ratios));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -168,8 +207,10 @@ int main(int argc, char** argv) {
       wake(argv[2]);
     } else if (mode == "conversation" && argc == 4) {
       converse(argv[2], std::atoi(argv[3]));
+    } else if (mode == "chunks" && argc == 4) {
+      chunks(argv[2], std::atoi(argv[3]));
     } else {
-      std::fputs("usage: agents_bench save STORE TOKENS DURABILITY | wake STORE | conversation STORE TOKENS\n", stderr);
+      std::fputs("usage: agents_bench save STORE TOKENS DURABILITY | wake STORE | conversation STORE TOKENS | chunks STORE TOKENS\n", stderr);
       return 2;
     }
   } catch (const torpor::Error& error) {

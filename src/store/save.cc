@@ -77,10 +77,18 @@ void Store::Impl::commit_agent(AgentDraft& draft, Durability durability, SaveRes
   const auto before = own_files_known(id);
   const bool replaces_durable = before != nullptr && !before->files.empty() &&
                                 known.is_durable(before->files.back().ref.name, before->stat);
+  const bool has_parts = !draft.kept.empty() || draft.history;
   FileStat stat;
   try {
-    if (!draft.kept.empty() || draft.history) put_parts(draft, durable, result, put);
-    stat = write_file(agent_path(id), draft.file.pieces(), durable);
+    std::optional<TemporaryFile> file;
+    const auto write = [&](size_t which) {
+      if (which == 0) file.emplace(env, root, draft.file.pieces(), durable);
+      if (which == 1) put_parts(draft, durable, result, put);
+    };
+    // Two at a time: what is flushed together the disk writes at once.
+    parallel_for(has_parts ? 2 : 1, durable ? 2 : 1, write);
+    file->replace(agent_path(id));
+    stat = file->stat();
     count_written(stat);
   } catch (...) {
     for (const auto& path : put) remove_quietly(path);
