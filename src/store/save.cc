@@ -42,8 +42,8 @@ bool Store::Impl::link_part(const OwnFile& from, const std::filesystem::path& to
 }
 
 void Store::Impl::put_parts(AgentDraft& draft, bool durable, SaveResult& result, std::vector<std::filesystem::path>& put) {
-  bool changed = env.make_directory(parts_path());
-  if (changed && durable) env.sync_directory(root);
+  if (durable && !parts_durable_) env.sync_directory(root);
+  bool changed = false;
   for (OwnFile& part : draft.kept) {
     const auto path = part_path(draft.uid, part.ref.name);
     if (link_part(part, path)) {
@@ -78,6 +78,7 @@ void Store::Impl::commit_agent(AgentDraft& draft, Durability durability, SaveRes
   const bool replaces_durable = before != nullptr && !before->files.empty() &&
                                 known.is_durable(before->files.back().ref.name, before->stat);
   const bool has_parts = !draft.kept.empty() || draft.history;
+  env.make_directory(parts_path());  // before there is one, so that the flush of a first commit is enough for it
   FileStat stat;
   try {
     std::optional<TemporaryFile> file;
@@ -96,6 +97,7 @@ void Store::Impl::commit_agent(AgentDraft& draft, Durability durability, SaveRes
   }
   if (durable) {
     env.sync_directory(root);
+    parts_durable_ = true;
     known.set_durable(draft.file.ref.name, stat);
   }
   // A power cut may bring back an old agent file that was flushed, if this one is not: what it needs is left to gc then.

@@ -183,6 +183,7 @@ struct Store::Impl {
   std::unordered_map<std::string, std::shared_ptr<const OwnFiles>> own_files_;  ///< by agent id
   DiskLimits limits_;
   std::atomic<int64_t> unrecorded_{0};
+  std::atomic<bool> parts_durable_{false};  ///< the root names their directory on the disk
 };
 
 inline constexpr uint64_t kMaxSidecar = 64 << 20;  // bytes that are read of what may be one
