@@ -125,6 +125,11 @@ class Manager : public ::testing::TestWithParam<int> {
     agent->changed();
     return agent;
   }
+  /// As Engine::save_all does.
+  static void save_all(AgentManager& manager) {
+    for (const AgentMemory& memory : manager.memory_usage().agents) manager.save_behind(*manager.wake(memory.agent));
+    manager.finish_saves();
+  }
 
   testing::TemporaryDirectory directory_;
   Store store_{directory_.path() / "store"};

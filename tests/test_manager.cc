@@ -106,7 +106,7 @@ TEST_P(Manager, TenAgentsInTheMemoryOfThreeAreAsTheyWouldBeAlone) {
     turn % 3 == 0 ? void(manager->save(*agent)) : manager->save_behind(*agent);
     ASSERT_LE(manager->memory_usage().kv_bytes, int64_t(budget));
   }
-  manager->save_all();
+  save_all(*manager);
   manager.reset();
   manager = make();
   for (const auto& [id, tokens] : expected) {
@@ -282,7 +282,7 @@ TEST_P(Manager, AgentsThatWokeWithTheSameBeginningHoldItOnce) {
   auto manager = make();
   manager->save(*say(*manager, "a", begun));
   manager->fork("a", "b", std::nullopt);
-  manager->save_all();
+  save_all(*manager);
   manager.reset();
   manager = make();
   manager->wake("a");
@@ -348,7 +348,7 @@ TEST_P(Manager, NamesAndPinsOutliveTheProcess) {
   manager->rename("a", "b");
   EXPECT_TRUE(manager->is_awake("b"));
   EXPECT_FALSE(store_.contains("a"));
-  manager->save_all();
+  save_all(*manager);
   manager.reset();
   EXPECT_TRUE(is_pinned(store_.agent_info("b")));
   manager = make();

@@ -144,7 +144,7 @@ TEST_P(Budget, TheLedgerIsWhatAWalkOverAllBuffersFinds) {
             break;
           }
           case 2: manager->sleep(id); break;
-          case 3: manager->save_all(); break;
+          case 3: save_all(*manager); break;
           default: {
             const std::vector<int32_t> more = ids(1 + int(random() % 300), random());
             if (tokens.size() + more.size() > 1500) break;

@@ -66,7 +66,7 @@ TEST_P(Late, AwakeAgentsAndFailedLoadsKeepNoSlot) {
   for (const char* id : {"a", "b", "c", "d", "asleep"}) say(*manager, id, ids(300, unsigned(id[0])));
   manager->sleep("asleep");
   for (const char* id : {"a", "b", "c", "d"}) EXPECT_FALSE(manager->prefetch(id));
-  manager->save_all();
+  save_all(*manager);
   // Elsewhere they are awake, so their loads fail; no slot is lost to that.
   auto elsewhere = make();
   for (const char* id : {"a", "b", "c", "d"}) {
@@ -147,9 +147,45 @@ TEST_P(Late, AForkDoesNotReplaceAnAgentThatCameIntoBeingMeanwhile) {
     elsewhere.sleep("eve");
   };
   EXPECT_EQ(testing::code_of([&] { manager.fork("a", "eve", std::nullopt); }), ErrorCode::kInvalidArgument);
-  manager.save_all();
+  save_all(manager);
   EXPECT_FALSE(manager.is_awake("eve"));
   EXPECT_EQ(manager.wake("eve")->cache->tokens(), ids(40, 2));
+}
+
+// Refuses to open one segment.
+class MissingSegmentEnv : public testing::FaultEnv {
+ public:
+  using FaultEnv::FaultEnv;
+  std::string refused;
+  int raw_open(const char* path, OpenMode mode) override {
+    if (!refused.empty() && std::string_view(path).find(refused) != std::string_view::npos) return -EIO;
+    return FaultEnv::raw_open(path, mode);
+  }
+};
+
+TEST_P(Late, AChangeOnDiskStandsWhereTheAgentCanNotBeWokenAgain) {
+  MissingSegmentEnv env(directory_.path() / "faulty", directory_.path() / "attic");
+  Store store(directory_.path() / "faulty", &env);
+  // In the memory of four runs there is no room for the copy of a sealed run, so the rewind is made on disk.
+  AgentManager manager(store, {.model_name = "m", .identity = testing::test_identity(), .layout = layout(),
+                               .memory_budget = 4 * run_bytes()});
+  const std::vector<int32_t> begun = ids(1000, 1);
+  manager.save(*say(manager, "a", begun));
+  env.refused = manager.wake("a")->segments[0];
+  EXPECT_NO_THROW(manager.rename("a", "b"));
+  EXPECT_FALSE(manager.is_awake("a") || manager.is_awake("b"));
+  EXPECT_FALSE(store.contains("a"));
+
+  env.refused.clear();
+  EXPECT_EQ(manager.wake("b")->cache->tokens(), begun);
+  env.refused = manager.wake("b")->segments[0];
+  EXPECT_NO_THROW(manager.rewind("b", 300));
+  EXPECT_FALSE(manager.is_awake("b"));
+  EXPECT_EQ(store.agent_info("b").cache_size, 300);
+
+  env.refused.clear();
+  EXPECT_EQ(manager.wake("b")->cache->tokens(), std::vector<int32_t>(begun.begin(), begun.begin() + 300));
+  expect_sound(*manager.wake("b")->cache);
 }
 
 }  // namespace

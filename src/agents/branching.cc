@@ -2,6 +2,7 @@
 
 #include "agents/manager.h"
 #include "torpor/agents.h"
+#include "torpor/log.h"
 
 namespace torpor {
 namespace {
@@ -109,7 +110,7 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
     hold.release();
     sleep(id);
     rewind_agent(store_, id, n_tokens, options_.durability);
-    wake(id);
+    wake_again(id);
     return;
   }
   AgentRecord record = agent.record();
@@ -119,6 +120,14 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
   agent.messages = std::move(record.messages);
   agent.history.resize(record.history);
   save_behind(agent);
+}
+
+void AgentManager::wake_again(const std::string& id) noexcept {
+  try {
+    wake(id);
+  } catch (const std::exception& error) {
+    log(LogLevel::kInfo, "The agent '" + id + "' stays asleep after a change of its files: " + error.what());
+  }
 }
 
 void AgentManager::pin(const std::string& id, bool pinned) {
@@ -139,7 +148,7 @@ void AgentManager::rename(const std::string& id, const std::string& new_id) {
   const bool was_awake = is_awake(id);
   sleep(id);
   if (store_.contains(id)) store_.rename_agent_cache(id, new_id);
-  if (was_awake) wake(new_id);
+  if (was_awake) wake_again(new_id);
 }
 
 void AgentManager::remove(const std::string& id) {

@@ -104,14 +104,12 @@ class AgentManager {
   /// The same, and waits until it is on disk. Throws what the store says.
   SaveResult save(Agent& agent);
 
-  /// Every awake agent. All are tried; then the first error is thrown.
-  void save_all(const Writer::Progress& progress = nullptr);
   /// Waits until what is queued is written, and takes nothing in. Any thread.
   void wait_for_writes(const Writer::Progress& progress = nullptr, size_t submitted = 0) {
     writer_.wait_all(progress, submitted);
   }
   /// Waits for what is queued, and throws the first error that was not told yet, be it of an agent that is gone.
-  void finish_saves(const Writer::Progress& progress = nullptr);
+  void finish_saves();
 
   /// After a turn that began with `n_tokens` rows: takes the agent on to this process's numerics, tokenizer and template. A
   /// sentence for each that is another than before.
@@ -163,6 +161,8 @@ class AgentManager {
   AgentHold existing(const std::string& id);
   /// The last hold of `agent` is gone.
   void unheld(Agent& agent) noexcept;
+  /// After a change on disk, which has happened whether the agent can be woken or not: then it stays asleep.
+  void wake_again(const std::string& id) noexcept;
   /// kInvalidArgument when there is an agent of that id, or it is no id.
   void require_free(const std::string& id) const;
   size_t bytes_to_wake(const std::string& id) const;

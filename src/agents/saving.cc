@@ -44,13 +44,8 @@ SaveResult AgentManager::save(Agent& agent) {
   return std::exchange(agent.last_save, {});
 }
 
-void AgentManager::save_all(const Writer::Progress& progress) {
-  for (auto& [id, agent] : awake_) save_behind(agent);
-  finish_saves(progress);
-}
-
-void AgentManager::finish_saves(const Writer::Progress& progress) {
-  writer_.wait_all(progress);
+void AgentManager::finish_saves() {
+  writer_.wait_all();
   settle();
   if (!untold_.empty()) {
     const Error first = untold_.front();
