@@ -124,6 +124,23 @@ TEST_P(Late, WhatWasPrefetchedCountsAndGoesWhenNobodyElseCan) {
   EXPECT_NO_THROW(store_.lock_agent("a"));
 }
 
+TEST_P(Late, APrefetchTakesFreeRoomAlone) {
+  auto manager = make(8 * run_bytes());
+  say(*manager, "a", ids(1000, 1));
+  manager->sleep("a");
+  const AgentHold big = say(*manager, "big", ids(1500, 2));  // leaves two runs free
+  ASSERT_EQ(manager->memory_usage().kv_bytes, int64_t(6 * run_bytes()));
+  EXPECT_TRUE(manager->prefetch("a"));
+  bool given_up = false;  // then it can be begun again
+  for (int i = 0; i < 10000 && !given_up; ++i) {
+    ASSERT_LE(manager->memory_usage().kv_bytes, int64_t(8 * run_bytes()));
+    given_up = manager->prefetch("a");
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_TRUE(given_up);
+  EXPECT_TRUE(manager->is_awake("big"));
+}
+
 // Makes an agent the moment somebody opens its lock file.
 class IntrudingEnv : public testing::FaultEnv {
  public:

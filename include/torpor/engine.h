@@ -124,7 +124,8 @@ class Engine {
   TurnResult turn(const TurnRequest& request);
 
   /// Begins to load a sleeping agent beside whatever turn is under way, so that its own turn finds it ready. Does not wait.
-  /// False when nothing was begun: no such agent, being loaded already, or enough others are.
+  /// False when nothing was begun: no such agent, being loaded already, or enough others are. Takes nobody's memory: without
+  /// free room in the budget what was loaded is let go of again.
   bool prefetch(const std::string& agent);
   /// Saves if changed and waits. kNotFound unless the agent is awake or on disk.
   SaveResult save(const std::string& agent);

@@ -18,7 +18,7 @@ void require_length(const Agent& agent, int64_t n_tokens, const char* verb) {
 void AgentManager::take_back(Agent& agent, int n_tokens) {
   finish_writes(agent);
   // The copy of a run that this makes is of the turn's own rows, and the run goes: less is held afterwards, whatever fits.
-  has_room(agent.cache->cut_cost(n_tokens));
+  const auto room = try_room(agent.cache->cut_cost(n_tokens));
   agent.cache->truncate(n_tokens);
   agent.segments.resize(std::min(agent.segments.size(), size_t(n_tokens / kSegmentTokens)));
 }
@@ -41,7 +41,7 @@ void AgentManager::truncate(Agent& agent, int n_tokens) {
     agent.segments = std::move(prefix.segments);
     agent.bytes_read += prefix.bytes_read;
   } else {
-    make_room(agent.cache->cut_cost(n_tokens));
+    const KvLedger::Room room = make_room(agent.cache->cut_cost(n_tokens));
     agent.cache->truncate(n_tokens);
     agent.segments.resize(std::min(agent.segments.size(), size_t(n_tokens / kSegmentTokens)));
   }
@@ -69,7 +69,8 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   const int keep = source ? int(at_token.value_or(source->cache->length())) : 0;
   // A window may have left rows behind that are needed again, and a budget no room for the run that the cut copies: the files
   // have the rows, and a fork of those needs no memory.
-  if (!source || !source->cache->can_truncate(keep) || !has_room(source->cache->cut_cost(keep))) {
+  const auto room = source && source->cache->can_truncate(keep) ? try_room(source->cache->cut_cost(keep)) : std::nullopt;
+  if (!room) {
     if (source) save(*source);
     fork_agent(store_, src, dst, at_token, options_.durability);
     return;
@@ -106,7 +107,8 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
   Agent& agent = *hold;
   require_length(agent, n_tokens, "rewound to");
   finish_writes(agent);
-  if (!agent.cache->can_truncate(int(n_tokens)) || !has_room(agent.cache->cut_cost(int(n_tokens)))) {
+  const bool fits = agent.cache->can_truncate(int(n_tokens)) && try_room(agent.cache->cut_cost(int(n_tokens)));
+  if (!fits) {
     hold.release();
     sleep(id);
     rewind_agent(store_, id, n_tokens, options_.durability);

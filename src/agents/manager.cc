@@ -17,6 +17,7 @@ AgentManager::AgentManager(Store& store, ManagerOptions options, std::unique_ptr
     : store_(store),
       options_(std::move(options)),
       policy_(std::move(policy)),
+      ledger_(std::make_shared<KvLedger>(options_.memory_budget)),
       prefetcher_(store_, ledger_, [this](const std::string& id) { return load(id); }, options_.prefetch),
       writer_(store, options_.durability, options_.write_queue_bytes) {}
 
@@ -164,13 +165,13 @@ Agent AgentManager::load_or_make(const std::string& id) {
   Agent agent = make_agent(id);
   if (std::optional<Prefetcher::Ready> ready = prefetcher_.take(id)) {
     ready->shares.clear();  // they count again once the agent is adopted
-    make_room(bytes_to_wake(id));
+    const KvLedger::Room room = make_room(bytes_to_wake(id));
     agent.lock = std::move(ready->lock);
     adopt(agent, std::move(ready->loaded));
   } else {
     agent.lock = store_.lock_agent(id);
     if (store_.contains(id)) {
-      make_room(bytes_to_wake(id));
+      const KvLedger::Room room = make_room(bytes_to_wake(id));
       adopt(agent, load(id));
     } else {
       own(agent, KvCache::create(options_.layout, options_.backend));
@@ -229,7 +230,8 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
   if (best && options_.backend == Backend::kKernels) {
     shared = {std::min<int64_t>(ssize(best->segments), in_memory / kSegmentTokens), best->cache->length()};
   }
-  if (on_disk > in_memory && has_room(bytes_of_runs(layout, on_disk, shared))) {
+  const auto room = on_disk > in_memory ? try_room(bytes_of_runs(layout, on_disk, shared)) : std::nullopt;
+  if (room) {
     LoadOptions options;
     options.allocate = mlx_buffer;
     options.map_rows = options_.map_rows;
@@ -246,7 +248,8 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
   if (!best) return nothing(), std::move(prefix);
   prefix.cache = best->cache->clone();
   // A cut inside a sealed run copies it. Where there is no room for that, the whole runs before it are had for nothing.
-  if (!has_room(prefix.cache->cut_cost(int(in_memory)))) in_memory = in_memory / kSegmentTokens * kSegmentTokens;
+  const auto room_to_cut = try_room(prefix.cache->cut_cost(int(in_memory)));
+  if (!room_to_cut) in_memory = in_memory / kSegmentTokens * kSegmentTokens;
   prefix.cache->truncate(int(in_memory));
   prefix.lineage = best->lineage;  // its rows keep the names that they have
   prefix.segments.assign(best->segments.begin(),

@@ -184,16 +184,17 @@ class AgentManager {
   void release_behind_window(Agent& agent);
   /// Waits until the agent's queued saves are over: its rows and its file may then be changed.
   void finish_writes(Agent& agent);
-  /// Lets agents sleep until the budget has room for `bytes` more. kResourceExhausted when nobody can go any more.
-  void make_room(size_t bytes);
-  /// The same, and whether there is.
-  bool has_room(size_t bytes);
+  /// Lets agents sleep until the budget has room for `bytes` more, and takes it: whoever asks fills it before letting go of
+  /// it. kResourceExhausted when nobody can go any more.
+  [[nodiscard]] KvLedger::Room make_room(size_t bytes);
+  /// The same; nullopt when there is none.
+  std::optional<KvLedger::Room> try_room(size_t bytes);
   std::string holders() const;
 
   Store& store_;
   const ManagerOptions options_;
   const std::unique_ptr<EvictionPolicy> policy_;
-  const std::shared_ptr<KvLedger> ledger_ = std::make_shared<KvLedger>();  // before the agents whose caches it counts
+  const std::shared_ptr<KvLedger> ledger_;  // before the agents whose caches it counts
   std::map<std::string, Agent> awake_;
   std::list<Agent> nameless_;
   std::vector<Error> untold_;  // of saves whose agents are gone

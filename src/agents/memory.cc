@@ -24,15 +24,15 @@ void AgentManager::reserve(std::span<const Growth> growths) {
   size_t bytes = 0;
   for (const Growth& growth : growths) bytes += growth.cache->growth(growth.rows);
   if (bytes == 0) return;
-  make_room(bytes);
+  const KvLedger::Room room = make_room(bytes);
   for (const Growth& growth : growths) growth.cache->grow(growth.rows);
 }
 
-void AgentManager::make_room(size_t bytes) {
-  if (options_.memory_budget == 0) return;
+KvLedger::Room AgentManager::make_room(size_t bytes) {
   std::set<std::string> refused;
   std::string why;
-  while (ledger_->bytes() + bytes > options_.memory_budget) {
+  while (true) {
+    if (auto room = ledger_->take_room(bytes)) return std::move(*room);
     std::vector<Evictable> candidates;
     for (const auto& [id, agent] : awake_) {
       if (agent.pinned || agent.holds > 0 || refused.count(id) != 0) continue;
@@ -57,13 +57,12 @@ void AgentManager::make_room(size_t bytes) {
   }
 }
 
-bool AgentManager::has_room(size_t bytes) {
+std::optional<KvLedger::Room> AgentManager::try_room(size_t bytes) {
   try {
-    make_room(bytes);
-    return true;
+    return make_room(bytes);
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kResourceExhausted) throw;
-    return false;
+    return std::nullopt;
   }
 }
 

@@ -4,6 +4,7 @@
 #include <system_error>
 #include <utility>
 
+#include "torpor/error.h"
 #include "torpor/log.h"
 
 namespace torpor {
@@ -54,11 +55,16 @@ bool Prefetcher::begin(const std::string& id) {
                                  ready.lock = store_.lock_agent(id);
                                  ready.loaded = load_(id);
                                  const KvSnapshot& snapshot = ready.loaded.snapshot;
+                                 std::vector<KvLedger::Buffer> buffers;
                                  for (size_t i = 0; i < snapshot.n_runs(); ++i) {
-                                   const auto bytes = snapshot.run_bytes(i);
                                    const bool mapped = i < snapshot.sealed.size() && snapshot.sealed[i]->mapped();
-                                   ready.shares.emplace_back(ledger_, bytes.data(), attended_bytes(snapshot, i), mapped);
+                                   buffers.push_back({snapshot.run_bytes(i).data(), attended_bytes(snapshot, i), mapped});
                                  }
+                                 auto shares = ledger_->share_within_budget(buffers);
+                                 if (!shares) {
+                                   throw Error(ErrorCode::kResourceExhausted, "The memory budget has no room for agent '" + id + "'.");
+                                 }
+                                 ready.shares = std::move(*shares);
                                  return ready;
                                } catch (...) {
                                  *failed = true;
@@ -92,12 +98,12 @@ std::optional<Prefetcher::Ready> Prefetcher::take(const std::string& id) {
 }
 
 bool Prefetcher::let_one_go() {
-  Slot gone;
+  Slot gone;  // whose load is waited for, after the mutex is let go of
   const std::lock_guard lock(mutex_);
-  auto oldest = slots_.end();
-  for (auto at = slots_.begin(); at != slots_.end(); ++at) {
-    if (at->second.over() && (oldest == slots_.end() || at->second.begun < oldest->second.begun)) oldest = at;
-  }
+  const auto first = [](const auto& a, const auto& b) {
+    return std::pair(!a.second.over(), a.second.begun) < std::pair(!b.second.over(), b.second.begun);
+  };
+  const auto oldest = std::min_element(slots_.begin(), slots_.end(), first);
   if (oldest == slots_.end()) return false;
   gone = std::move(oldest->second);
   slots_.erase(oldest);

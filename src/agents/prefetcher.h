@@ -43,7 +43,8 @@ class Prefetcher {
   /// The agent, waiting until it is loaded; nullopt when it has no slot, or its load failed.
   std::optional<Ready> take(const std::string& id);
   void drop(const std::string& id) { take(id); }
-  /// Lets go of the one that has been loaded for longest. False when none is loaded.
+  /// Lets go of the one that has been loaded for longest, or when none is, waits for one that is being loaded. False when
+  /// there is none.
   bool let_one_go();
   /// Lets go of loads that failed, and of agents that nobody woke for too long.
   void let_stale_go();

@@ -22,6 +22,10 @@ size_t KvLedger::Entry::bytes() const {
 
 void KvLedger::change(const void* buffer, size_t bytes, bool mapped, int n) {
   const std::lock_guard lock(mutex_);
+  change_locked(buffer, bytes, mapped, n);
+}
+
+void KvLedger::change_locked(const void* buffer, size_t bytes, bool mapped, int n) {
   const auto found = buffers_.try_emplace(buffer).first;
   Entry& entry = found->second;
   bytes_ -= entry.bytes();
@@ -36,6 +40,39 @@ void KvLedger::change(const void* buffer, size_t bytes, bool mapped, int n) {
   bytes_ += entry.bytes();
   if (entry.mapped) mapped_bytes_ += entry.bytes();
   if (entry.holders.empty()) buffers_.erase(found);
+}
+
+KvLedger::Room::~Room() {
+  if (ledger_ == nullptr) return;
+  const std::lock_guard lock(ledger_->mutex_);
+  ledger_->room_ -= bytes_;
+}
+
+std::optional<KvLedger::Room> KvLedger::take_room(size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  if (budget_ != 0 && bytes_ + room_ + bytes > budget_) return std::nullopt;
+  Room room;
+  room.ledger_ = shared_from_this();
+  room.bytes_ = bytes;
+  room_ += bytes;
+  return room;
+}
+
+std::optional<std::vector<KvLedger::Share>> KvLedger::share_within_budget(std::span<const Buffer> buffers) {
+  std::vector<Share> shares(buffers.size());  // which let go of what they hold after the mutex has been
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    const auto& [data, bytes, mapped] = buffers[i];
+    change_locked(data, bytes, mapped, 1);
+    shares[i].buffer_ = data, shares[i].bytes_ = bytes, shares[i].mapped_ = mapped;
+    shares[i].ledger_ = shared_from_this();
+  }
+  if (budget_ == 0 || bytes_ + room_ <= budget_) return shares;
+  for (Share& share : shares) {
+    change_locked(share.buffer_, share.bytes_, share.mapped_, -1);
+    share.ledger_ = nullptr;
+  }
+  return std::nullopt;
 }
 
 size_t KvLedger::bytes() const {
