@@ -8,7 +8,7 @@
 #include <span>
 
 #include "base/safetensors.h"
-#include "store/prompt_cache.h"
+#include "exchange/prompt_cache.h"
 #include "torpor/error.h"
 
 namespace {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "torpor/error.h"
+#include "torpor/exchange.h"
 #include "torpor/store.h"
 
 namespace {
@@ -83,8 +84,10 @@ int main(int argc, char** argv) {
     torpor::Store prompt_caches(directory / "prompt_cache_store");
     const auto write = [&](const std::string& name, const torpor::KvFormat& format, const char* architecture) {
       prompt_caches.save_agent_cache(name, make_prompt_cache(format, architecture), "model");
-      prompt_caches.export_prompt_cache(name, directory / "prompt_cache" / name, torpor::PromptCacheDialect::kNew);
-      prompt_caches.export_prompt_cache(name, directory / "prompt_cache" / (name + "-old"), torpor::PromptCacheDialect::kOld);
+      const auto rotates = [](const std::string& of) { return of == "gemma3"; };
+      const auto path = directory / "prompt_cache" / name;
+      torpor::export_prompt_cache(prompt_caches, name, path, rotates, torpor::PromptCacheDialect::kNew);
+      torpor::export_prompt_cache(prompt_caches, name, path.string() + "-old", rotates, torpor::PromptCacheDialect::kOld);
     };
     write("plain", torpor::KvDtype::kBF16, "llama");
     write("quantized", {torpor::KvDtype::kF16, 4, 32}, "llama");

@@ -7,17 +7,17 @@ from conftest import ROOT
 
 DIRECT = {
     "base": [],
-    "store": ["base"], "text": ["base"], "kernels": ["base"],
+    "store": ["base"], "exchange": ["store"], "text": ["base"], "kernels": ["base"],
     "model": ["kernels"], "cache": ["model"],
-    "agents": ["store", "cache", "text"],
+    "agents": ["exchange", "cache", "text"],
     "engine": ["agents"],
     "faces": ["base"],
     "cli": ["engine", "faces"], "server": ["engine", "faces"], "python": ["engine", "faces"],
 }
 PUBLIC = {"error": "base", "log": "base", "version": "base", "compute_options": "base", "kv_snapshot": "base",
-          "store": "store", "text": "text", "model_info": "model", "model": "model", "cache": "cache", "agents": "agents",
-          "memory_usage": "agents", "generate_options": "engine", "generate": "engine", "engine": "engine"}
-NO_MLX = {"base", "store", "text"}
+          "store": "store", "exchange": "exchange", "text": "text", "model_info": "model", "model": "model", "cache": "cache",
+          "agents": "agents", "memory_usage": "agents", "generate_options": "engine", "generate": "engine", "engine": "engine"}
+NO_MLX = {"base", "store", "exchange", "text"}
 
 
 def may_know(room):
@@ -70,7 +70,8 @@ def test_no_arrow_points_the_wrong_way():
 
 def test_a_planted_arrow_is_found():
     for room, include in (("store", '#include "cache/dense.h"'), ("store", "#include <mlx/array.h>"),
-                          ("base", '#include "torpor/store.h"'), ("cache", '#include "store/segment.h"'),
+                          ("base", '#include "torpor/store.h"'), ("store", '#include "torpor/exchange.h"'),
+                          ("exchange", "#include <mlx/array.h>"), ("cache", '#include "store/segment.h"'),
                           ("cache", "#include <fstream>"), ("agents", '#include "engine/generation.h"'),
                           ("text", '  # include "torpor/generate.h"')):
         assert len(violations([(room, "planted.cc", include + "\n")])) == 1, (room, include)
@@ -94,6 +95,6 @@ def included(name, seen):
 
 
 def test_engine_and_store_need_no_header_of_mlx():
-    for name in ("torpor/engine.h", "torpor/store.h", "torpor/agents.h"):
+    for name in ("torpor/engine.h", "torpor/store.h", "torpor/exchange.h", "torpor/agents.h"):
         assert not [other for other in included(name, set()) if other.startswith("mlx")], name
     assert "mlx/array.h" in included("torpor/cache.h", set())

@@ -3,6 +3,7 @@
 #include "fault_env.h"
 #include "store/agent_file.h"
 #include "store_fixture.h"
+#include "torpor/exchange.h"
 
 namespace torpor::testing {
 namespace {
@@ -17,6 +18,8 @@ const KvSnapshot kTurn = make_snapshot(309, small_layout(), 1);   // leaves the 
 const KvSnapshot kSeal = make_snapshot(530, small_layout(), 1);   // seals their rows
 const KvSnapshot kMerge = make_snapshot(350, small_layout(), 1);  // takes the last one in
 const KvSnapshot kInTail = make_snapshot(285, small_layout(), 1);
+
+bool rotates_none(const std::string&) { return false; }
 
 /// What a store holds of agent "a" is one of these; nullptr stands for no agent.
 using States = std::vector<const KvSnapshot*>;
@@ -36,7 +39,7 @@ class StoreFaults : public ::testing::Test {
     store.save_agent_cache("bystander", kOther, "m", {}, Durability::kRename);
     store.save_agent_cache("leaves-orphans", make_snapshot(512, small_layout(), 3, 9000), "m", {}, Durability::kRename);
     store.export_agent("a", export_);
-    store.export_prompt_cache("a", prompt_cache_);
+    export_prompt_cache(store, "a", prompt_cache_, rotates_none);
     fs::remove(template_ / "leaves-orphans.safetensors");
     fs::remove(template_ / "leaves-orphans.json");
     write_all(template_ / ".torpor-tmp-left-by-a-crash", "x");
@@ -72,7 +75,7 @@ class StoreFaults : public ::testing::Test {
         {"rewind", [](Store& s) { s.copy_agent_cache("a", "a", {.n_tokens = 100, .replace = true}); }, {&kOld}, {&kShort}},
         {"rename", [](Store& s) { s.rename_agent_cache("a", "renamed"); }, {&kOld}, {nullptr}},
         {"export", [this](Store& s) { s.export_agent("a", exported_); }, {&kOld}, {&kOld}},
-        {"export for mlx-lm", [this](Store& s) { s.export_prompt_cache("a", exported_); }, {&kOld}, {&kOld}},
+        {"export for mlx-lm", [this](Store& s) { export_prompt_cache(s, "a", exported_, rotates_none); }, {&kOld}, {&kOld}},
         {"read of mlx-lm", [this](Store& s) { expect_prompt_cache(s, prompt_cache_); }, {&kOld}, {&kOld}},
         {"prefix", [](Store& s) { s.save_prefix(kNew); }, {&kOld}, {&kOld}},
         {"evict", [](Store& s) {
@@ -96,7 +99,7 @@ class StoreFaults : public ::testing::Test {
   }
 
   static void expect_prompt_cache(const Store& store, const fs::path& path) {
-    PromptCache cache = store.read_prompt_cache(path, {"m", test_identity(), {}, 0, [](const KvFormat&) { return small_layout(); }});
+    PromptCache cache = read_prompt_cache(path, {"m", test_identity(), {}, 0, [](const KvFormat&) { return small_layout(); }}, &store.env());
     cache.snapshot.tokens = kOld.tokens;
     EXPECT_TRUE(same(cache.snapshot, kOld));
   }

@@ -2,6 +2,7 @@
 
 #include "counting_env.h"
 #include "store_fixture.h"
+#include "torpor/exchange.h"
 
 namespace torpor::testing {
 namespace {
@@ -73,7 +74,7 @@ TEST_F(StoreState, IsExportedAndImported) {
   Store other(directory_.path() / "other");
   other.import_agent(directory_.path() / "a.safetensors", "b");
   EXPECT_TRUE(same(other.load_agent_cache("b").snapshot, whole));
-  EXPECT_EQ(code_of([&] { store_.export_prompt_cache("a", directory_.path() / "p.safetensors"); }), ErrorCode::kIncompatible);
+  EXPECT_EQ(code_of([&] { export_prompt_cache(store_, "a", directory_.path() / "p.safetensors", [](const auto&) { return false; }); }), ErrorCode::kIncompatible);
   std::string bytes = read_all(directory_.path() / "a.safetensors");
   bytes[bytes.size() - 600 * 4 - 1] ^= 1;  // the last byte of the state
   write_all(directory_.path() / "a.safetensors", bytes);

@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 
+#include "torpor/exchange.h"
 #include "torpor/store.h"
 
 namespace torpor {
@@ -31,7 +32,7 @@ SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens, D
 void pin_agent(Store& store, const std::string& id, bool pinned, Durability durability = Durability::kFull);
 bool is_pinned(const AgentInfo& info);
 
-/// Agent `id`, which must be new, of a prompt-cache file of mlx-lm's (Store::read_prompt_cache, whose errors it gives). It has no
+/// Agent `id`, which must be new, of a prompt-cache file of mlx-lm's (read_prompt_cache, whose errors it gives). It has no
 /// messages, and its ids are not known: it can be gone on from and cut, but not compared with a prompt, nor computed again
 /// should its rows be damaged.
 SaveResult import_prompt_cache(Store& store, const std::filesystem::path& path, const std::string& id, const CacheModel& model,

@@ -29,6 +29,10 @@ struct ModelInfo {
 /// `~/.cache/huggingface`). kNotFound names the `hf download` command.
 std::filesystem::path resolve_model(const std::string& name);
 
+/// Whether mlx-lm keeps the layers with a window of this architecture ("gemma3") in a RotatingKVCache, which forgets rows.
+/// Of the other architectures it keeps all rows.
+bool mlx_lm_rotates_windows(const std::string& architecture);
+
 /// What is known of a model without its weights in memory.
 struct ModelOutline {
   ModelInfo info;

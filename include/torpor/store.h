@@ -151,32 +151,6 @@ struct VerifyReport {
   std::vector<std::string> problems;  ///< one sentence per damaged file; empty = intact
 };
 
-/// The two dialects of mlx-lm's prompt-cache file.
-enum class PromptCacheDialect {
-  kNew,  ///< of mlx-lm 0.32
-  kOld,  ///< up to 0.31
-};
-
-/// A model as whoever reads a file needs it that does not say whose it is.
-struct CacheModel {
-  std::string name;     ///< AgentInfo::model
-  Identity identity;    ///< `kv` is the file's
-  ConversationIdentity conversation;
-  int max_context = 0;  ///< tokens; 0 = no bound
-  /// As Model::kv_layout.
-  std::function<KvLayout(const KvFormat&)> kv_layout;
-};
-
-/// What a prompt-cache file of mlx-lm holds. It has no token ids, so these are names (name_unknown_tokens).
-struct PromptCache {
-  KvSnapshot snapshot;
-  /// A RotatingKVCache forgets rows; zeros stand for them. No model attends them as long as at least so many tokens are kept.
-  int64_t shortest_cut = 0;
-};
-
-/// Whether the file is a prompt cache of mlx-lm, by its header. kNotFound, kIo; kCorruption when it is no safetensors file.
-bool is_prompt_cache(const std::filesystem::path& path);
-
 struct DiskUsage {
   int64_t agents = 0, agent_bytes = 0;  ///< agent files, sidecars and parts; a part that forks share counts once
   int64_t segments = 0, segment_bytes = 0;    ///< all segment files, each once
@@ -203,6 +177,8 @@ class Store {
   explicit Store(std::filesystem::path root, Env* env = nullptr);
   ~Store();
   const std::filesystem::path& root() const;
+  /// What it reaches files through.
+  Env& env() const;
 
   /// kBusy at once when another process (or another lock in this one) has it. A lock that is dropped locks nothing.
   [[nodiscard]] std::unique_ptr<AgentLock> lock_agent(const std::string& agent_id);
@@ -306,16 +282,6 @@ class Store {
   /// The inverse: a new agent. kInvalidArgument when the id is taken or the file is no export; kCorruption when it is
   /// damaged.
   SaveResult import_agent(const std::filesystem::path& path, const std::string& agent_id);
-
-  /// A prompt-cache file that mlx-lm continues from (`mlx_lm.generate --prompt-cache-file`). Renamed into place; reads no row
-  /// into memory that can be mapped. kInvalidArgument when the agent holds no tokens, kIncompatible when it is no agent of the
-  /// engine's.
-  void export_prompt_cache(const std::string& agent_id, const std::filesystem::path& path,
-                           PromptCacheDialect dialect = PromptCacheDialect::kNew) const;
-  /// The inverse, of either dialect; import_prompt_cache (torpor/agents.h) makes an agent of it. The file has no checksum: rows
-  /// that were damaged are not found out. kIncompatible, naming what differs, when it is not of such a model or the model could
-  /// not go on from it; kCorruption when it contradicts itself.
-  PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheModel& model) const;
 
   struct Impl;  // src/store/store_impl.h; nothing for embedders
 

@@ -60,7 +60,7 @@ SaveResult fork_agent(Store& store, const std::string& src, const std::string& d
 SaveResult import_prompt_cache(Store& store, const std::filesystem::path& path, const std::string& id, const CacheModel& model,
                                Durability durability) {
   require_free(store, id);
-  const PromptCache read = store.read_prompt_cache(path, model);
+  const PromptCache read = read_prompt_cache(path, model, &store.env());
   const auto lock = lock_new(store, id);
   AgentRecord record;
   record.history = read.snapshot.tokens.size();

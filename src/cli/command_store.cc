@@ -8,6 +8,8 @@
 #include "torpor/agents.h"
 #include "torpor/engine.h"
 #include "torpor/error.h"
+#include "torpor/exchange.h"
+#include "torpor/model_info.h"
 
 namespace torpor::cli {
 namespace {
@@ -50,7 +52,8 @@ int export_file(Store& store, const std::string& id, const std::filesystem::path
   if (format == "torpor") {
     store.export_agent(id, file);
   } else {
-    store.export_prompt_cache(id, file, format == "mlx-lm" ? PromptCacheDialect::kNew : PromptCacheDialect::kOld);
+    export_prompt_cache(store, id, file, mlx_lm_rotates_windows,
+                        format == "mlx-lm" ? PromptCacheDialect::kNew : PromptCacheDialect::kOld);
   }
   return 0;
 }

@@ -24,8 +24,9 @@ CacheModel describe_model(const std::string& name, const ComputeOptions& compute
   ModelOutline outline = outline_model(name, compute);
   const auto tokenizer = Tokenizer::load(outline.info.dir);
   const auto chat_template = ChatTemplate::load(outline.info.dir);
+  const bool rotates_windows = mlx_lm_rotates_windows(outline.identity.architecture);
   return {name, std::move(outline.identity), conversation_of(*tokenizer, chat_template.get()), outline.info.max_context,
-          std::move(outline.kv_layout)};
+          std::move(outline.kv_layout), rotates_windows};
 }
 
 struct Engine::Impl {

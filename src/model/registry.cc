@@ -101,6 +101,8 @@ ModelOutline outline_model(const std::string& name, const ComputeOptions& comput
   });
 }
 
+bool mlx_lm_rotates_windows(const std::string& architecture) { return architecture == "gemma3"; }
+
 namespace model {
 
 ModelFactory find_architecture(const std::string& architecture) {

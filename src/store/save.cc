@@ -33,7 +33,7 @@ bool Store::Impl::link_part(const OwnFile& from, const std::filesystem::path& to
     const File file = env.open(from.path, OpenMode::kRead);
     std::vector<std::byte> bytes(size_t(file.stat().size));
     file.read_at(bytes, 0);
-    write_file(to, {bytes}, true);
+    write_file(env, to, {bytes}, true);
     return true;
   }
   if (env.stat(to) == from.stat) return true;
@@ -61,7 +61,7 @@ void Store::Impl::put_parts(AgentDraft& draft, bool durable, SaveResult& result,
     FileDraft& history = *draft.history;
     history.digests.path = part_path(draft.uid, history.ref.name);
     put.push_back(history.digests.path);
-    history.digests.stat = write_file(history.digests.path, history.pieces(), durable);
+    history.digests.stat = write_file(env, history.digests.path, history.pieces(), durable);
     count_written(history.digests.stat);
     if (durable) known.set_durable(history.ref.name, history.digests.stat);
     result.bytes_written += int64_t(history.digests.stat.size);

@@ -60,13 +60,6 @@ FileLock Store::Impl::lock_agent(const std::string& id) {
   return locks.agent(id);
 }
 
-FileStat Store::Impl::write_file(const std::filesystem::path& path,
-                                 const std::vector<std::span<const std::byte>>& pieces, bool sync) {
-  TemporaryFile file(env, path.parent_path(), pieces, sync);
-  file.replace(path);
-  return file.stat();
-}
-
 OpenedAgent Store::Impl::open_agent(const std::string& id) {
   check_agent_id(id);
   const auto path = agent_path(id);
@@ -85,7 +78,7 @@ int64_t Store::Impl::write_sidecar(const AgentInfo& info, const FileStat& agent_
   try {
     const std::string text = encode_sidecar(info, agent_file);
     // Never fsynced: half of one is found by its checksum and rebuilt.
-    count_written(write_file(sidecar_path(info.agent_id), {as_bytes_of(text)}, false));
+    count_written(write_file(env, sidecar_path(info.agent_id), {as_bytes_of(text)}, false));
     return int64_t(text.size());
   } catch (const std::exception& error) {
     log(LogLevel::kWarning, "The sidecar of agent '" + info.agent_id + "' could not be written: " + error.what());
@@ -112,6 +105,7 @@ Store::Store(std::filesystem::path root, Env* env)
     : impl_(std::make_unique<Impl>(std::move(root), env != nullptr ? *env : Env::posix())) {}
 Store::~Store() = default;
 const std::filesystem::path& Store::root() const { return impl_->root; }
+Env& Store::env() const { return impl_->env; }
 
 std::unique_ptr<AgentLock> Store::lock_agent(const std::string& agent_id) {
   return std::make_unique<HeldAgentLock>(impl_->lock_agent(agent_id));
@@ -192,13 +186,6 @@ void Store::export_agent(const std::string& agent_id, const std::filesystem::pat
 }
 SaveResult Store::import_agent(const std::filesystem::path& path, const std::string& agent_id) {
   return impl_->import_agent(path, agent_id);
-}
-void Store::export_prompt_cache(const std::string& agent_id, const std::filesystem::path& path,
-                                PromptCacheDialect dialect) const {
-  impl_->export_prompt_cache(agent_id, path, dialect);
-}
-PromptCache Store::read_prompt_cache(const std::filesystem::path& path, const CacheModel& model) const {
-  return impl_->read_prompt_cache(path, model);
 }
 
 }  // namespace torpor

@@ -52,8 +52,6 @@ struct Store::Impl {
   FileLock lock_agent(const std::string& id);
 
   // ---- files
-  /// Writes `pieces` beside `path` and renames that into place. On an error nothing is left behind.
-  FileStat write_file(const std::filesystem::path& path, const std::vector<std::span<const std::byte>>& pieces, bool sync);
   /// `du` counts what was put into the store as written.
   void count_written(const FileStat& stat) { unrecorded_ += int64_t(stat.size); }
   /// Header of the agent file, checked. kNotFound says which agent.
@@ -160,11 +158,7 @@ struct Store::Impl {
   /// call makes up for it.
   void record_written() noexcept;
   int64_t total_written();
-  /// The directory that a file `path` outside the store is to be written to. kIo when there is none, kInvalidArgument.
-  std::filesystem::path export_directory(const std::filesystem::path& path);
   void export_agent(const std::string& id, const std::filesystem::path& path);
-  void export_prompt_cache(const std::string& id, const std::filesystem::path& path, PromptCacheDialect dialect);
-  PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheModel& model);
   SaveResult import_agent(const std::filesystem::path& path, const std::string& id);
 
   KnownSegments known;
@@ -187,9 +181,5 @@ struct Store::Impl {
 };
 
 inline constexpr uint64_t kMaxSidecar = 64 << 20;  // bytes that are read of what may be one
-
-inline std::span<const std::byte> as_bytes_of(const std::string& text) {
-  return std::as_bytes(std::span(text.data(), text.size()));
-}
 
 }  // namespace torpor

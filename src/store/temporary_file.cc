@@ -102,4 +102,11 @@ bool TemporaryFile::put_new(const std::filesystem::path& path) {
   return true;
 }
 
+FileStat write_file(Env& env, const std::filesystem::path& path,
+                    const std::vector<std::span<const std::byte>>& pieces, bool sync) {
+  TemporaryFile file(env, path.parent_path(), pieces, sync);
+  file.replace(path);
+  return file.stat();
+}
+
 }  // namespace torpor

@@ -58,4 +58,8 @@ class TemporaryFile {
   FileStat stat_;
 };
 
+/// Writes `pieces` beside `path` and renames that into place. On an error nothing is left behind.
+FileStat write_file(Env& env, const std::filesystem::path& path,
+                    const std::vector<std::span<const std::byte>>& pieces, bool sync);
+
 }  // namespace torpor

@@ -129,5 +129,6 @@ std::vector<std::string> split(std::string_view text);
 
 /// Token ids as the little-endian bytes of the file.
 std::span<const std::byte> token_bytes(std::span<const int32_t> tokens);
+inline std::span<const std::byte> as_bytes_of(std::string_view text) { return std::as_bytes(std::span(text)); }
 
 }  // namespace torpor

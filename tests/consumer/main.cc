@@ -8,6 +8,7 @@
 #include <torpor/cache.h>
 #include <torpor/engine.h>
 #include <torpor/error.h>
+#include <torpor/exchange.h>
 #include <torpor/generate.h>
 #include <torpor/generate_options.h>
 #include <torpor/kv_snapshot.h>

@@ -1,12 +1,14 @@
 #pragma once
-/// A layer tensor whole, as exchange files hold it, among a snapshot's runs.
+/// What files outside the store need: a layer tensor whole, among a snapshot's runs, and a directory to be in.
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <vector>
 
+#include "base/env.h"
 #include "torpor/kv_snapshot.h"
 
 namespace torpor {
@@ -49,5 +51,9 @@ inline std::vector<std::shared_ptr<std::byte>> allocate_runs(KvSnapshot& snapsho
   }
   return buffers;
 }
+
+/// The directory that a file `path` outside the store at `root` is to be written to. kIo when there is none.
+/// kInvalidArgument when it is the store.
+std::filesystem::path export_directory(Env& env, const std::filesystem::path& root, const std::filesystem::path& path);
 
 }  // namespace torpor

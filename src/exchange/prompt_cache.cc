@@ -1,4 +1,4 @@
-#include "store/prompt_cache.h"
+#include "exchange/prompt_cache.h"
 
 #include <algorithm>
 #include <charconv>
@@ -243,17 +243,17 @@ PromptCacheFile parse_prompt_cache(const SafetensorsHeader& header, const ReadSc
   return Reader(header, read_scalar, file_name).read();
 }
 
-bool rotates(const KvTensorSpec& tensor, const KvLayout& layout, const std::string& architecture) {
-  return tensor.window > 0 && layout.tensors.front().dtype != KvDtype::kU32 && architecture == "gemma3";
+bool rotates(const KvTensorSpec& tensor, const KvLayout& layout, bool rotates_windows) {
+  return rotates_windows && tensor.window > 0 && layout.tensors.front().dtype != KvDtype::kU32;
 }
 
-int64_t first_kept(const KvTensorSpec& tensor, const KvSnapshot& snapshot) {
-  const auto n_tokens = int64_t(snapshot.tokens.size());
-  const bool rotating = rotates(tensor, snapshot.layout, snapshot.identity.architecture);
-  return rotating ? std::max<int64_t>(0, n_tokens - tensor.window) : 0;
+int64_t first_kept(const KvTensorSpec& tensor, const KvSnapshot& snapshot, bool rotates_windows) {
+  if (!rotates(tensor, snapshot.layout, rotates_windows)) return 0;
+  return std::max<int64_t>(0, int64_t(snapshot.tokens.size()) - tensor.window);
 }
 
-PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::string& model, PromptCacheDialect dialect) {
+PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::string& model, bool rotates_windows,
+                                    PromptCacheDialect dialect) {
   const bool old = dialect == PromptCacheDialect::kOld;
   const KvFormat format = KvFormat::parse(snapshot.identity.kv).value_or(KvFormat());
   const auto& tensors = snapshot.layout.tensors;
@@ -265,14 +265,14 @@ PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::strin
   if (!old) metadata.emplace_back(kDialectMark, "");
   for (size_t i = 0; i < tensors.size() / (2 * parts); ++i) {
     const KvTensorSpec& first = tensors[2 * parts * i];
-    const auto n_tokens = int64_t(snapshot.tokens.size()), held = n_tokens - first_kept(first, snapshot);
+    const auto n_tokens = int64_t(snapshot.tokens.size()), held = n_tokens - first_kept(first, snapshot, rotates_windows);
     for (size_t t = 0; t < 2 * parts; ++t) {
       const KvTensorSpec& tensor = tensors[2 * parts * i + t];
       const std::string name = at(i, t / parts);
       rows.push_back({.name = parts == 1 ? name : at(name, t % parts), .dtype = kv_dtype_name(tensor.dtype),
                       .shape = {1, uint64_t(tensor.n_kv_heads), uint64_t(held), uint64_t(tensor.dim)}});
     }
-    const std::string_view name = parts == 3 ? kQuantized : rotates(first, snapshot.layout, snapshot.identity.architecture) ? kRotating : kKvCache;
+    const std::string_view name = parts == 3 ? kQuantized : rotates(first, snapshot.layout, rotates_windows) ? kRotating : kKvCache;
     metadata.emplace_back(at(classes, i), std::string(name));
     const std::map<Field, int64_t> values = {{Field::kOffset, n_tokens}, {Field::kGroup, format.group}, {Field::kBits, format.bits},
                                              {Field::kKeep, 0}, {Field::kMaxSize, first.window}, {Field::kIndex, held}};

@@ -1,8 +1,9 @@
 /// Export and import: one file that holds an agent whole, its layers in one piece as other programs expect them.
 
+#include "store/export.h"
+
 #include "base/hash.h"
 #include "store/messages.h"
-#include "store/pieces.h"
 #include "store/store_impl.h"
 
 namespace torpor {
@@ -15,7 +16,7 @@ std::filesystem::path json_beside(const std::filesystem::path& path) {
 
 }  // namespace
 
-std::filesystem::path Store::Impl::export_directory(const std::filesystem::path& path) {
+std::filesystem::path export_directory(Env& env, const std::filesystem::path& root, const std::filesystem::path& path) {
   if (!path.has_filename()) throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' can't be an export's name.");
   const auto directory = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
   const auto target = env.stat(directory);
@@ -29,7 +30,7 @@ std::filesystem::path Store::Impl::export_directory(const std::filesystem::path&
 }
 
 void Store::Impl::export_agent(const std::string& id, const std::filesystem::path& path) {
-  const auto directory = export_directory(path);
+  const auto directory = export_directory(env, root, path);
   if (json_beside(path) == path) {
     throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' can't be an export's name; end it in .safetensors.");
   }
@@ -67,10 +68,10 @@ void Store::Impl::export_agent(const std::string& id, const std::filesystem::pat
                                                    .n_tokens = snapshot.tokens.size(), .checksums = std::move(checksums)},
                                                   snapshot.layout, &info.hash);
   pieces.front() = as_bytes_of(header);
-  const FileStat stat = write_file(directory / path.filename(), pieces, true);
+  const FileStat stat = write_file(env, directory / path.filename(), pieces, true);
   info.bytes = info.tail_bytes = int64_t(stat.size);
   const std::string json = encode_sidecar(info, stat);
-  write_file(directory / json_beside(path.filename()), {as_bytes_of(json)}, true);
+  write_file(env, directory / json_beside(path.filename()), {as_bytes_of(json)}, true);
   env.sync_directory(directory);
 }
 

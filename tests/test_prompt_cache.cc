@@ -3,6 +3,7 @@
 
 #include "base/safetensors.h"
 #include "store_fixture.h"
+#include "torpor/exchange.h"
 
 namespace torpor::testing {
 namespace {
@@ -29,9 +30,13 @@ KvLayout layout_of(const KvFormat& format) {
   return layout;
 }
 
+/// As the model room says it of this one.
+bool rotates_windows(const std::string& architecture) { return architecture == "gemma3"; }
+
 CacheModel model_of(const std::string& architecture = "llama") {
   CacheModel model{"some/model", test_identity(), {}, 4096, layout_of};
   model.identity.architecture = architecture;
+  model.rotates_windows = rotates_windows(architecture);
   return model;
 }
 
@@ -52,15 +57,15 @@ std::string row_of(const KvSnapshot& snapshot, size_t tensor, int head, int toke
   return {reinterpret_cast<const char*>(snapshot.run_bytes(run).data()) + at, row};
 }
 
-class StorePromptCache : public ::testing::Test {
+class PromptCacheFiles : public ::testing::Test {
  protected:
   /// The bytes of the file that an agent with these rows is exported to.
   std::string exported(const KvSnapshot& snapshot, PromptCacheDialect dialect) {
     store_.save_agent_cache("a", snapshot, "some/model");
-    store_.export_prompt_cache("a", path_, dialect);
+    export_prompt_cache(store_, "a", path_, rotates_windows, dialect);
     return read_all(path_);
   }
-  PromptCache read(const CacheModel& model = model_of()) { return store_.read_prompt_cache(path_, model); }
+  PromptCache read(const CacheModel& model = model_of()) { return read_prompt_cache(path_, model); }
   void expect_refused(ErrorCode code, const std::string& part, const CacheModel& model = model_of()) {
     std::string message;
     EXPECT_EQ(code_of([&] { read(model); }, &message), code) << part;
@@ -84,7 +89,7 @@ class StorePromptCache : public ::testing::Test {
   fs::path path_ = directory_.path() / "cache.safetensors";
 };
 
-TEST_F(StorePromptCache, ComesBackBitForBitUnderNamesOfItsOwn) {
+TEST_F(PromptCacheFiles, ComesBackBitForBitUnderNamesOfItsOwn) {
   for (const KvFormat& format : {KvFormat(KvDtype::kF32), KvFormat(KvDtype::kF16), KvFormat(KvDtype::kBF16),
                                  KvFormat(KvDtype::kF16, 8, 64), KvFormat(KvDtype::kBF16, 4, 32)}) {
     for (const int n : {1, 255, 256, 300, 600}) {
@@ -102,7 +107,7 @@ TEST_F(StorePromptCache, ComesBackBitForBitUnderNamesOfItsOwn) {
   }
 }
 
-TEST_F(StorePromptCache, OfRotatingLayersWhatTheWindowSees) {
+TEST_F(PromptCacheFiles, OfRotatingLayersWhatTheWindowSees) {
   for (const PromptCacheDialect dialect : {PromptCacheDialect::kNew, PromptCacheDialect::kOld}) {
     for (const int n : {60, 100, 300}) {
       const KvSnapshot snapshot = snapshot_of(n, KvDtype::kF16, "gemma3");
@@ -128,7 +133,7 @@ TEST_F(StorePromptCache, OfRotatingLayersWhatTheWindowSees) {
   EXPECT_EQ(read(model_of("gemma3")).shortest_cut, 0);
 }
 
-TEST_F(StorePromptCache, ARingThatWentRoundIsReadInTheOrderOfItsTokens) {
+TEST_F(PromptCacheFiles, ARingThatWentRoundIsReadInTheOrderOfItsTokens) {
   const int n = 300, index = 37;
   const KvSnapshot snapshot = snapshot_of(n, KvDtype::kF16, "gemma3");
   std::string bytes = exported(snapshot, PromptCacheDialect::kOld);
@@ -156,7 +161,7 @@ TEST_F(StorePromptCache, ARingThatWentRoundIsReadInTheOrderOfItsTokens) {
   expect_refused(ErrorCode::kIncompatible, "forgotten the first 200 rows of layer 1");  // of a model that attends them
 }
 
-TEST_F(StorePromptCache, SaysInWhatItDiffersFromTheModel) {
+TEST_F(PromptCacheFiles, SaysInWhatItDiffersFromTheModel) {
   exported(snapshot_of(300, KvDtype::kF16), PromptCacheDialect::kNew);
   const auto with = [](auto change) {
     CacheModel model = model_of();
@@ -175,7 +180,7 @@ TEST_F(StorePromptCache, SaysInWhatItDiffersFromTheModel) {
   expect_refused(ErrorCode::kIncompatible, "300 tokens", model);
 }
 
-TEST_F(StorePromptCache, RefusesWhatTheEngineHasNoUseFor) {
+TEST_F(PromptCacheFiles, RefusesWhatTheEngineHasNoUseFor) {
   const auto rows = [](const std::string& name, uint64_t batch, uint64_t n, const std::string& dtype = "F16", uint64_t dim = kDim) {
     return SafetensorsTensor{.name = name, .dtype = dtype, .shape = {batch, kHeads, n, dim}};
   };
@@ -215,24 +220,24 @@ TEST_F(StorePromptCache, RefusesWhatTheEngineHasNoUseFor) {
   expect_refused(ErrorCode::kInvalidArgument, "no prompt-cache file");
 }
 
-TEST_F(StorePromptCache, ExportsOnlyWhatTheEngineMade) {
+TEST_F(PromptCacheFiles, ExportsOnlyWhatTheEngineMade) {
   store_.save_agent_cache("empty", snapshot_of(0, KvDtype::kF16), "m");
-  EXPECT_EQ(code_of([&] { store_.export_prompt_cache("empty", path_); }), ErrorCode::kInvalidArgument);
+  EXPECT_EQ(code_of([&] { export_prompt_cache(store_, "empty", path_, rotates_windows); }), ErrorCode::kInvalidArgument);
   KvSnapshot foreign = snapshot_of(3, KvDtype::kF16);
   foreign.identity.kv = "mlx-lm";
   store_.save_agent_cache("foreign", foreign, "m");
-  EXPECT_EQ(code_of([&] { store_.export_prompt_cache("foreign", path_); }), ErrorCode::kIncompatible);
+  EXPECT_EQ(code_of([&] { export_prompt_cache(store_, "foreign", path_, rotates_windows); }), ErrorCode::kIncompatible);
   foreign = snapshot_of(3, KvDtype::kF16);
   foreign.layout.tensors[2].name = "layer_1_cache";
   store_.save_agent_cache("foreign", foreign, "m");
-  EXPECT_EQ(code_of([&] { store_.export_prompt_cache("foreign", path_); }), ErrorCode::kIncompatible);
+  EXPECT_EQ(code_of([&] { export_prompt_cache(store_, "foreign", path_, rotates_windows); }), ErrorCode::kIncompatible);
   EXPECT_FALSE(fs::exists(path_));
-  EXPECT_EQ(code_of([&] { store_.export_prompt_cache("nobody", path_); }), ErrorCode::kNotFound);
-  EXPECT_EQ(code_of([&] { store_.export_prompt_cache("empty", directory_.path() / "store/x"); }), ErrorCode::kInvalidArgument);
+  EXPECT_EQ(code_of([&] { export_prompt_cache(store_, "nobody", path_, rotates_windows); }), ErrorCode::kNotFound);
+  EXPECT_EQ(code_of([&] { export_prompt_cache(store_, "empty", directory_.path() / "store/x", rotates_windows); }), ErrorCode::kInvalidArgument);
 }
 
 // There is no checksum, so flipped rows are other rows. All else is either found or changes nothing.
-TEST_F(StorePromptCache, DamageOutsideTheRowsIsFoundOrHarmless) {
+TEST_F(PromptCacheFiles, DamageOutsideTheRowsIsFoundOrHarmless) {
   for (const PromptCacheDialect dialect : {PromptCacheDialect::kNew, PromptCacheDialect::kOld}) {
     for (const auto& [format, architecture] : {std::pair<KvFormat, const char*>{KvDtype::kF16, "gemma3"},
                                                std::pair<KvFormat, const char*>{{KvDtype::kF16, 8, 64}, "llama"}}) {

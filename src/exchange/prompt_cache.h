@@ -1,7 +1,6 @@
 #pragma once
-/// mlx-lm's prompt-cache files (`mlx_lm.cache_prompt`, `mlx_lm.generate --prompt-cache-file`), in the dialect of mlx-lm 0.32
-/// and in that up to 0.31: safetensors whose tensors and metadata are a list of cache objects, flattened. They hold no token
-/// ids and no checksum. docs/format.md says what stands where.
+/// The headers of mlx-lm's prompt-cache files, in the dialect of mlx-lm 0.32 and in that up to 0.31: safetensors whose
+/// tensors and metadata are a list of cache objects, flattened. docs/format.md says what stands where.
 
 #include <cstdint>
 #include <functional>
@@ -9,8 +8,7 @@
 #include <vector>
 
 #include "base/safetensors.h"
-#include "torpor/kv_snapshot.h"
-#include "torpor/store.h"
+#include "torpor/exchange.h"
 
 namespace torpor {
 
@@ -51,13 +49,14 @@ struct PromptCacheFrame {
   std::vector<int32_t> scalars;
 };
 
-/// Whether mlx-lm keeps a tensor in a RotatingKVCache: those with a window, of the architectures whose windows it knows, where
-/// the layout is not quantized. Else it holds all rows.
-bool rotates(const KvTensorSpec& tensor, const KvLayout& layout, const std::string& architecture);
+/// Whether mlx-lm keeps a tensor in a RotatingKVCache: those with a window where the layout is not quantized, if it
+/// rotates such a model's windows at all. Else it holds all rows.
+bool rotates(const KvTensorSpec& tensor, const KvLayout& layout, bool rotates_windows);
 
 /// Of an agent of `n_tokens`, whose rows follow in the layout's order, [head][token][dim]: of each tensor those of the tokens
 /// from first_kept on.
-PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::string& model, PromptCacheDialect dialect);
-int64_t first_kept(const KvTensorSpec& tensor, const KvSnapshot& snapshot);
+PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::string& model, bool rotates_windows,
+                                    PromptCacheDialect dialect);
+int64_t first_kept(const KvTensorSpec& tensor, const KvSnapshot& snapshot, bool rotates_windows);
 
 }  // namespace torpor

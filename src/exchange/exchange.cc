@@ -1,12 +1,16 @@
 /// Between agents and mlx-lm's prompt-cache files.
 
-#include "store/prompt_cache.h"
+#include "torpor/exchange.h"
 
 #include <cstring>
 
+#include "base/env.h"
 #include "base/hash.h"
-#include "store/pieces.h"
-#include "store/store_impl.h"
+#include "exchange/prompt_cache.h"
+#include "store/export.h"
+#include "store/temporary_file.h"
+#include "store/torpor_file.h"
+#include "torpor/error.h"
 
 namespace torpor {
 namespace {
@@ -55,7 +59,7 @@ int64_t shortest_cut(const PromptCacheFile& file, const KvLayout& plain, const C
     const KvTensorSpec& tensor = plain.tensors[2 * i];
     if (lost == 0) continue;
     shortest = std::max(shortest, lost + tensor.window);
-    if (!rotates(tensor, plain, model.identity.architecture) || shortest > file.n_tokens) {
+    if (!rotates(tensor, plain, model.rotates_windows) || shortest > file.n_tokens) {
       throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has forgotten the first " + std::to_string(lost) + " rows of layer " +
                                                 std::to_string(i) + ", which the model '" + model.name +
                                                 "' still attends; make it without a bound on its size.")
@@ -88,9 +92,9 @@ bool is_prompt_cache(const std::filesystem::path& path) {
   return is_prompt_cache(open_prompt_cache(Env::posix(), path).header);
 }
 
-PromptCache Store::Impl::read_prompt_cache(const std::filesystem::path& path, const CacheModel& model) {
+PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheModel& model, Env* env) {
   const std::string file_name = path.string();
-  const OpenedPromptCache opened = open_prompt_cache(env, path);
+  const OpenedPromptCache opened = open_prompt_cache(env != nullptr ? *env : Env::posix(), path);
   if (!is_prompt_cache(opened.header)) {
     throw Error(ErrorCode::kInvalidArgument, "'" + file_name + "' is a safetensors file, but no prompt-cache file of mlx-lm.");
   }
@@ -135,9 +139,10 @@ PromptCache Store::Impl::read_prompt_cache(const std::filesystem::path& path, co
   return read;
 }
 
-void Store::Impl::export_prompt_cache(const std::string& id, const std::filesystem::path& path, PromptCacheDialect dialect) {
-  const auto directory = export_directory(path);
-  const LoadedAgent loaded = load(id, {.map_rows = true});
+void export_prompt_cache(const Store& store, const std::string& id, const std::filesystem::path& path,
+                         const RotatesWindows& rotates_windows, PromptCacheDialect dialect) {
+  const auto directory = export_directory(store.env(), store.root(), path);
+  const LoadedAgent loaded = store.load_agent_cache(id, {.map_rows = true});
   const KvSnapshot& snapshot = loaded.snapshot;
   const auto& tensors = snapshot.layout.tensors;
   const auto n_tokens = int64_t(snapshot.tokens.size());
@@ -151,16 +156,17 @@ void Store::Impl::export_prompt_cache(const std::string& id, const std::filesyst
         .with_agent(id)
         .with_field("made_by", "Torpor's engine", "kv '" + snapshot.identity.kv + "'");
   }
-  const PromptCacheFrame frame = frame_prompt_cache(snapshot, loaded.info.model, dialect);
+  const bool rotating = rotates_windows(snapshot.identity.architecture);
+  const PromptCacheFrame frame = frame_prompt_cache(snapshot, loaded.info.model, rotating, dialect);
   std::vector<std::span<const std::byte>> pieces = {as_bytes_of(frame.header)};
   for (size_t t = 0; t < tensors.size(); ++t) {
-    for_each_piece(snapshot.layout, n_tokens, t, first_kept(tensors[t], snapshot), n_tokens, [&](const Piece& piece) {
+    for_each_piece(snapshot.layout, n_tokens, t, first_kept(tensors[t], snapshot, rotating), n_tokens, [&](const Piece& piece) {
       pieces.push_back(snapshot.run_bytes(piece.run).subspan(piece.offset, piece.size));
     });
   }
   pieces.push_back(std::as_bytes(std::span(frame.scalars)));
-  write_file(directory / path.filename(), pieces, true);
-  env.sync_directory(directory);
+  write_file(store.env(), directory / path.filename(), pieces, true);
+  store.env().sync_directory(directory);
 }
 
 }  // namespace torpor
