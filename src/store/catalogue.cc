@@ -60,21 +60,6 @@ std::vector<AgentInfo> Store::Impl::list(bool rebuild_sidecars) {
   return agents;
 }
 
-std::vector<Store::Impl::StoredSegment> Store::Impl::stored_segments() {
-  std::vector<StoredSegment> segments;
-  for (const auto& directory : env.list(segments_path())) {
-    const auto path = segments_path() / directory;
-    if (const auto stat = env.stat(path); !stat || !stat->is_directory) continue;
-    for (const auto& name : env.list(path)) {
-      if (!name.ends_with(kExtension)) continue;
-      const std::string stem = name.substr(0, name.size() - kExtension.size());
-      if (!is_hex_digest(stem) || !stem.starts_with(directory)) continue;
-      if (const auto stat = env.stat(path / name)) segments.push_back({stem, *stat});
-    }
-  }
-  return segments;
-}
-
 std::vector<Store::Impl::StoredPart> Store::Impl::stored_parts() {
   std::vector<StoredPart> parts;
   for (const auto& file : env.list(parts_path())) {
@@ -87,7 +72,7 @@ std::vector<Store::Impl::StoredPart> Store::Impl::stored_parts() {
 }
 
 std::vector<std::filesystem::path> Store::Impl::temporary_files() {
-  std::vector<std::filesystem::path> found;
+  std::vector<std::filesystem::path> found = segments.temporary_files();
   auto look_in = [&](const std::filesystem::path& directory) {
     for (const auto& name : env.list(directory)) {
       if (is_temporary_name(name)) found.push_back(directory / name);
@@ -95,10 +80,6 @@ std::vector<std::filesystem::path> Store::Impl::temporary_files() {
   };
   look_in(root);
   look_in(parts_path());
-  for (const auto& directory : env.list(segments_path())) {
-    const auto path = segments_path() / directory;
-    if (const auto stat = env.stat(path); stat && stat->is_directory) look_in(path);
-  }
   return found;
 }
 

@@ -94,16 +94,17 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
   const std::vector<std::string> all_segments = info.segments;
   info.segments.resize(size_t(sealed / kSegmentTokens));
   info.lineage.cut(n);
-  std::vector<std::pair<std::string, FileStat>> segments;
+  std::vector<StoredSegment> found;
   info.bytes = 0;
-  for (const auto& name : info.segments) {
-    const auto stat = env.stat(segment_path(name));
-    if (!stat) {
-      throw Error(ErrorCode::kCorruption, "The segment '" + segment_path(name).string() + "' of agent '" + src +
+  const auto stats = segments.find(info.segments);
+  for (size_t i = 0; i < stats.size(); ++i) {
+    const std::string& name = info.segments[i];
+    if (!stats[i]) {
+      throw Error(ErrorCode::kCorruption, "The segment '" + segments.path(name).string() + "' of agent '" + src +
                                               "' is missing; restore it from a copy, or cut the agent before it.").with_agent(src);
     }
-    segments.emplace_back(name, *stat);
-    info.bytes += int64_t(stat->size);
+    found.push_back({name, *stats[i]});
+    info.bytes += int64_t(stats[i]->size);
   }
   info.agent_id = dst;
   if (options.user) info.user = *options.user;
@@ -120,7 +121,7 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
     const SegmentChain chain(info.identity, opened.agent.info.lineage, file.layout, all_segments, own.ids);
     const size_t i = size_t(sealed / kSegmentTokens);
     SegmentHeaders headers;
-    agent.tail = first_rows(open_segment(env, segment_path(all_segments[i]), all_segments[i], chain.place(i), headers), int(n - sealed));
+    agent.tail = first_rows(segments.open(all_segments[i], chain.place(i), headers), int(n - sealed));
   } else if (n > sealed && rows_to_write(kept, agent) > 0) {
     agent.tail = read_own_state(files, file.layout, {.sealed = all_sealed, .length = n}).tail;
     if (agent.tail.n_tokens != n - sealed) {
@@ -133,11 +134,11 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
   draft.digests_known = draft.kept.empty();
   if (replaced) find_obsolete(replaced->uid, part_names(replaced->parts), draft);
   writing.make_room("Copying the agent '" + src + "' to '" + dst + "'", bytes_to_write(draft), draft.info.segments);
-  if (!writing.claim(claims_of(draft), segments)) return std::nullopt;
+  if (!writing.claim(claims_of(draft), found)) return std::nullopt;
   SaveResult result;
   result.segments = draft.info.segments;
   result.segments_shared = int(result.segments.size());
-  if (options.durability == Durability::kFull) flush_segments(segments);
+  if (options.durability == Durability::kFull) segments.flush(found);
   commit_agent(draft, options.durability, result);
   return result;
 }

@@ -63,16 +63,16 @@ size_t KnownSegments::n_runs() const {
   return runs_.size();
 }
 
-void KnownSegments::set_durable(const std::string& name, const FileStat& stat) {
+void DurableFiles::add(const std::string& name, const FileStat& stat) {
   const std::lock_guard lock(mutex_);
-  if (durable_.size() >= kMaxFiles) durable_.clear();
-  durable_[name] = stat;
+  if (files_.size() >= kMaxFiles) files_.clear();
+  files_[name] = stat;
 }
 
-bool KnownSegments::is_durable(const std::string& name, const FileStat& stat) const {
+bool DurableFiles::contains(const std::string& name, const FileStat& stat) const {
   const std::lock_guard lock(mutex_);
-  const auto found = durable_.find(name);
-  return found != durable_.end() && found->second == stat;
+  const auto found = files_.find(name);
+  return found != files_.end() && found->second == stat;
 }
 
 }  // namespace torpor

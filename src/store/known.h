@@ -13,6 +13,17 @@
 
 namespace torpor {
 
+/// Files that this process has seen flushed to the disk, name included. Thread-safe.
+class DurableFiles {
+ public:
+  void add(const std::string& name, const FileStat& stat);
+  bool contains(const std::string& name, const FileStat& stat) const;
+
+ private:
+  mutable std::mutex mutex_;
+  std::unordered_map<std::string, FileStat> files_;
+};
+
 class KnownSegments {
  public:
   struct File {
@@ -34,14 +45,9 @@ class KnownSegments {
   /// Names of such runs. Those that nobody holds any more are removed when the number has doubled.
   size_t n_runs() const;
 
-  /// The file and its name have been flushed to the disk.
-  void set_durable(const std::string& name, const FileStat& stat);
-  bool is_durable(const std::string& name, const FileStat& stat) const;
-
  private:
   mutable std::mutex mutex_;
   std::unordered_map<std::string, File> files_;
-  std::unordered_map<std::string, FileStat> durable_;
   std::unordered_map<std::string, std::weak_ptr<const SealedRun>> runs_;
   size_t next_sweep_ = 1024;  ///< entries of `runs_` at which those that nobody holds any more are removed
 };

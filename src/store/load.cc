@@ -15,10 +15,9 @@ std::vector<int32_t> ids_of_segments(Store::Impl& store, const AgentInfo& info, 
   try {
     for (int64_t position = first; position < end;) {
       const size_t i = size_t(position / kSegmentTokens);
-      const auto path = store.segment_path(info.segments[i]);
-      const File handle = store.env.open(path, OpenMode::kRead);
+      const File handle = store.segments.open(info.segments[i]);
       const uint64_t size = handle.stat().size;
-      const SegmentFile segment = parse_segment_file(read_header_bytes(handle, size), size, path.string());
+      const SegmentFile segment = parse_segment_file(read_header_bytes(handle, size), size, handle.path().string());
       const std::vector<int32_t> own = read_tokens(handle, segment.file);
       // The name is made of the ids, so it says whether they are the agent's.
       SegmentPlace place = SegmentChain(info.identity, info.lineage, layout, info.segments, {}).place(i);
@@ -148,7 +147,7 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options,
     for (size_t i = 0; i < agent.info.segments.size(); ++i) {
       auto size = loader.segment_size(i);
       if (!size) {
-        if (const auto stat = env.stat(segment_path(agent.info.segments[i]))) size = stat->size;
+        if (const auto stat = segments.find(agent.info.segments[i])) size = stat->size;
       }
       loaded.info.bytes += int64_t(size.value_or(0));
     }

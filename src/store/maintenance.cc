@@ -72,8 +72,8 @@ void Store::Impl::remove_agent(const std::string& id) {
       const auto live = live_files();
       std::vector<Removable> unneeded;
       for (const auto& name : candidates) {
-        const auto stat = env.stat(segment_path(name));
-        if (stat && !live.contains(name)) unneeded.push_back({segment_path(name), *stat, name});
+        const auto stat = segments.find(name);
+        if (stat && !live.contains(name)) unneeded.push_back(segments.removable({name, *stat}));
       }
       sweep->remove(unneeded);
     }
@@ -103,8 +103,8 @@ GcResult Store::Impl::gc() {
   Sweep::Removed removed = sweep->remove(unneeded);
   unneeded.clear();
   const auto live = live_files();
-  for (const auto& segment : stored_segments()) {
-    if (!live.contains(segment.name)) unneeded.push_back({segment_path(segment.name), segment.stat, segment.name});
+  for (const auto& segment : segments.list()) {
+    if (!live.contains(segment.name)) unneeded.push_back(segments.removable(segment));
   }
   for (const auto& part : stored_parts()) {
     const auto path = part_path(part.uid, part.name);

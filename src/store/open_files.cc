@@ -173,9 +173,7 @@ void Store::Impl::add_file_sizes(AgentInfo& info, const AgentFile& agent) {
     info.tail_bytes += int64_t(stat.value_or(FileStat{}).size);
   }
   info.bytes = info.tail_bytes;
-  for (const std::string& name : info.segments) {
-    if (const auto stat = env.stat(segment_path(name))) info.bytes += int64_t(stat->size);
-  }
+  for (const auto& stat : segments.find(info.segments)) info.bytes += int64_t(stat.value_or(FileStat{}).size);
 }
 
 OwnState Store::Impl::read_agent(const std::string& id) {

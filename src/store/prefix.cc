@@ -1,5 +1,7 @@
 /// Prefixes that belong to no agent: whoever's prompt begins so finds their segments by name.
 
+#include <algorithm>
+
 #include "store/run_loader.h"
 #include "store/segment_writer.h"
 #include "store/writing.h"
@@ -12,10 +14,10 @@ std::vector<std::string> Store::Impl::find_prefix(const Identity& identity, cons
   if (layout.tensors.empty()) return names;
   const SegmentChain chain(identity, lineage, layout, {}, tokens);
   for (size_t i = 0; i < tokens.size() / kSegmentTokens; ++i) {
-    std::string name = segment_name(chain.place(i, names.empty() ? "" : names.back()), "");
-    if (!env.exists(segment_path(name))) break;
-    names.push_back(std::move(name));
+    names.push_back(segment_name(chain.place(i, names.empty() ? "" : names.back()), ""));
   }
+  const auto found = segments.find(names);
+  names.resize(size_t(std::find(found.begin(), found.end(), std::nullopt) - found.begin()));
   return names;
 }
 
@@ -41,14 +43,14 @@ LoadedPrefix Store::Impl::load_prefix(const Identity& identity, const Lineage& l
 SaveResult Store::Impl::save_prefix(const KvSnapshot& snapshot, Durability durability) {
   check_storable(snapshot, nullptr);
   Writing writing(*this);
-  SegmentWriter segments(*this, snapshot, nullptr);
+  SegmentWriter writer(*this, snapshot, nullptr);
   const auto make_room = [&] {
-    writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens", segments.bytes_to_write(),
-                      segments.names());
+    writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens", writer.bytes_to_write(),
+                      writer.names());
   };
-  for (make_room(); !writing.claim(segments.names(), segments.found()); make_room()) segments.plan();
+  for (make_room(); !writing.claim(writer.names(), writer.found()); make_room()) writer.plan();
   SaveResult result;
-  segments.write_missing(durability == Durability::kFull, writing, result);
+  writer.write_missing(durability == Durability::kFull, writing, result);
   return result;
 }
 
@@ -56,7 +58,7 @@ std::shared_ptr<const SealedRun> Store::Impl::map_segment(const std::string& nam
   const auto file = known.file(name);
   if (!file || !file->whole) return nullptr;
   try {
-    const File handle = env.open(segment_path(name), OpenMode::kRead);
+    const File handle = segments.open(name);
     const FileStat stat = handle.stat();
     if (stat != file->stat) return nullptr;
     const auto held = known.run(name);

@@ -53,7 +53,7 @@ bool RunLoader::take_held(size_t i) {
   const auto held = store_.known.run(name);
   if (held == nullptr || (held->mapped() && !options_.map_rows) || !covers(held->checked(), wanted(i, length_))) return false;
   const auto segment = held->segment();
-  const auto stat = store_.env.stat(store_.segment_path(name));
+  const auto stat = store_.segments.find(name);
   const auto file = store_.known.file(name);
   if (!stat || !file || file->stat != *stat || file->content != segment->content ||
       segment_name(chain_.place(i), segment->variant) != name) {
@@ -71,10 +71,9 @@ bool RunLoader::take_held(size_t i) {
 }
 
 void RunLoader::open_segment_file(size_t i) {
-  const auto path = store_.segment_path(chain_.names[i]);
   Run& run = runs_[i];
   try {
-    run.opened = open_segment(store_.env, path, chain_.names[i], chain_.place(i), headers_);
+    run.opened = store_.segments.open(chain_.names[i], chain_.place(i), headers_);
     run.stat = run.opened->stat;
     const TorporFile& file = run.opened->segment.file;
     bytes_read_ += int64_t(file.header.data_start + (file.tokens_tensor().end - file.tokens_tensor().begin));
@@ -82,8 +81,8 @@ void RunLoader::open_segment_file(size_t i) {
   } catch (const Error& error) {
     if (!is_damage(error)) throw;
     run.missing = error.code() == ErrorCode::kNotFound;
-    run.problem = run.missing ? "The segment '" + path.string() + "' is missing; restore it from a copy, or wake the agent "
-                                "with salvage."
+    run.problem = run.missing ? "The segment '" + store_.segments.path(chain_.names[i]).string() + "' is missing; restore it from "
+                                "a copy, or wake the agent with salvage."
                               : error.what();
   }
 }
@@ -93,7 +92,7 @@ void RunLoader::with_file(size_t i, Fn fn) {
   if (keep_open_) {
     fn(runs_[i].opened->handle);
   } else {
-    fn(store_.env.open(store_.segment_path(chain_.names[i]), OpenMode::kRead));
+    fn(store_.segments.open(chain_.names[i]));
   }
 }
 
@@ -127,7 +126,7 @@ void RunLoader::read_run(size_t i, const TensorMask& todo) {
   const TorporFile& file = file_of(i);
   try {
     if (run.mapped) {
-      check_mapped_rows(run.rows, file, todo, store_.segment_path(chain_.names[i]).string());
+      check_mapped_rows(run.rows, file, todo, store_.segments.path(chain_.names[i]).string());
     } else {
       with_file(i, [&](const File& handle) { read_rows(handle, file, todo, run.writable); });
     }
@@ -201,7 +200,7 @@ void RunLoader::read_into(RowSink& sink) {
         continue;
       }
       try {
-        reopened.push_back(store_.env.open(store_.segment_path(chain_.names[i]), OpenMode::kRead));
+        reopened.push_back(store_.segments.open(chain_.names[i]));
       } catch (const Error& error) {
         if (!is_damage(error)) throw;
         runs_[i].problem = error.what();

@@ -52,9 +52,9 @@ void Store::Impl::put_parts(AgentDraft& draft, bool durable, SaveResult& result,
     }
     part.path = path;
     part.stat = env.stat(path).value_or(FileStat{});
-    if (!durable || known.is_durable(part.ref.name, part.stat)) continue;
+    if (!durable || durable_files.contains(part.ref.name, part.stat)) continue;
     env.open(path, OpenMode::kRead).sync();
-    known.set_durable(part.ref.name, part.stat);
+    durable_files.add(part.ref.name, part.stat);
     changed = true;
   }
   if (draft.history) {
@@ -63,7 +63,7 @@ void Store::Impl::put_parts(AgentDraft& draft, bool durable, SaveResult& result,
     put.push_back(history.digests.path);
     history.digests.stat = write_file(env, history.digests.path, history.pieces(), durable);
     count_written(history.digests.stat);
-    if (durable) known.set_durable(history.ref.name, history.digests.stat);
+    if (durable) durable_files.add(history.ref.name, history.digests.stat);
     result.bytes_written += int64_t(history.digests.stat.size);
     changed = true;
   }
@@ -76,7 +76,7 @@ void Store::Impl::commit_agent(AgentDraft& draft, Durability durability, SaveRes
   std::vector<std::filesystem::path> put;
   const auto before = own_files_known(id);
   const bool replaces_durable = before != nullptr && !before->files.empty() &&
-                                known.is_durable(before->files.back().ref.name, before->stat);
+                                durable_files.contains(before->files.back().ref.name, before->stat);
   const bool has_parts = !draft.kept.empty() || draft.history;
   env.make_directory(parts_path());  // before there is one, so that the flush of a first commit is enough for it
   FileStat stat;
@@ -98,7 +98,7 @@ void Store::Impl::commit_agent(AgentDraft& draft, Durability durability, SaveRes
   if (durable) {
     env.sync_directory(root);
     parts_durable_ = true;
-    known.set_durable(draft.file.ref.name, stat);
+    durable_files.add(draft.file.ref.name, stat);
   }
   // A power cut may bring back an old agent file that was flushed, if this one is not: what it needs is left to gc then.
   if (durable || !replaces_durable) {
@@ -156,8 +156,8 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
   Writing writing(*this);
   const std::shared_ptr<const OwnFiles> replaced = own_files(id);
   if (replaced != nullptr) info.created_at = replaced->created_at;
-  SegmentWriter segments(*this, snapshot, rows);
-  AgentState agent{.layout = snapshot.layout, .tokens = segments.tokens(), .tail = snapshot.tail, .state = snapshot.state,
+  SegmentWriter writer(*this, snapshot, rows);
+  AgentState agent{.layout = snapshot.layout, .tokens = writer.tokens(), .tail = snapshot.tail, .state = snapshot.state,
                    .messages = notes.messages};
   agent.sealed = int64_t(snapshot.tokens.size()) / kSegmentTokens * kSegmentTokens;
   if (const int n = int(int64_t(snapshot.tokens.size()) - agent.sealed); rows != nullptr && n > 0) {
@@ -167,22 +167,22 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
   const std::string uid = has_uid ? replaced->uid : env.random_id();
   const std::vector<OwnFile> held = has_uid ? held_files(*replaced, agent) : std::vector<OwnFile>();
   const auto draft_now = [&] {
-    info.segments = segments.names();
-    info.bytes = segments.bytes();
+    info.segments = writer.names();
+    info.bytes = writer.bytes();
     AgentDraft draft = draft_agent(info, uid, agent, held);
     if (has_uid) find_obsolete(uid, replaced->parts, draft);
     return draft;
   };
   AgentDraft draft = draft_now();
   const auto make_room = [&] {
-    writing.make_room("Saving the agent '" + id + "'", segments.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
+    writing.make_room("Saving the agent '" + id + "'", writer.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
   };
-  for (make_room(); !writing.claim(claims_of(draft), segments.found()); make_room()) {
-    segments.plan();
+  for (make_room(); !writing.claim(claims_of(draft), writer.found()); make_room()) {
+    writer.plan();
     draft = draft_now();
   }
   SaveResult result;
-  segments.write_missing(durability == Durability::kFull, writing, result);
+  writer.write_missing(durability == Durability::kFull, writing, result);
   if (result.segments != draft.info.segments) draft = draft_now();
   commit_agent(draft, durability, result);
   return result;

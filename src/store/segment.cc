@@ -1,9 +1,6 @@
 #include "store/segment.h"
 
-#include <algorithm>
-
 #include "base/hash.h"
-#include "store/segment_headers.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -93,23 +90,6 @@ SegmentFile parse_segment_file(std::span<const std::byte> prefix, uint64_t file_
     corrupt(file_name, "its variant is not the digest of its rows");
   }
   return segment;
-}
-
-OpenedSegment open_segment(Env& env, const std::filesystem::path& path, const std::string& name,
-                           const SegmentPlace& place, SegmentHeaders& headers) {
-  File handle = env.open(path, OpenMode::kRead);
-  const FileStat stat = handle.stat();
-  const std::string file_name = path.string();
-  SegmentFile segment = headers.parse(read_header_bytes(handle, stat.size), stat.size, file_name);
-  if (segment.lineage != place.lineage) corrupt(file_name, "it belongs to another model");
-  if (layout_digest(segment.file.layout, segment.file.version) != place.layout_digest) corrupt(file_name, "its layout is not the agent's");
-  if (segment.parent != place.parent) corrupt(file_name, "it does not follow the segment before it");
-  const auto tokens = read_tokens(handle, segment.file);
-  if (!std::equal(tokens.begin(), tokens.end(), place.tokens.begin(), place.tokens.end())) {
-    corrupt(file_name, "its tokens are not the agent's");
-  }
-  if (segment_name(place, segment.variant) != name) corrupt(file_name, "its name is not that of its contents");
-  return {std::move(handle), stat, std::move(segment)};
 }
 
 std::string encode_segment_header(const SegmentPlace& place, const std::string& variant, const KvLayout& layout,

@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <filesystem>
 #include <span>
 #include <string>
 
@@ -63,12 +62,6 @@ struct OpenedSegment {
   FileStat stat;
   SegmentFile segment;
 };
-
-class SegmentHeaders;
-/// Opens segment `name`, and checks all of it but its rows: header, name, place, tokens. `headers`: one for all segments of a
-/// chain. kNotFound, kCorruption, kIo.
-OpenedSegment open_segment(Env& env, const std::filesystem::path& path, const std::string& name,
-                           const SegmentPlace& place, SegmentHeaders& headers);
 
 std::string encode_segment_header(const SegmentPlace& place, const std::string& variant, const KvLayout& layout,
                                   const std::vector<std::string>& layer_checksums);

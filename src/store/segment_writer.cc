@@ -1,8 +1,6 @@
 #include "store/segment_writer.h"
 
 #include <algorithm>
-#include <set>
-#include <utility>
 
 #include "base/hash.h"
 
@@ -92,7 +90,7 @@ void SegmentWriter::choose_name(Planned& segment) {
   if (segment.origin != nullptr && segment_name(segment.place, segment.origin->variant) == segment.origin->name) {
     segment.name = segment.origin->name;
     segment.variant = segment.origin->variant;
-    const auto stat = store_.env.stat(store_.segment_path(segment.name));
+    const auto stat = store_.segments.find(segment.name);
     const auto file = store_.known.file(segment.name);
     if (stat && file && file->stat == *stat && file->content == segment.origin->content) {
       segment.stat = *stat;
@@ -120,7 +118,7 @@ bool SegmentWriter::take_hint(Planned& segment) {
   const std::string& name = segment.borrowed->segment;
   const auto file = store_.known.file(name);
   if (!file || !file->whole) return false;
-  const auto stat = store_.env.stat(store_.segment_path(name));
+  const auto stat = store_.segments.find(name);
   if (!stat || file->stat != *stat) return false;
   const bool plain = segment_name(segment.place, "") == name;
   if (!plain && segment_name(segment.place, file->content) != name) return false;
@@ -138,15 +136,14 @@ const std::vector<std::string>& SegmentWriter::checksums_of(Planned& segment) {
   if (segment.origin != nullptr && content_digest(*segment.checksums) != segment.origin->content) {
     // A mapped file that somebody wrote to, or rows that no one had reason to check: what is in memory is the damage.
     throw Error(ErrorCode::kCorruption,
-                "'" + store_.segment_path(segment.origin->name).string() +
+                "'" + store_.segments.path(segment.origin->name).string() +
                     "' was changed while it was in use; wake the agent again, which goes on from what is intact.");
   }
   return *segment.checksums;
 }
 
 SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
-  const auto path = store_.segment_path(segment.name);
-  const auto stat = store_.env.stat(path);
+  const auto stat = store_.segments.find(segment.name);
   if (!stat) return Found::kNothing;
   segment.stat = *stat;
   const std::string content = content_of(segment);
@@ -157,7 +154,7 @@ SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
     // Not seen whole by this process: read it before anything is built on it. A damaged one is written again, for the
     // good bytes are here.
     try {
-      const OpenedSegment opened = open_segment(store_.env, path, segment.name, segment.place, headers_);
+      const OpenedSegment opened = store_.segments.open(segment.name, segment.place, headers_);
       if (opened.segment.content() != content) return Found::kOther;
       check_rows(opened.handle, opened.segment.file);
       segment.stat = opened.stat;
@@ -178,10 +175,10 @@ void SegmentWriter::remember(const Planned& segment, const std::string& content)
   store_.known.add_run(segment.run);
 }
 
-std::vector<std::pair<std::string, FileStat>> SegmentWriter::found() const {
-  std::vector<std::pair<std::string, FileStat>> found;
+std::vector<StoredSegment> SegmentWriter::found() const {
+  std::vector<StoredSegment> found;
   for (const Planned& segment : segments_) {
-    if (!segment.write) found.emplace_back(segment.name, segment.stat);
+    if (!segment.write) found.push_back({segment.name, segment.stat});
   }
   return found;
 }
@@ -194,9 +191,9 @@ void SegmentWriter::write_missing(bool durable, Writing& writing, SaveResult& re
   result.segments_shared = int(segments_.size()) - result.segments_written;
   result.segments = names();
   if (!durable) return;
-  std::vector<std::pair<std::string, FileStat>> all;
-  for (const auto& segment : segments_) all.emplace_back(segment.name, segment.stat);
-  store_.flush_segments(all);
+  std::vector<StoredSegment> all;
+  for (const auto& segment : segments_) all.push_back({segment.name, segment.stat});
+  store_.segments.flush(all);
 }
 
 bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
@@ -205,13 +202,11 @@ bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
     if (segment.write) missing.push_back(&segment);
   }
   if (missing.empty()) return true;
-  new_directory_ |= store_.env.make_directory(store_.segments_path());
   // Two writers: one fills the page cache while the other waits for its fsync.
   std::vector<std::optional<TemporaryFile>> files(missing.size());
   parallel_for(missing.size(), 2, [&](size_t i) { files[i].emplace(write(*missing[i], durable)); });
   // In order: a segment's name says which rows come before it, so none may be there before those are.
-  std::vector<const Planned*> put;
-  std::set<std::filesystem::path> directories;
+  std::vector<StoredSegment> put;
   for (size_t i = 0; i < missing.size(); ++i) {
     Planned& segment = *missing[i];
     if (!put_in_place(segment, *files[i])) break;
@@ -220,28 +215,21 @@ bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
     const std::string content = content_of(segment);
     store_.known.add_file(segment.name, {segment.stat, content, checksums_of(segment).back(), true});
     remember(segment, content);
-    put.push_back(&segment);
-    directories.insert(store_.segment_directory(segment.name));
+    put.push_back({segment.name, segment.stat});
     result.bytes_written += int64_t(segment.stat.size);
     ++result.segments_written;
   }
-  if (durable && !put.empty()) {
-    for (const auto& directory : directories) store_.env.sync_directory(directory);
-    store_.env.sync_directory(store_.segments_path());
-    if (std::exchange(new_directory_, false)) store_.env.sync_directory(store_.root);
-    for (const auto* segment : put) store_.known.set_durable(segment->name, segment->stat);
-  }
+  if (durable) store_.segments.flush_names(put);
   return put.size() == missing.size();
 }
 
 bool SegmentWriter::put_in_place(Planned& segment, TemporaryFile& file) {
-  const auto path = store_.segment_path(segment.name);
-  if (!segment.damaged) return file.put_new(path);
+  if (!segment.damaged) return store_.segments.put_new(segment.name, file);
   // Of several who find the damage one replaces the file.
   const auto hold = store_.locks.removing(std::chrono::seconds(10));
   if (!hold) throw Error(ErrorCode::kBusy, "The store '" + store_.root.string() + "' is in use by another process; try again later.");
-  if (store_.env.stat(path) != segment.damaged) return false;
-  file.replace(path);
+  if (store_.segments.find(segment.name) != segment.damaged) return false;
+  store_.segments.replace(segment.name, file);
   return true;
 }
 
@@ -250,9 +238,7 @@ TemporaryFile SegmentWriter::write(Planned& segment, bool durable) {
   std::vector<std::span<const std::byte>> pieces{as_bytes_of(header)};
   pieces.insert(pieces.end(), segment.rows.begin(), segment.rows.end());
   pieces.push_back(token_bytes(segment.place.tokens));
-  const auto directory = store_.segment_directory(segment.name);
-  store_.env.make_directory(directory);
-  return TemporaryFile(store_.env, directory, pieces, durable);
+  return store_.segments.write(segment.name, pieces, durable);
 }
 
 }  // namespace torpor

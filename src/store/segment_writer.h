@@ -20,7 +20,7 @@ class SegmentWriter {
   /// Looks again what is on disk.
   void plan();
   /// Those that are, as they were when they were looked at.
-  std::vector<std::pair<std::string, FileStat>> found() const;
+  std::vector<StoredSegment> found() const;
   /// Bytes of the files that are missing.
   int64_t bytes_to_write() const;
   /// Bytes of all of them, those to be written included.
@@ -71,7 +71,6 @@ class SegmentWriter {
   SegmentHeaders headers_;
   std::map<std::pair<size_t, size_t>, size_t> header_sizes_;  ///< by the lengths of parent and variant
   std::vector<Planned> segments_;
-  bool new_directory_ = false;  ///< the store's first segments: the root does not name their directory durably yet
 };
 
 }  // namespace torpor

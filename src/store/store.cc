@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <set>
 
 #include "base/environment.h"
 #include "store/store_impl.h"
@@ -84,19 +83,6 @@ int64_t Store::Impl::write_sidecar(const AgentInfo& info, const FileStat& agent_
     log(LogLevel::kWarning, "The sidecar of agent '" + info.agent_id + "' could not be written: " + error.what());
     return 0;
   }
-}
-
-void Store::Impl::flush_segments(const std::vector<std::pair<std::string, FileStat>>& segments) {
-  std::set<std::filesystem::path> directories;
-  for (const auto& [name, stat] : segments) {
-    if (known.is_durable(name, stat)) continue;
-    env.open(segment_path(name), OpenMode::kRead).sync();
-    directories.insert(segment_directory(name));
-  }
-  if (directories.empty()) return;
-  for (const auto& directory : directories) env.sync_directory(directory);
-  env.sync_directory(segments_path());
-  for (const auto& [name, stat] : segments) known.set_durable(name, stat);
 }
 
 // ---- Store

@@ -9,12 +9,9 @@
 #include "base/env.h"
 #include "base/parallel.h"
 #include "store/agent_draft.h"
-#include "store/known.h"
-#include "store/segment.h"
+#include "store/segment_pool.h"
 #include "store/sidecar.h"
 #include "store/store_locks.h"
-#include "store/sweep.h"
-#include "store/temporary_file.h"
 #include "torpor/error.h"
 #include "torpor/store.h"
 
@@ -36,11 +33,6 @@ struct Store::Impl {
   // ---- names
   std::filesystem::path agent_path(const std::string& id) const { return root / (id + ".safetensors"); }
   std::filesystem::path sidecar_path(const std::string& id) const { return root / (id + ".json"); }
-  std::filesystem::path segments_path() const { return root / "segments"; }
-  std::filesystem::path segment_directory(const std::string& name) const { return segments_path() / name.substr(0, 2); }
-  std::filesystem::path segment_path(const std::string& name) const {
-    return segment_directory(name) / (name + ".safetensors");
-  }
   std::filesystem::path parts_path() const { return root / "parts"; }
   std::filesystem::path part_path(const std::string& uid, const std::string& name) const {
     return parts_path() / (part_stem(uid, name) + ".safetensors");
@@ -49,6 +41,7 @@ struct Store::Impl {
   static std::string part_claim(const std::string& uid, const std::string& name);
 
   StoreLocks locks{env, root};
+  SegmentPool segments{env, root};
   FileLock lock_agent(const std::string& id);
 
   // ---- files
@@ -102,8 +95,6 @@ struct Store::Impl {
   int64_t bytes_to_write(const AgentDraft& draft);
   /// The commit of save and copy, and the sidecar.
   void commit_agent(AgentDraft& draft, Durability durability, SaveResult& result);
-  /// Files that a save which asked for less may have left in the page cache, or whose fsync we did not see.
-  void flush_segments(const std::vector<std::pair<std::string, FileStat>>& segments);
   /// `sink`: gets the rows of a whole agent, which the snapshot then lacks; else nullptr.
   LoadedAgent load(const std::string& id, const LoadOptions& options, RowSink* sink = nullptr);
   SaveResult copy(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates = false);
@@ -123,11 +114,6 @@ struct Store::Impl {
   std::vector<AgentInfo> list(bool rebuild_sidecars);
   /// nullopt when there is no such agent any more.
   std::optional<AgentInfo> list_one(const std::string& id, bool rebuild_sidecar);
-  struct StoredSegment {
-    std::string name;
-    FileStat stat;
-  };
-  std::vector<StoredSegment> stored_segments();
   std::vector<std::filesystem::path> temporary_files();
   struct StoredPart {
     std::string uid, name;
@@ -162,6 +148,7 @@ struct Store::Impl {
   SaveResult import_agent(const std::filesystem::path& path, const std::string& id);
 
   KnownSegments known;
+  DurableFiles durable_files;  ///< agent files and parts, by their checksums
 
   DiskLimits disk_limits() {
     const std::lock_guard lock(limits_mutex_);

@@ -37,7 +37,7 @@ int64_t Store::Impl::stored_bytes(int64_t* reserved) {
   };
   add_files_in(root);
   add_files_in(parts_path());
-  for (const auto& directory : add_files_in(segments_path())) add_files_in(directory);
+  for (const auto& directory : add_files_in(segments.directory())) add_files_in(directory);
   return bytes;
 }
 
@@ -64,7 +64,7 @@ DiskUsage Store::Impl::usage() {
       (live_ones ? usage.agent_bytes : usage.orphan_bytes) += int64_t(stat.size);
     }
   }
-  for (const auto& segment : stored_segments()) {
+  for (const auto& segment : segments.list()) {
     ++usage.segments;
     usage.segment_bytes += int64_t(segment.stat.size);
     if (all_readable && !live.contains(segment.name)) {

@@ -33,9 +33,8 @@ bool Store::Impl::recheck(const KvLayout& layout, const SealedRun& run, const Te
       begin = end;
     }
   }
-  const auto path = segment_path(segment->name);
   const auto damaged = [&] {
-    return Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged, and so are the rows of it that are in use; "
+    return Error(ErrorCode::kCorruption, "'" + segments.path(segment->name).string() + "' is damaged, and so are the rows of it that are in use; "
                                          "wake the agent again, which goes on from what is intact.");
   };
   if (run.damaged()) throw damaged();
@@ -43,11 +42,11 @@ bool Store::Impl::recheck(const KvLayout& layout, const SealedRun& run, const Te
   try {
     // Through the file: a disk that fails is then an error, where touching the mapping would end the process.
     const auto known_file = known.file(segment->name);
-    const auto stat = env.stat(path);
+    const auto stat = segments.find(segment->name);
     if (stat && known_file && known_file->stat == *stat) {
-      const File handle = env.open(path, OpenMode::kRead);
+      const File handle = segments.open(segment->name);
       const auto header = read_header_bytes(handle, stat->size);
-      check_rows(handle, parse_segment_file(header, stat->size, path.string()).file, todo);
+      check_rows(handle, parse_segment_file(header, stat->size, handle.path().string()).file, todo);
       return true;
     }
     // The file was removed or replaced, and the mapping is what is left of it.
@@ -108,7 +107,7 @@ VerifyReport Store::Impl::verify_once(const std::string& id, std::unordered_map<
     std::string problem;
     try {
       if ((i + 1) * kSegmentTokens > tokens.size()) break;  // what they belong to is damaged, and said
-      const OpenedSegment segment = open_segment(env, segment_path(name), name, chain.place(i), headers);
+      const OpenedSegment segment = segments.open(name, chain.place(i), headers);
       // Agents share segments: the rows of each are read once.
       auto [entry, is_new] = checked_rows.try_emplace(name);
       if (is_new) {

@@ -9,16 +9,16 @@ namespace {
 
 /// A file that may go, and what has to go before it.
 struct Evictable {
-  std::filesystem::path path;
-  FileStat stat;
+  StoredSegment segment;
   std::string parent;
   int children = 0;
 };
 
-std::string parent_of(Env& env, const std::filesystem::path& path, uint64_t size) {
+std::string parent_of(const SegmentPool& segments, const StoredSegment& segment) {
   try {
-    const File file = env.open(path, OpenMode::kRead);
-    return parse_segment_file(read_header_bytes(file, size), size, path.string()).parent;
+    const File file = segments.open(segment.name);
+    const uint64_t size = segment.stat.size;
+    return parse_segment_file(read_header_bytes(file, size), size, file.path().string()).parent;
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kIo) throw;
     return {};  // damaged: of use to nobody, so in nobody's way
@@ -36,27 +36,25 @@ std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, co
     if (!live.contains(path.string())) order.push_back({path, stat, Store::Impl::part_claim(uid, name)});
   }
   std::unordered_map<std::string, Evictable> unnamed;
-  for (const auto& [name, stat] : store.stored_segments()) {
-    if (live.contains(name)) continue;
-    const auto path = store.segment_path(name);
-    unnamed[name] = {.path = path, .stat = stat, .parent = parent_of(store.env, path, stat.size)};
+  for (const StoredSegment& segment : store.segments.list()) {
+    if (!live.contains(segment.name)) unnamed[segment.name] = {segment, parent_of(store.segments, segment)};
   }
-  for (const auto& [name, segment] : unnamed) {
-    if (const auto parent = unnamed.find(segment.parent); parent != unnamed.end()) ++parent->second.children;
+  for (const auto& [name, evictable] : unnamed) {
+    if (const auto parent = unnamed.find(evictable.parent); parent != unnamed.end()) ++parent->second.children;
   }
   using Leaf = std::pair<int64_t, std::string>;  // age first
   std::priority_queue<Leaf, std::vector<Leaf>, std::greater<>> leaves;
-  for (const auto& [name, segment] : unnamed) {
-    if (segment.children == 0) leaves.emplace(segment.stat.mtime_ns, name);
+  for (const auto& [name, evictable] : unnamed) {
+    if (evictable.children == 0) leaves.emplace(evictable.segment.stat.mtime_ns, name);
   }
   for (; !leaves.empty();) {
     const std::string name = leaves.top().second;
     const Evictable& leaf = unnamed.at(name);
     leaves.pop();
-    order.push_back({leaf.path, leaf.stat, name});
+    order.push_back(store.segments.removable(leaf.segment));
     const auto parent = unnamed.find(leaf.parent);
     if (parent != unnamed.end() && --parent->second.children == 0) {
-      leaves.emplace(parent->second.stat.mtime_ns, parent->first);
+      leaves.emplace(parent->second.segment.stat.mtime_ns, parent->first);
     }
   }
   return order;
@@ -64,12 +62,12 @@ std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, co
 
 }  // namespace
 
-bool Writing::claim(const std::vector<std::string>& names, const std::vector<std::pair<std::string, FileStat>>& found) {
+bool Writing::claim(const std::vector<std::string>& names, const std::vector<StoredSegment>& found) {
   if (!saving_) saving_ = store_.locks.saving();
   if (names.empty()) return true;
   const StoreLock hold = store_.locks.claiming();
   for (const auto& [name, stat] : found) {
-    if (store_.env.stat(store_.segment_path(name)) != stat) return false;
+    if (store_.segments.find(name) != stat) return false;
   }
   // A sweep that begins later waits for this operation; one that is under way reads what it needs.
   if (!store_.locks.is_swept()) return true;

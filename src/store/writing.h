@@ -21,7 +21,7 @@ class Writing {
   void make_room(const std::string& what, int64_t needed, const std::vector<std::string>& keep);
 
   /// True: the files of `found` are as they were, and until this object is gone nobody removes a segment of `names`.
-  bool claim(const std::vector<std::string>& names, const std::vector<std::pair<std::string, FileStat>>& found);
+  bool claim(const std::vector<std::string>& names, const std::vector<StoredSegment>& found);
 
  private:
   bool limited() const { return limits_.budget > 0 || limits_.min_free > 0; }

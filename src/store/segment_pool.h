@@ -1,0 +1,76 @@
+#pragma once
+/// The store's segments by name: files that are made once, never change, and belong to whoever names them.
+///
+/// This pool is a directory, ROOT/segments. Its verbs are those that a pool on another machine can offer too: find many at
+/// once, open, put unless the name is taken, list, remove. Whoever asks knows names, and no path to write to.
+
+#include <atomic>
+#include <filesystem>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/env.h"
+#include "store/known.h"
+#include "store/segment_headers.h"
+#include "store/sweep.h"
+#include "store/temporary_file.h"
+
+namespace torpor {
+
+/// A segment's file as it was when it was looked at.
+struct StoredSegment {
+  std::string name;
+  FileStat stat;
+};
+
+/// Thread-safe. kIo.
+class SegmentPool {
+ public:
+  SegmentPool(Env& env, std::filesystem::path root);
+
+  /// Of each name the file that has it; nullopt where there is none. One question, however many names.
+  std::vector<std::optional<FileStat>> find(std::span<const std::string> names) const;
+  std::optional<FileStat> find(const std::string& name) const;
+
+  /// For reading. kNotFound.
+  File open(const std::string& name) const;
+  /// Opens a segment and checks all of it but its rows: header, name, place, tokens. `headers`: one for all of a chain.
+  /// kNotFound, kCorruption.
+  OpenedSegment open(const std::string& name, const SegmentPlace& place, SegmentHeaders& headers) const;
+
+  /// A file for `name`, whole and under no name yet; flushed with `durable`.
+  TemporaryFile write(const std::string& name, const std::vector<std::span<const std::byte>>& pieces, bool durable);
+  /// Gives the file its name unless that is taken: false then.
+  bool put_new(const std::string& name, TemporaryFile& file);
+  /// Gives the file its name in place of another. The caller holds the store's lock exclusively.
+  void replace(const std::string& name, TemporaryFile& file);
+  /// Flushes the names of files that `write` has flushed: they survive a power cut.
+  void flush_names(std::span<const StoredSegment> segments);
+  /// Flushes files and names, but for those that this process has seen flushed. Who wrote them may have asked for less.
+  void flush(std::span<const StoredSegment> segments);
+
+  std::vector<StoredSegment> list() const;
+  /// What a Sweep needs to remove one.
+  Removable removable(const StoredSegment& segment) const { return {path(segment.name), segment.stat, segment.name}; }
+  std::vector<std::filesystem::path> temporary_files() const;
+
+  /// How errors call a segment.
+  std::filesystem::path path(const std::string& name) const { return directory_of(name) / (name + ".safetensors"); }
+  /// Of all of them.
+  const std::filesystem::path& directory() const { return directory_; }
+
+ private:
+  std::filesystem::path directory_of(const std::string& name) const { return directory_ / name.substr(0, 2); }
+  /// Names of the directories that segments are in.
+  std::vector<std::filesystem::path> directories() const;
+  void sync_directories(std::span<const StoredSegment> segments);
+
+  Env& env_;
+  const std::filesystem::path directory_;
+  DurableFiles durable_;
+  std::atomic<bool> is_new_ = false;  ///< the root does not name the pool's directory durably yet
+};
+
+}  // namespace torpor
