@@ -62,6 +62,7 @@ class CountingEnv : public Env {
   int raw_sync(int fd) override { return ++syncs, base_.raw_sync(fd); }
   int raw_stat_fd(int fd, FileStat& out) override { return ++stats, base_.raw_stat_fd(fd, out); }
   int raw_stat(const char* path, FileStat& out) override { return ++stats, base_.raw_stat(path, out); }
+  int raw_stat_link(const char* path, FileStat& out) override { return ++stats, base_.raw_stat_link(path, out); }
   int raw_rename(const char* from, const char* to) override { return ++changes, base_.raw_rename(from, to); }
   int raw_link(const char* from, const char* to) override { return ++changes, base_.raw_link(from, to); }
   int raw_rename_new(const char* from, const char* to) override { return ++changes, base_.raw_rename_new(from, to); }

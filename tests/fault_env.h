@@ -129,6 +129,10 @@ class FaultEnv : public Env {
     if (const int error = next_look()) return error;
     return base_.raw_stat(path, out);
   }
+  int raw_stat_link(const char* path, FileStat& out) override {
+    if (const int error = next_look()) return error;
+    return base_.raw_stat_link(path, out);
+  }
   int raw_rename(const char* from, const char* to) override {
     if (const int error = next_change()) return error;
     const std::lock_guard lock(mutex_);

@@ -46,6 +46,7 @@ const char* advice_for(int error_number) {
     case EIO: return "the disk reports an error; check it before trying again";
     case ELOOP: return "a symbolic link is in the way there; remove it";
     case ENAMETOOLONG: return "choose a shorter path";
+    case ENXIO:
     case ENOTDIR:
     case EISDIR: return "something else is in the way there; move it aside";
     default: return "check the disk and try again";
@@ -176,6 +177,14 @@ std::optional<FileStat> Env::stat(const std::filesystem::path& path) {
   return stat;
 }
 
+std::optional<FileStat> Env::stat_link(const std::filesystem::path& path) {
+  FileStat stat;
+  const int result = retry_interrupted([&] { return raw_stat_link(path.c_str(), stat); });
+  if (result == -ENOENT || result == -ENOTDIR) return std::nullopt;
+  if (result < 0) throw_io_error("inspect", path, -result);
+  return stat;
+}
+
 void Env::rename(const std::filesystem::path& from, const std::filesystem::path& to) {
   const int result = retry_interrupted([&] { return raw_rename(from.c_str(), to.c_str()); });
   if (result < 0) throw_io_error("put in place", to, -result);
@@ -186,7 +195,7 @@ bool Env::put_new(const std::filesystem::path& from, const std::filesystem::path
   if (result == -EEXIST || result == -EINTR) {
     // A link that was interrupted, or whose answer a network lost, may have been made all the same.
     const auto source = stat(from), target = stat(to);
-    if (source && target && source->inode == target->inode) {
+    if (source && target && source->is_same_file(*target)) {
       result = 0;
     } else if (target) {
       return false;
@@ -224,7 +233,11 @@ bool Env::remove(const std::filesystem::path& path) {
 
 bool Env::make_directory(const std::filesystem::path& path) {
   const int result = retry_interrupted([&] { return raw_make_directory(path.c_str()); });
-  if (result == -EEXIST) return false;
+  if (result == -EEXIST) {
+    const auto there = stat_link(path);
+    if (there && !there->is_directory) throw_io_error("create the directory", path, there->is_link ? ELOOP : ENOTDIR);
+    return false;
+  }
   if (result < 0) throw_io_error("create the directory", path, -result);
   return true;
 }
@@ -321,7 +334,24 @@ FileStat convert(const struct stat& from) {
   return {.size = uint64_t(from.st_size),
           .mtime_ns = int64_t(time.tv_sec) * 1'000'000'000 + time.tv_nsec,
           .inode = uint64_t(from.st_ino),
-          .is_directory = S_ISDIR(from.st_mode)};
+          .is_directory = S_ISDIR(from.st_mode),
+          .is_file = S_ISREG(from.st_mode),
+          .is_link = S_ISLNK(from.st_mode),
+          .device = uint64_t(from.st_dev),
+          .owner = uint32_t(from.st_uid),
+          .permissions = uint32_t(from.st_mode & 07777)};
+}
+
+/// Opens nothing but regular files. A pipe is not waited for: nobody may ever write to it.
+int open_regular(const char* path, int flags) {
+  const int fd = ::open(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0600);
+  if (fd < 0) return -errno;
+  struct stat stat;
+  int error_number = ::fstat(fd, &stat) < 0 ? errno : 0;
+  if (error_number == 0 && !S_ISREG(stat.st_mode)) error_number = S_ISDIR(stat.st_mode) ? EISDIR : ENXIO;
+  if (error_number == 0) return fd;
+  ::close(fd);
+  return -error_number;
 }
 
 int sync_descriptor(int fd) {
@@ -336,11 +366,10 @@ class PosixEnv final : public Env {
  public:
   int raw_open(const char* path, OpenMode mode) override {
     switch (mode) {
-      case OpenMode::kRead: return or_errno(::open(path, O_RDONLY | O_CLOEXEC));
+      case OpenMode::kRead: return open_regular(path, O_RDONLY);
       case OpenMode::kCreateNew: return or_errno(::open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-      case OpenMode::kLockFile: return or_errno(::open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
-      case OpenMode::kAppendLocked:
-        return or_errno(::open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600));
+      case OpenMode::kLockFile: return open_regular(path, O_RDWR | O_CREAT | O_NOFOLLOW);
+      case OpenMode::kAppendLocked: return open_regular(path, O_RDWR | O_CREAT | O_APPEND | O_NOFOLLOW);
     }
     return -EINVAL;
   }
@@ -408,6 +437,12 @@ class PosixEnv final : public Env {
   int raw_stat(const char* path, FileStat& out) override {
     struct stat stat;
     if (::stat(path, &stat) < 0) return -errno;
+    out = convert(stat);
+    return 0;
+  }
+  int raw_stat_link(const char* path, FileStat& out) override {
+    struct stat stat;
+    if (::lstat(path, &stat) < 0) return -errno;
     out = convert(stat);
     return 0;
   }

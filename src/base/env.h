@@ -25,13 +25,22 @@ struct FileStat {
   int64_t mtime_ns = 0;
   uint64_t inode = 0;
   bool is_directory = false;
-  bool operator==(const FileStat&) const = default;
+  bool is_file = false;  ///< a regular one
+  bool is_link = false;  ///< a symbolic link; only stat_link says so
+  uint64_t device = 0;   ///< inode numbers are of one device
+  uint32_t owner = 0;    ///< user id
+  uint32_t permissions = 0;  ///< the mode's lowest 12 bits
+  bool is_same_file(const FileStat& other) const { return inode == other.inode && device == other.device; }
+  /// Whether what is there now is what was there then: a name, or another mode, makes no other file.
+  bool operator==(const FileStat& other) const {
+    return size == other.size && mtime_ns == other.mtime_ns && inode == other.inode && is_directory == other.is_directory;
+  }
 };
 
 enum class OpenMode {
-  kRead,       ///< an existing file
+  kRead,       ///< an existing regular file; a pipe or a device is refused (ENXIO) and never waited for
   kCreateNew,  ///< for writing, 0600; fails when the name exists
-  kLockFile,   ///< read and write, created (0600) when absent; never through a symbolic link
+  kLockFile,   ///< read and write, created (0600) when absent; a regular file, and never through a symbolic link
   kAppendLocked,  ///< as kLockFile, and what is written goes to the file's end
 };
 
@@ -105,6 +114,18 @@ class Env {
   /// nullopt when there is no such file.
   std::optional<FileStat> stat(const std::filesystem::path& path);
   bool exists(const std::filesystem::path& path) { return stat(path).has_value(); }
+  /// Whether a regular file has this name. A directory, a pipe or a socket is nobody's file.
+  bool is_file(const std::filesystem::path& path) {
+    const auto found = stat(path);
+    return found && found->is_file;
+  }
+  /// Of the name itself, where it is a symbolic link; nullopt when there is none.
+  std::optional<FileStat> stat_link(const std::filesystem::path& path);
+  /// Whether a directory has this name itself: a symbolic link to one may lead anywhere.
+  bool is_own_directory(const std::filesystem::path& path) {
+    const auto found = stat_link(path);
+    return found && found->is_directory;
+  }
   void rename(const std::filesystem::path& from, const std::filesystem::path& to);
   /// Renames `from` to `to` unless that name is taken: false then, and `from` stays. Of several at once one gets the name.
   bool put_new(const std::filesystem::path& from, const std::filesystem::path& to);
@@ -112,11 +133,15 @@ class Env {
   bool link(const std::filesystem::path& from, const std::filesystem::path& to);
   /// False when there was nothing to remove.
   bool remove(const std::filesystem::path& path);
-  /// Makes one directory (0700); false when it exists.
+  /// Makes one directory (0700); false when it exists. kIo when something else has the name, a symbolic link included.
   bool make_directory(const std::filesystem::path& path);
   void sync_directory(const std::filesystem::path& path);
   /// Names in a directory, sorted; empty when there is no such directory.
   std::vector<std::string> list(const std::filesystem::path& path);
+  /// The same; none when it is a symbolic link, which may lead to somebody else's files.
+  std::vector<std::string> list_own(const std::filesystem::path& path) {
+    return is_own_directory(path) ? list(path) : std::vector<std::string>();
+  }
   /// Bytes that an ordinary user may still write to the file system that `path` is on.
   uint64_t free_space(const std::filesystem::path& path);
   /// Whole file; kResourceExhausted when it is larger than `max_bytes`.
@@ -150,6 +175,8 @@ class Env {
   virtual int raw_sync(int fd) = 0;
   virtual int raw_stat_fd(int fd, FileStat& out) = 0;
   virtual int raw_stat(const char* path, FileStat& out) = 0;
+  /// As raw_stat, but of a symbolic link itself.
+  virtual int raw_stat_link(const char* path, FileStat& out) = 0;
   virtual int raw_rename(const char* from, const char* to) = 0;
   /// A second name for a file; -EEXIST when it is taken.
   virtual int raw_link(const char* from, const char* to) = 0;

@@ -8,13 +8,19 @@ constexpr std::string_view kExtension = ".safetensors";
 
 }  // namespace
 
-std::vector<std::string> Store::Impl::agent_ids() {
+std::vector<std::string> Store::Impl::agent_names() {
   std::vector<std::string> ids;
   for (const auto& name : env.list(root)) {
     if (!name.ends_with(kExtension)) continue;
     std::string id = name.substr(0, name.size() - kExtension.size());
     if (is_agent_id(id)) ids.push_back(std::move(id));
   }
+  return ids;
+}
+
+std::vector<std::string> Store::Impl::agent_ids() {
+  std::vector<std::string> ids = agent_names();
+  std::erase_if(ids, [&](const std::string& id) { return !env.is_file(agent_path(id)); });
   return ids;
 }
 
@@ -27,7 +33,7 @@ AgentInfo Store::Impl::info(const std::string& id) {
 
 std::optional<AgentInfo> Store::Impl::list_one(const std::string& id, bool rebuild_sidecar) {
   const auto stat = env.stat(agent_path(id));
-  if (!stat || stat->is_directory) return std::nullopt;  // deleted meanwhile, or not ours
+  if (!stat || !stat->is_file) return std::nullopt;  // deleted meanwhile, or not ours
   try {
     auto found = decode_sidecar(env.read_file(sidecar_path(id), kMaxSidecar), *stat);
     if (found && found->agent_id == id) return found;
@@ -49,7 +55,7 @@ std::optional<AgentInfo> Store::Impl::list_one(const std::string& id, bool rebui
 }
 
 std::vector<AgentInfo> Store::Impl::list(bool rebuild_sidecars) {
-  const std::vector<std::string> ids = agent_ids();
+  const std::vector<std::string> ids = agent_names();
   std::vector<std::optional<AgentInfo>> found(ids.size());
   parallel_for(ids.size(), std::min(reader_threads(), 1 + ids.size() / 64),
                [&](size_t i) { found[i] = list_one(ids[i], rebuild_sidecars); });
@@ -62,7 +68,7 @@ std::vector<AgentInfo> Store::Impl::list(bool rebuild_sidecars) {
 
 std::vector<Store::Impl::StoredPart> Store::Impl::stored_parts() {
   std::vector<StoredPart> parts;
-  for (const auto& file : env.list(parts_path())) {
+  for (const auto& file : env.list_own(parts_path())) {
     constexpr size_t kDigest = 32;
     const std::string uid = file.substr(0, kDigest), name = file.size() > kDigest ? file.substr(kDigest + 1, kDigest) : "";
     if (!is_hex_digest(uid) || !is_hex_digest(name) || part_path(uid, name).filename() != file) continue;
@@ -73,13 +79,13 @@ std::vector<Store::Impl::StoredPart> Store::Impl::stored_parts() {
 
 std::vector<std::filesystem::path> Store::Impl::temporary_files() {
   std::vector<std::filesystem::path> found = segments.temporary_files();
-  auto look_in = [&](const std::filesystem::path& directory) {
-    for (const auto& name : env.list(directory)) {
+  auto add = [&](const std::filesystem::path& directory, const std::vector<std::string>& names) {
+    for (const auto& name : names) {
       if (is_temporary_name(name)) found.push_back(directory / name);
     }
   };
-  look_in(root);
-  look_in(parts_path());
+  add(root, env.list(root));
+  add(parts_path(), env.list_own(parts_path()));
   return found;
 }
 

@@ -23,7 +23,7 @@ std::filesystem::path export_directory(Env& env, const std::filesystem::path& ro
   if (!target || !target->is_directory) {
     throw Error(ErrorCode::kIo, "There is no directory '" + directory.string() + "' to export to; make it first.");
   }
-  if (target->inode == env.stat(root).value_or(FileStat{}).inode) {
+  if (target->is_same_file(env.stat(root).value_or(FileStat{}))) {
     throw Error(ErrorCode::kInvalidArgument, "An export can't go into the store itself; choose another directory.");
   }
   return directory;

@@ -27,7 +27,7 @@ std::unordered_set<std::string> Store::Impl::live_files() {
 }
 
 void Store::Impl::require_agent(const std::string& id) {
-  if (env.exists(agent_path(id))) return;
+  if (env.is_file(agent_path(id))) return;
   throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root.string() + "'.")
       .with_agent(id)
       .with_path(root.string());
@@ -96,7 +96,7 @@ GcResult Store::Impl::gc() {
   std::vector<Removable> unneeded;
   auto add = [&](const std::filesystem::path& path, const std::string& segment = {}) {
     const auto stat = env.stat(path);
-    if (stat && !stat->is_directory) unneeded.push_back({path, *stat, segment});
+    if (stat && stat->is_file) unneeded.push_back({path, *stat, segment});
   };
   for (const auto& path : sweep->temporary_files()) add(path);
   // Temporary files go whatever the agents say.
@@ -114,7 +114,7 @@ GcResult Store::Impl::gc() {
     // Sidecars whose agent is gone. Other people's .json files hold no sidecar checksum and stay.
     if (!name.ends_with(".json")) continue;
     const std::string id = name.substr(0, name.size() - 5);
-    if (!is_agent_id(id) || env.exists(agent_path(id))) continue;
+    if (!is_agent_id(id) || !env.is_file(root / name) || env.exists(agent_path(id))) continue;
     try {
       if (env.read_file(root / name, kMaxSidecar).find("\"sidecar_checksum\"") != std::string::npos) add(root / name);
     } catch (const Error& error) {

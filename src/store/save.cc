@@ -121,7 +121,7 @@ void Store::Impl::commit_agent(AgentDraft& draft, Durability durability, SaveRes
 
 void Store::Impl::remove_quietly(const std::filesystem::path& path) noexcept {
   try {
-    env.remove(path);
+    if (env.is_own_directory(path.parent_path())) env.remove(path);
   } catch (const std::exception&) {
     // gc makes up for it.
   }

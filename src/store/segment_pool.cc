@@ -25,7 +25,10 @@ std::vector<std::optional<FileStat>> SegmentPool::find(std::span<const std::stri
   return found;
 }
 
-std::optional<FileStat> SegmentPool::find(const std::string& name) const { return env_.stat(path(name)); }
+std::optional<FileStat> SegmentPool::find(const std::string& name) const {
+  if (!env_.is_own_directory(directory_) || !env_.is_own_directory(directory_of(name))) return std::nullopt;
+  return env_.stat(path(name));
+}
 
 File SegmentPool::open(const std::string& name) const { return env_.open(path(name), OpenMode::kRead); }
 
@@ -84,9 +87,8 @@ void SegmentPool::sync_directories(std::span<const StoredSegment> segments) {
 
 std::vector<std::filesystem::path> SegmentPool::directories() const {
   std::vector<std::filesystem::path> directories;
-  for (const std::string& name : env_.list(directory_)) {
-    const auto path = directory_ / name;
-    if (const auto stat = env_.stat(path); stat && stat->is_directory) directories.push_back(path);
+  for (const std::string& name : env_.list_own(directory_)) {
+    if (env_.is_own_directory(directory_ / name)) directories.push_back(directory_ / name);
   }
   return directories;
 }

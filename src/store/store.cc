@@ -2,6 +2,8 @@
 #include <cerrno>
 #include <chrono>
 
+#include <unistd.h>
+
 #include "base/environment.h"
 #include "store/store_impl.h"
 #include "torpor/log.h"
@@ -22,6 +24,18 @@ void make_directories(Env& env, const std::filesystem::path& path) {
   if (path.empty() || env.exists(path)) return;
   make_directories(env, path.parent_path());
   if (env.make_directory(path) && path.has_parent_path()) env.sync_directory(path.parent_path());
+}
+
+/// Containers and shared machines have such directories on purpose, so this is no error.
+void warn_of_others(const std::filesystem::path& root, const FileStat& stat) {
+  constexpr uint32_t kOthersWrite = 022, kSticky = 01000;
+  if (stat.owner != ::geteuid()) {
+    log(LogLevel::kWarning, "The store '" + root.string() + "' belongs to another user (id " + std::to_string(stat.owner) +
+                                "), who can read and change its agents; choose a directory of your own.");
+  } else if ((stat.permissions & kOthersWrite) != 0 && (stat.permissions & kSticky) == 0) {
+    log(LogLevel::kWarning, "Other users may write to the store '" + root.string() + "', and so change its agents; take that "
+                            "permission away (mode 0700).");
+  }
 }
 
 }  // namespace
@@ -48,10 +62,12 @@ void check_agent_id(const std::string& id) {
 
 Store::Impl::Impl(std::filesystem::path root_path, Env& environment) : root(std::move(root_path)), env(environment) {
   if (root.empty()) throw Error(ErrorCode::kInvalidArgument, "The store's directory has no name.");
-  if (const auto stat = env.stat(root); stat && !stat->is_directory) {
+  const auto stat = env.stat(root);
+  if (stat && !stat->is_directory) {
     throw Error(ErrorCode::kIo, "'" + root.string() + "' is not a directory; choose another store.");
   }
   make_directories(env, root);
+  if (stat) warn_of_others(root, *stat);
 }
 
 FileLock Store::Impl::lock_agent(const std::string& id) {

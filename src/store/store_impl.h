@@ -78,7 +78,7 @@ struct Store::Impl {
   bool link_part(const OwnFile& from, const std::filesystem::path& to);
   /// Everything that the agent file is going to name is there when this returns; `put` are those that were not before.
   void put_parts(AgentDraft& draft, bool durable, SaveResult& result, std::vector<std::filesystem::path>& put);
-  /// What can't be removed now is left to gc.
+  /// A file in a directory of the store's. What can't be removed now is left to gc.
   void remove_quietly(const std::filesystem::path& path) noexcept;
   /// Ids and messages alone. kNotFound, kCorruption.
   OwnState read_agent(const std::string& id);
@@ -109,6 +109,8 @@ struct Store::Impl {
                            std::span<const int32_t> tokens, const LoadOptions& options);
   SaveResult save_prefix(const KvSnapshot& snapshot, Durability durability);
   std::shared_ptr<const SealedRun> map_segment(const std::string& name);
+  /// Ids of agents, by the names in the root alone: what bears one may be no file.
+  std::vector<std::string> agent_names();
   std::vector<std::string> agent_ids();
   AgentInfo info(const std::string& id);
   std::vector<AgentInfo> list(bool rebuild_sidecars);

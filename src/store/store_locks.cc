@@ -34,7 +34,7 @@ void FairMutex::unlock() {
 }
 
 std::filesystem::path StoreLocks::path(const std::string& name) {
-  if (!env_.exists(directory_)) env_.make_directory(directory_);
+  if (!env_.is_own_directory(directory_)) env_.make_directory(directory_);
   return directory_ / (name + ".lock");
 }
 

@@ -21,9 +21,9 @@ int64_t parse_counter(std::string_view text) {
 int64_t Store::Impl::stored_bytes(int64_t* reserved) {
   int64_t bytes = 0;
   std::unordered_set<uint64_t> inodes;  // a part has one name for each fork, or is an agent's file too
-  auto add_files_in = [&](const std::filesystem::path& directory) {
+  auto add_files = [&](const std::filesystem::path& directory, const std::vector<std::string>& names) {
     std::vector<std::filesystem::path> directories;
-    for (const auto& name : env.list(directory)) {
+    for (const auto& name : names) {
       const auto stat = env.stat(directory / name);
       if (!stat) continue;
       if (stat->is_directory) {
@@ -35,9 +35,10 @@ int64_t Store::Impl::stored_bytes(int64_t* reserved) {
     }
     return directories;
   };
-  add_files_in(root);
-  add_files_in(parts_path());
-  for (const auto& directory : add_files_in(segments.directory())) add_files_in(directory);
+  add_files(root, env.list(root));
+  add_files(parts_path(), env.list_own(parts_path()));
+  const auto& pool = segments.directory();
+  for (const auto& directory : add_files(pool, env.list_own(pool))) add_files(directory, env.list_own(directory));
   return bytes;
 }
 
