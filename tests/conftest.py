@@ -163,6 +163,21 @@ def words(tokenizer):
     return cut
 
 
+@pytest.fixture(scope="session")
+def slow_disk(tmp_path_factory):
+    """slow_disk(seconds, mark): the environment of a process whose every flush makes the file `mark`, then takes so long."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if not compiler or not os.path.exists("/proc/self"):
+        pytest.skip("needs Linux and a C compiler")
+    directory = tmp_path_factory.mktemp("slow-disk")
+    (directory / "slow.c").write_text(
+        "#include <fcntl.h>\n#include <stdlib.h>\n#include <unistd.h>\n"
+        "int fsync(int fd) { close(creat(getenv(\"SLOW_MARK\"), 0600)); usleep(atoi(getenv(\"SLOW_MS\")) * 1000); return 0; }\n")
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", directory / "slow.so", directory / "slow.c"], check=True)
+    return lambda seconds, mark: {**os.environ, "LD_PRELOAD": str(directory / "slow.so"), "PYTHONPATH": str(BUILD / "python"),
+                                  "SLOW_MS": str(int(seconds * 1000)), "SLOW_MARK": str(mark)}
+
+
 @pytest.fixture
 def tiny(tmp_path, tiny_model):
     return Torpor(tmp_path / "store", tiny_model)

@@ -1,6 +1,7 @@
 """Python processes killed while they save, and two that save one agent at once."""
 
 import fcntl
+import multiprocessing
 import os
 import random
 import signal
@@ -98,3 +99,32 @@ def test_of_two_processes_that_save_one_agent_one_is_told_that_it_is_busy(tmp_pa
     cache, metadata = store.load_agent_cache("ada")
     assert metadata == {"by": "the other"} and cache[0].keys[0, 0, 0, 0].item() == 2
     store.save_agent_cache("ada", numbered(3))
+
+
+def save_many(worker, cache):
+    """In a forked process, through the store that the parent opened. MLX computes nothing there: its threads are the parent's."""
+    for i in range(40):
+        torpor.save_agent_cache(f"worker-{worker}", cache, {"i": str(i)})
+
+
+def forked_savers(root):
+    os.environ["TORPOR_STORE"] = root
+    caches = [numbered(i) for i in range(5)]
+    torpor.save_agent_cache("parent", caches[0])
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=save_many, args=(i, caches[i])) for i in range(1, 5)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0, 0]
+    for i in range(1, 5):
+        cache, metadata = torpor.load_agent_cache(f"worker-{i}")
+        assert metadata["i"] == "39" and cache[0].keys[0, 0, 0, 0].item() == i
+
+
+def test_forked_workers_save_at_once_through_the_store_that_their_parent_opened(tmp_path):
+    script = f"import test_python_crash as t; t.forked_savers({str(tmp_path / 'store')!r})"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "tests", capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    assert not list((tmp_path / "store").rglob(".torpor-tmp-*")), "a save left something behind"

@@ -84,22 +84,6 @@ def test_sampling_is_seeded(engine):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("end", ["close", "drop"])
-def test_a_stream_that_is_left_keeps_what_was_said(engine, end):
-    ada = engine.agent("ada")
-    stream = ada.stream("hello", raw=True, max_tokens=ENDLESS)
-    said = next(stream) + next(stream)
-    if end == "close":
-        stream.close()
-        result = stream.result
-        assert result.finish_reason == "cancelled" and result.text.startswith(said)
-        assert result.tokens.context < 4000 and said + "".join(stream) == result.text
-    del stream
-    held = status(engine, "ada").tokens
-    assert 2 < held < 4000 and not status(engine, "ada").unsaved
-    assert ada.turn(" and", raw=True, max_tokens=2).tokens.cached == held
-
-
 def ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -120,28 +104,6 @@ def test_ctrl_c_leaves_the_agent_as_it_was(engine, words, when):
             ada.turn("more", raw=True, max_tokens=ENDLESS, on_text=lambda _: ctrl_c() if when == "in on_text" else begun.set())
     assert status(engine, "ada").tokens == held and mx.array_equal(ada.next_logits(), before)
     assert ada.turn("more", raw=True, max_tokens=2).tokens.cached == held
-
-
-def test_a_stream_that_was_interrupted_says_so_and_stays_over(engine, monkeypatch):
-    stream = engine.agent("ada").stream("hello", raw=True, max_tokens=ENDLESS)
-    next(stream)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stream, "_running", Interrupted(stream._running))
-        next(stream)
-    for again in (lambda: stream.result, lambda: list(stream)):
-        with pytest.raises(torpor.CancelledError, match="as it was"):
-            again()
-    assert engine.agents() == []
-
-
-class Interrupted:
-    """A RunningTurn whose waits end by Ctrl-C."""
-
-    def __init__(self, running):
-        self.undo = running.undo
-
-    def next(self):
-        raise KeyboardInterrupt
 
 
 def test_on_text_may_call_the_engine_but_not_wait_for_its_own_turn(engine):
@@ -171,50 +133,6 @@ def test_on_text_may_call_the_engine_but_not_wait_for_its_own_turn(engine):
     assert text == "".join(heard) and ada.id == "ada" and bob.id == "bob"
     assert {s.agent_id: s.awake for s in engine.agents()} == {"ada": True, "bob": False, "eve": True}
     ada.rewind(1)
-
-
-def test_the_engine_answers_during_a_stream(engine):
-    stream = engine.agent("ada").stream("hello", raw=True, max_tokens=ENDLESS)
-    next(stream)
-    assert status(engine, "ada").in_turn and engine.memory_usage().agents
-    bob = engine.agent("bob").stream("hello", raw=True, max_tokens=4)  # waits for its turn
-    assert not [s for s in engine.agents() if s.agent_id == "bob"]
-    stream.close()
-    assert bob.result.tokens.generated == 4 and not status(engine, "ada").in_turn
-
-
-def test_a_stream_in_the_queue_is_left_at_once(engine):
-    stream = engine.agent("ada").stream("hello", raw=True, max_tokens=ENDLESS)
-    next(stream)
-    queued = engine.agent("bob").stream("hello", raw=True)
-    queued.close()
-    assert queued.result.finish_reason == "cancelled" and queued.result.tokens.generated == 0
-    undone = engine.agent("bob").stream("hello", raw=True)
-    undone._undo()
-    with pytest.raises(torpor.CancelledError):
-        undone.result
-    assert status(engine, "ada").in_turn
-    stream.close()
-    assert [s.agent_id for s in engine.agents()] == ["ada"]
-
-
-def test_threads_that_share_a_stream_each_get_other_pieces_until_its_end(engine):
-    stream = engine.agent("ada").stream("hello", raw=True, max_tokens=600)
-    taken, ended = [], []
-
-    def read():
-        for piece in stream:
-            taken.append(piece)
-        ended.append(len(taken))
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    result = stream.result
-    assert sum(map(len, taken)) == len(result.text) and result.tokens.generated == 600
-    assert min(ended) >= len(taken) - 3  # each of the others may have had one in its hands
 
 
 def test_a_forked_process_is_told_at_once(engine):
@@ -316,6 +234,16 @@ def test_over_the_budget_the_least_recently_used_sleeps(tiny_model, tmp_path):
         engine.agent("eve").pin()
         with pytest.raises(torpor.ResourceExhaustedError, match="pinned"):
             engine.agent("ada").turn("hello", raw=True, max_tokens=2)
+
+
+def test_agents_that_are_awake_keep_nobody_from_being_loaded_ahead(engine):
+    for name in "abcde":
+        engine.agent(name).turn("hello", raw=True, max_tokens=1)
+    engine.agent("e").sleep()
+    for name in "abcd":
+        engine.agent(name).prefetch()
+        engine.agent(name).turn(" more", raw=True, max_tokens=1)
+    assert engine.agent("e").prefetch()
 
 
 def test_a_prompt_without_an_agent_leaves_none(engine, words):

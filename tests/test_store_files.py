@@ -2,6 +2,7 @@
 
 import json
 import stat
+import subprocess
 import time
 
 import pytest
@@ -177,3 +178,17 @@ def test_store_commands_start_fast(ada):
 
     assert sorted(once() for _ in range(5))[2] < 0.5
     assert EXIT["usage"] == 2
+
+
+def test_a_garbage_collection_that_waits_for_the_disk_keeps_no_save_waiting(ada, slow_disk, tmp_path):
+    collecting = subprocess.Popen(ada.command("gc"), env=slow_disk(60, tmp_path / "mark"))
+    try:
+        while not (tmp_path / "mark").exists():
+            assert collecting.poll() is None
+            time.sleep(0.01)
+        ada.run("eve", "Hello").ok()
+        ada.run("bob", "Hello", "--disk-budget", 1 << 30).ok()
+        assert collecting.poll() is None
+    finally:
+        collecting.kill()
+        collecting.wait()

@@ -1,4 +1,7 @@
-"""Layers with a sliding window, through the command line: what a wake reads, and forks and rewinds beyond the window."""
+"""Layers with a sliding window: what a wake reads, forks and rewinds beyond the window, and saves that end in a turn."""
+
+import subprocess
+import sys
 
 import json
 
@@ -46,3 +49,33 @@ def test_forks_and_rewinds_beyond_the_window_are_exact(windowed, words, kind):
     answers = [windowed.run(agent, "and then", "--raw").ok().json for agent in ("fresh", "bob", "ada")]
     assert len({answer["text"] for answer in answers}) == 1
     assert all(answer["tokens"]["cached"] == 600 for answer in answers)
+
+
+ROWS_OF_A_TURN = """
+import sys
+import mlx.core as mx
+import torpor
+model, store, first, second = sys.argv[1:]
+
+def two_turns(engine):
+    ada = engine.agent("ada")
+    ada.turn(first, raw=True, max_tokens=1, save="behind")
+    held = engine.memory_usage().kv_bytes
+    ada.turn(second, raw=True, max_tokens=1, save="no")
+    return held, ada.next_logits()
+
+with torpor.Engine(model, store + "-alone", durability="none") as engine:
+    held, expected = two_turns(engine)
+with torpor.Engine(model, store, memory_budget=held + held // 3 + 1) as engine:
+    engine.agent("bob").turn(first[:200], raw=True, max_tokens=1, save="no")
+    assert mx.allclose(two_turns(engine)[1], expected, atol=0.05), "rows went to the wrong place"
+    assert [status.awake for status in engine.agents()] == [True, False], "nobody had to make room"
+"""
+
+
+def test_a_save_that_ends_while_a_turn_makes_room_moves_no_row_under_it(windowed_model, words, slow_disk, tmp_path):
+    """With MLX's own arrays, which shrink when what a window has left behind is on disk."""
+    env = {**slow_disk(0.2, tmp_path / "mark"), "TORPOR_BACKEND": "mlx"}
+    ended = subprocess.run([sys.executable, "-c", ROWS_OF_A_TURN, windowed_model, tmp_path / "store", words(1500), words(1900)[-1500:]],
+                           capture_output=True, text=True, timeout=300, env=env)
+    assert ended.returncode == 0, ended.stderr

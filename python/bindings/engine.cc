@@ -66,6 +66,22 @@ std::optional<KvFormat> parse_kv_format(const std::optional<std::string>& name) 
               "There is no KV format '" + *name + "'; use f32, f16 or bf16, or quantize, as 'q8 group 64 f16'.");
 }
 
+std::optional<Backend> parse_backend(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  for (const Backend backend : {Backend::kKernels, Backend::kMlx}) {
+    if (*name == backend_name(backend)) return backend;
+  }
+  throw Error(ErrorCode::kInvalidArgument, "There is no backend '" + *name + "'; use kernels or mlx.");
+}
+
+std::optional<Activations> parse_activations(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  for (const Activations activations : {Activations::kF32, Activations::kInt8}) {
+    if (*name == activations_name(activations)) return activations;
+  }
+  throw Error(ErrorCode::kInvalidArgument, "There are no activations '" + *name + "'; use f32 or int8.");
+}
+
 SaveMode parse_save_mode(const std::string& name) {
   if (name == "wait") return SaveMode::kWait;
   if (name == "behind") return SaveMode::kBehind;
@@ -129,15 +145,20 @@ void bind_engine(nb::module_& module) {
       .def("__init__",
            [](SharedEngine* self, const std::string& model, const std::filesystem::path& store,
               const std::optional<std::string>& kv_format, const std::string& durability, size_t memory_budget,
-              int64_t disk_budget, int64_t min_free, size_t write_queue, bool map_rows) {
+              int64_t disk_budget, int64_t min_free, size_t write_queue, size_t text_queue, bool map_rows,
+              const std::optional<std::string>& backend, const std::optional<std::string>& activations, int threads,
+              const std::string& cpu_target) {
              EngineOptions options{.model = model, .store = store, .kv_format = parse_kv_format(kv_format),
                                    .durability = parse_durability(durability), .memory_budget = memory_budget,
-                                   .disk = {disk_budget, min_free}, .write_queue_bytes = write_queue, .map_rows = map_rows};
+                                   .disk = {disk_budget, min_free},
+                                   .compute = {.backend = parse_backend(backend), .activations = parse_activations(activations),
+                                               .threads = threads, .cpu_target = cpu_target},
+                                   .write_queue_bytes = write_queue, .text_queue_bytes = text_queue, .map_rows = map_rows};
              const nb::gil_scoped_release release;
              new (self) SharedEngine(std::move(options));
            },
            "model"_a, "store"_a, "kv_format"_a.none(), "durability"_a, "memory_budget"_a, "disk_budget"_a, "min_free"_a,
-           "write_queue"_a, "map_rows"_a)
+           "write_queue"_a, "text_queue"_a, "map_rows"_a, "backend"_a.none(), "activations"_a.none(), "threads"_a, "cpu_target"_a)
       .def("close", &SharedEngine::close)
       .def("start", &start, "agent"_a, "prompt"_a, "system"_a.none(), "raw"_a, "save"_a, "max_tokens"_a, "temperature"_a,
            "top_p"_a, "seed"_a, "stop"_a)

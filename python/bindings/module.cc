@@ -1,7 +1,12 @@
+#include <memory>
+#include <string_view>
+#include <utility>
+
 #include <nanobind/stl/string.h>
 
 #include "bindings.h"
 #include "faces/error_table.h"
+#include "torpor/log.h"
 
 namespace nb = nanobind;
 
@@ -20,6 +25,37 @@ nb::object exception_of(const Error& error) {
   return exception;
 }
 
+namespace {
+
+void set_log_handler(nb::object handler) {
+  LogHandler next;
+  if (!handler.is_none()) {
+    // Whoever lets go of it last may not have the GIL, or come after the interpreter's end.
+    const std::shared_ptr<PyObject> held(handler.release().ptr(), [](PyObject* object) {
+      if (Py_IsInitialized() == 0) return;
+      const nb::gil_scoped_acquire acquire;
+      Py_DECREF(object);
+    });
+    next = [held](LogLevel level, std::string_view sentence) {
+      const nb::gil_scoped_acquire acquire;
+      try {
+        nb::borrow(held.get())(log_level_name(level), nb::str(sentence.data(), sentence.size()));
+      } catch (nb::python_error& error) {
+        error.discard_as_unraisable(held.get());
+      }
+    };
+  }
+  const nb::gil_scoped_release release;  // it waits for threads that are in the handler before
+  torpor::set_log_handler(std::move(next));
+}
+
+}  // namespace
+
+void bind_log(nb::module_& module) {
+  module.def("set_log_handler", &set_log_handler, nb::arg("handler").none(),
+             nb::sig("def set_log_handler(handler: typing.Callable[[str, str], object] | None) -> None"));
+}
+
 }  // namespace torpor::python
 
 NB_MODULE(_core, module) {
@@ -34,6 +70,7 @@ NB_MODULE(_core, module) {
       PyErr_SetObject(exception.type().ptr(), exception.ptr());
     }
   });
+  torpor::python::bind_log(module);
   torpor::python::bind_store(module);
   torpor::python::bind_model(module);
   torpor::python::bind_turn(module);

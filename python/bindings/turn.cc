@@ -18,11 +18,7 @@ RunningTurn::RunningTurn(std::shared_ptr<Engine> engine, TurnRequest request) : 
   state.request = std::move(request);
   state.request.generate.cancel = &state.cancelled;
   state.request.give_up = &state.undone;
-  state.request.generate.on_text = [&state](std::string_view text) {
-    const std::lock_guard lock(state.mutex);
-    state.pieces.emplace_back(text);
-    state.changed.notify_all();
-  };
+  state.request.generate.on_text = [&state](std::string_view text) { state.say(text); };
   try {
     state.thread = std::thread([&state] { state.run(); });
   } catch (const std::system_error&) {
@@ -31,14 +27,21 @@ RunningTurn::RunningTurn(std::shared_ptr<Engine> engine, TurnRequest request) : 
 }
 
 RunningTurn::~RunningTurn() {
-  cancel();
   if (getpid() != state_->process) {
     static_cast<void>(state_.release());  // its thread is in the process that was forked
     return;
   }
+  cancel();
   const nb::gil_scoped_release release;
   state_->thread.join();
   state_.reset();  // perhaps the last to hold the engine, which waits for its saves
+}
+
+void RunningTurn::State::say(std::string_view text) {
+  std::unique_lock lock(mutex);
+  changed.wait(lock, [this] { return pieces.empty() || !has_reader(); });
+  pieces.emplace_back(text);
+  changed.notify_all();
 }
 
 void RunningTurn::State::run() {
@@ -60,6 +63,17 @@ void RunningTurn::check_process() const {
   throw Error(ErrorCode::kInvalidArgument, "The turn is in the process that this one was forked from.");
 }
 
+void RunningTurn::set(std::atomic<bool>& flag) {
+  const std::lock_guard lock(state_->mutex);
+  flag = true;
+  state_->changed.notify_all();
+}
+
+void RunningTurn::cancel() {
+  check_process();
+  set(state_->cancelled);
+}
+
 bool RunningTurn::wait(std::optional<std::string>* piece) {
   // How soon a signal is seen.
   constexpr auto kPatience = std::chrono::milliseconds(50);
@@ -73,6 +87,7 @@ bool RunningTurn::wait(std::optional<std::string>* piece) {
       if (piece != nullptr && !state.pieces.empty()) {
         *piece = std::move(state.pieces.front());
         state.pieces.pop_front();
+        state.changed.notify_all();
         return true;
       }
       if (state.over()) return false;
@@ -89,14 +104,27 @@ std::optional<std::string> RunningTurn::next() {
 
 void RunningTurn::undo() {
   check_process();
-  state_->undone = true;
+  set(state_->undone);
   const nb::gil_scoped_release release;
   std::unique_lock lock(state_->mutex);
   state_->changed.wait(lock, [&] { return state_->over(); });
 }
 
 TurnResult RunningTurn::result() {
-  wait(nullptr);
+  check_process();
+  const auto await = [this](int by) {
+    const std::lock_guard lock(state_->mutex);
+    state_->awaited += by;
+    state_->changed.notify_all();
+  };
+  await(1);
+  try {
+    wait(nullptr);
+  } catch (...) {
+    await(-1);
+    throw;
+  }
+  await(-1);
   if (state_->error) std::rethrow_exception(state_->error);
   return *state_->result;
 }

@@ -1,6 +1,10 @@
 #pragma once
 /// A turn on a thread of its own, whose text waits to be fetched. So no thread of the engine's ever needs the GIL, and the
 /// thread that waits for text can be interrupted.
+///
+/// One piece waits here, all others in the engine's queue, whose bound is the only one (EngineOptions::text_queue_bytes). Beyond
+/// it the turn waits for its reader, and other turns go on. It waits for no reader while a thread waits for its result, nor once
+/// it is cancelled: then pieces are kept here, which are no more than the result's text.
 
 #include <atomic>
 #include <condition_variable>
@@ -10,6 +14,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <thread>
 
 #include <unistd.h>
@@ -30,10 +35,10 @@ class RunningTurn {
   /// and what a signal handler of Python's raises meanwhile (the turn then goes on).
   std::optional<std::string> next();
   /// Ends the turn before its next token, with FinishReason::kCancelled. Does not wait.
-  void cancel() { state_->cancelled = true; }
+  void cancel();
   /// Gives the turn up, unless it is over, and waits until the agent is as it was. The turn then throws kCancelled.
   void undo();
-  /// Of a turn that is over, which this waits for, as `next` does.
+  /// Of a turn that is over, which this waits for, as `next` does. Pieces that nobody has fetched stay.
   TurnResult result();
 
  private:
@@ -45,15 +50,20 @@ class RunningTurn {
     std::mutex mutex;  // of what follows
     std::condition_variable changed;
     std::deque<std::string> pieces;
+    int awaited = 0;  // threads that wait for the result
     std::optional<TurnResult> result;
     std::exception_ptr error;
     std::thread thread;
 
     bool over() const { return result || error; }
+    /// Whether the turn waits until a piece is fetched.
+    bool has_reader() const { return awaited == 0 && !cancelled && !undone; }
+    void say(std::string_view text);
     void run();
   };
 
   void check_process() const;
+  void set(std::atomic<bool>& flag);
   /// Waits until the turn is over or, with `piece`, until there is text, and takes that. Whether it did.
   bool wait(std::optional<std::string>* piece);
 

@@ -17,11 +17,13 @@ For speed, Torpor's own engine: `Engine` and its `Agent`s, which compute a turn'
 Errors are subclasses of `torpor.Error`. Whatever waits for a disk or a model lets other threads run.
 """
 
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping, Sequence as _Sequence
+import atexit as _atexit
+from collections.abc import Callable as _Callable, Iterable as _Iterable, Mapping as _Mapping, Sequence as _Sequence
 from functools import cache as _once
-from typing import Any as _Any
+from typing import Any as _Any, Literal as _Literal
 
 from . import _dependencies  # first: what it says is clearer than what the linker would
+from . import _core
 from ._codec import validate as _validate
 from ._core import AgentMemory, MemoryUsage, SaveResult, TurnBytes, TurnResult, TurnTiming, TurnTokens
 from .engine import Agent, AgentStatus, Engine, TextStream, TurnOptions
@@ -37,8 +39,22 @@ __all__ = [
     "MemoryUsage", "NotFoundError", "ResourceExhaustedError", "SaveResult", "TextStream", "TurnBytes", "TurnOptions",
     "TurnResult", "TurnTiming", "TurnTokens", "common_prefix", "delete_agent_cache", "get_cache_disk_usage", "get_cache_memory",
     "get_cache_size", "list_cached_agents", "load_agent_cache", "load_prompt_cache", "save_agent_cache", "save_prompt_cache",
-    "validate_cache_structure",
+    "set_log_handler", "validate_cache_structure",
 ]
+
+
+def set_log_handler(handler: _Callable[[_Literal["debug", "info", "warning"], str], object] | None) -> None:
+    """Tells `handler` what Torpor goes on without: a sidecar that could not be written, a prefetch that failed. Without one (None,
+    as at the start) nobody is told. Of the whole process.
+
+    It gets a level and a sentence, on whichever thread has something to say, several at a time. What it raises goes to
+    `sys.unraisablehook`. When this returns, the handler before is not running and is not called again. InvalidArgumentError from
+    within a handler.
+    """
+    _core.set_log_handler(handler)
+
+
+_atexit.register(_core.set_log_handler, None)  # threads may still speak when there is no interpreter any more
 
 
 def get_cache_size(cache: _Sequence[_Any]) -> int:

@@ -72,7 +72,8 @@ class Engine:
     def __init__(self, model: str | os.PathLike[str], store: str | os.PathLike[str] | None = None, *,
                  kv_format: str | None = None, durability: Literal["full", "rename", "none"] = "full",
                  memory_budget: int = 0, disk_budget: int = 0, min_free: int = 0, write_queue: int = 256 << 20,
-                 map_rows: bool = True) -> None:
+                 text_queue: int = 64 << 10, map_rows: bool = True, backend: Literal["kernels", "mlx"] | None = None,
+                 activations: Literal["f32", "int8"] | None = None, threads: int = 0, cpu_target: str | None = None) -> None:
         """Loads the model.
 
         model: a model directory, or a repo id in the local Hugging Face cache.
@@ -84,15 +85,26 @@ class Engine:
             sleep, the least recently used first; when none can, ResourceExhaustedError says what holds the memory.
         disk_budget: bytes that the store may take, all models together; min_free: bytes that stay free on the disk (0: no
             bound). Over them segments of no agent go, then the save fails. An agent is never removed to make room.
-        write_queue: bytes of saves "behind" that may wait; beyond it a turn waits for the disk.
+        write_queue: bytes of saves that may wait; beyond it all turns wait for the disk.
+        text_queue: bytes of text of each turn that may wait for its reader; beyond it the turn waits, and others go on.
         map_rows: rows of agents that wake are mapped from their files, whose pages all processes share. False: they are read
             into memory, where no later fault of the disk can reach them.
+        backend: "kernels": Torpor's CPU kernels; "mlx": MLX's own operations (Metal, CUDA). None: $TORPOR_BACKEND, else "mlx"
+            where MLX's default device is a GPU, else "kernels".
+        activations: what the kernels round rows to before they multiply them with quantized weights: "f32": to nothing; "int8":
+            faster. None: $TORPOR_ACTIVATIONS, else "f32".
+        threads: of the kernels, 1 to 256. 0: $TORPOR_THREADS, else one per physical core.
+        cpu_target: the kernels' instruction set: "portable", "sse4", "avx2", "avx512" or "neon". None: $TORPOR_CPU_TARGET, else
+            the CPU's best.
+
+        Threads and CPU target are the process's: its first engine settles them, and others raise InvalidArgumentError when they
+        ask for another value.
 
         Raises NotFoundError, InvalidArgumentError (a model or format that is not supported), CorruptionError, IoError.
         """
         root = Path(store).expanduser() if store is not None else _core.default_store_root()
         self._core = _core.CoreEngine(os.fspath(model), root, kv_format, durability, memory_budget, disk_budget, min_free,
-                                      write_queue, map_rows)
+                                      write_queue, text_queue, map_rows, backend, activations, threads, cpu_target or "")
         self._talking = threading.local()  # .to: agents whose on_text runs on this thread
 
     def __enter__(self) -> Self:
@@ -176,7 +188,10 @@ class Engine:
 
 
 class TextStream(Iterator[str]):
-    """The text of a turn, in pieces, as soon as each can no longer change. The turn runs ahead on its own.
+    """The text of a turn, in pieces, as soon as each can no longer change.
+
+    The turn runs ahead of whoever iterates by the engine's `text_queue` at most; then it waits, and other agents' turns go on. It
+    waits for nobody while `result` is asked for, nor once it is left: what was not read can be read afterwards.
 
     Iterating raises what the turn raises. Ctrl-C while waiting gives the turn up; `close`, or dropping the stream, ends it
     early and keeps what was said.
@@ -194,8 +209,8 @@ class TextStream(Iterator[str]):
     def close(self) -> None:
         """Ends the turn before its next token, and waits until it is over. Its result says "cancelled", unless it was
         complete; the agent keeps what was said."""
-        self._running.cancel()
         try:
+            self._running.cancel()
             self._running.result()
         except Error:
             pass  # iterating, or `result`, tells
