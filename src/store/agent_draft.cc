@@ -22,11 +22,13 @@ FileDraft draft_file(const AgentState& agent, int64_t first, int64_t end, int64_
   digests.messages = hash_hex(draft.messages);
   digests.ids = hash_hex(token_bytes(draft.ids));
   if (rows > 0) {
-    draft.rows_size = agent.layout.offset(agent.layout.tensors.size(), int(rows));
-    draft.rows = allocate_heap_buffer(draft.rows_size);
-    copy_rows(agent.layout, {agent.tail.bytes.data(), agent.tail.n_tokens, agent.tail.n_tokens - int(rows)},
-              {draft.rows.get(), int(rows), 0}, int(rows));
-    digests.rows = hash_hex({draft.rows.get(), draft.rows_size});
+    Hasher hasher;
+    for_each_row_piece(agent.layout, {agent.tail.bytes.data(), agent.tail.n_tokens, agent.tail.n_tokens - int(rows)}, int(rows),
+                       [&](std::span<const std::byte> piece) {
+                         draft.rows.push_back(piece);
+                         hasher.update(piece);
+                       });
+    digests.rows = hasher.hex();
     contents.checksums.push_back(digests.rows);
   }
   for (const KvState& tensor : state) contents.checksums.push_back(hash_hex(tensor.bytes));
@@ -51,7 +53,7 @@ PartsPlan plan_of(std::span<const OwnFile> held, const AgentState& state) {
 
 std::vector<std::span<const std::byte>> FileDraft::pieces() const {
   std::vector<std::span<const std::byte>> pieces{bytes_of(header)};
-  if (rows_size > 0) pieces.emplace_back(rows.get(), rows_size);
+  pieces.insert(pieces.end(), rows.begin(), rows.end());
   for (const KvState& tensor : state) pieces.push_back(tensor.bytes);
   if (!messages.empty()) pieces.push_back(bytes_of(messages));
   pieces.push_back(token_bytes(ids));

@@ -23,8 +23,7 @@ struct AgentState {
 struct FileDraft {
   PartRef ref;                               ///< its checksum, ids and rows
   std::string header, messages;
-  std::shared_ptr<std::byte> rows;
-  size_t rows_size = 0;
+  std::vector<std::span<const std::byte>> rows;  ///< where they are in the agent's tail
   std::span<const KvState> state;
   std::span<const int32_t> ids;
   OwnFile digests;                           ///< of what is in it; not where it is

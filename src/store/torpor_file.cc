@@ -389,16 +389,21 @@ void copy_rows(const KvLayout& layout, const RowsIn<const std::byte>& from, cons
   }
 }
 
-std::string rows_checksum(const KvLayout& layout, const RowsIn<const std::byte>& rows, int n) {
-  Hasher hasher;
+void for_each_row_piece(const KvLayout& layout, const RowsIn<const std::byte>& rows, int n,
+                        const std::function<void(std::span<const std::byte>)>& piece) {
   const std::byte* at = rows.bytes;
-  if (n == rows.n_tokens) return hash_hex(std::span(at, layout.offset(layout.tensors.size(), n)));
+  if (n == rows.n_tokens) return piece({at, layout.offset(layout.tensors.size(), n)});
   for (const KvTensorSpec& tensor : layout.tensors) {
     const size_t row = size_t(tensor.dim) * kv_dtype_size(tensor.dtype);
     for (int head = 0; head < tensor.n_kv_heads; ++head, at += row * size_t(rows.n_tokens)) {
-      hasher.update(std::span(at + row * size_t(rows.first), row * size_t(n)));
+      piece({at + row * size_t(rows.first), row * size_t(n)});
     }
   }
+}
+
+std::string rows_checksum(const KvLayout& layout, const RowsIn<const std::byte>& rows, int n) {
+  Hasher hasher;
+  for_each_row_piece(layout, rows, n, [&](std::span<const std::byte> piece) { hasher.update(piece); });
   return hasher.hex();
 }
 

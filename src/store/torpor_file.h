@@ -111,6 +111,9 @@ struct RowsIn {
   Byte* bytes = nullptr;
   int n_tokens = 0, first = 0;
 };
+/// piece(bytes) for each stretch of the rows of `n` tokens, in the layout's order.
+void for_each_row_piece(const KvLayout& layout, const RowsIn<const std::byte>& rows, int n,
+                        const std::function<void(std::span<const std::byte>)>& piece);
 /// Copies the rows of `n` tokens.
 void copy_rows(const KvLayout& layout, const RowsIn<const std::byte>& from, const RowsIn<std::byte>& to, int n);
 /// The checksum of the tensor `rows` of a file that holds them.
