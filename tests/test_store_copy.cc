@@ -144,6 +144,42 @@ TEST_F(StoreCopy, APrefixIsFoundWhoeverSavedIt) {
   EXPECT_EQ(read_all(path), good);
 }
 
+TEST_F(StoreCopy, APrefixIsFoundWhereItReachesFurthestAlsoOfRowsThatWereComputedOtherwise) {
+  // The same tokens as those of "a": other rows from the first run on, and from the second.
+  const auto other = make_snapshot(1100, kLayout, 2);
+  KvSnapshot mixed = other;
+  mixed.sealed[0] = kWhole.sealed[0];
+  store_.save_agent_cache("other", other, "m");
+  store_.save_agent_cache("mixed", mixed, "m");
+  store_.copy_agent_cache("a", "a", {.n_tokens = 600, .replace = true});
+  store_.gc();
+  const auto expect_found = [&](const KvSnapshot& rows, int64_t n) {
+    const Store fresh(root_);
+    EXPECT_EQ(fresh.find_prefix(rows.identity, rows.lineage, kLayout, rows.tokens), n);
+    const auto loaded = fresh.load_prefix(rows.identity, rows.lineage, kLayout, rows.tokens);
+    ASSERT_EQ(int64_t(loaded.snapshot.n_runs()), n / kSegmentTokens);
+    for (size_t i = 0; i < loaded.snapshot.n_runs(); ++i) {
+      EXPECT_TRUE(std::ranges::equal(loaded.snapshot.run_bytes(i), rows.run_bytes(i))) << i;
+    }
+  };
+  const auto both = Store(root_).load_prefix(other.identity, other.lineage, kLayout, other.tokens).segments;
+  EXPECT_TRUE(both == store_.agent_info("other").segments || both == store_.agent_info("mixed").segments);
+  store_.delete_agent_cache("other");
+  expect_found(mixed, 1024);
+  store_.save_agent_cache("other", other, "m");
+  store_.delete_agent_cache("mixed");
+  expect_found(other, 1024);
+  store_.delete_agent_cache("a");
+  store_.gc();
+  expect_found(other, 1024);
+  // The notes that lead there go with the variants.
+  EXPECT_FALSE(fs::is_empty(root_ / "variants"));
+  store_.delete_agent_cache("other");
+  store_.gc();
+  expect_found(other, 0);
+  EXPECT_TRUE(fs::is_empty(root_ / "variants"));
+}
+
 TEST_F(StoreCopy, ASavedPrefixBelongsToNoAgent) {
   auto other = make_snapshot(600, kLayout, 1, 5000);
   const auto result = store_.save_prefix(other);

@@ -221,7 +221,7 @@ class Store {
   SaveResult save_prefix(const KvSnapshot& snapshot, Durability durability = Durability::kFull);
 
   /// How many of `tokens`, a multiple of kSegmentTokens, have their rows in segments of this identity, lineage and layout.
-  /// Looks at names only.
+  /// Looks at names only. Of rows that were computed more than once, with other bits, those that reach furthest count.
   int64_t find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                       std::span<const int32_t> tokens) const;
   /// Their rows, up to the first segment that is damaged. Of `options`, `allocate`, `map_rows` and `window_rows_only` count.

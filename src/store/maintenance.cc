@@ -122,6 +122,7 @@ GcResult Store::Impl::gc() {
     }
   }
   const Sweep::Removed rest = sweep->remove(unneeded);
+  sweep->remove(segments.stale_notes());
   return {removed.files + rest.files, removed.bytes + rest.bytes};
 }
 

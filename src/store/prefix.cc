@@ -7,18 +7,52 @@
 #include "store/writing.h"
 
 namespace torpor {
+namespace {
+
+/// Looks for segments that hold the rows of some tokens, by name alone.
+class PrefixSearch {
+ public:
+  PrefixSearch(const SegmentPool& segments, const SegmentChain& chain)
+      : segments_(segments), chain_(chain), length_(chain.tokens.size() / kSegmentTokens), variants_(segments.variants()) {}
+
+  /// The longest sequence that is there and begins with `names`.
+  std::vector<std::string> longest(std::vector<std::string> names) const {
+    const size_t begin = names.size();
+    std::vector<std::string> plain = std::move(names);
+    while (plain.size() < length_) {
+      plain.push_back(segment_name(chain_.place(plain.size(), plain.empty() ? "" : plain.back()), ""));
+    }
+    const auto found = segments_.find(std::span(plain).subspan(begin));
+    const size_t there = size_t(std::find(found.begin(), found.end(), std::nullopt) - found.begin());
+    std::vector<std::string> best(plain.begin(), plain.begin() + ptrdiff_t(begin + there));
+    // What follows a variant is under other names than what follows the plain one, so each is a way of its own.
+    for (size_t i = begin; !variants_.empty() && i < std::min(begin + there + 1, length_); ++i) {
+      const auto [first, last] = variants_.equal_range(plain[i]);
+      for (auto variant = first; variant != last; ++variant) {
+        if (!segments_.find(variant->second)) continue;
+        std::vector<std::string> way(plain.begin(), plain.begin() + ptrdiff_t(i));
+        way.push_back(variant->second);
+        way = longest(std::move(way));
+        if (way.size() > best.size()) best = std::move(way);
+      }
+    }
+    return best;
+  }
+
+ private:
+  const SegmentPool& segments_;
+  const SegmentChain& chain_;
+  const size_t length_;
+  const std::unordered_multimap<std::string, std::string> variants_;
+};
+
+}  // namespace
 
 std::vector<std::string> Store::Impl::find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                                                   std::span<const int32_t> tokens) {
-  std::vector<std::string> names;
-  if (layout.tensors.empty()) return names;
+  if (layout.tensors.empty()) return {};
   const SegmentChain chain(identity, lineage, layout, {}, tokens);
-  for (size_t i = 0; i < tokens.size() / kSegmentTokens; ++i) {
-    names.push_back(segment_name(chain.place(i, names.empty() ? "" : names.back()), ""));
-  }
-  const auto found = segments.find(names);
-  names.resize(size_t(std::find(found.begin(), found.end(), std::nullopt) - found.begin()));
-  return names;
+  return PrefixSearch(segments, chain).longest({});
 }
 
 LoadedPrefix Store::Impl::load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,

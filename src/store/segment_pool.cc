@@ -4,6 +4,7 @@
 #include <set>
 
 #include "torpor/error.h"
+#include "torpor/log.h"
 
 namespace torpor {
 namespace {
@@ -83,6 +84,37 @@ void SegmentPool::sync_directories(std::span<const StoredSegment> segments) {
   for (const StoredSegment& segment : segments) directories.insert(directory_of(segment.name));
   for (const auto& directory : directories) env_.sync_directory(directory);
   env_.sync_directory(directory_);
+}
+
+void SegmentPool::note_variant(const std::string& plain, const std::string& name) noexcept {
+  try {
+    env_.make_directory(notes());
+    const auto note = notes() / (plain + "-" + name);
+    if (!env_.exists(note)) env_.open(note, OpenMode::kCreateNew).close();
+  } catch (const std::exception& error) {
+    log(LogLevel::kInfo, "That the segment '" + name + "' is a variant could not be noted: " + error.what());
+  }
+}
+
+std::unordered_multimap<std::string, std::string> SegmentPool::variants() const {
+  std::unordered_multimap<std::string, std::string> variants;
+  for (const std::string& note : env_.list(notes())) {
+    const size_t dash = note.find('-');
+    if (dash == std::string::npos) continue;
+    const std::string plain = note.substr(0, dash), name = note.substr(dash + 1);
+    if (is_hex_digest(plain) && is_hex_digest(name)) variants.emplace(plain, name);
+  }
+  return variants;
+}
+
+std::vector<Removable> SegmentPool::stale_notes() const {
+  std::vector<Removable> stale;
+  for (const auto& [plain, name] : variants()) {
+    const auto note = notes() / (plain + "-" + name);
+    const auto stat = env_.stat(note);
+    if (stat && !find(name)) stale.push_back({note, *stat, name});
+  }
+  return stale;
 }
 
 std::vector<std::filesystem::path> SegmentPool::directories() const {

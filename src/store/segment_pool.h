@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "base/env.h"
@@ -51,6 +52,14 @@ class SegmentPool {
   /// Flushes files and names, but for those that this process has seen flushed. Who wrote them may have asked for less.
   void flush(std::span<const StoredSegment> segments);
 
+  /// Notes that `name` is a variant of the segment `plain`, for whoever looks for the rows of some tokens. A note that can't be
+  /// written is none: the variant is found by those who know its name.
+  void note_variant(const std::string& plain, const std::string& name) noexcept;
+  /// Names of variants, by the plain names. They may be gone.
+  std::unordered_multimap<std::string, std::string> variants() const;
+  /// Notes of variants that are gone.
+  std::vector<Removable> stale_notes() const;
+
   std::vector<StoredSegment> list() const;
   /// What a Sweep needs to remove one.
   Removable removable(const StoredSegment& segment) const { return {path(segment.name), segment.stat, segment.name}; }
@@ -66,6 +75,7 @@ class SegmentPool {
   /// Names of the directories that segments are in.
   std::vector<std::filesystem::path> directories() const;
   void sync_directories(std::span<const StoredSegment> segments);
+  std::filesystem::path notes() const { return directory_.parent_path() / "variants"; }
 
   Env& env_;
   const std::filesystem::path directory_;

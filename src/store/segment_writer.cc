@@ -215,6 +215,7 @@ bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
     const std::string content = content_of(segment);
     store_.known.add_file(segment.name, {segment.stat, content, checksums_of(segment).back(), true});
     remember(segment, content);
+    if (!segment.variant.empty()) store_.segments.note_variant(segment_name(segment.place, ""), segment.name);
     put.push_back({segment.name, segment.stat});
     result.bytes_written += int64_t(segment.stat.size);
     ++result.segments_written;
