@@ -20,16 +20,19 @@ constexpr std::string_view kExtension = ".safetensors";
 SegmentPool::SegmentPool(Env& env, std::filesystem::path root) : env_(env), directory_(std::move(root) / "segments") {}
 
 std::vector<std::optional<FileStat>> SegmentPool::find(std::span<const std::string> names) const {
-  std::vector<std::optional<FileStat>> found;
-  found.reserve(names.size());
-  for (const std::string& name : names) found.push_back(find(name));
+  std::vector<std::optional<FileStat>> found(names.size());
+  if (names.empty() || !env_.is_own_directory(directory_)) return found;
+  std::unordered_map<std::string, bool> own;  // directories, each looked at once
+  for (size_t i = 0; i < names.size(); ++i) {
+    const auto directory = directory_of(names[i]);
+    const auto [entry, is_new] = own.try_emplace(directory.string());
+    if (is_new) entry->second = env_.is_own_directory(directory);
+    if (entry->second) found[i] = env_.stat(path(names[i]));
+  }
   return found;
 }
 
-std::optional<FileStat> SegmentPool::find(const std::string& name) const {
-  if (!env_.is_own_directory(directory_) || !env_.is_own_directory(directory_of(name))) return std::nullopt;
-  return env_.stat(path(name));
-}
+std::optional<FileStat> SegmentPool::find(const std::string& name) const { return find(std::span(&name, 1)).front(); }
 
 File SegmentPool::open(const std::string& name) const { return env_.open(path(name), OpenMode::kRead); }
 
@@ -98,7 +101,7 @@ void SegmentPool::note_variant(const std::string& plain, const std::string& name
 
 std::unordered_multimap<std::string, std::string> SegmentPool::variants() const {
   std::unordered_multimap<std::string, std::string> variants;
-  for (const std::string& note : env_.list(notes())) {
+  for (const std::string& note : env_.list_own(notes())) {
     const size_t dash = note.find('-');
     if (dash == std::string::npos) continue;
     const std::string plain = note.substr(0, dash), name = note.substr(dash + 1);
