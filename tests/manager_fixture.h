@@ -108,11 +108,12 @@ class Manager : public ::testing::TestWithParam<int> {
  protected:
   KvLayout layout() const { return layout_of(GetParam()); }
   size_t run_bytes() const { return layout().bytes_per_token() * kSegmentTokens; }
+  ManagerOptions options(size_t budget = 0, size_t queue = size_t(64) << 20, Backend backend = Backend::kKernels) const {
+    return {.model_name = "m", .identity = testing::test_identity(), .layout = layout(), .backend = backend,
+            .durability = Durability::kRename, .memory_budget = budget, .write_queue_bytes = queue};
+  }
   std::unique_ptr<AgentManager> make(size_t budget = 0, size_t queue = size_t(64) << 20, Backend backend = Backend::kKernels) {
-    return std::make_unique<AgentManager>(
-        store_, ManagerOptions{.model_name = "m", .identity = testing::test_identity(), .layout = layout(),
-                               .backend = backend, .durability = Durability::kRename, .memory_budget = budget,
-                               .write_queue_bytes = queue});
+    return std::make_unique<AgentManager>(store_, options(budget, queue, backend));
   }
   /// A turn: what is held is continued with `tokens`.
   static AgentHold say(AgentManager& manager, const std::string& id, std::span<const int32_t> tokens) {

@@ -112,6 +112,166 @@ int64_t walked_bytes(AgentManager& manager) {
   return bytes;
 }
 
+/// All agents with their tokens.
+using Held = std::map<std::string, std::vector<int32_t>>;
+
+/// `ada` (four runs) and `bob` (three) are awake, and `ada` would be the next to go; `eve` (two runs) is asleep.
+struct Operation {
+  const char* what;
+  const char* worked_on;  ///< awake afterwards, unless it is ""
+  std::function<void(AgentManager&, Held&)> run;
+};
+
+AgentHold turn(AgentManager& manager, Held& held, const std::string& id) {
+  const std::vector<int32_t> more = ids(300, 9);
+  AgentHold agent = manager.wake(id);
+  const Growth growth{agent->cache.get(), int(more.size())};
+  manager.reserve({&growth, 1});
+  compute(*agent->cache, more);
+  agent->history = agent->cache->tokens();
+  agent->changed();
+  held[id].insert(held[id].end(), more.begin(), more.end());
+  return agent;
+}
+
+void take_back(AgentManager& manager, Held& held) {
+  const AgentHold ada = turn(manager, held, "ada");
+  manager.take_back(*ada, 1000);
+  held["ada"].resize(1000);
+  ada->history = held["ada"];
+}
+
+/// As a turn does that begins earlier than its agent's last token.
+void truncate(AgentManager& manager, Held& held) {
+  const AgentHold ada = manager.wake("ada");
+  manager.truncate(*ada, 300);
+  // Fewer where a window has left rows behind that no segment holds.
+  held["ada"].resize(size_t(ada->cache->length()));
+  ada->history = held["ada"];
+}
+
+void begin_alike(AgentManager& manager, Held& held) {
+  const AgentHold made = manager.wake("new");
+  held["new"] = held["ada"];
+  held["new"].resize(size_t(manager.reuse_prefix(*made, std::span(held["ada"]).first(400))));
+  made->history = held["new"];
+  made->changed();
+}
+
+void fork(AgentManager& manager, Held& held, const std::string& id, size_t at) {
+  manager.fork(id, "new", int64_t(at));
+  held["new"] = held[id];
+  held["new"].resize(at);
+}
+
+void rewind(AgentManager& manager, Held& held, const std::string& id, size_t to) {
+  manager.rewind(id, int64_t(to));
+  held[id].resize(to);
+}
+
+void rename(AgentManager& manager, Held& held, const std::string& id) {
+  manager.rename(id, "new");
+  held["new"] = held.extract(id).mapped();
+}
+
+void remove(AgentManager& manager, Held& held, const std::string& id) {
+  manager.remove(id);
+  held.erase(id);
+}
+
+const std::vector<Operation> kOperations = {
+    {"wake, awake", "ada", [](AgentManager& m, Held&) { m.wake("ada"); }},
+    {"wake, asleep", "eve", [](AgentManager& m, Held&) { m.wake("eve"); }},
+    {"prefetch, then wake", "eve", [](AgentManager& m, Held&) { m.prefetch("eve"), m.wake("eve"); }},
+    {"prefetch, then a turn of another", "ada", [](AgentManager& m, Held& h) { m.prefetch("eve"), turn(m, h, "ada"); }},
+    {"prefetch into room that there is", "eve",
+     [](AgentManager& m, Held&) { m.sleep("bob"), m.prefetch("eve"), m.wake("bob"), m.wake("eve"); }},
+    {"turn, awake", "ada", [](AgentManager& m, Held& h) { turn(m, h, "ada"); }},
+    {"turn, asleep", "eve", [](AgentManager& m, Held& h) { turn(m, h, "eve"); }},
+    {"turn, new", "new", [](AgentManager& m, Held& h) { turn(m, h, "new"); }},
+    {"turn, saved behind", "ada", [](AgentManager& m, Held& h) { m.save_behind(*turn(m, h, "ada")); }},
+    {"turn, taken back", "ada", [](AgentManager& m, Held& h) { take_back(m, h); }},
+    {"turn, after a cut inside a sealed run", "ada",
+     [](AgentManager& m, Held& h) { truncate(m, h), turn(m, h, "ada"); }},
+    {"turn, begun with another's rows", "new", [](AgentManager& m, Held& h) { begin_alike(m, h); }},
+    {"fork", "ada", [](AgentManager& m, Held& h) { fork(m, h, "ada", 1000); }},
+    {"fork inside a sealed run", "ada", [](AgentManager& m, Held& h) { fork(m, h, "ada", 300); }},
+    {"fork at the end of a run", "ada", [](AgentManager& m, Held& h) { fork(m, h, "ada", 512); }},
+    {"fork, asleep", "", [](AgentManager& m, Held& h) { fork(m, h, "eve", 300); }},
+    {"rewind in the open run", "ada", [](AgentManager& m, Held& h) { rewind(m, h, "ada", 900); }},
+    {"rewind inside a sealed run", "ada", [](AgentManager& m, Held& h) { rewind(m, h, "ada", 300); }},
+    {"rewind to the end of a run", "ada", [](AgentManager& m, Held& h) { rewind(m, h, "ada", 512); }},
+    {"rewind, asleep", "", [](AgentManager& m, Held& h) { rewind(m, h, "eve", 300); }},
+    {"rename, awake", "new", [](AgentManager& m, Held& h) { rename(m, h, "ada"); }},
+    {"rename, asleep", "", [](AgentManager& m, Held& h) { rename(m, h, "eve"); }},
+    {"remove, awake", "", [](AgentManager& m, Held& h) { remove(m, h, "ada"); }},
+    {"remove, asleep", "", [](AgentManager& m, Held& h) { remove(m, h, "eve"); }},
+    {"pin", "ada", [](AgentManager& m, Held&) { m.pin("ada", true), m.wake("eve"), m.pin("ada", false); }},
+    {"save", "ada", [](AgentManager& m, Held&) { m.save(*m.wake("ada")); }},
+    {"save behind", "ada", [](AgentManager& m, Held&) { m.save_behind(*m.wake("ada")); }},
+    {"saves finished", "ada", [](AgentManager& m, Held&) { m.save_behind(*m.wake("ada")), m.finish_saves(); }},
+    {"sleep", "", [](AgentManager& m, Held&) { m.sleep("ada"); }},
+};
+
+void expect_whole(AgentManager& manager, const Held& held) {
+  for (const auto& [id, tokens] : held) {
+    const AgentHold agent = manager.wake(id);
+    EXPECT_EQ(agent->cache->tokens(), tokens) << id;
+    expect_sound(*agent->cache);
+    EXPECT_LE(manager.memory_usage().kv_bytes, manager.memory_usage().budget) << id;
+  }
+  EXPECT_EQ(manager.memory_usage().kv_bytes, walked_bytes(manager));
+}
+
+/// `saved`: the agents that are awake have woken, else they are new and not on disk.
+TEST_P(Budget, NoOperationAtTheEdgeOfTheBudgetLosesAnAgent) {
+  const Held begun{{"ada", ids(1000, 1)}, {"bob", ids(600, 2)}, {"eve", ids(500, 3)}};
+  for (const auto& [backend, saved] : {std::pair(Backend::kKernels, false), {Backend::kKernels, true},
+                                      {Backend::kMlx, false}, {Backend::kMlx, true}}) {
+    const auto set_up = [&](Store& store, size_t budget) {
+      auto manager = std::make_unique<AgentManager>(store, options(0, size_t(64) << 20, backend));
+      for (const auto& [id, tokens] : begun) {
+        if (!saved && id != "eve") continue;
+        say(*manager, id, tokens);
+        manager->sleep(id);
+      }
+      manager = std::make_unique<AgentManager>(store, options(budget, size_t(64) << 20, backend));
+      for (const char* id : {"ada", "bob"}) saved ? manager->wake(id) : say(*manager, id, begun.at(id));
+      return manager;
+    };
+    size_t held_bytes = 0;
+    {
+      const testing::TemporaryDirectory directory{testing::TemporaryDirectory::in_memory()};
+      Store store(directory.path());
+      held_bytes = size_t(set_up(store, 0)->memory_usage().kv_bytes);
+    }
+    for (const size_t budget : {held_bytes, held_bytes + run_bytes()}) {
+      for (const Operation& operation : kOperations) {
+        SCOPED_TRACE(std::string(operation.what) + (backend == Backend::kMlx ? ", MLX" : "") +
+                     (saved ? ", saved" : "") + (budget == held_bytes ? ", held" : ", a run more"));
+        const testing::TemporaryDirectory directory{testing::TemporaryDirectory::in_memory()};
+        Store store(directory.path());
+        Held held = begun;
+        auto manager = set_up(store, budget);
+        ASSERT_EQ(manager->memory_usage().evictions, 0);
+        try {
+          operation.run(*manager, held);
+        } catch (const Error& error) {
+          ADD_FAILURE() << error.what();
+          continue;
+        }
+        EXPECT_LE(manager->memory_usage().kv_bytes, int64_t(budget));
+        if (*operation.worked_on != '\0') {
+          EXPECT_TRUE(manager->is_awake(operation.worked_on));
+        }
+        expect_whole(*manager, held);
+        EXPECT_NO_THROW(save_all(*manager));
+        EXPECT_EQ(store.list_cached_agents().size(), held.size());
+      }
+    }
+  }
+}
+
 TEST_P(Budget, TheLedgerIsWhatAWalkOverAllBuffersFinds) {
   for (const Backend backend : {Backend::kKernels, Backend::kMlx}) {
     const size_t budget = 16 * run_bytes();
