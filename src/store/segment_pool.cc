@@ -20,19 +20,13 @@ constexpr std::string_view kExtension = ".safetensors";
 SegmentPool::SegmentPool(Env& env, std::filesystem::path root) : env_(env), directory_(std::move(root) / "segments") {}
 
 std::vector<std::optional<FileStat>> SegmentPool::find(std::span<const std::string> names) const {
-  std::vector<std::optional<FileStat>> found(names.size());
-  if (names.empty() || !env_.is_own_directory(directory_)) return found;
-  std::unordered_map<std::string, bool> own;  // directories, each looked at once
-  for (size_t i = 0; i < names.size(); ++i) {
-    const auto directory = directory_of(names[i]);
-    const auto [entry, is_new] = own.try_emplace(directory.string());
-    if (is_new) entry->second = env_.is_own_directory(directory);
-    if (entry->second) found[i] = env_.stat(path(names[i]));
-  }
+  std::vector<std::optional<FileStat>> found;
+  found.reserve(names.size());
+  for (const std::string& name : names) found.push_back(find(name));
   return found;
 }
 
-std::optional<FileStat> SegmentPool::find(const std::string& name) const { return find(std::span(&name, 1)).front(); }
+std::optional<FileStat> SegmentPool::find(const std::string& name) const { return env_.stat(path(name)); }
 
 File SegmentPool::open(const std::string& name) const { return env_.open(path(name), OpenMode::kRead); }
 

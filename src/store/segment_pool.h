@@ -1,7 +1,7 @@
 #pragma once
 /// The store's segments by name: files that are made once, never change, and belong to whoever names them.
 ///
-/// This pool is a directory, ROOT/segments, which is not followed where it is a symbolic link. Its verbs are those that a pool
+/// This pool is a directory, ROOT/segments. Nothing is written to, listed in or removed from it through a symbolic link. Its verbs are those that a pool
 /// on another machine can offer too: find many at once, open, put unless the name is taken, list, remove. Whoever asks knows
 /// names, and no path to write to.
 

@@ -42,6 +42,8 @@ class StoreLocks {
  public:
   StoreLocks(Env& env, std::filesystem::path root) : env_(env), directory_(root / ".locks"), root_(std::move(root)) {}
 
+  const std::filesystem::path& root() const { return root_; }
+
   /// At once, or kBusy: the agent is awake elsewhere.
   FileLock agent(const std::string& id);
   /// Whether someone has the agent's lock.

@@ -55,6 +55,13 @@ void Sweep::read_claims() {
   for (size_t at = 0; at + kClaimSize <= text.size(); at += kClaimSize) claims_.insert(text.substr(at, kClaimSize - 1));
 }
 
+bool Sweep::is_own(const std::filesystem::path& path) const {
+  for (auto directory = path.parent_path(); directory != locks_->root(); directory = directory.parent_path()) {
+    if (!env_->is_own_directory(directory)) return false;
+  }
+  return true;
+}
+
 Sweep::Removed Sweep::remove(const std::vector<Removable>& files, int64_t bytes) {
   Removed removed;
   for (size_t next = 0; next < files.size() && removed.bytes < bytes;) {
@@ -67,7 +74,7 @@ Sweep::Removed Sweep::remove(const std::vector<Removable>& files, int64_t bytes)
       for (size_t unlinks = 0; unlinks < kUnlinksPerHold && next < files.size() && removed.bytes < bytes; ++next) {
         const Removable& file = files[next];
         if (!file.segment.empty() && claims_.contains(file.segment)) continue;
-        if (env_->stat(file.path) != file.stat) continue;
+        if (env_->stat(file.path) != file.stat || !is_own(file.path)) continue;
         ++unlinks;
         if (!env_->remove(file.path)) continue;
         ++removed.files;

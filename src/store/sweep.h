@@ -44,6 +44,8 @@ class Sweep {
  private:
   Sweep(Env& env, StoreLocks& locks, FileLock lock) : env_(&env), locks_(&locks), lock_(std::move(lock)) {}
   void read_claims();
+  /// Whether no symbolic link has taken the place of a directory on the way to the file.
+  bool is_own(const std::filesystem::path& path) const;
 
   Env* env_;
   StoreLocks* locks_;
