@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
@@ -101,6 +103,45 @@ class Torpor:
     def copy(self, to):
         shutil.copytree(self.store, to, symlinks=True)
         return Torpor(to, self.model)
+
+
+def xxh3(data):
+    """The checksum of the store's files."""
+    return xxhash.xxh3_128(data).hexdigest()
+
+
+def forge(source, target, metadata=(), tensors=(), shift=0):
+    """Writes one of Torpor's files anew, with other metadata, other bytes of its tensors, and checksums that fit. A tensor's bytes
+    may change in number where its shape is a list. The data begins `shift` bytes behind a multiple of 64."""
+    data = source.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    fields = header.pop("__metadata__") | dict(metadata)
+    contents, digests = b"", []
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][::-1]):
+        first, end = entry["data_offsets"]
+        bytes_of = dict(tensors).get(name, data[start + first:start + end])
+        if len(entry["shape"]) == 1:
+            entry["shape"] = [len(bytes_of) * entry["shape"][0] // (end - first)]
+        entry["data_offsets"] = [len(contents), len(contents) + len(bytes_of)]
+        contents += bytes_of
+        digests.append(xxh3(bytes_of))
+    fields |= {"checksum": "0" * 32, "checksums": ",".join(digests)}
+    text = json.dumps({"__metadata__": fields, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % 64 + shift)
+    text = struct.pack("<Q", len(text)) + text
+    target.write_bytes(text.replace(b"0" * 32, xxh3(text).encode(), 1) + contents)
+    return target
+
+
+def preload(directory, source):
+    """The environment of a program that has these C functions in place of the system's. Skips where that can't be had."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if not compiler or sys.platform != "linux":
+        pytest.skip("needs Linux and a C compiler")
+    (directory / "preload.c").write_text(source)
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", directory / "preload.so", directory / "preload.c"], check=True)
+    return {"LD_PRELOAD": str(directory / "preload.so")}
 
 
 def make_tiny_model(directory, change=None):

@@ -16,7 +16,7 @@ class CountingEnv : public Env {
  public:
   std::atomic<int> opens = 0, stats = 0, maps = 0, syncs = 0, lists = 0, changes = 0;
   std::atomic<int64_t> bytes_read = 0, bytes_written = 0;
-  bool can_map = true, in_memory = true, can_read = true;
+  bool can_map = true, in_memory = true, can_read = true, remote = false;
   std::optional<uint64_t> free_space;  ///< instead of the file system's
   std::vector<std::string> opened() const {
     const std::lock_guard lock(mutex_);
@@ -58,6 +58,7 @@ class CountingEnv : public Env {
     ++maps;
     return can_map ? base_.raw_map(fd, size) : nullptr;
   }
+  bool raw_is_remote(int) override { return remote; }
   bool raw_in_memory(std::span<const std::byte>) override { return in_memory; }
   int raw_sync(int fd) override { return ++syncs, base_.raw_sync(fd); }
   int raw_stat_fd(int fd, FileStat& out) override { return ++stats, base_.raw_stat_fd(fd, out); }

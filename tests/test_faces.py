@@ -11,7 +11,7 @@ import mlx_lm.models.cache as mlx_cache
 import pytest
 import xxhash
 
-from conftest import BIN, ROOT, Result, Torpor
+from conftest import BIN, ROOT, Result, Torpor, preload
 
 import torpor
 
@@ -109,12 +109,8 @@ def test_without_a_home_directory_the_command_line_names_its_option():
 
 def test_what_the_system_refuses_is_no_defect_of_torpors(tiny, tmp_path):
     """A process that may start no thread."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if not compiler or not os.path.exists("/proc/self"):
-        pytest.skip("needs Linux and a C compiler")
-    (tmp_path / "no_threads.c").write_text("int pthread_create(void* t, const void* a, void* f, void* x) { return 11; /* EAGAIN */ }\n")
-    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", tmp_path / "no_threads.so", tmp_path / "no_threads.c"], check=True)
-    result = tiny.run("ada", "Hello", env={"LD_PRELOAD": str(tmp_path / "no_threads.so")})
+    no_threads = preload(tmp_path, "int pthread_create(void* t, const void* a, void* f, void* x) { return 11; /* EAGAIN */ }")
+    result = tiny.run("ada", "Hello", env=no_threads)
     result.fails("exhausted")
     assert "defect" not in result.err
 
@@ -167,6 +163,16 @@ def test_messages_of_a_million_levels_are_shown(python_store, cli):
     assert cli("show", "ada", "--json").ok().json["messages"][-1]["content"] == "Once"
     cli("fork", "ada", "eve").ok()
     assert "Once" in cli("show", "eve").ok().out
+
+
+def test_metadata_of_a_million_levels_is_shown(python_store, cli):
+    """`show` prints what a file says, however deep."""
+    deep = '[{"role":' + "[" * 1_000_000 + "]" * 1_000_000 + "}]"
+    python_store._store.save("ada", [], [], b"", [], "m", [("messages", deep), ("message_ends", "0")], [], "none")
+    cli("show", "ada").ok()
+    assert cli("show", "ada", "--json").ok().json["user"]["messages"] == deep
+    cli("fork", "ada", "eve").ok()
+    assert cli("show", "eve", "--json").ok().json["user"]["messages"] == deep
 
 
 # ---- what Torpor goes on without

@@ -5,7 +5,10 @@
 #include <cmath>
 #include <cstring>
 
+#include <unistd.h>
+
 #include "model_fixture.h"
+#include "tiny_model.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -75,6 +78,39 @@ TEST(SmolLM2, ChunksDoNotChangeABit) {
     EXPECT_EQ(std::memcmp(logits.data(), expected.data(), expected.size() * sizeof(float)), 0);
     EXPECT_EQ(cache.rows(), rows);
   }
+}
+
+TEST(Model, AFailedForwardPassHasAdvancedByWholeChunksOnMlxAndNotAtAllOnTheKernels) {
+  /// Has room for so many layers' rows, or runs.
+  class Full : public TestCache {
+   public:
+    Full(const Model& model, int room) : TestCache(model, KvDtype::kF32), room_(room) {}
+    std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override {
+      if (room_-- == 0) throw std::runtime_error("full");
+      return TestCache::update_and_fetch(layer, k, v);
+    }
+    std::span<const KvBuffer> reserve(int n) override {
+      if (room_-- == 0) throw Error(ErrorCode::kResourceExhausted, "full");
+      return TestCache::reserve(n);
+    }
+
+   private:
+    int room_;
+  };
+  const fs::path directory = fs::temp_directory_path() / ("torpor-test-" + std::to_string(::getpid()));
+  testing::write_tiny_model(directory);
+  const std::vector<int32_t> tokens(600, 7);
+  for (const Backend backend : {Backend::kMlx, Backend::kKernels}) {
+    const auto model = Model::load(directory.string(), {.backend = backend});
+    for (const int room : {1, 3}) {  // of two layers
+      Full first(*model, 2 * (backend == Backend::kKernels)), second(*model, backend == Backend::kKernels ? 0 : room);
+      const std::vector<ForwardSequence> one{{.tokens = tokens, .kv = &second}}, two{{.tokens = tokens, .kv = &first}, one[0]};
+      EXPECT_ANY_THROW(model->forward(backend == Backend::kKernels ? two : one));
+      EXPECT_EQ(first.length(), 0);
+      EXPECT_EQ(second.length(), backend == Backend::kMlx && room == 3 ? 512 : 0);
+    }
+  }
+  fs::remove_all(directory);
 }
 
 /// Rows of a cache as floats, whatever its dtype.

@@ -174,6 +174,17 @@ TEST_F(StorePartial, APartlyCheckedSegmentIsNotTakenForAWholeOne) {
   EXPECT_EQ(store.save_agent_cache("b", make_snapshot(300, layout_), "m").segments_written, 1);
 }
 
+TEST_F(StorePartial, NothingIsMappedFromANetwork) {
+  CountingEnv env;
+  env.remote = true;
+  Store store(root_, &env);
+  const auto loaded = store.load_agent_cache("a", {.map_rows = true});
+  EXPECT_TRUE(same(loaded.snapshot, make_snapshot(1300, layout_)));
+  for (const auto& run : loaded.snapshot.sealed) EXPECT_FALSE(run->mapped());
+  EXPECT_EQ(store.map_segment(store.agent_info("a").segments[0]), nullptr);
+  EXPECT_EQ(env.maps, 0);
+}
+
 TEST(KnownSegmentsTest, NamesOfRunsThatNobodyHoldsAreForgotten) {
   KnownSegments known;
   std::vector<std::shared_ptr<const SealedRun>> held;

@@ -64,7 +64,8 @@ class Model {
   virtual KvLayout kv_layout(const KvFormat& format) const = 0;
 
   /// Evaluated f32 logits [rows, vocab]: per sequence its last token's row, all of them or none. Long inputs are
-  /// computed in chunks inside. On an error no sequence has advanced.
+  /// computed in chunks inside. On an error no sequence has advanced on kKernels. On kMlx one may have, by whole chunks of 512
+  /// tokens of the batch; the caller cuts it back.
   virtual mx::array forward(std::span<const ForwardSequence> batch) = 0;
 };
 

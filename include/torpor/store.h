@@ -250,7 +250,7 @@ class Store {
   SaveResult upgrade_agent(const std::string& agent_id);
 
   /// For what this Store does from now on. Saves whose need fits run at once, and take no room twice; one that has to
-  /// evict waits for those under way (kBusy after a minute).
+  /// evict waits for those under way (kBusy after a minute). kInvalidArgument when a limit is negative.
   void set_disk_limits(const DiskLimits& limits);
 
   /// Reads the agent file's header alone. kNotFound, kCorruption.

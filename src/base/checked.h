@@ -1,7 +1,8 @@
 #pragma once
-/// Arithmetic on sizes that come from files: nullopt instead of wrapping around.
+/// Arithmetic on sizes that come from files: nullopt, or the largest number, instead of wrapping around.
 
 #include <concepts>
+#include <limits>
 #include <optional>
 
 namespace torpor {
@@ -18,6 +19,12 @@ template <std::integral T>
   T result;
   if (__builtin_mul_overflow(a, b, &result)) return std::nullopt;
   return result;
+}
+
+/// The sum of two that are not negative.
+template <std::integral T>
+[[nodiscard]] constexpr T saturating_add(T a, T b) noexcept {
+  return checked_add(a, b).value_or(std::numeric_limits<T>::max());
 }
 
 }  // namespace torpor

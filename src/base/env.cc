@@ -17,7 +17,10 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #ifdef __linux__
+#include <sys/statfs.h>
 #include <sys/syscall.h>
+#else
+#include <sys/mount.h>
 #endif
 #include <sys/uio.h>
 #include <unistd.h>
@@ -121,7 +124,10 @@ void File::read_pieces_at(std::vector<std::span<std::byte>> pieces, uint64_t off
   }
 }
 
-std::shared_ptr<const std::byte> File::map(uint64_t size) const { return env_->raw_map(fd_, size); }
+std::shared_ptr<const std::byte> File::map(uint64_t size, MapFrom from) const {
+  if (from == MapFrom::kLocal && env_->raw_is_remote(fd_)) return nullptr;
+  return env_->raw_map(fd_, size);
+}
 
 void File::write_all(std::vector<std::span<const std::byte>> pieces) {
   std::erase_if(pieces, [](const auto& piece) { return piece.empty(); });
@@ -153,9 +159,11 @@ FileLock& FileLock::operator=(FileLock&& other) noexcept {
   return *this;
 }
 
+bool FileLock::is_held() const noexcept { return file_.fd() >= 0 && process_ == ::getpid(); }
+
 void FileLock::release() noexcept {
   // Closing is not enough: a lock lasts until each forked copy of its descriptor is closed.
-  if (file_.fd() >= 0 && process_ == ::getpid()) env_->raw_unlock(file_.fd());
+  if (is_held()) env_->raw_unlock(file_.fd());
 }
 
 // ---- Env
@@ -410,6 +418,15 @@ class PosixEnv final : public Env {
               --mappings_;
             }};
   }
+  bool raw_is_remote(int fd) override {
+    struct statfs stat;
+    if (::fstatfs(fd, &stat) < 0) return false;
+#ifdef __linux__
+    return std::find(std::begin(kRemote), std::end(kRemote), uint32_t(stat.f_type)) != std::end(kRemote);
+#else
+    return (stat.f_flags & MNT_LOCAL) == 0;
+#endif
+  }
   bool raw_in_memory(std::span<const std::byte> bytes) override {
     const auto page = uintptr_t(::sysconf(_SC_PAGESIZE));
     const uintptr_t begin = reinterpret_cast<uintptr_t>(bytes.data()) / page * page;
@@ -495,6 +512,25 @@ class PosixEnv final : public Env {
 
  private:
   static inline std::atomic<int> mappings_ = 0;  // static: a mapping may outlive the Env that made it
+
+#ifdef __linux__
+  /// statfs(2)'s names for them.
+  static constexpr uint32_t kRemote[] = {
+      0x00006969,  // NFS
+      0x0000517B, 0xFE534D42, 0xFF534D42,  // SMB, SMB2, CIFS
+      0x65735546,  // FUSE
+      0x01021997,  // 9p
+      0x5346414F, 0x6B414653,  // AFS, in the kernel's and OpenAFS's way
+      0x00C36400,  // Ceph
+      0x73757245,  // Coda
+      0x0000564C,  // NCP
+      0x0BD00BD0,  // Lustre
+      0x47504653,  // GPFS
+      0x19830326,  // BeeGFS
+      0x20030528,  // OrangeFS
+      0x786F4256, 0xBACBACBC,  // folders of a VirtualBox or VMware host
+  };
+#endif
 
   // macOS refuses transfers of 2 GiB and more; Linux shortens them.
   static constexpr size_t kMaxTransfer = size_t(1) << 30;

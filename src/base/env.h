@@ -47,6 +47,9 @@ enum class OpenMode {
 /// Mappings of files that one process holds at most. Linux allows 65,530 of all kinds, and beyond them malloc fails too.
 inline constexpr int kMaxMappings = 16'384;
 
+/// Which files `File::map` maps. Memory that comes over a network can fail (SIGBUS), stall or change whenever it is touched.
+enum class MapFrom { kLocal, kAnywhere };
+
 /// An open file, closed by the destructor. Concurrent `read_at` is safe.
 class File {
  public:
@@ -64,7 +67,7 @@ class File {
   void read_pieces_at(std::vector<std::span<std::byte>> pieces, uint64_t offset) const;
   /// The first `size` bytes as read-only memory that outlives the file's descriptor; nullptr where that can't be had (the
   /// caller reads instead). The file must never be written or cut again.
-  std::shared_ptr<const std::byte> map(uint64_t size) const;
+  std::shared_ptr<const std::byte> map(uint64_t size, MapFrom from = MapFrom::kLocal) const;
   void write_all(std::vector<std::span<const std::byte>> pieces);
   /// Says how long the file will be, which makes writing it cheaper. Only a hint.
   void expect_size(uint64_t size) noexcept;
@@ -92,6 +95,8 @@ class FileLock {
   /// Open for reading and writing, at its beginning.
   File& file() { return file_; }
   const File& file() const { return file_; }
+  /// False for a forked child's copy, and for one that was moved from.
+  bool is_held() const noexcept;
 
  private:
   void release() noexcept;
@@ -168,6 +173,8 @@ class Env {
   }
   /// nullptr where files can't be mapped.
   virtual std::shared_ptr<const std::byte> raw_map(int /*fd*/, uint64_t /*size*/) { return nullptr; }
+  /// Whether the file is on a network's file system, or one that a program serves (FUSE); false where that can't be told.
+  virtual bool raw_is_remote(int /*fd*/) { return false; }
   /// What can't be had is left to the writes to say.
   virtual void raw_preallocate(int /*fd*/, uint64_t /*size*/) noexcept {}
   /// Whether every page of a mapping is in memory now; true where that can't be told.

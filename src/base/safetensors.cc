@@ -13,7 +13,6 @@ namespace torpor {
 namespace {
 
 constexpr size_t kLengthBytes = 8;
-constexpr size_t kAlignment = 64;  // the format asks for 8; 64 suits cache lines and Metal
 
 [[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
   throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".");
@@ -292,7 +291,7 @@ std::string encode_safetensors_header(std::vector<SafetensorsTensor>& tensors,
   }
   json += '}';
   const size_t unpadded = kLengthBytes + json.size();
-  json.append((kAlignment - unpadded % kAlignment) % kAlignment, ' ');
+  json.append((kSafetensorsAlignment - unpadded % kSafetensorsAlignment) % kSafetensorsAlignment, ' ');
   if (json.size() > kMaxSafetensorsHeader) {
     throw Error(ErrorCode::kResourceExhausted, "The header of a store file would have " + std::to_string(json.size()) +
                                                    " bytes, more than the format allows; store less metadata.");

@@ -31,7 +31,6 @@ InterruptScope::InterruptScope() {
   g_signal.store(0);
   set_handlers(on_signal);
   std::signal(SIGPIPE, SIG_IGN);
-  std::signal(SIGXFSZ, SIG_IGN);
 }
 
 InterruptScope::~InterruptScope() { set_handlers(SIG_DFL); }

@@ -1,5 +1,6 @@
 /// The command line: parses, dispatches, and turns every Error into one sentence and an exit code.
 
+#include <csignal>
 #include <exception>
 #include <iostream>
 #include <string>
@@ -102,6 +103,7 @@ int dispatch(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::signal(SIGXFSZ, SIG_IGN);  // a file that may grow no further is an error
   try {
     return dispatch(argc, argv);
   } catch (...) {

@@ -174,6 +174,7 @@ void add_turn_options(CLI::App& app, TurnOptions& options) {
         std::tuple{"--min-free", &options.min_free, "What a save leaves free on the disk"}}) {
     app.add_option(name, *bytes, std::string(help) + ", as 4GB or 512MiB; 0 = no bound")
         ->transform(CLI::AsSizeValue(true))
+        ->check(CLI::Range(uint64_t(0), uint64_t(std::numeric_limits<int64_t>::max())))
         ->type_name("SIZE");
   }
   app.add_flag("--no-mmap", options.no_mmap, "Read rows of agents into memory instead of mapping their files");

@@ -73,7 +73,7 @@ void Weights::add_file(const std::filesystem::path& path) {
   const File file = Env::posix().open(path, OpenMode::kRead);
   const uint64_t size = file.stat().size;
   if (size == 0) damaged(path, "it is empty");
-  std::shared_ptr<const std::byte> memory = file.map(size);
+  std::shared_ptr<const std::byte> memory = file.map(size, MapFrom::kAnywhere);
   if (memory == nullptr) {
     throw Error(ErrorCode::kIo, "Can't map " + path.string() + " into memory; free some address space, or copy the model "
                                 "to a local disk.");

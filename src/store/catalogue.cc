@@ -72,7 +72,7 @@ std::vector<Store::Impl::StoredPart> Store::Impl::stored_parts() {
     constexpr size_t kDigest = 32;
     const std::string uid = file.substr(0, kDigest), name = file.size() > kDigest ? file.substr(kDigest + 1, kDigest) : "";
     if (!is_hex_digest(uid) || !is_hex_digest(name) || part_path(uid, name).filename() != file) continue;
-    if (const auto stat = env.stat(parts_path() / file)) parts.push_back({uid, name, *stat});
+    if (const auto stat = env.stat(parts_path() / file); stat && stat->is_file) parts.push_back({uid, name, *stat});
   }
   return parts;
 }
@@ -81,7 +81,7 @@ std::vector<std::filesystem::path> Store::Impl::temporary_files() {
   std::vector<std::filesystem::path> found = segments.temporary_files();
   auto add = [&](const std::filesystem::path& directory, const std::vector<std::string>& names) {
     for (const auto& name : names) {
-      if (is_temporary_name(name)) found.push_back(directory / name);
+      if (is_temporary_name(name) && env.is_file(directory / name)) found.push_back(directory / name);
     }
   };
   add(root, env.list(root));

@@ -145,7 +145,7 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
 
 SaveResult Store::Impl::upgrade_agent(const std::string& id) {
   require_agent(id);
-  const FileLock lock = lock_agent(id);
+  const AgentFileLock lock = lock_agent(id);
   const OpenedAgent opened = open_agent(id);
   SaveResult result;
   result.segments = opened.agent.info.segments;
@@ -163,11 +163,11 @@ void Store::Impl::rename_agent(const std::string& id, const std::string& new_id)
   if (env.exists(agent_path(new_id))) {
     throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + new_id + "' already; choose another id.");
   }
-  const FileLock lock = lock_agent(id), new_lock = lock_agent(new_id);
+  const AgentFileLock lock = lock_agent(id), new_lock = lock_agent(new_id);
   // Under a uid of its own: after a crash here there are two agents, and neither may remove the other's parts.
   copy(id, new_id, {}, /*keep_dates=*/true);
   remove_agent_file(id);
-  tidy_after_agent(id, lock);
+  remove_sidecar(id);
 }
 
 }  // namespace torpor

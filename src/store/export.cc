@@ -26,6 +26,7 @@ std::filesystem::path export_directory(Env& env, const std::filesystem::path& ro
   if (target->is_same_file(env.stat(root).value_or(FileStat{}))) {
     throw Error(ErrorCode::kInvalidArgument, "An export can't go into the store itself; choose another directory.");
   }
+  remove_abandoned(env, directory);
   return directory;
 }
 
@@ -77,7 +78,7 @@ void Store::Impl::export_agent(const std::string& id, const std::filesystem::pat
 
 SaveResult Store::Impl::import_agent(const std::filesystem::path& path, const std::string& id) {
   check_agent_id(id);
-  const FileLock agent_lock = lock_agent(id);
+  const AgentFileLock agent_lock = lock_agent(id);
   if (env.exists(agent_path(id))) {
     throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.");
   }

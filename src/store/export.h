@@ -52,7 +52,8 @@ inline std::vector<std::shared_ptr<std::byte>> allocate_runs(KvSnapshot& snapsho
   return buffers;
 }
 
-/// The directory that a file `path` outside the store at `root` is to be written to. kIo when there is none.
+/// The directory that a file `path` outside the store at `root` is to be written to. What a killed export left there a day ago goes.
+/// kIo when there is none.
 /// kInvalidArgument when it is the store.
 std::filesystem::path export_directory(Env& env, const std::filesystem::path& root, const std::filesystem::path& path);
 

@@ -1,6 +1,7 @@
 /// Removal: of agents, and of what no agent needs. Nothing is removed that a power cut could bring back a need for: the
 /// agent files that decide are flushed first.
 
+#include "base/checked.h"
 #include "store/store_impl.h"
 #include "torpor/log.h"
 
@@ -44,19 +45,18 @@ void Store::Impl::remove_agent_file(const std::string& id) {
   }
 }
 
-void Store::Impl::tidy_after_agent(const std::string& id, const FileLock& agent_lock) noexcept {
+void Store::Impl::remove_sidecar(const std::string& id) noexcept {
   try {
     env.remove(sidecar_path(id));
-    env.remove(agent_lock.path());
   } catch (const std::exception& error) {
-    log(LogLevel::kWarning, "What is left of agent '" + id + "' could not be removed: " + error.what());
+    log(LogLevel::kWarning, "The sidecar of agent '" + id + "', which is gone, could not be removed: " + error.what());
   }
 }
 
 void Store::Impl::remove_agent(const std::string& id) {
   check_agent_id(id);
   require_agent(id);
-  const FileLock agent_lock = lock_agent(id);
+  const AgentFileLock agent_lock = lock_agent(id);
   std::vector<std::string> candidates;
   try {
     candidates = open_agent(id).agent.info.segments;
@@ -81,7 +81,7 @@ void Store::Impl::remove_agent(const std::string& id) {
     // gc makes up for it.
     log(LogLevel::kInfo, "The segments of agent '" + id + "' are left to garbage collection: " + error.what());
   }
-  tidy_after_agent(id, agent_lock);
+  remove_sidecar(id);
 }
 
 std::optional<Sweep> Store::Impl::sweep(std::chrono::milliseconds timeout) {
@@ -114,7 +114,7 @@ GcResult Store::Impl::gc() {
     // Sidecars whose agent is gone. Other people's .json files hold no sidecar checksum and stay.
     if (!name.ends_with(".json")) continue;
     const std::string id = name.substr(0, name.size() - 5);
-    if (!is_agent_id(id) || !env.is_file(root / name) || env.exists(agent_path(id))) continue;
+    if (!is_agent_id(id) || !env.is_file(root / name) || env.is_file(agent_path(id))) continue;
     try {
       if (env.read_file(root / name, kMaxSidecar).find("\"sidecar_checksum\"") != std::string::npos) add(root / name);
     } catch (const Error& error) {
@@ -123,7 +123,16 @@ GcResult Store::Impl::gc() {
   }
   const Sweep::Removed rest = sweep->remove(unneeded);
   sweep->remove(segments.stale_notes());
-  return {removed.files + rest.files, removed.bytes + rest.bytes};
+  // Locks that killed processes left of agents that never came to be. Whoever holds one makes that agent.
+  for (const auto& id : locks.agents()) {
+    if (env.is_file(agent_path(id))) continue;
+    try {
+      (void)lock_agent(id);
+    } catch (const Error& error) {
+      log(LogLevel::kInfo, "The lock of agent '" + id + "' is left: " + error.what());
+    }
+  }
+  return {removed.files + rest.files, saturating_add(removed.bytes, rest.bytes)};
 }
 
 }  // namespace torpor

@@ -84,11 +84,12 @@ std::vector<StoredMessage> decode_messages(std::string_view text, const std::str
 }
 
 bool decode_old_messages(std::string_view text, std::string_view ends, int64_t n_tokens, std::vector<StoredMessage>& messages) {
-  const Json json = Json::parse(text, nullptr, false);
+  // Of any depth: objects that keep their order would copy what they hold as they grow, which recurses.
+  const auto json = nlohmann::json::parse(text, nullptr, false);
   if (!json.is_array()) return false;
   std::vector<StoredMessage> found;
   int64_t begin = 0;
-  for (const Json& message : json) {
+  for (const auto& message : json) {
     if (!message.is_object() || message.size() != 2 || !message.contains("role") || !message["role"].is_string() ||
         !message.contains("content") || !message["content"].is_string()) {
       return false;
@@ -102,7 +103,7 @@ bool decode_old_messages(std::string_view text, std::string_view ends, int64_t n
     }
     ends.remove_prefix(std::min(ends.size(), digits.size() + 1));
     begin = std::min(begin, end);
-    const Json canonical = {{"role", message["role"]}, {"content", message["content"]}};
+    const Json canonical = {{"role", message["role"].get<std::string>()}, {"content", message["content"].get<std::string>()}};
     found.push_back({canonical.dump(-1, ' ', false, Json::error_handler_t::replace), begin, end});
     begin = end;
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/checked.h"
 #include "base/hash.h"
 #include "store/messages.h"
 #include "store/store_impl.h"
@@ -170,10 +171,12 @@ std::optional<AgentFile> Store::Impl::agent_file(const std::string& id) {
 void Store::Impl::add_file_sizes(AgentInfo& info, const AgentFile& agent) {
   for (const PartRef& part : agent.parts) {
     const auto stat = env.stat(part_path(agent.uid, part.name));
-    info.tail_bytes += int64_t(stat.value_or(FileStat{}).size);
+    info.tail_bytes = saturating_add(info.tail_bytes, int64_t(stat.value_or(FileStat{}).size));
   }
   info.bytes = info.tail_bytes;
-  for (const auto& stat : segments.find(info.segments)) info.bytes += int64_t(stat.value_or(FileStat{}).size);
+  for (const auto& stat : segments.find(info.segments)) {
+    info.bytes = saturating_add(info.bytes, int64_t(stat.value_or(FileStat{}).size));
+  }
 }
 
 OwnState Store::Impl::read_agent(const std::string& id) {

@@ -26,7 +26,10 @@ std::vector<std::optional<FileStat>> SegmentPool::find(std::span<const std::stri
   return found;
 }
 
-std::optional<FileStat> SegmentPool::find(const std::string& name) const { return env_.stat(path(name)); }
+std::optional<FileStat> SegmentPool::find(const std::string& name) const {
+  const auto stat = env_.stat(path(name));
+  return stat && stat->is_file ? stat : std::nullopt;
+}
 
 File SegmentPool::open(const std::string& name) const { return env_.open(path(name), OpenMode::kRead); }
 
@@ -129,7 +132,7 @@ std::vector<StoredSegment> SegmentPool::list() const {
       if (!file.ends_with(kExtension)) continue;
       const std::string name = file.substr(0, file.size() - kExtension.size());
       if (!is_hex_digest(name) || !name.starts_with(directory.filename().string())) continue;
-      if (const auto stat = env_.stat(directory / file)) segments.push_back({name, *stat});
+      if (const auto stat = env_.stat(directory / file); stat && stat->is_file) segments.push_back({name, *stat});
     }
   }
   return segments;
@@ -139,7 +142,7 @@ std::vector<std::filesystem::path> SegmentPool::temporary_files() const {
   std::vector<std::filesystem::path> found;
   for (const auto& directory : directories()) {
     for (const auto& name : env_.list(directory)) {
-      if (is_temporary_name(name)) found.push_back(directory / name);
+      if (is_temporary_name(name) && env_.is_file(directory / name)) found.push_back(directory / name);
     }
   }
   return found;

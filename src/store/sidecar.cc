@@ -4,6 +4,7 @@
 
 #include "base/hash.h"
 #include "store/agent_file.h"
+#include "torpor/error.h"
 
 namespace torpor {
 namespace {
@@ -12,6 +13,13 @@ using Json = nlohmann::ordered_json;
 
 constexpr std::string_view kPrefix = "{\n  \"sidecar_checksum\": \"";
 const std::string kZeros(32, '0');
+
+/// A number that can be one of bytes or tokens; whoever adds them up relies on it.
+int64_t count_of(const Json& number) {
+  const bool fits = number.is_number_unsigned() && number.get<uint64_t>() <= uint64_t(INT64_MAX);
+  if (!fits) throw Error(ErrorCode::kCorruption, "A number of the sidecar is none.");
+  return number.get<int64_t>();
+}
 
 }  // namespace
 
@@ -52,30 +60,33 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
   zeroed.replace(kPrefix.size(), kZeros.size(), kZeros);
   if (text.compare(kPrefix.size(), kZeros.size(), hash_hex(zeroed)) != 0) return std::nullopt;
   try {
-    const Json json = Json::parse(text);
+    // Deeper than any sidecar is: not looked at, for copying it recurses.
+    constexpr int kDeepest = 8;
+    const auto shallow = [](int depth, Json::parse_event_t, Json&) { return depth <= kDeepest; };
+    const Json json = Json::parse(text, shallow);
     const Json& file = json.at("agent_file");
-    if (file.at("size").get<uint64_t>() != agent_file.size || file.at("mtime_ns").get<int64_t>() != agent_file.mtime_ns ||
-        file.at("inode").get<uint64_t>() != agent_file.inode) {
+    // As JSON, for a number of another kind is another number.
+    if (file.at("size") != agent_file.size || file.at("mtime_ns") != agent_file.mtime_ns || file.at("inode") != agent_file.inode) {
       return std::nullopt;
     }
     AgentInfo info;
     info.agent_id = json.at("agent_id").get<std::string>();
     info.model = json.at("model").get<std::string>();
     info.hash = json.at("hash").get<std::string>();
-    info.cache_size = json.at("cache_size").get<int64_t>();
+    info.cache_size = count_of(json.at("cache_size"));
     info.created_at = json.at("created_at").get<std::string>();
     info.updated_at = json.at("updated_at").get<std::string>();
-    info.bytes = json.at("bytes").get<int64_t>();
-    info.tail_bytes = json.at("tail_bytes").get<int64_t>();
+    info.bytes = count_of(json.at("bytes"));
+    info.tail_bytes = count_of(json.at("tail_bytes"));
     info.segments = json.at("segments").get<std::vector<std::string>>();
     info.parts = json.at("parts").get<std::vector<std::string>>();
-    // Whoever adds these up relies on it.
-    if (info.cache_size < 0 || info.tail_bytes < int64_t(agent_file.size) || info.bytes < info.tail_bytes) return std::nullopt;
+    // Of its own are the agent file and its parts.
+    if (info.tail_bytes < int64_t(agent_file.size) || info.bytes < info.tail_bytes) return std::nullopt;
     std::vector<std::pair<std::string, std::string>> identity;
     for (const auto& [name, value] : json.at("identity").items()) identity.emplace_back(name, value.get<std::string>());
     info.identity = Identity::from_fields(identity);
     for (const Json& range : json.at("lineage").at("numerics")) {
-      info.lineage.ranges.push_back({range.at(0).get<int64_t>(), range.at(1).get<std::string>()});
+      info.lineage.ranges.push_back({count_of(range.at(0)), range.at(1).get<std::string>()});
     }
     if (const auto old = json.at("lineage").find("old_names"); old != json.at("lineage").end()) {
       info.lineage.old_names = {old->at(0).get<std::string>(), old->at(1).get<std::string>()};

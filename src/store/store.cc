@@ -13,17 +13,18 @@ namespace {
 
 class HeldAgentLock final : public AgentLock {
  public:
-  explicit HeldAgentLock(FileLock lock) : lock_(std::move(lock)) {}
+  explicit HeldAgentLock(AgentFileLock lock) : lock_(std::move(lock)) {}
 
  private:
-  FileLock lock_;
+  AgentFileLock lock_;
 };
 
 /// Parents first; each new entry is flushed, so that a store that was told to be durable does not vanish whole.
 void make_directories(Env& env, const std::filesystem::path& path) {
-  if (path.empty() || env.exists(path)) return;
-  make_directories(env, path.parent_path());
-  if (env.make_directory(path) && path.has_parent_path()) env.sync_directory(path.parent_path());
+  if (env.exists(path)) return;
+  const std::filesystem::path parent = path.has_parent_path() ? path.parent_path() : ".";
+  make_directories(env, parent);
+  if (env.make_directory(path)) env.sync_directory(parent);
 }
 
 /// Containers and shared machines have such directories on purpose, so this is no error.
@@ -70,9 +71,9 @@ Store::Impl::Impl(std::filesystem::path root_path, Env& environment) : root(std:
   if (stat) warn_of_others(root, *stat);
 }
 
-FileLock Store::Impl::lock_agent(const std::string& id) {
+AgentFileLock Store::Impl::lock_agent(const std::string& id) {
   check_agent_id(id);
-  return locks.agent(id);
+  return locks.agent(id, agent_path(id));
 }
 
 OpenedAgent Store::Impl::open_agent(const std::string& id) {
@@ -164,7 +165,7 @@ SaveResult Store::upgrade_agent(const std::string& agent_id) { return impl_->upg
 void Store::set_disk_limits(const DiskLimits& limits) { impl_->set_disk_limits(limits); }
 AgentInfo Store::agent_info(const std::string& agent_id) const { return impl_->info(agent_id); }
 bool Store::contains(const std::string& agent_id) const {
-  return is_agent_id(agent_id) && impl_->env.exists(impl_->agent_path(agent_id));
+  return is_agent_id(agent_id) && impl_->env.is_file(impl_->agent_path(agent_id));
 }
 std::vector<AgentInfo> Store::list_cached_agents() const { return impl_->list(true); }
 void Store::delete_agent_cache(const std::string& agent_id) { impl_->remove_agent(agent_id); }

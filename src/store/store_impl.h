@@ -42,7 +42,7 @@ struct Store::Impl {
 
   StoreLocks locks{env, root};
   SegmentPool segments{env, root};
-  FileLock lock_agent(const std::string& id);
+  AgentFileLock lock_agent(const std::string& id);
 
   // ---- files
   /// `du` counts what was put into the store as written.
@@ -129,8 +129,8 @@ struct Store::Impl {
   void require_agent(const std::string& id);
   /// The commit of a removal; its agent's lock is held.
   void remove_agent_file(const std::string& id);
-  /// Removes what else bears the name of an agent that is gone. What can't be removed now is left to gc.
-  void tidy_after_agent(const std::string& id, const FileLock& agent_lock) noexcept;
+  /// Removes the sidecar of an agent that is gone. What can't be removed now is left to gc.
+  void remove_sidecar(const std::string& id) noexcept;
   GcResult gc();
   /// `checked_rows`: what was found out about segments that agents share.
   VerifyReport verify(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows);
@@ -156,7 +156,13 @@ struct Store::Impl {
     const std::lock_guard lock(limits_mutex_);
     return limits_;
   }
+  /// kInvalidArgument when one is negative.
   void set_disk_limits(const DiskLimits& limits) {
+    if (limits.budget < 0 || limits.min_free < 0) {
+      throw Error(ErrorCode::kInvalidArgument, "A disk limit of " + std::to_string(std::min(limits.budget, limits.min_free)) +
+                                                   " bytes can't be kept; give one of 0 (no limit) or more.")
+          .with_field("DiskLimits");
+    }
     const std::lock_guard lock(limits_mutex_);
     limits_ = limits;
   }

@@ -2,6 +2,7 @@
 
 #include <cerrno>
 
+#include "store/agent_file.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -50,13 +51,32 @@ bool StoreLocks::is_held(const std::filesystem::path& path) const {
   }
 }
 
-FileLock StoreLocks::agent(const std::string& id) {
+AgentFileLock::~AgentFileLock() {
+  if (!lock_.is_held()) return;
+  try {
+    if (!env_->is_file(agent_file_)) env_->remove(lock_.path());
+  } catch (const std::exception&) {
+    // gc finds it.
+  }
+}
+
+AgentFileLock StoreLocks::agent(const std::string& id, const std::filesystem::path& agent_file) {
   // Not quite at once: who looks whether an agent is awake holds its lock for a moment.
   auto lock = env_.lock(path(id), LockMode::kExclusive, milliseconds(20));
   if (!lock) {
     throw Error(ErrorCode::kBusy, "The agent '" + id + "' is awake elsewhere; let it go to sleep there first.").with_agent(id);
   }
-  return std::move(*lock);
+  return {env_, std::move(*lock), agent_file};
+}
+
+std::vector<std::string> StoreLocks::agents() const {
+  constexpr std::string_view kExtension = ".lock";
+  std::vector<std::string> ids;
+  for (const auto& name : env_.list(directory_)) {
+    const std::string id = name.ends_with(kExtension) ? name.substr(0, name.size() - kExtension.size()) : "";
+    if (is_agent_id(id) && env_.is_file(directory_ / name)) ids.push_back(id);
+  }
+  return ids;
 }
 
 bool StoreLocks::is_awake(const std::string& id) const { return is_held(directory_ / (id + ".lock")); }

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "base/env.h"
 
@@ -31,6 +32,20 @@ struct StoreLock {
   FileLock lock;
 };
 
+/// An agent's lock. Where there is no such agent when it is let go of, its file goes too: what came to nothing leaves none.
+class AgentFileLock {
+ public:
+  AgentFileLock(Env& env, FileLock lock, std::filesystem::path agent_file)
+      : env_(&env), lock_(std::move(lock)), agent_file_(std::move(agent_file)) {}
+  AgentFileLock(AgentFileLock&& other) noexcept = default;
+  ~AgentFileLock();
+
+ private:
+  Env* env_;
+  FileLock lock_;
+  std::filesystem::path agent_file_;
+};
+
 /// The right to measure the store and to take room in it.
 struct LimitsLock {
   std::unique_lock<FairMutex> turn;  ///< in this process
@@ -45,7 +60,7 @@ class StoreLocks {
   const std::filesystem::path& root() const { return root_; }
 
   /// At once, or kBusy: the agent is awake elsewhere.
-  FileLock agent(const std::string& id);
+  AgentFileLock agent(const std::string& id, const std::filesystem::path& agent_file);
   /// Whether someone has the agent's lock.
   bool is_awake(const std::string& id) const;
 
@@ -63,6 +78,9 @@ class StoreLocks {
   /// Waits until every `saving` that was held when this was called has been released; those taken meanwhile are not waited
   /// for. False when that took longer than `timeout`. The caller holds `sweeping`.
   bool wait_for_saves(std::chrono::milliseconds timeout);
+
+  /// Agents of which there are locks, held or not.
+  std::vector<std::string> agents() const;
 
   /// Names that saves will need while someone sweeps; a line each.
   std::filesystem::path claims_path() const { return directory_ / ".claims"; }

@@ -4,6 +4,7 @@
 #include <thread>
 #include <utility>
 
+#include "base/checked.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -78,7 +79,7 @@ Sweep::Removed Sweep::remove(const std::vector<Removable>& files, int64_t bytes)
         ++unlinks;
         if (!env_->remove(file.path)) continue;
         ++removed.files;
-        removed.bytes += int64_t(file.stat.size);
+        removed.bytes = saturating_add(removed.bytes, int64_t(file.stat.size));
       }
     }
     // As long for others as for us: whoever waits looks every few milliseconds.

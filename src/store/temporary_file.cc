@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <random>
 #include <utility>
 
@@ -32,6 +33,19 @@ bool is_temporary_name(std::string_view name) {
   const size_t dash = numbers.find('-');
   return dash != std::string_view::npos && dash > 0 && dash + 1 < numbers.size() &&
          numbers.find_first_not_of("0123456789-") == std::string_view::npos && numbers.rfind('-') == dash;
+}
+
+void remove_abandoned(Env& env, const std::filesystem::path& directory) noexcept {
+  try {
+    const auto day_ago = (env.now() - std::chrono::hours(24)).time_since_epoch();
+    for (const auto& name : env.list(directory)) {
+      // Only of today's names: others may be somebody else's here.
+      const auto stat = name.starts_with(kPrefix) ? env.stat(directory / name) : std::nullopt;
+      if (stat && stat->is_file && std::chrono::nanoseconds(stat->mtime_ns) < day_ago) env.remove(directory / name);
+    }
+  } catch (const std::exception&) {
+    // No reason not to write there.
+  }
 }
 
 Reservation::Reservation(Env& env, const std::filesystem::path& root, int64_t bytes)

@@ -219,6 +219,10 @@ TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_si
   TorporFile file;
   file.header = parse_safetensors_header(prefix, file_size, file_name);
   file.checksum = check_header_checksum(prefix.first(size_t(file.header.data_start)), file_name);
+  // Rows are used where they are mapped, by whatever instructions their dtype allows.
+  if (file.header.data_start % kSafetensorsAlignment != 0) {
+    corrupt(file_name, "its data does not begin at a multiple of " + std::to_string(kSafetensorsAlignment) + " bytes");
+  }
   const std::string& version = file.required("format_version", file_name);
   if (!parse_int(version, file.version) || file.version < 1 || file.version > kFormatVersion) {
     const std::string newest = std::to_string(kFormatVersion);

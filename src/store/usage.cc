@@ -2,6 +2,7 @@
 
 #include <charconv>
 
+#include "base/checked.h"
 #include "store/store_impl.h"
 #include "torpor/log.h"
 
@@ -28,9 +29,9 @@ int64_t Store::Impl::stored_bytes(int64_t* reserved) {
       if (!stat) continue;
       if (stat->is_directory) {
         directories.push_back(directory / name);
-      } else {
-        if (reserved != nullptr) *reserved += reserved_bytes(name);
-        bytes += inodes.insert(stat->inode).second ? int64_t(stat->size) : 0;
+      } else if (stat->is_file) {
+        if (reserved != nullptr) *reserved = saturating_add(*reserved, reserved_bytes(name));
+        bytes = saturating_add(bytes, inodes.insert(stat->inode).second ? int64_t(stat->size) : 0);
       }
     }
     return directories;
@@ -44,6 +45,8 @@ int64_t Store::Impl::stored_bytes(int64_t* reserved) {
 
 DiskUsage Store::Impl::usage() {
   DiskUsage usage;
+  // Sizes of sparse files may be any.
+  const auto add = [](int64_t& sum, uint64_t bytes) { sum = saturating_add(sum, int64_t(bytes)); };
   std::unordered_set<std::string> live, live_parts;
   std::unordered_set<uint64_t> counted;  // inodes
   bool all_readable = true;
@@ -51,7 +54,7 @@ DiskUsage Store::Impl::usage() {
     ++usage.agents;
     for (const auto& path : {agent_path(agent.agent_id), sidecar_path(agent.agent_id)}) {
       const auto stat = env.stat(path);
-      if (stat && counted.insert(stat->inode).second) usage.agent_bytes += int64_t(stat->size);
+      if (stat && stat->is_file && counted.insert(stat->inode).second) add(usage.agent_bytes, stat->size);
     }
     live.insert(agent.segments.begin(), agent.segments.end());
     live_parts.insert(agent.parts.begin(), agent.parts.end());
@@ -62,15 +65,15 @@ DiskUsage Store::Impl::usage() {
     for (const auto& [uid, name, stat] : parts) {
       // gc frees nothing while an agent file is damaged: what that one needs is not known.
       if ((!all_readable || live_parts.contains(part_stem(uid, name))) != live_ones || !counted.insert(stat.inode).second) continue;
-      (live_ones ? usage.agent_bytes : usage.orphan_bytes) += int64_t(stat.size);
+      add(live_ones ? usage.agent_bytes : usage.orphan_bytes, stat.size);
     }
   }
   for (const auto& segment : segments.list()) {
     ++usage.segments;
-    usage.segment_bytes += int64_t(segment.stat.size);
+    add(usage.segment_bytes, segment.stat.size);
     if (all_readable && !live.contains(segment.name)) {
       ++usage.orphan_segments;
-      usage.orphan_bytes += int64_t(segment.stat.size);
+      add(usage.orphan_bytes, segment.stat.size);
     }
   }
   usage.total_bytes = stored_bytes();
@@ -95,7 +98,7 @@ void Store::Impl::record_written() noexcept {
   try {
     if (auto lock = env.lock(locks.counter_path(), LockMode::kExclusive, std::chrono::seconds(1))) {
       const int64_t before = total_written();
-      const std::string digits = std::to_string(before > INT64_MAX - bytes ? INT64_MAX : before + bytes);
+      const std::string digits = std::to_string(saturating_add(before, bytes));
       lock->file().write_all({as_bytes_of(std::string(kDigits - digits.size(), '0') + digits)});
       return;
     }

@@ -4,6 +4,8 @@
 #include <queue>
 #include <tuple>
 
+#include "base/checked.h"
+
 namespace torpor {
 namespace {
 
@@ -29,7 +31,7 @@ std::string parent_of(const SegmentPool& segments, const StoredSegment& segment)
 std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, const std::unordered_set<std::string>& live) {
   std::vector<Removable> order;
   for (const auto& path : sweep.temporary_files()) {
-    if (const auto stat = store.env.stat(path); stat && !stat->is_directory) order.push_back({path, *stat, {}});
+    if (const auto stat = store.env.stat(path); stat && stat->is_file) order.push_back({path, *stat, {}});
   }
   for (const auto& [uid, name, stat] : store.stored_parts()) {
     const auto path = store.part_path(uid, name);
@@ -86,13 +88,14 @@ std::pair<int64_t, std::string> Writing::excess(int64_t needed, bool reserved) {
   int64_t given = 0;
   const int64_t used = store_.stored_bytes(&given);
   if (!reserved) given = 0;
+  const int64_t wanted = saturating_add(needed, given);
   if (limits_.budget > 0) {
-    worst = {used + given + needed - limits_.budget, "the store holds " + std::to_string(used) + " of the " +
+    worst = {saturating_add(used, wanted) - limits_.budget, "the store holds " + std::to_string(used) + " of the " +
                                                          std::to_string(limits_.budget) + " bytes of its budget"};
   }
   if (limits_.min_free > 0) {
     const auto free = int64_t(std::min<uint64_t>(store_.env.free_space(store_.root), INT64_MAX));
-    if (const int64_t over = needed + given - (free - limits_.min_free); limits_.budget == 0 || over > worst.first) {
+    if (const int64_t over = saturating_add(wanted, limits_.min_free) - free; limits_.budget == 0 || over > worst.first) {
       worst = {over, std::to_string(free) + " bytes are free on its file system, of which " +
                          std::to_string(limits_.min_free) + " are to stay free"};
     }
@@ -143,7 +146,7 @@ void Writing::evict(const std::string& what, int64_t needed, const std::vector<s
   live.insert(keep.begin(), keep.end());
   const auto order = eviction_order(store_, *sweep, live);
   int64_t evictable = 0;
-  for (const Removable& file : order) evictable += int64_t(file.stat.size);
+  for (const Removable& file : order) evictable = saturating_add(evictable, int64_t(file.stat.size));
   if (evictable < over) {
     refuse("Segments that no agent names would give " + std::to_string(evictable) + ", so none was removed.");
   }
