@@ -212,12 +212,12 @@ inline void write_all(const fs::path& path, const std::string& bytes) {
   std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
 }
 
-/// Every regular file below `root` but the locks, by relative path.
+/// Every regular file below `root` but the locks and the marker, by relative path.
 inline std::map<std::string, std::string> tree(const fs::path& root) {
   std::map<std::string, std::string> files;
   for (const auto& entry : fs::recursive_directory_iterator(root)) {
     const std::string name = fs::relative(entry.path(), root).string();
-    if (entry.is_regular_file() && !name.starts_with(".locks")) files[name] = read_all(entry.path());
+    if (entry.is_regular_file() && !name.starts_with(".locks") && name != "torpor.json") files[name] = read_all(entry.path());
   }
   return files;
 }

@@ -4,6 +4,9 @@
 /// A Store may be used from many threads at once, and many processes may use one directory at once: a save
 /// claims the segments that it will name, `gc` removes none that is claimed or named, and AgentLock keeps an awake agent to one owner.
 /// Readers (list, load, verify, disk usage) take no lock.
+///
+/// A directory is a store when it holds `torpor.json`, which the first save adds, or agents of before there was one. Other files in it
+/// are never listed, replaced or removed.
 
 #include <cstdint>
 #include <filesystem>
@@ -173,7 +176,9 @@ class AgentLock {
 
 class Store {
  public:
-  /// Makes `root` (0700) if absent. `env` must outlive the store; nullptr = the operating system.
+  /// Makes `root` (0700) if absent. `env` must outlive the store; nullptr = the operating system. kIncompatible when the store is of a
+  /// newer version, kCorruption when its `torpor.json` is damaged. A directory that is no store becomes one by the first save; until
+  /// then what lists, reads or removes agents throws kInvalidArgument if it holds anything.
   explicit Store(std::filesystem::path root, Env* env = nullptr);
   ~Store();
   const std::filesystem::path& root() const;
@@ -249,9 +254,14 @@ class Store {
   /// kCorruption.
   SaveResult upgrade_agent(const std::string& agent_id);
 
-  /// For what this Store does from now on. Saves whose need fits run at once, and take no room twice; one that has to
-  /// evict waits for those under way (kBusy after a minute). kInvalidArgument when a limit is negative.
+  /// For what this Store does from now on; a limit of 0 is the store's own (kept_disk_limits). Saves whose need fits run at
+  /// once, and take no room twice; one that has to evict waits for those under way (kBusy after a minute). kInvalidArgument
+  /// when a limit is negative.
   void set_disk_limits(const DiskLimits& limits);
+  /// The limits that the store keeps for every process that writes to it.
+  DiskLimits kept_disk_limits() const;
+  /// Changes them; 0 = no bound. An empty directory becomes a store by it. kInvalidArgument: a negative limit, or no store.
+  void keep_disk_limits(const DiskLimits& limits);
 
   /// Reads the agent file's header alone. kNotFound, kCorruption.
   AgentInfo agent_info(const std::string& agent_id) const;
@@ -264,7 +274,8 @@ class Store {
   /// Removes the agent file (the commit), its sidecar and segments that no agent names any more (those stay for `gc`
   /// when another process is saving just then, or an agent file is damaged). Takes the agent's lock itself: kBusy when
   /// anyone has it, the caller included. kNotFound.
-  void delete_agent_cache(const std::string& agent_id);
+  /// kInvalidArgument when the agent's file has no header of Torpor's, and kCorruption when it is another agent's, unless `whatever_it_is`.
+  void delete_agent_cache(const std::string& agent_id, bool whatever_it_is = false);
 
   DiskUsage get_cache_disk_usage() const;
 

@@ -296,7 +296,8 @@ void bind_store(nb::module_& module) {
         for (const AgentInfo& info : without_gil([&] { return store.list_cached_agents(); })) out.append(info_dict(info));
         return out;
       })
-      .def("delete", &Store::delete_agent_cache, "agent_id"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("delete", [](Store& store, const std::string& id) { store.delete_agent_cache(id); }, "agent_id"_a,
+           nb::call_guard<nb::gil_scoped_release>())
       .def("disk_usage", [](Store& store) {
         const DiskUsage usage = without_gil([&] { return store.get_cache_disk_usage(); });
         nb::dict out;

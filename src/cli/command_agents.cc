@@ -169,7 +169,7 @@ int disk_usage(const std::filesystem::path& root, bool json) {
 void add_agent_commands(CLI::App& app, Invocation& invocation) {
   struct Options {
     std::string id;
-    bool json = false;
+    bool json = false, force = false;
   };
   const auto options = std::make_shared<Options>();
 
@@ -188,9 +188,10 @@ void add_agent_commands(CLI::App& app, Invocation& invocation) {
 
   CLI::App* rm = app.add_subcommand("rm", "Remove an agent from disk");
   rm->add_option("ID", options->id, "The agent")->required()->type_name("");
+  rm->add_flag("--force", options->force, "Whatever its file holds: what is not Torpor's, or another agent that was renamed by hand");
   rm->callback([&invocation, options] {
     invocation.run = [&invocation, options] {
-      open_store_of(invocation.store, options->id)->delete_agent_cache(options->id);
+      open_store_of(invocation.store, options->id)->delete_agent_cache(options->id, options->force);
       return 0;
     };
   });

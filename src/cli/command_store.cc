@@ -1,8 +1,9 @@
-/// verify, gc, export, import.
+/// verify, gc, limits, export, import.
 
 #include <CLI/CLI.hpp>
 
 #include "cli/commands.h"
+#include "cli/model_options.h"
 #include "cli/output.h"
 #include "faces/error_table.h"
 #include "torpor/agents.h"
@@ -44,6 +45,24 @@ int collect_garbage(const std::filesystem::path& root) {
   const auto store = open_existing_store(root);
   const GcResult result = store ? store->gc() : GcResult{};
   print("removed " + std::to_string(result.files_removed) + " files, " + human_bytes(result.bytes_freed) + "\n");
+  return 0;
+}
+
+/// Shows the limits that the store keeps; changes first those that are given.
+int limits(const std::filesystem::path& root, std::optional<int64_t> disk_budget, std::optional<int64_t> min_free, bool json) {
+  const bool change = disk_budget || min_free;
+  const auto store = change ? std::make_unique<Store>(root) : open_existing_store(root);
+  DiskLimits kept = store ? store->kept_disk_limits() : DiskLimits{};
+  if (change) {
+    kept = {disk_budget.value_or(kept.budget), min_free.value_or(kept.min_free)};
+    store->keep_disk_limits(kept);
+  }
+  if (json) {
+    print_json(Json{{"disk_budget", kept.budget}, {"min_free", kept.min_free}});
+    return 0;
+  }
+  const auto shown = [](int64_t bytes) { return bytes > 0 ? human_bytes(bytes) : std::string("no bound"); };
+  print(table({{"disk budget", shown(kept.budget)}, {"min free", shown(kept.min_free)}}, {false, true}));
   return 0;
 }
 
@@ -92,6 +111,7 @@ void add_store_commands(CLI::App& app, Invocation& invocation) {
   struct Options {
     std::string id, file, model;
     std::string format = "torpor";
+    uint64_t disk_budget = 0, min_free = 0;  // bytes
     bool json = false;
   };
   const auto options = std::make_shared<Options>();
@@ -108,6 +128,20 @@ void add_store_commands(CLI::App& app, Invocation& invocation) {
   CLI::App* gc = app.add_subcommand("gc", "Remove what no agent uses any more");
   gc->callback([&invocation] {
     invocation.run = [&invocation] { return collect_garbage(invocation.store); };
+  });
+
+  CLI::App* limits_app = app.add_subcommand("limits", "Show or change the limits that the store keeps for every process");
+  add_size_option(*limits_app, "--disk-budget", options->disk_budget, "Most that the store may take of the disk, all models together");
+  add_size_option(*limits_app, "--min-free", options->min_free, "What a save leaves free on the disk");
+  limits_app->add_flag("--json", options->json, "Print a JSON object");
+  limits_app->callback([&invocation, options, limits_app] {
+    const auto given = [&](const char* name, uint64_t bytes) {
+      return limits_app->count(name) > 0 ? std::optional(int64_t(bytes)) : std::nullopt;
+    };
+    invocation.run = [&invocation, options, budget = given("--disk-budget", options->disk_budget),
+                      free = given("--min-free", options->min_free)] {
+      return limits(invocation.store, budget, free, options->json);
+    };
   });
 
   CLI::App* export_app = app.add_subcommand("export", "Write an agent to one self-contained file, for Torpor or for mlx-lm");

@@ -25,7 +25,7 @@ void add_chat_command(CLI::App& app, Invocation& invocation);
 void add_branch_commands(CLI::App& app, Invocation& invocation);
 /// ls, show, rm and du.
 void add_agent_commands(CLI::App& app, Invocation& invocation);
-/// verify, gc, export and import.
+/// verify, gc, limits, export and import.
 void add_store_commands(CLI::App& app, Invocation& invocation);
 /// bench.
 void add_bench_command(CLI::App& app, Invocation& invocation);

@@ -1,5 +1,6 @@
 #include "cli/model_options.h"
 
+#include <cstdint>
 #include <map>
 #include <vector>
 
@@ -26,6 +27,13 @@ std::vector<std::string> keys(const Map& map) {
 }
 
 }  // namespace
+
+void add_size_option(CLI::App& app, const std::string& name, uint64_t& bytes, const std::string& help) {
+  app.add_option(name, bytes, help + ", as 4GB or 512MiB; 0 = no bound")
+      ->transform(CLI::AsSizeValue(true))
+      ->check(CLI::Range(uint64_t(0), uint64_t(INT64_MAX)))
+      ->type_name("SIZE");
+}
 
 std::optional<KvFormat> ModelOptions::kv_format() const {
   const std::optional<KvDtype> dtype = kKvDtypes.at(kv_dtype_name);

@@ -14,6 +14,9 @@ class App;
 
 namespace torpor::cli {
 
+/// An option of bytes.
+void add_size_option(CLI::App& app, const std::string& name, uint64_t& bytes, const std::string& help);
+
 struct ModelOptions {
   std::string model;
   std::string kv_dtype_name = "auto", durability_name = "full";

@@ -74,10 +74,13 @@ void complain(const Error& error) {
       {ErrorCode::kInvalidArgument, "TurnRequest::system", "see --system"},
       {ErrorCode::kInvalidArgument, "EngineOptions::store", "--store, or TORPOR_STORE"},
       {ErrorCode::kInvalidArgument, "kind", "torpor export"},
+      {ErrorCode::kInvalidArgument, "force", "torpor rm --force"},
+      {ErrorCode::kCorruption, "force", "or torpor rm --force"},
+      {ErrorCode::kInvalidArgument, "Store::root", "--store, or TORPOR_STORE"},
       {ErrorCode::kInvalidArgument, "ComputeOptions::cpu_target", "--cpu-target, or TORPOR_CPU_TARGET"},
       {ErrorCode::kIncompatible, "class", "torpor.load_prompt_cache"},
       {ErrorCode::kIncompatible, "made_by", "torpor.save_prompt_cache"},
-      {ErrorCode::kResourceExhausted, "DiskLimits", "--disk-budget, --min-free, torpor rm"},
+      {ErrorCode::kResourceExhausted, "DiskLimits", "--disk-budget, --min-free, torpor limits, torpor rm"},
       {ErrorCode::kResourceExhausted, "EngineOptions::memory_budget", "--memory-budget"},
   };
   std::string_view sentence = error.what();

@@ -170,12 +170,9 @@ void add_turn_options(CLI::App& app, TurnOptions& options) {
       ->type_name("S");
   for (const auto& [name, bytes, help] :
        {std::tuple{"--memory-budget", &options.memory_budget, "Most KV cache held in memory; other agents go to sleep for it"},
-        std::tuple{"--disk-budget", &options.disk_budget, "Most that the store may take of the disk, all models together"},
-        std::tuple{"--min-free", &options.min_free, "What a save leaves free on the disk"}}) {
-    app.add_option(name, *bytes, std::string(help) + ", as 4GB or 512MiB; 0 = no bound")
-        ->transform(CLI::AsSizeValue(true))
-        ->check(CLI::Range(uint64_t(0), uint64_t(std::numeric_limits<int64_t>::max())))
-        ->type_name("SIZE");
+        std::tuple{"--disk-budget", &options.disk_budget, "Most that the store may take of the disk, all models together; unless given, what torpor limits says"},
+        std::tuple{"--min-free", &options.min_free, "What a save leaves free on the disk; likewise"}}) {
+    add_size_option(app, name, *bytes, help);
   }
   app.add_flag("--no-mmap", options.no_mmap, "Read rows of agents into memory instead of mapping their files");
   app.add_flag("--raw", options.raw, "Append what the user says as it stands, without the chat template");

@@ -207,6 +207,33 @@ PartFile parse_part_file(std::span<const std::byte> prefix, uint64_t file_size, 
   return part;
 }
 
+AgentFileBeginning read_beginning(std::string_view text) {
+  constexpr size_t kLength = 8, kDigest = 32;
+  constexpr std::string_view kFragments[] = {R"({"__metadata__":{"checksum":")", R"(","format_version":")", R"(","kind":"agent")", R"(,"agent_id":")"};
+  AgentFileBeginning beginning;
+  // Whatever the damage, two of these are no accident.
+  beginning.is_ours = std::count_if(std::begin(kFragments), std::end(kFragments), [&](std::string_view fragment) {
+                        return text.find(fragment) != std::string_view::npos;
+                      }) >= 2;
+  // In the order of the container's rule 1 and of agent_metadata; a file that ends on the way was cut short.
+  const auto skip = [&](size_t n) { text.remove_prefix(std::min(n, text.size())); };
+  const auto expect = [&](std::string_view fragment) {
+    const bool found = text.starts_with(fragment.substr(0, std::min(fragment.size(), text.size())));
+    skip(fragment.size());
+    return found;
+  };
+  skip(kLength);
+  if (!expect(kFragments[0])) return beginning;
+  skip(kDigest);
+  if (!expect(kFragments[1])) return beginning;
+  skip(text.find_first_not_of("0123456789"));
+  if (!expect(kFragments[2]) || !expect(kFragments[3])) return beginning;
+  beginning.is_ours = true;
+  const size_t end = text.find('"');
+  if (end != std::string_view::npos && is_agent_id(text.substr(0, end))) beginning.agent_id = text.substr(0, end);
+  return beginning;
+}
+
 Metadata agent_metadata(const AgentFile& file) {
   const AgentInfo& info = file.info;
   Metadata metadata = {{"agent_id", info.agent_id}, {"model", info.model}};

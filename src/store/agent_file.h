@@ -29,6 +29,14 @@ struct AgentFile {
 AgentFile parse_agent_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
 AgentFile parse_export_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);
 
+/// What the first bytes of a file say, unchecked.
+struct AgentFileBeginning {
+  bool is_ours = false;  ///< an agent file, be it cut short or damaged
+  std::string agent_id;  ///< empty when it is not said, or can't be
+};
+inline constexpr size_t kAgentFileBeginning = 320;  ///< bytes that say it
+AgentFileBeginning read_beginning(std::string_view text);
+
 /// What `file.info`, `uid`, `parts` and `first` say, as metadata. Where `uid` is empty that of an export. kInvalidArgument when
 /// a key occurs twice or can't be kept.
 Metadata agent_metadata(const AgentFile& file);

@@ -55,6 +55,7 @@ std::optional<AgentInfo> Store::Impl::list_one(const std::string& id, bool rebui
 }
 
 std::vector<AgentInfo> Store::Impl::list(bool rebuild_sidecars) {
+  require_store();
   const std::vector<std::string> ids = agent_names();
   std::vector<std::optional<AgentInfo>> found(ids.size());
   parallel_for(ids.size(), std::min(reader_threads(), 1 + ids.size() / 64),

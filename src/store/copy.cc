@@ -67,6 +67,7 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
   const OpenedAgent opened = open_agent(src);
   const TorporFile& file = opened.agent.file;
   AgentInfo info = opened.agent.info;
+  if (src != dst) require_replaceable(dst);
   if (!options.replace && env.exists(agent_path(dst))) {
     throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.").with_agent(dst);
   }
@@ -144,7 +145,7 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
 }
 
 SaveResult Store::Impl::upgrade_agent(const std::string& id) {
-  require_agent(id);
+  (void)open_agent(id);  // a lock that nothing comes of would leave its file behind
   const AgentFileLock lock = lock_agent(id);
   const OpenedAgent opened = open_agent(id);
   SaveResult result;
@@ -159,8 +160,8 @@ SaveResult Store::Impl::upgrade_agent(const std::string& id) {
 void Store::Impl::rename_agent(const std::string& id, const std::string& new_id) {
   check_agent_id(id);
   check_agent_id(new_id);
-  require_agent(id);
-  if (env.exists(agent_path(new_id))) {
+  (void)open_agent(id);
+  if (holder(new_id).kind == Holder::kAgent) {
     throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + new_id + "' already; choose another id.");
   }
   const AgentFileLock lock = lock_agent(id), new_lock = lock_agent(new_id);

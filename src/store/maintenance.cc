@@ -28,10 +28,8 @@ std::unordered_set<std::string> Store::Impl::live_files() {
 }
 
 void Store::Impl::require_agent(const std::string& id) {
-  if (env.is_file(agent_path(id))) return;
-  throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root.string() + "'.")
-      .with_agent(id)
-      .with_path(root.string());
+  require_store();
+  if (!env.is_file(agent_path(id))) throw no_agent(id);
 }
 
 void Store::Impl::remove_agent_file(const std::string& id) {
@@ -47,16 +45,18 @@ void Store::Impl::remove_agent_file(const std::string& id) {
 
 void Store::Impl::remove_sidecar(const std::string& id) noexcept {
   try {
-    env.remove(sidecar_path(id));
+    if (is_own_sidecar(id)) env.remove(sidecar_path(id));
   } catch (const std::exception& error) {
     log(LogLevel::kWarning, "The sidecar of agent '" + id + "', which is gone, could not be removed: " + error.what());
   }
 }
 
-void Store::Impl::remove_agent(const std::string& id) {
+void Store::Impl::remove_agent(const std::string& id, bool whatever_it_is) {
   check_agent_id(id);
-  require_agent(id);
-  const AgentFileLock agent_lock = lock_agent(id);
+  require_store();
+  require_removable(id, whatever_it_is);
+  const AgentFileLock agent_lock = locks.agent(id, agent_path(id));
+  require_removable(id, whatever_it_is);
   std::vector<std::string> candidates;
   try {
     candidates = open_agent(id).agent.info.segments;
@@ -89,6 +89,7 @@ std::optional<Sweep> Store::Impl::sweep(std::chrono::milliseconds timeout) {
 }
 
 GcResult Store::Impl::gc() {
+  require_store();
   auto sweep = this->sweep(std::chrono::minutes(1));
   if (!sweep) {
     throw Error(ErrorCode::kBusy, "A save to the store '" + root.string() + "' has been under way for long; try again later.");
@@ -111,15 +112,10 @@ GcResult Store::Impl::gc() {
     if (!live.contains(path.string())) unneeded.push_back({path, part.stat, part_claim(part.uid, part.name)});
   }
   for (const auto& name : env.list(root)) {
-    // Sidecars whose agent is gone. Other people's .json files hold no sidecar checksum and stay.
+    // Sidecars whose agent is gone. Other people's .json files stay.
     if (!name.ends_with(".json")) continue;
     const std::string id = name.substr(0, name.size() - 5);
-    if (!is_agent_id(id) || !env.is_file(root / name) || env.is_file(agent_path(id))) continue;
-    try {
-      if (env.read_file(root / name, kMaxSidecar).find("\"sidecar_checksum\"") != std::string::npos) add(root / name);
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::kNotFound) throw;  // removed by whoever deleted the agent just now
-    }
+    if (is_agent_id(id) && !env.is_file(agent_path(id)) && is_own_sidecar(id)) add(root / name);
   }
   const Sweep::Removed rest = sweep->remove(unneeded);
   sweep->remove(segments.stale_notes());

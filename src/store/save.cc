@@ -153,6 +153,7 @@ SaveResult Store::Impl::save(const std::string& id, const KvSnapshot& snapshot, 
   info.user = user;
   info.created_at = info.updated_at = format_time(env.now());
 
+  require_replaceable(id);
   Writing writing(*this);
   const std::shared_ptr<const OwnFiles> replaced = own_files(id);
   if (replaced != nullptr) info.created_at = replaced->created_at;

@@ -1,5 +1,7 @@
 #include "store/sidecar.h"
 
+#include <algorithm>
+
 #include <nlohmann/json.hpp>
 
 #include "base/hash.h"
@@ -52,6 +54,13 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
   // The texts come from a file or call that has been checked for UTF-8; `replace` keeps this from ever throwing.
   std::string text = json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
   return text.replace(kPrefix.size(), kZeros.size(), hash_hex(text));
+}
+
+bool is_sidecar(std::string_view beginning) {
+  const size_t n = std::min(beginning.size(), kPrefix.size());
+  size_t damaged = 0;
+  for (size_t i = 0; i < n; ++i) damaged += beginning[i] != kPrefix[i];
+  return damaged <= n / 8;
 }
 
 std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat& agent_file) {

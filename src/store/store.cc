@@ -69,10 +69,12 @@ Store::Impl::Impl(std::filesystem::path root_path, Env& environment) : root(std:
   }
   make_directories(env, root);
   if (stat) warn_of_others(root, *stat);
+  has_marker_ = is_store_ = marker().has_value();
 }
 
 AgentFileLock Store::Impl::lock_agent(const std::string& id) {
   check_agent_id(id);
+  require_replaceable(id);
   return locks.agent(id, agent_path(id));
 }
 
@@ -82,19 +84,24 @@ OpenedAgent Store::Impl::open_agent(const std::string& id) {
   require_agent(id);
   File handle = env.open(path, OpenMode::kRead);
   const FileStat stat = handle.stat();
-  AgentFile agent = parse_agent_file(read_header_bytes(handle, stat.size), stat.size, path.string());
-  if (agent.info.agent_id != id) {
-    throw Error(ErrorCode::kCorruption, "'" + path.string() + "' holds the agent '" + agent.info.agent_id +
-                                            "': the file was renamed; give it its old name back.");
+  try {
+    AgentFile agent = parse_agent_file(read_header_bytes(handle, stat.size), stat.size, path.string());
+    if (agent.info.agent_id != id) throw renamed_agent(id, agent.info.agent_id);
+    return {std::move(handle), stat, std::move(agent)};
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kCorruption && holder(id).kind == Holder::kForeign) throw no_agent(id);
+    throw;
   }
-  return {std::move(handle), stat, std::move(agent)};
 }
 
 int64_t Store::Impl::write_sidecar(const AgentInfo& info, const FileStat& agent_file) noexcept {
   try {
+    const auto path = sidecar_path(info.agent_id);
+    if (path == marker_path()) return 0;
+    if (env.exists(path) && !is_own_sidecar(info.agent_id, /*or_no_json=*/true)) throw Error(ErrorCode::kIo, "'" + path.string() + "' is no sidecar, and stays.");
     const std::string text = encode_sidecar(info, agent_file);
     // Never fsynced: half of one is found by its checksum and rebuilt.
-    count_written(write_file(env, sidecar_path(info.agent_id), {as_bytes_of(text)}, false));
+    count_written(write_file(env, path, {as_bytes_of(text)}, false));
     return int64_t(text.size());
   } catch (const std::exception& error) {
     log(LogLevel::kWarning, "The sidecar of agent '" + info.agent_id + "' could not be written: " + error.what());
@@ -163,14 +170,23 @@ void Store::rename_agent_cache(const std::string& agent_id, const std::string& n
 }
 SaveResult Store::upgrade_agent(const std::string& agent_id) { return impl_->upgrade_agent(agent_id); }
 void Store::set_disk_limits(const DiskLimits& limits) { impl_->set_disk_limits(limits); }
+DiskLimits Store::kept_disk_limits() const { return impl_->kept_limits(); }
+void Store::keep_disk_limits(const DiskLimits& limits) { impl_->keep_limits(limits); }
 AgentInfo Store::agent_info(const std::string& agent_id) const { return impl_->info(agent_id); }
 bool Store::contains(const std::string& agent_id) const {
-  return is_agent_id(agent_id) && impl_->env.is_file(impl_->agent_path(agent_id));
+  if (!is_agent_id(agent_id)) return false;
+  switch (impl_->holder(agent_id).kind) {
+    case Impl::Holder::kNobody:
+    case Impl::Holder::kForeign: return false;
+    case Impl::Holder::kOther: return impl_->is_listed(agent_id);  // else only the file system takes one for the other
+    default: return true;
+  }
 }
 std::vector<AgentInfo> Store::list_cached_agents() const { return impl_->list(true); }
-void Store::delete_agent_cache(const std::string& agent_id) { impl_->remove_agent(agent_id); }
+void Store::delete_agent_cache(const std::string& agent_id, bool whatever_it_is) { impl_->remove_agent(agent_id, whatever_it_is); }
 DiskUsage Store::get_cache_disk_usage() const { return impl_->usage(); }
 std::vector<VerifyReport> Store::verify(const std::optional<std::string>& agent_id) const {
+  impl_->require_store();
   std::unordered_map<std::string, std::string> checked_rows;
   if (agent_id) return {impl_->verify(*agent_id, checked_rows)};
   std::vector<VerifyReport> reports;

@@ -9,6 +9,7 @@
 #include "base/env.h"
 #include "base/parallel.h"
 #include "store/agent_draft.h"
+#include "store/marker.h"
 #include "store/segment_pool.h"
 #include "store/sidecar.h"
 #include "store/store_locks.h"
@@ -39,6 +40,51 @@ struct Store::Impl {
   }
   /// What a part is called by who claims it, or removes what is not claimed: as long as a segment's name.
   static std::string part_claim(const std::string& uid, const std::string& name);
+
+  // ---- whose it is
+  std::filesystem::path marker_path() const { return root / kMarkerName; }
+  /// The marker as it is on disk now; nullopt when there is none. kCorruption, kIncompatible.
+  std::optional<Marker> marker();
+  /// Whether there is an agent file or a directory of segments, which stores had before there were markers.
+  bool is_old_store();
+  /// kInvalidArgument when the directory is no store, and not empty either.
+  void require_store();
+  /// Adds the marker unless there is one. Everything that writes files begins with it.
+  void make_store();
+  /// Those of the marker.
+  DiskLimits kept_limits();
+  void keep_limits(const DiskLimits& limits);
+  /// Those of this Store, and of the marker where this one has none.
+  DiskLimits disk_limits();
+  /// kInvalidArgument when one is negative.
+  void set_disk_limits(const DiskLimits& limits);
+
+  /// Whose the file is that has the name of an agent's, by the first bytes of it. A file system may fold case.
+  struct Holder {
+    enum Kind {
+      kNobody,
+      kAgent,       ///< the agent's own
+      kOther,       ///< another agent's, `id`
+      kDamaged,     ///< an agent file that does not say whose
+      kUnreadable,  ///< no agent file, beside a sidecar
+      kForeign,     ///< somebody else's
+    } kind;
+    std::string id;
+  };
+  Holder holder(const std::string& id);
+  /// Whether the agent's sidecar is one. (The marker has the name of the sidecar of an agent `torpor`, which has none.)
+  /// `or_no_json`: or such garbage as a power cut leaves of one.
+  bool is_own_sidecar(const std::string& id, bool or_no_json = false);
+  std::string read_beginning_of(const std::filesystem::path& path, size_t size);
+  /// Whether the directory lists the agent's file under exactly this name.
+  bool is_listed(const std::string& id);
+  Error no_agent(const std::string& id);
+  /// What to say of a file that holds another agent, `held`.
+  Error renamed_agent(const std::string& id, const std::string& held);
+  /// Throws unless the agent may be written: kInvalidArgument when its file would take the place of another's.
+  void require_replaceable(const std::string& id);
+  /// kNotFound; kInvalidArgument or kCorruption when it is no agent file of this agent, unless `whatever_it_is`.
+  void require_removable(const std::string& id, bool whatever_it_is);
 
   StoreLocks locks{env, root};
   SegmentPool segments{env, root};
@@ -124,7 +170,7 @@ struct Store::Impl {
   std::vector<StoredPart> stored_parts();
   /// Names of segments, and paths of parts, that some agent needs, read from the agent files themselves. kCorruption when one can't be read.
   std::unordered_set<std::string> live_files();
-  void remove_agent(const std::string& id);
+  void remove_agent(const std::string& id, bool whatever_it_is);
   /// kNotFound says which agent.
   void require_agent(const std::string& id);
   /// The commit of a removal; its agent's lock is held.
@@ -152,23 +198,11 @@ struct Store::Impl {
   KnownSegments known;
   DurableFiles durable_files;  ///< agent files and parts, by their checksums
 
-  DiskLimits disk_limits() {
-    const std::lock_guard lock(limits_mutex_);
-    return limits_;
-  }
-  /// kInvalidArgument when one is negative.
-  void set_disk_limits(const DiskLimits& limits) {
-    if (limits.budget < 0 || limits.min_free < 0) {
-      throw Error(ErrorCode::kInvalidArgument, "A disk limit of " + std::to_string(std::min(limits.budget, limits.min_free)) +
-                                                   " bytes can't be kept; give one of 0 (no limit) or more.")
-          .with_field("DiskLimits");
-    }
-    const std::lock_guard lock(limits_mutex_);
-    limits_ = limits;
-  }
-
  private:
-  std::mutex limits_mutex_, counter_mutex_, own_files_mutex_;
+  std::mutex limits_mutex_, counter_mutex_, own_files_mutex_, marker_mutex_;
+  std::optional<FileStat> marker_stat_;  ///< of what `marker_` was read from
+  std::optional<Marker> marker_;
+  std::atomic<bool> is_store_ = false, has_marker_ = false;
   std::unordered_map<std::string, std::shared_ptr<const OwnFiles>> own_files_;  ///< by agent id
   DiskLimits limits_;
   std::atomic<int64_t> unrecorded_{0};

@@ -1,5 +1,6 @@
 /// What the store takes of the disk, and what it has written to it.
 
+#include <algorithm>
 #include <charconv>
 
 #include "base/checked.h"
@@ -22,6 +23,15 @@ int64_t parse_counter(std::string_view text) {
 int64_t Store::Impl::stored_bytes(int64_t* reserved) {
   int64_t bytes = 0;
   std::unordered_set<uint64_t> inodes;  // a part has one name for each fork, or is an agent's file too
+  const auto is_own = [&](const std::string& name, const std::vector<std::string>& names) {
+    const auto has = [&](const std::string& other) { return std::binary_search(names.begin(), names.end(), other); };
+    const size_t dot = name.rfind('.');
+    const std::string id = name.substr(0, dot), extension = dot == std::string::npos ? "" : name.substr(dot);
+    if (is_temporary_name(name)) return true;
+    if (!is_agent_id(id)) return false;
+    if (extension == ".json") return has(id + ".safetensors");
+    return extension == ".safetensors" && (has(id + ".json") || holder(id).kind != Holder::kForeign);
+  };
   auto add_files = [&](const std::filesystem::path& directory, const std::vector<std::string>& names) {
     std::vector<std::filesystem::path> directories;
     for (const auto& name : names) {
@@ -36,7 +46,10 @@ int64_t Store::Impl::stored_bytes(int64_t* reserved) {
     }
     return directories;
   };
-  add_files(root, env.list(root));
+  auto names = env.list(root);
+  const auto all = names;
+  std::erase_if(names, [&](const std::string& name) { return !is_own(name, all); });
+  add_files(root, names);
   add_files(parts_path(), env.list_own(parts_path()));
   const auto& pool = segments.directory();
   for (const auto& directory : add_files(pool, env.list_own(pool))) add_files(directory, env.list_own(directory));

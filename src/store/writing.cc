@@ -65,6 +65,7 @@ std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, co
 }  // namespace
 
 bool Writing::claim(const std::vector<std::string>& names, const std::vector<StoredSegment>& found) {
+  store_.make_store();
   if (!saving_) saving_ = store_.locks.saving();
   if (names.empty()) return true;
   const StoreLock hold = store_.locks.claiming();
@@ -108,6 +109,7 @@ void Writing::make_room(const std::string& what, int64_t needed, const std::vect
   reservation_.reset();
   saving_.reset();
   if (!limited() || needed == 0) return;
+  store_.make_store();
   const LimitsLock turn = store_.locks.limits();
   if (excess(needed, true).first > 0) evict(what, needed, keep);
   saving_ = store_.locks.saving();
