@@ -129,7 +129,11 @@ class Manager : public ::testing::TestWithParam<int> {
   /// As Engine::save_all does.
   static void save_all(AgentManager& manager) {
     for (const AgentMemory& memory : manager.memory_usage().agents) manager.save_behind(*manager.wake(memory.agent));
-    manager.finish_saves();
+    finish_saves(manager);
+  }
+  static void finish_saves(AgentManager& manager) {
+    manager.wait_for_writes();
+    manager.tell_errors();
   }
 
   testing::TemporaryDirectory directory_;

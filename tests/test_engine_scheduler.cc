@@ -106,6 +106,45 @@ TEST_F(SchedulerTest, CallsRunOnOneThreadInOrderAndCarryErrors) {
   EXPECT_EQ(code_of([&] { scheduler.call({}, []() -> int { throw Error(ErrorCode::kBusy, "x"); }); }), ErrorCode::kBusy);
 }
 
+TEST_F(SchedulerTest, WhatACallerWaitsForAfterItsTurnHoldsUpOnlyWhatNamesTheSameAgent) {
+  std::promise<void> saved;
+  std::atomic<bool> saving{false};
+  const auto wait = [&] {
+    saving = true;
+    saved.get_future().wait();
+    diary.add("a is saved");
+  };
+  Scheduler::TurnCall turn = chat("a", 2);
+  turn.after = wait;
+  auto a = std::async(std::launch::async, [&] { return scheduler.turn(turn); });
+  until([&] { return saving.load(); });
+  EXPECT_TRUE(diary.has("a ends"));
+  EXPECT_EQ(scheduler.in_turn(), std::vector<std::string>{"a"});
+  auto again = std::async(std::launch::async, [&] { scheduler.call({"a"}, [&] { diary.add("a is cut"); }); });
+  until([&] { return scheduler.waiting() == 2; });
+  EXPECT_EQ(scheduler.turn(chat("b", 2)), Scheduler::Ended::kCommitted);
+  EXPECT_FALSE(diary.has("a is cut"));
+  saved.set_value();
+  EXPECT_EQ(a.get(), Scheduler::Ended::kCommitted);
+  again.get();
+  const std::vector<std::string> lines = diary.lines();
+  EXPECT_EQ((std::vector<std::string>{lines.end() - 2, lines.end()}), (std::vector<std::string>{"a is saved", "a is cut"}));
+}
+
+TEST_F(SchedulerTest, NothingComesAfterATurnOrCallThatFailed) {
+  bool waited = false;
+  const auto wait = [&] { waited = true; };
+  EXPECT_EQ(code_of([&] { scheduler.call({"a"}, [] { throw Error(ErrorCode::kBusy, "x"); }, wait); }), ErrorCode::kBusy);
+  Scheduler::TurnCall turn = chat("a", 2, {}, [](int) { throw Error(ErrorCode::kIo, "x"); });
+  turn.after = wait;
+  EXPECT_EQ(code_of([&] { scheduler.turn(turn); }), ErrorCode::kIo);
+  EXPECT_FALSE(waited);
+  // What is thrown there ends the wait of others all the same.
+  EXPECT_EQ(code_of([&] { scheduler.call({"a"}, [] {}, [] { throw Error(ErrorCode::kIo, "x"); }); }), ErrorCode::kIo);
+  EXPECT_NO_THROW(scheduler.call({"a"}, [] {}, wait));
+  EXPECT_TRUE(waited);
+}
+
 TEST_F(SchedulerTest, WhateverIsThrownOnTheEngineThreadComesOutAsATorporError) {
   const auto code = [&](auto error) { return code_of([&] { scheduler.call({}, [&] { throw error; }); }); };
   EXPECT_EQ(code(std::bad_alloc()), ErrorCode::kResourceExhausted);

@@ -29,7 +29,7 @@ TEST_P(Manager, RowsThatRottedUnderAMappingAreComputedAgain) {
                                .backend = Backend::kKernels, .durability = Durability::kRename});
   const std::string name = manager.wake("ada")->segments[4];
   manager.fork("ada", "eve", std::nullopt);
-  manager.finish_saves();
+  finish_saves(manager);
   ASSERT_GT(manager.memory_usage().mapped_bytes, 0);
   {
     std::fstream file(directory_.path() / "store/segments" / name.substr(0, 2) / (name + ".safetensors"), std::ios::in | std::ios::out);
@@ -170,8 +170,8 @@ TEST_P(Manager, AnAgentThatCannotBeSavedIsNotGivenUp) {
   manager.drop("c");
   // A save behind a turn that fails is said at the next occasion, and tried again.
   manager.save_behind(*manager.wake("a"));
-  EXPECT_THROW(manager.finish_saves(), Error);
-  EXPECT_NO_THROW(manager.finish_saves());
+  EXPECT_THROW(finish_saves(manager), Error);
+  EXPECT_NO_THROW(finish_saves(manager));
   EXPECT_TRUE(manager.wake("a")->dirty());
   manager.save_behind(*manager.wake("a"));
   EXPECT_THROW(manager.save(*manager.wake("a")), Error);

@@ -209,7 +209,7 @@ const std::vector<Operation> kOperations = {
     {"pin", "ada", [](AgentManager& m, Held&) { m.pin("ada", true), m.wake("eve"), m.pin("ada", false); }},
     {"save", "ada", [](AgentManager& m, Held&) { m.save(*m.wake("ada")); }},
     {"save behind", "ada", [](AgentManager& m, Held&) { m.save_behind(*m.wake("ada")); }},
-    {"saves finished", "ada", [](AgentManager& m, Held&) { m.save_behind(*m.wake("ada")), m.finish_saves(); }},
+    {"saves finished", "ada", [](AgentManager& m, Held&) { m.save_behind(*m.wake("ada")), m.wait_for_writes(), m.tell_errors(); }},
     {"sleep", "", [](AgentManager& m, Held&) { m.sleep("ada"); }},
 };
 

@@ -30,7 +30,7 @@ TEST_P(Late, TheSaveOfANamelessPromptSaysNothingAboutTheNext) {
   }
   const std::vector<int32_t> other = ids(2000, 2);
   const AgentHold second = nameless_prompt(*manager, other);
-  manager->finish_saves();
+  finish_saves(*manager);
   EXPECT_TRUE(second->dirty());
   EXPECT_TRUE(second->segments.empty());
   expect_sound(*second->cache);
@@ -46,19 +46,19 @@ TEST_P(Late, ErrorsOfSavesWhoseAgentsAreGoneAreToldOnceByFinishSaves) {
   env.fail_at(1, ENOSPC, true);
   manager.save_behind(*nameless_prompt(manager, ids(600, 1)));
   const AgentHold second = nameless_prompt(manager, ids(600, 2));
-  EXPECT_EQ(testing::code_of([&] { manager.finish_saves(); }), ErrorCode::kIo);
+  EXPECT_EQ(testing::code_of([&] { finish_saves(manager); }), ErrorCode::kIo);
   EXPECT_FALSE(second->save_error.has_value());
-  EXPECT_NO_THROW(manager.finish_saves());
+  EXPECT_NO_THROW(finish_saves(manager));
   manager.save_behind(*manager.wake("a"));
   manager.drop("a");
-  EXPECT_EQ(testing::code_of([&] { manager.finish_saves(); }), ErrorCode::kIo);
+  EXPECT_EQ(testing::code_of([&] { finish_saves(manager); }), ErrorCode::kIo);
   // What was to be removed anyway has no error to tell.
   manager.save_behind(*manager.wake("b"));
   for (int i = 0; i < 10000 && !manager.wake("b")->save_error; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   ASSERT_TRUE(manager.wake("b")->save_error.has_value());
   env.fail_at(0, 0);
   manager.remove("b");
-  EXPECT_NO_THROW(manager.finish_saves());
+  EXPECT_NO_THROW(finish_saves(manager));
 }
 
 TEST_P(Late, AwakeAgentsAndFailedLoadsKeepNoSlot) {
@@ -101,7 +101,7 @@ TEST_P(Late, APrefetchedAgentThatNobodyWakesIsLetGo) {
   EXPECT_NO_THROW(store_.lock_agent("a"));
   bool free = false;
   for (int i = 0; i < 10000 && !free; ++i) {
-    manager.finish_saves();
+    finish_saves(manager);
     free = !testing::code_of([&] { store_.lock_agent("b"); });
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }

@@ -246,6 +246,51 @@ def test_agents_that_are_awake_keep_nobody_from_being_loaded_ahead(engine):
     assert engine.agent("e").prefetch()
 
 
+WHILE_A_SAVE_WAITS = """
+import os, sys, threading, time
+import torpor
+model, store, mark = sys.argv[1:]
+engine = torpor.Engine(model, store)
+bob = engine.agent("bob")
+bob.turn("hello", raw=True, max_tokens=2, save="no")
+ada, eve, ann = (engine.agent(name) for name in ("ada", "eve", "ann"))
+for agent in (ada, eve, ann):
+    agent.turn("hello", raw=True, max_tokens=2, save="no")
+waiting = [lambda: ada.turn(" more", raw=True, max_tokens=2), eve.save, lambda: ann.fork("joe"), ann.sleep]
+for wait in waiting:
+    threading.Thread(target=wait, daemon=True).start()
+    while not os.path.exists(mark):
+        time.sleep(0.01)
+    assert bob.turn(" more", raw=True, max_tokens=20, save="no").tokens.generated == 20
+    assert len(engine.agents()) >= 4
+for _ in range(3):
+    bob.turn(" more", raw=True, max_tokens=4, save="no")
+print("answered", flush=True)
+os._exit(0)
+"""
+
+
+def test_other_agents_turns_go_on_while_a_caller_waits_for_the_disk(tiny_model, tmp_path, slow_disk):
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:  # a new store is flushed, too
+        engine.agent("bob").turn("hello", raw=True, max_tokens=2)
+    ended = subprocess.run([sys.executable, "-c", WHILE_A_SAVE_WAITS, tiny_model, tmp_path / "store", tmp_path / "mark"],
+                           capture_output=True, text=True, timeout=100, env=slow_disk(600, tmp_path / "mark"))
+    assert (ended.returncode, ended.stdout) == (0, "answered\n"), ended.stderr
+
+
+def test_a_save_is_no_use_of_an_agent(tiny_model, tmp_path):
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:
+        engine.agent("ada").turn("hello", raw=True, max_tokens=2)
+        one = engine.memory_usage().kv_bytes
+    with torpor.Engine(tiny_model, tmp_path / "other", memory_budget=2 * one) as engine:
+        for name in ("bob", "ada"):
+            engine.agent(name).turn(f"I am {name}", raw=True, max_tokens=2, save="no")
+        engine.agent("bob").save()
+        engine.save_all()
+        engine.agent("eve").turn("I am eve", raw=True, max_tokens=2)
+        assert {s.agent_id: s.awake for s in engine.agents()} == {"ada": True, "bob": False, "eve": True}
+
+
 def test_a_prompt_without_an_agent_leaves_none(engine, words):
     first = engine.turn(words(300), raw=True, max_tokens=2)
     again = engine.stream(words(300), raw=True, max_tokens=2)

@@ -26,7 +26,7 @@ class Turns : public Manager {
     append(manager, turn, turn.pending());
     append(manager, turn, ids(answered, 9));
     turn.commit("answer", true);
-    EXPECT_EQ(turn.save(SaveMode::kNo), 0);
+    EXPECT_FALSE(turn.save(SaveMode::kNo).valid());
   }
   static std::string words(int n, const std::string& word = " lamp") {
     std::string text;
@@ -57,7 +57,8 @@ TEST_P(Turns, ACommittedTurnIsHistoryAndMessages) {
   EXPECT_EQ(turn.reused(), agent->cache->length());
   append(*manager, turn, turn.pending());
   turn.commit("answer", true);
-  EXPECT_GT(turn.save(SaveMode::kWait), 0);
+  EXPECT_GT(turn.save(SaveMode::kWait).get().bytes_written, 0);
+  manager->tell_errors();
   EXPECT_FALSE(agent->dirty());
 }
 

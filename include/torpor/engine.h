@@ -3,7 +3,8 @@
 ///
 /// An Engine owns the one thread that touches MLX. Its methods may be called from any thread and block until that thread has
 /// done the work. It works step by step: a chunk of a prompt, or a token. Turns run first come, first served. Methods run
-/// between the steps of other agents' turns. What names the same agent runs in the order it came.
+/// between the steps of other agents' turns. What names the same agent runs in the order it came. Saves are waited for on the
+/// calling thread, while other agents' turns go on.
 ///
 /// Callbacks run on the thread that called. They may call the Engine. A call that would wait for the turn from whose callback
 /// it is made is kInvalidArgument: one on the same agent, and save_all. The destructor must not be called there. What a callback

@@ -41,7 +41,6 @@ struct Agent {
   uint64_t queued_version = 0;       ///< handed to the writer
   uint64_t saved_version = 0;        ///< on disk
   std::vector<std::string> segments; ///< on disk, of the first runs of the cache
-  SaveResult last_save;
   std::optional<Error> save_error;   ///< of a save behind the turn; said at the next occasion
   int64_t bytes_read = 0;            ///< by the wake
   std::optional<std::string> damage; ///< the store's file was damaged; this is its longest intact prefix

@@ -101,15 +101,19 @@ class AgentManager {
   void take_back(Agent& agent, int n_tokens);
   /// Hands what changed to the writer. The agent stays awake, and dirty should the store refuse.
   void save_behind(Agent& agent);
+  /// The same. Whoever waits for it, on any thread, hears its error there, and nowhere else.
+  Writer::Saving begin_save(Agent& agent);
   /// The same, and waits until it is on disk. Throws what the store says.
   SaveResult save(Agent& agent);
 
+  /// Of an agent that is awake; for another one the future is not valid. The agent was not used by it.
+  Writer::Saving begin_save(const std::string& id);
   /// Waits until what is queued is written, and takes nothing in. Any thread.
   void wait_for_writes(const Writer::Progress& progress = nullptr, size_t submitted = 0) {
     writer_.wait_all(progress, submitted);
   }
-  /// Waits for what is queued, and throws the first error that was not told yet, be it of an agent that is gone.
-  void finish_saves();
+  /// Throws the first error of a save that is over and was not told yet, be it of an agent that is gone.
+  void tell_errors();
 
   /// After a turn that began with `n_tokens` rows: takes the agent on to this process's numerics, tokenizer and template. A
   /// sentence for each that is another than before.
@@ -128,7 +132,8 @@ class AgentManager {
   void rename(const std::string& id, const std::string& new_id);
   void remove(const std::string& id);
 
-  MemoryUsage memory_usage() const;
+  /// With the saves that are over by now.
+  MemoryUsage memory_usage();
 
  private:
   friend class AgentHold;
@@ -178,7 +183,7 @@ class AgentManager {
   void settle();
   /// The agent that has the ticket, nullptr when it is gone.
   Agent* find(uint64_t ticket, const std::string& id);
-  /// Keeps an error for finish_saves.
+  /// Keeps an error for tell_errors.
   void remember(Error error);
   /// Of an agent that nobody holds: memory need not keep rows that windows have left behind and segments have.
   void release_behind_window(Agent& agent);
@@ -189,7 +194,7 @@ class AgentManager {
   [[nodiscard]] KvLedger::Room make_room(size_t bytes);
   /// The same; nullopt when there is none.
   std::optional<KvLedger::Room> try_room(size_t bytes);
-  std::string holders() const;
+  std::string holders();
 
   Store& store_;
   const ManagerOptions options_;

@@ -92,7 +92,8 @@ size_t AgentManager::bytes_to_wake(const std::string& id) const {
   return bytes_of_runs(layout_of(expected(info.identity)), info.cache_size, shared);
 }
 
-MemoryUsage AgentManager::memory_usage() const {
+MemoryUsage AgentManager::memory_usage() {
+  settle();
   MemoryUsage usage;
   std::map<const void*, int> holders;
   for (const auto& [id, agent] : awake_) {
@@ -114,7 +115,7 @@ MemoryUsage AgentManager::memory_usage() const {
   return usage;
 }
 
-std::string AgentManager::holders() const {
+std::string AgentManager::holders() {
   std::string text;
   for (const AgentMemory& memory : memory_usage().agents) {
     if (!text.empty()) text += ", ";

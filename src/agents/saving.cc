@@ -8,7 +8,7 @@
 namespace torpor {
 namespace {
 
-// Errors kept for finish_saves, which whoever never calls it must not pile up.
+// Errors kept for tell_errors, which whoever never calls it must not pile up.
 constexpr size_t kMaxUntold = 64;
 
 }  // namespace
@@ -37,15 +37,23 @@ void AgentManager::submit(Agent& agent) {
   writer_.submit(std::move(job));
 }
 
-SaveResult AgentManager::save(Agent& agent) {
+Writer::Saving AgentManager::begin_save(Agent& agent) {
   save_behind(agent);
-  finish_writes(agent);
-  if (agent.save_error) throw Error(*std::exchange(agent.save_error, std::nullopt));
-  return std::exchange(agent.last_save, {});
+  return writer_.await(agent.ticket);
 }
 
-void AgentManager::finish_saves() {
-  writer_.wait_all();
+Writer::Saving AgentManager::begin_save(const std::string& id) {
+  const auto found = awake_.find(id);
+  return found != awake_.end() ? begin_save(found->second) : Writer::Saving();
+}
+
+SaveResult AgentManager::save(Agent& agent) {
+  const Writer::Saving saving = begin_save(agent);
+  finish_writes(agent);
+  return saving.get();
+}
+
+void AgentManager::tell_errors() {
   settle();
   if (!untold_.empty()) {
     const Error first = untold_.front();
@@ -71,19 +79,16 @@ void AgentManager::settle() {
     Agent* const agent = find(outcome.ticket, outcome.agent);
     if (agent == nullptr) {
       // Its agent is gone. What has another name, or none, is another one's.
-      if (outcome.error) remember(std::move(*outcome.error));
+      if (outcome.error && !outcome.awaited) remember(std::move(*outcome.error));
       continue;
     }
     if (outcome.error) {
-      agent->save_error = std::move(outcome.error);
+      if (!outcome.awaited) agent->save_error = std::move(outcome.error);
       agent->queued_version = agent->saved_version;
       continue;
     }
     agent->saved_version = outcome.version;
     agent->segments = outcome.result.segments;
-    agent->last_save.bytes_written += outcome.result.bytes_written;
-    agent->last_save.segments_written += outcome.result.segments_written;
-    agent->last_save.segments_shared = outcome.result.segments_shared;
     agent->damage.reset();
     agent->save_error.reset();
     // Whoever holds it may be computing with its rows, so they stay where they are until then.

@@ -111,19 +111,25 @@ void TurnTransaction::commit(const std::string& answer, bool complete) {
   cut_.reset();
 }
 
-int64_t TurnTransaction::save(SaveMode mode) {
+Writer::Saving TurnTransaction::save(SaveMode mode) {
   Agent& agent = *hold_;
   // Of a save behind an earlier turn. One that waits now tries again.
   if (mode != SaveMode::kWait) save_error_ = std::exchange(agent.save_error, std::nullopt);
   try {
-    if (mode == SaveMode::kWait) return manager_.save(agent).bytes_written;
+    if (mode == SaveMode::kWait) return manager_.begin_save(agent);
     if (mode == SaveMode::kBehind) manager_.save_behind(agent);
   } catch (const Error& error) {
-    const std::string what = agent.id.empty() ? "its segments" : "agent '" + agent.id + "'";
-    save_error_.emplace(error.code(), "The answer is complete, but " + what + " could not be saved: " + error.what());
-    save_error_->with_agent(agent.id).with_path(error.path()).with_field(error.field(), error.expected(), error.found());
+    save_error_ = save_failed(agent.id, error);
   }
-  return 0;
+  return {};
+}
+
+Error TurnTransaction::save_failed(const std::string& agent, const Error& error) {
+  const std::string what = agent.empty() ? "its segments" : "agent '" + agent + "'";
+  return Error(error.code(), "The answer is complete, but " + what + " could not be saved: " + error.what())
+      .with_agent(agent)
+      .with_path(error.path())
+      .with_field(error.field(), error.expected(), error.found());
 }
 
 void TurnTransaction::roll_back() noexcept {

@@ -53,9 +53,11 @@ class TurnTransaction {
   /// Ends the turn with this answer, whose rows follow those of `tokens()`. Without `complete` the prompt's rows were not all
   /// computed before the turn was cancelled: it did not happen, but they stay for when it is asked again.
   void commit(const std::string& answer, bool complete);
-  /// After commit. Gives the bytes written, when it waits for them. An error is not thrown, for the answer stands: it is in
-  /// save_error, as is one of a save behind an earlier turn.
-  int64_t save(SaveMode mode);
+  /// After commit. With kWait the future is what the save comes to; else it is not valid. An error is not thrown, for the answer
+  /// stands: it is in save_error, as is one of a save behind an earlier turn.
+  Writer::Saving save(SaveMode mode);
+  /// What is said of an answer whose save has failed so.
+  static Error save_failed(const std::string& agent, const Error& error);
   const std::optional<Error>& save_error() const noexcept { return save_error_; }
   /// After commit: what has changed since the agent's last turn (AgentManager::adapt).
   const std::vector<std::string>& notices() const noexcept { return notices_; }

@@ -28,21 +28,33 @@ Writer::~Writer() {
 void Writer::submit(Job job) {
   std::unique_lock lock(mutex_);
   const auto waiting = std::find_if(queue_.begin() + (writing_ ? 1 : 0), queue_.end(),
-                                    [&](const Job& queued) { return queued.ticket == job.ticket; });
+                                    [&](const Queued& queued) { return queued.job.ticket == job.ticket; });
   if (waiting != queue_.end()) {
     // The newer state holds all of the older one's rows. What is on disk meanwhile is the state before both.
-    bytes_ += job.new_bytes - waiting->new_bytes;
-    *waiting = std::move(job);
+    bytes_ += job.new_bytes - waiting->job.new_bytes;
+    waiting->job = std::move(job);
     return;
   }
   changed_.wait(lock, [&] { return queue_.empty() || bytes_ + job.new_bytes <= max_bytes_; });
   bytes_ += job.new_bytes;
-  queue_.push_back(std::move(job));
+  queue_.emplace_back(std::move(job));
   changed_.notify_all();
 }
 
 bool Writer::busy_with(uint64_t ticket) const {
-  return std::any_of(queue_.begin(), queue_.end(), [&](const Job& job) { return job.ticket == ticket; });
+  return std::any_of(queue_.begin(), queue_.end(), [&](const Queued& queued) { return queued.job.ticket == ticket; });
+}
+
+Writer::Saving Writer::await(uint64_t ticket) {
+  const std::lock_guard lock(mutex_);
+  const auto newest = std::find_if(queue_.rbegin(), queue_.rend(), [&](const Queued& queued) { return queued.job.ticket == ticket; });
+  if (newest == queue_.rend()) {
+    std::promise<SaveResult> nothing;
+    nothing.set_value({});
+    return nothing.get_future().share();
+  }
+  if (!newest->awaited) newest->saving = newest->awaited.emplace().get_future().share();
+  return newest->saving;
 }
 
 void Writer::wait(uint64_t ticket) {
@@ -76,8 +88,8 @@ size_t Writer::queued_bytes() const {
   return bytes_;
 }
 
-void Writer::write(const Job& job) {
-  Outcome outcome{job.agent, job.ticket, job.version};
+Writer::Outcome Writer::write(const Job& job) {
+  Outcome outcome{.agent = job.agent, .ticket = job.ticket, .version = job.version};
   try {
     outcome.result = job.agent.empty() ? store_.save_prefix(job.snapshot, durability_)
                                        : store_.save_agent_cache(job.agent, job.snapshot, job.model, job.user, durability_, job.notes);
@@ -88,8 +100,7 @@ void Writer::write(const Job& job) {
   } catch (const std::exception& error) {
     outcome.error.emplace(ErrorCode::kInternal, "Saving agent '" + job.agent + "' failed: " + error.what());
   }
-  const std::lock_guard lock(mutex_);
-  outcomes_.push_back(std::move(outcome));
+  return outcome;
 }
 
 void Writer::run() {
@@ -98,16 +109,23 @@ void Writer::run() {
     changed_.wait(lock, [this] { return closing_ || !queue_.empty(); });
     if (queue_.empty()) return;
     writing_ = true;
-    const Job& job = queue_.front();  // stays where it is: a deque's ends move, its elements don't
+    Queued& front = queue_.front();  // stays where it is: a deque's ends move, its elements don't
     lock.unlock();
-    write(job);
+    Outcome outcome = write(front.job);
     lock.lock();
     writing_ = false;
-    bytes_ -= job.new_bytes;
-    Job done = std::move(queue_.front());
+    bytes_ -= front.job.new_bytes;
+    outcome.awaited = front.awaited.has_value();
+    outcomes_.push_back(outcome);
+    Queued done = std::move(front);
     queue_.pop_front();
     lock.unlock();
-    done = {};  // lets go of memory before waiters count it
+    done.job = {};  // lets go of memory before waiters count it
+    if (done.awaited && outcome.error) {
+      done.awaited->set_exception(std::make_exception_ptr(*outcome.error));
+    } else if (done.awaited) {
+      done.awaited->set_value(outcome.result);
+    }
     changed_.notify_all();
     lock.lock();
   }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <future>
 #include <optional>
 #include <string>
 #include <thread>
@@ -33,7 +34,10 @@ class Writer {
     uint64_t ticket = 0, version = 0;
     SaveResult result;
     std::optional<Error> error;
+    bool awaited = false;  ///< somebody has the save's future, and hears the error there
   };
+  /// What a save comes to. Gives its Error.
+  using Saving = std::shared_future<SaveResult>;
   /// Jobs done and jobs to do in all.
   using Progress = std::function<void(int done, int total)>;
 
@@ -44,6 +48,8 @@ class Writer {
 
   /// Takes the place of a job of the same agent that has not begun. Waits while the queue is full.
   void submit(Job job);
+  /// The newest save of the agent that is queued or being written; one that has written nothing where there is none.
+  Saving await(uint64_t ticket);
   /// Until nothing of the agent is queued or being written.
   void wait(uint64_t ticket);
   /// Until nothing is queued. `submitted` jobs count as to be done even where some were over before this call.
@@ -53,8 +59,15 @@ class Writer {
   size_t queued_bytes() const;
 
  private:
+  struct Queued {
+    explicit Queued(Job given) : job(std::move(given)) {}
+    Job job;
+    std::optional<std::promise<SaveResult>> awaited;
+    Saving saving;
+  };
+
   void run();
-  void write(const Job& job);
+  Outcome write(const Job& job);
   bool busy_with(uint64_t ticket) const;
 
   Store& store_;
@@ -62,7 +75,7 @@ class Writer {
   const size_t max_bytes_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<Job> queue_;        // the front is being written while writing_ is set
+  std::deque<Queued> queue_;     // the front is being written while writing_ is set
   bool writing_ = false, closing_ = false;
   size_t bytes_ = 0;             // new_bytes of the queue
   std::vector<Outcome> outcomes_;

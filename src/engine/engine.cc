@@ -92,14 +92,28 @@ struct Engine::Impl {
   }
 
   TurnResult turn(const TurnRequest& request);
-  /// Waits for the save of a change that the manager has queued. (An agent that is asleep was changed on disk.)
-  void save_change(const std::string& agent, SaveMode mode) {
-    if (mode == SaveMode::kWait && parts.agents->is_awake(agent)) parts.agents->save(*parts.agents->wake(agent));
+  /// Runs `work` as `call` does. With kWait `saved` is then saved, if it is awake; the calling thread waits, and turns of other
+  /// agents go on. (An agent that is asleep was changed on disk.)
+  template <class F>
+  SaveResult change(std::vector<std::string> named, const std::string& saved, SaveMode mode, F work) {
+    Writer::Saving saving;
+    const auto change_and_save = [&] {
+      work();
+      if (mode == SaveMode::kWait) saving = parts.agents->begin_save(saved);
+    };
+    const auto wait = [&] {
+      if (saving.valid()) saving.wait();
+    };
+    return guard([&] {
+      scheduler.call(std::move(named), change_and_save, wait);
+      return saving.valid() ? saving.get() : SaveResult{};
+    });
   }
 };
 
 TurnResult Engine::Impl::turn(const TurnRequest& request) {
-  TurnResult result;
+  TurnOutcome outcome;
+  TurnResult& result = outcome.result;
   result.agent = request.agent;
   result.model = options.model;
   // What a callback throws comes out as it is; everything else as an Error.
@@ -114,8 +128,9 @@ TurnResult Engine::Impl::turn(const TurnRequest& request) {
   };
   Scheduler::TurnCall call{.agent = request.agent, .cancel = request.generate.cancel, .give_up = request.give_up,
                            .begin = [&](Scheduler::Listener& listener) {
-                             return std::make_unique<EngineTurn>(parts, request, listener, result);
-                           }};
+                             return std::make_unique<EngineTurn>(parts, request, listener, outcome);
+                           },
+                           .after = [&outcome] { outcome.wait_for_save(); }};
   if (const auto& on_text = request.generate.on_text) call.on_text = [&](std::string_view text) { heard(on_text, text); };
   if (const auto& on_prefill = request.generate.on_prefill) {
     call.on_prefill = [&](int done, int total) { heard(on_prefill, done, total); };
@@ -166,30 +181,28 @@ bool Engine::prefetch(const std::string& agent) {
 }
 
 SaveResult Engine::save(const std::string& agent) {
-  return impl_->call({agent}, [&] {
-    AgentManager& agents = *impl_->parts.agents;
-    agents.require(agent);
-    return agents.is_awake(agent) ? agents.save(*agents.wake(agent)) : SaveResult{};
-  });
+  return impl_->change({agent}, agent, SaveMode::kWait, [&] { impl_->parts.agents->require(agent); });
 }
 
 void Engine::save_all(const std::function<void(int, int)>& progress) {
   impl_->guard([&] { impl_->scheduler.refuse_in_callbacks(); });
   AgentManager& agents = *impl_->parts.agents;
   std::exception_ptr first;
+  std::vector<Writer::Saving> begun;
   size_t unsaved = 0;
   for (const AgentMemory& memory : memory_usage().agents) {
     unsaved += memory.unsaved ? 1 : 0;
     try {
-      impl_->call({memory.agent}, [&] {
-        if (agents.is_awake(memory.agent)) agents.save_behind(*agents.wake(memory.agent));
-      });
+      begun.push_back(impl_->call({memory.agent}, [&] { return agents.begin_save(memory.agent); }));
     } catch (const Error&) {
       if (!first) first = std::current_exception();
     }
   }
   impl_->guard([&] { agents.wait_for_writes(progress, unsaved); });
   try {
+    for (const Writer::Saving& saving : begun) {
+      if (saving.valid()) saving.get();
+    }
     finish_saves();
   } catch (const Error&) {
     if (!first) first = std::current_exception();
@@ -199,35 +212,28 @@ void Engine::save_all(const std::function<void(int, int)>& progress) {
 
 void Engine::finish_saves() {
   impl_->guard([&] { impl_->parts.agents->wait_for_writes(); });
-  impl_->call({}, [&] { impl_->parts.agents->finish_saves(); });
+  impl_->call({}, [&] { impl_->parts.agents->tell_errors(); });
 }
 
 void Engine::sleep(const std::string& agent) {
+  impl_->change({agent}, agent, SaveMode::kWait, [] {});  // so that the engine thread has nothing to wait for
   impl_->call({agent}, [&] { impl_->parts.agents->sleep(agent); });
 }
 
 void Engine::fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token, SaveMode save) {
-  impl_->call({src, dst}, [&] {
-    impl_->parts.agents->fork(src, dst, at_token);
-    impl_->save_change(dst, save);
-  });
+  impl_->change({src, dst}, dst, save, [&] { impl_->parts.agents->fork(src, dst, at_token); });
 }
 
 void Engine::rewind(const std::string& agent, int64_t n_tokens, SaveMode save) {
-  impl_->call({agent}, [&] {
-    impl_->parts.agents->rewind(agent, n_tokens);
-    impl_->save_change(agent, save);
-  });
+  impl_->change({agent}, agent, save, [&] { impl_->parts.agents->rewind(agent, n_tokens); });
 }
 
 void Engine::pin(const std::string& agent, bool pinned, SaveMode save) {
-  impl_->call({agent}, [&] {
-    impl_->parts.agents->pin(agent, pinned);
-    impl_->save_change(agent, save);
-  });
+  impl_->change({agent}, agent, save, [&] { impl_->parts.agents->pin(agent, pinned); });
 }
 
 void Engine::rename(const std::string& agent, const std::string& new_id) {
+  impl_->change({agent}, agent, SaveMode::kWait, [] {});
   impl_->call({agent, new_id}, [&] { impl_->parts.agents->rename(agent, new_id); });
 }
 

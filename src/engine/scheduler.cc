@@ -33,7 +33,8 @@ class Scheduler::Task final : public Scheduler::Listener {
   std::vector<std::string> agents;
   std::vector<const Task*> holds_up;  // turns whose callbacks wait for this one
   uint64_t number = 0;
-  bool over = false;
+  bool over = false;                            // nothing is left for the engine thread
+  const std::function<void()>* after = nullptr; // its caller's, before it is off the list
   std::exception_ptr error;
   std::condition_variable changed;    // its caller waits for it
 
@@ -126,20 +127,36 @@ void Scheduler::enqueue(Task& task) {
   wake_.notify_one();
 }
 
-void Scheduler::run_call(std::vector<std::string> agents, const std::function<void()>& work) {
+void Scheduler::run_call(std::vector<std::string> agents, const std::function<void()>& work, const std::function<void()>& after) {
   Task task(*this);
   task.agents = std::move(agents);
   task.work = &work;
+  if (after) task.after = &after;
   std::unique_lock lock(mutex_);
   enqueue(task);
   task.changed.wait(lock, [&] { return task.over; });
+  leave(task, lock);
   if (task.error) std::rethrow_exception(task.error);
+}
+
+void Scheduler::leave(Task& task, std::unique_lock<std::mutex>& lock) {
+  if (task.after == nullptr) return;
+  lock.unlock();
+  try {
+    (*task.after)();
+  } catch (...) {
+    task.error = std::current_exception();
+  }
+  lock.lock();
+  tasks_.remove(&task);
+  wake_.notify_one();
 }
 
 Scheduler::Ended Scheduler::turn(const TurnCall& call) {
   Task task(*this);
   task.turn_call = &call;
   if (!call.agent.empty()) task.agents = {call.agent};  // one without a name is nobody else's
+  if (call.after) task.after = &call.after;
   std::unique_lock lock(mutex_);
   enqueue(task);
   std::exception_ptr thrown;
@@ -155,6 +172,7 @@ Scheduler::Ended Scheduler::turn(const TurnCall& call) {
       wake_.notify_one();
     }
   }
+  leave(task, lock);
   if (thrown) std::rethrow_exception(thrown);
   if (task.error) std::rethrow_exception(task.error);
   return task.ended;
@@ -230,6 +248,7 @@ bool Scheduler::may_step(const Task& task) const {
 std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
   std::pair<Task*, Action> step{nullptr, Action::kNothing}, later = step;
   for (Task* task : tasks_) {
+    if (task->over) continue;
     if (task->is_turn() && task->given_up()) return {task, Action::kUndo};  // whatever is before it
     if (blocked(*task)) continue;
     if (!task->is_turn()) {
@@ -277,7 +296,8 @@ void Scheduler::act(Task& task, Action action, std::unique_lock<std::mutex>& loc
   if (action == Action::kUndo) task.ended = begun ? Ended::kGivenUp : Ended::kNotBegun;
   task.error = error;
   task.over = true;
-  tasks_.remove(&task);
+  if (error || (task.is_turn() && action != Action::kCommit)) task.after = nullptr;
+  if (task.after == nullptr) tasks_.remove(&task);
   task.changed.notify_one();  // under the lock: the task is gone once its caller has it
 }
 
@@ -288,7 +308,7 @@ void Scheduler::run() {
       act(*task, action, lock);
     } else if (closing_ && tasks_.empty()) {
       break;
-    } else if (std::any_of(tasks_.begin(), tasks_.end(), [](const Task* task) { return task->is_turn(); })) {
+    } else if (std::any_of(tasks_.begin(), tasks_.end(), [](const Task* task) { return task->is_turn() && !task->over; })) {
       wake_.wait_for(lock, kPatience);  // their flags are set without a word
     } else {
       wake_.wait(lock);

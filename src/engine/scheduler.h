@@ -5,6 +5,9 @@
 /// in the order it came: a call waits for the turns and calls on its agents that came before it, and for no others. Of the
 /// turns that may run, the one that came first is stepped.
 ///
+/// What a turn or call leaves to be waited for, as a save, its caller waits for (`after`); other steps go on meanwhile, and what
+/// names the same agent comes later.
+///
 /// A turn talks to its caller through a bounded queue (Listener), whose callbacks run on the caller's thread and may call
 /// back. While the queue is full the turn is skipped and others are stepped. It is committed when its caller has heard all.
 /// A call made from a callback that would wait, however indirectly, for that callback's own turn is kInvalidArgument.
@@ -62,6 +65,7 @@ class Scheduler {
     const std::atomic<bool>* cancel = nullptr;              ///< ends the turn in its own way; one that has not begun is given up
     const std::atomic<bool>* give_up = nullptr;             ///< ends the turn without a commit
     std::function<std::unique_ptr<Turn>(Listener&)> begin;  ///< its first step, on the engine thread
+    std::function<void()> after;                            ///< may be empty; on the caller's thread, once it is committed
   };
   enum class Ended {
     kCommitted,
@@ -79,15 +83,15 @@ class Scheduler {
   Ended turn(const TurnCall& call);
 
   /// Runs `work` on the engine thread, once nothing that names one of `agents` is before it, and gives back what it returns.
-  /// Throws torpor::Error, whatever it throws.
+  /// Throws torpor::Error, whatever it throws. `after` may be empty; it runs on the calling thread once `work` is done.
   template <class F>
-  auto call(std::vector<std::string> agents, F work) -> std::invoke_result_t<F> {
+  auto call(std::vector<std::string> agents, F work, const std::function<void()>& after = nullptr) -> std::invoke_result_t<F> {
     using Result = std::invoke_result_t<F>;
     if constexpr (std::is_void_v<Result>) {
-      run_call(std::move(agents), work);
+      run_call(std::move(agents), work, after);
     } else {
       std::optional<Result> result;
-      run_call(std::move(agents), [&] { result.emplace(work()); });
+      run_call(std::move(agents), [&] { result.emplace(work()); }, after);
       return std::move(*result);
     }
   }
@@ -105,8 +109,10 @@ class Scheduler {
   class Task;
   enum class Action { kNothing, kCall, kStep, kCommit, kUndo };
 
-  void run_call(std::vector<std::string> agents, const std::function<void()>& work);
+  void run_call(std::vector<std::string> agents, const std::function<void()>& work, const std::function<void()>& after);
   void enqueue(Task& task);
+  /// On its caller's thread, for a task that is over: what comes after it, and the end of what waits for it.
+  void leave(Task& task, std::unique_lock<std::mutex>& lock);
   /// Whether `task`, in the list, can't begin before one of `own` is over.
   bool waits_for(const Task& task, const std::vector<const Task*>& own) const;
   void hear(Task& task, std::unique_lock<std::mutex>& lock);

@@ -12,6 +12,17 @@ double ms_since(std::chrono::steady_clock::time_point start) {
 
 }  // namespace
 
+void TurnOutcome::wait_for_save() {
+  if (!saving.valid()) return;
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    result.bytes.written = saving.get().bytes_written;
+  } catch (const Error& error) {
+    result.save_error = TurnTransaction::save_failed(result.agent, error);
+  }
+  result.timing_ms.save += ms_since(start);
+}
+
 AgentHold EngineTurn::wake(EngineParts& parts, const TurnRequest& request, TurnResult& result) {
   const auto start = Clock::now();
   AgentHold hold = request.agent.empty() ? parts.agents->stateless() : parts.agents->wake(request.agent);
@@ -28,16 +39,16 @@ GenerateOptions EngineTurn::options_of(const TurnRequest& request, Scheduler::Li
   return options;
 }
 
-EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnResult& result)
-    : parts_(parts), request_(request), result_(result), start_(Clock::now()),
-      transaction_(*parts.agents, wake(parts, request, result),
+EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnOutcome& outcome)
+    : parts_(parts), request_(request), outcome_(outcome), result_(outcome.result), start_(Clock::now()),
+      transaction_(*parts.agents, wake(parts, request, result_),
                    {.prompt = request.prompt, .system = request.system, .raw = request.raw, .tokenizer = parts.tokenizer,
                     .chat_template = parts.chat_template}),
       begin_ms_(ms_since(start_)),
       generation_(parts.model->info(), parts.tokenizer, transaction_.reused(),
                   {transaction_.pending().begin(), transaction_.pending().end()}, options_of(request, listener)) {
-  result.tokens.prompt = int(transaction_.tokens().size());
-  result.tokens.cached = transaction_.reused();
+  result_.tokens.prompt = int(transaction_.tokens().size());
+  result_.tokens.cached = transaction_.reused();
 }
 
 void EngineTurn::compute(EngineParts& parts, std::span<EngineTurn* const> turns) {
@@ -89,7 +100,7 @@ void EngineTurn::commit() {
   result_.timing_ms.decode = generated.decode_ms;
 
   const auto saving = Clock::now();
-  result_.bytes.written = transaction_.save(request_.save);
+  outcome_.saving = transaction_.save(request_.save);
   result_.save_error = transaction_.save_error();
   result_.notices = transaction_.notices();
   if (request_.save != SaveMode::kNo) result_.timing_ms.save = ms_since(saving);

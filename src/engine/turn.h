@@ -25,13 +25,22 @@ struct EngineParts {
   std::optional<PrefillPace> pace;
 };
 
+/// What a turn leaves to its caller.
+struct TurnOutcome {
+  TurnResult result;
+  Writer::Saving saving;  ///< valid when the caller is to wait for it
+
+  /// On the caller's thread.
+  void wait_for_save();
+};
+
 class EngineTurn final : public Scheduler::Turn {
  public:
   /// Wakes or makes the agent and begins its transaction. All that is given outlives the turn. Errors leave the agent as it was.
-  EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnResult& result);
+  EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnOutcome& outcome);
 
   bool step() override;
-  /// Commits and saves; the result is complete.
+  /// Commits and begins to save; the result is complete but for that.
   void commit() override;
 
  private:
@@ -44,6 +53,7 @@ class EngineTurn final : public Scheduler::Turn {
 
   EngineParts& parts_;
   const TurnRequest& request_;
+  TurnOutcome& outcome_;
   TurnResult& result_;
   const Clock::time_point start_;
   TurnTransaction transaction_;
