@@ -44,7 +44,7 @@ install(FILES "${PROJECT_BINARY_DIR}/torporConfig.cmake" "${PROJECT_BINARY_DIR}/
   DESTINATION "${CMAKE_INSTALL_LIBDIR}/cmake/torpor")
 
 # Builds tests/consumer against an installed tree, as a stranger would.
-if(TORPOR_DEVELOPER)
+if(TORPOR_DEVELOPER AND NOT TORPOR_SANITIZE)
   add_test(NAME consumer COMMAND "${CMAKE_COMMAND}"
     "-DSOURCE=${PROJECT_SOURCE_DIR}/tests/consumer"
     "-DBUILD=${PROJECT_BINARY_DIR}"

@@ -1,6 +1,8 @@
 # One CMake target per room. torpor_room(NAME SOURCES ... [PUBLIC ...] [PRIVATE ...]) makes the static library
 # `torpor_NAME` (alias torpor::NAME) from files of src/NAME, sees include/ and src/, and links what is named.
-# torpor_test(NAME ROOM...) makes one GoogleTest program from tests/NAME.cc.
+# torpor_test(NAME [NOT_SANITIZED] LINK ROOM...) makes one GoogleTest program from tests/NAME.cc. NOT_SANITIZED: it computes
+# with models of full size, which would take minutes. torpor_sanitizer_options() names the committed suppressions to all
+# tests of a directory.
 
 # Stops unless FOUND is true, saying in one sentence what to install.
 function(torpor_need found what debian homebrew)
@@ -17,9 +19,11 @@ if(TORPOR_WERROR)
   target_compile_options(torpor_flags INTERFACE -Werror)
 endif()
 if(TORPOR_SANITIZE)
-  target_compile_options(torpor_flags INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=undefined
-    -fno-omit-frame-pointer)
-  target_link_options(torpor_flags INTERFACE -fsanitize=address,undefined)
+  target_compile_options(torpor_flags INTERFACE -fsanitize=${TORPOR_SANITIZE} -fno-omit-frame-pointer)
+  target_link_options(torpor_flags INTERFACE -fsanitize=${TORPOR_SANITIZE})
+  if(TORPOR_SANITIZE MATCHES "undefined")
+    target_compile_options(torpor_flags INTERFACE -fno-sanitize-recover=undefined)
+  endif()
 endif()
 
 # MLX lives in the Python package: `python -m mlx --cmake-dir` names the prefix of its CMake package. The interpreter
@@ -61,7 +65,10 @@ function(torpor_room name)
 endfunction()
 
 function(torpor_test name)
-  cmake_parse_arguments(TEST "" "" "LINK" ${ARGN})
+  cmake_parse_arguments(TEST "NOT_SANITIZED" "" "LINK" ${ARGN})
+  if((TORPOR_TESTS AND NOT name IN_LIST TORPOR_TESTS) OR (TORPOR_SANITIZE AND TEST_NOT_SANITIZED))
+    return()
+  endif()
   foreach(_room IN LISTS TEST_LINK)
     if(_room MATCHES "^torpor::" AND NOT TARGET ${_room})
       return() # that room is left out of this build (TORPOR_ROOMS)
@@ -72,6 +79,21 @@ function(torpor_test name)
   target_compile_definitions(${name} PRIVATE TORPOR_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
   target_link_libraries(${name} PRIVATE ${TEST_LINK} torpor_flags GTest::gtest GTest::gtest_main Threads::Threads)
   add_test(NAME ${name} COMMAND ${name})
+endfunction()
+
+# Each line of a suppression file names a frame of libmlx, which is not built with a sanitizer.
+function(torpor_sanitizer_options)
+  if(NOT TORPOR_SANITIZE)
+    return()
+  endif()
+  set(_files "${PROJECT_SOURCE_DIR}/tests/sanitizers")
+  get_property(_tests DIRECTORY PROPERTY TESTS)
+  foreach(_test IN LISTS _tests)
+    set_property(TEST ${_test} APPEND PROPERTY ENVIRONMENT
+      "LSAN_OPTIONS=suppressions=${_files}/lsan.supp:print_suppressions=0"
+      "UBSAN_OPTIONS=print_stacktrace=1"
+      "TSAN_OPTIONS=suppressions=${_files}/tsan.supp:halt_on_error=1:second_deadlock_stack=1")
+  endforeach()
 endfunction()
 
 # What several rooms use. xxHash ships a pkg-config file and, in some distributions, no CMake package.
