@@ -24,6 +24,11 @@ if(TORPOR_SANITIZE)
   if(TORPOR_SANITIZE MATCHES "undefined")
     target_compile_options(torpor_flags INTERFACE -fno-sanitize-recover=undefined)
   endif()
+  if(TORPOR_SANITIZE STREQUAL "thread")
+    # A library's own thread-locals are freed by whichever thread next gets the stack of one that is over, and the order
+    # of these two is glibc's secret. Beside the program's they are part of the stack.
+    target_compile_options(torpor_flags INTERFACE -ftls-model=initial-exec)
+  endif()
 endif()
 
 # MLX lives in the Python package: `python -m mlx --cmake-dir` names the prefix of its CMake package. The interpreter

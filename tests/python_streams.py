@@ -18,7 +18,7 @@ def guarded(work):
     def run():
         try:
             work()
-        except BaseException as error:  # a thread's own end would be silent
+        except BaseException as error:  # which would end nothing but its thread
             failures.append(f"{work.__name__}: {error!r}")
     return run
 
@@ -70,4 +70,4 @@ def main(scratch):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as directory:
         main(Path(directory))
-    sys.exit("\n".join(failures))
+    sys.exit("\n".join(failures) or None)

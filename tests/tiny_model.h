@@ -17,7 +17,7 @@ namespace torpor::testing {
 /// Writes the model into `directory`, which is made. Equal in every process.
 inline void write_tiny_model(const std::filesystem::path& directory) {
   namespace fs = std::filesystem;
-  constexpr int kHidden = 64, kInner = 128, kHeads = 2, kKvHeads = 1, kHeadDim = 32, kVocab = 605, kEnd = 602;
+  constexpr int kHidden = 32, kInner = 64, kHeads = 2, kKvHeads = 1, kHeadDim = 32, kVocab = 605, kEnd = 602;
   const fs::path text = fs::path(TORPOR_SOURCE_DIR) / "tests/goldens/text";
   fs::create_directories(directory);
   fs::copy_file(text / "tokenizers/byte-level/tokenizer.json", directory / "tokenizer.json");
