@@ -32,11 +32,12 @@ wheel: build model
 demo: build model
 	scripts/demo $(BUILD)/torpor
 
-# Ten agents, three processes on one store, each killed over and over: `make test` kills 300, this KILLS. Then
-# conversations (`torpor chat`) and commands.
+# Ten agents, three processes on one store, each killed over and over: `make test` kills 300, this KILLS. Then 64 savers
+# beside a gc loop and a disk limit, with 10,000 segments; then conversations (`torpor chat`) and commands.
 KILLS ?= 20000
 soak: build model
 	TORPOR_SOAK_KILLS=$(KILLS) $(BUILD)/tests/test_store_soak
+	TORPOR_SOAK=1 $(BUILD)/tests/test_store_many_savers
 	TORPOR_KILLS=$$(($(KILLS) / 50)) TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_kill.py
 
 # Regenerates every golden from the reference implementations (mlx-lm, tokenizers, transformers). Slow.
