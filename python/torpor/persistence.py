@@ -20,7 +20,9 @@ class CachePersistence:
     """A store of agents' caches. Many threads and processes may use one directory at once; a save of an agent that
     another is just saving raises BusyError.
 
-    root: the directory; made when it is not there. Default: $TORPOR_STORE, else ~/.agent_caches.
+    root: the directory; made when it is not there. Default: $TORPOR_STORE, else ~/.agent_caches. A directory with other
+        files that is no store becomes one by the first save, which leaves those files alone. Until then, what lists, loads
+        or removes agents raises InvalidArgumentError. Disk limits that the store keeps (`torpor limits`) bind saves too.
     model: whose caches these are: a model directory, or a dict of identity fields ({"weights": "v1"}). A load under another
         model raises IncompatibleError. None: nothing is compared.
     durability: "full" survives a power cut, "rename" a killed process, "none" is for benchmarks.
