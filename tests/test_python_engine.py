@@ -317,10 +317,11 @@ def test_a_save_that_fails_is_told_with_the_answer(tiny_model, tmp_path):
 
 def test_prompts_without_an_agent_saved_behind_each_leave_their_segments(tiny_model, tmp_path, words):
     with torpor.Engine(tiny_model, tmp_path / "store") as engine:
-        for prompt in (words(600), words(1400)[2000:]):  # the second begins with other words
+        prompts = [f"{i * 'another '}{words(600)}" for i in range(8)]  # each begins with other words
+        for prompt in prompts:
             engine.turn(prompt, raw=True, max_tokens=4, save="behind")
     segments = Torpor(tmp_path / "store", tiny_model).segments()
-    assert len(segments) >= 4  # two of the first prompt, and two or more of the second
+    assert len(segments) >= 2 * len(prompts)
 
 
 def test_a_save_behind_that_fails_is_told_when_the_engine_closes(tiny_model, tmp_path):
