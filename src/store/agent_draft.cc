@@ -1,7 +1,11 @@
 #include "store/agent_draft.h"
 
+#include <algorithm>
+
 #include "base/hash.h"
 #include "store/messages.h"
+#include "store/sidecar.h"
+#include "torpor/error.h"
 
 namespace torpor {
 namespace {
@@ -47,6 +51,27 @@ PartsPlan plan_of(std::span<const OwnFile> held, const AgentState& state) {
   std::vector<HeldPart> numbers;
   for (const OwnFile& file : held) numbers.push_back({file.ref.first, file.ref.tokens, file.ref.rows, file.has_state});
   return plan_parts(numbers, state.sealed, int64_t(state.tokens.size()), !state.state.empty());
+}
+
+/// Reads the file for what it holds up to position `end`. False when it is damaged.
+bool cut_own_file(Env& env, OwnFile& file, const KvLayout& layout, int64_t end) {
+  try {
+    const KnownLayout known_layout{encode_layout(layout, kFormatVersion), layout.bytes_per_token()};
+    const auto handle = std::make_shared<const File>(env.open(file.path, OpenMode::kRead));
+    const uint64_t size = file.stat.size;
+    const auto header = read_header_bytes(*handle, size);
+    const auto parsed = std::make_shared<const TorporFile>(parse_part_file(header, size, file.path.string(), known_layout).file);
+    if (parsed->checksum != file.ref.name) return false;
+    RowBuffer rows;
+    OwnContents contents = read_own_file({file.ref, file.path, handle, file.stat, parsed}, layout, &rows);
+    if (!contents.problem.empty()) return false;
+    cut_contents(contents, layout, end);
+    file = std::move(contents.file);
+    return true;
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kIo) throw;
+    return false;  // it is written anew
+  }
 }
 
 }  // namespace
@@ -106,6 +131,49 @@ AgentDraft draft_agent(AgentInfo info, const std::string& uid, const AgentState&
   for (const PartRef& part : file.parts) file.info.parts.push_back(part_stem(uid, part.name));
   draft.info = std::move(file.info);
   return draft;
+}
+
+std::vector<OwnFile> held_files(Env& env, const OwnFiles& known, const AgentState& agent) {
+  std::vector<OwnFile> held;
+  if (known.layout != layout_digest(agent.layout, kFormatVersion)) return held;
+  const int64_t n_tokens = int64_t(agent.tokens.size());
+  int64_t position = 0;
+  std::span<const StoredMessage> messages = agent.messages;
+  for (size_t i = 0; i < known.files.size(); ++i) {
+    OwnFile file = known.files[i];
+    if (file.ref.first != position || file.ref.first > n_tokens) break;
+    if (i + 1 < known.files.size() && env.stat(file.path) != file.stat) break;
+    int64_t end = std::min(file.ref.end(), n_tokens);
+    if (const int64_t rows_begin = file.ref.end() - file.ref.rows; end > agent.sealed && rows_begin > std::max(agent.sealed, file.ref.first)) {
+      end = agent.sealed;  // not all the rows that it would have to have
+    }
+    const bool cut = end < file.ref.end();
+    if (cut && (end <= file.ref.first || !cut_own_file(env, file, agent.layout, end))) break;
+    const PartRef& ref = file.ref;
+    if (hash_hex(token_bytes(agent.tokens.subspan(size_t(ref.first), size_t(ref.tokens)))) != file.ids) break;
+    if (file.n_messages > messages.size() || hash_hex(encode_messages(messages.first(file.n_messages))) != file.messages) break;
+    if (end > agent.sealed &&
+        rows_checksum(agent.layout, {agent.tail.bytes.data(), agent.tail.n_tokens, int(end - ref.rows - agent.sealed)}, int(ref.rows)) != file.rows) {
+      break;
+    }
+    messages = messages.subspan(file.n_messages);
+    position = end;
+    held.push_back(std::move(file));
+    if (cut) break;
+  }
+  return held;
+}
+
+int64_t bytes_to_write(const AgentDraft& draft) {
+  const FileStat longest{.size = UINT64_MAX, .mtime_ns = INT64_MAX, .inode = UINT64_MAX};
+  return draft.file.size() + (draft.history ? draft.history->size() : 0) + int64_t(encode_sidecar(draft.info, longest).size());
+}
+
+std::vector<std::string> claims_of(const AgentDraft& draft) {
+  std::vector<std::string> claims = draft.info.segments;
+  for (const OwnFile& part : draft.kept) claims.push_back(part_claim(draft.uid, part.ref.name));
+  if (draft.history) claims.push_back(part_claim(draft.uid, draft.history->ref.name));
+  return claims;
 }
 
 }  // namespace torpor

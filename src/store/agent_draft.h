@@ -45,8 +45,18 @@ struct AgentDraft {
 /// How many rows of such a draft would be in its agent file.
 int64_t rows_to_write(std::span<const OwnFile> held, const AgentState& state);
 
-/// `held`: files on disk that hold what `state` begins with (Store::Impl::held_files), the last of which may be the agent file
+/// `held`: files on disk that hold what `state` begins with (held_files), the last of which may be the agent file
 /// that is replaced.
 AgentDraft draft_agent(AgentInfo info, const std::string& uid, const AgentState& state, std::vector<OwnFile> held);
+
+/// Those of the files, from the first on, that hold what `agent` begins with: ids, messages and rows are equal. The last
+/// one may hold more. kIo.
+std::vector<OwnFile> held_files(Env& env, const OwnFiles& known, const AgentState& agent);
+
+/// Of the agent file, a part that is written with it and, at most, its sidecar.
+int64_t bytes_to_write(const AgentDraft& draft);
+
+/// What nobody may remove until `draft` is committed (Writing::claim).
+std::vector<std::string> claims_of(const AgentDraft& draft);
 
 }  // namespace torpor

@@ -40,35 +40,15 @@ std::vector<OwnFile> keep_files(const std::vector<OpenedFile>& files, int64_t se
   return kept;
 }
 
-}  // namespace
-
-SaveResult Store::Impl::copy(const std::string& src, const std::string& dst, const CopyOptions& options, bool keep_dates) {
-  check_agent_id(src);
-  check_agent_id(dst);
-  constexpr int kAttempts = 20;
-  for (int attempt = 1;; ++attempt) {
-    // A save in another process may put a new file of `src` in place, and then nobody keeps what the old one needs.
-    const auto before = env.stat(agent_path(src));
-    try {
-      if (auto result = copy_once(src, dst, options, keep_dates)) return std::move(*result);
-    } catch (const Error& error) {
-      if (!is_damage(error) || attempt == kAttempts || env.stat(agent_path(src)) == before) throw;
-      continue;
-    }
-    if (attempt == kAttempts) {
-      throw Error(ErrorCode::kBusy, "The agent '" + src + "' changes while it is copied; try again later.");
-    }
-  }
-}
-
-std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const std::string& dst, const CopyOptions& options,
-                                                 bool keep_dates) {
-  Writing writing(*this);
-  const OpenedAgent opened = open_agent(src);
+/// nullopt when something that `src` needs was removed meanwhile.
+std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, const std::string& dst,
+                                    const CopyOptions& options, bool keep_dates) {
+  Writing writing(store);
+  const OpenedAgent opened = store.agents.open(src);
   const TorporFile& file = opened.agent.file;
   AgentInfo info = opened.agent.info;
-  if (src != dst) require_replaceable(dst);
-  if (!options.replace && env.exists(agent_path(dst))) {
+  if (src != dst) store.agents.require_replaceable(dst);
+  if (!options.replace && store.agents.contains(dst)) {
     throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.").with_agent(dst);
   }
   const int64_t n = options.n_tokens.value_or(info.cache_size);
@@ -81,7 +61,7 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
                                                  std::to_string(n) + " tokens; copy it whole.").with_agent(src);
   }
   const std::vector<KvState> state = read_state(opened.handle, file);
-  const std::vector<OpenedFile> files = open_own_files(opened);
+  const std::vector<OpenedFile> files = store.agents.open_files(opened);
   const int64_t all_sealed = int64_t(info.segments.size()) * kSegmentTokens, sealed = n / kSegmentTokens * kSegmentTokens;
   // Ids of the segment that the cut falls into are needed whole.
   const int64_t read = std::min(info.cache_size, sealed < all_sealed ? sealed + kSegmentTokens : n);
@@ -97,11 +77,11 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
   info.lineage.cut(n);
   std::vector<StoredSegment> found;
   info.bytes = 0;
-  const auto stats = segments.find(info.segments);
+  const auto stats = store.segments.find(info.segments);
   for (size_t i = 0; i < stats.size(); ++i) {
     const std::string& name = info.segments[i];
     if (!stats[i]) {
-      throw Error(ErrorCode::kCorruption, "The segment '" + segments.path(name).string() + "' of agent '" + src +
+      throw Error(ErrorCode::kCorruption, "The segment '" + store.segments.path(name).string() + "' of agent '" + src +
                                               "' is missing; restore it from a copy, or cut the agent before it.").with_agent(src);
     }
     found.push_back({name, *stats[i]});
@@ -110,9 +90,9 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
   info.agent_id = dst;
   if (options.user) info.user = *options.user;
   if (options.record) info.record = *options.record;
-  const std::optional<AgentFile> replaced = src == dst ? opened.agent : agent_file(dst);
+  const std::optional<AgentFile> replaced = src == dst ? opened.agent : store.agents.header(dst);
   if (!keep_dates) {
-    info.updated_at = format_time(env.now());
+    info.updated_at = format_time(store.env.now());
     info.created_at = replaced ? replaced->info.created_at : info.updated_at;
   }
   std::vector<OwnFile> kept;
@@ -122,7 +102,7 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
     const SegmentChain chain(info.identity, opened.agent.info.lineage, file.layout, all_segments, own.ids);
     const size_t i = size_t(sealed / kSegmentTokens);
     SegmentHeaders headers;
-    agent.tail = first_rows(segments.open(all_segments[i], chain.place(i), headers), int(n - sealed));
+    agent.tail = first_rows(store.segments.open(all_segments[i], chain.place(i), headers), int(n - sealed));
   } else if (n > sealed && rows_to_write(kept, agent) > 0) {
     agent.tail = read_own_state(files, file.layout, {.sealed = all_sealed, .length = n}).tail;
     if (agent.tail.n_tokens != n - sealed) {
@@ -131,44 +111,66 @@ std::optional<SaveResult> Store::Impl::copy_once(const std::string& src, const s
     }
   }
   const bool in_place = src == dst && !opened.agent.uid.empty();
-  AgentDraft draft = draft_agent(std::move(info), in_place ? opened.agent.uid : env.random_id(), agent, std::move(kept));
+  AgentDraft draft = draft_agent(std::move(info), in_place ? opened.agent.uid : store.env.random_id(), agent, std::move(kept));
   draft.digests_known = draft.kept.empty();
-  if (replaced) find_obsolete(replaced->uid, part_names(replaced->parts), draft);
+  if (replaced) store.agents.find_obsolete(replaced->uid, part_names(replaced->parts), draft);
   writing.make_room("Copying the agent '" + src + "' to '" + dst + "'", bytes_to_write(draft), draft.info.segments);
   if (!writing.claim(claims_of(draft), found)) return std::nullopt;
   SaveResult result;
   result.segments = draft.info.segments;
   result.segments_shared = int(result.segments.size());
-  if (options.durability == Durability::kFull) segments.flush(found);
-  commit_agent(draft, options.durability, result);
+  if (options.durability == Durability::kFull) store.segments.flush(found);
+  store.agents.commit(draft, options.durability, result);
   return result;
 }
 
-SaveResult Store::Impl::upgrade_agent(const std::string& id) {
-  (void)open_agent(id);  // a lock that nothing comes of would leave its file behind
-  const AgentFileLock lock = lock_agent(id);
-  const OpenedAgent opened = open_agent(id);
+}  // namespace
+
+SaveResult copy(Store::Impl& store, const std::string& src, const std::string& dst, const CopyOptions& options,
+                bool keep_dates) {
+  check_agent_id(src);
+  check_agent_id(dst);
+  constexpr int kAttempts = 20;
+  for (int attempt = 1;; ++attempt) {
+    // A save in another process may put a new file of `src` in place, and then nobody keeps what the old one needs.
+    const auto before = store.agents.stat(src);
+    try {
+      if (auto result = copy_once(store, src, dst, options, keep_dates)) return std::move(*result);
+    } catch (const Error& error) {
+      if (!is_damage(error) || attempt == kAttempts || store.agents.stat(src) == before) throw;
+      continue;
+    }
+    if (attempt == kAttempts) {
+      throw Error(ErrorCode::kBusy, "The agent '" + src + "' changes while it is copied; try again later.");
+    }
+  }
+}
+
+SaveResult upgrade_agent(Store::Impl& store, const std::string& id) {
+  (void)store.agents.open(id);  // a lock that nothing comes of would leave its file behind
+  const AgentFileLock lock = lock_agent(store, id);
+  const OpenedAgent opened = store.agents.open(id);
   SaveResult result;
   result.segments = opened.agent.info.segments;
   if (opened.agent.file.version == kFormatVersion && !opened.agent.info.lineage.old_names) return result;
-  LoadedAgent loaded = load(id, {.map_rows = true});
+  LoadedAgent loaded = load(store, id, {.map_rows = true});
   loaded.snapshot.lineage.old_names.reset();
-  return save(id, loaded.snapshot, nullptr, loaded.info.model, loaded.info.user, Durability::kFull,
+  return save(store, id, loaded.snapshot, nullptr, loaded.info.model, loaded.info.user, Durability::kFull,
               {std::move(loaded.messages), loaded.info.record});
 }
 
-void Store::Impl::rename_agent(const std::string& id, const std::string& new_id) {
+void rename_agent(Store::Impl& store, const std::string& id, const std::string& new_id) {
   check_agent_id(id);
   check_agent_id(new_id);
-  (void)open_agent(id);
-  if (holder(new_id).kind == Holder::kAgent) {
+  (void)store.agents.open(id);
+  if (store.agents.holder(new_id).kind == Catalogue::Holder::kAgent) {
     throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + new_id + "' already; choose another id.");
   }
-  const AgentFileLock lock = lock_agent(id), new_lock = lock_agent(new_id);
+  const AgentFileLock lock = lock_agent(store, id), new_lock = lock_agent(store, new_id);
   // Under a uid of its own: after a crash here there are two agents, and neither may remove the other's parts.
-  copy(id, new_id, {}, /*keep_dates=*/true);
-  remove_agent_file(id);
-  remove_sidecar(id);
+  copy(store, id, new_id, {}, /*keep_dates=*/true);
+  store.agents.remove(id);
+  store.agents.remove_sidecar(id);
 }
 
 }  // namespace torpor

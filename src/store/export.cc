@@ -4,7 +4,9 @@
 
 #include "base/hash.h"
 #include "store/messages.h"
+#include "store/sidecar.h"
 #include "store/store_impl.h"
+#include "store/temporary_file.h"
 
 namespace torpor {
 namespace {
@@ -30,12 +32,12 @@ std::filesystem::path export_directory(Env& env, const std::filesystem::path& ro
   return directory;
 }
 
-void Store::Impl::export_agent(const std::string& id, const std::filesystem::path& path) {
-  const auto directory = export_directory(env, root, path);
+void export_agent(Store::Impl& store, const std::string& id, const std::filesystem::path& path) {
+  const auto directory = export_directory(store.env, store.root, path);
   if (json_beside(path) == path) {
     throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' can't be an export's name; end it in .safetensors.");
   }
-  const LoadedAgent loaded = load(id, {.map_rows = true});
+  const LoadedAgent loaded = load(store, id, {.map_rows = true});
   const KvSnapshot& snapshot = loaded.snapshot;
   const auto n_tokens = int64_t(snapshot.tokens.size());
 
@@ -69,20 +71,20 @@ void Store::Impl::export_agent(const std::string& id, const std::filesystem::pat
                                                    .n_tokens = snapshot.tokens.size(), .checksums = std::move(checksums)},
                                                   snapshot.layout, &info.hash);
   pieces.front() = as_bytes_of(header);
-  const FileStat stat = write_file(env, directory / path.filename(), pieces, true);
+  const FileStat stat = write_file(store.env, directory / path.filename(), pieces, true);
   info.bytes = info.tail_bytes = int64_t(stat.size);
   const std::string json = encode_sidecar(info, stat);
-  write_file(env, directory / json_beside(path.filename()), {as_bytes_of(json)}, true);
-  env.sync_directory(directory);
+  write_file(store.env, directory / json_beside(path.filename()), {as_bytes_of(json)}, true);
+  store.env.sync_directory(directory);
 }
 
-SaveResult Store::Impl::import_agent(const std::filesystem::path& path, const std::string& id) {
+SaveResult import_agent(Store::Impl& store, const std::filesystem::path& path, const std::string& id) {
   check_agent_id(id);
-  const AgentFileLock agent_lock = lock_agent(id);
-  if (env.exists(agent_path(id))) {
+  const AgentFileLock agent_lock = lock_agent(store, id);
+  if (store.agents.contains(id)) {
     throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.");
   }
-  const File handle = env.open(path, OpenMode::kRead);
+  const File handle = store.env.open(path, OpenMode::kRead);
   const FileStat stat = handle.stat();
   const auto prefix = read_header_bytes(handle, stat.size);
   const SafetensorsHeader plain = parse_safetensors_header(prefix, stat.size, path.string());
@@ -118,7 +120,7 @@ SaveResult Store::Impl::import_agent(const std::filesystem::path& path, const st
   snapshot.state = read_state(handle, file);
   AgentNotes notes{agent.old_messages, agent.info.record};
   if (file.has_messages) notes.messages = decode_messages(read_messages(handle, file), path.string());
-  return save(id, snapshot, nullptr, agent.info.model, agent.info.user, Durability::kFull, notes);
+  return save(store, id, snapshot, nullptr, agent.info.model, agent.info.user, Durability::kFull, notes);
 }
 
 }  // namespace torpor

@@ -60,13 +60,13 @@ void place_tail(RowSink& sink, const KvLayout& layout, int64_t first, const KvTa
 
 }  // namespace
 
-LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options, RowSink* sink) {
+LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& options, RowSink* sink) {
   if (options.n_tokens.value_or(0) < 0) {
     throw Error(ErrorCode::kInvalidArgument, "An agent can't be loaded up to token " + std::to_string(*options.n_tokens) + ".");
   }
   constexpr int kAttempts = 5;
   for (int attempt = 1;; ++attempt) {
-    const OpenedAgent opened = open_agent(id);
+    const OpenedAgent opened = store.agents.open(id);
     const AgentFile& agent = opened.agent;
     if (options.expected != nullptr) check_identity(id, agent.info.identity, *options.expected);
     const int64_t length = std::min(options.n_tokens.value_or(agent.info.cache_size), agent.info.cache_size);
@@ -84,15 +84,15 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options,
 
     // A save in another process may have put a new agent file in place, which needs other files.
     const auto replaced = [&] {
-      const auto now = env.stat(agent_path(id));
+      const auto now = store.agents.stat(id);
       return attempt < kAttempts && (!now || *now != opened.stat);
     };
-    const std::vector<OpenedFile> files = open_own_files(opened);
+    const std::vector<OpenedFile> files = store.agents.open_files(opened);
     OwnStateOptions own_options{.sealed = int64_t(agent.info.segments.size()) * kSegmentTokens, .length = length};
     if (sink == nullptr) own_options.allocate = options.allocate;
     if (options.salvage) {
       own_options.recover_ids = [&](int64_t first, int64_t end) {
-        return ids_of_segments(*this, agent.info, snapshot.layout, first, end);
+        return ids_of_segments(store, agent.info, snapshot.layout, first, end);
       };
     }
     OwnState own = read_own_state(files, snapshot.layout, own_options);
@@ -109,7 +109,7 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options,
     const int64_t held = std::min<int64_t>(sealed + own.tail.n_tokens, length);
 
     const SegmentChain chain(snapshot.identity, snapshot.lineage, snapshot.layout, agent.info.segments, loaded.tokens);
-    RunLoader loader(*this, snapshot.layout, chain, options);
+    RunLoader loader(store, snapshot.layout, chain, options);
     // Everything but the rows, before a byte is allocated for them.
     loader.open(held, /*share_held=*/sink == nullptr);
     if (loader.missing() && replaced()) continue;
@@ -141,13 +141,13 @@ LoadedAgent Store::Impl::load(const std::string& id, const LoadOptions& options,
     }
     snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + usable);
     loaded.bytes_read = loader.bytes_read() + own.bytes_read + int64_t(own.tail.bytes.size());
-    if (own.problem.empty() && length == agent.info.cache_size) know_files(id, opened, std::move(own.files));
+    if (own.problem.empty() && length == agent.info.cache_size) store.agents.know(id, opened, std::move(own.files));
     for (size_t i = 0; i + 1 < files.size(); ++i) loaded.info.tail_bytes += int64_t(files[i].stat.size);
     loaded.info.bytes = loaded.info.tail_bytes;
     for (size_t i = 0; i < agent.info.segments.size(); ++i) {
       auto size = loader.segment_size(i);
       if (!size) {
-        if (const auto stat = segments.find(agent.info.segments[i])) size = stat->size;
+        if (const auto stat = store.segments.find(agent.info.segments[i])) size = stat->size;
       }
       loaded.info.bytes += int64_t(size.value_or(0));
     }

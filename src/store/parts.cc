@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 
+#include "base/hash.h"
 #include "store/torpor_file.h"
 
 namespace torpor {
@@ -12,6 +13,8 @@ std::vector<std::string> part_names(std::span<const PartRef> parts) {
   for (const PartRef& part : parts) names.push_back(part.name);
   return names;
 }
+
+std::string part_claim(const std::string& uid, const std::string& name) { return hash_hex(part_stem(uid, name)); }
 
 std::string encode_parts(std::span<const PartRef> parts) {
   std::string text;

@@ -24,6 +24,8 @@ struct PartRef {
 std::vector<std::string> part_names(std::span<const PartRef> parts);
 /// A part's file in `parts/`, without its extension: UID-NAME.
 inline std::string part_stem(const std::string& uid, const std::string& name) { return uid + "-" + name; }
+/// What a part is called by who claims it, or removes what is not claimed: as long as a segment's name.
+std::string part_claim(const std::string& uid, const std::string& name);
 
 /// "NAME:FIRST:TOKENS:ROWS" of each, joined with ','.
 std::string encode_parts(std::span<const PartRef> parts);

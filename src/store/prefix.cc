@@ -48,19 +48,19 @@ class PrefixSearch {
 
 }  // namespace
 
-std::vector<std::string> Store::Impl::find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
-                                                  std::span<const int32_t> tokens) {
+std::vector<std::string> find_prefix(Store::Impl& store, const Identity& identity, const Lineage& lineage,
+                                     const KvLayout& layout, std::span<const int32_t> tokens) {
   if (layout.tensors.empty()) return {};
   const SegmentChain chain(identity, lineage, layout, {}, tokens);
-  return PrefixSearch(segments, chain).longest({});
+  return PrefixSearch(store.segments, chain).longest({});
 }
 
-LoadedPrefix Store::Impl::load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
-                                      std::span<const int32_t> tokens, const LoadOptions& options) {
+LoadedPrefix load_prefix(Store::Impl& store, const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                         std::span<const int32_t> tokens, const LoadOptions& options) {
   LoadedPrefix loaded;
-  loaded.segments = find_prefix(identity, lineage, layout, tokens);
+  loaded.segments = find_prefix(store, identity, lineage, layout, tokens);
   const SegmentChain chain(identity, lineage, layout, loaded.segments, tokens);
-  RunLoader loader(*this, layout, chain, options);
+  RunLoader loader(store, layout, chain, options);
   loader.open(int64_t(loaded.segments.size()) * kSegmentTokens, /*share_held=*/true);
   loader.read();
   const auto n = size_t(loader.usable_tokens());
@@ -74,10 +74,10 @@ LoadedPrefix Store::Impl::load_prefix(const Identity& identity, const Lineage& l
   return loaded;
 }
 
-SaveResult Store::Impl::save_prefix(const KvSnapshot& snapshot, Durability durability) {
+SaveResult save_prefix(Store::Impl& store, const KvSnapshot& snapshot, Durability durability) {
   check_storable(snapshot, nullptr);
-  Writing writing(*this);
-  SegmentWriter writer(*this, snapshot, nullptr);
+  Writing writing(store);
+  SegmentWriter writer(store, snapshot, nullptr);
   const auto make_room = [&] {
     writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens", writer.bytes_to_write(),
                       writer.names());
@@ -88,14 +88,14 @@ SaveResult Store::Impl::save_prefix(const KvSnapshot& snapshot, Durability durab
   return result;
 }
 
-std::shared_ptr<const SealedRun> Store::Impl::map_segment(const std::string& name) {
-  const auto file = known.file(name);
+std::shared_ptr<const SealedRun> map_segment(Store::Impl& store, const std::string& name) {
+  const auto file = store.known.file(name);
   if (!file || !file->whole) return nullptr;
   try {
-    const File handle = segments.open(name);
+    const File handle = store.segments.open(name);
     const FileStat stat = handle.stat();
     if (stat != file->stat) return nullptr;
-    const auto held = known.run(name);
+    const auto held = store.known.run(name);
     if (held != nullptr && held->mapped() && held->segment()->content == file->content) return held;
     const SegmentFile segment = parse_segment_file(read_header_bytes(handle, stat.size), stat.size, handle.path().string());
     const auto mapping = segment.content() == file->content ? handle.map(stat.size) : nullptr;
@@ -103,7 +103,7 @@ std::shared_ptr<const SealedRun> Store::Impl::map_segment(const std::string& nam
     const std::span rows(mapping.get() + segment.file.header.data_start, size_t(segment.file.rows_bytes()));
     const auto run = std::make_shared<const SealedRun>(rows, mapping, /*mapped=*/true);
     run->set_segment({name, segment.variant, file->content});
-    known.add_run(run);
+    store.known.add_run(run);
     return run;
   } catch (const Error&) {
     return nullptr;  // gone, or another one

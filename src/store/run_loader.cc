@@ -60,7 +60,7 @@ bool RunLoader::take_held(size_t i) {
     return false;
   }
   try {
-    store_.recheck(layout_, *held, wanted(i, length_));
+    recheck(store_, layout_, *held, wanted(i, length_));
   } catch (const Error& error) {
     if (!is_damage(error)) throw;
     return false;  // the file, which is looked at now, says what is wrong with it

@@ -211,7 +211,7 @@ bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
     Planned& segment = *missing[i];
     if (!put_in_place(segment, *files[i])) break;
     segment.stat = files[i]->stat();
-    store_.count_written(segment.stat);
+    store_.written.add(segment.stat);
     const std::string content = content_of(segment);
     store_.known.add_file(segment.name, {segment.stat, content, checksums_of(segment).back(), true});
     remember(segment, content);

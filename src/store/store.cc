@@ -69,44 +69,13 @@ Store::Impl::Impl(std::filesystem::path root_path, Env& environment) : root(std:
   }
   make_directories(env, root);
   if (stat) warn_of_others(root, *stat);
-  has_marker_ = is_store_ = marker().has_value();
+  (void)agents.marker();  // one of a newer version is refused at once
 }
 
-AgentFileLock Store::Impl::lock_agent(const std::string& id) {
+AgentFileLock lock_agent(Store::Impl& store, const std::string& id) {
   check_agent_id(id);
-  require_replaceable(id);
-  return locks.agent(id, agent_path(id));
-}
-
-OpenedAgent Store::Impl::open_agent(const std::string& id) {
-  check_agent_id(id);
-  const auto path = agent_path(id);
-  require_agent(id);
-  File handle = env.open(path, OpenMode::kRead);
-  const FileStat stat = handle.stat();
-  try {
-    AgentFile agent = parse_agent_file(read_header_bytes(handle, stat.size), stat.size, path.string());
-    if (agent.info.agent_id != id) throw renamed_agent(id, agent.info.agent_id);
-    return {std::move(handle), stat, std::move(agent)};
-  } catch (const Error& error) {
-    if (error.code() == ErrorCode::kCorruption && holder(id).kind == Holder::kForeign) throw no_agent(id);
-    throw;
-  }
-}
-
-int64_t Store::Impl::write_sidecar(const AgentInfo& info, const FileStat& agent_file) noexcept {
-  try {
-    const auto path = sidecar_path(info.agent_id);
-    if (path == marker_path()) return 0;
-    if (env.exists(path) && !is_own_sidecar(info.agent_id, /*or_no_json=*/true)) throw Error(ErrorCode::kIo, "'" + path.string() + "' is no sidecar, and stays.");
-    const std::string text = encode_sidecar(info, agent_file);
-    // Never fsynced: half of one is found by its checksum and rebuilt.
-    count_written(write_file(env, path, {as_bytes_of(text)}, false));
-    return int64_t(text.size());
-  } catch (const std::exception& error) {
-    log(LogLevel::kWarning, "The sidecar of agent '" + info.agent_id + "' could not be written: " + error.what());
-    return 0;
-  }
+  store.agents.require_replaceable(id);
+  return store.locks.agent(id, store.agents.agent_path(id));
 }
 
 // ---- Store
@@ -118,7 +87,7 @@ const std::filesystem::path& Store::root() const { return impl_->root; }
 Env& Store::env() const { return impl_->env; }
 
 std::unique_ptr<AgentLock> Store::lock_agent(const std::string& agent_id) {
-  return std::make_unique<HeldAgentLock>(impl_->lock_agent(agent_id));
+  return std::make_unique<HeldAgentLock>(torpor::lock_agent(*impl_, agent_id));
 }
 bool Store::is_awake(const std::string& agent_id) const {
   check_agent_id(agent_id);
@@ -126,85 +95,85 @@ bool Store::is_awake(const std::string& agent_id) const {
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
                                    const UserMetadata& user, Durability durability, const AgentNotes& notes) {
-  return impl_->save(agent_id, snapshot, nullptr, model, user, durability, notes);
+  return save(*impl_, agent_id, snapshot, nullptr, model, user, durability, notes);
 }
 SaveResult Store::save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const BorrowedRows& rows,
                                    const std::string& model, const UserMetadata& user, Durability durability, const AgentNotes& notes) {
-  return impl_->save(agent_id, snapshot, &rows, model, user, durability, notes);
+  return save(*impl_, agent_id, snapshot, &rows, model, user, durability, notes);
 }
 LoadedAgent Store::load_agent_cache(const std::string& agent_id, const LoadOptions& options) const {
-  return impl_->load(agent_id, options);
+  return load(*impl_, agent_id, options);
 }
 LoadedAgent Store::load_into(const std::string& agent_id, RowSink& sink, const Identity* expected,
                              const BufferAllocator& allocate) const {
-  return impl_->load(agent_id, {.expected = expected, .allocate = allocate}, &sink);
+  return load(*impl_, agent_id, {.expected = expected, .allocate = allocate}, &sink);
 }
 std::vector<int32_t> Store::agent_tokens(const std::string& agent_id) const {
-  return impl_->read_agent(agent_id).ids;
+  return impl_->agents.read(agent_id).ids;
 }
 std::vector<StoredMessage> Store::agent_messages(const std::string& agent_id) const {
-  return impl_->read_agent(agent_id).messages;
+  return impl_->agents.read(agent_id).messages;
 }
 SaveResult Store::save_prefix(const KvSnapshot& snapshot, Durability durability) {
-  return impl_->save_prefix(snapshot, durability);
+  return torpor::save_prefix(*impl_, snapshot, durability);
 }
 int64_t Store::find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                            std::span<const int32_t> tokens) const {
-  return int64_t(impl_->find_prefix(identity, lineage, layout, tokens).size()) * kSegmentTokens;
+  return int64_t(torpor::find_prefix(*impl_, identity, lineage, layout, tokens).size()) * kSegmentTokens;
 }
 LoadedPrefix Store::load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                                 std::span<const int32_t> tokens, const LoadOptions& options) const {
-  return impl_->load_prefix(identity, lineage, layout, tokens, options);
+  return torpor::load_prefix(*impl_, identity, lineage, layout, tokens, options);
 }
 std::shared_ptr<const SealedRun> Store::map_segment(const std::string& name) const {
-  return impl_->map_segment(name);
+  return torpor::map_segment(*impl_, name);
 }
 bool Store::recheck(const KvLayout& layout, const SealedRun& run, const TensorMask& wanted) const {
-  return impl_->recheck(layout, run, wanted);
+  return torpor::recheck(*impl_, layout, run, wanted);
 }
 SaveResult Store::copy_agent_cache(const std::string& src, const std::string& dst, const CopyOptions& options) {
-  return impl_->copy(src, dst, options);
+  return copy(*impl_, src, dst, options);
 }
 void Store::rename_agent_cache(const std::string& agent_id, const std::string& new_id) {
-  impl_->rename_agent(agent_id, new_id);
+  rename_agent(*impl_, agent_id, new_id);
 }
-SaveResult Store::upgrade_agent(const std::string& agent_id) { return impl_->upgrade_agent(agent_id); }
+SaveResult Store::upgrade_agent(const std::string& agent_id) { return torpor::upgrade_agent(*impl_, agent_id); }
 void Store::set_disk_limits(const DiskLimits& limits) { impl_->set_disk_limits(limits); }
-DiskLimits Store::kept_disk_limits() const { return impl_->kept_limits(); }
-void Store::keep_disk_limits(const DiskLimits& limits) { impl_->keep_limits(limits); }
-AgentInfo Store::agent_info(const std::string& agent_id) const { return impl_->info(agent_id); }
+DiskLimits Store::kept_disk_limits() const { return kept_limits(*impl_); }
+void Store::keep_disk_limits(const DiskLimits& limits) { keep_limits(*impl_, limits); }
+AgentInfo Store::agent_info(const std::string& agent_id) const { return impl_->agents.info(agent_id); }
 bool Store::contains(const std::string& agent_id) const {
   if (!is_agent_id(agent_id)) return false;
-  switch (impl_->holder(agent_id).kind) {
-    case Impl::Holder::kNobody:
-    case Impl::Holder::kForeign: return false;
-    case Impl::Holder::kOther: return impl_->is_listed(agent_id);  // else only the file system takes one for the other
+  switch (impl_->agents.holder(agent_id).kind) {
+    case Catalogue::Holder::kNobody:
+    case Catalogue::Holder::kForeign: return false;
+    case Catalogue::Holder::kOther: return impl_->agents.is_listed(agent_id);  // else only the file system takes one for the other
     default: return true;
   }
 }
-std::vector<AgentInfo> Store::list_cached_agents() const { return impl_->list(true); }
-void Store::delete_agent_cache(const std::string& agent_id, bool whatever_it_is) { impl_->remove_agent(agent_id, whatever_it_is); }
-DiskUsage Store::get_cache_disk_usage() const { return impl_->usage(); }
+std::vector<AgentInfo> Store::list_cached_agents() const { return impl_->agents.list(true); }
+void Store::delete_agent_cache(const std::string& agent_id, bool whatever_it_is) { remove_agent(*impl_, agent_id, whatever_it_is); }
+DiskUsage Store::get_cache_disk_usage() const { return usage(*impl_); }
 std::vector<VerifyReport> Store::verify(const std::optional<std::string>& agent_id) const {
-  impl_->require_store();
+  impl_->agents.require_store();
   std::unordered_map<std::string, std::string> checked_rows;
-  if (agent_id) return {impl_->verify(*agent_id, checked_rows)};
+  if (agent_id) return {torpor::verify(*impl_, *agent_id, checked_rows)};
   std::vector<VerifyReport> reports;
-  for (const auto& id : impl_->agent_ids()) {
+  for (const auto& id : impl_->agents.ids()) {
     try {
-      reports.push_back(impl_->verify(id, checked_rows));
+      reports.push_back(torpor::verify(*impl_, id, checked_rows));
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kNotFound) throw;  // deleted meanwhile
     }
   }
   return reports;
 }
-GcResult Store::gc() { return impl_->gc(); }
+GcResult Store::gc() { return torpor::gc(*impl_); }
 void Store::export_agent(const std::string& agent_id, const std::filesystem::path& path) const {
-  impl_->export_agent(agent_id, path);
+  torpor::export_agent(*impl_, agent_id, path);
 }
 SaveResult Store::import_agent(const std::filesystem::path& path, const std::string& agent_id) {
-  return impl_->import_agent(path, agent_id);
+  return torpor::import_agent(*impl_, path, agent_id);
 }
 
 }  // namespace torpor

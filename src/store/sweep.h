@@ -18,7 +18,7 @@ namespace torpor {
 struct Removable {
   std::filesystem::path path;
   FileStat stat;
-  std::string segment;  ///< by which name a save claims it: a segment's, or Store::Impl::part_claim; empty: nobody does
+  std::string segment;  ///< by which name a save claims it: a segment's, or part_claim; empty: nobody does
 };
 
 /// One at a time in a store. What is looked at while it lasts stays true until it removes: a save that began before it has ended,

@@ -20,7 +20,7 @@ int64_t parse_counter(std::string_view text) {
 
 }  // namespace
 
-int64_t Store::Impl::stored_bytes(int64_t* reserved) {
+int64_t stored_bytes(Store::Impl& store, int64_t* reserved) {
   int64_t bytes = 0;
   std::unordered_set<uint64_t> inodes;  // a part has one name for each fork, or is an agent's file too
   const auto is_own = [&](const std::string& name, const std::vector<std::string>& names) {
@@ -30,12 +30,12 @@ int64_t Store::Impl::stored_bytes(int64_t* reserved) {
     if (is_temporary_name(name)) return true;
     if (!is_agent_id(id)) return false;
     if (extension == ".json") return has(id + ".safetensors");
-    return extension == ".safetensors" && (has(id + ".json") || holder(id).kind != Holder::kForeign);
+    return extension == ".safetensors" && (has(id + ".json") || store.agents.holder(id).kind != Catalogue::Holder::kForeign);
   };
   auto add_files = [&](const std::filesystem::path& directory, const std::vector<std::string>& names) {
     std::vector<std::filesystem::path> directories;
     for (const auto& name : names) {
-      const auto stat = env.stat(directory / name);
+      const auto stat = store.env.stat(directory / name);
       if (!stat) continue;
       if (stat->is_directory) {
         directories.push_back(directory / name);
@@ -46,34 +46,34 @@ int64_t Store::Impl::stored_bytes(int64_t* reserved) {
     }
     return directories;
   };
-  auto names = env.list(root);
+  auto names = store.env.list(store.root);
   const auto all = names;
   std::erase_if(names, [&](const std::string& name) { return !is_own(name, all); });
-  add_files(root, names);
-  add_files(parts_path(), env.list_own(parts_path()));
-  const auto& pool = segments.directory();
-  for (const auto& directory : add_files(pool, env.list_own(pool))) add_files(directory, env.list_own(directory));
+  add_files(store.root, names);
+  add_files(store.agents.parts_path(), store.env.list_own(store.agents.parts_path()));
+  const auto& pool = store.segments.directory();
+  for (const auto& directory : add_files(pool, store.env.list_own(pool))) add_files(directory, store.env.list_own(directory));
   return bytes;
 }
 
-DiskUsage Store::Impl::usage() {
+DiskUsage usage(Store::Impl& store) {
   DiskUsage usage;
   // Sizes of sparse files may be any.
   const auto add = [](int64_t& sum, uint64_t bytes) { sum = saturating_add(sum, int64_t(bytes)); };
   std::unordered_set<std::string> live, live_parts;
   std::unordered_set<uint64_t> counted;  // inodes
   bool all_readable = true;
-  for (const auto& agent : list(false)) {
+  for (const auto& agent : store.agents.list(false)) {
     ++usage.agents;
-    for (const auto& path : {agent_path(agent.agent_id), sidecar_path(agent.agent_id)}) {
-      const auto stat = env.stat(path);
+    for (const auto& path : {store.agents.agent_path(agent.agent_id), store.agents.sidecar_path(agent.agent_id)}) {
+      const auto stat = store.env.stat(path);
       if (stat && stat->is_file && counted.insert(stat->inode).second) add(usage.agent_bytes, stat->size);
     }
     live.insert(agent.segments.begin(), agent.segments.end());
     live_parts.insert(agent.parts.begin(), agent.parts.end());
     all_readable = all_readable && !agent.hash.empty();
   }
-  const std::vector<StoredPart> parts = stored_parts();
+  const std::vector<StoredPart> parts = store.agents.stored_parts();
   for (const bool live_ones : {true, false}) {
     for (const auto& [uid, name, stat] : parts) {
       // gc frees nothing while an agent file is damaged: what that one needs is not known.
@@ -81,7 +81,7 @@ DiskUsage Store::Impl::usage() {
       add(live_ones ? usage.agent_bytes : usage.orphan_bytes, stat.size);
     }
   }
-  for (const auto& segment : segments.list()) {
+  for (const auto& segment : store.segments.list()) {
     ++usage.segments;
     add(usage.segment_bytes, segment.stat.size);
     if (all_readable && !live.contains(segment.name)) {
@@ -89,28 +89,28 @@ DiskUsage Store::Impl::usage() {
       add(usage.orphan_bytes, segment.stat.size);
     }
   }
-  usage.total_bytes = stored_bytes();
-  usage.bytes_written = total_written();
+  usage.total_bytes = stored_bytes(store);
+  usage.bytes_written = store.written.total();
   return usage;
 }
 
 // ---- the counter
 
-int64_t Store::Impl::total_written() {
+int64_t WrittenBytes::total() const {
   try {
-    return parse_counter(env.read_file(locks.counter_path(), kDigits));
+    return parse_counter(env_.read_file(path_, kDigits));
   } catch (const Error&) {
     return 0;
   }
 }
 
-void Store::Impl::record_written() noexcept {
+void WrittenBytes::record() noexcept {
   if (unrecorded_ == 0) return;
-  const std::lock_guard guard(counter_mutex_);
+  const std::lock_guard guard(mutex_);
   const int64_t bytes = unrecorded_.exchange(0);
   try {
-    if (auto lock = env.lock(locks.counter_path(), LockMode::kExclusive, std::chrono::seconds(1))) {
-      const int64_t before = total_written();
+    if (auto lock = env_.lock(path_, LockMode::kExclusive, std::chrono::seconds(1))) {
+      const int64_t before = total();
       const std::string digits = std::to_string(saturating_add(before, bytes));
       lock->file().write_all({as_bytes_of(std::string(kDigits - digits.size(), '0') + digits)});
       return;

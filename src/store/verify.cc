@@ -4,73 +4,15 @@
 #include "store/store_impl.h"
 
 namespace torpor {
+namespace {
 
-VerifyReport Store::Impl::verify(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows) {
-  check_agent_id(id);
-  constexpr int kAttempts = 5;
-  for (int attempt = 1;; ++attempt) {
-    const auto before = env.stat(agent_path(id));
-    VerifyReport report = verify_once(id, checked_rows);
-    // A save or a rewind in another process may have put a new agent file in place, and what is missing is no longer needed.
-    if (report.problems.empty() || attempt == kAttempts || env.stat(agent_path(id)) == before) return report;
-  }
-}
-
-bool Store::Impl::recheck(const KvLayout& layout, const SealedRun& run, const TensorMask& wanted) {
-  const auto segment = run.segment();
-  if (!run.mapped() || segment == nullptr) return false;
-  TensorMask todo(layout.tensors.size());
-  bool in_memory = true;
-  size_t begin = 0, end = 0;  // neighbouring tensors are asked for at once
-  for (size_t t = 0; t <= todo.size() && in_memory; ++t) {
-    if (t < todo.size()) todo[t] = (wanted.empty() || wanted[t]) && (run.checked().empty() || run.checked()[t]);
-    const size_t offset = layout.offset(t, kSegmentTokens);
-    if (t < todo.size() && todo[t]) {
-      if (begin == end) begin = offset;
-      end = layout.offset(t + 1, kSegmentTokens);
-    } else if (begin < end) {
-      in_memory = env.raw_in_memory(run.bytes().subspan(begin, end - begin));
-      begin = end;
-    }
-  }
-  const auto damaged = [&] {
-    return Error(ErrorCode::kCorruption, "'" + segments.path(segment->name).string() + "' is damaged, and so are the rows of it that are in use; "
-                                         "wake the agent again, which goes on from what is intact.");
-  };
-  if (run.damaged()) throw damaged();
-  if (in_memory) return false;
-  try {
-    // Through the file: a disk that fails is then an error, where touching the mapping would end the process.
-    const auto known_file = known.file(segment->name);
-    const auto stat = segments.find(segment->name);
-    if (stat && known_file && known_file->stat == *stat) {
-      const File handle = segments.open(segment->name);
-      const auto header = read_header_bytes(handle, stat->size);
-      check_rows(handle, parse_segment_file(header, stat->size, handle.path().string()).file, todo);
-      return true;
-    }
-    // The file was removed or replaced, and the mapping is what is left of it.
-    const std::span<const std::byte> rows = run.bytes();
-    if (covers(run.checked(), {}) &&
-        content_digest(run_checksums(layout, kSegmentTokens, {&rows, 1})) != segment->content) {
-      throw damaged();
-    }
-  } catch (const Error& error) {
-    if (error.code() == ErrorCode::kCorruption) {
-      run.set_damaged();
-      known.forget(segment->name);
-    }
-    throw;
-  }
-  return true;
-}
-
-VerifyReport Store::Impl::verify_once(const std::string& id, std::unordered_map<std::string, std::string>& checked_rows) {
+VerifyReport verify_once(Store::Impl& store, const std::string& id,
+                         std::unordered_map<std::string, std::string>& checked_rows) {
   VerifyReport report;
   report.agent_id = id;
   std::optional<OpenedAgent> opened;
   try {
-    opened = open_agent(id);
+    opened = store.agents.open(id);
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kNotFound) throw;
     report.problems.push_back(error.what());
@@ -82,7 +24,7 @@ VerifyReport Store::Impl::verify_once(const std::string& id, std::unordered_map<
   std::vector<int32_t> tokens;
   RowBuffer rows;
   int64_t own_intact = 0;
-  for (const OpenedFile& file : open_own_files(*opened)) {
+  for (const OpenedFile& file : store.agents.open_files(*opened)) {
     std::string problem = file.problem;
     try {
       if (file.handle != nullptr) {
@@ -107,7 +49,7 @@ VerifyReport Store::Impl::verify_once(const std::string& id, std::unordered_map<
     std::string problem;
     try {
       if ((i + 1) * kSegmentTokens > tokens.size()) break;  // what they belong to is damaged, and said
-      const OpenedSegment segment = segments.open(name, chain.place(i), headers);
+      const OpenedSegment segment = store.segments.open(name, chain.place(i), headers);
       // Agents share segments: the rows of each are read once.
       auto [entry, is_new] = checked_rows.try_emplace(name);
       if (is_new) {
@@ -137,6 +79,69 @@ VerifyReport Store::Impl::verify_once(const std::string& id, std::unordered_map<
     report.problems.push_back(error.what());
   }
   return report;
+}
+
+}  // namespace
+
+VerifyReport verify(Store::Impl& store, const std::string& id,
+                    std::unordered_map<std::string, std::string>& checked_rows) {
+  check_agent_id(id);
+  constexpr int kAttempts = 5;
+  for (int attempt = 1;; ++attempt) {
+    const auto before = store.agents.stat(id);
+    VerifyReport report = verify_once(store, id, checked_rows);
+    // A save or a rewind in another process may have put a new agent file in place, and what is missing is no longer needed.
+    if (report.problems.empty() || attempt == kAttempts || store.agents.stat(id) == before) return report;
+  }
+}
+
+bool recheck(Store::Impl& store, const KvLayout& layout, const SealedRun& run, const TensorMask& wanted) {
+  const auto segment = run.segment();
+  if (!run.mapped() || segment == nullptr) return false;
+  TensorMask todo(layout.tensors.size());
+  bool in_memory = true;
+  size_t begin = 0, end = 0;  // neighbouring tensors are asked for at once
+  for (size_t t = 0; t <= todo.size() && in_memory; ++t) {
+    if (t < todo.size()) todo[t] = (wanted.empty() || wanted[t]) && (run.checked().empty() || run.checked()[t]);
+    const size_t offset = layout.offset(t, kSegmentTokens);
+    if (t < todo.size() && todo[t]) {
+      if (begin == end) begin = offset;
+      end = layout.offset(t + 1, kSegmentTokens);
+    } else if (begin < end) {
+      in_memory = store.env.raw_in_memory(run.bytes().subspan(begin, end - begin));
+      begin = end;
+    }
+  }
+  const auto damaged = [&] {
+    return Error(ErrorCode::kCorruption, "'" + store.segments.path(segment->name).string() + "' is damaged, and so are the rows "
+                                         "of it that are in use; wake the agent again, which goes on from what is intact.");
+  };
+  if (run.damaged()) throw damaged();
+  if (in_memory) return false;
+  try {
+    // Through the file: a disk that fails is then an error, where touching the mapping would end the process.
+    const auto known_file = store.known.file(segment->name);
+    const auto stat = store.segments.find(segment->name);
+    if (stat && known_file && known_file->stat == *stat) {
+      const File handle = store.segments.open(segment->name);
+      const auto header = read_header_bytes(handle, stat->size);
+      check_rows(handle, parse_segment_file(header, stat->size, handle.path().string()).file, todo);
+      return true;
+    }
+    // The file was removed or replaced, and the mapping is what is left of it.
+    const std::span<const std::byte> rows = run.bytes();
+    if (covers(run.checked(), {}) &&
+        content_digest(run_checksums(layout, kSegmentTokens, {&rows, 1})) != segment->content) {
+      throw damaged();
+    }
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kCorruption) {
+      run.set_damaged();
+      store.known.forget(segment->name);
+    }
+    throw;
+  }
+  return true;
 }
 
 }  // namespace torpor

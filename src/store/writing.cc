@@ -33,9 +33,9 @@ std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, co
   for (const auto& path : sweep.temporary_files()) {
     if (const auto stat = store.env.stat(path); stat && stat->is_file) order.push_back({path, *stat, {}});
   }
-  for (const auto& [uid, name, stat] : store.stored_parts()) {
-    const auto path = store.part_path(uid, name);
-    if (!live.contains(path.string())) order.push_back({path, stat, Store::Impl::part_claim(uid, name)});
+  for (const StoredPart& part : store.agents.stored_parts()) {
+    const Removable removable = store.agents.removable(part);
+    if (!live.contains(removable.path.string())) order.push_back(removable);
   }
   std::unordered_map<std::string, Evictable> unnamed;
   for (const StoredSegment& segment : store.segments.list()) {
@@ -62,10 +62,17 @@ std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, co
   return order;
 }
 
+void check_limits(const DiskLimits& limits) {
+  if (limits.budget >= 0 && limits.min_free >= 0) return;
+  throw Error(ErrorCode::kInvalidArgument, "A disk limit of " + std::to_string(std::min(limits.budget, limits.min_free)) +
+                                               " bytes can't be kept; give one of 0 (no limit) or more.")
+      .with_field("DiskLimits");
+}
+
 }  // namespace
 
 bool Writing::claim(const std::vector<std::string>& names, const std::vector<StoredSegment>& found) {
-  store_.make_store();
+  store_.agents.make_store();
   if (!saving_) saving_ = store_.locks.saving();
   if (names.empty()) return true;
   const StoreLock hold = store_.locks.claiming();
@@ -87,7 +94,7 @@ bool Writing::claim(const std::vector<std::string>& names, const std::vector<Sto
 std::pair<int64_t, std::string> Writing::excess(int64_t needed, bool reserved) {
   std::pair<int64_t, std::string> worst;
   int64_t given = 0;
-  const int64_t used = store_.stored_bytes(&given);
+  const int64_t used = stored_bytes(store_, &given);
   if (!reserved) given = 0;
   const int64_t wanted = saturating_add(needed, given);
   if (limits_.budget > 0) {
@@ -109,7 +116,7 @@ void Writing::make_room(const std::string& what, int64_t needed, const std::vect
   reservation_.reset();
   saving_.reset();
   if (!limited() || needed == 0) return;
-  store_.make_store();
+  store_.agents.make_store();
   const LimitsLock turn = store_.locks.limits();
   if (excess(needed, true).first > 0) evict(what, needed, keep);
   saving_ = store_.locks.saving();
@@ -117,7 +124,7 @@ void Writing::make_room(const std::string& what, int64_t needed, const std::vect
 }
 
 void Writing::evict(const std::string& what, int64_t needed, const std::vector<std::string>& keep) {
-  auto sweep = store_.sweep(std::chrono::minutes(1));
+  auto sweep = begin_sweep(store_, std::chrono::minutes(1));
   if (!sweep) {
     throw Error(ErrorCode::kBusy, what + " waits for room in the store '" + store_.root.string() +
                                       "', and saves to it take long; try again later.");
@@ -140,7 +147,7 @@ void Writing::evict(const std::string& what, int64_t needed, const std::vector<s
   if (over <= 0) return;
   std::unordered_set<std::string> live;
   try {
-    live = store_.live_files();
+    live = store_.agents.live_files();
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kCorruption) throw;
     refuse(error.what());
@@ -156,6 +163,39 @@ void Writing::evict(const std::string& what, int64_t needed, const std::vector<s
   // A file that someone still maps gives its space back later.
   std::tie(over, state) = excess(needed, false);
   if (over > 0) refuse("Segments that no agent names were removed, and it is not enough yet.");
+}
+
+// ---- limits
+
+DiskLimits kept_limits(Store::Impl& store) {
+  store.agents.require_store();
+  const auto kept = store.agents.marker();
+  return kept ? kept->limits : DiskLimits{};
+}
+
+void keep_limits(Store::Impl& store, const DiskLimits& limits) {
+  check_limits(limits);
+  store.agents.require_store();
+  const LimitsLock turn = store.locks.limits();
+  store.agents.make_store();
+  const std::string text = encode_marker(limits, store.agents.marker().value_or(Marker{}));
+  write_file(store.env, store.agents.marker_path(), {as_bytes_of(text)}, true);
+  store.env.sync_directory(store.root);
+}
+
+void Store::Impl::set_disk_limits(const DiskLimits& limits) {
+  check_limits(limits);
+  const std::lock_guard lock(limits_mutex_);
+  limits_ = limits;
+}
+
+DiskLimits disk_limits(Store::Impl& store) {
+  const auto kept = store.agents.marker();
+  DiskLimits limits = kept ? kept->limits : DiskLimits{};
+  const DiskLimits own = store.own_limits();
+  if (own.budget > 0) limits.budget = own.budget;
+  if (own.min_free > 0) limits.min_free = own.min_free;
+  return limits;
 }
 
 }  // namespace torpor

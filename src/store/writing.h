@@ -12,8 +12,8 @@ namespace torpor {
 /// bytes is written. Steps: look at what is there; `make_room`; `claim`, and when that fails begin again; write; commit.
 class Writing {
  public:
-  explicit Writing(Store::Impl& store) : store_(store), limits_(store.disk_limits()) {}
-  ~Writing() { store_.record_written(); }
+  explicit Writing(Store::Impl& store) : store_(store), limits_(disk_limits(store)) {}
+  ~Writing() { store_.written.record(); }
 
   /// With limits: gives the operation room for `needed` bytes more. Evicts for it segments that no agent names and `keep` does
   /// not have, oldest leaf first. kResourceExhausted beginning with `what` when that is not enough, and then nothing was evicted.

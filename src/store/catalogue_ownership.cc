@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cctype>
 
-#include "store/store_impl.h"
+#include "store/catalogue.h"
+#include "store/sidecar.h"
+#include "torpor/error.h"
 
 namespace torpor {
 namespace {
@@ -13,20 +15,13 @@ bool same_but_for_case(const std::string& a, const std::string& b) {
                     [](unsigned char x, unsigned char y) { return std::tolower(x) == std::tolower(y); });
 }
 
-void check_limits(const DiskLimits& limits) {
-  if (limits.budget >= 0 && limits.min_free >= 0) return;
-  throw Error(ErrorCode::kInvalidArgument, "A disk limit of " + std::to_string(std::min(limits.budget, limits.min_free)) +
-                                               " bytes can't be kept; give one of 0 (no limit) or more.")
-      .with_field("DiskLimits");
-}
-
 }  // namespace
 
 // ---- the marker
 
-std::optional<Marker> Store::Impl::marker() {
+std::optional<Marker> Catalogue::marker() const {
   const auto path = marker_path();
-  const auto stat = env.stat(path);
+  const auto stat = env_.stat(path);
   if (!stat) return std::nullopt;
   const std::lock_guard lock(marker_mutex_);
   if (marker_stat_ == stat) return marker_;
@@ -34,98 +29,67 @@ std::optional<Marker> Store::Impl::marker() {
     throw Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged: it is too long. Restore it from a copy, or remove it; the "
                                         "next save to the store makes another, without limits.").with_path(path.string());
   }
-  marker_ = decode_marker(env.read_file(path, kMaxMarker), path.string());
+  marker_ = decode_marker(env_.read_file(path, kMaxMarker), path.string());
   marker_stat_ = stat;
   return marker_;
 }
 
-bool Store::Impl::is_old_store() {
-  for (const auto& id : agent_ids()) {
+bool Catalogue::is_old_store() const {
+  for (const auto& id : ids()) {
     const Holder::Kind kind = holder(id).kind;
     if (kind == Holder::kAgent || kind == Holder::kOther) return true;
   }
-  const auto buckets = env.list_own(segments.directory());
+  const auto buckets = env_.list_own(segments_.directory());
   return std::any_of(buckets.begin(), buckets.end(), [&](const std::string& name) {
     return name.size() == 2 && name.find_first_not_of("0123456789abcdef") == std::string::npos &&
-           env.is_own_directory(segments.directory() / name);
+           env_.is_own_directory(segments_.directory() / name);
   });
 }
 
-void Store::Impl::require_store() {
+void Catalogue::require_store() const {
   if (is_store_ || marker()) {
     is_store_ = true;
     return;
   }
-  const auto names = env.list(root);
+  const auto names = env_.list(root_);
   // A store that nothing was saved to yet.
   if (std::all_of(names.begin(), names.end(), [](const std::string& name) { return name == ".locks" || is_temporary_name(name); })) return;
   if (!is_old_store()) {
-    throw Error(ErrorCode::kInvalidArgument, "'" + root.string() + "' is no store of Torpor's: it has no '" + kMarkerName +
+    throw Error(ErrorCode::kInvalidArgument, "'" + root_.string() + "' is no store of Torpor's: it has no '" + kMarkerName +
                                                  "', and other files; choose a store, or save an agent here to make it one.")
-        .with_path(root.string())
+        .with_path(root_.string())
         .with_field("Store::root");
   }
   is_store_ = true;
 }
 
-void Store::Impl::make_store() {
+void Catalogue::make_store() {
   if (has_marker_) return;
   if (!marker()) {
     const std::string text = encode_marker({});
-    TemporaryFile file(env, root, {as_bytes_of(text)}, true);
+    TemporaryFile file(env_, root_, {as_bytes_of(text)}, true);
     // What has the name and is no marker is the sidecar of an agent `torpor`.
     if (!file.put_new(marker_path()) && !marker()) file.replace(marker_path());
-    env.sync_directory(root);
+    env_.sync_directory(root_);
   }
   has_marker_ = is_store_ = true;
 }
 
-DiskLimits Store::Impl::kept_limits() {
-  require_store();
-  const auto kept = marker();
-  return kept ? kept->limits : DiskLimits{};
-}
-
-void Store::Impl::keep_limits(const DiskLimits& limits) {
-  check_limits(limits);
-  require_store();
-  const LimitsLock turn = locks.limits();
-  make_store();
-  const std::string text = encode_marker(limits, marker().value_or(Marker{}));
-  write_file(env, marker_path(), {as_bytes_of(text)}, true);
-  env.sync_directory(root);
-}
-
-void Store::Impl::set_disk_limits(const DiskLimits& limits) {
-  check_limits(limits);
-  const std::lock_guard lock(limits_mutex_);
-  limits_ = limits;
-}
-
-DiskLimits Store::Impl::disk_limits() {
-  const auto kept = marker();
-  DiskLimits limits = kept ? kept->limits : DiskLimits{};
-  const std::lock_guard lock(limits_mutex_);
-  if (limits_.budget > 0) limits.budget = limits_.budget;
-  if (limits_.min_free > 0) limits.min_free = limits_.min_free;
-  return limits;
-}
-
 // ---- agents' files
 
-std::string Store::Impl::read_beginning_of(const std::filesystem::path& path, size_t size) {
-  const File file = env.open(path, OpenMode::kRead);
+std::string Catalogue::read_beginning_of(const std::filesystem::path& path, size_t size) const {
+  const File file = env_.open(path, OpenMode::kRead);
   std::string text(size_t(std::min<uint64_t>(size, file.stat().size)), '\0');
   file.read_at(std::as_writable_bytes(std::span(text.data(), text.size())), 0);
   return text;
 }
 
-Store::Impl::Holder Store::Impl::holder(const std::string& id) {
+Catalogue::Holder Catalogue::holder(const std::string& id) const {
   const auto path = agent_path(id);
-  const auto stat = env.stat(path);
+  const auto stat = env_.stat(path);
   if (!stat) return {Holder::kNobody, {}};
   if (!stat->is_file) return {Holder::kForeign, {}};
-  if (const auto known = own_files_known(id); known != nullptr && known->stat == *stat) return {Holder::kAgent, {}};
+  if (const auto known = known_files(id); known != nullptr && known->stat == *stat) return {Holder::kAgent, {}};
   try {
     const AgentFileBeginning beginning = read_beginning(read_beginning_of(path, kAgentFileBeginning));
     if (!beginning.agent_id.empty()) return {beginning.agent_id == id ? Holder::kAgent : Holder::kOther, beginning.agent_id};
@@ -137,9 +101,9 @@ Store::Impl::Holder Store::Impl::holder(const std::string& id) {
   return {is_own_sidecar(id) ? Holder::kUnreadable : Holder::kForeign, {}};
 }
 
-bool Store::Impl::is_own_sidecar(const std::string& id, bool or_no_json) {
+bool Catalogue::is_own_sidecar(const std::string& id, bool or_no_json) const {
   const auto path = sidecar_path(id);
-  if (!env.is_file(path)) return false;
+  if (!env_.is_file(path)) return false;
   try {
     const std::string text = read_beginning_of(path, kSidecarBeginning);
     const size_t first = text.find_first_not_of(" \t\r\n");
@@ -151,18 +115,18 @@ bool Store::Impl::is_own_sidecar(const std::string& id, bool or_no_json) {
   }
 }
 
-bool Store::Impl::is_listed(const std::string& id) {
-  const auto names = env.list(root);
+bool Catalogue::is_listed(const std::string& id) const {
+  const auto names = env_.list(root_);
   return std::binary_search(names.begin(), names.end(), agent_path(id).filename().string());
 }
 
-Error Store::Impl::no_agent(const std::string& id) {
-  return Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root.string() + "'.")
+Error Catalogue::no_agent(const std::string& id) const {
+  return Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + root_.string() + "'.")
       .with_agent(id)
-      .with_path(root.string());
+      .with_path(root_.string());
 }
 
-Error Store::Impl::renamed_agent(const std::string& id, const std::string& held) {
+Error Catalogue::renamed_agent(const std::string& id, const std::string& held) const {
   const std::string path = agent_path(id).string();
   if (same_but_for_case(id, held) && !is_listed(id)) return no_agent(id);
   return Error(ErrorCode::kCorruption, "'" + path + "' holds the agent '" + held + "': the file was renamed; give it its old name back.")
@@ -170,7 +134,7 @@ Error Store::Impl::renamed_agent(const std::string& id, const std::string& held)
       .with_path(path);
 }
 
-void Store::Impl::require_replaceable(const std::string& id) {
+void Catalogue::require_replaceable(const std::string& id) const {
   const Holder held = holder(id);
   if (held.kind == Holder::kNobody || held.kind == Holder::kAgent) return;
   const std::string path = agent_path(id).string();
@@ -187,11 +151,11 @@ void Store::Impl::require_replaceable(const std::string& id) {
   if (held.kind == Holder::kOther) throw renamed_agent(id, held.id);
 }
 
-void Store::Impl::require_removable(const std::string& id, bool whatever_it_is) {
+void Catalogue::require_removable(const std::string& id, bool whatever_it_is) const {
   const Holder held = holder(id);
   if (held.kind == Holder::kAgent) return;
   // On a file system that folds case the name may be another agent's.
-  if (held.kind == Holder::kNobody || !env.is_file(agent_path(id)) || !is_listed(id)) throw no_agent(id);
+  if (held.kind == Holder::kNobody || !env_.is_file(agent_path(id)) || !is_listed(id)) throw no_agent(id);
   if (held.kind == Holder::kDamaged || whatever_it_is) return;
   if (held.kind == Holder::kOther) throw renamed_agent(id, held.id).with_field("force");
   const std::string path = agent_path(id).string();
