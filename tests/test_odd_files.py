@@ -50,6 +50,17 @@ def test_what_is_no_file_is_nobodys(ada, words, make):
     assert all(path.exists() and not path.is_file() for path in names)
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("nothing")], ids=["directory", "pipe", "link"])
+def test_what_has_the_name_of_a_new_segment_and_is_no_file_is_an_error(ada, words, make):
+    first = ada.segments()[0]
+    ada("rm", "ada").ok()
+    ada("gc").ok()
+    make(first)
+    ada.run("ada", words(600), "--raw", timeout=60).fails("io", first.name, "aside", answered=True)
+    ada.run("ada", words(200), "--raw").ok()
+    ada("gc").ok()
+
+
 # ---- containers
 
 def test_data_that_is_not_aligned_is_damage(ada, tmp_path):

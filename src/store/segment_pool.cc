@@ -56,7 +56,15 @@ TemporaryFile SegmentPool::write(const std::string& name, const std::vector<std:
   return TemporaryFile(env_, directory_of(name), pieces, durable);
 }
 
-bool SegmentPool::put_new(const std::string& name, TemporaryFile& file) { return file.put_new(path(name)); }
+bool SegmentPool::put_new(const std::string& name, TemporaryFile& file) {
+  if (file.put_new(path(name))) return true;
+  // What is no file is found by nobody, so whoever was told to look again would come back for ever.
+  if (const auto other = env_.stat_link(path(name)); other && !other->is_file && !find(name)) {
+    throw Error(ErrorCode::kIo, "'" + path(name).string() + "' has the name of a segment, and is no file; move it aside.")
+        .with_path(path(name).string());
+  }
+  return false;
+}
 
 void SegmentPool::replace(const std::string& name, TemporaryFile& file) { file.replace(path(name)); }
 

@@ -44,7 +44,7 @@ class SegmentPool {
 
   /// A file for `name`, whole and under no name yet; flushed with `durable`.
   TemporaryFile write(const std::string& name, const std::vector<std::span<const std::byte>>& pieces, bool durable);
-  /// Gives the file its name unless that is taken: false then.
+  /// Gives the file its name unless that is taken: false then. kIo when it is taken by what is no file.
   bool put_new(const std::string& name, TemporaryFile& file);
   /// Gives the file its name in place of another. The caller holds the store's lock exclusively.
   void replace(const std::string& name, TemporaryFile& file);
