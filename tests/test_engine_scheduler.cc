@@ -65,6 +65,7 @@ class Chatter : public Scheduler::Turn {
     diary_.add(name_ + " commits");
     committed_ = true;
   }
+  void let_go() noexcept override {}
 
  private:
   Diary& diary_;
@@ -227,6 +228,69 @@ TEST_F(SchedulerTest, ASlowReaderPausesItsOwnTurnOnly) {
   EXPECT_TRUE(diary.has("slow ends"));
 }
 
+/// Takes so much of what there is at its first step, and holds it to its end.
+class Hoarder : public Chatter {
+ public:
+  Hoarder(int& free, int needs, Diary& diary, std::string name, int steps, Scheduler::Listener& listener)
+      : Chatter(diary, name, steps, listener), free_(free), needs_(needs), diary_(diary), name_(std::move(name)) {}
+  ~Hoarder() override { give(); }
+  bool step() override {
+    if (!std::exchange(holds_, true)) {
+      if (free_ < needs_) {
+        holds_ = false;
+        throw Error(ErrorCode::kResourceExhausted, "x").with_field("EngineOptions::memory_budget");
+      }
+      free_ -= needs_;
+      diary_.add(name_ + " takes");
+    }
+    return Chatter::step();
+  }
+  void let_go() noexcept override {
+    diary_.add(name_ + " lets go");
+    give();
+  }
+
+ private:
+  void give() {
+    if (std::exchange(holds_, false)) free_ += needs_;
+  }
+
+  int& free_;
+  const int needs_;
+  Diary& diary_;
+  const std::string name_;
+  bool holds_ = false;
+};
+
+TEST_F(SchedulerTest, ATurnThatFindsNoRoomTakesThatOfOneWhoseReaderIsSlowWhichGoesOnLater) {
+  int free = 5;
+  const auto hoard = [&](const std::string& name, int needs, std::function<void(std::string_view)> on_text) {
+    return Scheduler::TurnCall{.agent = name, .on_text = std::move(on_text), .begin = [&, name, needs](Scheduler::Listener& listener) {
+                                 return std::make_unique<Hoarder>(free, needs, diary, name, 3, listener);
+                               }};
+  };
+  std::promise<void> read;
+  std::atomic<bool> reading{false};
+  int heard = 0;
+  auto slow = std::async(std::launch::async, [&] {
+    return scheduler.turn(hoard("slow", 3, [&](std::string_view) {
+      if (++heard == 1 && !reading.exchange(true)) read.get_future().wait();
+    }));
+  });
+  until([&] { return reading.load(); });
+  // It does not fit alone, whatever others let go of.
+  EXPECT_EQ(code_of([&] { scheduler.turn(hoard("huge", 6, {})); }), ErrorCode::kResourceExhausted);
+  EXPECT_NO_THROW(scheduler.turn(hoard("b", 4, {})));
+  read.set_value();
+  EXPECT_EQ(slow.get(), Scheduler::Ended::kCommitted);
+  EXPECT_EQ(heard, 3);
+  EXPECT_EQ(free, 5);
+  EXPECT_TRUE(diary.has("slow lets go"));
+  EXPECT_FALSE(diary.has("b lets go"));
+  const std::vector<std::string> lines = diary.lines();
+  EXPECT_EQ(std::count(lines.begin(), lines.end(), "slow takes"), 2);
+}
+
 TEST_F(SchedulerTest, TheNextStepWaitsForTheProgressOfThePrefillToBeHeard) {
   struct Prefill : Scheduler::Turn {
     explicit Prefill(Scheduler::Listener& listener) : listener(listener) {}
@@ -235,6 +299,7 @@ TEST_F(SchedulerTest, TheNextStepWaitsForTheProgressOfThePrefillToBeHeard) {
       return done < 10;
     }
     void commit() override {}
+    void let_go() noexcept override {}
     Scheduler::Listener& listener;
     int done = 0;
   };

@@ -2,6 +2,7 @@
 
 import threading
 
+import mlx.core as mx
 import pytest
 
 import torpor
@@ -142,3 +143,21 @@ def test_a_stopped_reader_keeps_no_stream_from_being_undone_or_dropped(hasty):
             assert [s.agent_id for s in hasty.agents()] == ["bob"]
         del stream
     assert 0 < status(hasty, "ada").tokens < 200
+
+
+def test_a_turn_takes_the_memory_of_one_whose_reader_has_stopped_and_that_one_goes_on_at_its_token(tiny_model, tmp_path, words):
+    first, second, far = words(700), words(1700)[-3500:], words(3000)
+    with torpor.Engine(tiny_model, tmp_path / "alone") as engine:
+        expected = {name: (engine.agent(name).turn(prompt, raw=True, max_tokens=60).text, engine.agent(name).next_logits())
+                    for name, prompt in (("ada", first), ("bob", second))}
+    run = 2 * 2 * 64 * 2 * 256  # layers, keys and values, head_dim, f16, tokens
+    with torpor.Engine(tiny_model, tmp_path / "store", memory_budget=5 * run, text_queue=1) as engine:
+        ada = engine.agent("ada").stream(first, raw=True, max_tokens=60)
+        said = next(ada)
+        with pytest.raises(torpor.ResourceExhaustedError):
+            engine.turn(far, raw=True, max_tokens=2)  # does not fit alone
+        assert engine.agent("bob").turn(second, raw=True, max_tokens=60).text == expected["bob"][0]
+        said += "".join(ada)
+        assert said == ada.result.text == expected["ada"][0] and ada.result.tokens.generated == 60
+        for name in ("ada", "bob"):
+            assert mx.array_equal(engine.agent(name).next_logits(), expected[name][1])

@@ -38,7 +38,8 @@ struct EngineOptions {
   std::optional<KvFormat> kv_format;    ///< of new agents; nullopt: the model's own, and an agent on disk goes on in its own
   Durability durability = Durability::kFull;
   /// Bytes of KV held in memory, real buffers, each once; 0 = no bound. Over it the least recently used agents that are not
-  /// pinned go to sleep; when none can, kResourceExhausted says what holds the memory.
+  /// pinned go to sleep, and turns whose readers are slow let go of their rows until they go on; when that is not enough,
+  /// kResourceExhausted says what holds the memory.
   size_t memory_budget = 0;
   DiskLimits disk;
   ComputeOptions compute;

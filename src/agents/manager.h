@@ -65,6 +65,9 @@ struct Growth {
   int rows;
 };
 
+/// Whether an error says that the memory budget has no room while others hold it: with less held it may be had.
+bool is_lack_of_room(const Error& error);
+
 class AgentManager {
  public:
   /// `store` outlives the manager.

@@ -16,7 +16,11 @@ class Lru final : public EvictionPolicy {
   }
 };
 
+constexpr const char* kBudget = "EngineOptions::memory_budget";
+
 }  // namespace
+
+bool is_lack_of_room(const Error& error) { return error.code() == ErrorCode::kResourceExhausted && error.field() == kBudget; }
 
 std::unique_ptr<EvictionPolicy> make_lru() { return std::make_unique<Lru>(); }
 
@@ -43,7 +47,8 @@ KvLedger::Room AgentManager::make_room(size_t bytes) {
       throw Error(ErrorCode::kResourceExhausted,
                   std::to_string(bytes) + " bytes more of KV cache do not fit the memory budget of " +
                       std::to_string(options_.memory_budget) + " bytes: " + holders() +
-                      (why.empty() ? "; raise the budget, unpin an agent or shorten the prompt." : "; " + why));
+                      (why.empty() ? "; raise the budget, unpin an agent or shorten the prompt." : "; " + why))
+          .with_field(kBudget, std::to_string(options_.memory_budget), std::to_string(ledger_->bytes() + bytes));
     }
     const std::string victim = candidates[policy_->choose(candidates)].id;
     try {

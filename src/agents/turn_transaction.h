@@ -47,6 +47,8 @@ class TurnTransaction {
   /// How many of them had their rows when the turn began.
   int reused() const noexcept { return reused_; }
   KvCache& cache() noexcept { return *hold_->cache; }
+  /// Takes back the rows from `n_tokens` on.
+  void take_back(int n_tokens) { manager_.take_back(*hold_, n_tokens); }
   /// The ids of `tokens()` whose rows are still to be computed.
   std::span<const int32_t> pending() const noexcept;
 

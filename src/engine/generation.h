@@ -76,6 +76,9 @@ class Generation {
   /// Calls the options' callbacks. kInternal when the logits hold no number.
   void take(std::span<const float> logits);
   bool over() const noexcept { return over_; }
+  /// Rows in the cache: all that `held`, the prompt and `sampled()` have, but for what next_rows will ask for.
+  int position() const noexcept { return position_; }
+  const std::vector<int32_t>& sampled() const noexcept { return result_.tokens; }
   /// Once it is over.
   GenerateResult finish();
 

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <utility>
 
+#include "agents/manager.h"
 #include "base/foreign_error.h"
 
 namespace torpor {
@@ -43,6 +44,7 @@ class Scheduler::Task final : public Scheduler::Listener {
   const TurnCall* turn_call = nullptr;          // of a turn
   std::unique_ptr<Turn> turn;                   // the engine thread's alone
   bool begun = false, computed = false;         // its first step was made; its last
+  bool let_go = false;                          // it holds no memory, and is to be stepped when no other can be
   bool deaf = false;                            // a callback has thrown
   Ended ended = Ended::kCommitted;
   struct Said {
@@ -55,6 +57,7 @@ class Scheduler::Task final : public Scheduler::Listener {
   bool reading = false;       // a prefill's progress is among it
 
   bool is_turn() const { return turn_call != nullptr; }
+  bool holds_memory() const { return is_turn() && begun && !let_go && !over; }
   bool given_up() const { return deaf || is_set(turn_call->give_up) || (!begun && is_set(turn_call->cancel)); }
   bool overlaps(const Task& other) const {
     return std::any_of(agents.begin(), agents.end(), [&](const std::string& agent) {
@@ -127,7 +130,8 @@ void Scheduler::enqueue(Task& task) {
   wake_.notify_one();
 }
 
-void Scheduler::run_call(std::vector<std::string> agents, const std::function<void()>& work, const std::function<void()>& after) {
+void Scheduler::run_call(std::vector<std::string> agents, const std::function<void()>& work,
+                         const std::function<void()>& after) {
   Task task(*this);
   task.agents = std::move(agents);
   task.work = &work;
@@ -241,12 +245,16 @@ bool Scheduler::blocked(const Task& task) const {
 }
 
 bool Scheduler::may_step(const Task& task) const {
+  if (task.let_go && task.unheard > 0) return false;
   // One that is cancelled ends soon, and what it still says is little.
   return !task.computed && !task.reading && (task.bytes < text_queue_bytes_ || is_set(task.turn_call->cancel));
 }
 
 std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
   std::pair<Task*, Action> step{nullptr, Action::kNothing}, later = step;
+  const bool running = std::any_of(tasks_.begin(), tasks_.end(), [&](const Task* task) {
+    return task->holds_memory() && may_step(*task);
+  });
   for (Task* task : tasks_) {
     if (task->over) continue;
     if (task->is_turn() && task->given_up()) return {task, Action::kUndo};  // whatever is before it
@@ -256,11 +264,31 @@ std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
       if (later.first == nullptr) later = {task, Action::kCall};
     } else if (task->computed) {
       if (task->unheard == 0) return {task, Action::kCommit};
-    } else if (step.first == nullptr && may_step(*task)) {
+    } else if (step.first == nullptr && may_step(*task) && !(task->let_go && running)) {
       step = {task, Action::kStep};
     }
   }
   return step.first != nullptr ? step : later;
+}
+
+bool Scheduler::make_room(Task& task, std::unique_lock<std::mutex>& lock) {
+  Task* gives = nullptr;
+  bool others = false, later = false;
+  for (Task* other : tasks_) {
+    later |= other == &task;
+    if (other == &task || !other->holds_memory()) continue;
+    others = true;
+    if (later || !may_step(*other)) gives = other;
+  }
+  if (!others) return false;
+  if (gives == nullptr) gives = &task;
+  gives->let_go = true;
+  gives->computed = false;
+  task.begun = task.turn != nullptr;
+  lock.unlock();
+  if (gives->turn != nullptr) gives->turn->let_go();
+  lock.lock();
+  return true;
 }
 
 void Scheduler::act(Task& task, Action action, std::unique_lock<std::mutex>& lock) {
@@ -288,9 +316,16 @@ void Scheduler::act(Task& task, Action action, std::unique_lock<std::mutex>& loc
     error = std::current_exception();
     over = true;
   }
+  if (error && action == Action::kStep && is_lack_of_room(to_error(error, ""))) {
+    lock.lock();
+    due_ = numbers_;
+    if (make_room(task, lock)) return;
+    lock.unlock();
+  }
   if (over) task.turn.reset();
   lock.lock();
   task.computed = computed;
+  task.let_go = false;
   if (action == Action::kStep) due_ = numbers_;
   if (!over) return;
   if (action == Action::kUndo) task.ended = begun ? Ended::kGivenUp : Ended::kNotBegun;

@@ -5,8 +5,11 @@
 /// in the order it came: a call waits for the turns and calls on its agents that came before it, and for no others. Of the
 /// turns that may run, the one that came first is stepped.
 ///
-/// What a turn or call leaves to be waited for, as a save, its caller waits for (`after`); other steps go on meanwhile, and what
-/// names the same agent comes later.
+/// A save is waited for by the caller (`after`). Other steps go on meanwhile; what names the same agent comes later.
+///
+/// A turn that finds no room in memory takes that of turns that can't be stepped and of those after it, or waits for one before
+/// it. A turn that has let go of its memory goes on when no other can and its reader has heard all. Only a turn that does
+/// not fit alone fails.
 ///
 /// A turn talks to its caller through a bounded queue (Listener), whose callbacks run on the caller's thread and may call
 /// back. While the queue is full the turn is skipped and others are stepped. It is committed when its caller has heard all.
@@ -51,8 +54,10 @@ class Scheduler {
   class Turn {
    public:
     virtual ~Turn() = default;
-    /// Computes a little. False when nothing is left to compute.
+    /// Computes a little. False when nothing is left to compute. What is_lack_of_room throws changes nothing.
     virtual bool step() = 0;
+    /// Lets go of the memory that it holds. The next steps compute what is gone again.
+    virtual void let_go() noexcept = 0;
     /// After the last step, when the caller has heard everything.
     virtual void commit() = 0;
   };
@@ -121,6 +126,8 @@ class Scheduler {
   std::pair<Task*, Action> next() const;
   bool blocked(const Task& task) const;
   bool may_step(const Task& task) const;
+  /// A turn that was refused room: whether others hold some. Then one of them, or this one, has let go of it.
+  bool make_room(Task& task, std::unique_lock<std::mutex>& lock);
   void act(Task& task, Action action, std::unique_lock<std::mutex>& lock);
 
   const size_t text_queue_bytes_;

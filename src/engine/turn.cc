@@ -1,5 +1,6 @@
 #include "engine/turn.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -41,14 +42,42 @@ GenerateOptions EngineTurn::options_of(const TurnRequest& request, Scheduler::Li
 
 EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnOutcome& outcome)
     : parts_(parts), request_(request), outcome_(outcome), result_(outcome.result), start_(Clock::now()),
-      transaction_(*parts.agents, wake(parts, request, result_),
-                   {.prompt = request.prompt, .system = request.system, .raw = request.raw, .tokenizer = parts.tokenizer,
-                    .chat_template = parts.chat_template}),
-      begin_ms_(ms_since(start_)),
-      generation_(parts.model->info(), parts.tokenizer, transaction_.reused(),
-                  {transaction_.pending().begin(), transaction_.pending().end()}, options_of(request, listener)) {
-  result_.tokens.prompt = int(transaction_.tokens().size());
-  result_.tokens.cached = transaction_.reused();
+      transaction_(std::in_place, *parts.agents, wake(parts, request, result_), input_of(parts, request)),
+      tokens_(transaction_->tokens()), begin_ms_(ms_since(start_)),
+      generation_(parts.model->info(), parts.tokenizer, transaction_->reused(),
+                  {transaction_->pending().begin(), transaction_->pending().end()}, options_of(request, listener)) {
+  result_.tokens.prompt = int(tokens_.size());
+  result_.tokens.cached = transaction_->reused();
+}
+
+TurnInput EngineTurn::input_of(const EngineParts& parts, const TurnRequest& request) {
+  return {.prompt = request.prompt, .system = request.system, .raw = request.raw, .tokenizer = parts.tokenizer,
+          .chat_template = parts.chat_template};
+}
+
+bool EngineTurn::catch_up() {
+  const int position = generation_.position();
+  if (!transaction_) {
+    TurnResult again;
+    transaction_.emplace(*parts_.agents, wake(parts_, request_, again), input_of(parts_, request_));
+    if (transaction_->tokens() != tokens_) {
+      throw Error(ErrorCode::kBusy, "The agent '" + request_.agent + "' was changed by another process while its turn waited "
+                                    "for memory; ask again.").with_agent(request_.agent);
+    }
+    if (transaction_->cache().length() > position) transaction_->take_back(position);
+  }
+  KvCache& cache = transaction_->cache();
+  const int held = cache.length(), rows = std::min(position - held, parts_.pace->rows());
+  if (rows <= 0) return false;
+  std::vector<int32_t> ids = tokens_;
+  ids.insert(ids.end(), generation_.sampled().begin(), generation_.sampled().end());
+  const std::span<const int32_t> wanted = std::span(ids).subspan(size_t(held), size_t(rows));
+  const Growth growth{&cache, rows};
+  parts_.agents->reserve({&growth, 1});
+  const ForwardSequence sequence{.tokens = wanted, .kv = &cache, .no_logits = true};
+  parts_.model->forward({&sequence, 1});
+  cache.record_tokens(wanted);
+  return true;
 }
 
 void EngineTurn::compute(EngineParts& parts, std::span<EngineTurn* const> turns) {
@@ -59,8 +88,8 @@ void EngineTurn::compute(EngineParts& parts, std::span<EngineTurn* const> turns)
     const std::span<const int32_t> rows = turn->generation_.next_rows(parts.pace->rows());
     if (rows.empty()) continue;
     computing.push_back(turn);
-    growths.push_back({&turn->transaction_.cache(), int(rows.size())});
-    batch.push_back({.tokens = rows, .kv = &turn->transaction_.cache(), .no_logits = !turn->generation_.wants_logits()});
+    growths.push_back({&turn->transaction_->cache(), int(rows.size())});
+    batch.push_back({.tokens = rows, .kv = &turn->transaction_->cache(), .no_logits = !turn->generation_.wants_logits()});
   }
   if (batch.empty()) return;
   parts.agents->reserve(growths);
@@ -71,7 +100,7 @@ void EngineTurn::compute(EngineParts& parts, std::span<EngineTurn* const> turns)
   for (const ForwardSequence& sequence : batch) rows += sequence.tokens.size();
   if (rows > batch.size()) parts.pace->took(int(rows), ms_since(start) / 1000);
 
-  for (size_t i = 0; i < computing.size(); ++i) computing[i]->transaction_.cache().record_tokens(batch[i].tokens);
+  for (size_t i = 0; i < computing.size(); ++i) computing[i]->transaction_->cache().record_tokens(batch[i].tokens);
 
   const size_t vocab = size_t(logits.shape(-1));
   const float* row = logits.data<float>();
@@ -83,6 +112,7 @@ void EngineTurn::compute(EngineParts& parts, std::span<EngineTurn* const> turns)
 }
 
 bool EngineTurn::step() {
+  if (catch_up()) return true;
   EngineTurn* const self = this;
   compute(parts_, {&self, 1});
   return !generation_.over();
@@ -90,21 +120,21 @@ bool EngineTurn::step() {
 
 void EngineTurn::commit() {
   const GenerateResult generated = generation_.finish();
-  transaction_.commit(generated.text, transaction_.pending().empty());
+  transaction_->commit(generated.text, transaction_->pending().empty());
   result_.text = generated.text;
   result_.finish_reason = generated.finish_reason;
   result_.tokens.prefilled = generated.prefilled;
   result_.tokens.generated = int(generated.tokens.size());
-  result_.tokens.context = transaction_.cache().length();
+  result_.tokens.context = transaction_->cache().length();
   result_.timing_ms.ttft = begin_ms_ + generated.prefill_ms;
   result_.timing_ms.decode = generated.decode_ms;
 
   const auto saving = Clock::now();
-  outcome_.saving = transaction_.save(request_.save);
-  result_.save_error = transaction_.save_error();
-  result_.notices = transaction_.notices();
+  outcome_.saving = transaction_->save(request_.save);
+  result_.save_error = transaction_->save_error();
+  result_.notices = transaction_->notices();
   if (request_.save != SaveMode::kNo) result_.timing_ms.save = ms_since(saving);
-  if (transaction_.woke()) result_.bytes.read = transaction_.agent().bytes_read;
+  if (transaction_->woke()) result_.bytes.read = transaction_->agent().bytes_read;
 }
 
 }  // namespace torpor

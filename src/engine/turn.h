@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "agents/turn_transaction.h"
 #include "engine/generation.h"
@@ -40,6 +41,7 @@ class EngineTurn final : public Scheduler::Turn {
   EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnOutcome& outcome);
 
   bool step() override;
+  void let_go() noexcept override { transaction_.reset(); }
   /// Commits and begins to save; the result is complete but for that.
   void commit() override;
 
@@ -47,7 +49,10 @@ class EngineTurn final : public Scheduler::Turn {
   using Clock = std::chrono::steady_clock;
 
   static AgentHold wake(EngineParts& parts, const TurnRequest& request, TurnResult& result);
+  static TurnInput input_of(const EngineParts& parts, const TurnRequest& request);
   static GenerateOptions options_of(const TurnRequest& request, Scheduler::Listener& listener);
+  /// After let_go: begins the transaction again, and computes rows that it had. Whether there were any.
+  bool catch_up();
   /// Computes the next rows of all `turns` in one forward pass. A turn whose generation is over has none.
   static void compute(EngineParts& parts, std::span<EngineTurn* const> turns);
 
@@ -56,7 +61,8 @@ class EngineTurn final : public Scheduler::Turn {
   TurnOutcome& outcome_;
   TurnResult& result_;
   const Clock::time_point start_;
-  TurnTransaction transaction_;
+  std::optional<TurnTransaction> transaction_;  // none after let_go
+  std::vector<int32_t> tokens_;                 // before the answer
   double begin_ms_ = 0;
   Generation generation_;
 };
