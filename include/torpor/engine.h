@@ -43,7 +43,7 @@ struct EngineOptions {
   size_t memory_budget = 0;
   DiskLimits disk;
   ComputeOptions compute;
-  size_t write_queue_bytes = size_t(256) << 20;  ///< saves behind the turn that may wait; beyond it a turn waits for the disk
+  size_t write_queue_bytes = size_t(256) << 20;  ///< of saves that may wait; beyond it all turns wait for the disk
   /// Text of each turn that may wait for its callback. Beyond it the turn waits, and others go on.
   size_t text_queue_bytes = size_t(64) << 10;
   /// Sealed rows of agents that wake are mapped from their files: nothing is copied, and processes share the pages. False: they
