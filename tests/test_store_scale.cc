@@ -33,7 +33,7 @@ TEST_F(StoreScale, OpeningLooksAtNoAgentAndLsReadsSidecarsAlone) {
   EXPECT_EQ(opened.size(), size_t(kAgents));
   EXPECT_TRUE(std::all_of(opened.begin(), opened.end(), [](const auto& path) { return path.ends_with(".json"); }));
   EXPECT_EQ(env_.lists, 1);
-  EXPECT_EQ(env_.stats, 2 * kAgents) << "the agent file, and the sidecar's size";
+  EXPECT_EQ(env_.stats, 1 + 2 * kAgents) << "the marker; the agent file, and the sidecar's size";
   EXPECT_EQ(env_.changes, 0);
 
   // One agent's life costs the same whoever else there is.
