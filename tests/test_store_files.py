@@ -45,6 +45,16 @@ def test_a_short_agent_is_one_file(tiny):
     assert set(load_file(tiny.agent_file("a"))) == {"rows", "messages", "tokens"}
 
 
+def test_a_turn_that_seals_nothing_writes_its_own_rows_and_at_most_32_others(tiny, words):
+    first = tiny.run("a", words(150), "--raw").ok().json
+    row = first["bytes"]["written"] / first["tokens"]["context"]  # a little more, for headers count too
+    later = tiny.run("a", " more", "--raw").ok().json
+    new = later["tokens"]["context"] - later["tokens"]["cached"]
+    assert new + 32 < first["tokens"]["context"] < 256 > later["tokens"]["context"]
+    headers = 6000
+    assert later["bytes"]["written"] <= (new + 32) * row + headers
+
+
 def test_a_turn_that_seals_nothing_leaves_earlier_rows_where_they_are(tiny, words):
     tiny.run("a", words(100), "--raw").ok()
     parts = tiny.store / "parts"
