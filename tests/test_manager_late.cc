@@ -102,7 +102,7 @@ TEST_P(Late, APrefetchedAgentThatNobodyWakesIsLetGo) {
   bool free = false;
   for (int i = 0; i < 10000 && !free; ++i) {
     finish_saves(manager);
-    free = !testing::code_of([&] { store_.lock_agent("b"); });
+    free = !testing::code_of([&] { (void)store_.lock_agent("b"); });
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   EXPECT_TRUE(free);

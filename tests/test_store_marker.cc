@@ -60,7 +60,9 @@ TEST_F(StoreMarker, TheMarkerIsOnTheDiskBeforeTheFirstAgentIs) {
       env.fail_at(k, EIO, /*for_good=*/true);
       (void)code_of([&] { Store(root_, &env).save_agent_cache("ada", make_snapshot(300), "m"); });
       env.lose(lost);
-      if (Store again(root_); again.contains("ada")) EXPECT_EQ(marker(), "{\n  \"torpor_store\": 3\n}\n");
+      if (Store again(root_); again.contains("ada")) {
+        EXPECT_EQ(marker(), "{\n  \"torpor_store\": 3\n}\n");
+      }
       EXPECT_NO_THROW(Store(root_).list_cached_agents()) << "call " << k;
       if (!env.triggered()) break;
     }
