@@ -38,6 +38,24 @@ TEST_P(Late, TheSaveOfANamelessPromptSaysNothingAboutTheNext) {
   EXPECT_EQ(store_.find_prefix(testing::test_identity(), {}, layout(), other), 1792);
 }
 
+TEST_P(Late, ASaveThatEndsBeforeItIsAwaitedTellsHowItEndedAllTheSame) {
+  testing::FaultEnv env(directory_.path() / "faulty", directory_.path() / "attic");
+  Store store(directory_.path() / "faulty", &env);
+  Writer writer(store, Durability::kRename, size_t(64) << 20);
+  const auto submit = [&](uint64_t ticket) {
+    writer.submit({.agent = "a", .ticket = ticket, .snapshot = testing::make_snapshot(300, layout())});
+    writer.wait(ticket);
+  };
+  submit(1);
+  EXPECT_EQ(writer.await(1).get().segments_written, 1);
+  EXPECT_TRUE(writer.collect().at(0).awaited);
+  env.fail_at(1, ENOSPC, true);
+  submit(2);
+  EXPECT_EQ(testing::code_of([&] { writer.await(2).get(); }), ErrorCode::kIo);
+  EXPECT_TRUE(writer.collect().at(0).awaited) << "or it would be told once more";
+  EXPECT_EQ(writer.await(2).get().segments_written, 0);
+}
+
 TEST_P(Late, ErrorsOfSavesWhoseAgentsAreGoneAreToldOnceByFinishSaves) {
   testing::FaultEnv env(directory_.path() / "faulty", directory_.path() / "attic");
   Store store(directory_.path() / "faulty", &env);

@@ -49,9 +49,16 @@ Writer::Saving Writer::await(uint64_t ticket) {
   const std::lock_guard lock(mutex_);
   const auto newest = std::find_if(queue_.rbegin(), queue_.rend(), [&](const Queued& queued) { return queued.job.ticket == ticket; });
   if (newest == queue_.rend()) {
-    std::promise<SaveResult> nothing;
-    nothing.set_value({});
-    return nothing.get_future().share();
+    // It may have ended already, and then how is still to be collected.
+    const auto ended = std::find_if(outcomes_.rbegin(), outcomes_.rend(), [&](const Outcome& outcome) { return outcome.ticket == ticket; });
+    std::promise<SaveResult> known;
+    if (ended == outcomes_.rend()) {
+      known.set_value({});
+    } else {
+      ended->awaited = true;
+      tell(known, *ended);
+    }
+    return known.get_future().share();
   }
   if (!newest->awaited) newest->saving = newest->awaited.emplace().get_future().share();
   return newest->saving;
@@ -76,6 +83,14 @@ void Writer::wait_all(const Progress& progress, size_t submitted) {
   }
   lock.unlock();
   if (progress && total > 0) progress(int(total), int(total));
+}
+
+void Writer::tell(std::promise<SaveResult>& promise, const Outcome& outcome) {
+  if (outcome.error) {
+    promise.set_exception(std::make_exception_ptr(*outcome.error));
+  } else {
+    promise.set_value(outcome.result);
+  }
 }
 
 std::vector<Writer::Outcome> Writer::collect() {
@@ -121,11 +136,7 @@ void Writer::run() {
     queue_.pop_front();
     lock.unlock();
     done.job = {};  // lets go of memory before waiters count it
-    if (done.awaited && outcome.error) {
-      done.awaited->set_exception(std::make_exception_ptr(*outcome.error));
-    } else if (done.awaited) {
-      done.awaited->set_value(outcome.result);
-    }
+    if (done.awaited) tell(*done.awaited, outcome);
     changed_.notify_all();
     lock.lock();
   }

@@ -48,7 +48,7 @@ class Writer {
 
   /// Takes the place of a job of the same agent that has not begun. Waits while the queue is full.
   void submit(Job job);
-  /// The newest save of the agent that is queued or being written; one that has written nothing where there is none.
+  /// The newest save of the agent that was submitted and is not collected yet; one that has written nothing where there is none.
   Saving await(uint64_t ticket);
   /// Until nothing of the agent is queued or being written.
   void wait(uint64_t ticket);
@@ -68,6 +68,7 @@ class Writer {
 
   void run();
   Outcome write(const Job& job);
+  static void tell(std::promise<SaveResult>& promise, const Outcome& outcome);
   bool busy_with(uint64_t ticket) const;
 
   Store& store_;
