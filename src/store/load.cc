@@ -89,6 +89,7 @@ LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& o
     };
     const std::vector<OpenedFile> files = store.agents.open_files(opened);
     OwnStateOptions own_options{.sealed = int64_t(agent.info.segments.size()) * kSegmentTokens, .length = length};
+    own_options.map = options.map_rows || sink != nullptr;  // a sink has the rows copied
     if (sink == nullptr) own_options.allocate = options.allocate;
     if (options.salvage) {
       own_options.recover_ids = [&](int64_t first, int64_t end) {

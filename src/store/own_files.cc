@@ -25,7 +25,7 @@ std::span<std::byte> RowBuffer::of_size(size_t size) {
   return {bytes_.get(), size};
 }
 
-OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowBuffer* rows) {
+OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowBuffer* rows, bool map) {
   OwnContents contents;
   const TorporFile& file = *opened.file;
   const size_t n = size_t(opened.ref.tokens);
@@ -35,7 +35,13 @@ OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowB
   contents.file_rows = int(file.rows);
   try {
     contents.messages = decode_messages(read_messages(*opened.handle, file), opened.path.string());
-    if (rows != nullptr && file.rows > 0) {
+    const bool wanted = rows != nullptr && file.rows > 0;
+    if (wanted && map) contents.mapping = opened.handle->map(opened.stat.size);
+    if (contents.mapping != nullptr) {
+      const std::span rows_there(contents.mapping.get() + file.header.data_start, size_t(file.rows_bytes()));
+      check_mapped_rows(rows_there, file, TensorMask(file.row_tensors, true), opened.path.string());
+      contents.rows = rows_there;
+    } else if (wanted) {
       const std::span<std::byte> bytes = rows->of_size(size_t(file.rows_bytes()));
       read_rows(*opened.handle, file, {}, bytes);
       contents.rows = bytes;
@@ -82,7 +88,6 @@ OwnState read_own_state(const std::vector<OpenedFile>& files, const KvLayout& la
   const int all_rows = options.rows ? int(std::max<int64_t>(0, end - options.sealed)) : 0;
   const size_t n_tensors = layout.tensors.size();
   std::shared_ptr<std::byte> tail;
-  if (all_rows > 0) tail = options.allocate(layout.offset(n_tensors, all_rows));
   RowBuffer buffer;
   int rows = 0;
   const auto fail = [&](const std::string& problem, bool missing) {
@@ -95,7 +100,8 @@ OwnState read_own_state(const std::vector<OpenedFile>& files, const KvLayout& la
     if (opened.ref.first > options.length) break;
     if (opened.handle != nullptr) {
       try {
-        OwnContents contents = read_own_file(opened, layout, options.rows && opened.ref.end() > options.sealed ? &buffer : nullptr);
+        const bool has_rows = options.rows && opened.ref.end() > options.sealed;
+        OwnContents contents = read_own_file(opened, layout, has_rows ? &buffer : nullptr, options.map);
         state.bytes_read += int64_t(opened.stat.size - opened.file->rows_bytes());
         state.ids.insert(state.ids.end(), contents.ids.begin(), contents.ids.end());
         std::move(contents.messages.begin(), contents.messages.end(), std::back_inserter(state.messages));
@@ -104,6 +110,11 @@ OwnState read_own_state(const std::vector<OpenedFile>& files, const KvLayout& la
         const int n = int(std::min<int64_t>(opened.ref.rows, all_rows - rows));
         rows_follow = rows_follow && (n <= 0 || !contents.rows.empty());
         if (n <= 0 || !rows_follow) continue;
+        if (contents.mapping != nullptr && n == all_rows && contents.file_rows == all_rows) {
+          state.tail = {all_rows, contents.rows, contents.mapping};  // all of it is in this file
+          continue;
+        }
+        if (tail == nullptr) tail = options.allocate(layout.offset(n_tensors, all_rows));
         copy_rows(layout, {contents.rows.data(), contents.file_rows, 0}, {tail.get(), all_rows, rows}, n);
         rows += n;
         continue;

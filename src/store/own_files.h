@@ -44,7 +44,8 @@ class RowBuffer {
 struct OwnContents {
   std::vector<int32_t> ids;              ///< those that count
   std::vector<StoredMessage> messages;   ///< those that end within them
-  std::span<const std::byte> rows;       ///< all of the file's, or none were wanted; in the RowBuffer
+  std::span<const std::byte> rows;       ///< all of the file's, or none were wanted; in the RowBuffer or the mapping
+  std::shared_ptr<const std::byte> mapping;  ///< of the file; nullptr when it is read
   int file_rows = 0;                     ///< tokens in `rows`
   int first_row = 0;                     ///< position of the first of them, from the file's first id on
   std::string problem;                   ///< messages or rows are damaged, and not here
@@ -62,8 +63,9 @@ struct OpenedFile {
   bool missing = false;
 };
 
-/// Reads and checks ids, messages, and with a buffer for them rows. kCorruption when the ids are damaged, kIo.
-OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowBuffer* rows);
+/// Reads and checks ids, messages, and with a buffer for them rows, which are mapped instead where `map` and the file allow it.
+/// kCorruption when the ids are damaged, kIo.
+OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowBuffer* rows, bool map = false);
 
 /// What of `contents` counts when the agent ends at `end`: ids, messages, digests.
 void cut_contents(OwnContents& contents, const KvLayout& layout, int64_t end);
@@ -83,6 +85,7 @@ struct OwnStateOptions {
   int64_t sealed = 0;           ///< tokens in segments
   int64_t length = 0;           ///< tokens that are asked for
   bool rows = true;             ///< the tail is wanted
+  bool map = false;             ///< it may be a mapping: fresh memory costs more than its pages
   BufferAllocator allocate = allocate_heap_buffer;
   /// Gives ids at positions [first, end), all of them sealed, where a file that held them is damaged; fewer when it can't.
   std::function<std::vector<int32_t>(int64_t first, int64_t end)> recover_ids;
