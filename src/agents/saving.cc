@@ -109,6 +109,9 @@ void AgentManager::release_behind_window(Agent& agent) {
   if (agent.cache == nullptr || !agent.cache->layout().has_windows() || !options_.map_rows) return;
   const std::vector<KvTensorSpec>& tensors = agent.cache->layout().tensors;
   const std::vector<KvCache::HeldBuffer> buffers = agent.cache->buffers();
+  // With MLX's kernels shorter arrays take the place of these. Where another agent keeps these, they come on top.
+  const auto is_shared = [&](const KvCache::HeldBuffer& held) { return ledger_->is_shared(held.data); };
+  if (options_.backend == Backend::kMlx && std::any_of(buffers.begin(), buffers.end(), is_shared)) return;
   for (size_t i = 0; i < std::min(agent.segments.size(), buffers.size()); ++i) {
     const auto behind = [&](const KvTensorSpec& tensor) {
       return !KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, kSegmentTokens, agent.cache->length());

@@ -75,6 +75,15 @@ std::optional<std::vector<KvLedger::Share>> KvLedger::share_within_budget(std::s
   return std::nullopt;
 }
 
+bool KvLedger::is_shared(const void* buffer) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = buffers_.find(buffer);
+  if (found == buffers_.end()) return false;
+  int holders = 0;
+  for (const auto& [bytes, n] : found->second.holders) holders += n;
+  return holders > 1;
+}
+
 size_t KvLedger::bytes() const {
   const std::lock_guard lock(mutex_);
   return bytes_;
