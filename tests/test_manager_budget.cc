@@ -272,6 +272,15 @@ TEST_P(Budget, NoOperationAtTheEdgeOfTheBudgetLosesAnAgent) {
   }
 }
 
+TEST_P(Budget, ASavedForkWhoseSourceKeepsItsArraysTakesNoMemory) {
+  auto manager = make(0, size_t(64) << 20, Backend::kMlx);
+  say(*manager, "ada", ids(1000, 1));
+  const int64_t before = manager->memory_usage().kv_bytes;
+  manager->fork("ada", "eve", std::nullopt);
+  finish_saves(*manager);
+  EXPECT_EQ(manager->memory_usage().kv_bytes, before);
+}
+
 TEST_P(Budget, TheLedgerIsWhatAWalkOverAllBuffersFinds) {
   for (const Backend backend : {Backend::kKernels, Backend::kMlx}) {
     const size_t budget = 16 * run_bytes();
