@@ -58,7 +58,9 @@ def main():
         warm = run(program, store, "keeper", SECOND)
         segments = sorted((store / "segments").glob("*/*.safetensors"))
         agent_file = store / "keeper.safetensors"
+        parts = sorted((store / "parts").glob("*.safetensors"))
         table_of_files = [("file", "count", "size"), ("agent file", "1", size([agent_file])),
+                          ("parts (the first turn)", str(len(parts)), size(parts)),
                           ("sealed segments", str(len(segments)), size(segments)),
                           ("sidecar", "1", size([store / "keeper.json"]))]
         print("Process 3: the same two turns without interruption, for comparison.", flush=True)
