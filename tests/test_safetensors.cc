@@ -2,6 +2,8 @@
 
 #include <set>
 
+#include <nlohmann/json.hpp>
+
 #include "store_fixture.h"
 
 namespace torpor::testing {
@@ -114,6 +116,41 @@ TEST(Safetensors, TheLengthIsCheckedBeforeItIsBelieved) {
   EXPECT_NE(message.find("longer than the file"), std::string::npos);
   EXPECT_EQ(parse_raw(std::string("\x02\0\0\0\0\0\0\0", 8), 10), ErrorCode::kCorruption);
   EXPECT_NE(message.find("could not be read whole"), std::string::npos);
+}
+
+TEST(Safetensors, ItsJsonIsThatOfAnotherParser) {
+  const std::string good = R"({"__metadata__": {"k\u00e9\n": "\ud83d\ude00 \u00fc", "":"/"},)" "\r\n\t"
+                           R"( "a" :{"dtype":"U8","shape":[2,10],"data_offsets":[0,20]},"b":{"dtype":"F16","shape":[],"data_offsets":[20,22]}} )";
+  int taken = 0, refused = 0;
+  for (size_t i = 0; i <= good.size(); ++i) {
+    for (int byte = -2; byte < 256; ++byte) {
+      std::string json = good;
+      if (byte == -2) json.erase(i);
+      if (byte == -1) json.erase(i, 1);
+      if (byte >= 0) json.insert(i, 1, char(byte));
+      if (!json.starts_with('{')) continue;
+      // The other parser ends at a NUL as at the end.
+      const bool valid = nlohmann::json::accept(json) && json.find('\0') == std::string::npos;
+      try {
+        const SafetensorsHeader header = parse(json, 22);
+        ++taken;
+        ASSERT_TRUE(valid) << json;
+        const nlohmann::json other = nlohmann::json::parse(json);
+        ASSERT_EQ(header.metadata.size(), other.contains("__metadata__") ? other["__metadata__"].size() : 0) << json;
+        for (const auto& [key, value] : header.metadata) ASSERT_EQ(other["__metadata__"].at(key), value) << json;
+        for (const auto& tensor : header.tensors) {
+          ASSERT_EQ(other.at(tensor.name).at("shape"), tensor.shape) << json;
+          ASSERT_EQ(other.at(tensor.name).at("dtype"), tensor.dtype) << json;
+        }
+      } catch (const Error& error) {
+        ++refused;
+        ASSERT_EQ(error.code(), ErrorCode::kCorruption);
+        ASSERT_FALSE(valid && std::string(error.what()).find("is not valid JSON") != std::string::npos) << json;
+      }
+    }
+  }
+  EXPECT_GT(taken, 500);
+  EXPECT_GT(refused, 10000);
 }
 
 TEST(Safetensors, DeepNestingCostsNothing) {

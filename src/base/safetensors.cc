@@ -1,6 +1,7 @@
 #include "base/safetensors.h"
 
 #include <algorithm>
+#include <charconv>
 #include <optional>
 #include <unordered_set>
 
@@ -18,132 +19,176 @@ constexpr size_t kLengthBytes = 8;
   throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".");
 }
 
-/// Builds the header while nlohmann's parser runs. A SAX handler, because the parser itself keeps no stack per level and
-/// nothing deeper than a tensor's shape is let in: a header of a million brackets costs nothing.
-class HeaderReader : public nlohmann::json_sax<nlohmann::json> {
+/// Reads the JSON of a header, of which a wake reads dozens: a general parser would take a quarter of its time. Nothing deeper
+/// than a tensor's shape is let in, so a header of a million brackets costs nothing.
+class HeaderParser {
  public:
-  HeaderReader(SafetensorsHeader& header, const std::string& file_name) : header_(header), file_name_(file_name) {}
+  HeaderParser(std::string_view json, SafetensorsHeader& header, const std::string& file_name)
+      : json_(json), header_(header), file_name_(file_name) {}
 
-  bool start_object(std::size_t) override {
-    switch (state_) {
-      case State::kStart: state_ = State::kTop; return true;
-      case State::kTop:
-        if (key_ == "__metadata__") {
-          state_ = State::kMetadata;
-        } else {
-          state_ = State::kTensor;
-          tensor_ = {};
-          tensor_.name = key_;
-          seen_dtype_ = seen_shape_ = seen_offsets_ = false;
-        }
-        return true;
-      default: return unexpected("an object");
-    }
-  }
-  bool key(std::string& name) override {
-    switch (state_) {
-      case State::kTop:
-        if (!names_.insert(name).second) fail("the tensor name '" + name + "' occurs twice");
-        break;
-      case State::kMetadata:
-        if (!metadata_keys_.insert(name).second) fail("the metadata key '" + name + "' occurs twice");
-        break;
-      case State::kTensor: {
-        bool* seen = name == "dtype" ? &seen_dtype_ : name == "shape" ? &seen_shape_
-                     : name == "data_offsets" ? &seen_offsets_ : nullptr;
-        if (seen == nullptr) fail("tensor '" + tensor_.name + "' has an unknown field '" + name + "'");
-        if (*seen) fail("tensor '" + tensor_.name + "' has its field '" + name + "' twice");
-        *seen = true;
-        break;
+  void parse() {
+    if (!take('{')) invalid();
+    object([&](std::string name) {
+      if (!names_.insert(name).second) fail("the tensor name '" + name + "' occurs twice");
+      if (begin_value() != Kind::kObject) fail("its header has " + found_ + " where a tensor should be described");
+      if (name == "__metadata__") {
+        metadata();
+      } else {
+        tensor(std::move(name));
       }
-      default: break;
-    }
-    key_ = std::move(name);
-    return true;
-  }
-  bool string(std::string& text) override {
-    if (state_ == State::kMetadata) {
-      header_.metadata.emplace_back(key_, std::move(text));
-    } else if (state_ == State::kTensor && key_ == "dtype") {
-      tensor_.dtype = std::move(text);
-    } else {
-      return unexpected("a text");
-    }
-    return true;
-  }
-  bool start_array(std::size_t) override {
-    if (state_ == State::kTensor && key_ == "shape") {
-      state_ = State::kShape;
-    } else if (state_ == State::kTensor && key_ == "data_offsets") {
-      state_ = State::kOffsets;
-      offsets_.clear();
-    } else {
-      return unexpected("an array");
-    }
-    return true;
-  }
-  bool number_unsigned(uint64_t value) override {
-    if (state_ == State::kShape) {
-      tensor_.shape.push_back(value);
-    } else if (state_ == State::kOffsets) {
-      if (offsets_.size() == 2) fail("tensor '" + tensor_.name + "' does not have two data offsets");
-      offsets_.push_back(value);
-    } else {
-      return unexpected("a number");
-    }
-    return true;
-  }
-  bool end_array() override {
-    if (state_ == State::kOffsets) {
-      if (offsets_.size() != 2) fail("tensor '" + tensor_.name + "' does not have two data offsets");
-      tensor_.begin = offsets_[0];
-      tensor_.end = offsets_[1];
-    }
-    state_ = State::kTensor;
-    return true;
-  }
-  bool end_object() override {
-    if (state_ == State::kTensor) {
-      if (!seen_dtype_ || !seen_shape_ || !seen_offsets_) {
-        fail("tensor '" + tensor_.name + "' lacks its dtype, shape or data offsets");
-      }
-      header_.tensors.push_back(std::move(tensor_));
-      state_ = State::kTop;
-    } else {
-      state_ = state_ == State::kMetadata ? State::kTop : State::kEnd;
-    }
-    return true;
-  }
-  bool null() override { return unexpected("null"); }
-  bool boolean(bool) override { return unexpected("a boolean"); }
-  bool number_integer(int64_t) override { return unexpected("a negative number"); }
-  bool number_float(double, const std::string&) override { return unexpected("a fraction or a number beyond 64 bits"); }
-  bool binary(nlohmann::json::binary_t&) override { return unexpected("binary data"); }
-  bool parse_error(std::size_t position, const std::string&, const nlohmann::json::exception&) override {
-    fail("its header is not valid JSON at byte " + std::to_string(position));
+    });
+    skip_space();
+    if (at_ != json_.size()) invalid();
   }
 
  private:
-  enum class State { kStart, kTop, kMetadata, kTensor, kShape, kOffsets, kEnd };
+  enum class Kind { kObject, kArray, kText, kUnsigned, kOther };
 
   [[noreturn]] void fail(const std::string& what) const { corrupt(file_name_, what); }
-  bool unexpected(const std::string& what) const {
-    switch (state_) {
-      case State::kMetadata: fail("its metadata '" + key_ + "' is " + what + ", not a text");
-      case State::kTensor: fail("tensor '" + tensor_.name + "' has " + what + " as its " + key_);
-      case State::kShape: fail("the shape of tensor '" + tensor_.name + "' has " + what + " in it");
-      case State::kOffsets: fail("the data offsets of tensor '" + tensor_.name + "' have " + what + " in them");
-      default: fail("its header has " + what + " where a tensor should be described");
+  [[noreturn]] void invalid() const { fail("its header is not valid JSON at byte " + std::to_string(at_ + 1)); }
+
+  void metadata() {
+    object([&](std::string key) {
+      if (!metadata_keys_.insert(key).second) fail("the metadata key '" + key + "' occurs twice");
+      if (begin_value() != Kind::kText) fail("its metadata '" + key + "' is " + found_ + ", not a text");
+      header_.metadata.emplace_back(std::move(key), std::move(text_));
+    });
+  }
+
+  void tensor(std::string name) {
+    SafetensorsTensor tensor{.name = std::move(name)};
+    std::vector<uint64_t> offsets;
+    bool seen_dtype = false, seen_shape = false, seen_offsets = false;
+    object([&](const std::string& field) {
+      bool* seen = field == "dtype" ? &seen_dtype : field == "shape" ? &seen_shape : field == "data_offsets" ? &seen_offsets : nullptr;
+      if (seen == nullptr) fail("tensor '" + tensor.name + "' has an unknown field '" + field + "'");
+      if (*seen) fail("tensor '" + tensor.name + "' has its field '" + field + "' twice");
+      *seen = true;
+      if (begin_value() != (seen == &seen_dtype ? Kind::kText : Kind::kArray)) fail("tensor '" + tensor.name + "' has " + found_ + " as its " + field);
+      if (seen == &seen_dtype) {
+        tensor.dtype = std::move(text_);
+      } else if (seen == &seen_shape) {
+        numbers(tensor.shape, [&] { return "the shape of tensor '" + tensor.name + "' has " + found_ + " in it"; });
+      } else {
+        numbers(offsets, [&] { return "the data offsets of tensor '" + tensor.name + "' have " + found_ + " in them"; });
+        if (offsets.size() != 2) fail("tensor '" + tensor.name + "' does not have two data offsets");
+      }
+    });
+    if (!seen_dtype || !seen_shape || !seen_offsets) fail("tensor '" + tensor.name + "' lacks its dtype, shape or data offsets");
+    tensor.begin = offsets[0];
+    tensor.end = offsets[1];
+    header_.tensors.push_back(std::move(tensor));
+  }
+
+  /// Behind its '{': member(key) for each, with what follows the colon still to be read.
+  template <typename Member>
+  void object(Member member) {
+    if (take('}')) return;
+    do {
+      skip_space();
+      std::string key = string();
+      if (!take(':')) invalid();
+      member(std::move(key));
+    } while (take(','));
+    if (!take('}')) invalid();
+  }
+
+  /// Behind its '['.
+  template <typename Complaint>
+  void numbers(std::vector<uint64_t>& numbers, Complaint complaint) {
+    if (take(']')) return;
+    do {
+      if (begin_value() != Kind::kUnsigned) fail(complaint());
+      numbers.push_back(number_);
+    } while (take(','));
+    if (!take(']')) invalid();
+  }
+
+  /// Reads a value, of an object or array only its bracket. `found_` then says what it is, with an article.
+  Kind begin_value() {
+    skip_space();
+    const char c = at_ < json_.size() ? json_[at_] : '\0';
+    if (c == '{' || c == '[') {
+      ++at_;
+      return is(c == '{' ? Kind::kObject : Kind::kArray, c == '{' ? "an object" : "an array");
+    }
+    if (c == '"') {
+      text_ = string();
+      return is(Kind::kText, "a text");
+    }
+    for (const auto& [word, name] : {std::pair<std::string_view, const char*>{"null", "null"}, {"true", "a boolean"}, {"false", "a boolean"}}) {
+      if (!json_.substr(at_).starts_with(word)) continue;
+      at_ += word.size();
+      return is(Kind::kOther, name);
+    }
+    return number();
+  }
+
+  Kind number() {
+    const size_t begin = at_;
+    const auto digits = [&] {
+      const size_t first = at_;
+      while (at_ < json_.size() && json_[at_] >= '0' && json_[at_] <= '9') ++at_;
+      if (at_ == first) invalid();
+    };
+    const bool negative = at_ < json_.size() && json_[at_] == '-';
+    at_ += negative;
+    const size_t first = at_;
+    digits();
+    if (json_[first] == '0' && at_ > first + 1) invalid();
+    const size_t end = at_;
+    if (at_ < json_.size() && json_[at_] == '.') ++at_, digits();
+    if (at_ < json_.size() && (json_[at_] == 'e' || json_[at_] == 'E')) {
+      ++at_;
+      if (at_ < json_.size() && (json_[at_] == '+' || json_[at_] == '-')) ++at_;
+      digits();
+    }
+    int64_t below_zero = 0;
+    const char* const from = json_.data() + begin;
+    const auto fits = [&](auto& value) { return at_ == end && std::from_chars(from, json_.data() + end, value).ec == std::errc(); };
+    if (!negative && fits(number_)) return is(Kind::kUnsigned, "a number");
+    return is(Kind::kOther, negative && fits(below_zero) ? "a negative number" : "a fraction or a number beyond 64 bits");
+  }
+
+  std::string string() {
+    if (at_ >= json_.size() || json_[at_] != '"') invalid();
+    const size_t begin = at_++;
+    bool plain = true;
+    while (at_ < json_.size() && json_[at_] != '"') {
+      const auto c = static_cast<unsigned char>(json_[at_]);
+      plain = plain && c != '\\' && c >= ' ' && c < 0x7f;
+      at_ += c == '\\' ? 2 : 1;
+    }
+    if (at_ >= json_.size()) invalid();
+    ++at_;
+    if (plain) return std::string(json_.substr(begin + 1, at_ - begin - 2));
+    try {
+      return nlohmann::json::parse(json_.substr(begin, at_ - begin)).get<std::string>();
+    } catch (const nlohmann::json::exception&) {
+      invalid();
     }
   }
 
+  Kind is(Kind kind, const char* name) {
+    found_ = name;
+    return kind;
+  }
+  void skip_space() {
+    while (at_ < json_.size() && (json_[at_] == ' ' || json_[at_] == '\n' || json_[at_] == '\t' || json_[at_] == '\r')) ++at_;
+  }
+  bool take(char c) {
+    skip_space();
+    if (at_ >= json_.size() || json_[at_] != c) return false;
+    ++at_;
+    return true;
+  }
+
+  const std::string_view json_;
   SafetensorsHeader& header_;
   const std::string& file_name_;
-  State state_ = State::kStart;
-  std::string key_;
-  SafetensorsTensor tensor_;
-  std::vector<uint64_t> offsets_;
-  bool seen_dtype_ = false, seen_shape_ = false, seen_offsets_ = false;
+  size_t at_ = 0;
+  std::string text_, found_;  // the text, and what the value read last is
+  uint64_t number_ = 0;
   std::unordered_set<std::string> names_, metadata_keys_;
 };
 
@@ -240,12 +285,7 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> prefix, ui
   const auto* begin = reinterpret_cast<const char*>(prefix.data()) + kLengthBytes;
   const auto* end = reinterpret_cast<const char*>(prefix.data()) + header.data_start;
   if (begin == end || *begin != '{') corrupt(file_name, "its header does not begin with '{'");
-  HeaderReader reader(header, file_name);
-  try {
-    nlohmann::json::sax_parse(begin, end, &reader);
-  } catch (const nlohmann::json::exception&) {
-    corrupt(file_name, "its header is not valid JSON");
-  }
+  HeaderParser({begin, size_t(end - begin)}, header, file_name).parse();
   check_data_section(header, file_size, file_name);
   return header;
 }
