@@ -83,9 +83,9 @@ void save(const char* root, int n_tokens, Durability durability) {
   const auto cache = KvCache::create(layout(), Backend::kKernels);
   grow(*cache, n_tokens);
   SaveResult first, turn, fork;
-  const double first_ms = timed([&] { first = store.save_agent_cache("a", cache->snapshot(identity()), "m", {}, durability); });
+  const double first_ms = timed([&] { first = store.save_agent_cache("a", cache->snapshot(identity(), /*copy_tail=*/false), "m", {}, durability); });
   grow(*cache, 64);
-  const double turn_ms = timed([&] { turn = store.save_agent_cache("a", cache->snapshot(identity()), "m", {}, durability); });
+  const double turn_ms = timed([&] { turn = store.save_agent_cache("a", cache->snapshot(identity(), /*copy_tail=*/false), "m", {}, durability); });
   // At a segment's end, where no row is left to write.
   const int64_t at = n_tokens / kSegmentTokens * kSegmentTokens;
   const double fork_ms = timed([&] { fork = fork_agent(store, "a", "fork", at, durability); });
@@ -136,6 +136,7 @@ void wake(const char* root) {
     options.expected = &expected;
     options.allocate = mlx_buffer;
     options.map_rows = true;
+    options.tail_in_run = true;
     const LoadedAgent loaded = store.load_agent_cache("a", options);
     cache = KvCache::restore(loaded.snapshot, Backend::kKernels);
     bytes = loaded.bytes_read;
@@ -182,7 +183,7 @@ void chunks(const char* root, int n_tokens) {
     Store store(root);  // one that has seen nothing
     std::unique_ptr<KvCache> cache;
     times[i % 2].push_back(timed([&] {
-      const LoadedAgent loaded = store.load_agent_cache(ids[i % 2], {.allocate = mlx_buffer, .map_rows = true});
+      const LoadedAgent loaded = store.load_agent_cache(ids[i % 2], {.allocate = mlx_buffer, .map_rows = true, .tail_in_run = true});
       cache = KvCache::restore(loaded.snapshot, Backend::kKernels);
     }));
   }

@@ -14,6 +14,7 @@
 
 #include <gtest/gtest.h>
 
+#include "store/torpor_file.h"
 #include "torpor/error.h"
 #include "torpor/store.h"
 
@@ -186,6 +187,19 @@ inline ::testing::AssertionResult same(const KvSnapshot& a, const KvSnapshot& b)
     }
   }
   return ::testing::AssertionSuccess();
+}
+
+/// A snapshot whose tail lies in a run (LoadOptions::tail_in_run) with the tail on its own.
+inline KvSnapshot packed(KvSnapshot snapshot) {
+  KvTail& tail = snapshot.tail;
+  if (tail.n_tokens == 0) return snapshot;
+  EXPECT_NE(tail.run, nullptr);
+  EXPECT_EQ(tail.bytes.size(), snapshot.layout.offset(snapshot.layout.tensors.size(), kSegmentTokens));
+  const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), tail.n_tokens);
+  const auto rows = allocate_heap_buffer(size);
+  copy_rows(snapshot.layout, {tail.bytes.data(), tail.capacity(), 0}, {rows.get(), tail.n_tokens, 0}, tail.n_tokens);
+  tail = {tail.n_tokens, {rows.get(), size}, rows};
+  return snapshot;
 }
 
 /// `prefix` is `whole` cut at a run's end.

@@ -154,6 +154,66 @@ TEST(SegmentedCache, FullRunsAreAdoptedNotCopied) {
   EXPECT_NE(again.tail.bytes.data(), snapshot.tail.bytes.data());
 }
 
+/// `snapshot` with its tail in a buffer of a run's size.
+KvSnapshot with_tail_in_run(KvSnapshot snapshot) {
+  const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), kSegmentTokens);
+  const auto run = mlx_buffer(size);
+  std::memset(run.get(), 0x7f, size);
+  const std::byte* from = snapshot.tail.bytes.data();
+  std::byte* to = run.get();
+  const size_t n = size_t(snapshot.tail.n_tokens);
+  for (const KvTensorSpec& tensor : snapshot.layout.tensors) {
+    const size_t row = size_t(tensor.dim) * kv_dtype_size(tensor.dtype);
+    for (int head = 0; head < tensor.n_kv_heads; ++head, from += n * row, to += kSegmentTokens * row) std::memcpy(to, from, n * row);
+  }
+  snapshot.tail = {int(n), {run.get(), size}, run, run};
+  return snapshot;
+}
+
+TEST(SegmentedCache, ATailInARunIsTakenOverAndCopiedOnlyWhileOthersHoldIt) {
+  const KvSnapshot plain = random_snapshot(600, KvDtype::kF16, mlx_buffer, 1);
+  auto in_run = std::make_optional(with_tail_in_run(plain));
+  const std::byte* const taken = in_run->tail.run.get();
+  const auto cache = KvCache::restore(*in_run, Backend::kKernels);
+  expect_equal(cache->snapshot(plain.identity), plain);
+  const size_t run_bytes = in_run->tail.bytes.size();
+  EXPECT_EQ(cache->growth(1), run_bytes) << "the snapshot is held";
+  const std::vector<std::byte> before(in_run->tail.bytes.begin(), in_run->tail.bytes.end());
+  const auto other = KvCache::restore(*in_run, Backend::kKernels);
+  EXPECT_NE(other->reserve(1)[2].data, taken);
+  EXPECT_TRUE(std::ranges::equal(before, in_run->tail.bytes));
+  in_run.reset();
+  EXPECT_EQ(cache->growth(1), 0u);
+  EXPECT_EQ(cache->reserve(1)[2].data, taken) << "no copy";
+}
+
+TEST(SegmentedCache, ASnapshotThatSharesTheTailKeepsItsRowsWhateverTheCacheDoes) {
+  const KvSnapshot plain = random_snapshot(600, KvDtype::kF16, mlx_buffer, 1);
+  for (const int cut : {600, 550, 520}) {
+    const auto cache = KvCache::restore(plain, Backend::kKernels);
+    std::optional<KvSnapshot> shared = cache->snapshot(plain.identity, /*copy_tail=*/false);
+    EXPECT_EQ(shared->tail.n_tokens, 600 - 512);
+    EXPECT_NO_THROW(shared->validate());
+    cache->truncate(cut);
+    const auto runs = cache->reserve(10);
+    EXPECT_NE(runs[2].data, shared->tail.run.get());
+    std::memset(runs[2].data, 0x11, runs[2].size);
+    expect_equal(KvCache::restore(*shared, Backend::kKernels)->snapshot(plain.identity), plain);
+    const std::byte* const now = runs[2].data;
+    shared = cache->snapshot(plain.identity, /*copy_tail=*/false);
+    EXPECT_EQ(shared->tail.run.get(), now) << "nothing is copied";
+    shared.reset();
+    EXPECT_EQ(cache->growth(1), 0u);
+  }
+}
+
+TEST_P(CacheKinds, ATailInARunHoldsTheSameRows) {
+  const KvSnapshot plain = random_snapshot(600, dtype(), mlx_buffer, 1);
+  const KvSnapshot in_run = with_tail_in_run(plain);
+  EXPECT_NO_THROW(in_run.validate());
+  expect_equal(KvCache::restore(in_run, backend())->snapshot(plain.identity), plain);
+}
+
 // Restored from a mapping of segment files, which either kind goes on holding.
 TEST_P(CacheKinds, MappedRunsStayTheObjectsTheyWere) {
   KvSnapshot mapped = random_snapshot(600, dtype(), allocate_heap_buffer, 1);

@@ -69,6 +69,34 @@ TEST_F(StoreMarker, TheMarkerIsOnTheDiskBeforeTheFirstAgentIs) {
   }
 }
 
+TEST_F(StoreMarker, APowerCutAfterASaveThatFlushesNothingLeavesAStoreThatGoesOn) {
+  for (const Lost lost : {Lost::kData, Lost::kAll, Lost::kRootNames, Lost::kSegmentNames}) {
+    fs::remove_all(root_);
+    fs::create_directory(root_);
+    FaultEnv env(root_, directory_.path() / "attic");
+    Store(root_, &env).save_agent_cache("ada", make_snapshot(300), "m", {}, Durability::kRename);
+    env.lose(lost);
+    Store again(root_);
+    EXPECT_NO_THROW(again.list_cached_agents());
+    again.save_agent_cache("bob", make_snapshot(300), "m");
+    EXPECT_EQ(marker(), "{\n  \"torpor_store\": 3\n}\n");
+    EXPECT_TRUE(again.verify("bob")[0].problems.empty());
+  }
+}
+
+TEST_F(StoreMarker, AMarkerThatAPowerCutEmptiedIsNone) {
+  Store(root_).save_agent_cache("ada", make_snapshot(3), "m");
+  for (const std::string& text : {std::string(), std::string(24, '\0')}) {
+    write_all(root_ / "torpor.json", text);
+    Store store(root_);
+    EXPECT_EQ(store.list_cached_agents().size(), 1u);
+    EXPECT_EQ(store.kept_disk_limits().budget, 0);
+    EXPECT_EQ(marker(), text) << "nothing was saved";
+    store.save_agent_cache("ada", make_snapshot(4), "m");
+    EXPECT_EQ(marker(), "{\n  \"torpor_store\": 3\n}\n");
+  }
+}
+
 TEST_F(StoreMarker, ADirectoryThatIsNoStoreIsRefusedAndKeepsItsFiles) {
   fs::create_directory(root_);
   write_all(root_ / "model.safetensors", kForeign);
@@ -146,9 +174,9 @@ TEST_F(StoreMarker, ANewerStoreIsRefusedAndADamagedMarkerTold) {
   write_all(root_ / "torpor.json", "{\"torpor_store\": 4, \"limits\": {\"disk_budget\": \"new kind\"}}");
   EXPECT_EQ(refused([&] { Store store(root_); }, "version 4"), ErrorCode::kIncompatible);
   for (const std::string& text : std::vector<std::string>{
-           "", "{", "[]", "{}", "null", "{\"torpor_store\": 0}", "{\"torpor_store\": \"3\"}", "{\"torpor_store\": 2.5}",
+           "{", "[]", "{}", "null", "{\"torpor_store\": 0}", "{\"torpor_store\": \"3\"}", "{\"torpor_store\": 2.5}",
            "{\"torpor_store\": 3, \"limits\": []}", "{\"torpor_store\": 3, \"limits\": {\"disk_budget\": -1}}",
-           "{\"torpor_store\": 3, \"limits\": {\"min_free\": 9223372036854775808}}", std::string(5000, '['), std::string(3, '\0')}) {
+           "{\"torpor_store\": 3, \"limits\": {\"min_free\": 9223372036854775808}}", std::string(5000, '['), std::string(5000, '\0'), std::string("\0{", 2)}) {
     write_all(root_ / "torpor.json", text);
     EXPECT_EQ(refused([&] { Store store(root_); }, "torpor.json"), ErrorCode::kCorruption) << text;
   }

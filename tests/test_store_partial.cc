@@ -75,6 +75,8 @@ TEST_F(StorePartial, AnyNumberOfFirstTokens) {
         }
         for (const auto& run : loaded.snapshot.sealed) EXPECT_EQ(run->mapped(), map) << n;
         EXPECT_EQ(loaded.info.bytes, Store(root_).agent_info("a").bytes);
+        const auto to_wake = Store(root_).load_agent_cache("a", {.map_rows = map, .n_tokens = n, .window_rows_only = window, .tail_in_run = true});
+        EXPECT_TRUE(same_attended(packed(to_wake.snapshot), expected)) << n << " mapped " << map;
       }
     }
   }

@@ -295,6 +295,11 @@ TEST_F(StoreParts, ASinkAndACutGetTheTailOfManyFiles) {
   for (const int n : {0, 1, 255, 256, 257, 299, 300, 301, 350, 399, 400}) {
     const auto loaded = Store(root_).load_agent_cache("a", {.n_tokens = n});
     EXPECT_TRUE(same(loaded.snapshot, make_snapshot(n, kLayout))) << n;
+    for (const bool map : {false, true}) {
+      const auto to_wake = Store(root_).load_agent_cache("a", {.map_rows = map, .n_tokens = n, .tail_in_run = true});
+      EXPECT_TRUE(same(packed(to_wake.snapshot), make_snapshot(n, kLayout))) << n;
+      EXPECT_EQ(to_wake.bytes_read, loaded.bytes_read) << n;
+    }
     EXPECT_EQ(loaded.messages, notes_for(n).messages) << n;
   }
   EXPECT_EQ(store_.agent_tokens("a"), make_snapshot(400, kLayout).tokens);
@@ -378,14 +383,17 @@ class StorePartsDamage : public StoreParts {
     ASSERT_NE(message.find(name), std::string::npos) << where << ": " << message;
     // A tail in one file is mapped, one in several is gathered from mappings: neither hides the damage.
     ASSERT_EQ(code_of([&] { store.load_agent_cache("a", {.map_rows = true}); }), ErrorCode::kCorruption) << where;
-    const auto code = code_of([&] {
-      const auto loaded = store.load_agent_cache("a", {.salvage = true, .map_rows = true});
-      const int n = int(loaded.snapshot.tokens.size());
-      ASSERT_TRUE(loaded.damage.has_value()) << where;
-      ASSERT_TRUE(same(loaded.snapshot, make_snapshot(n, small_layout()))) << where;
-      salvaged_ = n;
-    });
-    ASSERT_TRUE(!code || (*code == ErrorCode::kCorruption && name == "a.safetensors")) << where;
+    for (const bool in_run : {false, true}) {
+      const auto code = code_of([&] {
+        const auto loaded = store.load_agent_cache("a", {.salvage = true, .map_rows = true, .tail_in_run = in_run});
+        const int n = int(loaded.snapshot.tokens.size());
+        ASSERT_TRUE(loaded.damage.has_value()) << where;
+        ASSERT_TRUE(same(in_run ? packed(loaded.snapshot) : loaded.snapshot, make_snapshot(n, small_layout()))) << where;
+        ASSERT_TRUE(!in_run || n == salvaged_) << where;
+        salvaged_ = n;
+      });
+      ASSERT_TRUE(!code || (*code == ErrorCode::kCorruption && name == "a.safetensors")) << where;
+    }
     const auto reports = store.verify("a");
     ASSERT_FALSE(reports[0].problems.empty()) << where;
   }

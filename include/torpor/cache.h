@@ -67,8 +67,9 @@ class KvCache : public KvAccess {
   /// Run `i` (sealed) from now on is `run`, the same rows mapped from their segment file: memory then need not hold what
   /// windows have left behind.
   virtual void replace_run(int i, std::shared_ptr<const SealedRun> run) = 0;
-  /// Evaluated bytes of every row, `identity` attached. Sealed segments are referenced, the tail is copied.
-  virtual KvSnapshot snapshot(const Identity& identity) const = 0;
+  /// Evaluated bytes of every row, `identity` attached. Sealed segments are referenced, the tail is copied. Without `copy_tail` it is
+  /// referenced too, where rows are kept in runs: the next append while the snapshot lives then copies it.
+  virtual KvSnapshot snapshot(const Identity& identity, bool copy_tail = true) const = 0;
   CacheValidation validate() const;
 
   /// The ids whose rows are held, one per row once record_tokens has been told of every forward.

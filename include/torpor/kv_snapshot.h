@@ -190,8 +190,14 @@ class SealedRun {
 /// The rows past the last sealed run: fewer than kSegmentTokens.
 struct KvTail {
   int n_tokens = 0;
-  std::span<const std::byte> bytes;   ///< `layout.offset(tensors.size(), n_tokens)` of them
+  std::span<const std::byte> bytes;   ///< `layout.offset(tensors.size(), capacity())` of them
   std::shared_ptr<const void> owner;  ///< keeps `bytes` alive; they do not change while any snapshot holds them
+  /// When set, `bytes` is all of this buffer of a run's size, and each head has room for kSegmentTokens rows. A cache may take it
+  /// over and add rows, unless others hold it too.
+  std::shared_ptr<std::byte> run = nullptr;
+
+  /// Rows that each head of `bytes` has room for.
+  int capacity() const noexcept { return run != nullptr ? kSegmentTokens : n_tokens; }
 };
 
 /// A tensor that is not one row per token: what a layer of another kind (a ring, a recurrent state) holds after the last token.
@@ -236,6 +242,8 @@ struct KvSnapshot {
   /// Sealed runs and tail as one sequence: their number, and of run `i` the tokens and bytes.
   size_t n_runs() const noexcept { return sealed.size() + (tail.n_tokens > 0 ? 1 : 0); }
   int run_tokens(size_t i) const noexcept { return i < sealed.size() ? kSegmentTokens : tail.n_tokens; }
+  /// Rows that each head of run_bytes(i) has room for.
+  int run_capacity(size_t i) const noexcept { return i < sealed.size() ? kSegmentTokens : tail.capacity(); }
   std::span<const std::byte> run_bytes(size_t i) const noexcept { return i < sealed.size() ? sealed[i]->bytes() : tail.bytes; }
   /// Adds the rows of the next `n_tokens` tokens: a sealed run when they are kSegmentTokens, else the tail.
   void add_run(int n_tokens, std::span<const std::byte> bytes, std::shared_ptr<const void> owner);

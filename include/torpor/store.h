@@ -122,6 +122,8 @@ struct LoadOptions {
   /// Of a layer with a window only those runs are read (and their checksums checked) that can still be attended
   /// (KvLayout::attended); the rest of their bytes is unspecified. For waking, not for looking at rows.
   bool window_rows_only = false;
+  /// The tail comes in a buffer in which a cache can go on (KvTail::run): KvCache::restore then copies nothing.
+  bool tail_in_run = false;
 };
 
 /// The sealed segments that begin a prompt, whoever saved them (Store::load_prefix).

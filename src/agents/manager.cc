@@ -73,6 +73,7 @@ LoadedAgent AgentManager::load(const std::string& id) const {
   options.allocate = mlx_buffer;
   options.map_rows = options_.map_rows;
   options.window_rows_only = options_.map_rows;
+  options.tail_in_run = options_.backend == Backend::kKernels;
   return store_.load_agent_cache(id, options);
 }
 

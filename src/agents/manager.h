@@ -104,12 +104,13 @@ class AgentManager {
   void take_back(Agent& agent, int n_tokens);
   /// Hands what changed to the writer. The agent stays awake, and dirty should the store refuse.
   void save_behind(Agent& agent);
-  /// The same. Whoever waits for it, on any thread, hears its error there, and nowhere else.
+  /// The same. Whoever waits for it, on any thread, hears its error there, and nowhere else. The agent gets no rows before it is over,
+  /// for those that it has are not copied.
   Writer::Saving begin_save(Agent& agent);
   /// The same, and waits until it is on disk. Throws what the store says.
   SaveResult save(Agent& agent);
 
-  /// Of an agent that is awake; for another one the future is not valid. The agent was not used by it.
+  /// As save_behind, of an agent that is awake; for another one the future is not valid. The agent was not used by it.
   Writer::Saving begin_save(const std::string& id);
   /// Waits until what is queued is written, and takes nothing in. Any thread.
   void wait_for_writes(const Writer::Progress& progress = nullptr, size_t submitted = 0) {
@@ -181,7 +182,7 @@ class AgentManager {
   };
   /// What `n_tokens` tokens take in memory beside what is shared.
   size_t bytes_of_runs(const KvLayout& layout, int64_t n_tokens, const Shared& shared) const;
-  void submit(Agent& agent);
+  void hand_to_writer(Agent& agent, bool copy_tail);
   /// Takes in what the writer has finished.
   void settle();
   /// The agent that has the ticket, nullptr when it is gone.

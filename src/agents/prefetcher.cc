@@ -14,7 +14,7 @@ namespace {
 size_t attended_bytes(const KvSnapshot& snapshot, size_t i) {
   size_t bytes = 0;
   for (const KvTensorSpec& tensor : snapshot.layout.tensors) {
-    const int n = snapshot.run_tokens(i);
+    const int n = snapshot.run_capacity(i);
     if (KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, n, int64_t(snapshot.tokens.size()))) bytes += tensor.bytes_per_token() * size_t(n);
   }
   return bytes;

@@ -13,38 +13,39 @@ constexpr size_t kMaxUntold = 64;
 
 }  // namespace
 
-void AgentManager::save_behind(Agent& agent) {
+void AgentManager::save_behind(Agent& agent) { hand_to_writer(agent, /*copy_tail=*/true); }
+
+void AgentManager::hand_to_writer(Agent& agent, bool copy_tail) {
   settle();
   if (!agent.dirty() || !agent.whole() || agent.queued_version == agent.version) return;
   try {
-    submit(agent);
+    Writer::Job job{.agent = agent.id, .ticket = agent.ticket, .version = agent.version,
+                    .snapshot = agent.cache->snapshot(agent.identity, copy_tail), .model = options_.model_name, .user = agent.user,
+                    .notes = encode_record(agent.record(), agent.cache->tokens().size())};
+    job.snapshot.lineage = agent.lineage;
+    job.snapshot.conversation = agent.conversation;
+    const KvLayout& layout = job.snapshot.layout;
+    job.new_bytes = layout.offset(layout.tensors.size(), job.snapshot.tail.n_tokens);
+    for (const auto& run : job.snapshot.sealed) {
+      if (run->segment() == nullptr) job.new_bytes += run->bytes().size();
+    }
+    writer_.submit(std::move(job));
   } catch (const std::bad_alloc&) {
     throw Error(ErrorCode::kResourceExhausted, "Out of memory while saving agent '" + agent.id + "'; let other agents sleep first.");
   }
   agent.queued_version = agent.version;
 }
 
-void AgentManager::submit(Agent& agent) {
-  Writer::Job job{.agent = agent.id, .ticket = agent.ticket, .version = agent.version, .snapshot = agent.cache->snapshot(agent.identity),
-                  .model = options_.model_name, .user = agent.user,
-                  .notes = encode_record(agent.record(), agent.cache->tokens().size())};
-  job.snapshot.lineage = agent.lineage;
-  job.snapshot.conversation = agent.conversation;
-  job.new_bytes = job.snapshot.tail.bytes.size();
-  for (const auto& run : job.snapshot.sealed) {
-    if (run->segment() == nullptr) job.new_bytes += run->bytes().size();
-  }
-  writer_.submit(std::move(job));
-}
-
 Writer::Saving AgentManager::begin_save(Agent& agent) {
-  save_behind(agent);
+  hand_to_writer(agent, /*copy_tail=*/false);
   return writer_.await(agent.ticket);
 }
 
 Writer::Saving AgentManager::begin_save(const std::string& id) {
   const auto found = awake_.find(id);
-  return found != awake_.end() ? begin_save(found->second) : Writer::Saving();
+  if (found == awake_.end()) return {};
+  save_behind(found->second);
+  return writer_.await(found->second.ticket);
 }
 
 SaveResult AgentManager::save(Agent& agent) {

@@ -200,6 +200,9 @@ class Env {
   virtual int raw_unlock(int fd) = 0;
 };
 
+/// From the system: each process, a forked one too, gets others.
+uint64_t random_bits();
+
 /// Throws kIo with a sentence for people: what failed, on what, and what to do.
 [[noreturn]] void throw_io_error(std::string_view what, const std::filesystem::path& path, int error_number);
 

@@ -170,9 +170,9 @@ namespace {
   throw Error(ErrorCode::kInvalidArgument, "The KV snapshot is inconsistent: " + what + ".");
 }
 
-/// Of `n_runs` runs the i-th holds `n_tokens` tokens in `bytes` bytes.
-void check_run(const KvLayout& layout, size_t i, size_t n_runs, int n_tokens, size_t bytes) {
-  const size_t expected = layout.offset(layout.tensors.size(), n_tokens);
+/// Of `n_runs` runs the i-th has room for `capacity` tokens in `bytes` bytes.
+void check_run(const KvLayout& layout, size_t i, size_t n_runs, int capacity, size_t bytes) {
+  const size_t expected = layout.offset(layout.tensors.size(), capacity);
   if (bytes == expected) return;
   inconsistent("run " + std::to_string(i) + " of " + std::to_string(n_runs) + " has " + std::to_string(bytes) +
                " bytes, its layout needs " + std::to_string(expected));
@@ -203,7 +203,7 @@ void KvSnapshot::validate() const {
   for (size_t i = 0; i < sealed.size(); ++i) {
     if (sealed[i] == nullptr) inconsistent("run " + std::to_string(i) + " is missing");
   }
-  for (size_t i = 0; i < n_runs(); ++i) check_run(layout, i, n_runs(), run_tokens(i), run_bytes(i).size());
+  for (size_t i = 0; i < n_runs(); ++i) check_run(layout, i, n_runs(), run_capacity(i), run_bytes(i).size());
   check_covered(sealed.size() * kSegmentTokens + size_t(tail.n_tokens), tokens.size());
   check_state(state);
 }

@@ -114,10 +114,10 @@ std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot) 
     const size_t row = size_t(spec.dim) * kv_dtype_size(spec.dtype);
     int first = begin;
     for (size_t i = size_t(begin / kSegmentTokens); i < snapshot.n_runs(); ++i) {
-      const int n = snapshot.run_tokens(i);
-      const std::byte* from = snapshot.run_bytes(i).data() + snapshot.layout.offset(t, n);
+      const int n = snapshot.run_tokens(i), from_rows = snapshot.run_capacity(i);
+      const std::byte* from = snapshot.run_bytes(i).data() + snapshot.layout.offset(t, from_rows);
       for (int head = 0; head < spec.n_kv_heads; ++head) {
-        std::memcpy(to + (size_t(head) * capacity + (first - begin)) * row, from + size_t(head) * n * row, size_t(n) * row);
+        std::memcpy(to + (size_t(head) * capacity + (first - begin)) * row, from + size_t(head) * from_rows * row, size_t(n) * row);
       }
       first += n;
     }
@@ -178,7 +178,7 @@ void DenseKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) {
 // Not by the array, which every append replaces, nor by its memory, which is there only once it is evaluated.
 KvCache::HeldBuffer DenseKvCache::buffer(size_t i) const { return {storage_[i].get(), tensors_[i].nbytes(), false}; }
 
-KvSnapshot DenseKvCache::snapshot(const Identity& identity) const {
+KvSnapshot DenseKvCache::snapshot(const Identity& identity, bool) const {
   KvSnapshot snapshot{.identity = identity, .layout = layout_, .tokens = tokens_};
   if (length_ > 0) mx::eval(tensors_);
   for (int first = 0; first < length_; first += kSegmentTokens) {

@@ -25,7 +25,7 @@ class DenseKvCache : public KvCache {
   bool can_truncate(int n_tokens) const override;
   std::unique_ptr<KvCache> clone() const override;
   void replace_run(int i, std::shared_ptr<const SealedRun> run) override;
-  KvSnapshot snapshot(const Identity& identity) const override;
+  KvSnapshot snapshot(const Identity& identity, bool copy_tail = true) const override;
 
  private:
   void drop_rows(int n_tokens) override;

@@ -33,8 +33,10 @@ std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& sn
   auto cache = std::make_unique<SegmentedKvCache>(snapshot.layout, snapshot.tokens);
   cache->sealed_ = snapshot.sealed;
   for (const auto& run : snapshot.sealed) cache->runs_.push_back(buffer_of(run));
-  // The tail moves into a buffer with room to grow.
-  if (const KvTail& tail = snapshot.tail; tail.n_tokens > 0) {
+  if (const KvTail& tail = snapshot.tail; tail.run != nullptr) {
+    // Whoever keeps the snapshot keeps its rows: the first append then makes another buffer.
+    cache->runs_.push_back({tail.run.get(), tail.bytes.size(), tail.run});
+  } else if (tail.n_tokens > 0) {
     KvBuffer buffer = cache->new_run();
     cache->copy_rows(tail.bytes.data(), tail.n_tokens, buffer.data, kSegmentTokens, tail.n_tokens);
     cache->runs_.push_back(std::move(buffer));
@@ -159,9 +161,14 @@ void SegmentedKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) 
   recount(size_t(i), size_t(i) + 1);
 }
 
-KvSnapshot SegmentedKvCache::snapshot(const Identity& identity) const {
+KvSnapshot SegmentedKvCache::snapshot(const Identity& identity, bool copy_tail) const {
   KvSnapshot snapshot{.identity = identity, .layout = layout_, .tokens = tokens_, .sealed = sealed_};
-  if (const int open = length_ % kSegmentTokens; open > 0) {
+  const int open = length_ % kSegmentTokens;
+  if (open > 0 && !copy_tail) {
+    const KvBuffer& run = runs_[sealed_.size()];
+    const std::shared_ptr<std::byte> shared(std::const_pointer_cast<void>(run.owner), run.data);
+    snapshot.tail = {open, {run.data, run.size}, shared, shared};
+  } else if (open > 0) {
     const size_t size = layout_.offset(layout_.tensors.size(), open);
     const std::shared_ptr<std::byte> tail = allocate_heap_buffer(size);
     copy_rows(runs_[sealed_.size()].data, kSegmentTokens, tail.get(), open, open);

@@ -27,7 +27,7 @@ class SegmentedKvCache : public KvCache {
   std::span<const std::shared_ptr<const SealedRun>> sealed_runs() const override { return sealed_; }
   void replace_run(int i, std::shared_ptr<const SealedRun> run) override;
   void advance(int n) override;
-  KvSnapshot snapshot(const Identity& identity) const override;
+  KvSnapshot snapshot(const Identity& identity, bool copy_tail = true) const override;
 
  private:
   void drop_rows(int n_tokens) override;

@@ -225,7 +225,7 @@ class Bench {
       Store store(root);
       const auto lock = store.lock_agent(kAgent);
       return timed([&] {
-        written = store.save_agent_cache(kAgent, cache->snapshot(identity_), options_.model, {},
+        written = store.save_agent_cache(kAgent, cache->snapshot(identity_, /*copy_tail=*/false), options_.model, {},
                                          options_.durability()).bytes_written;
       });
     });
@@ -241,6 +241,7 @@ class Bench {
         load.expected = &identity_;
         load.allocate = mlx_buffer;
         load.map_rows = true;
+        load.tail_in_run = model_.backend() == Backend::kKernels;
         const LoadedAgent loaded = store.load_agent_cache(kAgent, load);
         cache = KvCache::restore(loaded.snapshot, model_.backend());
         read = loaded.bytes_read;

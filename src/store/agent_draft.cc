@@ -27,7 +27,7 @@ FileDraft draft_file(const AgentState& agent, int64_t first, int64_t end, int64_
   digests.ids = hash_hex(token_bytes(draft.ids));
   if (rows > 0) {
     Hasher hasher;
-    for_each_row_piece(agent.layout, {agent.tail.bytes.data(), agent.tail.n_tokens, agent.tail.n_tokens - int(rows)}, int(rows),
+    for_each_row_piece(agent.layout, {agent.tail.bytes.data(), agent.tail.capacity(), agent.tail.n_tokens - int(rows)}, int(rows),
                        [&](std::span<const std::byte> piece) {
                          draft.rows.push_back(piece);
                          hasher.update(piece);
@@ -153,7 +153,7 @@ std::vector<OwnFile> held_files(Env& env, const OwnFiles& known, const AgentStat
     if (hash_hex(token_bytes(agent.tokens.subspan(size_t(ref.first), size_t(ref.tokens)))) != file.ids) break;
     if (file.n_messages > messages.size() || hash_hex(encode_messages(messages.first(file.n_messages))) != file.messages) break;
     if (end > agent.sealed &&
-        rows_checksum(agent.layout, {agent.tail.bytes.data(), agent.tail.n_tokens, int(end - ref.rows - agent.sealed)}, int(ref.rows)) != file.rows) {
+        rows_checksum(agent.layout, {agent.tail.bytes.data(), agent.tail.capacity(), int(end - ref.rows - agent.sealed)}, int(ref.rows)) != file.rows) {
       break;
     }
     messages = messages.subspan(file.n_messages);

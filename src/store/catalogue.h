@@ -45,7 +45,7 @@ class Catalogue {
   std::optional<Marker> marker() const;
   /// kInvalidArgument when the directory is no store, and not empty either.
   void require_store() const;
-  /// Adds the marker unless there is one. Everything that writes files begins with it.
+  /// Adds the marker unless there is one. Everything that writes files begins with it. A durable commit flushes it.
   void make_store();
   std::filesystem::path marker_path() const { return root_ / kMarkerName; }
 
@@ -130,6 +130,14 @@ class Catalogue {
   }
 
  private:
+  /// What a durable commit flushes before its agent file is put in place: a file, with the name that is remembered, or a directory.
+  struct Unflushed {
+    std::filesystem::path path;
+    std::string name;
+    FileStat stat;
+    std::filesystem::path directory;
+  };
+
   /// Whether there is an agent file or a directory of segments, which stores had before there were markers.
   bool is_old_store() const;
   /// Whether the agent's sidecar is one. (The marker has the name of the sidecar of an agent `torpor`, which has none.)
@@ -152,8 +160,10 @@ class Catalogue {
   void forget(const std::string& id);
   /// Gives a file another name, or copies it where it can't have two. False when it has it already.
   bool link_part(const OwnFile& from, const std::filesystem::path& to);
-  /// Everything that the agent file is going to name is there when this returns; `put` are those that were not before.
-  void put_parts(AgentDraft& draft, bool durable, SaveResult& result, std::vector<std::filesystem::path>& put);
+  /// Everything that the agent file is going to name is there when this returns; `put` are those that were not before, `unflushed`
+  /// what is not known to survive a power cut.
+  void put_parts(AgentDraft& draft, SaveResult& result, std::vector<std::filesystem::path>& put, std::vector<Unflushed>& unflushed);
+  void flush(const std::vector<Unflushed>& unflushed);
   /// A file in a directory of the store's. What can't be removed now is left to gc.
   void remove_quietly(const std::filesystem::path& path) noexcept;
 
@@ -163,6 +173,7 @@ class Catalogue {
   WrittenBytes& written_;
   DurableFiles durable_;  ///< agent files and parts, by their checksums
   std::atomic<bool> parts_durable_ = false;  ///< the root names their directory on the disk
+  std::atomic<bool> marker_durable_ = false;
   mutable std::mutex mutex_, marker_mutex_;
   std::unordered_map<std::string, std::shared_ptr<const OwnFiles>> known_;  ///< by agent id
   mutable std::optional<FileStat> marker_stat_;  ///< of what `marker_` was read from

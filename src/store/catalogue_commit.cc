@@ -37,8 +37,7 @@ bool Catalogue::link_part(const OwnFile& from, const std::filesystem::path& to) 
   throw Error(ErrorCode::kNotFound, "'" + from.path.string() + "' was replaced while it was copied; try again.").with_path(from.path.string());
 }
 
-void Catalogue::put_parts(AgentDraft& draft, bool durable, SaveResult& result, std::vector<std::filesystem::path>& put) {
-  if (durable && !parts_durable_) env_.sync_directory(root_);
+void Catalogue::put_parts(AgentDraft& draft, SaveResult& result, std::vector<std::filesystem::path>& put, std::vector<Unflushed>& unflushed) {
   bool changed = false;
   for (OwnFile& part : draft.kept) {
     const auto path = part_path(draft.uid, part.ref.name);
@@ -48,22 +47,32 @@ void Catalogue::put_parts(AgentDraft& draft, bool durable, SaveResult& result, s
     }
     part.path = path;
     part.stat = env_.stat(path).value_or(FileStat{});
-    if (!durable || durable_.contains(part.ref.name, part.stat)) continue;
-    env_.open(path, OpenMode::kRead).sync();
-    durable_.add(part.ref.name, part.stat);
+    if (durable_.contains(part.ref.name, part.stat)) continue;
+    unflushed.push_back({path, part.ref.name, part.stat});
     changed = true;
   }
   if (draft.history) {
     FileDraft& history = *draft.history;
     history.digests.path = part_path(draft.uid, history.ref.name);
     put.push_back(history.digests.path);
-    history.digests.stat = write_file(env_, history.digests.path, history.pieces(), durable);
+    history.digests.stat = write_file(env_, history.digests.path, history.pieces(), false);
+    unflushed.push_back({history.digests.path, history.ref.name, history.digests.stat});
     written_.add(history.digests.stat);
-    if (durable) durable_.add(history.ref.name, history.digests.stat);
     result.bytes_written += int64_t(history.digests.stat.size);
     changed = true;
   }
-  if (changed && durable) env_.sync_directory(parts_path());
+  if (!changed) return;
+  unflushed.push_back({.directory = parts_path()});
+  if (!parts_durable_) unflushed.push_back({.directory = root_});
+}
+
+void Catalogue::flush(const std::vector<Unflushed>& unflushed) {
+  parallel_for(unflushed.size(), kFlushThreads, [&](size_t i) {
+    const Unflushed& one = unflushed[i];
+    if (!one.directory.empty()) return env_.sync_directory(one.directory);
+    env_.open(one.path, OpenMode::kRead).sync();
+    if (!one.name.empty()) durable_.add(one.name, one.stat);
+  });
 }
 
 void Catalogue::commit(AgentDraft& draft, Durability durability, SaveResult& result) {
@@ -73,19 +82,19 @@ void Catalogue::commit(AgentDraft& draft, Durability durability, SaveResult& res
   const auto before = known_files(id);
   const bool replaces_durable = before != nullptr && !before->files.empty() &&
                                 durable_.contains(before->files.back().ref.name, before->stat);
-  const bool has_parts = !draft.kept.empty() || draft.history;
   env_.make_directory(parts_path());  // before there is one, so that the flush of a first commit is enough for it
   FileStat stat;
   try {
-    std::optional<TemporaryFile> file;
-    const auto write = [&](size_t which) {
-      if (which == 0) file.emplace(env_, root_, draft.file.pieces(), durable);
-      if (which == 1) put_parts(draft, durable, result, put);
-    };
-    // Two at a time: what is flushed together the disk writes at once.
-    parallel_for(has_parts ? 2 : 1, durable ? 2 : 1, write);
-    file->replace(agent_path(id));
-    stat = file->stat();
+    std::vector<Unflushed> unflushed;
+    put_parts(draft, result, put, unflushed);
+    TemporaryFile file(env_, root_, draft.file.pieces(), false);
+    if (durable) {
+      unflushed.push_back({.path = file.path()});
+      if (!marker_durable_) unflushed.push_back({.path = marker_path()});
+      flush(unflushed);
+    }
+    file.replace(agent_path(id));
+    stat = file.stat();
     written_.add(stat);
   } catch (...) {
     for (const auto& path : put) remove_quietly(path);
@@ -93,7 +102,7 @@ void Catalogue::commit(AgentDraft& draft, Durability durability, SaveResult& res
   }
   if (durable) {
     env_.sync_directory(root_);
-    parts_durable_ = true;
+    parts_durable_ = marker_durable_ = true;
     durable_.add(draft.file.ref.name, stat);
   }
   // A power cut may bring back an old agent file that was flushed, if this one is not: what it needs is left to gc then.

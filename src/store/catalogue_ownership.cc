@@ -65,12 +65,15 @@ void Catalogue::require_store() const {
 
 void Catalogue::make_store() {
   if (has_marker_) return;
-  if (!marker()) {
+  const auto is_whole = [&] {
+    const auto found = marker();
+    return found && !found->text.empty();
+  };
+  if (!is_whole()) {
     const std::string text = encode_marker({});
-    TemporaryFile file(env_, root_, {as_bytes_of(text)}, true);
-    // What has the name and is no marker is the sidecar of an agent `torpor`.
-    if (!file.put_new(marker_path()) && !marker()) file.replace(marker_path());
-    env_.sync_directory(root_);
+    TemporaryFile file(env_, root_, {as_bytes_of(text)}, false);
+    // What has the name and is no marker is the sidecar of an agent `torpor`, or what a power cut left.
+    if (!file.put_new(marker_path()) && !is_whole()) file.replace(marker_path());
   }
   has_marker_ = is_store_ = true;
 }

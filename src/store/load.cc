@@ -90,6 +90,7 @@ LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& o
     const std::vector<OpenedFile> files = store.agents.open_files(opened);
     OwnStateOptions own_options{.sealed = int64_t(agent.info.segments.size()) * kSegmentTokens, .length = length};
     own_options.map = options.map_rows || sink != nullptr;  // a sink has the rows copied
+    own_options.tail_in_run = options.tail_in_run && sink == nullptr;
     if (sink == nullptr) own_options.allocate = options.allocate;
     if (options.salvage) {
       own_options.recover_ids = [&](int64_t first, int64_t end) {
@@ -141,7 +142,7 @@ LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& o
       usable += own.tail.n_tokens;
     }
     snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + usable);
-    loaded.bytes_read = loader.bytes_read() + own.bytes_read + int64_t(own.tail.bytes.size());
+    loaded.bytes_read = loader.bytes_read() + own.bytes_read + int64_t(snapshot.layout.offset(snapshot.layout.tensors.size(), own.tail.n_tokens));
     if (own.problem.empty() && length == agent.info.cache_size) store.agents.know(id, opened, std::move(own.files));
     for (size_t i = 0; i + 1 < files.size(); ++i) loaded.info.tail_bytes += int64_t(files[i].stat.size);
     loaded.info.bytes = loaded.info.tail_bytes;

@@ -39,6 +39,8 @@ std::string encode_marker(const DiskLimits& limits, const Marker& before) {
 
 std::optional<Marker> decode_marker(const std::string& text, const std::string& file_name) {
   if (text.size() > kSidecarBeginning && is_sidecar(text)) return std::nullopt;
+  // A power cut leaves this of a marker that was not flushed. One with limits was.
+  if (text.find_first_not_of('\0') == std::string::npos) return Marker{};
   std::string problem;
   try {
     const Json json = Json::parse(text);

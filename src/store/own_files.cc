@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "base/hash.h"
+#include "base/parallel.h"
 #include "store/messages.h"
 #include "torpor/error.h"
 
@@ -17,6 +18,38 @@ void set_digests(OwnContents& contents, const KvLayout& layout) {
   file.rows = file.ref.rows == 0 ? "" : rows_checksum(layout, {contents.rows.data(), contents.file_rows, 0}, int(file.ref.rows));
 }
 
+/// What reading a file gave: contents or an error; neither when it is not there.
+struct OwnRead {
+  RowBuffer rows;
+  std::optional<OwnContents> contents;
+  std::optional<Error> error;
+};
+
+/// Those of `files` that begin within the length, several at a time; of all their rows `all_rows` count.
+std::vector<OwnRead> read_own_files(const std::vector<OpenedFile>& files, const KvLayout& layout, const OwnStateOptions& options,
+                                    int all_rows, const std::optional<TailBuffer>& tail) {
+  size_t n = 0, row_bytes = 0;
+  std::vector<int> first_rows;
+  for (int rows = 0; n < files.size() && files[n].ref.first <= options.length; ++n) {
+    first_rows.push_back(rows);
+    rows += int(files[n].ref.rows);
+    row_bytes += layout.bytes_per_token() * size_t(files[n].ref.rows);
+  }
+  std::vector<OwnRead> reads(n);
+  parallel_for(n, std::min(reader_threads(), 1 + (row_bytes >> 20)), [&](size_t i) {
+    const OpenedFile& file = files[i];
+    if (file.handle == nullptr) return;
+    try {
+      RowBuffer* const rows = options.rows && file.ref.end() > options.sealed ? &reads[i].rows : nullptr;
+      const bool fits = tail && first_rows[i] + file.ref.rows <= all_rows;
+      reads[i].contents = read_own_file(file, layout, rows, options.map, fits ? tail->place(first_rows[i]) : RowsIn<std::byte>{});
+    } catch (const Error& error) {
+      reads[i].error = error;
+    }
+  });
+  return reads;
+}
+
 }  // namespace
 
 std::span<std::byte> RowBuffer::of_size(size_t size) {
@@ -25,7 +58,22 @@ std::span<std::byte> RowBuffer::of_size(size_t size) {
   return {bytes_.get(), size};
 }
 
-OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowBuffer* rows, bool map) {
+void TailBuffer::append(const RowsIn<const std::byte>& rows, int n) {
+  copy_rows(layout_, rows, {bytes_.get(), capacity_, n_tokens_}, n);
+  n_tokens_ += n;
+}
+
+KvTail TailBuffer::take() const {
+  const size_t n_tensors = layout_.tensors.size();
+  if (in_run_) return {n_tokens_, {bytes_.get(), layout_.offset(n_tensors, capacity_)}, bytes_, bytes_};
+  if (n_tokens_ == capacity_) return {n_tokens_, {bytes_.get(), layout_.offset(n_tensors, n_tokens_)}, bytes_};
+  TailBuffer shorter(layout_, n_tokens_, false, allocate_);
+  shorter.append({bytes_.get(), capacity_, 0}, n_tokens_);
+  return shorter.take();
+}
+
+OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowBuffer* rows, bool map,
+                          const RowsIn<std::byte>& place) {
   OwnContents contents;
   const TorporFile& file = *opened.file;
   const size_t n = size_t(opened.ref.tokens);
@@ -36,11 +84,14 @@ OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowB
   try {
     contents.messages = decode_messages(read_messages(*opened.handle, file), opened.path.string());
     const bool wanted = rows != nullptr && file.rows > 0;
-    if (wanted && map) contents.mapping = opened.handle->map(opened.stat.size);
+    contents.placed = wanted && place.bytes != nullptr && file.row_tensors == 1 && opened.ref.rows == int64_t(file.rows);
+    if (wanted && map && !contents.placed) contents.mapping = opened.handle->map(opened.stat.size);
     if (contents.mapping != nullptr) {
       const std::span rows_there(contents.mapping.get() + file.header.data_start, size_t(file.rows_bytes()));
       check_mapped_rows(rows_there, file, TensorMask(file.row_tensors, true), opened.path.string());
       contents.rows = rows_there;
+    } else if (contents.placed) {
+      read_rows_to(*opened.handle, file, layout, place);
     } else if (wanted) {
       const std::span<std::byte> bytes = rows->of_size(size_t(file.rows_bytes()));
       read_rows(*opened.handle, file, {}, bytes);
@@ -49,6 +100,7 @@ OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowB
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kIo) throw;
     contents.problem = error.what();
+    contents.placed = false;
   }
   const size_t all_messages = contents.messages.size();
   const bool whole = n == contents.ids.size();
@@ -86,9 +138,9 @@ OwnState read_own_state(const std::vector<OpenedFile>& files, const KvLayout& la
   }
   end = std::min(end, options.length);
   const int all_rows = options.rows ? int(std::max<int64_t>(0, end - options.sealed)) : 0;
-  const size_t n_tensors = layout.tensors.size();
-  std::shared_ptr<std::byte> tail;
-  RowBuffer buffer;
+  std::optional<TailBuffer> tail;
+  if (options.tail_in_run && all_rows > 0) tail.emplace(layout, all_rows, true, options.allocate);
+  std::vector<OwnRead> reads = read_own_files(files, layout, options, all_rows, tail);
   int rows = 0;
   const auto fail = [&](const std::string& problem, bool missing) {
     if (!state.problem.empty()) return;
@@ -96,32 +148,34 @@ OwnState read_own_state(const std::vector<OpenedFile>& files, const KvLayout& la
     state.missing = missing;
   };
   bool rows_follow = true;
-  for (const OpenedFile& opened : files) {
-    if (opened.ref.first > options.length) break;
+  for (size_t i = 0; i < reads.size(); ++i) {
+    const OpenedFile& opened = files[i];
     if (opened.handle != nullptr) {
-      try {
-        const bool has_rows = options.rows && opened.ref.end() > options.sealed;
-        OwnContents contents = read_own_file(opened, layout, has_rows ? &buffer : nullptr, options.map);
+      if (reads[i].contents) {
+        OwnContents& contents = *reads[i].contents;
         state.bytes_read += int64_t(opened.stat.size - opened.file->rows_bytes());
         state.ids.insert(state.ids.end(), contents.ids.begin(), contents.ids.end());
         std::move(contents.messages.begin(), contents.messages.end(), std::back_inserter(state.messages));
         state.files.push_back(std::move(contents.file));
         if (!contents.problem.empty()) fail(contents.problem, false);
         const int n = int(std::min<int64_t>(opened.ref.rows, all_rows - rows));
-        rows_follow = rows_follow && (n <= 0 || !contents.rows.empty());
+        rows_follow = rows_follow && (n <= 0 || contents.placed || !contents.rows.empty());
         if (n <= 0 || !rows_follow) continue;
-        if (contents.mapping != nullptr && n == all_rows && contents.file_rows == all_rows) {
+        rows += n;
+        if (contents.placed) {
+          tail->add_placed(n);
+          continue;
+        }
+        if (contents.mapping != nullptr && !options.tail_in_run && n == all_rows && contents.file_rows == all_rows) {
           state.tail = {all_rows, contents.rows, contents.mapping};  // all of it is in this file
           continue;
         }
-        if (tail == nullptr) tail = options.allocate(layout.offset(n_tensors, all_rows));
-        copy_rows(layout, {contents.rows.data(), contents.file_rows, 0}, {tail.get(), all_rows, rows}, n);
-        rows += n;
+        if (!tail) tail.emplace(layout, all_rows, options.tail_in_run, options.allocate);
+        tail->append({contents.rows.data(), contents.file_rows, 0}, n);
         continue;
-      } catch (const Error& error) {
-        if (error.code() == ErrorCode::kIo) throw;
-        fail(error.what(), false);
       }
+      if (reads[i].error->code() == ErrorCode::kIo) throw *reads[i].error;
+      fail(reads[i].error->what(), false);
     }
     fail(opened.problem, opened.missing);
     if (!options.recover_ids || opened.ref.first >= options.sealed || &opened == &files.back()) break;
@@ -132,12 +186,7 @@ OwnState read_own_state(const std::vector<OpenedFile>& files, const KvLayout& la
   }
   if (int64_t(state.ids.size()) > options.length) state.ids.resize(size_t(options.length));
   std::erase_if(state.messages, [&](const StoredMessage& message) { return message.end > options.length; });
-  if (rows > 0 && rows < all_rows) {
-    const auto cut = options.allocate(layout.offset(n_tensors, rows));
-    copy_rows(layout, {tail.get(), all_rows, 0}, {cut.get(), rows, 0}, rows);
-    tail = cut;
-  }
-  if (rows > 0) state.tail = {rows, {tail.get(), layout.offset(n_tensors, rows)}, tail};
+  if (tail && rows > 0) state.tail = tail->take();
   return state;
 }
 

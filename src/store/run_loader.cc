@@ -236,10 +236,9 @@ void RunLoader::take(KvSnapshot& snapshot) {
     const Run& run = runs_[i];
     const int64_t rows = length_ - int64_t(i) * kSegmentTokens;
     if (rows < kSegmentTokens) {
-      const size_t size = layout_.offset(layout_.tensors.size(), int(rows));
-      const std::shared_ptr<std::byte> buffer = options_.allocate(size);
-      copy_rows(layout_, {run.sealed->bytes().data(), kSegmentTokens, 0}, {buffer.get(), int(rows), 0}, int(rows));
-      snapshot.tail = {int(rows), {buffer.get(), size}, buffer};
+      TailBuffer tail(layout_, int(rows), options_.tail_in_run, options_.allocate);
+      tail.append({run.sealed->bytes().data(), kSegmentTokens, 0}, int(rows));
+      snapshot.tail = tail.take();
     } else {
       snapshot.sealed.push_back(run.sealed);
     }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <set>
 
+#include "base/parallel.h"
 #include "torpor/error.h"
 #include "torpor/log.h"
 
@@ -90,8 +91,9 @@ void SegmentPool::flush(std::span<const StoredSegment> segments) {
 void SegmentPool::sync_directories(std::span<const StoredSegment> segments) {
   std::set<std::filesystem::path> directories;
   for (const StoredSegment& segment : segments) directories.insert(directory_of(segment.name));
-  for (const auto& directory : directories) env_.sync_directory(directory);
-  env_.sync_directory(directory_);
+  directories.insert(directory_);
+  const std::vector<std::filesystem::path> all(directories.begin(), directories.end());
+  parallel_for(all.size(), kFlushThreads, [&](size_t i) { env_.sync_directory(all[i]); });
 }
 
 void SegmentPool::note_variant(const std::string& plain, const std::string& name) noexcept {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
-#include <random>
 #include <utility>
 
 #include <unistd.h>
@@ -21,9 +20,7 @@ constexpr std::string_view kOldPrefix = ".tmp-";  // followed by two numbers
 
 std::string temporary_name() {
   // Process ids repeat (in containers they do at once), and a crash leaves its temporary files behind.
-  std::random_device random;
-  const uint64_t number = (uint64_t(random()) << 32) | random();
-  return std::string(kPrefix) + std::to_string(::getpid()) + "-" + std::to_string(number);
+  return std::string(kPrefix) + std::to_string(::getpid()) + "-" + std::to_string(random_bits());
 }
 
 bool is_temporary_name(std::string_view name) {

@@ -47,6 +47,8 @@ class TemporaryFile {
   TemporaryFile(TemporaryFile&& other) noexcept;
   TemporaryFile& operator=(TemporaryFile&&) = delete;
 
+  /// Where it is until it is put in place.
+  const std::filesystem::path& path() const { return path_; }
   /// Stays the file's whatever its name.
   const FileStat& stat() const { return stat_; }
   /// Takes the name, whatever had it before.

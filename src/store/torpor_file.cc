@@ -405,6 +405,27 @@ void for_each_row_piece(const KvLayout& layout, const RowsIn<const std::byte>& r
   }
 }
 
+void read_rows_to(const File& file, const TorporFile& parsed, const KvLayout& layout, const RowsIn<std::byte>& to) {
+  std::vector<std::span<std::byte>> pieces;
+  std::byte* at = to.bytes;
+  for (const KvTensorSpec& tensor : layout.tensors) {
+    const size_t row = size_t(tensor.dim) * kv_dtype_size(tensor.dtype);
+    for (int head = 0; head < tensor.n_kv_heads; ++head, at += row * size_t(to.n_tokens)) {
+      pieces.emplace_back(at + row * size_t(to.first), row * parsed.rows);
+    }
+  }
+  Hasher hasher;
+  uint64_t position = parsed.header.data_start + parsed.header.tensors.front().begin;
+  for (size_t first = 0, end = 0; first < pieces.size(); first = end) {
+    size_t size = 0;
+    while (end < pieces.size() && (end == first || size + pieces[end].size() <= kChunk)) size += pieces[end++].size();
+    file.read_pieces_at({pieces.begin() + ptrdiff_t(first), pieces.begin() + ptrdiff_t(end)}, position);
+    for (size_t i = first; i < end; ++i) hasher.update(pieces[i]);
+    position += size;
+  }
+  if (hasher.hex() != parsed.checksums.front()) corrupt_tensor(file.path().string(), parsed.header.tensors.front());
+}
+
 std::string rows_checksum(const KvLayout& layout, const RowsIn<const std::byte>& rows, int n) {
   Hasher hasher;
   for_each_row_piece(layout, rows, n, [&](std::span<const std::byte> piece) { hasher.update(piece); });

@@ -116,6 +116,8 @@ void for_each_row_piece(const KvLayout& layout, const RowsIn<const std::byte>& r
                         const std::function<void(std::span<const std::byte>)>& piece);
 /// Copies the rows of `n` tokens.
 void copy_rows(const KvLayout& layout, const RowsIn<const std::byte>& from, const RowsIn<std::byte>& to, int n);
+/// Reads all rows of a file that has them in one tensor to where they are wanted, and checks them there: no memory between.
+void read_rows_to(const File& file, const TorporFile& parsed, const KvLayout& layout, const RowsIn<std::byte>& to);
 /// The checksum of the tensor `rows` of a file that holds them.
 std::string rows_checksum(const KvLayout& layout, const RowsIn<const std::byte>& rows, int n);
 
