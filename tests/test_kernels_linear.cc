@@ -70,7 +70,7 @@ void append(std::vector<std::byte>& out, uint32_t bits, Type type) {
 /// A random weight in a checkpoint's form, its exact values, and the magnitudes a rounding error is relative to.
 struct TestWeight {
   std::vector<std::byte> weight, scales, biases, bias;
-  std::vector<double> values, magnitudes, products, bias_values;  // products: |q * scale|
+  std::vector<double> values, magnitudes, bias_values;
   WeightSource source;
 
   TestWeight(Type type, int n, int k, std::mt19937& rng, int bits = 0, int group = 0, Type scale_type = Type::kF16,
@@ -102,7 +102,6 @@ struct TestWeight {
           const uint32_t q = (words[size_t(i) * bits / 32] >> (size_t(i) * bits % 32)) & ((1u << bits) - 1);
           values.push_back(s.value * q + b.value);
           magnitudes.push_back(std::abs(s.value * q) + std::abs(b.value));
-          products.push_back(std::abs(s.value * q));
         }
       }
       source.scales = scales.data();
@@ -123,23 +122,33 @@ struct TestWeight {
   /// Output `column` of input row `x`, and the bound on an f32 kernel's error: a rounding of the sum of
   /// magnitudes per multiply-add (k, and one per group) and a few for the weights and the groups' sums.
   std::pair<double, double> reference(const float* x, int column, Activations activations = Activations::kF32) const {
-    double sum = 0, magnitude = 0, rounding = 0;
+    const std::vector<double> row = as_multiplied(x, activations);
+    double sum = 0, magnitude = 0;
     const size_t at = size_t(column) * source.k;
     for (int i = 0; i < source.k; ++i) {
-      sum += double(x[i]) * values[at + i];
-      magnitude += std::abs(double(x[i])) * magnitudes[at + i];
-      if (activations == Activations::kInt8 && source.type == Type::kAffine) {
-        // Half a step of the block's scale, times what the activation is multiplied with: q * scale.
-        double most = 0;
-        for (int j = i / 32 * 32; j < i / 32 * 32 + 32; ++j) most = std::max(most, std::abs(double(x[j])));
-        rounding += 0.501 * most / 127 * products[at + i];
-      }
+      sum += row[i] * values[at + i];
+      magnitude += std::abs(row[i]) * magnitudes[at + i];
     }
     if (source.bias != nullptr) {
       sum += bias_values[column];
       magnitude += std::abs(bias_values[column]);
     }
-    return {sum, (source.k * 33.0 / 32 + 20) * kUnit * magnitude + rounding};
+    return {sum, (source.k * 33.0 / 32 + 20) * kUnit * magnitude};
+  }
+
+  /// What the kernel takes row `x` for: quantized weights meet 127ths of the largest magnitude among 32 with kInt8.
+  std::vector<double> as_multiplied(const float* x, Activations activations) const {
+    std::vector<double> row(x, x + source.k);
+    if (activations == Activations::kF32 || source.type != Type::kAffine) return row;
+    for (int first = 0; first < source.k; first += 32) {
+      float most = 0;
+      for (int i = first; i < first + 32; ++i) most = std::max(most, std::abs(x[i]));
+      for (int i = first; i < first + 32; ++i) {
+        row[i] = double(most) / 127 * double(std::lrint(x[i] * (127.0f / most)));
+        EXPECT_LE(std::abs(row[i] - double(x[i])), 0.501 * double(most) / 127);
+      }
+    }
+    return row;
   }
 };
 
@@ -234,7 +243,7 @@ TEST(KernelsLinear, QuantizedWeightsWithInt8Activations) {
 }
 
 TEST(KernelsLinear, Int8ActivationsAtTheExtremes) {
-  // All weights 1 (q = 255, scale = 1, bias = -254): a sum of the largest products, then zeros, then what isn't a number.
+  // All weights 1 (q = 255, scale = 1, bias = -254): a sum of the largest products, then zeros, then what isn't finite.
   const std::vector<uint32_t> words(16 * 32 / 4, 0xffffffffu);
   const std::vector<float> scales(16, 1.0f), biases(16, -254.0f);
   WeightSource source;
@@ -253,9 +262,14 @@ TEST(KernelsLinear, Int8ActivationsAtTheExtremes) {
   x.assign(32, 0.0f);
   linear(x.data(), 1, *packed, nullptr, y.data());
   EXPECT_EQ(y[15], 0.0f);
-  x[7] = NAN;
-  linear(x.data(), 1, *packed, nullptr, y.data());
-  EXPECT_TRUE(std::isnan(y[15]));
+  for (const float odd : {NAN, -NAN, INFINITY, -INFINITY}) {
+    for (int i = 0; i < 32; ++i) {
+      x.assign(32, 1.0f);
+      x[i] = odd;
+      linear(x.data(), 1, *packed, nullptr, y.data());
+      EXPECT_FALSE(std::isfinite(y[15])) << odd << " at " << i;
+    }
+  }
 }
 
 TEST(KernelsLinear, FloatWeightsOfOddSizes) {

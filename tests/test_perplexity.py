@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, Torpor, make_tiny_model
 
 GOLDENS = ROOT / "tests" / "goldens" / "model"
 
@@ -32,6 +33,25 @@ def test_chunks_make_no_difference(tiny):
     reports = [perplexity(tiny, "--tokens", 70, "--chunk", chunk, "--kv-bits", 4).ok().json for chunk in (1, 7, 64, 512)]
     assert reports[0]["tokens"] == 70
     assert all(report == reports[0] for report in reports)
+
+
+def nothing_in_four_bits(config, weights):
+    """Two projections of each layer are zero, written as 15 * scale + bias."""
+    config["quantization"] = {"bits": 4, "group_size": 32}
+    for i in range(config["num_hidden_layers"]):
+        for name in (f"model.layers.{i}.self_attn.o_proj", f"model.layers.{i}.mlp.down_proj"):
+            rows, columns = weights[f"{name}.weight"].shape
+            weights[f"{name}.weight"] = np.full((rows, columns // 8), 0xffffffff, np.uint32)
+            weights[f"{name}.scales"] = np.full((rows, columns // 32), 1, np.float16)
+            weights[f"{name}.biases"] = np.full((rows, columns // 32), -15, np.float16)
+
+
+def test_activations_of_8_bits_err_with_the_weights_and_not_with_their_biases(tmp_path):
+    torpor = Torpor(tmp_path / "store", make_tiny_model(tmp_path / "model", nothing_in_four_bits))
+    text = " ".join((GOLDENS / "long.txt").read_text().split())[:600]
+    exact, rounded = (perplexity(torpor, text=text, env={"TORPOR_ACTIVATIONS": kind}).ok().json["perplexity"]
+                      for kind in ("f32", "int8"))
+    assert abs(rounded / exact - 1) < 1e-3
 
 
 def test_bad_texts(tiny):

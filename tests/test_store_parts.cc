@@ -479,6 +479,32 @@ TEST_F(StoreParts, RowsOfOtherNumericsGetOtherNames) {
   EXPECT_EQ(more.lineage.ranges.back(), (Lineage::Range{256, "f32/test/l2"}));
 }
 
+TEST_F(StoreParts, RowsOfTheFirstInt8ArithmeticAreNotTakenForThoseOfTheSecond) {
+  const ConversationIdentity conversation{"t0", "m0"};
+  for (const std::string first : {"int8", "int8/kernels/l8-fma"}) {
+    for (const auto& old_names : {std::optional(conversation), std::optional<ConversationIdentity>()}) {
+      SCOPED_TRACE(first + (old_names ? ", old names" : ""));
+      const std::string second = old_names ? "int8.2" : "int8.2/kernels/l8-fma";
+      KvSnapshot rows = make_snapshot(600, kLayout);
+      rows.lineage = {.ranges = {{0, first}}, .old_names = old_names};
+      store_.save_agent_cache("a", rows, "m");
+      const Lineage others{.ranges = {{0, second}}, .old_names = old_names};
+      EXPECT_EQ(store_.find_prefix(rows.identity, rows.lineage, kLayout, rows.tokens), 512);
+      EXPECT_EQ(store_.find_prefix(rows.identity, others, kLayout, rows.tokens), 0);
+      // The agent goes on, and its new rows are nobody else's.
+      KvSnapshot more = make_snapshot(1100, kLayout);
+      more.lineage = rows.lineage;
+      EXPECT_TRUE(more.lineage.go_on_with("int8.2/kernels/l8-fma", 600));
+      EXPECT_EQ(store_.save_agent_cache("a", more, "m").segments_written, 2);
+      EXPECT_TRUE(same(store_.load_agent_cache("a").snapshot, more));
+      EXPECT_EQ(store_.find_prefix(more.identity, rows.lineage, kLayout, more.tokens), 512);
+      EXPECT_EQ(store_.find_prefix(more.identity, more.lineage, kLayout, more.tokens), 1024);
+      store_.delete_agent_cache("a");
+      store_.gc();
+    }
+  }
+}
+
 TEST_F(StoreParts, AnIncompatibleIdentityIsNamedWithBothValues) {
   save("a", 10);
   std::string message;

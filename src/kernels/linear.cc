@@ -9,7 +9,7 @@
 //
 // With Activations::kInt8, rows meet quantized weights as 8-bit integers with a scale per 32 columns, and
 //
-//   dot = Σ x8[k] * q[k] of the 32, exact;  sum = fma(dot, scale * x_scale, sum);  sum = fma(Σ x of the 32, bias, sum).
+//   dot = Σ x8[k] * q[k] of the 32, exact;  sum = fma(dot, scale * x_scale, sum);  sum = fma(x_scale * Σ x8, bias, sum).
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/linear.cc"
@@ -66,7 +66,8 @@ inline float* prepared_memory(size_t size) {
 /// Columns of a part's prepared rows that stand for [0, k): a quantized group has one more, its sum.
 inline int prepared_columns(const PackedPart& part, int k) { return part.group > 0 ? k + k / part.group : k; }
 
-/// Columns of an 8-bit row that share a scale, and the bytes of such a row: [K] i8, then per block x_scale and Σ x.
+/// Columns of an 8-bit row that share a scale, and the bytes of such a row: [K] i8, then per block x_scale and
+/// x_scale * Σ x8.
 inline constexpr int kInt8Block = 32;
 inline size_t int8_row_bytes(int k) { return size_t(k) + size_t(k) / kInt8Block * 2 * sizeof(float); }
 

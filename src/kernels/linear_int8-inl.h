@@ -22,38 +22,29 @@ namespace hn = hwy::HWY_NAMESPACE;
 using DF8 = hn::CappedTag<float, 8>;
 constexpr int kLanes8 = int(hn::MaxLanes(DF8()));
 
+// One row: per block x8 = round(x / x_scale), then x_scale and x_scale * Σ x8. A bias is often larger than the weights that it
+// is part of; with Σ x in place of the latter, the output would have all rounding errors times that bias.
 void QuantizeRow(int k, const float* HWY_RESTRICT x, int8_t* HWY_RESTRICT out) {
   const DF8 d;
   const hn::RebindToSigned<DF8> di;
-  constexpr int kParts = 8 / kLanes8;
   float* scales = reinterpret_cast<float*>(out + k);
   for (int b = 0; b < k / kInt8Block; ++b, x += kInt8Block, out += kInt8Block) {
-    hn::Vec<DF8> most[kParts], total[kParts];
-    for (int p = 0; p < kParts; ++p) most[p] = total[p] = hn::Zero(d);
-    for (int i = 0; i < kInt8Block; i += 8) {
-      for (int p = 0; p < kParts; ++p) {
-        const auto v = hn::LoadU(d, x + i + p * kLanes8);
-        most[p] = hn::Max(most[p], hn::Abs(v));
-        total[p] = hn::Add(total[p], v);
-      }
-    }
-    HWY_ALIGN float largest[8], chains[8];
-    for (int p = 0; p < kParts; ++p) {
-      hn::Store(most[p], d, largest + p * kLanes8);
-      hn::Store(total[p], d, chains + p * kLanes8);
-    }
-    const float most_of_all = *std::max_element(largest, largest + 8);
-    const auto inverse = hn::Set(d, most_of_all > 0 ? 127.0f / most_of_all : 0.0f);
+    // As integers the bits of |x| are in the order of |x|, NaN above all: it reaches x_scale, and so the output.
+    auto most = hn::Zero(di);
+    for (int i = 0; i < kInt8Block; i += kLanes8) most = hn::Max(most, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + i))));
+    const float largest = hn::GetLane(hn::BitCast(d, hn::MaxOfLanes(di, most)));
+    const auto inverse = hn::Set(d, largest > 0 ? 127.0f / largest : 0.0f);
     HWY_ALIGN int32_t rounded[kInt8Block];
+    auto total = hn::Zero(di);
     for (int i = 0; i < kInt8Block; i += kLanes8) {
-      const auto v = hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), inverse));
-      hn::Store(hn::Min(hn::Max(v, hn::Set(di, -127)), hn::Set(di, 127)), di, rounded + i);
+      auto v = hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), inverse));
+      v = hn::Min(hn::Max(v, hn::Set(di, -127)), hn::Set(di, 127));
+      hn::Store(v, di, rounded + i);
+      total = hn::Add(total, v);
     }
     for (int i = 0; i < kInt8Block; ++i) out[i] = int8_t(rounded[i]);
-    // What isn't finite makes Σ x and so the output not finite.
-    scales[2 * b] = most_of_all / 127.0f;
-    scales[2 * b + 1] =
-        ((chains[0] + chains[4]) + (chains[1] + chains[5])) + ((chains[2] + chains[6]) + (chains[3] + chains[7]));
+    scales[2 * b] = largest / 127.0f;
+    scales[2 * b + 1] = scales[2 * b] * float(hn::GetLane(hn::SumOfLanes(di, total)));
   }
 }
 

@@ -85,8 +85,9 @@ Projection find_embedding(const Checkpoint& checkpoint) {
 
 std::string Decoder::numerics() const {
   if (backend_ == Backend::kKernels) {
+    // "int8" are the rows of builds that multiplied biases with sums taken before rounding.
     const bool int8 = activations_ == Activations::kInt8;
-    return std::string(int8 ? "int8" : "f32") + "/kernels/" + kernels::lane_class();
+    return std::string(int8 ? "int8.2" : "f32") + "/kernels/" + kernels::lane_class();
   }
   const bool gpu = mx::default_device() == mx::Device::gpu;
 #if defined(__APPLE__)

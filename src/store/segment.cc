@@ -6,8 +6,6 @@
 namespace torpor {
 namespace {
 
-constexpr const char* kOldInt8Suffix = "+int8";
-
 /// Under which key a segment's file has its lineage.
 const char* lineage_key(int version) { return version < 3 ? "identity_digest" : "lineage"; }
 
@@ -31,9 +29,11 @@ std::string segment_name(const SegmentPlace& place, const std::string& variant) 
 std::string lineage_digest(const Identity& identity, const Lineage& lineage, int64_t position) {
   Hasher hasher;
   if (lineage.old_names) {
-    const bool int8 = lineage.numerics_at(position).starts_with("int8");
+    // "+int8" is what old versions added for their int8 rows. Rows of other arithmetic get a suffix that none of them wrote.
+    const std::string& numerics = lineage.numerics_at(position);
+    const std::string suffix = numerics.starts_with("int8") ? "+" + numerics.substr(0, numerics.find('/')) : "";
     hasher.update_field("architecture").update_field(identity.architecture);
-    hasher.update_field("config").update_field(identity.config + (int8 ? kOldInt8Suffix : ""));
+    hasher.update_field("config").update_field(identity.config + suffix);
     hasher.update_field("weights").update_field(identity.weights);
     hasher.update_field("tokenizer").update_field(lineage.old_names->tokenizer);
     hasher.update_field("chat_template").update_field(lineage.old_names->chat_template);
