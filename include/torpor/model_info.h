@@ -22,7 +22,7 @@ struct ModelInfo {
   int n_layers = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, vocab_size = 0;
   int max_context = 0;       ///< max_position_embeddings
   int64_t weight_bytes = 0;
-  std::vector<int32_t> eos_token_ids;  ///< generation_config.json's, else config.json's
+  std::vector<int32_t> eos_token_ids;  ///< config.json's, generation_config.json's and the tokenizer's, together
 };
 
 /// A directory as it is, else the snapshot of a repo id in the local Hugging Face cache (`HF_HUB_CACHE`, `HF_HOME`,

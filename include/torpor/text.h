@@ -15,8 +15,12 @@ namespace torpor {
 
 class Tokenizer {
  public:
-  /// Reads `dir/tokenizer.json`. kNotFound when it is absent, kInvalidArgument when it can't be used.
+  /// Reads `dir/tokenizer.json`, and the special tokens of `tokenizer_config.json` as AutoTokenizer does (of
+  /// `special_tokens_map.json` and `added_tokens.json` where that has no `added_tokens_decoder`). kNotFound when tokenizer.json is
+  /// absent, kInvalidArgument when it can't be used.
   static std::shared_ptr<const Tokenizer> load(const std::filesystem::path& dir);
+  /// kNotFound with the way out when `dir` has no tokenizer.json. Reads nothing.
+  static void require(const std::filesystem::path& dir);
   ~Tokenizer();
 
   /// Token ids of UTF-8 `text`; special tokens written in it are recognised. `add_special` adds what the tokenizer's
@@ -29,7 +33,7 @@ class Tokenizer {
   std::optional<int32_t> token_to_id(std::string_view token) const;
   /// Added tokens included.
   int vocab_size() const;
-  /// Digest of tokenizer.json's bytes, for Identity::tokenizer.
+  /// Digest of tokenizer.json's bytes and what the other files change of it, for Identity::tokenizer.
   const std::string& digest() const;
 
  private:
@@ -59,8 +63,9 @@ class Detokenizer {
 
 class ChatTemplate {
  public:
-  /// From `chat_template.jinja`, else `chat_template` in `tokenizer_config.json` (a string, or the entry named
-  /// "default" of a list). nullptr when the model has none; kInvalidArgument when it does not parse.
+  /// From `chat_template.jinja`, else `chat_template` in `tokenizer_config.json` (a string, or the entries named "default" and
+  /// "tool_use" of a list or object), else `chat_template.json`. Turns with tools take `additional_chat_templates/tool_use.jinja`
+  /// where it is there. nullptr when the model has none; kInvalidArgument when it does not parse.
   static std::shared_ptr<const ChatTemplate> load(const std::filesystem::path& dir);
   ~ChatTemplate();
 

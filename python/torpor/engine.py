@@ -94,7 +94,7 @@ class Engine:
             where MLX's default device is a GPU, else "kernels".
         activations: what the kernels round rows to before they multiply them with quantized weights: "f32": to nothing; "int8":
             faster. None: $TORPOR_ACTIVATIONS, else "f32".
-        threads: of the kernels, 1 to 256. 0: $TORPOR_THREADS, else one per physical core.
+        threads: of the kernels, 1 to 256. 0: $TORPOR_THREADS, else one per core that the process may use (docs/cli.md).
         cpu_target: the kernels' instruction set: "portable", "sse4", "avx2", "avx512" or "neon". None: $TORPOR_CPU_TARGET, else
             the CPU's best.
 

@@ -1,5 +1,5 @@
 #pragma once
-/// The one place where environment variables are read.
+/// The one place where environment variables are read, and paths are expanded as a shell or Python expands them.
 
 #include <cstdlib>
 #include <string>
@@ -11,5 +11,12 @@ inline std::string environment(const char* name) {
   const char* value = std::getenv(name);
   return value == nullptr ? "" : value;
 }
+
+/// $HOME, else the user's entry in the system's list of users; empty when there is neither.
+std::string home_directory();
+/// `~` and `~NAME` at the beginning become home directories, as Python's os.path.expanduser makes them; what can't be resolved stays.
+std::string expand_home(const std::string& path);
+/// $NAME and ${NAME} become the variables' values, as os.path.expandvars makes them; what is not set stays.
+std::string expand_variables(const std::string& text);
 
 }  // namespace torpor

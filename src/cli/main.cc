@@ -8,6 +8,7 @@
 #include <CLI/CLI.hpp>
 #include <mlx/version.h>
 
+#include "base/environment.h"
 #include "base/foreign_error.h"
 #include "cli/commands.h"
 #include "cli/output.h"
@@ -96,7 +97,7 @@ int dispatch(int argc, char** argv) {
       complain(std::string(torpor::log_level_name(level)) + ": " + std::string(sentence));
     });
   }
-  invocation.store = store.empty() ? torpor::default_store_root() : std::filesystem::path(store);
+  invocation.store = store.empty() ? torpor::default_store_root() : std::filesystem::path(torpor::expand_home(store));
   return invocation.run();
 }
 

@@ -69,7 +69,7 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
       ->capture_default_str()
       ->check(CLI::IsMember(keys(kDurabilities)))
       ->type_name("LEVEL");
-  app.add_option("--threads", options.compute_given.threads, "Threads that compute (default: $TORPOR_THREADS, else one per core)")
+  app.add_option("--threads", options.compute_given.threads, "Threads that compute (default: $TORPOR_THREADS, else one per core that may be used)")
       ->check(CLI::Range(1, 256))
       ->type_name("N");
   app.add_option("--backend", options.backend_name,

@@ -14,6 +14,8 @@
 #include "cli/progress.h"
 #include "cli/text_input.h"
 #include "torpor/error.h"
+#include "torpor/model.h"
+#include "torpor/text.h"
 
 namespace torpor::cli {
 namespace {
@@ -84,7 +86,7 @@ void check_early(const TurnOptions& options, const std::filesystem::path& root) 
     if (stop.empty()) throw Error(ErrorCode::kInvalidArgument, "a stop string can't be empty");
     check_text(stop, "a stop string");
   }
-  resolve_model(options.model);
+  Tokenizer::require(resolve_model(options.model));
   if (options.save != SaveMode::kNo) check_writable(root);
   // An agent that is awake elsewhere: say so at once. (The engine takes the lock for good.)
   if (const auto store = open_existing_store(root); store && store->contains(options.agent)) {

@@ -1,13 +1,17 @@
 #include "model/config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <sstream>
 
 #include <nlohmann/json.hpp>
 
 #include "base/hash.h"
+#include "base/model_file.h"
 #include "model/config_field.h"
 #include "model/family.h"
+#include "model/tokenizer_eos.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -18,11 +22,11 @@ using nlohmann::json;
 json read_json(const std::filesystem::path& path) {
   std::ifstream in(path, std::ios::binary);
   if (!in) throw Error(ErrorCode::kIo, "Can't read " + path.string() + ".");
-  try {
-    json value = json::parse(in);
-    if (value.is_object()) return value;
-  } catch (const json::exception&) {
-  }
+  std::ostringstream text;
+  text << in.rdbuf();
+  refuse_lfs_pointer(text.view(), path);
+  json value = json::parse(plain_json(text.view()), nullptr, false);
+  if (value.is_object()) return value;
   throw Error(ErrorCode::kCorruption, path.string() + " is not a JSON object.");
 }
 
@@ -55,7 +59,7 @@ void parse_quantizations(const json& config, ModelConfig& out) {
     const json* foreign = field(config, "quantization_config");
     if (foreign == nullptr) return;
     const std::string method = string_field(*foreign, "quant_method", "");
-    if (!method.empty()) {
+    if (!method.empty() && method != "mlx") {
       throw Error(ErrorCode::kInvalidArgument,
                   "unsupported quantization " + method + ", supported: MLX affine (convert the model with mlx_lm.convert).");
     }
@@ -111,12 +115,41 @@ Activation parse_activation(const json& config) {
   throw Error(ErrorCode::kInvalidArgument, "unsupported hidden_act " + act + ", supported: silu, gelu_pytorch_tanh.");
 }
 
+/// Fields that change the computation, and that no architecture here computes: refused, where they would be ignored.
+void refuse_what_is_not_computed(const json& config, const std::string& architecture) {
+  const auto refuse = [](const char* key) {
+    throw Error(ErrorCode::kInvalidArgument, std::string("config.json: ") + key + " is not supported.");
+  };
+  for (const char* key : {"use_bidirectional_attention", "alibi", "attn_output_gate", "mlp_only_layers", "attention_sinks"}) {
+    const json* value = field(config, key);
+    if (value != nullptr && *value != false && *value != json::array()) refuse(key);
+  }
+  if (field(config, "is_causal") != nullptr && !bool_field(config, "is_causal", true)) refuse("is_causal");
+  if (const bool norms = architecture == "qwen3" || architecture == "gemma3"; !norms && bool_field(config, "use_qk_norm", false)) {
+    refuse("use_qk_norm");
+  }
+  if (field(config, "clip_qkv") != nullptr) refuse("clip_qkv");
+  for (const char* key : {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}) {
+    if (number_field(config, key, 0) > 1) refuse(key);
+  }
+  for (const char* key : {"embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "attention_multiplier"}) {
+    if (number_field(config, key, 1) != 1) refuse(key);
+  }
+  if (const json* layers = field(config, "no_rope_layers"); layers != nullptr) {
+    // A list with 1 where a layer rotates.
+    if (!layers->is_array() || std::any_of(layers->begin(), layers->end(), [](const json& rotates) { return rotates != 1; })) {
+      refuse("no_rope_layers");
+    }
+  }
+}
+
 ModelConfig parse_config(const json& file) {
   ModelConfig model;
   model.model_type = string_field(file, "model_type", "");
   const Family& family = find_family(model.model_type);
   const json config = complete(file, family);
   model.architecture = family.architecture;
+  refuse_what_is_not_computed(config, model.architecture);
   model.weight_prefix = family.weight_prefix;
   model.activation = parse_activation(config);
   model.hidden_size = count_field(config, "hidden_size");
@@ -126,7 +159,7 @@ ModelConfig parse_config(const json& file) {
   model.n_kv_heads = optional_count(config, "num_key_value_heads").value_or(model.n_heads);
   model.head_dim = optional_count(config, "head_dim").value_or(model.hidden_size / model.n_heads);
   model.vocab_size = count_field(config, "vocab_size");
-  model.max_context = optional_count(config, "max_position_embeddings").value_or(2048);
+  const int trained = optional_count(config, "max_position_embeddings").value_or(2048);
   model.rms_norm_eps = float(positive_field(config, "rms_norm_eps", 1e-6));
   // Far beyond any model, and small enough that no product of two of them overflows.
   constexpr int kLimit = 1 << 24;
@@ -143,6 +176,9 @@ ModelConfig parse_config(const json& file) {
   model.mlp_bias = bool_field(config, "mlp_bias", false);
   model.windows = parse_windows(config, model);
   model.rope = parse_rope(config, model.head_dim);
+  // As vLLM has it: a linear factor comes on top of what the model was trained for. Gemma 3's number has it in already.
+  const double context = model.architecture == "gemma3" ? trained : trained * model.rope.context_factor;
+  model.max_context = int(std::min(context, double(std::numeric_limits<int>::max())));
   if (model.architecture == "gemma3") model.local_rope = parse_local_rope(config, model.head_dim);
   model.attention_scale = float(1 / std::sqrt(positive_field(config, "query_pre_attn_scalar", model.head_dim)));
   const auto cap = [&](const char* key) { return field(config, key) == nullptr ? 0 : float(positive_field(config, key)); };
@@ -188,10 +224,14 @@ ModelConfig read_config(const std::filesystem::path& dir) {
   }
   try {
     ModelConfig config = parse_config(read_json(dir / "config.json"));
-    // What generation stops at may be more than the config's one id: chat models end turns with another token.
+    // Each of them may name another token, and a model that never stops says the user's next turn too: generation stops at all.
+    const auto stop_at = [&](int32_t id) {
+      if (std::ranges::find(config.eos_token_ids, id) == config.eos_token_ids.end()) config.eos_token_ids.push_back(id);
+    };
     if (const auto path = dir / "generation_config.json"; std::filesystem::exists(path)) {
-      if (auto ids = token_ids(read_json(path), "eos_token_id"); !ids.empty()) config.eos_token_ids = std::move(ids);
+      for (const int32_t id : token_ids(read_json(path), "eos_token_id")) stop_at(id);
     }
+    if (const auto id = tokenizer_eos(dir)) stop_at(*id);
     return config;
   } catch (const json::exception& e) {
     throw Error(ErrorCode::kCorruption, (dir / "config.json").string() + ": " + e.what());

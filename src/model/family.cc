@@ -24,7 +24,7 @@ constexpr Family kFamilies[] = {
     {"gemma3_text", "gemma3", "",
      R"({"hidden_size": 1152, "num_hidden_layers": 26, "intermediate_size": 6912, "num_attention_heads": 4, "head_dim": 256,
          "num_key_value_heads": 1, "vocab_size": 262144, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-         "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6, "max_position_embeddings": 32768,
+         "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6, "max_position_embeddings": 131072,
          "hidden_act": "gelu_pytorch_tanh"})"},
     {"llama", "llama", "", "{}"},
     {"mistral", "llama", "", "{}"},

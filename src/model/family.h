@@ -11,7 +11,7 @@ struct Family {
   const char* model_type;
   const char* architecture;   ///< whose forward pass computes it
   const char* weight_prefix;  ///< ModelConfig::weight_prefix
-  const char* defaults;       ///< JSON: what mlx-lm takes absent fields for, where not every family does so
+  const char* defaults;       ///< JSON: what mlx-lm takes absent fields for, where not every family does so (Gemma 3's context: transformers)
 };
 
 /// kInvalidArgument ("unsupported architecture X, supported: ...") for a type that is not known.

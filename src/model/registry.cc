@@ -18,20 +18,24 @@ Backend backend_of_device() { return mx::default_device() == mx::Device::gpu ? B
 
 /// Where Hugging Face's tools keep repositories, by their own rules.
 fs::path hub_cache() {
-  if (const std::string cache = environment("HF_HUB_CACHE"); !cache.empty()) return cache;
-  if (const std::string home = environment("HF_HOME"); !home.empty()) return fs::path(home) / "hub";
-  if (const std::string cache = environment("XDG_CACHE_HOME"); !cache.empty()) return fs::path(cache) / "huggingface/hub";
-  return fs::path(environment("HOME")) / ".cache/huggingface/hub";
+  const auto expanded = [](const std::string& path) { return fs::path(expand_variables(expand_home(path))); };
+  for (const char* name : {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"}) {
+    if (const std::string cache = environment(name); !cache.empty()) return expanded(cache);
+  }
+  if (const std::string home = environment("HF_HOME"); !home.empty()) return expanded(home) / "hub";
+  if (const std::string cache = environment("XDG_CACHE_HOME"); !cache.empty()) return expanded(cache) / "huggingface/hub";
+  return fs::path(home_directory()) / ".cache/huggingface/hub";
 }
 
+/// ORG/NAME, or the NAME of one of the first models, which have no organization.
 bool is_repo_id(const std::string& name) {
   const size_t slash = name.find('/');
-  if (slash == std::string::npos || name.find('/', slash + 1) != std::string::npos) return false;
   const auto part_ok = [](std::string_view part) {
     return !part.empty() && part.front() != '.' &&
            part.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") == part.npos;
   };
-  return part_ok(std::string_view(name).substr(0, slash)) && part_ok(std::string_view(name).substr(slash + 1));
+  return part_ok(std::string_view(name).substr(0, slash)) &&
+         (slash == std::string::npos || part_ok(std::string_view(name).substr(slash + 1)));
 }
 
 }  // namespace
@@ -40,16 +44,22 @@ Backend default_backend() {
   return with_environment({}).backend.value_or(backend_of_device());
 }
 
-fs::path resolve_model(const std::string& name) {
+fs::path resolve_model(const std::string& given) {
   std::error_code ignored;
+  const std::string name = expand_home(given);
   if (fs::is_directory(name, ignored)) return name;
+  if (fs::exists(name, ignored)) {
+    throw Error(ErrorCode::kInvalidArgument, "'" + name + "' is a file, and a model is a directory with config.json, "
+                                             "tokenizer.json and *.safetensors; GGUF files are not read, fetch the model's "
+                                             "original repository.");
+  }
   if (!is_repo_id(name)) {
     throw Error(ErrorCode::kNotFound, "There is no model directory '" + name +
                                           "'; a model of the Hugging Face Hub is fetched with `hf download ORG/NAME` and "
                                           "then named ORG/NAME.");
   }
   std::string folder = "models--" + name;
-  folder.replace(folder.find('/'), 1, "--");
+  if (const size_t slash = folder.find('/'); slash != std::string::npos) folder.replace(slash, 1, "--");
   const fs::path repo = hub_cache() / folder;
   std::string revision;
   std::ifstream(repo / "refs/main") >> revision;
@@ -70,6 +80,7 @@ auto with_checkpoint(const std::string& name, const ComputeOptions& given, Use u
     const fs::path dir = resolve_model(name);
     model::ModelConfig config = model::read_config(dir);
     model::Weights weights = model::Weights::open(dir);
+    weights.find_layers_as(config.weight_prefix + "model.");
     if (!config.tied_head) config.tied_head = weights.find(config.weight_prefix + "lm_head.weight") == nullptr;
     return use(model::Checkpoint{.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir,
                                  .backend = compute.backend.value_or(backend_of_device()),

@@ -42,7 +42,8 @@ void scale_longrope(const nlohmann::json& config, const nlohmann::json& scaling,
   const double original = positive_field(scaling, "original_max_position_embeddings",
                                          positive_field(config, "original_max_position_embeddings", 4096));
   const double ratio = longest / original;
-  if (ratio > 1) rope.magnitude = float(std::sqrt(1 + std::log(ratio) / std::log(original)));
+  const double magnitude = ratio > 1 ? std::sqrt(1 + std::log(ratio) / std::log(original)) : 1;
+  rope.magnitude = float(positive_field(scaling, "attention_factor", magnitude));
   Hasher hasher;
   for (double factor : stretch) hasher.update_field(number_text(factor));
   rope.description += " factors " + hasher.hex() + " magnitude " + number_text(rope.magnitude);
@@ -77,7 +78,7 @@ Rope parse_rope(const nlohmann::json& config, int head_dim) {
   type = string_field(scaling, "type", type);  // the older name, which mlx-lm prefers too
   if (!(theta > 0)) throw Error(ErrorCode::kInvalidArgument, "config.json: rope_theta must be positive.");
 
-  const double partial = positive_field(config, "partial_rotary_factor", 1.0);
+  const double partial = positive_field(scaling, "partial_rotary_factor", positive_field(config, "partial_rotary_factor", 1.0));
   Rope rope;
   rope.dims = int(head_dim * partial);
   if (partial > 1 || rope.dims < 2 || rope.dims % 2 != 0) {
@@ -94,6 +95,7 @@ Rope parse_rope(const nlohmann::json& config, int head_dim) {
   if (type == "linear") {
     const double factor = positive_field(scaling, "factor");
     for (double& f : inv_freq) f /= factor;
+    rope.context_factor = factor;
     rope.description += " factor " + number_text(factor);
   } else if (type == "llama3") {
     const double factor = positive_field(scaling, "factor");

@@ -4,13 +4,16 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <fstream>
 #include <set>
+#include <sstream>
 
 #include <nlohmann/json.hpp>
 
 #include "base/env.h"
 #include "base/hash.h"
+#include "base/model_file.h"
 #include "base/safetensors.h"
 #include "kernels/thread_pool.h"
 #include "torpor/error.h"
@@ -26,26 +29,56 @@ constexpr size_t kDigestPiece = size_t(8) << 20;
   throw Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged: " + what + ".");
 }
 
-/// Files named in the index, else the one file a small model has.
+/// All model*.safetensors, as mlx-lm takes them; a file of a numbered set without the others is an error.
+std::vector<std::string> files_without_index(const std::filesystem::path& dir) {
+  std::set<std::string> names;
+  std::string others;
+  for (const auto& entry : std::filesystem::directory_iterator(dir)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with("model") && name.ends_with(".safetensors")) names.insert(name);
+    if (name.ends_with(".bin") || name.ends_with(".gguf") || name.ends_with(".npz")) others = name;
+  }
+  if (names.contains("model.safetensors")) return {"model.safetensors"};
+  if (names.empty()) {
+    throw Error(ErrorCode::kNotFound, dir.string() + " has no model*.safetensors" +
+                                          (others.empty() ? "; fetch the model again." : ", and " + others + " is not read; convert "
+                                           "the model to safetensors (mlx_lm.convert), or fetch a repository that has them."));
+  }
+  for (const std::string& name : names) {
+    int at = 0, of = 0;
+    if (std::sscanf(name.c_str(), "model-%d-of-%d.safetensors", &at, &of) == 2 && size_t(of) != names.size()) {
+      throw Error(ErrorCode::kNotFound, dir.string() + " has " + std::to_string(names.size()) + " files of weights, and the name of " +
+                                            name + " says that there are " + std::to_string(of) + "; fetch the model again.");
+    }
+  }
+  return {names.begin(), names.end()};
+}
+
 std::vector<std::string> weight_files(const std::filesystem::path& dir) {
   const std::filesystem::path index = dir / "model.safetensors.index.json";
-  if (!std::filesystem::exists(index)) {
-    if (std::filesystem::exists(dir / "model.safetensors")) return {"model.safetensors"};
-    throw Error(ErrorCode::kNotFound, dir.string() + " has no model.safetensors and no model.safetensors.index.json.");
-  }
+  if (!std::filesystem::exists(index)) return files_without_index(dir);
   std::set<std::string> names;
+  std::ifstream in(index, std::ios::binary);
+  std::ostringstream text;
+  text << in.rdbuf();
+  refuse_lfs_pointer(text.view(), index);
   try {
-    std::ifstream in(index, std::ios::binary);
-    const json parsed = json::parse(in);
+    const json parsed = json::parse(plain_json(text.view()));
     for (const auto& [tensor, file] : parsed.at("weight_map").items()) names.insert(file.get<std::string>());
   } catch (const json::exception&) {
     damaged(index, "it has no readable weight_map");
   }
+  std::vector<std::string> missing;
   for (const std::string& name : names) {
     if (name.empty() || name.find('/') != std::string::npos) damaged(index, "it names the file \"" + name + "\"");
-    if (!std::filesystem::exists(dir / name)) {
-      throw Error(ErrorCode::kNotFound, dir.string() + " lacks " + name + ", which its index names.");
-    }
+    if (!std::filesystem::exists(dir / name)) missing.push_back(name);
+  }
+  // Converters leave the index of the model that they began with: of no file here.
+  if (missing.size() == names.size()) return files_without_index(dir);
+  if (!missing.empty()) {
+    throw Error(ErrorCode::kNotFound, dir.string() + " lacks " + missing.front() + ", which its index names" +
+                                          (missing.size() > 1 ? ", and " + std::to_string(missing.size() - 1) + " more" : "") +
+                                          "; fetch the model again.");
   }
   return {names.begin(), names.end()};
 }
@@ -78,6 +111,7 @@ void Weights::add_file(const std::filesystem::path& path) {
     throw Error(ErrorCode::kIo, "Can't map " + path.string() + " into memory; free some address space, or copy the model "
                                 "to a local disk.");
   }
+  refuse_lfs_pointer({reinterpret_cast<const char*>(memory.get()), size_t(std::min<uint64_t>(size, 128))}, path);
   const SafetensorsHeader header = parse_safetensors_header({memory.get(), size}, size, path.string());
   for (const SafetensorsTensor& entry : header.tensors) {
     TensorView tensor;
@@ -93,8 +127,29 @@ void Weights::add_file(const std::filesystem::path& path) {
   files_.push_back(std::move(memory));
 }
 
+void Weights::find_layers_as(const std::string& prefix) {
+  constexpr const char* kEmbedding = "embed_tokens.weight";
+  // transformers from 4.52 on, mlx-lm and older transformers, and text models.
+  for (const char* own : {prefix.c_str(), "model.language_model.", "language_model.model.", "model."}) {
+    if (find(own + std::string(kEmbedding)) == nullptr) continue;
+    asked_prefix_ = prefix;
+    own_prefix_ = own;
+    return;
+  }
+}
+
 const TensorView* Weights::find(const std::string& name) const {
-  const auto it = tensors_.find(name);
+  auto it = tensors_.find(name);
+  if (it == tensors_.end() && asked_prefix_ != own_prefix_) {
+    // "language_model.model.norm.weight" is "model.language_model.norm.weight". The head stands beside the layers.
+    const std::string beside = asked_prefix_.substr(0, asked_prefix_.size() - std::string_view("model.").size());
+    if (name.starts_with(asked_prefix_)) {
+      it = tensors_.find(own_prefix_ + name.substr(asked_prefix_.size()));
+    } else if (name.starts_with(beside + "lm_head.")) {
+      const std::string head = name.substr(beside.size());
+      it = tensors_.find(own_prefix_ == "language_model.model." ? "language_model." + head : head);
+    }
+  }
   return it == tensors_.end() ? nullptr : &it->second;
 }
 

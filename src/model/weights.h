@@ -24,9 +24,13 @@ void release_pages(const TensorView& tensor);
 
 class Weights {
  public:
-  /// kNotFound when `dir` has no safetensors, kCorruption naming the damaged file, kIo.
+  /// The files that the index names, or all `model*.safetensors` where there is none or it is of other files. kNotFound when `dir`
+  /// has no safetensors or only some of the files, kCorruption naming the damaged file, kIo.
   static Weights open(const std::filesystem::path& dir);
 
+  /// Names that begin with `prefix` ("language_model.model.") find the text model's tensors, whatever a writer put before their
+  /// names. The digest is over the names in the files.
+  void find_layers_as(const std::string& prefix);
   /// nullptr when there is none of that name.
   const TensorView* find(const std::string& name) const;
   /// kCorruption naming the tensor when it is missing or has another shape.
@@ -42,6 +46,7 @@ class Weights {
   std::filesystem::path dir_;
   std::vector<std::shared_ptr<const std::byte>> files_;  // mapped whole
   std::map<std::string, TensorView> tensors_;
+  std::string asked_prefix_, own_prefix_;  // of the layers; equal unless find_layers_as found others
 };
 
 /// "[576, 72]".

@@ -42,8 +42,8 @@ void warn_of_others(const std::filesystem::path& root, const FileStat& stat) {
 }  // namespace
 
 std::filesystem::path default_store_root() {
-  if (const std::string root = environment("TORPOR_STORE"); !root.empty()) return root;
-  if (const std::string home = environment("HOME"); !home.empty()) {
+  if (const std::string root = environment("TORPOR_STORE"); !root.empty()) return expand_home(root);
+  if (const std::string home = home_directory(); !home.empty()) {
     return std::filesystem::path(home) / ".agent_caches";
   }
   throw Error(ErrorCode::kInvalidArgument, "There is no home directory, so there is no default store; name the store's directory.")

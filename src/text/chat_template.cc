@@ -15,14 +15,12 @@ ChatTemplate::ChatTemplate(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) 
 ChatTemplate::~ChatTemplate() = default;
 
 std::shared_ptr<const ChatTemplate> ChatTemplate::load(const std::filesystem::path& dir) {
-  const auto jinja = text::read_file(dir / "chat_template.jinja");
-  const auto config = text::read_file(dir / "tokenizer_config.json");
+  const text::ModelFiles files(dir, /*tokenizer=*/false);
+  const torpor_text_files view = files.view();
   torpor_text_template* handle = nullptr;
   ShimText source, error;
-  text::check(torpor_text_template_new(jinja ? jinja->data() : nullptr, jinja ? jinja->size() : 0,
-                                       config ? config->data() : nullptr, config ? config->size() : 0, &handle,
-                                       source.out(), error.out()),
-              error, "can't use the chat template of " + dir.string() + ": ");
+  text::check(torpor_text_template_new(&view, &handle, source.out(), error.out()), error,
+              "can't use the chat template of " + dir.string() + ": ");
   if (!handle) return nullptr;
   auto impl = std::make_unique<Impl>();
   impl->handle.reset(handle);

@@ -30,8 +30,19 @@ class ShimText {
 /// Throws what `status` says, unless it is TORPOR_TEXT_OK; `prefix` names the file or the input at fault.
 void check(torpor_text_status status, const ShimText& error, std::string_view prefix = {});
 
-/// A file's bytes; nullopt when there is no such file, kIo when it can't be read.
-std::optional<std::string> read_file(const std::filesystem::path& path);
+/// The files of a model directory that the shim reads, as far as they are there. kIo when one can't be read, kNotFound when one
+/// is a Git LFS pointer.
+class ModelFiles {
+ public:
+  /// With `tokenizer` also tokenizer.json.
+  ModelFiles(const std::filesystem::path& dir, bool tokenizer);
+  /// Points into this object.
+  torpor_text_files view() const;
+  const std::optional<std::string>& tokenizer() const { return tokenizer_; }
+
+ private:
+  std::optional<std::string> tokenizer_, tokenizer_config_, special_tokens_map_, added_tokens_, jinja_, tool_use_, chat_template_;
+};
 
 template <auto Free>
 struct Deleter {

@@ -8,17 +8,31 @@ using text::ShimText;
 Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Tokenizer::~Tokenizer() = default;
 
-std::shared_ptr<const Tokenizer> Tokenizer::load(const std::filesystem::path& dir) {
+void Tokenizer::require(const std::filesystem::path& dir) {
   const auto path = dir / "tokenizer.json";
-  const auto json = text::read_file(path);
-  if (!json) throw Error(ErrorCode::kNotFound, "there is no tokenizer at " + path.string());
+  std::error_code ignored;
+  if (std::filesystem::exists(path, ignored)) return;
+  std::string other;
+  for (const char* name : {"tokenizer.model", "tekken.json", "vocab.json"}) {
+    if (std::filesystem::exists(dir / name, ignored)) other = name;
+  }
+  throw Error(ErrorCode::kNotFound, "there is no tokenizer at " + path.string() +
+                                        (other.empty() ? std::string("; fetch the model again")
+                                                       : ", and " + other + " is not read; transformers makes one of it: "
+                                                         "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"));
+}
+
+std::shared_ptr<const Tokenizer> Tokenizer::load(const std::filesystem::path& dir) {
+  require(dir);
+  const text::ModelFiles files(dir, /*tokenizer=*/true);
+  const torpor_text_files view = files.view();
   torpor_text_tokenizer* handle = nullptr;
-  ShimText error;
-  text::check(torpor_text_tokenizer_new(json->data(), json->size(), &handle, error.out()), error,
-              "can't use " + path.string() + ": ");
+  ShimText changes, error;
+  text::check(torpor_text_tokenizer_new(&view, &handle, changes.out(), error.out()), error,
+              "can't use " + (dir / "tokenizer.json").string() + ": ");
   auto impl = std::make_unique<Impl>();
   impl->handle.reset(handle);
-  impl->digest = hash_hex(*json);
+  impl->digest = hash_hex(*files.tokenizer() + changes.str());
   return std::shared_ptr<const Tokenizer>(new Tokenizer(std::move(impl)));
 }
 

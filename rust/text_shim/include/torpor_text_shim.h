@@ -38,11 +38,27 @@ typedef struct {
 } torpor_text_ids;
 void torpor_text_ids_free(torpor_text_ids ids);
 
+/* The texts of a model directory's files; `data` is NULL where there is no such file. */
+typedef struct {
+  const char* data;
+  size_t size;
+} torpor_text_file;
+typedef struct {
+  torpor_text_file tokenizer;          /* tokenizer.json */
+  torpor_text_file tokenizer_config;   /* tokenizer_config.json */
+  torpor_text_file special_tokens_map; /* special_tokens_map.json and added_tokens.json, of older directories */
+  torpor_text_file added_tokens;
+  torpor_text_file jinja;         /* chat_template.jinja */
+  torpor_text_file tool_use;      /* additional_chat_templates/tool_use.jinja */
+  torpor_text_file chat_template; /* chat_template.json, of processors */
+} torpor_text_files;
+
 typedef struct torpor_text_tokenizer torpor_text_tokenizer;
 
-/* `json` is the text of a tokenizer.json. Its truncation and padding are not used. */
-torpor_text_status torpor_text_tokenizer_new(const char* json, size_t json_size, torpor_text_tokenizer** out,
-                                             torpor_text_bytes* error);
+/* Needs `tokenizer`, whose truncation and padding are not used. `changes` receives what the other files change of it, or an
+ * empty text. */
+torpor_text_status torpor_text_tokenizer_new(const torpor_text_files* files, torpor_text_tokenizer** out,
+                                             torpor_text_bytes* changes, torpor_text_bytes* error);
 void torpor_text_tokenizer_free(torpor_text_tokenizer* tokenizer);
 
 torpor_text_status torpor_text_tokenizer_encode(const torpor_text_tokenizer* tokenizer, const char* text,
@@ -74,11 +90,9 @@ torpor_text_status torpor_text_detokenizer_finish(torpor_text_detokenizer* detok
 
 typedef struct torpor_text_template torpor_text_template;
 
-/* `jinja` is the text of chat_template.jinja, `config` that of tokenizer_config.json; each NULL when there is no such
- * file. `*out` is NULL when neither has a template; otherwise `source` receives the template's text. */
-torpor_text_status torpor_text_template_new(const char* jinja, size_t jinja_size, const char* config,
-                                            size_t config_size, torpor_text_template** out, torpor_text_bytes* source,
-                                            torpor_text_bytes* error);
+/* `*out` is NULL when no file has a template; otherwise `source` receives the text of all that there are. */
+torpor_text_status torpor_text_template_new(const torpor_text_files* files, torpor_text_template** out,
+                                            torpor_text_bytes* source, torpor_text_bytes* error);
 void torpor_text_template_free(torpor_text_template* chat_template);
 /* `messages` is a JSON array of objects, `extra` a JSON object or empty. */
 torpor_text_status torpor_text_template_render(const torpor_text_template* chat_template, const char* messages,

@@ -8,6 +8,7 @@
 
 mod detokenizer;
 mod python;
+mod settings;
 mod template;
 mod tokenizer;
 
@@ -16,6 +17,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, Once};
 
 use detokenizer::Detokenizer;
+use settings::Settings;
 use template::ChatTemplate;
 use tokenizer::Tokenizer;
 
@@ -116,15 +118,56 @@ pub unsafe extern "C" fn torpor_text_ids_free(ids: Ids) {
     reclaim(ids.data, ids.size);
 }
 
+/// A file's text; null when there is no such file.
+#[repr(C)]
+pub struct File {
+    data: *const u8,
+    size: usize,
+}
+
+impl File {
+    unsafe fn text<'a>(&self, name: &str) -> Result<Option<&'a str>> {
+        if self.data.is_null() {
+            return Ok(None);
+        }
+        utf8(name, self.data, self.size).map(Some)
+    }
+}
+
+/// The texts of a model directory's files.
+#[repr(C)]
+pub struct Files {
+    tokenizer: File,
+    tokenizer_config: File,
+    special_tokens_map: File,
+    added_tokens: File,
+    jinja: File,
+    tool_use: File,
+    chat_template: File,
+}
+
+impl Files {
+    unsafe fn settings(&self) -> Result<Settings> {
+        Settings::new(
+            self.tokenizer_config.text("tokenizer_config.json")?,
+            self.special_tokens_map.text("special_tokens_map.json")?,
+            self.added_tokens.text("added_tokens.json")?,
+        )
+    }
+}
+
 #[no_mangle]
 pub unsafe extern "C" fn torpor_text_tokenizer_new(
-    json: *const u8,
-    json_size: usize,
+    files: *const Files,
     out: *mut *mut Arc<Tokenizer>,
+    changes: *mut Bytes,
     error: *mut Bytes,
 ) -> i32 {
     guard(error, || {
-        let tokenizer = Tokenizer::from_json(utf8("the file", json, json_size)?)?;
+        let files = handle(files)?;
+        let json = files.tokenizer.text("tokenizer.json")?.unwrap_or_default();
+        let (tokenizer, changed) = Tokenizer::new(json, &files.settings()?)?;
+        give_text(changes, changed);
         *out = Box::into_raw(Box::new(Arc::new(tokenizer)));
         Ok(())
     })
@@ -250,19 +293,21 @@ pub unsafe extern "C" fn torpor_text_detokenizer_finish(
 
 #[no_mangle]
 pub unsafe extern "C" fn torpor_text_template_new(
-    jinja: *const u8,
-    jinja_size: usize,
-    config: *const u8,
-    config_size: usize,
+    files: *const Files,
     out: *mut *mut ChatTemplate,
     source: *mut Bytes,
     error: *mut Bytes,
 ) -> i32 {
     guard(error, || {
-        let jinja = if jinja.is_null() { None } else { Some(utf8("chat_template.jinja", jinja, jinja_size)?) };
-        let config = if config.is_null() { None } else { Some(utf8("tokenizer_config.json", config, config_size)?) };
+        let files = handle(files)?;
         *out = std::ptr::null_mut();
-        if let Some(template) = ChatTemplate::from_files(jinja, config)? {
+        let template = ChatTemplate::from_files(
+            files.jinja.text("chat_template.jinja")?,
+            files.tool_use.text("tool_use.jinja")?,
+            files.chat_template.text("chat_template.json")?,
+            &files.settings()?,
+        )?;
+        if let Some(template) = template {
             give_text(source, template.source().to_owned());
             *out = Box::into_raw(Box::new(template));
         }

@@ -6,9 +6,11 @@ use minijinja::{Environment, Error, ErrorKind, Value};
 use serde_json::{Map, Value as Json};
 
 use crate::python;
+use crate::settings::Settings;
 use crate::{invalid, Invalid, Result};
 
 const NAME: &str = "chat template";
+const TOOL_USE: &str = "chat template for tools";
 
 pub struct ChatTemplate {
     source: String,
@@ -30,24 +32,35 @@ impl fmt::Display for Raised {
 impl std::error::Error for Raised {}
 
 impl ChatTemplate {
-    /// From the text of chat_template.jinja and of tokenizer_config.json, either of which may be absent.
-    pub fn from_files(jinja: Option<&str>, config: Option<&str>) -> Result<Option<Self>> {
-        let config: Map<String, Json> = match config {
-            Some(text) => serde_json::from_str(text)
-                .or_else(|e| invalid(format!("tokenizer_config.json is not a JSON object: {e}")))?,
-            None => Map::new(),
-        };
-        let source = match jinja {
-            Some(text) => Some(text.to_owned()),
-            None => template_of(config.get("chat_template"))?,
-        };
-        let Some(source) = source else { return Ok(None) };
-
+    /// From the texts of chat_template.jinja, of additional_chat_templates/tool_use.jinja and of chat_template.json, each of which
+    /// may be absent, and from tokenizer_config.json.
+    pub fn from_files(
+        jinja: Option<&str>,
+        tool_use: Option<&str>,
+        processor: Option<&str>,
+        settings: &Settings,
+    ) -> Result<Option<Self>> {
+        let mut sources = Sources { default: jinja.map(str::to_owned), tool_use: tool_use.map(str::to_owned) };
+        if sources.is_empty() {
+            sources = sources_of("tokenizer_config.json", settings.config.get("chat_template"))?;
+        }
+        if let (true, Some(text)) = (sources.is_empty(), processor) {
+            // Of the processor of a model with vision, whose tokenizer has no other.
+            let fields: Map<String, Json> = serde_json::from_str(text)
+                .or_else(|e| invalid(format!("chat_template.json is not a JSON object: {e}")))?;
+            sources = sources_of("chat_template.json", fields.get("chat_template"))?;
+        }
+        if sources.is_empty() {
+            return Ok(None);
+        }
         let mut environment = environment();
-        environment
-            .add_template_owned(NAME, without_generation_tags(&source.replace("\r\n", "\n").replace('\r', "\n")))
-            .map_err(|e| describe(&e, "does not parse"))?;
-        Ok(Some(Self { source, environment, special_tokens: special_tokens(&config) }))
+        for (name, source) in [(NAME, &sources.default), (TOOL_USE, &sources.tool_use)] {
+            let Some(source) = source else { continue };
+            environment
+                .add_template_owned(name, without_generation_tags(&source.replace("\r\n", "\n").replace('\r', "\n")))
+                .map_err(|e| describe(&e, "does not parse"))?;
+        }
+        Ok(Some(Self { source: sources.text(), environment, special_tokens: settings.variables() }))
     }
 
     pub fn source(&self) -> &str {
@@ -80,7 +93,14 @@ impl ChatTemplate {
         variables.insert("add_generation_prompt".into(), Json::Bool(add_generation_prompt));
         variables.extend(extra);
 
-        let template = self.environment.get_template(NAME).map_err(|e| describe(&e, "failed"))?;
+        let tools = variables.get("tools").is_some_and(|tools| !tools.is_null());
+        let template = match self.environment.get_template(TOOL_USE) {
+            Ok(template) if tools => template,
+            _ => match self.environment.get_template(NAME) {
+                Ok(template) => template,
+                Err(_) => return invalid("the chat template is for turns with tools alone"),
+            },
+        };
         template.render(python::value(&Json::Object(variables))).map_err(|e| describe(&e, "failed"))
     }
 }
@@ -98,32 +118,42 @@ fn environment() -> Environment<'static> {
     environment
 }
 
-/// `chat_template` of tokenizer_config.json: a string, or a list of {"name", "template"}.
-fn template_of(field: Option<&Json>) -> Result<Option<String>> {
-    match field {
-        None | Some(Json::Null) => Ok(None),
-        Some(Json::String(text)) => Ok(Some(text.clone())),
-        Some(Json::Array(entries)) => {
-            let default = entries.iter().find(|entry| entry["name"] == "default");
-            match default.and_then(|entry| entry["template"].as_str()) {
-                Some(text) => Ok(Some(text.to_owned())),
-                None => invalid("chat_template in tokenizer_config.json has no entry named \"default\""),
-            }
-        }
-        Some(_) => invalid("chat_template in tokenizer_config.json is neither a string nor a list"),
+/// The templates that a model has: one for all, and maybe one for turns with tools.
+struct Sources {
+    default: Option<String>,
+    tool_use: Option<String>,
+}
+
+impl Sources {
+    fn is_empty(&self) -> bool {
+        self.default.is_none() && self.tool_use.is_none()
+    }
+
+    /// For the digest.
+    fn text(&self) -> String {
+        let default = self.default.clone().unwrap_or_default();
+        self.tool_use.as_ref().map_or(default.clone(), |tool_use| default + "\0" + tool_use)
     }
 }
 
-/// The named special tokens, each a string or an AddedToken object.
-fn special_tokens(config: &Map<String, Json>) -> Map<String, Json> {
-    const NAMES: [&str; 7] =
-        ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-    let text = |name: &str| match config.get(name)? {
-        Json::String(text) => Some(text.clone()),
-        Json::Object(token) => token.get("content")?.as_str().map(str::to_owned),
+/// `chat_template` of a file: a string, an object of named ones, or a list of {"name", "template"}.
+fn sources_of(file: &str, field: Option<&Json>) -> Result<Sources> {
+    let named = |name: &str| match field? {
+        Json::String(text) => Some(text.clone()).filter(|_| name == "default"),
+        Json::Object(entries) => Some(entries.get(name)?.as_str()?.to_owned()),
+        Json::Array(entries) => {
+            let entry = entries.iter().find(|entry| entry["name"] == name)?;
+            Some(entry["template"].as_str()?.to_owned())
+        }
         _ => None,
     };
-    NAMES.iter().filter_map(|&name| Some((name.to_owned(), Json::String(text(name)?)))).collect()
+    let sources = Sources { default: named("default"), tool_use: named("tool_use") };
+    match field {
+        None | Some(Json::Null) => Ok(sources),
+        Some(Json::String(_) | Json::Object(_) | Json::Array(_)) if !sources.is_empty() => Ok(sources),
+        Some(Json::Object(_) | Json::Array(_)) => invalid(format!("chat_template in {file} has no entry named \"default\"")),
+        Some(_) => invalid(format!("chat_template in {file} is neither a string nor a list or object of them")),
+    }
 }
 
 /// Hugging Face gives a message's reasoning under the newer names too.

@@ -1,18 +1,33 @@
-//! A tokenizer.json, used as Hugging Face's fast tokenizers use it.
+//! A tokenizer.json with what stands beside it, used as Hugging Face's fast tokenizers use it.
 
+use crate::settings::Settings;
 use crate::{invalid, Result};
 use tokenizers::{Decoder, DecoderWrapper};
 
 pub struct Tokenizer(tokenizers::Tokenizer);
 
 impl Tokenizer {
-    pub fn from_json(json: &str) -> Result<Self> {
+    /// Also gives what `settings` changed, for the digest; empty where tokenizer.json had it all.
+    pub fn new(json: &str, settings: &Settings) -> Result<(Self, String)> {
         let mut inner: tokenizers::Tokenizer =
             json.parse().or_else(|e| invalid(format!("not a usable tokenizer: {e}")))?;
         // Files saved after a training run keep its limits; a prompt is never cut or padded.
         inner.with_padding(None);
         inner.with_truncation(None).or_else(|e| invalid(e.to_string()))?;
-        Ok(Self(inner))
+        let there: Vec<_> = inner.get_added_tokens_decoder().into_values().collect();
+        let missing = settings.missing(&there);
+        let mut changes = String::new();
+        for token in &missing {
+            let before = inner.token_to_id(&token.content);
+            inner.add_tokens(std::slice::from_ref(token));
+            // A flag that is said otherwise is a change too.
+            changes += &format!("{token:?} {before:?}\n");
+        }
+        if settings.config.get("split_special_tokens").is_some_and(|value| value == true) {
+            inner.set_encode_special_tokens(true);
+            changes += "split_special_tokens\n";
+        }
+        Ok((Self(inner), changes))
     }
 
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<i32>> {
