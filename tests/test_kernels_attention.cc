@@ -324,6 +324,28 @@ TEST(KernelsAttention, InfiniteValuesOfLaterTokensDontReachBack) {
   EXPECT_TRUE(same_bits(out, part));
 }
 
+// Poison stays visible: a key that is no number makes every output that sees it none, and no other one.
+TEST(KernelsAttention, AKeyThatIsNoNumberReachesEachOutputThatSeesIt) {
+  constexpr int kPoisoned = 30;
+  for (const float softcap : {0.0f, 50.0f}) {
+    for (const KvDtype dtype : {KvDtype::kF16, KvDtype::kBF16, KvDtype::kF32}) {
+      SCOPED_TRACE(testing::Message() << softcap << " " << kv_dtype_name(dtype));
+      Options options;
+      options.softcap = softcap;
+      options.dtype = dtype;
+      const Model model(options);
+      std::vector<float> source = model.tokens(140, 5);
+      Cache clean_cache(model.spec, 140), cache(model.spec, 140);
+      const std::vector<float> clean = run_in_chunks(ThreadPool::shared(), model, source, 140, 140, clean_cache);
+      source[size_t(kPoisoned) * model.width() + 3 * 64 + 5] = std::numeric_limits<float>::quiet_NaN();
+      const std::vector<float> out = run_in_chunks(ThreadPool::shared(), model, source, 140, 140, cache);
+      const size_t before = kPoisoned * model.out_width();
+      EXPECT_EQ(0, std::memcmp(out.data(), clean.data(), before * sizeof(float)));
+      EXPECT_TRUE(std::all_of(out.begin() + std::ptrdiff_t(before), out.end(), [](float x) { return std::isnan(x); }));
+    }
+  }
+}
+
 TEST(KernelsAttention, RunsBehindTheWindowMayBeMissing) {
   for (int bits : {0, 8, 4}) {
     Options options;

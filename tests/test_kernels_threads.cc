@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,6 +16,7 @@
 #include "kernels/compute.h"
 #include "kernels/cpu_target.h"
 #include "kernels/thread_pool.h"
+#include "kernels/usable_cores.h"
 #include "torpor/error.h"
 
 namespace torpor::kernels {
@@ -161,6 +164,80 @@ TEST(KernelsThreadPoolDeathTest, TheFirstToSettleItSettlesItForTheProcess) {
   };
   EXPECT_EXIT(result_of(3), testing::ExitedWithCode(20), "");
   EXPECT_EXIT(result_of(2), testing::ExitedWithCode(10), "");
+}
+
+/// A machine's files as Linux shows them: 8 CPUs on 4 cores.
+class UsableCores : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string pattern = (std::filesystem::temp_directory_path() / "torpor-cores-XXXXXX").string();
+    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
+    root_ = pattern;
+    for (int cpu = 0; cpu < 8; ++cpu) {
+      const std::string dir = "sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
+      write(dir + "physical_package_id", "0");
+      write(dir + "core_id", std::to_string(cpu / 2));
+    }
+  }
+  void TearDown() override { std::filesystem::remove_all(root_); }
+
+  void write(const std::string& path, const std::string& text) {
+    std::filesystem::create_directories((root_ / path).parent_path());
+    std::ofstream(root_ / path) << text << "\n";
+  }
+  int count(std::vector<int> allowed = {0, 1, 2, 3, 4, 5, 6, 7}) { return usable_cores(allowed, root_); }
+
+  std::filesystem::path root_;
+};
+
+TEST_F(UsableCores, AreTheCoresOfTheCpusThatAreAllowed) {
+  EXPECT_EQ(count(), 4);
+  EXPECT_EQ(count({0, 1, 6}), 2);
+  EXPECT_EQ(count({}), 1);
+  EXPECT_EQ(count({100, 101}), 2) << "without a topology every CPU counts";
+}
+
+TEST_F(UsableCores, AreNoMoreThanTheQuotaOfAnyGroupAbove) {
+  write("proc/self/cgroup", "0::/pod/job");
+  write("sys/fs/cgroup/pod/job/cpu.max", "max 100000");
+  EXPECT_EQ(count(), 4);
+  write("sys/fs/cgroup/pod/cpu.max", "150000 100000");
+  EXPECT_EQ(count(), 2);
+  write("sys/fs/cgroup/pod/job/cpu.max", "10000 100000");
+  EXPECT_EQ(count(), 1);
+}
+
+TEST_F(UsableCores, CountAContainersQuotaWhoseGroupIsMountedAtTheRoot) {
+  write("proc/self/cgroup", "0::/../../docker/abc");
+  write("sys/fs/cgroup/cpu.max", "200000 100000");
+  EXPECT_EQ(count(), 2);
+}
+
+TEST_F(UsableCores, CountTheQuotaOfOlderGroupsToo) {
+  write("proc/self/cgroup", "5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n0::/");
+  write("sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_quota_us", "-1");
+  write("sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_period_us", "100000");
+  EXPECT_EQ(count(), 4);
+  write("sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_quota_us", "250000");
+  EXPECT_EQ(count(), 3);
+  write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000");
+  write("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000");
+  EXPECT_EQ(count(), 1);
+}
+
+TEST_F(UsableCores, AreTheFastOnesWhereThereAreTwoKinds) {
+  write("sys/devices/cpu_core/cpus", "0-3");
+  write("sys/devices/cpu_atom/cpus", "4-7");
+  EXPECT_EQ(count(), 2);
+  EXPECT_EQ(count({4, 5, 6}), 2) << "slow ones are better than none";
+}
+
+TEST_F(UsableCores, AreTheFastOnesByCapacityToo) {
+  for (int cpu = 0; cpu < 8; ++cpu) {
+    write("sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/cpu_capacity", cpu < 6 ? "380" : "1024");
+  }
+  EXPECT_EQ(count(), 1);
+  EXPECT_EQ(count({0, 1, 2, 3}), 2);
 }
 
 }  // namespace

@@ -103,10 +103,29 @@ HWY_NOINLINE void product(size_t rows, const float* a, size_t lda, const Element
 
 // ---- softmax, in powers of two: the queries carry the factor log2(e)
 
-/// 2^x for x <= 64, within 2e-7 relative; exactly 0 below -126.5 (so for -inf), exactly 1 at 0.
+// Poison must stay visible: NaN stays NaN. x86's Max and Min return the second operand for NaN, Arm's return NaN, and those that
+// compute one number at a time return the other one.
+
+HWY_INLINE VF at_least(DF d, float bound, VF x) {
+#if HWY_TARGET == HWY_EMU128 || HWY_TARGET == HWY_SCALAR
+  return hn::IfThenElse(hn::Lt(x, hn::Set(d, bound)), hn::Set(d, bound), x);
+#else
+  return hn::Max(hn::Set(d, bound), x);
+#endif
+}
+
+HWY_INLINE VF at_most(DF d, float bound, VF x) {
+#if HWY_TARGET == HWY_EMU128 || HWY_TARGET == HWY_SCALAR
+  return hn::IfThenElse(hn::Gt(x, hn::Set(d, bound)), hn::Set(d, bound), x);
+#else
+  return hn::Min(hn::Set(d, bound), x);
+#endif
+}
+
+/// 2^x for x <= 64, within 2e-7 relative; exactly 0 below -126.5 (so for -inf), exactly 1 at 0, NaN for NaN.
 HWY_INLINE VF exp2(DF d, VF x) {
   const hn::RebindToSigned<DF> di;
-  x = hn::Max(x, hn::Set(d, -127.0f));
+  x = at_least(d, -127.0f, x);
   const VF magic = hn::Set(d, 12582912.0f);  // 1.5 * 2^23: the sum's low bits are x rounded to an integer
   const VF shifted = hn::Add(x, magic);
   const VF r = hn::Sub(x, hn::Sub(shifted, magic));
@@ -131,7 +150,7 @@ HWY_NOINLINE void cap_scores(float* scores, size_t n, float cap) {
   const VF one = hn::Set(d, 1.0f), two = hn::Set(d, 2.0f);
   for (size_t i = 0; i < n; i += kLanes) {
     const VF x = hn::LoadU(d, scores + i);
-    const VF a = hn::Min(hn::Mul(hn::Abs(x), hn::Set(d, 2.8853900817779268f)), hn::Set(d, 64.0f));
+    const VF a = at_most(d, 64.0f, hn::Mul(hn::Abs(x), hn::Set(d, 2.8853900817779268f)));
     const VF t = hn::Sub(one, hn::Div(two, hn::Add(exp2(d, a), one)));
     hn::StoreU(hn::Mul(hn::CopySign(t, x), hn::Set(d, cap)), d, scores + i);
   }

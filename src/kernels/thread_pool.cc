@@ -7,12 +7,9 @@
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
-#include <fstream>
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <set>
-#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -25,6 +22,7 @@
 #include <sched.h>
 #endif
 
+#include "kernels/usable_cores.h"
 #include "torpor/compute_options.h"
 #include "torpor/error.h"
 
@@ -43,7 +41,7 @@ inline void cpu_relax() {
 #endif
 }
 
-int physical_cores() {
+int default_cores() {
   int count = 0;
 #if defined(__APPLE__)
   size_t size = sizeof(count);
@@ -52,22 +50,14 @@ int physical_cores() {
     if (sysctlbyname("hw.physicalcpu", &count, &size, nullptr, 0) != 0) count = 0;
   }
 #elif defined(__linux__)
-  // Distinct (package, core) pairs among the CPUs this process may run on.
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) {
-    std::set<std::pair<int, int>> cores;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) {
+    std::vector<int> allowed;
     for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-      if (!CPU_ISSET(cpu, &allowed)) continue;
-      const std::string dir = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
-      std::pair<int, int> core{-1, cpu};  // an unreadable topology counts every CPU
-      int package = 0, id = 0;
-      if (std::ifstream(dir + "physical_package_id") >> package && std::ifstream(dir + "core_id") >> id) {
-        core = {package, id};
-      }
-      cores.insert(core);
+      if (CPU_ISSET(cpu, &set)) allowed.push_back(cpu);
     }
-    count = int(cores.size());
+    count = usable_cores(allowed);
   }
 #endif
   if (count <= 0) count = int(std::thread::hardware_concurrency());
@@ -76,7 +66,7 @@ int physical_cores() {
 
 int default_threads() {
   const int threads = with_environment({}).threads;
-  return threads > 0 ? threads : physical_cores();
+  return threads > 0 ? threads : default_cores();
 }
 
 /// How often fork(2) has made this process another one. A pool's workers are only in the process that made it.
