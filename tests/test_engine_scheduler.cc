@@ -47,8 +47,25 @@ void until(const std::function<bool()>& condition) {
   while (!condition()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
+/// A turn that is stepped by itself.
+struct OwnTurn : Scheduler::Turn {
+  /// Whether something is left to compute.
+  virtual bool step() = 0;
+  bool let_go() noexcept override { return true; }
+};
+
+void step_each(std::span<Scheduler::Step> steps) {
+  for (Scheduler::Step& step : steps) {
+    try {
+      step.computed = !static_cast<OwnTurn*>(step.turn)->step();
+    } catch (...) {
+      step.error = std::current_exception();
+    }
+  }
+}
+
 /// Says a letter in each of `steps` steps.
-class Chatter : public Scheduler::Turn {
+class Chatter : public OwnTurn {
  public:
   Chatter(Diary& diary, std::string name, int steps, Scheduler::Listener& listener, std::function<void(int)> in_step = {})
       : diary_(diary), name_(std::move(name)), steps_(steps), listener_(listener), in_step_(std::move(in_step)) {
@@ -65,7 +82,6 @@ class Chatter : public Scheduler::Turn {
     diary_.add(name_ + " commits");
     committed_ = true;
   }
-  void let_go() noexcept override {}
 
  private:
   Diary& diary_;
@@ -96,7 +112,7 @@ struct SchedulerTest : testing::Test {
   }
 
   Diary diary;
-  Scheduler scheduler{1};  // whoever has said something waits until it was heard
+  Scheduler scheduler{1, step_each};  // whoever has said something waits until it was heard
 };
 
 TEST_F(SchedulerTest, CallsRunOnOneThreadInOrderAndCarryErrors) {
@@ -196,18 +212,51 @@ TEST_F(SchedulerTest, CallsOnOthersRunBetweenStepsAndThoseOnTheSameAgentAfterThe
   EXPECT_EQ(std::vector<std::string>(lines.end() - 3, lines.end()), (std::vector<std::string>{"a is undone", "call", "behind"}));
 }
 
-TEST_F(SchedulerTest, TheTurnThatCameFirstIsSteppedFirst) {
-  std::atomic<bool> second{false};
-  std::thread other;
-  scheduler.turn(chat("a", 50, {}, [&](int done) {
+TEST_F(SchedulerTest, TurnsAreSteppedTogetherInTheOrderInWhichTheyCame) {
+  std::thread others[2];
+  const auto talk = [&](int which, const char* name, size_t waiting) {
+    others[which] = std::thread([this, name] { scheduler.turn(chat(name, 3)); });
+    until([&] { return scheduler.waiting() == waiting; });
+  };
+  scheduler.turn(chat("a", 4, {}, [&](int done) {
     if (done != 0) return;
-    other = std::thread([&] { scheduler.turn(chat("b", 2)); });
+    talk(0, "b", 2);
+    talk(1, "c", 3);
+  }));
+  for (std::thread& other : others) other.join();
+  const std::vector<std::string> lines = diary.lines();
+  const std::vector<std::string> first{"a begins", "a steps", "b begins", "c begins", "a steps", "b steps", "c steps", "a steps"};
+  EXPECT_EQ((std::vector<std::string>{lines.begin(), lines.begin() + 8}), first);
+}
+
+TEST_F(SchedulerTest, AStepThatFailsForOneTurnEndsThatTurnOnly) {
+  std::thread other;
+  scheduler.turn(chat("a", 4, {}, [&](int done) {
+    if (done != 0) return;
+    other = std::thread([this] {
+      EXPECT_EQ(code_of([&] { scheduler.turn(chat("b", 9, {}, [](int n) { if (n == 1) throw Error(ErrorCode::kIo, "x"); })); }),
+                ErrorCode::kIo);
+    });
     until([&] { return scheduler.waiting() == 2; });
   }));
   other.join();
-  const std::vector<std::string> lines = diary.lines();
-  const auto place = [&](const char* line) { return std::find(lines.begin(), lines.end(), line) - lines.begin(); };
-  EXPECT_LT(place("a ends"), place("b begins"));
+  EXPECT_TRUE(diary.has("b is undone"));
+  EXPECT_TRUE(diary.has("a ends"));
+}
+
+TEST_F(SchedulerTest, OnlySoManyTurnsAreAtWorkAtOnce) {
+  constexpr int kMore = 5;
+  std::vector<std::thread> others;
+  int begun_at_most = 0;
+  scheduler.turn(chat("first", 20, {}, [&](int done) {
+    for (int i = 0; done == 0 && i < Scheduler::kMostTurns + kMore; ++i) {
+      others.emplace_back([this, i] { scheduler.turn(chat("other" + std::to_string(i), 3)); });
+    }
+    if (done == 0) until([&] { return scheduler.waiting() == size_t(Scheduler::kMostTurns) + kMore + 1; });
+    begun_at_most = std::max(begun_at_most, int(scheduler.in_turn().size()));
+  }));
+  for (std::thread& other : others) other.join();
+  EXPECT_EQ(begun_at_most, Scheduler::kMostTurns);
 }
 
 TEST_F(SchedulerTest, ASlowReaderPausesItsOwnTurnOnly) {
@@ -245,9 +294,10 @@ class Hoarder : public Chatter {
     }
     return Chatter::step();
   }
-  void let_go() noexcept override {
+  bool let_go() noexcept override {
     diary_.add(name_ + " lets go");
     give();
+    return true;
   }
 
  private:
@@ -291,19 +341,61 @@ TEST_F(SchedulerTest, ATurnThatFindsNoRoomTakesThatOfOneWhoseReaderIsSlowWhichGo
   EXPECT_EQ(std::count(lines.begin(), lines.end(), "slow takes"), 2);
 }
 
+TEST_F(SchedulerTest, ATurnThatGrowsTakesTheRoomOfTheOneThatCameLastWhichGoesOnBeforeLaterOnes) {
+  // Each takes one of three when it begins to step, and "a" another one in its third step.
+  struct Grower : Hoarder {
+    Grower(int& free, Diary& diary, std::string name, int steps, Scheduler::Listener& listener)
+        : Hoarder(free, 1, diary, name, steps, listener), free(free), diary(diary), name(name) {}
+    ~Grower() override { free += more; }
+    bool step() override {
+      if (name == "a" && ++calls >= 3 && more == 0) {
+        if (free == 0) throw Error(ErrorCode::kResourceExhausted, "x").with_field("EngineOptions::memory_budget");
+        --free, ++more;
+        diary.add("a grows");
+      }
+      return Hoarder::step();
+    }
+    int& free;
+    Diary& diary;
+    const std::string name;
+    int calls = 0, more = 0;
+  };
+  int free = 3;
+  const auto call = [&](const std::string& name, int steps, std::function<void()> at_first = {}) {
+    return Scheduler::TurnCall{.agent = name, .begin = [&, name, steps, at_first](Scheduler::Listener& listener) {
+                                 if (at_first) at_first();
+                                 return std::make_unique<Grower>(free, diary, name, steps, listener);
+                               }};
+  };
+  std::vector<std::thread> others;
+  const auto talk = [&](const char* name) {
+    others.emplace_back([&, name] { scheduler.turn(call(name, 5)); });
+    until([&] { return scheduler.waiting() == others.size() + 1; });
+  };
+  scheduler.turn(call("a", 5, [&] { talk("b"), talk("c"), talk("d"); }));
+  for (std::thread& other : others) other.join();
+  const std::vector<std::string> lines = diary.lines();
+  const auto place = [&](const char* line) { return std::find(lines.begin(), lines.end(), line) - lines.begin(); };
+  EXPECT_EQ(free, 3);
+  EXPECT_LT(place("c lets go"), place("a grows"));  // "d" holds nothing: it was refused
+  EXPECT_FALSE(diary.has("b lets go"));
+  EXPECT_EQ(std::count(lines.begin(), lines.end(), "c takes"), 2);
+  EXPECT_EQ(std::count(lines.begin(), lines.end(), "c steps"), 5);
+  EXPECT_LT(std::find(lines.begin() + place("c lets go"), lines.end(), "c takes") - lines.begin(), place("d takes"));
+}
+
 TEST_F(SchedulerTest, TheNextStepWaitsForTheProgressOfThePrefillToBeHeard) {
-  struct Prefill : Scheduler::Turn {
+  struct Prefill : OwnTurn {
     explicit Prefill(Scheduler::Listener& listener) : listener(listener) {}
     bool step() override {
       listener.read(++done, 10);
       return done < 10;
     }
     void commit() override {}
-    void let_go() noexcept override {}
     Scheduler::Listener& listener;
     int done = 0;
   };
-  Scheduler roomy(1 << 20);
+  Scheduler roomy(1 << 20, step_each);
   std::atomic<bool> give_up{false};
   int heard = 0;
   Scheduler::TurnCall call{.agent = "a", .on_prefill = [&](int done, int) { heard = done; give_up = done == 3; },
@@ -368,7 +460,7 @@ TEST_F(SchedulerTest, ACallbackMayCallForAnythingButWhatWaitsForItsOwnTurn) {
                 EXPECT_EQ(code_of([&] { scheduler.call({"b"}, [] {}); }), ErrorCode::kInvalidArgument);
                 EXPECT_EQ(scheduler.call({"c"}, [] { return 3; }), 3);
               })), Scheduler::Ended::kCommitted);
-    Scheduler another(1);
+    Scheduler another(1, step_each);
     EXPECT_EQ(another.call({"a"}, [] { return 4; }), 4);
   }));
   EXPECT_NO_THROW(scheduler.refuse_in_callbacks());

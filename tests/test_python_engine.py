@@ -48,6 +48,24 @@ def test_an_agent_goes_on_from_one_face_to_the_other(engine, tiny_model, tmp_pat
     assert result.tokens.cached > held and result.timing_ms.wake > 0 and result.bytes.read > 0
 
 
+def test_turns_of_many_threads_are_computed_together_and_say_what_they_say_alone(tiny_model, tmp_path, words):
+    turns = {f"agent{i}": (words(40 + 120 * i), dict(raw=True, max_tokens=150, temperature=1.0, seed=i)) for i in range(5)}
+    with torpor.Engine(tiny_model, tmp_path / "alone") as engine:
+        expected = {name: (engine.agent(name).turn(prompt, **options).text, engine.agent(name).next_logits())
+                    for name, (prompt, options) in turns.items()}
+        alone = engine.work()
+        assert alone.most_turns == 1 and alone.turns == alone.passes
+    with torpor.Engine(tiny_model, tmp_path / "together", max_stall=1) as engine:
+        streams = {name: engine.agent(name).stream(prompt, **options) for name, (prompt, options) in turns.items()}
+        assert {name: "".join(stream) for name, stream in streams.items()} == {name: text for name, (text, _) in expected.items()}
+        assert all(mx.array_equal(engine.agent(name).next_logits(), logits) for name, (_, logits) in expected.items())
+        work = engine.work()
+        assert work.most_turns > 1
+        assert work.answer_tokens == alone.answer_tokens
+    with pytest.raises(torpor.InvalidArgumentError):
+        torpor.Engine(tiny_model, tmp_path / "together", max_stall=0)
+
+
 def test_rows_are_read_where_they_are_not_to_be_mapped(tiny_model, tmp_path):
     prompt = "the lamp and the sea " * 60
     with torpor.Engine(tiny_model, tmp_path / "store") as engine:

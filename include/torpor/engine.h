@@ -2,9 +2,10 @@
 /// Durable agents over one model: the C++ API that the command line and the other faces use. No header of MLX's is needed.
 ///
 /// An Engine owns the one thread that touches MLX. Its methods may be called from any thread and block until that thread has
-/// done the work. It works step by step: a chunk of a prompt, or a token. Turns run first come, first served. Methods run
-/// between the steps of other agents' turns. What names the same agent runs in the order it came. Saves are waited for on the
-/// calling thread, while other agents' turns go on.
+/// done the work. It works step by step. A step is one forward pass: the next token of every answer, and a chunk of one or two
+/// prompts. On Torpor's kernels no turn's tokens or rows depend on what else is computed with it. MLX's kernels compute one turn
+/// at a time. Methods run between steps. What names the same agent runs in the order it came. Saves are waited for on the calling
+/// thread, while other agents' turns go on.
 ///
 /// Callbacks run on the thread that called. They may call the Engine. A call that would wait for the turn from whose callback
 /// it is made is kInvalidArgument: one on the same agent, and save_all. The destructor must not be called there. What a callback
@@ -46,6 +47,9 @@ struct EngineOptions {
   size_t write_queue_bytes = size_t(256) << 20;  ///< of saves that may wait; beyond it all turns wait for the disk
   /// Text of each turn that may wait for its callback. Beyond it the turn waits, and others go on.
   size_t text_queue_bytes = size_t(64) << 10;
+  /// How long a step with tokens of prompts may take: the other turns' answers wait so long for their next token. The speed
+  /// measured last decides how many tokens those are; 16 at least.
+  int max_stall_ms = 250;
   /// Sealed rows of agents that wake are mapped from their files: nothing is copied, and processes share the pages. False: they
   /// are read into memory of the process, those behind sliding windows too. Then no later fault of the disk can reach them.
   bool map_rows = true;
@@ -112,6 +116,15 @@ struct AgentStatus {
   int64_t disk_bytes = 0;     ///< its file and the segments it names; 0 before the first save
 };
 
+/// What an engine has computed since it began.
+struct EngineWork {
+  int64_t passes = 0;         ///< forward passes
+  int64_t turns = 0;          ///< in each of them, added up
+  int64_t most_turns = 0;     ///< in one of them
+  int64_t prompt_tokens = 0;  ///< whose rows were computed
+  int64_t answer_tokens = 0;  ///< likewise
+};
+
 class Engine {
  public:
   /// Loads the model. The calling thread waits.
@@ -155,7 +168,8 @@ class Engine {
   void rename(const std::string& agent, const std::string& new_id);
   void remove(const std::string& agent);
 
-  // These two answer during the turns of others, within a step.
+  // These three answer during the turns of others, within a step.
+  EngineWork work() const;
   MemoryUsage memory_usage() const;
   /// All agents of the store and in memory, by id.
   std::vector<AgentStatus> agents() const;

@@ -141,11 +141,17 @@ void bind_engine(nb::module_& module) {
       .def_ro("mapped_bytes", &MemoryUsage::mapped_bytes, "Of those, pages of segment files.")
       .def_ro("queued_bytes", &MemoryUsage::queued_bytes, "Waiting to be written.")
       .def_ro("budget", &MemoryUsage::budget, "As given to the Engine; 0: no bound.");
+  nb::class_<EngineWork>(module, "EngineWork", "What an engine has computed since it began.")
+      .def_ro("passes", &EngineWork::passes, "Forward passes.")
+      .def_ro("turns", &EngineWork::turns, "Turns in each of them, added up.")
+      .def_ro("most_turns", &EngineWork::most_turns, "Turns in one of them.")
+      .def_ro("prompt_tokens", &EngineWork::prompt_tokens, "Whose rows were computed.")
+      .def_ro("answer_tokens", &EngineWork::answer_tokens, "Whose rows were computed.");
   nb::class_<SharedEngine>(module, "CoreEngine")
       .def("__init__",
            [](SharedEngine* self, const std::string& model, const std::filesystem::path& store,
               const std::optional<std::string>& kv_format, const std::string& durability, size_t memory_budget,
-              int64_t disk_budget, int64_t min_free, size_t write_queue, size_t text_queue, bool map_rows,
+              int64_t disk_budget, int64_t min_free, size_t write_queue, size_t text_queue, int max_stall, bool map_rows,
               const std::optional<std::string>& backend, const std::optional<std::string>& activations, int threads,
               const std::string& cpu_target) {
              EngineOptions options{.model = model, .store = store, .kv_format = parse_kv_format(kv_format),
@@ -153,12 +159,14 @@ void bind_engine(nb::module_& module) {
                                    .disk = {disk_budget, min_free},
                                    .compute = {.backend = parse_backend(backend), .activations = parse_activations(activations),
                                                .threads = threads, .cpu_target = cpu_target},
-                                   .write_queue_bytes = write_queue, .text_queue_bytes = text_queue, .map_rows = map_rows};
+                                   .write_queue_bytes = write_queue, .text_queue_bytes = text_queue,
+                                   .max_stall_ms = max_stall, .map_rows = map_rows};
              const nb::gil_scoped_release release;
              new (self) SharedEngine(std::move(options));
            },
            "model"_a, "store"_a, "kv_format"_a.none(), "durability"_a, "memory_budget"_a, "disk_budget"_a, "min_free"_a,
-           "write_queue"_a, "text_queue"_a, "map_rows"_a, "backend"_a.none(), "activations"_a.none(), "threads"_a, "cpu_target"_a)
+           "write_queue"_a, "text_queue"_a, "max_stall"_a, "map_rows"_a, "backend"_a.none(), "activations"_a.none(), "threads"_a,
+           "cpu_target"_a)
       .def("close", &SharedEngine::close)
       .def("start", &start, "agent"_a, "prompt"_a, "system"_a.none(), "raw"_a, "save"_a, "max_tokens"_a, "temperature"_a,
            "top_p"_a, "seed"_a, "stop"_a)
@@ -176,6 +184,11 @@ void bind_engine(nb::module_& module) {
       .def("rename", without_gil(&Engine::rename), "agent"_a, "new_id"_a)
       .def("remove", without_gil(&Engine::remove), "agent"_a)
       .def("next_logits", &next_logits, "agent"_a)
+      .def("work", [](const SharedEngine& shared) {
+        const std::shared_ptr<Engine> engine = shared.get();
+        const nb::gil_scoped_release release;
+        return engine->work();
+      })
       .def("memory_usage", [](const SharedEngine& shared) {
         const std::shared_ptr<Engine> engine = shared.get();
         const nb::gil_scoped_release release;

@@ -25,7 +25,7 @@ from typing import Any as _Any, Literal as _Literal
 from . import _dependencies  # first: what it says is clearer than what the linker would
 from . import _core
 from ._codec import validate as _validate
-from ._core import AgentMemory, MemoryUsage, SaveResult, TurnBytes, TurnResult, TurnTiming, TurnTokens
+from ._core import AgentMemory, EngineWork, MemoryUsage, SaveResult, TurnBytes, TurnResult, TurnTiming, TurnTokens
 from .engine import Agent, AgentStatus, Engine, TextStream, TurnOptions
 from .errors import (BusyError, CancelledError, CorruptionError, Error, IncompatibleError, InternalError,
                      InvalidArgumentError, IoError, NotFoundError, ResourceExhaustedError)
@@ -35,7 +35,7 @@ from .persistence import CachePersistence
 
 __all__ = [
     "Agent", "AgentMemory", "AgentStatus", "BusyError", "CachePersistence", "CancelledError", "CorruptionError", "Engine",
-    "Error", "Generation", "IncompatibleError", "InternalError", "InvalidArgumentError", "IoError", "MLXCacheExtractor",
+    "EngineWork", "Error", "Generation", "IncompatibleError", "InternalError", "InvalidArgumentError", "IoError", "MLXCacheExtractor",
     "MemoryUsage", "NotFoundError", "ResourceExhaustedError", "SaveResult", "TextStream", "TurnBytes", "TurnOptions",
     "TurnResult", "TurnTiming", "TurnTokens", "common_prefix", "delete_agent_cache", "get_cache_disk_usage", "get_cache_memory",
     "get_cache_size", "list_cached_agents", "load_agent_cache", "load_prompt_cache", "save_agent_cache", "save_prompt_cache",

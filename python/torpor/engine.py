@@ -72,8 +72,9 @@ class Engine:
     def __init__(self, model: str | os.PathLike[str], store: str | os.PathLike[str] | None = None, *,
                  kv_format: str | None = None, durability: Literal["full", "rename", "none"] = "full",
                  memory_budget: int = 0, disk_budget: int = 0, min_free: int = 0, write_queue: int = 256 << 20,
-                 text_queue: int = 64 << 10, map_rows: bool = True, backend: Literal["kernels", "mlx"] | None = None,
-                 activations: Literal["f32", "int8"] | None = None, threads: int = 0, cpu_target: str | None = None) -> None:
+                 text_queue: int = 64 << 10, max_stall: int = 250, map_rows: bool = True,
+                 backend: Literal["kernels", "mlx"] | None = None, activations: Literal["f32", "int8"] | None = None,
+                 threads: int = 0, cpu_target: str | None = None) -> None:
         """Loads the model.
 
         model: a model directory, or a repo id in the local Hugging Face cache.
@@ -88,6 +89,7 @@ class Engine:
             bound). Over them segments of no agent go, then the save fails. An agent is never removed to make room.
         write_queue: bytes of saves that may wait; beyond it all turns wait for the disk.
         text_queue: bytes of text of each turn that may wait for its reader; beyond it the turn waits, and others go on.
+        max_stall: milliseconds that a step with tokens of prompts may take; other turns' answers wait so long for their next token.
         map_rows: rows of agents that wake are mapped from their files, whose pages all processes share. False: they are read
             into memory, where no later fault of the disk can reach them.
         backend: "kernels": Torpor's CPU kernels; "mlx": MLX's own operations (Metal, CUDA). None: $TORPOR_BACKEND, else "mlx"
@@ -105,7 +107,8 @@ class Engine:
         """
         root = Path(store).expanduser() if store is not None else _core.default_store_root()
         self._core = _core.CoreEngine(os.fspath(model), root, kv_format, durability, memory_budget, disk_budget, min_free,
-                                      write_queue, text_queue, map_rows, backend, activations, threads, cpu_target or "")
+                                      write_queue, text_queue, max_stall, map_rows, backend, activations, threads,
+                                      cpu_target or "")
         self._talking = threading.local()  # .to: agents whose on_text runs on this thread
 
     def __enter__(self) -> Self:
@@ -159,6 +162,10 @@ class Engine:
     def memory_usage(self) -> _core.MemoryUsage:
         """Where the memory is: the model, and each agent that is awake."""
         return self._core.memory_usage()
+
+    def work(self) -> _core.EngineWork:
+        """What the engine has computed since it began."""
+        return self._core.work()
 
     def _for(self, *agent_ids: str) -> _core.CoreEngine:
         """For calls that wait for the turns of these agents."""

@@ -36,7 +36,13 @@ struct Engine::Impl {
   EngineParts parts;  // lives and dies on the scheduler's thread
   Scheduler scheduler;
 
-  explicit Impl(EngineOptions given) : options(std::move(given)), store(options.store), scheduler(options.text_queue_bytes) {
+  explicit Impl(EngineOptions given)
+      : options(std::move(given)), store(options.store),
+        scheduler(options.text_queue_bytes, [this](std::span<Scheduler::Step> steps) { EngineTurn::step(parts, steps); }) {
+    if (options.max_stall_ms < 1) {
+      throw Error(ErrorCode::kInvalidArgument, "The longest stall must be a millisecond at least.")
+          .with_field("EngineOptions::max_stall_ms");
+    }
     store.set_disk_limits(options.disk);
   }
 
@@ -47,7 +53,7 @@ struct Engine::Impl {
     const Model& model = *parts.model;
     parts.tokenizer = Tokenizer::load(model.info().dir);
     parts.chat_template = ChatTemplate::load(model.info().dir);
-    parts.pace.emplace(model.backend());
+    parts.pace.emplace(model.backend(), options.max_stall_ms / 1000.0);
     const KvFormat format = options.kv_format.value_or(model.default_kv_format());
     Identity identity = model.identity();
     identity.kv = format.name();
@@ -239,6 +245,10 @@ void Engine::rename(const std::string& agent, const std::string& new_id) {
 
 void Engine::remove(const std::string& agent) {
   impl_->call({agent}, [&] { impl_->parts.agents->remove(agent); });
+}
+
+EngineWork Engine::work() const {
+  return impl_->call({}, [&] { return impl_->parts.work; });
 }
 
 MemoryUsage Engine::memory_usage() const {

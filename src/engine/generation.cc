@@ -131,9 +131,34 @@ std::string StopFilter::finish() { return std::exchange(held_, {}); }
 
 void PrefillPace::took(int rows, double seconds) {
   if (!adapts_ || rows <= 0) return;
-  const double fit = seconds > 0 ? rows * kSeconds / seconds : kMost;
+  const double fit = seconds > 0 ? rows * seconds_ / seconds : kMost;
   const int most = int(std::min(fit, double(kMost))), unit = most >= kBlock ? kBlock : kLeast;
   rows_ = std::max(most / unit * unit, kLeast);
+}
+
+std::vector<int> PrefillPace::share(std::span<const int> left) const {
+  std::vector<int> rows(left.size());
+  size_t first = left.size(), second = left.size();
+  int decoding = 0;
+  for (size_t i = 0; i < left.size(); ++i) {
+    if (left[i] == 0) {
+      decoding += rows[i] = 1;
+    } else if (first == left.size()) {
+      first = i;
+    } else if (second == left.size() || left[i] < left[second]) {
+      second = i;
+    }
+  }
+  if (first == left.size()) return rows;
+  const int chunk = std::max(rows_ - decoding, kLeast);
+  if (second == left.size()) {
+    rows[first] = std::min(left[first], chunk);
+    return rows;
+  }
+  const int passing = left[second] < left[first] ? std::min(left[second], chunk / 2) : 0;
+  rows[first] = std::min(left[first], chunk - passing);
+  rows[second] = std::min(left[second], chunk - rows[first]);
+  return rows;
 }
 
 // ---- an answer
@@ -154,7 +179,7 @@ Generation::Generation(const ModelInfo& model, std::shared_ptr<const Tokenizer> 
 }
 
 std::span<const int32_t> Generation::next_rows(int most) {
-  const int left = int(prompt_.size()) - result_.prefilled;
+  const int left = prompt_left();
   if (left > 0 && cancelled()) end(FinishReason::kCancelled);
   asked_ = over_ ? 0 : left > 0 ? std::min(std::max(most, 1), left) : 1;
   if (left > 0) return std::span(prompt_).subspan(size_t(result_.prefilled), size_t(asked_));

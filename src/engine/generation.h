@@ -39,24 +39,31 @@ class StopFilter {
   bool stopped_ = false;
 };
 
-/// How many prompt tokens to compute at once: as many as take about a quarter of a second at the speed measured last, so that
-/// a cancellation, or somebody else's request, waits no longer. Chunks change no bit where kernels are batch invariant; other
-/// backends get chunks of one size.
+/// How many rows a step with tokens of a prompt computes: as many as take `seconds` at the speed measured last, so that a
+/// cancellation, or the next token of another's answer, waits no longer. Chunks change no bit where kernels are batch invariant;
+/// other backends get chunks of one size.
 class PrefillPace {
  public:
   static constexpr int kMost = 512, kLeast = 16;
   static constexpr int kBlock = 144;  // rows that the kernels multiply at once: whole blocks cost nothing more than one chunk
   static constexpr double kSeconds = 0.25;
 
-  explicit PrefillPace(Backend backend) : adapts_(backend == Backend::kKernels), rows_(adapts_ ? kFirst : kMost) {}
-  /// Tokens of the next chunk.
+  explicit PrefillPace(Backend backend, double seconds = kSeconds)
+      : adapts_(backend == Backend::kKernels), seconds_(seconds), rows_(adapts_ ? kFirst : kMost) {}
+  /// Rows of the next such step.
   int rows() const noexcept { return rows_; }
-  /// A chunk of `rows` tokens took `seconds`.
+  /// A step of `rows` rows took `seconds`.
   void took(int rows, double seconds);
+
+  /// What a step computes of each turn, given in the order they came with the tokens `left` of their prompts. One that decodes
+  /// (0 left) gets a row. The prompts that came first and that has least left share what is left of rows(), kLeast at least. The
+  /// shorter one gets up to half of it, so it may pass; the first one never waits.
+  std::vector<int> share(std::span<const int> left) const;
 
  private:
   static constexpr int kFirst = 32;  // the speed is not known yet
   bool adapts_;
+  double seconds_;
   int rows_;
 };
 
@@ -76,6 +83,8 @@ class Generation {
   /// Calls the options' callbacks. kInternal when the logits hold no number.
   void take(std::span<const float> logits);
   bool over() const noexcept { return over_; }
+  /// Tokens of the prompt whose rows are not in the cache yet.
+  int prompt_left() const noexcept { return int(prompt_.size()) - result_.prefilled; }
   /// Rows in the cache: all that `held`, the prompt and `sampled()` have, but for what next_rows will ask for.
   int position() const noexcept { return position_; }
   const std::vector<int32_t>& sampled() const noexcept { return result_.tokens; }

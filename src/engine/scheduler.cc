@@ -13,6 +13,8 @@ namespace {
 /// How soon the flags of a turn that can't be stepped are seen.
 constexpr auto kPatience = std::chrono::milliseconds(20);
 
+constexpr const char* kWork = "The engine's work";
+
 bool is_set(const std::atomic<bool>* flag) { return flag != nullptr && flag->load(); }
 
 }  // namespace
@@ -21,7 +23,7 @@ void translate_errors(const std::function<void()>& work) {
   try {
     work();
   } catch (...) {
-    throw to_error(std::current_exception(), "The engine's work");
+    throw to_error(std::current_exception(), kWork);
   }
 }
 
@@ -42,9 +44,10 @@ class Scheduler::Task final : public Scheduler::Listener {
   const std::function<void()>* work = nullptr;  // of a call
 
   const TurnCall* turn_call = nullptr;          // of a turn
-  std::unique_ptr<Turn> turn;                   // the engine thread's alone
-  bool begun = false, computed = false;         // its first step was made; its last
-  bool let_go = false;                          // it holds no memory, and is to be stepped when no other can be
+  std::unique_ptr<Turn> turn;                   // the engine thread's alone; none before it has begun and once it is over
+  bool begun = false, computed = false;         // its beginning was made, or tried; its last step
+  bool out = false;                             // it was refused room and holds none, or has let go of its own
+  uint64_t out_since = 0;                       // Scheduler::freed_ then
   bool deaf = false;                            // a callback has thrown
   Ended ended = Ended::kCommitted;
   struct Said {
@@ -57,7 +60,7 @@ class Scheduler::Task final : public Scheduler::Listener {
   bool reading = false;       // a prefill's progress is among it
 
   bool is_turn() const { return turn_call != nullptr; }
-  bool holds_memory() const { return is_turn() && begun && !let_go && !over; }
+  bool holds_memory() const { return is_turn() && turn != nullptr && !out; }
   bool given_up() const { return deaf || is_set(turn_call->give_up) || (!begun && is_set(turn_call->cancel)); }
   bool overlaps(const Task& other) const {
     return std::any_of(agents.begin(), agents.end(), [&](const std::string& agent) {
@@ -92,8 +95,8 @@ thread_local std::vector<const void*> turns_of_this_thread;
 
 }  // namespace
 
-Scheduler::Scheduler(size_t text_queue_bytes)
-    : text_queue_bytes_(std::max<size_t>(text_queue_bytes, 1)), thread_([this] { run(); }) {}
+Scheduler::Scheduler(size_t text_queue_bytes, Stepper stepper)
+    : text_queue_bytes_(std::max<size_t>(text_queue_bytes, 1)), stepper_(std::move(stepper)), thread_([this] { run(); }) {}
 
 Scheduler::~Scheduler() {
   if (thread_.joinable()) finish([] {});
@@ -245,95 +248,148 @@ bool Scheduler::blocked(const Task& task) const {
 }
 
 bool Scheduler::may_step(const Task& task) const {
-  if (task.let_go && task.unheard > 0) return false;
   // One that is cancelled ends soon, and what it still says is little.
   return !task.computed && !task.reading && (task.bytes < text_queue_bytes_ || is_set(task.turn_call->cancel));
 }
 
-std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
-  std::pair<Task*, Action> step{nullptr, Action::kNothing}, later = step;
-  const bool running = std::any_of(tasks_.begin(), tasks_.end(), [&](const Task* task) {
-    return task->holds_memory() && may_step(*task);
+bool Scheduler::may_return(const Task& task) const {
+  if (task.unheard > 0) return false;
+  return task.out_since != freed_ || std::none_of(tasks_.begin(), tasks_.end(), [&](const Task* other) {
+    return other->holds_memory() && may_step(*other);
   });
+}
+
+std::vector<Scheduler::Task*> Scheduler::steppable() const {
+  std::vector<Task*> tasks;
+  for (Task* task : tasks_) {
+    if (task->is_turn() && task->turn != nullptr && may_step(*task) && (!task->out || may_return(*task))) tasks.push_back(task);
+  }
+  return tasks;
+}
+
+std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
+  std::pair<Task*, Action> later{nullptr, Action::kNothing};  // what came since the last step
+  const std::vector<Task*> steps = steppable();
+  bool may_begin = steps.size() < size_t(kMostTurns);
   for (Task* task : tasks_) {
     if (task->over) continue;
     if (task->is_turn() && task->given_up()) return {task, Action::kUndo};  // whatever is before it
-    if (blocked(*task)) continue;
-    if (!task->is_turn()) {
-      if (task->number <= due_) return {task, Action::kCall};
-      if (later.first == nullptr) later = {task, Action::kCall};
-    } else if (task->computed) {
-      if (task->unheard == 0) return {task, Action::kCommit};
-    } else if (step.first == nullptr && may_step(*task) && !(task->let_go && running)) {
-      step = {task, Action::kStep};
+    if (task->is_turn() && task->turn != nullptr) {
+      if (task->computed && task->unheard == 0) return {task, Action::kCommit};
+      if (task->out && task->unheard == 0) may_begin = false;
+      continue;
     }
+    if (blocked(*task)) continue;
+    const Action action = task->is_turn() ? Action::kBegin : Action::kCall;
+    if (action == Action::kBegin && (!may_begin || (task->out && !may_return(*task)))) {
+      may_begin = false;  // nor do those after it
+      continue;
+    }
+    if (task->number <= due_) return {task, action};
+    if (later.first == nullptr) later = {task, action};
   }
-  return step.first != nullptr ? step : later;
+  return steps.empty() ? later : std::pair{steps.front(), Action::kStep};
 }
 
-bool Scheduler::make_room(Task& task, std::unique_lock<std::mutex>& lock) {
-  Task* gives = nullptr;
-  bool others = false, later = false;
-  for (Task* other : tasks_) {
-    later |= other == &task;
-    if (other == &task || !other->holds_memory()) continue;
-    others = true;
-    if (later || !may_step(*other)) gives = other;
-  }
-  if (!others) return false;
-  if (gives == nullptr) gives = &task;
-  gives->let_go = true;
-  gives->computed = false;
-  task.begun = task.turn != nullptr;
+bool Scheduler::let_go(Task& task, std::unique_lock<std::mutex>& lock) {
   lock.unlock();
-  if (gives->turn != nullptr) gives->turn->let_go();
+  const bool done = task.turn == nullptr || task.turn->let_go();
   lock.lock();
+  if (!done) return false;
+  task.out = true;
+  task.out_since = freed_;
+  task.computed = false;
   return true;
 }
 
+bool Scheduler::make_room(Task& task, bool held, std::unique_lock<std::mutex>& lock) {
+  std::vector<Task*> give;  // that may have to
+  bool later = false, others = false;
+  for (Task* other : tasks_) {
+    later |= other == &task;
+    if (other == &task || !other->holds_memory()) continue;
+    if ((later && held) || !may_step(*other)) {
+      give.push_back(other);
+    } else {
+      others = true;
+    }
+  }
+  for (auto victim = give.rbegin(); victim != give.rend(); ++victim) {
+    if (let_go(**victim, lock)) return true;
+  }
+  return others && let_go(task, lock);
+}
+
+void Scheduler::end(Task& task, std::exception_ptr error) {
+  task.error = error;
+  task.over = true;
+  if (error) task.after = nullptr;
+  if (task.after == nullptr) tasks_.remove(&task);
+  task.changed.notify_one();  // under the lock: the task is gone once its caller has it
+}
+
+void Scheduler::settle(Task& task, bool held, bool computed, std::exception_ptr error, std::unique_lock<std::mutex>& lock) {
+  const bool refused = error && is_lack_of_room(to_error(error, ""));
+  if (task.out && (refused || !error)) return;  // it has just given its room to an earlier one, and is to be stepped again
+  if (refused && make_room(task, held, lock)) {
+    task.begun = task.turn != nullptr;
+    return;
+  }
+  task.computed = computed;
+  if (!error) return;
+  lock.unlock();
+  task.turn.reset();
+  lock.lock();
+  ++freed_;
+  end(task, std::make_exception_ptr(to_error(error, kWork)));
+}
+
 void Scheduler::act(Task& task, Action action, std::unique_lock<std::mutex>& lock) {
-  const bool begun = task.begun;
-  task.begun = true;
+  if (action == Action::kStep) return step(lock);
+  const bool begun = std::exchange(task.begun, true);
+  task.out = false;
   lock.unlock();
   std::exception_ptr error;
-  bool over = action != Action::kStep, computed = false;
   try {
     translate_errors([&] {
       switch (action) {
-        case Action::kNothing:
-        case Action::kUndo: break;
+        case Action::kBegin: task.turn = task.turn_call->begin(task); break;
         case Action::kCall: (*task.work)(); break;
         case Action::kCommit: task.turn->commit(); break;
-        case Action::kStep:
-          if (task.turn == nullptr) {
-            task.turn = task.turn_call->begin(task);
-          } else {
-            computed = !task.turn->step();
-          }
+        default: break;
       }
     });
   } catch (...) {
     error = std::current_exception();
-    over = true;
   }
-  if (error && action == Action::kStep && is_lack_of_room(to_error(error, ""))) {
-    lock.lock();
-    due_ = numbers_;
-    if (make_room(task, lock)) return;
-    lock.unlock();
-  }
-  if (over) task.turn.reset();
+  if (action != Action::kBegin) task.turn.reset();
   lock.lock();
-  task.computed = computed;
-  task.let_go = false;
-  if (action == Action::kStep) due_ = numbers_;
-  if (!over) return;
-  if (action == Action::kUndo) task.ended = begun ? Ended::kGivenUp : Ended::kNotBegun;
-  task.error = error;
-  task.over = true;
-  if (error || (task.is_turn() && action != Action::kCommit)) task.after = nullptr;
-  if (task.after == nullptr) tasks_.remove(&task);
-  task.changed.notify_one();  // under the lock: the task is gone once its caller has it
+  if (action == Action::kBegin) return settle(task, false, false, error, lock);
+  if (action == Action::kUndo) {
+    task.ended = begun ? Ended::kGivenUp : Ended::kNotBegun;
+    task.after = nullptr;
+  }
+  freed_ += task.is_turn() ? 1 : 0;
+  end(task, error);
+}
+
+void Scheduler::step(std::unique_lock<std::mutex>& lock) {
+  const std::vector<Task*> tasks = steppable();
+  std::vector<Step> steps;
+  std::vector<bool> held;
+  for (Task* task : tasks) {
+    steps.push_back({.turn = task->turn.get()});
+    held.push_back(!std::exchange(task->out, false));
+  }
+  lock.unlock();
+  try {
+    translate_errors([&] { stepper_(steps); });
+  } catch (...) {
+    for (Step& step : steps) step.error = std::current_exception();
+  }
+  lock.lock();
+  due_ = numbers_;
+  for (size_t i = 0; i < tasks.size(); ++i) settle(*tasks[i], held[i], steps[i].computed, steps[i].error, lock);
 }
 
 void Scheduler::run() {

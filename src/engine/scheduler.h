@@ -1,15 +1,16 @@
 #pragma once
 /// The one thread that creates, evaluates and destroys MLX arrays, and what is to be done on it, in which order.
 ///
-/// There are *turns*, which take many steps, and *calls*, which take one. Calls run between steps. What names the same agent runs
-/// in the order it came: a call waits for the turns and calls on its agents that came before it, and for no others. Of the
-/// turns that may run, the one that came first is stepped.
+/// There are *turns*, which take many steps, and *calls*, which take one. A step is one of all turns that may be stepped, at
+/// once: the Stepper decides how much it computes of each. Calls and the beginnings of turns come between steps. What names the
+/// same agent runs in the order it came: a call waits for the turns and calls on its agents that came before it, and for no others.
 ///
 /// A save is waited for by the caller (`after`). Other steps go on meanwhile; what names the same agent comes later.
 ///
-/// A turn that finds no room in memory takes that of turns that can't be stepped and of those after it, or waits for one before
-/// it. A turn that has let go of its memory goes on when no other can and its reader has heard all. Only a turn that does
-/// not fit alone fails.
+/// A turn that finds no room in memory takes that of turns whose readers are slow, and of those that came later. Where there are
+/// none it lets go of its own and waits. A turn without memory keeps its place: no later turn begins before it goes on, which
+/// it does when a turn has ended, or no other can be stepped, and its reader has heard all. Only a turn that does not fit alone
+/// fails.
 ///
 /// A turn talks to its caller through a bounded queue (Listener), whose callbacks run on the caller's thread and may call
 /// back. While the queue is full the turn is skipped and others are stepped. It is committed when its caller has heard all.
@@ -25,6 +26,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -54,13 +56,21 @@ class Scheduler {
   class Turn {
    public:
     virtual ~Turn() = default;
-    /// Computes a little. False when nothing is left to compute. What is_lack_of_room throws changes nothing.
-    virtual bool step() = 0;
-    /// Lets go of the memory that it holds. The next steps compute what is gone again.
-    virtual void let_go() noexcept = 0;
+    /// Lets go of the memory that it holds; its next step takes it again. False when it can't, and nothing has changed.
+    virtual bool let_go() noexcept = 0;
     /// After the last step, when the caller has heard everything.
     virtual void commit() = 0;
   };
+
+  /// One of the turns that may be stepped, and what its step came to.
+  struct Step {
+    Turn* turn = nullptr;
+    bool computed = false;     ///< nothing is left to compute
+    std::exception_ptr error;  ///< ends the turn; or is_lack_of_room, and the turn is as it was
+  };
+  /// Steps turns, given in the order they came: at least one of them, the first unless there is a reason. Throws nothing but what
+  /// ends them all.
+  using Stepper = std::function<void(std::span<Step>)>;
 
   /// What a caller asks for.
   struct TurnCall {
@@ -78,8 +88,11 @@ class Scheduler {
     kGivenUp,   ///< undone
   };
 
-  /// Text that may wait for each turn's caller.
-  explicit Scheduler(size_t text_queue_bytes);
+  /// Turns that may be at work at once, those not counted whose readers are slow. Others wait, in the order they came.
+  static constexpr int kMostTurns = 32;
+
+  /// `text_queue_bytes`: text that may wait for each turn's caller. `stepper` runs on the engine thread.
+  Scheduler(size_t text_queue_bytes, Stepper stepper);
   /// As finish.
   ~Scheduler();
   Scheduler(const Scheduler&) = delete;
@@ -112,7 +125,7 @@ class Scheduler {
 
  private:
   class Task;
-  enum class Action { kNothing, kCall, kStep, kCommit, kUndo };
+  enum class Action { kNothing, kCall, kBegin, kStep, kCommit, kUndo };
 
   void run_call(std::vector<std::string> agents, const std::function<void()>& work, const std::function<void()>& after);
   void enqueue(Task& task);
@@ -123,18 +136,32 @@ class Scheduler {
   void hear(Task& task, std::unique_lock<std::mutex>& lock);
 
   void run();
+  /// What comes next. With kStep: a step of all that may be stepped.
   std::pair<Task*, Action> next() const;
   bool blocked(const Task& task) const;
+  /// Whether nothing but room keeps a turn from being stepped.
   bool may_step(const Task& task) const;
+  /// Whether a turn without memory may try to take it again.
+  bool may_return(const Task& task) const;
+  std::vector<Task*> steppable() const;
   /// A turn that was refused room: whether others hold some. Then one of them, or this one, has let go of it.
-  bool make_room(Task& task, std::unique_lock<std::mutex>& lock);
+  /// `held`: it had its own, and needs more.
+  bool make_room(Task& task, bool held, std::unique_lock<std::mutex>& lock);
+  bool let_go(Task& task, std::unique_lock<std::mutex>& lock);
   void act(Task& task, Action action, std::unique_lock<std::mutex>& lock);
+  void step(std::unique_lock<std::mutex>& lock);
+  /// What a beginning or a step of a turn came to.
+  void settle(Task& task, bool held, bool computed, std::exception_ptr error, std::unique_lock<std::mutex>& lock);
+  /// Nothing is left for the engine thread; the turn itself is gone.
+  void end(Task& task, std::exception_ptr error);
 
   const size_t text_queue_bytes_;
+  const Stepper stepper_;
   mutable std::mutex mutex_;         // of all that follows, tasks included
   std::condition_variable wake_;     // the engine thread
   std::list<Task*> tasks_;           // in the order they came; owned by their callers, who wait
-  uint64_t numbers_ = 0, due_ = 0;   // calls up to `due_` come before the next step
+  uint64_t numbers_ = 0, due_ = 0;   // calls and turns up to `due_` come before the next step
+  uint64_t freed_ = 0;               // how often a turn that held memory has ended
   const std::function<void()>* last_ = nullptr;
   bool closing_ = false;
   std::thread thread_;

@@ -1,6 +1,7 @@
 #include "engine/turn.h"
 
 #include <algorithm>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -80,42 +81,89 @@ bool EngineTurn::catch_up() {
   return true;
 }
 
-void EngineTurn::compute(EngineParts& parts, std::span<EngineTurn* const> turns) {
-  std::vector<EngineTurn*> computing;
-  std::vector<ForwardSequence> batch;
-  std::vector<Growth> growths;
-  for (EngineTurn* turn : turns) {
-    const std::span<const int32_t> rows = turn->generation_.next_rows(parts.pace->rows());
-    if (rows.empty()) continue;
-    computing.push_back(turn);
-    growths.push_back({&turn->transaction_->cache(), int(rows.size())});
-    batch.push_back({.tokens = rows, .kv = &turn->transaction_->cache(), .no_logits = !turn->generation_.wants_logits()});
-  }
-  if (batch.empty()) return;
-  parts.agents->reserve(growths);
-  const auto start = Clock::now();
-  const mx::array logits = parts.model->forward(batch);
-  // The speed of a prefill; a token of an answer takes longer than one of many.
+void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
+  std::vector<ForwardSequence> sequences;
   size_t rows = 0;
-  for (const ForwardSequence& sequence : batch) rows += sequence.tokens.size();
+  int64_t prompt_tokens = 0, answer_tokens = 0;
+  for (const auto& [turn, step, tokens] : batch) {
+    sequences.push_back({.tokens = tokens, .kv = &turn->transaction_->cache(), .no_logits = !turn->generation_.wants_logits()});
+    rows += tokens.size();
+    (turn->generation_.prompt_left() > 0 ? prompt_tokens : answer_tokens) += int64_t(tokens.size());
+  }
+  const auto start = Clock::now();
+  std::optional<mx::array> logits;
+  try {
+    logits = parts.model->forward(sequences);
+  } catch (...) {
+    if (batch.size() == 1) {
+      batch.front().step->error = std::current_exception();
+      return;
+    }
+    // Nothing has changed. Whoever fails alone too is whose error it is.
+    for (const Computing& alone : batch) compute(parts, {&alone, 1});
+    return;
+  }
+  // The speed of a prefill; a token of an answer takes longer than one of many.
   if (rows > batch.size()) parts.pace->took(int(rows), ms_since(start) / 1000);
+  ++parts.work.passes;
+  parts.work.turns += int64_t(batch.size());
+  parts.work.most_turns = std::max(parts.work.most_turns, int64_t(batch.size()));
+  parts.work.prompt_tokens += prompt_tokens;
+  parts.work.answer_tokens += answer_tokens;
 
-  for (size_t i = 0; i < computing.size(); ++i) computing[i]->transaction_->cache().record_tokens(batch[i].tokens);
-
-  const size_t vocab = size_t(logits.shape(-1));
-  const float* row = logits.data<float>();
-  for (size_t i = 0; i < computing.size(); ++i) {
-    const std::span<const float> own(row, batch[i].no_logits ? 0 : vocab);
+  const size_t vocab = size_t(logits->shape(-1));
+  const float* row = logits->data<float>();
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const auto& [turn, step, tokens] = batch[i];
+    const std::span<const float> own(row, sequences[i].no_logits ? 0 : vocab);
     row += own.size();
-    computing[i]->generation_.take(own);
+    turn->transaction_->cache().record_tokens(tokens);
+    try {
+      turn->generation_.take(own);
+      step->computed = turn->generation_.over();
+    } catch (...) {
+      step->error = std::current_exception();
+    }
   }
 }
 
-bool EngineTurn::step() {
-  if (catch_up()) return true;
-  EngineTurn* const self = this;
-  compute(parts_, {&self, 1});
-  return !generation_.over();
+void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps) {
+  if (parts.model->backend() == Backend::kMlx) steps = steps.first(1);
+  std::vector<Computing> turns;
+  std::vector<int> left;
+  bool room = true;  // whoever came before has all the room that it asked for
+  for (Scheduler::Step& step : steps) {
+    auto* const turn = static_cast<EngineTurn*>(step.turn);
+    try {
+      if (turn->catch_up()) continue;
+    } catch (...) {
+      step.error = std::current_exception();
+      room = false;
+      continue;
+    }
+    turns.push_back({turn, &step, {}});
+    left.push_back(turn->generation_.prompt_left());
+  }
+  const std::vector<int> shares = parts.pace->share(left);
+  std::map<std::string, std::vector<Computing>> batches;  // by KV format
+  for (size_t i = 0; i < turns.size(); ++i) {
+    auto& [turn, step, rows] = turns[i];
+    if (shares[i] == 0) continue;
+    rows = turn->generation_.next_rows(shares[i]);
+    step->computed = turn->generation_.over();
+    if (rows.empty()) continue;
+    const Growth growth{&turn->transaction_->cache(), int(rows.size())};
+    try {
+      if (!room && growth.cache->growth(growth.rows) > 0) continue;
+      parts.agents->reserve({&growth, 1});
+    } catch (...) {
+      step->error = std::current_exception();
+      room = false;
+      continue;
+    }
+    batches[turn->transaction_->agent().identity.kv].push_back(turns[i]);
+  }
+  for (const auto& [format, batch] : batches) compute(parts, batch);
 }
 
 void EngineTurn::commit() {

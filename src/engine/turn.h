@@ -24,6 +24,7 @@ struct EngineParts {
   std::shared_ptr<const ChatTemplate> chat_template;  ///< nullptr: the model has none
   std::unique_ptr<AgentManager> agents;
   std::optional<PrefillPace> pace;
+  EngineWork work;
 };
 
 /// What a turn leaves to its caller.
@@ -40,8 +41,13 @@ class EngineTurn final : public Scheduler::Turn {
   /// Wakes or makes the agent and begins its transaction. All that is given outlives the turn. Errors leave the agent as it was.
   EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnOutcome& outcome);
 
-  bool step() override;
-  void let_go() noexcept override { transaction_.reset(); }
+  /// Computes the next rows of several turns of one engine, all in one forward pass per KV format: of each that decodes a token,
+  /// of prompts what the pace gives (PrefillPace::share). With MLX's kernels only the first turn is stepped.
+  static void step(EngineParts& parts, std::span<Scheduler::Step> steps);
+  bool let_go() noexcept override {
+    transaction_.reset();
+    return true;
+  }
   /// Commits and begins to save; the result is complete but for that.
   void commit() override;
 
@@ -53,8 +59,13 @@ class EngineTurn final : public Scheduler::Turn {
   static GenerateOptions options_of(const TurnRequest& request, Scheduler::Listener& listener);
   /// After let_go: begins the transaction again, and computes rows that it had. Whether there were any.
   bool catch_up();
-  /// Computes the next rows of all `turns` in one forward pass. A turn whose generation is over has none.
-  static void compute(EngineParts& parts, std::span<EngineTurn* const> turns);
+  struct Computing {
+    EngineTurn* turn;
+    Scheduler::Step* step;
+    std::span<const int32_t> rows;
+  };
+  /// One forward pass; all caches have one format, and room. What fails ends those that it fails for.
+  static void compute(EngineParts& parts, std::span<const Computing> batch);
 
   EngineParts& parts_;
   const TurnRequest& request_;

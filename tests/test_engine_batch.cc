@@ -1,0 +1,190 @@
+// Turns that are computed together: no bit of theirs depends on it. Texts, tokens and logits of concurrent turns are compared with
+// those of the same turns one after the other, for every KV format, with cancelled turns among them and in too little memory.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <barrier>
+#include <memory>
+#include <optional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "engine/generation.h"
+#include "store_fixture.h"
+#include "tiny_model.h"
+#include "torpor/engine.h"
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+using testing::TemporaryDirectory;
+namespace fs = std::filesystem;
+
+std::string words(std::mt19937& random, int n) {
+  static const char* const kWords[] = {"the", "quick", "fox", "jumps", "over", "return", "null", "range", "lazy", "dog"};
+  std::string text;
+  for (int i = 0; i < n; ++i) text.append(i == 0 ? "" : " ").append(kWords[random() % 10]);
+  return text;
+}
+
+class EngineBatch : public ::testing::Test {
+ protected:
+  EngineBatch() { testing::write_tiny_model(model_); }
+
+  EngineOptions options(const std::string& store, const std::string& kv = "") {
+    EngineOptions made;
+    made.model = model_.string();
+    made.store = directory_.path() / store;
+    made.durability = Durability::kRename;
+    if (!kv.empty()) made.kv_format = KvFormat::parse(kv).value();
+    return made;
+  }
+
+  const TemporaryDirectory directory_{TemporaryDirectory::in_memory()};
+  const fs::path model_ = directory_.path() / "model";
+};
+
+TurnRequest request(const std::string& agent, const std::string& prompt, int max_tokens, uint64_t seed) {
+  TurnRequest turn;
+  turn.agent = agent;
+  turn.prompt = prompt;
+  turn.raw = true;
+  turn.save = SaveMode::kNo;
+  turn.generate.max_tokens = max_tokens;
+  turn.generate.sampling = {.temperature = 1, .top_p = 1, .seed = seed};
+  return turn;
+}
+
+/// A turn as it was asked for, and what came of it.
+struct Said {
+  TurnRequest request;
+  bool given_up = false;
+  std::string text;
+  int generated = 0, context = 0;
+  std::vector<float> logits;  ///< afterwards
+};
+
+/// `threads` agents that each have `turns` turns of random length, at once. Some are cancelled or given up on the way.
+std::vector<std::vector<Said>> talk_at_once(Engine& engine, int threads, int turns, unsigned seed) {
+  std::vector<std::vector<Said>> said{size_t(threads)};
+  std::barrier arrived(threads);
+  std::vector<std::thread> running;
+  for (int i = 0; i < threads; ++i) {
+    running.emplace_back([&, i] {
+      std::mt19937 random(seed + unsigned(i));
+      for (int t = 0; t < turns; ++t) {
+        Said one;
+        one.request = request("agent" + std::to_string(i), words(random, 5 + int(random() % 160)), 2 + int(random() % 24), random());
+        std::atomic<bool> cancel{false};
+        int left = random() % 3 == 0 ? 1 + int(random() % 8) : 1000;  // pieces of text that are heard
+        one.given_up = left < 1000 && random() % 2 == 0;
+        TurnRequest heard = one.request;
+        (one.given_up ? heard.give_up : heard.generate.cancel) = &cancel;
+        heard.generate.on_text = [&](std::string_view) { cancel = --left <= 0; };
+        bool first = t == 0;
+        heard.generate.on_prefill = [&](int, int) {
+          if (std::exchange(first, false)) arrived.arrive_and_wait();  // all are at work at once
+        };
+        try {
+          const TurnResult result = engine.turn(heard);
+          one.given_up = false;
+          one.text = result.text;
+          one.generated = result.tokens.generated;
+          one.context = result.tokens.context;
+        } catch (const Error& error) {
+          EXPECT_EQ(error.code(), ErrorCode::kCancelled) << error.what();
+        }
+        if (!one.given_up) one.logits = engine.next_logits(one.request.agent);
+        said[size_t(i)].push_back(std::move(one));
+      }
+    });
+  }
+  for (std::thread& thread : running) thread.join();
+  return said;
+}
+
+/// The same turns one by one.
+void expect_same_alone(Engine& engine, const std::vector<std::vector<Said>>& said) {
+  for (const std::vector<Said>& turns : said) {
+    for (const Said& one : turns) {
+      if (one.given_up) continue;
+      TurnRequest again = one.request;
+      again.generate.max_tokens = std::max(one.generated, 1);
+      const TurnResult result = engine.turn(again);
+      ASSERT_EQ(result.text, one.text) << one.request.agent;
+      ASSERT_EQ(result.tokens.context, one.context) << one.request.agent;
+      ASSERT_EQ(engine.next_logits(one.request.agent), one.logits) << one.request.agent;
+    }
+  }
+}
+
+class OfFormat : public EngineBatch, public ::testing::WithParamInterface<const char*> {};
+
+TEST_P(OfFormat, ConcurrentTurnsHaveTheTokensAndLogitsOfSingleOnes) {
+  EngineOptions together = options("together", GetParam());
+  together.max_stall_ms = 1;  // chunks of many sizes
+  Engine engine(together);
+  const auto said = talk_at_once(engine, 6, 3, 11);
+  EXPECT_GE(engine.work().most_turns, 2);
+  Engine alone(options("alone", GetParam()));
+  expect_same_alone(alone, said);
+  EXPECT_EQ(alone.work().most_turns, 1);
+}
+
+std::string name_of(const ::testing::TestParamInfo<const char*>& format) {
+  std::string name = format.param;
+  std::replace_if(name.begin(), name.end(), [](unsigned char c) { return std::isalnum(c) == 0; }, '_');
+  return name;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, OfFormat, ::testing::Values("f32", "f16", "bf16", "q8 group 32 f16", "q4 group 32 f32"), name_of);
+
+TEST_F(EngineBatch, AgentsOfSeveralFormatsAreStepped) {
+  const std::array formats = {"f32", "q8 group 32 f16"};
+  for (size_t i = 0; i < 4; ++i) {
+    Engine engine(options("store", formats[i % 2]));
+    engine.turn(request("agent" + std::to_string(i), "the quick fox", 3, 1));
+    engine.save_all();
+  }
+  std::vector<std::vector<Said>> said;
+  {
+    Engine engine(options("store"));
+    said = talk_at_once(engine, 4, 2, 5);
+    EXPECT_LE(engine.work().most_turns, 2);
+    EXPECT_GT(engine.work().turns, engine.work().passes);
+  }
+  Engine alone(options("store"));
+  expect_same_alone(alone, said);
+}
+
+TEST(PrefillPaceTest, AStepComputesATokenOfEveryAnswerAndAChunkOfTheFirstAndTheShortestPrompt) {
+  PrefillPace pace(Backend::kKernels);
+  pace.took(100, 0.25 * 100 / 288);  // 288 rows in the time that there is
+  ASSERT_EQ(pace.rows(), 288);
+  using Rows = std::vector<int>;
+  EXPECT_EQ(pace.share({}), Rows());
+  EXPECT_EQ(pace.share(Rows{0, 0, 0}), (Rows{1, 1, 1}));
+  EXPECT_EQ(pace.share(Rows{1000}), Rows{288});
+  EXPECT_EQ(pace.share(Rows{0, 1000, 0}), (Rows{1, 286, 1}));
+  EXPECT_EQ(pace.share(Rows{1000, 900, 800}), (Rows{144, 0, 144}));  // the shortest passes, the first goes on
+  EXPECT_EQ(pace.share(Rows{1000, 20, 800}), (Rows{268, 20, 0}));
+  EXPECT_EQ(pace.share(Rows{100, 900, 800}), (Rows{100, 0, 188}));
+  EXPECT_EQ(pace.share(Rows{1000, 1000}), (Rows{288, 0}));           // first come, first served
+  Rows many(300, 0);
+  many.push_back(1000);
+  EXPECT_EQ(pace.share(many).back(), PrefillPace::kLeast);
+  pace.took(1, 100);
+  EXPECT_EQ(pace.rows(), PrefillPace::kLeast);
+  PrefillPace hasty(Backend::kKernels, 0.125);
+  hasty.took(100, 0.25 * 100 / 288);
+  EXPECT_EQ(hasty.rows(), 144);
+}
+
+}  // namespace
+}  // namespace torpor
