@@ -66,12 +66,12 @@ struct Said {
   TurnRequest request;
   bool given_up = false;
   std::string text;
-  int generated = 0, context = 0;
+  int prefilled = 0, generated = 0, context = 0;
   std::vector<float> logits;  ///< afterwards
 };
 
-/// `threads` agents that each have `turns` turns of random length, at once. Some are cancelled or given up on the way.
-std::vector<std::vector<Said>> talk_at_once(Engine& engine, int threads, int turns, unsigned seed) {
+/// `threads` agents that each have `turns` turns of random length, at once. With `ends` some are cancelled or given up on the way.
+std::vector<std::vector<Said>> talk_at_once(Engine& engine, int threads, int turns, unsigned seed, bool ends = true) {
   std::vector<std::vector<Said>> said{size_t(threads)};
   std::barrier arrived(threads);
   std::vector<std::thread> running;
@@ -80,9 +80,9 @@ std::vector<std::vector<Said>> talk_at_once(Engine& engine, int threads, int tur
       std::mt19937 random(seed + unsigned(i));
       for (int t = 0; t < turns; ++t) {
         Said one;
-        one.request = request("agent" + std::to_string(i), words(random, 5 + int(random() % 160)), 2 + int(random() % 24), random());
+        one.request = request("agent" + std::to_string(i), words(random, 5 + int(random() % 160)), 2 + int(random() % 24) + (t == 0 ? 250 : 0), random());
         std::atomic<bool> cancel{false};
-        int left = random() % 3 == 0 ? 1 + int(random() % 8) : 1000;  // pieces of text that are heard
+        int left = random() % 3 == 0 && ends ? 1 + int(random() % 8) : 1000;  // pieces of text that are heard
         one.given_up = left < 1000 && random() % 2 == 0;
         TurnRequest heard = one.request;
         (one.given_up ? heard.give_up : heard.generate.cancel) = &cancel;
@@ -95,6 +95,7 @@ std::vector<std::vector<Said>> talk_at_once(Engine& engine, int threads, int tur
           const TurnResult result = engine.turn(heard);
           one.given_up = false;
           one.text = result.text;
+          one.prefilled = result.tokens.prefilled;
           one.generated = result.tokens.generated;
           one.context = result.tokens.context;
         } catch (const Error& error) {
@@ -144,6 +145,41 @@ std::string name_of(const ::testing::TestParamInfo<const char*>& format) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, OfFormat, ::testing::Values("f32", "f16", "bf16", "q8 group 32 f16", "q4 group 32 f32"), name_of);
+
+TEST_P(OfFormat, TurnsThatGiveTheirMemoryToOthersComputeNothingTwice) {
+  EngineOptions tight = options("tight", GetParam());
+  tight.max_stall_ms = 1;
+  {
+    Engine engine(options("size", GetParam()));
+    engine.turn(request("one", "the quick fox", 1, 1));
+    tight.memory_budget = size_t(engine.memory_usage().kv_bytes) * 7;  // runs, of six agents of two to four
+  }
+  std::vector<std::vector<Said>> said;
+  {
+    Engine engine(tight);
+    std::atomic<bool> over{false};
+    std::thread monitor([&] {
+      while (!over) {
+        const MemoryUsage usage = engine.memory_usage();
+        EXPECT_LE(usage.kv_bytes, usage.budget);
+        std::this_thread::yield();
+      }
+    });
+    said = talk_at_once(engine, 6, 4, 23, false);
+    over = true;
+    monitor.join();
+    const EngineWork work = engine.work();
+    EXPECT_GT(work.put_aside, 0);
+    int64_t prompts = 0, answers = 0;
+    for (const std::vector<Said>& turns : said) {
+      for (const Said& one : turns) prompts += one.prefilled, answers += one.generated;
+    }
+    EXPECT_EQ(work.prompt_tokens, prompts);
+    EXPECT_EQ(work.answer_tokens, answers);
+  }
+  Engine alone(options("alone", GetParam()));
+  expect_same_alone(alone, said);
+}
 
 TEST_F(EngineBatch, AgentsOfSeveralFormatsAreStepped) {
   const std::array formats = {"f32", "q8 group 32 f16"};

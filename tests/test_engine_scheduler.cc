@@ -341,6 +341,40 @@ TEST_F(SchedulerTest, ATurnThatFindsNoRoomTakesThatOfOneWhoseReaderIsSlowWhichGo
   EXPECT_EQ(std::count(lines.begin(), lines.end(), "slow takes"), 2);
 }
 
+TEST_F(SchedulerTest, ACallThatFindsNoRoomIsMadeAgainWhenATurnHasEnded) {
+  int free = 1, tries = 0;
+  const auto take = [&] {
+    ++tries;
+    if (free == 0) throw Error(ErrorCode::kResourceExhausted, "x").with_field("EngineOptions::memory_budget");
+    diary.add("the call is made");
+  };
+  std::thread caller;
+  struct Calls : Hoarder {
+    using Hoarder::Hoarder;
+    bool step() override {
+      const bool more = Hoarder::step();
+      if (auto work = std::exchange(at_first, {})) work();
+      return more;
+    }
+    std::function<void()> at_first;
+  };
+  scheduler.turn({.agent = "a", .begin = [&](Scheduler::Listener& listener) {
+                    auto turn = std::make_unique<Calls>(free, 1, diary, "a", 20, listener);
+                    turn->at_first = [&] {
+                      caller = std::thread([&] { scheduler.call({}, take); });
+                      until([&] { return scheduler.waiting() == 2; });
+                    };
+                    return turn;
+                  }});
+  caller.join();
+  EXPECT_EQ(tries, 2);  // refused once, and not asked again before there is room
+  const std::vector<std::string> lines = diary.lines();
+  EXPECT_EQ(lines.back(), "the call is made");
+  EXPECT_FALSE(diary.has("a lets go"));
+  free = 0;
+  EXPECT_EQ(code_of([&] { scheduler.call({}, take); }), ErrorCode::kResourceExhausted);  // nobody holds any
+}
+
 TEST_F(SchedulerTest, ATurnThatGrowsTakesTheRoomOfTheOneThatCameLastWhichGoesOnBeforeLaterOnes) {
   // Each takes one of three when it begins to step, and "a" another one in its third step.
   struct Grower : Hoarder {

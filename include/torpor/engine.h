@@ -39,8 +39,8 @@ struct EngineOptions {
   std::optional<KvFormat> kv_format;    ///< of new agents; nullopt: the model's own, and an agent on disk goes on in its own
   Durability durability = Durability::kFull;
   /// Bytes of KV held in memory, real buffers, each once; 0 = no bound. Over it the least recently used agents that are not
-  /// pinned go to sleep, and turns whose readers are slow let go of their rows until they go on; when that is not enough,
-  /// kResourceExhausted says what holds the memory.
+  /// pinned go to sleep, and turns that came last or whose readers are slow put their rows aside, in files, until they go on;
+  /// when that is not enough, kResourceExhausted says what holds the memory.
   size_t memory_budget = 0;
   DiskLimits disk;
   ComputeOptions compute;
@@ -123,6 +123,7 @@ struct EngineWork {
   int64_t most_turns = 0;     ///< in one of them
   int64_t prompt_tokens = 0;  ///< whose rows were computed
   int64_t answer_tokens = 0;  ///< likewise
+  int64_t put_aside = 0;      ///< how often a turn's rows were written to a file so that another one had their memory
 };
 
 class Engine {

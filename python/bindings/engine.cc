@@ -146,7 +146,9 @@ void bind_engine(nb::module_& module) {
       .def_ro("turns", &EngineWork::turns, "Turns in each of them, added up.")
       .def_ro("most_turns", &EngineWork::most_turns, "Turns in one of them.")
       .def_ro("prompt_tokens", &EngineWork::prompt_tokens, "Whose rows were computed.")
-      .def_ro("answer_tokens", &EngineWork::answer_tokens, "Whose rows were computed.");
+      .def_ro("answer_tokens", &EngineWork::answer_tokens, "Whose rows were computed.")
+      .def_ro("put_aside", &EngineWork::put_aside,
+              "How often a turn's rows were written to a file so that another one had their memory.");
   nb::class_<SharedEngine>(module, "CoreEngine")
       .def("__init__",
            [](SharedEngine* self, const std::string& model, const std::filesystem::path& store,

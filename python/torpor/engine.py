@@ -83,8 +83,8 @@ class Engine:
             "q8 group 64 f16". None: the model's own for new agents, and an old one goes on in its own.
         durability: "full": a save survives a power cut; "rename": a killed process; "none" is for benchmarks.
         memory_budget: bytes of rows held in memory, each buffer once (0: no bound). Over it agents that are not pinned go to
-            sleep, the least recently used first, and turns whose readers are slow let go of their rows until they go on; when that
-            is not enough, ResourceExhaustedError says what holds the memory.
+            sleep, the least recently used first, and turns that came last or whose readers are slow put their rows aside, in files,
+            until they go on; when that is not enough, ResourceExhaustedError says what holds the memory.
         disk_budget: bytes that the store may take, all models together; min_free: bytes that stay free on the disk (0: no
             bound). Over them segments of no agent go, then the save fails. An agent is never removed to make room.
         write_queue: bytes of saves that may wait; beyond it all turns wait for the disk.

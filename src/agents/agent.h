@@ -29,6 +29,7 @@ struct Agent {
   Lineage lineage;                   ///< of its rows
   ConversationIdentity conversation; ///< of its last turn
   std::unique_ptr<KvCache> cache;
+  int aside = 0;                     ///< tokens whose rows its turn has put aside, to wait for memory; `cache` is empty then
   std::vector<Message> messages;
   std::vector<int32_t> history;      ///< ids up to the end of the last whole turn (AgentRecord::history)
   size_t shortest_cut = 0;           ///< AgentRecord::shortest_cut

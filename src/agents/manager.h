@@ -18,6 +18,7 @@
 
 #include "agents/agent.h"
 #include "agents/prefetcher.h"
+#include "agents/rows_aside.h"
 #include "agents/writer.h"
 #include "cache/ledger.h"
 #include "torpor/memory_usage.h"
@@ -99,6 +100,13 @@ class AgentManager {
   /// Takes back the rows from `n_tokens` on; more than those when a window has left behind what is needed again and not all
   /// of it is on disk. They are the caller's to compute. An error leaves the agent as it was.
   void truncate(Agent& agent, int n_tokens);
+  /// Puts the agent's rows into a file and lets go of their memory. kIo, kResourceExhausted; then nothing has changed.
+  std::unique_ptr<RowsAside> put_aside(Agent& agent);
+  /// The same of a cache that the caller then lets go of.
+  std::unique_ptr<RowsAside> put_aside(const KvCache& cache);
+  /// Gives the agent these rows again. kResourceExhausted when the budget has no room and they are not wanted `at_once`, which may
+  /// exceed it until room is needed next. kCorruption. After an error they are still aside.
+  void bring_back(Agent& agent, const RowsAside& aside, bool at_once = false);
   /// Takes back rows that were computed since the agent was held, come what may: the budget may be exceeded by a run while the
   /// cut is made. The agent's version stays.
   void take_back(Agent& agent, int n_tokens);

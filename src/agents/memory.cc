@@ -71,6 +71,24 @@ std::optional<KvLedger::Room> AgentManager::try_room(size_t bytes) {
   }
 }
 
+std::unique_ptr<RowsAside> AgentManager::put_aside(const KvCache& cache) {
+  return std::make_unique<RowsAside>(store_.env(), store_.root(), cache);
+}
+
+std::unique_ptr<RowsAside> AgentManager::put_aside(Agent& agent) {
+  auto aside = put_aside(*agent.cache);
+  own(agent, KvCache::create(agent.cache->layout(), options_.backend));
+  agent.aside = aside->length();
+  return aside;
+}
+
+void AgentManager::bring_back(Agent& agent, const RowsAside& aside, bool at_once) {
+  const size_t bytes = aside.bytes(*ledger_, options_.backend);
+  const auto room = at_once ? try_room(bytes) : std::optional(make_room(bytes));
+  own(agent, aside.restore(options_.backend));
+  agent.aside = 0;
+}
+
 size_t AgentManager::bytes_of_runs(const KvLayout& layout, int64_t n_tokens, const Shared& shared) const {
   size_t bytes = 0;
   for (int64_t run = 0, first = 0; first < n_tokens; ++run, first += kSegmentTokens) {
@@ -91,6 +109,7 @@ size_t AgentManager::bytes_to_wake(const std::string& id) const {
   Shared shared;
   for (const auto& [other_id, other] : awake_) {
     if (options_.backend != Backend::kKernels) break;  // each has arrays of its own
+    if (other.aside > 0) continue;
     const auto [end, ignored] = std::mismatch(info.segments.begin(), info.segments.end(), other.segments.begin(), other.segments.end());
     if (end - info.segments.begin() > shared.runs) shared = {end - info.segments.begin(), other.cache->length()};
   }
@@ -105,7 +124,7 @@ MemoryUsage AgentManager::memory_usage() {
     for (const KvCache::HeldBuffer& buffer : agent.cache->buffers()) ++holders[buffer.data];
   }
   for (const auto& [id, agent] : awake_) {
-    AgentMemory memory{.agent = id, .tokens = agent.cache->length(), .pinned = agent.pinned, .unsaved = agent.dirty()};
+    AgentMemory memory{.agent = id, .tokens = agent.cache->length() + agent.aside, .pinned = agent.pinned, .unsaved = agent.dirty()};
     for (const KvCache::HeldBuffer& buffer : agent.cache->buffers()) {
       memory.bytes += int64_t(buffer.bytes);
       if (holders[buffer.data] > 1) memory.shared_bytes += int64_t(buffer.bytes);

@@ -93,6 +93,21 @@ std::span<const int32_t> TurnTransaction::pending() const noexcept {
   return held < tokens_.size() ? std::span(tokens_).subspan(held) : std::span<const int32_t>();
 }
 
+void TurnTransaction::put_aside() {
+  if (aside_ != nullptr) return;
+  auto cut = cut_ != nullptr ? manager_.put_aside(*cut_) : nullptr;
+  aside_ = manager_.put_aside(*hold_);
+  if (cut == nullptr) return;
+  cut_aside_ = std::move(cut);  // brought back by nothing but a roll-back
+  cut_.reset();
+}
+
+void TurnTransaction::bring_back() {
+  if (aside_ == nullptr) return;
+  manager_.bring_back(*hold_, *aside_);
+  aside_.reset();
+}
+
 void TurnTransaction::commit(const std::string& answer, bool complete) {
   Agent& agent = *hold_;
   if (complete) {
@@ -109,6 +124,7 @@ void TurnTransaction::commit(const std::string& answer, bool complete) {
   agent.changed();
   committed_ = true;
   cut_.reset();
+  cut_aside_.reset();
 }
 
 Writer::Saving TurnTransaction::save(SaveMode mode) {
@@ -138,9 +154,14 @@ void TurnTransaction::roll_back() noexcept {
   if (begun_) {
     agent.in_turn = false;
     const bool queued = agent.queued_version != queued_version_;  // somebody saved it meanwhile, rows of this turn with it
+    const bool was_cut = cut_ != nullptr || cut_aside_ != nullptr;
+    const RowsAside* const before = cut_aside_ != nullptr ? cut_aside_.get() : aside_.get();
+    // One that goes back to sleep needs no rows.
+    const bool rowless = before != nullptr && hold_.woke() && version_ == agent.saved_version && agent.holds == 1 && !queued;
     try {
-      if (cut_ != nullptr) {
-        agent.cache = std::move(cut_);
+      if (before != nullptr && !rowless) manager_.bring_back(agent, *before, true);
+      if (cut_ != nullptr) agent.cache = std::move(cut_);
+      if (was_cut) {
         agent.segments = std::move(cut_segments_);
         agent.lineage = std::move(cut_lineage_);
       } else if (agent.cache->length() > held_) {
@@ -149,7 +170,7 @@ void TurnTransaction::roll_back() noexcept {
     } catch (...) {
       // The rows stay: those of the history, and of a prompt that may be asked again.
     }
-    const bool as_before = agent.cache->length() == held_ && !queued;
+    const bool as_before = rowless || (agent.cache->length() == held_ && !queued);
     as_before ? void(agent.version = version_) : agent.changed();
   }
   const bool sleeps = hold_.woke() && !agent.dirty() && agent.holds == 1;

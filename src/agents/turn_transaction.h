@@ -47,8 +47,11 @@ class TurnTransaction {
   /// How many of them had their rows when the turn began.
   int reused() const noexcept { return reused_; }
   KvCache& cache() noexcept { return *hold_->cache; }
-  /// Takes back the rows from `n_tokens` on.
-  void take_back(int n_tokens) { manager_.take_back(*hold_, n_tokens); }
+  /// Puts the rows aside, so that others have their memory; `cache()` is empty until bring_back. Nothing when they are. kIo,
+  /// kResourceExhausted; then nothing has changed.
+  void put_aside();
+  /// The inverse. kResourceExhausted when the budget has no room, kCorruption; then they stay aside.
+  void bring_back();
   /// The ids of `tokens()` whose rows are still to be computed.
   std::span<const int32_t> pending() const noexcept;
 
@@ -83,6 +86,7 @@ class TurnTransaction {
   uint64_t version_ = 0, queued_version_ = 0;
   int held_ = 0;
   std::unique_ptr<KvCache> cut_;        // the rows, where the turn began by cutting them
+  std::unique_ptr<RowsAside> aside_, cut_aside_;  // the agent's rows, and those of `cut_`, while they are in files
   std::vector<std::string> cut_segments_;
   Lineage cut_lineage_;
 };

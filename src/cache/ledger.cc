@@ -75,6 +75,11 @@ std::optional<std::vector<KvLedger::Share>> KvLedger::share_within_budget(std::s
   return std::nullopt;
 }
 
+bool KvLedger::is_held(const void* buffer) const {
+  const std::lock_guard lock(mutex_);
+  return buffers_.count(buffer) != 0;
+}
+
 bool KvLedger::is_shared(const void* buffer) const {
   const std::lock_guard lock(mutex_);
   const auto found = buffers_.find(buffer);

@@ -281,10 +281,8 @@ std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
     }
     if (blocked(*task)) continue;
     const Action action = task->is_turn() ? Action::kBegin : Action::kCall;
-    if (action == Action::kBegin && (!may_begin || (task->out && !may_return(*task)))) {
-      may_begin = false;  // nor do those after it
-      continue;
-    }
+    if (task->out && !may_return(*task)) may_begin = false;  // nor do turns after it
+    if ((task->out || action == Action::kBegin) && !may_begin) continue;
     if (task->number <= due_) return {task, action};
     if (later.first == nullptr) later = {task, action};
   }
@@ -364,7 +362,11 @@ void Scheduler::act(Task& task, Action action, std::unique_lock<std::mutex>& loc
   }
   if (action != Action::kBegin) task.turn.reset();
   lock.lock();
-  if (action == Action::kBegin) return settle(task, false, false, error, lock);
+  if (action == Action::kBegin || action == Action::kCall) {
+    settle(task, false, false, error, lock);
+    if (action == Action::kCall && !error) end(task, nullptr);
+    return;
+  }
   if (action == Action::kUndo) {
     task.ended = begun ? Ended::kGivenUp : Ended::kNotBegun;
     task.after = nullptr;

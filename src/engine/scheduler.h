@@ -9,8 +9,8 @@
 ///
 /// A turn that finds no room in memory takes that of turns whose readers are slow, and of those that came later. Where there are
 /// none it lets go of its own and waits. A turn without memory keeps its place: no later turn begins before it goes on, which
-/// it does when a turn has ended, or no other can be stepped, and its reader has heard all. Only a turn that does not fit alone
-/// fails.
+/// it does when a turn has ended, or no other can be stepped, and its reader has heard all. A call that finds no room waits
+/// likewise, and is made again. Only what does not fit alone fails.
 ///
 /// A turn talks to its caller through a bounded queue (Listener), whose callbacks run on the caller's thread and may call
 /// back. While the queue is full the turn is skipped and others are stepped. It is committed when its caller has heard all.

@@ -43,12 +43,11 @@ GenerateOptions EngineTurn::options_of(const TurnRequest& request, Scheduler::Li
 
 EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnOutcome& outcome)
     : parts_(parts), request_(request), outcome_(outcome), result_(outcome.result), start_(Clock::now()),
-      transaction_(std::in_place, *parts.agents, wake(parts, request, result_), input_of(parts, request)),
-      tokens_(transaction_->tokens()), begin_ms_(ms_since(start_)),
-      generation_(parts.model->info(), parts.tokenizer, transaction_->reused(),
-                  {transaction_->pending().begin(), transaction_->pending().end()}, options_of(request, listener)) {
-  result_.tokens.prompt = int(tokens_.size());
-  result_.tokens.cached = transaction_->reused();
+      transaction_(*parts.agents, wake(parts, request, result_), input_of(parts, request)), begin_ms_(ms_since(start_)),
+      generation_(parts.model->info(), parts.tokenizer, transaction_.reused(),
+                  {transaction_.pending().begin(), transaction_.pending().end()}, options_of(request, listener)) {
+  result_.tokens.prompt = int(transaction_.tokens().size());
+  result_.tokens.cached = transaction_.reused();
 }
 
 TurnInput EngineTurn::input_of(const EngineParts& parts, const TurnRequest& request) {
@@ -56,29 +55,15 @@ TurnInput EngineTurn::input_of(const EngineParts& parts, const TurnRequest& requ
           .chat_template = parts.chat_template};
 }
 
-bool EngineTurn::catch_up() {
-  const int position = generation_.position();
-  if (!transaction_) {
-    TurnResult again;
-    transaction_.emplace(*parts_.agents, wake(parts_, request_, again), input_of(parts_, request_));
-    if (transaction_->tokens() != tokens_) {
-      throw Error(ErrorCode::kBusy, "The agent '" + request_.agent + "' was changed by another process while its turn waited "
-                                    "for memory; ask again.").with_agent(request_.agent);
-    }
-    if (transaction_->cache().length() > position) transaction_->take_back(position);
+bool EngineTurn::let_go() noexcept {
+  try {
+    const bool held = transaction_.cache().length() > 0;
+    transaction_.put_aside();
+    parts_.work.put_aside += held ? 1 : 0;
+    return true;
+  } catch (...) {
+    return false;
   }
-  KvCache& cache = transaction_->cache();
-  const int held = cache.length(), rows = std::min(position - held, parts_.pace->rows());
-  if (rows <= 0) return false;
-  std::vector<int32_t> ids = tokens_;
-  ids.insert(ids.end(), generation_.sampled().begin(), generation_.sampled().end());
-  const std::span<const int32_t> wanted = std::span(ids).subspan(size_t(held), size_t(rows));
-  const Growth growth{&cache, rows};
-  parts_.agents->reserve({&growth, 1});
-  const ForwardSequence sequence{.tokens = wanted, .kv = &cache, .no_logits = true};
-  parts_.model->forward({&sequence, 1});
-  cache.record_tokens(wanted);
-  return true;
 }
 
 void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
@@ -86,7 +71,7 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
   size_t rows = 0;
   int64_t prompt_tokens = 0, answer_tokens = 0;
   for (const auto& [turn, step, tokens] : batch) {
-    sequences.push_back({.tokens = tokens, .kv = &turn->transaction_->cache(), .no_logits = !turn->generation_.wants_logits()});
+    sequences.push_back({.tokens = tokens, .kv = &turn->transaction_.cache(), .no_logits = !turn->generation_.wants_logits()});
     rows += tokens.size();
     (turn->generation_.prompt_left() > 0 ? prompt_tokens : answer_tokens) += int64_t(tokens.size());
   }
@@ -117,7 +102,7 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
     const auto& [turn, step, tokens] = batch[i];
     const std::span<const float> own(row, sequences[i].no_logits ? 0 : vocab);
     row += own.size();
-    turn->transaction_->cache().record_tokens(tokens);
+    turn->transaction_.cache().record_tokens(tokens);
     try {
       turn->generation_.take(own);
       step->computed = turn->generation_.over();
@@ -135,10 +120,14 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps) {
   for (Scheduler::Step& step : steps) {
     auto* const turn = static_cast<EngineTurn*>(step.turn);
     try {
-      if (turn->catch_up()) continue;
+      turn->transaction_.bring_back();
     } catch (...) {
       step.error = std::current_exception();
       room = false;
+      continue;
+    }
+    if (turn->generation_.over()) {
+      step.computed = true;
       continue;
     }
     turns.push_back({turn, &step, {}});
@@ -148,11 +137,10 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps) {
   std::map<std::string, std::vector<Computing>> batches;  // by KV format
   for (size_t i = 0; i < turns.size(); ++i) {
     auto& [turn, step, rows] = turns[i];
-    if (shares[i] == 0) continue;
-    rows = turn->generation_.next_rows(shares[i]);
+    rows = turn->generation_.next_rows(shares[i]);  // also of a prompt that has to wait: it may be cancelled
     step->computed = turn->generation_.over();
-    if (rows.empty()) continue;
-    const Growth growth{&turn->transaction_->cache(), int(rows.size())};
+    if (rows.empty() || shares[i] == 0) continue;
+    const Growth growth{&turn->transaction_.cache(), int(rows.size())};
     try {
       if (!room && growth.cache->growth(growth.rows) > 0) continue;
       parts.agents->reserve({&growth, 1});
@@ -161,28 +149,28 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps) {
       room = false;
       continue;
     }
-    batches[turn->transaction_->agent().identity.kv].push_back(turns[i]);
+    batches[turn->transaction_.agent().identity.kv].push_back(turns[i]);
   }
   for (const auto& [format, batch] : batches) compute(parts, batch);
 }
 
 void EngineTurn::commit() {
   const GenerateResult generated = generation_.finish();
-  transaction_->commit(generated.text, transaction_->pending().empty());
+  transaction_.commit(generated.text, transaction_.pending().empty());
   result_.text = generated.text;
   result_.finish_reason = generated.finish_reason;
   result_.tokens.prefilled = generated.prefilled;
   result_.tokens.generated = int(generated.tokens.size());
-  result_.tokens.context = transaction_->cache().length();
+  result_.tokens.context = transaction_.cache().length();
   result_.timing_ms.ttft = begin_ms_ + generated.prefill_ms;
   result_.timing_ms.decode = generated.decode_ms;
 
   const auto saving = Clock::now();
-  outcome_.saving = transaction_->save(request_.save);
-  result_.save_error = transaction_->save_error();
-  result_.notices = transaction_->notices();
+  outcome_.saving = transaction_.save(request_.save);
+  result_.save_error = transaction_.save_error();
+  result_.notices = transaction_.notices();
   if (request_.save != SaveMode::kNo) result_.timing_ms.save = ms_since(saving);
-  if (transaction_->woke()) result_.bytes.read = transaction_->agent().bytes_read;
+  if (transaction_.woke()) result_.bytes.read = transaction_.agent().bytes_read;
 }
 
 }  // namespace torpor

@@ -44,10 +44,7 @@ class EngineTurn final : public Scheduler::Turn {
   /// Computes the next rows of several turns of one engine, all in one forward pass per KV format: of each that decodes a token,
   /// of prompts what the pace gives (PrefillPace::share). With MLX's kernels only the first turn is stepped.
   static void step(EngineParts& parts, std::span<Scheduler::Step> steps);
-  bool let_go() noexcept override {
-    transaction_.reset();
-    return true;
-  }
+  bool let_go() noexcept override;
   /// Commits and begins to save; the result is complete but for that.
   void commit() override;
 
@@ -57,8 +54,6 @@ class EngineTurn final : public Scheduler::Turn {
   static AgentHold wake(EngineParts& parts, const TurnRequest& request, TurnResult& result);
   static TurnInput input_of(const EngineParts& parts, const TurnRequest& request);
   static GenerateOptions options_of(const TurnRequest& request, Scheduler::Listener& listener);
-  /// After let_go: begins the transaction again, and computes rows that it had. Whether there were any.
-  bool catch_up();
   struct Computing {
     EngineTurn* turn;
     Scheduler::Step* step;
@@ -72,8 +67,7 @@ class EngineTurn final : public Scheduler::Turn {
   TurnOutcome& outcome_;
   TurnResult& result_;
   const Clock::time_point start_;
-  std::optional<TurnTransaction> transaction_;  // none after let_go
-  std::vector<int32_t> tokens_;                 // before the answer
+  TurnTransaction transaction_;
   double begin_ms_ = 0;
   Generation generation_;
 };
