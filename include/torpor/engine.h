@@ -28,6 +28,7 @@
 #include "torpor/error.h"
 #include "torpor/generate_options.h"
 #include "torpor/memory_usage.h"
+#include "torpor/message.h"
 #include "torpor/model_info.h"
 #include "torpor/store.h"
 
@@ -59,6 +60,14 @@ struct EngineOptions {
 /// torpor/agents.h). Its files are read for their digests; no weights are kept. Errors as the Engine's constructor gives them.
 CacheModel describe_model(const std::string& name, const ComputeOptions& compute = {});
 
+/// What a turn by messages does where the agent holds other messages than the request has there, or more.
+enum class OnDivergence {
+  kRewind,  ///< the agent forgets what follows the last equal message
+  /// The agent stays as it is, and the turn is that of a branch: agent `ID.2`, `ID.3` and so on. Of these and the agent itself
+  /// it is the one whose messages the request goes on from, else a new one. TurnResult::agent says which.
+  kBranch,
+};
+
 struct TurnRequest {
   /// Empty: a prompt without an agent. It starts from the longest prefix that anyone has, and leaves its own sealed segments
   /// for others (save), but nothing with a name.
@@ -66,6 +75,24 @@ struct TurnRequest {
   std::string prompt;                 ///< UTF-8; one user message, or plain text with `raw`
   std::optional<std::string> system;  ///< for a new agent; must equal the agent's own otherwise (kInvalidArgument)
   bool raw = false;                   ///< append the prompt as it stands, without the chat template
+
+  /// Instead of prompt, system and raw: the whole conversation, oldest first. Its last message is not the assistant's. It is
+  /// compared with what the agent holds (says_the_same). Ids of equal messages are used again up to the last answer among
+  /// them, and beyond as far as ids are equal. The rest is computed. kInvalidArgument carries the template's own refusal.
+  std::vector<Message> messages;
+  OnDivergence on_divergence = OnDivergence::kRewind;
+  /// JSON array of tools, as the chat template takes them. Empty: none; with `prompt`, those that the agent began with.
+  std::string tools;
+  /// JSON object of further variables for the template: `enable_thinking`, `documents`. Empty: as for `tools`. Both belong to
+  /// the beginning of a conversation. Where other ones would have rendered it otherwise, a turn by messages diverges at its
+  /// first message; one by prompt is kInvalidArgument.
+  std::string template_arguments;
+  /// Special tokens and role markers that are written in messages, tools and arguments count as such. Else they are text.
+  bool special = false;
+  /// Makes the message that is kept of an answer from its text. Empty: the assistant's, with the text as content. It must not
+  /// block or call the Engine. When it throws, it is as if it were empty.
+  std::function<Message(const std::string& text)> read_answer;
+
   SaveMode save = SaveMode::kWait;
   /// With its callbacks. A chunk of the prompt is computed when on_prefill has returned for the one before. The turn is saved when
   /// on_text has returned for all text. `cancel` ends a turn that has not begun, too; nothing has happened then.
@@ -75,9 +102,20 @@ struct TurnRequest {
   const std::atomic<bool>* give_up = nullptr;
 };
 
+/// Where a request's messages and an agent's part.
+struct MessageDivergence {
+  int message = 0;         ///< index of the first that differs
+  std::string held;        ///< the agent's there, as JSON; empty: it has no more
+  std::string given;       ///< the request's there; empty: it has no more
+  bool beginning = false;  ///< tools or template arguments render the beginning otherwise
+};
+
 struct TurnResult {
   std::string agent, model, text;
   FinishReason finish_reason = FinishReason::kLength;
+  Message message;       ///< the answer as it is kept (TurnRequest::read_answer)
+  std::vector<TokenLogprobs> logprobs;  ///< of each token generated (GenerateOptions::logprobs)
+  std::optional<MessageDivergence> divergence;  ///< of a turn by messages; none: the request repeats all that the agent holds
   struct Tokens {
     int prompt = 0;     ///< before generation; cached + prefilled
     int cached = 0;     ///< of those, reused from the agent, or from whoever has begun alike
@@ -138,6 +176,10 @@ class Engine {
   /// A save that fails is said in the result, not thrown, for the answer stands; the agent then is awake and unsaved.
   /// A turn that throws leaves the agent as it was. kInternal when the model computes no number.
   TurnResult turn(const TurnRequest& request);
+
+  /// Ids of the request's prompt or messages: what a new agent would hold before it answers. Computes nothing and waits for
+  /// nobody. Errors as `turn` gives them.
+  std::vector<int32_t> prompt_tokens(const TurnRequest& request) const;
 
   /// Begins to load a sleeping agent beside whatever turn is under way, so that its own turn finds it ready. Does not wait.
   /// False when nothing was begun: no such agent, being loaded already, or enough others are. Takes nobody's memory: without

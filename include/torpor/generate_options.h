@@ -4,22 +4,38 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace torpor {
 
+/// From logits to a token, in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.
 struct SamplingOptions {
   float temperature = 0;  ///< 0 = greedy
   float top_p = 1;        ///< in (0, 1]: the smallest set of tokens with this much probability
-  uint64_t seed = 0;      ///< equal seeds, prompts and caches give equal tokens
+  uint64_t seed = 0;      ///< random numbers depend on it and on the position alone
+  int top_k = 0;          ///< only so many of the likeliest; 0 = all
+  float min_p = 0;        ///< in [0, 1]: only tokens with this part of the likeliest one's probability
+  /// Above 0; 1 = none. Logits of the last `penalty_context` tokens, prompt and answer, are divided by it where they are
+  /// positive, else multiplied.
+  float repetition_penalty = 1;
+  int penalty_context = 64;      ///< tokens; 0 = all that the agent holds
+  float presence_penalty = 0;    ///< taken from the logits of tokens that the answer has
+  float frequency_penalty = 0;   ///< taken once for each time that the answer has the token
+  std::vector<std::pair<int32_t, float>> logit_bias;  ///< added to the logits of these ids; -infinity forbids
 };
 
 struct GenerateOptions {
   int max_tokens = 256;
   SamplingOptions sampling;
-  std::vector<std::string> stop;  ///< generation ends when its text contains one; the text is cut before it
+  /// Generation ends when its text contains one, or a special token's text does. Text and cache are cut before it.
+  std::vector<std::string> stop;
+  /// Log-probabilities of each token generated and of so many of the likeliest, at most 64. They are the model's own, before
+  /// bias, penalties and temperature.
+  std::optional<int> logprobs;
   /// Called with each piece of text that is complete and can no longer become part of a stop string.
   std::function<void(std::string_view)> on_text;
   /// Called between prefill chunks with tokens done and tokens to do.
@@ -28,13 +44,25 @@ struct GenerateOptions {
   const std::atomic<bool>* cancel = nullptr;
 };
 
+struct TokenLogprob {
+  int32_t token = 0;
+  float logprob = 0;
+  std::string text;  ///< of the token alone, special ones too; a part of a character is U+FFFD
+};
+struct TokenLogprobs : TokenLogprob {
+  std::vector<TokenLogprob> top;  ///< the likeliest, in order
+};
+
 enum class FinishReason { kStop, kLength, kCancelled };
 /// "stop", "length", "cancelled".
 const char* finish_reason_name(FinishReason reason);
 
 struct GenerateResult {
   std::string text;
-  std::vector<int32_t> tokens;  ///< sampled, a final end-of-turn token included; their rows are all in the cache
+  /// Sampled, a final end-of-turn token included; their rows are all in the cache. Those of a stop string are left out. Where
+  /// its first token has text before it too, that text is encoded anew.
+  std::vector<int32_t> tokens;
+  std::vector<TokenLogprobs> logprobs;  ///< of the tokens as they were sampled
   FinishReason finish_reason = FinishReason::kLength;
   int prefilled = 0;            ///< prompt tokens computed
   double prefill_ms = 0;        ///< start to first token
