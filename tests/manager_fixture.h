@@ -121,7 +121,7 @@ class Manager : public ::testing::TestWithParam<int> {
     const Growth growth{agent->cache.get(), int(tokens.size())};
     manager.reserve({&growth, 1});
     compute(*agent->cache, tokens);
-    agent->messages.push_back({"user", "said", agent->cache->length()});
+    agent->messages.push_back({{"user", "said"}, agent->cache->length()});
     agent->history = agent->cache->tokens();
     agent->changed();
     return agent;

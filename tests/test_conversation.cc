@@ -18,7 +18,7 @@ class Conversation : public testing::Test {
   std::vector<int32_t> encode(const std::string& text) const { return tokenizer_->encode(text, false); }
   std::vector<int32_t> turn(const std::vector<Message>& history, const std::vector<int32_t>& held,
                             const std::string& prompt) const {
-    return encode_user_turn(*tokenizer_, *template_, history, held, prompt);
+    return encode_user_turn({*tokenizer_, *template_, ""}, history, held, prompt, "");
   }
 
   std::shared_ptr<const Tokenizer> tokenizer_ = Tokenizer::load(kModel);
@@ -71,11 +71,12 @@ TEST_P(Families, LaterTurnsAppendWhatFollowsTheAnswer) {
   const auto chat_template = ChatTemplate::load(dir);
   ASSERT_TRUE(chat_template);
   const auto encode = [&](const std::string& text) { return tokenizer->encode(text, false); };
+  const Phrasing phrasing{*tokenizer, *chat_template, ""};
   const std::string cut = "...Hello", ended = cut + end;
   // After a conversation, and after raw text that no template made.
   for (const std::vector<Message>& history : {std::vector<Message>{{"user", "Hi"}, {"assistant", "Hello"}}, {}}) {
-    EXPECT_EQ(encode_user_turn(*tokenizer, *chat_template, history, encode(cut), "More"), encode(end + std::string(next)));
-    const std::vector<int32_t> after_end = encode_user_turn(*tokenizer, *chat_template, history, encode(ended), "More");
+    EXPECT_EQ(encode_user_turn(phrasing, history, encode(cut), "More", ""), encode(end + std::string(next)));
+    const std::vector<int32_t> after_end = encode_user_turn(phrasing, history, encode(ended), "More", "");
     EXPECT_EQ(tokenizer->decode(after_end), tokenizer->decode(encode(next)));
   }
 }
@@ -97,11 +98,10 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST_F(Conversation, MessagesRoundTripAndRefuseWhatIsNone) {
   const std::vector<Message> messages = {{"user", "grüße \"x\"\n"}, {"assistant", ""}};
-  EXPECT_EQ(messages_to_json(messages), "[" + message_to_json(messages[0]) + "," + message_to_json(messages[1]) + "]");
   EXPECT_EQ(message_from_json(message_to_json(messages[0])).content, messages[0].content);
   EXPECT_EQ(message_from_json(message_to_json(messages[1])).role, "assistant");
   for (const char* bad : {"", "{}x", "[1]", "{\"role\":\"user\"}"}) EXPECT_THROW(message_from_json(bad), Error) << bad;
-  EXPECT_THROW(messages_to_json({{"user", "bad \xff"}}), Error);
+  EXPECT_THROW(message_to_json({"user", "bad \xff"}), Error);
 }
 
 }  // namespace

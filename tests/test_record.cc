@@ -52,7 +52,7 @@ const UserMetadata kOld = {{"messages", R"([{"role":"user","content":"Hi"},{"rol
 
 TEST_F(Record, ComesBackAsItWasBesideTheCallersKeysOfTheSameNames) {
   AgentRecord record;
-  record.messages = {{"user", "Hi", 10}, {"assistant", "Hello", 20}};
+  record.messages = {{{"user", "Hi"}, 10}, {{"assistant", "Hello"}, 20}};
   record.history = 25;
   record.shortest_cut = 7;
   record.pinned = true;
@@ -68,6 +68,25 @@ TEST_F(Record, ComesBackAsItWasBesideTheCallersKeysOfTheSameNames) {
     EXPECT_EQ(again.shortest_cut, 7u);
     EXPECT_TRUE(again.pinned && is_pinned(found));
   }
+}
+
+TEST_F(Record, HasWhatMessagesHaveAndWhatTheyWereRenderedWith) {
+  AgentRecord record;
+  const Message call{"assistant", "", "", "Where?", {{"weather", R"({"place":"Skye","days":2})", "call_1"}}};
+  const Message result{"tool", "rain", "weather", "", {}, "call_1"};
+  record.messages = {{{"user", "Hi"}, 10}, {call, 20}, {result, 25}};
+  record.variables = R"({"tools":[{"b":1,"a":2}],"enable_thinking":false})";
+  record.history = 30;
+  save("a", {}, encode_record(record, 30));
+  AgentRecord again = record_of("a");
+  ASSERT_EQ(again.messages.size(), 3u);
+  EXPECT_EQ(Message(again.messages[1]), call);
+  EXPECT_EQ(Message(again.messages[2]), result);
+  EXPECT_EQ(again.variables, record.variables);
+  again.cut(10);
+  EXPECT_EQ(again.variables, record.variables);
+  again.cut(9);
+  EXPECT_EQ(again.variables, "");
 }
 
 TEST_F(Record, OfTheEnginesEarlierFilesIsReadAndKeptByWhatIsMadeOfThem) {

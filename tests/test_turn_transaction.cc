@@ -25,7 +25,7 @@ class Turns : public Manager {
     TurnTransaction turn(manager, manager.wake(id), input);
     append(manager, turn, turn.pending());
     append(manager, turn, ids(answered, 9));
-    turn.commit("answer", true);
+    turn.commit({"assistant", "answer"}, true);
     EXPECT_FALSE(turn.save(SaveMode::kNo).valid());
   }
   static std::string words(int n, const std::string& word = " lamp") {
@@ -56,7 +56,7 @@ TEST_P(Turns, ACommittedTurnIsHistoryAndMessages) {
   TurnTransaction turn(*manager, manager->wake("a"), input("And now?", false));
   EXPECT_EQ(turn.reused(), agent->cache->length());
   append(*manager, turn, turn.pending());
-  turn.commit("answer", true);
+  turn.commit({"assistant", "answer"}, true);
   EXPECT_GT(turn.save(SaveMode::kWait).get().bytes_written, 0);
   manager->tell_errors();
   EXPECT_FALSE(agent->dirty());
@@ -98,7 +98,7 @@ TEST_P(Turns, RowsThatATurnBeganByCuttingComeBack) {
     // Cancelled in the prefill: its rows stay for when it is asked again.
     TurnTransaction turn(*manager, manager->wake("a"), input(words(700, " sea")));
     append(*manager, turn, turn.pending().first(600));
-    turn.commit("", false);
+    turn.commit({"assistant", ""}, false);
   }
   const AgentHold agent = manager->wake("a");
   const std::vector<int32_t> tokens = agent->cache->tokens();
@@ -142,7 +142,7 @@ TEST_P(Turns, OneTurnOfAnAgentAtATime) {
   EXPECT_EQ(testing::code_of([&] { TurnTransaction(*manager, manager->wake("a"), input("Hello.")); }), ErrorCode::kBusy);
   EXPECT_EQ(testing::code_of([&] { manager->sleep("a"); }), ErrorCode::kBusy);
   append(*manager, turn, turn.pending());
-  turn.commit("answer", true);
+  turn.commit({"assistant", "answer"}, true);
   EXPECT_EQ(turn.agent().messages.size(), 2u);
 }
 

@@ -102,14 +102,6 @@ struct TurnRequest {
   const std::atomic<bool>* give_up = nullptr;
 };
 
-/// Where a request's messages and an agent's part.
-struct MessageDivergence {
-  int message = 0;         ///< index of the first that differs
-  std::string held;        ///< the agent's there, as JSON; empty: it has no more
-  std::string given;       ///< the request's there; empty: it has no more
-  bool beginning = false;  ///< tools or template arguments render the beginning otherwise
-};
-
 struct TurnResult {
   std::string agent, model, text;
   FinishReason finish_reason = FinishReason::kLength;

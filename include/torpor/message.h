@@ -26,6 +26,14 @@ struct Message {
   bool operator==(const Message&) const = default;
 };
 
+/// Where the messages of a turn and those that an agent holds part.
+struct MessageDivergence {
+  int message = 0;         ///< index of the first that differs
+  std::string held;        ///< the agent's there, as JSON; empty: it has no more
+  std::string given;       ///< the turn's there; empty: it has no more
+  bool beginning = false;  ///< tools or template arguments render the beginning otherwise; `held` and `given` are those
+};
+
 /// Whether two messages say the same: role, name and content are equal, and so are the calls' names and their arguments as
 /// JSON. Ids don't count. Of an assistant's message white space around the content doesn't count either, nor does thinking
 /// that one of the two lacks: many clients and templates drop it.
@@ -37,5 +45,7 @@ std::string message_to_json(const Message& message);
 /// The inverse; other keys are ignored. As OpenAI has it, a call may stand in `function`, its arguments be a text that holds
 /// the object, and thinking be called `reasoning_content`. kInvalidArgument when it is no such object.
 Message message_from_json(const std::string& json);
+/// Of a JSON array of them.
+std::vector<Message> messages_from_json(const std::string& json);
 
 }  // namespace torpor

@@ -89,11 +89,22 @@ SaveMode parse_save_mode(const std::string& name) {
   throw Error(ErrorCode::kInvalidArgument, "There is no way '" + name + "' to save; use wait, behind or no.");
 }
 
+OnDivergence parse_on_divergence(const std::string& name) {
+  if (name == "rewind") return OnDivergence::kRewind;
+  if (name == "branch") return OnDivergence::kBranch;
+  throw Error(ErrorCode::kInvalidArgument, "There is no way '" + name + "' to go on where messages differ; use rewind or branch.");
+}
+
+/// `messages`: a JSON array instead of the prompt, or empty.
 std::unique_ptr<RunningTurn> start(const SharedEngine& shared, const std::string& agent, const std::string& prompt,
-                                   std::optional<std::string> system, bool raw, const std::string& save, int max_tokens,
-                                   float temperature, float top_p, uint64_t seed, std::vector<std::string> stop) {
+                                   const std::string& messages, std::optional<std::string> system, bool raw,
+                                   const std::string& on_divergence, const std::string& tools, const std::string& template_args,
+                                   bool special, const std::string& save, int max_tokens, float temperature, float top_p,
+                                   uint64_t seed, std::vector<std::string> stop) {
   TurnRequest request{.agent = agent, .prompt = prompt, .system = std::move(system), .raw = raw,
-                      .save = parse_save_mode(save)};
+                      .on_divergence = parse_on_divergence(on_divergence), .tools = tools, .template_arguments = template_args,
+                      .special = special, .save = parse_save_mode(save)};
+  if (!messages.empty()) request.messages = messages_from_json(messages);
   request.generate.max_tokens = max_tokens;
   request.generate.sampling = {temperature, top_p, seed};
   request.generate.stop = std::move(stop);
@@ -170,8 +181,8 @@ void bind_engine(nb::module_& module) {
            "write_queue"_a, "text_queue"_a, "max_stall"_a, "map_rows"_a, "backend"_a.none(), "activations"_a.none(), "threads"_a,
            "cpu_target"_a)
       .def("close", &SharedEngine::close)
-      .def("start", &start, "agent"_a, "prompt"_a, "system"_a.none(), "raw"_a, "save"_a, "max_tokens"_a, "temperature"_a,
-           "top_p"_a, "seed"_a, "stop"_a)
+      .def("start", &start, "agent"_a, "prompt"_a, "messages"_a, "system"_a.none(), "raw"_a, "on_divergence"_a,
+           "tools"_a, "template_args"_a, "special"_a, "save"_a, "max_tokens"_a, "temperature"_a, "top_p"_a, "seed"_a, "stop"_a)
       .def("prefetch", without_gil(&Engine::prefetch), "agent"_a)
       .def("save", without_gil(&Engine::save), "agent"_a)
       .def("save_all", [](const SharedEngine& shared) {

@@ -146,6 +146,12 @@ void bind_turn(nb::module_& module) {
   nb::class_<TurnResult::Bytes>(module, "TurnBytes", "Bytes of a turn.")
       .def_ro("read", &TurnResult::Bytes::read, "By waking.")
       .def_ro("written", &TurnResult::Bytes::written, "By saving; 0 with save=\"behind\".");
+  nb::class_<MessageDivergence>(module, "MessageDivergence", "Where a turn's messages part from those that its agent held.")
+      .def_ro("message", &MessageDivergence::message, "Index of the first that differs.")
+      .def_ro("held", &MessageDivergence::held, "The agent's there, as JSON; empty: it has no more.")
+      .def_ro("given", &MessageDivergence::given, "The turn's there, as JSON; empty: it has no more.")
+      .def_ro("beginning", &MessageDivergence::beginning,
+              "Whether it is tools or template arguments that render the beginning otherwise; held and given are those.");
   nb::class_<TurnResult>(module, "TurnResult", "What one turn answered, computed and cost.")
       .def_ro("agent", &TurnResult::agent, "The agent's id; empty for a prompt without an agent.")
       .def_ro("model", &TurnResult::model, "As given to the Engine.")
@@ -153,6 +159,8 @@ void bind_turn(nb::module_& module) {
       .def_prop_ro("finish_reason", [](const TurnResult& r) { return std::string(finish_reason_name(r.finish_reason)); },
                    "\"stop\": the model or a stop string ended it; \"length\": max_tokens or the model's context did; "
                    "\"cancelled\": TextStream.close did.")
+      .def_ro("divergence", &TurnResult::divergence,
+              "Of a turn by messages: where they part from what the agent held, a MessageDivergence. None: they repeat all of it.")
       .def_ro("tokens", &TurnResult::tokens, "How many: a TurnTokens.")
       .def_ro("timing_ms", &TurnResult::timing_ms, "How long: a TurnTiming.")
       .def_ro("bytes", &TurnResult::bytes, "From and to the disk: a TurnBytes.")

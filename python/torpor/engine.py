@@ -1,13 +1,14 @@
 """Torpor's own engine: the fast way, with agents instead of caches."""
 
+import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 
 import mlx.core as mx
 
@@ -15,12 +16,20 @@ from . import _core
 from .errors import Error, InvalidArgumentError
 
 _T = TypeVar("_T")
+#: One user message, or the whole conversation: messages as OpenAI has them, {"role": ..., "content": ...}.
+Prompt = str | Sequence[Mapping[str, Any]]
 
 
 class TurnOptions(TypedDict, total=False):
     """The keyword arguments of every turn, all optional.
 
     raw: append the prompt as it stands, without the chat template (False).
+    on_divergence: of a turn by messages whose agent holds other ones, or more. "rewind" (the default): the agent forgets what
+        follows the last equal message. "branch": it stays, and the turn is that of an agent "ID.2", "ID.3" and so on, which
+        TurnResult.agent names.
+    tools: a list of tools as the model's chat template takes them; such lists belong to a conversation's beginning (none; with a
+        prompt, those that the agent began with).
+    template_args: further variables for the template, such as {"enable_thinking": False}; as tools.
     save: "wait" (the default): on disk before the turn returns; "behind": by a writer thread, for which Agent.sleep,
         Engine.save_all and Engine.close wait; "no": by a later save, sleep or eviction.
     max_tokens: the longest answer (256).
@@ -31,6 +40,9 @@ class TurnOptions(TypedDict, total=False):
     """
 
     raw: bool
+    on_divergence: Literal["rewind", "branch"]
+    tools: Sequence[Mapping[str, Any]]
+    template_args: Mapping[str, Any]
     save: Literal["wait", "behind", "no"]
     max_tokens: int
     temperature: float
@@ -143,13 +155,13 @@ class Engine:
         """All agents by id, those on disk and those in memory."""
         return [AgentStatus(*status) for status in self._core.agents()]
 
-    def turn(self, prompt: str, *, system: str | None = None, on_text: Callable[[str], object] | None = None,
+    def turn(self, prompt: Prompt, *, system: str | None = None, on_text: Callable[[str], object] | None = None,
              **options: Unpack[TurnOptions]) -> _core.TurnResult:
         """Answers a prompt without an agent: as Agent.turn, but nothing with a name is left behind, only whole segments for
         prompts that begin alike."""
         return Agent(self, "", system).turn(prompt, on_text=on_text, **options)
 
-    def stream(self, prompt: str, *, system: str | None = None, **options: Unpack[TurnOptions]) -> "TextStream":
+    def stream(self, prompt: Prompt, *, system: str | None = None, **options: Unpack[TurnOptions]) -> "TextStream":
         """Answers a prompt without an agent, as Agent.stream."""
         return Agent(self, "", system).stream(prompt, **options)
 
@@ -187,12 +199,23 @@ class Engine:
         finally:
             self._talking.to = before
 
-    def _start(self, agent_id: str, prompt: str, system: str | None, *, raw: bool = False, save: str = "wait",
-               max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-               stop: str | Sequence[str] = ()) -> _core.RunningTurn:
+    def _start(self, agent_id: str, prompt: Prompt, system: str | None, *, raw: bool = False, on_divergence: str = "rewind",
+               tools: Sequence[Mapping[str, Any]] = (), template_args: Mapping[str, Any] | None = None,
+               save: str = "wait", max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
+               seed: int = 0, stop: str | Sequence[str] = ()) -> _core.RunningTurn:
         stops = [stop] if isinstance(stop, str) else list(stop)
         core = self._for(agent_id) if agent_id else self._core
-        return core.start(agent_id, prompt, system, raw, save, max_tokens, temperature, top_p, seed, stops)
+        text, messages = (prompt, "") if isinstance(prompt, str) else ("", _json("messages", list(prompt)))
+        return core.start(agent_id, text, messages, system, raw, on_divergence, _json("tools", list(tools)) if tools else "",
+                          _json("template_args", dict(template_args)) if template_args else "", False, save, max_tokens,
+                          temperature, top_p, seed, stops)
+
+
+def _json(name: str, value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as failed:
+        raise InvalidArgumentError(f"The {name} can't be written as JSON: {failed}") from None
 
 
 class TextStream(Iterator[str]):
@@ -258,10 +281,11 @@ class Agent:
     def __repr__(self) -> str:
         return f"<torpor.Agent {self.id!r}>"
 
-    def turn(self, prompt: str, *, on_text: Callable[[str], object] | None = None,
+    def turn(self, prompt: Prompt, *, on_text: Callable[[str], object] | None = None,
              **options: Unpack[TurnOptions]) -> _core.TurnResult:
         """One user turn: wakes the agent or makes it, computes what is new, answers, saves. The agent stays awake.
 
+        prompt: the user's message, or the whole conversation as messages: what the agent holds of them is not computed again.
         on_text: called with each piece of text, on this thread. What it raises gives the turn up, and is raised. It may call the
             engine, for other agents.
 
@@ -279,7 +303,7 @@ class Agent:
             stream._undo()
             raise
 
-    def stream(self, prompt: str, **options: Unpack[TurnOptions]) -> TextStream:
+    def stream(self, prompt: Prompt, **options: Unpack[TurnOptions]) -> TextStream:
         """As `turn`, which begins at once; gives a TextStream to iterate over. `result` is its TurnResult."""
         return TextStream(self.engine._start(self.id, prompt, self.system, **options))
 

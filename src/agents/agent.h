@@ -30,7 +30,8 @@ struct Agent {
   ConversationIdentity conversation; ///< of its last turn
   std::unique_ptr<KvCache> cache;
   int aside = 0;                     ///< tokens whose rows its turn has put aside, to wait for memory; `cache` is empty then
-  std::vector<Message> messages;
+  std::vector<HeldMessage> messages;
+  std::string variables;             ///< AgentRecord::variables
   std::vector<int32_t> history;      ///< ids up to the end of the last whole turn (AgentRecord::history)
   size_t shortest_cut = 0;           ///< AgentRecord::shortest_cut
   bool pinned = false;
@@ -50,7 +51,7 @@ struct Agent {
   bool dirty() const { return version != saved_version; }
   /// Until every row that a salvage lost is computed again, the damaged file is the better one: it has all the tokens.
   bool whole() const { return cache->tokens().size() >= history.size(); }
-  AgentRecord record() const { return {messages, history.size(), shortest_cut, pinned}; }
+  AgentRecord record() const { return {messages, variables, history.size(), shortest_cut, pinned}; }
 };
 
 /// A counted hold on an awake agent. While anyone holds it, an agent is not evicted, dropped, renamed, removed, forked or cut

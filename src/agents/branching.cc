@@ -88,6 +88,7 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   AgentRecord record = source->record();
   record.cut(size_t(keep));
   agent.messages = std::move(record.messages);
+  agent.variables = std::move(record.variables);
   agent.shortest_cut = record.shortest_cut;
   agent.history.assign(source->history.begin(), source->history.begin() + ptrdiff_t(record.history));
   agent.user = source->user;
@@ -120,8 +121,41 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
   truncate(agent, int(n_tokens));
   agent.shortest_cut = record.shortest_cut;
   agent.messages = std::move(record.messages);
+  agent.variables = std::move(record.variables);
   agent.history.resize(record.history);
   save_behind(agent);
+}
+
+Remembered AgentManager::remembered(const std::string& id) const {
+  if (const auto found = awake_.find(id); found != awake_.end()) {
+    return {found->second.messages, found->second.variables, found->second.history};
+  }
+  std::vector<int32_t> tokens = store_.agent_tokens(id);
+  AgentRecord record = decode_record({store_.agent_messages(id), store_.agent_info(id).record}, tokens.size());
+  tokens.resize(record.history);
+  return {std::move(record.messages), std::move(record.variables), std::move(tokens)};
+}
+
+AgentManager::Branch AgentManager::find_branch(const std::string& id, std::span<const Message> messages) const {
+  Branch found{id, ""};
+  size_t most = 0, longest = 0;
+  std::string free = id;
+  for (int n = 2; is_awake(free) || store_.contains(free); free = id + "." + std::to_string(n++)) {
+    const Remembered held = remembered(free);
+    const size_t equal = count_equal(held.messages, messages);
+    const auto awake = awake_.find(free);
+    const bool in_turn = awake != awake_.end() && awake->second.in_turn;
+    if (equal > 0 && equal == held.messages.size() && equal > longest && !in_turn) {
+      found.id = free;
+      longest = equal;
+    }
+    if (equal > most || found.of.empty()) {
+      found.of = free;
+      most = equal;
+    }
+  }
+  if (longest == 0) return {free, found.of};
+  return {found.id, ""};
 }
 
 void AgentManager::wake_again(const std::string& id) noexcept {

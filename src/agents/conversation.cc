@@ -10,23 +10,43 @@
 namespace torpor {
 namespace {
 
+using Json = nlohmann::ordered_json;
+
+constexpr const char* kArguments = "TurnRequest::template_arguments";
+
+/// As templates take messages: calls as OpenAI has them, arguments as objects.
+std::string rendered_json(std::span<const Message> messages) {
+  Json array = Json::array();
+  for (const Message& message : messages) {
+    Json json = Json::parse(message_to_json(message));
+    if (const auto calls = json.find("tool_calls"); calls != json.end()) {
+      for (Json& call : *calls) {
+        Json as_template{{"type", "function"}, {"function", Json{{"name", call["name"]}, {"arguments", call["arguments"]}}}};
+        if (call.contains("id")) as_template["id"] = call["id"];
+        call = std::move(as_template);
+      }
+    }
+    array.push_back(std::move(json));
+  }
+  return array.dump();
+}
+
 // Stands for an answer whose tokens are held already. It is drawn anew for every turn and is in none of the messages:
 // whoever could write it could cut off the beginning of a turn. Free of white space that a template could trim.
-std::string draw_placeholder(const std::vector<Message>& messages, const std::string& prompt) {
+std::string draw_placeholder(const std::string& messages, const std::string& variables) {
   std::random_device random;
   while (true) {
     const std::string number = std::to_string(random()) + "-" + std::to_string(random());
     const std::string drawn = "\xEE\x80\x80torpor-" + number + "\xEE\x80\x81";
-    const auto is_in = [&](const Message& message) { return message.content.find(drawn) != std::string::npos; };
-    if (!is_in({"user", prompt}) && std::none_of(messages.begin(), messages.end(), is_in)) return drawn;
+    if (messages.find(drawn) == std::string::npos && variables.find(drawn) == std::string::npos) return drawn;
   }
 }
 
 // How many of the first tokens of `added` the answer had already: the end of a turn is sampled by the model and rendered by the
 // template, which may put white space before it.
-size_t repeated(const Tokenizer& tokenizer, const std::vector<int32_t>& held, const std::vector<int32_t>& added) {
+size_t repeated(const Tokenizer& tokenizer, int32_t last, const std::vector<int32_t>& added) {
   for (size_t i = 0; i < added.size(); ++i) {
-    if (added[i] == held.back()) return i + 1;
+    if (added[i] == last) return i + 1;
     if (tokenizer.decode({added[i]}).find_first_not_of(" \t\r\n") != std::string::npos) break;
   }
   return 0;
@@ -34,56 +54,93 @@ size_t repeated(const Tokenizer& tokenizer, const std::vector<int32_t>& held, co
 
 }  // namespace
 
-std::string messages_to_json(const std::vector<Message>& messages) {
-  std::string array = "[";
-  for (const Message& message : messages) array.append(array.size() > 1 ? "," : "").append(message_to_json(message));
-  return array + "]";
+std::string template_variables(const std::string& tools, const std::string& arguments) {
+  const auto parse = [](const std::string& text, Json::value_t kind, const char* field, const char* sentence) {
+    const auto too_deep = [](int depth, Json::parse_event_t, Json&) {
+      if (depth > 200) throw Error(ErrorCode::kInvalidArgument, "Tools or template arguments are nested too deeply.");
+      return true;
+    };
+    Json json = Json::parse(text, too_deep, false);
+    if (kind == json.type()) return json;
+    throw Error(ErrorCode::kInvalidArgument, sentence).with_field(field);
+  };
+  Json variables = Json::object();
+  if (!arguments.empty()) {
+    variables = parse(arguments, Json::value_t::object, kArguments, "The template arguments are not a JSON object.");
+  }
+  if (variables.contains("messages") || variables.contains("add_generation_prompt")) {
+    throw Error(ErrorCode::kInvalidArgument, "The template arguments hold messages or add_generation_prompt, which a turn itself "
+                                             "gives; leave them out.")
+        .with_field(kArguments);
+  }
+  if (!tools.empty()) {
+    Json listed = parse(tools, Json::value_t::array, "TurnRequest::tools", "The tools are not a JSON array.");
+    if (!listed.empty()) variables["tools"] = std::move(listed);
+  }
+  return variables.empty() ? std::string() : variables.dump();
 }
 
-std::string message_to_json(const Message& message) {
-  try {
-    return nlohmann::ordered_json{{"role", message.role}, {"content", message.content}}.dump();
-  } catch (const nlohmann::json::exception&) {
-    // Answers come out of the detokenizer, which never gives invalid UTF-8: this is the prompt or the system prompt.
-    throw Error(ErrorCode::kInvalidArgument, "The prompt is not valid UTF-8; convert it and try again.");
-  }
+bool same_variables(const std::string& a, const std::string& b) {
+  return a == b || (!a.empty() && !b.empty() && nlohmann::json::parse(a) == nlohmann::json::parse(b));
 }
 
-Message message_from_json(const std::string& json) {
-  try {
-    const auto message = nlohmann::json::parse(json);
-    return {message.at("role").get<std::string>(), message.at("content").get<std::string>()};
-  } catch (const nlohmann::json::exception&) {
-    throw Error(ErrorCode::kCorruption, "A message of the agent is not readable; delete the agent and start again.");
-  }
+size_t count_equal(std::span<const HeldMessage> held, std::span<const Message> given) {
+  return size_t(std::ranges::mismatch(held, given, says_the_same).in1 - held.begin());
 }
 
-std::vector<int32_t> encode_user_turn(const Tokenizer& tokenizer, const ChatTemplate& chat_template,
-                                      const std::vector<Message>& history, const std::vector<int32_t>& held,
-                                      const std::string& prompt) {
-  std::vector<Message> messages = history;
-  if (held.empty()) {
-    messages.push_back({"user", prompt});
-    // The template writes BOS itself where the model wants one.
-    return tokenizer.encode(chat_template.render(messages_to_json(messages), true), false);
+size_t last_answer(std::span<const HeldMessage> held, size_t equal) {
+  for (size_t n = equal; n > 0; --n) {
+    // One that was given, not generated, ends with the question that follows it as far as is known.
+    const bool known = n == held.size() || held[n - 1].end < held[n].end;
+    if (held[n - 1].role == "assistant" && known) return n;
   }
-  // Whatever the answer was (raw text may have followed it), the placeholder now ends what is held.
-  // Some templates want an answer to follow a question, whose text does not matter here.
-  if (messages.empty() || messages.back().role == "system") messages.push_back({"user", prompt});
-  if (messages.back().role != "assistant") messages.push_back({"assistant", ""});
-  const std::string placeholder = draw_placeholder(messages, prompt);
-  messages.back().content = placeholder;
-  messages.push_back({"user", prompt});
-  const std::string rendered = chat_template.render(messages_to_json(messages), true);
-  const size_t at = rendered.rfind(placeholder);
-  if (at == std::string::npos) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "The model's chat template leaves out the previous answer, so a turn can't be appended; append plain text.")
-        .with_field("TurnRequest::raw");
+  return 0;
+}
+
+std::vector<int32_t> encode_conversation(const Phrasing& phrasing, std::span<const Message> messages) {
+  // The template writes BOS itself where the model wants one.
+  return phrasing.tokenizer.encode(phrasing.chat_template.render(rendered_json(messages), true, phrasing.variables), false);
+}
+
+std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing, std::vector<Message> messages, size_t answered,
+                                                        int32_t last, const std::string& began_with) {
+  Message& answer = messages.at(answered - 1);
+  answer = {.role = "assistant", .content = {}};
+  answer.content = draw_placeholder(rendered_json(messages), phrasing.variables + began_with);
+  const std::string json = rendered_json(messages);
+  const std::string rendered = phrasing.chat_template.render(json, true, phrasing.variables);
+  const size_t at = rendered.rfind(answer.content);
+  if (at == std::string::npos) return std::nullopt;
+  if (!same_variables(phrasing.variables, began_with)) {
+    const std::string before = phrasing.chat_template.render(json, true, began_with);
+    if (before.compare(0, before.rfind(answer.content), rendered, 0, at) != 0) return std::nullopt;
   }
-  std::vector<int32_t> added = tokenizer.encode(rendered.substr(at + placeholder.size()), false);
-  added.erase(added.begin(), added.begin() + std::ptrdiff_t(repeated(tokenizer, held, added)));
+  std::vector<int32_t> added = phrasing.tokenizer.encode(rendered.substr(at + answer.content.size()), false);
+  added.erase(added.begin(), added.begin() + std::ptrdiff_t(repeated(phrasing.tokenizer, last, added)));
   return added;
+}
+
+std::vector<int32_t> encode_user_turn(const Phrasing& phrasing, std::vector<Message> history, std::span<const int32_t> held,
+                                      const std::string& prompt, const std::string& began_with) {
+  if (held.empty()) {
+    history.push_back({"user", prompt});
+    return encode_conversation(phrasing, history);
+  }
+  // Some templates want an answer to follow a question, whose text does not matter here.
+  if (history.empty() || history.back().role == "system") history.push_back({"user", prompt});
+  if (history.back().role != "assistant") history.push_back({"assistant", ""});
+  const size_t answered = history.size();
+  history.push_back({"user", prompt});
+  auto added = encode_after_answer(phrasing, std::move(history), answered, held.back(), began_with);
+  if (added) return *std::move(added);
+  if (!same_variables(phrasing.variables, began_with)) {
+    throw Error(ErrorCode::kInvalidArgument, "The agent began with other tools or template arguments; give none, or start a "
+                                             "new agent.")
+        .with_field(kArguments, began_with, phrasing.variables);
+  }
+  throw Error(ErrorCode::kInvalidArgument,
+              "The model's chat template leaves out the previous answer, so a turn can't be appended; append plain text.")
+      .with_field("TurnRequest::raw");
 }
 
 }  // namespace torpor

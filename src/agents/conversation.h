@@ -1,5 +1,5 @@
 #pragma once
-/// What a user turn adds to an agent's tokens.
+/// What a turn adds to an agent's tokens.
 ///
 /// The tokens an agent holds are its history: they are never rendered again, so a template that strips thinking or
 /// reorders arguments can't make a warm agent cold. A turn renders the template around a placeholder that stands for
@@ -7,30 +7,52 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "torpor/message.h"
 #include "torpor/text.h"
 
 namespace torpor {
 
-struct Message {
-  std::string role, content;
-  int end = 0;  ///< tokens that the agent holds up to the end of this message; of a question: up to where the answer begins
+/// A message that an agent holds.
+struct HeldMessage : Message {
+  int end = 0;  ///< tokens that the agent holds up to its end; of a question: up to where the answer begins
 };
 
-/// The conversation as the agent's metadata keeps it: a JSON array of {"role", "content"}. kInvalidArgument for
-/// invalid UTF-8.
-std::string messages_to_json(const std::vector<Message>& messages);
-/// One of them, as it is stored.
-std::string message_to_json(const Message& message);
-/// kCorruption when `json` is no such message.
-Message message_from_json(const std::string& json);
+/// How a conversation becomes tokens. What it names must outlive it.
+struct Phrasing {
+  const Tokenizer& tokenizer;
+  const ChatTemplate& chat_template;
+  std::string variables;  ///< template_variables
+};
 
-/// Tokens to append to `held` (whose messages are `history`, ending with the assistant's) so that the model answers
-/// `prompt`. With an empty `held` the whole conversation is rendered. kInvalidArgument carries the template's own refusal.
-std::vector<int32_t> encode_user_turn(const Tokenizer& tokenizer, const ChatTemplate& chat_template,
-                                      const std::vector<Message>& history, const std::vector<int32_t>& held,
-                                      const std::string& prompt);
+/// Tools (a JSON array) and template arguments (a JSON object) as one JSON object of variables; empty when there are none.
+/// kInvalidArgument when they are not that.
+std::string template_variables(const std::string& tools, const std::string& arguments);
+
+/// Whether two results of template_variables are equal as JSON.
+bool same_variables(const std::string& a, const std::string& b);
+
+/// How many of the first messages of `held` and `given` say the same.
+size_t count_equal(std::span<const HeldMessage> held, std::span<const Message> given);
+/// The last of the first `equal` messages that is an answer whose own tokens end where it says; 0 when there is none, else its
+/// index and one.
+size_t last_answer(std::span<const HeldMessage> held, size_t equal);
+
+/// All of `messages`, up to where the model's answer begins. kInvalidArgument carries the template's own refusal.
+std::vector<int32_t> encode_conversation(const Phrasing& phrasing, std::span<const Message> messages);
+
+/// The same of what follows the answer `messages[answered - 1]`, whose tokens end with `last`. nullopt when the template
+/// leaves that answer out. `began_with` are the variables that the conversation began with. nullopt, too, when those of
+/// `phrasing` would have rendered anything before the answer otherwise.
+std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing, std::vector<Message> messages, size_t answered,
+                                                        int32_t last, const std::string& began_with);
+
+/// Tokens to append to `held`, which holds `history`, so that the model answers `prompt`. Whatever `held` ends with, raw text
+/// too, counts as an answer that is over. `began_with`: see encode_after_answer. kInvalidArgument where that gives nothing.
+std::vector<int32_t> encode_user_turn(const Phrasing& phrasing, std::vector<Message> history, std::span<const int32_t> held,
+                                      const std::string& prompt, const std::string& began_with);
 
 }  // namespace torpor

@@ -98,6 +98,7 @@ void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
   agent.history = std::move(loaded.tokens);
   agent.history.resize(record.history);
   agent.messages = std::move(record.messages);
+  agent.variables = std::move(record.variables);
   agent.shortest_cut = record.shortest_cut;
   agent.pinned = record.pinned;
   agent.user = std::move(loaded.info.user);

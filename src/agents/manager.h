@@ -60,6 +60,13 @@ struct ManagerOptions {
   bool map_rows = true;        ///< EngineOptions::map_rows
 };
 
+/// What an agent heard and said, to the end of its last whole turn.
+struct Remembered {
+  std::vector<HeldMessage> messages;
+  std::string variables;         ///< AgentRecord::variables
+  std::vector<int32_t> history;
+};
+
 /// Rows to be appended to a cache.
 struct Growth {
   KvCache* cache;
@@ -130,6 +137,15 @@ class AgentManager {
   /// After a turn that began with `n_tokens` rows: takes the agent on to this process's numerics, tokenizer and template. A
   /// sentence for each that is another than before.
   std::vector<std::string> adapt(Agent& agent, int n_tokens);
+
+  /// Of an agent awake or asleep. kNotFound.
+  Remembered remembered(const std::string& id) const;
+  /// The agent that a turn by these messages is for which may not shorten `id` (OnDivergence::kBranch).
+  struct Branch {
+    std::string id;
+    std::string of;  ///< the agent that a new one begins with; empty: the agent is there, or nobody is
+  };
+  Branch find_branch(const std::string& id, std::span<const Message> messages) const;
 
   // All of these are kBusy for an agent that somebody holds.
   /// Saves, then lets go of memory and lock. No-op for an agent that is not awake.

@@ -4,6 +4,8 @@
 #include <charconv>
 #include <limits>
 
+#include <nlohmann/json.hpp>
+
 #include "torpor/error.h"
 
 namespace torpor {
@@ -12,6 +14,7 @@ namespace {
 constexpr const char* kHistory = "history_tokens";    // written only when it differs from the rows held
 constexpr const char* kShortestCut = "shortest_cut";  // written only when there is one
 constexpr const char* kPinned = "pinned";             // written only when it is "true"
+constexpr const char* kVariables = "template_variables";  // of the first message
 
 size_t parse_count(std::string_view text, size_t limit) {
   size_t count = 0;
@@ -23,6 +26,19 @@ size_t parse_count(std::string_view text, size_t limit) {
   return count;
 }
 
+/// With the variables of the first message.
+HeldMessage read_message(const std::string& json, std::string* variables) {
+  try {
+    if (variables != nullptr && json.find(kVariables) != std::string::npos) {
+      const auto parsed = nlohmann::ordered_json::parse(json);
+      if (const auto found = parsed.find(kVariables); found != parsed.end() && found->is_object()) *variables = found->dump();
+    }
+    return {message_from_json(json)};
+  } catch (const std::exception&) {
+    throw Error(ErrorCode::kCorruption, "A message of the agent is not readable; delete the agent and start again.");
+  }
+}
+
 }  // namespace
 
 void AgentRecord::cut(size_t n_tokens) {
@@ -32,17 +48,23 @@ void AgentRecord::cut(size_t n_tokens) {
                                                  "forgotten the rows that its sliding windows would need.");
   }
   if (n_tokens == 0) shortest_cut = 0;
-  const auto cut_through = [&](const Message& message) { return size_t(message.end) > n_tokens; };
+  const auto cut_through = [&](const HeldMessage& message) { return size_t(message.end) > n_tokens; };
   messages.erase(std::find_if(messages.begin(), messages.end(), cut_through), messages.end());
+  if (messages.empty()) variables.clear();
   history = std::min(history, n_tokens);
 }
 
 AgentNotes encode_record(const AgentRecord& record, size_t n_tokens) {
   AgentNotes notes;
   int64_t begin = 0;
-  for (const Message& message : record.messages) {
+  for (const HeldMessage& message : record.messages) {
     begin = std::min<int64_t>(begin, message.end);
-    notes.messages.push_back({message_to_json(message), begin, message.end});
+    std::string json = message_to_json(message);
+    if (notes.messages.empty() && !record.variables.empty()) {
+      json.pop_back();
+      json.append(",\"").append(kVariables).append("\":").append(record.variables).append("}");
+    }
+    notes.messages.push_back({std::move(json), begin, message.end});
     begin = message.end;
   }
   if (record.history != n_tokens) notes.record.emplace_back(kHistory, std::to_string(record.history));
@@ -64,7 +86,7 @@ AgentRecord decode_record(const AgentNotes& notes, size_t n_tokens) {
     }
   }
   for (const StoredMessage& message : notes.messages) {
-    record.messages.push_back(message_from_json(message.json));
+    record.messages.emplace_back(read_message(message.json, record.messages.empty() ? &record.variables : nullptr));
     record.messages.back().end = int(std::min<int64_t>(message.end, std::numeric_limits<int>::max()));
   }
   return record;

@@ -13,7 +13,8 @@
 namespace torpor {
 
 struct AgentRecord {
-  std::vector<Message> messages;
+  std::vector<HeldMessage> messages;
+  std::string variables;  ///< of the template, that the conversation began with (template_variables)
   /// Tokens up to the end of the last whole turn. Fewer than the rows held after a cancelled prefill (kept, so that the
   /// same prompt goes on from there), more after a salvage (computed again from the ids).
   size_t history = 0;

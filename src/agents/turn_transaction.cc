@@ -7,9 +7,18 @@
 #include "torpor/error.h"
 
 namespace torpor {
+namespace {
+
+void require_template(const TurnInput& input) {
+  if (input.chat_template != nullptr) return;
+  throw Error(ErrorCode::kInvalidArgument, "The model has no chat template; append the prompt as plain text instead.")
+      .with_field("TurnRequest::raw");
+}
+
+}  // namespace
 
 TurnTransaction::TurnTransaction(AgentManager& manager, AgentHold hold, const TurnInput& input)
-    : manager_(manager), hold_(std::move(hold)), prompt_(input.prompt) {
+    : manager_(manager), hold_(std::move(hold)) {
   try {
     begin(input);
   } catch (const std::bad_alloc&) {
@@ -37,11 +46,35 @@ void TurnTransaction::begin(const TurnInput& input) {
   queued_version_ = agent.queued_version;
   held_ = agent.cache->length();
 
+  input.messages.empty() ? plan_prompt(input) : plan_messages(input);
+
+  const std::vector<int32_t>& held = agent.cache->tokens();
+  if (!held.empty()) {
+    const auto agree = std::mismatch(held.begin(), held.end(), tokens_.begin(), tokens_.end());
+    const int common = int(std::min<ptrdiff_t>(agree.first - held.begin(), std::max<ptrdiff_t>(ssize(tokens_) - 1, 0)));
+    if (common < agent.cache->length()) {
+      if (size_t(common) < agent.history.size()) agent.record().cut(size_t(common));  // throws where that can't be
+      cut_ = agent.cache->clone();
+      cut_segments_ = agent.segments;
+      cut_lineage_ = agent.lineage;
+      manager_.truncate(agent, common);
+    }
+  }
+  if (agent.cache->length() == 0) manager_.reuse_prefix(agent, tokens_);
+  reused_ = agent.cache->length();
+  if (has_unknown_tokens(pending())) {
+    throw Error(ErrorCode::kCorruption, "The agent '" + agent.id + "' is damaged, and can't be computed again: it was imported "
+                                        "without its token ids. Import it once more.");
+  }
+}
+
+void TurnTransaction::plan_prompt(const TurnInput& input) {
+  const Agent& agent = *hold_;
   messages_ = agent.messages;
   if (input.system) {
     const bool has_own = !messages_.empty() && messages_.front().role == "system";
     if (agent.history.empty() && messages_.empty()) {
-      messages_.push_back({"system", *input.system});
+      said_.push_back({"system", *input.system});
     } else if (!has_own || messages_.front().content != *input.system) {
       throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' already has another system prompt; give none, or "
                                                "start a new agent.")
@@ -54,38 +87,63 @@ void TurnTransaction::begin(const TurnInput& input) {
           .with_field("TurnRequest::system");
     }
   }
-  tokens_ = agent.history;
-  const std::vector<int32_t> added = added_tokens(input);
-  tokens_.insert(tokens_.end(), added.begin(), added.end());
-
-  const std::vector<int32_t>& held = agent.cache->tokens();
-  if (held.empty()) {
-    manager_.reuse_prefix(agent, tokens_);
+  variables_ = messages_.empty() && agent.history.empty() ? input.variables : agent.variables;
+  std::vector<int32_t> added;
+  if (input.raw) {
+    added = input.tokenizer->encode(input.prompt, agent.history.empty());
   } else {
-    const auto agree = std::mismatch(held.begin(), held.end(), tokens_.begin(), tokens_.end());
-    const int common = int(std::min<ptrdiff_t>(agree.first - held.begin(), std::max<ptrdiff_t>(ssize(tokens_) - 1, 0)));
-    if (common < agent.cache->length()) {
-      cut_ = agent.cache->clone();
-      cut_segments_ = agent.segments;
-      cut_lineage_ = agent.lineage;
-      manager_.truncate(agent, common);
-    }
+    require_template(input);
+    std::vector<Message> so_far(messages_.begin(), messages_.end());
+    so_far.insert(so_far.end(), said_.begin(), said_.end());
+    const Phrasing phrasing{*input.tokenizer, *input.chat_template, input.variables.empty() ? variables_ : input.variables};
+    added = encode_user_turn(phrasing, std::move(so_far), agent.history, input.prompt, variables_);
   }
-  reused_ = agent.cache->length();
-  if (has_unknown_tokens(pending())) {
-    throw Error(ErrorCode::kCorruption, "The agent '" + agent.id + "' is damaged, and can't be computed again: it was imported "
-                                        "without its token ids. Import it once more.");
-  }
+  said_.push_back({"user", input.prompt});
+  tokens_ = agent.history;
+  tokens_.insert(tokens_.end(), added.begin(), added.end());
 }
 
-std::vector<int32_t> TurnTransaction::added_tokens(const TurnInput& input) const {
-  const std::vector<int32_t>& history = hold_->history;
-  if (input.raw) return input.tokenizer->encode(input.prompt, history.empty());
-  if (input.chat_template == nullptr) {
-    throw Error(ErrorCode::kInvalidArgument, "The model has no chat template; append the prompt as plain text instead.")
-        .with_field("TurnRequest::raw");
+void TurnTransaction::plan_messages(const TurnInput& input) {
+  const Agent& agent = *hold_;
+  const std::span<const Message> given = input.messages;
+  require_template(input);
+  if (given.back().role == "assistant") {
+    throw Error(ErrorCode::kInvalidArgument, "The last message is the assistant's own; end with what it is to answer.")
+        .with_field("TurnRequest::messages");
   }
-  return encode_user_turn(*input.tokenizer, *input.chat_template, messages_, history, input.prompt);
+  const bool branches = agent.history.empty() && !input.branch_of.empty();
+  Remembered held = branches ? manager_.remembered(input.branch_of) : Remembered{agent.messages, agent.variables, agent.history};
+  const size_t equal = count_equal(held.messages, given);
+  if (equal < held.messages.size() || (equal == 0 && !held.history.empty())) {
+    divergence_ = {.message = int(equal), .held = equal < held.messages.size() ? message_to_json(held.messages[equal]) : "",
+              .given = equal < given.size() ? message_to_json(given[equal]) : ""};
+  }
+  const Phrasing phrasing{*input.tokenizer, *input.chat_template, input.variables};
+  size_t answered = last_answer(held.messages, equal);
+  if (answered > 0) {
+    const size_t end = size_t(held.messages[answered - 1].end);
+    const int32_t last = held.history.at(end - 1);
+    const auto added = encode_after_answer(phrasing, {given.begin(), given.end()}, answered, last, held.variables);
+    if (added) {
+      tokens_.assign(held.history.begin(), held.history.begin() + ptrdiff_t(end));
+      tokens_.insert(tokens_.end(), added->begin(), added->end());
+    } else {
+      if (!same_variables(held.variables, input.variables)) {
+        divergence_ = {.message = 0, .held = held.variables, .given = input.variables, .beginning = true};
+      }
+      answered = 0;
+    }
+  }
+  if (divergence_ && input.keeps && !branches) {
+    throw Error(ErrorCode::kBusy, "The agent '" + agent.id + "' has gone on otherwise meanwhile; ask again.")
+        .with_agent(agent.id)
+        .with_field(kBranchTaken);
+  }
+  if (answered == 0) tokens_ = encode_conversation(phrasing, given);
+  variables_ = answered == 0 ? input.variables : std::move(held.variables);
+  messages_.assign(std::make_move_iterator(held.messages.begin()),
+                   std::make_move_iterator(held.messages.begin() + ptrdiff_t(answered)));
+  said_.assign(given.begin() + ptrdiff_t(answered), given.end());
 }
 
 std::span<const int32_t> TurnTransaction::pending() const noexcept {
@@ -108,17 +166,16 @@ void TurnTransaction::bring_back() {
   aside_.reset();
 }
 
-void TurnTransaction::commit(const std::string& answer, bool complete) {
+void TurnTransaction::commit(Message answer, bool complete) {
   Agent& agent = *hold_;
   if (complete) {
-    for (Message& message : messages_) {
-      if (message.end == 0) message.end = int(tokens_.size());  // a new system message
-    }
-    messages_.push_back({"user", prompt_, int(tokens_.size())});
-    messages_.push_back({"assistant", answer, agent.cache->length()});
+    for (Message& message : said_) messages_.push_back({std::move(message), int(tokens_.size())});
+    messages_.push_back({std::move(answer), agent.cache->length()});
     std::vector<int32_t> history = agent.cache->tokens();
     agent.messages = std::move(messages_);
+    agent.variables = std::move(variables_);
     agent.history = std::move(history);
+    if (size_t(reused_) < agent.shortest_cut) agent.shortest_cut = 0;  // the rows that it was for are gone
   }
   notices_ = manager_.adapt(agent, reused_);
   agent.changed();

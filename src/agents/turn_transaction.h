@@ -20,9 +20,16 @@ struct TurnInput {
   std::string prompt;                              ///< UTF-8; one user message, or plain text with `raw`
   std::optional<std::string> system;               ///< for a new agent; must equal the agent's own otherwise
   bool raw = false;                                ///< the prompt is appended as it stands, without the chat template
+  std::span<const Message> messages{};             ///< the whole conversation, instead of these three
+  bool keeps = false;                              ///< by messages: kBusy where the agent holds what they don't repeat
+  std::string branch_of{};                         ///< by messages: a new agent begins with what it shares with this one
+  std::string variables{};                         ///< of the template (template_variables); by prompt, empty: the agent's own
   std::shared_ptr<const Tokenizer> tokenizer;
   std::shared_ptr<const ChatTemplate> chat_template;  ///< nullptr: the model has none
 };
+
+/// The field of the kBusy that TurnInput::keeps gives.
+inline constexpr const char* kBranchTaken = "TurnRequest::on_divergence";
 
 /// Begins in the constructor. Whoever computes then appends the rows of `pending()`, and of the answer, to `cache()`, and tells
 /// it their ids (KvCache::record_tokens). Memory for them is reserved with AgentManager::reserve. Then `commit`, and `save`.
@@ -52,12 +59,14 @@ class TurnTransaction {
   void put_aside();
   /// The inverse. kResourceExhausted when the budget has no room, kCorruption; then they stay aside.
   void bring_back();
+  /// Of a turn by messages: where they part from what the agent holds.
+  const std::optional<MessageDivergence>& divergence() const noexcept { return divergence_; }
   /// The ids of `tokens()` whose rows are still to be computed.
   std::span<const int32_t> pending() const noexcept;
 
   /// Ends the turn with this answer, whose rows follow those of `tokens()`. Without `complete` the prompt's rows were not all
   /// computed before the turn was cancelled: it did not happen, but they stay for when it is asked again.
-  void commit(const std::string& answer, bool complete);
+  void commit(Message answer, bool complete);
   /// After commit. With kWait the future is what the save comes to; else it is not valid. An error is not thrown, for the answer
   /// stands: it is in save_error, as is one of a save behind an earlier turn.
   Writer::Saving save(SaveMode mode);
@@ -69,14 +78,18 @@ class TurnTransaction {
 
  private:
   void begin(const TurnInput& input);
-  std::vector<int32_t> added_tokens(const TurnInput& input) const;
+  void plan_prompt(const TurnInput& input);
+  void plan_messages(const TurnInput& input);
   void roll_back() noexcept;
 
   AgentManager& manager_;
   AgentHold hold_;
   bool begun_ = false, committed_ = false;
-  std::string prompt_;
-  std::vector<Message> messages_;   // the agent's, with a new system message; the agent gets them when the turn is committed
+  // What the agent gets when the turn is committed: messages that it holds, and those that are new.
+  std::vector<HeldMessage> messages_;
+  std::vector<Message> said_;
+  std::string variables_;
+  std::optional<MessageDivergence> divergence_;
   std::vector<int32_t> tokens_;
   int reused_ = 0;
   std::optional<Error> save_error_;

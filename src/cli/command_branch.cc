@@ -2,9 +2,11 @@
 
 #include <CLI/CLI.hpp>
 
+#include "agents/conversation.h"
 #include "cli/commands.h"
 #include "cli/output.h"
 #include "cli/text_input.h"
+#include "cli/turn.h"
 #include "torpor/agents.h"
 #include "torpor/error.h"
 #include "torpor/model.h"
@@ -18,6 +20,7 @@ constexpr int64_t kNeighbours = 8;
 
 struct WhyOptions {
   std::string id, prompt_file, model;
+  std::string tools_file, tools, template_args;
   bool messages = false, json = false;
 };
 
@@ -54,7 +57,8 @@ int why(const WhyOptions& options, const std::filesystem::path& root) {
     if (chat_template == nullptr) {
       throw Error(ErrorCode::kInvalidArgument, "the model '" + model.string() + "' has no chat template; leave out --messages");
     }
-    ids = tokenizer->encode(chat_template->render(prompt, true), false);
+    const Phrasing phrasing{*tokenizer, *chat_template, template_variables(options.tools, options.template_args)};
+    ids = encode_conversation(phrasing, messages_from_json(prompt));
   } else {
     ids = tokenizer->encode(prompt, true);
   }
@@ -139,6 +143,7 @@ void add_branch_commands(CLI::App& app, Invocation& invocation) {
       ->required()
       ->type_name("F");
   why_app->add_flag("--messages", why_options->messages, "The file is a JSON array of {role, content}; the model's template renders it");
+  add_template_options(*why_app, why_options->tools_file, why_options->tools, why_options->template_args);
   why_app->add_option("--model", why_options->model, "Whose tokenizer (default: the agent's model)")->type_name("M");
   why_app->add_flag("--json", why_options->json, "Print a JSON object");
   why_app->callback([&invocation, why_options] {

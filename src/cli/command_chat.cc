@@ -135,7 +135,9 @@ class Chat {
     check_text(message, "the message");
     TurnOptions turn = options_;
     turn.has_system = options_.has_system && spoken_to_.count(options_.agent) == 0;
-    take_turn(engine_, turn, message, interrupt_);
+    TurnRequest request = turn_request(turn);
+    request.prompt = message;
+    take_turn(engine_, turn, std::move(request), interrupt_);
     spoken_to_.insert(options_.agent);
   }
 

@@ -11,21 +11,28 @@ namespace torpor::cli {
 namespace {
 
 struct RunOptions : TurnOptions {
-  std::string prompt, prompt_file;
-  bool has_prompt_file = false;
+  std::string prompt, prompt_file, messages_file;
+  bool has_prompt_file = false, branch = false;
 };
 
 int run(const RunOptions& options, const std::filesystem::path& root) {
   if (!options.agent.empty()) check_agent_id(options.agent);
-  const std::string prompt = options.has_prompt_file ? read_prompt_file(options.prompt_file) : options.prompt;
-  check_text(prompt, options.has_prompt_file ? "the prompt file" : "the prompt");
-  if (prompt.empty()) throw Error(ErrorCode::kInvalidArgument, "the prompt is empty; give it some text");
+  TurnRequest request = turn_request(options);
+  if (!options.messages_file.empty()) {
+    request.messages = messages_from_json(read_prompt_file(options.messages_file));
+    if (request.messages.empty()) throw Error(ErrorCode::kInvalidArgument, "there are no messages; give one at least");
+    if (options.branch) request.on_divergence = OnDivergence::kBranch;
+  } else {
+    request.prompt = options.has_prompt_file ? read_prompt_file(options.prompt_file) : options.prompt;
+    check_text(request.prompt, options.has_prompt_file ? "the prompt file" : "the prompt");
+    if (request.prompt.empty()) throw Error(ErrorCode::kInvalidArgument, "the prompt is empty; give it some text");
+  }
   check_early(options, root);
 
   Engine engine(engine_options(options, root));
   InterruptScope interrupt;
-  take_turn(engine, options, prompt, interrupt);
-  if (options.save != SaveMode::kNo) engine.sleep(options.agent);  // else it is dropped with the engine
+  const TurnResult result = take_turn(engine, options, std::move(request), interrupt);
+  if (options.save != SaveMode::kNo) engine.sleep(result.agent);  // else it is dropped with the engine
   return interrupt.signal() == 0 ? 0 : 128 + interrupt.signal();
 }
 
@@ -41,7 +48,12 @@ void add_run_command(CLI::App& app, Invocation& invocation) {
   source->add_option("--prompt", options->prompt, "The user's message")->type_name("P");
   source->add_option("--prompt-file", options->prompt_file, "The same, from a file; - is standard input")
       ->type_name("F");
+  CLI::Option* messages =
+      source->add_option("--messages", options->messages_file, "The whole conversation, a JSON array of messages, from a file")
+          ->type_name("F");
   source->require_option(1);
+  run_app->add_flag("--branch", options->branch, "Where the messages part from what the agent holds, go on as a branch of it")
+      ->needs(messages);
   run_app->add_flag_callback("--no-save", [options] { options->save = SaveMode::kNo; }, "Leave the agent on disk as it is");
   run_app->callback([&invocation, options, run_app] {
     if (run_app->count("--agent") > 0) check_agent_id(options->agent);  // one given empty is no agent left out

@@ -10,6 +10,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "agents/conversation.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/text_input.h"
@@ -57,6 +58,10 @@ Json result_json(const TurnResult& result) {
                          {"decode", rounded(result.timing_ms.decode)},
                          {"save", rounded(result.timing_ms.save)}}},
       {"bytes", Json{{"read", result.bytes.read}, {"written", result.bytes.written}}}};
+  if (const auto& parted = result.divergence) {
+    object["divergence"] = Json{{"message", parted->message}, {"held", parted->held}, {"given", parted->given},
+                                {"beginning", parted->beginning}};
+  }
   if (result.damage) object["damage"] = *result.damage;
   if (!result.notices.empty()) object["notices"] = result.notices;
   return object;
@@ -81,6 +86,7 @@ void print_summary(const TurnResult& result, bool saved) {
 
 void check_early(const TurnOptions& options, const std::filesystem::path& root) {
   if (!options.agent.empty()) check_agent_id(options.agent);
+  template_variables(options.tools, options.template_args);
   check_text(options.system, "the system message");
   for (const std::string& stop : options.stop) {
     if (stop.empty()) throw Error(ErrorCode::kInvalidArgument, "a stop string can't be empty");
@@ -107,18 +113,24 @@ EngineOptions engine_options(const TurnOptions& options, const std::filesystem::
   return engine;
 }
 
-TurnResult take_turn(Engine& engine, const TurnOptions& options, const std::string& prompt, InterruptScope& interrupt) {
-  ProgressBar progress;
-  bool closed = false;
+TurnRequest turn_request(const TurnOptions& options) {
   TurnRequest request;
   request.agent = options.agent;
-  request.prompt = prompt;
   if (options.has_system) request.system = options.system;
   request.raw = options.raw;
+  request.tools = options.tools;
+  request.template_arguments = options.template_args;
+  request.special = options.special;
   request.save = options.save;
   request.generate.max_tokens = options.max_tokens;
   request.generate.sampling = {float(options.temperature), float(options.top_p), options.seed};
   request.generate.stop = options.stop;
+  return request;
+}
+
+TurnResult take_turn(Engine& engine, const TurnOptions& options, TurnRequest request, InterruptScope& interrupt) {
+  ProgressBar progress;
+  bool closed = false;
   request.generate.cancel = &interrupt.flag();
   request.generate.on_prefill = [&](int done, int total) { progress.update(done, total); };
   request.generate.on_text = [&](std::string_view text) {
@@ -147,6 +159,15 @@ TurnResult take_turn(Engine& engine, const TurnOptions& options, const std::stri
   }
   if (result.save_error) throw *result.save_error;
   return result;
+}
+
+void add_template_options(CLI::App& app, std::string& tools_file, std::string& tools, std::string& template_args) {
+  app.add_option("--tools", tools_file, "Tools for the chat template, a JSON array, from a file")
+      ->each([&tools](const std::string& file) { tools = read_prompt_file(file); })
+      ->type_name("F");
+  app.add_option("--template-args", template_args,
+                 "More variables for the chat template, a JSON object, as {\"enable_thinking\": false}")
+      ->type_name("JSON");
 }
 
 void add_turn_options(CLI::App& app, TurnOptions& options) {
@@ -178,6 +199,7 @@ void add_turn_options(CLI::App& app, TurnOptions& options) {
   }
   app.add_flag("--no-mmap", options.no_mmap, "Read rows of agents into memory instead of mapping their files");
   app.add_flag("--raw", options.raw, "Append what the user says as it stands, without the chat template");
+  add_template_options(app, options.tools_file, options.tools, options.template_args);
   app.add_flag("--json", options.json, "Print one JSON object per turn instead of the text (docs/cli.md)");
 }
 

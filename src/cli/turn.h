@@ -15,6 +15,8 @@ namespace torpor::cli {
 struct TurnOptions : ModelOptions {
   std::string agent, system;
   bool has_system = false;
+  std::string tools_file, tools, template_args;  ///< `tools`: the file's text
+  bool special = false;
   bool raw = false, json = false;
   bool no_mmap = false;
   SaveMode save = SaveMode::kWait;
@@ -26,11 +28,15 @@ struct TurnOptions : ModelOptions {
 };
 
 void add_turn_options(CLI::App& app, TurnOptions& options);
+/// --tools, whose file's text is put in `tools`, and --template-args.
+void add_template_options(CLI::App& app, std::string& tools_file, std::string& tools, std::string& template_args);
 
 /// Everything that can be known to be wrong before the model's weights are read. Changes nothing on disk.
 void check_early(const TurnOptions& options, const std::filesystem::path& root);
 EngineOptions engine_options(const TurnOptions& options, const std::filesystem::path& root);
+/// What the options say of a turn.
+TurnRequest turn_request(const TurnOptions& options);
 /// Streams the answer or prints the turn's object. Throws the error of a save that failed, after the answer.
-TurnResult take_turn(Engine& engine, const TurnOptions& options, const std::string& prompt, InterruptScope& interrupt);
+TurnResult take_turn(Engine& engine, const TurnOptions& options, TurnRequest request, InterruptScope& interrupt);
 
 }  // namespace torpor::cli

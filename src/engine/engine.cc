@@ -18,6 +18,16 @@ ConversationIdentity conversation_of(const Tokenizer& tokenizer, const ChatTempl
   return {tokenizer.digest(), chat_template != nullptr ? chat_template->digest() : ""};
 }
 
+/// Of what a turn is about: a prompt, or messages.
+void check_said(const TurnRequest& request) {
+  if (request.messages.empty()) {
+    if (request.prompt.empty()) throw Error(ErrorCode::kInvalidArgument, "The prompt is empty; give it some text.");
+  } else if (!request.prompt.empty() || request.system || request.raw) {
+    throw Error(ErrorCode::kInvalidArgument, "A turn by messages has no prompt, no system prompt and no plain text beside them.")
+        .with_field("TurnRequest::messages");
+  }
+}
+
 }  // namespace
 
 CacheModel describe_model(const std::string& name, const ComputeOptions& compute) {
@@ -97,7 +107,8 @@ struct Engine::Impl {
     return guard([&] { return scheduler.call(std::move(agents), work); });
   }
 
-  TurnResult turn(const TurnRequest& request);
+  TurnResult turn(const TurnRequest& request, const std::string& branch_of);
+  TurnResult turn_of_branch(const TurnRequest& request);
   /// Runs `work` as `call` does. With kWait `saved` is then saved, if it is awake; the calling thread waits, and turns of other
   /// agents go on. (An agent that is asleep was changed on disk.)
   template <class F>
@@ -117,7 +128,21 @@ struct Engine::Impl {
   }
 };
 
-TurnResult Engine::Impl::turn(const TurnRequest& request) {
+TurnResult Engine::Impl::turn_of_branch(const TurnRequest& request) {
+  TurnRequest branched = request;
+  for (int tries = 1;; ++tries) {
+    const AgentManager::Branch branch = call({}, [&] { return parts.agents->find_branch(request.agent, request.messages); });
+    branched.agent = branch.id;
+    try {
+      return turn(branched, branch.of);
+    } catch (const Error& error) {
+      // Another turn was given that agent first, and took it elsewhere.
+      if (error.code() != ErrorCode::kBusy || error.field() != kBranchTaken || tries == 100) throw;
+    }
+  }
+}
+
+TurnResult Engine::Impl::turn(const TurnRequest& request, const std::string& branch_of) {
   TurnOutcome outcome;
   TurnResult& result = outcome.result;
   result.agent = request.agent;
@@ -134,7 +159,7 @@ TurnResult Engine::Impl::turn(const TurnRequest& request) {
   };
   Scheduler::TurnCall call{.agent = request.agent, .cancel = request.generate.cancel, .give_up = request.give_up,
                            .begin = [&](Scheduler::Listener& listener) {
-                             return std::make_unique<EngineTurn>(parts, request, listener, outcome);
+                             return std::make_unique<EngineTurn>(parts, request, branch_of, listener, outcome);
                            },
                            .after = [&outcome] { outcome.wait_for_save(); }};
   if (const auto& on_text = request.generate.on_text) call.on_text = [&](std::string_view text) { heard(on_text, text); };
@@ -178,8 +203,28 @@ Engine::~Engine() {
 
 TurnResult Engine::turn(const TurnRequest& request) {
   if (!request.agent.empty()) check_agent_id(request.agent);
-  if (request.prompt.empty()) throw Error(ErrorCode::kInvalidArgument, "The prompt is empty; give it some text.");
-  return impl_->turn(request);
+  check_said(request);
+  const bool branches = !request.agent.empty() && !request.messages.empty() && request.on_divergence == OnDivergence::kBranch;
+  return branches ? impl_->turn_of_branch(request) : impl_->turn(request, "");
+}
+
+std::vector<int32_t> Engine::prompt_tokens(const TurnRequest& request) const {
+  return impl_->guard([&] {
+    check_said(request);
+    const EngineParts& parts = impl_->parts;
+    if (request.raw) return parts.tokenizer->encode(request.prompt, true);
+    if (parts.chat_template == nullptr) {
+      throw Error(ErrorCode::kInvalidArgument, "The model has no chat template; append the prompt as plain text instead.")
+          .with_field("TurnRequest::raw");
+    }
+    std::vector<Message> messages = request.messages;
+    if (messages.empty()) {
+      if (request.system) messages.push_back({"system", *request.system});
+      messages.push_back({"user", request.prompt});
+    }
+    const Phrasing phrasing{*parts.tokenizer, *parts.chat_template, template_variables(request.tools, request.template_arguments)};
+    return encode_conversation(phrasing, messages);
+  });
 }
 
 bool Engine::prefetch(const std::string& agent) {

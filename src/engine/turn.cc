@@ -41,18 +41,22 @@ GenerateOptions EngineTurn::options_of(const TurnRequest& request, Scheduler::Li
   return options;
 }
 
-EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnOutcome& outcome)
-    : parts_(parts), request_(request), outcome_(outcome), result_(outcome.result), start_(Clock::now()),
-      transaction_(*parts.agents, wake(parts, request, result_), input_of(parts, request)), begin_ms_(ms_since(start_)),
+EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, std::string branch_of, Scheduler::Listener& listener,
+                       TurnOutcome& outcome)
+    : parts_(parts), request_(request), branch_of_(std::move(branch_of)), outcome_(outcome), result_(outcome.result),
+      start_(Clock::now()), transaction_(*parts.agents, wake(parts, request, result_), input()), begin_ms_(ms_since(start_)),
       generation_(parts.model->info(), parts.tokenizer, transaction_.reused(),
                   {transaction_.pending().begin(), transaction_.pending().end()}, options_of(request, listener)) {
   result_.tokens.prompt = int(transaction_.tokens().size());
   result_.tokens.cached = transaction_.reused();
+  result_.divergence = transaction_.divergence();
 }
 
-TurnInput EngineTurn::input_of(const EngineParts& parts, const TurnRequest& request) {
-  return {.prompt = request.prompt, .system = request.system, .raw = request.raw, .tokenizer = parts.tokenizer,
-          .chat_template = parts.chat_template};
+TurnInput EngineTurn::input() const {
+  return {.prompt = request_.prompt, .system = request_.system, .raw = request_.raw, .messages = request_.messages,
+          .keeps = request_.on_divergence == OnDivergence::kBranch, .branch_of = branch_of_,
+          .variables = template_variables(request_.tools, request_.template_arguments), .tokenizer = parts_.tokenizer,
+          .chat_template = parts_.chat_template};
 }
 
 bool EngineTurn::let_go() noexcept {
@@ -156,7 +160,16 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps) {
 
 void EngineTurn::commit() {
   const GenerateResult generated = generation_.finish();
-  transaction_.commit(generated.text, transaction_.pending().empty());
+  result_.message = {.role = "assistant", .content = generated.text};
+  if (request_.read_answer) {
+    try {
+      result_.message = request_.read_answer(generated.text);
+      static_cast<void>(message_to_json(result_.message));  // what could not be saved is not kept
+    } catch (...) {
+      result_.message = {.role = "assistant", .content = generated.text};
+    }
+  }
+  transaction_.commit(result_.message, transaction_.pending().empty());
   result_.text = generated.text;
   result_.finish_reason = generated.finish_reason;
   result_.tokens.prefilled = generated.prefilled;

@@ -39,7 +39,9 @@ struct TurnOutcome {
 class EngineTurn final : public Scheduler::Turn {
  public:
   /// Wakes or makes the agent and begins its transaction. All that is given outlives the turn. Errors leave the agent as it was.
-  EngineTurn(EngineParts& parts, const TurnRequest& request, Scheduler::Listener& listener, TurnOutcome& outcome);
+  /// `branch_of`: the agent that a new one begins with, for OnDivergence::kBranch.
+  EngineTurn(EngineParts& parts, const TurnRequest& request, std::string branch_of, Scheduler::Listener& listener,
+             TurnOutcome& outcome);
 
   /// Computes the next rows of several turns of one engine, all in one forward pass per KV format: of each that decodes a token,
   /// of prompts what the pace gives (PrefillPace::share). With MLX's kernels only the first turn is stepped.
@@ -52,7 +54,7 @@ class EngineTurn final : public Scheduler::Turn {
   using Clock = std::chrono::steady_clock;
 
   static AgentHold wake(EngineParts& parts, const TurnRequest& request, TurnResult& result);
-  static TurnInput input_of(const EngineParts& parts, const TurnRequest& request);
+  TurnInput input() const;
   static GenerateOptions options_of(const TurnRequest& request, Scheduler::Listener& listener);
   struct Computing {
     EngineTurn* turn;
@@ -64,6 +66,7 @@ class EngineTurn final : public Scheduler::Turn {
 
   EngineParts& parts_;
   const TurnRequest& request_;
+  const std::string branch_of_;
   TurnOutcome& outcome_;
   TurnResult& result_;
   const Clock::time_point start_;
