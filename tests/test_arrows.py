@@ -12,12 +12,13 @@ DIRECT = {
     "agents": ["exchange", "cache", "text"],
     "engine": ["agents"],
     "faces": ["base"],
-    "cli": ["engine", "faces"], "server": ["engine", "faces"], "python": ["engine", "faces"],
+    "server": ["engine", "faces"],
+    "cli": ["server"], "python": ["engine", "faces"],
 }
 PUBLIC = {"error": "base", "log": "base", "version": "base", "compute_options": "base", "kv_snapshot": "base",
           "store": "store", "exchange": "exchange", "text": "text", "message": "text", "model_info": "model", "model": "model", "cache": "cache",
           "agents": "agents", "memory_usage": "agents", "generate_options": "engine", "generate": "engine", "engine": "engine"}
-NO_MLX = {"base", "store", "exchange", "text"}
+NO_MLX = {"base", "store", "exchange", "text", "server"}
 
 
 def may_know(room):
