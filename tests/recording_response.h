@@ -2,6 +2,7 @@
 /// An HttpResponse that keeps what a handler says, and a client that can be told to go.
 
 #include <atomic>
+#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -34,6 +35,10 @@ class RecordingResponse : public HttpResponse {
     body += bytes;
     return true;
   }
+  void keep_alive(std::string bytes, std::chrono::milliseconds) override {
+    if (!streamed || ended) throw std::logic_error("no stream is open");
+    ping = std::move(bytes);
+  }
   void end() override {
     if (!streamed || ended) throw std::logic_error("no stream is open");
     ended = true;
@@ -51,6 +56,7 @@ class RecordingResponse : public HttpResponse {
   HttpHeaders headers;
   std::string body;                 ///< of a stream: all writes in one
   std::vector<std::string> writes;
+  std::string ping;                 ///< what keep_alive was given last
   bool streamed = false, ended = false;
   int leaves_after = -1;            ///< the client goes at the write after this many; -1: never
   std::atomic<bool> left{false};    ///< set it to make the client go

@@ -6,6 +6,7 @@
 /// response that records (tests/recording_response.h).
 
 #include <atomic>
+#include <chrono>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -24,6 +25,7 @@ struct HttpRequest {
   HttpHeaders headers;
   std::string body;     ///< whole; the edge bounds its size
   std::string peer;     ///< "127.0.0.1:40312", "[::1]:40312"; "unix" from a UNIX socket
+  std::string tenant;   ///< whose key it came with, as the Service found (server/service.h); empty: nobody has looked yet
 
   /// The first header of that name (lower case); nullopt without one.
   std::optional<std::string_view> header(std::string_view name) const;
@@ -49,6 +51,9 @@ class HttpResponse {
   virtual void begin(int status, HttpHeaders headers) = 0;
   /// Sends bytes of a stream. Waits while the reader is slow, up to the edge's limit. False: the client has gone.
   virtual bool write(std::string_view bytes) = 0;
+  /// From now to `end` the edge sends `bytes` whenever it has sent nothing for `idle`: always between two writes, never within
+  /// one. A later call replaces them. Only after `begin`.
+  virtual void keep_alive(std::string bytes, std::chrono::milliseconds idle) = 0;
   /// Ends a stream. Does not wait for the reader.
   virtual void end() = 0;
   /// Becomes true when the client has gone, whatever the answer's shape, also before anything was said. Stays valid as long as
