@@ -1,5 +1,5 @@
 #pragma once
-/// A turn as no dialect says it: what is asked (ChatRequest), who computes it (TurnRunner), who hears the answer (AnswerSink).
+/// A turn as no dialect says it: the request, the runner that computes it, and the sink that hears the answer.
 /// A dialect makes a ChatRequest of a body and is the AnswerSink that encodes what comes back. Nothing here is of MLX.
 
 #include <atomic>
@@ -63,8 +63,6 @@ struct Sampling {
   std::optional<double> repetition_penalty, presence_penalty, frequency_penalty;
   std::vector<std::pair<int, double>> logit_bias;  ///< token id, what is added to its logit
   std::optional<uint64_t> seed;
-  /// Log probabilities of each token asked for, and of that many alternatives.
-  std::optional<int> logprobs;
 };
 
 struct ChatRequest {
@@ -130,7 +128,8 @@ struct AnswerEnd {
   int thinking_tokens = 0;
 };
 
-/// Hears one answer, on the thread that called TurnRunner::run: start, then pieces as they are generated, then finish. Pieces are UTF-8 that splits no character, and never empty.
+/// Hears one answer, on the thread that called TurnRunner::run: start, then pieces as they are generated, then finish.
+/// Pieces are UTF-8 that splits no character, and never empty.
 class AnswerSink {
  public:
   virtual ~AnswerSink() = default;
@@ -164,7 +163,8 @@ class TurnRunner {
  public:
   virtual ~TurnRunner() = default;
   /// One turn. Returns after `finish`. Any thread may set `gone`: the turn is then taken back, and kCancelled thrown.
-  /// Throws Failure or torpor::Error, before or after `start`; the agent is then as before. What the sink throws comes out.
+  /// Throws Failure or torpor::Error, before or after `start`; the agent is then as before. What the sink throws comes
+  /// out of it.
   virtual void run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) = 0;
   /// Tokens of the prompt that `run` would compute or find.
   virtual int count_tokens(const ChatRequest& request) = 0;
