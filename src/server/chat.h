@@ -18,6 +18,9 @@ namespace torpor::server {
 /// Members keep the order in which the client wrote them: templates render them, so the order is part of the prompt.
 using Json = nlohmann::ordered_json;
 
+/// JSON text. Bytes that are no UTF-8 become U+FFFD.
+inline std::string to_text(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
+
 enum class Role { kSystem, kUser, kAssistant, kTool };
 
 /// One call of a tool by the model.
@@ -97,7 +100,9 @@ class Failure : public std::runtime_error {
     kOverloaded,        ///< the queue is full; `retry_after`
     kUnavailable,       ///< loading or draining; `retry_after`
     kIncompatible,      ///< what is stored belongs to another model or format
+    kNoRoom,            ///< more memory or disk than there is
     kInternal,          ///< damage, a disk that refuses, a defect
+    kCancelled,         ///< the client has gone
   };
   Failure(Kind kind, const std::string& message, std::string param = {})
       : std::runtime_error(message), kind(kind), param(std::move(param)) {}

@@ -1,0 +1,128 @@
+#include "server/answer.h"
+
+#include <chrono>
+#include <ctime>
+#include <random>
+
+#include "server/failure.h"
+
+namespace torpor::server {
+namespace {
+
+// Claude Code shows a banner after 20 s without bytes, and gateways before it cancel after 15 s.
+constexpr std::chrono::seconds kSilence(5);
+
+}  // namespace
+
+std::string Answer::joined(AnswerPart::Kind kind) const {
+  std::string joined;
+  for (const AnswerPart& part : parts) {
+    if (part.kind == kind) joined += part.text;
+  }
+  return joined;
+}
+
+std::vector<const ToolCall*> Answer::calls() const {
+  std::vector<const ToolCall*> calls;
+  for (const AnswerPart& part : parts) {
+    if (part.kind == AnswerPart::Kind::kToolCall) calls.push_back(&part.call);
+  }
+  return calls;
+}
+
+std::string new_id(std::string_view prefix) {
+  static constexpr std::string_view kLetters = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+  // From the system each time: ids of stored answers must not be guessed.
+  std::random_device source;
+  std::uniform_int_distribution<size_t> letter(0, kLetters.size() - 1);
+  std::string id(prefix);
+  for (int i = 0; i < 24; ++i) id += kLetters[letter(source)];
+  return id;
+}
+
+PartSink::PartSink(std::string_view id_prefix, std::string_view call_prefix) : call_prefix_(call_prefix) {
+  answer_.id = new_id(id_prefix);
+  answer_.created = std::time(nullptr);
+}
+
+void PartSink::start(const AnswerStart& start) {
+  answer_.start = start;
+  started_ = true;
+  on_start();
+}
+
+void PartSink::extend(AnswerPart::Kind kind, std::string_view delta) {
+  if (delta.empty()) return;
+  if (!open_ || answer_.parts.back().kind != kind) {
+    close();
+    answer_.parts.push_back({kind, {}, {}});
+    open_ = true;
+    on_open(answer_.parts.back(), int(answer_.parts.size()) - 1);
+  }
+  answer_.parts.back().text += delta;
+  on_delta(answer_.parts.back(), int(answer_.parts.size()) - 1, delta);
+}
+
+void PartSink::close() {
+  if (!open_) return;
+  open_ = false;
+  on_close(answer_.parts.back(), int(answer_.parts.size()) - 1);
+}
+
+void PartSink::thinking(std::string_view delta) { extend(AnswerPart::Kind::kThinking, delta); }
+void PartSink::text(std::string_view delta) { extend(AnswerPart::Kind::kText, delta); }
+
+void PartSink::tool_call(const std::string& name) {
+  close();
+  answer_.parts.push_back({AnswerPart::Kind::kToolCall, {}, {new_id(call_prefix_), name, {}}});
+  open_ = true;
+  on_open(answer_.parts.back(), int(answer_.parts.size()) - 1);
+}
+
+void PartSink::arguments(std::string_view delta) {
+  if (delta.empty()) return;
+  answer_.parts.back().call.arguments += delta;
+  on_delta(answer_.parts.back(), int(answer_.parts.size()) - 1, delta);
+}
+
+void PartSink::finish(const AnswerEnd& end) {
+  close();
+  answer_.end = end;
+  on_finish();
+}
+
+HttpHeaders answer_headers(const AnswerStart& start, std::string content_type) {
+  HttpHeaders headers{{"content-type", std::move(content_type)}};
+  if (!start.agent.empty()) headers.emplace_back("x-torpor-agent", start.agent);
+  headers.emplace_back("x-torpor-cached", std::to_string(start.cached_tokens));
+  if (!start.why.empty()) {
+    // A header is one line of ASCII; `why` quotes the conversation.
+    std::string why = start.why;
+    for (char& c : why) {
+      if (c < ' ' || c > '~') c = '?';
+    }
+    headers.emplace_back("x-torpor-why", why);
+  }
+  return headers;
+}
+
+void EventStream::begin(const AnswerStart& start) {
+  response_.begin(200, answer_headers(start, "text/event-stream; charset=utf-8"));
+  response_.keep_alive(keep_alive_, kSilence);
+}
+
+void answer_whole(HttpResponse& response, const Answer& answer, const Json& body) {
+  response.whole(200, answer_headers(answer.start, "application/json"), to_text(body));
+}
+
+void run_stream(TurnRunner& runner, const ChatRequest& request, StreamSink& sink, HttpResponse& response) {
+  try {
+    runner.run(request, sink, response.gone());
+  } catch (...) {
+    if (!sink.started()) throw;
+    sink.fail(current_failure());
+  }
+  response.end();
+}
+
+}  // namespace torpor::server

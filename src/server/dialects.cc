@@ -1,0 +1,82 @@
+#include "server/dialects.h"
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "server/models.h"
+#include "server/openai.h"
+
+namespace torpor::server {
+
+struct Dialects::Impl {
+  using Parts = std::vector<std::string>;
+  struct Request {
+    const HttpRequest& http;
+    const Parts& path;
+    HttpResponse& response;
+  };
+  /// A part that is "*" matches any one; "**" at the end any number, for names with slashes.
+  struct Route {
+    std::string method;
+    Parts path;
+    std::function<void(const Request&)> answer;
+  };
+
+  explicit Impl(TurnRunner& runner) : runner(runner) {
+    const auto serve = [this](const char* method, Parts path,
+                              void (*answer)(const HttpRequest&, TurnRunner&, HttpResponse&)) {
+      routes.push_back({method, std::move(path), [this, answer](const Request& request) {
+                          answer(request.http, this->runner, request.response);
+                        }});
+    };
+    serve("POST", {"v1", "chat", "completions"}, answer_chat_completions);
+    serve("POST", {"v1", "completions"}, answer_completions);
+    serve("GET", {"v1", "models"}, answer_models);
+    routes.push_back({"GET", {"v1", "models", "**"}, [this](const Request& request) {
+                        std::string name;
+                        for (size_t i = 2; i < request.path.size(); ++i) name += (i > 2 ? "/" : "") + request.path[i];
+                        answer_model(request.http, name, this->runner, request.response);
+                      }});
+  }
+
+  static bool matches(const Parts& pattern, const Parts& path) {
+    for (size_t i = 0; i < pattern.size(); ++i) {
+      if (pattern[i] == "**") return path.size() > i;
+      if (i >= path.size() || (pattern[i] != "*" && pattern[i] != path[i])) return false;
+    }
+    return pattern.size() == path.size();
+  }
+
+  void answer(const HttpRequest& request, HttpResponse& response) const {
+    const Parts path = request.path_parts();
+    const std::string method = request.method == "HEAD" ? "GET" : request.method;
+    bool known = false;
+    for (const Route& route : routes) {
+      if (!matches(route.path, path)) continue;
+      known = true;
+      if (route.method == method) return route.answer({request, path, response});
+    }
+    if (known) {
+      throw Failure(Failure::Kind::kMethodNotAllowed, request.path + " does not answer " + request.method + ".");
+    }
+    throw Failure(Failure::Kind::kNotFound, "There is no " + request.path + " here.");
+  }
+
+  TurnRunner& runner;
+  std::vector<Route> routes;
+};
+
+Dialects::Dialects(TurnRunner& runner) : impl_(std::make_unique<Impl>(runner)) {}
+Dialects::~Dialects() = default;
+
+void Dialects::handle(const HttpRequest& request, HttpResponse& response) {
+  // What is thrown has not answered anything: once a stream has begun, run_stream tells the failure in it.
+  try {
+    impl_->answer(request, response);
+  } catch (...) {
+    answer_failure(request, current_failure(), response);
+  }
+}
+
+}  // namespace torpor::server

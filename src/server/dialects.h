@@ -1,0 +1,29 @@
+#pragma once
+/// The dialects' routes: OpenAI's, Anthropic's and Ollama's.
+
+#include <memory>
+
+#include "server/chat.h"
+#include "server/failure.h"
+#include "server/http.h"
+
+namespace torpor::server {
+
+/// Answers every path that begins with /v1/ or /api/, in the form of its dialect; what is not served is 404, or 405
+/// when another
+/// method serves it. `tenant` of a request says whose agents and stored answers it may use. Several threads call at a
+/// time.
+class Dialects : public HttpHandler {
+ public:
+  /// `runner` must outlive this.
+  explicit Dialects(TurnRunner& runner);
+  ~Dialects() override;
+
+  void handle(const HttpRequest& request, HttpResponse& response) override;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace torpor::server
