@@ -95,9 +95,6 @@ class EventStream {
   std::string keep_alive_;
 };
 
-/// What OpenAI's clients bear during a long silence: a comment. An event without JSON data would break their parsers.
-inline constexpr const char* kOpenAiKeepAlive = ": keep-alive\n\n";
-
 /// Sends a complete answer as JSON, with the headers of answer_headers.
 void answer_whole(HttpResponse& response, const Answer& answer, const Json& body);
 

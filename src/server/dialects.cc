@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "server/anthropic.h"
 #include "server/models.h"
 #include "server/openai.h"
 
@@ -32,6 +33,8 @@ struct Dialects::Impl {
     };
     serve("POST", {"v1", "chat", "completions"}, answer_chat_completions);
     serve("POST", {"v1", "completions"}, answer_completions);
+    serve("POST", {"v1", "messages"}, answer_messages);
+    serve("POST", {"v1", "messages", "count_tokens"}, answer_count_tokens);
     serve("GET", {"v1", "models"}, answer_models);
     routes.push_back({"GET", {"v1", "models", "**"}, [this](const Request& request) {
                         std::string name;

@@ -1,49 +1,20 @@
 #pragma once
-/// What the OpenAI dialects share: chat completions, completions and responses.
+/// OpenAI's dialect: chat completions, and completions.
 
-#include "server/answer.h"
 #include "server/chat.h"
-#include "server/failure.h"
-#include "server/fields.h"
 #include "server/http.h"
 
 namespace torpor::server {
 
-/// Model, agent and session of any dialect's body: `model` as "name@agent", the header X-Torpor-Agent, and the ids by
-/// which
-/// clients name a conversation.
-void read_identity(const HttpRequest& http, Field body, ChatRequest& request);
-
-/// Text of a `content`: a string, or an array of text parts put together with `between`. Parts that are no text
-/// (images, sound,
-/// files) are refused by name.
-std::string text_content(Field content, std::string_view between = "\n");
-
-/// JSON text of an object, from a call's arguments as a client repeats them: a string or an object.
-std::string call_arguments(Field arguments);
-
-/// Names the tool of each tool result by the call that it answers.
-void name_tool_results(std::vector<Message>& messages);
-
-/// "none", "auto", "required", or a named function, as `tool_choice` says it.
-void read_tool_choice(Field choice, ChatRequest& request);
-
-/// `temperature` and its kin, under the names that OpenAI's body gives them.
-void read_sampling(Field body, Sampling& sampling);
-
-/// `stop`: a string, or several.
-std::vector<std::string> read_stop(Field stop);
-
-/// The members "type", "name", "schema" and "strict" of `response_format`; in `text.format` of responses they lie flat.
-ResponseFormat read_response_format(Field format);
-
-/// "reasoning_effort": the template's variable of that name, and `enable_thinking` when it is "none".
-void read_effort(Field effort, ChatRequest& request);
+/// What OpenAI's clients bear during a long silence: a comment. An event without JSON data would break their parsers.
+inline constexpr const char* kOpenAiKeepAlive = ": keep-alive\n\n";
 
 /// `usage` as chat completions and completions count it: cached tokens are among the prompt's.
 Json usage_json(const AnswerEnd& end);
 
+/// POST /v1/chat/completions.
 void answer_chat_completions(const HttpRequest& http, TurnRunner& runner, HttpResponse& response);
+/// POST /v1/completions: text that is continued as it stands.
 void answer_completions(const HttpRequest& http, TurnRunner& runner, HttpResponse& response);
 
 }  // namespace torpor::server

@@ -1,8 +1,7 @@
-/// POST /v1/chat/completions.
-
-#include <unordered_set>
-
+#include "server/answer.h"
+#include "server/failure.h"
 #include "server/openai.h"
+#include "server/request.h"
 
 namespace torpor::server {
 namespace {
@@ -184,6 +183,14 @@ class ChatStream : public StreamSink {
 };
 
 }  // namespace
+
+Json usage_json(const AnswerEnd& end) {
+  return {{"prompt_tokens", end.prompt_tokens},
+          {"completion_tokens", end.generated_tokens},
+          {"total_tokens", end.prompt_tokens + end.generated_tokens},
+          {"prompt_tokens_details", {{"cached_tokens", end.cached_tokens}}},
+          {"completion_tokens_details", {{"reasoning_tokens", end.thinking_tokens}}}};
+}
 
 void answer_chat_completions(const HttpRequest& http, TurnRunner& runner, HttpResponse& response) {
   const Json json = parse_body(http);

@@ -1,6 +1,7 @@
-/// POST /v1/completions: text that is continued as it stands.
-
+#include "server/answer.h"
+#include "server/failure.h"
 #include "server/openai.h"
+#include "server/request.h"
 
 namespace torpor::server {
 namespace {

@@ -1,4 +1,4 @@
-#include "server/openai.h"
+#include "server/request.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -168,14 +168,6 @@ void read_effort(Field effort, ChatRequest& request) {
   if (!word) return;
   if (*word == "none") request.template_arguments["enable_thinking"] = false;
   else request.template_arguments["reasoning_effort"] = *word;
-}
-
-Json usage_json(const AnswerEnd& end) {
-  return {{"prompt_tokens", end.prompt_tokens},
-          {"completion_tokens", end.generated_tokens},
-          {"total_tokens", end.prompt_tokens + end.generated_tokens},
-          {"prompt_tokens_details", {{"cached_tokens", end.cached_tokens}}},
-          {"completion_tokens_details", {{"reasoning_tokens", end.thinking_tokens}}}};
 }
 
 }  // namespace torpor::server
