@@ -1,0 +1,292 @@
+#include "server/call_syntax.h"
+
+#include <algorithm>
+#include <cctype>
+#include <charconv>
+#include <optional>
+
+#include "server/text_scanner.h"
+
+namespace torpor::server {
+namespace {
+
+using State = CallReading::State;
+
+const CallReading kMore;
+CallReading text_of(size_t length) { return {State::kText, length, {}}; }
+
+/// A call as a JSON object: {"name": ..., "arguments" or "parameters": {...}}, also inside "function". nullopt when it
+/// is none.
+std::optional<ReadCall> call_of(const Json& object, const Tools& tools) {
+  if (!object.is_object()) return std::nullopt;
+  const auto function = object.find("function");
+  if (function != object.end() && function->is_object()) return call_of(*function, tools);
+  auto name = object.find("name");
+  if (name == object.end()) name = function;
+  if (name == object.end() || !name->is_string()) return std::nullopt;
+  const Tool* tool = find_tool(tools, name->get_ref<const std::string&>());
+  if (!tool) return std::nullopt;
+  ReadCall call{tool->name, Json::object()};
+  auto arguments = object.find("arguments");
+  if (arguments == object.end()) arguments = object.find("parameters");
+  if (arguments == object.end() || arguments->is_null()) return call;
+  call.arguments = *arguments;
+  if (call.arguments.is_string()) call.arguments = Json::parse(call.arguments.get<std::string>(), nullptr, false);
+  if (!call.arguments.is_object()) return std::nullopt;
+  call.arguments = conform(std::move(call.arguments), tool->parameters);
+  return call;
+}
+
+/// `<function=NAME>` with its parameters, after `<tool_call>` or without it.
+CallReading read_xml_function(Scanner& scan, const Tools& tools, bool last, size_t opening) {
+  std::string name;
+  if (!scan.until(">", name)) return last ? text_of(opening) : kMore;
+  const Tool* tool = find_tool(tools, name);
+  if (!tool) return text_of(opening);
+  ReadCall call{tool->name, Json::object()};
+  for (;;) {
+    scan.skip_space();
+    if (scan.take("</function>")) return {State::kCalls, scan.position(), {call}};
+    if (!scan.take("<parameter=")) {
+      return scan.may_become({"</function>", "<parameter="}) && !last ? kMore : text_of(opening);
+    }
+    std::string key, value;
+    if (!scan.until(">", key)) return last ? text_of(opening) : kMore;
+    // A value may hold what looks like its own end; the true one is followed by the next parameter or the function's
+    // end.
+    for (;;) {
+      std::string piece;
+      if (!scan.until("</parameter>", piece)) return last ? text_of(opening) : kMore;
+      value += piece;
+      Scanner ahead = scan;
+      ahead.skip_space();
+      if (ahead.take("<parameter=") || ahead.take("</function>")) break;
+      if (ahead.may_become({"<parameter=", "</function>"})) return last ? text_of(opening) : kMore;
+      value += "</parameter>";
+    }
+    if (value.starts_with('\n')) value.erase(0, 1);
+    if (value.ends_with('\n')) value.pop_back();
+    const auto& schema = tool->parameters;
+    const Json* property = nullptr;
+    if (schema.contains("properties") && schema["properties"].is_object() && schema["properties"].contains(key)) {
+      property = &schema["properties"][key];
+    }
+    call.arguments[key] = property ? conform_value(Json(value), *property) : Json(value);
+  }
+}
+
+}  // namespace
+
+const Tool* find_tool(const Tools& tools, std::string_view name) {
+  const auto found = std::find_if(tools.begin(), tools.end(), [&](const Tool& tool) { return tool.name == name; });
+  return found == tools.end() ? nullptr : &*found;
+}
+
+Json conform_value(Json value, const Json& schema) {
+  if (!schema.is_object()) return value;
+  const auto type = schema.find("type");
+  if (type == schema.end()) return value;
+  const auto allows = [&](const char* name) {
+    if (type->is_string()) return *type == name;
+    return type->is_array() && std::find(type->begin(), type->end(), Json(name)) != type->end();
+  };
+  if (value.is_string() && !allows("string")) {
+    Json parsed = Json::parse(value.get_ref<const std::string&>(), nullptr, false);
+    if (parsed.is_discarded()) {  // Python's spelling
+      const std::string& word = value.get_ref<const std::string&>();
+      if (word == "True") parsed = true;
+      if (word == "False") parsed = false;
+      if (word == "None") parsed = nullptr;
+    }
+    const bool fits = (parsed.is_number_integer() && (allows("integer") || allows("number"))) ||
+                      (parsed.is_number_float() && allows("number")) || (parsed.is_boolean() && allows("boolean")) ||
+                      (parsed.is_null() && allows("null")) || (parsed.is_array() && allows("array")) ||
+                      (parsed.is_object() && allows("object"));
+    if (fits) return parsed;
+  } else if (type->is_string() && *type == "string" && (value.is_number() || value.is_boolean())) {
+    return to_text(value);
+  }
+  return value;
+}
+
+Json conform(Json arguments, const Json& schema) {
+  const auto properties = schema.is_object() ? schema.find("properties") : schema.end();
+  if (!schema.is_object() || properties == schema.end() || !properties->is_object()) return arguments;
+  for (auto& [key, value] : arguments.items()) {
+    const auto property = properties->find(key);
+    if (property != properties->end()) value = conform_value(std::move(value), *property);
+  }
+  return arguments;
+}
+
+CallReading read_tagged_call(std::string_view text, const Tools& tools, bool last) {
+  Scanner scan(text);
+  if (scan.take("<function=")) return read_xml_function(scan, tools, last, std::string_view("<function=").size());
+  if (!scan.take("<tool_call>")) return scan.may_become({"<function=", "<tool_call>"}) && !last ? kMore : text_of(1);
+  const size_t opening = scan.position();
+  scan.skip_space();
+  if (scan.take("<function=")) {
+    CallReading reading = read_xml_function(scan, tools, last, opening);
+    if (reading.state != State::kCalls) return reading;
+    scan.skip_space();
+    if (!scan.take("</tool_call>") && scan.may_become({"</tool_call>"}) && !last) return kMore;
+    reading.length = scan.position();
+    return reading;
+  }
+  CallReading reading{State::kCalls, 0, {}};
+  // One object, as a rule; some models put several between the tags.
+  for (;;) {
+    std::string_view object;
+    if (scan.at_end()) return last ? text_of(opening) : kMore;
+    if (scan.may_become({"<function="}) && !last) return kMore;
+    if (scan.peek() != '{') return text_of(opening);
+    if (!scan.json(object)) return last ? text_of(opening) : kMore;
+    const auto call = call_of(Json::parse(object, nullptr, false), tools);
+    if (!call) return text_of(opening);
+    reading.calls.push_back(*call);
+    reading.length = scan.position();
+    scan.skip_space();
+    if (scan.take("</tool_call>")) {
+      reading.length = scan.position();
+      return reading;
+    }
+    if (scan.may_become({"</tool_call>"})) {
+      if (!last) return kMore;
+      return reading;
+    }
+    if (scan.peek() != '{') return reading;  // the closing tag was forgotten
+  }
+}
+
+CallReading read_llama_call(std::string_view text, const Tools& tools, bool last) {
+  Scanner scan(text);
+  if (!scan.take("<|python_tag|>") && scan.may_become({"<|python_tag|>"})) return last ? text_of(1) : kMore;
+  scan.skip_space();
+  const size_t opening = std::max<size_t>(scan.position(), 1);
+  if (scan.at_end()) return last ? text_of(opening) : kMore;
+  if (scan.peek() == '[') return read_python_calls(scan, tools, last);
+  CallReading reading{State::kCalls, 0, {}};
+  for (;;) {
+    std::string_view object;
+    if (scan.peek() != '{') return reading.calls.empty() ? text_of(opening) : reading;
+    // Most objects are no calls: an answer in JSON need not wait for its end.
+    Scanner ahead = scan;
+    ahead.take("{");
+    ahead.skip_space();
+    if (!ahead.starts_with({"\"name\"", "\"type\"", "\"function\""}) &&
+        (last || !ahead.may_become({"\"name\"", "\"type\"", "\"function\""}))) {
+      return reading.calls.empty() ? text_of(opening) : reading;
+    }
+    if (!scan.json(object)) return last ? (reading.calls.empty() ? text_of(opening) : reading) : kMore;
+    const auto call = call_of(Json::parse(object, nullptr, false), tools);
+    if (!call) return reading.calls.empty() ? text_of(opening) : reading;
+    reading.calls.push_back(*call);
+    reading.length = scan.position();
+    scan.skip_space();
+    scan.take(";");
+    scan.skip_space();
+    if (scan.at_end()) {
+      // Another call may follow. Those read so far wait for it.
+      if (!last) return kMore;
+      reading.length = text.size();
+      return reading;
+    }
+  }
+}
+
+CallReading read_mistral_call(std::string_view text, const Tools& tools, bool last) {
+  Scanner scan(text);
+  const bool marked = scan.take("[TOOL_CALLS]");
+  if (!marked && scan.may_become({"[TOOL_CALLS]"}) && !last) return kMore;
+  const size_t opening = marked ? scan.position() : 1;
+  scan.skip_space();
+  if (scan.at_end()) return last ? text_of(text.size()) : kMore;
+  CallReading reading{State::kCalls, 0, {}};
+  if (scan.peek() == '[') {
+    std::string_view array;
+    Scanner ahead = scan;
+    ahead.take("[");
+    ahead.skip_space();
+    if (!ahead.at_end() && ahead.peek() != '{') return text_of(opening);
+    if (!scan.json(array)) return last ? text_of(opening) : kMore;
+    const Json calls = Json::parse(array, nullptr, false);
+    if (!calls.is_array() || calls.empty()) return text_of(opening);
+    for (const Json& object : calls) {
+      const auto call = call_of(object, tools);
+      if (!call) return text_of(opening);
+      reading.calls.push_back(*call);
+    }
+    reading.length = scan.position();
+    return reading;
+  }
+  const Tool* tool = nullptr;
+  std::vector<std::string> names;
+  for (const Tool& known : tools) names.push_back(known.name);
+  // The longest declared name that stands here; a longer one may still be coming.
+  for (const Tool& known : tools) {
+    Scanner ahead = scan;
+    if (ahead.take(known.name) && (!tool || known.name.size() > tool->name.size())) tool = &known;
+  }
+  if (!last && scan.may_become(names)) return kMore;
+  if (!tool) return text_of(opening);
+  scan.take(tool->name);
+  scan.skip_space();
+  if (scan.take("[CALL_ID]")) {
+    std::string id;
+    if (!scan.until("[ARGS]", id)) return last ? text_of(opening) : kMore;
+  } else if (!scan.take("[ARGS]") && scan.may_become({"[ARGS]", "[CALL_ID]"}) && !last) {
+    return kMore;
+  }
+  scan.skip_space();
+  if (scan.at_end()) return last ? text_of(opening) : kMore;
+  std::string_view object;
+  if (scan.peek() != '{') return text_of(opening);
+  if (!scan.json(object)) return last ? text_of(opening) : kMore;
+  Json arguments = Json::parse(object, nullptr, false);
+  if (!arguments.is_object()) return text_of(opening);
+  reading.calls.push_back({tool->name, conform(std::move(arguments), tool->parameters)});
+  reading.length = scan.position();
+  return reading;
+}
+
+CallReading read_gemma_call(std::string_view text, const Tools& tools, bool last) {
+  struct Marks {
+    const char *open, *close, *quote;
+  };
+  static constexpr Marks kMarks[] = {{"<|tool_call>", "<tool_call|>", "<|\"|>"},
+                                     {"<start_function_call>", "<end_function_call>", "<escape>"}};
+  Scanner scan(text);
+  if (scan.take("```tool_code")) {
+    const size_t opening = scan.position();
+    scan.skip_space();
+    CallReading reading = read_python_calls(scan, tools, last);
+    if (reading.state == State::kText) return text_of(opening);
+    if (reading.state == State::kMore) return reading;
+    scan.skip_space();
+    if (!scan.take("```") && scan.may_become({"```"}) && !last) return kMore;
+    reading.length = scan.position();
+    return reading;
+  }
+  for (const Marks& marks : kMarks) {
+    if (!scan.take(marks.open)) continue;
+    const size_t opening = scan.position();
+    std::string name;
+    if (!scan.take("call:")) return scan.may_become({"call:"}) && !last ? kMore : text_of(opening);
+    if (!scan.until("{", name)) return last ? text_of(opening) : kMore;
+    const Tool* tool = find_tool(tools, name);
+    if (!tool) return text_of(opening);
+    scan.back(1);
+    Json arguments;
+    switch (scan.gemma_value(marks.quote, arguments)) {
+      case Scanner::Read::kMore: return last ? text_of(opening) : kMore;
+      case Scanner::Read::kNo: return text_of(opening);
+      case Scanner::Read::kYes: break;
+    }
+    if (!scan.take(marks.close) && scan.may_become({marks.close}) && !last) return kMore;
+    return {State::kCalls, scan.position(), {{tool->name, conform(std::move(arguments), tool->parameters)}}};
+  }
+  const bool may = scan.may_become({"```tool_code", kMarks[0].open, kMarks[1].open});
+  return may && !last ? kMore : text_of(1);
+}
+
+}  // namespace torpor::server
