@@ -7,6 +7,7 @@
 #include "server/anthropic.h"
 #include "server/models.h"
 #include "server/openai.h"
+#include "server/responses.h"
 
 namespace torpor::server {
 
@@ -36,6 +37,18 @@ struct Dialects::Impl {
     serve("POST", {"v1", "messages"}, answer_messages);
     serve("POST", {"v1", "messages", "count_tokens"}, answer_count_tokens);
     serve("GET", {"v1", "models"}, answer_models);
+    routes.push_back({"POST", {"v1", "responses"}, [this](const Request& request) {
+                        create_response(request.http, this->runner, responses, request.response);
+                      }});
+    const auto stored = [this](const char* method, Parts path,
+                               void (*answer)(const HttpRequest&, const std::string&, ResponseStore&, HttpResponse&)) {
+      routes.push_back({method, std::move(path), [this, answer](const Request& request) {
+                          answer(request.http, request.path[2], responses, request.response);
+                        }});
+    };
+    stored("GET", {"v1", "responses", "*"}, get_response);
+    stored("DELETE", {"v1", "responses", "*"}, delete_response);
+    stored("GET", {"v1", "responses", "*", "input_items"}, list_input_items);
     routes.push_back({"GET", {"v1", "models", "**"}, [this](const Request& request) {
                         std::string name;
                         for (size_t i = 2; i < request.path.size(); ++i) name += (i > 2 ? "/" : "") + request.path[i];
@@ -67,6 +80,7 @@ struct Dialects::Impl {
   }
 
   TurnRunner& runner;
+  ResponseStore responses{{}};
   std::vector<Route> routes;
 };
 
