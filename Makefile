@@ -10,7 +10,8 @@ setup: .venv/.ready
 	scripts/bootstrap
 
 build: setup
-	@[ -f $(BUILD)/build.ninja ] || PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD)
+	@grep -qs TORPOR_SERVER:BOOL=ON $(BUILD)/CMakeCache.txt || \
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=ON
 	cmake --build $(BUILD)
 
 model: setup
@@ -29,7 +30,11 @@ test: build models
 wheel: build model
 	scripts/check-wheel
 
-demo: build model
+# The demo needs no server, so a fresh clone builds none for it; `make build` adds it.
+demo: setup model
+	@[ -f $(BUILD)/build.ninja ] || \
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=OFF
+	cmake --build $(BUILD) --target torpor_cli
 	scripts/demo $(BUILD)/torpor
 
 # Ten agents, three processes on one store, each killed over and over: `make test` kills 300, this KILLS. Then 64 savers

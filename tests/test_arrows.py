@@ -1,7 +1,11 @@
 """Rooms include only rooms they may know (docs/design.md, section 2)."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from conftest import ROOT
 
@@ -99,3 +103,16 @@ def test_engine_and_store_need_no_header_of_mlx():
     for name in ("torpor/engine.h", "torpor/store.h", "torpor/exchange.h", "torpor/agents.h"):
         assert not [other for other in included(name, set()) if other.startswith("mlx")], name
     assert "mlx/array.h" in included("torpor/cache.h", set())
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its linker keeps Rust's runtime visible")
+def test_the_rust_library_shows_its_c_abi_and_nothing_else():
+    libraries = list((ROOT / "rust/target").glob("*/libtorpor_shim.a"))
+    assert libraries
+    for library in libraries:
+        listed = subprocess.run(["nm", "-g", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+        symbols = {line.split()[2] for line in listed.splitlines() if len(line.split()) == 3}
+        headers = ["text", "http"] if library.parent.name == "http" else ["text"]
+        declared = {name for header in headers
+                    for name in re.findall(r"\b(torpor_\w+)\(", (ROOT / f"rust/include/torpor_{header}_shim.h").read_text())}
+        assert symbols == declared, library

@@ -1,7 +1,7 @@
 //! A tokenizer.json with what stands beside it, used as Hugging Face's fast tokenizers use it.
 
-use crate::settings::Settings;
-use crate::{invalid, Result};
+use super::settings::Settings;
+use crate::abi::{invalid, Result};
 use tokenizers::{Decoder, DecoderWrapper};
 
 pub struct Tokenizer(tokenizers::Tokenizer);

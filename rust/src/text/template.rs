@@ -5,9 +5,9 @@ use std::fmt;
 use minijinja::{Environment, Error, ErrorKind, Value};
 use serde_json::{Map, Value as Json};
 
-use crate::python;
-use crate::settings::Settings;
-use crate::{invalid, Invalid, Result};
+use super::python;
+use super::settings::Settings;
+use crate::abi::{invalid, Invalid, Result};
 
 const NAME: &str = "chat template";
 const TOOL_USE: &str = "chat template for tools";

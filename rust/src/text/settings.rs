@@ -4,7 +4,7 @@
 use serde_json::{Map, Value as Json};
 use tokenizers::AddedToken;
 
-use crate::{invalid, Result};
+use crate::abi::{invalid, Result};
 
 const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 

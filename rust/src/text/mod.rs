@@ -1,10 +1,4 @@
 //! C ABI over the `tokenizers` crate and `minijinja`; include/torpor_text_shim.h is its contract.
-//!
-//! Every function returns a status, and hands error text out through its last parameter. Nothing unwinds across the
-//! boundary: panics of the crates below become `STATUS_INTERNAL`.
-
-// The safety rules of all functions are the header's.
-#![allow(clippy::missing_safety_doc)]
 
 mod detokenizer;
 mod python;
@@ -12,100 +6,19 @@ mod settings;
 mod template;
 mod tokenizer;
 
-use std::any::Any;
-use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
+use crate::abi::{give_text, guard, handle, handle_mut, leak, reclaim, slice, utf8, Bytes, Result};
 use detokenizer::Detokenizer;
 use settings::Settings;
 use template::ChatTemplate;
 use tokenizer::Tokenizer;
-
-const STATUS_OK: i32 = 0;
-const STATUS_INVALID: i32 = 1;
-const STATUS_INTERNAL: i32 = 2;
-
-/// What the caller's input or the model's files got wrong, as one sentence.
-pub struct Invalid(String);
-pub type Result<T> = std::result::Result<T, Invalid>;
-
-pub fn invalid<T>(message: impl Into<String>) -> Result<T> {
-    Err(Invalid(message.into()))
-}
-
-/// Owned text handed to C; freed by `torpor_text_bytes_free`.
-#[repr(C)]
-pub struct Bytes {
-    data: *mut u8,
-    size: usize,
-}
 
 /// Owned token ids handed to C; freed by `torpor_text_ids_free`.
 #[repr(C)]
 pub struct Ids {
     data: *mut i32,
     size: usize,
-}
-
-fn leak<T>(values: Vec<T>) -> (*mut T, usize) {
-    let values = values.into_boxed_slice();
-    let size = values.len();
-    (Box::into_raw(values) as *mut T, size)
-}
-
-unsafe fn reclaim<T>(data: *mut T, size: usize) {
-    if !data.is_null() {
-        drop(Box::from_raw(std::ptr::slice_from_raw_parts_mut(data, size)));
-    }
-}
-
-/// Writes owned text to `out`, which may be null.
-unsafe fn give_text(out: *mut Bytes, text: String) {
-    if !out.is_null() {
-        let (data, size) = leak(text.into_bytes());
-        *out = Bytes { data, size };
-    }
-}
-
-/// A caller's array; null stands for an empty one.
-unsafe fn slice<'a, T>(data: *const T, size: usize) -> &'a [T] {
-    if data.is_null() {
-        &[]
-    } else {
-        std::slice::from_raw_parts(data, size)
-    }
-}
-
-unsafe fn utf8<'a>(what: &str, data: *const u8, size: usize) -> Result<&'a str> {
-    std::str::from_utf8(slice(data, size))
-        .or_else(|e| invalid(format!("{what} is not valid UTF-8 at byte {}", e.valid_up_to())))
-}
-
-unsafe fn handle<'a, T>(pointer: *const T) -> Result<&'a T> {
-    pointer.as_ref().ok_or_else(|| Invalid("the handle is null".into()))
-}
-
-fn panic_text(payload: Box<dyn Any + Send>) -> String {
-    let text = payload.downcast_ref::<&str>().map(|s| s.to_string());
-    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "unknown panic".into())
-}
-
-/// Runs `body` and turns what it returns, or how it panics, into a status.
-unsafe fn guard(error: *mut Bytes, body: impl FnOnce() -> Result<()>) -> i32 {
-    // A library doesn't print; this runtime is the shim's own, so the hook is too.
-    static QUIET: Once = Once::new();
-    QUIET.call_once(|| std::panic::set_hook(Box::new(|_| {})));
-    match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(Ok(())) => STATUS_OK,
-        Ok(Err(Invalid(message))) => {
-            give_text(error, message);
-            STATUS_INVALID
-        }
-        Err(payload) => {
-            give_text(error, panic_text(payload));
-            STATUS_INTERNAL
-        }
-    }
 }
 
 #[no_mangle]
@@ -260,10 +173,6 @@ pub unsafe extern "C" fn torpor_text_detokenizer_free(detokenizer: *mut Detokeni
     if !detokenizer.is_null() {
         drop(Box::from_raw(detokenizer));
     }
-}
-
-unsafe fn handle_mut<'a, T>(pointer: *mut T) -> Result<&'a mut T> {
-    pointer.as_mut().ok_or_else(|| Invalid("the handle is null".into()))
 }
 
 #[no_mangle]

@@ -6,8 +6,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
-use crate::tokenizer::Tokenizer;
-use crate::Result;
+use super::tokenizer::Tokenizer;
+use crate::abi::Result;
 use tokenizers::DecoderWrapper;
 
 pub struct Detokenizer {

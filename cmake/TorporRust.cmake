@@ -1,0 +1,61 @@
+# The Rust half: one static library, the same for every preset (it needs no sanitizers, and its lock file pins the rest), so
+# cargo builds it once beside its sources, in a directory for each set of features. The room server asks for `http`.
+find_program(TORPOR_CARGO NAMES cargo HINTS "$ENV{HOME}/.cargo/bin")
+if(NOT TORPOR_CARGO)
+  message(FATAL_ERROR "Torpor needs Rust's cargo (1.82 or newer); install it with rustup (https://rustup.rs) and build again.")
+endif()
+set(_rust "${PROJECT_SOURCE_DIR}/rust")
+set(_set text)
+set(_features)
+if("server" IN_LIST TORPOR_ROOMS)
+  set(_set http)
+  set(_features --features http)
+endif()
+set(_target_dir "${_rust}/target/${_set}")
+set(_built "${_target_dir}/release/libtorpor_shim.a")
+# For the install step; whoever links torpor::text from an installed tree links this too.
+set(TORPOR_RUST_LIBRARY "${_target_dir}/libtorpor_shim.a" CACHE INTERNAL "The Rust half of torpor::text and torpor::server")
+
+file(GLOB_RECURSE _sources CONFIGURE_DEPENDS "${_rust}/src/*.rs")
+set(_headers "${_rust}/include/torpor_text_shim.h" "${_rust}/include/torpor_http_shim.h")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${_headers})
+set(_publish COMMAND "${CMAKE_COMMAND}" -E copy "${_built}" "${TORPOR_RUST_LIBRARY}")
+if(NOT APPLE)
+  # Only the C ABI stays visible: another Rust library of the program's brings the same names of Rust's runtime. What the C
+  # ABI does not reach is left out.
+  set(_roots)
+  foreach(_header IN LISTS _headers)
+    file(READ "${_header}" _text)
+    string(REGEX MATCHALL "torpor_[a-z_]+\\(" _found "${_text}")
+    list(APPEND _roots ${_found})
+  endforeach()
+  list(REMOVE_DUPLICATES _roots)
+  if(NOT _features)
+    list(FILTER _roots EXCLUDE REGEX "^torpor_http_")
+  endif()
+  list(TRANSFORM _roots REPLACE "(.*)\\(" "--undefined=\\1")
+  set(_object "${_target_dir}/torpor_shim.o")
+  set(_publish
+    COMMAND "${CMAKE_LINKER}" -r --gc-sections ${_roots} "${_built}" -o "${_object}"
+    COMMAND "${CMAKE_OBJCOPY}" --wildcard "--keep-global-symbol=torpor_*" --strip-debug
+      --remove-section=.llvmbc --remove-section=.llvmcmd "${_object}" # of no use, and ar's LLVM plugin stumbles over them
+    COMMAND "${CMAKE_COMMAND}" -E rm -f "${TORPOR_RUST_LIBRARY}"
+    COMMAND "${CMAKE_AR}" crs "${TORPOR_RUST_LIBRARY}" "${_object}"
+    COMMAND "${CMAKE_COMMAND}" -E rm "${_object}")
+endif()
+add_custom_command(
+  OUTPUT "${TORPOR_RUST_LIBRARY}"
+  COMMAND "${CMAKE_COMMAND}" -E env "CARGO_TARGET_DIR=${_target_dir}"
+    "${TORPOR_CARGO}" build --release --locked --quiet --manifest-path "${_rust}/Cargo.toml" ${_features}
+  ${_publish}
+  DEPENDS ${_sources} "${_rust}/Cargo.toml" "${_rust}/Cargo.lock"
+  COMMENT "Building the Rust half"
+  VERBATIM)
+add_custom_target(torpor_shim_build DEPENDS "${TORPOR_RUST_LIBRARY}")
+
+add_library(torpor_shim STATIC IMPORTED GLOBAL)
+set_target_properties(torpor_shim PROPERTIES
+  IMPORTED_LOCATION "${TORPOR_RUST_LIBRARY}"
+  INTERFACE_INCLUDE_DIRECTORIES "${_rust}/include"
+  INTERFACE_LINK_LIBRARIES "Threads::Threads;${CMAKE_DL_LIBS};m")
+add_dependencies(torpor_shim torpor_shim_build)
