@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "server/answer_parser.h"
+#include "server/stop_sink.h"
 
 namespace torpor::server {
 namespace {
@@ -14,8 +15,8 @@ namespace {
 /// What was told, in one line: "<thinking>", text, and "{name arguments}".
 class Told : public AnswerSink {
  public:
-  void start(const AnswerStart&) override { FAIL(); }
-  void finish(const AnswerEnd&) override { FAIL(); }
+  void start(const AnswerStart&) override {}
+  void finish(const AnswerEnd&) override {}
   void thinking(std::string_view delta) override { part('<', delta, '>'); }
   void text(std::string_view delta) override { part(0, delta, 0); }
   void tool_call(const std::string& name) override {
@@ -250,7 +251,8 @@ TEST(AnswerParser, HarmonysChannelsAreParted_vllm_32587_32633_mlx_lm_875_1867) {
   expect(harmony, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.read "
                   "<|constrain|>json<|message|>{\"path\": \"a\"}<|call|>", R"(<Hm.>{read {"path":"a"}})");
   expect(harmony, "<|channel|>commentary<|message|>I look.<|end|>"
-                  "<|start|>assistant to=functions.add<|channel|>commentary json<|message|>{}<|call|>", "I look.{add {}}");
+                  "<|start|>assistant to=functions.add<|channel|>commentary json<|message|>{}<|call|>",
+         "I look.{add {}}");
   expect(harmony, "<|channel|>final<|message|>Yes", "Yes");
   expect(harmony, "<|channel|>commentary to=functions.read<|message|>{\"path\"", "{\"path\"");
 }
@@ -271,6 +273,39 @@ TEST(AnswerParser, TheFormatIsTheTemplates) {
   EXPECT_EQ(answer_format("<|channel|>").calls, CallFormat::kHarmony);
   EXPECT_EQ(answer_format("<|im_start|>").calls, CallFormat::kNone);
   EXPECT_EQ(answer_format("<|im_start|>").think_open, "");
+}
+
+/// What is told of text in which stop strings are looked for, and which was met.
+std::string stopped(const std::vector<std::string>& stop, const std::vector<std::string>& pieces,
+                    bool call_only = false) {
+  Told told;
+  StopSink sink(stop, call_only, told);
+  AnswerParser parser(options(CallFormat::kTagged), sink);
+  for (const std::string& piece : pieces) parser.push(piece);
+  parser.finish();
+  sink.finish({});
+  return told.all() + "|" + sink.met();
+}
+
+TEST(StopSink, AStopStringEndsTheTextWhereverItIsCut_vllm_3574_SwiftLM_126_llama_cpp_9867_koboldcpp_1031) {
+  const std::string text = "One END two EN ENDING";
+  for (size_t i = 0; i <= text.size(); ++i) {
+    EXPECT_EQ(stopped({"END"}, {text.substr(0, i), text.substr(i)}), "One |END") << i;
+    EXPECT_EQ(stopped({"two", "ENDING"}, {text.substr(0, i), text.substr(i)}), "One END |two") << i;
+    EXPECT_TRUE(stopped({"ENDI", "ENDING"}, {text.substr(0, i), text.substr(i)}).starts_with("One END two EN |")) << i;
+    EXPECT_EQ(stopped({"three"}, {text.substr(0, i), text.substr(i)}), text + "|") << i;
+  }
+  EXPECT_EQ(stopped({"END"}, {"One EN"}), "One EN|");
+}
+
+TEST(StopSink, AStopStringInThinkingOrArgumentsEndsNothing_mlx_knife_68_smg_2203) {
+  const std::string call = R"(<tool_call>{"name":"read","arguments":{"path":"END"}}</tool_call>)";
+  EXPECT_EQ(stopped({"END"}, {"<think>END</think>Yes " + call}),
+            R"(<END>Yes{read {"path":"END"}}|)");
+}
+
+TEST(StopSink, AnAnswerThatMustBeACallHasNoText_ollama_17921) {
+  EXPECT_EQ(stopped({}, {"I will. <tool_call>{\"name\":\"read\"}</tool_call> So."}, true), "{read {}}|");
 }
 
 }  // namespace

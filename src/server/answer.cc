@@ -108,8 +108,10 @@ HttpHeaders answer_headers(const AnswerStart& start, std::string content_type) {
 
 void EventStream::begin(const AnswerStart& start) {
   response_.begin(200, answer_headers(start, "text/event-stream; charset=utf-8"));
-  response_.keep_alive(keep_alive_, kSilence);
+  server::keep_alive(response_, keep_alive_);
 }
+
+void keep_alive(HttpResponse& response, std::string bytes) { response.keep_alive(std::move(bytes), kSilence); }
 
 void answer_whole(HttpResponse& response, const Answer& answer, const Json& body) {
   response.whole(200, answer_headers(answer.start, "application/json"), to_text(body));

@@ -76,6 +76,9 @@ class StreamSink : public PartSink {
 /// The headers that each answer carries: X-Torpor-Agent, -Cached, and -Why on a miss.
 HttpHeaders answer_headers(const AnswerStart& start, std::string content_type);
 
+/// Asks for `bytes` to be sent during silences of a stream that has begun.
+void keep_alive(HttpResponse& response, std::string bytes);
+
 /// Server-sent events of one response.
 class EventStream {
  public:

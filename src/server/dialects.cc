@@ -6,6 +6,7 @@
 
 #include "server/anthropic.h"
 #include "server/models.h"
+#include "server/ollama.h"
 #include "server/openai.h"
 #include "server/responses.h"
 
@@ -36,6 +37,12 @@ struct Dialects::Impl {
     serve("POST", {"v1", "completions"}, answer_completions);
     serve("POST", {"v1", "messages"}, answer_messages);
     serve("POST", {"v1", "messages", "count_tokens"}, answer_count_tokens);
+    serve("POST", {"api", "chat"}, answer_ollama_chat);
+    serve("POST", {"api", "generate"}, answer_ollama_generate);
+    serve("POST", {"api", "show"}, answer_ollama_show);
+    serve("GET", {"api", "tags"}, answer_ollama_tags);
+    serve("GET", {"api", "ps"}, answer_ollama_ps);
+    serve("GET", {"api", "version"}, answer_ollama_version);
     serve("GET", {"v1", "models"}, answer_models);
     routes.push_back({"POST", {"v1", "responses"}, [this](const Request& request) {
                         create_response(request.http, this->runner, responses, request.response);
