@@ -88,6 +88,9 @@ void torpor_http_end(torpor_http_exchange* exchange);
 /* Cuts the connection of an answer that is not complete. */
 void torpor_http_exchange_free(torpor_http_exchange* exchange);
 
+/* Writes 32 bytes. For keys, which hold more than 128 bits of chance; no hash for passwords. */
+void torpor_http_sha256(const char* data, size_t size, uint8_t* out);
+
 #ifdef __cplusplus
 }
 #endif

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use hyper::header::{HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
+use sha2::{Digest, Sha256};
 
 use crate::abi::{guard, handle, invalid, slice, utf8, Bytes, Result, STATUS_OK};
 use exchange::Exchange;
@@ -268,4 +269,10 @@ pub unsafe extern "C" fn torpor_http_exchange_free(exchange: *mut Arc<Exchange>)
         }
         Ok(())
     });
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_http_sha256(data: *const u8, size: usize, out: *mut u8) {
+    let hash = Sha256::digest(slice(data, size));
+    std::ptr::copy_nonoverlapping(hash.as_ptr(), out, hash.len());
 }
