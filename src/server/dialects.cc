@@ -63,6 +63,17 @@ struct Dialects::Impl {
                       }});
   }
 
+  /// Of a request whose body the edge did not read, the status alone is known.
+  static void refuse_what_the_edge_refuses(const HttpRequest& request) {
+    if (request.refused == 413) throw Failure(Failure::Kind::kTooLarge, "The body is larger than this server reads.");
+    if (request.refused == 408) throw Failure(Failure::Kind::kInvalid, "The body did not come in time.");
+    if (request.refused != 0) {
+      Failure failure(Failure::Kind::kUnavailable, "The server has as many requests as it can answer; send it again.");
+      failure.retry_after = 5;
+      throw failure;
+    }
+  }
+
   static bool matches(const Parts& pattern, const Parts& path) {
     for (size_t i = 0; i < pattern.size(); ++i) {
       if (pattern[i] == "**") return path.size() > i;
@@ -72,6 +83,7 @@ struct Dialects::Impl {
   }
 
   void answer(const HttpRequest& request, HttpResponse& response) const {
+    refuse_what_the_edge_refuses(request);
     const Parts path = request.path_parts();
     const std::string method = request.method == "HEAD" ? "GET" : request.method;
     bool known = false;
