@@ -32,7 +32,7 @@ class Aside : public Manager {
     TurnTransaction turn(manager, manager.wake(id), input);
     append(manager, turn, turn.pending());
     append(manager, turn, ids(5, 9));
-    turn.commit("answer", true);
+    turn.commit({"assistant", "answer"}, true);
   }
   static int64_t held(AgentManager& manager) { return manager.memory_usage().kv_bytes; }
 
@@ -69,7 +69,7 @@ TEST_P(Aside, RowsTakeNoMemoryWhileTheyAreAsideAndComeBackAsTheyWere) {
       append(*manager, turn, turn.pending());
       append(*manager, turn, ids(5, 4));
       expect_sound(turn.cache());
-      turn.commit("answer", true);
+      turn.commit({"assistant", "answer"}, true);
       turn.save(SaveMode::kWait).get();
       expect_sound(*KvCache::restore(store_.load_agent_cache(id).snapshot, Backend::kKernels));
     }
@@ -104,7 +104,7 @@ TEST_P(Aside, ATurnThatIsTakenBackWhileItsRowsAreAsideLeavesTheAgentAsItWas) {
   {
     TurnTransaction turn(*manager, manager->wake("unsaved"), input("sea", 700));
     append(*manager, turn, turn.pending().first(600));
-    turn.commit("", false);
+    turn.commit({"assistant", ""}, false);
   }
   const std::vector<int32_t> longer = agent->cache->tokens();
   {
