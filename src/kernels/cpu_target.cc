@@ -52,10 +52,10 @@ int64_t targets_of(const std::string& name) {
   } else if (name == "avx2") {
     wanted = HWY_AVX2;
   } else if (name == "avx512") {
-    wanted = HWY_AVX3 | HWY_AVX3_DL;
+    wanted = 2 * HWY_AVX3 - 1;  // newer ones have lower bits
 #elif HWY_ARCH_ARM
   } else if (name == "neon") {
-    wanted = HWY_NEON;
+    wanted = HWY_TARGETS & ~kPortable;  // scalable vectors are left out of the build
 #endif
   } else if (name == "sse4" || name == "avx2" || name == "avx512" || name == "neon") {
     refuse(name, "The CPU target '" + name + "' belongs to another architecture; leave it unset, or use 'portable'.");

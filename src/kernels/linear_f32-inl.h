@@ -28,14 +28,16 @@ using DBf16 = hn::Rebind<hwy::bfloat16_t, DF>;
 constexpr int kLanes = int(hn::MaxLanes(DF()));
 constexpr int kVectors = kPanel / kLanes;  // of one k of a panel
 
-// Rows of a register tile, and panels that a single row multiplies at once, by how many registers there are.
-#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+// Rows of a register tile, and panels that a single row multiplies at once, by how many registers there are. Highway
+// numbers targets from the newest to the oldest, so one that it gains is no smaller than its elders.
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
 constexpr int kTileRows = 12, kVectorPanels = 8;
-#elif HWY_TARGET == HWY_AVX2
+#elif HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
 constexpr int kTileRows = 6, kVectorPanels = 4;
-#elif HWY_TARGET == HWY_NEON
+#elif HWY_ARCH_ARM && HWY_TARGET < HWY_EMU128  // NEON; scalable vectors are left out of the build
 constexpr int kTileRows = 5, kVectorPanels = 2;
 #else
+static_assert(HWY_TARGET >= (HWY_ARCH_ARM ? HWY_EMU128 : HWY_SSE4), "This target has registers for a larger tile.");
 constexpr int kTileRows = 2, kVectorPanels = 1;
 #endif
 

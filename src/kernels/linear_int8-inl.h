@@ -57,7 +57,7 @@ HWY_INLINE uint32_t LoadFour(const int8_t* p) {
 // dots [kRows] vectors of kLanes8 outputs: a block of kInt8Block columns, whose lines begin at `line` (of these outputs).
 template <int kBits, int kRows>
 HWY_INLINE void Int8Dots(const std::byte* line, const int8_t* x, size_t x_stride, hn::Vec<DF8> (&dots)[kRows]) {
-#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
   // Products of a nibble and an i8 stay below 15 * 127; 16 of them fit 16 bits.
   const __m256i nibble = _mm256_set1_epi8(0x0f);
   __m256i low[kRows], high[kRows];
