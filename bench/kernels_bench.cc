@@ -1,5 +1,6 @@
-// Times the linear kernels on the shapes of a SmolLM2-135M-like model (4-bit, group 32; 8-bit head).
-// kernels_bench [layers=30] [rows=512] [repeats=5]; TORPOR_THREADS, TORPOR_CPU_TARGET and TORPOR_ACTIVATIONS apply.
+// Times the linear kernels on the shapes of SmolLM2-135M or Qwen2.5-0.5B (4-bit; 8-bit head), for 1 to 8 rows and many.
+// kernels_bench [layers=30] [rows=512] [repeats=5] [smollm2|qwen2.5]
+// TORPOR_THREADS, TORPOR_CPU_TARGET and TORPOR_ACTIVATIONS apply.
 
 #include <algorithm>
 #include <chrono>
@@ -8,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include "kernels/compute.h"
@@ -74,7 +76,9 @@ int main(int argc, char** argv) {
   const int n_layers = argc > 1 ? std::atoi(argv[1]) : 30;
   const int rows = argc > 2 ? std::atoi(argv[2]) : 512;
   const int repeats = argc > 3 ? std::atoi(argv[3]) : 5;
-  constexpr int kHidden = 576, kQkv = 960, kInner = 1536, kVocabulary = 49152;
+  const bool qwen = argc > 4 && std::string_view(argv[4]) == "qwen2.5";
+  const int kHidden = qwen ? 896 : 576, kQkv = qwen ? 1152 : 960, kInner = qwen ? 4864 : 1536;
+  const int kVocabulary = qwen ? 151936 : 49152, kGroup = qwen ? 64 : 32;
   const auto activations = torpor::with_environment({}).activations.value_or(torpor::Activations::kF32);
   std::mt19937 rng(1);
 
@@ -82,8 +86,9 @@ int main(int argc, char** argv) {
   std::vector<Layer> layers;
   size_t bytes = 0;
   for (int i = 0; i < n_layers; ++i) {
-    const Weights qkv(kQkv, kHidden, 4, 32, rng), o(kHidden, kHidden, 4, 32, rng), gate(kInner, kHidden, 4, 32, rng),
-        up(kInner, kHidden, 4, 32, rng), down(kHidden, kInner, 4, 32, rng);
+    const Weights qkv(kQkv, kHidden, 4, kGroup, rng), o(kHidden, kHidden, 4, kGroup, rng),
+        gate(kInner, kHidden, 4, kGroup, rng), up(kInner, kHidden, 4, kGroup, rng),
+        down(kHidden, kInner, 4, kGroup, rng);
     layers.push_back({PackedLinear::pack({qkv.source}, activations), PackedLinear::pack({o.source}, activations),
                       PackedLinear::pack_gated(gate.source, up.source, activations),
                       PackedLinear::pack({down.source}, activations)});
@@ -91,13 +96,14 @@ int main(int argc, char** argv) {
       bytes += p->nbytes();
     }
   }
-  const Weights head_weights(kVocabulary, kHidden, 8, 32, rng);
+  const Weights head_weights(kVocabulary, kHidden, 8, kGroup, rng);
   const Packed head = PackedLinear::pack({head_weights.source}, activations);
   bytes += head->nbytes();
   std::printf("target %s, %d threads; made and packed %.1f MB in %.2f s\n", cpu_target_name(), ThreadPool::shared().size(),
               double(bytes) / 1e6, seconds_since(start));
 
-  std::vector<float> x(size_t(rows) * kHidden), qkv(size_t(rows) * kQkv), inner(size_t(rows) * kInner), logits(kVocabulary);
+  std::vector<float> x(size_t(rows) * kHidden), qkv(size_t(rows) * kQkv), inner(size_t(rows) * kInner),
+      logits(8 * size_t(kVocabulary));
   for (float& v : x) v = std::uniform_real_distribution<float>(-1, 1)(rng);
   const std::vector<float> x0 = x;
   const double per_row = 2.0 * n_layers * (double(kQkv) * kHidden + double(kHidden) * kHidden + 3.0 * kInner * kHidden);
@@ -109,7 +115,8 @@ int main(int argc, char** argv) {
       gated_linear(x.data(), m, *layer.gate_up, Activation::kSilu, inner.data());
       linear(inner.data(), m, *layer.down, x.data(), qkv.data());
     }
-    linear(x.data(), 1, *head, nullptr, logits.data());
+    // Each of few rows is a sequence's last; of many one is.
+    linear(x.data(), m <= 8 ? m : 1, *head, nullptr, logits.data());
   };
 
   struct Part {
@@ -121,9 +128,10 @@ int main(int argc, char** argv) {
                         {"o", &Layer::o, kHidden, kHidden},
                         {"gate_up", &Layer::gate_up, 2 * kInner, kHidden},
                         {"down", &Layer::down, kHidden, kInner}};
-  std::vector<int> sizes{1};
-  if (rows >= 4) sizes.push_back(4);
-  if (rows > 4) sizes.push_back(rows);
+  std::vector<int> sizes;
+  for (int m = 1; m <= std::min(8, rows); ++m) sizes.push_back(m);
+  if (rows > 8) sizes.push_back(rows);
+  double alone = 0;  // rows/s of M = 1
   for (const int m : sizes) {
     for (const Part& part : parts) {
       const auto [t, least] = time_of(repeats, [&] {
@@ -142,15 +150,18 @@ int main(int argc, char** argv) {
                   2.0 * m * part.n * part.k * n_layers / t / 1e9, part_bytes / t / 1e9,
                   2.0 * m * part.n * part.k * n_layers / least / 1e9);
     }
-    if (m == 1) {
-      const auto [t, least] = time_of(repeats, [&] { linear(x.data(), 1, *head, nullptr, logits.data()); });
-      std::printf("  M=1    head     %8.1f GFLOP/s  %6.1f GB/s of weights; fastest %.1f GB/s\n",
-                  2.0 * kVocabulary * kHidden / t / 1e9, double(head->nbytes()) / t / 1e9, double(head->nbytes()) / least / 1e9);
+    if (m <= 8) {
+      const auto [t, least] = time_of(repeats, [&] { linear(x.data(), m, *head, nullptr, logits.data()); });
+      std::printf("  M=%-4d head     %8.1f GFLOP/s  %6.1f GB/s of weights; fastest %.1f GFLOP/s\n", m,
+                  2.0 * m * kVocabulary * kHidden / t / 1e9, double(head->nbytes()) / t / 1e9,
+                  2.0 * m * kVocabulary * kHidden / least / 1e9);
     }
     const auto [t, least] = time_of(repeats, [&] { run(m); });
-    const double flop = per_row * m + 2.0 * kVocabulary * kHidden;
-    std::printf("M=%-4d all linear layers: %8.2f ms  %8.1f rows/s  %7.1f GFLOP/s  %6.1f GB/s of weights; fastest %.2f ms, %.1f rows/s\n", m,
-                t * 1e3, m / t, flop / t / 1e9, double(bytes) / t / 1e9, least * 1e3, m / least);
+    const double flop = per_row * m + 2.0 * kVocabulary * kHidden * (m <= 8 ? m : 1);
+    if (m == 1) alone = 1 / least;
+    std::printf("M=%-4d all linear layers: %8.2f ms  %8.1f rows/s  %7.1f GFLOP/s  %6.1f GB/s of weights; "
+                "fastest %.2f ms, %.1f rows/s, %.2f times those of M=1\n",
+                m, t * 1e3, m / t, flop / t / 1e9, double(bytes) / t / 1e9, least * 1e3, m / least, m / least / alone);
   }
   return 0;
 }

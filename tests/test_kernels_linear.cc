@@ -163,7 +163,7 @@ struct RestoreThreads {
   ~RestoreThreads() { ThreadPool::resize_shared(before); }
 };
 
-const std::vector<int> kRows{0, 1, 2, 7, 64, 513};
+const std::vector<int> kRows{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 64, 513};
 
 /// linear() of every M against the reference, against its own rows one at a time, and with 1, 2 and 3 threads.
 void check_linear(const std::vector<const TestWeight*>& weights, bool with_residual, std::mt19937& rng,
@@ -215,7 +215,7 @@ TEST(KernelsLinear, QuantizedWeights) {
   for (const int bits : {4, 8}) {
     for (const int group : {32, 64, 128}) {
       for (const Type scale_type : {Type::kF32, Type::kF16, Type::kBF16}) {
-        for (const auto& [n, k] : {std::pair{17, group}, {40, 5 * 128}}) {
+        for (const auto& [n, k] : {std::pair{17, group}, {40, 5 * 128}, {16 * 15 + 5, 128}}) {
           SCOPED_TRACE(std::to_string(bits) + " bits, group " + std::to_string(group) + ", scales " + type_name(scale_type) +
                        ", N " + std::to_string(n) + " K " + std::to_string(k));
           const TestWeight w(Type::kAffine, n, k, rng, bits, group, scale_type);

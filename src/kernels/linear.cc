@@ -19,6 +19,7 @@
 #include <hwy/contrib/math/math-inl.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <functional>
 
@@ -129,29 +130,58 @@ void Finish(const LinearCall& call, const PackedPart& part, int panel, int row, 
   }
 }
 
-// `kPanels` panels of a part for a single row. Those at `ahead` come next.
-template <int kPanels>
-HWY_INLINE void RunPanels(const LinearCall& call, const PackedPart& part, const float* x, int panel, int ahead, int row) {
-  HWY_ALIGN float sums[kPanels * kPanel];
-  Vector<kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, sums);
-  for (int p = 0; p < kPanels; ++p) Finish(call, part, panel + p, row, sums + p * kPanel);
+// ---- Few rows: all of them meet the weights of a panel while those are in registers ----
+
+constexpr int kFewRows = 8;
+
+// run<n>(panel, ahead) for the panels of [panel, end): kPanels at once, the rest by halves. Those at `ahead` come next,
+// and at the end those at `after`.
+template <int kPanels, class F>
+HWY_INLINE void EachPanels(int panel, int end, int after, const F& run) {
+  for (; panel + kPanels <= end; panel += kPanels) {
+    run.template operator()<kPanels>(panel, panel + kPanels < end ? panel + kPanels : after);
+  }
+  if constexpr (kPanels > 1) EachPanels<kPanels / 2>(panel, end, after, run);
 }
 
-// A single row: as many panels at once as hide the latency of their chains, in few tasks, for taking one costs something too.
-void RunRow(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const float* x, int row) {
-  constexpr int kTasks = 32;
-  const int size = (part.panels + kTasks * kVectorPanels - 1) / (kTasks * kVectorPanels) * kVectorPanels;  // panels of a task
-  auto body = [&](int task, int next) {
-    int panel = task * size;
-    const int end = std::min(part.panels, panel + size);
-    for (; panel + kVectorPanels <= end; panel += kVectorPanels) {
-      const int ahead = panel + kVectorPanels < end ? panel + kVectorPanels : next * size;
-      RunPanels<kVectorPanels>(call, part, x, panel, ahead, row);
-    }
-    for (; panel < end; ++panel) RunPanels<1>(call, part, x, panel, panel, row);
+// The same for all panels of a part, in tasks: few, for taking one costs something too, but at least 4 a thread.
+template <int kPanels, class F>
+void EachPanels(ThreadPool& pool, const PackedPart& part, const F& run) {
+  const int least = 4 * pool.size(), share = (part.panels + std::max(32, least) - 1) / std::max(32, least);
+  int at_once = kPanels;
+  while (at_once > 1 && part.panels < at_once * least) at_once /= 2;
+  const int size = (share + at_once - 1) / at_once * at_once;  // panels of a task
+  auto body = [&](int task, int next) HWY_ATTR {
+    EachPanels<kPanels>(task * size, std::min(part.panels, (task + 1) * size), next * size, run);
   };
   pool.parallel_ends((part.panels + size - 1) / size, std::ref(body));
 }
+
+// `rows` rows, the first of which is row `row` of the call.
+template <int kRows>
+void RunFew(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const float* x, int row, int rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return RunFew<kRows - 1>(pool, call, part, x, row, rows);
+  }
+  const size_t stride = size_t(prepared_columns(part, call.w->k));
+  auto run = [&]<int kPanels>(int panel, int ahead) HWY_ATTR {
+    HWY_ALIGN float sums[kPanels * kRows * kPanel];
+    Vector<kRows, kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, stride, sums);
+    for (int i = 0; i < kPanels * kRows; ++i) Finish(call, part, panel + i / kRows, row + i % kRows, sums + i * kPanel);
+  };
+  EachPanels<PanelsAtOnce(kRows)>(pool, part, run);
+}
+
+void RunFewInt8(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const int8_t* x, int row, int rows) {
+  auto run = [&]<int>(int panel, int ahead) HWY_ATTR {
+    HWY_ALIGN float sums[kFewRows * kPanel];
+    Int8Panel(part, part.panel(panel), part.panel(ahead), call.w->k, x, rows, sums);
+    for (int r = 0; r < rows; ++r) Finish(call, part, panel, row + r, sums + r * kPanel);
+  };
+  EachPanels<1>(pool, part, run);
+}
+
+// ---- Many rows ----
 
 // Panels [first, last) of a part for `rows` prepared rows, the first of which is row `row` of the call.
 void RunBlock(const LinearCall& call, const PackedPart& part, const float* x, int first, int last, int row, int rows) {
@@ -180,7 +210,7 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const float* x, in
 void RunInt8(const LinearCall& call, const PackedPart& part, const int8_t* x, int first, int last, int row, int rows) {
   float* sums = linear_scratch().sums;
   for (int panel = first; panel < last; ++panel) {
-    Int8Panel(part, part.panel(panel), call.w->k, x, rows, sums);
+    Int8Panel(part, part.panel(panel), part.panel(panel + 1), call.w->k, x, rows, sums);
     for (int r = 0; r < rows; ++r) Finish(call, part, panel, row + r, sums + r * kPanel);
   }
 }
@@ -194,8 +224,12 @@ void Linear(const LinearCall& call) {
       const bool int8 = call.w->activations == Activations::kInt8 && part.type == Type::kAffine;
       const int8_t* x8 = int8 ? PrepareInt8(pool, call.w->k, given, rows) : nullptr;
       const float* x = int8 ? nullptr : Prepare(pool, part, call.w->k, given, rows);
-      if (rows == 1 && !int8) {
-        RunRow(pool, call, part, x, row);
+      if (rows <= kFewRows && int8) {
+        RunFewInt8(pool, call, part, x8, row, rows);
+        continue;
+      }
+      if (rows == 1 || (rows <= kFewRows && part.type == Type::kAffine)) {
+        RunFew<kFewRows>(pool, call, part, x, row, rows);
         continue;
       }
       // Many tasks, for an even end. They begin at even panels.

@@ -28,18 +28,25 @@ using DBf16 = hn::Rebind<hwy::bfloat16_t, DF>;
 constexpr int kLanes = int(hn::MaxLanes(DF()));
 constexpr int kVectors = kPanel / kLanes;  // of one k of a panel
 
-// Rows of a register tile, and panels that a single row multiplies at once, by how many registers there are. Highway
-// numbers targets from the newest to the oldest, so one that it gains is no smaller than its elders.
+// By how many registers there are: rows of a tile; the most sums of few rows that are kept in registers; and those of a
+// single row, enough to hide the latency of their chains. Highway numbers targets from the newest to the oldest, so one
+// that it gains is no smaller than its elders.
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
-constexpr int kTileRows = 12, kVectorPanels = 8;
+constexpr int kTileRows = 12, kSums = 24, kSumsOfOne = 8;
 #elif HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
-constexpr int kTileRows = 6, kVectorPanels = 4;
+constexpr int kTileRows = 6, kSums = 12, kSumsOfOne = 8;
 #elif HWY_ARCH_ARM && HWY_TARGET < HWY_EMU128  // NEON; scalable vectors are left out of the build
-constexpr int kTileRows = 5, kVectorPanels = 2;
+constexpr int kTileRows = 5, kSums = 24, kSumsOfOne = 8;
 #else
 static_assert(HWY_TARGET >= (HWY_ARCH_ARM ? HWY_EMU128 : HWY_SSE4), "This target has registers for a larger tile.");
-constexpr int kTileRows = 2, kVectorPanels = 1;
+constexpr int kTileRows = 2, kSums = 12, kSumsOfOne = kVectors;
 #endif
+
+// Vectors of weights that `rows` rows meet at once: a power of two.
+constexpr int VectorsAtOnce(int rows) { return std::min(kSumsOfOne, int(std::bit_floor(unsigned(kSums / rows)))); }
+// ... as panels, and as vectors of each.
+constexpr int PanelsAtOnce(int rows) { return std::max(1, VectorsAtOnce(rows) / kVectors); }
+constexpr int VectorsOfPanel(int rows) { return std::min(kVectors, VectorsAtOnce(rows)); }
 
 // Loads 16-bit or 32-bit floats as f32.
 template <Type kType>
@@ -273,58 +280,95 @@ void Tiles(const float* x, int rows, size_t stride, const float* panel, int k, i
   TileTail<kTileRows - 1, kGroups>(rows - row, x + row * stride, stride, panel, k, group, first, sums + row * kPanel);
 }
 
-// ---- One prepared row times kPanels panels, straight from their packed form ----
+// ---- kRows prepared rows (x_stride apart) times kPanels panels, straight from their packed form: a weight is unpacked
+// ---- once, into a register, and meets all rows. sums: [kPanels][kRows][16] ----
 //
 // As much of the next panels, `ahead` bytes on, is brought into the cache as is read of these.
 
-template <int kBits, int kJ, int kPanels>
-HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x, VF (&dot)[kPanels][kVectors]) {
-  const VF xk = hn::Set(DF(), x[kJ]);
-  for (int p = 0; p < kPanels; ++p) {
-    for (int v = 0; v < kVectors; ++v) {
-      dot[p][v] = hn::MulAdd(xk, Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v)), dot[p][v]);
+template <int kBits, int kJ, int kRows, int kPanels, int kAtOnce>
+HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x, size_t x_stride,
+                     VF (&dot)[kPanels][kAtOnce][kRows]) {
+  // Whichever are fewer wait in registers for the others.
+  if constexpr (kRows <= kPanels * kAtOnce) {
+    VF xk[kRows];
+    for (int r = 0; r < kRows; ++r) xk[r] = hn::Set(DF(), x[r * x_stride + kJ]);
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kAtOnce; ++v) {
+        const VF w = Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v));
+        for (int r = 0; r < kRows; ++r) dot[p][v][r] = hn::MulAdd(xk[r], w, dot[p][v][r]);
+      }
+    }
+  } else {
+    VF w[kPanels][kAtOnce];
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kAtOnce; ++v) w[p][v] = Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v));
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const VF xk = hn::Set(DF(), x[r * x_stride + kJ]);
+      for (int p = 0; p < kPanels; ++p) {
+        for (int v = 0; v < kAtOnce; ++v) dot[p][v][r] = hn::MulAdd(xk, w[p][v], dot[p][v][r]);
+      }
     }
   }
 }
 
-template <int kBits, Type kScale, int kPanels>
-HWY_INLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k, const float* x,
-                                float* sums) {
-  constexpr int kPerLine = 32 / kBits;
+// The end of a group, whose scales are at `scales`; each row has its Σ x at `x_sum`. sums: from vector `first` on.
+template <Type kScale, int kRows, int kPanels, int kAtOnce>
+HWY_INLINE void AddGroup(const std::byte* scales, size_t panel_bytes, int first, const float* x_sum, size_t x_stride,
+                         const VF (&dot)[kPanels][kAtOnce][kRows], float* HWY_RESTRICT sums) {
   const DF d;
-  const int lines = part.group / kPerLine, groups = k / part.group;
+  for (int p = 0; p < kPanels; ++p) {
+    for (int v = 0; v < kAtOnce; ++v) {
+      const int lane = (first + v) * kLanes;
+      const VF scale = LoadFloats<kScale>(scales + p * panel_bytes, lane);
+      const VF bias = LoadFloats<kScale>(scales + p * panel_bytes, kPanel + lane);
+      for (int r = 0; r < kRows; ++r) {
+        float* at = sums + (p * kRows + r) * kPanel + lane;
+        const VF sum = hn::MulAdd(dot[p][v][r], scale, hn::Load(d, at));
+        hn::Store(hn::MulAdd(hn::Set(d, x_sum[r * x_stride]), bias, sum), d, at);
+      }
+    }
+  }
+}
+
+template <int kBits, int kRows, int kPanels>
+HWY_NOINLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k,
+                                  const float* HWY_RESTRICT x, size_t x_stride, float* HWY_RESTRICT sums) {
+  constexpr int kPerLine = 32 / kBits, kAtOnce = VectorsOfPanel(kRows);
+  const DF d;
+  const int lines = part.group / kPerLine;
   const size_t panel_bytes = part.panel_bytes;
-  for (int i = 0; i < kPanels * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
-  for (int g = 0; g < groups; ++g) {
-    VF dot[kPanels][kVectors];
-    for (int p = 0; p < kPanels; ++p) {
-      for (int v = 0; v < kVectors; ++v) dot[p][v] = hn::Zero(d);
-    }
-    const std::byte* line = panel + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
-    for (int i = 0; i < lines; ++i) {
-      for (int p = 0; p < kPanels; ++p) hwy::Prefetch(line + ahead + p * panel_bytes);
-      Step<kBits, 0, kPanels>(line, panel_bytes, x, dot);
-      Step<kBits, 1, kPanels>(line, panel_bytes, x, dot);
-      Step<kBits, 2, kPanels>(line, panel_bytes, x, dot);
-      Step<kBits, 3, kPanels>(line, panel_bytes, x, dot);
-      if constexpr (kBits == 4) {
-        Step<kBits, 4, kPanels>(line, panel_bytes, x, dot);
-        Step<kBits, 5, kPanels>(line, panel_bytes, x, dot);
-        Step<kBits, 6, kPanels>(line, panel_bytes, x, dot);
-        Step<kBits, 7, kPanels>(line, panel_bytes, x, dot);
+  for (int i = 0; i < kPanels * kRows * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
+  for (int k0 = 0; k0 < k; k0 += part.group) {
+    for (int first = 0; first < kVectors; first += kAtOnce) {
+      VF dot[kPanels][kAtOnce][kRows];
+      for (int p = 0; p < kPanels; ++p) {
+        for (int v = 0; v < kAtOnce; ++v) {
+          for (int r = 0; r < kRows; ++r) dot[p][v][r] = hn::Zero(d);
+        }
       }
-      x += kPerLine;
-      line += kAlignment;
-    }
-    const VF x_sum = hn::Set(d, *x++);
-    for (int p = 0; p < kPanels; ++p) {
-      for (int v = 0; v < kVectors; ++v) {
-        const VF scale = LoadFloats<kScale>(panel + p * panel_bytes, v * kLanes);
-        const VF bias = LoadFloats<kScale>(panel + p * panel_bytes, kPanel + v * kLanes);
-        float* at = sums + p * kPanel + v * kLanes;
-        hn::Store(hn::MulAdd(x_sum, bias, hn::MulAdd(dot[p][v], scale, hn::Load(d, at))), d, at);
+      const std::byte* line = panel + 2 * kPanel * type_size(part.scale_type) + size_t(first * kLanes) * 4;
+      const float* at = x;
+      for (int i = 0; i < lines; ++i) {
+        for (int p = 0; p < kPanels; ++p) hwy::Prefetch(line + ahead + p * panel_bytes);
+        Step<kBits, 0>(line, panel_bytes, at, x_stride, dot);
+        Step<kBits, 1>(line, panel_bytes, at, x_stride, dot);
+        Step<kBits, 2>(line, panel_bytes, at, x_stride, dot);
+        Step<kBits, 3>(line, panel_bytes, at, x_stride, dot);
+        if constexpr (kBits == 4) {
+          Step<kBits, 4>(line, panel_bytes, at, x_stride, dot);
+          Step<kBits, 5>(line, panel_bytes, at, x_stride, dot);
+          Step<kBits, 6>(line, panel_bytes, at, x_stride, dot);
+          Step<kBits, 7>(line, panel_bytes, at, x_stride, dot);
+        }
+        at += kPerLine;
+        line += kAlignment;
       }
+      if (part.scale_type == Type::kF32) AddGroup<Type::kF32>(panel, panel_bytes, first, at, x_stride, dot, sums);
+      if (part.scale_type == Type::kF16) AddGroup<Type::kF16>(panel, panel_bytes, first, at, x_stride, dot, sums);
+      if (part.scale_type == Type::kBF16) AddGroup<Type::kBF16>(panel, panel_bytes, first, at, x_stride, dot, sums);
     }
+    x += part.group + 1;
     panel += part.group_bytes;
   }
 }
@@ -351,27 +395,19 @@ HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, ptr
   }
 }
 
-template <int kPanels>
-void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const float* x, float* sums) {
+// The same for rows of any weights; float weights take one row.
+template <int kRows, int kPanels>
+HWY_INLINE void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const float* x,
+                       size_t x_stride, float* sums) {
   const ptrdiff_t ahead = next - panel;
-  switch (part.type) {
-    case Type::kF32:
-      return VectorFloats<Type::kF32, kPanels>(part, panel, ahead, k, x, sums);
-    case Type::kF16:
-      return VectorFloats<Type::kF16, kPanels>(part, panel, ahead, k, x, sums);
-    case Type::kBF16:
-      return VectorFloats<Type::kBF16, kPanels>(part, panel, ahead, k, x, sums);
-    case Type::kAffine:
-      break;
+  if (part.type == Type::kAffine) {
+    if (part.bits == 4) return VectorQuantized<4, kRows, kPanels>(part, panel, ahead, k, x, x_stride, sums);
+    return VectorQuantized<8, kRows, kPanels>(part, panel, ahead, k, x, x_stride, sums);
   }
-  if (part.bits == 4) {
-    if (part.scale_type == Type::kF32) VectorQuantized<4, Type::kF32, kPanels>(part, panel, ahead, k, x, sums);
-    if (part.scale_type == Type::kF16) VectorQuantized<4, Type::kF16, kPanels>(part, panel, ahead, k, x, sums);
-    if (part.scale_type == Type::kBF16) VectorQuantized<4, Type::kBF16, kPanels>(part, panel, ahead, k, x, sums);
-  } else {
-    if (part.scale_type == Type::kF32) VectorQuantized<8, Type::kF32, kPanels>(part, panel, ahead, k, x, sums);
-    if (part.scale_type == Type::kF16) VectorQuantized<8, Type::kF16, kPanels>(part, panel, ahead, k, x, sums);
-    if (part.scale_type == Type::kBF16) VectorQuantized<8, Type::kBF16, kPanels>(part, panel, ahead, k, x, sums);
+  if constexpr (kRows == 1) {
+    if (part.type == Type::kF32) VectorFloats<Type::kF32, kPanels>(part, panel, ahead, k, x, sums);
+    if (part.type == Type::kF16) VectorFloats<Type::kF16, kPanels>(part, panel, ahead, k, x, sums);
+    if (part.type == Type::kBF16) VectorFloats<Type::kBF16, kPanels>(part, panel, ahead, k, x, sums);
   }
 }
 
