@@ -17,11 +17,11 @@ def bench(torpor, *args, **kwargs):
 def test_json_has_every_measurement(tiny, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    report = bench(tiny, "--prefill", "300,8", "--decode", 2, "--depth", "0,20", "--runs", 2, "--durability", "none",
+    report = bench(tiny, "--prefill", "300,8", "--decode", 2, "--depth", "0,20", "--agents", "1,3", "--runs", 2, "--durability", "none",
                    "--json", env={"TMPDIR": str(scratch)}).ok().json
     assert list(report) == ["prefill", "decode", "wake", "save", "peak_bytes"]
     assert [row.pop("tokens") for row in report["prefill"]] == [300, 8]
-    assert [row.pop("depth") for row in report["decode"]] == [0, 20]
+    assert [(row.pop("depth"), row.pop("agents")) for row in report["decode"]] == [(0, 1), (0, 3), (20, 1), (20, 3)]
     for row in report["prefill"] + report["decode"]:
         assert list(row) == ["tokens_per_s"] and row["tokens_per_s"] > 0
     for direction in ("wake", "save"):
@@ -45,8 +45,8 @@ def test_kv_dtype_and_no_decoding(tiny):
 
 
 def test_table_for_people(tiny):
-    out = bench(tiny, "--prefill", 8, "--decode", 2, "--depth", 0, "--runs", 1).ok().out
-    assert [line.split()[0] for line in out.splitlines()] == ["TOKENS", "prefill", "decode", "wake", "save", "peak"]
+    out = bench(tiny, "--prefill", 8, "--decode", 2, "--depth", 0, "--agents", "1,2", "--runs", 1).ok().out
+    assert [line.split()[0] for line in out.splitlines()] == ["TOKENS", "prefill", "decode", "by", "wake", "save", "peak"]
 
 
 @pytest.mark.parametrize("args, words", [
@@ -58,6 +58,7 @@ def test_table_for_people(tiny):
     (["--prefill", "8,8"], ["--prefill", "twice"]),
     (["--depth", "-1"], ["--depth"]),
     (["--depth", "1;2"], ["--depth"]),
+    (["--agents", "0"], ["--agents"]),
 ])
 def test_bad_lists(tiny, args, words):
     bench(tiny, *args).fails("invalid", *words)

@@ -181,6 +181,107 @@ TEST_P(OfFormat, TurnsThatGiveTheirMemoryToOthersComputeNothingTwice) {
   expect_same_alone(alone, said);
 }
 
+TEST_F(EngineBatch, TurnsThatBeginAlikeComputeTheirCommonPromptOnce) {
+  std::mt19937 random(5);
+  const std::string common = words(random, 700);
+  constexpr int kAgents = 10;
+  std::vector<TurnRequest> turns;
+  for (int i = 0; i < kAgents; ++i) {
+    // Every second one has no name.
+    turns.push_back(request(i % 2 == 0 ? "agent" + std::to_string(i) : "", common + " " + words(random, 10), 20, uint64_t(i)));
+  }
+  std::vector<TurnResult> alone;
+  int64_t own = 0;
+  {
+    Engine engine(options("alone"));
+    for (const TurnRequest& turn : turns) alone.push_back(engine.turn(turn));
+    own = engine.work().prompt_tokens;
+    // What they have in common is shared by those that come one after the other, too.
+    ASSERT_LT(own, int64_t(alone[0].tokens.prompt) * 2);
+  }
+  Engine engine(options("together"));
+  std::vector<TurnResult> together(kAgents);
+  std::vector<std::thread> threads;
+  std::atomic<int> begun{0};
+  // The first waits in the middle of its prompt until all others have asked.
+  turns[0].generate.on_prefill = [&](int, int) {
+    if (begun.exchange(1) != 0) return;
+    for (int i = 1; i < kAgents; ++i) {
+      threads.emplace_back([&, i] { together[size_t(i)] = engine.turn(turns[size_t(i)]); });
+    }
+  };
+  together[0] = engine.turn(turns[0]);
+  for (std::thread& thread : threads) thread.join();
+  int64_t computed = 0;
+  for (size_t i = 0; i < turns.size(); ++i) {
+    EXPECT_EQ(together[i].text, alone[i].text) << i;
+    EXPECT_EQ(together[i].tokens.cached + together[i].tokens.prefilled, together[i].tokens.prompt);
+    computed += together[i].tokens.prefilled;
+  }
+  EXPECT_EQ(engine.work().prompt_tokens, computed);
+  EXPECT_LE(computed, own + kSegmentTokens);  // a second chunk may have begun beside the first turn's
+}
+
+TEST_F(EngineBatch, APromptWhoseClientIsCutTenTimesIsComputedOnce) {
+  std::mt19937 random(8);
+  const std::string prompt = words(random, 1500);
+  for (const bool named : {true, false}) {
+    for (const bool undone : {true, false}) {  // given up, or cancelled
+      EngineOptions slow = options(std::string(named ? "named" : "nameless") + (undone ? "-undone" : "-cancelled"));
+      slow.max_stall_ms = 1;
+      Engine engine(slow);
+      if (named) engine.turn(request("a", "the quick fox", 4, 1));
+      const int64_t before = engine.work().prompt_tokens;
+      std::atomic<bool> cut{false};
+      int total = 0;
+      for (int i = 1; i <= 10; ++i) {
+        TurnRequest turn = request(named ? "a" : "", prompt, 4, 2);
+        turn.save = SaveMode::kBehind;
+        (undone ? turn.give_up : turn.generate.cancel) = &cut;
+        cut = false;
+        int chunks = 0;
+        turn.generate.on_prefill = [&](int, int all) {
+          total = std::max(total, all);
+          cut = ++chunks == 2;
+        };
+        try {
+          engine.turn(turn);
+        } catch (const Error& error) {
+          EXPECT_EQ(error.code(), ErrorCode::kCancelled);
+        }
+      }
+      EXPECT_LT(engine.work().prompt_tokens - before, total);  // it was cut indeed
+      const TurnResult done = engine.turn(request(named ? "a" : "", prompt, 4, 2));
+      EXPECT_EQ(done.tokens.generated, 4);
+      EXPECT_LE(engine.work().prompt_tokens - before, total * 11 / 10);
+    }
+  }
+}
+
+TEST_F(EngineBatch, AfterARestartAPromptThatWasGivenUpGoesOnFromItsWholeSegments) {
+  std::mt19937 random(9);
+  const std::string prompt = words(random, 700);
+  for (const bool saves : {true, false}) {
+    int done = 0;
+    std::atomic<bool> cut{false};
+    const EngineOptions store = options(saves ? "saves" : "does not");
+    {
+      Engine engine(store);
+      TurnRequest turn = request("a", prompt, 4, 2);
+      turn.save = saves ? SaveMode::kBehind : SaveMode::kNo;
+      turn.give_up = &cut;
+      turn.generate.on_prefill = [&](int rows, int) {
+        done = rows;
+        cut = rows > 300;
+      };
+      EXPECT_THROW(engine.turn(turn), Error);
+      EXPECT_TRUE(engine.agents().empty());
+    }
+    Engine engine(store);
+    EXPECT_EQ(engine.turn(request("a", prompt, 4, 2)).tokens.cached, saves ? done / kSegmentTokens * kSegmentTokens : 0);
+  }
+}
+
 TEST_F(EngineBatch, AgentsOfSeveralFormatsAreStepped) {
   const std::array formats = {"f32", "q8 group 32 f16"};
   for (size_t i = 0; i < 4; ++i) {
@@ -208,6 +309,7 @@ TEST(PrefillPaceTest, AStepComputesATokenOfEveryAnswerAndAChunkOfTheFirstAndTheS
   EXPECT_EQ(pace.share(Rows{0, 0, 0}), (Rows{1, 1, 1}));
   EXPECT_EQ(pace.share(Rows{1000}), Rows{288});
   EXPECT_EQ(pace.share(Rows{0, 1000, 0}), (Rows{1, 286, 1}));
+  EXPECT_EQ(pace.share(Rows{1000, -1, 0}), (Rows{287, 0, 1}));
   EXPECT_EQ(pace.share(Rows{1000, 900, 800}), (Rows{144, 0, 144}));  // the shortest passes, the first goes on
   EXPECT_EQ(pace.share(Rows{1000, 20, 800}), (Rows{268, 20, 0}));
   EXPECT_EQ(pace.share(Rows{100, 900, 800}), (Rows{100, 0, 188}));

@@ -46,7 +46,7 @@ TEST_P(Aside, RowsTakeNoMemoryWhileTheyAreAsideAndComeBackAsTheyWere) {
     for (const bool saved : {false, true}) {
       auto manager = make(0, size_t(64) << 20, backend);
       const std::string id = std::string(saved ? "saved" : "unsaved") + (backend == Backend::kMlx ? "-mlx" : "");
-      answer(*manager, id, input("lamp", 700));
+      answer(*manager, id, input(id, 300));  // a prompt that nobody else has begun with
       if (saved) manager->sleep(id);
       TurnTransaction turn(*manager, manager->wake(id), input("sea", 500));
       append(*manager, turn, turn.pending().first(400));

@@ -163,10 +163,12 @@ class Engine {
   /// Waits for the work under way and for queued saves. What was not saved is dropped. In a forked process nothing is freed.
   ~Engine();
 
-  /// One user turn: wakes the agent (or makes it), prefills what is new, generates, saves. The agent stays awake. A new agent
-  /// starts from the longest prefix that any agent in memory (to the token) or segment on disk has.
+  /// One user turn: wakes the agent (or makes it), prefills what is new, generates, saves. The agent stays awake. It starts from
+  /// the longest prefix that any agent in memory (to the token) or segment on disk has. A new agent's turn waits for rows that
+  /// another turn is computing for the same tokens.
   /// A save that fails is said in the result, not thrown, for the answer stands; the agent then is awake and unsaved.
-  /// A turn that throws leaves the agent as it was. kInternal when the model computes no number.
+  /// A turn that throws leaves the agent as it was; what it computed is kept a while for when it is asked again. kInternal when the
+  /// model computes no number.
   TurnResult turn(const TurnRequest& request);
 
   /// Ids of the request's prompt or messages: what a new agent would hold before it answers. Computes nothing and waits for

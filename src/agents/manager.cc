@@ -199,7 +199,7 @@ bool AgentManager::prefetch(const std::string& id) {
   return store_.contains(id) && prefetcher_.begin(id);
 }
 
-AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<const int32_t> tokens) {
+AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<const int32_t> tokens, int64_t least) {
   const KvLayout& layout = agent.cache->layout();
   Prefix prefix;
   prefix.lineage = agent.lineage;
@@ -207,16 +207,19 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
   if (tokens.size() < 2) return nothing(), std::move(prefix);
   const std::span<const int32_t> wanted = tokens.first(tokens.size() - 1);
   AgentHold best;
-  int64_t in_memory = 0;
-  for (auto& [id, other] : awake_) {
+  int64_t in_memory = least;
+  const auto consider = [&](Agent& other) {
     int64_t common = common_prefix(wanted, other.cache->tokens());
-    if (&other == &agent || other.identity != agent.identity || common <= in_memory) continue;
+    if (&other == &agent || common <= in_memory || !may_share(other, agent)) return;
     std::optional<std::string> damage;
     common = std::min(common, intact_tokens(other, damage));
-    if (common <= in_memory || !other.cache->can_truncate(int(common))) continue;
+    if (common <= in_memory || !other.cache->can_truncate(int(common))) return;
     best = AgentHold(*this, other, false);  // it may not go while room is made for its copy
     in_memory = common;
-  }
+  };
+  for (auto& [id, other] : awake_) consider(other);
+  for (Agent& other : nameless_) consider(other);
+  for (Kept& other : kept_) consider(other.agent);
   Lineage names = agent.lineage;
   int64_t on_disk = store_.find_prefix(agent.identity, names, layout, wanted);
   if (agent.cache->length() == 0) {
@@ -247,27 +250,80 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
       return prefix;
     }
   }
-  if (!best) return nothing(), std::move(prefix);
-  prefix.cache = best->cache->clone();
+  return best ? cut_of(*best, int(in_memory)) : (nothing(), std::move(prefix));
+}
+
+bool AgentManager::may_share(const Agent& from, const Agent& to) const {
+  // What a turn computes otherwise than the rows before it is in the lineage once it is committed.
+  return from.identity == to.identity && (!from.in_turn || from.lineage.numerics() == options_.numerics);
+}
+
+AgentManager::Prefix AgentManager::cut_of(const Agent& agent, int n_tokens) {
+  Prefix prefix;
+  prefix.cache = agent.cache->clone();
   // A cut inside a sealed run copies it. Where there is no room for that, the whole runs before it are had for nothing.
-  const auto room_to_cut = try_room(prefix.cache->cut_cost(int(in_memory)));
-  if (!room_to_cut) in_memory = in_memory / kSegmentTokens * kSegmentTokens;
-  prefix.cache->truncate(int(in_memory));
-  prefix.lineage = best->lineage;  // its rows keep the names that they have
-  prefix.segments.assign(best->segments.begin(),
-                         best->segments.begin() + std::min<ptrdiff_t>(ssize(best->segments), in_memory / kSegmentTokens));
+  const auto room_to_cut = try_room(prefix.cache->cut_cost(n_tokens));
+  if (!room_to_cut) n_tokens = n_tokens / kSegmentTokens * kSegmentTokens;
+  prefix.cache->truncate(n_tokens);
+  prefix.lineage = agent.lineage;  // its rows keep the names that they have
+  prefix.segments.assign(agent.segments.begin(),
+                         agent.segments.begin() + std::min<ptrdiff_t>(ssize(agent.segments), n_tokens / kSegmentTokens));
   return prefix;
 }
 
-int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens) {
-  if (agent.cache->length() > 0) return 0;
-  Prefix prefix = longest_prefix(agent, tokens);
+void AgentManager::give(Agent& agent, Prefix prefix) {
   own(agent, std::move(prefix.cache));
   agent.lineage = std::move(prefix.lineage);
   agent.lineage.cut(agent.cache->length());
   agent.segments = std::move(prefix.segments);
   agent.bytes_read += prefix.bytes_read;
+}
+
+int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens) {
+  const int held = agent.cache->length();
+  Prefix prefix = longest_prefix(agent, tokens, held);
+  if (prefix.cache->length() <= held) return 0;
+  give(agent, std::move(prefix));
   return agent.cache->length();
+}
+
+bool AgentManager::share_rows(Agent& agent, const Agent& other, int n_tokens) {
+  if (n_tokens <= agent.cache->length() || !may_share(other, agent) || !other.cache->can_truncate(n_tokens)) return false;
+  Prefix prefix = cut_of(other, n_tokens);
+  if (prefix.cache->length() <= agent.cache->length()) return false;
+  give(agent, std::move(prefix));
+  return true;
+}
+
+// ---- rows kept for a retry
+
+void AgentManager::keep_for_retry(const Agent& agent, int reused, bool on_disk, int n_tokens) noexcept {
+  constexpr size_t kMost = 8;
+  try {
+    Kept kept{make_agent(""), std::chrono::steady_clock::now()};
+    kept.agent.identity = agent.identity;
+    kept.agent.lineage = agent.lineage;
+    kept.agent.lineage.go_on_with(options_.numerics, reused);
+    kept.agent.segments = agent.segments;
+    own(kept.agent, agent.cache->clone());
+    if (kept_.size() >= kMost) let_kept_go(true);
+    kept_.push_back(std::move(kept));
+    if (on_disk) submit_prefix(kept_.back().agent, n_tokens);
+  } catch (...) {
+    // They are computed again.
+  }
+}
+
+bool AgentManager::let_kept_go(bool one) {
+  constexpr auto kPatience = std::chrono::minutes(1);
+  const auto now = std::chrono::steady_clock::now();
+  const size_t before = kept_.size();
+  kept_.remove_if([&](const Kept& kept) {
+    const bool goes = kept.agent.holds == 0 && (one || now - kept.since > kPatience);
+    if (goes) one = false;
+    return goes;
+  });
+  return kept_.size() < before;
 }
 
 std::vector<std::string> AgentManager::adapt(Agent& agent, int n_tokens) {

@@ -7,6 +7,7 @@
 /// computes rows reserves their memory first. A prefetch counts once it has loaded, and room is made for it by whoever next
 /// needs some.
 
+#include <chrono>
 #include <functional>
 #include <list>
 #include <map>
@@ -101,9 +102,17 @@ class AgentManager {
   void reserve(std::span<const Growth> growths);
 
   // The caller holds `agent`, and nobody else changes its rows meanwhile.
-  /// Gives an agent without rows those of the longest prefix of `tokens` that any agent in memory (to the token) or any
-  /// segment on disk has; one token at least is left to compute. How many that are.
+  /// Gives the agent, whose rows are those of the first `tokens`, the longest prefix of these that any agent in memory or turn that
+  /// was given up has (to the token), or any segment on disk; one token at least is left to compute. How many rows it has then; 0,
+  /// and nothing has changed, when nobody has more than it has.
   int reuse_prefix(Agent& agent, std::span<const int32_t> tokens);
+  /// Gives the agent the first `n_tokens` rows of another one, which may be in its turn; whole runs of them where there is no
+  /// room for a cut. False, and nothing has changed, when that is no more than it has, or they can't be had.
+  bool share_rows(Agent& agent, const Agent& other, int n_tokens);
+  /// Keeps the rows of a turn that ends without them: for a minute, in memory that nobody else wants, so that the same prompt goes
+  /// on there. With `on_disk` its first `n_tokens` tokens' whole segments are written, too; nobody hears when that fails. The turn
+  /// began with `reused` rows.
+  void keep_for_retry(const Agent& agent, int reused, bool on_disk, int n_tokens) noexcept;
   /// Takes back the rows from `n_tokens` on; more than those when a window has left behind what is needed again and not all
   /// of it is on disk. They are the caller's to compute. An error leaves the agent as it was.
   void truncate(Agent& agent, int n_tokens);
@@ -186,8 +195,15 @@ class AgentManager {
   /// again. When these are not all, `damage` says why.
   int64_t intact_tokens(const Agent& agent, std::optional<std::string>& damage) const;
   void own(Agent& agent, std::unique_ptr<KvCache> cache);
-  /// What reuse_prefix gives an agent like `agent`, from anyone but itself. Its cache is empty when nobody has anything.
-  Prefix longest_prefix(const Agent& agent, std::span<const int32_t> tokens);
+  /// What reuse_prefix gives an agent like `agent`, from anyone but itself. Its cache is empty when nobody has more than `least`.
+  Prefix longest_prefix(const Agent& agent, std::span<const int32_t> tokens, int64_t least = 0);
+  /// Whether rows of the one may be the other's, tokens apart.
+  bool may_share(const Agent& from, const Agent& to) const;
+  /// The first rows of an agent that somebody holds: `n_tokens`, or whole runs of them where there is no room for a cut.
+  Prefix cut_of(const Agent& agent, int n_tokens);
+  void give(Agent& agent, Prefix prefix);
+  /// Lets go of what was kept for a retry: what is too old, or with `one` the oldest that nobody holds. Whether there was any.
+  bool let_kept_go(bool one = false);
   /// A hold on the agent if it is awake, none if it is not. kBusy when somebody holds it.
   AgentHold hold_alone(const std::string& id);
   /// The same of an agent that exists, else kNotFound. What was prefetched of it is let go of.
@@ -207,6 +223,8 @@ class AgentManager {
   /// What `n_tokens` tokens take in memory beside what is shared.
   size_t bytes_of_runs(const KvLayout& layout, int64_t n_tokens, const Shared& shared) const;
   void hand_to_writer(Agent& agent, bool copy_tail);
+  /// Has whole segments of an agent's first `n_tokens` tokens written, if the queue has room. Nobody hears of it.
+  void submit_prefix(const Agent& agent, int n_tokens);
   /// Takes in what the writer has finished.
   void settle();
   /// The agent that has the ticket, nullptr when it is gone.
@@ -230,6 +248,12 @@ class AgentManager {
   const std::shared_ptr<KvLedger> ledger_;  // before the agents whose caches it counts
   std::map<std::string, Agent> awake_;
   std::list<Agent> nameless_;
+  /// Rows of turns that were given up, as nameless agents, the oldest first.
+  struct Kept {
+    Agent agent;
+    std::chrono::steady_clock::time_point since;
+  };
+  std::list<Kept> kept_;
   std::vector<Error> untold_;  // of saves whose agents are gone
   uint64_t clock_ = 0, tickets_ = 0;
   int64_t evictions_ = 0;

@@ -37,6 +37,7 @@ KvLedger::Room AgentManager::make_room(size_t bytes) {
   std::string why;
   while (true) {
     if (auto room = ledger_->take_room(bytes)) return std::move(*room);
+    if (let_kept_go(true)) continue;
     std::vector<Evictable> candidates;
     for (const auto& [id, agent] : awake_) {
       if (agent.pinned || agent.holds > 0 || refused.count(id) != 0) continue;

@@ -1,5 +1,6 @@
 /// What the manager hands to the writer, and what comes back.
 
+#include <algorithm>
 #include <new>
 #include <utility>
 
@@ -34,6 +35,21 @@ void AgentManager::hand_to_writer(Agent& agent, bool copy_tail) {
     throw Error(ErrorCode::kResourceExhausted, "Out of memory while saving agent '" + agent.id + "'; let other agents sleep first.");
   }
   agent.queued_version = agent.version;
+}
+
+void AgentManager::submit_prefix(const Agent& agent, int n_tokens) {
+  Writer::Job job{.snapshot = agent.cache->snapshot(agent.identity)};
+  KvSnapshot& snapshot = job.snapshot;
+  snapshot.sealed.resize(std::min(snapshot.sealed.size(), size_t(n_tokens / kSegmentTokens)));
+  snapshot.tokens.resize(snapshot.sealed.size() * kSegmentTokens);
+  snapshot.tail = {};
+  snapshot.lineage = agent.lineage;
+  snapshot.conversation = agent.conversation;
+  for (const auto& run : snapshot.sealed) {
+    if (run->segment() == nullptr) job.new_bytes += run->bytes().size();
+  }
+  if (job.new_bytes == 0 || writer_.queued_bytes() + job.new_bytes > options_.write_queue_bytes) return;
+  writer_.submit(std::move(job));
 }
 
 Writer::Saving AgentManager::begin_save(Agent& agent) {
@@ -76,7 +92,9 @@ Agent* AgentManager::find(uint64_t ticket, const std::string& id) {
 
 void AgentManager::settle() {
   prefetcher_.let_stale_go();
+  let_kept_go();
   for (Writer::Outcome& outcome : writer_.collect()) {
+    if (outcome.ticket == 0) continue;  // submit_prefix
     Agent* const agent = find(outcome.ticket, outcome.agent);
     if (agent == nullptr) {
       // Its agent is gone. What has another name, or none, is another one's.

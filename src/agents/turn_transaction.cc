@@ -60,7 +60,11 @@ void TurnTransaction::begin(const TurnInput& input) {
       manager_.truncate(agent, common);
     }
   }
-  if (agent.cache->length() == 0) manager_.reuse_prefix(agent, tokens_);
+  if (agent.cache->length() == 0) {
+    manager_.reuse_prefix(agent, tokens_);
+  } else if (tokens_.size() > size_t(agent.cache->length()) + kSegmentTokens) {
+    reuse_longer_prefix();
+  }
   reused_ = agent.cache->length();
   if (has_unknown_tokens(pending())) {
     throw Error(ErrorCode::kCorruption, "The agent '" + agent.id + "' is damaged, and can't be computed again: it was imported "
@@ -149,6 +153,29 @@ void TurnTransaction::plan_messages(const TurnInput& input) {
 std::span<const int32_t> TurnTransaction::pending() const noexcept {
   const size_t held = size_t(hold_->cache->length());
   return held < tokens_.size() ? std::span(tokens_).subspan(held) : std::span<const int32_t>();
+}
+
+void TurnTransaction::reuse_longer_prefix() {
+  Agent& agent = *hold_;
+  auto before = agent.cache->clone();
+  std::vector<std::string> segments = agent.segments;
+  Lineage lineage = agent.lineage;
+  if (manager_.reuse_prefix(agent, tokens_) == 0 || cut_ != nullptr) return;
+  cut_ = std::move(before);
+  cut_segments_ = std::move(segments);
+  cut_lineage_ = std::move(lineage);
+}
+
+bool TurnTransaction::share_rows(const TurnTransaction& other, int n_tokens) {
+  if (!is_new() || !manager_.share_rows(*hold_, *other.hold_, n_tokens)) return false;
+  reused_ = hold_->cache->length();
+  return true;
+}
+
+void TurnTransaction::keep_for_retry(bool on_disk) noexcept {
+  if (aside_ == nullptr && hold_->cache->length() > reused_) {
+    manager_.keep_for_retry(*hold_, reused_, on_disk, std::min(int(tokens_.size()), hold_->cache->length()));
+  }
 }
 
 void TurnTransaction::put_aside() {

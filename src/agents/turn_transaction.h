@@ -54,6 +54,12 @@ class TurnTransaction {
   /// How many of them had their rows when the turn began.
   int reused() const noexcept { return reused_; }
   KvCache& cache() noexcept { return *hold_->cache; }
+  /// Whether the agent had no rows before the turn, so that others' may take the place of those that it has by now.
+  bool is_new() const noexcept { return held_ == 0; }
+  /// The rows of the first tokens that another turn has (AgentManager::share_rows).
+  bool share_rows(const TurnTransaction& other, int n_tokens);
+  /// Keeps the rows computed so far for when the prompt is asked again (AgentManager::keep_for_retry).
+  void keep_for_retry(bool on_disk) noexcept;
   /// Puts the rows aside, so that others have their memory; `cache()` is empty until bring_back. Nothing when they are. kIo,
   /// kResourceExhausted; then nothing has changed.
   void put_aside();
@@ -80,6 +86,8 @@ class TurnTransaction {
   void begin(const TurnInput& input);
   void plan_prompt(const TurnInput& input);
   void plan_messages(const TurnInput& input);
+  /// Takes a longer prefix than the agent's own rows, where somebody has one.
+  void reuse_longer_prefix();
   void roll_back() noexcept;
 
   AgentManager& manager_;

@@ -38,14 +38,19 @@ namespace {
 constexpr const char* kAgent = "bench";
 
 struct BenchOptions : ModelOptions {
-  std::string prefill = "512,2048", depth = "0,4096";
+  std::string prefill = "512,2048", depth = "0,4096", agents = "1";
   int decode = 64, runs = 5;
   bool json = false;
 };
 
 struct Speed {
-  int tokens;  // prefilled, or held before the first decoded one
+  int tokens;  // prefilled
   double tokens_per_s;
+};
+
+struct DecodeSpeed {
+  int depth, agents;
+  double tokens_per_s;  // of all agents together
 };
 
 struct Transfer {
@@ -55,7 +60,8 @@ struct Transfer {
 };
 
 struct Report {
-  std::vector<Speed> prefill, decode;
+  std::vector<Speed> prefill;
+  std::vector<DecodeSpeed> decode;
   std::vector<Transfer> wake, save;
   int64_t peak_bytes = 0;
 };
@@ -144,7 +150,7 @@ class Bench {
     identity_.kv = kv_format.name();
   }
 
-  Report measure(const std::vector<int>& prefill, const std::vector<int>& depths) {
+  Report measure(const std::vector<int>& prefill, const std::vector<int>& depths, const std::vector<int>& agents) {
     std::set<int> moved;  // sizes that were saved and woken
     const auto move = [&](std::unique_ptr<KvCache> cache) {
       if (cache->length() > 0 && moved.insert(cache->length()).second) move_cache(std::move(cache));
@@ -165,7 +171,10 @@ class Bench {
       status("decode at depth " + std::to_string(depth));
       auto cache = KvCache::create(layout_, model_.backend());
       if (depth > 0) forward(*cache, random_tokens(depth, model_.info().vocab_size));
-      report_.decode.push_back({depth, options_.decode / median_ms([&] { return decode(*cache->clone()); }) * 1000});
+      for (const int n : agents) {
+        status("decode by " + std::to_string(n) + " at depth " + std::to_string(depth));
+        report_.decode.push_back({depth, n, n * options_.decode / median_ms([&] { return decode(*cache, n); }) * 1000});
+      }
       move(std::move(cache));
     }
     report_.peak_bytes = peak_bytes();
@@ -203,10 +212,22 @@ class Bench {
     return sample({logits.data<float>(), logits.size()}, {}, cache.length());
   }
 
-  double decode(KvCache& cache) {
-    int32_t token = random_tokens(1, model_.info().vocab_size).front();
+  /// As many agents that begin with the cache's rows, each with another token; a step is one forward pass over all of them.
+  double decode(const KvCache& cache, int agents) {
+    std::vector<int32_t> tokens = random_tokens(agents, model_.info().vocab_size);
+    std::vector<std::unique_ptr<KvCache>> caches;
+    for (int i = 0; i < agents; ++i) caches.push_back(cache.clone());
+    const size_t vocab = size_t(model_.info().vocab_size);
     return timed([&] {
-      for (int i = 0; i < options_.decode; ++i) token = forward(cache, {&token, 1});
+      for (int step = 0; step < options_.decode; ++step) {
+        std::vector<ForwardSequence> batch;
+        for (size_t i = 0; i < caches.size(); ++i) batch.push_back({.tokens = {&tokens[i], 1}, .kv = caches[i].get()});
+        const mx::array logits = model_.forward(batch);
+        for (size_t i = 0; i < caches.size(); ++i) {
+          caches[i]->record_tokens({&tokens[i], 1});
+          tokens[i] = sample({logits.data<float>() + i * vocab, vocab}, {}, caches[i]->length());
+        }
+      }
     });
   }
 
@@ -266,9 +287,9 @@ class Bench {
 double rounded(double value) { return std::round(value * 1000) / 1000; }
 
 Json report_json(const Report& report) {
-  const auto speeds = [](const std::vector<Speed>& rows, const char* key) {
+  const auto speeds = [](const std::vector<Speed>& rows) {
     Json list = Json::array();
-    for (const Speed& row : rows) list.push_back({{key, row.tokens}, {"tokens_per_s", rounded(row.tokens_per_s)}});
+    for (const Speed& row : rows) list.push_back({{"tokens", row.tokens}, {"tokens_per_s", rounded(row.tokens_per_s)}});
     return list;
   };
   const auto transfers = [](const std::vector<Transfer>& rows) {
@@ -276,7 +297,11 @@ Json report_json(const Report& report) {
     for (const Transfer& row : rows) list.push_back({{"tokens", row.tokens}, {"ms", rounded(row.ms)}, {"bytes", row.bytes}});
     return list;
   };
-  return Json{{"prefill", speeds(report.prefill, "tokens")}, {"decode", speeds(report.decode, "depth")},
+  Json decode = Json::array();
+  for (const DecodeSpeed& row : report.decode) {
+    decode.push_back({{"depth", row.depth}, {"agents", row.agents}, {"tokens_per_s", rounded(row.tokens_per_s)}});
+  }
+  return Json{{"prefill", speeds(report.prefill)},           {"decode", decode},
               {"wake", transfers(report.wake)},              {"save", transfers(report.save)},
               {"peak_bytes", report.peak_bytes}};
 }
@@ -298,7 +323,9 @@ std::string report_table(const Report& report) {
   std::snprintf(line, sizeof line, "%-8s %7s %16s %10s\n", "", "TOKENS", "MEDIAN", "SIZE");
   text += line;
   for (const Speed& row : report.prefill) add("prefill", row.tokens, speed(row.tokens_per_s), "");
-  for (const Speed& row : report.decode) add("decode", row.tokens, speed(row.tokens_per_s), "");
+  for (const DecodeSpeed& row : report.decode) {
+    add(row.agents == 1 ? "decode" : ("by " + std::to_string(row.agents)).c_str(), row.depth, speed(row.tokens_per_s), "");
+  }
   for (const Transfer& row : report.wake) add("wake", row.tokens, human_ms(row.ms), human_bytes(row.bytes));
   for (const Transfer& row : report.save) add("save", row.tokens, human_ms(row.ms), human_bytes(row.bytes));
   std::snprintf(line, sizeof line, "%-8s %7s %16s %10s\n", "peak", "", "", human_bytes(report.peak_bytes).c_str());
@@ -308,6 +335,7 @@ std::string report_table(const Report& report) {
 int bench(const BenchOptions& options) {
   const std::vector<int> prefill = parse_list(options.prefill, "--prefill", 1);
   const std::vector<int> depths = parse_list(options.depth, "--depth", 0);
+  const std::vector<int> agents = parse_list(options.agents, "--agents", 1);
 
   const auto model = Model::load(options.model, options.compute());  // this thread is the one that computes
   const int64_t longest = std::max<int64_t>(*std::max_element(prefill.begin(), prefill.end()),
@@ -319,7 +347,7 @@ int bench(const BenchOptions& options) {
   InterruptScope interrupt;
   try {
     const KvFormat kv_format = options.kv_format().value_or(model->default_kv_format());
-    const Report report = Bench(options, *model, kv_format, interrupt).measure(prefill, depths);
+    const Report report = Bench(options, *model, kv_format, interrupt).measure(prefill, depths, agents);
     if (options.json) {
       print_json(report_json(report));
     } else {
@@ -345,6 +373,9 @@ void add_bench_command(CLI::App& app, Invocation& invocation) {
       ->check(CLI::Range(0, 1 << 20))
       ->type_name("N");
   bench_app->add_option("--depth", options->depth, "Tokens already held when decoding begins")
+      ->capture_default_str()
+      ->type_name("N,N");
+  bench_app->add_option("--agents", options->agents, "How many agents decode at once; their tokens per second are added up")
       ->capture_default_str()
       ->type_name("N,N");
   bench_app->add_option("--runs", options->runs, "Runs whose median is printed, after one that warms up")

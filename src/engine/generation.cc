@@ -141,8 +141,8 @@ std::vector<int> PrefillPace::share(std::span<const int> left) const {
   size_t first = left.size(), second = left.size();
   int decoding = 0;
   for (size_t i = 0; i < left.size(); ++i) {
-    if (left[i] == 0) {
-      decoding += rows[i] = 1;
+    if (left[i] <= 0) {
+      decoding += rows[i] = left[i] + 1;
     } else if (first == left.size()) {
       first = i;
     } else if (second == left.size() || left[i] < left[second]) {
@@ -182,17 +182,17 @@ std::span<const int32_t> Generation::next_rows(int most) {
   const int left = prompt_left();
   if (left > 0 && cancelled()) end(FinishReason::kCancelled);
   asked_ = over_ ? 0 : left > 0 ? std::min(std::max(most, 1), left) : 1;
-  if (left > 0) return std::span(prompt_).subspan(size_t(result_.prefilled), size_t(asked_));
+  if (left > 0) return std::span(prompt_).subspan(prompt_.size() - size_t(left), size_t(asked_));
   return std::span(result_.tokens).last(size_t(asked_));
 }
 
 void Generation::take(std::span<const float> logits) {
   const int rows = std::exchange(asked_, 0);
   position_ += rows;
-  if (const int total = int(prompt_.size()); result_.prefilled < total) {
+  if (prompt_left() > 0) {
     result_.prefilled += rows;
-    if (options_.on_prefill) options_.on_prefill(result_.prefilled, total);
-    if (result_.prefilled < total) return;
+    tell_progress();
+    if (prompt_left() > 0) return;
   }
   if (last_) {
     end(FinishReason::kStop);
@@ -203,6 +203,17 @@ void Generation::take(std::span<const float> logits) {
   } else {
     sample_next(logits);
   }
+}
+
+void Generation::skip(int rows) {
+  given_ += rows;
+  position_ += rows;
+  tell_progress();
+}
+
+void Generation::tell_progress() const {
+  const int total = int(prompt_.size());
+  if (options_.on_prefill) options_.on_prefill(total - prompt_left(), total);
 }
 
 void Generation::sample_next(std::span<const float> logits) {

@@ -56,7 +56,7 @@ class PrefillPace {
   void took(int rows, double seconds);
 
   /// What a step computes of each turn, given in the order they came with the tokens `left` of their prompts. One that decodes
-  /// (0 left) gets a row. The prompts that came first and that has least left share what is left of rows(), kLeast at least. The
+  /// (0 left) gets a row, one that waits for another's rows (-1) none. The prompts that came first and that has least left share what is left of rows(), kLeast at least. The
   /// shorter one gets up to half of it, so it may pass; the first one never waits.
   std::vector<int> share(std::span<const int> left) const;
 
@@ -78,13 +78,15 @@ class Generation {
   /// the generation is over. Valid until take().
   std::span<const int32_t> next_rows(int most);
   /// Whether take() needs logits: not before the prompt's last token is among the rows.
-  bool wants_logits() const noexcept { return result_.prefilled + asked_ >= int(prompt_.size()); }
+  bool wants_logits() const noexcept { return asked_ >= prompt_left(); }
   /// The rows of next_rows() are in the cache. `logits` `[vocab]` are those after the last one, or empty where none are wanted.
   /// Calls the options' callbacks. kInternal when the logits hold no number.
   void take(std::span<const float> logits);
   bool over() const noexcept { return over_; }
   /// Tokens of the prompt whose rows are not in the cache yet.
-  int prompt_left() const noexcept { return int(prompt_.size()) - result_.prefilled; }
+  int prompt_left() const noexcept { return int(prompt_.size()) - given_ - result_.prefilled; }
+  /// The next `rows` of them have come into the cache without being computed. At least one is left.
+  void skip(int rows);
   /// Rows in the cache: all that `held`, the prompt and `sampled()` have, but for what next_rows will ask for.
   int position() const noexcept { return position_; }
   const std::vector<int32_t>& sampled() const noexcept { return result_.tokens; }
@@ -95,6 +97,7 @@ class Generation {
   using Clock = std::chrono::steady_clock;
 
   bool cancelled() const { return options_.cancel != nullptr && options_.cancel->load(); }
+  void tell_progress() const;
   void sample_next(std::span<const float> logits);
   void emit(const std::string& text);
   void end(FinishReason reason);
@@ -106,6 +109,7 @@ class Generation {
   StopFilter filter_;
   int position_;                      // rows in the cache
   int asked_ = 0;                     // rows that next_rows gave
+  int given_ = 0;                     // rows of the prompt that were skipped
   bool last_ = false, over_ = false;  // the token sampled last ends the answer; all is said
   Clock::time_point start_ = Clock::now(), first_token_;
   GenerateResult result_;

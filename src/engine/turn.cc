@@ -59,6 +59,37 @@ TurnInput EngineTurn::input() const {
           .chat_template = parts_.chat_template};
 }
 
+EngineTurn::~EngineTurn() {
+  if (!committed_) transaction_.keep_for_retry(request_.save != SaveMode::kNo);
+}
+
+bool EngineTurn::waits_for(std::span<const Computing> earlier) {
+  constexpr int kWorthWaiting = 16;  // tokens
+  if (!transaction_.is_new()) return false;
+  const std::span<const int32_t> wanted = std::span(transaction_.tokens()).first(transaction_.tokens().size() - 1);
+  const int held = transaction_.cache().length();
+  EngineTurn* other = nullptr;
+  int common = held + kWorthWaiting;
+  for (const Computing& computing : earlier) {
+    const std::vector<int32_t>& tokens = computing.turn->transaction_.tokens();
+    const int alike = int(std::mismatch(wanted.begin(), wanted.end(), tokens.begin(), tokens.end()).first - wanted.begin());
+    if (alike > common) {
+      common = alike;
+      other = computing.turn;
+    }
+  }
+  if (other == nullptr) return false;
+  const int there = other->transaction_.cache().length();
+  // Whole runs cost nothing to share; a cut is made once.
+  const int takes = there < common ? there / kSegmentTokens * kSegmentTokens : common;
+  if (takes > held && !transaction_.share_rows(other->transaction_, takes)) return false;
+  if (const int more = transaction_.cache().length() - held; more > 0) {
+    generation_.skip(more);
+    result_.tokens.cached += more;
+  }
+  return there < common;
+}
+
 bool EngineTurn::let_go() noexcept {
   try {
     const bool held = transaction_.cache().length() > 0;
@@ -119,7 +150,7 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
 void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps) {
   if (parts.model->backend() == Backend::kMlx) steps = steps.first(1);
   std::vector<Computing> turns;
-  std::vector<int> left;
+  std::vector<int> left;  // of their prompts
   bool room = true;  // whoever came before has all the room that it asked for
   for (Scheduler::Step& step : steps) {
     auto* const turn = static_cast<EngineTurn*>(step.turn);
@@ -134,8 +165,9 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps) {
       step.computed = true;
       continue;
     }
+    const bool waits = turn->generation_.prompt_left() > 0 && turn->waits_for(turns);
     turns.push_back({turn, &step, {}});
-    left.push_back(turn->generation_.prompt_left());
+    left.push_back(waits ? -1 : turn->generation_.prompt_left());
   }
   const std::vector<int> shares = parts.pace->share(left);
   std::map<std::string, std::vector<Computing>> batches;  // by KV format
@@ -159,6 +191,8 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps) {
 }
 
 void EngineTurn::commit() {
+  const bool whole = transaction_.pending().empty();
+  if (!whole && request_.agent.empty()) transaction_.keep_for_retry(false);  // a commit keeps its whole segments alone
   const GenerateResult generated = generation_.finish();
   result_.message = {.role = "assistant", .content = generated.text};
   if (request_.read_answer) {
@@ -169,7 +203,8 @@ void EngineTurn::commit() {
       result_.message = {.role = "assistant", .content = generated.text};
     }
   }
-  transaction_.commit(result_.message, transaction_.pending().empty());
+  transaction_.commit(result_.message, whole);
+  committed_ = true;
   result_.text = generated.text;
   result_.finish_reason = generated.finish_reason;
   result_.tokens.prefilled = generated.prefilled;

@@ -46,6 +46,8 @@ class EngineTurn final : public Scheduler::Turn {
   /// Computes the next rows of several turns of one engine, all in one forward pass per KV format: of each that decodes a token,
   /// of prompts what the pace gives (PrefillPace::share). With MLX's kernels only the first turn is stepped.
   static void step(EngineParts& parts, std::span<Scheduler::Step> steps);
+  /// Rows of a turn that is not committed are kept for when its prompt is asked again.
+  ~EngineTurn() override;
   bool let_go() noexcept override;
   /// Commits and begins to save; the result is complete but for that.
   void commit() override;
@@ -61,6 +63,8 @@ class EngineTurn final : public Scheduler::Turn {
     Scheduler::Step* step;
     std::span<const int32_t> rows;
   };
+  /// Whether the turn waits for rows of its prompt that one of `earlier` turns computes; it takes those that are there.
+  bool waits_for(std::span<const Computing> earlier);
   /// One forward pass; all caches have one format, and room. What fails ends those that it fails for.
   static void compute(EngineParts& parts, std::span<const Computing> batch);
 
@@ -72,6 +76,7 @@ class EngineTurn final : public Scheduler::Turn {
   const Clock::time_point start_;
   TurnTransaction transaction_;
   double begin_ms_ = 0;
+  bool committed_ = false;
   Generation generation_;
 };
 
