@@ -254,6 +254,7 @@ TEST(AnswerParser, HarmonysChannelsAreParted_vllm_32587_32633_mlx_lm_875_1867) {
                   "<|start|>assistant to=functions.add<|channel|>commentary json<|message|>{}<|call|>",
          "I look.{add {}}");
   expect(harmony, "<|channel|>final<|message|>Yes", "Yes");
+  expect(harmony, "channel|>final<|message|>Yes", "channel|>final<|message|>Yes");
   expect(harmony, "<|channel|>commentary to=functions.read<|message|>{\"path\"", "{\"path\"");
 }
 

@@ -123,6 +123,8 @@ void run_stream(TurnRunner& runner, const ChatRequest& request, StreamSink& sink
   } catch (...) {
     if (!sink.started()) throw;
     sink.fail(current_failure());
+    response.end();
+    throw StreamFailed();
   }
   response.end();
 }

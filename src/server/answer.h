@@ -101,7 +101,11 @@ class EventStream {
 /// Sends a complete answer as JSON, with the headers of answer_headers.
 void answer_whole(HttpResponse& response, const Answer& answer, const Json& body);
 
-/// Runs a turn into a sink that streams. Failures before the start are thrown; later ones are told by the sink.
+/// Thrown when a stream has told its failure and has ended: nothing is left to answer.
+struct StreamFailed {};
+
+/// Runs a turn into a sink that streams. Failures before the start are thrown; later ones are told by the sink, and then
+/// StreamFailed is thrown.
 void run_stream(TurnRunner& runner, const ChatRequest& request, StreamSink& sink, HttpResponse& response);
 
 }  // namespace torpor::server

@@ -220,16 +220,23 @@ struct AnswerParser::Impl {
   bool harmony_step(bool last) {
     static const std::vector<std::string> kEnds{"<|end|>", "<|call|>", "<|return|>", "<|start|>"};
     if (body == Body::kHeader) {
+      if (pending.empty()) return false;
+      const bool header = pending.starts_with("<|") || pending.starts_with("assistant");
+      if (!header) {
+        const bool may = std::string_view("<|").starts_with(pending) || std::string_view("assistant").starts_with(pending);
+        if (may && !last) return false;
+        body = Body::kText;  // none at all
+        return true;
+      }
       const size_t end = pending.find("<|message|>");
       if (end == std::string::npos) {
-        if (pending.empty()) return false;
-        const bool header = pending.starts_with("<|") || pending.starts_with("assistant");
-        const bool may = header || std::string_view("<|").starts_with(pending) ||
-                         std::string_view("assistant").starts_with(pending);
-        if (may && !last) return false;
-        if (pending.starts_with("<|")) pending.clear();  // a header that was cut off
-        else body = Body::kText;                         // none at all
-        return true;
+        if (!last) return false;
+        if (!pending.starts_with("<|")) {
+          body = Body::kText;
+          return true;
+        }
+        pending.clear();  // a header that was cut off
+        return false;
       }
       read_header(std::string_view(pending).substr(0, end));
       pending.erase(0, end + std::string_view("<|message|>").size());

@@ -25,10 +25,9 @@ AnswerFormat answer_format(std::string_view chat_template);
 bool opens_thinking(const AnswerFormat& format, std::string_view rendered_prompt);
 
 /// Takes text in pieces, wherever it is cut, and tells a sink the same. A call reaches the sink whole, once its end has
-/// come:
-/// its arguments are valid JSON. Only a call of a declared tool is one; what merely looks like a call is text, and so
-/// is a call
-/// whose end never came. Thinking counts at the beginning of the answer alone, and a call is none inside it.
+/// come: its arguments are valid JSON. Only a call of a declared tool is one; what merely looks like a call is text,
+/// and so is a call whose end never came. Thinking counts at the beginning of the answer alone, and a call is none
+/// inside it.
 class AnswerParser {
  public:
   struct Options {

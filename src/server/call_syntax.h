@@ -32,15 +32,13 @@ using Tools = std::vector<Tool>;
 /// without it.
 CallReading read_tagged_call(std::string_view text, const Tools& tools, bool last);
 /// `{"name": ..., "parameters": {...}}`, several with ';' between them (Llama 3), or `[name(key=value), ...]` in
-/// Python's
-/// syntax (Llama 3.2, 4). `<|python_tag|>` may stand before either.
+/// Python's syntax (Llama 3.2, 4). `<|python_tag|>` may stand before either.
 CallReading read_llama_call(std::string_view text, const Tools& tools, bool last);
 /// `[TOOL_CALLS]` and an array of JSON objects, or `NAME[ARGS]{...}` once or more; the marks are special tokens, and
 /// may be missing.
 CallReading read_mistral_call(std::string_view text, const Tools& tools, bool last);
 /// `<|tool_call>call:NAME{key:value}<tool_call|>` (Gemma 4), `<start_function_call>` likewise (FunctionGemma), or a
-/// fenced
-/// `tool_code` in Python's syntax (Gemma 3).
+/// fenced `tool_code` in Python's syntax (Gemma 3).
 CallReading read_gemma_call(std::string_view text, const Tools& tools, bool last);
 
 /// Arguments with values of the types that the tool's schema names, where the text leaves it open: "3" or 3.

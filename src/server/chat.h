@@ -1,6 +1,6 @@
 #pragma once
-/// A turn as no dialect says it: the request, the runner that computes it, and the sink that hears the answer.
-/// A dialect makes a ChatRequest of a body and is the AnswerSink that encodes what comes back. Nothing here is of MLX.
+/// A turn as no dialect says it: the request, the runner that computes it, and the sink that hears the answer. A
+/// dialect makes a ChatRequest of a body and is the AnswerSink that encodes what comes back. Nothing here is of MLX.
 
 #include <atomic>
 #include <cstdint>

@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "server/answer.h"
+#include "server/answer_replay.h"
 #include "server/anthropic.h"
 #include "server/models.h"
 #include "server/ollama.h"
@@ -100,6 +102,7 @@ struct Dialects::Impl {
 
   TurnRunner& runner;
   ResponseStore responses{{}};
+  AnswerReplay replay;
   std::vector<Route> routes;
 };
 
@@ -107,9 +110,10 @@ Dialects::Dialects(TurnRunner& runner) : impl_(std::make_unique<Impl>(runner)) {
 Dialects::~Dialects() = default;
 
 void Dialects::handle(const HttpRequest& request, HttpResponse& response) {
-  // What is thrown has not answered anything: once a stream has begun, run_stream tells the failure in it.
   try {
-    impl_->answer(request, response);
+    impl_->replay.handle(request, response, [&](HttpResponse& recorded) { impl_->answer(request, recorded); });
+  } catch (const StreamFailed&) {
+    // It was told in the stream.
   } catch (...) {
     answer_failure(request, current_failure(), response);
   }

@@ -10,9 +10,8 @@
 namespace torpor::server {
 
 /// Answers every path that begins with /v1/ or /api/, in the form of its dialect; what is not served is 404, or 405
-/// when another
-/// method serves it. `tenant` of a request says whose agents and stored answers it may use. Several threads call at a
-/// time.
+/// when another method serves it. `tenant` of a request says whose agents and stored answers it may use. Several
+/// threads call at a time.
 class Dialects : public HttpHandler {
  public:
   /// `runner` must outlive this.

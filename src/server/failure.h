@@ -18,8 +18,7 @@ Dialect dialect_of(const HttpRequest& request);
 Failure current_failure();
 
 /// The status, headers and body that a dialect gives a failure. Failures that a repetition would meet again forbid the
-/// SDKs to
-/// repeat (`x-should-retry: false`).
+/// SDKs to repeat (`x-should-retry: false`).
 int failure_status(Dialect dialect, const Failure& failure);
 HttpHeaders failure_headers(Dialect dialect, const Failure& failure);
 Json failure_body(Dialect dialect, const Failure& failure);

@@ -16,8 +16,7 @@ namespace torpor::server {
 Json parse_body(const HttpRequest& request);
 
 /// A value inside a body, or its absence; null is absence. A view: the body must outlive it. What has the wrong type,
-/// or lies
-/// outside the bounds, throws Failure kInvalid with the path as `param`.
+/// or lies outside the bounds, throws Failure kInvalid with the path as `param`.
 class Field {
  public:
   explicit Field(const Json& body) : value_(&body) {}

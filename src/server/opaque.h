@@ -1,7 +1,6 @@
 #pragma once
 /// Thinking that a client asked not to be shown, but to be given so that it can send it back (Anthropic's `signature`,
-/// OpenAI's
-/// `encrypted_content`). Encoded, not encrypted: the client may read its own conversation.
+/// OpenAI's `encrypted_content`). Encoded, not encrypted: the client may read its own conversation.
 
 #include <optional>
 #include <string>

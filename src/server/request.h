@@ -12,13 +12,11 @@
 namespace torpor::server {
 
 /// Model, agent and session of any dialect's body: `model` as "name@agent", the header X-Torpor-Agent, and the ids by
-/// which
-/// clients name a conversation.
+/// which clients name a conversation.
 void read_identity(const HttpRequest& http, Field body, ChatRequest& request);
 
 /// Text of a `content`: a string, or an array of text parts put together with `between`. Parts that are no text
-/// (images, sound,
-/// files) are refused by name.
+/// (images, sound, files) are refused by name.
 std::string text_content(Field content, std::string_view between = "\n");
 
 /// JSON text of an object, from a call's arguments as a client repeats them: a string or an object.

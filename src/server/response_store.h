@@ -19,8 +19,7 @@ struct StoredResponse {
 };
 
 /// Keeps answers in memory until they are `lifetime` old, or until newer ones have used up `count` or `bytes`: the
-/// oldest goes
-/// first. Each belongs to its tenant. Any thread may call.
+/// oldest goes first. Each belongs to its tenant. Any thread may call.
 class ResponseStore {
  public:
   struct Limits {
