@@ -29,7 +29,7 @@ class Say {
     return *this;
   }
   void finish(StopReason reason = StopReason::kEnd, int generated = 7, int thought = 0, const std::string& stop = {}) {
-    sink_.finish({reason, stop, begin_.prompt_tokens, begin_.cached_tokens, generated, thought});
+    sink_.finish({reason, stop, begin_.prompt_tokens, begin_.cached_tokens, generated, thought, {}, {}});
   }
   bool gone() const { return gone_; }
 

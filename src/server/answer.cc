@@ -88,6 +88,8 @@ void PartSink::arguments(std::string_view delta) {
 void PartSink::finish(const AnswerEnd& end) {
   close();
   answer_.end = end;
+  if (!end.agent.empty()) answer_.start.agent = end.agent;
+  if (!end.why.empty()) answer_.start.why = end.why;
   on_finish();
 }
 

@@ -131,6 +131,8 @@ struct AnswerEnd {
   int prompt_tokens = 0, cached_tokens = 0;
   int generated_tokens = 0;   ///< thinking included
   int thinking_tokens = 0;
+  // As in AnswerStart, where the turn itself has found out.
+  std::string agent, why;
 };
 
 /// Hears one answer, on the thread that called TurnRunner::run: start, then pieces as they are generated, then finish.

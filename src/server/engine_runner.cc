@@ -1,0 +1,264 @@
+#include "server/engine_runner.h"
+
+#include <algorithm>
+#include <chrono>
+#include <climits>
+#include <fstream>
+#include <iterator>
+#include <random>
+
+#include "base/hash.h"
+#include "server/answer_parser.h"
+#include "server/keys.h"
+#include "server/stop_sink.h"
+#include "server/template_fit.h"
+#include "torpor/error.h"
+
+namespace torpor::server {
+namespace {
+
+/// What generation_config.json says of sampling. Without it, or where it says so, the likeliest token is taken.
+SamplingOptions default_sampling(const std::filesystem::path& dir) {
+  SamplingOptions sampling;
+  std::ifstream file(dir / "generation_config.json", std::ios::binary);
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  const Json config = Json::parse(text, nullptr, false);
+  if (!config.is_object() || config.value("do_sample", Json(false)) != Json(true)) return sampling;
+  const auto number = [&](const char* key, float otherwise) {
+    const auto value = config.find(key);
+    return value != config.end() && value->is_number() ? value->get<float>() : otherwise;
+  };
+  sampling.temperature = number("temperature", 1);
+  sampling.top_p = number("top_p", 1);
+  sampling.top_k = int(number("top_k", 0));
+  sampling.min_p = number("min_p", 0);
+  sampling.repetition_penalty = number("repetition_penalty", 1);
+  return sampling;
+}
+
+/// An answer as it goes into the history.
+class AnswerReader : public AnswerSink {
+ public:
+  Message message{Role::kAssistant};
+  void start(const AnswerStart&) override {}
+  void thinking(std::string_view delta) override { message.thinking += delta; }
+  void text(std::string_view delta) override { message.text += delta; }
+  void tool_call(const std::string& name) override { message.tool_calls.push_back({{}, name, {}}); }
+  void arguments(std::string_view delta) override { message.tool_calls.back().arguments += delta; }
+  void finish(const AnswerEnd&) override {}
+};
+
+/// Where a history parts from what the agent holds, in one line.
+std::string why(const MessageDivergence& parted) {
+  if (parted.beginning) return "tools or template arguments differ";
+  constexpr size_t kShown = 100;
+  const auto shown = [](const std::string& text) {
+    return text.empty() ? "nothing" : text.size() > kShown ? text.substr(0, kShown) + "..." : text;
+  };
+  return "message " + std::to_string(parted.message) + ": held " + shown(parted.held) + ", given " + shown(parted.given);
+}
+
+bool must_call(const ChatRequest& request) {
+  const ToolChoice::Kind kind = request.tool_choice.kind;
+  return kind == ToolChoice::Kind::kRequired || kind == ToolChoice::Kind::kNamed;
+}
+
+}  // namespace
+
+std::string session_agent(const std::string& tenant, const std::string& model, const std::string& session) {
+  return agent_id_of(tenant, "session-" + hash_hex(tenant + '\0' + model + '\0' + session).substr(0, 32));
+}
+
+struct EngineRunner::Impl {
+  Engine& engine;
+  std::string name;
+  std::vector<std::string> aliases;
+  TemplateFit fit;
+  SamplingOptions sampling;
+
+  Impl(Engine& engine, std::string given, std::vector<std::string> others)
+      : engine(engine), name(std::move(given)), aliases(std::move(others)),
+        fit(ChatTemplate::load(engine.model().dir), template_source(engine.model().dir)),
+        sampling(default_sampling(engine.model().dir)) {}
+
+  bool answers_to(const std::string& model) const {
+    return model.empty() || model == name || model == engine.model().name ||
+           std::any_of(aliases.begin(), aliases.end(), [&](std::string_view alias) {
+             return alias.ends_with('*') ? model.starts_with(alias.substr(0, alias.size() - 1)) : model == alias;
+           });
+  }
+
+  void refuse_what_is_not_served(const ChatRequest& request) const {
+    if (!answers_to(request.model)) {
+      throw Failure(Failure::Kind::kNotFound,
+                    "There is no model '" + request.model + "' here; there is '" + name + "'.", "model");
+    }
+    if (request.response_format.kind != ResponseFormat::Kind::kText) {
+      throw Failure(Failure::Kind::kInvalid,
+                    "A response format can't be enforced here; leave it out, or use a tool with that schema.",
+                    "response_format");
+    }
+  }
+
+  std::vector<Tool> tools_of(const ChatRequest& request) const {
+    if (request.tool_choice.kind == ToolChoice::Kind::kNone) return {};
+    if (request.tool_choice.kind != ToolChoice::Kind::kNamed) return request.tools;
+    std::vector<Tool> named;
+    std::copy_if(request.tools.begin(), request.tools.end(), std::back_inserter(named),
+                 [&](const Tool& tool) { return tool.name == request.tool_choice.name; });
+    return named;
+  }
+
+  SamplingOptions sampling_of(const Sampling& asked) const {
+    SamplingOptions options = sampling;
+    const auto take = [](auto& option, const auto& value) {
+      if (value) option = std::remove_reference_t<decltype(option)>(*value);
+    };
+    take(options.temperature, asked.temperature);
+    take(options.top_p, asked.top_p);
+    take(options.top_k, asked.top_k);
+    take(options.min_p, asked.min_p);
+    take(options.repetition_penalty, asked.repetition_penalty);
+    take(options.presence_penalty, asked.presence_penalty);
+    take(options.frequency_penalty, asked.frequency_penalty);
+    options.top_k = std::max(options.top_k, 0);  // -1 is another server's word for none
+    for (const auto& [token, value] : asked.logit_bias) options.logit_bias.emplace_back(token, float(value));
+    options.seed = asked.seed ? *asked.seed : std::random_device{}();
+    return options;
+  }
+
+  TurnRequest turn_of(const ChatRequest& request) const {
+    refuse_what_is_not_served(request);
+    TurnRequest turn;
+    const std::string tenant = request.tenant.empty() ? kLocalTenant : request.tenant;
+    if (!request.agent.empty()) {
+      turn.agent = agent_id_of(tenant, request.agent);
+    } else if (!request.session.empty()) {
+      turn.agent = session_agent(tenant, name, request.session);
+      turn.on_divergence = OnDivergence::kBranch;
+    }
+    if (request.prompt) {
+      turn.agent.clear();
+      turn.prompt = *request.prompt;
+      turn.raw = true;
+    } else {
+      FittedConversation fitted = fit.fit(request.messages, tools_of(request));
+      turn.messages = std::move(fitted.messages);
+      turn.tools = std::move(fitted.tools);
+      if (!request.template_arguments.empty()) turn.template_arguments = to_text(request.template_arguments);
+    }
+    turn.generate.sampling = sampling_of(request.sampling);
+    turn.generate.max_tokens = request.max_tokens.value_or(INT_MAX);
+    return turn;
+  }
+
+  /// Tokens of the prompt. Failure kContextTooLong when no room is left for an answer.
+  int measured(const TurnRequest& turn) const {
+    const int tokens = int(engine.prompt_tokens(turn).size());
+    const int maximum = engine.model().max_context;
+    if (maximum > 0 && tokens >= maximum) {
+      Failure failure(Failure::Kind::kContextTooLong, "The prompt does not fit the model's context.");
+      failure.tokens = tokens;
+      failure.maximum = maximum;
+      throw failure;
+    }
+    return tokens;
+  }
+};
+
+EngineRunner::EngineRunner(Engine& engine, std::string name, std::vector<std::string> aliases) {
+  if (!ChatTemplate::load(engine.model().dir)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "Model " + name + " has no chat template; serve an instruction-tuned model.");
+  }
+  impl_ = std::make_unique<Impl>(engine, std::move(name), std::move(aliases));
+}
+EngineRunner::~EngineRunner() = default;
+
+void EngineRunner::run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) {
+  TurnRequest turn = impl_->turn_of(request);
+  const int prompt_tokens = impl_->measured(turn);
+
+  AnswerParser::Options parsing;
+  if (!request.prompt) {
+    parsing.format = impl_->fit.format();
+    parsing.tools = impl_->tools_of(request);
+    parsing.in_thinking = impl_->fit.opens_thinking(request.template_arguments);
+    parsing.one_call = !request.parallel_tool_calls || !impl_->fit.parallel_calls();
+    turn.read_answer = [this, parsing](const std::string& text) {
+      AnswerReader reader;
+      AnswerParser parser(parsing, reader);
+      parser.push(text);
+      parser.finish();
+      return impl_->fit.fit_answer(reader.message);
+    };
+  }
+  StopSink filter(request.stop, must_call(request), sink);
+  AnswerParser parser(parsing, filter);
+
+  bool started = false;
+  size_t bytes = 0;
+  const auto start = [&](int computed) {
+    if (started) return;
+    started = true;
+    filter.start({impl_->name, turn.agent, prompt_tokens, std::max(0, prompt_tokens - computed), {}});
+  };
+  std::atomic<bool> enough{false};
+  turn.give_up = &gone;
+  turn.generate.cancel = &enough;
+  turn.generate.on_prefill = [&](int done, int total) {
+    start(total);  // at the first chunk, before any text
+    filter.progress(done, total);
+  };
+  turn.generate.on_text = [&](std::string_view text) {
+    if (enough) return;
+    bytes += text.size();
+    parser.push(text);
+    if (parser.complete() || !filter.met().empty()) enough = true;
+  };
+  const TurnResult result = impl_->engine.turn(turn);
+  parser.finish();
+
+  AnswerEnd end;
+  end.agent = result.agent;
+  if (const auto& parted = result.divergence) end.why = why(*parted);
+  end.prompt_tokens = result.tokens.prompt;
+  end.cached_tokens = result.tokens.cached;
+  end.generated_tokens = result.tokens.generated;
+  // The engine counts tokens, not their kinds: thinking's part is that of its text.
+  if (bytes > 0) end.thinking_tokens = int(parser.thinking_bytes() * size_t(result.tokens.generated) / bytes);
+  end.stop_string = filter.met();
+  if (!end.stop_string.empty()) end.reason = StopReason::kStopString;
+  else if (result.finish_reason == FinishReason::kLength) end.reason = StopReason::kLength;
+  else if (parser.calls() > 0) end.reason = StopReason::kToolCalls;
+  if (must_call(request) && parser.calls() == 0) {
+    throw Failure(Failure::Kind::kInternal,
+                  "The model answered without the call that 'tool_choice' demands; ask again, or let it choose.");
+  }
+  filter.finish(end);
+}
+
+int EngineRunner::count_tokens(const ChatRequest& request) {
+  return int(impl_->engine.prompt_tokens(impl_->turn_of(request)).size());
+}
+
+std::vector<ModelEntry> EngineRunner::models() {
+  const ModelInfo& info = impl_->engine.model();
+  ModelEntry entry;
+  entry.name = impl_->name;
+  std::error_code ignored;
+  const auto time = std::filesystem::last_write_time(info.dir / "config.json", ignored);
+  if (!ignored) {
+    const auto since = std::chrono::file_clock::to_sys(time).time_since_epoch();
+    entry.created = std::chrono::duration_cast<std::chrono::seconds>(since).count();
+  }
+  entry.context = info.max_context;
+  entry.loaded = true;
+  entry.bytes = info.weight_bytes;
+  entry.family = info.architecture;
+  entry.tools = true;
+  entry.thinking = !impl_->fit.format().think_open.empty();
+  return {entry};
+}
+
+}  // namespace torpor::server

@@ -1,0 +1,36 @@
+#pragma once
+/// Answers with an Engine: the TurnRunner of the server.
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "server/chat.h"
+#include "torpor/engine.h"
+
+namespace torpor::server {
+
+/// The agent of a client's session: one for each tenant, model and session id.
+std::string session_agent(const std::string& tenant, const std::string& model, const std::string& session);
+
+/// Turns on one Engine. An agent that is named explicitly holds the conversation that the client sends: where they
+/// differ it is rewound. The agent of a session is never rewound: where they differ the turn is that of a branch.
+/// Without either, the turn starts from the longest prefix that anyone has, and leaves no name.
+class EngineRunner : public TurnRunner {
+ public:
+  /// `engine` must outlive it. `name`: by which answers name the model, and requests ask for it; or by one of
+  /// `aliases`, in which '*' at the end stands for anything. kInvalidArgument when the model has no chat template that
+  /// can be used.
+  EngineRunner(Engine& engine, std::string name, std::vector<std::string> aliases = {});
+  ~EngineRunner() override;
+
+  void run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) override;
+  int count_tokens(const ChatRequest& request) override;
+  std::vector<ModelEntry> models() override;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace torpor::server

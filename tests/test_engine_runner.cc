@@ -1,0 +1,221 @@
+/// The dialects on a real Engine, with a tiny random model.
+
+#include <unistd.h>
+
+#include <set>
+
+#include "dialect_fixture.h"
+#include "server/engine_runner.h"
+#include "tiny_model.h"
+
+namespace torpor::server {
+namespace {
+
+namespace fs = std::filesystem;
+
+class EngineRunnerTest : public ::testing::Test {
+ protected:
+  EngineRunnerTest() {
+    fs::remove_all(root_);
+    testing::write_tiny_model(root_ / "model");
+    EngineOptions options;
+    options.model = (root_ / "model").string();
+    options.store = root_ / "store";
+    engine_ = std::make_unique<Engine>(options);
+    runner_ = std::make_unique<EngineRunner>(*engine_, "tiny", std::vector<std::string>{"claude-*", "small"});
+    dialects_ = std::make_unique<Dialects>(*runner_);
+  }
+  ~EngineRunnerTest() override {
+    dialects_.reset();
+    runner_.reset();
+    engine_.reset();
+    fs::remove_all(root_);
+  }
+
+  Json ask(const std::string& path, const Json& body, HttpHeaders headers = {}, int status = 200,
+           const std::string& tenant = "local") {
+    HttpRequest request;
+    request.method = "POST";
+    request.path = path;
+    request.body = body.dump();
+    request.headers = std::move(headers);
+    request.tenant = tenant;
+    RecordingResponse response;
+    dialects_->handle(request, response);
+    EXPECT_EQ(response.status, status) << response.body;
+    headers_ = response.headers;
+    return Json::parse(response.body);
+  }
+  Json chat(const Json& messages, HttpHeaders headers = {}, int status = 200, const std::string& tenant = "local") {
+    return ask("/v1/chat/completions", {{"model", "tiny"}, {"messages", messages}, {"max_tokens", 8}},
+               std::move(headers), status, tenant);
+  }
+  std::string header(std::string_view name) const {
+    for (const auto& [key, value] : headers_) {
+      if (key == name) return value;
+    }
+    return {};
+  }
+  std::set<std::string> agents() const {
+    std::set<std::string> ids;
+    for (const AgentStatus& agent : engine_->agents()) ids.insert(agent.agent);
+    return ids;
+  }
+  static int cached(const Json& answer) { return answer["usage"]["prompt_tokens_details"]["cached_tokens"]; }
+
+  fs::path root_ = fs::path(::testing::TempDir()) / ("engine_runner_" + std::to_string(::getpid()));
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<EngineRunner> runner_;
+  std::unique_ptr<Dialects> dialects_;
+  HttpHeaders headers_;
+};
+
+TEST_F(EngineRunnerTest, AHistoryThatIsSentBackIsNotComputedAgain) {
+  Json messages = Json::array({{{"role", "system"}, {"content", "Be short."}}});
+  messages.push_back({{"role", "user"}, {"content", "One."}});
+  const Json first = chat(messages, {{"x-torpor-agent", "ada"}});
+  EXPECT_EQ(cached(first), 0);
+  messages.push_back(first["choices"][0]["message"]);
+  messages.push_back({{"role", "user"}, {"content", "Two."}});
+  const Json second = chat(messages, {{"x-torpor-agent", "ada"}});
+  const int held = int(first["usage"]["prompt_tokens"]) + int(first["usage"]["completion_tokens"]);
+  EXPECT_GE(cached(second), held - 1);
+  EXPECT_EQ(agents(), std::set<std::string>{"ada"});
+}
+
+TEST_F(EngineRunnerTest, TheSameIsSaidStreamedAndWholeInEachDialect) {
+  const std::string whole = chat(user("Hi."))["choices"][0]["message"]["content"];
+  const Json message = ask("/v1/messages", {{"model", "tiny"}, {"messages", user("Hi.")}, {"max_tokens", 8}});
+  EXPECT_EQ(message["content"][0]["text"], whole);
+  EXPECT_EQ(message["stop_reason"], "max_tokens");
+  const Json response = ask("/v1/responses", {{"model", "tiny"}, {"input", "Hi."}, {"max_output_tokens", 8}});
+  EXPECT_EQ(response["output"][0]["content"][0]["text"], whole);
+  const Json ollama = ask("/api/chat", {{"model", "tiny"}, {"messages", user("Hi.")}, {"stream", false},
+                                        {"options", {{"num_predict", 8}}}});
+  EXPECT_EQ(ollama["message"]["content"], whole);
+  HttpRequest request;
+  request.method = "POST";
+  request.path = "/v1/chat/completions";
+  request.body = Json{{"messages", user("Hi.")}, {"max_tokens", 8}, {"stream", true}}.dump();
+  RecordingResponse streamed;
+  dialects_->handle(request, streamed);
+  std::string text;
+  std::istringstream lines(streamed.body);
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.starts_with("data: {")) continue;
+    const Json choices = Json::parse(line.substr(6))["choices"];
+    if (!choices.empty() && choices[0]["delta"].contains("content")) text += choices[0]["delta"]["content"];
+  }
+  EXPECT_EQ(text, whole);
+}
+
+TEST_F(EngineRunnerTest, OneSessionWithTwoConversationsKeepsBoth) {
+  const HttpHeaders session{{"x-session-id", "s-1"}};
+  const Json first = chat(user("The task is long."), session);
+  EXPECT_EQ(header("x-torpor-why"), "");
+  const std::string agent = header("x-torpor-agent");
+  chat(user("A title, please."), session);
+  EXPECT_EQ(header("x-torpor-agent"), agent + ".2");
+  EXPECT_TRUE(header("x-torpor-why").starts_with("message 0: ")) << header("x-torpor-why");
+  const auto after = agents();
+  EXPECT_EQ(after.size(), 2u);
+  for (const std::string& id : after) EXPECT_TRUE(id.starts_with("session-")) << id;
+  Json messages = user("The task is long.");
+  messages.push_back(first["choices"][0]["message"]);
+  messages.push_back({{"role", "user"}, {"content", "Go on."}});
+  EXPECT_GT(cached(chat(messages, session)), int(first["usage"]["prompt_tokens"]));
+  EXPECT_EQ(agents(), after);
+}
+
+TEST_F(EngineRunnerTest, ATenantsAgentsAreItsOwn) {
+  chat(user("Mine."), {{"x-torpor-agent", "ada"}}, 200, "acme");
+  chat(user("Mine."), {{"x-session-id", "s"}}, 200, "acme");
+  chat(user("Ours."), {{"x-torpor-agent", "ada"}});
+  const auto all = agents();
+  EXPECT_EQ(all.size(), 3u);
+  EXPECT_TRUE(all.contains("ada"));
+  EXPECT_TRUE(all.contains("t.acme.ada"));
+  EXPECT_EQ(session_agent("acme", "tiny", "s"), *std::find_if(all.begin(), all.end(), [](const std::string& id) {
+              return id.starts_with("t.acme.session-");
+            }));
+  EXPECT_NE(session_agent("acme", "tiny", "s"), session_agent("evil", "tiny", "s"));
+}
+
+TEST_F(EngineRunnerTest, WithoutAnAgentOrASessionNoNameIsLeft) {
+  chat(user("Hi."));
+  EXPECT_TRUE(agents().empty());
+}
+
+TEST_F(EngineRunnerTest, TokensAreCountedAsTheTurnCountsThem) {
+  const Json body{{"model", "tiny"}, {"messages", user("How many are there?")}, {"max_tokens", 1}};
+  const Json count = ask("/v1/messages/count_tokens", body);
+  const Json usage = ask("/v1/messages", body)["usage"];
+  EXPECT_EQ(count["input_tokens"], int(usage["input_tokens"]) + int(usage["cache_read_input_tokens"]));
+}
+
+TEST_F(EngineRunnerTest, WhatDoesNotFitOrIsNotThereIsRefused) {
+  const Json other{{"model", "other"}, {"messages", user("Hi.")}};
+  EXPECT_EQ(ask("/v1/chat/completions", other, {}, 404)["error"]["param"], "model");
+  std::string words;
+  for (int i = 0; i < 5000; ++i) words += "word ";
+  EXPECT_EQ(chat(user(words), {}, 400)["error"]["code"], "context_length_exceeded");
+  EXPECT_EQ(ask("/v1/chat/completions", {{"messages", user("Hi.")}, {"response_format", {{"type", "json_object"}}}}, {},
+                400)["error"]["param"], "response_format");
+  EXPECT_EQ(chat(user("Hi."), {{"x-torpor-agent", "../etc"}}, 400)["error"]["param"], "agent");
+}
+
+TEST_F(EngineRunnerTest, ACallThatIsDemandedAndDoesNotComeIsAnErrorAndNoText_mlx_vlm_2000) {
+  const Json tools = Json::array({{{"type", "function"}, {"function", {{"name", "read"}}}}});
+  const Json error = ask("/v1/chat/completions", {{"messages", user("Hi.")}, {"max_tokens", 4}, {"tools", tools},
+                                                  {"tool_choice", "required"}}, {}, 500)["error"];
+  EXPECT_NE(std::string(error["message"]).find("tool_choice"), std::string::npos);
+}
+
+TEST_F(EngineRunnerTest, AClientThatHasGoneLeavesTheAgentAsItWas) {
+  HttpRequest request;
+  request.method = "POST";
+  request.path = "/v1/chat/completions";
+  request.headers = {{"x-torpor-agent", "ada"}};
+  request.body = Json{{"messages", user("Hi.")}, {"max_tokens", 8}}.dump();
+  RecordingResponse response;
+  response.left = true;
+  dialects_->handle(request, response);
+  EXPECT_EQ(response.status, 499);
+  EXPECT_TRUE(agents().empty());
+}
+
+TEST_F(EngineRunnerTest, AStopStringEndsTheAnswerAndIsNamed) {
+  const std::string whole = chat(user("Hi."))["choices"][0]["message"]["content"];
+  // A character of the answer, which may be of several bytes.
+  size_t begin = 1, end;
+  while (begin < whole.size() && (whole[begin] & 0xC0) == 0x80) ++begin;
+  for (end = begin + 1; end < whole.size() && (whole[end] & 0xC0) == 0x80; ++end) {
+  }
+  ASSERT_LT(begin, whole.size());
+  const std::string stop = whole.substr(begin, end - begin);
+  const Json message = ask("/v1/messages", {{"messages", user("Hi.")}, {"max_tokens", 8},
+                                            {"stop_sequences", Json::array({stop})}});
+  EXPECT_EQ(message["stop_reason"], "stop_sequence");
+  EXPECT_EQ(message["stop_sequence"], stop);
+  EXPECT_EQ(message["content"][0]["text"], whole.substr(0, whole.find(stop)));
+}
+
+TEST_F(EngineRunnerTest, AnAliasAsksForTheModel) {
+  for (const char* model : {"claude-haiku-9", "claude-", "small", "tiny", ""}) {
+    const Json answer = ask("/v1/messages", {{"model", model}, {"messages", user("Hi.")}, {"max_tokens", 1}});
+    EXPECT_EQ(answer["model"], "tiny");
+  }
+  ask("/v1/messages", {{"model", "smaller"}, {"messages", user("Hi.")}, {"max_tokens", 1}}, {}, 404);
+}
+
+TEST_F(EngineRunnerTest, TheModelIsListed) {
+  const auto models = runner_->models();
+  ASSERT_EQ(models.size(), 1u);
+  EXPECT_EQ(models[0].name, "tiny");
+  EXPECT_EQ(models[0].context, 4096);
+  EXPECT_EQ(models[0].family, "llama");
+  EXPECT_GT(models[0].created, 1600000000);
+}
+
+}  // namespace
+}  // namespace torpor::server
