@@ -20,7 +20,7 @@ def test_commands_and_options_exist(path):
     for command in set(re.findall(r"\btorpor (run|chat|[a-z]+)\b(?! *[:=])", text)):
         help_text = subprocess.run([BIN, command, "--help"], capture_output=True, text=True)
         assert help_text.returncode == 0, f"{path.name} names `torpor {command}`"
-    for line in re.findall(r"^.*\btorpor (?:run|chat|ls|show|rm|du|verify|gc|export|import|bench|perplexity) .*$", text, re.MULTILINE):
+    for line in re.findall(r"^.*\btorpor (?:run|chat|ls|show|rm|du|verify|gc|export|import|bench|perplexity|serve) .*$", text, re.MULTILINE):
         command = re.search(r"\btorpor (\w+)", line)[1]
         help_text = subprocess.run([BIN, command, "--help"], capture_output=True, text=True).stdout + " --store --version --help"
         for option in re.findall(r"(?<![\w-])--[a-z-]+", line[line.index("torpor " + command):]):

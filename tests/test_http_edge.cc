@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <fstream>
@@ -33,7 +34,8 @@ class Handler : public HttpHandler {
 /// Says method, path, query and body back.
 void echo(const HttpRequest& request, HttpResponse& response) {
   if (request.refused) return response.whole(request.refused, {}, "refused");
-  response.whole(200, {{"content-type", "text/plain"}}, request.method + " " + request.path + " " + request.query + " " + request.body);
+  response.whole(200, {{"content-type", "text/plain"}},
+                 request.method + " " + request.path + " " + request.query + " " + request.body);
 }
 
 void wait_until_gone(const HttpResponse& response) {
@@ -48,13 +50,15 @@ class Client {
     address.sin_family = AF_INET;
     address.sin_port = htons(port);
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (connect(fd_, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) throw std::runtime_error("can't connect");
+    if (connect(fd_, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0)
+      throw std::runtime_error("can't connect");
   }
   explicit Client(const std::filesystem::path& path) : fd_(socket(AF_UNIX, SOCK_STREAM, 0)) {
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
     path.string().copy(address.sun_path, sizeof address.sun_path - 1);
-    if (connect(fd_, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) throw std::runtime_error("can't connect");
+    if (connect(fd_, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0)
+      throw std::runtime_error("can't connect");
   }
   Client(Client&& other) noexcept : fd_(std::exchange(other.fd_, -1)), unread_(std::move(other.unread_)) {}
   ~Client() { leave(); }
@@ -77,7 +81,8 @@ class Client {
     send("GET " + std::string(path) + " HTTP/1.1\r\nhost: x\r\n" + std::string(headers) + "\r\n");
   }
   void post(std::string_view path, std::string_view body) {
-    send("POST " + std::string(path) + " HTTP/1.1\r\nhost: x\r\ncontent-length: " + std::to_string(body.size()) + "\r\n\r\n");
+    send("POST " + std::string(path) + " HTTP/1.1\r\nhost: x\r\ncontent-length: " + std::to_string(body.size()) +
+         "\r\n\r\n");
     send(body);
   }
 
@@ -325,7 +330,8 @@ TEST(HttpEdge, ALongBodyIsRefusedBeforeItIsHeld) {
   longer.post("/", std::string(1001, 'x'));
   EXPECT_EQ(longer.answer().status, 413);
   Client chunked = edge.client();
-  chunked.send("POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3e9\r\n" + std::string(1001, 'x') + "\r\n0\r\n\r\n");
+  chunked.send("POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3e9\r\n" + std::string(1001, 'x') +
+               "\r\n0\r\n\r\n");
   EXPECT_EQ(chunked.answer().status, 413);
   Client asks = edge.client();  // it waits for leave, so it has sent nothing
   asks.send("POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1001\r\n\r\n");
@@ -433,9 +439,7 @@ TEST(HttpEdge, AnIdleConnectionIsClosedAndABusyOneIsNot) {
   EXPECT_EQ(busy.answer().status, 200);
 }
 
-TEST(HttpEdge, ByDefaultAnIdleConnectionLivesLongerThanAProxysPool) {
-  EXPECT_GE(HttpEdgeOptions().idle_timeout, 75s);
-}
+TEST(HttpEdge, ByDefaultAnIdleConnectionLivesLongerThanAProxysPool) { EXPECT_GE(HttpEdgeOptions().idle_timeout, 75s); }
 
 TEST(HttpEdge, OneConnectionTooManyIsToldSo) {
   HttpEdgeOptions given = options();
@@ -602,7 +606,7 @@ TEST(HttpEdge, AUnixSocketIsForItsOwnerAndGoesWithTheServer) {
           echo(request, response);
         },
         given);
-    struct stat file {};
+    struct stat file{};
     ASSERT_EQ(stat(path.c_str(), &file), 0);
     EXPECT_EQ(file.st_mode & 0777, 0600u);
     Client client(path);
@@ -631,6 +635,21 @@ TEST(HttpEdge, AUnixSocketIsForItsOwnerAndGoesWithTheServer) {
   EXPECT_THROW(HttpEdge(given, handler), Error);
   EXPECT_TRUE(std::filesystem::exists(path));
   std::filesystem::remove(path);
+}
+
+TEST(HttpEdge, AForkedChildLeavesTheServerToItsParent) {
+  std::optional<Edge> edge(std::in_place, echo);
+  const pid_t child = fork();
+  if (child == 0) {
+    edge.reset();
+    _exit(0);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  Client client = edge->client();
+  client.get("/");
+  EXPECT_EQ(client.answer().status, 200);
 }
 
 TEST(HttpEdge, APortInUseIsSaidInASentence) {

@@ -42,7 +42,10 @@ struct Agents : HttpHandler {
 
 struct Server {
   explicit Server(ServiceOptions options = {}, ScriptedRunner::Script script = nullptr)
-      : runner(std::move(script)), metered(runner, metrics), dialects(metered), service(with_log(options), dialects, agents, metrics) {
+      : runner(std::move(script)),
+        metered(runner, metrics),
+        dialects(metered),
+        service(with_log(options), dialects, agents, metrics) {
     service.set_keys(ApiKeys::read(written(std::string("acme:first:") + kHash + "\n")));
   }
   ServiceOptions with_log(ServiceOptions options) {
@@ -56,7 +59,8 @@ struct Server {
     service.handle(request, responses.back());
     return responses.back();
   }
-  static HttpRequest get(const std::string& path, HttpHeaders headers = {{"host", "localhost:8080"}, {"x-api-key", kKey}}) {
+  static HttpRequest get(const std::string& path,
+                         HttpHeaders headers = {{"host", "localhost:8080"}, {"x-api-key", kKey}}) {
     HttpRequest request;
     request.method = "GET";
     request.path = path;
@@ -108,7 +112,11 @@ TEST(Service, LetsNobodyInWithoutAKey) {
 TEST(Service, TakesAKeyInEitherHeader) {
   Server server;
   EXPECT_EQ(server.ask(Server::get("/v1/models")).status, 200);
-  EXPECT_EQ(server.ask(Server::get("/v1/models", {{"host", "127.0.0.1:8080"}, {"authorization", std::string("bearer ") + kKey}})).status, 200);
+  EXPECT_EQ(server
+                .ask(Server::get("/v1/models",
+                                 {{"host", "127.0.0.1:8080"}, {"authorization", std::string("bearer ") + kKey}}))
+                .status,
+            200);
 }
 
 TEST(Service, TellsTheHandlersWhoseKeyItWas) {
@@ -138,7 +146,8 @@ TEST(Service, RefusesNamesThatAStrangersPageCouldHaveMade) {
     request.peer = peer;
     return server.ask(request).status;
   };
-  for (const char* host : {"localhost", "LOCALHOST:1", "a.localhost", "127.0.0.1:8080", "[::1]:8080", "192.168.0.7", "box.example:8080"}) {
+  for (const char* host :
+       {"localhost", "LOCALHOST:1", "a.localhost", "127.0.0.1:8080", "[::1]:8080", "192.168.0.7", "box.example:8080"}) {
     EXPECT_EQ(status({{"host", host}}), 200) << host;
   }
   for (const char* host : {"evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "[::1"}) {
@@ -152,10 +161,12 @@ TEST(Service, RefusesNamesThatAStrangersPageCouldHaveMade) {
 TEST(Service, RefusesPagesOfOtherOrigins) {
   Server server;
   const auto status = [&](const char* origin) {
-    return server.ask(Server::get("/v1/models", {{"host", "localhost:8080"}, {"x-api-key", kKey}, {"origin", origin}})).status;
+    return server.ask(Server::get("/v1/models", {{"host", "localhost:8080"}, {"x-api-key", kKey}, {"origin", origin}}))
+        .status;
   };
   EXPECT_EQ(status("http://localhost:8080"), 200);
-  for (const char* origin : {"http://localhost:3000", "https://evil.example", "null", "http://localhost:8080.evil.example", ""}) {
+  for (const char* origin :
+       {"http://localhost:3000", "https://evil.example", "null", "http://localhost:8080.evil.example", ""}) {
     EXPECT_EQ(status(origin), 403) << origin;
   }
 }
@@ -238,10 +249,10 @@ TEST(Service, CountsRequestsAndTokensForPrometheus) {
   server.ask(Server::get("/somewhere/else"));
   const std::string text = server.ask(Server::get("/metrics")).body;
   for (const char* sample : {"torpor_requests_total{route=\"/v1/chat/completions\",status=\"200\"} 1\n",
-                             "torpor_requests_total{route=\"unknown\",status=\"404\"} 1\n", "torpor_prompt_tokens_total 10\n",
-                             "torpor_prompt_tokens_cached_total 4\n", "torpor_generation_tokens_total 7\n",
-                             "torpor_time_to_first_token_seconds_count 1\n", "torpor_turns_total{reason=\"stop\"} 1\n",
-                             "torpor_turns_running 0\n"}) {
+                             "torpor_requests_total{route=\"unknown\",status=\"404\"} 1\n",
+                             "torpor_prompt_tokens_total 10\n", "torpor_prompt_tokens_cached_total 4\n",
+                             "torpor_generation_tokens_total 7\n", "torpor_time_to_first_token_seconds_count 1\n",
+                             "torpor_turns_total{reason=\"stop\"} 1\n", "torpor_turns_running 0\n"}) {
     EXPECT_NE(text.find(sample), std::string::npos) << sample << text;
   }
   EXPECT_EQ(text.find("secret"), std::string::npos);
@@ -288,11 +299,11 @@ TEST(ApiKeys, TheFirstStartMakesAKeyForItsOwnerAlone) {
   std::getline(std::ifstream(local_key_file(file)), stored);
   EXPECT_EQ(stored, key);
   for (const auto& path : {file, local_key_file(file)}) {
-    struct stat found {};
+    struct stat found{};
     ASSERT_EQ(stat(path.c_str(), &found), 0);
     EXPECT_EQ(found.st_mode & 0777, 0600u);
   }
-  struct stat directory {};
+  struct stat directory{};
   ASSERT_EQ(stat(file.parent_path().c_str(), &directory), 0);
   EXPECT_EQ(directory.st_mode & 0777, 0700u);
   EXPECT_THROW(make_key_file(file), Error);  // it never replaces one

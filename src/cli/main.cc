@@ -74,6 +74,9 @@ int dispatch(int argc, char** argv) {
   add_agent_commands(app, invocation);
   add_branch_commands(app, invocation);
   add_store_commands(app, invocation);
+#ifdef TORPOR_SERVER
+  add_serve_command(app, invocation);
+#endif
   add_bench_command(app, invocation);
   add_perplexity_command(app, invocation);
 

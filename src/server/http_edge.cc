@@ -18,11 +18,13 @@ namespace torpor::server {
 namespace {
 
 constexpr std::string_view kTooMany =
-    R"({"error":{"message":"the server answers as many requests as it can; try again in a moment","type":"overloaded_error"}})";
+    R"({"error":{"message":"too many requests are being answered; try again","type":"overloaded_error"}})";
 constexpr std::string_view kDefect =
     R"({"error":{"message":"the server failed to answer; its log says more","type":"internal_error"}})";
 
-std::string_view text(torpor_http_view view) { return view.data ? std::string_view(view.data, view.size) : std::string_view(); }
+std::string_view text(torpor_http_view view) {
+  return view.data ? std::string_view(view.data, view.size) : std::string_view();
+}
 torpor_http_view view(std::string_view text) { return {text.data(), text.size()}; }
 
 struct ShimError {
@@ -55,7 +57,8 @@ class EdgeResponse : public HttpResponse {
     expect(state_ == State::kNothing);
     const auto list = views(headers);
     ShimError error;
-    said(torpor_http_respond(exchange_, status, list.data(), list.size(), body.data(), body.size(), &error.bytes), error);
+    said(torpor_http_respond(exchange_, status, list.data(), list.size(), body.data(), body.size(), &error.bytes),
+         error);
     state_ = State::kEnded;
   }
   void begin(int status, HttpHeaders headers) override {
@@ -133,8 +136,8 @@ struct HttpEdge::Impl {
 
   std::mutex mutex;
   std::condition_variable wanted;
-  std::deque<Job> jobs;                          // at most as many as workers wait for one
-  std::map<uint64_t, EdgeResponse*> responses;   // of jobs that are not done
+  std::deque<Job> jobs;                         // at most as many as workers wait for one
+  std::map<uint64_t, EdgeResponse*> responses;  // of jobs that are not done
   std::list<std::thread> workers;
   size_t waiting = 0;
   bool stopping = false;

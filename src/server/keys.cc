@@ -1,6 +1,6 @@
 #include "server/keys.h"
 
-#include <sys/random.h> // getentropy on macOS
+#include <sys/random.h>  // getentropy on macOS
 #include <unistd.h>
 
 #include <algorithm>
@@ -39,7 +39,10 @@ std::optional<Hash> from_hex(std::string_view text) {
   if (text.size() != 2 * hash.size()) return std::nullopt;
   for (size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
-    const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+    const int digit = c >= '0' && c <= '9'   ? c - '0'
+                      : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                      : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                             : -1;
     if (digit < 0) return std::nullopt;
     hash[i / 2] = static_cast<uint8_t>(hash[i / 2] << 4 | digit);
   }
@@ -47,9 +50,8 @@ std::optional<Hash> from_hex(std::string_view text) {
 }
 
 bool is_tenant(std::string_view name) {
-  return !name.empty() && name.size() <= 32 && std::all_of(name.begin(), name.end(), [](unsigned char c) {
-    return std::isalnum(c) || c == '-' || c == '_';
-  });
+  return !name.empty() && name.size() <= 32 &&
+         std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isalnum(c) || c == '-' || c == '_'; });
 }
 
 /// Of other tenants' agents: "t.TENANT.NAME". A tenant has no '.', so two never meet.
@@ -101,14 +103,17 @@ ApiKeys ApiKeys::read(const std::filesystem::path& path) {
     while (!digits.empty() && (digits.back() == '\r' || digits.back() == ' ')) digits.remove_suffix(1);
     const auto hash = from_hex(digits);
     if (!is_tenant(line.substr(0, first)) || !hash) {
-      throw Error(ErrorCode::kInvalidArgument, "line " + std::to_string(number) + " of " + path.string() +
-                                                   " is no key; write tenant:name:hash, the hash as sha256sum prints it")
+      throw Error(ErrorCode::kInvalidArgument,
+                  "line " + std::to_string(number) + " of " + path.string() +
+                      " is no key; write tenant:name:hash, the hash as sha256sum prints it")
           .with_path(path.string());
     }
-    keys.entries_.push_back({std::string(line.substr(0, first)), std::string(line.substr(first + 1, second - first - 1)), *hash});
+    keys.entries_.push_back(
+        {std::string(line.substr(0, first)), std::string(line.substr(first + 1, second - first - 1)), *hash});
   }
   if (keys.entries_.empty()) {
-    throw Error(ErrorCode::kInvalidArgument, path.string() + " holds no key; add a line tenant:name:hash").with_path(path.string());
+    throw Error(ErrorCode::kInvalidArgument, path.string() + " holds no key; add a line tenant:name:hash")
+        .with_path(path.string());
   }
   return keys;
 }
@@ -135,7 +140,8 @@ std::string make_key_file(const std::filesystem::path& key_file) {
   for (auto at = key_file.parent_path(); !at.empty() && !env.exists(at); at = at.parent_path()) missing.push_back(at);
   for (auto at = missing.rbegin(); at != missing.rend(); ++at) env.make_directory(*at);
   // The key first: a crash between the two leaves a key that opens nothing, not a lock without a key.
-  if (env.exists(key_file)) throw Error(ErrorCode::kInvalidArgument, key_file.string() + " exists already; remove it for a new key");
+  if (env.exists(key_file))
+    throw Error(ErrorCode::kInvalidArgument, key_file.string() + " exists already; remove it for a new key");
   env.remove(local_key_file(key_file));
   write_new(local_key_file(key_file), key + "\n");
   write_new(key_file, std::string(kLocalTenant) + ":first:" + hex(sha256(key)) + "\n");

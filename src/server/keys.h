@@ -1,8 +1,9 @@
 #pragma once
 /// API keys and tenants.
 ///
-/// A key file has one key a line, `tenant:name:hash`: hash is the SHA-256 of the key, 64 hexadecimal digits. Empty lines and
-/// lines that begin with '#' are skipped. Keys of one tenant see the same agents, so a key can be replaced without losing any.
+/// A key file has one key a line, `tenant:name:hash`: hash is the SHA-256 of the key, 64 hexadecimal digits. Empty
+/// lines and lines that begin with '#' are skipped. Keys of one tenant see the same agents, so a key can be replaced
+/// without losing any.
 
 #include <array>
 #include <filesystem>
@@ -16,8 +17,8 @@ namespace torpor::server {
 /// The tenant that the command line and an open server (--no-auth) work for.
 inline constexpr const char* kLocalTenant = "local";
 
-/// The store's id of a tenant's agent. Of kLocalTenant it is the name itself. Throws Failure::kInvalid for names that no
-/// agent of the tenant can have.
+/// The store's id of a tenant's agent. Of kLocalTenant it is the name itself. Throws Failure::kInvalid for names that
+/// no agent of the tenant can have.
 std::string agent_id_of(const std::string& tenant, const std::string& name);
 /// The name by which a tenant knows the agent of that id; nullopt when it is another tenant's.
 std::optional<std::string> agent_name_of(const std::string& tenant, const std::string& id);
@@ -42,8 +43,8 @@ class ApiKeys {
 
 /// Where `make_key_file` leaves the key itself: beside the key file.
 std::filesystem::path local_key_file(const std::filesystem::path& key_file);
-/// Makes a key of kLocalTenant: its hash into `key_file`, which must not exist, and the key into local_key_file; both 0600, in
-/// a directory of 0700 if there is none. Returns the key. kIo.
+/// Makes a key of kLocalTenant: its hash into `key_file`, which must not exist, and the key into local_key_file; both
+/// 0600, in a directory of 0700 if there is none. Returns the key. kIo.
 std::string make_key_file(const std::filesystem::path& key_file);
 
 }  // namespace torpor::server

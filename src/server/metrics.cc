@@ -80,7 +80,8 @@ void Histogram::write(std::string& out, const std::string& name, const std::stri
   sample(out, name + "_count", labels, count);
 }
 
-void write_sample(std::string& out, const std::string& name, const std::string& type, const std::string& help, double value) {
+void write_sample(std::string& out, const std::string& name, const std::string& type, const std::string& help,
+                  double value) {
   head(out, name, type, help);
   sample(out, name, "", value);
 }
@@ -122,15 +123,19 @@ std::string Metrics::text() const {
     sources = sources_;
     head(out, "torpor_requests_total", "counter", "Requests that were answered.");
     for (const auto& [key, count] : requests_) {
-      sample(out, "torpor_requests_total", "route=\"" + key.first + "\",status=\"" + std::to_string(key.second) + "\"", count);
+      sample(out, "torpor_requests_total", "route=\"" + key.first + "\",status=\"" + std::to_string(key.second) + "\"",
+             count);
     }
     head(out, "torpor_request_seconds", "histogram", "From a request's last byte to the end of its answer.");
-    for (const auto& [route, seconds] : seconds_) seconds.write(out, "torpor_request_seconds", "route=\"" + route + "\"");
+    for (const auto& [route, seconds] : seconds_)
+      seconds.write(out, "torpor_request_seconds", "route=\"" + route + "\"");
     write_sample(out, "torpor_turns_running", "gauge", "Turns that run or wait.", running_);
     head(out, "torpor_turns_total", "counter", "Turns that have ended, by why.");
     for (const auto& [reason, count] : turns_) sample(out, "torpor_turns_total", "reason=\"" + reason + "\"", count);
-    write_sample(out, "torpor_prompt_tokens_total", "counter", "Tokens of prompts, cached ones included.", prompt_tokens_);
-    write_sample(out, "torpor_prompt_tokens_cached_total", "counter", "Tokens of prompts that were not computed.", cached_tokens_);
+    write_sample(out, "torpor_prompt_tokens_total", "counter", "Tokens of prompts, cached ones included.",
+                 prompt_tokens_);
+    write_sample(out, "torpor_prompt_tokens_cached_total", "counter", "Tokens of prompts that were not computed.",
+                 cached_tokens_);
     write_sample(out, "torpor_generation_tokens_total", "counter", "Tokens that were generated.", generated_tokens_);
     head(out, "torpor_time_to_first_token_seconds", "histogram", "From a turn's admission to its first piece of text.");
     first_token_.write(out, "torpor_time_to_first_token_seconds", "");
@@ -138,8 +143,10 @@ std::string Metrics::text() const {
       write_sample(out, "vllm:num_requests_running", "gauge", "As torpor_turns_running.", running_);
       write_sample(out, "vllm:prompt_tokens_total", "counter", "As torpor_prompt_tokens_total.", prompt_tokens_);
       write_sample(out, "vllm:prefix_cache_queries_total", "counter", "As torpor_prompt_tokens_total.", prompt_tokens_);
-      write_sample(out, "vllm:prefix_cache_hits_total", "counter", "As torpor_prompt_tokens_cached_total.", cached_tokens_);
-      write_sample(out, "vllm:generation_tokens_total", "counter", "As torpor_generation_tokens_total.", generated_tokens_);
+      write_sample(out, "vllm:prefix_cache_hits_total", "counter", "As torpor_prompt_tokens_cached_total.",
+                   cached_tokens_);
+      write_sample(out, "vllm:generation_tokens_total", "counter", "As torpor_generation_tokens_total.",
+                   generated_tokens_);
       head(out, "vllm:time_to_first_token_seconds", "histogram", "As torpor_time_to_first_token_seconds.");
       first_token_.write(out, "vllm:time_to_first_token_seconds", "");
     }

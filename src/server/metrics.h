@@ -62,7 +62,8 @@ class Metrics {
 };
 
 /// One sample with its help and type lines.
-void write_sample(std::string& out, const std::string& name, const std::string& type, const std::string& help, double value);
+void write_sample(std::string& out, const std::string& name, const std::string& type, const std::string& help,
+                  double value);
 
 /// A runner whose turns are counted.
 class MeteredRunner : public TurnRunner {

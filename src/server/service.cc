@@ -15,9 +15,9 @@ namespace torpor::server {
 enum class Kind { kOpen, kMetrics, kDialect, kAgents, kUnknown };
 
 struct Service::Route {
-  const char* path;    ///< whole, or what it begins with where it ends with '/'
+  const char* path;  ///< whole, or what it begins with where it ends with '/'
   Kind kind;
-  bool turn = false;   ///< POST computes
+  bool turn = false;  ///< POST computes
   /// What metrics call it: a closed set.
   std::string name() const { return path; }
 };
@@ -39,7 +39,8 @@ std::string without_port(std::string_view host) {
 /// A page of a stranger's reaches us only under a name that it has made lead here; an address is no such name.
 bool is_address(const std::string& host) {
   unsigned char bytes[sizeof(in6_addr)];
-  if (host.starts_with('[') && host.ends_with(']')) return inet_pton(AF_INET6, host.substr(1, host.size() - 2).c_str(), bytes) == 1;
+  if (host.starts_with('[') && host.ends_with(']'))
+    return inet_pton(AF_INET6, host.substr(1, host.size() - 2).c_str(), bytes) == 1;
   return inet_pton(AF_INET, host.c_str(), bytes) == 1;
 }
 
@@ -75,7 +76,9 @@ class Watched : public HttpResponse {
     bytes += text.size();
     return response_.write(text);
   }
-  void keep_alive(std::string text, std::chrono::milliseconds idle) override { response_.keep_alive(std::move(text), idle); }
+  void keep_alive(std::string text, std::chrono::milliseconds idle) override {
+    response_.keep_alive(std::move(text), idle);
+  }
   void end() override { response_.end(); }
   const std::atomic<bool>& gone() const override { return response_.gone(); }
 
@@ -120,7 +123,11 @@ Service::Service(ServiceOptions options, HttpHandler& dialects, HttpHandler& age
       metrics_(metrics),
       keys_(std::make_shared<const ApiKeys>()) {}
 
-void Service::set_keys(ApiKeys keys) { keys_ = std::make_shared<const ApiKeys>(std::move(keys)); }
+void Service::set_keys(ApiKeys keys) {
+  auto fresh = std::make_shared<const ApiKeys>(std::move(keys));
+  const std::lock_guard lock(keys_mutex_);
+  keys_ = std::move(fresh);
+}
 
 const Service::Route& Service::route_of(const HttpRequest& request) const {
   // The first that fits.
@@ -150,14 +157,16 @@ const Service::Route& Service::route_of(const HttpRequest& request) const {
 }
 
 void Service::check_source(const HttpRequest& request) const {
-  const auto hosts = std::count_if(request.headers.begin(), request.headers.end(), [](const auto& header) { return header.first == "host"; });
+  const auto hosts = std::count_if(request.headers.begin(), request.headers.end(),
+                                   [](const auto& header) { return header.first == "host"; });
   if (hosts > 1) throw Failure(Failure::Kind::kInvalid, "A request has one Host header.", "host");
   const std::string host = lower(request.header("host").value_or(""));
   if (request.peer != "unix") {  // no page of a browser's reaches a UNIX socket
     const std::string name = without_port(host);
     const bool known = name == "localhost" || name.ends_with(".localhost") || is_address(name) ||
                        std::find(options_.hosts.begin(), options_.hosts.end(), name) != options_.hosts.end();
-    if (!known) throw Failure(Failure::Kind::kForbidden, "This server does not go by the name in the Host header.", "host");
+    if (!known)
+      throw Failure(Failure::Kind::kForbidden, "This server does not go by the name in the Host header.", "host");
   }
   if (const auto origin = request.header("origin")) {
     const size_t scheme = origin->find("://");
@@ -172,15 +181,23 @@ std::string Service::tenant_of(const HttpRequest& request) const {
   std::string_view key = request.header("x-api-key").value_or("");
   const std::string_view bearer = request.header("authorization").value_or("");
   if (bearer.size() > 7 && lower(bearer.substr(0, 7)) == "bearer ") key = bearer.substr(7);
-  const auto keys = keys_.load();
+  std::shared_ptr<const ApiKeys> keys;
+  {
+    const std::lock_guard lock(keys_mutex_);
+    keys = keys_;
+  }
   if (const auto tenant = keys->tenant_of(key)) return *tenant;
-  throw Failure(Failure::Kind::kUnauthorized, "This needs a key of the server's; send it as a Bearer token or as x-api-key.");
+  throw Failure(Failure::Kind::kUnauthorized,
+                "This needs a key of the server's; send it as a Bearer token or as x-api-key.");
 }
 
 void Service::answer_health(HttpResponse& response) const {
   const bool ready = !draining_;
-  const Json body{{"status", ready ? "ready" : "draining"}, {"live", true},         {"ready", ready},
-                  {"turns", turns_.load()},                 {"version", TORPOR_VERSION}};
+  const Json body{{"status", ready ? "ready" : "draining"},
+                  {"live", true},
+                  {"ready", ready},
+                  {"turns", turns_.load()},
+                  {"version", TORPOR_VERSION}};
   response.whole(ready ? 200 : 503, {{"content-type", "application/json"}}, to_text(body));
 }
 
@@ -190,7 +207,8 @@ void Service::answer(const Route& route, HttpRequest& request, HttpResponse& res
       throw Failure(Failure::Kind::kMethodNotAllowed, request.path + " answers GET alone.");
     }
     if (request.path == "/") return response.whole(200, {{"content-type", "text/plain"}}, "Torpor is running\n");
-    if (request.path == "/health/live") return response.whole(200, {{"content-type", "application/json"}}, R"({"live":true})");
+    if (request.path == "/health/live")
+      return response.whole(200, {{"content-type", "application/json"}}, R"({"live":true})");
     return answer_health(response);
   }
   check_source(request);
@@ -241,12 +259,18 @@ void Service::handle(const HttpRequest& given, HttpResponse& plain) {
   const bool gone = response.gone();
   metrics_.request(route.name(), gone ? 499 : response.status, seconds);
   if (options_.log) {
-    const Json line{{"time", timestamp()},        {"id", id},
-                    {"peer", request.peer},       {"tenant", request.tenant},
-                    {"method", request.method},   {"path", request.path},
-                    {"status", response.status},  {"gone", gone},
-                    {"ms", std::lround(seconds * 1000)}, {"in", request.body.size()},
-                    {"out", response.bytes},      {"stream", response.streamed}};
+    const Json line{{"time", timestamp()},
+                    {"id", id},
+                    {"peer", request.peer},
+                    {"tenant", request.tenant},
+                    {"method", request.method},
+                    {"path", request.path},
+                    {"status", response.status},
+                    {"gone", gone},
+                    {"ms", std::lround(seconds * 1000)},
+                    {"in", request.body.size()},
+                    {"out", response.bytes},
+                    {"stream", response.streamed}};
     options_.log(to_text(line));
   }
   if (late) std::rethrow_exception(late);

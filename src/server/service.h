@@ -1,13 +1,14 @@
 #pragma once
 /// The server without its sockets: who may ask, what is asked, and what is told of it.
 ///
-/// A request passes in this order: its Host and Origin, its key, the state of the server (draining, full), then the handler of its
-/// path. `/health` and `/` answer anybody. Each refusal has the form of its path's dialect.
+/// A request passes in this order: its Host and Origin, its key, the state of the server (draining, full), then the
+/// handler of its path. `/health` and `/` answer anybody. Each refusal has the form of its path's dialect.
 
 #include <atomic>
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -21,8 +22,8 @@ struct ServiceOptions {
   bool authenticate = true;         ///< false: everybody is kLocalTenant
   std::vector<std::string> hosts;   ///< names that Host may have, beside localhost and any address
   int max_turns = 64;               ///< that run or wait at a time; one more is refused, with a time to come again
-  /// Gets a JSON object for each request that was answered, without its end of line. It holds no text of a request. Called on
-  /// worker threads, by several at a time.
+  /// Gets a JSON object for each request that was answered, without its end of line. It holds no text of a request.
+  /// Called on worker threads, by several at a time.
   std::function<void(const std::string& line)> log;
 };
 
@@ -52,7 +53,8 @@ class Service : public HttpHandler {
   HttpHandler& dialects_;
   HttpHandler& agents_;
   Metrics& metrics_;
-  std::atomic<std::shared_ptr<const ApiKeys>> keys_;
+  mutable std::mutex keys_mutex_;
+  std::shared_ptr<const ApiKeys> keys_;
   std::atomic<bool> draining_{false};
   std::atomic<int> turns_{0};
   std::atomic<uint64_t> next_id_{1};

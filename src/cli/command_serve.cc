@@ -1,0 +1,254 @@
+/// serve.
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <ctime>
+#include <fstream>
+#include <mutex>
+
+#include <CLI/CLI.hpp>
+
+#include "base/environment.h"
+#include "cli/commands.h"
+#include "cli/output.h"
+#include "cli/serve_options.h"
+#include "server/agents_api.h"
+#include "server/dialects.h"
+#include "server/engine_runner.h"
+#include "server/http_edge.h"
+#include "server/service.h"
+#include "torpor/engine.h"
+#include "torpor/error.h"
+#include "torpor/log.h"
+
+namespace torpor::cli {
+namespace {
+
+std::filesystem::path default_key_file() {
+  const std::string config = environment("XDG_CONFIG_HOME"), home = environment("HOME");
+  const std::filesystem::path directory =
+      !config.empty() ? std::filesystem::path(config) : std::filesystem::path(home) / ".config";
+  return directory / "torpor" / "api-keys";
+}
+
+bool is_loopback(const std::string& host) {
+  return host.empty() || host == "localhost" || host == "::1" || host.starts_with("127.");
+}
+
+/// Lines to a file that is opened anew on request, as logrotate wants it; standard error without one.
+class LogFile {
+ public:
+  explicit LogFile(std::filesystem::path path) : path_(std::move(path)) { reopen(); }
+  ~LogFile() { close_now(); }
+  LogFile(const LogFile&) = delete;
+  LogFile& operator=(const LogFile&) = delete;
+
+  void reopen() {
+    if (path_.empty()) return;
+    const int fd = open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    if (fd < 0)
+      throw Error(ErrorCode::kIo,
+                  "can't write the log '" + path_.string() + "': " + std::generic_category().message(errno));
+    const std::lock_guard lock(mutex_);
+    close_now();
+    fd_ = fd;
+  }
+  void line(std::string text) {
+    text += '\n';
+    const std::lock_guard lock(mutex_);
+    // One write a line, so that two never mix. A log that can't be written stops no answer.
+    [[maybe_unused]] const ssize_t written = write(fd_ >= 0 ? fd_ : STDERR_FILENO, text.data(), text.size());
+  }
+
+ private:
+  void close_now() {
+    if (fd_ >= 0) close(fd_);
+    fd_ = -1;
+  }
+
+  const std::filesystem::path path_;
+  std::mutex mutex_;
+  int fd_ = -1;
+};
+
+/// Signals that end or reload the server are taken by whoever waits for them, in threads made later too.
+class SignalSet {
+ public:
+  SignalSet() {
+    sigemptyset(&set_);
+    for (const int signal : {SIGINT, SIGTERM, SIGHUP}) sigaddset(&set_, signal);
+    pthread_sigmask(SIG_BLOCK, &set_, &before_);
+    std::signal(SIGPIPE, SIG_IGN);
+  }
+  ~SignalSet() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  SignalSet(const SignalSet&) = delete;
+  SignalSet& operator=(const SignalSet&) = delete;
+
+  int wait() const {
+    int signal = 0;
+    while (sigwait(&set_, &signal) != 0) {
+    }
+    return signal;
+  }
+  /// A second SIGINT or SIGTERM ends the process at once.
+  void let_end() const {
+    sigset_t ending;
+    sigemptyset(&ending);
+    for (const int signal : {SIGINT, SIGTERM}) sigaddset(&ending, signal);
+    pthread_sigmask(SIG_UNBLOCK, &ending, nullptr);
+  }
+
+ private:
+  sigset_t set_{}, before_{};
+};
+
+/// By which requests ask for it: a directory's name, or a repo id as it stands.
+std::string model_name(const std::string& model) {
+  std::error_code ignored;
+  if (!std::filesystem::is_directory(model, ignored)) return model;
+  return std::filesystem::canonical(model).filename().string();
+}
+
+EngineOptions engine_options(const ServeOptions& options, const std::filesystem::path& root) {
+  EngineOptions engine;
+  engine.model = options.model;
+  engine.store = root;
+  engine.kv_format = options.kv_format();
+  engine.durability = options.durability();
+  engine.compute = options.compute();
+  engine.memory_budget = options.memory_budget;
+  engine.map_rows = !options.no_mmap;
+  engine.max_stall_ms = options.max_stall;
+  engine.disk = {int64_t(options.disk_budget), int64_t(options.min_free)};
+  return engine;
+}
+
+server::HttpEdgeOptions edge_options(const ServeOptions& options) {
+  server::HttpEdgeOptions edge;
+  edge.host = options.host;
+  edge.port = static_cast<uint16_t>(options.port);
+  edge.socket = options.socket;
+  edge.max_body_bytes = options.max_body == 0 ? size_t(1) << 40 : options.max_body;
+  edge.max_bodies_bytes = std::max(edge.max_bodies_bytes, 2 * edge.max_body_bytes);
+  edge.max_connections = options.max_connections;
+  edge.max_workers = options.queue + 64;  // those that compute nothing are answered beside a full queue
+  edge.idle_timeout = std::chrono::milliseconds(int64_t(options.idle_timeout * 1000));
+  return edge;
+}
+
+void add_engine_samples(std::string& out, Engine& engine) {
+  using server::write_sample;
+  const MemoryUsage usage = engine.memory_usage();
+  write_sample(out, "torpor_model_bytes", "gauge", "Memory of the model's weights.", usage.model_bytes);
+  write_sample(out, "torpor_kv_bytes", "gauge", "Memory of agents' caches, each buffer once.", usage.kv_bytes);
+  write_sample(out, "torpor_kv_mapped_bytes", "gauge", "Of those, pages of segment files.", usage.mapped_bytes);
+  write_sample(out, "torpor_kv_budget_bytes", "gauge", "What bounds them; 0: nothing.", usage.budget);
+  write_sample(out, "torpor_save_queue_bytes", "gauge", "Waiting to be written.", usage.queued_bytes);
+  write_sample(out, "torpor_agents_awake", "gauge", "Agents in memory.", usage.agents.size());
+  write_sample(out, "torpor_evictions_total", "counter", "Agents that went to sleep to make room.", usage.evictions);
+}
+
+/// What a user needs to go on, on standard output.
+void greet(const ServeOptions& options, uint16_t port, const std::string& first_key,
+           const std::filesystem::path& key_file) {
+  std::string text;
+  if (!options.host.empty()) {
+    const std::string host = options.host.find(':') == std::string::npos ? options.host : "[" + options.host + "]";
+    const std::string url = "http://" + host + ":" + std::to_string(port);
+    const std::string key = options.no_auth ? "none" : "$(cat '" + server::local_key_file(key_file).string() + "')";
+    text += "Torpor serves " + options.model + " at " + url + "\n";
+    text += "  export OPENAI_BASE_URL=" + url + "/v1 OPENAI_API_KEY=" + key + "\n";
+    text += "  export ANTHROPIC_BASE_URL=" + url + " ANTHROPIC_AUTH_TOKEN=" + key + "\n";
+  }
+  if (!options.socket.empty())
+    text += "Torpor serves " + options.model + " at the UNIX socket " + options.socket.string() + "\n";
+  if (!first_key.empty())
+    text += "A first key was made; it stands in " + server::local_key_file(key_file).string() + "\n";
+  print(text);
+  std::fflush(stdout);
+}
+
+int serve(const CLI::App& given, std::filesystem::path config, const std::filesystem::path& root) {
+  const ServeOptions options = with_config(given, config);
+  if (options.model.empty())
+    throw Error(ErrorCode::kInvalidArgument, "no model is named; say which one to serve").with_field("model");
+  if (options.no_auth && !is_loopback(options.host)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "a server without keys listens on loopback addresses only, and '" + options.host + "' is none");
+  }
+  const std::filesystem::path key_file = options.api_key_file.empty() ? default_key_file() : options.api_key_file;
+  std::string first_key;
+  server::ApiKeys keys;
+  if (!options.no_auth) {
+    if (!std::filesystem::exists(key_file)) first_key = server::make_key_file(key_file);
+    keys = server::ApiKeys::read(key_file);
+  }
+
+  const SignalSet signals;
+  LogFile log_file(options.log);
+  set_log_handler([&](LogLevel level, std::string_view sentence) {
+    log_file.line(Json{{"level", log_level_name(level)}, {"message", sentence}}.dump(-1, ' ', false,
+                                                                                     Json::error_handler_t::replace));
+  });
+  struct NoLog {
+    ~NoLog() { set_log_handler(nullptr); }
+  } no_log;
+
+  Engine engine(engine_options(options, root));
+  server::Metrics metrics(options.metrics_alias == "vllm");
+  server::EngineRunner runner(engine, model_name(options.model));
+  server::MeteredRunner metered(runner, metrics);
+  server::Dialects dialects(metered);
+  server::AgentsApi agents(engine);
+  server::ServiceOptions service_options;
+  service_options.authenticate = !options.no_auth;
+  service_options.hosts = options.allow_hosts;
+  service_options.max_turns = options.queue;
+  service_options.log = [&](const std::string& line) { log_file.line(line); };
+  server::Service service(std::move(service_options), dialects, agents, metrics);
+  service.set_keys(std::move(keys));
+  metrics.add_source([&](std::string& out) { add_engine_samples(out, engine); });
+  std::optional<server::HttpEdge> edge(std::in_place, edge_options(options), service);
+  metrics.add_source([&](std::string& out) {
+    server::write_sample(out, "torpor_connections", "gauge", "Connections that are open.", edge->connections());
+  });
+  greet(options, edge->port(), first_key, key_file);
+
+  int signal = 0;
+  while ((signal = signals.wait()) == SIGHUP) {
+    try {
+      log_file.reopen();
+      if (!options.no_auth) service.set_keys(server::ApiKeys::read(key_file));
+      log(LogLevel::kInfo, "keys and log were read anew");
+    } catch (const Error& error) {
+      log(LogLevel::kWarning, std::string("what was there before stays: ") + error.what());
+    }
+  }
+  signals.let_end();
+  service.drain();
+  if (!edge->drain(std::chrono::milliseconds(int64_t(options.drain_timeout * 1000)))) {
+    log(LogLevel::kWarning, "turns that did not end in time were taken back");
+  }
+  edge.reset();
+  engine.save_all();
+  engine.finish_saves();
+  return 0;
+}
+
+}  // namespace
+
+void add_serve_command(CLI::App& app, Invocation& invocation) {
+  const auto options = std::make_shared<ServeOptions>();
+  CLI::App* serve_app =
+      app.add_subcommand("serve", "Serve agents over HTTP, to clients of OpenAI's and Anthropic's APIs");
+  add_serve_options(*serve_app, *options);
+  serve_app->callback([&invocation, options, serve_app] {
+    invocation.run = [&invocation, options, serve_app] { return serve(*serve_app, options->config, invocation.store); };
+  });
+}
+
+}  // namespace torpor::cli

@@ -1,0 +1,368 @@
+#include "server/agents_api.h"
+
+#include <algorithm>
+#include <functional>
+
+#include "faces/error_table.h"
+#include "server/chat.h"
+#include "server/keys.h"
+#include "torpor/version.h"
+
+namespace torpor::server {
+namespace {
+
+using Parts = std::vector<std::string>;
+
+/// One request, and what it names.
+struct Call {
+  Engine& engine;
+  const HttpRequest& request;
+  std::string name, id;  ///< of the path's agent: as the tenant knows it, as the store does
+  Json body;             ///< an object; empty without one
+
+  std::string id_of(const std::string& other) const { return agent_id_of(request.tenant, other); }
+};
+
+struct Answer {
+  int status = 200;
+  Json body;  ///< null: none
+};
+
+/// A member of a request's body.
+struct Member {
+  const char* name;
+  const char* type;  ///< of JSON Schema
+  bool required;
+  const char* help;
+};
+
+struct Operation {
+  const char* method;
+  const char* path;  ///< below /torpor/v1; "{agent}" stands for a name
+  const char* id;    ///< operationId
+  const char* help;
+  std::vector<Member> members;
+  int status;
+  const char* answer;  ///< a schema of the description; nullptr: no body
+  std::function<Answer(const Call&)> run;
+};
+
+Json status_json(const AgentStatus& status, const std::string& name) {
+  return Json{{"agent", name},
+              {"model", status.model},
+              {"tokens", status.tokens},
+              {"awake", status.awake},
+              {"pinned", status.pinned},
+              {"unsaved", status.unsaved},
+              {"in_turn", status.in_turn},
+              {"memory_bytes", status.memory_bytes},
+              {"disk_bytes", status.disk_bytes}};
+}
+
+Answer list(const Call& call) {
+  Json agents = Json::array();
+  for (const AgentStatus& status : call.engine.agents()) {
+    if (const auto name = agent_name_of(call.request.tenant, status.agent))
+      agents.push_back(status_json(status, *name));
+  }
+  return {200, Json{{"agents", std::move(agents)}}};
+}
+
+Json shown(const Call& call, const std::string& id, const std::string& name) {
+  const std::vector<AgentStatus> all = call.engine.agents();
+  const auto found =
+      std::find_if(all.begin(), all.end(), [&](const AgentStatus& status) { return status.agent == id; });
+  if (found == all.end()) throw Error(ErrorCode::kNotFound, "there is no agent '" + name + "'").with_agent(name);
+  Json shown = status_json(*found, name);
+  if (call.engine.store().contains(id)) {
+    const AgentInfo info = call.engine.store().agent_info(id);
+    shown["created_at"] = info.created_at;
+    shown["updated_at"] = info.updated_at;
+    shown["segments"] = info.segments.size();
+    shown["own_bytes"] = info.tail_bytes;
+  }
+  return shown;
+}
+
+Answer show(const Call& call) { return {200, shown(call, call.id, call.name)}; }
+
+Answer fork(const Call& call) {
+  const std::string name = call.body.at("as");
+  std::optional<int64_t> at;
+  if (call.body.contains("at_token")) at = call.body["at_token"].get<int64_t>();
+  call.engine.fork(call.id, call.id_of(name), at);
+  return {201, shown(call, call.id_of(name), name)};
+}
+
+Answer rewind(const Call& call) {
+  call.engine.rewind(call.id, call.body.at("tokens").get<int64_t>());
+  return show(call);
+}
+
+Answer rename(const Call& call) {
+  const std::string name = call.body.at("to");
+  call.engine.rename(call.id, call.id_of(name));
+  return {200, shown(call, call.id_of(name), name)};
+}
+
+Answer pin(const Call& call) {
+  call.engine.pin(call.id, call.body.at("pinned").get<bool>());
+  return show(call);
+}
+
+Answer sleep(const Call& call) {
+  call.engine.sleep(call.id);
+  return show(call);
+}
+
+Answer wake(const Call& call) {
+  Json answer = shown(call, call.id, call.name);
+  answer["waking"] = call.engine.prefetch(call.id);
+  return {202, std::move(answer)};
+}
+
+Answer save(const Call& call) {
+  const SaveResult saved = call.engine.save(call.id);
+  return {200, Json{{"agent", call.name}, {"bytes_written", saved.bytes_written}}};
+}
+
+Answer remove(const Call& call) {
+  call.engine.remove(call.id);
+  return {204, nullptr};
+}
+
+Answer describe(const Call& call);
+
+const std::vector<Operation>& operations() {
+  static const std::vector<Operation> kOperations{
+      {"GET", "/agents", "listAgents", "The tenant's agents, in memory and on disk.", {}, 200, "AgentList", list},
+      {"GET", "/agents/{agent}", "showAgent", "One agent.", {}, 200, "Agent", show},
+      {"DELETE",
+       "/agents/{agent}",
+       "deleteAgent",
+       "Removes the agent from memory and disk. Segments that others share stay.",
+       {},
+       204,
+       nullptr,
+       remove},
+      {"POST",
+       "/agents/{agent}/fork",
+       "forkAgent",
+       "A new agent that begins with this one's first tokens; nothing is copied.",
+       {{"as", "string", true, "The new agent's name."},
+        {"at_token", "integer", false, "How many tokens it begins with; all unless given."}},
+       201,
+       "Agent",
+       fork},
+      {"POST",
+       "/agents/{agent}/rewind",
+       "rewindAgent",
+       "Forgets everything after the first tokens.",
+       {{"tokens", "integer", true, "How many stay."}},
+       200,
+       "Agent",
+       rewind},
+      {"POST",
+       "/agents/{agent}/rename",
+       "renameAgent",
+       "Gives the agent another name.",
+       {{"to", "string", true, "The new name, which must be free."}},
+       200,
+       "Agent",
+       rename},
+      {"POST",
+       "/agents/{agent}/pin",
+       "pinAgent",
+       "A pinned agent stays in memory when others must make room.",
+       {{"pinned", "boolean", true, "Whether it is pinned from now on."}},
+       200,
+       "Agent",
+       pin},
+      {"POST",
+       "/agents/{agent}/sleep",
+       "sleepAgent",
+       "Saves the agent if it has changed, and lets go of its memory.",
+       {},
+       200,
+       "Agent",
+       sleep},
+      {"POST",
+       "/agents/{agent}/wake",
+       "wakeAgent",
+       "Begins to load the agent, so that its next turn finds it ready. `waking` is false where nothing was begun.",
+       {},
+       202,
+       "Agent",
+       wake},
+      {"POST", "/agents/{agent}/save", "saveAgent", "Saves the agent if it has changed.", {}, 200, "Saved", save},
+      {"GET", "/openapi.json", "describe", "This description.", {}, 200, nullptr, describe},
+  };
+  return kOperations;
+}
+
+Json schema_of(const std::vector<std::pair<const char*, const char*>>& members) {
+  Json properties = Json::object(), required = Json::array();
+  for (const auto& [name, type] : members) {
+    properties[name] = Json{{"type", type}};
+    required.push_back(name);
+  }
+  return Json{{"type", "object"}, {"properties", std::move(properties)}, {"required", std::move(required)}};
+}
+
+Json reference(const std::string& schema) { return Json{{"$ref", "#/components/schemas/" + schema}}; }
+
+Json content(Json schema) { return Json{{"application/json", Json{{"schema", std::move(schema)}}}}; }
+
+Answer describe(const Call&) {
+  Json paths = Json::object();
+  for (const Operation& operation : operations()) {
+    Json success{{"description", operation.help}};
+    if (operation.answer) success["content"] = content(reference(operation.answer));
+    Json described{{"operationId", operation.id}, {"summary", operation.help}};
+    if (std::string_view(operation.path).find("{agent}") != std::string_view::npos) {
+      described["parameters"] =
+          Json::array({Json{{"name", "agent"},
+                            {"in", "path"},
+                            {"required", true},
+                            {"schema", Json{{"type", "string"}, {"pattern", "^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$"}}}}});
+    }
+    if (!operation.members.empty()) {
+      Json properties = Json::object(), required = Json::array();
+      for (const Member& member : operation.members) {
+        properties[member.name] = Json{{"type", member.type}, {"description", member.help}};
+        if (std::string_view(member.type) == "integer") properties[member.name]["minimum"] = 0;
+        if (member.required) required.push_back(member.name);
+      }
+      described["requestBody"] = Json{{"required", true},
+                                      {"content", content(Json{{"type", "object"},
+                                                               {"properties", std::move(properties)},
+                                                               {"required", std::move(required)},
+                                                               {"additionalProperties", false}})}};
+    }
+    described["responses"] = Json{
+        {std::to_string(operation.status), std::move(success)},
+        {"default", Json{{"description", "What failed, in one sentence."}, {"content", content(reference("Error"))}}}};
+    std::string method = operation.method;
+    std::transform(method.begin(), method.end(), method.begin(), [](unsigned char c) { return std::tolower(c); });
+    paths[operation.path][method] = std::move(described);
+  }
+  const std::vector<std::pair<const char*, const char*>> agent{
+      {"agent", "string"},    {"model", "string"},         {"tokens", "integer"},
+      {"awake", "boolean"},   {"pinned", "boolean"},       {"unsaved", "boolean"},
+      {"in_turn", "boolean"}, {"memory_bytes", "integer"}, {"disk_bytes", "integer"}};
+  Json list = schema_of({{"agents", "array"}});
+  list["properties"]["agents"]["items"] = reference("Agent");
+  Json error = schema_of({{"error", "object"}});
+  error["properties"]["error"] = schema_of({{"code", "string"}, {"message", "string"}});
+  const Json schemas{{"Agent", schema_of(agent)},
+                     {"AgentList", std::move(list)},
+                     {"Saved", schema_of({{"agent", "string"}, {"bytes_written", "integer"}})},
+                     {"Error", std::move(error)}};
+  return {200,
+          Json{{"openapi", "3.1.0"},
+               {"info", Json{{"title", "Torpor's agents"}, {"version", TORPOR_VERSION}}},
+               {"servers", Json::array({Json{{"url", "/torpor/v1"}}})},
+               {"security", Json::array({Json{{"key", Json::array()}}})},
+               {"paths", std::move(paths)},
+               {"components", Json{{"schemas", schemas},
+                                   {"securitySchemes", Json{{"key", Json{{"type", "http"}, {"scheme", "bearer"}}}}}}}}};
+}
+
+/// Whether `path`, the parts below /torpor/v1, is of the operation's form.
+bool fits(const Operation& operation, const Parts& path) {
+  HttpRequest form;
+  form.path = operation.path;
+  const Parts parts = form.path_parts();
+  return parts.size() == path.size() &&
+         std::equal(parts.begin(), parts.end(), path.begin(),
+                    [](const auto& part, const auto& given) { return part == "{agent}" || part == given; });
+}
+
+bool has_type(const Json& value, std::string_view type) {
+  if (type == "integer")
+    return value.is_number_integer() && (!value.is_number_unsigned() || value.get<uint64_t>() <= INT64_MAX);
+  return type == "string" ? value.is_string() : value.is_boolean();
+}
+
+Json body_of(const Operation& operation, const HttpRequest& request) {
+  const auto refuse = [](const std::string& what, const std::string& field) {
+    throw Error(ErrorCode::kInvalidArgument, what).with_field(field);
+  };
+  if (operation.members.empty()) return Json::object();
+  const auto shallow = [](int depth, Json::parse_event_t, Json&) { return depth <= 2; };
+  Json body = Json::parse(request.body, shallow, false);
+  if (!body.is_object()) refuse("the request's body is no JSON object", "");
+  for (const auto& [name, value] : body.items()) {
+    const auto member = std::find_if(operation.members.begin(), operation.members.end(),
+                                     [&](const Member& m) { return name == m.name; });
+    if (member == operation.members.end()) refuse("'" + name + "' is no member of this request", name);
+    if (!has_type(value, member->type)) refuse("'" + name + "' must be of type " + member->type, name);
+  }
+  for (const Member& member : operation.members) {
+    if (member.required && !body.contains(member.name))
+      refuse(std::string("the request lacks '") + member.name + "'", member.name);
+  }
+  return body;
+}
+
+Answer answer(Engine& engine, const HttpRequest& request, std::string& allow) {
+  Parts path = request.path_parts();
+  path.erase(path.begin(), path.begin() + std::min<size_t>(2, path.size()));  // torpor, v1
+  const std::string method = request.method == "HEAD" ? "GET" : request.method;
+  for (const Operation& operation : operations()) {
+    if (!fits(operation, path)) continue;
+    if (method != operation.method) {
+      allow += (allow.empty() ? "" : ", ") + std::string(operation.method);
+      continue;
+    }
+    Call call{engine, request, {}, {}, body_of(operation, request)};
+    if (path.size() > 1 && path[0] == "agents") {
+      call.name = path[1];
+      call.id = call.id_of(call.name);
+    }
+    return operation.run(call);
+  }
+  if (!allow.empty())
+    return {405, Json{{"error", Json{{"code", "kInvalidArgument"},
+                                     {"message", request.path + " answers " + allow + " alone"}}}}};
+  throw Error(ErrorCode::kNotFound, "there is no " + request.path + " here");
+}
+
+/// A tenant's own words for its agents: the store's ids stay inside.
+std::string own_words(std::string text, const std::string& tenant) {
+  const std::string prefix =
+      tenant == kLocalTenant ? std::string() : agent_id_of(tenant, "x").substr(0, agent_id_of(tenant, "x").size() - 1);
+  for (size_t at = 0; !prefix.empty() && (at = text.find(prefix, at)) != std::string::npos;)
+    text.erase(at, prefix.size());
+  return text;
+}
+
+Answer failed(const Error& error, const std::string& tenant) {
+  const faces::ErrorMapping& mapping = faces::error_mapping(error.code());
+  Json said{{"code", mapping.name}, {"message", own_words(error.what(), tenant)}};
+  if (!error.agent().empty()) said["agent"] = own_words(error.agent(), tenant);
+  if (!error.field().empty()) said["field"] = error.field();
+  if (!error.expected().empty()) said["expected"] = error.expected();
+  if (!error.found().empty()) said["found"] = error.found();
+  return {mapping.http_status, Json{{"error", std::move(said)}}};
+}
+
+}  // namespace
+
+void AgentsApi::handle(const HttpRequest& request, HttpResponse& response) {
+  Answer said;
+  std::string allow;
+  try {
+    said = answer(engine_, request, allow);
+  } catch (const Error& error) {
+    said = failed(error, request.tenant);
+  } catch (const Failure& failure) {
+    said = failed(Error(ErrorCode::kInvalidArgument, failure.what()).with_field(failure.param), request.tenant);
+  }
+  HttpHeaders headers;
+  if (!said.body.is_null()) headers.emplace_back("content-type", "application/json");
+  if (said.status == 405) headers.emplace_back("allow", allow);
+  response.whole(said.status, std::move(headers), said.body.is_null() ? "" : to_text(said.body));
+}
+
+}  // namespace torpor::server
