@@ -148,7 +148,9 @@ struct EngineRunner::Impl {
       if (!request.template_arguments.empty()) turn.template_arguments = to_text(request.template_arguments);
     }
     turn.generate.sampling = sampling_of(request.sampling);
-    turn.generate.max_tokens = request.max_tokens.value_or(INT_MAX);
+    // The engine ends an answer where the context does. Clients ask for more than it has as a matter of course.
+    const int context = engine.model().max_context > 0 ? engine.model().max_context : INT_MAX;
+    turn.generate.max_tokens = std::min(request.max_tokens.value_or(context), context);
     return turn;
   }
 

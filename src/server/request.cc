@@ -116,7 +116,7 @@ void read_sampling(Field body, Sampling& sampling) {
   sampling.repetition_penalty = body["repetition_penalty"].number(0, 100);
   sampling.presence_penalty = body["presence_penalty"].number(-2, 2);
   sampling.frequency_penalty = body["frequency_penalty"].number(-2, 2);
-  if (const auto seed = body["seed"].number(-9.3e18, 9.3e18)) sampling.seed = uint64_t(int64_t(*seed));
+  if (const auto seed = body["seed"].number(-9e18, 9e18)) sampling.seed = uint64_t(int64_t(*seed));
   if (const Field bias = body["logit_bias"]) {
     const Json biases = *bias.object();
     for (const auto& [token, value] : biases.items()) {
