@@ -102,9 +102,10 @@ def test_the_command_line_hints_at_its_own_options(tiny, tiny_model, tmp_path):
     tiny.run("ada", "Hello", env={"TORPOR_CPU_TARGET": "mmx"}).fails("invalid", "mmx", "--cpu-target")
 
 
-def test_without_a_home_directory_the_command_line_names_its_option():
-    result = Result(subprocess.run([BIN, "ls"], capture_output=True, env={"PATH": os.environ["PATH"]}))
-    result.fails("invalid", "home", "--store", "TORPOR_STORE")
+def test_without_a_home_directory_the_command_line_names_its_option(tmp_path):
+    nobody = preload(tmp_path, "int getpwuid_r(unsigned u, void* e, char* b, unsigned long n, void** found) { *found = 0; return 0; }")
+    env = {"PATH": os.environ["PATH"], **nobody}
+    Result(subprocess.run([BIN, "ls"], capture_output=True, env=env)).fails("invalid", "home", "--store", "TORPOR_STORE")
 
 
 def test_what_the_system_refuses_is_no_defect_of_torpors(tiny, tmp_path):

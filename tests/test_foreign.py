@@ -146,10 +146,15 @@ def test_a_newer_store_is_refused_and_a_damaged_marker_told(ada):
     for command in (["ls"], ["gc"], ["show", "ada"], ["rm", "ada"]):
         ada(*command).fails("incompatible", "version 4", "newer Torpor")
     ada.run("ada", "Hello").fails("incompatible", "version 4")
-    for text in ("", "{", "nonsense", '{"torpor_store": 3, "limits": {"disk_budget": -5}}'):
+    for text in ("{", "nonsense", '{"torpor_store": 3, "limits": {"disk_budget": -5}}'):
         marker.write_text(text)
         ada("ls").fails("corruption", "torpor.json")
         ada.run("ada", "Hello").fails("corruption", "torpor.json")
+    for text in ("", "\0" * 24):  # what a power cut leaves of one that was not flushed
+        marker.write_text(text)
+        ada("ls").ok()
+        ada.run("ada", "Hello").ok()
+        assert json.loads(marker.read_text()) == {"torpor_store": 3}
 
 
 def test_limits_that_the_store_keeps_bind_every_command(ada, words):

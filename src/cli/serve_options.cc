@@ -93,10 +93,13 @@ void add_serve_options(CLI::App& app, ServeOptions& options) {
       ->type_name("NAME");
   app.add_option("--log", options.log, "File that gets a line of JSON for each request (default: standard error)")
       ->type_name("FILE");
-  for (CLI::Option* option : app.get_options()) {
-    if (const auto names = option->get_lnames(); !names.empty() && names[0] != "help")
-      option->envname(variable_of(names[0]));
-  }
+  // Only once this command is given: the parser reads the variables of commands that are not, and refuses what they say.
+  app.preparse_callback([&app](size_t) {
+    for (CLI::Option* option : app.get_options()) {
+      const auto names = option->get_lnames();
+      if (!names.empty() && names[0] != "help") option->envname(variable_of(names[0]));
+    }
+  });
 }
 
 ServeOptions with_config(const CLI::App& given, const std::filesystem::path& config) {
