@@ -219,7 +219,7 @@ TEST_F(EngineBatch, TurnsThatBeginAlikeComputeTheirCommonPromptOnce) {
     computed += together[i].tokens.prefilled;
   }
   EXPECT_EQ(engine.work().prompt_tokens, computed);
-  EXPECT_LE(computed, own + kSegmentTokens);  // a second chunk may have begun beside the first turn's
+  EXPECT_LE(computed, own + PrefillPace::kMost);  // while the first pauses for its reader the second may compute a chunk
 }
 
 TEST_F(EngineBatch, APromptWhoseClientIsCutTenTimesIsComputedOnce) {
@@ -233,26 +233,23 @@ TEST_F(EngineBatch, APromptWhoseClientIsCutTenTimesIsComputedOnce) {
       if (named) engine.turn(request("a", "the quick fox", 4, 1));
       const int64_t before = engine.work().prompt_tokens;
       std::atomic<bool> cut{false};
-      int total = 0;
-      for (int i = 1; i <= 10; ++i) {
+      int total = 0, cuts = 0;
+      for (bool whole = false; !whole; cuts += whole ? 0 : 1) {
         TurnRequest turn = request(named ? "a" : "", prompt, 4, 2);
         turn.save = SaveMode::kBehind;
         (undone ? turn.give_up : turn.generate.cancel) = &cut;
         cut = false;
-        int chunks = 0;
-        turn.generate.on_prefill = [&](int, int all) {
+        turn.generate.on_prefill = [&](int done, int all) {
           total = std::max(total, all);
-          cut = ++chunks == 2;
+          cut = cuts < 10 && done < all;  // after a chunk, of which there may be fewer
         };
         try {
-          engine.turn(turn);
+          whole = engine.turn(turn).finish_reason != FinishReason::kCancelled;
         } catch (const Error& error) {
           EXPECT_EQ(error.code(), ErrorCode::kCancelled);
         }
       }
-      EXPECT_LT(engine.work().prompt_tokens - before, total);  // it was cut indeed
-      const TurnResult done = engine.turn(request(named ? "a" : "", prompt, 4, 2));
-      EXPECT_EQ(done.tokens.generated, 4);
+      EXPECT_GE(cuts, 2);
       EXPECT_LE(engine.work().prompt_tokens - before, total * 11 / 10);
     }
   }
