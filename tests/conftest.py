@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +104,16 @@ class Torpor:
     def copy(self, to):
         shutil.copytree(self.store, to, symlinks=True)
         return Torpor(to, self.model)
+
+
+def held_ids(store, agent):
+    """An agent's ids, from its file and its parts (docs/format.md)."""
+    with safe_open(store / f"{agent}.safetensors", framework="numpy") as file:
+        ids, metadata = file.get_tensor("tokens").tolist(), file.metadata()
+    for part in reversed(list(filter(None, metadata.get("parts", "").split(",")))):
+        name, _, tokens, _ = part.split(":")
+        ids = load_file(store / "parts" / f"{metadata['uid']}-{name}.safetensors")["tokens"].tolist()[:int(tokens)] + ids
+    return ids
 
 
 def xxh3(data):

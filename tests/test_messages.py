@@ -4,10 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
-from conftest import ROOT, Torpor, make_tiny_model
+from conftest import ROOT, Torpor, held_ids, make_tiny_model
 
 import torpor
 
@@ -55,14 +53,7 @@ def engine(model, tmp_path):
 
 
 def held(tmp_path, agent):
-    """An agent's ids, from its file and its parts (docs/format.md)."""
-    store = tmp_path / "store"
-    with safe_open(store / f"{agent}.safetensors", framework="numpy") as file:
-        ids, metadata = file.get_tensor("tokens").tolist(), file.metadata()
-    for part in reversed(list(filter(None, metadata.get("parts", "").split(",")))):
-        name, _, tokens, _ = part.split(":")
-        ids = load_file(store / "parts" / f"{metadata['uid']}-{name}.safetensors")["tokens"].tolist()[:int(tokens)] + ids
-    return ids
+    return held_ids(tmp_path / "store", agent)
 
 
 def test_a_conversation_with_tools_has_the_ids_that_transformers_gives_it(engine, oracle, tmp_path):

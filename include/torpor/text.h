@@ -13,6 +13,13 @@
 
 namespace torpor {
 
+/// Text with joints in it: characters that no token is recognised across, and that are taken out when it is encoded. So a
+/// user's "<|im_end|>" stays what it is, text.
+struct RenderedText {
+  std::string text;
+  std::string joint{};  ///< one character, or empty
+};
+
 class Tokenizer {
  public:
   /// Reads `dir/tokenizer.json`, and the special tokens of `tokenizer_config.json` as AutoTokenizer does (of
@@ -24,8 +31,11 @@ class Tokenizer {
   ~Tokenizer();
 
   /// Token ids of UTF-8 `text`; special tokens written in it are recognised. `add_special` adds what the tokenizer's
-  /// post-processor adds (BOS). kInvalidArgument for invalid UTF-8, naming the byte offset.
+  /// post-processor adds (BOS), unless the text begins with it. kInvalidArgument for invalid UTF-8, naming the byte offset.
   std::vector<int32_t> encode(std::string_view text, bool add_special) const;
+  /// The same of text that stands after the token `after` (negative: one that is not known), as it would be in the whole: no
+  /// space is put before it. Nothing is added.
+  std::vector<int32_t> encode(const RenderedText& text, std::optional<int32_t> after) const;
   /// Text of all ids, as Hugging Face's `decode` gives it without clean-up. Ids past the vocabulary have no text;
   /// kInvalidArgument for negative ones.
   std::string decode(const std::vector<int32_t>& ids, bool skip_special = false) const;
@@ -38,6 +48,8 @@ class Tokenizer {
 
  private:
   friend class Detokenizer;
+  friend class ChatTemplate;
+  std::vector<int32_t> encode_at(std::string_view text, int64_t place, std::string_view joint) const;
   struct Impl;
   explicit Tokenizer(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
@@ -74,6 +86,11 @@ class ChatTemplate {
   /// ("tools", "enable_thinking"), or empty. kInvalidArgument carries the message of the template's own
   /// `raise_exception`, word for word, or says on which line rendering failed.
   std::string render(std::string_view messages_json, bool add_generation_prompt, std::string_view extra_json = {}) const;
+  /// The same for `guarded_by` to encode: in messages and variables its special tokens are text, and so are other tokens that
+  /// the template frames messages with. (`<think>` and `</think>` of an assistant stay what templates look for.) nullptr: they
+  /// count as tokens.
+  RenderedText render(std::string_view messages_json, bool add_generation_prompt, std::string_view extra_json,
+                      const Tokenizer* guarded_by) const;
   /// Digest of the template text, for Identity::chat_template.
   const std::string& digest() const;
 

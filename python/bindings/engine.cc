@@ -111,6 +111,17 @@ std::unique_ptr<RunningTurn> start(const SharedEngine& shared, const std::string
   return std::make_unique<RunningTurn>(shared.get(), std::move(request));
 }
 
+std::vector<int32_t> prompt_tokens(const SharedEngine& shared, const std::string& prompt, const std::string& messages,
+                                   std::optional<std::string> system, bool raw, const std::string& tools,
+                                   const std::string& template_args, bool special) {
+  TurnRequest request{.prompt = prompt, .system = std::move(system), .raw = raw, .tools = tools,
+                      .template_arguments = template_args, .special = special};
+  if (!messages.empty()) request.messages = messages_from_json(messages);
+  const std::shared_ptr<Engine> engine = shared.get();
+  const nb::gil_scoped_release release;
+  return engine->prompt_tokens(request);
+}
+
 void fork(const SharedEngine& shared, const std::string& src, const std::string& dst, std::optional<int64_t> at_token,
           const std::string& save) {
   const SaveMode mode = parse_save_mode(save);
@@ -183,6 +194,8 @@ void bind_engine(nb::module_& module) {
       .def("close", &SharedEngine::close)
       .def("start", &start, "agent"_a, "prompt"_a, "messages"_a, "system"_a.none(), "raw"_a, "on_divergence"_a,
            "tools"_a, "template_args"_a, "special"_a, "save"_a, "max_tokens"_a, "temperature"_a, "top_p"_a, "seed"_a, "stop"_a)
+      .def("prompt_tokens", &prompt_tokens, "prompt"_a, "messages"_a, "system"_a.none(), "raw"_a, "tools"_a, "template_args"_a,
+           "special"_a)
       .def("prefetch", without_gil(&Engine::prefetch), "agent"_a)
       .def("save", without_gil(&Engine::save), "agent"_a)
       .def("save_all", [](const SharedEngine& shared) {

@@ -24,6 +24,8 @@ class TurnOptions(TypedDict, total=False):
     """The keyword arguments of every turn, all optional.
 
     raw: append the prompt as it stands, without the chat template (False).
+    special: special tokens, and what the template frames messages with, count as such where they are written in messages, tools
+        and arguments. Else (False) they are text.
     on_divergence: of a turn by messages whose agent holds other ones, or more. "rewind" (the default): the agent forgets what
         follows the last equal message. "branch": it stays, and the turn is that of an agent "ID.2", "ID.3" and so on, which
         TurnResult.agent names.
@@ -40,6 +42,7 @@ class TurnOptions(TypedDict, total=False):
     """
 
     raw: bool
+    special: bool
     on_divergence: Literal["rewind", "branch"]
     tools: Sequence[Mapping[str, Any]]
     template_args: Mapping[str, Any]
@@ -165,6 +168,12 @@ class Engine:
         """Answers a prompt without an agent, as Agent.stream."""
         return Agent(self, "", system).stream(prompt, **options)
 
+    def prompt_tokens(self, prompt: Prompt, *, system: str | None = None, raw: bool = False, special: bool = False,
+                      tools: Sequence[Mapping[str, Any]] = (),
+                      template_args: Mapping[str, Any] | None = None) -> list[int]:
+        """The ids that a turn of a new agent would hold before it answers. Computes nothing, and waits for nobody."""
+        return self._core.prompt_tokens(*_prompt(prompt), system, raw, *_variables(tools, template_args), special)
+
     def save_all(self) -> None:
         """Saves every agent that is awake, and waits. All are tried; then the first error is raised. Agents in a turn are saved
         after it, so an `on_text` gets InvalidArgumentError."""
@@ -199,16 +208,14 @@ class Engine:
         finally:
             self._talking.to = before
 
-    def _start(self, agent_id: str, prompt: Prompt, system: str | None, *, raw: bool = False, on_divergence: str = "rewind",
-               tools: Sequence[Mapping[str, Any]] = (), template_args: Mapping[str, Any] | None = None,
+    def _start(self, agent_id: str, prompt: Prompt, system: str | None, *, raw: bool = False, special: bool = False,
+               on_divergence: str = "rewind", tools: Sequence[Mapping[str, Any]] = (), template_args: Mapping[str, Any] | None = None,
                save: str = "wait", max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
                seed: int = 0, stop: str | Sequence[str] = ()) -> _core.RunningTurn:
         stops = [stop] if isinstance(stop, str) else list(stop)
         core = self._for(agent_id) if agent_id else self._core
-        text, messages = (prompt, "") if isinstance(prompt, str) else ("", _json("messages", list(prompt)))
-        return core.start(agent_id, text, messages, system, raw, on_divergence, _json("tools", list(tools)) if tools else "",
-                          _json("template_args", dict(template_args)) if template_args else "", False, save, max_tokens,
-                          temperature, top_p, seed, stops)
+        return core.start(agent_id, *_prompt(prompt), system, raw, on_divergence, *_variables(tools, template_args), special,
+                          save, max_tokens, temperature, top_p, seed, stops)
 
 
 def _json(name: str, value: object) -> str:
@@ -216,6 +223,15 @@ def _json(name: str, value: object) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as failed:
         raise InvalidArgumentError(f"The {name} can't be written as JSON: {failed}") from None
+
+
+def _prompt(prompt: Prompt) -> tuple[str, str]:
+    """A text, or messages as JSON."""
+    return (prompt, "") if isinstance(prompt, str) else ("", _json("messages", list(prompt)))
+
+
+def _variables(tools: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any] | None) -> tuple[str, str]:
+    return _json("tools", list(tools)) if tools else "", _json("template_args", dict(template_args)) if template_args else ""
 
 
 class TextStream(Iterator[str]):

@@ -61,9 +61,13 @@ torpor_text_status torpor_text_tokenizer_new(const torpor_text_files* files, tor
                                              torpor_text_bytes* changes, torpor_text_bytes* error);
 void torpor_text_tokenizer_free(torpor_text_tokenizer* tokenizer);
 
+/* Where a text stands: by itself, at the beginning (then the post-processor's tokens are added, unless the text begins with
+ * them), or, with an id instead, after the token of that id. */
+enum { TORPOR_TEXT_ALONE = -1, TORPOR_TEXT_BEGINNING = -2 };
+/* No token is recognised across a `joint`, a character that may be empty; all joints are taken out. */
 torpor_text_status torpor_text_tokenizer_encode(const torpor_text_tokenizer* tokenizer, const char* text,
-                                                size_t text_size, bool add_special, torpor_text_ids* out,
-                                                torpor_text_bytes* error);
+                                                size_t text_size, int64_t place, const char* joint, size_t joint_size,
+                                                torpor_text_ids* out, torpor_text_bytes* error);
 /* Ids without a token give no text; negative ones are TORPOR_TEXT_INVALID. */
 torpor_text_status torpor_text_tokenizer_decode(const torpor_text_tokenizer* tokenizer, const int32_t* ids,
                                                 size_t ids_size, bool skip_special, torpor_text_bytes* out,
@@ -94,10 +98,13 @@ typedef struct torpor_text_template torpor_text_template;
 torpor_text_status torpor_text_template_new(const torpor_text_files* files, torpor_text_template** out,
                                             torpor_text_bytes* source, torpor_text_bytes* error);
 void torpor_text_template_free(torpor_text_template* chat_template);
-/* `messages` is a JSON array of objects, `extra` a JSON object or empty. */
+/* `messages` is a JSON array of objects, `extra` a JSON object or empty. With a tokenizer the strings of its special tokens, and
+ * of the template's own markers, are broken up by `joint` where they stand in messages and variables. */
 torpor_text_status torpor_text_template_render(const torpor_text_template* chat_template, const char* messages,
                                                size_t messages_size, bool add_generation_prompt, const char* extra,
-                                               size_t extra_size, torpor_text_bytes* out, torpor_text_bytes* error);
+                                               size_t extra_size, const torpor_text_tokenizer* guarded_by,
+                                               torpor_text_bytes* out, torpor_text_bytes* joint,
+                                               torpor_text_bytes* error);
 
 #ifdef __cplusplus
 }

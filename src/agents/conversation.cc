@@ -99,7 +99,7 @@ size_t last_answer(std::span<const HeldMessage> held, size_t equal) {
 
 std::vector<int32_t> encode_conversation(const Phrasing& phrasing, std::span<const Message> messages) {
   // The template writes BOS itself where the model wants one.
-  return phrasing.tokenizer.encode(phrasing.chat_template.render(rendered_json(messages), true, phrasing.variables), false);
+  return phrasing.tokenizer.encode(phrasing.render(rendered_json(messages)), std::nullopt);
 }
 
 std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing, std::vector<Message> messages, size_t answered,
@@ -108,14 +108,15 @@ std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing
   answer = {.role = "assistant", .content = {}};
   answer.content = draw_placeholder(rendered_json(messages), phrasing.variables + began_with);
   const std::string json = rendered_json(messages);
-  const std::string rendered = phrasing.chat_template.render(json, true, phrasing.variables);
-  const size_t at = rendered.rfind(answer.content);
+  RenderedText rendered = phrasing.render(json);
+  const size_t at = rendered.text.rfind(answer.content);
   if (at == std::string::npos) return std::nullopt;
   if (!same_variables(phrasing.variables, began_with)) {
-    const std::string before = phrasing.chat_template.render(json, true, began_with);
-    if (before.compare(0, before.rfind(answer.content), rendered, 0, at) != 0) return std::nullopt;
+    const std::string before = phrasing.render(json, began_with).text;
+    if (before.compare(0, before.rfind(answer.content), rendered.text, 0, at) != 0) return std::nullopt;
   }
-  std::vector<int32_t> added = phrasing.tokenizer.encode(rendered.substr(at + answer.content.size()), false);
+  rendered.text.erase(0, at + answer.content.size());
+  std::vector<int32_t> added = phrasing.tokenizer.encode(rendered, last);
   added.erase(added.begin(), added.begin() + std::ptrdiff_t(repeated(phrasing.tokenizer, last, added)));
   return added;
 }

@@ -26,6 +26,12 @@ struct Phrasing {
   const Tokenizer& tokenizer;
   const ChatTemplate& chat_template;
   std::string variables;  ///< template_variables
+  bool special = false;   ///< special tokens that messages and variables hold count as such; else they are text
+
+  RenderedText render(const std::string& messages_json) const { return render(messages_json, variables); }
+  RenderedText render(const std::string& messages_json, const std::string& with) const {
+    return chat_template.render(messages_json, true, with, special ? nullptr : &tokenizer);
+  }
 };
 
 /// Tools (a JSON array) and template arguments (a JSON object) as one JSON object of variables; empty when there are none.

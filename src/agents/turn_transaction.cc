@@ -94,12 +94,14 @@ void TurnTransaction::plan_prompt(const TurnInput& input) {
   variables_ = messages_.empty() && agent.history.empty() ? input.variables : agent.variables;
   std::vector<int32_t> added;
   if (input.raw) {
-    added = input.tokenizer->encode(input.prompt, agent.history.empty());
+    added = agent.history.empty() ? input.tokenizer->encode(input.prompt, true)
+                                  : input.tokenizer->encode(RenderedText{input.prompt}, agent.history.back());
   } else {
     require_template(input);
     std::vector<Message> so_far(messages_.begin(), messages_.end());
     so_far.insert(so_far.end(), said_.begin(), said_.end());
-    const Phrasing phrasing{*input.tokenizer, *input.chat_template, input.variables.empty() ? variables_ : input.variables};
+    const Phrasing phrasing{*input.tokenizer, *input.chat_template, input.variables.empty() ? variables_ : input.variables,
+                            input.special};
     added = encode_user_turn(phrasing, std::move(so_far), agent.history, input.prompt, variables_);
   }
   said_.push_back({"user", input.prompt});
@@ -122,7 +124,7 @@ void TurnTransaction::plan_messages(const TurnInput& input) {
     divergence_ = {.message = int(equal), .held = equal < held.messages.size() ? message_to_json(held.messages[equal]) : "",
               .given = equal < given.size() ? message_to_json(given[equal]) : ""};
   }
-  const Phrasing phrasing{*input.tokenizer, *input.chat_template, input.variables};
+  const Phrasing phrasing{*input.tokenizer, *input.chat_template, input.variables, input.special};
   size_t answered = last_answer(held.messages, equal);
   if (answered > 0) {
     const size_t end = size_t(held.messages[answered - 1].end);

@@ -24,6 +24,7 @@ struct TurnInput {
   bool keeps = false;                              ///< by messages: kBusy where the agent holds what they don't repeat
   std::string branch_of{};                         ///< by messages: a new agent begins with what it shares with this one
   std::string variables{};                         ///< of the template (template_variables); by prompt, empty: the agent's own
+  bool special = false;                            ///< Phrasing::special
   std::shared_ptr<const Tokenizer> tokenizer;
   std::shared_ptr<const ChatTemplate> chat_template;  ///< nullptr: the model has none
 };

@@ -200,6 +200,7 @@ void add_turn_options(CLI::App& app, TurnOptions& options) {
   app.add_flag("--no-mmap", options.no_mmap, "Read rows of agents into memory instead of mapping their files");
   app.add_flag("--raw", options.raw, "Append what the user says as it stands, without the chat template");
   add_template_options(app, options.tools_file, options.tools, options.template_args);
+  app.add_flag("--special", options.special, "Special tokens written in messages and tools count as such; else they are text");
   app.add_flag("--json", options.json, "Print one JSON object per turn instead of the text (docs/cli.md)");
 }
 

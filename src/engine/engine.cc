@@ -222,7 +222,8 @@ std::vector<int32_t> Engine::prompt_tokens(const TurnRequest& request) const {
       if (request.system) messages.push_back({"system", *request.system});
       messages.push_back({"user", request.prompt});
     }
-    const Phrasing phrasing{*parts.tokenizer, *parts.chat_template, template_variables(request.tools, request.template_arguments)};
+    const Phrasing phrasing{*parts.tokenizer, *parts.chat_template,
+                            template_variables(request.tools, request.template_arguments), request.special};
     return encode_conversation(phrasing, messages);
   });
 }

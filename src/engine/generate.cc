@@ -47,7 +47,8 @@ CacheExtractor::Output CacheExtractor::generate(const std::string& prompt, std::
   if (const CacheValidation sound = validate_cache_structure(*cache, &layout); !sound) {
     throw Error(ErrorCode::kIncompatible, "The cache given does not fit the model: " + sound.reason + ".").with_field("layout");
   }
-  const std::vector<int32_t> tokens = tokenizer_->encode(prompt, cache->length() == 0);
+  const std::vector<int32_t> tokens = cache->length() == 0 ? tokenizer_->encode(prompt, true)
+                                                           : tokenizer_->encode(RenderedText{prompt}, cache->tokens().back());
   Output output;
   output.details = torpor::generate(*model_, tokenizer_, *cache, tokens, options);
   output.text = output.details.text;

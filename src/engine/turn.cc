@@ -55,7 +55,8 @@ EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, std::stri
 TurnInput EngineTurn::input() const {
   return {.prompt = request_.prompt, .system = request_.system, .raw = request_.raw, .messages = request_.messages,
           .keeps = request_.on_divergence == OnDivergence::kBranch, .branch_of = branch_of_,
-          .variables = template_variables(request_.tools, request_.template_arguments), .tokenizer = parts_.tokenizer,
+          .variables = template_variables(request_.tools, request_.template_arguments), .special = request_.special,
+          .tokenizer = parts_.tokenizer,
           .chat_template = parts_.chat_template};
 }
 

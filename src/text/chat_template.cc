@@ -1,5 +1,5 @@
 #include "base/hash.h"
-#include "text/shim.h"
+#include "text/tokenizer_impl.h"
 #include "torpor/text.h"
 
 namespace torpor {
@@ -30,12 +30,18 @@ std::shared_ptr<const ChatTemplate> ChatTemplate::load(const std::filesystem::pa
 
 std::string ChatTemplate::render(std::string_view messages_json, bool add_generation_prompt,
                                  std::string_view extra_json) const {
-  ShimText rendered, error;
+  return render(messages_json, add_generation_prompt, extra_json, nullptr).text;
+}
+
+RenderedText ChatTemplate::render(std::string_view messages_json, bool add_generation_prompt, std::string_view extra_json,
+                                  const Tokenizer* guarded_by) const {
+  ShimText rendered, joint, error;
   text::check(torpor_text_template_render(impl_->handle.get(), messages_json.data(), messages_json.size(),
                                           add_generation_prompt, extra_json.data(), extra_json.size(),
-                                          rendered.out(), error.out()),
+                                          guarded_by != nullptr ? guarded_by->impl_->handle.get() : nullptr,
+                                          rendered.out(), joint.out(), error.out()),
               error);
-  return rendered.str();
+  return {rendered.str(), joint.str()};
 }
 
 const std::string& ChatTemplate::digest() const { return impl_->digest; }

@@ -1,6 +1,8 @@
 //! C ABI over the `tokenizers` crate and `minijinja`; include/torpor_text_shim.h is its contract.
 
 mod detokenizer;
+mod encode;
+mod guard;
 mod python;
 mod settings;
 mod template;
@@ -8,11 +10,15 @@ mod tokenizer;
 
 use std::sync::Arc;
 
-use crate::abi::{give_text, guard, handle, handle_mut, leak, reclaim, slice, utf8, Bytes, Result};
+use crate::abi::{give_text, guard, handle, handle_mut, invalid, leak, reclaim, slice, utf8, Bytes, Result};
 use detokenizer::Detokenizer;
+use encode::Place;
 use settings::Settings;
 use template::ChatTemplate;
 use tokenizer::Tokenizer;
+
+const PLACE_ALONE: i64 = -1;
+const PLACE_BEGINNING: i64 = -2;
 
 /// Owned token ids handed to C; freed by `torpor_text_ids_free`.
 #[repr(C)]
@@ -93,17 +99,33 @@ pub unsafe extern "C" fn torpor_text_tokenizer_free(tokenizer: *mut Arc<Tokenize
     }
 }
 
+/// One character, or nothing.
+unsafe fn joint<'a>(data: *const u8, size: usize) -> Result<Option<encode::Joint>> {
+    Ok(utf8("the joint", data, size)?.chars().next())
+}
+
 #[no_mangle]
 pub unsafe extern "C" fn torpor_text_tokenizer_encode(
     tokenizer: *const Arc<Tokenizer>,
     text: *const u8,
     text_size: usize,
-    add_special: bool,
+    place: i64,
+    joint_data: *const u8,
+    joint_size: usize,
     out: *mut Ids,
     error: *mut Bytes,
 ) -> i32 {
     guard(error, || {
-        let ids = handle(tokenizer)?.encode(utf8("the text", text, text_size)?, add_special)?;
+        let place = match place {
+            PLACE_ALONE => Place::Alone,
+            PLACE_BEGINNING => Place::Beginning,
+            last => match u32::try_from(last) {
+                Ok(last) => Place::After(last),
+                Err(_) => return invalid(format!("{last} is not a place")),
+            },
+        };
+        let ids =
+            handle(tokenizer)?.encode(utf8("the text", text, text_size)?, place, joint(joint_data, joint_size)?)?;
         let (data, size) = leak(ids);
         *out = Ids { data, size };
         Ok(())
@@ -239,13 +261,18 @@ pub unsafe extern "C" fn torpor_text_template_render(
     add_generation_prompt: bool,
     extra: *const u8,
     extra_size: usize,
+    guarded_by: *const Arc<Tokenizer>,
     out: *mut Bytes,
+    joint: *mut Bytes,
     error: *mut Bytes,
 ) -> i32 {
     guard(error, || {
         let messages = utf8("the messages", messages, messages_size)?;
         let extra = utf8("the extra variables", extra, extra_size)?;
-        give_text(out, handle(template)?.render(messages, add_generation_prompt, extra)?);
+        let guarded_by = guarded_by.as_ref().map(Arc::as_ref);
+        let (text, joined) = handle(template)?.render(messages, add_generation_prompt, extra, guarded_by)?;
+        give_text(out, text);
+        give_text(joint, joined.map_or(String::new(), String::from));
         Ok(())
     })
 }

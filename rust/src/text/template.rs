@@ -1,12 +1,16 @@
 //! Chat templates, rendered as Hugging Face's `apply_chat_template` renders them.
 
 use std::fmt;
+use std::sync::OnceLock;
 
 use minijinja::{Environment, Error, ErrorKind, Value};
 use serde_json::{Map, Value as Json};
 
+use super::encode::Joint;
+use super::guard::{Guard, THINKING};
 use super::python;
 use super::settings::Settings;
+use super::tokenizer::Tokenizer;
 use crate::abi::{invalid, Invalid, Result};
 
 const NAME: &str = "chat template";
@@ -17,6 +21,8 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// bos_token and its like, which templates use by name.
     special_tokens: Map<String, Json>,
+    /// What stands around the messages of a conversation.
+    frame: OnceLock<String>,
 }
 
 /// Carries the text of `raise_exception` through whatever the engine wraps around it.
@@ -60,18 +66,49 @@ impl ChatTemplate {
                 .add_template_owned(name, without_generation_tags(&source.replace("\r\n", "\n").replace('\r', "\n")))
                 .map_err(|e| describe(&e, "does not parse"))?;
         }
-        Ok(Some(Self { source: sources.text(), environment, special_tokens: settings.variables() }))
+        Ok(Some(Self {
+            source: sources.text(),
+            environment,
+            special_tokens: settings.variables(),
+            frame: OnceLock::new(),
+        }))
     }
 
     pub fn source(&self) -> &str {
         &self.source
     }
 
-    pub fn render(&self, messages: &str, add_generation_prompt: bool, extra: &str) -> Result<String> {
+    /// With a tokenizer what looks like its special tokens, or like the template's own markers, stays text: see guard.rs. The
+    /// joint is to be given to the encoder.
+    pub fn render(
+        &self,
+        messages: &str,
+        add_generation_prompt: bool,
+        extra: &str,
+        guarded_by: Option<&Tokenizer>,
+    ) -> Result<(String, Option<Joint>)> {
         let messages: Vec<Json> =
             serde_json::from_str(messages).or_else(|e| invalid(format!("the messages are not a JSON array: {e}")))?;
+        let extra: Map<String, Json> = match extra {
+            "" => Map::new(),
+            _ => serde_json::from_str(extra)
+                .or_else(|e| invalid(format!("the extra variables are not a JSON object: {e}")))?,
+        };
+        let guard = guarded_by.map(|tokenizer| {
+            let special = tokenizer.added_tokens().filter(|token| token.special).map(|token| token.content.clone());
+            Guard::new(
+                special,
+                self.markers(tokenizer),
+                &[&Json::from(messages.clone()).to_string(), &Json::from(extra.clone()).to_string(), &self.source],
+            )
+        });
+        let extra = extra.into_iter().map(|(name, mut value)| {
+            guard.iter().for_each(|guard| guard.value(&mut value, false));
+            (name, value)
+        });
         let messages = messages.into_iter().enumerate().map(|(i, message)| match message {
             Json::Object(mut message) => {
+                guard.iter().for_each(|guard| guard.message(&mut message));
                 // As Hugging Face does: a template knows a key that is missing better than one that is null.
                 message.retain(|_, value| !value.is_null());
                 Ok(Json::Object(with_reasoning_aliases(message)))
@@ -79,11 +116,6 @@ impl ChatTemplate {
             _ => invalid(format!("message {i} is not a JSON object")),
         });
         let messages = messages.collect::<Result<Vec<_>>>()?;
-        let extra: Map<String, Json> = match extra {
-            "" => Map::new(),
-            _ => serde_json::from_str(extra)
-                .or_else(|e| invalid(format!("the extra variables are not a JSON object: {e}")))?,
-        };
 
         let mut variables = self.special_tokens.clone();
         variables.insert("messages".into(), Json::Array(messages));
@@ -101,7 +133,23 @@ impl ChatTemplate {
                 Err(_) => return invalid("the chat template is for turns with tools alone"),
             },
         };
-        template.render(python::value(&Json::Object(variables))).map_err(|e| describe(&e, "failed"))
+        let text = template.render(python::value(&Json::Object(variables))).map_err(|e| describe(&e, "failed"))?;
+        Ok((text, guard.map(|guard| guard.joint())))
+    }
+
+    /// Tokens that are not special but that the template frames messages with.
+    fn markers<'a>(&'a self, tokenizer: &'a Tokenizer) -> impl Iterator<Item = String> + 'a {
+        let frame = self.frame.get_or_init(|| {
+            let probe =
+                r#"[{"role":"user","content":"x"},{"role":"assistant","content":"x"},{"role":"user","content":"x"}]"#;
+            self.render(probe, false, "", None).map_or(String::new(), |(text, _)| text)
+        });
+        let marks =
+            |text: &str| frame.contains(text) && text.contains(char::is_alphabetic) && !THINKING.contains(&text);
+        tokenizer
+            .added_tokens()
+            .filter(move |token| !token.special && marks(&token.content))
+            .map(|token| token.content.clone())
     }
 }
 
@@ -151,7 +199,9 @@ fn sources_of(file: &str, field: Option<&Json>) -> Result<Sources> {
     match field {
         None | Some(Json::Null) => Ok(sources),
         Some(Json::String(_) | Json::Object(_) | Json::Array(_)) if !sources.is_empty() => Ok(sources),
-        Some(Json::Object(_) | Json::Array(_)) => invalid(format!("chat_template in {file} has no entry named \"default\"")),
+        Some(Json::Object(_) | Json::Array(_)) => {
+            invalid(format!("chat_template in {file} has no entry named \"default\""))
+        }
         Some(_) => invalid(format!("chat_template in {file} is neither a string nor a list or object of them")),
     }
 }

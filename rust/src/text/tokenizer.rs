@@ -1,10 +1,16 @@
 //! A tokenizer.json with what stands beside it, used as Hugging Face's fast tokenizers use it.
 
+use std::sync::OnceLock;
+
+use super::encode::without_prefix_space;
 use super::settings::Settings;
 use crate::abi::{invalid, Result};
-use tokenizers::{Decoder, DecoderWrapper};
+use tokenizers::{AddedToken, Decoder, DecoderWrapper};
 
-pub struct Tokenizer(tokenizers::Tokenizer);
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    bare: OnceLock<Option<Box<tokenizers::Tokenizer>>>,
+}
 
 impl Tokenizer {
     /// Also gives what `settings` changed, for the digest; empty where tokenizer.json had it all.
@@ -27,12 +33,20 @@ impl Tokenizer {
             inner.set_encode_special_tokens(true);
             changes += "split_special_tokens\n";
         }
-        Ok((Self(inner), changes))
+        Ok((Self { inner, bare: OnceLock::new() }, changes))
     }
 
-    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<i32>> {
-        let encoding = self.0.encode_fast(text, add_special).or_else(|e| invalid(format!("can't tokenize: {e}")))?;
-        Ok(encoding.get_ids().iter().map(|&id| id as i32).collect())
+    pub fn inner(&self) -> &tokenizers::Tokenizer {
+        &self.inner
+    }
+
+    /// The same one that puts no space before a text; None where this one puts none. Made when it is first needed.
+    pub fn without_prefix_space(&self) -> Option<&tokenizers::Tokenizer> {
+        self.bare.get_or_init(|| without_prefix_space(&self.inner).map(Box::new)).as_deref()
+    }
+
+    pub fn added_tokens(&self) -> impl Iterator<Item = &AddedToken> {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().values()
     }
 
     pub fn decode(&self, ids: &[i32], skip_special: bool) -> Result<String> {
@@ -43,26 +57,26 @@ impl Tokenizer {
     /// The token of `id`, unless it is hidden or the vocabulary has a hole there.
     pub fn shown_token(&self, id: i32, skip_special: bool) -> Result<Option<String>> {
         let id = u32::try_from(id).or_else(|_| invalid(format!("{id} is not a token id")))?;
-        let token = self.0.id_to_token(id);
-        Ok(token.filter(|token| !skip_special || !self.0.get_added_vocabulary().is_special_token(token)))
+        let token = self.inner.id_to_token(id);
+        Ok(token.filter(|token| !skip_special || !self.inner.get_added_vocabulary().is_special_token(token)))
     }
 
     pub fn decode_tokens(&self, tokens: Vec<String>) -> Result<String> {
-        match self.0.get_decoder() {
+        match self.inner.get_decoder() {
             Some(decoder) => decoder.decode(tokens).or_else(|e| invalid(format!("can't decode: {e}"))),
             None => Ok(tokens.join(" ")),
         }
     }
 
     pub fn decoder(&self) -> Option<&DecoderWrapper> {
-        self.0.get_decoder()
+        self.inner.get_decoder()
     }
 
     pub fn token_to_id(&self, token: &str) -> Option<i32> {
-        self.0.token_to_id(token).map(|id| id as i32)
+        self.inner.token_to_id(token).map(|id| id as i32)
     }
 
     pub fn vocab_size(&self) -> usize {
-        self.0.get_vocab_size(true)
+        self.inner.get_vocab_size(true)
     }
 }
