@@ -98,7 +98,12 @@ TEST(Tokenizer, IdsEqualHuggingFaces) {
     for (const auto& sample : golden.at("cases")) {
       const std::string input = sample.at("input");
       EXPECT_EQ(json(tokenizer->encode(input, false)), sample.at("ids")) << sample.at("input");
-      EXPECT_EQ(json(tokenizer->encode(input, true)), sample.at("ids_with_special")) << sample.at("input");
+      const json& ids = sample.at("ids");
+      json with_special = sample.at("ids_with_special");
+      // Hugging Face's puts a second BOS before a text that begins with one; mlx-lm, which decides here, does not.
+      const bool has_bos = with_special.size() > ids.size() && std::equal(ids.begin(), ids.end(), with_special.begin() + 1);
+      if (has_bos && !ids.empty() && ids[0] == with_special[0]) with_special.erase(0);
+      EXPECT_EQ(json(tokenizer->encode(input, true)), with_special) << sample.at("input");
     }
   });
 }
