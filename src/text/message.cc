@@ -1,6 +1,7 @@
 #include "torpor/message.h"
 
 #include <algorithm>
+#include <array>
 #include <string_view>
 
 #include <nlohmann/json.hpp>
@@ -14,12 +15,22 @@ using Json = nlohmann::ordered_json;
 
 [[noreturn]] void refuse(const std::string& what) { throw Error(ErrorCode::kInvalidArgument, what); }
 
-/// Discarded when it is no JSON. What is nested deeper than anyone means to would overflow the stack when it is written.
-Json parse(const std::string& text) {
+constexpr std::array<std::string_view, 7> kMembers = {"role", "content", "name", "thinking", "reasoning_content", "tool_calls",
+                                                      "tool_call_id"};
+
+/// Discarded when it is no JSON. What is nested deeper than anyone means to would overflow the stack when it is written. The
+/// messages are the objects at depth `messages`; what they have beside kMembers is left out, whatever it is. 0: there are none.
+Json parse(const std::string& text, int messages = 0) {
   constexpr int kDeepest = 200;
-  return Json::parse(text, [](int depth, Json::parse_event_t, Json&) {
-    if (depth > kDeepest) refuse("A message's JSON is nested too deeply.");
-    return true;
+  bool left_out = false;
+  return Json::parse(text, [&](int depth, Json::parse_event_t event, Json& value) {
+    if (event == Json::parse_event_t::key && depth == messages) {
+      left_out = std::find(kMembers.begin(), kMembers.end(), value.get_ref<const std::string&>()) == kMembers.end();
+    } else if (event == Json::parse_event_t::object_end && depth == messages - 1) {
+      left_out = false;
+    }
+    if (!left_out && depth > kDeepest) refuse("A message's JSON is nested too deeply.");
+    return !left_out;
   }, false);
 }
 
@@ -126,10 +137,10 @@ std::string message_to_json(const Message& message) {
   }
 }
 
-Message message_from_json(const std::string& json) { return message_of(parse(json)); }
+Message message_from_json(const std::string& json) { return message_of(parse(json, 1)); }
 
 std::vector<Message> messages_from_json(const std::string& json) {
-  const Json array = parse(json);
+  const Json array = parse(json, 2);
   if (!array.is_array()) refuse("The messages are not a JSON array.");
   std::vector<Message> messages;
   for (const Json& message : array) messages.push_back(message_of(message));
