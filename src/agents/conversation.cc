@@ -1,10 +1,10 @@
 #include "agents/conversation.h"
 
 #include <algorithm>
-#include <random>
 
 #include <nlohmann/json.hpp>
 
+#include "base/env.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -34,9 +34,8 @@ std::string rendered_json(std::span<const Message> messages) {
 // Stands for an answer whose tokens are held already. It is drawn anew for every turn and is in none of the messages:
 // whoever could write it could cut off the beginning of a turn. Free of white space that a template could trim.
 std::string draw_placeholder(const std::string& messages, const std::string& variables) {
-  std::random_device random;
   while (true) {
-    const std::string number = std::to_string(random()) + "-" + std::to_string(random());
+    const std::string number = std::to_string(random_bits());
     const std::string drawn = "\xEE\x80\x80torpor-" + number + "\xEE\x80\x81";
     if (messages.find(drawn) == std::string::npos && variables.find(drawn) == std::string::npos) return drawn;
   }

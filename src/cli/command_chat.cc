@@ -79,7 +79,7 @@ void print_memory(const MemoryUsage& usage, bool json) {
 
 class Chat {
  public:
-  Chat(TurnOptions options, const std::filesystem::path& root) : options_(std::move(options)), engine_(engine_options(options_, root)) {}
+  Chat(TurnOptions options, const std::filesystem::path& root) : options_(std::move(options)), engine_(options_.engine(root)) {}
 
   /// However the conversation ends, what it said is saved, and an error of that is told.
   int talk() {

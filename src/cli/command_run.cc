@@ -29,7 +29,7 @@ int run(const RunOptions& options, const std::filesystem::path& root) {
   }
   check_early(options, root);
 
-  Engine engine(engine_options(options, root));
+  Engine engine(options.engine(root));
   InterruptScope interrupt;
   const TurnResult result = take_turn(engine, options, std::move(request), interrupt);
   if (options.save != SaveMode::kNo) engine.sleep(result.agent);  // else it is dropped with the engine

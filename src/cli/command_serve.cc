@@ -29,7 +29,7 @@ namespace torpor::cli {
 namespace {
 
 std::filesystem::path default_key_file() {
-  const std::string config = environment("XDG_CONFIG_HOME"), home = environment("HOME");
+  const std::string config = environment("XDG_CONFIG_HOME"), home = home_directory();
   const std::filesystem::path directory =
       !config.empty() ? std::filesystem::path(config) : std::filesystem::path(home) / ".config";
   return directory / "torpor" / "api-keys";
@@ -114,16 +114,8 @@ std::string model_name(const std::string& model) {
 }
 
 EngineOptions engine_options(const ServeOptions& options, const std::filesystem::path& root) {
-  EngineOptions engine;
-  engine.model = options.model;
-  engine.store = root;
-  engine.kv_format = options.kv_format();
-  engine.durability = options.durability();
-  engine.compute = options.compute();
-  engine.memory_budget = options.memory_budget;
-  engine.map_rows = !options.no_mmap;
+  EngineOptions engine = options.engine(root);
   engine.max_stall_ms = options.max_stall;
-  engine.disk = {int64_t(options.disk_budget), int64_t(options.min_free)};
   return engine;
 }
 

@@ -48,6 +48,19 @@ ComputeOptions ModelOptions::compute() const {
 }
 Durability ModelOptions::durability() const { return kDurabilities.at(durability_name); }
 
+EngineOptions AnswerOptions::engine(const std::filesystem::path& root) const {
+  EngineOptions engine;
+  engine.model = model;
+  engine.store = root;
+  engine.kv_format = kv_format();
+  engine.durability = durability();
+  engine.compute = compute();
+  engine.memory_budget = memory_budget;
+  engine.map_rows = !no_mmap;
+  engine.disk = {int64_t(disk_budget), int64_t(min_free)};
+  return engine;
+}
+
 void add_model_options(CLI::App& app, ModelOptions& options) {
   app.add_option("--model", options.model, "Model directory, or a repo id in the local Hugging Face cache")
       ->required()

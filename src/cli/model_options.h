@@ -1,10 +1,13 @@
 #pragma once
 /// The options of every command that loads a model.
 
+#include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <string>
 
 #include "torpor/compute_options.h"
+#include "torpor/engine.h"
 #include "torpor/kv_snapshot.h"
 #include "torpor/store.h"
 
@@ -28,6 +31,14 @@ struct ModelOptions {
   std::optional<KvFormat> kv_format() const;
   Durability durability() const;
   ComputeOptions compute() const;
+};
+
+/// Of commands that answer with an Engine.
+struct AnswerOptions : ModelOptions {
+  bool no_mmap = false;
+  uint64_t memory_budget = 0, disk_budget = 0, min_free = 0;  // bytes
+
+  EngineOptions engine(const std::filesystem::path& root) const;
 };
 
 /// Adds --model, the options of the KV format, --durability, and those of ComputeOptions to a command.

@@ -10,14 +10,14 @@
 
 namespace torpor::cli {
 
-struct ServeOptions : ModelOptions {
+struct ServeOptions : AnswerOptions {
   std::filesystem::path config;
   std::string host = "127.0.0.1";
   int port = 8080;
   std::filesystem::path socket, api_key_file, log;
-  bool no_auth = false, no_mmap = false;
+  bool no_auth = false;
   std::vector<std::string> allow_hosts;
-  uint64_t memory_budget = 0, disk_budget = 0, min_free = 0, max_body = uint64_t(64) << 20;  // bytes
+  uint64_t max_body = uint64_t(64) << 20;  // bytes
   int queue = 64, max_connections = 1024, max_stall = 250;  // max_stall: milliseconds
   double drain_timeout = 30, idle_timeout = 90;  // seconds
   std::string metrics_alias;

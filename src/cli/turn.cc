@@ -100,19 +100,6 @@ void check_early(const TurnOptions& options, const std::filesystem::path& root) 
   }
 }
 
-EngineOptions engine_options(const TurnOptions& options, const std::filesystem::path& root) {
-  EngineOptions engine;
-  engine.model = options.model;
-  engine.store = root;
-  engine.kv_format = options.kv_format();
-  engine.durability = options.durability();
-  engine.compute = options.compute();
-  engine.memory_budget = options.memory_budget;
-  engine.map_rows = !options.no_mmap;
-  engine.disk = {int64_t(options.disk_budget), int64_t(options.min_free)};
-  return engine;
-}
-
 TurnRequest turn_request(const TurnOptions& options) {
   TurnRequest request;
   request.agent = options.agent;

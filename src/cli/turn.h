@@ -12,19 +12,17 @@
 
 namespace torpor::cli {
 
-struct TurnOptions : ModelOptions {
+struct TurnOptions : AnswerOptions {
   std::string agent, system;
   bool has_system = false;
   std::string tools_file, tools, template_args;  ///< `tools`: the file's text
   bool special = false;
   bool raw = false, json = false;
-  bool no_mmap = false;
   SaveMode save = SaveMode::kWait;
   int max_tokens = 256;
   double temperature = 0, top_p = 1;
   uint64_t seed = 0;
   std::vector<std::string> stop;
-  uint64_t memory_budget = 0, disk_budget = 0, min_free = 0;  // bytes
 };
 
 void add_turn_options(CLI::App& app, TurnOptions& options);
@@ -33,7 +31,6 @@ void add_template_options(CLI::App& app, std::string& tools_file, std::string& t
 
 /// Everything that can be known to be wrong before the model's weights are read. Changes nothing on disk.
 void check_early(const TurnOptions& options, const std::filesystem::path& root);
-EngineOptions engine_options(const TurnOptions& options, const std::filesystem::path& root);
 /// What the options say of a turn.
 TurnRequest turn_request(const TurnOptions& options);
 /// Streams the answer or prints the turn's object. Throws the error of a save that failed, after the answer.
