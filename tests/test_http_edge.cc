@@ -484,8 +484,8 @@ TEST(HttpEdge, TwoHundredIdleStreamsKeepNobodyWaiting) {
   const std::shared_future<void> left = leave.get_future().share();
   Edge edge([&](const HttpRequest& request, HttpResponse& response) {
     if (request.path != "/stream") return echo(request, response);
-    response.begin(200, {});
     ++open;
+    response.begin(200, {});
     left.wait();
     response.end();
   });
