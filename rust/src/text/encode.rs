@@ -4,7 +4,7 @@
 //! ids are those of the whole all the same.
 
 use tokenizers::tokenizer::{Model, OffsetReferential, OffsetType, PreTokenizer};
-use tokenizers::PreTokenizedString;
+use tokenizers::{NormalizerWrapper, PreTokenizedString, PreTokenizerWrapper};
 
 use serde_json::Value as Json;
 
@@ -62,12 +62,12 @@ impl Tokenizer {
                 return Ok(to_ids(&ids[1..]));
             }
         }
-        let Some(bare) = self.without_prefix_space() else {
+        let Some(going_on) = self.without_prefix_space() else {
             return plain(self.inner(), text, joint).map(|ids| to_ids(&ids));
         };
         // What is before the first added token goes on from what is held. What follows it is as in any text.
         let cut = self.first_added_token(text);
-        let mut ids = plain(bare, &text[..cut], joint)?;
+        let mut ids = in_steps(self.inner(), going_on, &text[..cut], joint)?;
         ids.extend(plain(self.inner(), &text[cut..], joint)?);
         Ok(to_ids(&ids))
     }
@@ -81,16 +81,37 @@ impl Tokenizer {
     }
 }
 
+/// The steps of a tokenizer before its model.
+pub struct Steps {
+    normalizer: Option<NormalizerWrapper>,
+    pre_tokenizer: Option<PreTokenizerWrapper>,
+}
+
 /// Nothing is added, no token recognised across a joint, and no joint left.
 fn plain(tokenizer: &tokenizers::Tokenizer, text: &str, joint: Option<Joint>) -> Result<Vec<u32>> {
-    let Some(joint) = joint.filter(|joint| text.contains(*joint)) else {
-        return Ok(tokenizer.encode_fast(text, false).or_else(failed)?.get_ids().to_vec());
-    };
-    // The crate's own steps, but for the joints' removal once added tokens are found.
+    if joint.is_some_and(|joint| text.contains(joint)) {
+        let steps = Steps {
+            normalizer: tokenizer.get_normalizer().cloned(),
+            pre_tokenizer: tokenizer.get_pre_tokenizer().cloned(),
+        };
+        return in_steps(tokenizer, &steps, text, joint);
+    }
+    Ok(tokenizer.encode_fast(text, false).or_else(failed)?.get_ids().to_vec())
+}
+
+/// The crate's own steps, but for the joints' removal once added tokens are found.
+fn in_steps(
+    tokenizer: &tokenizers::Tokenizer,
+    steps: &Steps,
+    text: &str,
+    joint: Option<Joint>,
+) -> Result<Vec<u32>> {
     let mut split: PreTokenizedString =
-        tokenizer.get_added_vocabulary().extract_and_normalize(tokenizer.get_normalizer(), text);
-    split.normalize(|piece| piece.replace(joint, "")).or_else(failed)?;
-    if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
+        tokenizer.get_added_vocabulary().extract_and_normalize(steps.normalizer.as_ref(), text);
+    if let Some(joint) = joint {
+        split.normalize(|piece| piece.replace(joint, "")).or_else(failed)?;
+    }
+    if let Some(pre_tokenizer) = &steps.pre_tokenizer {
         pre_tokenizer.pre_tokenize(&mut split).or_else(failed)?;
     }
     let model = tokenizer.get_model();
@@ -98,18 +119,19 @@ fn plain(tokenizer: &tokenizers::Tokenizer, text: &str, joint: Option<Joint>) ->
     Ok(split.into_encoding(None, 0, OffsetType::None).or_else(failed)?.get_ids().to_vec())
 }
 
-/// The same tokenizer without the space that it puts before a text: SentencePiece's dummy prefix and its like. None where it
-/// puts none.
-pub fn without_prefix_space(tokenizer: &tokenizers::Tokenizer) -> Option<tokenizers::Tokenizer> {
-    let mut json: Json = serde_json::from_str(&tokenizer.to_string(false).ok()?).ok()?;
+/// A tokenizer's steps without the space that they put before a text: SentencePiece's dummy prefix and its like. None where they
+/// put none. The vocabulary, megabytes of it, is not copied: a wake's first token waits for this.
+pub fn without_prefix_space(tokenizer: &tokenizers::Tokenizer) -> Option<Steps> {
+    let mut parts = serde_json::json!([tokenizer.get_normalizer(), tokenizer.get_pre_tokenizer()]);
     let mut found = false;
-    for part in ["normalizer", "pre_tokenizer"] {
-        strip_prefix_space(&mut json[part], &mut found);
+    for part in parts.as_array_mut()? {
+        strip_prefix_space(part, &mut found);
     }
     if !found {
         return None;
     }
-    json.to_string().parse().ok()
+    let (normalizer, pre_tokenizer) = serde_json::from_value(parts).ok()?;
+    Some(Steps { normalizer, pre_tokenizer })
 }
 
 fn strip_prefix_space(part: &mut Json, found: &mut bool) {

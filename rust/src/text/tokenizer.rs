@@ -2,14 +2,14 @@
 
 use std::sync::OnceLock;
 
-use super::encode::without_prefix_space;
+use super::encode::{without_prefix_space, Steps};
 use super::settings::Settings;
 use crate::abi::{invalid, Result};
 use tokenizers::{AddedToken, Decoder, DecoderWrapper};
 
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    bare: OnceLock<Option<Box<tokenizers::Tokenizer>>>,
+    going_on: OnceLock<Option<Steps>>,
 }
 
 impl Tokenizer {
@@ -33,16 +33,16 @@ impl Tokenizer {
             inner.set_encode_special_tokens(true);
             changes += "split_special_tokens\n";
         }
-        Ok((Self { inner, bare: OnceLock::new() }, changes))
+        Ok((Self { inner, going_on: OnceLock::new() }, changes))
     }
 
     pub fn inner(&self) -> &tokenizers::Tokenizer {
         &self.inner
     }
 
-    /// The same one that puts no space before a text; None where this one puts none. Made when it is first needed.
-    pub fn without_prefix_space(&self) -> Option<&tokenizers::Tokenizer> {
-        self.bare.get_or_init(|| without_prefix_space(&self.inner).map(Box::new)).as_deref()
+    /// The steps that put no space before a text; None where this tokenizer's put none. Made when they are first needed.
+    pub fn without_prefix_space(&self) -> Option<&Steps> {
+        self.going_on.get_or_init(|| without_prefix_space(&self.inner)).as_ref()
     }
 
     pub fn added_tokens(&self) -> impl Iterator<Item = &AddedToken> {
