@@ -5,6 +5,7 @@
 #include <array>
 #include <atomic>
 #include <barrier>
+#include <future>
 #include <memory>
 #include <optional>
 #include <random>
@@ -25,6 +26,9 @@ namespace {
 
 using testing::TemporaryDirectory;
 namespace fs = std::filesystem;
+
+/// Tokens that a turn computes again rather than wait for them.
+constexpr int kNotWorthWaiting = 16;
 
 std::string words(std::mt19937& random, int n) {
   static const char* const kWords[] = {"the", "quick", "fox", "jumps", "over", "return", "null", "range", "lazy", "dog"};
@@ -219,7 +223,45 @@ TEST_F(EngineBatch, TurnsThatBeginAlikeComputeTheirCommonPromptOnce) {
     computed += together[i].tokens.prefilled;
   }
   EXPECT_EQ(engine.work().prompt_tokens, computed);
-  EXPECT_LE(computed, own + PrefillPace::kMost);  // while the first pauses for its reader the second may compute a chunk
+  EXPECT_LE(computed, own + (kAgents - 1) * kNotWorthWaiting);
+}
+
+TEST_F(EngineBatch, ATurnThatWaitsForItsReaderHoldsUpNoneThatBeginsAlikeAndNeitherComputesWhatTheOtherHas) {
+  std::mt19937 random(6);
+  const std::string common = words(random, 700);
+  std::vector<TurnRequest> turns;
+  for (const char* agent : {"a", "b"}) turns.push_back(request(agent, common + " " + words(random, 10), 20, 1));
+  std::vector<TurnResult> alone;
+  int own = 0;
+  {
+    Engine engine(options("alone"));
+    for (const TurnRequest& turn : turns) own += alone.emplace_back(engine.turn(turn)).tokens.prefilled;
+  }
+  EngineOptions slow = options("together");
+  slow.max_stall_ms = 1;
+  Engine engine(slow);
+  // The first one's reader returns once the second has computed more, whose reader returns once the first has gone on.
+  std::promise<void> overtaken, went_on;
+  TurnResult other;
+  std::thread second;
+  int first_heard = 0, second_heard = 0;
+  turns[0].generate.on_prefill = [&](int, int) {
+    if (++first_heard == 2) went_on.set_value();
+    if (first_heard > 1) return;
+    second = std::thread([&] { other = engine.turn(turns[1]); });
+    overtaken.get_future().wait();
+  };
+  turns[1].generate.on_prefill = [&](int, int) {
+    if (++second_heard == 1) overtaken.set_value();
+    if (second_heard == 2) went_on.get_future().wait();
+  };
+  const TurnResult first = engine.turn(turns[0]);
+  second.join();
+  EXPECT_EQ(first.text, alone[0].text);
+  EXPECT_EQ(other.text, alone[1].text);
+  EXPECT_GT(first.tokens.cached, 0);
+  EXPECT_GT(other.tokens.cached, 0);
+  EXPECT_LE(first.tokens.prefilled + other.tokens.prefilled, own + kNotWorthWaiting);
 }
 
 TEST_F(EngineBatch, APromptWhoseClientIsCutTenTimesIsComputedOnce) {

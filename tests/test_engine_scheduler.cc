@@ -54,7 +54,7 @@ struct OwnTurn : Scheduler::Turn {
   bool let_go() noexcept override { return true; }
 };
 
-void step_each(std::span<Scheduler::Step> steps) {
+void step_each(std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const>) {
   for (Scheduler::Step& step : steps) {
     try {
       step.computed = !static_cast<OwnTurn*>(step.turn)->step();

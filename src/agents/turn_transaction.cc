@@ -168,10 +168,12 @@ void TurnTransaction::reuse_longer_prefix() {
   cut_lineage_ = std::move(lineage);
 }
 
-bool TurnTransaction::share_rows(const TurnTransaction& other, int n_tokens) {
-  if (!is_new() || !manager_.share_rows(*hold_, *other.hold_, n_tokens)) return false;
-  reused_ = hold_->cache->length();
-  return true;
+void TurnTransaction::share_rows(const TurnTransaction& other, int n_tokens) {
+  if (is_new() && manager_.share_rows(*hold_, *other.hold_, n_tokens)) reused_ = hold_->cache->length();
+}
+
+void TurnTransaction::reuse_prefix() {
+  if (is_new() && manager_.reuse_prefix(*hold_, tokens_) > 0) reused_ = hold_->cache->length();
 }
 
 void TurnTransaction::keep_for_retry(bool on_disk) noexcept {

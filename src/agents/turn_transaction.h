@@ -58,7 +58,9 @@ class TurnTransaction {
   /// Whether the agent had no rows before the turn, so that others' may take the place of those that it has by now.
   bool is_new() const noexcept { return held_ == 0; }
   /// The rows of the first tokens that another turn has (AgentManager::share_rows).
-  bool share_rows(const TurnTransaction& other, int n_tokens);
+  void share_rows(const TurnTransaction& other, int n_tokens);
+  /// The same of all that there are, as at the beginning (AgentManager::reuse_prefix).
+  void reuse_prefix();
   /// Keeps the rows computed so far for when the prompt is asked again (AgentManager::keep_for_retry).
   void keep_for_retry(bool on_disk) noexcept;
   /// Puts the rows aside, so that others have their memory; `cache()` is empty until bring_back. Nothing when they are. kIo,

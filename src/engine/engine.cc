@@ -48,7 +48,9 @@ struct Engine::Impl {
 
   explicit Impl(EngineOptions given)
       : options(std::move(given)), store(options.store),
-        scheduler(options.text_queue_bytes, [this](std::span<Scheduler::Step> steps) { EngineTurn::step(parts, steps); }) {
+        scheduler(options.text_queue_bytes, [this](std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting) {
+          EngineTurn::step(parts, steps, resting);
+        }) {
     if (options.max_stall_ms < 1) {
       throw Error(ErrorCode::kInvalidArgument, "The longest stall must be a millisecond at least.")
           .with_field("EngineOptions::max_stall_ms");

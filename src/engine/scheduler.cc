@@ -383,9 +383,13 @@ void Scheduler::step(std::unique_lock<std::mutex>& lock) {
     steps.push_back({.turn = task->turn.get()});
     held.push_back(!std::exchange(task->out, false));
   }
+  std::vector<Turn*> resting;
+  for (Task* task : tasks_) {
+    if (task->holds_memory() && std::find(tasks.begin(), tasks.end(), task) == tasks.end()) resting.push_back(task->turn.get());
+  }
   lock.unlock();
   try {
-    translate_errors([&] { stepper_(steps); });
+    translate_errors([&] { stepper_(steps, resting); });
   } catch (...) {
     for (Step& step : steps) step.error = std::current_exception();
   }

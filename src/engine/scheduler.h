@@ -68,9 +68,9 @@ class Scheduler {
     bool computed = false;     ///< nothing is left to compute
     std::exception_ptr error;  ///< ends the turn; or is_lack_of_room, and the turn is as it was
   };
-  /// Steps turns, given in the order they came: at least one of them, the first unless there is a reason. Throws nothing but what
-  /// ends them all.
-  using Stepper = std::function<void(std::span<Step>)>;
+  /// Steps turns, given in the order they came: at least one of them, the first unless there is a reason. `resting` turns hold
+  /// their rows, but can't be stepped now: a callback of theirs runs, or they are computed. Throws nothing but what ends them all.
+  using Stepper = std::function<void(std::span<Step>, std::span<Turn* const> resting)>;
 
   /// What a caller asks for.
   struct TurnCall {

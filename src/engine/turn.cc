@@ -62,33 +62,43 @@ TurnInput EngineTurn::input() const {
 
 EngineTurn::~EngineTurn() {
   if (!committed_) transaction_.keep_for_retry(request_.save != SaveMode::kNo);
+  ++parts_.ended;
 }
 
-bool EngineTurn::waits_for(std::span<const Computing> earlier) {
+int EngineTurn::alike(const EngineTurn& other) const {
+  const std::span<const int32_t> wanted = std::span(transaction_.tokens()).first(transaction_.tokens().size() - 1);
+  const std::vector<int32_t>& tokens = other.transaction_.tokens();
+  return int(std::mismatch(wanted.begin(), wanted.end(), tokens.begin(), tokens.end()).first - wanted.begin());
+}
+
+bool EngineTurn::waits_for(std::span<const Computing> earlier, std::span<EngineTurn* const> others) {
   constexpr int kWorthWaiting = 16;  // tokens
   if (!transaction_.is_new()) return false;
-  const std::span<const int32_t> wanted = std::span(transaction_.tokens()).first(transaction_.tokens().size() - 1);
+  const int before = transaction_.cache().length();
+  if (std::exchange(ended_, parts_.ended) != parts_.ended) transaction_.reuse_prefix();  // what one of those has left
   const int held = transaction_.cache().length();
-  EngineTurn* other = nullptr;
-  int common = held + kWorthWaiting;
-  for (const Computing& computing : earlier) {
-    const std::vector<int32_t>& tokens = computing.turn->transaction_.tokens();
-    const int alike = int(std::mismatch(wanted.begin(), wanted.end(), tokens.begin(), tokens.end()).first - wanted.begin());
-    if (alike > common) {
-      common = alike;
-      other = computing.turn;
+  const bool waits = std::any_of(earlier.begin(), earlier.end(), [&](const Computing& computing) {
+    const int common = alike(*computing.turn);
+    return common > held + kWorthWaiting && computing.turn->transaction_.cache().length() < common;
+  });
+  EngineTurn* has_most = nullptr;
+  int takes = held;
+  for (EngineTurn* other : others) {
+    if (other == this) continue;
+    const int common = alike(*other), there = other->transaction_.cache().length();
+    // Whole runs cost nothing to share. A cut is made once: of a turn that computes no more of what is common, or to go on.
+    const int here = there < common && waits ? there / kSegmentTokens * kSegmentTokens : std::min(there, common);
+    if (common > held + kWorthWaiting && here > takes) {
+      takes = here;
+      has_most = other;
     }
   }
-  if (other == nullptr) return false;
-  const int there = other->transaction_.cache().length();
-  // Whole runs cost nothing to share; a cut is made once.
-  const int takes = there < common ? there / kSegmentTokens * kSegmentTokens : common;
-  if (takes > held && !transaction_.share_rows(other->transaction_, takes)) return false;
-  if (const int more = transaction_.cache().length() - held; more > 0) {
+  if (has_most != nullptr) transaction_.share_rows(has_most->transaction_, takes);
+  if (const int more = transaction_.cache().length() - before; more > 0) {
     generation_.skip(more);
     result_.tokens.cached += more;
   }
-  return there < common;
+  return waits;
 }
 
 bool EngineTurn::let_go() noexcept {
@@ -148,15 +158,20 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
   }
 }
 
-void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps) {
+void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting) {
+  std::vector<EngineTurn*> others;
+  for (const Scheduler::Step& step : steps) others.push_back(static_cast<EngineTurn*>(step.turn));
+  for (Scheduler::Turn* turn : resting) others.push_back(static_cast<EngineTurn*>(turn));
   if (parts.model->backend() == Backend::kMlx) steps = steps.first(1);
   std::vector<Computing> turns;
   std::vector<int> left;  // of their prompts
   bool room = true;  // whoever came before has all the room that it asked for
   for (Scheduler::Step& step : steps) {
     auto* const turn = static_cast<EngineTurn*>(step.turn);
+    bool waits = false;
     try {
       turn->transaction_.bring_back();
+      waits = turn->generation_.prompt_left() > 0 && turn->waits_for(turns, others);
     } catch (...) {
       step.error = std::current_exception();
       room = false;
@@ -166,7 +181,6 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps) {
       step.computed = true;
       continue;
     }
-    const bool waits = turn->generation_.prompt_left() > 0 && turn->waits_for(turns);
     turns.push_back({turn, &step, {}});
     left.push_back(waits ? -1 : turn->generation_.prompt_left());
   }

@@ -25,6 +25,7 @@ struct EngineParts {
   std::unique_ptr<AgentManager> agents;
   std::optional<PrefillPace> pace;
   EngineWork work;
+  uint64_t ended = 0;  // turns
 };
 
 /// What a turn leaves to its caller.
@@ -45,7 +46,7 @@ class EngineTurn final : public Scheduler::Turn {
 
   /// Computes the next rows of several turns of one engine, all in one forward pass per KV format: of each that decodes a token,
   /// of prompts what the pace gives (PrefillPace::share). With MLX's kernels only the first turn is stepped.
-  static void step(EngineParts& parts, std::span<Scheduler::Step> steps);
+  static void step(EngineParts& parts, std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting);
   /// Rows of a turn that is not committed are kept for when its prompt is asked again.
   ~EngineTurn() override;
   bool let_go() noexcept override;
@@ -63,8 +64,11 @@ class EngineTurn final : public Scheduler::Turn {
     Scheduler::Step* step;
     std::span<const int32_t> rows;
   };
-  /// Whether the turn waits for rows of its prompt that one of `earlier` turns computes; it takes those that are there.
-  bool waits_for(std::span<const Computing> earlier);
+  /// Tokens of the prompt, the last one not counted, that another turn begins with too.
+  int alike(const EngineTurn& other) const;
+  /// Takes the rows of its prompt that one of `others` has, itself among them, or has left. Whether it waits for more, which one
+  /// of `earlier` turns computes.
+  bool waits_for(std::span<const Computing> earlier, std::span<EngineTurn* const> others);
   /// One forward pass; all caches have one format, and room. What fails ends those that it fails for.
   static void compute(EngineParts& parts, std::span<const Computing> batch);
 
@@ -76,6 +80,7 @@ class EngineTurn final : public Scheduler::Turn {
   const Clock::time_point start_;
   TurnTransaction transaction_;
   double begin_ms_ = 0;
+  uint64_t ended_ = parts_.ended;  // when rows were last looked for among all that there are
   bool committed_ = false;
   Generation generation_;
 };
