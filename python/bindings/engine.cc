@@ -149,28 +149,27 @@ mx::array next_logits(const SharedEngine& shared, const std::string& agent) {
 
 void bind_engine(nb::module_& module) {
   using namespace nb::literals;
-  nb::class_<AgentMemory>(module, "AgentMemory", "What an agent that is awake holds in memory.")
-      .def_ro("agent", &AgentMemory::agent, "Its id.")
-      .def_ro("tokens", &AgentMemory::tokens, "Tokens it holds.")
-      .def_ro("bytes", &AgentMemory::bytes, "Buffers it holds, shared ones included.")
-      .def_ro("shared_bytes", &AgentMemory::shared_bytes, "Of those, held by another agent too.")
-      .def_ro("pinned", &AgentMemory::pinned, "Whether it stays in memory when others must make room.")
-      .def_ro("unsaved", &AgentMemory::unsaved, "Whether it has changed since its last save.");
-  nb::class_<MemoryUsage>(module, "MemoryUsage", "Where an engine's memory is, in bytes; each buffer counts once.")
-      .def_ro("model_bytes", &MemoryUsage::model_bytes, "The model's weights.")
-      .def_ro("agents", &MemoryUsage::agents, "One AgentMemory for each agent that is awake.")
-      .def_ro("kv_bytes", &MemoryUsage::kv_bytes, "All agents' rows: what the budget bounds.")
-      .def_ro("mapped_bytes", &MemoryUsage::mapped_bytes, "Of those, pages of segment files.")
-      .def_ro("queued_bytes", &MemoryUsage::queued_bytes, "Waiting to be written.")
-      .def_ro("budget", &MemoryUsage::budget, "As given to the Engine; 0: no bound.");
-  nb::class_<EngineWork>(module, "EngineWork", "What an engine has computed since it began.")
-      .def_ro("passes", &EngineWork::passes, "Forward passes.")
-      .def_ro("turns", &EngineWork::turns, "Turns in each of them, added up.")
-      .def_ro("most_turns", &EngineWork::most_turns, "Turns in one of them.")
-      .def_ro("prompt_tokens", &EngineWork::prompt_tokens, "Whose rows were computed.")
-      .def_ro("answer_tokens", &EngineWork::answer_tokens, "Whose rows were computed.")
-      .def_ro("put_aside", &EngineWork::put_aside,
-              "How often a turn's rows were written to a file so that another one had their memory.");
+  nb::class_<AgentMemory>(module, "AgentMemory")
+      .def_ro("agent", &AgentMemory::agent)
+      .def_ro("tokens", &AgentMemory::tokens)
+      .def_ro("bytes", &AgentMemory::bytes)
+      .def_ro("shared_bytes", &AgentMemory::shared_bytes)
+      .def_ro("pinned", &AgentMemory::pinned)
+      .def_ro("unsaved", &AgentMemory::unsaved);
+  nb::class_<MemoryUsage>(module, "MemoryUsage")
+      .def_ro("model_bytes", &MemoryUsage::model_bytes)
+      .def_ro("agents", &MemoryUsage::agents)
+      .def_ro("kv_bytes", &MemoryUsage::kv_bytes)
+      .def_ro("mapped_bytes", &MemoryUsage::mapped_bytes)
+      .def_ro("queued_bytes", &MemoryUsage::queued_bytes)
+      .def_ro("budget", &MemoryUsage::budget);
+  nb::class_<EngineWork>(module, "EngineWork")
+      .def_ro("passes", &EngineWork::passes)
+      .def_ro("turns", &EngineWork::turns)
+      .def_ro("most_turns", &EngineWork::most_turns)
+      .def_ro("prompt_tokens", &EngineWork::prompt_tokens)
+      .def_ro("answer_tokens", &EngineWork::answer_tokens)
+      .def_ro("put_aside", &EngineWork::put_aside);
   nb::class_<SharedEngine>(module, "CoreEngine")
       .def("__init__",
            [](SharedEngine* self, const std::string& model, const std::filesystem::path& store,

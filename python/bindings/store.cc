@@ -276,12 +276,11 @@ Durability parse_durability(const std::string& name) {
 
 void bind_store(nb::module_& module) {
   using namespace nb::literals;
-  nb::class_<SaveResult>(module, "SaveResult", "What a save wrote.")
-      .def_ro("bytes_written", &SaveResult::bytes_written, "Of files written whole: segments, and the agent's own.")
-      .def_ro("segments_written", &SaveResult::segments_written, "Runs of 256 tokens that were not on disk yet.")
-      .def_ro("segments_shared", &SaveResult::segments_shared,
-              "Already on disk, by this agent's last save or another's.")
-      .def_ro("segments", &SaveResult::segments, "The names of all, first to last.");
+  nb::class_<SaveResult>(module, "SaveResult")
+      .def_ro("bytes_written", &SaveResult::bytes_written)
+      .def_ro("segments_written", &SaveResult::segments_written)
+      .def_ro("segments_shared", &SaveResult::segments_shared)
+      .def_ro("segments", &SaveResult::segments);
   nb::class_<Store>(module, "Store")
       .def("__init__", [](Store* self, const std::filesystem::path& root) { new (self) Store(root); }, "root"_a)
       .def("save", &save, "agent_id"_a, "rows"_a, "state"_a, "tokens"_a, "identity"_a, "model"_a, "user"_a, "unchanged"_a,

@@ -5,6 +5,7 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "bindings.h"
 
@@ -129,49 +130,42 @@ TurnResult RunningTurn::result() {
   return *state_->result;
 }
 
+// What each field means is said where programs see it: torpor/results.py.
 void bind_turn(nb::module_& module) {
-  using namespace nb::literals;
-  nb::class_<TurnResult::Tokens>(module, "TurnTokens", "Tokens of a turn, counted.")
-      .def_ro("prompt", &TurnResult::Tokens::prompt, "Before generation, the whole conversation: cached + prefilled.")
-      .def_ro("cached", &TurnResult::Tokens::cached, "Of those, reused from the agent or from whoever has begun alike.")
-      .def_ro("prefilled", &TurnResult::Tokens::prefilled, "Of those, computed now.")
-      .def_ro("generated", &TurnResult::Tokens::generated, "Sampled, one that ends the turn included.")
-      .def_ro("context", &TurnResult::Tokens::context, "Held by the agent afterwards.");
-  nb::class_<TurnResult::Timing>(module, "TurnTiming", "Times of a turn, in milliseconds.")
-      .def_ro("load", &TurnResult::Timing::load, "Loading the model, once per engine.")
-      .def_ro("wake", &TurnResult::Timing::wake, "Loading the agent's cache from disk; 0 when it was awake.")
-      .def_ro("ttft", &TurnResult::Timing::ttft, "From the turn's start, the agent still asleep, to the first token.")
-      .def_ro("decode", &TurnResult::Timing::decode, "From the first token to the last.")
-      .def_ro("save", &TurnResult::Timing::save, "Saving; with save=\"behind\" handing over.");
-  nb::class_<TurnResult::Bytes>(module, "TurnBytes", "Bytes of a turn.")
-      .def_ro("read", &TurnResult::Bytes::read, "By waking.")
-      .def_ro("written", &TurnResult::Bytes::written, "By saving; 0 with save=\"behind\".");
-  nb::class_<MessageDivergence>(module, "MessageDivergence", "Where a turn's messages part from those that its agent held.")
-      .def_ro("message", &MessageDivergence::message, "Index of the first that differs.")
-      .def_ro("held", &MessageDivergence::held, "The agent's there, as JSON; empty: it has no more.")
-      .def_ro("given", &MessageDivergence::given, "The turn's there, as JSON; empty: it has no more.")
-      .def_ro("beginning", &MessageDivergence::beginning,
-              "Whether it is tools or template arguments that render the beginning otherwise; held and given are those.");
-  nb::class_<TurnResult>(module, "TurnResult", "What one turn answered, computed and cost.")
-      .def_ro("agent", &TurnResult::agent, "The agent's id; empty for a prompt without an agent.")
-      .def_ro("model", &TurnResult::model, "As given to the Engine.")
-      .def_ro("text", &TurnResult::text, "The answer.")
-      .def_prop_ro("finish_reason", [](const TurnResult& r) { return std::string(finish_reason_name(r.finish_reason)); },
-                   "\"stop\": the model or a stop string ended it; \"length\": max_tokens or the model's context did; "
-                   "\"cancelled\": TextStream.close did.")
-      .def_ro("divergence", &TurnResult::divergence,
-              "Of a turn by messages: where they part from what the agent held, a MessageDivergence. None: they repeat all of it.")
-      .def_ro("tokens", &TurnResult::tokens, "How many: a TurnTokens.")
-      .def_ro("timing_ms", &TurnResult::timing_ms, "How long: a TurnTiming.")
-      .def_ro("bytes", &TurnResult::bytes, "From and to the disk: a TurnBytes.")
-      .def_ro("notices", &TurnResult::notices, "Sentences: what has changed since the agent's last turn that makes no row unusable.")
-      .def_ro("damage", &TurnResult::damage,
-              "One sentence when the agent was damaged on disk and went on from its longest intact prefix; else None.")
+  nb::class_<TurnResult::Tokens>(module, "TurnTokens")
+      .def_ro("prompt", &TurnResult::Tokens::prompt)
+      .def_ro("cached", &TurnResult::Tokens::cached)
+      .def_ro("prefilled", &TurnResult::Tokens::prefilled)
+      .def_ro("generated", &TurnResult::Tokens::generated)
+      .def_ro("context", &TurnResult::Tokens::context);
+  nb::class_<TurnResult::Timing>(module, "TurnTiming")
+      .def_ro("load", &TurnResult::Timing::load)
+      .def_ro("wake", &TurnResult::Timing::wake)
+      .def_ro("ttft", &TurnResult::Timing::ttft)
+      .def_ro("decode", &TurnResult::Timing::decode)
+      .def_ro("save", &TurnResult::Timing::save);
+  nb::class_<TurnResult::Bytes>(module, "TurnBytes")
+      .def_ro("read", &TurnResult::Bytes::read)
+      .def_ro("written", &TurnResult::Bytes::written);
+  nb::class_<MessageDivergence>(module, "MessageDivergence")
+      .def_ro("message", &MessageDivergence::message)
+      .def_ro("held", &MessageDivergence::held)
+      .def_ro("given", &MessageDivergence::given)
+      .def_ro("beginning", &MessageDivergence::beginning);
+  nb::class_<TurnResult>(module, "TurnResult")
+      .def_ro("agent", &TurnResult::agent)
+      .def_ro("model", &TurnResult::model)
+      .def_ro("text", &TurnResult::text)
+      .def_prop_ro("finish_reason", [](const TurnResult& r) { return std::string(finish_reason_name(r.finish_reason)); })
+      .def_ro("divergence", &TurnResult::divergence)
+      .def_ro("tokens", &TurnResult::tokens)
+      .def_ro("timing_ms", &TurnResult::timing_ms)
+      .def_ro("bytes", &TurnResult::bytes)
+      .def_ro("notices", &TurnResult::notices)
+      .def_ro("damage", &TurnResult::damage)
       .def_prop_ro("save_error",
                    [](const TurnResult& r) { return r.save_error ? exception_of(*r.save_error) : nb::none(); },
-                   nb::sig("def save_error(self) -> Exception | None"),
-                   "A torpor.Error when the answer is complete but could not be saved, or the turn before it (save=\"behind\"); "
-                   "nothing is lost while the agent stays awake. Else None.");
+                   nb::sig("def save_error(self) -> Exception | None"));
   nb::class_<RunningTurn>(module, "RunningTurn")
       .def("next", &RunningTurn::next)
       .def("cancel", &RunningTurn::cancel)

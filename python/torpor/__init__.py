@@ -25,21 +25,23 @@ from typing import Any as _Any, Literal as _Literal
 from . import _dependencies  # first: what it says is clearer than what the linker would
 from . import _core
 from ._codec import validate as _validate
-from ._core import AgentMemory, EngineWork, MemoryUsage, SaveResult, TurnBytes, TurnResult, TurnTiming, TurnTokens
 from .engine import Agent, AgentStatus, Engine, TextStream, TurnOptions
 from .errors import (BusyError, CancelledError, CorruptionError, Error, IncompatibleError, InternalError,
                      InvalidArgumentError, IoError, NotFoundError, ResourceExhaustedError)
 from .exchange import load_prompt_cache, save_prompt_cache
 from .extractor import Generation, MLXCacheExtractor
 from .persistence import CachePersistence
+from .results import (AgentMemory, EngineWork, MemoryUsage, MessageDivergence, SaveResult, TurnBytes, TurnResult, TurnTiming,
+                      TurnTokens)
 
 __all__ = [
-    "Agent", "AgentMemory", "AgentStatus", "BusyError", "CachePersistence", "CancelledError", "CorruptionError", "Engine",
-    "EngineWork", "Error", "Generation", "IncompatibleError", "InternalError", "InvalidArgumentError", "IoError", "MLXCacheExtractor",
-    "MemoryUsage", "NotFoundError", "ResourceExhaustedError", "SaveResult", "TextStream", "TurnBytes", "TurnOptions",
-    "TurnResult", "TurnTiming", "TurnTokens", "common_prefix", "delete_agent_cache", "get_cache_disk_usage", "get_cache_memory",
-    "get_cache_size", "list_cached_agents", "load_agent_cache", "load_prompt_cache", "save_agent_cache", "save_prompt_cache",
-    "set_log_handler", "validate_cache_structure",
+    "Agent", "AgentMemory", "AgentStatus", "BusyError", "CachePersistence", "CancelledError", "CorruptionError",
+    "Engine", "EngineWork", "Error", "Generation", "IncompatibleError", "InternalError", "InvalidArgumentError",
+    "IoError", "MLXCacheExtractor", "MemoryUsage", "MessageDivergence", "NotFoundError", "ResourceExhaustedError",
+    "SaveResult", "TextStream", "TurnBytes", "TurnOptions", "TurnResult", "TurnTiming", "TurnTokens", "common_prefix",
+    "delete_agent_cache", "get_cache_disk_usage", "get_cache_memory", "get_cache_size", "list_cached_agents",
+    "load_agent_cache", "load_prompt_cache", "save_agent_cache", "save_prompt_cache", "set_log_handler",
+    "validate_cache_structure",
 ]
 
 
@@ -58,9 +60,13 @@ _atexit.register(_core.set_log_handler, None)  # threads may still speak when th
 
 
 def get_cache_size(cache: _Sequence[_Any]) -> int:
-    """Tokens that the first layer of an mlx-lm cache has seen; of a batch, positions."""
-    offset = getattr(cache[0], "offset", None)
-    return offset if isinstance(offset, int) else cache[0].size()
+    """Tokens that an mlx-lm cache has seen, as the first of its layers that count them tells (recurrent ones don't);
+    of a batch, positions. 0 when no layer counts."""
+    for layer in cache:
+        offset = getattr(layer, "offset", None)
+        if size := offset if isinstance(offset, int) else layer.size():
+            return size
+    return 0
 
 
 def get_cache_memory(cache: _Sequence[_Any]) -> int:

@@ -2,8 +2,9 @@
 
 import json
 import os
+import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 
 import mlx.core as mx
 
-from . import _core
+from . import _arguments, _core
 from .errors import Error, InvalidArgumentError
+from .results import EngineWork, MemoryUsage, SaveResult, TurnResult
 
 _T = TypeVar("_T")
 #: One user message, or the whole conversation: messages as OpenAI has them, {"role": ..., "content": ...}.
@@ -21,7 +23,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 class TurnOptions(TypedDict, total=False):
-    """The keyword arguments of every turn, all optional.
+    """The keyword arguments of every turn, all optional; None is as good as left out.
 
     raw: append the prompt as it stands, without the chat template (False).
     special: special tokens, and what the template frames messages with, count as such where they are written in messages, tools
@@ -37,21 +39,21 @@ class TurnOptions(TypedDict, total=False):
     max_tokens: the longest answer (256).
     temperature: 0 (the default) always takes the likeliest token.
     top_p: samples from the smallest set of tokens with this much probability (1).
-    seed: equal seeds, prompts and agents give equal tokens (0).
+    seed: equal seeds, prompts and agents give equal tokens (another one each time, which the result tells).
     stop: a text or several; the answer ends where it would contain one.
     """
 
-    raw: bool
-    special: bool
-    on_divergence: Literal["rewind", "branch"]
-    tools: Sequence[Mapping[str, Any]]
-    template_args: Mapping[str, Any]
-    save: Literal["wait", "behind", "no"]
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    stop: str | Sequence[str]
+    raw: bool | None
+    special: bool | None
+    on_divergence: Literal["rewind", "branch"] | None
+    tools: Sequence[Mapping[str, Any]] | None
+    template_args: Mapping[str, Any] | None
+    save: Literal["wait", "behind", "no"] | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Engine:
 
     def __init__(self, model: str | os.PathLike[str], store: str | os.PathLike[str] | None = None, *,
                  kv_format: str | None = None, durability: Literal["full", "rename", "none"] = "full",
-                 memory_budget: int = 0, disk_budget: int = 0, min_free: int = 0, write_queue: int = 256 << 20,
-                 text_queue: int = 64 << 10, max_stall: int = 250, map_rows: bool = True,
+                 memory_budget: int | str = 0, disk_budget: int | str = 0, min_free: int | str = 0,
+                 write_queue: int = 256 << 20, text_queue: int = 64 << 10, max_stall: int = 250, map_rows: bool = True,
                  backend: Literal["kernels", "mlx"] | None = None, activations: Literal["f32", "int8"] | None = None,
                  threads: int = 0, cpu_target: str | None = None) -> None:
         """Loads the model.
@@ -97,9 +99,10 @@ class Engine:
         kv_format: how rows are kept: "f32", "f16", "bf16", or quantized to 8 or 4 bits in groups of 32, 64 or 128, as
             "q8 group 64 f16". None: the model's own for new agents, and an old one goes on in its own.
         durability: "full": a save survives a power cut; "rename": a killed process; "none" is for benchmarks.
-        memory_budget: bytes of rows held in memory, each buffer once (0: no bound). Over it agents that are not pinned go to
-            sleep, the least recently used first, and turns that came last or whose readers are slow put their rows aside, in files,
-            until they go on; when that is not enough, ResourceExhaustedError says what holds the memory.
+        memory_budget: bytes of rows held in memory, each buffer once (0: no bound); a number, or a text as "64MB" or "1GiB",
+            as for the next two. Over it agents that are not pinned go to sleep, the least recently used first, and turns that
+            came last or whose readers are slow put their rows aside, in files, until they go on; when that is not enough,
+            ResourceExhaustedError says what holds the memory.
         disk_budget: bytes that the store may take, all models together; min_free: bytes that stay free on the disk (0: no
             bound). Over them segments of no agent go, then the save fails. An agent is never removed to make room.
         write_queue: bytes of saves that may wait; beyond it all turns wait for the disk.
@@ -121,9 +124,11 @@ class Engine:
         Raises NotFoundError, InvalidArgumentError (a model or format that is not supported), CorruptionError, IoError.
         """
         root = Path(store).expanduser() if store is not None else _core.default_store_root()
-        self._core = _core.CoreEngine(os.fspath(model), root, kv_format, durability, memory_budget, disk_budget, min_free,
-                                      write_queue, text_queue, max_stall, map_rows, backend, activations, threads,
-                                      cpu_target or "")
+        budgets = [_arguments.size(value, name) for name, value in
+                   (("memory_budget", memory_budget), ("disk_budget", disk_budget), ("min_free", min_free))]
+        model = _arguments.text(os.fspath(model), "The model's name")
+        self._core = _core.CoreEngine(model, root, kv_format, durability, *budgets, write_queue, text_queue, max_stall,
+                                      map_rows, backend, activations, threads, cpu_target or "")
         self._talking = threading.local()  # .to: agents whose on_text runs on this thread
 
     def __enter__(self) -> Self:
@@ -159,7 +164,7 @@ class Engine:
         return [AgentStatus(*status) for status in self._core.agents()]
 
     def turn(self, prompt: Prompt, *, system: str | None = None, on_text: Callable[[str], object] | None = None,
-             **options: Unpack[TurnOptions]) -> _core.TurnResult:
+             **options: Unpack[TurnOptions]) -> TurnResult:
         """Answers a prompt without an agent: as Agent.turn, but nothing with a name is left behind, only whole segments for
         prompts that begin alike."""
         return Agent(self, "", system).turn(prompt, on_text=on_text, **options)
@@ -168,11 +173,12 @@ class Engine:
         """Answers a prompt without an agent, as Agent.stream."""
         return Agent(self, "", system).stream(prompt, **options)
 
-    def prompt_tokens(self, prompt: Prompt, *, system: str | None = None, raw: bool = False, special: bool = False,
-                      tools: Sequence[Mapping[str, Any]] = (),
+    def prompt_tokens(self, prompt: Prompt, *, system: str | None = None, raw: bool | None = None, special: bool | None = None,
+                      tools: Sequence[Mapping[str, Any]] | None = None,
                       template_args: Mapping[str, Any] | None = None) -> list[int]:
         """The ids that a turn of a new agent would hold before it answers. Computes nothing, and waits for nobody."""
-        return self._core.prompt_tokens(*_prompt(prompt), system, raw, *_variables(tools, template_args), special)
+        return self._core.prompt_tokens(*_prompt(prompt), _system(system), bool(raw), *_variables(tools, template_args),
+                                        bool(special))
 
     def save_all(self) -> None:
         """Saves every agent that is awake, and waits. All are tried; then the first error is raised. Agents in a turn are saved
@@ -180,13 +186,13 @@ class Engine:
         self._refuse_in_callback()
         self._core.save_all()
 
-    def memory_usage(self) -> _core.MemoryUsage:
+    def memory_usage(self) -> MemoryUsage:
         """Where the memory is: the model, and each agent that is awake."""
-        return self._core.memory_usage()
+        return MemoryUsage.of_engine(self._core.memory_usage())
 
-    def work(self) -> _core.EngineWork:
+    def work(self) -> EngineWork:
         """What the engine has computed since it began."""
-        return self._core.work()
+        return EngineWork.of(self._core.work())
 
     def _for(self, *agent_ids: str) -> _core.CoreEngine:
         """For calls that wait for the turns of these agents."""
@@ -208,29 +214,45 @@ class Engine:
         finally:
             self._talking.to = before
 
-    def _start(self, agent_id: str, prompt: Prompt, system: str | None, *, raw: bool = False, special: bool = False,
-               on_divergence: str = "rewind", tools: Sequence[Mapping[str, Any]] = (), template_args: Mapping[str, Any] | None = None,
-               save: str = "wait", max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
-               seed: int = 0, stop: str | Sequence[str] = ()) -> _core.RunningTurn:
-        stops = [stop] if isinstance(stop, str) else list(stop)
+    def _start(self, agent_id: str, prompt: Prompt, system: str | None, *, raw: bool | None = None, special: bool | None = None,
+               on_divergence: str | None = None, tools: Sequence[Mapping[str, Any]] | None = None,
+               template_args: Mapping[str, Any] | None = None, save: str | None = None, max_tokens: int | None = None,
+               temperature: float | None = None, top_p: float | None = None, seed: int | None = None,
+               stop: str | Sequence[str] | None = None) -> "TextStream":
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        # 32 bits, which any reader of JSON keeps.
+        drawn = secrets.randbits(32) if seed is None else _arguments.whole(seed, "seed", 0, 2**64 - 1)
         core = self._for(agent_id) if agent_id else self._core
-        return core.start(agent_id, *_prompt(prompt), system, raw, on_divergence, *_variables(tools, template_args), special,
-                          save, max_tokens, temperature, top_p, seed, stops)
+        longest = 256 if max_tokens is None else _arguments.whole(max_tokens, "max_tokens", -2**31, 2**31 - 1)
+        running = core.start(
+            agent_id, *_prompt(prompt), _system(system), bool(raw), on_divergence or "rewind",
+            *_variables(tools, template_args), bool(special), save or "wait", longest,
+            _arguments.real(0.0 if temperature is None else temperature, "temperature"),
+            _arguments.real(1.0 if top_p is None else top_p, "top_p"), drawn,
+            [_arguments.text(one, "A stop string") for one in stops])
+        return TextStream(running, drawn)
 
 
 def _json(name: str, value: object) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as failed:
         raise InvalidArgumentError(f"The {name} can't be written as JSON: {failed}") from None
+    return _arguments.text(written, f"The JSON of the {name}")
 
 
 def _prompt(prompt: Prompt) -> tuple[str, str]:
     """A text, or messages as JSON."""
-    return (prompt, "") if isinstance(prompt, str) else ("", _json("messages", list(prompt)))
+    if isinstance(prompt, Iterable) and not isinstance(prompt, (str, bytes)):
+        return "", _json("messages", list(prompt))
+    return _arguments.text(prompt, "The prompt"), ""
 
 
-def _variables(tools: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any] | None) -> tuple[str, str]:
+def _system(system: str | None) -> str | None:
+    return None if system is None else _arguments.text(system, "The system message")
+
+
+def _variables(tools: Sequence[Mapping[str, Any]] | None, template_args: Mapping[str, Any] | None) -> tuple[str, str]:
     return _json("tools", list(tools)) if tools else "", _json("template_args", dict(template_args)) if template_args else ""
 
 
@@ -244,8 +266,9 @@ class TextStream(Iterator[str]):
     early and keeps what was said.
     """
 
-    def __init__(self, running: _core.RunningTurn) -> None:
+    def __init__(self, running: _core.RunningTurn, seed: int) -> None:
         self._running = running
+        self._seed = seed
 
     def __next__(self) -> str:
         piece = self._interruptible(self._running.next)
@@ -263,9 +286,9 @@ class TextStream(Iterator[str]):
             pass  # iterating, or `result`, tells
 
     @property
-    def result(self) -> _core.TurnResult:
+    def result(self) -> TurnResult:
         """The turn's TurnResult; waits until it is over. Raises what the turn raised."""
-        return self._interruptible(self._running.result)
+        return TurnResult.of_turn(self._interruptible(self._running.result), self._seed)
 
     def _interruptible(self, wait: Callable[[], _T]) -> _T:
         try:
@@ -298,7 +321,7 @@ class Agent:
         return f"<torpor.Agent {self.id!r}>"
 
     def turn(self, prompt: Prompt, *, on_text: Callable[[str], object] | None = None,
-             **options: Unpack[TurnOptions]) -> _core.TurnResult:
+             **options: Unpack[TurnOptions]) -> TurnResult:
         """One user turn: wakes the agent or makes it, computes what is new, answers, saves. The agent stays awake.
 
         prompt: the user's message, or the whole conversation as messages: what the agent holds of them is not computed again.
@@ -321,7 +344,7 @@ class Agent:
 
     def stream(self, prompt: Prompt, **options: Unpack[TurnOptions]) -> TextStream:
         """As `turn`, which begins at once; gives a TextStream to iterate over. `result` is its TurnResult."""
-        return TextStream(self.engine._start(self.id, prompt, self.system, **options))
+        return self.engine._start(self.id, prompt, self.system, **options)
 
     def fork(self, new_id: str, at_token: int | None = None, *, save: Literal["wait", "behind"] = "wait") -> "Agent":
         """A new agent that begins with this one's first `at_token` tokens (None: all); copies no tensor. InvalidArgumentError
@@ -355,9 +378,9 @@ class Agent:
         False when nothing was begun: no such agent, awake or being loaded already, or enough others are."""
         return self.engine._core.prefetch(self.id)
 
-    def save(self) -> _core.SaveResult:
+    def save(self) -> SaveResult:
         """Saves the agent if it has changed, and waits. IoError, ResourceExhaustedError (a disk limit)."""
-        return self.engine._for(self.id).save(self.id)
+        return SaveResult.of(self.engine._for(self.id).save(self.id))
 
     def sleep(self) -> None:
         """Saves if changed, then lets go of the memory and the lock. Does nothing when the agent is not awake."""

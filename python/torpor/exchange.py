@@ -1,7 +1,9 @@
 """mlx-lm's prompt-cache files, both dialects (`mlx_lm.generate --prompt-cache-file`, `mlx_lm.cache_prompt`)."""
 
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from .errors import CorruptionError, InvalidArgumentError, NotFoundError
 
 
 def load_prompt_cache(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, str]]:
-    """(cache, metadata) of a prompt-cache file that mlx-lm wrote, of this version's dialect or of that up to 0.31.
+    """(cache, metadata) of a prompt-cache file that mlx-lm wrote, of this version's dialect or of that up to 0.31, whatever its
+    name ends in.
 
     Such a file holds no token ids, and no checksum: what is damaged in it is not found.
     """
@@ -22,9 +25,10 @@ def load_prompt_cache(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str
     if not Path(path).is_file():
         raise NotFoundError(f"There is no prompt-cache file '{path}'.")
     try:
-        arrays, metadata = mx.load(path, return_metadata=True)
+        arrays, metadata = mx.load(path, format="safetensors", return_metadata=True)
         if metadata.get("2.0") == "":
-            return mlx_cache.load_prompt_cache(path, return_metadata=True)
+            with _as_safetensors(path) as named:
+                return mlx_cache.load_prompt_cache(named, return_metadata=True)
         meta_states, user, classes = tree_unflatten(list(metadata.items()))
         states = tree_unflatten(list(arrays.items())) if arrays else []
         states += [[]] * (len(classes) - len(states))
@@ -67,4 +71,24 @@ def _old(name, state, meta):
 def save_prompt_cache(path: str | os.PathLike[str], cache: Sequence[Any], metadata: Mapping[str, str] | None = None) -> None:
     """Writes `cache` as mlx-lm's own prompt-cache file. `mlx_lm.generate` also wants "model" and "tokenizer_config" (a
     JSON text) in the metadata."""
-    mlx_cache.save_prompt_cache(str(Path(path).expanduser()), cache, metadata)
+    target = Path(path).expanduser()
+    if target.suffix == ".safetensors":
+        mlx_cache.save_prompt_cache(str(target), cache, metadata)
+        return
+    # MLX adds the ending to other names; the name given is the name written.
+    with tempfile.TemporaryDirectory(prefix=".torpor-", dir=target.parent) as directory:
+        written = os.path.join(directory, "cache.safetensors")
+        mlx_cache.save_prompt_cache(written, cache, metadata)
+        os.replace(written, target)
+
+
+@contextmanager
+def _as_safetensors(path: str) -> Iterator[str]:
+    """A name of the file that ends as mlx-lm's reader wants it."""
+    if path.endswith(".safetensors"):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        named = os.path.join(directory, "cache.safetensors")
+        os.symlink(os.path.abspath(path), named)
+        yield named

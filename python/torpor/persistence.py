@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from . import _codec, _core
+from . import _arguments, _codec, _core
 from ._identity import identity_of
 from .errors import IncompatibleError, InvalidArgumentError
+from .results import SaveResult
 
 _DESCRIPTION = "mlx_lm.cache"
 _TOKENS = "mlx_lm.tokens"
@@ -37,10 +38,14 @@ class CachePersistence:
         self._model = _MODEL_TEXT if model is None or isinstance(model, dict) else str(model)
         self._identity = None if model is None else identity_of(model)
         self._durability = durability
+        self._given = (self.root, model, durability)
         self._saved = {}  # agent id -> (weak references to the layers, tokens, segment names)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CachePersistence, self._given
+
     def save_agent_cache(self, agent_id: str, cache: Sequence[Any], metadata: Mapping[str, str] | None = None, *,
-                         tokens: Iterable[int] | None = None) -> _core.SaveResult:
+                         tokens: Iterable[int] | None = None) -> SaveResult:
         """Saves `cache` (as `mlx_lm.models.cache.make_prompt_cache` makes it) as the agent's; atomic. Writes what is not on
         disk yet: a conversation that grew by 64 tokens writes those.
 
@@ -57,6 +62,8 @@ class CachePersistence:
         for key, value in user.items():
             if not isinstance(key, str) or not isinstance(value, str) or key.startswith(("mlx_lm.", "torpor.")):
                 raise InvalidArgumentError(f"The metadata {key!r} is not a text by a text, or begins with 'mlx_lm.' or 'torpor.'.")
+            _arguments.text(key, "A key of the metadata")
+            _arguments.text(value, f"The metadata {key!r}")
         user[_DESCRIPTION], rows, state, n_rows = _codec.encode(cache)
         unchanged = []
         if ids is None:
@@ -72,7 +79,7 @@ class CachePersistence:
         result = self._store.save(agent_id, rows, state, saved.tobytes(), self._identity or [], self._model, list(user.items()),
                                   unchanged, self._durability)
         self._remember(agent_id, cache, saved, result.segments)
-        return result
+        return SaveResult.of(result)
 
     def load_agent_cache(self, agent_id: str) -> tuple[list[Any], dict[str, str]]:
         """(cache, metadata) of the agent: arrays of the shapes and dtypes that were saved, evaluated, and the caller's own.
@@ -146,7 +153,11 @@ def _ids(agent_id, tokens):
         try:
             ids = array("i", tokens)
         except TypeError:  # what is no int may be made one
-            ids = array("i", map(int, tokens))
+            try:
+                ids = array("i", map(int, tokens))
+            except (TypeError, ValueError):
+                raise InvalidArgumentError(
+                    f"The token ids of agent '{agent_id}' are not a flat list of whole numbers.") from None
     except OverflowError:
         raise InvalidArgumentError(f"A token id of agent '{agent_id}' is larger than 32 bits.") from None
     if min(ids, default=0) < 0:
