@@ -17,7 +17,11 @@ class Answer:
     def __init__(self, response):
         self.status = response.status
         self.headers = {name.lower(): value for name, value in response.getheaders()}
-        self.text = response.read().decode()
+        self.bytes = response.read()
+
+    @property
+    def text(self):
+        return self.bytes.decode()
 
     def json(self):
         return json.loads(self.text)

@@ -15,7 +15,7 @@ DIRECT = {
     "model": ["kernels"], "cache": ["model"],
     "agents": ["exchange", "cache", "text"],
     "engine": ["agents"],
-    "faces": ["base"],
+    "faces": ["engine"],
     "server": ["engine", "faces"],
     "cli": ["server"], "python": ["engine", "faces"],
 }

@@ -169,6 +169,7 @@ SHAPES = {
     "completions": ("/v1/completions", lambda text: {"model": "smollm2-135m", "max_tokens": 400, "prompt": text}),
     "responses": ("/v1/responses", lambda text: {"model": "smollm2-135m", "max_output_tokens": 400, "input": text}),
     "messages": ("/v1/messages", lambda text: long_turn(text)),
+    "agents": ("/torpor/v1/agents", lambda text: {"agent": "ada", "max_tokens": 400, "prompt": text}),
     "ollama": ("/api/chat", lambda text: {"model": "smollm2-135m", "messages": [{"role": "user", "content": text}]}),
 }
 
@@ -210,6 +211,9 @@ def test_a_full_queue_says_when_to_come_again(real, tmp_path):
         response.readline()
         refused = server.chat("Hello?")
         assert refused.status == 429 and int(refused.headers["retry-after"]) <= 120
+        assert server.ask("POST", "/torpor/v1/agents", {"agent": "ada", "prompt": "Hello?"}).status == 429
+        assert server.ask("POST", "/torpor/v1/agents/ada/turn", {"prompt": "Hello?"}).status == 429
+        assert server.ask("GET", "/torpor/v1/agents").status == 200
         assert server.ask("GET", "/health", key="").status == 200
         connection.close()
 

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 
+from conftest import Torpor
 from serving import Server
 
 AGENTS = "/torpor/v1/agents"
@@ -53,6 +54,79 @@ def test_fork_rewind_rename_pin_sleep_wake_and_delete(server):
     assert [agent["agent"] for agent in server.torpor("ls", "--json").ok().json] == ["ada", "eva"]
 
 
+def turn(server, prompt, agent="ada", key=None, **more):
+    return server.ask("POST", f"{AGENTS}/{agent}/turn", {"prompt": prompt, "max_tokens": 6, **more}, key=key)
+
+
+def test_turns_are_those_of_the_command_line(server, tiny_model, tmp_path):
+    made = server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "system": "Be brief.", "max_tokens": 6})
+    assert made.status == 201
+    said = [made.json(), turn(server, "And then?").json(), turn(server, "Why?", temperature=0.9, seed=3).json()]
+    other = Torpor(tmp_path / "other", tiny_model)
+    for answer, prompt, *more in [(said[0], "Hi.", "--system", "Be brief."), (said[1], "And then?"),
+                                  (said[2], "Why?", "--temperature", "0.9", "--seed", "3")]:
+        expected = other.run("ada", prompt, *more, max_tokens=6).ok().json
+        for name in ("agent", "text", "finish_reason", "tokens"):
+            assert answer[name] == expected[name], name
+    assert server.stop() == 0
+    for torpor in (server.torpor, other):  # and the command line goes on with what the server kept
+        torpor.after = torpor.run("ada", "Go on.").ok().json["text"]
+    assert server.torpor.after == other.after
+
+
+def test_a_streamed_turn_says_what_a_whole_one_does(server):
+    whole = server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "max_tokens": 6}).json()
+    streamed = server.ask("POST", AGENTS, {"agent": "bea", "prompt": "Hi.", "max_tokens": 6, "stream": True})
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    names_of = [line[7:] for line in streamed.text.splitlines() if line.startswith("event: ")]
+    events = list(zip(names_of, streamed.events()))
+    assert events[-1][0] == "result" and set(names_of[:-1]) == {"prefill", "text"}
+    assert "".join(data["text"] for name, data in events if name == "text") == whole["text"] == events[-1][1]["text"]
+    assert events[-1][1]["agent"] == "bea"
+    assert server.metric('torpor_turns_total{reason="length"}') == 2
+    assert server.metric("torpor_generation_tokens_total") == 12
+
+
+def test_a_turn_goes_on_and_only_create_begins(server):
+    assert turn(server, "Hi.").status == 404 and names(server) == []
+    assert server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "max_tokens": 2}).status == 201
+    taken = server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "max_tokens": 2})
+    assert (taken.status, taken.json()["error"]["agent"]) == (400, "ada")
+    for wrong in ({"max_tokens": 0}, {"max_tokens": -2**62}, {"top_p": 2}, {"system": "Another."}, {"stream": "yes"},
+                  {"stream": True, "max_tokens": 0}, {"seed": 1.5}):
+        assert turn(server, "And?", **wrong).json()["error"]["code"] == "kInvalidArgument", wrong
+
+
+def test_why_says_where_a_conversation_parts_from_the_agent(server):
+    text = server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "max_tokens": 6}).json()["text"]
+    held = server.ask("GET", f"{AGENTS}/ada").json()["tokens"]
+
+    def why(*messages):
+        roles = ("user", "assistant")
+        given = [{"role": roles[i % 2], "content": content} for i, content in enumerate(messages)]
+        return server.ask("POST", f"{AGENTS}/ada/why", {"messages": given}).json()
+
+    on = why("Hi.", text, "And then?")
+    assert (on["common_messages"], on["held_messages"], on["held"], on["given"]) == (2, 2, None, None)
+    assert on["held_tokens"] == held and 0 < on["common_tokens"] <= held < on["prompt_tokens"]
+    parted = why("Hi.", "something else", "And then?")
+    assert (parted["common_messages"], parted["given"]["content"]) == (1, "something else")
+    assert parted["held"]["content"].strip() == text.strip() and parted["common_tokens"] < on["common_tokens"]
+    assert why("Ho.")["common_tokens"] == 0
+    for wrong in ([], [{"content": "no role"}], [7], "text"):
+        assert server.ask("POST", f"{AGENTS}/ada/why", {"messages": wrong}).status == 400, wrong
+
+
+def test_an_export_is_imported_as_the_same_agent(server, tiny_model, tmp_path):
+    server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "max_tokens": 6})
+    exported = server.ask("GET", f"{AGENTS}/ada/export")
+    assert exported.status == 200 and "ada.safetensors" in exported.headers["content-disposition"]
+    (tmp_path / "ada.safetensors").write_bytes(exported.bytes)
+    other = Torpor(tmp_path / "other", tiny_model)
+    other("import", tmp_path / "ada.safetensors", "eve").ok()
+    assert other.run("eve", "And then?", max_tokens=6).ok().json["text"] == turn(server, "And then?").json()["text"]
+
+
 def test_failures_are_told_with_code_and_sentence(server):
     server.chat("Hi.", agent="ada")
 
@@ -99,8 +173,14 @@ def test_a_tenant_sees_its_own_agents_and_no_others(server):
     assert server.chat("Hi.", agent="t.acme.ada").status == 400
     assert server.ask("DELETE", f"{AGENTS}/ada", key="sk-acme-2").status == 204
     assert (names(server), names(server, "sk-acme")) == (["ada"], [])
-    missing = server.ask("GET", f"{AGENTS}/ada", key="sk-acme").text
-    assert "t.acme" not in missing
+    for missing in (server.ask("GET", f"{AGENTS}/ada", key="sk-acme"), turn(server, "Hi.", key="sk-acme"),
+                    server.ask("GET", f"{AGENTS}/ada/export", key="sk-acme")):
+        assert missing.status == 404 and "t.acme" not in missing.text
+    server.chat("Hi.", agent="bea")
+    made = server.ask("POST", AGENTS, {"agent": "bea", "prompt": "Hi.", "max_tokens": 2}, key="sk-acme")
+    assert (made.status, made.json()["agent"]) == (201, "bea")
+    messages = {"messages": [{"role": "user", "content": "Hi."}]}
+    assert server.ask("POST", f"{AGENTS}/bea/why", messages, key="sk-acme").json()["agent"] == "bea"
 
 
 def test_the_description_is_what_is_served(server):
@@ -123,7 +203,9 @@ def test_the_description_is_what_is_served(server):
                 check(one, schema["items"])
 
     bodies = {"forkAgent": {"as": "bea"}, "rewindAgent": {"tokens": 2}, "renameAgent": {"to": "ada2"},
-              "pinAgent": {"pinned": False}}
+              "pinAgent": {"pinned": False}, "turnAgent": {"prompt": "And?", "max_tokens": 2},
+              "createAgent": {"agent": "zoe", "prompt": "Hi.", "max_tokens": 2},
+              "whyAgent": {"messages": [{"role": "user", "content": "Hi."}]}}
     seen = set()
     for path, methods in description["paths"].items():
         for method, operation in methods.items():
@@ -140,7 +222,10 @@ def test_the_description_is_what_is_served(server):
             assert answer.status == int(status), (path, answer.text)
             content = operation["responses"][status].get("content")
             if content:
-                check(answer.json(), content["application/json"]["schema"])
+                [kind] = content
+                assert answer.headers["content-type"] == kind
+                if kind == "application/json":
+                    check(answer.json(), content[kind]["schema"])
             failed = server.ask(method.upper(), "/torpor/v1" + path.replace("{agent}", "absent"), body)
             if "{agent}" in path:
                 assert failed.status == 404, failed.text

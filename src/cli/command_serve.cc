@@ -195,7 +195,7 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   server::EngineRunner runner(engine, model_name(options.model));
   server::MeteredRunner metered(runner, metrics);
   server::Dialects dialects(metered);
-  server::AgentsApi agents(engine);
+  server::AgentsApi agents(engine, metrics);
   server::ServiceOptions service_options;
   service_options.authenticate = !options.no_auth;
   service_options.hosts = options.allow_hosts;

@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -14,6 +13,7 @@
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/text_input.h"
+#include "faces/turn_json.h"
 #include "torpor/error.h"
 #include "torpor/model.h"
 #include "torpor/text.h"
@@ -36,35 +36,6 @@ void check_writable(const std::filesystem::path& root) {
                                      : !directory ? "'" + there.string() + "' is not a directory"
                                                   : std::string(std::strerror(errno))));
   }
-}
-
-/// Microseconds are enough.
-double rounded(double ms) { return std::round(ms * 1000) / 1000; }
-
-Json result_json(const TurnResult& result) {
-  Json object{
-      {"agent", result.agent},
-      {"model", result.model},
-      {"text", result.text},
-      {"finish_reason", finish_reason_name(result.finish_reason)},
-      {"tokens", Json{{"prompt", result.tokens.prompt},
-                      {"cached", result.tokens.cached},
-                      {"prefilled", result.tokens.prefilled},
-                      {"generated", result.tokens.generated},
-                      {"context", result.tokens.context}}},
-      {"timing_ms", Json{{"load", rounded(result.timing_ms.load)},
-                         {"wake", rounded(result.timing_ms.wake)},
-                         {"ttft", rounded(result.timing_ms.ttft)},
-                         {"decode", rounded(result.timing_ms.decode)},
-                         {"save", rounded(result.timing_ms.save)}}},
-      {"bytes", Json{{"read", result.bytes.read}, {"written", result.bytes.written}}}};
-  if (const auto& parted = result.divergence) {
-    object["divergence"] = Json{{"message", parted->message}, {"held", parted->held}, {"given", parted->given},
-                                {"beginning", parted->beginning}};
-  }
-  if (result.damage) object["damage"] = *result.damage;
-  if (!result.notices.empty()) object["notices"] = result.notices;
-  return object;
 }
 
 void print_summary(const TurnResult& result, bool saved) {
@@ -136,7 +107,7 @@ TurnResult take_turn(Engine& engine, const TurnOptions& options, TurnRequest req
   try {
     if (closed) throw Error(ErrorCode::kIo, "standard output is closed; the turn was ended early");
     if (options.json) {
-      print_json(result_json(result));
+      print_json(faces::turn_json(result));
     } else {
       if (result.text.empty() || result.text.back() != '\n') print("\n");
       if (isatty(STDERR_FILENO)) print_summary(result, request.save == SaveMode::kWait && !result.save_error);

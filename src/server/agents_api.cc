@@ -4,7 +4,9 @@
 #include <functional>
 
 #include "faces/error_table.h"
+#include "server/agents_turn.h"
 #include "server/chat.h"
+#include "server/fields.h"
 #include "server/keys.h"
 #include "torpor/version.h"
 
@@ -16,17 +18,24 @@ using Parts = std::vector<std::string>;
 /// One request, and what it names.
 struct Call {
   Engine& engine;
+  Metrics& metrics;
   const HttpRequest& request;
+  HttpResponse& response;
   std::string name, id;  ///< of the path's agent: as the tenant knows it, as the store does
   Json body;             ///< an object; empty without one
 
   std::string id_of(const std::string& other) const { return agent_id_of(request.tenant, other); }
+  AgentName agent() const { return {id, name, request.tenant}; }
 };
 
 struct Answer {
   int status = 200;
   Json body;  ///< null: none
+  bool said = false;  ///< the response has it already
 };
+
+/// Of an Operation whose answer is a file.
+constexpr const char* kFile = "application/octet-stream";
 
 /// A member of a request's body.
 struct Member {
@@ -43,7 +52,7 @@ struct Operation {
   const char* help;
   std::vector<Member> members;
   int status;
-  const char* answer;  ///< a schema of the description; nullptr: no body
+  const char* answer;  ///< a schema of the description, or kFile; nullptr: no body
   std::function<Answer(const Call&)> run;
 };
 
@@ -68,11 +77,26 @@ Answer list(const Call& call) {
   return {200, Json{{"agents", std::move(agents)}}};
 }
 
+[[noreturn]] void refuse_absent(const std::string& name) {
+  throw Error(ErrorCode::kNotFound, "there is no agent '" + name + "'").with_agent(name);
+}
+
+bool exists(Engine& engine, const std::string& id) {
+  const std::vector<AgentStatus> all = engine.agents();
+  return std::any_of(all.begin(), all.end(), [&](const AgentStatus& status) { return status.agent == id; });
+}
+
+/// Null stands for a turn that was streamed.
+Answer turn_answer(Json result, int status) {
+  const bool said = result.is_null();
+  return {status, std::move(result), said};
+}
+
 Json shown(const Call& call, const std::string& id, const std::string& name) {
   const std::vector<AgentStatus> all = call.engine.agents();
   const auto found =
       std::find_if(all.begin(), all.end(), [&](const AgentStatus& status) { return status.agent == id; });
-  if (found == all.end()) throw Error(ErrorCode::kNotFound, "there is no agent '" + name + "'").with_agent(name);
+  if (found == all.end()) refuse_absent(name);
   Json shown = status_json(*found, name);
   if (call.engine.store().contains(id)) {
     const AgentInfo info = call.engine.store().agent_info(id);
@@ -131,11 +155,83 @@ Answer remove(const Call& call) {
   return {204, nullptr};
 }
 
+Answer create(const Call& call) {
+  const std::string name = call.body.at("agent");
+  const std::string id = call.id_of(name);
+  if (exists(call.engine, id)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "there is an agent '" + name + "' already; its route `turn` goes on with it")
+        .with_agent(name)
+        .with_field("agent");
+  }
+  const AgentName agent{id, name, call.request.tenant};
+  return turn_answer(run_agent_turn(call.engine, call.metrics, agent, call.body, call.response), 201);
+}
+
+Answer turn(const Call& call) {
+  if (!exists(call.engine, call.id)) refuse_absent(call.name);
+  return turn_answer(run_agent_turn(call.engine, call.metrics, call.agent(), call.body, call.response), 200);
+}
+
+Answer why(const Call& call) {
+  return {200, compare_messages(call.engine, call.agent(), call.body.at("messages"))};
+}
+
+Answer export_file(const Call& call) {
+  send_export(call.engine, call.agent(), call.response);
+  return {200, nullptr, true};
+}
+
 Answer describe(const Call& call);
+
+/// What a turn is asked with, after `first`.
+std::vector<Member> turn_members(std::vector<Member> first) {
+  first.insert(first.end(), {{"prompt", "string", true, "The user's message."},
+                             {"system", "string", false, "The system message of a new agent."},
+                             {"max_tokens", "integer", false, "The longest answer; 256 unless given."},
+                             {"temperature", "number", false, "Randomness; 0, the default: the likeliest token."},
+                             {"top_p", "number", false, "Samples from the smallest set with this much probability."},
+                             {"seed", "integer", false, "Of the random numbers; another one each turn unless given."},
+                             {"stream", "boolean", false,
+                              "Server-sent events: `prefill` (done, total), `text` (text), then `result` or `error`."}});
+  return first;
+}
 
 const std::vector<Operation>& operations() {
   static const std::vector<Operation> kOperations{
       {"GET", "/agents", "listAgents", "The tenant's agents, in memory and on disk.", {}, 200, "AgentList", list},
+      {"POST",
+       "/agents",
+       "createAgent",
+       "A new agent's first turn.",
+       turn_members({{"agent", "string", true, "Its name, which must be free."}}),
+       201,
+       "Turn",
+       create},
+      {"POST",
+       "/agents/{agent}/turn",
+       "turnAgent",
+       "One message, and the answer to it. The agent is woken first, and saved afterwards.",
+       turn_members({}),
+       200,
+       "Turn",
+       turn},
+      {"POST",
+       "/agents/{agent}/why",
+       "whyAgent",
+       "Where a conversation and what the agent holds part, and how much they have in common. Nothing is computed.",
+       {{"messages", "array", true, "The whole conversation, oldest message first: `role`, `content` and so on."}},
+       200,
+       "Comparison",
+       why},
+      {"GET",
+       "/agents/{agent}/export",
+       "exportAgent",
+       "The agent as one file, which `torpor import` reads.",
+       {},
+       200,
+       kFile,
+       export_file},
       {"GET", "/agents/{agent}", "showAgent", "One agent.", {}, 200, "Agent", show},
       {"DELETE",
        "/agents/{agent}",
@@ -217,7 +313,11 @@ Answer describe(const Call&) {
   Json paths = Json::object();
   for (const Operation& operation : operations()) {
     Json success{{"description", operation.help}};
-    if (operation.answer) success["content"] = content(reference(operation.answer));
+    if (operation.answer == kFile) {
+      success["content"] = Json{{kFile, Json::object()}};
+    } else if (operation.answer) {
+      success["content"] = content(reference(operation.answer));
+    }
     Json described{{"operationId", operation.id}, {"summary", operation.help}};
     if (std::string_view(operation.path).find("{agent}") != std::string_view::npos) {
       described["parameters"] =
@@ -231,6 +331,7 @@ Answer describe(const Call&) {
       for (const Member& member : operation.members) {
         properties[member.name] = Json{{"type", member.type}, {"description", member.help}};
         if (std::string_view(member.type) == "integer") properties[member.name]["minimum"] = 0;
+        if (std::string_view(member.type) == "array") properties[member.name]["items"] = Json{{"type", "object"}};
         if (member.required) required.push_back(member.name);
       }
       described["requestBody"] = Json{{"required", true},
@@ -254,9 +355,22 @@ Answer describe(const Call&) {
   list["properties"]["agents"]["items"] = reference("Agent");
   Json error = schema_of({{"error", "object"}});
   error["properties"]["error"] = schema_of({{"code", "string"}, {"message", "string"}});
+  Json turn = schema_of({{"agent", "string"}, {"model", "string"}, {"text", "string"}, {"finish_reason", "string"},
+                         {"tokens", "object"}, {"timing_ms", "object"}, {"bytes", "object"}});
+  turn["properties"]["tokens"] = schema_of({{"prompt", "integer"},
+                                            {"cached", "integer"},
+                                            {"prefilled", "integer"},
+                                            {"generated", "integer"},
+                                            {"context", "integer"}});
+  Json comparison = schema_of({{"agent", "string"}, {"held_tokens", "integer"}, {"prompt_tokens", "integer"},
+                               {"held_messages", "integer"}, {"common_messages", "integer"},
+                               {"common_tokens", "integer"}});
+  for (const char* side : {"held", "given"}) comparison["properties"][side] = Json{{"type", {"object", "null"}}};
   const Json schemas{{"Agent", schema_of(agent)},
                      {"AgentList", std::move(list)},
                      {"Saved", schema_of({{"agent", "string"}, {"bytes_written", "integer"}})},
+                     {"Turn", std::move(turn)},
+                     {"Comparison", std::move(comparison)},
                      {"Error", std::move(error)}};
   return {200,
           Json{{"openapi", "3.1.0"},
@@ -281,6 +395,8 @@ bool fits(const Operation& operation, const Parts& path) {
 bool has_type(const Json& value, std::string_view type) {
   if (type == "integer")
     return value.is_number_integer() && (!value.is_number_unsigned() || value.get<uint64_t>() <= INT64_MAX);
+  if (type == "number") return value.is_number();
+  if (type == "array") return value.is_array();
   return type == "string" ? value.is_string() : value.is_boolean();
 }
 
@@ -289,9 +405,7 @@ Json body_of(const Operation& operation, const HttpRequest& request) {
     throw Error(ErrorCode::kInvalidArgument, what).with_field(field);
   };
   if (operation.members.empty()) return Json::object();
-  const auto shallow = [](int depth, Json::parse_event_t, Json&) { return depth <= 2; };
-  Json body = Json::parse(request.body, shallow, false);
-  if (!body.is_object()) refuse("the request's body is no JSON object", "");
+  Json body = parse_body(request);
   for (const auto& [name, value] : body.items()) {
     const auto member = std::find_if(operation.members.begin(), operation.members.end(),
                                      [&](const Member& m) { return name == m.name; });
@@ -305,7 +419,8 @@ Json body_of(const Operation& operation, const HttpRequest& request) {
   return body;
 }
 
-Answer answer(Engine& engine, const HttpRequest& request, std::string& allow) {
+Answer answer(Engine& engine, Metrics& metrics, const HttpRequest& request, HttpResponse& response,
+              std::string& allow) {
   Parts path = request.path_parts();
   path.erase(path.begin(), path.begin() + std::min<size_t>(2, path.size()));  // torpor, v1
   const std::string method = request.method == "HEAD" ? "GET" : request.method;
@@ -315,7 +430,7 @@ Answer answer(Engine& engine, const HttpRequest& request, std::string& allow) {
       allow += (allow.empty() ? "" : ", ") + std::string(operation.method);
       continue;
     }
-    Call call{engine, request, {}, {}, body_of(operation, request)};
+    Call call{engine, metrics, request, response, {}, {}, body_of(operation, request)};
     if (path.size() > 1 && path[0] == "agents") {
       call.name = path[1];
       call.id = call.id_of(call.name);
@@ -328,37 +443,20 @@ Answer answer(Engine& engine, const HttpRequest& request, std::string& allow) {
   throw Error(ErrorCode::kNotFound, "there is no " + request.path + " here");
 }
 
-/// A tenant's own words for its agents: the store's ids stay inside.
-std::string own_words(std::string text, const std::string& tenant) {
-  const std::string prefix =
-      tenant == kLocalTenant ? std::string() : agent_id_of(tenant, "x").substr(0, agent_id_of(tenant, "x").size() - 1);
-  for (size_t at = 0; !prefix.empty() && (at = text.find(prefix, at)) != std::string::npos;)
-    text.erase(at, prefix.size());
-  return text;
-}
-
-Answer failed(const Error& error, const std::string& tenant) {
-  const faces::ErrorMapping& mapping = faces::error_mapping(error.code());
-  Json said{{"code", mapping.name}, {"message", own_words(error.what(), tenant)}};
-  if (!error.agent().empty()) said["agent"] = own_words(error.agent(), tenant);
-  if (!error.field().empty()) said["field"] = error.field();
-  if (!error.expected().empty()) said["expected"] = error.expected();
-  if (!error.found().empty()) said["found"] = error.found();
-  return {mapping.http_status, Json{{"error", std::move(said)}}};
-}
-
 }  // namespace
 
 void AgentsApi::handle(const HttpRequest& request, HttpResponse& response) {
   Answer said;
   std::string allow;
   try {
-    said = answer(engine_, request, allow);
+    said = answer(engine_, metrics_, request, response, allow);
   } catch (const Error& error) {
-    said = failed(error, request.tenant);
+    said = {faces::error_mapping(error.code()).http_status, error_json(error, request.tenant)};
   } catch (const Failure& failure) {
-    said = failed(Error(ErrorCode::kInvalidArgument, failure.what()).with_field(failure.param), request.tenant);
+    const Error error = Error(ErrorCode::kInvalidArgument, failure.what()).with_field(failure.param);
+    said = {400, error_json(error, request.tenant)};
   }
+  if (said.said) return;
   HttpHeaders headers;
   if (!said.body.is_null()) headers.emplace_back("content-type", "application/json");
   if (said.status == 405) headers.emplace_back("allow", allow);

@@ -6,6 +6,7 @@
 /// the code of torpor::Error and the status of faces/error_table.h.
 
 #include "server/http.h"
+#include "server/metrics.h"
 #include "torpor/engine.h"
 
 namespace torpor::server {
@@ -13,12 +14,13 @@ namespace torpor::server {
 /// Several threads call `handle` at a time.
 class AgentsApi : public HttpHandler {
  public:
-  /// `engine` must live longer.
-  explicit AgentsApi(Engine& engine) : engine_(engine) {}
+  /// Both must live longer.
+  AgentsApi(Engine& engine, Metrics& metrics) : engine_(engine), metrics_(metrics) {}
   void handle(const HttpRequest& request, HttpResponse& response) override;
 
  private:
   Engine& engine_;
+  Metrics& metrics_;
 };
 
 }  // namespace torpor::server

@@ -145,10 +145,15 @@ const Service::Route& Service::route_of(const HttpRequest& request) const {
       {"/api/generate", Kind::kDialect, true},
       {"/v1/", Kind::kDialect},
       {"/api/", Kind::kDialect},
+      {"/torpor/v1/agents", Kind::kAgents, true},
       {"/torpor/v1/", Kind::kAgents},
   };
-  static const Route kUnknown{"unknown", Kind::kUnknown};
+  static const Route kUnknown{"unknown", Kind::kUnknown}, kAgentsTurn{"/torpor/v1/agents/turn", Kind::kAgents, true};
   const std::string_view path = request.path;
+  if (path.starts_with("/torpor/v1/agents/")) {
+    const std::vector<std::string> parts = request.path_parts();
+    if (parts.size() == 5 && parts[4] == "turn") return kAgentsTurn;
+  }
   for (const Route& route : kRoutes) {
     const std::string_view own = route.path;
     if (own == path || (own.size() > 1 && own.ends_with('/') && path.starts_with(own))) return route;
@@ -225,18 +230,19 @@ void Service::answer(const Route& route, HttpRequest& request, HttpResponse& res
   }
   switch (route.kind) {
     case Kind::kMetrics: return response.whole(200, {{"content-type", "text/plain; version=0.0.4"}}, metrics_.text());
-    case Kind::kAgents: return agents_.handle(request, response);
+    case Kind::kAgents:
     case Kind::kDialect: break;
     default: throw Failure(Failure::Kind::kNotFound, "There is no " + request.path + " here.");
   }
-  if (!route.turn || request.method != "POST") return dialects_.handle(request, response);
+  HttpHandler& handler = route.kind == Kind::kAgents ? agents_ : dialects_;
+  if (!route.turn || request.method != "POST") return handler.handle(request, response);
   if (draining_) {
     Failure leaving(Failure::Kind::kUnavailable, "The server is about to stop.");
     leaving.retry_after = 5;
     throw leaving;
   }
   const TurnPlace place(turns_, options_.max_turns);
-  dialects_.handle(request, response);
+  handler.handle(request, response);
 }
 
 void Service::handle(const HttpRequest& given, HttpResponse& plain) {

@@ -1,0 +1,40 @@
+#pragma once
+/// A turn's result as JSON: what `torpor run --json` prints and /torpor/v1 answers.
+
+#include <cmath>
+
+#include <nlohmann/json.hpp>
+
+#include "torpor/engine.h"
+
+namespace torpor::faces {
+
+inline nlohmann::ordered_json turn_json(const TurnResult& result) {
+  using Json = nlohmann::ordered_json;
+  const auto rounded = [](double ms) { return std::round(ms * 1000) / 1000; };  // microseconds are enough
+  Json object{
+      {"agent", result.agent},
+      {"model", result.model},
+      {"text", result.text},
+      {"finish_reason", finish_reason_name(result.finish_reason)},
+      {"tokens", Json{{"prompt", result.tokens.prompt},
+                      {"cached", result.tokens.cached},
+                      {"prefilled", result.tokens.prefilled},
+                      {"generated", result.tokens.generated},
+                      {"context", result.tokens.context}}},
+      {"timing_ms", Json{{"load", rounded(result.timing_ms.load)},
+                         {"wake", rounded(result.timing_ms.wake)},
+                         {"ttft", rounded(result.timing_ms.ttft)},
+                         {"decode", rounded(result.timing_ms.decode)},
+                         {"save", rounded(result.timing_ms.save)}}},
+      {"bytes", Json{{"read", result.bytes.read}, {"written", result.bytes.written}}}};
+  if (const auto& parted = result.divergence) {
+    object["divergence"] = Json{{"message", parted->message}, {"held", parted->held}, {"given", parted->given},
+                                {"beginning", parted->beginning}};
+  }
+  if (result.damage) object["damage"] = *result.damage;
+  if (!result.notices.empty()) object["notices"] = result.notices;
+  return object;
+}
+
+}  // namespace torpor::faces

@@ -1,0 +1,185 @@
+#include "server/agents_turn.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <climits>
+#include <filesystem>
+#include <fstream>
+#include <random>
+#include <utility>
+
+#include "faces/error_table.h"
+#include "faces/turn_json.h"
+#include "server/keys.h"
+#include "torpor/error.h"
+#include "torpor/message.h"
+
+namespace torpor::server {
+namespace {
+
+/// A tenant's own words for its agents: the store's ids stay inside.
+std::string own_words(std::string text, const std::string& tenant) {
+  const std::string prefix =
+      tenant == kLocalTenant ? std::string() : agent_id_of(tenant, "x").substr(0, agent_id_of(tenant, "x").size() - 1);
+  for (size_t at = 0; !prefix.empty() && (at = text.find(prefix, at)) != std::string::npos;)
+    text.erase(at, prefix.size());
+  return text;
+}
+
+TurnRequest turn_of(const AgentName& agent, const Json& body) {
+  TurnRequest turn;
+  turn.agent = agent.id;
+  turn.prompt = body.at("prompt");
+  if (body.contains("system")) turn.system = body["system"].get<std::string>();
+  GenerateOptions& generate = turn.generate;
+  if (body.contains("max_tokens"))
+    generate.max_tokens = int(std::clamp<int64_t>(body["max_tokens"].get<int64_t>(), INT_MIN, INT_MAX));
+  generate.sampling.temperature = body.value("temperature", generate.sampling.temperature);
+  generate.sampling.top_p = body.value("top_p", generate.sampling.top_p);
+  generate.sampling.seed = body.contains("seed") ? uint64_t(body["seed"].get<int64_t>()) : std::random_device{}();
+  return turn;
+}
+
+/// The events of one turn. The stream begins with the first, so that what fails before has a status of its own.
+class TurnEvents {
+ public:
+  explicit TurnEvents(HttpResponse& response) : response_(response) {}
+  bool begun() const { return begun_; }
+  void send(const char* event, const Json& data) {
+    if (!std::exchange(begun_, true)) {
+      response_.begin(200, {{"content-type", "text/event-stream; charset=utf-8"}});
+      response_.keep_alive(": still here\n\n", std::chrono::seconds(10));
+    }
+    response_.write(std::string("event: ") + event + "\ndata: " + to_text(data) + "\n\n");
+  }
+
+ private:
+  HttpResponse& response_;
+  bool begun_ = false;
+};
+
+/// A turn that metrics count from its construction to its destruction.
+class CountedTurn {
+ public:
+  explicit CountedTurn(Metrics& metrics) : metrics_(metrics) { metrics_.turn_begins(); }
+  ~CountedTurn() { metrics_.turn_ends(reason, generated); }
+  CountedTurn(const CountedTurn&) = delete;
+  CountedTurn& operator=(const CountedTurn&) = delete;
+
+  void complete(const TurnResult& result) {
+    metrics_.turn_starts(result.tokens.prompt, result.tokens.cached);
+    metrics_.first_token(result.timing_ms.ttft / 1000);
+    reason = finish_reason_name(result.finish_reason);
+    generated = result.tokens.generated;
+  }
+
+  std::string reason = "error";
+  int generated = 0;
+
+ private:
+  Metrics& metrics_;
+};
+
+/// A directory for one file, which goes with this.
+class ScratchDirectory {
+ public:
+  ScratchDirectory() {
+    std::string name = (std::filesystem::temp_directory_path() / "torpor-export-XXXXXX").string();
+    if (!mkdtemp(name.data()))
+      throw Error(ErrorCode::kIo, "can't make a directory for the export in '" +
+                                      std::filesystem::temp_directory_path().string() +
+                                      "'; free some space there, or set TMPDIR");
+    path = name;
+  }
+  ~ScratchDirectory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path, ignored);
+  }
+  ScratchDirectory(const ScratchDirectory&) = delete;
+  ScratchDirectory& operator=(const ScratchDirectory&) = delete;
+
+  std::filesystem::path path;
+};
+
+}  // namespace
+
+Json error_json(const Error& error, const std::string& tenant) {
+  Json said{{"code", faces::error_mapping(error.code()).name}, {"message", own_words(error.what(), tenant)}};
+  if (!error.agent().empty()) said["agent"] = own_words(error.agent(), tenant);
+  if (!error.field().empty()) said["field"] = error.field();
+  if (!error.expected().empty()) said["expected"] = error.expected();
+  if (!error.found().empty()) said["found"] = error.found();
+  return Json{{"error", std::move(said)}};
+}
+
+Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, const Json& body,
+                    HttpResponse& response) {
+  TurnRequest turn = turn_of(agent, body);
+  turn.give_up = &response.gone();
+  const bool stream = body.value("stream", false);
+  TurnEvents events(response);
+  if (stream) {
+    turn.generate.on_prefill = [&](int done, int total) { events.send("prefill", {{"done", done}, {"total", total}}); };
+    turn.generate.on_text = [&](std::string_view text) { events.send("text", {{"text", text}}); };
+  }
+  CountedTurn counted(metrics);
+  Json result;
+  try {
+    const TurnResult done = engine.turn(turn);
+    counted.complete(done);
+    if (done.save_error) throw *done.save_error;
+    result = faces::turn_json(done);
+    result["agent"] = agent.name;
+  } catch (const Error& error) {
+    if (response.gone()) counted.reason = "cancelled";
+    if (!events.begun()) throw;
+    events.send("error", error_json(error, agent.tenant));
+    response.end();
+    return nullptr;
+  }
+  if (!stream) return result;
+  events.send("result", result);
+  response.end();
+  return nullptr;
+}
+
+Json compare_messages(Engine& engine, const AgentName& agent, const Json& messages) {
+  TurnRequest turn;
+  turn.messages = messages_from_json(to_text(messages));
+  if (turn.messages.empty()) throw Error(ErrorCode::kInvalidArgument, "'messages' is empty").with_field("messages");
+  const std::vector<StoredMessage> held = engine.store().agent_messages(agent.id);
+  size_t common = 0;
+  while (common < held.size() && common < turn.messages.size() &&
+         says_the_same(message_from_json(held[common].json), turn.messages[common]))
+    ++common;
+  Json found{{"agent", agent.name},
+             {"held_tokens", engine.store().agent_info(agent.id).cache_size},
+             {"prompt_tokens", engine.prompt_tokens(turn).size()},
+             {"held_messages", held.size()},
+             {"common_messages", common},
+             {"common_tokens", common == 0 ? 0 : held[common - 1].end}};
+  // Where one side has no more, nothing differs.
+  const bool part = common < held.size() && common < turn.messages.size();
+  found["held"] = part ? Json::parse(held[common].json) : Json();
+  found["given"] = part ? Json::parse(message_to_json(turn.messages[common])) : Json();
+  return found;
+}
+
+void send_export(Engine& engine, const AgentName& agent, HttpResponse& response) {
+  engine.save(agent.id);
+  const ScratchDirectory scratch;
+  const std::filesystem::path path = scratch.path / "agent.safetensors";
+  engine.store().export_agent(agent.id, path);
+  std::ifstream file(path, std::ios::binary);
+  response.begin(200, {{"content-type", "application/octet-stream"},
+                       {"content-disposition", "attachment; filename=\"" + agent.name + ".safetensors\""}});
+  std::string piece(size_t(1) << 20, '\0');
+  while (file.read(piece.data(), std::streamsize(piece.size())), file.gcount() > 0) {
+    if (!response.write(std::string_view(piece).substr(0, size_t(file.gcount())))) return;
+  }
+  if (file.bad()) throw Error(ErrorCode::kIo, "can't read the export of agent '" + agent.name + "' back");
+  response.end();
+}
+
+}  // namespace torpor::server
