@@ -55,7 +55,7 @@ class Server:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                         env={**os.environ, **(env or {})})
         self.greeting = ""
-        while "ANTHROPIC_BASE_URL" not in self.greeting and "UNIX socket" not in self.greeting:
+        while "Dashboard" not in self.greeting and "UNIX socket" not in self.greeting:
             line = self.process.stdout.readline()
             assert line, self.process.stderr.read()
             self.greeting += line

@@ -34,7 +34,8 @@ def test_the_start_says_where_and_with_which_key(tiny, tmp_path):
         assert f"export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=" in server.greeting
         for file in (server.keys, server.keys.with_name("api-keys.local")):
             assert stat.S_IMODE(file.stat().st_mode) == 0o600
-        assert server.key not in server.greeting
+        assert server.greeting.count(server.key) == 1  # for the browser, behind '#'
+        assert f"{url}/#key={server.key}\n" in server.greeting
         first = server.key
         assert server.stop() == 0
     with Server(tiny, tmp_path) as again:

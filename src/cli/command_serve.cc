@@ -155,6 +155,9 @@ void greet(const ServeOptions& options, uint16_t port, const std::string& first_
     text += "Torpor serves " + options.model + " at " + url + "\n";
     text += "  export OPENAI_BASE_URL=" + url + "/v1 OPENAI_API_KEY=" + key + "\n";
     text += "  export ANTHROPIC_BASE_URL=" + url + " ANTHROPIC_AUTH_TOKEN=" + key + "\n";
+    // The key stands behind '#', which browsers send nowhere.
+    const std::string own = options.no_auth ? std::string() : server::local_key(key_file);
+    text += "Dashboard, signed in: " + url + "/" + (own.empty() ? "" : "#key=" + own) + "\n";
   }
   if (!options.socket.empty())
     text += "Torpor serves " + options.model + " at the UNIX socket " + options.socket.string() + "\n";

@@ -8,6 +8,7 @@
 #include "server/chat.h"
 #include "server/fields.h"
 #include "server/keys.h"
+#include "server/overview.h"
 #include "torpor/version.h"
 
 namespace torpor::server {
@@ -182,6 +183,11 @@ Answer export_file(const Call& call) {
   return {200, nullptr, true};
 }
 
+Answer map(const Call& call) { return {200, map_json(call.engine, call.agent())}; }
+Answer now(const Call& call) { return {200, now_json(call.engine, call.metrics, call.request.tenant)}; }
+Answer requests(const Call& call) { return {200, requests_json(call.metrics, call.request.tenant)}; }
+Answer memory(const Call& call) { return {200, memory_json(call.engine, call.request.tenant)}; }
+
 Answer describe(const Call& call);
 
 /// What a turn is asked with, after `first`.
@@ -291,6 +297,19 @@ const std::vector<Operation>& operations() {
        "Agent",
        wake},
       {"POST", "/agents/{agent}/save", "saveAgent", "Saves the agent if it has changed.", {}, 200, "Saved", save},
+      {"GET",
+       "/agents/{agent}/map",
+       "mapAgent",
+       "The agent as it was last saved: its messages, its segments, and who begins with the same ones.",
+       {},
+       200,
+       "Map",
+       map},
+      {"GET", "/now", "now", "The tenant's turns under way, and what the server has computed.", {}, 200, "Now", now},
+      {"GET", "/requests", "listRequests", "The tenant's last turns, at most 512 of all tenants', without their text.",
+       {}, 200, "RequestList", requests},
+      {"GET", "/memory", "memory", "Memory and disk. Totals are the server's, agents the tenant's.", {}, 200, "Memory",
+       memory},
       {"GET", "/openapi.json", "describe", "This description.", {}, 200, nullptr, describe},
   };
   return kOperations;
@@ -366,7 +385,35 @@ Answer describe(const Call&) {
                                {"held_messages", "integer"}, {"common_messages", "integer"},
                                {"common_tokens", "integer"}});
   for (const char* side : {"held", "given"}) comparison["properties"][side] = Json{{"type", {"object", "null"}}};
+  const auto array_of = [](const char* schema) { return Json{{"type", "array"}, {"items", reference(schema)}}; };
+  const std::vector<std::pair<const char*, const char*>> running{
+      {"id", "integer"},           {"agent", "string"},          {"begun_at_ms", "integer"}, {"state", "string"},
+      {"prompt_tokens", "integer"}, {"cached_tokens", "integer"}, {"done", "integer"},        {"total", "integer"}};
+  auto ended = running;
+  ended.insert(ended.end(), {{"generated_tokens", "integer"},
+                             {"waited_ms", "number"},
+                             {"read_ms", "number"},
+                             {"answered_ms", "number"},
+                             {"reason", "string"},
+                             {"missed", "string"}});
+  Json now = schema_of({{"version", "string"}, {"model", "object"}, {"others", "integer"}, {"turns", "array"},
+                        {"work", "object"}});
+  now["properties"]["turns"] = array_of("RunningTurn");
+  Json requests = schema_of({{"requests", "array"}});
+  requests["properties"]["requests"] = array_of("EndedTurn");
+  const Json memory = schema_of({{"model_bytes", "integer"}, {"kv_bytes", "integer"}, {"mapped_bytes", "integer"},
+                                 {"queued_bytes", "integer"}, {"budget_bytes", "integer"}, {"evictions", "integer"},
+                                 {"agents", "array"}, {"disk", "object"}});
+  const Json map = schema_of({{"agent", "string"}, {"tokens", "integer"}, {"segment_tokens", "integer"},
+                              {"bytes", "integer"}, {"own_bytes", "integer"}, {"messages", "array"},
+                              {"segments", "array"}, {"branches", "array"}});
   const Json schemas{{"Agent", schema_of(agent)},
+                     {"RunningTurn", schema_of(running)},
+                     {"EndedTurn", schema_of(ended)},
+                     {"Now", std::move(now)},
+                     {"RequestList", std::move(requests)},
+                     {"Memory", memory},
+                     {"Map", map},
                      {"AgentList", std::move(list)},
                      {"Saved", schema_of({{"agent", "string"}, {"bytes_written", "integer"}})},
                      {"Turn", std::move(turn)},

@@ -62,18 +62,26 @@ class TurnEvents {
 /// A turn that metrics count from its construction to its destruction.
 class CountedTurn {
  public:
-  explicit CountedTurn(Metrics& metrics) : metrics_(metrics) { metrics_.turn_begins(); }
-  ~CountedTurn() { metrics_.turn_ends(reason, generated); }
+  CountedTurn(Metrics& metrics, const AgentName& agent)
+      : turn(metrics.turns(), agent.tenant, agent.name), metrics_(metrics) {
+    metrics_.turn_begins();
+  }
+  ~CountedTurn() {
+    metrics_.turn_ends(reason, generated);
+    turn.end(reason, generated);
+  }
   CountedTurn(const CountedTurn&) = delete;
   CountedTurn& operator=(const CountedTurn&) = delete;
 
   void complete(const TurnResult& result) {
     metrics_.turn_starts(result.tokens.prompt, result.tokens.cached);
     metrics_.first_token(result.timing_ms.ttft / 1000);
+    turn.starts(result.tokens.prompt, result.tokens.cached);
     reason = finish_reason_name(result.finish_reason);
     generated = result.tokens.generated;
   }
 
+  TurnLog::Turn turn;
   std::string reason = "error";
   int generated = 0;
 
@@ -119,11 +127,15 @@ Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, co
   turn.give_up = &response.gone();
   const bool stream = body.value("stream", false);
   TurnEvents events(response);
-  if (stream) {
-    turn.generate.on_prefill = [&](int done, int total) { events.send("prefill", {{"done", done}, {"total", total}}); };
-    turn.generate.on_text = [&](std::string_view text) { events.send("text", {{"text", text}}); };
-  }
-  CountedTurn counted(metrics);
+  CountedTurn counted(metrics, agent);
+  turn.generate.on_prefill = [&](int done, int total) {
+    counted.turn.reads(done, total);
+    if (stream) events.send("prefill", {{"done", done}, {"total", total}});
+  };
+  turn.generate.on_text = [&](std::string_view text) {
+    counted.turn.answers();
+    if (stream) events.send("text", {{"text", text}});
+  };
   Json result;
   try {
     const TurnResult done = engine.turn(turn);

@@ -131,6 +131,17 @@ std::optional<std::string> ApiKeys::tenant_of(std::string_view key) const {
 
 std::filesystem::path local_key_file(const std::filesystem::path& key_file) { return key_file.string() + ".local"; }
 
+std::string local_key(const std::filesystem::path& key_file) {
+  std::string key;
+  try {
+    key = Env::posix().read_file(local_key_file(key_file), kMostBytes);
+  } catch (const Error&) {
+    return {};
+  }
+  key.erase(key.find_last_not_of(" \t\r\n") + 1);
+  return key;
+}
+
 std::string make_key_file(const std::filesystem::path& key_file) {
   std::array<uint8_t, 32> bytes{};
   if (getentropy(bytes.data(), bytes.size()) != 0) throw Error(ErrorCode::kIo, "the system gives no random bytes");

@@ -43,6 +43,8 @@ class ApiKeys {
 
 /// Where `make_key_file` leaves the key itself: beside the key file.
 std::filesystem::path local_key_file(const std::filesystem::path& key_file);
+/// The key in there; empty when there is none that can be read.
+std::string local_key(const std::filesystem::path& key_file);
 /// Makes a key of kLocalTenant: its hash into `key_file`, which must not exist, and the key into local_key_file; both
 /// 0600, in a directory of 0700 if there is none. Returns the key. kIo.
 std::string make_key_file(const std::filesystem::path& key_file);

@@ -2,6 +2,7 @@
 
 #include <charconv>
 
+#include "server/keys.h"
 #include "torpor/error.h"
 
 namespace torpor::server {
@@ -27,13 +28,18 @@ void sample(std::string& out, const std::string& name, const std::string& labels
 /// Counts what goes by.
 class MeteredSink : public AnswerSink {
  public:
-  MeteredSink(AnswerSink& sink, Metrics& metrics) : sink_(sink), metrics_(metrics) {}
+  MeteredSink(AnswerSink& sink, Metrics& metrics, TurnLog::Turn& turn)
+      : sink_(sink), metrics_(metrics), turn_(turn) {}
 
   void start(const AnswerStart& start) override {
     metrics_.turn_starts(start.prompt_tokens, start.cached_tokens);
+    turn_.starts(start.prompt_tokens, start.cached_tokens);
     sink_.start(start);
   }
-  void progress(int done, int total) override { sink_.progress(done, total); }
+  void progress(int done, int total) override {
+    turn_.reads(done, total);
+    sink_.progress(done, total);
+  }
   void thinking(std::string_view delta) override { first(), sink_.thinking(delta); }
   void text(std::string_view delta) override { first(), sink_.text(delta); }
   void tool_call(const std::string& name) override { first(), sink_.tool_call(name); }
@@ -42,19 +48,24 @@ class MeteredSink : public AnswerSink {
     static constexpr const char* kReasons[] = {"stop", "stop", "length", "tool_calls", "cancelled"};
     reason = kReasons[static_cast<int>(end.reason)];
     generated = end.generated_tokens;
+    agent = end.agent;
+    missed = end.why.substr(0, end.why.find(':'));  // what follows quotes the conversation
     sink_.finish(end);
   }
 
-  std::string reason = "error";
+  std::string reason = "error", agent, missed;
   int generated = 0;
 
  private:
   void first() {
-    if (!std::exchange(heard_, true)) metrics_.first_token(since(begin_));
+    if (std::exchange(heard_, true)) return;
+    metrics_.first_token(since(begin_));
+    turn_.answers();
   }
 
   AnswerSink& sink_;
   Metrics& metrics_;
+  TurnLog::Turn& turn_;
   const Clock::time_point begin_ = Clock::now();
   bool heard_ = false;
 };
@@ -156,15 +167,21 @@ std::string Metrics::text() const {
 }
 
 void MeteredRunner::run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) {
+  const std::string tenant = request.tenant.empty() ? kLocalTenant : request.tenant;
   metrics_.turn_begins();
-  MeteredSink metered(sink, metrics_);
+  TurnLog::Turn turn(metrics_.turns(), tenant, request.agent);
+  MeteredSink metered(sink, metrics_, turn);
+  const auto end = [&](const std::string& reason) {
+    metrics_.turn_ends(reason, metered.generated);
+    turn.end(reason, metered.generated, metered.missed, agent_name_of(tenant, metered.agent).value_or(""));
+  };
   try {
     runner_.run(request, metered, gone);
   } catch (...) {
-    metrics_.turn_ends(gone ? "cancelled" : metered.reason, metered.generated);
+    end(gone ? "cancelled" : metered.reason);
     throw;
   }
-  metrics_.turn_ends(metered.reason, metered.generated);
+  end(metered.reason);
 }
 
 }  // namespace torpor::server

@@ -1,5 +1,5 @@
 #pragma once
-/// What the server counts, in Prometheus' text format. No label holds an agent's id, a key or text of a request.
+/// What the server counts, in Prometheus' text format, and what it knows of single turns. No label holds an agent's id, a key or text of a request.
 
 #include <atomic>
 #include <chrono>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "server/chat.h"
+#include "server/turn_log.h"
 
 namespace torpor::server {
 
@@ -46,11 +47,14 @@ class Metrics {
   /// `reason`: "stop", "length", "tool_calls", "cancelled", "error".
   void turn_ends(const std::string& reason, int generated_tokens);
   int running() const { return running_; }
+  /// The turns themselves; who counts a turn here tells it there too.
+  TurnLog& turns() { return turn_log_; }
 
   std::string text() const;
 
  private:
   const bool vllm_names_;
+  TurnLog turn_log_;
   std::atomic<int> running_{0};
   mutable std::mutex mutex_;
   std::vector<Source> sources_;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <ctime>
 
+#include "server/dashboard.h"
 #include "server/failure.h"
 #include "torpor/version.h"
 
@@ -133,6 +134,7 @@ const Service::Route& Service::route_of(const HttpRequest& request) const {
   // The first that fits.
   static const Route kRoutes[] = {
       {"/", Kind::kOpen},
+      {"/dashboard/", Kind::kOpen},
       {"/health", Kind::kOpen},
       {"/health/live", Kind::kOpen},
       {"/health/ready", Kind::kOpen},
@@ -211,7 +213,9 @@ void Service::answer(const Route& route, HttpRequest& request, HttpResponse& res
     if (request.method != "GET" && request.method != "HEAD") {
       throw Failure(Failure::Kind::kMethodNotAllowed, request.path + " answers GET alone.");
     }
-    if (request.path == "/") return response.whole(200, {{"content-type", "text/plain"}}, "Torpor is running\n");
+    if (is_dashboard_path(request.path)) return answer_dashboard(request, response);
+    if (request.path.starts_with("/dashboard/"))
+      throw Failure(Failure::Kind::kNotFound, "There is no " + request.path + " here.");
     if (request.path == "/health/live")
       return response.whole(200, {{"content-type", "application/json"}}, R"({"live":true})");
     return answer_health(response);

@@ -2,7 +2,7 @@
 /// The server without its sockets: who may ask, what is asked, and what is told of it.
 ///
 /// A request passes in this order: its Host and Origin, its key, the state of the server (draining, full), then the
-/// handler of its path. `/health` and `/` answer anybody. Each refusal has the form of its path's dialect.
+/// handler of its path. `/health` and the dashboard's files answer anybody. Each refusal has the form of its path's dialect.
 
 #include <atomic>
 #include <filesystem>
