@@ -1,8 +1,8 @@
-# make demo | test | build: each does everything it needs on a fresh clone, set-up included.
+# make demo | serve-demo | test | build: each does everything it needs on a fresh clone, set-up included.
 BUILD   ?= build
 PYTHON  := .venv/bin/python
 
-.PHONY: all setup build model models test wheel demo soak goldens prove clean
+.PHONY: all setup build model models test wheel demo serve-demo soak goldens prove clean
 all: build
 
 setup: .venv/.ready
@@ -36,6 +36,16 @@ demo: setup model
 	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=OFF
 	cmake --build $(BUILD) --target torpor_cli
 	scripts/demo $(BUILD)/torpor
+
+# A page in the browser, and an answer over curl: the server on a small real model, with a store and a key of its own. The
+# second command is the one it prints.
+PORT ?= 8080
+serve-demo: setup model
+	@grep -qs TORPOR_SERVER:BOOL=ON $(BUILD)/CMakeCache.txt || \
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=ON
+	cmake --build $(BUILD) --target torpor_cli
+	exec $(BUILD)/torpor serve --model .models/smollm2-135m --port $(PORT) --store $(BUILD)/serve-demo/store \
+	  --api-key-file $(BUILD)/serve-demo/api-keys --log $(BUILD)/serve-demo/log
 
 # Ten agents, three processes on one store, each killed over and over: `make test` kills 300, this KILLS. Then 64 savers
 # beside a gc loop and a disk limit, with 10,000 segments; then conversations (`torpor chat`) and commands.

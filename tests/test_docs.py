@@ -31,7 +31,7 @@ def test_commands_and_options_exist(path):
 def test_make_targets_scripts_and_links_exist(path):
     text = path.read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z]+)\b", code(text))):
+    for target in set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b", code(text))):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path.name} names `make {target}`"
     for script in set(re.findall(r"\bscripts/[\w.-]+", code(text))):
         assert (ROOT / script).exists(), f"{path.name} names {script}"

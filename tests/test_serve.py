@@ -43,6 +43,46 @@ def test_the_start_says_where_and_with_which_key(tiny, tmp_path):
         assert again.ask("GET", "/v1/models").status == 200
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_curl_line_of_the_start_answers(served):
+    [line] = [line for line in served.greeting.splitlines() if "curl" in line]
+    answer = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert json.loads(answer.stdout)["choices"][0]["message"]["content"]
+
+
+def test_ps_tells_what_a_server_does(served, tiny):
+    at = ("--server", f"http://127.0.0.1:{served.port}", "--api-key-file", served.keys)
+    assert f"127.0.0.1:{served.port}: " in tiny("ps", *at).ok().out
+    assert tiny("ps", *at).ok().out.endswith("tiny, 0 turns run, 0 wait\n")
+    printed = tiny("ps", *at, "--json").ok().json
+    assert (printed["server"], printed["turns"], printed["others"]) == (at[1], [], 0)
+    assert tiny("ps", "--server", f"localhost:{served.port}/", *at[2:]).ok()
+
+
+def test_ps_lists_a_turn_under_way(real_server):
+    server = real_server
+    connection = server.connection()
+    response = server.send(connection, "POST", "/v1/chat/completions", long_turn(stream=True),
+                           headers={"x-torpor-agent": "ada"}).getresponse()
+    response.readline()
+    out = real_server.torpor("ps", "--server", f"http://127.0.0.1:{server.port}", "--api-key-file", server.keys).ok().out
+    connection.close()
+    response.close()
+    assert "1 turns run, 0 wait" in out and re.search(r"^ada +(reading|answering) ", out, re.MULTILINE)
+    while server.metric("torpor_turns_running") != 0:
+        pass
+
+
+def test_ps_says_in_a_sentence_why_it_can_tell_nothing(served, tiny, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        tiny("ps", "--server", f"http://127.0.0.1:{free.getsockname()[1]}").fails("not_found", "no server answers")
+    at = ("--server", f"http://127.0.0.1:{served.port}")
+    tiny("ps", *at, "--api-key-file", tmp_path / "keys").fails("invalid", "--api-key-file")
+    for wrong in ("https://127.0.0.1:1", "http://", "http://host:port", "http://a/b:1"):
+        tiny("ps", "--server", wrong).fails("invalid", "http://HOST:PORT")
+
+
 def test_answers_both_dialects_end_to_end(served):
     models = served.ask("GET", "/v1/models").json()["data"]
     assert [model["id"] for model in models] == ["tiny"]
@@ -178,7 +218,9 @@ SHAPES = {
 @pytest.fixture(scope="module")
 def real_server(tmp_path_factory):
     directory = tmp_path_factory.mktemp("real-served")
-    with Server(Torpor(directory / "store", MODEL), directory) as server:
+    torpor = Torpor(directory / "store", MODEL)
+    with Server(torpor, directory) as server:
+        server.torpor = torpor
         yield server
         assert server.stop() == 0
 

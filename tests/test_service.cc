@@ -270,6 +270,45 @@ TEST(Metrics, AHistogramsBucketsAddUp) {
   }
 }
 
+TEST(TurnLog, KeepsTheLastTurnsTheNewestFirstAndTenantsApart) {
+  TurnLog log;
+  {
+    TurnLog::Turn running(log, "acme", "ada");
+    running.starts(10, 4);
+    running.reads(3, 6);
+    ASSERT_EQ(log.running("acme").size(), 1u);
+    EXPECT_EQ(log.running("acme")[0].state, TurnRecord::State::kReading);
+    EXPECT_EQ(log.running("acme")[0].done, 3);
+    EXPECT_TRUE(log.running("other").empty());
+    EXPECT_EQ(log.running(), 1u);
+    for (size_t i = 0; i < TurnLog::kKept + 10; ++i) TurnLog::Turn(log, "other", "bea").end("stop", int(i));
+    EXPECT_EQ(log.ended("other").size(), TurnLog::kKept);
+    EXPECT_EQ(log.ended("other")[0].generated_tokens, int(TurnLog::kKept + 9));
+  }  // a turn that nobody ends has failed
+  EXPECT_EQ(log.running(), 0u);
+  ASSERT_EQ(log.ended("acme").size(), 1u);
+  EXPECT_EQ(log.ended("acme")[0].reason, "error");
+  EXPECT_EQ(log.ended("other").size(), TurnLog::kKept - 1);
+}
+
+TEST(TurnLog, IsReadWhileTurnsComeAndGo) {
+  TurnLog log;
+  std::vector<std::thread> turns;
+  for (int i = 0; i < 4; ++i) {
+    turns.emplace_back([&] {
+      for (int n = 0; n < 50; ++n) {
+        TurnLog::Turn turn(log, "acme", "ada");
+        turn.reads(1, 2);
+        turn.answers();
+        turn.end("stop", n);
+      }
+    });
+  }
+  while (log.ended("acme").size() < 200) EXPECT_LE(log.running("acme").size(), 4u);
+  for (std::thread& thread : turns) thread.join();
+  EXPECT_EQ(log.running(), 0u);
+}
+
 TEST(ApiKeys, ALineThatIsNoKeyIsNamed) {
   const auto expect_refused = [](const std::string& text, const std::string& part) {
     try {

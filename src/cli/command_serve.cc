@@ -12,7 +12,6 @@
 
 #include <CLI/CLI.hpp>
 
-#include "base/environment.h"
 #include "cli/commands.h"
 #include "cli/output.h"
 #include "cli/serve_options.h"
@@ -27,13 +26,6 @@
 
 namespace torpor::cli {
 namespace {
-
-std::filesystem::path default_key_file() {
-  const std::string config = environment("XDG_CONFIG_HOME"), home = home_directory();
-  const std::filesystem::path directory =
-      !config.empty() ? std::filesystem::path(config) : std::filesystem::path(home) / ".config";
-  return directory / "torpor" / "api-keys";
-}
 
 bool is_loopback(const std::string& host) {
   return host.empty() || host == "localhost" || host == "::1" || host.starts_with("127.");
@@ -157,6 +149,13 @@ void greet(const ServeOptions& options, uint16_t port, const std::string& first_
     text += "  export ANTHROPIC_BASE_URL=" + url + " ANTHROPIC_AUTH_TOKEN=" + key + "\n";
     // The key stands behind '#', which browsers send nowhere.
     const std::string own = options.no_auth ? std::string() : server::local_key(key_file);
+    const std::string bearer = options.no_auth ? std::string() : " -H \"authorization: Bearer " + key + "\"";
+    text += "  curl -s " + url + "/v1/chat/completions" + bearer + " -d '" +
+            Json{{"model", model_name(options.model)},
+                 {"max_tokens", 40},
+                 {"messages", Json::array({Json{{"role", "user"}, {"content", "Who keeps the lamp?"}}})}}
+                .dump() +
+            "'\n";
     text += "Dashboard, signed in: " + url + "/" + (own.empty() ? "" : "#key=" + own) + "\n";
   }
   if (!options.socket.empty())
@@ -175,7 +174,8 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
     throw Error(ErrorCode::kInvalidArgument,
                 "a server without keys listens on loopback addresses only, and '" + options.host + "' is none");
   }
-  const std::filesystem::path key_file = options.api_key_file.empty() ? default_key_file() : options.api_key_file;
+  const std::filesystem::path key_file = std::filesystem::absolute(  // what is printed holds in other directories too
+      options.api_key_file.empty() ? default_key_file() : options.api_key_file);
   std::string first_key;
   server::ApiKeys keys;
   if (!options.no_auth) {

@@ -31,6 +31,8 @@ void add_store_commands(CLI::App& app, Invocation& invocation);
 void add_bench_command(CLI::App& app, Invocation& invocation);
 /// serve. Only where the server is built (TORPOR_SERVER).
 void add_serve_command(CLI::App& app, Invocation& invocation);
+/// ps: what a running server does. Likewise.
+void add_ps_command(CLI::App& app, Invocation& invocation);
 /// perplexity.
 void add_perplexity_command(CLI::App& app, Invocation& invocation);
 

@@ -76,6 +76,7 @@ int dispatch(int argc, char** argv) {
   add_store_commands(app, invocation);
 #ifdef TORPOR_SERVER
   add_serve_command(app, invocation);
+  add_ps_command(app, invocation);
 #endif
   add_bench_command(app, invocation);
   add_perplexity_command(app, invocation);

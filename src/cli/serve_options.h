@@ -23,6 +23,9 @@ struct ServeOptions : AnswerOptions {
   std::string metrics_alias;
 };
 
+/// `$XDG_CONFIG_HOME/torpor/api-keys`, else below `~/.config`.
+std::filesystem::path default_key_file();
+
 /// Adds them to a command. Each has a variable too: --drain-timeout is TORPOR_DRAIN_TIMEOUT.
 void add_serve_options(CLI::App& app, ServeOptions& options);
 

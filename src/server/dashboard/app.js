@@ -87,6 +87,7 @@ async function ask(method, path, body, more = {}) {
 const get = async (path) => (await ask('GET', path)).json();
 const post = async (path, body) => (await ask('POST', path, body)).json();
 const agentPath = (name, action = '') => `/torpor/v1/agents/${encodeURIComponent(name)}${action && `/${action}`}`;
+const isKnown = async (name) => (await get('/torpor/v1/agents')).agents.some((agent) => agent.agent === name);
 const agentLink = (name) => (name ? el('a', { href: `#agent/${encodeURIComponent(name)}` }, name) : el('span', { class: 'soft' }, 'no name'));
 
 /** Events of a streamed answer: calls hear(event, data) for each. */
@@ -283,7 +284,7 @@ view.chat = async (name = '') => {
   const stop = button('Stop', () => running?.abort());
   stop.hidden = true;
   const load = async () => {
-    const map = await get(agentPath(agent.value, 'map')).catch(() => ({ messages: [] }));
+    const map = (await isKnown(agent.value)) ? await get(agentPath(agent.value, 'map')) : { messages: [] };
     talk.replaceChildren(...map.messages.map(({ message }) => said(message?.role ?? '', message?.content ?? '')));
   };
   const form = el('form', { onsubmit: async (event) => {
@@ -297,9 +298,8 @@ view.chat = async (name = '') => {
     answer.append(text);
     talk.append(said('user', prompt.value), answer);
     const body = { prompt: prompt.value, max_tokens: Number(most.value) };
-    const { agents } = await get('/torpor/v1/agents').catch(() => ({ agents: [] }));
-    const known = agents.some((one) => one.agent === agent.value);
     try {
+      const known = await isKnown(agent.value);
       await stream(known ? agentPath(agent.value, 'turn') : '/torpor/v1/agents', known ? body : { agent: agent.value, ...body }, (event, data) => {
         if (event === 'text') text.data += data.text;
         if (event === 'prefill') tell(`Reading: ${data.done} of ${data.total} tokens.`);
