@@ -2,7 +2,7 @@
 BUILD   ?= build
 PYTHON  := .venv/bin/python
 
-.PHONY: all setup build model models test wheel demo serve-demo soak goldens prove clean
+.PHONY: all setup build model models test wheel demo serve-demo dashboard soak goldens prove clean
 all: build
 
 setup: .venv/.ready
@@ -46,6 +46,10 @@ serve-demo: setup model
 	cmake --build $(BUILD) --target torpor_cli
 	exec $(BUILD)/torpor serve --model .models/smollm2-135m --port $(PORT) --store $(BUILD)/serve-demo/store \
 	  --api-key-file $(BUILD)/serve-demo/api-keys --log $(BUILD)/serve-demo/log
+
+# The dashboard in the system's Chromium: every view and action, axe-core without a complaint, and the screenshots of the docs.
+dashboard: build model
+	scripts/check-dashboard $(BUILD)/torpor
 
 # Ten agents, three processes on one store, each killed over and over: `make test` kills 300, this KILLS. Then 64 savers
 # beside a gc loop and a disk limit, with 10,000 segments; then conversations (`torpor chat`) and commands.
