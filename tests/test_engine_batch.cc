@@ -5,6 +5,7 @@
 #include <array>
 #include <atomic>
 #include <barrier>
+#include <cmath>
 #include <future>
 #include <memory>
 #include <optional>
@@ -65,17 +66,51 @@ TurnRequest request(const std::string& agent, const std::string& prompt, int max
   return turn;
 }
 
+/// One way of many to choose tokens, with stop strings or without.
+void choose_by_chance(GenerateOptions& generate, std::mt19937& random, bool stops) {
+  SamplingOptions& sampling = generate.sampling;
+  switch (random() % 8) {
+    case 0: sampling.temperature = 0; break;
+    case 1: sampling.top_k = 1 + int(random() % 20); break;
+    case 2: sampling.min_p = 0.05f; break;
+    case 3: sampling.top_p = 0.8f; break;
+    case 4:
+      sampling.repetition_penalty = 1.3f;
+      sampling.penalty_context = int(random() % 3) * 40;
+      break;
+    case 5:
+      sampling.presence_penalty = 1.5f;
+      sampling.frequency_penalty = 0.5f;
+      break;
+    case 6: sampling.logit_bias = {{int32_t(random() % 600), 3}, {int32_t(random() % 600), -INFINITY}}; break;
+    default: break;
+  }
+  if (random() % 2 == 0) generate.logprobs = int(random() % 4);
+  if (!stops || random() % 3 == 0) return;
+  if (random() % 2 == 0) {
+    generate.stop = {"zz", std::string(1, "aeiot"[random() % 5])};
+    return;
+  }
+  // An answer of two letters, a token each, so that a stop string of several tokens comes.
+  constexpr int32_t kA = 64, kB = 65;
+  sampling = {.temperature = 1, .seed = sampling.seed, .logit_bias = {{kA, 60}, {kB, 60}}};
+  generate.stop = {"abba", "baab", "aaaa", "bbbb"};
+}
+
 /// A turn as it was asked for, and what came of it.
 struct Said {
   TurnRequest request;
   bool given_up = false;
-  std::string text;
+  std::string text, stop;
+  std::vector<TokenLogprobs> logprobs;
   int prefilled = 0, generated = 0, context = 0;
   std::vector<float> logits;  ///< afterwards
 };
 
-/// `threads` agents that each have `turns` turns of random length, at once. With `ends` some are cancelled or given up on the way.
-std::vector<std::vector<Said>> talk_at_once(Engine& engine, int threads, int turns, unsigned seed, bool ends = true) {
+/// `threads` agents that each have `turns` turns of random length, at once. With `ends` some are cancelled or given up on
+/// the way; with `stops` some end at a stop string.
+std::vector<std::vector<Said>> talk_at_once(Engine& engine, int threads, int turns, unsigned seed, bool ends = true,
+                                            bool stops = true) {
   std::vector<std::vector<Said>> said{size_t(threads)};
   std::barrier arrived(threads);
   std::vector<std::thread> running;
@@ -85,6 +120,7 @@ std::vector<std::vector<Said>> talk_at_once(Engine& engine, int threads, int tur
       for (int t = 0; t < turns; ++t) {
         Said one;
         one.request = request("agent" + std::to_string(i), words(random, 5 + int(random() % 160)), 2 + int(random() % 24) + (t == 0 ? 250 : 0), random());
+        choose_by_chance(one.request.generate, random, stops && t > 0);
         std::atomic<bool> cancel{false};
         int left = random() % 3 == 0 && ends ? 1 + int(random() % 8) : 1000;  // pieces of text that are heard
         one.given_up = left < 1000 && random() % 2 == 0;
@@ -99,9 +135,13 @@ std::vector<std::vector<Said>> talk_at_once(Engine& engine, int threads, int tur
           const TurnResult result = engine.turn(heard);
           one.given_up = false;
           one.text = result.text;
+          one.stop = result.stop;
+          one.logprobs = result.logprobs;
           one.prefilled = result.tokens.prefilled;
           one.generated = result.tokens.generated;
           one.context = result.tokens.context;
+          // Its four tokens are gone, and no others.
+          if (one.stop.size() == 4) EXPECT_EQ(one.context, result.tokens.prompt + one.generated - 4);
         } catch (const Error& error) {
           EXPECT_EQ(error.code(), ErrorCode::kCancelled) << error.what();
         }
@@ -114,6 +154,24 @@ std::vector<std::vector<Said>> talk_at_once(Engine& engine, int threads, int tur
   return said;
 }
 
+bool same(const std::vector<TokenLogprobs>& a, const std::vector<TokenLogprobs>& b) {
+  const auto equal = [](const TokenLogprob& x, const TokenLogprob& y) {
+    return x.token == y.token && x.logprob == y.logprob && x.text == y.text;
+  };
+  return std::ranges::equal(a, b, [&](const TokenLogprobs& x, const TokenLogprobs& y) {
+    return equal(x, y) && x.begin == y.begin && std::ranges::equal(x.top, y.top, equal);
+  });
+}
+
+/// How many turns ended at a stop string of at least `size` bytes.
+int64_t stopped(const std::vector<std::vector<Said>>& said, size_t size = 1) {
+  int64_t count = 0;
+  for (const auto& turns : said) {
+    count += std::ranges::count_if(turns, [&](const Said& one) { return one.stop.size() >= size; });
+  }
+  return count;
+}
+
 /// The same turns one by one.
 void expect_same_alone(Engine& engine, const std::vector<std::vector<Said>>& said) {
   for (const std::vector<Said>& turns : said) {
@@ -123,6 +181,8 @@ void expect_same_alone(Engine& engine, const std::vector<std::vector<Said>>& sai
       again.generate.max_tokens = std::max(one.generated, 1);
       const TurnResult result = engine.turn(again);
       ASSERT_EQ(result.text, one.text) << one.request.agent;
+      ASSERT_EQ(result.stop, one.stop) << one.request.agent;
+      ASSERT_TRUE(same(result.logprobs, one.logprobs)) << one.request.agent;
       ASSERT_EQ(result.tokens.context, one.context) << one.request.agent;
       ASSERT_EQ(engine.next_logits(one.request.agent), one.logits) << one.request.agent;
     }
@@ -137,6 +197,7 @@ TEST_P(OfFormat, ConcurrentTurnsHaveTheTokensAndLogitsOfSingleOnes) {
   Engine engine(together);
   const auto said = talk_at_once(engine, 6, 3, 11);
   EXPECT_GE(engine.work().most_turns, 2);
+  EXPECT_GT(stopped(said), 0);
   Engine alone(options("alone", GetParam()));
   expect_same_alone(alone, said);
   EXPECT_EQ(alone.work().most_turns, 1);
@@ -169,7 +230,7 @@ TEST_P(OfFormat, TurnsThatGiveTheirMemoryToOthersComputeNothingTwice) {
         std::this_thread::yield();
       }
     });
-    said = talk_at_once(engine, 6, 4, 23, false);
+    said = talk_at_once(engine, 6, 4, 23, false, false);
     over = true;
     monitor.join();
     const EngineWork work = engine.work();
@@ -182,6 +243,25 @@ TEST_P(OfFormat, TurnsThatGiveTheirMemoryToOthersComputeNothingTwice) {
     EXPECT_EQ(work.answer_tokens, answers);
   }
   Engine alone(options("alone", GetParam()));
+  expect_same_alone(alone, said);
+}
+
+TEST_F(EngineBatch, AStopStringsTokensAreTakenBackFromRowsThatWerePutAsideToo) {
+  EngineOptions tight = options("tight");
+  tight.max_stall_ms = 1;
+  {
+    Engine engine(options("size"));
+    engine.turn(request("one", "the quick fox", 1, 1));
+    tight.memory_budget = size_t(engine.memory_usage().kv_bytes) * 7;
+  }
+  std::vector<std::vector<Said>> said;
+  {
+    Engine engine(tight);
+    said = talk_at_once(engine, 6, 4, 31, false);
+    EXPECT_GT(engine.work().put_aside, 0);
+    EXPECT_GT(stopped(said, 4), 0);
+  }
+  Engine alone(options("alone"));
   expect_same_alone(alone, said);
 }
 

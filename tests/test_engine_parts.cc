@@ -1,10 +1,12 @@
 // Sampling, stop strings, the pace of a prefill and a generation's steps, without a model.
 
 #include <cmath>
+#include <fstream>
 #include <limits>
 #include <map>
 
 #include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 
 #include "engine/generation.h"
 #include "torpor/error.h"
@@ -74,6 +76,65 @@ TEST(Sampler, LogitsThatHoldNoNumberAreAnError) {
   }
 }
 
+// Against mlx-lm (scripts/make-goldens-sampling).
+TEST(Sampler, ChangesLogitsAndKeepsTokensAsMlxLmDoes) {
+  std::ifstream file(TORPOR_SOURCE_DIR "/tests/goldens/sampling.json");
+  const auto golden = nlohmann::json::parse(file);
+  const auto tokens = golden["tokens"].get<std::vector<int32_t>>();
+  const std::span<const int32_t> all = tokens;
+  for (const auto& one : golden["cases"]) {
+    SCOPED_TRACE(one["options"].dump());
+    const auto& given = one["options"];
+    SamplingOptions options{.temperature = given.value("temperature", 1.0f), .top_p = given.value("top_p", 1.0f),
+                            .top_k = given.value("top_k", 0), .min_p = given.value("min_p", 0.0f),
+                            .repetition_penalty = given.value("repetition_penalty", 1.0f),
+                            .penalty_context = given.value("penalty_context", 64),
+                            .presence_penalty = given.value("presence_penalty", 0.0f),
+                            .frequency_penalty = given.value("frequency_penalty", 0.0f)};
+    const auto biases = given.value("logit_bias", nlohmann::json::object());
+    for (const auto& [id, bias] : biases.items()) {
+      options.logit_bias.emplace_back(std::stoi(id), bias.get<float>());
+    }
+    // The repetition penalty counts what is before the answer, too; the others the answer alone.
+    const bool answers = options.presence_penalty != 0 || options.frequency_penalty != 0;
+    const size_t before = answers ? 0 : 25;
+    auto logits = golden["logits"].get<std::vector<float>>();
+    adjust_logits(logits, options, all.first(before), all.subspan(before));
+    const auto theirs = one["logits"].get<std::vector<float>>();
+    for (size_t i = 0; i < logits.size(); ++i) EXPECT_NEAR(logits[i], theirs[i], 1e-5) << i;
+    const Candidates found = candidates(logits, options);
+    std::vector<double> ours(logits.size());
+    for (const int32_t token : found.tokens) ours[size_t(token)] = found.weights[size_t(token)] / found.total;
+    const auto probabilities = one["probabilities"].get<std::vector<double>>();
+    for (size_t i = 0; i < ours.size(); ++i) {
+      EXPECT_NEAR(ours[i], probabilities[i], 1e-5) << i;
+      EXPECT_EQ(ours[i] > 0, probabilities[i] > 0) << i;
+    }
+  }
+}
+
+TEST(Sampler, RefusesWhatNoOptionCanBe) {
+  for (const SamplingOptions& options :
+       {SamplingOptions{.top_k = -1}, SamplingOptions{.min_p = 1.5f}, SamplingOptions{.repetition_penalty = 0},
+        SamplingOptions{.repetition_penalty = NAN}, SamplingOptions{.penalty_context = -1},
+        SamplingOptions{.presence_penalty = NAN}, SamplingOptions{.frequency_penalty = INFINITY},
+        SamplingOptions{.logit_bias = {{-1, 1}}}, SamplingOptions{.logit_bias = {{10, 1}}},
+        SamplingOptions{.logit_bias = {{0, NAN}}}}) {
+    EXPECT_THROW(check_sampling(options, 10), Error);
+  }
+  EXPECT_NO_THROW(check_sampling({.logit_bias = {{9, -INFINITY}}}, 10));
+}
+
+TEST(Sampler, LogProbabilitiesAreTheSoftmaxs) {
+  const std::vector<float> logits = {std::log(0.2f), std::log(0.5f), std::log(0.3f)};
+  const TokenLogprobs found = logprobs_of(logits, 0, 2);
+  EXPECT_NEAR(found.logprob, std::log(0.2), 1e-6);
+  ASSERT_EQ(found.top.size(), 2u);
+  EXPECT_EQ(found.top[0].token, 1);
+  EXPECT_NEAR(found.top[1].logprob, std::log(0.3), 1e-6);
+  EXPECT_EQ(logprobs_of(logits, 0, 64).top.size(), 3u);
+}
+
 std::string through(StopFilter& filter, const std::vector<std::string>& pieces) {
   std::string text;
   for (const std::string& piece : pieces) text += filter.push(piece);
@@ -101,6 +162,19 @@ TEST(StopFilter, ReleasesWhatOnlyLookedLikeAStop) {
 TEST(StopFilter, TheEarliestOfSeveralWins) {
   StopFilter filter({"c", "ab", ""});
   EXPECT_EQ(through(filter, {"xxabc"}), "xx");
+}
+
+TEST(StopFilter, WhatIsNotShownIsMatchedAndNeverComesOut) {
+  StopFilter filter({"a<end>b"});
+  EXPECT_EQ(filter.push("xa"), "x");
+  EXPECT_EQ(filter.push("<end>", false), "");
+  EXPECT_EQ(filter.push("c"), "ac");
+  EXPECT_EQ(filter.push("a"), "");
+  EXPECT_EQ(filter.push("<end>", false), "");
+  EXPECT_EQ(filter.push("bz"), "");
+  EXPECT_TRUE(filter.stopped());
+  EXPECT_EQ(filter.stop(), "a<end>b");
+  EXPECT_EQ(filter.cut(), std::string("xa<end>c").size());
 }
 
 TEST(PrefillPace, AChunkTakesAboutAQuarterOfASecond) {
@@ -195,6 +269,86 @@ TEST_F(GenerationTest, EndsAtMaxTokensAtTheContextsEndAndWhenCancelled) {
   EXPECT_EQ(result.prefilled, 2);
   EXPECT_TRUE(result.tokens.empty());
   EXPECT_EQ(result.finish_reason, FinishReason::kCancelled);
+}
+
+TEST_F(GenerationTest, OfAStopStringNoTokenIsKept) {
+  // What a token has before the stop string is encoded anew.
+  for (const auto& [text, stop, kept] : {std::tuple{"Hello there, you two", " there", "Hello"},
+                                         {"Hello there", "Hell", ""},
+                                         {"Hello there, you two", "ere, yo", "Hello th"},
+                                         {"naïve \U0001F44D end", "end", "naïve \U0001F44D "},
+                                         {"one \U0001F44D two", "\U0001F44D", "one "},
+                                         {"the nev us end", "us", "the nev "}}) {
+    said_.clear();
+    computed_.clear();
+    options_.stop = {"never", stop};
+    Generation generation(model_, tokenizer_, 7, {10, 11}, options_);
+    const std::vector<int32_t> tokens = tokenizer_->encode(text, false);
+    size_t next = 0, cached = 7;
+    for (auto rows = generation.next_rows(8); !rows.empty(); rows = generation.next_rows(8)) {
+      computed_.resize(cached - 7);
+      computed_.insert(computed_.end(), rows.begin(), rows.end());
+      generation.take(logits_for(tokens[std::min(next++, tokens.size() - 1)]));
+      cached = size_t(generation.position());
+    }
+    computed_.resize(cached - 7);
+    const GenerateResult result = generation.finish();
+    EXPECT_EQ(result.text, kept) << stop;
+    EXPECT_EQ(said_, kept);
+    EXPECT_EQ(result.stop, stop);
+    EXPECT_EQ(result.finish_reason, FinishReason::kStop);
+    EXPECT_EQ(tokenizer_->decode(result.tokens), kept) << stop;
+    std::vector<int32_t> expected = {10, 11};
+    expected.insert(expected.end(), result.tokens.begin(), result.tokens.end());
+    EXPECT_EQ(computed_, expected) << stop;
+  }
+}
+
+TEST_F(GenerationTest, WhereAStopStringCountsIsTheCallersToSay) {
+  // The second "you" counts, and it is found when there is more text already.
+  std::string heard;
+  options_.stop = {"Hello"};
+  options_.find_stop = [&](std::string_view piece) -> std::optional<StopFound> {
+    heard += piece;
+    const size_t second = heard.find("you", heard.find("you") + 1);
+    return heard.ends_with("know") ? std::optional(StopFound{second, "you"}) : std::nullopt;
+  };
+  Generation generation(model_, tokenizer_, 0, {10}, options_);
+  const GenerateResult result = run(generation, 8, "Hello you, do you know me", 2);
+  EXPECT_EQ(result.text, "Hello you, do ");
+  EXPECT_EQ(said_, "Hello you, do you know");
+  EXPECT_EQ(result.stop, "you");
+  EXPECT_EQ(result.finish_reason, FinishReason::kStop);
+  EXPECT_EQ(tokenizer_->decode(result.tokens), result.text);
+  EXPECT_EQ(generation.position(), 1 + int(result.tokens.size()));
+}
+
+TEST_F(GenerationTest, EachTokenIsToldBeforeItsTextWithTheTextThatItMakes) {
+  options_.logprobs = 2;
+  std::string joined;
+  std::vector<size_t> begins;
+  options_.on_token = [&](const TokenLogprobs& token) {
+    EXPECT_EQ(said_.size(), token.begin);
+    begins.push_back(token.begin);
+    if (token.token != 2) joined += token.text;
+    EXPECT_EQ(token.top.size(), 2u);
+    EXPECT_EQ(token.top[0].token, token.token);
+  };
+  Generation generation(model_, tokenizer_, 0, {10}, options_);
+  const GenerateResult result = run(generation, 8, "Hello there, you two", 2);
+  EXPECT_EQ(joined, result.text);
+  EXPECT_EQ(begins.size(), result.tokens.size());
+  EXPECT_EQ(begins.back(), result.text.size());
+  EXPECT_EQ(result.logprobs.size(), result.tokens.size());
+}
+
+TEST_F(GenerationTest, AStopStringMayBeASpecialTokensText) {
+  options_.stop = {"<|im_start|>"};
+  Generation generation(model_, tokenizer_, 0, {10}, options_);
+  const GenerateResult result = run(generation, 8, "Hello<|im_start|>", 2);
+  EXPECT_EQ(result.text, "Hello");
+  EXPECT_EQ(tokenizer_->decode(result.tokens), "Hello");
+  EXPECT_EQ(result.generated, int(result.tokens.size()) + 1);
 }
 
 TEST_F(GenerationTest, LogitsThatHoldNoNumberEndItWithAnError) {

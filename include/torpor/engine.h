@@ -105,6 +105,7 @@ struct TurnRequest {
 struct TurnResult {
   std::string agent, model, text;
   FinishReason finish_reason = FinishReason::kLength;
+  std::string stop;      ///< the stop string that ended the answer, or empty
   Message message;       ///< the answer as it is kept (TurnRequest::read_answer)
   std::vector<TokenLogprobs> logprobs;  ///< of each token generated (GenerateOptions::logprobs)
   std::optional<MessageDivergence> divergence;  ///< of a turn by messages; none: the request repeats all that the agent holds
@@ -112,7 +113,7 @@ struct TurnResult {
     int prompt = 0;     ///< before generation; cached + prefilled
     int cached = 0;     ///< of those, reused from the agent, or from whoever has begun alike
     int prefilled = 0;  ///< computed now
-    int generated = 0;
+    int generated = 0;  ///< sampled
     int context = 0;    ///< held by the agent afterwards
   } tokens;
   struct Timing {

@@ -12,7 +12,8 @@
 
 namespace torpor {
 
-/// From logits to a token, in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.
+/// From logits to a token, as mlx-lm does it: logit_bias, penalties, the tokens that top_k, top_p and min_p all keep,
+/// temperature.
 struct SamplingOptions {
   float temperature = 0;  ///< 0 = greedy
   float top_p = 1;        ///< in (0, 1]: the smallest set of tokens with this much probability
@@ -28,29 +29,42 @@ struct SamplingOptions {
   std::vector<std::pair<int32_t, float>> logit_bias;  ///< added to the logits of these ids; -infinity forbids
 };
 
+struct TokenLogprob {
+  int32_t token = 0;
+  float logprob = 0;
+  std::string text;  ///< in its place, special tokens' too; a part of a character is U+FFFD
+};
+struct TokenLogprobs : TokenLogprob {
+  std::vector<TokenLogprob> top;  ///< the likeliest, in order
+  size_t begin = 0;               ///< bytes of the answer's text before it
+};
+
+/// A stop string, and how many bytes of the answer's text are before it.
+struct StopFound {
+  size_t at = 0;
+  std::string stop;
+};
+
 struct GenerateOptions {
   int max_tokens = 256;
   SamplingOptions sampling;
   /// Generation ends when its text contains one, or a special token's text does. Text and cache are cut before it.
   std::vector<std::string> stop;
-  /// Log-probabilities of each token generated and of so many of the likeliest, at most 64. They are the model's own, before
-  /// bias, penalties and temperature.
+  /// Log-probabilities of each token generated and of so many of the likeliest, at most 64. They are the model's own,
+  /// before bias, penalties and temperature.
   std::optional<int> logprobs;
+  /// Instead of `stop`, where not all text counts. Hears the answer's text piece by piece on the engine's thread, and says
+  /// where a stop string begins. on_text may have heard what follows. It must not block or call the Engine.
+  std::function<std::optional<StopFound>(std::string_view piece)> find_stop;
+  /// With logprobs: called for each token on the engine's thread, before on_text can hear its text. It must not block or
+  /// call the Engine.
+  std::function<void(const TokenLogprobs& token)> on_token;
   /// Called with each piece of text that is complete and can no longer become part of a stop string.
   std::function<void(std::string_view)> on_text;
   /// Called between prefill chunks with tokens done and tokens to do.
   std::function<void(int done, int total)> on_prefill;
   /// Set from any thread (or a signal handler) to end the turn; what was computed stays in the cache.
   const std::atomic<bool>* cancel = nullptr;
-};
-
-struct TokenLogprob {
-  int32_t token = 0;
-  float logprob = 0;
-  std::string text;  ///< of the token alone, special ones too; a part of a character is U+FFFD
-};
-struct TokenLogprobs : TokenLogprob {
-  std::vector<TokenLogprob> top;  ///< the likeliest, in order
 };
 
 enum class FinishReason { kStop, kLength, kCancelled };
@@ -64,6 +78,8 @@ struct GenerateResult {
   std::vector<int32_t> tokens;
   std::vector<TokenLogprobs> logprobs;  ///< of the tokens as they were sampled
   FinishReason finish_reason = FinishReason::kLength;
+  int generated = 0;            ///< tokens that were sampled, those of a stop string too
+  std::string stop;             ///< the stop string that ended it, or empty
   int prefilled = 0;            ///< prompt tokens computed
   double prefill_ms = 0;        ///< start to first token
   double decode_ms = 0;

@@ -2,6 +2,7 @@
 
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
@@ -100,13 +101,20 @@ std::unique_ptr<RunningTurn> start(const SharedEngine& shared, const std::string
                                    const std::string& messages, std::optional<std::string> system, bool raw,
                                    const std::string& on_divergence, const std::string& tools, const std::string& template_args,
                                    bool special, const std::string& save, int max_tokens, float temperature, float top_p,
-                                   uint64_t seed, std::vector<std::string> stop) {
+                                   uint64_t seed, int top_k, float min_p, float repetition_penalty, int penalty_context,
+                                   float presence_penalty, float frequency_penalty,
+                                   std::vector<std::pair<int32_t, float>> logit_bias, std::optional<int> logprobs,
+                                   std::vector<std::string> stop) {
   TurnRequest request{.agent = agent, .prompt = prompt, .system = std::move(system), .raw = raw,
                       .on_divergence = parse_on_divergence(on_divergence), .tools = tools, .template_arguments = template_args,
                       .special = special, .save = parse_save_mode(save)};
   if (!messages.empty()) request.messages = messages_from_json(messages);
   request.generate.max_tokens = max_tokens;
-  request.generate.sampling = {temperature, top_p, seed};
+  request.generate.sampling = {.temperature = temperature, .top_p = top_p, .seed = seed, .top_k = top_k, .min_p = min_p,
+                               .repetition_penalty = repetition_penalty, .penalty_context = penalty_context,
+                               .presence_penalty = presence_penalty, .frequency_penalty = frequency_penalty,
+                               .logit_bias = std::move(logit_bias)};
+  request.generate.logprobs = logprobs;
   request.generate.stop = std::move(stop);
   return std::make_unique<RunningTurn>(shared.get(), std::move(request));
 }
@@ -192,7 +200,9 @@ void bind_engine(nb::module_& module) {
            "cpu_target"_a)
       .def("close", &SharedEngine::close)
       .def("start", &start, "agent"_a, "prompt"_a, "messages"_a, "system"_a.none(), "raw"_a, "on_divergence"_a,
-           "tools"_a, "template_args"_a, "special"_a, "save"_a, "max_tokens"_a, "temperature"_a, "top_p"_a, "seed"_a, "stop"_a)
+           "tools"_a, "template_args"_a, "special"_a, "save"_a, "max_tokens"_a, "temperature"_a, "top_p"_a, "seed"_a,
+           "top_k"_a, "min_p"_a, "repetition_penalty"_a, "penalty_context"_a, "presence_penalty"_a, "frequency_penalty"_a,
+           "logit_bias"_a, "logprobs"_a.none(), "stop"_a)
       .def("prompt_tokens", &prompt_tokens, "prompt"_a, "messages"_a, "system"_a.none(), "raw"_a, "tools"_a, "template_args"_a,
            "special"_a)
       .def("prefetch", without_gil(&Engine::prefetch), "agent"_a)

@@ -152,11 +152,20 @@ void bind_turn(nb::module_& module) {
       .def_ro("held", &MessageDivergence::held)
       .def_ro("given", &MessageDivergence::given)
       .def_ro("beginning", &MessageDivergence::beginning);
+  nb::class_<TokenLogprob>(module, "TokenLogprob")
+      .def_ro("token", &TokenLogprob::token)
+      .def_ro("text", &TokenLogprob::text)
+      .def_ro("logprob", &TokenLogprob::logprob);
+  nb::class_<TokenLogprobs, TokenLogprob>(module, "TokenLogprobs")
+      .def_ro("top", &TokenLogprobs::top)
+      .def_ro("begin", &TokenLogprobs::begin);
   nb::class_<TurnResult>(module, "TurnResult")
       .def_ro("agent", &TurnResult::agent)
       .def_ro("model", &TurnResult::model)
       .def_ro("text", &TurnResult::text)
       .def_prop_ro("finish_reason", [](const TurnResult& r) { return std::string(finish_reason_name(r.finish_reason)); })
+      .def_ro("stop", &TurnResult::stop)
+      .def_ro("logprobs", &TurnResult::logprobs)
       .def_ro("divergence", &TurnResult::divergence)
       .def_ro("tokens", &TurnResult::tokens)
       .def_ro("timing_ms", &TurnResult::timing_ms)

@@ -40,7 +40,16 @@ class TurnOptions(TypedDict, total=False):
     temperature: 0 (the default) always takes the likeliest token.
     top_p: samples from the smallest set of tokens with this much probability (1).
     seed: equal seeds, prompts and agents give equal tokens (another one each time, which the result tells).
-    stop: a text or several; the answer ends where it would contain one.
+    top_k: samples from so many of the likeliest tokens (0: all).
+    min_p: samples from tokens with at least this part of the likeliest one's probability (0: all).
+    repetition_penalty: logits of the last `penalty_context` tokens (64; 0: all), the prompt's too, are divided by it where
+        they are positive, else multiplied (1: none).
+    presence_penalty, frequency_penalty: taken from the logits of tokens that the answer has, the second for each time (0).
+    logit_bias: added to logits, by token id; -inf forbids a token (none).
+    logprobs: TurnResult.logprobs tells how probable each token was, and so many of the likeliest in its place, 0 to 64
+        (None).
+    stop: a text or several; the answer ends where it would contain one, or where a special token's text does. The agent keeps
+        what is before it.
     """
 
     raw: bool | None
@@ -53,6 +62,14 @@ class TurnOptions(TypedDict, total=False):
     temperature: float | None
     top_p: float | None
     seed: int | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    penalty_context: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    logprobs: int | None
     stop: str | Sequence[str] | None
 
 
@@ -218,17 +235,32 @@ class Engine:
                on_divergence: str | None = None, tools: Sequence[Mapping[str, Any]] | None = None,
                template_args: Mapping[str, Any] | None = None, save: str | None = None, max_tokens: int | None = None,
                temperature: float | None = None, top_p: float | None = None, seed: int | None = None,
-               stop: str | Sequence[str] | None = None) -> "TextStream":
+               top_k: int | None = None, min_p: float | None = None, repetition_penalty: float | None = None,
+               penalty_context: int | None = None, presence_penalty: float | None = None,
+               frequency_penalty: float | None = None, logit_bias: Mapping[int, float] | None = None,
+               logprobs: int | None = None, stop: str | Sequence[str] | None = None) -> "TextStream":
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         # 32 bits, which any reader of JSON keeps.
         drawn = secrets.randbits(32) if seed is None else _arguments.whole(seed, "seed", 0, 2**64 - 1)
         core = self._for(agent_id) if agent_id else self._core
         longest = 256 if max_tokens is None else _arguments.whole(max_tokens, "max_tokens", -2**31, 2**31 - 1)
+
+        def real(value: float | None, name: str, otherwise: float) -> float:
+            return _arguments.real(otherwise if value is None else value, name)
+
+        def count(value: int | None, name: str, otherwise: int) -> int:
+            return _arguments.whole(otherwise if value is None else value, name, -2**31, 2**31 - 1)
+
+        biases = [(count(token, "A token of logit_bias", 0), real(bias, "A number of logit_bias", 0.0))
+                  for token, bias in (logit_bias or {}).items()]
         running = core.start(
             agent_id, *_prompt(prompt), _system(system), bool(raw), on_divergence or "rewind",
             *_variables(tools, template_args), bool(special), save or "wait", longest,
-            _arguments.real(0.0 if temperature is None else temperature, "temperature"),
-            _arguments.real(1.0 if top_p is None else top_p, "top_p"), drawn,
+            real(temperature, "temperature", 0.0), real(top_p, "top_p", 1.0), drawn, count(top_k, "top_k", 0),
+            real(min_p, "min_p", 0.0), real(repetition_penalty, "repetition_penalty", 1.0),
+            count(penalty_context, "penalty_context", 64), real(presence_penalty, "presence_penalty", 0.0),
+            real(frequency_penalty, "frequency_penalty", 0.0), biases,
+            None if logprobs is None else count(logprobs, "logprobs", 0),
             [_arguments.text(one, "A stop string") for one in stops])
         return TextStream(running, drawn)
 

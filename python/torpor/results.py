@@ -58,6 +58,26 @@ class MessageDivergence(_Result):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob(_Result):
+    """How probable a token was."""
+
+    token: int  #: its id
+    text: str  #: its text after the token before it; a part of a character is U+FFFD
+    logprob: float  #: natural logarithm of the model's own probability
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs(_Result):
+    """How probable a token was that was generated."""
+
+    token: int  #: its id
+    text: str  #: its text after the token before it; a part of a character is U+FFFD
+    logprob: float  #: natural logarithm of the model's own probability
+    top: list[TokenLogprob]  #: the likeliest in its place, in order
+    begin: int  #: bytes of the answer's text before it
+
+
+@dataclass(frozen=True, slots=True)
 class TurnResult(_Result):
     """What one turn answered, computed and cost."""
 
@@ -66,6 +86,8 @@ class TurnResult(_Result):
     text: str  #: the answer
     #: "stop": the model or a stop string ended it; "length": max_tokens or the model's context; "cancelled": TextStream.close
     finish_reason: str
+    stop: str  #: the stop string that ended it, or empty
+    logprobs: list[TokenLogprobs]  #: of each token generated; empty unless asked for
     divergence: MessageDivergence | None  #: of a turn by messages that don't repeat all that the agent held: where they part
     tokens: TurnTokens  #: how many
     timing_ms: TurnTiming  #: how long
@@ -81,7 +103,8 @@ class TurnResult(_Result):
     @classmethod
     def of_turn(cls, core: _core.TurnResult, seed: int) -> Self:
         divergence = None if core.divergence is None else MessageDivergence.of(core.divergence)
-        return cls.of(core, divergence=divergence, tokens=TurnTokens.of(core.tokens), timing_ms=TurnTiming.of(core.timing_ms),
+        logprobs = [TokenLogprobs.of(one, top=[TokenLogprob.of(other) for other in one.top]) for one in core.logprobs]
+        return cls.of(core, logprobs=logprobs, divergence=divergence, tokens=TurnTokens.of(core.tokens), timing_ms=TurnTiming.of(core.timing_ms),
                       bytes=TurnBytes.of(core.bytes), seed=seed)
 
 

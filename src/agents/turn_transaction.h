@@ -55,6 +55,8 @@ class TurnTransaction {
   /// How many of them had their rows when the turn began.
   int reused() const noexcept { return reused_; }
   KvCache& cache() noexcept { return *hold_->cache; }
+  /// Takes back the rows from `n_tokens` on.
+  void take_back(int n_tokens) { manager_.take_back(*hold_, n_tokens); }
   /// Whether the agent had no rows before the turn, so that others' may take the place of those that it has by now.
   bool is_new() const noexcept { return held_ == 0; }
   /// The rows of the first tokens that another turn has (AgentManager::share_rows).

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <charconv>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -38,6 +39,25 @@ void check_writable(const std::filesystem::path& root) {
   }
 }
 
+/// {"ID": BIAS, ...}
+std::vector<std::pair<int32_t, float>> parse_bias(const std::string& text) {
+  std::vector<std::pair<int32_t, float>> bias;
+  if (text.empty()) return bias;
+  const Json json = Json::parse(text, nullptr, false);
+  const auto refuse = [] {
+    throw Error(ErrorCode::kInvalidArgument,
+                "--logit-bias is not a JSON object of numbers by token id, as {\"42\": -1.5}");
+  };
+  if (!json.is_object()) refuse();
+  for (const auto& [id, value] : json.items()) {
+    int32_t token = 0;
+    const auto [end, error] = std::from_chars(id.data(), id.data() + id.size(), token);
+    if (error != std::errc() || end != id.data() + id.size() || !value.is_number()) refuse();
+    bias.emplace_back(token, value.get<float>());
+  }
+  return bias;
+}
+
 void print_summary(const TurnResult& result, bool saved) {
   const double seconds = result.timing_ms.decode / 1000;
   std::fprintf(stderr, "[%s: %d tokens, %d reused, %d read; first token after %s; %d generated", result.agent.c_str(),
@@ -58,6 +78,7 @@ void print_summary(const TurnResult& result, bool saved) {
 void check_early(const TurnOptions& options, const std::filesystem::path& root) {
   if (!options.agent.empty()) check_agent_id(options.agent);
   template_variables(options.tools, options.template_args);
+  parse_bias(options.logit_bias);
   check_text(options.system, "the system message");
   for (const std::string& stop : options.stop) {
     if (stop.empty()) throw Error(ErrorCode::kInvalidArgument, "a stop string can't be empty");
@@ -81,7 +102,9 @@ TurnRequest turn_request(const TurnOptions& options) {
   request.special = options.special;
   request.save = options.save;
   request.generate.max_tokens = options.max_tokens;
-  request.generate.sampling = {float(options.temperature), float(options.top_p), options.seed};
+  request.generate.sampling = options.sampling;
+  request.generate.sampling.logit_bias = parse_bias(options.logit_bias);
+  if (options.logprobs >= 0) request.generate.logprobs = options.logprobs;
   request.generate.stop = options.stop;
   return request;
 }
@@ -135,15 +158,39 @@ void add_turn_options(CLI::App& app, TurnOptions& options) {
       ->capture_default_str()
       ->check(CLI::Range(1, std::numeric_limits<int>::max()))
       ->type_name("N");
-  app.add_option("--temperature", options.temperature, "Randomness; 0 always takes the likeliest token")
+  SamplingOptions& sampling = options.sampling;
+  app.add_option("--temperature", sampling.temperature, "Randomness; 0 always takes the likeliest token")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 100.0))
       ->type_name("T");
-  app.add_option("--top-p", options.top_p, "Samples from the smallest set with this much probability")
+  app.add_option("--top-p", sampling.top_p, "Samples from the smallest set with this much probability")
       ->capture_default_str()
       ->check(CLI::Range(1e-6, 1.0))
       ->type_name("P");
-  app.add_option("--seed", options.seed, "Equal seeds give equal answers")->capture_default_str()->type_name("S");
+  app.add_option("--top-k", sampling.top_k, "Samples from so many of the likeliest tokens; 0 = all")
+      ->check(CLI::Range(0, std::numeric_limits<int>::max()))
+      ->type_name("N");
+  app.add_option("--min-p", sampling.min_p, "Samples from tokens with this part of the likeliest one's probability")
+      ->check(CLI::Range(0.0, 1.0))
+      ->type_name("P");
+  app.add_option("--repetition-penalty", sampling.repetition_penalty,
+                 "Makes the last --penalty-context tokens less likely; 1 = none")
+      ->check(CLI::Range(1e-3, 1e3))
+      ->type_name("X");
+  app.add_option("--penalty-context", sampling.penalty_context, "How many tokens that counts, the prompt's too; 0 = all")
+      ->capture_default_str()
+      ->check(CLI::Range(0, std::numeric_limits<int>::max()))
+      ->type_name("N");
+  app.add_option("--presence-penalty", sampling.presence_penalty, "Taken from the logits of tokens that the answer has")
+      ->type_name("X");
+  app.add_option("--frequency-penalty", sampling.frequency_penalty, "The same, for each time that it has them")
+      ->type_name("X");
+  app.add_option("--logit-bias", options.logit_bias, "Added to logits, a JSON object by token id, as {\"42\": -1.5}")
+      ->type_name("JSON");
+  app.add_option("--logprobs", options.logprobs, "With --json, log-probabilities of each token and of N alternatives")
+      ->check(CLI::Range(0, 64))
+      ->type_name("N");
+  app.add_option("--seed", sampling.seed, "Equal seeds give equal answers")->capture_default_str()->type_name("S");
   app.add_option("--stop", options.stop, "Ends the answer when it contains S; may be given more than once")
       ->allow_extra_args(false)
       ->expected(1)

@@ -20,8 +20,9 @@ struct TurnOptions : AnswerOptions {
   bool raw = false, json = false;
   SaveMode save = SaveMode::kWait;
   int max_tokens = 256;
-  double temperature = 0, top_p = 1;
-  uint64_t seed = 0;
+  SamplingOptions sampling;
+  std::string logit_bias;  ///< JSON
+  int logprobs = -1;       ///< none
   std::vector<std::string> stop;
 };
 

@@ -19,7 +19,8 @@ const char* finish_reason_name(FinishReason reason) {
 GenerateResult generate(Model& model, std::shared_ptr<const Tokenizer> tokenizer, KvCache& cache,
                         std::span<const int32_t> prompt, const GenerateOptions& options) {
   using Clock = std::chrono::steady_clock;
-  Generation generation(model.info(), std::move(tokenizer), cache.length(), {prompt.begin(), prompt.end()}, options);
+  Generation generation(model.info(), std::move(tokenizer), cache.length(), {prompt.begin(), prompt.end()}, options,
+                        cache.tokens());
   PrefillPace pace(model.backend());
   while (true) {
     const std::span<const int32_t> rows = generation.next_rows(pace.rows());
@@ -31,6 +32,7 @@ GenerateResult generate(Model& model, std::shared_ptr<const Tokenizer> tokenizer
     cache.record_tokens(rows);
     if (rows.size() > 1) pace.took(int(rows.size()), std::chrono::duration<double>(Clock::now() - start).count());
     generation.take({logits.data<float>(), logits.size()});
+    if (cache.length() > generation.position()) cache.truncate(generation.position());
   }
 }
 

@@ -1,12 +1,9 @@
 #include "engine/generation.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <numeric>
 #include <utility>
 
-#include "kernels/compute.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -16,85 +13,7 @@ double ms_between(std::chrono::steady_clock::time_point start, std::chrono::stea
   return std::chrono::duration<double, std::milli>(end - start).count();
 }
 
-// SplitMix64 (Steele, Lea, Flood 2014), as a function of a counter.
-double uniform(uint64_t seed, uint64_t counter) {
-  uint64_t z = seed + 0x9E3779B97F4A7C15u * (counter + 1);
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-  z ^= z >> 31;
-  return double(z >> 11) * 0x1.0p-53;
-}
-
-/// A NaN or +infinity among them. -infinity is a token that can't come. (As integers, which compilers vectorise.)
-bool has_no_number(std::span<const float> logits) {
-  uint32_t found = 0;
-  for (const float logit : logits) {
-    const uint32_t bits = std::bit_cast<uint32_t>(logit);
-    found |= uint32_t((bits & 0x7fffffffu) >= 0x7f800000u && bits != 0xff800000u);
-  }
-  return found != 0;
-}
-
-Error no_number() {
-  return Error(ErrorCode::kInternal, "The model computed no number for the next token; its weights, or rows kept in too small a KV "
-                                     "format, don't hold what it computes.");
-}
-
 }  // namespace
-
-// ---- from logits to a token
-
-void check_sampling(const SamplingOptions& options) {
-  if (!(options.temperature >= 0) || std::isinf(options.temperature)) {
-    throw Error(ErrorCode::kInvalidArgument, "The temperature must be a number of at least 0.");
-  }
-  if (!(options.top_p > 0 && options.top_p <= 1)) {
-    throw Error(ErrorCode::kInvalidArgument, "top_p must be above 0 and at most 1.");
-  }
-}
-
-int32_t sample(std::span<const float> logits, const SamplingOptions& options, int position) {
-  if (has_no_number(logits)) throw no_number();
-  if (options.temperature == 0) {
-    const int32_t token = kernels::argmax(logits.data(), int(logits.size()));
-    if (!std::isfinite(logits[size_t(token)])) throw no_number();
-    return token;
-  }
-
-  const float top = *std::max_element(logits.begin(), logits.end());
-  if (!std::isfinite(top)) throw no_number();
-  std::vector<double> weights(logits.size());
-  for (size_t i = 0; i < logits.size(); ++i) {
-    weights[i] = std::exp((double(logits[i]) - top) / options.temperature);
-  }
-  double total = std::accumulate(weights.begin(), weights.end(), 0.0);
-
-  // Nucleus sampling (Holtzman et al. 2020): the most probable tokens, until their probability reaches top_p. A heap gives
-  // them one by one, for they are few; of equals the smaller id comes first.
-  std::vector<int32_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  if (options.top_p < 1) {
-    const auto below = [&](int32_t a, int32_t b) {
-      return weights[a] < weights[b] || (weights[a] == weights[b] && a > b);
-    };
-    std::make_heap(order.begin(), order.end(), below);
-    const double wanted = options.top_p * total;
-    auto rest = order.end();
-    for (total = 0; total < wanted && rest != order.begin();) {
-      std::pop_heap(order.begin(), rest--, below);
-      total += weights[*rest];
-    }
-    order.erase(order.begin(), rest);
-    std::reverse(order.begin(), order.end());  // the most probable first
-  }
-
-  double remaining = uniform(options.seed, uint64_t(position)) * total;
-  for (int32_t token : order) {
-    remaining -= weights[token];
-    if (remaining < 0) return token;
-  }
-  return order.back();
-}
 
 // ---- stop strings
 
@@ -102,14 +21,19 @@ StopFilter::StopFilter(std::vector<std::string> stops) : stops_(std::move(stops)
   std::erase_if(stops_, [](const std::string& stop) { return stop.empty(); });
 }
 
-std::string StopFilter::push(std::string_view piece) {
-  if (stopped_) return {};
+std::string StopFilter::push(std::string_view piece, bool shown) {
+  if (stopped()) return {};
   held_ += piece;
+  shown_.append(piece.size(), shown ? '1' : '0');
   size_t first = std::string::npos;
-  for (const std::string& stop : stops_) first = std::min(first, held_.find(stop));
-  if (first != std::string::npos) {
-    stopped_ = true;
-    std::string text = held_.substr(0, first);
+  for (const std::string& stop : stops_) {
+    const size_t at = held_.find(stop);
+    if (at >= first) continue;
+    first = at;
+    stop_ = stop;
+  }
+  if (stopped()) {
+    std::string text = release(first);
     held_.clear();
     return text;
   }
@@ -120,12 +44,19 @@ std::string StopFilter::push(std::string_view piece) {
       if (held_.ends_with(std::string_view(stop).substr(0, n))) keep = n;
     }
   }
-  std::string text = held_.substr(0, held_.size() - keep);
-  held_.erase(0, held_.size() - keep);
-  return text;
+  return release(held_.size() - keep);
 }
 
-std::string StopFilter::finish() { return std::exchange(held_, {}); }
+std::string StopFilter::release(size_t size) {
+  std::string text;
+  for (size_t i = 0; i < size; ++i) {
+    if (shown_[i] == '1') text += held_[i];
+  }
+  held_.erase(0, size);
+  shown_.erase(0, size);
+  released_ += size;
+  return text;
+}
 
 // ---- chunks of a prompt
 
@@ -164,10 +95,16 @@ std::vector<int> PrefillPace::share(std::span<const int> left) const {
 // ---- an answer
 
 Generation::Generation(const ModelInfo& model, std::shared_ptr<const Tokenizer> tokenizer, int held,
-                       std::vector<int32_t> prompt, GenerateOptions options)
-    : model_(model), options_(std::move(options)), prompt_(std::move(prompt)), detokenizer_(std::move(tokenizer)),
-      filter_(options_.stop), position_(held) {
-  check_sampling(options_.sampling);
+                       std::vector<int32_t> prompt, GenerateOptions options, std::vector<int32_t> before)
+    : model_(model), options_(std::move(options)), tokenizer_(std::move(tokenizer)), prompt_(std::move(prompt)),
+      before_(std::move(before)), detokenizer_(tokenizer_),
+      filter_(options_.find_stop ? std::vector<std::string>() : options_.stop), position_(held),
+      begin_(held + int(prompt_.size())) {
+  check_sampling(options_.sampling, model_.vocab_size);
+  if (options_.logprobs && (*options_.logprobs < 0 || *options_.logprobs > 64)) {
+    throw Error(ErrorCode::kInvalidArgument, "Log-probabilities can be had of 0 to 64 of the likeliest tokens.");
+  }
+  before_.insert(before_.end(), prompt_.begin(), prompt_.end());
   if (prompt_.empty()) throw Error(ErrorCode::kInvalidArgument, "The prompt has no tokens; give it some text.");
   if (options_.max_tokens < 1) throw Error(ErrorCode::kInvalidArgument, "max_tokens must be at least 1.");
   if (const int limit = model_.max_context; limit > 0 && held + int64_t(prompt_.size()) >= limit) {
@@ -181,9 +118,11 @@ Generation::Generation(const ModelInfo& model, std::shared_ptr<const Tokenizer> 
 std::span<const int32_t> Generation::next_rows(int most) {
   const int left = prompt_left();
   if (left > 0 && cancelled()) end(FinishReason::kCancelled);
-  asked_ = over_ ? 0 : left > 0 ? std::min(std::max(most, 1), left) : 1;
+  const int wanted = left > 0 ? left : begin_ + int(result_.tokens.size()) - position_;
+  asked_ = over_ ? 0 : std::min(std::max(most, 1), wanted);
   if (left > 0) return std::span(prompt_).subspan(prompt_.size() - size_t(left), size_t(asked_));
-  return std::span(result_.tokens).last(size_t(asked_));
+  if (over_) return {};
+  return std::span(result_.tokens).subspan(size_t(position_ - begin_), size_t(asked_));
 }
 
 void Generation::take(std::span<const float> logits) {
@@ -194,6 +133,7 @@ void Generation::take(std::span<const float> logits) {
     tell_progress();
     if (prompt_left() > 0) return;
   }
+  if (position_ < begin_ + int(result_.tokens.size())) return;  // of an answer that a stop string has ended
   if (last_) {
     end(FinishReason::kStop);
   } else if (int(result_.tokens.size()) >= options_.max_tokens || (model_.max_context > 0 && position_ >= model_.max_context)) {
@@ -217,17 +157,82 @@ void Generation::tell_progress() const {
 }
 
 void Generation::sample_next(std::span<const float> logits) {
-  const int32_t token = sample(logits, options_.sampling, position_);
+  const int32_t token = choose(logits);
   if (result_.tokens.empty()) {
     first_token_ = Clock::now();
     result_.prefill_ms = ms_between(start_, first_token_);
   }
+  if (options_.logprobs) weigh(logits, token);
   result_.tokens.push_back(token);
+  ++result_.generated;
   const std::vector<int32_t>& eos = model_.eos_token_ids;
   const bool is_eos = std::find(eos.begin(), eos.end(), token) != eos.end();
-  if (!is_eos) emit(filter_.push(detokenizer_.push(token)));
+  if (!is_eos) {
+    const std::string piece = detokenizer_.push(token);
+    std::string hidden;
+    const bool shows = !filter_.watches() || !piece.empty() || !tokenizer_->decode({token}, true).empty();
+    if (!shows) hidden = tokenizer_->decode({token});
+    ends_.push_back({(ends_.empty() ? 0 : ends_.back().pushed) + piece.size() + hidden.size(),
+                     (ends_.empty() ? 0 : ends_.back().shown) + piece.size()});
+    emit(hidden.empty() ? filter_.push(piece) : filter_.push(hidden, false));
+    if (filter_.stopped()) cut_at({filter_.cut(), filter_.stop()});
+    if (const auto found = options_.find_stop ? options_.find_stop(piece) : std::nullopt) cut_at(*found);
+  }
   // The last token's rows are computed too: the next turn then prefills nothing but what is new.
-  last_ = is_eos || filter_.stopped();
+  last_ = is_eos || !result_.stop.empty();
+}
+
+void Generation::weigh(std::span<const float> logits, int32_t token) {
+  TokenLogprobs& found = result_.logprobs.emplace_back(logprobs_of(logits, token, *options_.logprobs));
+  // Decoders drop a space at the beginning of a text, so each text is told after the token before it.
+  const int32_t last = result_.tokens.empty() ? before_.back() : result_.tokens.back();
+  const std::string before = tokenizer_->decode({last});
+  const auto text_of = [&](int32_t id) {
+    const std::string both = tokenizer_->decode({last, id});
+    const bool whole = both.size() > before.size() && both.starts_with(before);
+    return whole ? both.substr(before.size()) : tokenizer_->decode({id});
+  };
+  found.text = text_of(token);
+  for (TokenLogprob& other : found.top) other.text = text_of(other.token);
+  found.begin = ends_.empty() ? 0 : ends_.back().shown;
+  if (options_.on_token) options_.on_token(found);
+}
+
+int32_t Generation::choose(std::span<const float> logits) const {
+  const SamplingOptions& options = options_.sampling;
+  const bool adjusts = !options.logit_bias.empty() || options.repetition_penalty != 1 ||
+                       options.presence_penalty != 0 || options.frequency_penalty != 0;
+  if (!adjusts) return sample(logits, options, position_);
+  const bool possible = std::ranges::any_of(logits, [](float logit) { return std::isfinite(logit); });
+  std::vector<float> adjusted(logits.begin(), logits.end());
+  adjust_logits(adjusted, options, before_, result_.tokens);
+  if (possible && std::ranges::all_of(adjusted, [](float logit) { return logit == -INFINITY; })) {
+    throw Error(ErrorCode::kInvalidArgument, "logit_bias forbids every token that can come; leave one.");
+  }
+  return sample(adjusted, options, position_);
+}
+
+// Tokens of the stop string go, and with them those that hold only a part of the character before it.
+void Generation::cut_at(const StopFound& found) {
+  result_.stop = found.stop;
+  size_t kept = size_t(std::ranges::upper_bound(ends_, found.at, {}, &End::pushed) - ends_.begin());
+  // With find_stop all text was told, and all of it is shown.
+  if (options_.find_stop) result_.text.resize(std::min(found.at, result_.text.size()));
+  const auto said_by = [&](size_t n) { return n > 0 ? std::min(ends_[n - 1].shown, result_.text.size()) : 0; };
+  const auto whole = [&](size_t n) {
+    const std::vector<int32_t> first(result_.tokens.begin(), result_.tokens.begin() + ptrdiff_t(n));
+    return tokenizer_->decode(first, true) == result_.text.substr(0, said_by(n));
+  };
+  while (kept > 0 && !whole(kept)) --kept;
+  const std::string rest = result_.text.substr(said_by(kept));
+  result_.tokens.resize(kept);
+  if (!rest.empty()) {
+    const int32_t last = kept > 0 ? result_.tokens.back() : before_.back();
+    const std::vector<int32_t> again = tokenizer_->encode(RenderedText{rest}, last);
+    result_.tokens.insert(result_.tokens.end(), again.begin(), again.end());
+  }
+  position_ = begin_ + int(kept);
+  if (rest.empty()) end(FinishReason::kStop);
 }
 
 void Generation::emit(const std::string& text) {
@@ -239,7 +244,7 @@ void Generation::emit(const std::string& text) {
 void Generation::end(FinishReason reason) {
   over_ = true;
   result_.finish_reason = reason;
-  if (!filter_.stopped()) {
+  if (result_.stop.empty()) {
     emit(filter_.push(detokenizer_.finish()));
     emit(filter_.finish());
   }

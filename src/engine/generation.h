@@ -10,33 +10,36 @@
 #include <string_view>
 #include <vector>
 
+#include "engine/sampling.h"
 #include "torpor/generate_options.h"
 #include "torpor/model_info.h"
 #include "torpor/text.h"
 
 namespace torpor {
 
-/// kInvalidArgument for a temperature below 0 or a top_p outside (0, 1].
-void check_sampling(const SamplingOptions& options);
-
-/// The token that follows position `position - 1`. The random number depends on seed and position alone, so a turn that is
-/// interrupted by sleep draws the same numbers as one that is not. kInternal when a logit is no number, or none is finite.
-int32_t sample(std::span<const float> logits, const SamplingOptions& options, int position);
-
 /// Lets text through once it can no longer become part of a stop string.
 class StopFilter {
  public:
   explicit StopFilter(std::vector<std::string> stops);
-  /// Text that is certain after `piece`. After stopped() it is always empty.
-  std::string push(std::string_view piece);
+  /// Text that is certain after `piece`. After stopped() it is always empty. What is not `shown`, a special token's text,
+  /// can be part of a stop string, but never comes out.
+  std::string push(std::string_view piece, bool shown = true);
   /// What was held back, at the end of generation.
-  std::string finish();
-  bool stopped() const noexcept { return stopped_; }
+  std::string finish() { return release(held_.size()); }
+  bool watches() const noexcept { return !stops_.empty(); }
+  bool stopped() const noexcept { return !stop_.empty(); }
+  /// Once it has stopped: at which string, and bytes of all that was pushed before that.
+  const std::string& stop() const noexcept { return stop_; }
+  size_t cut() const noexcept { return released_; }
 
  private:
+  /// Lets the first `size` bytes go: those of them that are shown.
+  std::string release(size_t size);
+
   std::vector<std::string> stops_;
-  std::string held_;
-  bool stopped_ = false;
+  std::string held_, shown_;  // `shown_`: '1' for each byte of held_ that is
+  std::string stop_;
+  size_t released_ = 0;
 };
 
 /// How many rows a step with tokens of a prompt computes: as many as take `seconds` at the speed measured last, so that a
@@ -71,8 +74,9 @@ class Generation {
  public:
   /// An answer to `prompt`, which follows `held` tokens in the cache. kInvalidArgument for options that can't be;
   /// kResourceExhausted when the prompt leaves no room in the model's context. `model` must outlive the generation.
+  /// `before`: the ids that are held, for the repetition penalty.
   Generation(const ModelInfo& model, std::shared_ptr<const Tokenizer> tokenizer, int held, std::vector<int32_t> prompt,
-             GenerateOptions options);
+             GenerateOptions options, std::vector<int32_t> before = {});
 
   /// Tokens whose rows the next forward pass computes: at most `most` of the prompt, then the token sampled last. Empty when
   /// the generation is over. Valid until take().
@@ -87,7 +91,8 @@ class Generation {
   int prompt_left() const noexcept { return int(prompt_.size()) - given_ - result_.prefilled; }
   /// The next `rows` of them have come into the cache without being computed. At least one is left.
   void skip(int rows);
-  /// Rows in the cache: all that `held`, the prompt and `sampled()` have, but for what next_rows will ask for.
+  /// Rows in the cache: all that `held`, the prompt and `sampled()` have, but for what next_rows will ask for. Fewer than
+  /// there are where a stop string has come: the owner of the cache takes those from here on back.
   int position() const noexcept { return position_; }
   const std::vector<int32_t>& sampled() const noexcept { return result_.tokens; }
   /// Once it is over.
@@ -99,15 +104,26 @@ class Generation {
   bool cancelled() const { return options_.cancel != nullptr && options_.cancel->load(); }
   void tell_progress() const;
   void sample_next(std::span<const float> logits);
+  int32_t choose(std::span<const float> logits) const;
+  void weigh(std::span<const float> logits, int32_t token);
+  void cut_at(const StopFound& found);
   void emit(const std::string& text);
   void end(FinishReason reason);
 
   const ModelInfo& model_;
   const GenerateOptions options_;
+  const std::shared_ptr<const Tokenizer> tokenizer_;
   const std::vector<int32_t> prompt_;
+  std::vector<int32_t> before_;       // all that the answer follows, as far as it is known
   Detokenizer detokenizer_;
   StopFilter filter_;
+  /// After a token: bytes of text pushed into the filter, and of those the ones that are shown.
+  struct End {
+    size_t pushed, shown;
+  };
+  std::vector<End> ends_;             // of the tokens sampled, but for one that ends the turn
   int position_;                      // rows in the cache
+  const int begin_;                   // of those, before the answer
   int asked_ = 0;                     // rows that next_rows gave
   int given_ = 0;                     // rows of the prompt that were skipped
   bool last_ = false, over_ = false;  // the token sampled last ends the answer; all is said

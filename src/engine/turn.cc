@@ -46,7 +46,8 @@ EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, std::stri
     : parts_(parts), request_(request), branch_of_(std::move(branch_of)), outcome_(outcome), result_(outcome.result),
       start_(Clock::now()), transaction_(*parts.agents, wake(parts, request, result_), input()), begin_ms_(ms_since(start_)),
       generation_(parts.model->info(), parts.tokenizer, transaction_.reused(),
-                  {transaction_.pending().begin(), transaction_.pending().end()}, options_of(request, listener)) {
+                  {transaction_.pending().begin(), transaction_.pending().end()}, options_of(request, listener),
+                  {transaction_.tokens().begin(), transaction_.tokens().begin() + transaction_.reused()}) {
   result_.tokens.prompt = int(transaction_.tokens().size());
   result_.tokens.cached = transaction_.reused();
   result_.divergence = transaction_.divergence();
@@ -150,12 +151,24 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
     row += own.size();
     turn->transaction_.cache().record_tokens(tokens);
     try {
-      turn->generation_.take(own);
+      turn->take(own);
       step->computed = turn->generation_.over();
     } catch (...) {
       step->error = std::current_exception();
     }
   }
+}
+
+void EngineTurn::take(std::span<const float> logits) {
+  generation_.take(logits);
+  // Those of a stop string.
+  const int kept = generation_.position();
+  if (transaction_.cache().length() == kept) return;
+  if (!transaction_.cache().can_truncate(kept)) {
+    throw Error(ErrorCode::kInternal,
+                "The stop string's tokens can't be taken back: a sliding window has left rows behind; ask again.");
+  }
+  transaction_.take_back(kept);
 }
 
 void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting) {
@@ -223,7 +236,9 @@ void EngineTurn::commit() {
   result_.text = generated.text;
   result_.finish_reason = generated.finish_reason;
   result_.tokens.prefilled = generated.prefilled;
-  result_.tokens.generated = int(generated.tokens.size());
+  result_.tokens.generated = generated.generated;
+  result_.stop = generated.stop;
+  result_.logprobs = generated.logprobs;
   result_.tokens.context = transaction_.cache().length();
   result_.timing_ms.ttft = begin_ms_ + generated.prefill_ms;
   result_.timing_ms.decode = generated.decode_ms;

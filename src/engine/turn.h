@@ -69,6 +69,8 @@ class EngineTurn final : public Scheduler::Turn {
   /// Takes the rows of its prompt that one of `others` has, itself among them, or has left. Whether it waits for more, which one
   /// of `earlier` turns computes.
   bool waits_for(std::span<const Computing> earlier, std::span<EngineTurn* const> others);
+  /// Generation::take, and the rows that it no longer wants go.
+  void take(std::span<const float> logits);
   /// One forward pass; all caches have one format, and room. What fails ends those that it fails for.
   static void compute(EngineParts& parts, std::span<const Computing> batch);
 

@@ -28,6 +28,16 @@ inline nlohmann::ordered_json turn_json(const TurnResult& result) {
                          {"decode", rounded(result.timing_ms.decode)},
                          {"save", rounded(result.timing_ms.save)}}},
       {"bytes", Json{{"read", result.bytes.read}, {"written", result.bytes.written}}}};
+  if (!result.stop.empty()) object["stop"] = result.stop;
+  const auto logprob = [](const TokenLogprob& token) {
+    return Json{{"token", token.token}, {"text", token.text}, {"logprob", token.logprob}};
+  };
+  for (const TokenLogprobs& token : result.logprobs) {
+    Json one = logprob(token);
+    one["top"] = Json::array();
+    for (const TokenLogprob& other : token.top) one["top"].push_back(logprob(other));
+    object["logprobs"].push_back(std::move(one));
+  }
   if (const auto& parted = result.divergence) {
     object["divergence"] = Json{{"message", parted->message}, {"held", parted->held}, {"given", parted->given},
                                 {"beginning", parted->beginning}};
