@@ -22,6 +22,20 @@ struct Event {
   Json json() const { return Json::parse(data); }
 };
 
+/// The events of a stream's bytes.
+inline std::vector<Event> events(const std::string& stream) {
+  std::vector<Event> events;
+  Event event;
+  std::istringstream lines(stream);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with("event: ")) event.name = line.substr(7);
+    if (line.starts_with("data: ")) event.data = line.substr(6);
+    if (line.empty() && !event.data.empty()) events.push_back(std::exchange(event, {}));
+  }
+  EXPECT_TRUE(event.data.empty()) << "the stream ends inside an event";
+  return events;
+}
+
 class DialectTest : public ::testing::Test {
  protected:
   void script(ScriptedRunner::Script said) { said_ = std::move(said); }
@@ -52,19 +66,6 @@ class DialectTest : public ::testing::Test {
     EXPECT_EQ(response.status, 200) << response.body;
     EXPECT_TRUE(response.streamed);
     return events(response.body);
-  }
-
-  static std::vector<Event> events(const std::string& stream) {
-    std::vector<Event> events;
-    Event event;
-    std::istringstream lines(stream);
-    for (std::string line; std::getline(lines, line);) {
-      if (line.starts_with("event: ")) event.name = line.substr(7);
-      if (line.starts_with("data: ")) event.data = line.substr(6);
-      if (line.empty() && !event.data.empty()) events.push_back(std::exchange(event, {}));
-    }
-    EXPECT_TRUE(event.data.empty()) << "the stream ends inside an event";
-    return events;
   }
 
   /// What the runner was asked last.

@@ -2,6 +2,7 @@
 /// A TurnRunner without a model: it keeps what it is asked, and says what the test tells it to.
 
 #include <atomic>
+#include <cmath>
 #include <functional>
 #include <mutex>
 #include <string>
@@ -23,6 +24,19 @@ class Say {
   }
   Say& thinking(std::string_view delta) { return sink_.thinking(delta), *this; }
   Say& text(std::string_view delta) { return sink_.text(delta), *this; }
+  /// Tokens for the text that comes next: their texts, each with `top` alternatives.
+  Say& tokens(const std::vector<std::string>& texts, int top, size_t begin = 0) {
+    std::vector<TokenLogprobs> tokens;
+    for (const std::string& text : texts) {
+      TokenLogprobs& token = tokens.emplace_back();
+      static_cast<TokenLogprob&>(token) = {int(tokens.size()), -0.5f, text};
+      token.begin = begin;
+      begin += text == "\uFFFD" ? 0 : text.size();
+      for (int i = 0; i < top; ++i) token.top.push_back({i, i == 0 ? -0.5f : -INFINITY, i == 0 ? text : "other"});
+    }
+    sink_.logprobs(std::move(tokens));
+    return *this;
+  }
   Say& call(const std::string& name, const std::vector<std::string>& arguments) {
     sink_.tool_call(name);
     for (const std::string& delta : arguments) sink_.arguments(delta);

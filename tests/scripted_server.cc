@@ -1,7 +1,7 @@
 /// A server without a model, for clients that speak HTTP: the dialects over a script. It prints its port, and ends with its
 /// standard input. The last message says what is answered:
 ///
-///     say TEXT          text, word by word            think TEXT     thinking, then text
+///     say TEXT          text, word by word, each a token      think TEXT     thinking, then text
 ///     call NAME JSON    a call of a tool              stop           an answer that a stop string ended
 ///     fail              an error after some text      full, long, missing   a Failure before the start
 ///     wait              nothing, until the client has gone
@@ -11,6 +11,7 @@
 #include <atomic>
 #include <chrono>
 #include <iostream>
+#include <optional>
 #include <sstream>
 #include <thread>
 
@@ -25,10 +26,15 @@ using namespace torpor::server;
 
 std::atomic<int> gone{0};
 
-void speak(Say& say, const std::string& text) {
+void speak(Say& say, const std::string& text, std::optional<int> logprobs = {}) {
   std::istringstream words(text);
-  bool first = true;
-  for (std::string word; words >> word; first = false) say.text((first ? "" : " ") + word);
+  size_t told = 0;
+  for (std::string word; words >> word;) {
+    if (told > 0) word = " " + word;
+    if (logprobs) say.tokens({word}, *logprobs, told);
+    say.text(word);
+    told += word.size();
+  }
 }
 
 [[noreturn]] void refuse(Failure::Kind kind, const char* message) {
@@ -75,7 +81,7 @@ void answer(const ChatRequest& request, Say& say) {
     throw torpor::Error(torpor::ErrorCode::kIo, "The disk is full.");
   }
   if (text == "how many gone") speak(say, std::to_string(gone));
-  else speak(say, verb == "say" ? rest : "You said: " + text);
+  else speak(say, verb == "say" ? rest : "You said: " + text, request.logprobs);
   say.finish();
 }
 

@@ -299,6 +299,34 @@ TEST(StopSink, AStopStringEndsTheTextWhereverItIsCut_vllm_3574_SwiftLM_126_llama
   EXPECT_EQ(stopped({"END"}, {"One EN"}), "One EN|");
 }
 
+TEST(StopSink, WhereItBeginsIsKnownInAllThatWasGenerated) {
+  const std::string call = R"(<tool_call>{"name":"read","arguments":{"path":"END"}}</tool_call>)";
+  for (const std::string& raw : {std::string("<think>END</think>\n\nOne <b END two"), std::string("  One END"),
+                                 call + " a  <tool_call>END"}) {
+    for (size_t i = 0; i <= raw.size(); ++i) {
+      /// Each piece that is told stands where it says.
+      struct Placed : Told {
+        void text(std::string_view delta) override {
+          EXPECT_EQ(raw->substr(stop->position(), delta.size()), delta);
+          Told::text(delta);
+        }
+        const std::string* raw = nullptr;
+        const StopSink* stop = nullptr;
+      } told;
+      StopSink sink({"END"}, false, told);
+      AnswerParser parser(options(CallFormat::kTagged), sink);
+      sink.follow(parser);
+      told.raw = &raw;
+      told.stop = &sink;
+      parser.push(raw.substr(0, i));
+      parser.push(raw.substr(i));
+      parser.finish();
+      EXPECT_EQ(sink.met(), "END") << raw << i;
+      EXPECT_EQ(sink.cut(), raw.rfind("END")) << raw << i;
+    }
+  }
+}
+
 TEST(StopSink, AStopStringInThinkingOrArgumentsEndsNothing_mlx_knife_68_smg_2203) {
   const std::string call = R"(<tool_call>{"name":"read","arguments":{"path":"END"}}</tool_call>)";
   EXPECT_EQ(stopped({"END"}, {"<think>END</think>Yes " + call}),

@@ -13,6 +13,17 @@ namespace {
 
 namespace fs = std::filesystem;
 
+/// The second character of a text, which may be of several bytes.
+std::string second_character(const std::string& text) {
+  const auto next = [&](size_t at) {
+    for (++at; at < text.size() && (text[at] & 0xC0) == 0x80; ++at) {
+    }
+    return at;
+  };
+  const size_t begin = next(0);
+  return text.substr(begin, next(begin) - begin);
+}
+
 class EngineRunnerTest : public ::testing::Test {
  protected:
   EngineRunnerTest() {
@@ -186,18 +197,146 @@ TEST_F(EngineRunnerTest, AClientThatHasGoneLeavesTheAgentAsItWas) {
 
 TEST_F(EngineRunnerTest, AStopStringEndsTheAnswerAndIsNamed) {
   const std::string whole = chat(user("Hi."))["choices"][0]["message"]["content"];
-  // A character of the answer, which may be of several bytes.
-  size_t begin = 1, end;
-  while (begin < whole.size() && (whole[begin] & 0xC0) == 0x80) ++begin;
-  for (end = begin + 1; end < whole.size() && (whole[end] & 0xC0) == 0x80; ++end) {
-  }
-  ASSERT_LT(begin, whole.size());
-  const std::string stop = whole.substr(begin, end - begin);
+  const std::string stop = second_character(whole);
+  ASSERT_NE(stop, "");
   const Json message = ask("/v1/messages", {{"messages", user("Hi.")}, {"max_tokens", 8},
                                             {"stop_sequences", Json::array({stop})}});
   EXPECT_EQ(message["stop_reason"], "stop_sequence");
   EXPECT_EQ(message["stop_sequence"], stop);
   EXPECT_EQ(message["content"][0]["text"], whole.substr(0, whole.find(stop)));
+}
+
+TEST_F(EngineRunnerTest, OfAnAnswerThatAStopStringEndedNothingIsComputedAgain) {
+  for (const bool tools : {false, true}) {
+    const std::string agent = tools ? "with-tools" : "without";
+    Json body{{"model", "tiny"}, {"messages", user("Hi.")}, {"max_tokens", 8}};
+    if (tools) body["tools"] = Json::parse(R"([{"type":"function","function":{"name":"read","parameters":{}}}])");
+    const std::string whole = ask("/v1/chat/completions", body)["choices"][0]["message"]["content"];
+    const std::string stop = second_character(whole);
+    body["stop"] = Json::array({"never", stop});
+    const Json first = ask("/v1/chat/completions", body, {{"x-torpor-agent", agent}});
+    EXPECT_EQ(first["choices"][0]["finish_reason"], "stop");
+    EXPECT_EQ(first["choices"][0]["message"]["content"], whole.substr(0, whole.find(stop)));
+    int64_t held = 0;
+    for (const AgentStatus& status : engine_->agents()) held = status.agent == agent ? status.tokens : held;
+    ASSERT_GT(held, int(first["usage"]["prompt_tokens"]));
+    body["messages"].push_back(first["choices"][0]["message"]);
+    body["messages"].push_back({{"role", "user"}, {"content", "Two."}});
+    const Json second = ask("/v1/chat/completions", body, {{"x-torpor-agent", agent}});
+    EXPECT_EQ(header("x-torpor-why"), "");
+    EXPECT_EQ(cached(second), held);
+  }
+}
+
+TEST_F(EngineRunnerTest, AStopStringEndsAStreamAndEachDialectsAnswer) {
+  const std::string whole = chat(user("Hi."))["choices"][0]["message"]["content"];
+  const std::string stop = second_character(whole), kept = whole.substr(0, whole.find(stop));
+  HttpRequest request;
+  request.method = "POST";
+  request.path = "/v1/chat/completions";
+  request.body = Json{{"messages", user("Hi.")}, {"max_tokens", 8}, {"stream", true}, {"stop", stop}}.dump();
+  RecordingResponse streamed;
+  dialects_->handle(request, streamed);
+  std::string text, reason;
+  for (const Event& event : events(streamed.body)) {
+    if (event.data == "[DONE]") continue;
+    const Json choice = event.json()["choices"][0];
+    text += choice["delta"].value("content", "");
+    if (choice["finish_reason"].is_string()) reason = choice["finish_reason"];
+  }
+  EXPECT_EQ(text, kept);
+  EXPECT_EQ(reason, "stop");
+  const Json ollama = ask("/api/chat", {{"messages", user("Hi.")}, {"stream", false},
+                                        {"options", {{"num_predict", 8}, {"stop", Json::array({stop})}}}});
+  EXPECT_EQ(ollama["message"]["content"], kept);
+  EXPECT_EQ(ollama["done_reason"], "stop");
+}
+
+TEST_F(EngineRunnerTest, ACompletionStopsAtASpecialTokensText) {
+  const int32_t id = engine_->prompt_tokens({.prompt = "<|im_start|>", .raw = true}).at(0);
+  const Json answer = ask("/v1/completions", {{"prompt", "Once"}, {"stop", "<|im_start|>"}, {"max_tokens", 4},
+                                              {"logit_bias", {{std::to_string(id), 100}}}});
+  EXPECT_EQ(answer["choices"][0]["text"], "");
+  EXPECT_EQ(answer["choices"][0]["finish_reason"], "stop");
+  EXPECT_EQ(answer["usage"]["completion_tokens"], 1);
+}
+
+TEST_F(EngineRunnerTest, EachSamplerReachesTheEngineFromEachDialect) {
+  struct Case {
+    Json openai, ollama;
+    SamplingOptions options;
+  };
+  const std::vector<Case> cases{
+      {{{"top_k", 3}}, {{"top_k", 3}}, {.top_k = 3}},
+      {{{"min_p", 0.5}}, {{"min_p", 0.5}}, {.min_p = 0.5f}},
+      {{{"top_p", 0}}, {{"top_p", 0}}, {.top_p = 1e-6f}},
+      {{{"repetition_penalty", 3}}, {{"repeat_penalty", 3}, {"repeat_last_n", -1}},
+       {.repetition_penalty = 3, .penalty_context = 0}},
+      {{{"presence_penalty", 2}}, {{"presence_penalty", 2}}, {.presence_penalty = 2}},
+      {{{"frequency_penalty", -2}}, {{"frequency_penalty", -2}}, {.frequency_penalty = -2}},
+      {{{"logit_bias", {{"7", 9}, {"8", 8.5}}}}, {{"logit_bias", {{"7", 9}, {"8", 8.5}}}},
+       {.logit_bias = {{7, 9}, {8, 8.5f}}}}};
+  std::set<std::string> texts;
+  for (const auto& [openai, ollama, options] : cases) {
+    TurnRequest turn;
+    turn.messages = {{.role = "user", .content = "Hi."}};
+    turn.generate.max_tokens = 24;
+    turn.generate.sampling = options;
+    turn.generate.sampling.temperature = 1;
+    turn.generate.sampling.seed = 5;
+    const std::string text = engine_->turn(turn).text;
+    texts.insert(text);
+    Json body{{"messages", user("Hi.")}, {"max_tokens", 24}, {"temperature", 1}, {"seed", 5}};
+    body.update(openai);
+    EXPECT_EQ(ask("/v1/chat/completions", body)["choices"][0]["message"]["content"], text) << openai;
+    Json local{{"messages", user("Hi.")}, {"stream", false},
+               {"options", {{"num_predict", 24}, {"temperature", 1}, {"seed", 5}}}};
+    local["options"].update(ollama);
+    EXPECT_EQ(ask("/api/chat", local)["message"]["content"], text) << ollama;
+  }
+  EXPECT_EQ(texts.size(), cases.size());
+  const Json one = ask("/v1/messages", {{"messages", user("Hi.")}, {"max_tokens", 24}, {"temperature", 1},
+                                        {"top_k", 1}});
+  TurnRequest greedy;
+  greedy.messages = {{.role = "user", .content = "Hi."}};
+  greedy.generate.max_tokens = 24;
+  EXPECT_EQ(one["content"][0]["text"], engine_->turn(greedy).text);
+  const Json unknown = ask("/v1/chat/completions", {{"messages", user("Hi.")}, {"logit_bias", {{"605", 1}}}}, {}, 400);
+  EXPECT_EQ(unknown["error"]["param"], "logit_bias");
+}
+
+TEST_F(EngineRunnerTest, LogprobsAreTheEnginesAndOfTheTextAlone) {
+  TurnRequest turn;
+  turn.messages = {{.role = "user", .content = "Hi."}};
+  turn.generate.max_tokens = 12;
+  turn.generate.logprobs = 3;
+  const TurnResult expected = engine_->turn(turn);
+  Json body{{"messages", user("Hi.")}, {"max_tokens", 12}, {"logprobs", true}, {"top_logprobs", 3}};
+  const Json choice = ask("/v1/chat/completions", body)["choices"][0];
+  const Json tokens = choice["logprobs"]["content"];
+  ASSERT_EQ(tokens.size(), 12u);
+  std::string joined;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    EXPECT_EQ(tokens[i]["token"], expected.logprobs[i].text);
+    EXPECT_EQ(float(tokens[i]["logprob"]), expected.logprobs[i].logprob);
+    ASSERT_EQ(tokens[i]["top_logprobs"].size(), 3u);
+    EXPECT_EQ(tokens[i]["top_logprobs"][2]["token"], expected.logprobs[i].top[2].text);
+    joined += tokens[i]["token"];
+  }
+  if (joined.find("\uFFFD") == std::string::npos) EXPECT_EQ(joined, std::string(choice["message"]["content"]));
+  // Of a stop string's tokens none is told.
+  const std::string stop = second_character(choice["message"]["content"]);
+  body["stop"] = stop;
+  const Json cut = ask("/v1/chat/completions", body)["choices"][0];
+  size_t before = 0;
+  const std::string text = cut["message"]["content"];
+  for (const TokenLogprobs& token : expected.logprobs) before += token.begin < text.size() ? 1 : 0;
+  EXPECT_EQ(cut["logprobs"]["content"].size(), before);
+  const Json response = ask("/v1/responses", {{"input", "Hi."}, {"max_output_tokens", 12}, {"top_logprobs", 3}});
+  EXPECT_EQ(response["output"][0]["content"][0]["logprobs"], tokens);
+  const Json ollama = ask("/api/chat", {{"messages", user("Hi.")}, {"stream", false}, {"logprobs", true},
+                                        {"top_logprobs", 3}, {"options", {{"num_predict", 12}}}});
+  EXPECT_EQ(ollama["logprobs"], tokens);
 }
 
 TEST_F(EngineRunnerTest, AnAliasAsksForTheModel) {

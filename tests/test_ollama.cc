@@ -92,7 +92,10 @@ TEST_F(Ollama, AChatsMessagesToolsAndOptionsAreRead) {
   EXPECT_EQ(request.template_arguments, Json::parse(R"({"enable_thinking":false})"));
   EXPECT_EQ(request.response_format.kind, ResponseFormat::Kind::kJsonSchema);
   EXPECT_EQ(request.sampling.temperature, 0.5);
+  EXPECT_EQ(request.sampling.top_k, 3);
+  EXPECT_EQ(request.sampling.min_p, 0.1);
   EXPECT_EQ(request.sampling.repetition_penalty, 1.1);
+  EXPECT_EQ(request.sampling.penalty_context, 64);
   EXPECT_EQ(request.sampling.seed, 7u);
   EXPECT_EQ(request.max_tokens, 9);
   EXPECT_EQ(request.stop, std::vector<std::string>{"END"});
@@ -103,6 +106,32 @@ TEST_F(Ollama, AChatsMessagesToolsAndOptionsAreRead) {
   EXPECT_FALSE(heard().max_tokens);
   EXPECT_EQ(heard().response_format.kind, ResponseFormat::Kind::kJsonObject);
   EXPECT_EQ(heard().template_arguments["reasoning_effort"], "low");
+}
+
+TEST_F(Ollama, ThePenaltysContextIsBoundedWholeOrNone) {
+  ask_whole("/api/chat", body_of(R"({"options":{"repeat_penalty":1.1,"repeat_last_n":-1}})"));
+  EXPECT_EQ(heard().sampling.penalty_context, 0);
+  EXPECT_EQ(heard().sampling.repetition_penalty, 1.1);
+  ask_whole("/api/chat", body_of(R"({"options":{"repeat_penalty":1.1,"repeat_last_n":0}})"));
+  EXPECT_EQ(heard().sampling.repetition_penalty, 1);
+  ask_whole("/api/chat", body_of(R"({"options":{"repeat_penalty":1.1,"repeat_last_n":9}})"));
+  EXPECT_EQ(heard().sampling.penalty_context, 9);
+}
+
+TEST_F(Ollama, LogprobsStandInTheAnswerAndInTheLinesOfTheirText) {
+  script([](const ChatRequest& request, Say& say) {
+    const int top = *request.logprobs;
+    say.start().tokens({"He", "l"}, top).text("Hel").tokens({"lo."}, top, 3).text("lo.").finish();
+  });
+  Json body = body_of(R"({"logprobs":true,"top_logprobs":1})");
+  const Json whole = ask_whole("/api/chat", body)["logprobs"];
+  ASSERT_EQ(whole.size(), 3u);
+  EXPECT_EQ(whole[0]["top_logprobs"][0]["token"], "He");
+  Json streamed = Json::array();
+  for (const Json& line : ask_lines("/api/chat", body)) {
+    if (line.contains("logprobs")) streamed.insert(streamed.end(), line["logprobs"].begin(), line["logprobs"].end());
+  }
+  EXPECT_EQ(streamed, whole);
 }
 
 TEST_F(Ollama, GenerateAnswersAPromptAndContinuesARawOne) {

@@ -274,8 +274,6 @@ TEST_F(OpenAiChat, TheHeaderNamesTheAgentBeforeTheModelDoes) {
 TEST_F(OpenAiChat, WhatIsNotServedIsRefusedByName_vllm_4795_llama_cpp_11346_ollama_16117) {
   for (const auto& [body, param] : std::vector<std::pair<const char*, const char*>>{
            {R"({"n":2})", "n"},
-           {R"({"logprobs":true})", "logprobs"},
-           {R"({"top_logprobs":3})", "top_logprobs"},
            {R"({"modalities":["text","audio"]})", "modalities"},
            {R"({"audio":{}})", "audio"},
            {R"({"functions":[]})", "functions"},
@@ -298,6 +296,11 @@ TEST_F(OpenAiChat, ValuesOfTheWrongTypeOrRangeAreRefusedByName) {
            {R"({"temperature":"hot"})", "temperature"},
            {R"({"temperature":-1})", "temperature"},
            {R"({"top_p":1.5})", "top_p"},
+           {R"({"repetition_penalty":0})", "repetition_penalty"},
+           {R"({"presence_penalty":2.5})", "presence_penalty"},
+           {R"({"logprobs":1})", "logprobs"},
+           {R"({"top_logprobs":3})", "top_logprobs"},
+           {R"({"logprobs":true,"top_logprobs":21})", "top_logprobs"},
            {R"({"max_tokens":0})", "max_tokens"},
            {R"({"max_tokens":1.5})", "max_tokens"},
            {R"({"stop":[""]})", "stop"},
@@ -313,6 +316,36 @@ TEST_F(OpenAiChat, ValuesOfTheWrongTypeOrRangeAreRefusedByName) {
            {R"({"tool_choice":{"type":"function","function":{"name":"x"}}})", "tool_choice"}}) {
     EXPECT_EQ(refused(Json::parse(body))["param"], param) << body;
   }
+}
+
+TEST_F(OpenAiChat, LogprobsAreToldWithTheTextOfTheirTokensStreamedAndWhole_vllm_4795_llama_cpp_11346) {
+  script([](const ChatRequest& request, Say& say) {
+    ASSERT_EQ(request.logprobs, 2);
+    say.start().thinking("So.").tokens({"He", "l"}, 2).text("Hel");
+    say.tokens({"\uFFFD", "ö"}, 2, 3).text("ö").text("!").finish();
+  });
+  const Json request{{"messages", user("Hi")}, {"logprobs", true}, {"top_logprobs", 2}};
+  const Json whole = ask_json(kChat, request)["choices"][0]["logprobs"]["content"];
+  ASSERT_EQ(whole.size(), 4u);
+  EXPECT_EQ(whole[0], Json::parse(R"({"token":"He","logprob":-0.5,"bytes":[72,101],"top_logprobs":[
+    {"token":"He","logprob":-0.5,"bytes":[72,101]},{"token":"other","logprob":-9999.0,"bytes":[111,116,104,101,114]}]})"));
+  EXPECT_TRUE(whole[2]["bytes"].is_null());  // a part of a character
+  EXPECT_EQ(whole[3]["bytes"], (std::vector<int>{0xC3, 0xB6}));
+  Json streamed = Json::array();
+  for (const Event& event : ask_stream(kChat, request)) {
+    if (event.data == "[DONE]") continue;
+    const Json choice = event.json()["choices"][0];
+    if (choice["logprobs"].is_null()) continue;
+    EXPECT_TRUE(choice["delta"].contains("content"));
+    streamed.insert(streamed.end(), choice["logprobs"]["content"].begin(), choice["logprobs"]["content"].end());
+  }
+  EXPECT_EQ(streamed, whole);
+}
+
+TEST_F(OpenAiChat, WithoutBeingAskedForLogprobsAreNull) {
+  ask_about(Json::parse(R"({"logprobs":false,"top_logprobs":0})"));
+  EXPECT_FALSE(heard().logprobs);
+  EXPECT_TRUE(ask_json(kChat, {{"messages", user("Hi")}})["choices"][0]["logprobs"].is_null());
 }
 
 TEST_F(OpenAiChat, BodiesThatAreNoObjectOrTooDeepAreRefused) {
@@ -368,7 +401,17 @@ TEST_F(OpenAiChat, CompletionsContinueTheirPrompt) {
   EXPECT_EQ(events[0].json()["choices"][0]["text"], "Hel");
   EXPECT_EQ(events[2].json()["choices"][0]["finish_reason"], "stop");
   EXPECT_EQ(events.back().data, "[DONE]");
-  for (const char* body : {R"({"prompt":"x","n":2})", R"({"prompt":"x","best_of":2})", R"({"prompt":"x","logprobs":1})",
+  script([](const ChatRequest&, Say& say) {
+    say.start().tokens({"é"}, 1).text("é").tokens({"a", "b"}, 1, 2).text("ab").finish();
+  });
+  const Json weighed{{"prompt", "Once"}, {"logprobs", 1}};
+  const Json logprobs = ask_json("/v1/completions", weighed)["choices"][0]["logprobs"];
+  EXPECT_EQ(logprobs, Json::parse(R"({"tokens":["é","a","b"],"token_logprobs":[-0.5,-0.5,-0.5],
+    "top_logprobs":[{"é":-0.5},{"a":-0.5},{"b":-0.5}],"text_offset":[0,1,2]})"));
+  const auto pieces = ask_stream("/v1/completions", weighed);
+  EXPECT_EQ(pieces[0].json()["choices"][0]["logprobs"]["text_offset"], Json::parse("[0]"));
+  EXPECT_EQ(pieces[1].json()["choices"][0]["logprobs"]["text_offset"], Json::parse("[1,2]"));
+  for (const char* body : {R"({"prompt":"x","n":2})", R"({"prompt":"x","best_of":2})", R"({"prompt":"x","logprobs":21})",
                            R"({"prompt":"x","echo":true})", R"({"prompt":"x","suffix":"y"})", R"({"prompt":[1,2]})",
                            R"({"prompt":["x","y"]})", R"({})"}) {
     EXPECT_EQ(ask("POST", "/v1/completions", body).status, 400) << body;

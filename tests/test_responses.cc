@@ -216,8 +216,7 @@ TEST_F(Responses, WhatIsNotServedIsRefusedByName) {
            {R"({"background":true})", "background"},
            {R"({"conversation":"c"})", "conversation"},
            {R"({"prompt":{"id":"p"}})", "prompt"},
-           {R"({"top_logprobs":2})", "top_logprobs"},
-           {R"({"include":["message.output_text.logprobs"]})", "include"},
+           {R"({"top_logprobs":21})", "top_logprobs"},
            {R"({"input":[]})", "input"},
            {R"({"input":[{"type":"computer_call"}]})", "input[0].type"},
            {R"({"input":[{"role":"user","content":[{"type":"input_image","image_url":"x"}]}]})", "input[0].content[0]"},
@@ -226,6 +225,34 @@ TEST_F(Responses, WhatIsNotServedIsRefusedByName) {
     EXPECT_EQ(ask_json(kResponses, body_of(body), 400)["error"]["param"], param) << body;
   }
   EXPECT_TRUE(runner.heard.empty());
+}
+
+TEST_F(Responses, LogprobsStandInTheItemInItsDeltasAndAtItsEnd) {
+  script([](const ChatRequest& request, Say& say) {
+    const int top = *request.logprobs;
+    say.start().tokens({"He", "l"}, top).text("Hel").tokens({"lo."}, top, 3).text("lo.").finish();
+  });
+  const Json included = ask_json(kResponses, body_of(R"({"include":["message.output_text.logprobs"]})"));
+  EXPECT_EQ(heard().logprobs, 0);
+  const Json all = included["output"][0]["content"][0]["logprobs"];
+  ASSERT_EQ(all.size(), 3u);
+  EXPECT_EQ(all[2]["token"], "lo.");
+  EXPECT_TRUE(all[2]["top_logprobs"].empty());
+  const Json wanted = body_of(R"({"top_logprobs":1})");
+  const Json whole = ask_json(kResponses, wanted);
+  EXPECT_EQ(whole["top_logprobs"], 1);
+  const Json tokens = whole["output"][0]["content"][0]["logprobs"];
+  EXPECT_EQ(tokens[0]["top_logprobs"][0]["token"], "He");
+  Json deltas = Json::array();
+  for (const Event& event : ask_stream(kResponses, wanted)) {
+    const Json json = event.json();
+    if (event.name == "response.output_text.delta") {
+      deltas.insert(deltas.end(), json["logprobs"].begin(), json["logprobs"].end());
+    }
+    if (event.name == "response.output_text.done") EXPECT_EQ(json["logprobs"], tokens);
+    if (event.name == "response.content_part.added") EXPECT_TRUE(json["part"]["logprobs"].empty());
+  }
+  EXPECT_EQ(deltas, tokens);
 }
 
 StoredResponse stored(const std::string& id, const std::string& text = {}) {

@@ -75,6 +75,29 @@ def test_openai_chat_tells_thinking_apart(gpt):
     assert (message.reasoning_content, message.content) == ("Let me think.", "yes")
 
 
+def test_openai_logprobs_whole_and_streamed(gpt):
+    asked = {"model": "scripted", "messages": user("say one two three"), "logprobs": True, "top_logprobs": 2}
+    whole = gpt.chat.completions.create(**asked).choices[0].logprobs.content
+    assert [token.token for token in whole] == ["one", " two", " three"]
+    assert bytes(whole[1].bytes) == b" two" and whole[1].logprob == -0.5
+    assert [(other.token, other.logprob) for other in whole[1].top_logprobs] == [(" two", -0.5), ("other", -9999)]
+    with gpt.chat.completions.stream(**asked) as stream:
+        assert stream.get_final_completion().choices[0].logprobs.content == whole
+    chunks = [chunk.choices[0] for chunk in gpt.chat.completions.create(**asked, stream=True)]
+    told = [(chunk.delta.content, chunk.logprobs.content[0].token) for chunk in chunks if chunk.logprobs]
+    assert told == [("one", "one"), (" two", " two"), (" three", " three")]
+    text = gpt.completions.create(model="scripted", prompt="one two", logprobs=1).choices[0].logprobs
+    assert (text.tokens, text.token_logprobs, text.text_offset) == (["one", " two"], [-0.5, -0.5], [0, 3])
+    assert text.top_logprobs == [{"one": -0.5}, {" two": -0.5}]
+    response = gpt.responses.create(model="scripted", input="say one two", include=["message.output_text.logprobs"],
+                                    top_logprobs=1)
+    assert [token.token for token in response.output[0].content[0].logprobs] == ["one", " two"]
+    with gpt.responses.stream(model="scripted", input="say one two", top_logprobs=1) as stream:
+        deltas = [event.logprobs[0].token for event in stream if event.type == "response.output_text.delta"]
+        assert deltas == ["one", " two"]
+        assert stream.get_final_response().output[0].content[0].logprobs == response.output[0].content[0].logprobs
+
+
 def test_openai_errors_have_their_classes(gpt):
     for text, kind in (("full", openai.RateLimitError), ("long", openai.BadRequestError),
                        ("missing", openai.NotFoundError)):
@@ -194,6 +217,15 @@ def test_ollama_chats_generates_and_lists(llama):
     assert [model.model for model in llama.list().models] == ["scripted"]
     assert [model.model for model in llama.ps().models] == ["scripted"]
     assert "tools" in llama.show("scripted").capabilities
+
+
+def test_ollama_logprobs_whole_and_streamed(llama):
+    asked = {"model": "scripted", "messages": user("say one two"), "logprobs": True, "top_logprobs": 1}
+    whole = llama.chat(**asked).logprobs
+    assert [(token.token, token.logprob, token.top_logprobs[0].token) for token in whole] == [
+        ("one", -0.5, "one"), (" two", -0.5, " two")]
+    parts = [part for part in llama.chat(**asked, stream=True) if part.logprobs]
+    assert [token for part in parts for token in part.logprobs] == whole
 
 
 def test_ollama_calls_a_tool_and_hears_its_result(llama):

@@ -98,6 +98,28 @@ def test_answers_both_dialects_end_to_end(served):
     assert "".join(block["text"] for block in message["content"]) == text
 
 
+def test_samplers_stop_strings_and_logprobs_count(served):
+    def choice(**more):
+        return served.chat("Who keeps the lamp?", max_tokens=8, temperature=1, **more).json()["choices"][0]
+
+    first = choice(seed=3, logprobs=True, top_logprobs=2)
+    text, tokens = first["message"]["content"], first["logprobs"]["content"]
+    assert len(tokens) == 8 and all(len(token["top_logprobs"]) == 2 for token in tokens)
+    assert choice(seed=3)["message"]["content"] == text != choice(seed=4)["message"]["content"]
+    greedy = served.chat("Who keeps the lamp?", max_tokens=8, temperature=0).json()["choices"][0]["message"]["content"]
+    assert choice(seed=3, top_k=1)["message"]["content"] == greedy
+    cut = choice(seed=3, stop=[text[1]])
+    assert cut["message"]["content"] == text[:text.index(text[1])] and cut["finish_reason"] == "stop"
+    streamed = served.chat("Who keeps the lamp?", max_tokens=8, temperature=1, seed=3, logprobs=True, top_logprobs=2,
+                           stream=True)
+    told = [event["choices"][0]["logprobs"] for event in streamed.events() if event["choices"][0]["logprobs"]]
+    assert [token for part in told for token in part["content"]] == tokens
+    message = served.ask("POST", "/v1/messages", {
+        "model": "tiny", "max_tokens": 8, "temperature": 1, "top_k": 1, "stop_sequences": [greedy[1]],
+        "messages": [{"role": "user", "content": "Who keeps the lamp?"}]}).json()
+    assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", greedy[1])
+
+
 def test_health_asks_for_no_key_and_metrics_does(served):
     assert served.ask("GET", "/health", key="").json()["ready"] is True
     assert served.ask("GET", "/metrics", key="").status == 401

@@ -1,5 +1,6 @@
 #include "server/answer.h"
 
+#include <algorithm>
 #include <chrono>
 #include <ctime>
 #include <random>
@@ -11,6 +12,9 @@ namespace {
 
 // Claude Code shows a banner after 20 s without bytes, and gateways before it cancel after 15 s.
 constexpr std::chrono::seconds kSilence(5);
+
+// OpenAI's word for a token that can't come: JSON has no infinity.
+constexpr float kLeastLogprob = -9999;
 
 }  // namespace
 
@@ -28,6 +32,30 @@ std::vector<const ToolCall*> Answer::calls() const {
     if (part.kind == AnswerPart::Kind::kToolCall) calls.push_back(&part.call);
   }
   return calls;
+}
+
+std::vector<TokenLogprobs> Answer::logprobs() const {
+  std::vector<TokenLogprobs> all;
+  for (const AnswerPart& part : parts) all.insert(all.end(), part.logprobs.begin(), part.logprobs.end());
+  return all;
+}
+
+Json logprobs_json(std::span<const TokenLogprobs> tokens) {
+  const auto told = [](const TokenLogprob& token) {
+    Json json{{"token", token.text}, {"logprob", std::max(token.logprob, kLeastLogprob)}};
+    json["bytes"] = Json();
+    const bool whole = token.text.find("\uFFFD") == std::string::npos;  // no part of a character
+    if (whole) json["bytes"] = std::vector<uint8_t>(token.text.begin(), token.text.end());
+    return json;
+  };
+  Json list = Json::array();
+  for (const TokenLogprobs& token : tokens) {
+    Json json = told(token);
+    json["top_logprobs"] = Json::array();
+    for (const TokenLogprob& other : token.top) json["top_logprobs"].push_back(told(other));
+    list.push_back(std::move(json));
+  }
+  return list;
 }
 
 std::string new_id(std::string_view prefix) {
@@ -59,8 +87,11 @@ void PartSink::extend(AnswerPart::Kind kind, std::string_view delta) {
     open_ = true;
     on_open(answer_.parts.back(), int(answer_.parts.size()) - 1);
   }
-  answer_.parts.back().text += delta;
-  on_delta(answer_.parts.back(), int(answer_.parts.size()) - 1, delta);
+  AnswerPart& part = answer_.parts.back();
+  part.text += delta;
+  part.logprobs.insert(part.logprobs.end(), of_delta_.begin(), of_delta_.end());
+  on_delta(part, int(answer_.parts.size()) - 1, delta);
+  of_delta_.clear();
 }
 
 void PartSink::close() {

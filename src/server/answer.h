@@ -1,6 +1,7 @@
 #pragma once
 /// An answer in parts, and the ways a dialect sends it: whole, or as a stream of events.
 
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -15,7 +16,11 @@ struct AnswerPart {
   enum class Kind { kThinking, kText, kToolCall } kind = Kind::kText;
   std::string text;  ///< of thinking and text
   ToolCall call;     ///< of a tool call
+  std::vector<TokenLogprobs> logprobs;  ///< of text, where they were asked for
 };
+
+/// Log-probabilities as OpenAI and Ollama write them, a list of objects.
+Json logprobs_json(std::span<const TokenLogprobs> tokens);
 
 struct Answer {
   std::string id;       ///< of the response
@@ -26,6 +31,7 @@ struct Answer {
 
   /// All text, or all thinking, in one.
   std::string joined(AnswerPart::Kind kind) const;
+  std::vector<TokenLogprobs> logprobs() const;
   std::vector<const ToolCall*> calls() const;
 };
 
@@ -44,6 +50,7 @@ class PartSink : public AnswerSink {
   void start(const AnswerStart& start) final;
   void thinking(std::string_view delta) final;
   void text(std::string_view delta) final;
+  void logprobs(std::vector<TokenLogprobs> tokens) final { of_delta_ = std::move(tokens); }
   void tool_call(const std::string& name) final;
   void arguments(std::string_view delta) final;
   void finish(const AnswerEnd& end) final;
@@ -55,6 +62,8 @@ class PartSink : public AnswerSink {
   virtual void on_delta(const AnswerPart& part, int index, std::string_view delta) {}
   virtual void on_close(const AnswerPart& part, int index) {}
   virtual void on_finish() {}
+  /// Inside on_delta of text: its tokens.
+  std::span<const TokenLogprobs> delta_logprobs() const { return of_delta_; }
 
  private:
   void extend(AnswerPart::Kind kind, std::string_view delta);
@@ -62,6 +71,7 @@ class PartSink : public AnswerSink {
 
   Answer answer_;
   std::string call_prefix_;
+  std::vector<TokenLogprobs> of_delta_;
   bool started_ = false, open_ = false;
 };
 

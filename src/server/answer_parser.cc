@@ -87,6 +87,7 @@ struct AnswerParser::Impl {
   std::string space;        // white space before what may be a call
   int calls = 0;
   size_t thinking_bytes = 0;
+  size_t pushed = 0, position = 0;
   const Syntax* syntax = nullptr;
   // Harmony
   enum class Body { kHeader, kThinking, kText, kCall } body = Body::kHeader;
@@ -97,7 +98,9 @@ struct AnswerParser::Impl {
     if (options.in_thinking) state = State::kThinking;
   }
 
+  /// A piece that begins where `pending` does, or with the `space` before it.
   void text(std::string_view piece) {
+    position = pushed - pending.size() - space.size();
     if (!piece.empty()) sink.text(piece);
   }
   void think(std::string_view piece) {
@@ -303,12 +306,14 @@ AnswerParser::~AnswerParser() = default;
 
 void AnswerParser::push(std::string_view text) {
   impl_->pending += text;
+  impl_->pushed += text.size();
   impl_->run(false);
 }
 
 void AnswerParser::finish() { impl_->run(true); }
 int AnswerParser::calls() const { return impl_->calls; }
 bool AnswerParser::complete() const { return impl_->state == Impl::State::kDropped; }
+size_t AnswerParser::position() const { return impl_->position; }
 size_t AnswerParser::thinking_bytes() const { return impl_->thinking_bytes; }
 
 }  // namespace torpor::server

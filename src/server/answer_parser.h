@@ -46,6 +46,8 @@ class AnswerParser {
   int calls() const;
   /// Nothing that is pushed now would be heard (Options::one_call).
   bool complete() const;
+  /// Inside AnswerSink::text: where the piece that is told begins, in bytes of all that was pushed.
+  size_t position() const;
   /// Bytes of thinking told so far.
   size_t thinking_bytes() const;
 

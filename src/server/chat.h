@@ -13,6 +13,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include "torpor/generate_options.h"
+
 namespace torpor::server {
 
 /// Members keep the order in which the client wrote them: templates render them, so the order is part of the prompt.
@@ -64,6 +66,7 @@ struct Sampling {
   std::optional<double> temperature, top_p, min_p;
   std::optional<int> top_k;
   std::optional<double> repetition_penalty, presence_penalty, frequency_penalty;
+  std::optional<int> penalty_context;              ///< tokens that the repetition penalty counts; 0: all
   std::vector<std::pair<int, double>> logit_bias;  ///< token id, what is added to its logit
   std::optional<uint64_t> seed;
 };
@@ -81,6 +84,7 @@ struct ChatRequest {
   Sampling sampling;
   std::optional<int> max_tokens;  ///< above what the context leaves it is clamped
   std::vector<std::string> stop;
+  std::optional<int> logprobs;    ///< how probable the text's tokens were is told, and so many of the likeliest
   ResponseFormat response_format;
   Json template_arguments = Json::object();  ///< enable_thinking, reasoning_effort and others that the template knows
 };
@@ -145,6 +149,9 @@ class AnswerSink {
   virtual void progress(int done, int total) {}
   virtual void thinking(std::string_view delta) = 0;
   virtual void text(std::string_view delta) = 0;
+  /// The tokens that begin in the text that comes next (ChatRequest::logprobs). Their `begin` counts the text told
+  /// before.
+  virtual void logprobs(std::vector<TokenLogprobs> tokens) {}
   /// A call begins. Its arguments follow in `arguments`: together they are JSON text of an object.
   virtual void tool_call(const std::string& name) = 0;
   virtual void arguments(std::string_view delta) = 0;

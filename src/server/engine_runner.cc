@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <climits>
+#include <deque>
 #include <fstream>
 #include <iterator>
+#include <mutex>
 #include <random>
 
 #include "base/hash.h"
@@ -33,6 +35,7 @@ SamplingOptions default_sampling(const std::filesystem::path& dir) {
   sampling.top_k = int(number("top_k", 0));
   sampling.min_p = number("min_p", 0);
   sampling.repetition_penalty = number("repetition_penalty", 1);
+  sampling.penalty_context = 0;  // as transformers counts it
   return sampling;
 }
 
@@ -46,6 +49,68 @@ class AnswerReader : public AnswerSink {
   void tool_call(const std::string& name) override { message.tool_calls.push_back({{}, name, {}}); }
   void arguments(std::string_view delta) override { message.tool_calls.back().arguments += delta; }
   void finish(const AnswerEnd&) override {}
+};
+
+/// Finds where a stop string begins in the text that is told of an answer, so that the engine takes its tokens back. On the
+/// engine's thread.
+class StopFinder {
+ public:
+  StopFinder(std::vector<std::string> stop, const AnswerParser::Options& parsing)
+      : filter_(std::move(stop), true, nobody_), parser_(parsing, filter_) {
+    filter_.follow(parser_);
+  }
+  std::optional<StopFound> push(std::string_view piece) {
+    parser_.push(piece);
+    if (filter_.met().empty()) return std::nullopt;
+    return StopFound{filter_.cut(), filter_.met()};
+  }
+
+ private:
+  AnswerReader nobody_;
+  StopSink filter_;
+  AnswerParser parser_;
+};
+
+/// Gives each piece of text the tokens that begin in it. They come from the engine's thread, before their text.
+class TokenSink : public AnswerSink {
+ public:
+  explicit TokenSink(AnswerSink& sink) : sink_(sink) {}
+  void follow(const StopSink& filter) { filter_ = &filter; }
+  void push(const TokenLogprobs& token) {
+    const std::lock_guard lock(mutex_);
+    tokens_.push_back(token);
+  }
+
+  void start(const AnswerStart& start) override { sink_.start(start); }
+  void progress(int done, int total) override { sink_.progress(done, total); }
+  void thinking(std::string_view delta) override { sink_.thinking(delta); }
+  void text(std::string_view delta) override {
+    std::vector<TokenLogprobs> own = take(filter_->position(), filter_->position() + delta.size());
+    for (TokenLogprobs& token : own) token.begin += told_ - filter_->position();
+    told_ += delta.size();
+    if (!own.empty()) sink_.logprobs(std::move(own));
+    sink_.text(delta);
+  }
+  void tool_call(const std::string& name) override { sink_.tool_call(name); }
+  void arguments(std::string_view delta) override { sink_.arguments(delta); }
+  void finish(const AnswerEnd& end) override { sink_.finish(end); }
+
+ private:
+  /// Those that begin in these bytes of the answer. Those before them belong to no text.
+  std::vector<TokenLogprobs> take(size_t begin, size_t end) {
+    const std::lock_guard lock(mutex_);
+    std::vector<TokenLogprobs> own;
+    for (; !tokens_.empty() && tokens_.front().begin < end; tokens_.pop_front()) {
+      if (tokens_.front().begin >= begin) own.push_back(std::move(tokens_.front()));
+    }
+    return own;
+  }
+
+  AnswerSink& sink_;
+  const StopSink* filter_ = nullptr;
+  std::mutex mutex_;
+  std::deque<TokenLogprobs> tokens_;
+  size_t told_ = 0;
 };
 
 /// Where a history parts from what the agent holds, in one line.
@@ -121,8 +186,17 @@ struct EngineRunner::Impl {
     take(options.repetition_penalty, asked.repetition_penalty);
     take(options.presence_penalty, asked.presence_penalty);
     take(options.frequency_penalty, asked.frequency_penalty);
-    options.top_k = std::max(options.top_k, 0);  // -1 is another server's word for none
-    for (const auto& [token, value] : asked.logit_bias) options.logit_bias.emplace_back(token, float(value));
+    take(options.penalty_context, asked.penalty_context);
+    options.top_k = std::max(options.top_k, 0);         // -1 is another server's word for none
+    options.top_p = std::max(options.top_p, 1e-6f);     // 0: the likeliest token alone
+    for (const auto& [token, value] : asked.logit_bias) {
+      if (token >= engine.model().vocab_size) {
+        throw Failure(Failure::Kind::kInvalid,
+                      "'logit_bias' names token " + std::to_string(token) + "; the model has tokens 0 to " +
+                          std::to_string(engine.model().vocab_size - 1) + ".", "logit_bias");
+      }
+      options.logit_bias.emplace_back(token, float(value));
+    }
     options.seed = asked.seed ? *asked.seed : std::random_device{}();
     return options;
   }
@@ -148,6 +222,7 @@ struct EngineRunner::Impl {
       if (!request.template_arguments.empty()) turn.template_arguments = to_text(request.template_arguments);
     }
     turn.generate.sampling = sampling_of(request.sampling);
+    turn.generate.logprobs = request.logprobs;
     // The engine ends an answer where the context does. Clients ask for more than it has as a matter of course.
     const int context = engine.model().max_context > 0 ? engine.model().max_context : INT_MAX;
     turn.generate.max_tokens = std::min(request.max_tokens.value_or(context), context);
@@ -195,8 +270,20 @@ void EngineRunner::run(const ChatRequest& request, AnswerSink& sink, const std::
       return impl_->fit.fit_answer(reader.message);
     };
   }
-  StopSink filter(request.stop, must_call(request), sink);
+  // All of a completion is text, and special tokens are part of it. Of an answer to messages only some is.
+  if (request.prompt) {
+    turn.generate.stop = request.stop;
+  } else if (!request.stop.empty()) {
+    turn.generate.find_stop = [finder = std::make_shared<StopFinder>(request.stop, parsing)](std::string_view piece) {
+      return finder->push(piece);
+    };
+  }
+  TokenSink tokens(sink);
+  if (request.logprobs) turn.generate.on_token = [&](const TokenLogprobs& token) { tokens.push(token); };
+  StopSink filter(request.prompt ? std::vector<std::string>() : request.stop, must_call(request), tokens);
   AnswerParser parser(parsing, filter);
+  filter.follow(parser);
+  tokens.follow(filter);
 
   bool started = false;
   size_t bytes = 0;
@@ -216,7 +303,7 @@ void EngineRunner::run(const ChatRequest& request, AnswerSink& sink, const std::
     if (enough) return;
     bytes += text.size();
     parser.push(text);
-    if (parser.complete() || !filter.met().empty()) enough = true;
+    if (parser.complete()) enough = true;
   };
   const TurnResult result = impl_->engine.turn(turn);
   parser.finish();
@@ -229,7 +316,7 @@ void EngineRunner::run(const ChatRequest& request, AnswerSink& sink, const std::
   end.generated_tokens = result.tokens.generated;
   // The engine counts tokens, not their kinds: thinking's part is that of its text.
   if (bytes > 0) end.thinking_tokens = int(parser.thinking_bytes() * size_t(result.tokens.generated) / bytes);
-  end.stop_string = filter.met();
+  end.stop_string = filter.met().empty() ? result.stop : filter.met();
   if (!end.stop_string.empty()) end.reason = StopReason::kStopString;
   else if (result.finish_reason == FinishReason::kLength) end.reason = StopReason::kLength;
   else if (parser.calls() > 0) end.reason = StopReason::kToolCalls;

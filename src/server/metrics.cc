@@ -42,6 +42,7 @@ class MeteredSink : public AnswerSink {
   }
   void thinking(std::string_view delta) override { first(), sink_.thinking(delta); }
   void text(std::string_view delta) override { first(), sink_.text(delta); }
+  void logprobs(std::vector<TokenLogprobs> tokens) override { sink_.logprobs(std::move(tokens)); }
   void tool_call(const std::string& name) override { first(), sink_.tool_call(name); }
   void arguments(std::string_view delta) override { sink_.arguments(delta); }
   void finish(const AnswerEnd& end) override {

@@ -28,10 +28,14 @@ void read_model(const HttpRequest& http, Field body, ChatRequest& request) {
 void read_options(Field body, ChatRequest& request) {
   const Field options = body["options"];
   read_sampling(options, request.sampling);
-  request.sampling.repetition_penalty = options["repeat_penalty"].number(0, 100);
+  request.sampling.repetition_penalty = options["repeat_penalty"].number(kLeastPenalty, 100);
+  const int counted = options["repeat_last_n"].integer(-1).value_or(64);  // Ollama's default; -1: all, 0: none
+  if (counted == 0) request.sampling.repetition_penalty = 1;
+  request.sampling.penalty_context = std::max(counted, 0);
   // Below 0 there is no bound.
   if (const auto most = options["num_predict"].integer(); most && *most >= 0) request.max_tokens = std::max(*most, 1);
   request.stop = read_stop(options["stop"]);
+  request.logprobs = read_logprobs(body);
   const Field think = body["think"];
   if (think.is_string()) request.template_arguments["reasoning_effort"] = *think.string();
   else if (think) request.template_arguments["enable_thinking"] = *think.boolean();
@@ -173,7 +177,9 @@ class OllamaStream : public StreamSink {
     lines_.spoke();
     if (part.kind == AnswerPart::Kind::kToolCall) return;  // calls are told whole
     const bool thinks = part.kind == AnswerPart::Kind::kThinking;
-    send(lines_.line(answer().start.model, thinks ? "" : delta, thinks ? delta : ""));
+    Json line = lines_.line(answer().start.model, thinks ? "" : delta, thinks ? delta : "");
+    if (!delta_logprobs().empty()) line["logprobs"] = logprobs_json(delta_logprobs());
+    send(line);
   }
   void on_close(const AnswerPart& part, int) override {
     if (part.kind != AnswerPart::Kind::kToolCall) return;
@@ -216,6 +222,7 @@ void answer_turn(const ChatRequest& request, Field body, bool chat, TurnRunner& 
   for (const ToolCall* call : answer.calls()) calls.push_back(Lines::call_json(*call, int(calls.size())));
   Json line = lines.line(answer.start.model, answer.joined(AnswerPart::Kind::kText),
                          answer.joined(AnswerPart::Kind::kThinking), calls);
+  if (request.logprobs) line["logprobs"] = logprobs_json(answer.logprobs());
   lines.finish(line, answer.end);
   answer_whole(response, answer, line);
 }

@@ -57,8 +57,6 @@ std::vector<Tool> read_tools(Field tools) {
 
 void refuse_what_is_not_served(Field body) {
   if (body["n"].integer().value_or(1) != 1) throw body["n"].unserved("ask once for each answer");
-  if (body["logprobs"].boolean().value_or(false)) throw body["logprobs"].unserved("leave it out");
-  if (body["top_logprobs"].integer().value_or(0) != 0) throw body["top_logprobs"].unserved("leave it out");
   if (body["audio"]) throw body["audio"].unserved("the models here write text alone");
   for (const Field& modality : body["modalities"].items()) {
     if (modality.string() != "text") throw body["modalities"].unserved("the models here write text alone");
@@ -84,6 +82,7 @@ ChatRequest read_request(const HttpRequest& http, Field body) {
   request.max_tokens = body["max_tokens"].integer(1);
   if (const auto most = body["max_completion_tokens"].integer(1)) request.max_tokens = most;
   request.stop = read_stop(body["stop"]);
+  request.logprobs = read_logprobs(body);
   request.response_format = read_response_format(body["response_format"]);
   read_effort(body["reasoning_effort"], request);
   if (const auto thinks = body["enable_thinking"].boolean()) request.template_arguments["enable_thinking"] = *thinks;
@@ -106,7 +105,14 @@ Json call_json(const ToolCall& call) {
   return {{"id", call.id}, {"type", "function"}, {"function", {{"name", call.name}, {"arguments", call.arguments}}}};
 }
 
-Json whole_answer(const Answer& answer) {
+/// `logprobs` of a choice.
+Json weighed(std::span<const TokenLogprobs> tokens) {
+  Json logprobs{{"content", logprobs_json(tokens)}};
+  logprobs["refusal"] = Json();
+  return logprobs;
+}
+
+Json whole_answer(const Answer& answer, bool logprobs) {
   const std::string thinking = answer.joined(AnswerPart::Kind::kThinking);
   const auto calls = answer.calls();
   const std::string text = answer.joined(AnswerPart::Kind::kText);
@@ -116,7 +122,7 @@ Json whole_answer(const Answer& answer) {
   if (!thinking.empty()) message["reasoning_content"] = thinking;
   for (const ToolCall* call : calls) message["tool_calls"].push_back(call_json(*call));
   Json choice{{"index", 0}, {"message", message}};
-  choice["logprobs"] = Json();
+  choice["logprobs"] = logprobs ? weighed(answer.logprobs()) : Json();
   choice["finish_reason"] = finish_reason(answer.end.reason);
   return {{"id", answer.id},           {"object", kObject},
           {"created", answer.created}, {"model", answer.start.model},
@@ -146,7 +152,8 @@ class ChatStream : public StreamSink {
   void on_delta(const AnswerPart& part, int, std::string_view delta) override {
     switch (part.kind) {
       case AnswerPart::Kind::kThinking: return send({{"reasoning_content", delta}});
-      case AnswerPart::Kind::kText: return send({{"content", delta}});
+      case AnswerPart::Kind::kText:
+        return send({{"content", delta}}, nullptr, delta_logprobs().empty() ? Json() : weighed(delta_logprobs()));
       case AnswerPart::Kind::kToolCall: break;
     }
     const Json call{{"index", calls_ - 1}, {"function", {{"arguments", delta}}}};
@@ -167,9 +174,9 @@ class ChatStream : public StreamSink {
   Json envelope() const {
     return {{"id", answer().id}, {"object", kChunk}, {"created", answer().created}, {"model", answer().start.model}};
   }
-  void send(Json delta, const char* reason = nullptr) {
+  void send(Json delta, const char* reason = nullptr, Json logprobs = nullptr) {
     Json choice{{"index", 0}, {"delta", std::move(delta)}};
-    choice["logprobs"] = Json();
+    choice["logprobs"] = std::move(logprobs);
     choice["finish_reason"] = reason ? Json(reason) : Json();
     Json chunk = envelope();
     chunk["choices"] = Json::array({choice});
@@ -203,7 +210,7 @@ void answer_chat_completions(const HttpRequest& http, TurnRunner& runner, HttpRe
   } else {
     PartSink sink("chatcmpl-", "call_");
     runner.run(request, sink, response.gone());
-    answer_whole(response, sink.answer(), whole_answer(sink.answer()));
+    answer_whole(response, sink.answer(), whole_answer(sink.answer(), request.logprobs.has_value()));
   }
 }
 

@@ -113,7 +113,7 @@ void read_sampling(Field body, Sampling& sampling) {
   sampling.top_p = body["top_p"].number(0, 1);
   sampling.min_p = body["min_p"].number(0, 1);
   sampling.top_k = body["top_k"].integer(-1);
-  sampling.repetition_penalty = body["repetition_penalty"].number(0, 100);
+  sampling.repetition_penalty = body["repetition_penalty"].number(kLeastPenalty, 100);
   sampling.presence_penalty = body["presence_penalty"].number(-2, 2);
   sampling.frequency_penalty = body["frequency_penalty"].number(-2, 2);
   if (const auto seed = body["seed"].number(-9e18, 9e18)) sampling.seed = uint64_t(int64_t(*seed));
@@ -126,6 +126,13 @@ void read_sampling(Field body, Sampling& sampling) {
       if (const auto added = bias[token].number(-100, 100)) sampling.logit_bias.emplace_back(int(id), *added);
     }
   }
+}
+
+std::optional<int> read_logprobs(Field body) {
+  const auto top = body["top_logprobs"].integer(0, kMostLogprobs);
+  if (body["logprobs"].boolean().value_or(false)) return top.value_or(0);
+  if (top.value_or(0) > 0) throw body["top_logprobs"].wrong("beside 'logprobs': true");
+  return std::nullopt;
 }
 
 std::vector<std::string> read_stop(Field stop) {

@@ -1,6 +1,7 @@
 #pragma once
 /// Members of a body that several dialects have.
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -30,6 +31,12 @@ void read_tool_choice(Field choice, ChatRequest& request);
 
 /// `temperature` and its kin, under the names that OpenAI's body gives them.
 void read_sampling(Field body, Sampling& sampling);
+
+constexpr double kLeastPenalty = 1e-3;  ///< of repetition: logits are divided by it
+constexpr int kMostLogprobs = 20;       ///< alternatives of a token
+
+/// `logprobs`, true or false, and `top_logprobs`, which needs it.
+std::optional<int> read_logprobs(Field body);
 
 /// `stop`: a string, or several.
 std::vector<std::string> read_stop(Field stop);

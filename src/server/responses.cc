@@ -59,7 +59,8 @@ class Items {
   static Json content(const AnswerPart& part, bool complete = true) {
     const std::string text = complete ? part.text : "";
     if (part.kind == Kind::kThinking) return {{"type", "reasoning_text"}, {"text", text}};
-    return {{"type", "output_text"}, {"text", text}, {"annotations", Json::array()}, {"logprobs", Json::array()}};
+    return {{"type", "output_text"}, {"text", text}, {"annotations", Json::array()},
+            {"logprobs", logprobs_json(part.logprobs)}};
   }
 
   Json all(const Answer& answer) {
@@ -91,6 +92,7 @@ Json response_json(const Answer& answer, const Json& body, bool store, const cha
   response["text"] = body.value("text", Json{{"format", {{"type", "text"}}}});
   response["tool_choice"] = body.value("tool_choice", Json("auto"));
   response["tools"] = body.value("tools", Json::array());
+  response["top_logprobs"] = body.value("top_logprobs", Json(0));
   response["truncation"] = "disabled";
   response["usage"] = Json();
   return response;
@@ -145,7 +147,8 @@ class ResponseStream : public StreamSink {
     switch (part.kind) {
       case Kind::kThinking: return send_part("response.reasoning_text.delta", part, index, {{"delta", delta}});
       case Kind::kText:
-        return send_part("response.output_text.delta", part, index, {{"delta", delta}, {"logprobs", Json::array()}});
+        return send_part("response.output_text.delta", part, index,
+                         {{"delta", delta}, {"logprobs", logprobs_json(delta_logprobs())}});
       case Kind::kToolCall: break;
     }
     send("response.function_call_arguments.delta",
@@ -158,7 +161,7 @@ class ResponseStream : public StreamSink {
                                                      {"name", item["name"]}, {"arguments", part.call.arguments}});
     } else {
       Json done{{"text", part.text}};
-      if (part.kind == Kind::kText) done["logprobs"] = Json::array();
+      if (part.kind == Kind::kText) done["logprobs"] = logprobs_json(part.logprobs);
       const bool is_text = part.kind == Kind::kText;
       send_part(is_text ? "response.output_text.done" : "response.reasoning_text.done", part, index, done);
       send_part("response.content_part.done", part, index, {{"part", Items::content(part)}});

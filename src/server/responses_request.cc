@@ -95,10 +95,6 @@ void refuse_what_is_not_served(Field body) {
   if (body["background"].boolean().value_or(false)) throw body["background"].unserved("stream the answer");
   if (body["conversation"]) throw body["conversation"].unserved("use 'previous_response_id'");
   if (body["prompt"]) throw body["prompt"].unserved("write 'instructions' and 'input'");
-  if (body["top_logprobs"].integer().value_or(0) != 0) throw body["top_logprobs"].unserved("leave it out");
-  for (const Field& wanted : body["include"].items()) {
-    if (wanted.string() == "message.output_text.logprobs") throw body["include"].unserved("leave logprobs out");
-  }
 }
 
 }  // namespace
@@ -147,7 +143,10 @@ ResponseRequest read_response_request(const HttpRequest& http, Field body, Respo
   request.store = body["store"].boolean().value_or(true);
   for (const Field& wanted : body["include"].items()) {
     request.encrypted_content |= wanted.string() == "reasoning.encrypted_content";
+    if (wanted.string() == "message.output_text.logprobs") chat.logprobs = 0;
   }
+  const int top = body["top_logprobs"].integer(0, kMostLogprobs).value_or(0);
+  if (chat.logprobs || top > 0) chat.logprobs = top;
   return request;
 }
 

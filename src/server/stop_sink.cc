@@ -6,11 +6,13 @@ namespace torpor::server {
 
 void StopSink::release() {
   if (!waiting_.empty() && !withhold_text_) sink_.text(waiting_);
+  position_ += waiting_.size();
   waiting_.clear();
 }
 
 void StopSink::text(std::string_view delta) {
   if (!met_.empty()) return;
+  if (waiting_.empty() && parser_ != nullptr) position_ = parser_->position();
   waiting_ += delta;
   size_t first = std::string::npos;
   for (const std::string& stop : stop_) {
