@@ -133,7 +133,7 @@ def test_a_cut_at_the_edge_of_the_budget_takes_nobody_away(tiny, words, tokenize
 
 
 def test_a_message_may_begin_with_a_slash(tiny):
-    assert len(turns(chat(tiny, "a", ["/usr/bin is a directory", "/agent", "/fork a b c"]))) == 3
+    assert len(turns(chat(tiny, "a", ["/usr/bin is a directory", "//agent", "//fork a b c"]))) == 3
 
 
 def test_pin_and_rename(ada):

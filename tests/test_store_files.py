@@ -145,9 +145,10 @@ def test_the_listings(ada):
 
 
 def test_show_prints_the_conversation(tiny):
-    said = tiny.run("a", "Who keeps the lamp?").ok().json["text"]
+    turn = tiny.run("a", "Who keeps the lamp?").ok().json
     shown = tiny("show", "a").ok().out
-    assert "[user]\nWho keeps the lamp?\n" in shown and f"[assistant]\n{said}" in shown
+    assert f"[user] exchange 1, tokens 0 to {turn['tokens']['context']}\nWho keeps the lamp?\n" in shown
+    assert f"[assistant]\n{turn['text']}" in shown
 
 
 def test_an_empty_store(tiny):

@@ -23,7 +23,7 @@ const char* activations_name(Activations activations) noexcept;
 struct ComputeOptions {
   std::optional<Backend> backend;          ///< nullopt: TORPOR_BACKEND, else kMlx where MLX's default device is a GPU, else kKernels
   std::optional<Activations> activations;  ///< nullopt: TORPOR_ACTIVATIONS ("f32", "int8"), else kF32; of kKernels alone
-  int threads = 0;                         ///< of the kernels, 1 to 256; 0: TORPOR_THREADS, else one per physical core
+  int threads = 0;                         ///< of the kernels, 1 to 256; 0: TORPOR_THREADS, else one per core that may be used
   /// Instruction set of the kernels: portable, sse4, avx2, avx512 or neon. Empty: TORPOR_CPU_TARGET, else the CPU's best.
   std::string cpu_target;
 };

@@ -161,6 +161,7 @@ struct DiskUsage {
   int64_t segments = 0, segment_bytes = 0;    ///< all segment files, each once
   int64_t orphan_segments = 0;  ///< named by no agent
   int64_t orphan_bytes = 0;     ///< of these, and of parts that no agent names: what gc would free
+  int64_t temporary_files = 0, temporary_bytes = 0;  ///< of saves under way, and of killed ones, which gc would free too
   int64_t total_bytes = 0;
   int64_t bytes_written = 0;  ///< by all saves of all processes since the store was made
 };
@@ -187,7 +188,8 @@ class Store {
   /// What it reaches files through.
   Env& env() const;
 
-  /// kBusy at once when another process (or another lock in this one) has it. A lock that is dropped locks nothing.
+  /// kBusy at once when another process (or another lock in this one) has it. A lock that is dropped locks nothing. Of a store that
+  /// can't be written to, agents are locked against nobody: they can be read, and saving fails.
   [[nodiscard]] std::unique_ptr<AgentLock> lock_agent(const std::string& agent_id);
   /// Whether someone has the agent's lock right now.
   bool is_awake(const std::string& agent_id) const;
@@ -288,7 +290,8 @@ class Store {
   /// kBusy; saves that begin meanwhile do not wait for it.
   /// kCorruption naming the agent file that can't be read, and then no segment is removed: which ones it needs is
   /// not known.
-  GcResult gc();
+  /// With `dry_run` nothing is removed, and the result says what would be.
+  GcResult gc(bool dry_run = false);
 
   /// One self-contained safetensors file (all layers whole, plus `tokens`) and `path` with .json beside it.
   void export_agent(const std::string& agent_id, const std::filesystem::path& path) const;

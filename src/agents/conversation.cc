@@ -51,6 +51,23 @@ size_t repeated(const Tokenizer& tokenizer, int32_t last, const std::vector<int3
   return 0;
 }
 
+/// The last of `messages`, an answer, as the template writes it after what lies before it.
+std::optional<RenderedText> render_answer(const Phrasing& phrasing, std::vector<Message> messages) {
+  RenderedText rendered = phrasing.render(rendered_json(messages));
+  Message& answer = messages.back();
+  answer.tool_calls.clear();  // they stand behind the content
+  answer.content = draw_placeholder(rendered_json(messages), phrasing.variables);
+  const std::string around = phrasing.render(rendered_json(messages)).text;
+  const size_t at = around.rfind(answer.content);
+  if (at == std::string::npos) return std::nullopt;
+  const std::string_view behind = std::string_view(around).substr(at + answer.content.size());
+  const std::string_view whole = rendered.text;
+  const bool same = whole.size() >= at + behind.size() && whole.starts_with(around.substr(0, at)) && whole.ends_with(behind);
+  if (!same) return std::nullopt;
+  rendered.text = std::string(whole.substr(at, whole.size() - at - behind.size()));
+  return rendered;
+}
+
 }  // namespace
 
 std::string template_variables(const std::string& tools, const std::string& arguments) {
@@ -118,6 +135,32 @@ std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing
   std::vector<int32_t> added = phrasing.tokenizer.encode(rendered, last);
   added.erase(added.begin(), added.begin() + std::ptrdiff_t(repeated(phrasing.tokenizer, last, added)));
   return added;
+}
+
+std::vector<int32_t> encode_history(const Phrasing& phrasing, std::span<HeldMessage> messages) {
+  std::vector<int32_t> tokens;
+  const auto last = [&] { return tokens.empty() ? -1 : tokens.back(); };
+  const auto append = [&](const std::optional<std::vector<int32_t>>& added) {
+    if (!added) {
+      throw Error(ErrorCode::kInvalidArgument, "The model's chat template changes answers of the conversation, so it can't be "
+                                               "written anew; start a new agent.");
+    }
+    tokens.insert(tokens.end(), added->begin(), added->end());
+  };
+  size_t answered = 0;  // messages up to the last answer
+  for (size_t i = 0; i <= messages.size(); ++i) {
+    const bool over = i == messages.size();
+    if (over ? answered == i : messages[i].role != "assistant") continue;
+    const std::vector<Message> asked(messages.begin(), messages.begin() + ptrdiff_t(i));
+    append(answered == 0 ? encode_conversation(phrasing, asked)
+                         : encode_after_answer(phrasing, asked, answered, last(), phrasing.variables));
+    for (; answered < i; ++answered) messages[answered].end = int(tokens.size());
+    if (over) break;
+    const auto answer = render_answer(phrasing, {messages.begin(), messages.begin() + ptrdiff_t(i) + 1});
+    append(answer ? std::optional(phrasing.tokenizer.encode(*answer, last())) : std::nullopt);
+    messages[answered++].end = int(tokens.size());
+  }
+  return tokens;
 }
 
 std::vector<int32_t> encode_user_turn(const Phrasing& phrasing, std::vector<Message> history, std::span<const int32_t> held,

@@ -56,6 +56,10 @@ std::vector<int32_t> encode_conversation(const Phrasing& phrasing, std::span<con
 std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing, std::vector<Message> messages, size_t answered,
                                                         int32_t last, const std::string& began_with);
 
+/// All of `messages` as if each answer had come in a turn of its own. Sets their ends. What follows the last answer ends where
+/// the next one would begin. kInvalidArgument where the template changes answers.
+std::vector<int32_t> encode_history(const Phrasing& phrasing, std::span<HeldMessage> messages);
+
 /// Tokens to append to `held`, which holds `history`, so that the model answers `prompt`. Whatever `held` ends with, raw text
 /// too, counts as an answer that is over. `began_with`: see encode_after_answer. kInvalidArgument where that gives nothing.
 std::vector<int32_t> encode_user_turn(const Phrasing& phrasing, std::vector<Message> history, std::span<const int32_t> held,

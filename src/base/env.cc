@@ -63,7 +63,9 @@ const char* advice_for(int error_number) {
 void throw_io_error(std::string_view what, const std::filesystem::path& path, int error_number) {
   throw Error(ErrorCode::kIo, "Could not " + std::string(what) + " '" + path.string() +
                                   "' (" + std::generic_category().message(error_number) + "): " +
-                                  advice_for(error_number) + ".");
+                                  advice_for(error_number) + ".")
+      .with_path(path.string())
+      .with_field("errno", "", std::to_string(error_number));
 }
 
 // ---- File
@@ -308,6 +310,11 @@ std::optional<FileLock> Env::lock(const std::filesystem::path& path, LockMode mo
       }
       if (ghosts > 10) std::this_thread::sleep_for(std::chrono::milliseconds(1));
       continue;
+    }
+    if (result == -ENOLCK || result == -ENOSYS || result == -ENOTSUP || result == -EOPNOTSUPP) {
+      throw Error(ErrorCode::kIo, "The file system of '" + path.string() + "' keeps no locks (" +
+                                      std::generic_category().message(-result) + "), so a store there can be read, but not written "
+                                      "to; choose one on a local disk.");
     }
     if (result != -EWOULDBLOCK && result != -EAGAIN) throw_io_error("lock", path, -result);
     if (std::chrono::steady_clock::now() >= deadline) return std::nullopt;

@@ -383,7 +383,12 @@ void add_bench_command(CLI::App& app, Invocation& invocation) {
       ->check(CLI::Range(1, 1000))
       ->type_name("N");
   bench_app->add_flag("--json", options->json, "Print one JSON object instead of the table (docs/cli.md)");
-  bench_app->callback([&invocation, options] { invocation.run = [options] { return bench(*options); }; });
+  bench_app->callback([&invocation, options] {
+    invocation.run = [&invocation, options] {
+      settle_model(*options, invocation.store, "");
+      return bench(*options);
+    };
+  });
 }
 
 }  // namespace torpor::cli

@@ -1,9 +1,11 @@
-/// fork, rewind, pin, rename: agents that are asleep, without their model. why: with its tokenizer.
+/// fork, rewind, pin, upgrade, rename: agents that are asleep, without their model. why: with its tokenizer.
 
 #include <CLI/CLI.hpp>
 
 #include "agents/conversation.h"
 #include "cli/commands.h"
+#include "cli/exchanges.h"
+#include "cli/model_options.h"
 #include "cli/output.h"
 #include "cli/text_input.h"
 #include "cli/turn.h"
@@ -19,7 +21,7 @@ namespace {
 constexpr int64_t kNeighbours = 8;
 
 struct WhyOptions {
-  std::string id, prompt_file, model;
+  std::string id, other, prompt_file, model;
   std::string tools_file, tools, template_args;
   bool messages = false, json = false;
 };
@@ -44,29 +46,39 @@ std::string side_text(const Json& side) {
   return "token " + std::to_string(side["token"].get<int32_t>()) + " " + side["text"].dump() + ", then " + side["after"].dump();
 }
 
-int why(const WhyOptions& options, const std::filesystem::path& root) {
+void require_known(const std::vector<int32_t>& ids, const std::string& agent) {
+  if (!has_unknown_tokens(ids)) return;
+  throw Error(ErrorCode::kInvalidArgument, "agent '" + agent + "' was imported without its token ids, so what it has in common with "
+                                           "a prompt is not known");
+}
+
+/// The ids that an agent is compared with.
+std::vector<int32_t> other_side(const WhyOptions& options, const Store& store, const Tokenizer& tokenizer,
+                                const std::filesystem::path& model) {
+  if (!options.other.empty()) {
+    std::vector<int32_t> ids = store.agent_tokens(options.other);
+    require_known(ids, options.other);
+    return ids;
+  }
   const std::string prompt = read_prompt_file(options.prompt_file);
   check_text(prompt, "the prompt file");
+  if (!options.messages) return tokenizer.encode(prompt, true);
+  const auto chat_template = ChatTemplate::load(model);
+  if (chat_template == nullptr) {
+    throw Error(ErrorCode::kInvalidArgument, "the model '" + model.string() + "' has no chat template; leave out --messages");
+  }
+  const Phrasing phrasing{tokenizer, *chat_template, template_variables(options.tools, options.template_args)};
+  return encode_conversation(phrasing, messages_from_json(prompt));
+}
+
+int why(const WhyOptions& options, const std::filesystem::path& root) {
+  if (options.other.empty() && options.prompt_file.empty()) throw UsageError("OTHER or --prompt-file is required");
   const auto store = open_store_of(root, options.id);
   const std::vector<int32_t> held = store->agent_tokens(options.id);
-  const std::filesystem::path model = resolve_model(options.model.empty() ? store->agent_info(options.id).model : options.model);
+  const std::filesystem::path model = resolve_model(options.model.empty() ? model_of(*store, options.id) : options.model);
   const auto tokenizer = Tokenizer::load(model);
-  std::vector<int32_t> ids;
-  if (options.messages) {
-    const auto chat_template = ChatTemplate::load(model);
-    if (chat_template == nullptr) {
-      throw Error(ErrorCode::kInvalidArgument, "the model '" + model.string() + "' has no chat template; leave out --messages");
-    }
-    const Phrasing phrasing{*tokenizer, *chat_template, template_variables(options.tools, options.template_args)};
-    ids = encode_conversation(phrasing, messages_from_json(prompt));
-  } else {
-    ids = tokenizer->encode(prompt, true);
-  }
-
-  if (has_unknown_tokens(held)) {
-    throw Error(ErrorCode::kInvalidArgument, "agent '" + options.id + "' was imported without its token ids, so what it has in "
-                                             "common with a prompt is not known");
-  }
+  const std::vector<int32_t> ids = other_side(options, *store, *tokenizer, model);
+  require_known(held, options.id);
   const Divergence found = find_divergence(ids, held);
   const int64_t common = found.common, sealed = common / kSegmentTokens * kSegmentTokens;
   const bool diverges = common < found.prompt && common < found.held;
@@ -79,31 +91,64 @@ int why(const WhyOptions& options, const std::filesystem::path& root) {
                     {"prompt", in_prompt}, {"held", in_agent}});
     return 0;
   }
-  std::string text = "prompt: " + std::to_string(found.prompt) + " tokens; agent " + options.id + ": " +
+  const std::string side = options.other.empty() ? "prompt" : "agent " + options.other;
+  std::string text = side + ": " + std::to_string(found.prompt) + " tokens; agent " + options.id + ": " +
                      std::to_string(found.held) + "; equal: the first " + std::to_string(common) + " (" +
                      std::to_string(sealed) + " in whole segments)\n";
   if (diverges) {
     text += "they part at token " + std::to_string(common) + ", after " + before.dump() + ":\n";
-    text += "  prompt: " + side_text(in_prompt) + "\n  agent:  " + side_text(in_agent) + "\n";
+    const std::string agent = options.other.empty() ? "agent" : "agent " + options.id;
+    const size_t width = std::max(side.size(), agent.size());
+    text += "  " + side + ": " + std::string(width - side.size(), ' ') + side_text(in_prompt) + "\n";
+    text += "  " + agent + ": " + std::string(width - agent.size(), ' ') + side_text(in_agent) + "\n";
+    // The first tokens of a conversation are the template's; a prompt of other ones was not rendered by it.
+    if (common == 0 && options.other.empty() && !options.messages) {
+      text += "the agent's conversation begins as its chat template renders it; --messages renders a prompt so too\n";
+    }
   } else {
-    text += common == found.prompt ? "all of the prompt is held\n" : "all that the agent holds begins the prompt\n";
+    text += common == found.prompt ? "all of the " + side + " is held\n" : "all that the agent holds begins the " + side + "\n";
   }
   print(text);
   return 0;
 }
 
+struct BranchOptions {
+  std::string id, other;
+  int64_t tokens = 0, exchanges = 0;
+  bool off = false, json = false;
+};
+
+/// What a command did: a line for people, an object for programs.
+void tell(const BranchOptions& options, const std::string& line, const Json& object) {
+  if (options.json) {
+    print_json(object);
+  } else {
+    print(line + "\n");
+  }
+}
+
+void fork(Store& store, const BranchOptions& o, std::optional<int64_t> at) {
+  const SaveResult saved = fork_agent(store, o.id, o.other, at);
+  const int64_t tokens = store.agent_info(o.other).cache_size;
+  tell(o, o.other + " begins with " + std::to_string(tokens) + " tokens of " + o.id + ", " + human_bytes(saved.bytes_written) + " written",
+       {{"agent", o.other}, {"source", o.id}, {"tokens", tokens}, {"bytes_written", saved.bytes_written}});
+}
+
+void rewind(Store& store, const BranchOptions& o, int64_t keep) {
+  const int64_t before = store.agent_info(o.id).cache_size;
+  const SaveResult saved = rewind_agent(store, o.id, keep);
+  tell(o, o.id + " keeps " + std::to_string(keep) + " of " + std::to_string(before) + " tokens",
+       {{"agent", o.id}, {"tokens", keep}, {"tokens_before", before}, {"bytes_written", saved.bytes_written}});
+}
+
 }  // namespace
 
 void add_branch_commands(CLI::App& app, Invocation& invocation) {
-  struct Options {
-    std::string id, other;
-    int64_t tokens = 0;
-    bool off = false;
-  };
-  const auto options = std::make_shared<Options>();
+  const auto options = std::make_shared<BranchOptions>();
   const auto add = [&](const char* name, const char* help, auto describe, auto work) {
     CLI::App* command = app.add_subcommand(name, help);
     command->add_option("ID", options->id, "The agent")->required()->type_name("");
+    command->add_flag("--json", options->json, "Print a JSON object that says what was done");
     describe(*command);
     command->callback([&invocation, options, command, work] {
       invocation.run = [&invocation, options, command, work] {
@@ -117,32 +162,58 @@ void add_branch_commands(CLI::App& app, Invocation& invocation) {
   add("fork", "Make a new agent of an agent's first tokens; no rows are copied but the last few",
       [&](CLI::App& command) {
         command.add_option("NEW", options->other, "The new agent")->required()->type_name("");
-        command.add_option("--at", options->tokens, "Tokens it begins with (default: all)")->check(CLI::NonNegativeNumber)->type_name("N");
+        CLI::Option* at = command.add_option("--at", options->tokens, "Tokens it begins with (default: all)");
+        at->check(CLI::NonNegativeNumber)->type_name("N");
+        command.add_option("--turn", options->exchanges, "The same in exchanges: a question and its answer")
+            ->check(CLI::NonNegativeNumber)
+            ->excludes(at)
+            ->type_name("K");
       },
-      [](Store& store, const Options& o, const CLI::App& command) {
-        fork_agent(store, o.id, o.other, command.count("--at") > 0 ? std::optional(o.tokens) : std::nullopt);
+      [](Store& store, const BranchOptions& o, const CLI::App& command) {
+        fork(store, o, command.count("--at") > 0     ? std::optional(o.tokens)
+                       : command.count("--turn") > 0 ? std::optional(end_of_exchange(store, o.id, o.exchanges))
+                                                     : std::nullopt);
       });
-  add("rewind", "Make an agent forget everything after its first tokens",
+  add("rewind", "Make an agent forget everything after its first tokens, or its last exchanges",
       [&](CLI::App& command) {
-        command.add_option("N", options->tokens, "Tokens it keeps")->required()->check(CLI::NonNegativeNumber)->type_name("");
+        CLI::Option* tokens = command.add_option("N", options->tokens, "Tokens it keeps")->check(CLI::NonNegativeNumber)->type_name("");
+        command.add_option("--turns", options->exchanges, "Forget the last so many exchanges: questions and their answers")
+            ->check(CLI::NonNegativeNumber)
+            ->excludes(tokens)
+            ->type_name("N");
       },
-      [](Store& store, const Options& o, const CLI::App&) { rewind_agent(store, o.id, o.tokens); });
+      [](Store& store, const BranchOptions& o, const CLI::App& command) {
+        if (command.count("N") == 0 && command.count("--turns") == 0) throw UsageError("N or --turns is required");
+        rewind(store, o, command.count("N") > 0 ? o.tokens : begin_of_last(store, o.id, o.exchanges));
+      });
   add("pin", "Keep an agent in memory, once it is awake, when others must make room",
       [&](CLI::App& command) { command.add_flag("--off", options->off, "No longer"); },
-      [](Store& store, const Options& o, const CLI::App&) { pin_agent(store, o.id, !o.off); });
+      [](Store& store, const BranchOptions& o, const CLI::App&) {
+        pin_agent(store, o.id, !o.off);
+        tell(o, o.id + (o.off ? " is no longer pinned" : " is pinned"), {{"agent", o.id}, {"pinned", !o.off}});
+      });
   add("upgrade", "Write an agent of an older format anew in today's, so that others can share what it begins with", [](CLI::App&) {},
-      [](Store& store, const Options& o, const CLI::App&) { store.upgrade_agent(o.id); });
+      [](Store& store, const BranchOptions& o, const CLI::App&) {
+        const int64_t written = store.upgrade_agent(o.id).bytes_written;
+        tell(o, o.id + " is of today's format, " + human_bytes(written) + " written", {{"agent", o.id}, {"bytes_written", written}});
+      });
   add("rename", "Give an agent another name",
       [&](CLI::App& command) { command.add_option("NEW", options->other, "The new name")->required()->type_name(""); },
-      [](Store& store, const Options& o, const CLI::App&) { store.rename_agent_cache(o.id, o.other); });
+      [](Store& store, const BranchOptions& o, const CLI::App&) {
+        store.rename_agent_cache(o.id, o.other);
+        tell(o, o.id + " is now " + o.other, {{"agent", o.other}, {"before", o.id}});
+      });
 
   const auto why_options = std::make_shared<WhyOptions>();
-  CLI::App* why_app = app.add_subcommand("why", "Tell how much of a prompt an agent holds already, and where they part");
+  CLI::App* why_app = app.add_subcommand("why", "Tell how much of a prompt, or of another agent, an agent holds, and where they part");
   why_app->add_option("ID", why_options->id, "The agent")->required()->type_name("");
-  why_app->add_option("--prompt-file", why_options->prompt_file, "The whole prompt as a model reads it; - is standard input")
-      ->required()
-      ->type_name("F");
-  why_app->add_flag("--messages", why_options->messages, "The file is a JSON array of {role, content}; the model's template renders it");
+  CLI::Option* other = why_app->add_option("OTHER", why_options->other, "Another agent, in place of a prompt")->type_name("");
+  CLI::Option* file =
+      why_app->add_option("--prompt-file", why_options->prompt_file, "The whole prompt as a model reads it; - is standard input")
+          ->excludes(other)
+          ->type_name("F");
+  why_app->add_flag("--messages", why_options->messages, "The file is a JSON array of {role, content}; the model's template renders it")
+      ->needs(file);
   add_template_options(*why_app, why_options->tools_file, why_options->tools, why_options->template_args);
   why_app->add_option("--model", why_options->model, "Whose tokenizer (default: the agent's model)")->type_name("M");
   why_app->add_flag("--json", why_options->json, "Print a JSON object");

@@ -1,4 +1,4 @@
-/// perplexity: how well a model foretells a text, with the cache as it would be kept.
+/// perplexity: how well a model predicts a text, with the cache as it would be kept.
 
 #include <algorithm>
 #include <cmath>
@@ -79,7 +79,7 @@ int perplexity(const PerplexityOptions& options) {
 
 void add_perplexity_command(CLI::App& app, Invocation& invocation) {
   const auto options = std::make_shared<PerplexityOptions>();
-  CLI::App* perplexity_app = app.add_subcommand("perplexity", "Measure how well a model foretells a text");
+  CLI::App* perplexity_app = app.add_subcommand("perplexity", "Measure how well a model predicts a text");
   add_model_options(*perplexity_app, *options);
   perplexity_app->add_option("--file", options->file, "The text, UTF-8; - is standard input")->required()->type_name("F");
   perplexity_app->add_option("--tokens", options->tokens, "Only the first so many tokens")
@@ -90,7 +90,12 @@ void add_perplexity_command(CLI::App& app, Invocation& invocation) {
       ->check(CLI::Range(1, 512))
       ->type_name("N");
   perplexity_app->add_flag("--json", options->json, "Print one JSON object (docs/cli.md)");
-  perplexity_app->callback([&invocation, options] { invocation.run = [options] { return perplexity(*options); }; });
+  perplexity_app->callback([&invocation, options] {
+    invocation.run = [&invocation, options] {
+      settle_model(*options, invocation.store, "");
+      return perplexity(*options);
+    };
+  });
 }
 
 }  // namespace torpor::cli

@@ -15,7 +15,7 @@ struct RunOptions : TurnOptions {
   bool has_prompt_file = false, branch = false;
 };
 
-int run(const RunOptions& options, const std::filesystem::path& root) {
+int run(RunOptions options, const std::filesystem::path& root) {
   if (!options.agent.empty()) check_agent_id(options.agent);
   TurnRequest request = turn_request(options);
   if (!options.messages_file.empty()) {
@@ -23,7 +23,8 @@ int run(const RunOptions& options, const std::filesystem::path& root) {
     if (request.messages.empty()) throw Error(ErrorCode::kInvalidArgument, "there are no messages; give one at least");
     if (options.branch) request.on_divergence = OnDivergence::kBranch;
   } else {
-    request.prompt = options.has_prompt_file ? read_prompt_file(options.prompt_file) : options.prompt;
+    const bool piped = !options.has_prompt_file && options.prompt == "-";
+    request.prompt = options.has_prompt_file || piped ? read_prompt_file(piped ? "-" : options.prompt_file) : options.prompt;
     check_text(request.prompt, options.has_prompt_file ? "the prompt file" : "the prompt");
     if (request.prompt.empty()) throw Error(ErrorCode::kInvalidArgument, "the prompt is empty; give it some text");
   }
@@ -45,7 +46,7 @@ void add_run_command(CLI::App& app, Invocation& invocation) {
       ->type_name("ID");
   add_turn_options(*run_app, *options);
   CLI::Option_group* source = run_app->add_option_group("Prompt");
-  source->add_option("--prompt", options->prompt, "The user's message")->type_name("P");
+  source->add_option("--prompt", options->prompt, "The user's message; - is standard input")->type_name("P");
   source->add_option("--prompt-file", options->prompt_file, "The same, from a file; - is standard input")
       ->type_name("F");
   CLI::Option* messages =

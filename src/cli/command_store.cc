@@ -1,4 +1,4 @@
-/// verify, gc, limits, export, import.
+/// verify, repair, gc, limits, export, import.
 
 #include <CLI/CLI.hpp>
 
@@ -41,10 +41,37 @@ int verify(const std::filesystem::path& root, const std::optional<std::string>& 
   return ok ? 0 : faces::error_mapping(ErrorCode::kCorruption).exit_code;
 }
 
-int collect_garbage(const std::filesystem::path& root) {
+/// Cuts a damaged agent to its longest intact prefix, without its model.
+int repair(const std::filesystem::path& root, const std::string& id, bool json) {
+  const auto store = open_store_of(root, id);
+  const VerifyReport report = store->verify(id).at(0);
+  const int64_t held = report.problems.empty() ? report.intact_tokens : store->agent_info(id).cache_size;
+  if (!report.problems.empty()) {
+    if (report.intact_tokens == 0) {
+      throw Error(ErrorCode::kCorruption, "nothing of agent '" + id + "' is intact; its next turn, or torpor rebuild, computes it again "
+                                          "from its tokens");
+    }
+    rewind_agent(*store, id, report.intact_tokens);
+  }
+  if (json) {
+    print_json(Json{{"agent", id}, {"tokens", report.intact_tokens}, {"tokens_before", held}, {"problems", report.problems}});
+  } else {
+    print(report.problems.empty() ? id + " is intact\n"
+                                  : id + " keeps the " + std::to_string(report.intact_tokens) + " intact of " + std::to_string(held) +
+                                        " tokens\n");
+  }
+  return 0;
+}
+
+int collect_garbage(const std::filesystem::path& root, bool dry_run, bool json) {
   const auto store = open_existing_store(root);
-  const GcResult result = store ? store->gc() : GcResult{};
-  print("removed " + std::to_string(result.files_removed) + " files, " + human_bytes(result.bytes_freed) + "\n");
+  const GcResult result = store ? store->gc(dry_run) : GcResult{};
+  if (json) {
+    print_json(Json{{"files_removed", result.files_removed}, {"bytes_freed", result.bytes_freed}, {"dry_run", dry_run}});
+  } else {
+    print((dry_run ? "would remove " : "removed ") + std::to_string(result.files_removed) + " files, " +
+          human_bytes(result.bytes_freed) + "\n");
+  }
   return 0;
 }
 
@@ -66,20 +93,40 @@ int limits(const std::filesystem::path& root, std::optional<int64_t> disk_budget
   return 0;
 }
 
-/// Writes as `--format` says; unless it says anything, as Torpor's own export.
-int export_file(Store& store, const std::string& id, const std::filesystem::path& file, const std::string& format) {
+/// Writes as `--format` says; unless it says anything, as Torpor's own export. What is there already is replaced only by force:
+/// a .json beside weights is a model's config.
+int export_file(Store& store, const std::string& id, const std::filesystem::path& file, const std::string& format, bool force, bool json) {
+  store.agent_info(id);
+  std::vector<std::filesystem::path> written{file};
+  if (format == "torpor") written.push_back(std::filesystem::path(file).replace_extension(".json"));
+  for (const auto& path : written) {
+    std::error_code error;
+    if (force || !std::filesystem::is_regular_file(path, error)) continue;
+    throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' is there already; choose another name, or replace it with --force");
+  }
   if (format == "torpor") {
     store.export_agent(id, file);
   } else {
     export_prompt_cache(store, id, file, mlx_lm_rotates_windows,
                         format == "mlx-lm" ? PromptCacheDialect::kNew : PromptCacheDialect::kOld);
   }
+  int64_t bytes = 0;
+  std::vector<std::string> names;
+  for (const auto& path : written) {
+    bytes += int64_t(std::filesystem::file_size(path));
+    names.push_back(path.string());
+  }
+  if (json) {
+    print_json(Json{{"agent", id}, {"files", names}, {"bytes", bytes}});
+  } else {
+    print("wrote " + file.string() + (names.size() > 1 ? " and its .json" : "") + ", " + human_bytes(bytes) + "\n");
+  }
   return 0;
 }
 
 /// An import makes an agent, so the store may be new; what is asked for is checked before its directory is made.
 int import_file(const std::filesystem::path& root, const std::filesystem::path& file, const std::string& id,
-                const std::string& model) {
+                const std::string& model, bool json) {
   check_agent_id(id);
   std::error_code error;
   if (!std::filesystem::is_regular_file(file, error)) {
@@ -101,7 +148,11 @@ int import_file(const std::filesystem::path& root, const std::filesystem::path& 
   } else {
     result = Store(root).import_agent(file, id);
   }
-  print("imported " + id + ", " + human_bytes(result.bytes_written) + " written\n");
+  if (json) {
+    print_json(Json{{"agent", id}, {"bytes_written", result.bytes_written}});
+  } else {
+    print("imported " + id + ", " + human_bytes(result.bytes_written) + " written\n");
+  }
   return 0;
 }
 
@@ -112,7 +163,7 @@ void add_store_commands(CLI::App& app, Invocation& invocation) {
     std::string id, file, model;
     std::string format = "torpor";
     uint64_t disk_budget = 0, min_free = 0;  // bytes
-    bool json = false;
+    bool json = false, force = false, dry_run = false;
   };
   const auto options = std::make_shared<Options>();
 
@@ -125,9 +176,18 @@ void add_store_commands(CLI::App& app, Invocation& invocation) {
     };
   });
 
+  CLI::App* repair_app = app.add_subcommand("repair", "Cut a damaged agent to what is intact of it");
+  repair_app->add_option("ID", options->id, "The agent")->required()->type_name("");
+  repair_app->add_flag("--json", options->json, "Print a JSON object");
+  repair_app->callback([&invocation, options] {
+    invocation.run = [&invocation, options] { return repair(invocation.store, options->id, options->json); };
+  });
+
   CLI::App* gc = app.add_subcommand("gc", "Remove what no agent uses any more");
-  gc->callback([&invocation] {
-    invocation.run = [&invocation] { return collect_garbage(invocation.store); };
+  gc->add_flag("--dry-run", options->dry_run, "Remove nothing, say what would go");
+  gc->add_flag("--json", options->json, "Print a JSON object");
+  gc->callback([&invocation, options] {
+    invocation.run = [&invocation, options] { return collect_garbage(invocation.store, options->dry_run, options->json); };
   });
 
   CLI::App* limits_app = app.add_subcommand("limits", "Show or change the limits that the store keeps for every process");
@@ -153,9 +213,12 @@ void add_store_commands(CLI::App& app, Invocation& invocation) {
       ->capture_default_str()
       ->check(CLI::IsMember({"torpor", "mlx-lm", "mlx-lm-0.31"}))
       ->type_name("FORMAT");
+  export_app->add_flag("--force", options->force, "Replace files of that name");
+  export_app->add_flag("--json", options->json, "Print a JSON object");
   export_app->callback([&invocation, options] {
     invocation.run = [&invocation, options] {
-      return export_file(*open_store_of(invocation.store, options->id), options->id, options->file, options->format);
+      return export_file(*open_store_of(invocation.store, options->id), options->id, options->file, options->format, options->force,
+                         options->json);
     };
   });
 
@@ -163,9 +226,10 @@ void add_store_commands(CLI::App& app, Invocation& invocation) {
   import_app->add_option("FILE", options->file, "File to read")->required()->type_name("");
   import_app->add_option("ID", options->id, "The new agent")->required()->type_name("");
   import_app->add_option("--model", options->model, "Whose rows a prompt cache of mlx-lm holds")->type_name("M");
+  import_app->add_flag("--json", options->json, "Print a JSON object");
   import_app->callback([&invocation, options] {
     invocation.run = [&invocation, options] {
-      return import_file(invocation.store, options->file, options->id, options->model);
+      return import_file(invocation.store, options->file, options->id, options->model, options->json);
     };
   });
 }

@@ -4,6 +4,7 @@
 
 #include <filesystem>
 #include <functional>
+#include <stdexcept>
 #include <string>
 
 namespace CLI {
@@ -18,14 +19,19 @@ struct Invocation {
   std::function<int()> run;     ///< gives the exit code; may throw torpor::Error
 };
 
+/// A command line that only its files show to be incomplete: exit code kExitUsage.
+struct UsageError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 /// run and chat: the two that load a model.
 void add_run_command(CLI::App& app, Invocation& invocation);
 void add_chat_command(CLI::App& app, Invocation& invocation);
-/// fork, rewind, pin, rename and why.
+/// fork, rewind, pin, rename, upgrade and why.
 void add_branch_commands(CLI::App& app, Invocation& invocation);
-/// ls, show, rm and du.
+/// ls, show, rm, prune and du.
 void add_agent_commands(CLI::App& app, Invocation& invocation);
-/// verify, gc, limits, export and import.
+/// verify, repair, gc, limits, export and import.
 void add_store_commands(CLI::App& app, Invocation& invocation);
 /// bench.
 void add_bench_command(CLI::App& app, Invocation& invocation);
@@ -35,6 +41,10 @@ void add_serve_command(CLI::App& app, Invocation& invocation);
 void add_ps_command(CLI::App& app, Invocation& invocation);
 /// perplexity.
 void add_perplexity_command(CLI::App& app, Invocation& invocation);
+/// rebuild.
+void add_rebuild_command(CLI::App& app, Invocation& invocation);
+/// completions.
+void add_completions_command(CLI::App& app, Invocation& invocation);
 
 /// Exit code for a command line that can't be understood.
 inline constexpr int kExitUsage = 2;

@@ -1,5 +1,9 @@
 /// The command line: parses, dispatches, and turns every Error into one sentence and an exit code.
 
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <csignal>
 #include <exception>
 #include <iostream>
@@ -80,6 +84,8 @@ int dispatch(int argc, char** argv) {
 #endif
   add_bench_command(app, invocation);
   add_perplexity_command(app, invocation);
+  add_rebuild_command(app, invocation);
+  add_completions_command(app, invocation);
 
   try {
     app.parse(argc, argv);
@@ -102,12 +108,26 @@ int dispatch(int argc, char** argv) {
     });
   }
   invocation.store = store.empty() ? torpor::default_store_root() : std::filesystem::path(torpor::expand_home(store));
-  return invocation.run();
+  try {
+    return invocation.run();
+  } catch (const UsageError& error) {
+    complain(one_line(error.what()) + " (see '" + command_name(app) + " --help')");
+    return kExitUsage;
+  }
+}
+
+/// A program that is started with a standard stream closed would get its number for the next file that it opens, and print into
+/// that. Reading then finds the end of input, and writing an answer fails.
+void open_closed_streams() {
+  for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    if (::fcntl(fd, F_GETFD) == -1 && errno == EBADF) (void)::open("/dev/null", fd == STDERR_FILENO ? O_WRONLY : O_RDONLY);
+  }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  open_closed_streams();
   std::signal(SIGXFSZ, SIG_IGN);  // a file that may grow no further is an error
   try {
     return dispatch(argc, argv);

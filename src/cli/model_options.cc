@@ -6,6 +6,12 @@
 
 #include <CLI/CLI.hpp>
 
+#include "base/environment.h"
+#include "cli/commands.h"
+#include "cli/output.h"
+#include "torpor/error.h"
+#include "torpor/model.h"
+
 namespace torpor::cli {
 namespace {
 
@@ -61,9 +67,36 @@ EngineOptions AnswerOptions::engine(const std::filesystem::path& root) const {
   return engine;
 }
 
+std::string model_of(const Store& store, const std::string& agent) {
+  const std::string model = store.agent_info(agent).model;
+  try {
+    resolve_model(model);
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kNotFound) throw;
+    throw Error(ErrorCode::kNotFound, "The model '" + model + "' of agent '" + agent + "' is not there any more; say where it is "
+                                      "with --model.");
+  }
+  return model;
+}
+
+void settle_model(ModelOptions& options, const std::filesystem::path& root, const std::string& agent) {
+  if (!options.model.empty()) return;
+  if (!agent.empty()) {
+    if (const auto store = open_existing_store(root); store && store->contains(agent)) {
+      options.model = model_of(*store, agent);
+      return;
+    }
+  }
+  options.model = environment("TORPOR_MODEL");
+  if (options.model.empty()) {
+    throw UsageError("--model is required" + (agent.empty() ? std::string() : ", for agent '" + agent + "' is new") +
+                     "; or set TORPOR_MODEL");
+  }
+}
+
 void add_model_options(CLI::App& app, ModelOptions& options) {
-  app.add_option("--model", options.model, "Model directory, or a repo id in the local Hugging Face cache")
-      ->required()
+  app.add_option("--model", options.model,
+                 "Model directory, or a repo id in the local Hugging Face cache (default: an agent's own, else $TORPOR_MODEL)")
       ->type_name("M");
   app.add_option("--kv-dtype", options.kv_dtype_name, "What the cache is kept in (quantized: its scales and biases): auto, f32, f16 or bf16")
       ->capture_default_str()

@@ -41,6 +41,12 @@ struct AnswerOptions : ModelOptions {
   EngineOptions engine(const std::filesystem::path& root) const;
 };
 
+/// Where --model is left out: the model of `agent`, if `root` has one of that name, else $TORPOR_MODEL. UsageError where there is
+/// neither. kNotFound when the agent's model is no longer where it was.
+void settle_model(ModelOptions& options, const std::filesystem::path& root, const std::string& agent);
+/// The model that an agent was last saved with, checked to be there. kNotFound.
+std::string model_of(const Store& store, const std::string& agent);
+
 /// Adds --model, the options of the KV format, --durability, and those of ComputeOptions to a command.
 void add_model_options(CLI::App& app, ModelOptions& options);
 

@@ -78,6 +78,11 @@ void complain(const Error& error) {
       {ErrorCode::kCorruption, "force", "or torpor rm --force"},
       {ErrorCode::kInvalidArgument, "Store::root", "--store, or TORPOR_STORE"},
       {ErrorCode::kInvalidArgument, "ComputeOptions::cpu_target", "--cpu-target, or TORPOR_CPU_TARGET"},
+      {ErrorCode::kIncompatible, "kv", "--kv-dtype, --kv-bits, or torpor rebuild"},
+      {ErrorCode::kIncompatible, "architecture", "--model, or torpor rebuild"},
+      {ErrorCode::kIncompatible, "config", "--model, or torpor rebuild"},
+      {ErrorCode::kIncompatible, "weights", "--model, or torpor rebuild"},
+      {ErrorCode::kIncompatible, "rope", "--model, or torpor rebuild"},
       {ErrorCode::kIncompatible, "class", "torpor.load_prompt_cache"},
       {ErrorCode::kIncompatible, "made_by", "torpor.save_prompt_cache"},
       {ErrorCode::kResourceExhausted, "DiskLimits", "--disk-budget, --min-free, torpor limits, torpor rm"},
@@ -129,16 +134,22 @@ std::string human_bytes(int64_t bytes) {
   return text;
 }
 
-std::string human_age(const std::string& rfc3339) {
+std::optional<int64_t> age_in_seconds(const std::string& rfc3339) {
   std::tm tm{};
   if (std::sscanf(rfc3339.c_str(), "%d-%d-%dT%d:%d:%d", &tm.tm_year, &tm.tm_mon, &tm.tm_mday, &tm.tm_hour, &tm.tm_min,
                   &tm.tm_sec) != 6) {
-    return "?";
+    return std::nullopt;
   }
   tm.tm_year -= 1900;
   tm.tm_mon -= 1;
   const std::time_t then = timegm(&tm);
-  const long long seconds = std::max<long long>(0, std::time(nullptr) - then);
+  return std::max<int64_t>(0, std::time(nullptr) - then);
+}
+
+std::string human_age(const std::string& rfc3339) {
+  const std::optional<int64_t> age = age_in_seconds(rfc3339);
+  if (!age) return "?";
+  const int64_t seconds = *age;
   if (seconds < 120) return std::to_string(seconds) + " s";
   if (seconds < 120 * 60) return std::to_string(seconds / 60) + " min";
   if (seconds < 48 * 3600) return std::to_string(seconds / 3600) + " h";

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -40,7 +41,9 @@ std::string table(const std::vector<std::vector<std::string>>& rows, const std::
 
 /// "512 B", "1.4 MB".
 std::string human_bytes(int64_t bytes);
-/// How long ago an RFC 3339 UTC time was: "12 s", "3 h", "5 d"; "?" when it can't be read.
+/// How long ago an RFC 3339 UTC time was; nullopt when it can't be read.
+std::optional<int64_t> age_in_seconds(const std::string& rfc3339);
+/// The same as "12 s", "3 h", "5 d", or "?".
 std::string human_age(const std::string& rfc3339);
 /// "0.25 s", "840 ms".
 std::string human_ms(double ms);

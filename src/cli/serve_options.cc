@@ -50,7 +50,6 @@ std::filesystem::path default_key_file() {
 
 void add_serve_options(CLI::App& app, ServeOptions& options) {
   add_model_options(app, options);
-  app.get_option("--model")->required(false);  // it may stand in the file
   app.add_option("--config", options.config, "TOML file with any of these options, by their long names")
       ->type_name("FILE");
   app.add_option("--host", options.host, "Address to listen on; empty: no TCP")

@@ -11,6 +11,8 @@
 #include <CLI/CLI.hpp>
 
 #include "agents/conversation.h"
+#include "base/env.h"
+#include "cli/exchanges.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/text_input.h"
@@ -58,10 +60,11 @@ std::vector<std::pair<int32_t, float>> parse_bias(const std::string& text) {
   return bias;
 }
 
-void print_summary(const TurnResult& result, bool saved) {
+void print_summary(const TurnResult& result, bool saved, std::optional<uint64_t> seed) {
   const double seconds = result.timing_ms.decode / 1000;
-  std::fprintf(stderr, "[%s: %d tokens, %d reused, %d read; first token after %s; %d generated", result.agent.c_str(),
-               result.tokens.context, result.tokens.cached, result.tokens.prefilled,
+  const std::string who = result.agent.empty() ? "" : result.agent + ": ";
+  std::fprintf(stderr, "[%s%d tokens, %d reused, %d read; first token after %s; %d generated", who.c_str(), result.tokens.context,
+               result.tokens.cached, result.tokens.prefilled,
                human_ms(result.timing_ms.ttft).c_str(), result.tokens.generated);
   if (seconds > 0 && result.tokens.generated > 1) {
     std::fprintf(stderr, " at %.1f/s", (result.tokens.generated - 1) / seconds);
@@ -70,12 +73,31 @@ void print_summary(const TurnResult& result, bool saved) {
     std::fprintf(stderr, "; %s saved in %s", human_bytes(result.bytes.written).c_str(),
                  human_ms(result.timing_ms.save).c_str());
   }
+  if (seed) std::fprintf(stderr, "; seed %llu", static_cast<unsigned long long>(*seed));
   std::fputs("]\n", stderr);
+}
+
+/// An agent keeps the system prompt that it began with.
+void check_system(const Store& store, const TurnOptions& options) {
+  if (!options.has_system || store.agent_info(options.agent).cache_size == 0) return;
+  const Json messages = messages_of(store, options.agent);
+  const bool has_own = !messages.empty() && text_of(messages[0], "role") == "system";
+  if (has_own && text_of(messages[0], "content") == options.system) return;
+  throw Error(ErrorCode::kInvalidArgument, "agent '" + options.agent + "' already has " +
+                                               (has_own ? "another system prompt" : "begun without a system prompt") +
+                                               "; leave out --system, or start a new agent");
+}
+
+/// What people give as a number is one: not "nan".
+std::string check_finite(const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  return std::isfinite(value) && *end == 0 ? std::string() : "'" + text + "' is not a number";
 }
 
 }  // namespace
 
-void check_early(const TurnOptions& options, const std::filesystem::path& root) {
+void check_early(TurnOptions& options, const std::filesystem::path& root) {
   if (!options.agent.empty()) check_agent_id(options.agent);
   template_variables(options.tools, options.template_args);
   parse_bias(options.logit_bias);
@@ -84,15 +106,20 @@ void check_early(const TurnOptions& options, const std::filesystem::path& root) 
     if (stop.empty()) throw Error(ErrorCode::kInvalidArgument, "a stop string can't be empty");
     check_text(stop, "a stop string");
   }
+  settle_model(options, root, options.agent);
+  check_text(options.model, "the model's name");
   Tokenizer::require(resolve_model(options.model));
   if (options.save != SaveMode::kNo) check_writable(root);
   // An agent that is awake elsewhere: say so at once. (The engine takes the lock for good.)
   if (const auto store = open_existing_store(root); store && store->contains(options.agent)) {
     (void)store->lock_agent(options.agent);
+    check_system(*store, options);
   }
 }
 
 TurnRequest turn_request(const TurnOptions& options) {
+  // 32 bits: a number that every reader of JSON keeps.
+  const uint64_t seed = options.seed ? *options.seed : random_bits() & 0xFFFFFFFFu;
   TurnRequest request;
   request.agent = options.agent;
   if (options.has_system) request.system = options.system;
@@ -103,6 +130,7 @@ TurnRequest turn_request(const TurnOptions& options) {
   request.save = options.save;
   request.generate.max_tokens = options.max_tokens;
   request.generate.sampling = options.sampling;
+  request.generate.sampling.seed = seed;
   request.generate.sampling.logit_bias = parse_bias(options.logit_bias);
   if (options.logprobs >= 0) request.generate.logprobs = options.logprobs;
   request.generate.stop = options.stop;
@@ -112,6 +140,8 @@ TurnRequest turn_request(const TurnOptions& options) {
 TurnResult take_turn(Engine& engine, const TurnOptions& options, TurnRequest request, InterruptScope& interrupt) {
   ProgressBar progress;
   bool closed = false;
+  // Told where it decides anything, so that the answer can be had again.
+  const auto seed = options.sampling.temperature > 0 ? std::optional(request.generate.sampling.seed) : std::nullopt;
   request.generate.cancel = &interrupt.flag();
   request.generate.on_prefill = [&](int done, int total) { progress.update(done, total); };
   request.generate.on_text = [&](std::string_view text) {
@@ -130,10 +160,10 @@ TurnResult take_turn(Engine& engine, const TurnOptions& options, TurnRequest req
   try {
     if (closed) throw Error(ErrorCode::kIo, "standard output is closed; the turn was ended early");
     if (options.json) {
-      print_json(faces::turn_json(result));
+      print_json(faces::turn_json(result, seed));
     } else {
       if (result.text.empty() || result.text.back() != '\n') print("\n");
-      if (isatty(STDERR_FILENO)) print_summary(result, request.save == SaveMode::kWait && !result.save_error);
+      if (isatty(STDERR_FILENO)) print_summary(result, request.save == SaveMode::kWait && !result.save_error, seed);
     }
   } catch (const Error&) {
     if (!result.save_error) throw;  // else that is worse
@@ -161,10 +191,12 @@ void add_turn_options(CLI::App& app, TurnOptions& options) {
   SamplingOptions& sampling = options.sampling;
   app.add_option("--temperature", sampling.temperature, "Randomness; 0 always takes the likeliest token")
       ->capture_default_str()
+      ->check(check_finite)
       ->check(CLI::Range(0.0, 100.0))
       ->type_name("T");
   app.add_option("--top-p", sampling.top_p, "Samples from the smallest set with this much probability")
       ->capture_default_str()
+      ->check(check_finite)
       ->check(CLI::Range(1e-6, 1.0))
       ->type_name("P");
   app.add_option("--top-k", sampling.top_k, "Samples from so many of the likeliest tokens; 0 = all")
@@ -190,7 +222,9 @@ void add_turn_options(CLI::App& app, TurnOptions& options) {
   app.add_option("--logprobs", options.logprobs, "With --json, log-probabilities of each token and of N alternatives")
       ->check(CLI::Range(0, 64))
       ->type_name("N");
-  app.add_option("--seed", sampling.seed, "Equal seeds give equal answers")->capture_default_str()->type_name("S");
+  app.add_option("--seed", options.seed, "Equal seeds give equal answers (default: another one for each turn)")
+      ->check(CLI::NonNegativeNumber)
+      ->type_name("S");
   app.add_option("--stop", options.stop, "Ends the answer when it contains S; may be given more than once")
       ->allow_extra_args(false)
       ->expected(1)

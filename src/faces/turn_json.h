@@ -2,6 +2,8 @@
 /// A turn's result as JSON: what `torpor run --json` prints and /torpor/v1 answers.
 
 #include <cmath>
+#include <cstdint>
+#include <optional>
 
 #include <nlohmann/json.hpp>
 
@@ -9,7 +11,8 @@
 
 namespace torpor::faces {
 
-inline nlohmann::ordered_json turn_json(const TurnResult& result) {
+/// `seed`: that makes this answer again; none where chance decided nothing.
+inline nlohmann::ordered_json turn_json(const TurnResult& result, std::optional<uint64_t> seed) {
   using Json = nlohmann::ordered_json;
   const auto rounded = [](double ms) { return std::round(ms * 1000) / 1000; };  // microseconds are enough
   Json object{
@@ -28,6 +31,7 @@ inline nlohmann::ordered_json turn_json(const TurnResult& result) {
                          {"decode", rounded(result.timing_ms.decode)},
                          {"save", rounded(result.timing_ms.save)}}},
       {"bytes", Json{{"read", result.bytes.read}, {"written", result.bytes.written}}}};
+  if (seed) object["seed"] = *seed;
   if (!result.stop.empty()) object["stop"] = result.stop;
   const auto logprob = [](const TokenLogprob& token) {
     return Json{{"token", token.token}, {"text", token.text}, {"logprob", token.logprob}};

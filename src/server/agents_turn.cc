@@ -141,7 +141,8 @@ Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, co
     const TurnResult done = engine.turn(turn);
     counted.complete(done);
     if (done.save_error) throw *done.save_error;
-    result = faces::turn_json(done);
+    const SamplingOptions& sampling = turn.generate.sampling;
+    result = faces::turn_json(done, sampling.temperature > 0 ? std::optional(sampling.seed) : std::nullopt);
     result["agent"] = agent.name;
   } catch (const Error& error) {
     if (response.gone()) counted.reason = "cancelled";

@@ -50,7 +50,7 @@ std::optional<Sweep> begin_sweep(Store::Impl& store, std::chrono::milliseconds t
   return Sweep::begin(store.env, store.locks, temporary_files, timeout);
 }
 
-GcResult gc(Store::Impl& store) {
+GcResult gc(Store::Impl& store, bool dry_run) {
   store.agents.require_store();
   auto sweep = begin_sweep(store, std::chrono::minutes(1));
   if (!sweep) {
@@ -61,9 +61,18 @@ GcResult gc(Store::Impl& store) {
     const auto stat = store.env.stat(path);
     if (stat && stat->is_file) unneeded.push_back({path, *stat, segment});
   };
+  const auto remove = [&](const std::vector<Removable>& files) {
+    if (!dry_run) return sweep->remove(files);
+    Sweep::Removed wanted;
+    for (const Removable& file : files) {
+      ++wanted.files;
+      wanted.bytes = saturating_add(wanted.bytes, int64_t(file.stat.size));
+    }
+    return wanted;
+  };
   for (const auto& path : sweep->temporary_files()) add(path);
   // Temporary files go whatever the agents say.
-  Sweep::Removed removed = sweep->remove(unneeded);
+  Sweep::Removed removed = remove(unneeded);
   unneeded.clear();
   const auto live = store.agents.live_files();
   for (const auto& segment : store.segments.list()) {
@@ -74,7 +83,9 @@ GcResult gc(Store::Impl& store) {
     if (!live.contains(removable.path.string())) unneeded.push_back(removable);
   }
   for (const Removable& sidecar : store.agents.stray_sidecars()) unneeded.push_back(sidecar);
-  const Sweep::Removed rest = sweep->remove(unneeded);
+  const Sweep::Removed rest = remove(unneeded);
+  const GcResult result{removed.files + rest.files, saturating_add(removed.bytes, rest.bytes)};
+  if (dry_run) return result;
   sweep->remove(store.segments.stale_notes());
   // Locks that killed processes left of agents that never came to be. Whoever holds one makes that agent.
   for (const auto& id : store.locks.agents()) {
@@ -85,7 +96,7 @@ GcResult gc(Store::Impl& store) {
       log(LogLevel::kInfo, "The lock of agent '" + id + "' is left: " + error.what());
     }
   }
-  return {removed.files + rest.files, saturating_add(removed.bytes, rest.bytes)};
+  return result;
 }
 
 }  // namespace torpor

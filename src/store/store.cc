@@ -168,7 +168,7 @@ std::vector<VerifyReport> Store::verify(const std::optional<std::string>& agent_
   }
   return reports;
 }
-GcResult Store::gc() { return torpor::gc(*impl_); }
+GcResult Store::gc(bool dry_run) { return torpor::gc(*impl_, dry_run); }
 void Store::export_agent(const std::string& agent_id, const std::filesystem::path& path) const {
   torpor::export_agent(*impl_, agent_id, path);
 }

@@ -70,7 +70,7 @@ LoadedPrefix load_prefix(Store::Impl& store, const Identity& identity, const Lin
 std::shared_ptr<const SealedRun> map_segment(Store::Impl& store, const std::string& name);
 
 void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is);
-GcResult gc(Store::Impl& store);
+GcResult gc(Store::Impl& store, bool dry_run = false);
 /// nullopt when saves under way, or somebody else who removes, take longer than `timeout`.
 std::optional<Sweep> begin_sweep(Store::Impl& store, std::chrono::milliseconds timeout);
 

@@ -18,6 +18,10 @@ constexpr const char* kSavingBefore = ".saving-before";
 constexpr const char* kSweeping = ".sweeping";
 constexpr const char* kLimits = ".limits";
 
+bool is_unwritable(const Error& error) {
+  return error.field() == "errno" && (error.found() == std::to_string(EROFS) || error.found() == std::to_string(EACCES));
+}
+
 }  // namespace
 
 void FairMutex::lock() {
@@ -62,7 +66,15 @@ AgentFileLock::~AgentFileLock() {
 
 AgentFileLock StoreLocks::agent(const std::string& id, const std::filesystem::path& agent_file) {
   // Not quite at once: who looks whether an agent is awake holds its lock for a moment.
-  auto lock = env_.lock(path(id), LockMode::kExclusive, milliseconds(20));
+  constexpr milliseconds kMoment{20};
+  std::optional<FileLock> lock;
+  try {
+    lock = env_.lock(path(id), LockMode::kExclusive, kMoment);
+  } catch (const Error& error) {
+    // Whoever can't make the lock can't save the agent either, but may read it.
+    if (!is_unwritable(error) || !env_.is_file(agent_file)) throw;
+    lock = env_.lock(agent_file, LockMode::kShared, kMoment, OpenMode::kRead);
+  }
   if (!lock) {
     throw Error(ErrorCode::kBusy, "The agent '" + id + "' is awake elsewhere; let it go to sleep there first.").with_agent(id);
   }

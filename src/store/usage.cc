@@ -89,6 +89,14 @@ DiskUsage usage(Store::Impl& store) {
       add(usage.orphan_bytes, segment.stat.size);
     }
   }
+  for (const auto& files : {store.agents.temporary_files(), store.segments.temporary_files()}) {
+    for (const auto& path : files) {
+      const auto stat = store.env.stat(path);
+      if (!stat || !stat->is_file) continue;
+      ++usage.temporary_files;
+      add(usage.temporary_bytes, stat->size);
+    }
+  }
   usage.total_bytes = stored_bytes(store);
   usage.bytes_written = store.written.total();
   return usage;
