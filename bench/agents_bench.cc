@@ -80,7 +80,7 @@ Durability durability(const std::string& name) {
 
 void save(const char* root, int n_tokens, Durability durability) {
   Store store(root);
-  const auto cache = KvCache::create(layout(), Backend::kKernels);
+  const auto cache = KvCache::create(layout(), {}, Backend::kKernels);
   grow(*cache, n_tokens);
   SaveResult first, turn, fork;
   const double first_ms = timed([&] { first = store.save_agent_cache("a", cache->snapshot(identity(), /*copy_tail=*/false), "m", {}, durability); });
@@ -149,7 +149,7 @@ void wake(const char* root) {
 
 void converse(const char* root, int n_tokens) {
   Store store(root);
-  const auto cache = KvCache::create(layout(), Backend::kKernels);
+  const auto cache = KvCache::create(layout(), {}, Backend::kKernels);
   int64_t written = 0;
   for (int turn = 0; turn < 50; ++turn) {
     grow(*cache, n_tokens * (turn + 1) / 50 - cache->length());
@@ -161,7 +161,7 @@ void converse(const char* root, int n_tokens) {
 
 /// An agent of `n_tokens` in whole segments and 255 more, the last ones saved in as many turns as `turns` names.
 void talk(Store& store, const std::string& id, int n_tokens, const std::vector<int>& turns) {
-  const auto cache = KvCache::create(layout(), Backend::kKernels);
+  const auto cache = KvCache::create(layout(), {}, Backend::kKernels);
   grow(*cache, n_tokens / kSegmentTokens * kSegmentTokens);
   for (const int n : turns) {
     grow(*cache, n);

@@ -43,10 +43,10 @@ torpor::KvSnapshot make_prompt_cache(const torpor::KvFormat& format, const char*
   snapshot.identity.kv = format.name();
   snapshot.layout.tensors.clear();
   for (const std::string name : {"layer_0_keys", "layer_0_values"}) {
-    if (format.bits == 0) {
+    if (!format.quantized()) {
       snapshot.layout.tensors.push_back({name, format.dtype, 1, 32, 4});
     } else {
-      snapshot.layout.tensors.push_back({name, torpor::KvDtype::kU32, 1, format.bits, 4});
+      snapshot.layout.tensors.push_back({name, torpor::KvDtype::kU32, 1, format.bits.keys, 4});
       for (const char* part : {"_scales", "_biases"}) snapshot.layout.tensors.push_back({name + part, format.dtype, 1, 1, 4});
     }
   }

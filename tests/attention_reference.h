@@ -2,6 +2,7 @@
 /// attention() as its definition says it, in f64, and what its tests run it on.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -25,7 +26,9 @@ struct Options {
   bool sinks = false, norm = false, traditional = false;
   int rope_dims = -1;  // -1: all
   KvDtype dtype = KvDtype::kF16;
-  int bits = 0, group = 64;
+  KvBits bits = 0;
+  int group = 64;
+  bool key_bias = false, rotate = false;
 };
 
 /// Any value, as a 16-bit cache would round it. Written from the formats' definitions, not like the kernel.
@@ -64,11 +67,12 @@ double load_element(const std::byte* p, size_t i, KvDtype dtype) {
 
 /// Element `at` of dequantized rows, in f64 from the packed words.
 struct AffineElement {
-  AffineElement(const AttentionSpec& spec, const std::byte* words, const std::byte* scales, const std::byte* biases, size_t at) {
-    const size_t per_word = 32 / size_t(spec.kv_bits);
+  AffineElement(const AttentionSpec& spec, int bits, const std::byte* words, const std::byte* scales,
+                const std::byte* biases, size_t at) {
+    const size_t per_word = 32 / size_t(bits);
     uint32_t word;
     std::memcpy(&word, words + at / per_word * 4, 4);
-    level = (word >> (at % per_word * size_t(spec.kv_bits))) & ((1u << spec.kv_bits) - 1);
+    level = (word >> (at % per_word * size_t(bits))) & ((1u << bits) - 1);
     scale = load_element(scales, at / size_t(spec.kv_group), spec.kv_dtype);
     bias = load_element(biases, at / size_t(spec.kv_group), spec.kv_dtype);
   }
@@ -82,16 +86,20 @@ class Cache {
  public:
   Cache(const AttentionSpec& spec, int tokens) {
     const size_t elements = size_t(spec.n_kv_heads) * kSegmentTokens * size_t(spec.head_dim);
-    rows_ = spec.kv_bits == 0 ? elements * kv_dtype_size(spec.kv_dtype) : elements * size_t(spec.kv_bits) / 8;
-    scales_ = spec.kv_bits == 0 ? 0 : elements / size_t(spec.kv_group) * kv_dtype_size(spec.kv_dtype);
+    const auto bytes = [&](int bits) {
+      return bits == 0 ? elements * kv_dtype_size(spec.kv_dtype) : elements * size_t(bits) / 8;
+    };
+    const size_t keys_size = bytes(spec.kv_bits.keys), values_size = bytes(spec.kv_bits.values);
+    const size_t scales_size = spec.kv_bits == 0 ? 0 : elements / size_t(spec.kv_group) * kv_dtype_size(spec.kv_dtype);
     const int n = (tokens + kSegmentTokens - 1) / kSegmentTokens;
     for (int i = 0; i < n; ++i) {
-      buffers_.emplace_back(2 * rows_ + 4 * scales_, std::byte{0xff});
-      std::byte *keys = buffers_.back().data(), *values = keys + rows_, *scales = values + rows_;
+      buffers_.emplace_back(keys_size + values_size + 4 * scales_size, std::byte{0xff});
+      std::byte *keys = buffers_.back().data(), *values = keys + keys_size, *scales = values + values_size;
       if (spec.kv_bits == 0) {
         runs.push_back({keys, values});
       } else {
-        runs.push_back({keys, values, scales, scales + scales_, scales + 2 * scales_, scales + 3 * scales_});
+        runs.push_back({keys, values, scales, scales + scales_size, scales + 2 * scales_size,
+                        scales + 3 * scales_size});
       }
     }
   }
@@ -100,7 +108,6 @@ class Cache {
   std::vector<KvRunView> runs;
 
  private:
-  size_t rows_, scales_;
   std::vector<std::vector<std::byte>> buffers_;
 };
 
@@ -128,6 +135,11 @@ struct Model {
       q_norm.push_back(1 + 0.1f * normal(random));
       k_norm.push_back(1 + 0.1f * normal(random));
     }
+    // As large beside the signal as Qwen2.5's.
+    for (int i = 0; i < o.kv_heads * o.dim; ++i) key_bias.push_back(20 * normal(random));
+    if (o.key_bias) spec.key_bias = key_bias.data();
+    spec.rotate_keys = o.rotate && o.bits.keys != 0;
+    spec.rotate_values = o.rotate && o.bits.values != 0;
     if (o.sinks) spec.sinks = sinks.data();
     if (o.norm) {
       spec.q_norm = q_norm.data();
@@ -141,11 +153,17 @@ struct Model {
     std::normal_distribution<float> normal;
     std::vector<float> qkv(size_t(n) * width());
     for (float& x : qkv) x = normal(random);
+    if (spec.key_bias != nullptr) {
+      for (size_t t = 0; t < size_t(n); ++t) {
+        float* keys = qkv.data() + t * width() + out_width();
+        for (size_t i = 0; i < key_bias.size(); ++i) keys[i] += key_bias[i];
+      }
+    }
     return qkv;
   }
 
   AttentionSpec spec;
-  std::vector<float> sinks, q_norm, k_norm;
+  std::vector<float> sinks, q_norm, k_norm, key_bias;
 };
 
 std::vector<double> prepared_head(const AttentionSpec& spec, const float* x, const float* norm, int position) {
@@ -168,11 +186,26 @@ std::vector<double> prepared_head(const AttentionSpec& spec, const float* x, con
   return y;
 }
 
+/// A row times the matrix of the spec, by its definition: element (i, j) is -1 to the number of bits that i and j
+/// share.
+void rotate(std::vector<double>& row) {
+  size_t size = 1;
+  while (row.size() % (2 * size) == 0) size *= 2;
+  const std::vector<double> x = row;
+  for (size_t i = 0; i < row.size(); ++i) {
+    double sum = 0;
+    for (size_t j = 0; j < size; ++j) sum += (std::popcount(i % size & j) % 2 == 0 ? 1 : -1) * x[i / size * size + j];
+    row[i] = sum / std::sqrt(double(size));
+  }
+}
+
 /// What quantizing may change: half a level inside the range and one at the end that isn't met exactly (scale = edge /
 /// rounded level, then a clamp), and the rounding of scale and bias to their dtype.
 double affine_error(const AttentionSpec& spec, const AffineElement& e) {
   const double unit = spec.kv_dtype == KvDtype::kF16 ? 0x1p-11 : spec.kv_dtype == KvDtype::kBF16 ? 0x1p-8 : 0x1p-24;
-  return std::abs(e.scale) * (1 + 2 * unit) + unit * (std::abs(e.scale) * e.level + std::abs(e.bias));
+  // Of rotated rows the range may leave out a quarter of what the elements reach, 2.5 levels on each side.
+  const double levels = spec.rotate_keys || spec.rotate_values ? 3 : 1;
+  return std::abs(e.scale) * (levels + 2 * unit) + unit * (std::abs(e.scale) * e.level + std::abs(e.bias));
 }
 
 /// Checks the cache's rows against the reference, then the outputs, computed in f64 from the rows as they are stored.
@@ -188,25 +221,39 @@ void expect_matches_reference(const Model& model, const std::vector<float>& qkv,
     for (size_t h = 0; h < kv_heads; ++h) {
       const float* k = qkv.data() + size_t(t) * model.width() + (heads + h) * dim;
       const float* v = k + kv_heads * dim;
-      const std::vector<double> expected = prepared_head(spec, k, spec.k_norm, t);
+      std::vector<float> own_key(k, k + dim);
+      std::vector<double> bias(dim, 0.0), expected_value(v, v + dim), key_row(dim), value_row(dim);
+      if (spec.key_bias != nullptr) {
+        for (size_t i = 0; i < dim; ++i) own_key[i] -= spec.key_bias[h * dim + i];
+        bias = prepared_head(spec, spec.key_bias + h * dim, nullptr, t);
+      }
+      std::vector<double> expected = prepared_head(spec, own_key.data(), spec.k_norm, t);
+      if (spec.rotate_keys) rotate(expected);
+      if (spec.rotate_values) rotate(expected_value);
       for (size_t i = 0; i < dim; ++i) {
         const size_t at = (h * kSegmentTokens + size_t(t % kSegmentTokens)) * dim + i;
         double key, value;
         if (spec.kv_bits != 0) {
-          const AffineElement k_of(spec, run.keys, run.key_scales, run.key_biases, at);
-          const AffineElement v_of(spec, run.values, run.value_scales, run.value_biases, at);
+          const AffineElement k_of(spec, spec.kv_bits.keys, run.keys, run.key_scales, run.key_biases, at);
+          const AffineElement v_of(spec, spec.kv_bits.values, run.values, run.value_scales, run.value_biases, at);
           key = k_of.value();
           value = v_of.value();
           ASSERT_NEAR(key, expected[i], affine_error(spec, k_of) + 2e-6) << "key " << t << " " << i;
-          ASSERT_NEAR(value, double(v[i]), affine_error(spec, v_of) + 2e-6) << "value " << t << " " << i;
+          ASSERT_NEAR(value, expected_value[i], affine_error(spec, v_of) + 2e-6) << "value " << t << " " << i;
         } else {
           key = load_element(run.keys, at, spec.kv_dtype);
           value = load_element(run.values, at, spec.kv_dtype);
           ASSERT_NEAR(key, expected[i], unit * std::abs(expected[i]) + 2e-6) << "key " << t << " " << i;
           ASSERT_EQ(value, stored(v[i], spec.kv_dtype)) << "value " << t << " " << i;
         }
-        keys[(h * size_t(n) + size_t(t)) * dim + i] = key;
-        values[(h * size_t(n) + size_t(t)) * dim + i] = value;
+        key_row[i] = key;
+        value_row[i] = value;
+      }
+      if (spec.rotate_keys) rotate(key_row);
+      if (spec.rotate_values) rotate(value_row);
+      for (size_t i = 0; i < dim; ++i) {
+        keys[(h * size_t(n) + size_t(t)) * dim + i] = key_row[i] + bias[i];
+        values[(h * size_t(n) + size_t(t)) * dim + i] = value_row[i];
       }
     }
   }
@@ -240,8 +287,9 @@ void expect_matches_reference(const Model& model, const std::vector<float>& qkv,
       }
     }
   }
-  // Values are of order 1, so are outputs; the errors are of f32 scores (a few units of 2^-24 times |score|) in exp.
-  EXPECT_LT(worst, 1e-5);
+  // Values are of order 1, so are outputs; the errors are of f32 scores (a few units of 2^-24 times |score|) in exp. A
+  // key bias makes the scores of a query 20 times larger.
+  EXPECT_LT(worst, spec.key_bias == nullptr ? 1e-5 : 2e-4);
 }
 
 std::vector<float> run_in_chunks(ThreadPool& pool, const Model& model, const std::vector<float>& source, int n, int chunk,

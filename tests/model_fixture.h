@@ -32,9 +32,10 @@ inline json read_json(const fs::path& path) {
 /// The least a cache has to do, for both backends.
 class TestCache : public KvAccess {
  public:
-  TestCache(const Model& model, KvDtype dtype) : layout_(model.kv_layout(dtype)) {}
+  TestCache(const Model& model, KvDtype dtype) : format_(dtype), layout_(model.kv_layout(dtype)) {}
 
   int length() const override { return length_; }
+  const KvFormat& format() const noexcept override { return format_; }
   const KvLayout& layout() const noexcept override { return layout_; }
   std::span<const KvBuffer> reserve(int n) override {
     while (int(runs_.size()) * kSegmentTokens < length_ + n) {
@@ -77,6 +78,7 @@ class TestCache : public KvAccess {
     return it->second;
   }
 
+  KvFormat format_;
   KvLayout layout_;
   int length_ = 0;
   std::vector<KvBuffer> runs_;

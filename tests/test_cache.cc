@@ -118,7 +118,7 @@ TEST_P(CacheKinds, MemoryIsThatOfTheRealBuffers) {
   const auto cache = KvCache::restore(snapshot, backend());
   EXPECT_GE(get_cache_memory(*cache), 512 * row);
   EXPECT_LT(get_cache_memory(*cache), 512 * row + 4096);
-  EXPECT_EQ(get_cache_memory(*KvCache::create(snapshot.layout, backend())), 0u);
+  EXPECT_EQ(get_cache_memory(*KvCache::create(snapshot.layout, dtype(), backend())), 0u);
 }
 
 TEST_P(CacheKinds, ValidationNamesWhatDisagrees) {
@@ -248,7 +248,7 @@ TEST_P(CacheKinds, RowsThatWereNotReadAreNotGoneOnFrom) {
 }
 
 TEST(SegmentedCache, ARunThatFillsIsOneObjectForEveryone) {
-  const auto cache = KvCache::create(make_layout(KvDtype::kF16), Backend::kKernels);
+  const auto cache = KvCache::create(make_layout(KvDtype::kF16), KvDtype::kF16, Backend::kKernels);
   const std::vector<int32_t> tokens(700, 5);
   for (int done = 0; done < 700; done += 50) {
     cache->reserve(50);
@@ -294,7 +294,7 @@ TEST(SegmentedCache, SnapshotOutlivesTheCache) {
 
 TEST(DenseCache, AppendedRowsAreWhatASnapshotHolds) {
   const KvLayout layout = make_layout(KvDtype::kF16);
-  const auto cache = KvCache::create(layout, Backend::kMlx);
+  const auto cache = KvCache::create(layout, KvDtype::kF16, Backend::kMlx);
   std::vector<mx::array> keys;
   for (int n : {3, 1, 300}) {
     mx::array k = mx::astype(mx::random::normal({1, kHeads, n, kDim}), mx::float16);

@@ -21,6 +21,7 @@
 #include "tiny_model.h"
 #include "torpor/engine.h"
 #include "torpor/error.h"
+#include "torpor/store.h"
 
 namespace torpor {
 namespace {
@@ -40,7 +41,9 @@ std::string words(std::mt19937& random, int n) {
 
 class EngineBatch : public ::testing::Test {
  protected:
-  EngineBatch() { testing::write_tiny_model(model_); }
+  explicit EngineBatch(testing::TinyAttention kind = testing::TinyAttention::kPlain) {
+    testing::write_tiny_model(model_, kind);
+  }
 
   EngineOptions options(const std::string& store, const std::string& kv = "") {
     EngineOptions made;
@@ -189,7 +192,14 @@ void expect_same_alone(Engine& engine, const std::vector<std::vector<Said>>& sai
   }
 }
 
-class OfFormat : public EngineBatch, public ::testing::WithParamInterface<const char*> {};
+/// The parameter is a format's whole name: where keys lack the bias of their projection, the model has one.
+class OfFormat : public EngineBatch, public ::testing::WithParamInterface<const char*> {
+ protected:
+  OfFormat() : EngineBatch(attention_of(GetParam())) {}
+  static testing::TinyAttention attention_of(const std::string& format) {
+    return format.find("bias-free") != std::string::npos ? testing::TinyAttention::kBiased : testing::TinyAttention::kPlain;
+  }
+};
 
 TEST_P(OfFormat, ConcurrentTurnsHaveTheTokensAndLogitsOfSingleOnes) {
   EngineOptions together = options("together", GetParam());
@@ -201,6 +211,9 @@ TEST_P(OfFormat, ConcurrentTurnsHaveTheTokensAndLogitsOfSingleOnes) {
   Engine alone(options("alone", GetParam()));
   expect_same_alone(alone, said);
   EXPECT_EQ(alone.work().most_turns, 1);
+  alone.turn(request("one", "the quick fox", 1, 1));
+  alone.save_all();
+  EXPECT_EQ(Store(directory_.path() / "alone").agent_info("one").identity.kv, GetParam());
 }
 
 std::string name_of(const ::testing::TestParamInfo<const char*>& format) {
@@ -209,7 +222,11 @@ std::string name_of(const ::testing::TestParamInfo<const char*>& format) {
   return name;
 }
 
-INSTANTIATE_TEST_SUITE_P(All, OfFormat, ::testing::Values("f32", "f16", "bf16", "q8 group 32 f16", "q4 group 32 f32"), name_of);
+INSTANTIATE_TEST_SUITE_P(All, OfFormat,
+                         ::testing::Values("f32", "f16", "bf16", "q8 group 32 f16", "q4 group 32 f32 rotated",
+                                           "q8 group 32 f16 bias-free", "q8,4 group 32 f16 bias-free rotated",
+                                           "q4 group 32 f16 bias-free rotated"),
+                         name_of);
 
 TEST_P(OfFormat, TurnsThatGiveTheirMemoryToOthersComputeNothingTwice) {
   EngineOptions tight = options("tight", GetParam());

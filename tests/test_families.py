@@ -33,6 +33,13 @@ def test_the_second_turn_prefills_the_new_message_and_its_scaffold(family):
     assert [turn["text"] for turn in awake] == [first["text"], second["text"]]
 
 
+@pytest.mark.parametrize("bits", ["8", "8,4", "4"])
+def test_quantized_rows_leave_the_answer(tmp_path, bits):
+    torpor = Torpor(tmp_path / "store", ROOT / ".models" / "qwen2.5-coder-0.5b")
+    answer = torpor.run("ada", "What is the capital of France?", "--kv-bits", bits, max_tokens=12).ok().json
+    assert "Paris" in answer["text"]
+
+
 def test_a_chat_may_follow_raw_text(family):
     torpor, _ = family
     torpor.run("ada", "The keeper of the lamp", "--raw", max_tokens=2).ok()

@@ -85,6 +85,43 @@ TEST(KernelsAttention, Quantized) {
   }
 }
 
+TEST(KernelsAttention, KeysAndValuesOfOtherBits) {
+  for (const KvBits bits : {KvBits(8, 4), KvBits(4, 8)}) {
+    for (int dim : {64, 96}) {
+      SCOPED_TRACE(testing::Message() << dim << " bits " << bits.keys << "," << bits.values);
+      Options options;
+      options.dim = dim;
+      options.bits = bits;
+      options.group = 32;
+      check_case(options, 135);
+    }
+  }
+}
+
+// Dims whose greatest power of two is smaller than they are, too.
+TEST(KernelsAttention, RotatedRowsAndKeysWithoutTheirBias) {
+  for (int dim : {32, 64, 96, 128, 160, 256}) {
+    for (int variant = 0; variant < 6; ++variant) {
+      SCOPED_TRACE(testing::Message() << dim << " variant " << variant);
+      Options options;
+      options.dim = dim;
+      options.heads = 4;
+      options.kv_heads = 2;
+      options.group = 32;
+      options.bits = variant % 3 == 0 ? KvBits(8, 4) : variant % 3 == 1 ? KvBits(4) : KvBits(8);
+      options.rotate = variant != 2;
+      options.key_bias = variant >= 2;
+      if (variant == 3) options.window = 100;
+      if (variant == 4) {
+        options.traditional = true;
+        options.softcap = 50;
+      }
+      if (variant == 5) options.rope_dims = dim / 2;
+      check_case(options, variant == 3 ? 400 : 135);
+    }
+  }
+}
+
 TEST(KernelsAttention, QuantizedVariants) {
   for (int window : {0, 1, 100, 512}) {
     for (int variant = 0; variant < 3; ++variant) {
@@ -207,7 +244,7 @@ TEST(KernelsAttention, StoresRounded) {
 
 TEST(KernelsAttention, BitsDependOnNeitherChunksNorThreads) {
   ThreadPool one(1), two(2), three(3);
-  for (int variant = 0; variant < 10; ++variant) {
+  for (int variant = 0; variant < 14; ++variant) {
     SCOPED_TRACE(variant);
     Options options;
     options.heads = 9;
@@ -240,6 +277,11 @@ TEST(KernelsAttention, BitsDependOnNeitherChunksNorThreads) {
       options.dtype = variant == 9 ? KvDtype::kBF16 : KvDtype::kF16;
       options.window = variant == 8 ? 300 : 0;
     }
+    if (variant >= 10) {
+      options.bits = variant == 10 ? KvBits(8, 4) : KvBits(4);
+      options.rotate = variant != 12;
+      options.key_bias = variant >= 12;
+    }
     const Model model(options);
     const int n = variant == 0 ? 1100 : 580;  // more than one superblock
     const std::vector<float> source = model.tokens(n, unsigned(20 + variant));
@@ -257,9 +299,10 @@ TEST(KernelsAttention, BitsDependOnNeitherChunksNorThreads) {
   }
 }
 
-void check_neighbours(int bits) {
+void check_neighbours(const KvBits& bits, bool refined) {
   Options options;
   options.bits = bits;
+  options.rotate = options.key_bias = refined;
   options.heads = 9;
   options.kv_heads = 3;
   options.window = 700;
@@ -304,8 +347,10 @@ void check_neighbours(int bits) {
 TEST(KernelsAttention, BitsDependOnNoNeighbour) {
   for (int bits : {0, 8, 4}) {
     SCOPED_TRACE(bits);
-    check_neighbours(bits);
+    check_neighbours(bits, false);
   }
+  check_neighbours({8, 4}, true);
+  check_neighbours(4, true);
 }
 
 // What a row may not see has no influence, whatever it is.

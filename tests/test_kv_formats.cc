@@ -1,5 +1,6 @@
 // How rows are kept, on both backends: quantized as MLX quantizes, and let go where a window has left them behind.
 
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <random>
@@ -7,6 +8,7 @@
 #include <gtest/gtest.h>
 #include <mlx/mlx.h>
 
+#include "tiny_model.h"
 #include "torpor/cache.h"
 #include "torpor/error.h"
 #include "torpor/model.h"
@@ -19,6 +21,8 @@ namespace fs = std::filesystem;
 
 // Two layers with heads of 32; in one of them each token sees 6.
 const std::string kWindowed = TORPOR_SOURCE_DIR "/tests/goldens/model/tiny-window";
+// Heads of 32, and a bias on keys.
+const std::string kBiased = TORPOR_SOURCE_DIR "/tests/goldens/model/tiny-mixed-g128";
 
 std::vector<int32_t> test_tokens(int n) {
   std::mt19937 random(5);
@@ -47,7 +51,7 @@ mx::array tensor(const KvSnapshot& snapshot, size_t t) {
   }
 }
 
-class Backends : public testing::TestWithParam<Backend> {
+class Backends : public ::testing::TestWithParam<Backend> {
  protected:
   void SetUp() override {
     char pattern[] = "/tmp/torpor-test-XXXXXX";
@@ -61,17 +65,17 @@ TEST_P(Backends, RowsAreThoseOfMlxQuantize) {
   const auto model = Model::load(kWindowed, {.backend = GetParam()});
   const std::vector<int32_t> tokens = test_tokens(50);
   // The first layer's keys and values don't depend on how a cache keeps them.
-  const auto exact = KvCache::create(model->kv_layout(KvDtype::kF32), GetParam());
+  const auto exact = KvCache::create(model->kv_layout(KvDtype::kF32), KvDtype::kF32, GetParam());
   feed(*model, *exact, tokens);
   const KvSnapshot rows = exact->snapshot({});
   for (const KvFormat& format : {KvFormat(KvDtype::kF32, 8, 32), KvFormat(KvDtype::kF16, 4, 32), KvFormat(KvDtype::kBF16, 4, 32)}) {
-    const auto cache = KvCache::create(model->kv_layout(format), GetParam());
+    const auto cache = KvCache::create(model->kv_layout(format), format, GetParam());
     feed(*model, *cache, std::span(tokens).first(33));
     feed(*model, *cache, std::span(tokens).subspan(33));
     const KvSnapshot quantized = cache->snapshot({});
     for (size_t which : {0, 1}) {
       const std::vector<mx::array> expected =
-          mx::quantize(tensor(rows, which), format.group, format.bits, "affine", std::nullopt, mx::Device::cpu);
+          mx::quantize(tensor(rows, which), format.group, format.bits.keys, "affine", std::nullopt, mx::Device::cpu);
       for (size_t part : {0, 1, 2}) {
         const mx::array actual = tensor(quantized, 3 * which + part);
         EXPECT_TRUE(mx::array_equal(actual, mx::astype(expected[part], actual.dtype())).item<bool>())
@@ -115,8 +119,8 @@ TEST_P(Backends, AWindowBoundsWhatIsHeldAndNothingElseChanges) {
     const std::vector<int32_t> tokens = test_tokens(1100);
     Identity identity = model->identity();
     identity.kv = format.name();
-    Store store(root_ + "/" + std::to_string(format.bits));
-    const auto cache = KvCache::create(layout, GetParam());
+    Store store(root_ + "/" + std::to_string(format.bits.keys));
+    const auto cache = KvCache::create(layout, format, GetParam());
     feed(*model, *cache, std::span(tokens).first(700));
     const auto whole = cache->clone();
     const KvSnapshot saved = cache->snapshot(identity);
@@ -164,7 +168,103 @@ TEST_P(Backends, AWindowBoundsWhatIsHeldAndNothingElseChanges) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, Backends, testing::Values(Backend::kKernels, Backend::kMlx),
+TEST_P(Backends, NamesOfFormatsAreReadAsTheyAreWritten) {
+  const auto biased = Model::load(kBiased, {.backend = GetParam()});
+  const auto plain = Model::load(kWindowed, {.backend = GetParam()});
+  EXPECT_EQ(biased->refined(KvDtype::kF16).name(), "f16");
+  EXPECT_EQ(biased->refined({KvDtype::kF16, 8}).name(), "q8 group 64 f16 bias-free");
+  EXPECT_EQ(biased->refined({KvDtype::kF32, {8, 4}, 32}).name(), "q8,4 group 32 f32 bias-free rotated");
+  EXPECT_EQ(plain->refined({KvDtype::kF16, 8}).name(), "q8 group 64 f16");
+  EXPECT_EQ(plain->refined({KvDtype::kBF16, 4, 128}).name(), "q4 group 128 bf16 rotated");
+  EXPECT_THROW(plain->kv_layout(biased->refined({KvDtype::kF16, 8, 32})), Error);  // no bias that keys could lack
+  for (const Model* model : {biased.get(), plain.get()}) {
+    for (const KvBits bits : {KvBits(0), KvBits(8), KvBits(4), KvBits(8, 4), KvBits(4, 8)}) {
+      const KvFormat plain_rows(KvDtype::kBF16, bits, bits == 0 ? 64 : 32);
+      for (const KvFormat& format : {plain_rows, model->refined({KvDtype::kF16, bits})}) {
+        EXPECT_EQ(KvFormat::parse(format.name()), format) << format.name();
+      }
+    }
+  }
+  for (const char* name : {"", "q8", "q8,8 group 64 f16", "q8 group 64 f16 rotated", "f16 bias-free",
+                           "q4 group 64 f16 rotated bias-free", "q4 group 64 f16 rotated ", "q0,4 group 64 f16",
+                           "q8,4,4 group 64 f16"}) {
+    EXPECT_FALSE(KvFormat::parse(name)) << name;
+  }
+}
+
+// As agents of earlier versions are, and as new ones are.
+TEST_P(Backends, AWokenCacheOfEveryFormatGoesOnAsIfItHadNeverStopped) {
+  const auto model = Model::load(kBiased, {.backend = GetParam()});
+  const std::vector<int32_t> tokens = test_tokens(320);
+  for (const KvBits bits : {KvBits(8), KvBits(4), KvBits(8, 4), KvBits(4, 8)}) {
+    const KvFormat plain(KvDtype::kF16, bits, 32);
+    std::vector<float> of_plain;
+    for (const KvFormat& format : {plain, model->refined(plain)}) {
+      SCOPED_TRACE(format.name());
+      Identity identity = model->identity();
+      identity.kv = format.name();
+      const auto cache = KvCache::create(model->kv_layout(format), format, GetParam());
+      feed(*model, *cache, std::span(tokens).first(300));
+      Store(root_).save_agent_cache("a", cache->snapshot(identity), "m");
+      const auto copy = cache->clone();
+      EXPECT_EQ(copy->format(), format);
+      const std::vector<float> expected = feed(*model, *cache, std::span(tokens).subspan(300));
+      EXPECT_EQ(feed(*model, *copy, std::span(tokens).subspan(300)), expected);
+      const auto woken = KvCache::restore(Store(root_).load_agent_cache("a").snapshot, GetParam());
+      EXPECT_EQ(feed(*model, *woken, std::span(tokens).subspan(300)), expected);
+      EXPECT_NE(expected, of_plain);  // another method is another arithmetic
+      of_plain = expected;
+
+      // In small chunks, and beside an agent that begins otherwise.
+      if (GetParam() != Backend::kKernels) continue;
+      const auto chunks = KvCache::create(model->kv_layout(format), format, GetParam()), other = chunks->clone();
+      for (size_t i = 0; i < 314; i += 7) {
+        feed(*model, *chunks, std::span(tokens).subspan(i, std::min<size_t>(7, 314 - i)));
+      }
+      feed(*model, *other, std::span(tokens).subspan(100, 90));
+      const std::vector<ForwardSequence> batch = {{std::span(tokens).first(5), other.get()},
+                                                  {std::span(tokens).subspan(314), chunks.get()}};
+      const mx::array logits = model->forward(batch);
+      const auto* last = logits.data<float>() + expected.size();
+      EXPECT_EQ(std::vector<float>(last, last + expected.size()), expected);
+    }
+  }
+}
+
+// Keys are divided by what queries are multiplied by. Where only one of them is, scores are others'.
+TEST_P(Backends, KeysOf4BitsAreMoreExactThanPlainOnesWhereNormsLieFarApart) {
+  testing::write_tiny_model(root_ + "/model", testing::TinyAttention::kNormed);
+  const auto model = Model::load(root_ + "/model", {.backend = GetParam()});
+  const std::vector<int32_t> tokens = test_tokens(90);
+  const auto logits_of = [&](const KvFormat& format) {
+    const auto cache = KvCache::create(model->kv_layout(format), format, GetParam());
+    return feed(*model, *cache, tokens);
+  };
+  const std::vector<float> exact = logits_of(KvDtype::kF32);
+  const auto error_of = [&](const KvFormat& format) {
+    const std::vector<float> found = logits_of(format);
+    double error = 0, size = 0;
+    for (size_t i = 0; i < exact.size(); ++i) {
+      error += std::pow(double(found[i]) - double(exact[i]), 2);
+      size += std::pow(double(exact[i]), 2);
+    }
+    return std::sqrt(error / size);
+  };
+  const KvFormat plain(KvDtype::kF32, {4, 8}, 32);
+  EXPECT_LT(error_of(model->refined(plain)), 0.6 * error_of(plain));
+}
+
+TEST_P(Backends, CachesOfOtherMethodsAreNotComputedTogether) {
+  const auto model = Model::load(kBiased, {.backend = GetParam()});
+  const KvFormat plain(KvDtype::kF16, 4, 32), refined = model->refined(plain);
+  const auto one = KvCache::create(model->kv_layout(plain), plain, GetParam());
+  const auto other = KvCache::create(model->kv_layout(refined), refined, GetParam());
+  const std::vector<int32_t> tokens = test_tokens(3);
+  const std::vector<ForwardSequence> batch = {{tokens, one.get()}, {tokens, other.get()}};
+  EXPECT_THROW(model->forward(batch), Error);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Backends, ::testing::Values(Backend::kKernels, Backend::kMlx),
                          [](const auto& backend) { return backend.param == Backend::kKernels ? "kernels" : "mlx"; });
 
 }  // namespace

@@ -125,8 +125,14 @@ def test_mlx_lm_goes_on_from_quantized_rows(store, words, tmp_path, name, kind, 
     torpor.run("ada", words(N), "--raw", *QUANTIZED[kind], max_tokens=2).ok()
     torpor("export", "--format", dialect, "ada", tmp_path / "ada.safetensors").ok()
     cache = load(tmp_path / "ada.safetensors", dialect)
-    assert all(isinstance(layer, mlx_cache.QuantizedKVCache) for layer in cache)
-    assert theirs.go_on(theirs.encode(MORE), cache) == torpor.run("ada", MORE, "--raw").ok().json["text"]
+    n = 8
+    if kind == "q8":
+        assert all(isinstance(layer, mlx_cache.QuantizedKVCache) for layer in cache)
+    else:  # rotated, which mlx-lm does not know: it keeps floats, so only the first token's logits are of the same rows
+        n = 1
+        assert all(type(a) is type(b) for a, b in zip(cache, mlx_cache.make_prompt_cache(theirs.model), strict=True))
+    ours = torpor.run("ada", MORE, "--raw", max_tokens=n).ok().json["text"]
+    assert theirs.go_on(theirs.encode(MORE), cache, n) == ours
 
 
 def command(name, *args):

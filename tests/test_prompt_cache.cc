@@ -19,10 +19,10 @@ KvLayout layout_of(const KvFormat& format) {
       const auto add = [&](const std::string& part, KvDtype dtype, int dim) {
         layout.tensors.push_back({name + part, dtype, kHeads, dim, i % 2 == 1 ? kWindow : 0});
       };
-      if (format.bits == 0) {
+      if (!format.quantized()) {
         add("", format.dtype, kDim);
       } else {
-        add("", KvDtype::kU32, kDim * format.bits / 32);
+        add("", KvDtype::kU32, kDim * (side[1] == 'k' ? format.bits.keys : format.bits.values) / 32);
         for (const char* part : {"_scales", "_biases"}) add(part, format.dtype, kDim / format.group);
       }
     }

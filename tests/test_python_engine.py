@@ -397,6 +397,22 @@ def test_kv_formats(tiny_model, tmp_path):
         engine.agent("ada").turn("on", raw=True)
 
 
+def test_keys_and_values_of_other_bits(tiny_model, tmp_path):
+    with torpor.Engine(tiny_model, tmp_path / "store", kv_format="q8,4 group 32 f16") as engine:
+        said = engine.agent("ada").turn("hello", raw=True, max_tokens=4).text
+    listed = torpor.CachePersistence(tmp_path / "store").list_cached_agents()
+    assert listed[0]["identity"]["kv"] == "q8,4 group 32 f16 rotated"
+    # It goes on under the short name, under its own, and under none.
+    for name in ("q8,4 group 32 f16", "q8,4 group 32 f16 rotated", None):
+        with torpor.Engine(tiny_model, tmp_path / "store", kv_format=name) as engine:
+            engine.agent("ada").rewind(0)
+            assert engine.agent("ada").turn("hello", raw=True, max_tokens=4).text == said
+    for other in ("q4 group 32 f16", "q4,8 group 32 f16", "q8,4 group 64 f16"):
+        with torpor.Engine(tiny_model, tmp_path / "store", kv_format=other) as engine:
+            with pytest.raises(torpor.IncompatibleError, match="kv"):
+                engine.agent("ada").turn("on", raw=True)
+
+
 def test_errors_are_of_their_classes(engine, tiny_model, tmp_path):
     ada = engine.agent("ada", system="Be brief.")
     ada.turn("hello", max_tokens=2)

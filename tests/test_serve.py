@@ -286,13 +286,17 @@ def test_a_full_queue_says_when_to_come_again(real, tmp_path):
 def test_options_come_from_command_line_environment_and_file_in_this_order(tiny, tmp_path):
     config = tmp_path / "torpor.toml"
     config.write_text('# a comment\nport = 1\nsocket = "none/such"\nallow-host = ["a.example", "b.example"]\n'
-                      'metrics-alias = "vllm"\n')
-    with Server(tiny, tmp_path, "--config", config, env={"TORPOR_SOCKET": str(tmp_path / "socket")}) as server:
+                      'metrics-alias = "vllm"\nkv-bits = 4\nkv-group = 32\n')
+    with Server(tiny, tmp_path, "--config", config, "--kv-dtype", "f32",
+                env={"TORPOR_SOCKET": str(tmp_path / "socket"), "TORPOR_KV_BITS": "8,4"}) as server:
         assert (tmp_path / "socket").is_socket()
         assert server.port > 1
         for host, status in [("a.example", 200), ("b.example", 200), ("c.example", 403)]:
             assert server.ask("GET", "/v1/models", headers={"host": host}).status == status
         assert server.metric("vllm:num_requests_running") == 0
+        assert server.chat("Who keeps the lamp?", agent="ada").status == 200
+        assert server.stop() == 0
+    assert tiny("show", "ada", "--json").ok().json["identity"]["kv"] == "q8,4 group 32 f32 rotated"
 
 
 @pytest.mark.parametrize("text, words_of_it", [

@@ -211,7 +211,7 @@ def test_the_store_from_the_environment(tiny, tiny_model, tmp_path):
 def test_an_agent_keeps_its_own_kv_format(tiny, words):
     tiny.run("ada", words(600), "--raw", "--kv-bits", 4, "--kv-group", 32).ok()
     tiny.run("eve", words(600), "--raw").ok()
-    assert tiny("show", "ada", "--json").ok().json["identity"]["kv"] == "q4 group 32 f16"
+    assert tiny("show", "ada", "--json").ok().json["identity"]["kv"] == "q4 group 32 f16 rotated"
     assert tiny.agent_file("ada").exists()
     # Nothing said: each goes on as it is. One process has both.
     tiny("fork", "ada", "bob").ok()
@@ -220,7 +220,7 @@ def test_an_agent_keeps_its_own_kv_format(tiny, words):
         result = tiny.run(agent, "and then", "--raw").ok().json
         assert result["tokens"]["cached"] > 600
         assert result["text"] == said["text"]
-        assert tiny("show", agent, "--json").ok().json["identity"]["kv"] == "q4 group 32 f16"
+        assert tiny("show", agent, "--json").ok().json["identity"]["kv"] == "q4 group 32 f16 rotated"
     assert tiny.run("eve", "and then", "--raw").ok().json["tokens"]["cached"] > 600
     # A new agent takes the model's own, and no rows of another format.
     assert tiny.run("max", words(600), "--raw").ok().json["tokens"]["cached"] == 512

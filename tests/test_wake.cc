@@ -36,7 +36,8 @@ std::string program;
 
 // Tokens decoded one at a time after the wake; their logits are compared.
 const std::vector<int32_t> kContinuation = {198, 504, 2141};
-const std::vector<KvFormat> kFormats = {KvDtype::kF32, KvDtype::kF16, KvDtype::kBF16, {KvDtype::kF16, 8}, {KvDtype::kBF16, 4, 32}};
+const std::vector<KvFormat> kFormats = {KvDtype::kF32,       KvDtype::kF16,           KvDtype::kBF16,
+                                        {KvDtype::kF16, 8}, {KvDtype::kF16, {8, 4}}, {KvDtype::kBF16, 4, 32}};
 
 std::vector<int32_t> test_tokens(int n) {
   std::mt19937 random(11);
@@ -108,12 +109,13 @@ TEST_P(Wake, LogitsInANewProcessEqualTheUninterruptedOnes) {
   const std::vector<int32_t> tokens = test_tokens(lengths.back());
   Store store(root_);
   std::map<std::string, std::string> expected;
-  for (const KvFormat& format : kFormats) {
+  for (const KvFormat& asked : kFormats) {
+    const KvFormat format = model->refined(asked);
     Identity identity = model->identity();
     identity.kv = format.name();
     std::string name = format.name();
-    std::replace(name.begin(), name.end(), ' ', '-');
-    auto cache = KvCache::create(model->kv_layout(format), model->backend());
+    std::replace_if(name.begin(), name.end(), [](char c) { return c == ' ' || c == ','; }, '-');
+    auto cache = KvCache::create(model->kv_layout(format), format, model->backend());
     int fed = 0;
     for (int length : lengths) {
       feed(*model, *cache, std::span(tokens).subspan(size_t(fed), size_t(length - fed)));
@@ -212,7 +214,8 @@ TEST_F(EngineTurns, ForksGoTheirOwnWayBitForBitAndRewindingIsAFreshPrefill) {
   auto model = Model::load(kModel);
   // What a model that has just read the first `n` tokens says next.
   const auto fresh = [&](std::span<const int32_t> read) {
-    auto cache = KvCache::create(model->kv_layout(model->default_kv_format()), model->backend());
+    const KvFormat format = model->default_kv_format();
+    auto cache = KvCache::create(model->kv_layout(format), format, model->backend());
     if (read.size() > 1) feed(*model, *cache, read.first(read.size() - 1));
     const ForwardSequence last{read.last(1), cache.get(), false};
     const mx::array logits = model->forward({&last, 1});

@@ -14,8 +14,14 @@
 
 namespace torpor::testing {
 
+enum class TinyAttention {
+  kPlain,
+  kBiased,  ///< projections have biases, that of the keys as large beside the signal as Qwen2.5's
+  kNormed,  ///< heads of q and k have norms with weights that lie far apart, as Qwen 3's; the architecture is that one
+};
+
 /// Writes the model into `directory`, which is made. Equal in every process.
-inline void write_tiny_model(const std::filesystem::path& directory) {
+inline void write_tiny_model(const std::filesystem::path& directory, TinyAttention kind = TinyAttention::kPlain) {
   namespace fs = std::filesystem;
   constexpr int kHidden = 32, kInner = 64, kHeads = 2, kKvHeads = 1, kHeadDim = 32, kVocab = 605, kEnd = 602;
   const fs::path text = fs::path(TORPOR_SOURCE_DIR) / "tests/goldens/text";
@@ -24,12 +30,14 @@ inline void write_tiny_model(const std::filesystem::path& directory) {
   fs::copy_file(text / "templates/chatml.jinja", directory / "chat_template.jinja");
 
   std::ofstream(directory / "config.json") << nlohmann::json{
-      {"architectures", nlohmann::json::array({"LlamaForCausalLM"})}, {"model_type", "llama"}, {"hidden_size", kHidden},
+      {"architectures", nlohmann::json::array({"LlamaForCausalLM"})},
+      {"model_type", kind == TinyAttention::kNormed ? "qwen3" : "llama"}, {"hidden_size", kHidden},
       {"intermediate_size", kInner}, {"num_hidden_layers", 2}, {"num_attention_heads", kHeads},
       {"num_key_value_heads", kKvHeads}, {"head_dim", kHeadDim}, {"vocab_size", kVocab}, {"rms_norm_eps", 1e-5},
       {"rope_theta", 10000.0}, {"max_position_embeddings", 4096}, {"tie_word_embeddings", false},
       {"layer_types", nlohmann::json::array({"full_attention", "sliding_attention"})}, {"sliding_window", 100},
-      {"torch_dtype", "float32"}, {"hidden_act", "silu"}, {"eos_token_id", kEnd}};
+      {"torch_dtype", "float32"}, {"hidden_act", "silu"}, {"eos_token_id", kEnd},
+      {"attention_bias", kind == TinyAttention::kBiased}};
 
   nlohmann::ordered_json header;
   std::vector<float> values;
@@ -56,10 +64,19 @@ inline void write_tiny_model(const std::filesystem::path& directory) {
     const auto linear = [&](const char* name, int out, int in) {
       add(layer + name + ".weight", {out, in}, 1 / std::sqrt(double(in)));
     };
-    linear("self_attn.q_proj", kHeads * kHeadDim, kHidden);
-    linear("self_attn.k_proj", kKvHeads * kHeadDim, kHidden);
-    linear("self_attn.v_proj", kKvHeads * kHeadDim, kHidden);
-    linear("self_attn.o_proj", kHidden, kHeads * kHeadDim);
+    const auto of_attention = [&](const char* name, int out, int in, double bias) {
+      linear(name, out, in);
+      if (kind == TinyAttention::kBiased) add(layer + name + ".bias", {out}, bias);
+    };
+    of_attention("self_attn.q_proj", kHeads * kHeadDim, kHidden, 0.1);
+    of_attention("self_attn.k_proj", kKvHeads * kHeadDim, kHidden, 20);
+    of_attention("self_attn.v_proj", kKvHeads * kHeadDim, kHidden, 0.1);
+    of_attention("self_attn.o_proj", kHidden, kHeads * kHeadDim, 0.1);
+    for (const char* name : {"self_attn.q_norm", "self_attn.k_norm"}) {
+      if (kind != TinyAttention::kNormed) break;
+      add(layer + name + ".weight", {kHeadDim}, 2);
+      for (size_t at = values.size() - kHeadDim; at < values.size(); ++at) values[at] = std::exp2(values[at]);
+    }
     linear("mlp.gate_proj", kInner, kHidden);
     linear("mlp.up_proj", kInner, kHidden);
     linear("mlp.down_proj", kHidden, kInner);

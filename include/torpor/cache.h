@@ -33,8 +33,9 @@ class KvCache : public KvAccess {
  public:
   ~KvCache() override;
   /// An empty cache of the kind `backend` computes with.
-  static std::unique_ptr<KvCache> create(const KvLayout& layout, Backend backend);
-  /// The cache a snapshot was taken of. kKernels: sealed runs are adopted without a copy, whatever memory they are in.
+  static std::unique_ptr<KvCache> create(const KvLayout& layout, const KvFormat& format, Backend backend);
+  /// The cache a snapshot was taken of; its format is the identity's. kKernels: sealed runs are adopted without a copy,
+  /// whatever memory they are in.
   /// kInvalidArgument when the snapshot is inconsistent, kIncompatible when it has state: all that is cached here is rows.
   static std::unique_ptr<KvCache> restore(const KvSnapshot& snapshot, Backend backend);
 
@@ -76,12 +77,13 @@ class KvCache : public KvAccess {
   const std::vector<int32_t>& tokens() const noexcept { return tokens_; }
   /// Says which tokens the rows just computed belong to.
   void record_tokens(std::span<const int32_t> ids) { tokens_.insert(tokens_.end(), ids.begin(), ids.end()); }
+  const KvFormat& format() const noexcept override { return format_; }
   const KvLayout& layout() const noexcept override { return layout_; }
   int length() const override { return length_; }
   void advance(int n) override { length_ += n; }
 
  protected:
-  explicit KvCache(KvLayout layout, std::vector<int32_t> tokens = {});
+  explicit KvCache(KvLayout layout, const KvFormat& format, std::vector<int32_t> tokens = {});
   /// Frees rows from `n_tokens` (at most length()) on.
   virtual void drop_rows(int n_tokens) = 0;
   /// Whether the buffers hold what layout and length say.
@@ -95,6 +97,7 @@ class KvCache : public KvAccess {
   void count_like(KvCache& copy) const { copy.count_in(ledger_); }
 
   KvLayout layout_;
+  KvFormat format_;
   std::vector<int32_t> tokens_;
   int length_ = 0;  // rows held
 

@@ -37,7 +37,9 @@ namespace torpor {
 struct EngineOptions {
   std::string model;                  ///< directory or repo id
   std::filesystem::path store = default_store_root();
-  std::optional<KvFormat> kv_format;    ///< of new agents; nullopt: the model's own, and an agent on disk goes on in its own
+  /// The dtype, bits and group of new agents' rows; the rest is the model's to say (Model::refined). nullopt: the model's
+  /// own. An agent on disk goes on in its own format. Of another dtype, bits or group than given it is kIncompatible.
+  std::optional<KvFormat> kv_format;
   Durability durability = Durability::kFull;
   /// Bytes of KV held in memory, real buffers, each once; 0 = no bound. Over it the least recently used agents that are not
   /// pinned go to sleep, and turns that came last or whose readers are slow put their rows aside, in files, until they go on;
@@ -59,6 +61,10 @@ struct EngineOptions {
 /// A model as the store needs it to make an agent of a file that does not say whose it is (import_prompt_cache,
 /// torpor/agents.h). Its files are read for their digests; no weights are kept. Errors as the Engine's constructor gives them.
 CacheModel describe_model(const std::string& name, const ComputeOptions& compute = {});
+
+/// For export_prompt_cache (torpor/exchange.h): by the model that the agent was last saved by, or by `model` unless that
+/// is empty. kIncompatible when the agent is of another model. Else as describe_model.
+RestoreAgentKeys agent_keys(const AgentInfo& agent, const std::string& model = {});
 
 /// What a turn by messages does where the agent holds other messages than the request has there, or more.
 enum class OnDivergence {

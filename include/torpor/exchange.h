@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <span>
 #include <string>
 
 #include "torpor/kv_snapshot.h"
@@ -21,6 +22,12 @@ enum class PromptCacheDialect {
 /// Whether mlx-lm keeps the layers with a window of this architecture in a RotatingKVCache, which forgets rows.
 /// mlx_lm_rotates_windows (torpor/model_info.h) says it of the engine's architectures.
 using RotatesWindows = std::function<bool(const std::string& architecture)>;
+
+/// Makes a token's keys of a layer what the model computed, in place: RestoreKeys (torpor/model_info.h) of an agent's
+/// format.
+using RestoreAgentKeys = std::function<void(int layer, int64_t position, std::span<float> keys)>;
+/// That of an agent's model; agent_keys (torpor/engine.h) is one.
+using RestoreKeysOf = std::function<RestoreAgentKeys(const AgentInfo& agent)>;
 
 /// A model as whoever reads a file needs it that does not say whose it is.
 struct CacheModel {
@@ -53,10 +60,14 @@ bool is_prompt_cache(const std::filesystem::path& path);
 PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheModel& model, Env* env = nullptr);
 
 /// Writes a file that mlx-lm continues from, and renames it into place. Rows are mapped, not read, where that can be had.
+/// Quantized rows that mlx-lm does not know (rotated, without their bias, of two numbers of bits) become floats of
+/// their scales' dtype, in memory.
 ///
-/// kInvalidArgument when the agent holds no tokens, or the file would be in the store. kIncompatible when the agent was
-/// not made by the engine. Else as Store::load_agent_cache.
+/// kInvalidArgument when the agent holds no tokens, the file would be in the store, or there are such keys and no
+/// `restore_of`. kIncompatible when the agent was not made by the engine. Else as Store::load_agent_cache, and what
+/// `restore_of` throws.
 void export_prompt_cache(const Store& store, const std::string& agent_id, const std::filesystem::path& path,
-                         const RotatesWindows& rotates_windows, PromptCacheDialect dialect = PromptCacheDialect::kNew);
+                         const RotatesWindows& rotates_windows, PromptCacheDialect dialect = PromptCacheDialect::kNew,
+                         const RestoreKeysOf& restore_of = nullptr);
 
 }  // namespace torpor

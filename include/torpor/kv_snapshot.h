@@ -40,16 +40,36 @@ const char* kv_dtype_name(KvDtype dtype) noexcept;
 /// The inverse; nullopt when `name` is none of them.
 std::optional<KvDtype> parse_kv_dtype(std::string_view name) noexcept;
 
+/// Bits of an element of quantized keys and of quantized values: each 8 or 4; both 0: not quantized.
+struct KvBits {
+  int keys = 0, values = 0;
+
+  KvBits(int both = 0) : keys(both), values(both) {}
+  KvBits(int keys, int values) : keys(keys), values(values) {}
+  auto operator<=>(const KvBits&) const = default;
+};
+
 /// How an agent's rows are kept: in a float dtype, or quantized as mx::quantize does (affine, along head_dim) with
 /// scales and biases of that dtype. Part of the identity.
 struct KvFormat {
   KvDtype dtype = KvDtype::kF16;
-  int bits = 0;    ///< 8 or 4; 0 = not quantized
+  KvBits bits;
   int group = 64;  ///< elements that share a scale and a bias: 32, 64 or 128; of no meaning without bits
+  /// Quantized keys lack the bias of the key projection. Attention adds it, rotated to each key's position.
+  bool bias_free = false;
+  /// What has 4 bits is multiplied by a Hadamard matrix along head_dim before it is quantized.
+  bool rotated = false;
 
   KvFormat() = default;
-  KvFormat(KvDtype dtype, int bits = 0, int group = 64) : dtype(dtype), bits(bits), group(group) {}
-  /// Identity::kv: "f16", "q8 group 64 f16".
+  KvFormat(KvDtype dtype, KvBits bits = 0, int group = 64) : dtype(dtype), bits(bits), group(group) {}
+  bool quantized() const noexcept { return bits.keys != 0; }
+  bool rotates_keys() const noexcept { return rotated && bits.keys == 4; }
+  bool rotates_values() const noexcept { return rotated && bits.values == 4; }
+  /// Whether the two have the same dtype, bits and group, and so rows of the same size.
+  bool same_size(const KvFormat& other) const noexcept {
+    return dtype == other.dtype && bits == other.bits && (!quantized() || group == other.group);
+  }
+  /// Identity::kv: "f16", "q8 group 64 f16", "q8,4 group 64 f16 bias-free rotated".
   std::string name() const;
   /// The inverse; nullopt when `name` is none.
   static std::optional<KvFormat> parse(std::string_view name);

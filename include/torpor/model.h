@@ -22,6 +22,8 @@ namespace mx = mlx::core;
 class KvAccess {
  public:
   virtual ~KvAccess() = default;
+  /// How it keeps rows.
+  virtual const KvFormat& format() const noexcept = 0;
   /// What it stores; equal to Model::kv_layout of its format.
   virtual const KvLayout& layout() const noexcept = 0;
   /// Tokens held.
@@ -60,6 +62,9 @@ class Model {
   virtual std::string numerics() const = 0;
   /// How KV is kept unless asked otherwise: in the dtype of the checkpoint's activations.
   virtual KvFormat default_kv_format() const = 0;
+  /// How new rows of the dtype, bits and group of `asked` are kept: with what makes quantized rows of this model more
+  /// exact. Keys lose their projection's bias where there is one, and what has 4 bits is rotated.
+  virtual KvFormat refined(const KvFormat& asked) const = 0;
   /// Tensors a cache of this model has in `format`. kInvalidArgument for a format the model can't have.
   virtual KvLayout kv_layout(const KvFormat& format) const = 0;
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -33,11 +34,16 @@ std::filesystem::path resolve_model(const std::string& name);
 /// Of the other architectures it keeps all rows.
 bool mlx_lm_rotates_windows(const std::string& architecture);
 
+/// Makes a token's keys of a layer what the model computed, in place: f32 [n_kv_heads * head_dim]. They come as a format
+/// keeps them, but dequantized and times H. What it left out of them is multiplied and added.
+using RestoreKeys = std::function<void(const KvFormat& format, int layer, int64_t position, std::span<float> keys)>;
+
 /// What is known of a model without its weights in memory.
 struct ModelOutline {
   ModelInfo info;
   Identity identity;                                   ///< as Model::identity
   std::function<KvLayout(const KvFormat&)> kv_layout;  ///< as Model::kv_layout
+  RestoreKeys restore_keys;
 };
 /// Reads every weight byte, for their digest, and keeps none. Errors are those of Model::load; any thread.
 ModelOutline outline_model(const std::string& name, const ComputeOptions& compute = {});

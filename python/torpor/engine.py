@@ -114,7 +114,8 @@ class Engine:
         model: a model directory, or a repo id in the local Hugging Face cache.
         store: a directory, made when it is not there. Default: $TORPOR_STORE, else ~/.agent_caches.
         kv_format: how rows are kept: "f32", "f16", "bf16", or quantized to 8 or 4 bits in groups of 32, 64 or 128, as
-            "q8 group 64 f16". None: the model's own for new agents, and an old one goes on in its own.
+            "q8 group 64 f16"; "q8,4 group 64 f16" has keys of 8 bits and values of 4. None: the model's own for new
+            agents, and an old one goes on in its own.
         durability: "full": a save survives a power cut; "rename": a killed process; "none" is for benchmarks.
         memory_budget: bytes of rows held in memory, each buffer once (0: no bound); a number, or a text as "64MB" or "1GiB",
             as for the next two. Over it agents that are not pinned go to sleep, the least recently used first, and turns that

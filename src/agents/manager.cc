@@ -16,6 +16,7 @@ int64_t common_prefix(std::span<const int32_t> a, std::span<const int32_t> b) {
 AgentManager::AgentManager(Store& store, ManagerOptions options, std::unique_ptr<EvictionPolicy> policy)
     : store_(store),
       options_(std::move(options)),
+      format_(KvFormat::parse(options_.identity.kv).value_or(KvFormat())),
       policy_(std::move(policy)),
       ledger_(std::make_shared<KvLedger>(options_.memory_budget)),
       prefetcher_(store_, ledger_, [this](const std::string& id) { return load(id); }, options_.prefetch),
@@ -56,7 +57,8 @@ AgentHold AgentManager::hold_alone(const std::string& id) {
 
 Identity AgentManager::expected(const Identity& on_disk) const {
   Identity identity = options_.identity;
-  if (options_.layout_of && KvFormat::parse(on_disk.kv)) identity.kv = on_disk.kv;
+  const auto own = KvFormat::parse(on_disk.kv);
+  if (options_.layout_of && own && (options_.any_kv_format || own->same_size(format_))) identity.kv = on_disk.kv;
   return identity;
 }
 
@@ -176,7 +178,7 @@ Agent AgentManager::load_or_make(const std::string& id) {
       const KvLedger::Room room = make_room(bytes_to_wake(id));
       adopt(agent, load(id));
     } else {
-      own(agent, KvCache::create(options_.layout, options_.backend));
+      own(agent, KvCache::create(options_.layout, format_, options_.backend));
     }
   }
   return agent;
@@ -190,7 +192,7 @@ void AgentManager::require(const std::string& id) const {
 AgentHold AgentManager::stateless() {
   nameless_.push_back(make_agent(""));
   AgentHold hold(*this, nameless_.back(), true);
-  own(*hold, KvCache::create(options_.layout, options_.backend));
+  own(*hold, KvCache::create(options_.layout, format_, options_.backend));
   return hold;
 }
 
@@ -203,7 +205,7 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
   const KvLayout& layout = agent.cache->layout();
   Prefix prefix;
   prefix.lineage = agent.lineage;
-  const auto nothing = [&] { prefix.cache = KvCache::create(layout, options_.backend); };
+  const auto nothing = [&] { prefix.cache = KvCache::create(layout, agent.cache->format(), options_.backend); };
   if (tokens.size() < 2) return nothing(), std::move(prefix);
   const std::span<const int32_t> wanted = tokens.first(tokens.size() - 1);
   AgentHold best;

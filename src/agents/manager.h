@@ -51,8 +51,10 @@ struct ManagerOptions {
   std::string numerics;        ///< Model::numerics
   ConversationIdentity conversation;
   KvLayout layout;
-  /// The layout of another format. Where it is set, an agent on disk goes on in its own; else that is kIncompatible.
+  /// The layout of an agent's own format. Where it is set, an agent on disk goes on in a format of its own if that has
+  /// the same size as `identity.kv`, or any (`any_kv_format`). Else another format is kIncompatible.
   std::function<KvLayout(const KvFormat&)> layout_of;
+  bool any_kv_format = false;
   Backend backend = Backend::kKernels;
   Durability durability = Durability::kFull;
   size_t memory_budget = 0;    ///< bytes of KV; 0 = no bound
@@ -244,6 +246,7 @@ class AgentManager {
 
   Store& store_;
   const ManagerOptions options_;
+  const KvFormat format_;  // of new agents
   const std::unique_ptr<EvictionPolicy> policy_;
   const std::shared_ptr<KvLedger> ledger_;  // before the agents whose caches it counts
   std::map<std::string, Agent> awake_;

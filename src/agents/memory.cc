@@ -78,7 +78,7 @@ std::unique_ptr<RowsAside> AgentManager::put_aside(const KvCache& cache) {
 
 std::unique_ptr<RowsAside> AgentManager::put_aside(Agent& agent) {
   auto aside = put_aside(*agent.cache);
-  own(agent, KvCache::create(agent.cache->layout(), options_.backend));
+  own(agent, KvCache::create(agent.cache->layout(), agent.cache->format(), options_.backend));
   agent.aside = aside->length();
   return aside;
 }

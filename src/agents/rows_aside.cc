@@ -6,7 +6,8 @@
 
 namespace torpor {
 
-RowsAside::RowsAside(Env& env, const std::filesystem::path& directory, const KvCache& cache) : snapshot_(cache.snapshot({})) {
+RowsAside::RowsAside(Env& env, const std::filesystem::path& directory, const KvCache& cache)
+    : snapshot_(cache.snapshot({.kv = cache.format().name()})) {
   std::vector<std::span<const std::byte>> pieces;
   uint64_t size = 0;
   for (size_t i = 0; i < snapshot_.n_runs(); ++i) {

@@ -35,15 +35,28 @@ std::optional<KvDtype> parse_kv_dtype(std::string_view name) noexcept {
 std::string KvFormat::name() const {
   std::string float_name = kv_dtype_name(dtype);
   for (char& c : float_name) c = char(std::tolower(static_cast<unsigned char>(c)));
-  if (bits == 0) return float_name;
-  return std::string("q").append(std::to_string(bits)) + " group " + std::to_string(group) + " " + float_name;
+  if (!quantized()) return float_name;
+  std::string name("q");
+  name.append(std::to_string(bits.keys));
+  if (bits.values != bits.keys) name.append(",").append(std::to_string(bits.values));
+  name.append(" group ").append(std::to_string(group)).append(" ").append(float_name);
+  if (bias_free) name += " bias-free";
+  if (rotated) name += " rotated";
+  return name;
 }
 
 std::optional<KvFormat> KvFormat::parse(std::string_view name) {
   for (const KvDtype dtype : {KvDtype::kF32, KvDtype::kF16, KvDtype::kBF16}) {
-    for (const int bits : {0, 8, 4}) {
+    if (const KvFormat plain(dtype); plain.name() == name) return plain;
+    for (const KvBits bits : {KvBits(8), KvBits(4), KvBits(8, 4), KvBits(4, 8)}) {
       for (const int group : {32, 64, 128}) {
-        if (const KvFormat format(dtype, bits, bits == 0 ? 64 : group); format.name() == name) return format;
+        KvFormat format(dtype, bits, group);
+        for (const int method : {0, 1, 2, 3}) {
+          format.bias_free = (method & 1) != 0;
+          format.rotated = (method & 2) != 0;
+          if (format.rotated && !format.rotates_keys() && !format.rotates_values()) continue;
+          if (format.name() == name) return format;
+        }
       }
     }
   }

@@ -19,6 +19,35 @@ mx::Dtype to_mlx(KvDtype dtype) {
   throw Error(ErrorCode::kInternal, "A KV tensor has a dtype MLX does not know.");
 }
 
+/// Words of 4 bits, scales and biases of `rows`, which are rotated. Of several ranges about the middle of each group,
+/// that whose error is least, as the CPU kernels do it.
+std::vector<mx::array> quantize_rotated(const mx::array& rows, int group, mx::Dtype dtype) {
+  const auto number = [](float value) { return mx::array(value); };
+  const mx::array x = mx::unflatten(mx::astype(rows, mx::float32), -1, {-1, group});
+  const mx::array low = mx::min(x, -1, true), high = mx::max(x, -1, true);
+  const mx::array middle = mx::multiply(mx::add(low, high), number(0.5f));
+  const mx::array reach = mx::multiply(mx::subtract(high, low), number(0.5f));
+  const auto as_stored = [&](const mx::array& a) { return mx::astype(mx::astype(a, dtype), mx::float32); };
+  std::vector<mx::array> best;  // levels, scales, biases, errors
+  for (int part = 16; part >= 12; --part) {
+    const mx::array half = mx::multiply(reach, number(float(part) / 16));
+    const mx::array scale = mx::maximum(as_stored(mx::multiply(half, number(2.0f / 15))), number(1e-7f));
+    const mx::array bias = as_stored(mx::subtract(middle, half));
+    const mx::array level = mx::clip(mx::round(mx::divide(mx::subtract(x, bias), scale)), number(0), number(15));
+    const mx::array error = mx::sum(mx::square(mx::subtract(mx::add(mx::multiply(level, scale), bias), x)), -1, true);
+    const std::vector<mx::array> found = {level, scale, bias, error};
+    if (best.empty()) {
+      best = found;
+      continue;
+    }
+    const mx::array better = mx::less(error, best[3]);
+    for (size_t i = 0; i < best.size(); ++i) best[i] = mx::where(better, found[i], best[i]);
+  }
+  const mx::array levels = mx::unflatten(mx::flatten(mx::astype(best[0], mx::uint32), -2, -1), -1, {-1, 8});
+  const mx::array shifts = mx::multiply(mx::arange(8, mx::uint32), mx::array(uint32_t(4)));
+  return {mx::sum(mx::left_shift(levels, shifts), -1), mx::squeeze(best[1], -1), mx::squeeze(best[2], -1)};
+}
+
 int round_up(int n) { return (n + kSegmentTokens - 1) / kSegmentTokens * kSegmentTokens; }
 
 }  // namespace
@@ -75,7 +104,9 @@ mx::array DenseKvCache::append(size_t tensor, const mx::array& rows) {
   const KvTensorSpec& spec = layout_.tensors[tensor];
   if (spec.dtype != KvDtype::kU32) return append_part(tensor, rows);
   const int dim = rows.shape(3), bits = spec.dim * 32 / dim, group = dim / layout_.tensors[tensor + 1].dim;
-  const std::vector<mx::array> quantized = mx::quantize(rows, group, bits);
+  const bool rotated = format_.rotated && bits == 4;
+  const std::vector<mx::array> quantized =
+      rotated ? quantize_rotated(rows, group, to_mlx(format_.dtype)) : mx::quantize(rows, group, bits);
   const mx::array words = append_part(tensor, quantized[0]);
   const mx::array scales = append_part(tensor + 1, quantized[1]), biases = append_part(tensor + 2, quantized[2]);
   return mx::dequantize(words, mx::astype(scales, rows.dtype()), mx::astype(biases, rows.dtype()), group, bits);
@@ -98,8 +129,8 @@ std::pair<mx::array, mx::array> DenseKvCache::update_and_fetch(int layer, const 
   return {std::move(keys), std::move(values)};
 }
 
-std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot) {
-  auto cache = std::make_unique<DenseKvCache>(snapshot.layout, snapshot.tokens);
+std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot, const KvFormat& format) {
+  auto cache = std::make_unique<DenseKvCache>(snapshot.layout, format, snapshot.tokens);
   if (cache->length_ == 0) return cache;
   // Memory that is no mapping would be held twice. But rows that were not read can't be copied.
   for (const auto& run : snapshot.sealed) {
@@ -128,7 +159,7 @@ std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot) 
 
 std::unique_ptr<KvCache> DenseKvCache::clone() const {
   // Arrays are values: the first append of either copy makes its own buffer.
-  auto copy = std::make_unique<DenseKvCache>(layout_, tokens_);
+  auto copy = std::make_unique<DenseKvCache>(layout_, format_, tokens_);
   copy->length_ = length_;
   copy->tensors_ = tensors_;
   copy->storage_ = storage_;

@@ -12,9 +12,9 @@ namespace torpor {
 
 class DenseKvCache : public KvCache {
  public:
-  explicit DenseKvCache(KvLayout layout, std::vector<int32_t> tokens = {})
-      : KvCache(std::move(layout), std::move(tokens)) {}
-  static std::unique_ptr<DenseKvCache> restore(const KvSnapshot& snapshot);
+  DenseKvCache(KvLayout layout, const KvFormat& format, std::vector<int32_t> tokens = {})
+      : KvCache(std::move(layout), format, std::move(tokens)) {}
+  static std::unique_ptr<DenseKvCache> restore(const KvSnapshot& snapshot, const KvFormat& format);
 
   std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;

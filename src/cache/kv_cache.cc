@@ -13,14 +13,15 @@ struct KvCache::Shares {
   std::vector<KvLedger::Share> of_buffers;
 };
 
-KvCache::KvCache(KvLayout layout, std::vector<int32_t> tokens)
-    : layout_(std::move(layout)), tokens_(std::move(tokens)), length_(int(tokens_.size())), shares_(std::make_unique<Shares>()) {}
+KvCache::KvCache(KvLayout layout, const KvFormat& format, std::vector<int32_t> tokens)
+    : layout_(std::move(layout)), format_(format), tokens_(std::move(tokens)), length_(int(tokens_.size())),
+      shares_(std::make_unique<Shares>()) {}
 
 KvCache::~KvCache() = default;
 
-std::unique_ptr<KvCache> KvCache::create(const KvLayout& layout, Backend backend) {
-  if (backend == Backend::kKernels) return std::make_unique<SegmentedKvCache>(layout);
-  return std::make_unique<DenseKvCache>(layout);
+std::unique_ptr<KvCache> KvCache::create(const KvLayout& layout, const KvFormat& format, Backend backend) {
+  if (backend == Backend::kKernels) return std::make_unique<SegmentedKvCache>(layout, format);
+  return std::make_unique<DenseKvCache>(layout, format);
 }
 
 std::unique_ptr<KvCache> KvCache::restore(const KvSnapshot& snapshot, Backend backend) {
@@ -30,8 +31,10 @@ std::unique_ptr<KvCache> KvCache::restore(const KvSnapshot& snapshot, Backend ba
                                               "', which Torpor's engine does not have; load it with whatever saved it.")
         .with_field("state", "", snapshot.state[0].name);
   }
-  if (backend == Backend::kKernels) return SegmentedKvCache::restore(snapshot);
-  return DenseKvCache::restore(snapshot);
+  // A name that no format has is refused by the model: the layout is of another.
+  const KvFormat format = KvFormat::parse(snapshot.identity.kv).value_or(KvFormat());
+  if (backend == Backend::kKernels) return SegmentedKvCache::restore(snapshot, format);
+  return DenseKvCache::restore(snapshot, format);
 }
 
 void KvCache::truncate(int n_tokens) {

@@ -29,8 +29,8 @@ void SegmentedKvCache::copy_rows(const std::byte* from, int from_tokens, std::by
   }
 }
 
-std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& snapshot) {
-  auto cache = std::make_unique<SegmentedKvCache>(snapshot.layout, snapshot.tokens);
+std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& snapshot, const KvFormat& format) {
+  auto cache = std::make_unique<SegmentedKvCache>(snapshot.layout, format, snapshot.tokens);
   cache->sealed_ = snapshot.sealed;
   for (const auto& run : snapshot.sealed) cache->runs_.push_back(buffer_of(run));
   if (const KvTail& tail = snapshot.tail; tail.run != nullptr) {
@@ -120,7 +120,7 @@ size_t SegmentedKvCache::cut_cost(int n_tokens) const {
 }
 
 std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
-  auto copy = std::make_unique<SegmentedKvCache>(layout_, tokens_);
+  auto copy = std::make_unique<SegmentedKvCache>(layout_, format_, tokens_);
   copy->length_ = length_;
   const int held = (length_ + kSegmentTokens - 1) / kSegmentTokens;
   copy->runs_.assign(runs_.begin(), runs_.begin() + held);

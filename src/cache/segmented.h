@@ -12,9 +12,9 @@ namespace torpor {
 
 class SegmentedKvCache : public KvCache {
  public:
-  explicit SegmentedKvCache(KvLayout layout, std::vector<int32_t> tokens = {})
-      : KvCache(std::move(layout), std::move(tokens)) {}
-  static std::unique_ptr<SegmentedKvCache> restore(const KvSnapshot& snapshot);
+  SegmentedKvCache(KvLayout layout, const KvFormat& format, std::vector<int32_t> tokens = {})
+      : KvCache(std::move(layout), format, std::move(tokens)) {}
+  static std::unique_ptr<SegmentedKvCache> restore(const KvSnapshot& snapshot, const KvFormat& format);
 
   std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;

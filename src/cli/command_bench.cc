@@ -146,7 +146,8 @@ struct Interrupted {};
 class Bench {
  public:
   Bench(const BenchOptions& options, Model& model, const KvFormat& kv_format, InterruptScope& interrupt)
-      : options_(options), model_(model), layout_(model.kv_layout(kv_format)), identity_(model.identity()), interrupt_(interrupt) {
+      : options_(options), model_(model), format_(kv_format), layout_(model.kv_layout(kv_format)),
+        identity_(model.identity()), interrupt_(interrupt) {
     identity_.kv = kv_format.name();
   }
 
@@ -160,7 +161,7 @@ class Bench {
       std::unique_ptr<KvCache> cache;
       const double ms = median_ms([&] {
         cache.reset();  // before the next one takes memory
-        cache = KvCache::create(layout_, model_.backend());
+        cache = KvCache::create(layout_, format_, model_.backend());
         const auto tokens = random_tokens(n, model_.info().vocab_size);
         return timed([&] { forward(*cache, tokens); });
       });
@@ -169,7 +170,7 @@ class Bench {
     }
     for (const int depth : options_.decode > 0 ? depths : std::vector<int>{}) {
       status("decode at depth " + std::to_string(depth));
-      auto cache = KvCache::create(layout_, model_.backend());
+      auto cache = KvCache::create(layout_, format_, model_.backend());
       if (depth > 0) forward(*cache, random_tokens(depth, model_.info().vocab_size));
       for (const int n : agents) {
         status("decode by " + std::to_string(n) + " at depth " + std::to_string(depth));
@@ -278,6 +279,7 @@ class Bench {
 
   const BenchOptions& options_;
   Model& model_;
+  const KvFormat format_;
   const KvLayout layout_;
   Identity identity_;
   InterruptScope& interrupt_;
@@ -346,7 +348,7 @@ int bench(const BenchOptions& options) {
   }
   InterruptScope interrupt;
   try {
-    const KvFormat kv_format = options.kv_format().value_or(model->default_kv_format());
+    const KvFormat kv_format = model->refined(options.kv_format().value_or(model->default_kv_format()));
     const Report report = Bench(options, *model, kv_format, interrupt).measure(prefill, depths, agents);
     if (options.json) {
       print_json(report_json(report));

@@ -48,8 +48,8 @@ int perplexity(const PerplexityOptions& options) {
                                                    std::to_string(limit) + "; ask for fewer with --tokens");
   }
 
-  const KvFormat format = options.kv_format().value_or(model->default_kv_format());
-  const auto cache = KvCache::create(model->kv_layout(format), model->backend());
+  const KvFormat format = model->refined(options.kv_format().value_or(model->default_kv_format()));
+  const auto cache = KvCache::create(model->kv_layout(format), format, model->backend());
   const size_t vocab = size_t(model->info().vocab_size);
   InterruptScope interrupt;
   double sum = 0;

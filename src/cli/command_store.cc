@@ -95,7 +95,8 @@ int limits(const std::filesystem::path& root, std::optional<int64_t> disk_budget
 
 /// Writes as `--format` says; unless it says anything, as Torpor's own export. What is there already is replaced only by force:
 /// a .json beside weights is a model's config.
-int export_file(Store& store, const std::string& id, const std::filesystem::path& file, const std::string& format, bool force, bool json) {
+int export_file(Store& store, const std::string& id, const std::filesystem::path& file, const std::string& format,
+                const std::string& model, bool force, bool json) {
   store.agent_info(id);
   std::vector<std::filesystem::path> written{file};
   if (format == "torpor") written.push_back(std::filesystem::path(file).replace_extension(".json"));
@@ -108,7 +109,8 @@ int export_file(Store& store, const std::string& id, const std::filesystem::path
     store.export_agent(id, file);
   } else {
     export_prompt_cache(store, id, file, mlx_lm_rotates_windows,
-                        format == "mlx-lm" ? PromptCacheDialect::kNew : PromptCacheDialect::kOld);
+                        format == "mlx-lm" ? PromptCacheDialect::kNew : PromptCacheDialect::kOld,
+                        [&](const AgentInfo& agent) { return agent_keys(agent, model); });
   }
   int64_t bytes = 0;
   std::vector<std::string> names;
@@ -213,12 +215,13 @@ void add_store_commands(CLI::App& app, Invocation& invocation) {
       ->capture_default_str()
       ->check(CLI::IsMember({"torpor", "mlx-lm", "mlx-lm-0.31"}))
       ->type_name("FORMAT");
+  export_app->add_option("--model", options->model, "Where the agent's model is, if it has moved")->type_name("M");
   export_app->add_flag("--force", options->force, "Replace files of that name");
   export_app->add_flag("--json", options->json, "Print a JSON object");
   export_app->callback([&invocation, options] {
     invocation.run = [&invocation, options] {
-      return export_file(*open_store_of(invocation.store, options->id), options->id, options->file, options->format, options->force,
-                         options->json);
+      return export_file(*open_store_of(invocation.store, options->id), options->id, options->file, options->format, options->model,
+                         options->force, options->json);
     };
   });
 

@@ -19,6 +19,7 @@ const std::map<std::string, std::optional<KvDtype>> kKvDtypes{{"auto", std::null
                                                               {"f32", KvDtype::kF32},
                                                               {"f16", KvDtype::kF16},
                                                               {"bf16", KvDtype::kBF16}};
+const std::map<std::string, KvBits> kKvBits{{"8", 8}, {"4", 4}, {"8,4", {8, 4}}, {"4,8", {4, 8}}};
 const std::map<std::string, Durability> kDurabilities{
     {"full", Durability::kFull}, {"rename", Durability::kRename}, {"none", Durability::kNone}};
 
@@ -43,8 +44,8 @@ void add_size_option(CLI::App& app, const std::string& name, uint64_t& bytes, co
 
 std::optional<KvFormat> ModelOptions::kv_format() const {
   const std::optional<KvDtype> dtype = kKvDtypes.at(kv_dtype_name);
-  if (kv_bits == 0) return dtype;
-  return KvFormat(dtype.value_or(KvDtype::kF16), kv_bits, kv_group);
+  if (kv_bits.empty()) return dtype;
+  return KvFormat(dtype.value_or(KvDtype::kF16), kKvBits.at(kv_bits), kv_group);
 }
 ComputeOptions ModelOptions::compute() const {
   ComputeOptions compute = compute_given;
@@ -102,8 +103,9 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
       ->capture_default_str()
       ->check(CLI::IsMember(keys(kKvDtypes)))
       ->type_name("TYPE");
-  CLI::Option* bits = app.add_option("--kv-bits", options.kv_bits, "Quantize the cache to 8 or 4 bits")
-                          ->check(CLI::IsMember({8, 4}))
+  CLI::Option* bits = app.add_option("--kv-bits", options.kv_bits,
+                                     "Quantize the cache to 8 or 4 bits; 8,4: keys to 8, values to 4")
+                          ->check(CLI::IsMember(keys(kKvBits)))
                           ->type_name("N");
   app.add_option("--kv-group", options.kv_group, "Elements that share a scale and a bias: 32, 64 or 128")
       ->capture_default_str()

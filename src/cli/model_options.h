@@ -23,7 +23,8 @@ void add_size_option(CLI::App& app, const std::string& name, uint64_t& bytes, co
 struct ModelOptions {
   std::string model;
   std::string kv_dtype_name = "auto", durability_name = "full";
-  int kv_bits = 0, kv_group = 64;
+  std::string kv_bits;  ///< empty, "8", or of keys and values apart "8,4"
+  int kv_group = 64;
   std::string backend_name, activations_name;
   ComputeOptions compute_given;  ///< threads and cpu_target
 

@@ -39,6 +39,30 @@ CacheModel describe_model(const std::string& name, const ComputeOptions& compute
           std::move(outline.kv_layout), rotates_windows};
 }
 
+RestoreAgentKeys agent_keys(const AgentInfo& agent, const std::string& model) {
+  const std::string& name = model.empty() ? agent.model : model;
+  ModelOutline outline = outline_model(name);
+  outline.identity.kv = agent.identity.kv;
+  if (const auto field = agent.identity.first_difference(outline.identity)) {
+    throw Error(ErrorCode::kIncompatible,
+                "The agent '" + agent.agent_id + "' is not of the model '" + name + "': its " + *field + " is '" +
+                    agent.identity.value(*field) + "', the model's '" + outline.identity.value(*field) + "'.")
+        .with_agent(agent.agent_id)
+        .with_field(*field, outline.identity.value(*field), agent.identity.value(*field));
+  }
+  const auto format = KvFormat::parse(agent.identity.kv);
+  if (!format) {
+    throw Error(ErrorCode::kIncompatible,
+                "The agent '" + agent.agent_id + "' has a KV format that no model has, '" + agent.identity.kv + "'.")
+        .with_agent(agent.agent_id)
+        .with_field("kv", "", agent.identity.kv);
+  }
+  return [format = *format, restore = std::move(outline.restore_keys)](int layer, int64_t position,
+                                                                       std::span<float> keys) {
+    restore(format, layer, position, keys);
+  };
+}
+
 struct Engine::Impl {
   const EngineOptions options;
   Store store;
@@ -66,15 +90,15 @@ struct Engine::Impl {
     parts.tokenizer = Tokenizer::load(model.info().dir);
     parts.chat_template = ChatTemplate::load(model.info().dir);
     parts.pace.emplace(model.backend(), options.max_stall_ms / 1000.0);
-    const KvFormat format = options.kv_format.value_or(model.default_kv_format());
+    const KvFormat format = model.refined(options.kv_format.value_or(model.default_kv_format()));
     Identity identity = model.identity();
     identity.kv = format.name();
     parts.agents = std::make_unique<AgentManager>(
         store, ManagerOptions{.model_name = options.model, .identity = std::move(identity), .numerics = model.numerics(),
                               .conversation = conversation_of(*parts.tokenizer, parts.chat_template.get()),
                               .layout = model.kv_layout(format),
-                              .layout_of = options.kv_format ? std::function<KvLayout(const KvFormat&)>()
-                                                             : [&model](const KvFormat& own) { return model.kv_layout(own); },
+                              .layout_of = [&model](const KvFormat& own) { return model.kv_layout(own); },
+                              .any_kv_format = !options.kv_format,
                               .backend = model.backend(), .durability = options.durability,
                               .memory_budget = options.memory_budget, .write_queue_bytes = options.write_queue_bytes,
                               .map_rows = options.map_rows});

@@ -40,12 +40,12 @@ CacheExtractor::CacheExtractor(std::shared_ptr<Model> model, std::shared_ptr<con
                                std::optional<KvFormat> kv_format)
     : model_(std::move(model)),
       tokenizer_(std::move(tokenizer)),
-      kv_format_(kv_format.value_or(model_->default_kv_format())) {}
+      kv_format_(model_->refined(kv_format.value_or(model_->default_kv_format()))) {}
 
 CacheExtractor::Output CacheExtractor::generate(const std::string& prompt, std::unique_ptr<KvCache> cache,
                                                 const GenerateOptions& options) {
   const KvLayout layout = model_->kv_layout(kv_format_);
-  if (cache == nullptr) cache = KvCache::create(layout, model_->backend());
+  if (cache == nullptr) cache = KvCache::create(layout, kv_format_, model_->backend());
   if (const CacheValidation sound = validate_cache_structure(*cache, &layout); !sound) {
     throw Error(ErrorCode::kIncompatible, "The cache given does not fit the model: " + sound.reason + ".").with_field("layout");
   }

@@ -6,6 +6,7 @@
 
 #include "base/env.h"
 #include "base/hash.h"
+#include "exchange/float_rows.h"
 #include "exchange/prompt_cache.h"
 #include "store/export.h"
 #include "store/temporary_file.h"
@@ -50,8 +51,8 @@ void check_model(const PromptCacheFile& file, const KvLayout& plain, const Cache
   }
 }
 
-/// How few tokens may be kept of the file's so that every layer still has the rows it attends. kIncompatible when even all
-/// are too few.
+/// How few tokens may be kept of the file's so that every layer still has the rows it attends. kIncompatible when even
+/// all are too few.
 int64_t shortest_cut(const PromptCacheFile& file, const KvLayout& plain, const CacheModel& model, const std::string& file_name) {
   int64_t shortest = 0;
   for (size_t i = 0; i < file.layers.size(); ++i) {
@@ -73,7 +74,7 @@ int64_t shortest_cut(const PromptCacheFile& file, const KvLayout& plain, const C
 /// Whether a model's layers are all that the layout has, as the engine lays them out in this format.
 bool is_of_engine(const KvLayout& layout, const KvFormat& format) {
   std::vector<std::string> parts = {""};
-  if (format.bits != 0) parts.insert(parts.end(), {"_scales", "_biases"});
+  if (format.quantized()) parts.insert(parts.end(), {"_scales", "_biases"});
   size_t t = 0;
   for (size_t layer = 0; t < layout.tensors.size(); ++layer) {
     for (const char* side : {"_keys", "_values"}) {
@@ -140,11 +141,11 @@ PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheMode
 }
 
 void export_prompt_cache(const Store& store, const std::string& id, const std::filesystem::path& path,
-                         const RotatesWindows& rotates_windows, PromptCacheDialect dialect) {
+                         const RotatesWindows& rotates_windows, PromptCacheDialect dialect,
+                         const RestoreKeysOf& restore_of) {
   const auto directory = export_directory(store.env(), store.root(), path);
-  const LoadedAgent loaded = store.load_agent_cache(id, {.map_rows = true});
-  const KvSnapshot& snapshot = loaded.snapshot;
-  const auto& tensors = snapshot.layout.tensors;
+  LoadedAgent loaded = store.load_agent_cache(id, {.map_rows = true});
+  KvSnapshot& snapshot = loaded.snapshot;
   const auto n_tokens = int64_t(snapshot.tokens.size());
   if (n_tokens == 0) {
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds no tokens yet, which no prompt-cache file can say.");
@@ -156,6 +157,16 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
         .with_agent(id)
         .with_field("made_by", "Torpor's engine", "kv '" + snapshot.identity.kv + "'");
   }
+  if (format->quantized() && (format->bias_free || format->rotated || format->bits.keys != format->bits.values)) {
+    const bool needs_model = format->bias_free || format->rotates_keys();
+    if (needs_model && !restore_of) {
+      throw Error(ErrorCode::kInvalidArgument, "The keys of agent '" + id + "' are kept as '" + format->name() +
+                                               "', which only its model can turn back; name the model.")
+          .with_agent(id);
+    }
+    snapshot = float_rows(snapshot, *format, needs_model ? restore_of(loaded.info) : nullptr);
+  }
+  const auto& tensors = snapshot.layout.tensors;
   const bool rotating = rotates_windows(snapshot.identity.architecture);
   const PromptCacheFrame frame = frame_prompt_cache(snapshot, loaded.info.model, rotating, dialect);
   std::vector<std::span<const std::byte>> pieces = {as_bytes_of(frame.header)};

@@ -157,18 +157,19 @@ class Reader {
     KvFormat format;
     const std::map<Field, int32_t> values = fields(i, kind);
     if (kind.name == kQuantized) {
-      format.bits = values.at(Field::kBits);
+      const int bits = values.at(Field::kBits);
+      format.bits = bits;
       format.group = values.at(Field::kGroup);
-      if (!KvFormat::parse(KvFormat(KvDtype::kF16, format.bits, format.group).name()) || format.bits == 0) {
-        throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' is quantized to " + std::to_string(format.bits) +
+      if (!KvFormat::parse(KvFormat(KvDtype::kF16, bits, format.group).name()) || bits == 0) {
+        throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' is quantized to " + std::to_string(bits) +
                                                   " bits in groups of " + std::to_string(format.group) +
                                                   "; Torpor's engine knows 8 and 4 bits in groups of 32, 64 or 128.")
             .with_path(file_name_)
             .with_field("kv", "8 or 4 bits in groups of 32, 64 or 128",
-                        std::to_string(format.bits) + " bits in groups of " + std::to_string(format.group));
+                        std::to_string(bits) + " bits in groups of " + std::to_string(format.group));
       }
       for (const size_t side : {0, 1}) {
-        dims.insert(add(layer, at(at(i, side), 0), words) * (32 / format.bits));
+        dims.insert(add(layer, at(at(i, side), 0), words) * (32 / bits));
         for (const size_t part : {1, 2}) dims.insert(add(layer, at(at(i, side), part), dtype) * format.group);
       }
       if (words != KvDtype::kU32) corrupt("layer " + std::to_string(i) + " is not quantized as it says");
@@ -257,7 +258,7 @@ PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::strin
   const bool old = dialect == PromptCacheDialect::kOld;
   const KvFormat format = KvFormat::parse(snapshot.identity.kv).value_or(KvFormat());
   const auto& tensors = snapshot.layout.tensors;
-  const size_t parts = format.bits != 0 ? 3 : 1;
+  const size_t parts = format.quantized() ? 3 : 1;
   std::vector<SafetensorsTensor> rows, numbers;
   PromptCacheFrame frame;
   const std::string user = old ? "1" : "0", classes = old ? "2" : "1";
@@ -274,7 +275,8 @@ PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::strin
     }
     const std::string_view name = parts == 3 ? kQuantized : rotates(first, snapshot.layout, rotates_windows) ? kRotating : kKvCache;
     metadata.emplace_back(at(classes, i), std::string(name));
-    const std::map<Field, int64_t> values = {{Field::kOffset, n_tokens}, {Field::kGroup, format.group}, {Field::kBits, format.bits},
+    const std::map<Field, int64_t> values = {{Field::kOffset, n_tokens}, {Field::kGroup, format.group},
+                                             {Field::kBits, format.bits.keys},
                                              {Field::kKeep, 0}, {Field::kMaxSize, first.window}, {Field::kIndex, held}};
     const CacheClass& kind = *find_class(name);
     for (size_t k = 0; !old && k < kind.scalars.size(); ++k) {

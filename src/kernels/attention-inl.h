@@ -22,6 +22,7 @@
 #include <hwy/highway.h>
 
 #include "kernels/attention_affine-inl.h"
+#include "kernels/attention_hadamard-inl.h"
 #include "kernels/attention_math-inl.h"
 #include "kernels/attention_rows-inl.h"
 
@@ -91,20 +92,26 @@ void PrepareRows(const AttentionJob& job, const PrepareTask& task) {
   const AttentionSequence& sequence = job.sequences[size_t(task.sequence)];
   const size_t dim = size_t(spec.head_dim), n_heads = size_t(spec.n_heads), n_kv = size_t(spec.n_kv_heads);
   const size_t half = size_t(spec.rope.dims) / 2;
+  const bool rotate_queries = spec.rotate_keys && spec.key_bias == nullptr;
   for (int t = task.first; t < task.last; ++t) {
     float* row = job.qkv + size_t(sequence.row + t) * (n_heads + 2 * n_kv) * dim;
     const float* cosines = job.rope + (size_t(task.rope_row) + size_t(t - task.first)) * 2 * half;
     for (size_t h = 0; h < n_heads + n_kv; ++h) {
       float* x = row + h * dim;
+      if (h >= n_heads && spec.key_bias != nullptr) {
+        for (size_t i = 0; i < dim; ++i) x[i] -= spec.key_bias[(h - n_heads) * dim + i];
+      }
       const float* norm = h < n_heads ? spec.q_norm : spec.k_norm;
       if (norm != nullptr) normalise_head(x, dim, norm, spec.norm_eps);
       if (half != 0) rotate_head(x, cosines, cosines + half, half, spec.rope.traditional);
       if (h < n_heads) {
         for (size_t i = 0; i < dim; ++i) x[i] *= job.q_scale;
       }
+      if (h < n_heads ? rotate_queries : spec.rotate_keys) rotate_row(x, dim);
     }
     const float* k = row + n_heads * dim;
-    const float* v = k + n_kv * dim;
+    float* const v = row + (n_heads + n_kv) * dim;
+    for (size_t h = 0; spec.rotate_values && h < n_kv; ++h) rotate_row(v + h * dim, dim);
     const int position = sequence.position + t;
     if (spec.kv_bits != 0) {
       append_affine(job, sequence, position, k, v);
@@ -231,12 +238,13 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
   std::memset(s.acc, 0, rows * padded * sizeof(float));
 
   constexpr bool kAffine = std::is_same_v<Rows, RowsAffine>;
-  const size_t width = kAffine ? size_t(spec.head_dim * spec.kv_bits / 32) : dim;
+  const size_t key_width = kAffine ? size_t(spec.head_dim * spec.kv_bits.keys / 32) : dim;
+  const size_t value_width = kAffine ? size_t(spec.head_dim * spec.kv_bits.values / 32) : dim;
   const auto block_of = [&](const TileTask& of, int block) {
     const KvRunView& run = job.sequences[size_t(of.sequence)].runs[size_t(block / kSegmentTokens)];
-    const size_t at = (size_t(of.kv_head) * kSegmentTokens + size_t(block % kSegmentTokens)) * width;
-    return Block<Element>{reinterpret_cast<const Element*>(run.keys) + at,
-                          reinterpret_cast<const Element*>(run.values) + at};
+    const size_t at = size_t(of.kv_head) * kSegmentTokens + size_t(block % kSegmentTokens);
+    return Block<Element>{reinterpret_cast<const Element*>(run.keys) + at * key_width,
+                          reinterpret_cast<const Element*>(run.values) + at * value_width};
   };
   const int to = std::min((super + 1) * kSuper, last + 1);
   for (int block = first_block(job, task, super); block < to; block += kBlock) {
@@ -250,9 +258,11 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
     const Element* zeros = reinterpret_cast<const Element*>(s.zeros);
     const Block<float> widened{s.keys, s.values};
     if constexpr (kAffine) {
-      const auto dequantize = spec.kv_bits == 8 ? dequantize_block<8> : dequantize_block<4>;
+      const auto eight = spec.kv_bits.values == 8 ? dequantize_block<8, 8> : dequantize_block<8, 4>;
+      const auto four = spec.kv_bits.values == 8 ? dequantize_block<4, 8> : dequantize_block<4, 4>;
+      const auto dequantize = spec.kv_bits.keys == 8 ? eight : four;
       fetch_scales(spec, job.sequences[size_t(then.sequence)], size_t(then.kv_head), then_block);
-      dequantize(spec, sequence, size_t(task.kv_head), block, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
+      dequantize(job, sequence, size_t(task.kv_head), block, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
                  s.keys, s.values);
       attend_block<RowsWidened>(job, task, position, block, widened, widened, s);
     } else if constexpr (Rows::kIsFloat) {
@@ -318,6 +328,7 @@ HWY_NOINLINE void finish(const AttentionJob& job, const TileTask& task, const Sc
     size_t i = 0;
     for (; i + kLanes <= dim; i += kLanes) hn::StoreU(hn::Mul(hn::LoadU(d, acc + i), hn::Set(d, scale)), d, out + i);
     for (; i < dim; ++i) out[i] = acc[i] * scale;
+    if (spec.rotate_values) rotate_row(out, dim);
   }
 }
 

@@ -33,6 +33,9 @@ struct AttentionJob {
   const AttentionSpec* spec;
   std::span<const AttentionSequence> sequences;
   const float* rope;   // [tokens][2][dims / 2]: cosines, sines
+  // For a key bias, which every block of keys needs: of each block's first position, and of each position in a block.
+  const float* block_angles;   // [blocks][2][dims / 2]: cosines, sines
+  const float* angles_within;  // [dims / 2][2][kBlock]: cosines, sines
   size_t group;        // query heads per kv head
   size_t padded;       // head_dim rounded up to 16
   float q_scale;       // scores come out in log2 units, or divided by the soft cap
@@ -80,7 +83,8 @@ HWY_EXPORT(MergeTile);
 
 namespace {
 
-/// Cosines and sines of all tokens of a batch. The layers of a model ask for the same ones in turn, so the last few are kept.
+/// Cosines and sines of all tokens of a batch. The layers of a model ask for the same ones in turn, so the last few are
+/// kept.
 class RopeTables {
  public:
   const float* get(ThreadPool& pool, const RopeSpec& rope, std::span<const AttentionSequence> sequences) {
@@ -138,6 +142,50 @@ class RopeTables {
   size_t next_ = 0;
 };
 
+/// AttentionJob::block_angles and angles_within of the last few ropes, for as many blocks as were ever asked for.
+class BlockAngles {
+ public:
+  void get(const RopeSpec& rope, size_t n_blocks, AttentionJob& job) {
+    const auto found = std::find_if(std::begin(entries_), std::end(entries_), [&](const Entry& entry) {
+      return entry.inv_freq == rope.inv_freq && entry.magnitude == rope.magnitude && !entry.within.empty();
+    });
+    Entry& entry = found != std::end(entries_) ? *found : entries_[next_];
+    const size_t half = rope.inv_freq.size();
+    if (found == std::end(entries_)) {
+      next_ = (next_ + 1) % std::size(entries_);
+      entry = {.inv_freq = rope.inv_freq, .magnitude = rope.magnitude, .within = {}, .blocks = {}};
+      entry.within.resize(2 * half * kBlock + 1);
+      for (size_t i = 0; i < half; ++i) {
+        for (size_t j = 0; j < kBlock; ++j) {
+          const double angle = double(j) * double(rope.inv_freq[i]);
+          entry.within[2 * i * kBlock + j] = float(std::cos(angle));
+          entry.within[(2 * i + 1) * kBlock + j] = float(std::sin(angle));
+        }
+      }
+    }
+    for (size_t block = half == 0 ? n_blocks : entry.blocks.size() / (2 * half); block < n_blocks; ++block) {
+      entry.blocks.resize((block + 1) * 2 * half);
+      float* row = entry.blocks.data() + block * 2 * half;
+      for (size_t i = 0; i < half; ++i) {
+        const double angle = double(block * kBlock) * double(rope.inv_freq[i]);
+        row[i] = float(rope.magnitude * std::cos(angle));
+        row[half + i] = float(rope.magnitude * std::sin(angle));
+      }
+    }
+    job.block_angles = entry.blocks.data();
+    job.angles_within = entry.within.data();
+  }
+
+ private:
+  struct Entry {
+    std::vector<float> inv_freq;
+    float magnitude = 1;
+    std::vector<float> within, blocks;
+  };
+  Entry entries_[2];
+  size_t next_ = 0;
+};
+
 void check(const AttentionSpec& spec, std::span<const AttentionSequence> sequences) {
   const auto require = [](bool condition, const char* what) {
     if (!condition) throw Error(ErrorCode::kInvalidArgument, std::string("attention: ") + what);
@@ -149,7 +197,12 @@ void check(const AttentionSpec& spec, std::span<const AttentionSequence> sequenc
               spec.rope.inv_freq.size() == size_t(spec.rope.dims / 2),
           "inv_freq must hold half of the rotated dims");
   require(spec.kv_dtype != KvDtype::kU32, "the dtype of KV, or of its scales and biases, must be f32, f16 or bf16");
-  require(spec.kv_bits == 0 || spec.kv_bits == 8 || spec.kv_bits == 4, "quantized KV has 8 or 4 bits");
+  const auto known = [](int bits) { return bits == 8 || bits == 4; };
+  require(spec.kv_bits == 0 || (known(spec.kv_bits.keys) && known(spec.kv_bits.values)),
+          "quantized KV has 8 or 4 bits");
+  require(spec.kv_bits != 0 || (spec.key_bias == nullptr && !spec.rotate_keys && !spec.rotate_values),
+          "only quantized KV is rotated, or lacks a bias");
+  require(spec.key_bias == nullptr || spec.k_norm == nullptr, "keys that are normalised have no bias");
   if (spec.kv_bits != 0) {
     require(spec.kv_group == 32 || spec.kv_group == 64 || spec.kv_group == 128, "quantized KV has groups of 32, 64 or 128");
     if (spec.head_dim % spec.kv_group != 0) {
@@ -178,6 +231,7 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
   ensure_cpu_target();
   check(spec, sequences);
   thread_local RopeTables rope_tables;
+  thread_local BlockAngles block_angles;
   thread_local std::vector<float> partials;
 
   AttentionJob job{};
@@ -186,6 +240,11 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
   job.spec = &spec;
   job.sequences = sequences;
   job.rope = rope_tables.get(pool, spec.rope, sequences);
+  if (spec.key_bias != nullptr) {
+    int longest = 0;
+    for (const AttentionSequence& sequence : sequences) longest = std::max(longest, sequence.position + sequence.n);
+    block_angles.get(spec.rope, size_t(longest + kBlock - 1) / kBlock, job);
+  }
   job.group = size_t(spec.n_heads / spec.n_kv_heads);
   job.padded = (size_t(spec.head_dim) + 15) / 16 * 16;
   constexpr double kLog2E = 1.4426950408889634;

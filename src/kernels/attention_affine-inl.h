@@ -3,7 +3,8 @@
 //
 // Quantizing does what `quantize()` in MLX's mlx/backend/cpu/quantized.cpp does, in f32 and in its order of operations:
 // the words are those of mx::quantize over the f32 row, scales and biases are its own, cast to the spec's dtype. (The
-// words come from the scale before the cast, as in MLX.) A NaN becomes the bias; MLX leaves it undefined.
+// words come from the scale before the cast, as in MLX.) A NaN becomes the bias; MLX leaves it undefined. Rotated rows
+// of 4 bits are quantized by a rule of our own, and read as all others are.
 
 #if defined(TORPOR_KERNELS_ATTENTION_AFFINE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TORPOR_KERNELS_ATTENTION_AFFINE_INL_H_
@@ -20,6 +21,7 @@
 #include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
+#include "kernels/attention_hadamard-inl.h"
 #include "kernels/attention_rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -88,13 +90,80 @@ HWY_INLINE void quantize_group(const float* x, size_t n, int bits, uint8_t* out,
   bias_out = bias;
 }
 
+float rounded_to(KvDtype dtype, float value) {
+  std::byte stored[4];
+  store_scale(dtype, value, stored, 0);
+  const auto* bits = reinterpret_cast<const uint16_t*>(stored);
+  return dtype == KvDtype::kF32 ? value : dtype == KvDtype::kF16 ? load_one<RowsF16>(bits) : load_one<RowsBF16>(bits);
+}
+
+constexpr float kRotatedLevels = 15;  // beside the lowest
+
+/// The levels of `n` elements, which are rounded to the nearest; gives back the sum of squares of what that costs. The
+/// sum is of 16 lanes in order, on every target.
+HWY_INLINE float nearest_levels(const float* x, size_t n, float scale, float bias, uint8_t* out) {
+  const DF d;
+  const hn::RebindToSigned<DF> di;
+  const hn::Rebind<uint8_t, DF> d8;
+  const VF magic = hn::Set(d, 12582912.0f), by = hn::Set(d, scale), from = hn::Set(d, bias);
+  const VF inverse = hn::Set(d, 1.0f / scale);
+  float errors[kMaxLanes] = {};
+  for (size_t i = 0; i < n; i += kLanes) {
+    const VF v = hn::LoadU(d, x + i), q = hn::Mul(hn::Sub(v, from), inverse);
+    const VF clamped = hn::IfThenElseZero(hn::Ge(q, hn::Zero(d)), hn::Min(q, hn::Set(d, kRotatedLevels)));
+    const VF level = hn::Sub(hn::Add(clamped, magic), magic);
+    hn::StoreU(hn::DemoteTo(d8, hn::ConvertTo(di, level)), d8, out + i);
+    const VF error = hn::Sub(hn::Add(hn::Mul(level, by), from), v);
+    float* const lanes = errors + i % kMaxLanes;
+    hn::StoreU(hn::Add(hn::LoadU(d, lanes), hn::Mul(error, error)), d, lanes);
+  }
+  float sum = 0;
+  for (const float error : errors) sum += error;
+  return sum;
+}
+
+/// The same for 4 bits of rotated rows: of several ranges about the elements' middle, each with its scale and bias as
+/// they are stored, that whose error is least. MLX's rule meets one edge and zero, which is worth nothing to rotated
+/// elements.
+HWY_NOINLINE void quantize_rotated_group(KvDtype dtype, const float* x, size_t n, uint8_t* out, float& scale_out,
+                                         float& bias_out) {
+  const DF d;
+  VF low = hn::Set(d, std::numeric_limits<float>::infinity()), high = hn::Neg(low);
+  for (size_t i = 0; i < n; i += kLanes) {
+    const VF v = hn::LoadU(d, x + i);
+    low = hn::Min(v, low);
+    high = hn::Max(v, high);
+  }
+  const float minimum = hn::GetLane(hn::MinOfLanes(d, low)), maximum = hn::GetLane(hn::MaxOfLanes(d, high));
+  const float middle = 0.5f * minimum + 0.5f * maximum, reach = 0.5f * maximum - 0.5f * minimum;
+  uint8_t best[128], levels[128];
+  float least = std::numeric_limits<float>::infinity();
+  for (int part = 16; part >= 12; --part) {
+    const float half = reach * (float(part) / 16);
+    const float scale = std::max(rounded_to(dtype, 2 * half / kRotatedLevels), 1e-7f);
+    const float bias = rounded_to(dtype, middle - half);
+    const float error = nearest_levels(x, n, scale, bias, levels);
+    if (part != 16 && !(error < least)) continue;
+    least = error;
+    scale_out = scale;
+    bias_out = bias;
+    std::memcpy(best, levels, n);
+  }
+  for (size_t i = 0; i < n / 2; ++i) out[i] = uint8_t(best[2 * i] | best[2 * i + 1] << 4);
+}
+
 /// One head's row, whose groups begin at `at`.
-HWY_INLINE void quantize_row(const AttentionSpec& spec, const float* x, std::byte* words, std::byte* scales,
-                             std::byte* biases, size_t at) {
-  const size_t group = size_t(spec.kv_group), bytes = group * size_t(spec.kv_bits) / 8;
+HWY_INLINE void quantize_row(const AttentionSpec& spec, int bits, bool rotated, const float* x, std::byte* words,
+                             std::byte* scales, std::byte* biases, size_t at) {
+  const size_t group = size_t(spec.kv_group), bytes = group * size_t(bits) / 8;
   for (size_t g = 0; g < size_t(spec.head_dim) / group; ++g) {
     float scale, bias;
-    quantize_group(x + g * group, group, spec.kv_bits, reinterpret_cast<uint8_t*>(words) + (at + g) * bytes, scale, bias);
+    uint8_t* const to = reinterpret_cast<uint8_t*>(words) + (at + g) * bytes;
+    if (rotated && bits == 4) {
+      quantize_rotated_group(spec.kv_dtype, x + g * group, group, to, scale, bias);
+    } else {
+      quantize_group(x + g * group, group, bits, to, scale, bias);
+    }
     store_scale(spec.kv_dtype, scale, scales, at + g);
     store_scale(spec.kv_dtype, bias, biases, at + g);
   }
@@ -107,8 +176,9 @@ HWY_NOINLINE void append_affine(const AttentionJob& job, const AttentionSequence
   const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
   for (size_t h = 0; h < size_t(spec.n_kv_heads); ++h) {
     const size_t at = first_group(spec, h, position);
-    quantize_row(spec, k + h * dim, run.keys, run.key_scales, run.key_biases, at);
-    quantize_row(spec, v + h * dim, run.values, run.value_scales, run.value_biases, at);
+    quantize_row(spec, spec.kv_bits.keys, spec.rotate_keys, k + h * dim, run.keys, run.key_scales, run.key_biases, at);
+    quantize_row(spec, spec.kv_bits.values, spec.rotate_values, v + h * dim, run.values, run.value_scales,
+                 run.value_biases, at);
   }
 }
 
@@ -174,8 +244,8 @@ HWY_INLINE void spread_nibbles(const uint8_t* from, size_t n, uint8_t* HWY_RESTR
 #endif
 }
 
-/// Rows [begin, end) of words to rows of `dim` floats, by scales and biases [kBlock][dim / group]. As many words of `ahead`
-/// are brought into the cache.
+/// Rows [begin, end) of words to rows of `dim` floats, by scales and biases [kBlock][dim / group]. As many words of
+/// `ahead` are brought into the cache.
 template <int kBits>
 HWY_INLINE void dequantize_values(const float* words, const float* scales, const float* biases, size_t dim, size_t group,
                                   size_t begin, size_t end, const float* ahead, float* HWY_RESTRICT out) {
@@ -209,13 +279,15 @@ HWY_INLINE void fetch_scales(const AttentionSpec& spec, const AttentionSequence&
   }
 }
 
-/// Rows [begin, end) of the block of kBlock rows at `position`: keys to [dim][kBlock], values to [kBlock][dim]. Columns of
-/// other keys are garbage or zero. `words` and `scales` are scratch. `ahead` is brought into the cache meanwhile.
-template <int kBits>
-HWY_NOINLINE void dequantize_block(const AttentionSpec& spec, const AttentionSequence& sequence, size_t head, int position,
-                                   const Block<float>& here, const Block<float>& ahead, const float* zeros,
-                                   size_t begin, size_t end, float* HWY_RESTRICT words, float* HWY_RESTRICT scales,
-                                   float* HWY_RESTRICT keys, float* HWY_RESTRICT values) {
+/// Rows [begin, end) of the block of kBlock rows at `position`, keys with their bias: keys to [dim][kBlock], values to
+/// [kBlock][dim]. Columns of other keys are garbage or zero. `words` and `scales` are scratch. `ahead` is brought into
+/// the cache meanwhile.
+template <int kKeyBits, int kValueBits>
+HWY_NOINLINE void dequantize_block(const AttentionJob& job, const AttentionSequence& sequence, size_t head,
+                                   int position, const Block<float>& here, const Block<float>& ahead,
+                                   const float* zeros, size_t begin, size_t end, float* HWY_RESTRICT words,
+                                   float* HWY_RESTRICT scales, float* HWY_RESTRICT keys, float* HWY_RESTRICT values) {
+  const AttentionSpec& spec = *job.spec;
   const size_t dim = size_t(spec.head_dim), group = size_t(spec.kv_group), groups = dim / group;
   const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
   const size_t at = first_group(spec, head, position), all = groups * kBlock;
@@ -232,10 +304,11 @@ HWY_NOINLINE void dequantize_block(const AttentionSpec& spec, const AttentionSeq
     transpose_scales(row_scales, groups, begin, end, key_scales);
     transpose_scales(row_biases, groups, begin, end, key_biases);
   }
-  transpose_keys(here.keys, zeros, dim * kBits / 32, begin, end, words);
-  dequantize_keys<kBits>(words, key_scales, key_biases, dim, group, begin, end, ahead.keys, keys);
+  transpose_keys(here.keys, zeros, dim * kKeyBits / 32, begin, end, words);
+  dequantize_keys<kKeyBits>(words, key_scales, key_biases, dim, group, begin, end, ahead.keys, keys);
+  if (spec.key_bias != nullptr) add_key_bias(job, head, position, begin, end, keys);
   load(run.value_scales, run.value_biases);
-  dequantize_values<kBits>(here.values, row_scales, row_biases, dim, group, begin, end, ahead.values, values);
+  dequantize_values<kValueBits>(here.values, row_scales, row_biases, dim, group, begin, end, ahead.values, values);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -47,13 +47,18 @@ struct AttentionSpec {
   const float* k_norm = nullptr;
   float norm_eps = 0;
   KvDtype kv_dtype = KvDtype::kF16;  ///< of rows; of their scales and biases if they are quantized
-  int kv_bits = 0;                 ///< 8 or 4: rows are quantized as mx::quantize does (affine); 0 = they are not
+  /// Each 8 or 4: rows are quantized (affine), as mx::quantize does unless they are rotated; both 0: they are not.
+  KvBits kv_bits;
   int kv_group = 64;               ///< elements of a row that share a scale and a bias: 32, 64 or 128; divides head_dim
+  const float* key_bias = nullptr; ///< [H_kv, D], part of the keys given, left out of quantized rows; or nullptr
+  /// Quantized rows are multiplied by a Hadamard matrix: of the greatest power of two that divides head_dim, over each
+  /// such stretch of a head, divided by the root of its size.
+  bool rotate_keys = false, rotate_values = false;
   RopeSpec rope;
 };
 
 /// Rows [first, first + kSegmentTokens) of one layer: keys and values `[H_kv, kSegmentTokens, D]`, read and written in place.
-/// Quantized: keys and values are u32 words `[H_kv, kSegmentTokens, D * kv_bits / 32]`, and each has scales and biases
+/// Quantized: keys and values are u32 words `[H_kv, kSegmentTokens, D * bits / 32]`, and each has scales and biases
 /// `[H_kv, kSegmentTokens, D / kv_group]`. Words are little-endian with the first element lowest.
 struct KvRunView {
   std::byte* keys;

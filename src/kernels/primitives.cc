@@ -270,10 +270,12 @@ mx::array attention(mx::array qkv, std::shared_ptr<const AttentionSpec> spec, st
   check_columns(qkv, (spec->n_heads + 2 * spec->n_kv_heads) * spec->head_dim, "attention");
   const mx::Stream stream = cpu_stream();
   const bool quantized = spec->kv_bits != 0;
-  if (quantized && (spec->kv_bits < 0 || spec->kv_group <= 0)) invalid("attention: quantized KV needs its bits and group.");
+  if (quantized && (spec->kv_bits.keys <= 0 || spec->kv_bits.values <= 0 || spec->kv_group <= 0)) {
+    invalid("attention: quantized KV needs its bits and group.");
+  }
   const size_t elements = size_t(spec->n_kv_heads) * kSegmentTokens * size_t(spec->head_dim);
   const size_t element_size = kv_dtype_size(spec->kv_dtype);
-  const size_t row_bytes = quantized ? elements * size_t(spec->kv_bits) / 8 : elements * element_size;
+  const auto row_bytes = [&](int bits) { return quantized ? elements * size_t(bits) / 8 : elements * element_size; };
   const size_t scale_bytes = quantized ? elements / size_t(spec->kv_group) * element_size : 0;
   for (const SequenceRuns& s : sequences) {
     if (s.row < 0 || s.n < 0 || s.position < 0 || s.n > qkv.shape(0) - s.row) {
@@ -283,7 +285,8 @@ mx::array attention(mx::array qkv, std::shared_ptr<const AttentionSpec> spec, st
     if (s.runs.size() < needed) invalid("attention: the runs end before the sequence does.");
     const size_t scales_end =
         std::max({s.key_scale_offset, s.key_bias_offset, s.value_scale_offset, s.value_bias_offset}) + scale_bytes;
-    const size_t end = std::max(std::max(s.key_offset, s.value_offset) + row_bytes, scales_end);
+    const size_t end = std::max({s.key_offset + row_bytes(spec->kv_bits.keys),
+                                 s.value_offset + row_bytes(spec->kv_bits.values), scales_end});
     for (const KvBuffer& run : s.runs) {
       if (run.data != nullptr && run.size < end) {
         invalid("attention: a run of " + std::to_string(run.size) + " bytes is too small for its layer.");

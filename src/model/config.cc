@@ -174,6 +174,7 @@ ModelConfig parse_config(const json& file) {
   if (field(config, "tie_word_embeddings") != nullptr) model.tied_head = bool_field(config, "tie_word_embeddings", false);
   model.attention_bias = bool_field(config, "attention_bias", false);
   model.mlp_bias = bool_field(config, "mlp_bias", false);
+  model.key_bias = model.architecture == "qwen2" || (model.architecture == "llama" && model.attention_bias);
   model.windows = parse_windows(config, model);
   model.rope = parse_rope(config, model.head_dim);
   // As vLLM has it: a linear factor comes on top of what the model was trained for. Gemma 3's number has it in already.

@@ -31,6 +31,7 @@ struct ModelConfig {
   float rms_norm_eps = 0;
   std::optional<bool> tied_head;  ///< nullopt: as the weights have it
   bool attention_bias = false, mlp_bias = false;
+  bool key_bias = false;      ///< keys have a bias, and no norm after it
   Activation activation = Activation::kSilu;
   float attention_scale = 0;      ///< of the scores q · k
   float attention_softcap = 0;    ///< scores become cap * tanh(score / cap); 0 = off

@@ -53,7 +53,10 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
     throw Error(ErrorCode::kInvalidArgument, "There is no KV format '" + format.name() +
                                                  "': rows are f32, f16 or bf16, or of 8 or 4 bits in groups of 32, 64 or 128.");
   }
-  if (format.bits != 0 && config.head_dim % format.group != 0) {
+  if (format.bias_free && !config.key_bias) {
+    throw Error(ErrorCode::kInvalidArgument, "The model's keys have no bias, so no KV format can be without it.");
+  }
+  if (format.quantized() && config.head_dim % format.group != 0) {
     throw Error(ErrorCode::kInvalidArgument, "The model's heads of " + std::to_string(config.head_dim) +
                                                  " dims can't be quantized in groups of " + std::to_string(format.group) +
                                                  "; choose a group that divides them, or no KV quantization.");
@@ -66,16 +69,23 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
         layout.tensors.push_back({.name = name + suffix, .dtype = dtype, .n_kv_heads = config.n_kv_heads, .dim = dim,
                                   .window = config.windows[size_t(i)]});
       };
-      if (format.bits == 0) {
+      if (!format.quantized()) {
         add("", format.dtype, config.head_dim);
       } else {
-        add("", KvDtype::kU32, config.head_dim * format.bits / 32);
+        add("", KvDtype::kU32, config.head_dim * (*part == 'k' ? format.bits.keys : format.bits.values) / 32);
         add("_scales", format.dtype, config.head_dim / format.group);
         add("_biases", format.dtype, config.head_dim / format.group);
       }
     }
   }
   return layout;
+}
+
+KvFormat refined_format(const ModelConfig& config, const KvFormat& asked) {
+  KvFormat format = asked;
+  format.bias_free = config.key_bias && asked.quantized();
+  format.rotated = asked.bits.keys == 4 || asked.bits.values == 4;
+  return format;
 }
 
 Projection find_embedding(const Checkpoint& checkpoint) {
@@ -107,18 +117,13 @@ Decoder::Decoder(const Checkpoint& checkpoint)
   identity_ = identity_of(checkpoint);
 }
 
-KvFormat Decoder::format_of(const KvLayout& layout) {
-  for (const auto& [format, known] : layouts_) {
-    if (known == layout) return format;
+const KvLayout& Decoder::layout_of(const KvAccess& cache) {
+  auto known = layouts_.find(cache.format());
+  if (known == layouts_.end()) known = layouts_.emplace(cache.format(), kv_layout(cache.format())).first;
+  if (known->second != cache.layout()) {
+    throw Error(ErrorCode::kInvalidArgument, "A KV cache of the batch was not made for this model.");
   }
-  KvFormat format = layout.tensors.front().dtype;
-  if (format.dtype == KvDtype::kU32 && layout.tensors.size() > 1 && layout.tensors[1].dim > 0) {
-    format = {layout.tensors[1].dtype, layout.tensors[0].dim * 32 / config_.head_dim, config_.head_dim / layout.tensors[1].dim};
-  }
-  const KvLayout own = kv_layout(format);
-  if (own != layout) throw Error(ErrorCode::kInvalidArgument, "A KV cache of the batch was not made for this model.");
-  layouts_[format] = own;
-  return format;
+  return known->second;
 }
 
 void Decoder::check(std::span<const ForwardSequence> batch) const {
@@ -156,10 +161,10 @@ mx::array Decoder::forward(std::span<const ForwardSequence> batch) {
 
 mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
   std::vector<Progress> progress;
-  const KvFormat format = format_of(batch.front().kv->layout());
-  const KvLayout& layout = layouts_.at(format);
+  const KvFormat format = batch.front().kv->format();
+  const KvLayout& layout = layout_of(*batch.front().kv);
   for (const ForwardSequence& sequence : batch) {
-    if (sequence.kv->layout() != layout) {
+    if (sequence.kv->format() != format || sequence.kv->layout() != layout) {
       throw Error(ErrorCode::kInvalidArgument,
                   "A KV cache of the batch was not made for this model, or has another format than the first.");
     }

@@ -29,6 +29,8 @@ ModelInfo info_of(const Checkpoint& checkpoint);
 Identity identity_of(const Checkpoint& checkpoint);
 /// Model::kv_layout.
 KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format);
+/// Model::refined.
+KvFormat refined_format(const ModelConfig& config, const KvFormat& asked);
 
 /// The embedding, whose dtype is that of the checkpoint's activations.
 Projection find_embedding(const Checkpoint& checkpoint);
@@ -40,6 +42,7 @@ class Decoder : public Model {
   Identity identity() const override { return identity_; }
   std::string numerics() const override;
   KvFormat default_kv_format() const override { return dtype_; }
+  KvFormat refined(const KvFormat& asked) const override { return refined_format(config_, asked); }
   KvLayout kv_layout(const KvFormat& format) const override { return kv_layout_of(config_, format); }
   mx::array forward(std::span<const ForwardSequence> batch) override;
 
@@ -60,8 +63,8 @@ class Decoder : public Model {
  private:
   void check(std::span<const ForwardSequence> batch) const;
   mx::array compute(std::span<const ForwardSequence> batch);
-  /// The format of a cache whose layout is kv_layout of it. kInvalidArgument when it is of none.
-  KvFormat format_of(const KvLayout& layout);
+  /// The layout of a cache, which is kv_layout of its format. kInvalidArgument when it is another.
+  const KvLayout& layout_of(const KvAccess& cache);
 
   ModelInfo info_;
   Identity identity_;

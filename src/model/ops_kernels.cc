@@ -5,6 +5,7 @@
 #include <map>
 
 #include "kernels/primitives.h"
+#include "model/key_rows.h"
 #include "model/ops.h"
 #include "torpor/error.h"
 
@@ -63,10 +64,13 @@ struct Norm final : Ops::Packed {
 
 /// q, k and v side by side.
 struct Qkv final : Ops::Packed {
-  Qkv(std::shared_ptr<const PackedLinear> w, Ops::Weight q_norm, Ops::Weight k_norm)
-      : w(std::move(w)), q_norm(std::move(q_norm)), k_norm(std::move(k_norm)) {}
+  Qkv(std::shared_ptr<const PackedLinear> w, std::vector<float> key_bias, Ops::Weight q_norm, Ops::Weight k_norm)
+      : w(std::move(w)), key_bias(std::move(key_bias)), q_norm(std::move(q_norm)), k_norm(std::move(k_norm)) {}
   std::shared_ptr<const PackedLinear> w;
+  std::vector<float> key_bias;  // as in w, for formats that leave it out of the rows
   Ops::Weight q_norm, k_norm;
+  // With pair_factors, made when first needed: for formats that rotate keys.
+  mutable std::vector<float> even_q_norm, even_k_norm;
 };
 
 const float* values(const Ops::Weight& norm) {
@@ -84,7 +88,8 @@ class KernelOps final : public Ops {
     return weight;
   }
   Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm, Weight k_norm) override {
-    auto weight = std::make_shared<Qkv>(PackedLinear::pack({source(q), source(k), source(v)}, activations_), std::move(q_norm),
+    auto weight = std::make_shared<Qkv>(PackedLinear::pack({source(q), source(k), source(v)}, activations_),
+                                        k.bias ? to_floats(*k.bias) : std::vector<float>(), std::move(q_norm),
                                         std::move(k_norm));
     release({&q, &k, &v});
     return weight;
@@ -95,20 +100,9 @@ class KernelOps final : public Ops {
     return weight;
   }
   Weight pack_norm(const TensorView& weight, float plus) override {
-    const int n = int(weight.shape[0]);
-    std::vector<float> values(static_cast<size_t>(n));
-    const auto convert = [&](auto element) {
-      for (int i = 0; i < n; ++i) {
-        std::memcpy(&element, weight.data + size_t(i) * sizeof(element), sizeof(element));
-        values[size_t(i)] = float(element) + plus;
-      }
-    };
-    switch (source_type(weight)) {
-      case WeightSource::Type::kF32: convert(float()); break;
-      case WeightSource::Type::kF16: convert(mx::float16_t()); break;
-      default: convert(mx::bfloat16_t());
-    }
-    return std::make_shared<Norm>(mx::array(values.data(), {n}, mx::float32));
+    std::vector<float> values = to_floats(weight);
+    for (float& value : values) value += plus;
+    return std::make_shared<Norm>(mx::array(values.data(), {int(values.size())}, mx::float32));
   }
 
   mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) override {
@@ -119,7 +113,7 @@ class KernelOps final : public Ops {
   }
   mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) override {
     // A layer's keys and its values are one tensor each, or words, scales and biases.
-    const size_t parts = batch.kv_format.bits == 0 ? 1 : 3;
+    const size_t parts = batch.kv_format.quantized() ? 3 : 1;
     const auto offset = [&](size_t which, size_t part) {
       return batch.kv_layout->offset((2 * size_t(layer) + which) * parts + part, kSegmentTokens);
     };
@@ -174,16 +168,35 @@ class KernelOps final : public Ops {
       made->scale = config_.attention_scale;
       made->window = config_.windows[size_t(layer)];
       made->softcap = config_.attention_softcap;
-      made->q_norm = values(w.q_norm);
-      made->k_norm = values(w.k_norm);
+      const bool even = format.rotates_keys() && w.k_norm != nullptr;
+      if (even) even_norms(rope, w);
+      made->q_norm = even ? w.even_q_norm.data() : values(w.q_norm);
+      made->k_norm = even ? w.even_k_norm.data() : values(w.k_norm);
       made->norm_eps = config_.rms_norm_eps;
       made->kv_dtype = format.dtype;
       made->kv_bits = format.bits;
       made->kv_group = format.group;
+      made->key_bias = format.bias_free ? w.key_bias.data() : nullptr;
+      made->rotate_keys = format.rotates_keys();
+      made->rotate_values = format.rotates_values();
       made->rope = {.dims = rope.dims, .traditional = rope.traditional, .inv_freq = rope.inv_freq, .magnitude = rope.magnitude};
       spec = std::move(made);
     }
     return spec;
+  }
+  static void even_norms(const Rope& rope, const Qkv& w) {
+    if (!w.even_k_norm.empty()) return;
+    const auto floats = [](const Ops::Weight& norm) {
+      const mx::array& values = static_cast<const Norm&>(*norm).w;
+      return std::vector<float>(values.data<float>(), values.data<float>() + values.size());
+    };
+    w.even_q_norm = floats(w.q_norm);
+    w.even_k_norm = floats(w.k_norm);
+    const std::vector<float> factors = pair_factors(rope, w.even_q_norm, w.even_k_norm);
+    for (size_t i = 0; i < factors.size(); ++i) {
+      w.even_q_norm[i] *= factors[i];
+      w.even_k_norm[i] /= factors[i];
+    }
   }
 
   const ModelConfig config_;

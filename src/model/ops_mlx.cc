@@ -11,6 +11,7 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
+#include "model/key_rows.h"
 #include "model/ops.h"
 #include "torpor/error.h"
 
@@ -91,6 +92,12 @@ mx::array gelu_tanh(const mx::array& x) {
   return mx::multiply(mx::multiply(number(0.5f), x), mx::add(number(1), mx::tanh(inner)));
 }
 
+/// As kernels::AttentionSpec::rotate_keys has it.
+mx::array hadamard(const mx::array& x) {
+  const int dim = x.shape(-1), block = dim & -dim;
+  return mx::flatten(mx::hadamard_transform(mx::unflatten(x, -1, {dim / block, block})), -2, -1);
+}
+
 const Linear& single(const Ops::Weight& w) { return static_cast<const Linear&>(*w); }
 const Linear& part(const Ops::Weight& w, size_t i) { return static_cast<const Linears&>(*w).parts[i]; }
 
@@ -123,13 +130,33 @@ class MlxOps final : public Ops {
   }
   mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) override {
     const mx::array q = part(qkv, 0).apply(x), k = part(qkv, 1).apply(x), v = part(qkv, 2).apply(x);
+    const KvFormat& format = batch.kv_format;
+    const auto turned = [](const mx::array& x, bool turn) { return turn ? hadamard(x) : x; };
     std::vector<mx::array> outputs;
     for (const BatchSequence& s : batch.sequences) {
       const auto& norms = static_cast<const Linears&>(*qkv);
-      const mx::array queries = rotate(normed(heads(q, s, config_.n_heads), norms.q_norm), s.position, layer);
-      const mx::array new_keys = rotate(normed(heads(k, s, config_.n_kv_heads), norms.k_norm), s.position, layer);
-      auto [keys, values] = s.kv->update_and_fetch(layer, new_keys, heads(v, s, config_.n_kv_heads));
-      const mx::array out = attend(queries, mx::astype(keys, dtype_), mx::astype(values, dtype_), s, layer);
+      mx::array own_queries = normed(heads(q, s, config_.n_heads), norms.q_norm);
+      mx::array own_keys = normed(heads(k, s, config_.n_kv_heads), norms.k_norm);
+      if (format.rotates_keys() && norms.k_norm != nullptr) {
+        const mx::array factors = factors_of(norms, layer);
+        own_queries = mx::multiply(own_queries, factors);
+        own_keys = mx::divide(own_keys, factors);
+      }
+      mx::array queries = rotate(own_queries, s.position, layer);
+      if (format.bias_free) own_keys = mx::subtract(own_keys, key_bias(qkv));
+      const mx::array new_keys = turned(rotate(own_keys, s.position, layer), format.rotates_keys());
+      const mx::array new_values = turned(heads(v, s, config_.n_kv_heads), format.rotates_values());
+      auto [keys, values] = s.kv->update_and_fetch(layer, new_keys, new_values);
+      keys = mx::astype(keys, dtype_);
+      if (format.bias_free) {
+        const int held = keys.shape(2);
+        const mx::array biases = mx::broadcast_to(key_bias(qkv), {1, config_.n_kv_heads, held, config_.head_dim});
+        keys = mx::add(turned(keys, format.rotates_keys()), rotate(biases, s.position + s.n - held, layer));
+      } else {
+        queries = turned(queries, format.rotates_keys());
+      }
+      const mx::array attended = attend(queries, keys, mx::astype(values, dtype_), s, layer);
+      const mx::array out = turned(attended, format.rotates_values());
       outputs.push_back(mx::reshape(mx::transpose(out, {0, 2, 1, 3}), {s.n, config_.n_heads * config_.head_dim}));
     }
     return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0);
@@ -174,6 +201,20 @@ class MlxOps final : public Ops {
   mx::array heads(const mx::array& x, const BatchSequence& s, int n_heads) const {
     const mx::array rows = mx::slice(x, {s.row, 0}, {s.row + s.n, n_heads * config_.head_dim});
     return mx::transpose(mx::reshape(rows, {1, s.n, n_heads, config_.head_dim}), {0, 2, 1, 3});
+  }
+  /// [1, H_kv, 1, D]
+  mx::array key_bias(const Weight& qkv) const {
+    return mx::reshape(*part(qkv, 1).bias, {1, config_.n_kv_heads, 1, config_.head_dim});
+  }
+  /// pair_factors, [D].
+  mx::array factors_of(const Linears& w, int layer) const {
+    const auto floats = [](const Weight& norm) {
+      const mx::array values = mx::astype(static_cast<const Norm&>(*norm).w, mx::float32);
+      mx::eval({values});
+      return std::vector<float>(values.data<float>(), values.data<float>() + values.size());
+    };
+    const std::vector<float> factors = pair_factors(config_.rope_of(layer), floats(w.q_norm), floats(w.k_norm));
+    return mx::astype(mx::array(factors.data(), {config_.head_dim}, mx::float32), dtype_);
   }
   mx::array normed(const mx::array& x, const Weight& norm) const { return norm == nullptr ? x : rms(x, norm); }
   mx::array rms(const mx::array& x, const Weight& w) const {

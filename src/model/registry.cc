@@ -7,6 +7,7 @@
 #include "kernels/cpu_target.h"
 #include "kernels/thread_pool.h"
 #include "model/architectures.h"
+#include "model/key_rows.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -108,7 +109,10 @@ std::unique_ptr<Model> Model::load(const std::string& name, const ComputeOptions
 ModelOutline outline_model(const std::string& name, const ComputeOptions& compute) {
   return with_checkpoint(name, compute, [](const model::Checkpoint& checkpoint) {
     return ModelOutline{model::info_of(checkpoint), model::identity_of(checkpoint),
-                        [config = checkpoint.config](const KvFormat& format) { return model::kv_layout_of(config, format); }};
+                        [config = checkpoint.config](const KvFormat& format) {
+                          return model::kv_layout_of(config, format);
+                        },
+                        model::restore_keys_of(checkpoint)};
   });
 }
 

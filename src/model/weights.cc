@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <fstream>
 #include <set>
 #include <sstream>
 
+#include <mlx/types/half_types.h>
 #include <nlohmann/json.hpp>
 
 #include "base/env.h"
@@ -92,6 +94,20 @@ void release(const std::byte* data, size_t size) {
 }
 
 }  // namespace
+
+std::vector<float> to_floats(const TensorView& tensor) {
+  const auto convert = [&](auto element) {
+    std::vector<float> values(tensor.nbytes / sizeof(element));
+    for (size_t i = 0; i < values.size(); ++i) {
+      std::memcpy(&element, tensor.data + i * sizeof(element), sizeof(element));
+      values[i] = float(element);
+    }
+    return values;
+  };
+  if (tensor.dtype == "F32") return convert(float());
+  if (tensor.dtype == "F16") return convert(mlx::core::float16_t());
+  return convert(mlx::core::bfloat16_t());
+}
 
 void release_pages(const TensorView& tensor) { release(tensor.data, tensor.nbytes); }
 

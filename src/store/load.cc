@@ -7,7 +7,9 @@ namespace torpor {
 namespace {
 
 /// Digests are long; their beginnings tell them apart.
-std::string abridged(const std::string& value) { return value.size() <= 16 ? value : value.substr(0, 12) + "..."; }
+std::string abridged(const std::string& value) {
+  return value.size() <= 16 || value.find(' ') != std::string::npos ? value : value.substr(0, 12) + "...";
+}
 
 /// The ids of sealed tokens, from their segments: as many as can be believed.
 std::vector<int32_t> ids_of_segments(Store::Impl& store, const AgentInfo& info, const KvLayout& layout, int64_t first, int64_t end) {

@@ -1,0 +1,75 @@
+#include "model/key_rows.h"
+
+#include <cmath>
+
+#include "model/modules.h"
+#include "model/sandwich_norm.h"
+
+namespace torpor::model {
+namespace {
+
+/// What a layer's keys need.
+struct LayerKeys {
+  std::vector<float> factors;  // pair_factors; empty without norms
+  std::vector<float> bias;     // [n_kv_heads * head_dim], not rotated; empty without one
+};
+
+void add_rotated(const Rope& rope, int64_t position, std::span<const float> bias, std::span<float> head) {
+  const size_t half = size_t(rope.dims / 2);
+  for (size_t i = 0; i < half; ++i) {
+    const size_t low = rope.traditional ? 2 * i : i, high = rope.traditional ? 2 * i + 1 : i + half;
+    const double angle = double(position) * double(rope.inv_freq[i]), x = bias[low], y = bias[high];
+    head[low] += float(rope.magnitude * (x * std::cos(angle) - y * std::sin(angle)));
+    head[high] += float(rope.magnitude * (y * std::cos(angle) + x * std::sin(angle)));
+  }
+  for (size_t i = 2 * half; i < head.size(); ++i) head[i] += bias[i];
+}
+
+}  // namespace
+
+std::vector<float> pair_factors(const Rope& rope, std::span<const float> q_norm, std::span<const float> k_norm) {
+  // A dim that a norm silences keeps a bounded factor.
+  constexpr double kLeast = 1.0 / 16;
+  std::vector<float> factors(k_norm.size());
+  const auto set = [&](size_t a, size_t b) {
+    const double k = std::hypot(double(k_norm[a]), double(k_norm[b]));
+    const double q = std::hypot(double(q_norm[a]), double(q_norm[b]));
+    factors[a] = factors[b] = float(std::exp2(std::round(0.5 * std::log2((k + kLeast) / (q + kLeast)))));
+  };
+  const size_t half = size_t(rope.dims / 2);
+  for (size_t i = 0; i < half; ++i) rope.traditional ? set(2 * i, 2 * i + 1) : set(i, i + half);
+  for (size_t i = 2 * half; i < factors.size(); ++i) set(i, i);
+  return factors;
+}
+
+RestoreKeys restore_keys_of(const Checkpoint& checkpoint) {
+  const ModelConfig& c = checkpoint.config;
+  std::vector<LayerKeys> layers;
+  for (int i = 0; i < c.n_layers; ++i) {
+    const std::string attention = c.weight_prefix + layer_name(i) + ".self_attn";
+    LayerKeys& layer = layers.emplace_back();
+    if (c.key_bias) {
+      const std::vector<int64_t> shape = {int64_t(c.n_kv_heads) * c.head_dim};
+      layer.bias = to_floats(checkpoint.weights.get(attention + ".k_proj.bias", shape));
+    }
+    if (checkpoint.weights.find(attention + ".k_norm.weight") == nullptr) continue;
+    const auto norm = [&](const char* part) {
+      std::vector<float> values = to_floats(find_norm(checkpoint.weights, attention + part, c.head_dim));
+      for (float& value : values) value += c.architecture == "gemma3" ? kGemmaNormPlus : 0;
+      return values;
+    };
+    layer.factors = pair_factors(c.rope_of(i), norm(".q_norm"), norm(".k_norm"));
+  }
+  return [config = c, layers = std::move(layers)](const KvFormat& format, int layer, int64_t position,
+                                                  std::span<float> keys) {
+    const LayerKeys& own = layers[size_t(layer)];
+    const size_t dim = size_t(config.head_dim);
+    for (size_t at = 0; at < keys.size(); at += dim) {
+      const std::span<float> head = keys.subspan(at, dim);
+      for (size_t i = 0; format.rotates_keys() && i < own.factors.size(); ++i) head[i] *= own.factors[i];
+      if (format.bias_free) add_rotated(config.rope_of(layer), position, std::span(own.bias).subspan(at, dim), head);
+    }
+  };
+}
+
+}  // namespace torpor::model
