@@ -1,15 +1,16 @@
 # The Rust half: one static library, the same for every preset (it needs no sanitizers, and its lock file pins the rest), so
-# cargo builds it once beside its sources, in a directory for each set of features. The room server asks for `http`.
+# cargo builds it once beside its sources, in a directory for each set of features. The room server asks for
+# `http` and `grammar`.
 find_program(TORPOR_CARGO NAMES cargo HINTS "$ENV{HOME}/.cargo/bin")
 if(NOT TORPOR_CARGO)
-  message(FATAL_ERROR "Torpor needs Rust's cargo (1.82 or newer); install it with rustup (https://rustup.rs) and build again.")
+  message(FATAL_ERROR "Torpor needs Rust's cargo (1.87 or newer); install it with rustup (https://rustup.rs) and build again.")
 endif()
 set(_rust "${PROJECT_SOURCE_DIR}/rust")
 set(_set text)
 set(_features)
 if("server" IN_LIST TORPOR_ROOMS)
   set(_set http)
-  set(_features --features http)
+  set(_features --features http,grammar)
 endif()
 set(_target_dir "${_rust}/target/${_set}")
 set(_built "${_target_dir}/release/libtorpor_shim.a")
@@ -17,7 +18,8 @@ set(_built "${_target_dir}/release/libtorpor_shim.a")
 set(TORPOR_RUST_LIBRARY "${_target_dir}/libtorpor_shim.a" CACHE INTERNAL "The Rust half of torpor::text and torpor::server")
 
 file(GLOB_RECURSE _sources CONFIGURE_DEPENDS "${_rust}/src/*.rs")
-set(_headers "${_rust}/include/torpor_text_shim.h" "${_rust}/include/torpor_http_shim.h")
+set(_headers "${_rust}/include/torpor_text_shim.h" "${_rust}/include/torpor_http_shim.h"
+  "${_rust}/include/torpor_grammar_shim.h")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${_headers})
 set(_publish COMMAND "${CMAKE_COMMAND}" -E copy "${_built}" "${TORPOR_RUST_LIBRARY}")
 if(NOT APPLE)
@@ -31,7 +33,7 @@ if(NOT APPLE)
   endforeach()
   list(REMOVE_DUPLICATES _roots)
   if(NOT _features)
-    list(FILTER _roots EXCLUDE REGEX "^torpor_http_")
+    list(FILTER _roots EXCLUDE REGEX "^torpor_(http|grammar)_")
   endif()
   list(TRANSFORM _roots REPLACE "(.*)\\(" "--undefined=\\1")
   set(_object "${_target_dir}/torpor_shim.o")

@@ -170,8 +170,11 @@ TEST_F(EngineRunnerTest, WhatDoesNotFitOrIsNotThereIsRefused) {
   std::string words;
   for (int i = 0; i < 5000; ++i) words += "word ";
   EXPECT_EQ(chat(user(words), {}, 400)["error"]["code"], "context_length_exceeded");
-  EXPECT_EQ(ask("/v1/chat/completions", {{"messages", user("Hi.")}, {"response_format", {{"type", "json_object"}}}}, {},
-                400)["error"]["param"], "response_format");
+  const Json unique{{"type", "array"}, {"uniqueItems", true}};
+  const Json error = ask("/v1/chat/completions", {{"messages", user("Hi.")}, {"response_format", {{"type", "json_schema"},
+                         {"json_schema", {{"name", "x"}, {"schema", unique}}}}}}, {}, 400)["error"];
+  EXPECT_EQ(error["param"], "response_format");
+  EXPECT_NE(std::string(error["message"]).find("uniqueItems"), std::string::npos);
   EXPECT_EQ(chat(user("Hi."), {{"x-torpor-agent", "../etc"}}, 400)["error"]["param"], "agent");
 }
 
@@ -180,6 +183,29 @@ TEST_F(EngineRunnerTest, ACallThatIsDemandedAndDoesNotComeIsAnErrorAndNoText_mlx
   const Json error = ask("/v1/chat/completions", {{"messages", user("Hi.")}, {"max_tokens", 4}, {"tools", tools},
                                                   {"tool_choice", "required"}}, {}, 500)["error"];
   EXPECT_NE(std::string(error["message"]).find("tool_choice"), std::string::npos);
+}
+
+TEST_F(EngineRunnerTest, AnAnswerIsHeldToItsFormatAndACallToItsSchema) {
+  const Json port = Json::parse(R"({"type": "object", "properties": {"port": {"enum": [7, 8]}}, "required": ["port"],
+                                    "additionalProperties": false})");
+  const auto holds = [](const std::string& text) {
+    const Json json = Json::parse(text);
+    return json == Json{{"port", 7}} || json == Json{{"port", 8}};
+  };
+  for (const int seed : {1, 2, 3}) {
+    Json body{{"messages", user("Hi.")}, {"max_tokens", 200}, {"temperature", 1}, {"seed", seed}};
+    body["response_format"] = {{"type", "json_schema"}, {"json_schema", {{"name", "x"}, {"schema", port}}}};
+    const Json choice = ask("/v1/chat/completions", body)["choices"][0];
+    if (choice["finish_reason"] == "stop") EXPECT_TRUE(holds(choice["message"]["content"])) << choice;
+    body.erase("response_format");
+    body["tools"] = Json::array({{{"type", "function"}, {"function", {{"name", "open"}, {"parameters", port}, {"strict", true}}}}});
+    body["tool_choice"] = "required";
+    body["parallel_tool_calls"] = false;
+    const Json call = ask("/v1/chat/completions", body)["choices"][0];
+    ASSERT_EQ(call["finish_reason"], "tool_calls") << call;
+    EXPECT_EQ(call["message"]["tool_calls"][0]["function"]["name"], "open");
+    EXPECT_TRUE(holds(call["message"]["tool_calls"][0]["function"]["arguments"])) << call;
+  }
 }
 
 TEST_F(EngineRunnerTest, AClientThatHasGoneLeavesTheAgentAsItWas) {

@@ -120,6 +120,20 @@ def test_samplers_stop_strings_and_logprobs_count(served):
     assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", greedy[1])
 
 
+def test_an_answer_is_held_to_its_format(served):
+    schema = {"type": "object", "properties": {"lamp": {"enum": ["lit", "out"]}}, "required": ["lamp"],
+              "additionalProperties": False}
+    for kind, more in [("json_schema", {"json_schema": {"name": "lamp", "schema": schema, "strict": True}}),
+                       ("grammar", {"grammar": 'start: "{\\"lamp\\": \\"" ("lit" | "out") "\\"}"'})]:
+        for seed in range(3):
+            choice = served.chat("Is it lit?", max_tokens=200, temperature=1.2, seed=seed,
+                                 response_format={"type": kind, **more}).json()["choices"][0]
+            assert choice["finish_reason"] == "length" or json.loads(choice["message"]["content"])["lamp"] in ("lit", "out")
+    refused = served.chat("Is it lit?", response_format={"type": "json_schema", "json_schema": {
+        "name": "x", "schema": {"type": "array", "uniqueItems": True}}})
+    assert refused.status == 400 and "uniqueItems" in refused.json()["error"]["message"]
+
+
 def test_health_asks_for_no_key_and_metrics_does(served):
     assert served.ask("GET", "/health", key="").json()["ready"] is True
     assert served.ask("GET", "/metrics", key="").status == 401

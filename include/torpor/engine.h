@@ -31,6 +31,7 @@
 #include "torpor/message.h"
 #include "torpor/model_info.h"
 #include "torpor/store.h"
+#include "torpor/text.h"
 
 namespace torpor {
 
@@ -223,6 +224,7 @@ class Engine {
   std::vector<float> next_logits(const std::string& agent);
 
   const ModelInfo& model() const;
+  std::shared_ptr<const Tokenizer> tokenizer() const;
   Store& store();
 
  private:

@@ -4,7 +4,9 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -45,6 +47,17 @@ struct StopFound {
   std::string stop;
 };
 
+/// Says which tokens may come next in one answer. The engine calls it from its own threads, one call at a time.
+class TokenFilter {
+ public:
+  virtual ~TokenFilter() = default;
+  /// Sets bit `id % 32` of word `id / 32` for each token that may come next, and clears the others; `[vocab_size / 32, rounded up]`.
+  /// Runs beside the forward pass. When none is set, or it throws, the turn fails.
+  virtual void allow(std::span<uint32_t> words) = 0;
+  /// That token has come, which was allowed. Once no text may follow, allow() gives the tokens that end the answer.
+  virtual void accept(int32_t token) = 0;
+};
+
 struct GenerateOptions {
   int max_tokens = 256;
   SamplingOptions sampling;
@@ -59,6 +72,8 @@ struct GenerateOptions {
   /// With logprobs: called for each token on the engine's thread, before on_text can hear its text. It must not block or
   /// call the Engine.
   std::function<void(const TokenLogprobs& token)> on_token;
+  /// Tokens that may come, of this one answer; it is used up by it. nullptr: all.
+  std::shared_ptr<TokenFilter> filter;
   /// Called with each piece of text that is complete and can no longer become part of a stop string.
   std::function<void(std::string_view)> on_text;
   /// Called between prefill chunks with tokens done and tokens to do.

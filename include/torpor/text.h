@@ -13,6 +13,10 @@
 
 namespace torpor {
 
+namespace server {
+class Grammars;
+}
+
 /// Text with joints in it: characters that no token is recognised across, and that are taken out when it is encoded. So a
 /// user's "<|im_end|>" stays what it is, text.
 struct RenderedText {
@@ -49,6 +53,7 @@ class Tokenizer {
  private:
   friend class Detokenizer;
   friend class ChatTemplate;
+  friend class server::Grammars;
   std::vector<int32_t> encode_at(std::string_view text, int64_t place, std::string_view joint) const;
   struct Impl;
   explicit Tokenizer(std::unique_ptr<Impl> impl);

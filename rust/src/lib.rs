@@ -1,10 +1,12 @@
 //! Torpor's Rust half: one static library, since two of them in one program clash over Rust's runtime. The text shim is always
-//! in it, the HTTP edge with the feature `http`. The headers of include/ are the contract.
+//! in it, the HTTP edge with the feature `http`, grammars with `grammar`. The headers of include/ are the contract.
 
 // The safety rules of all functions are the headers'.
 #![allow(clippy::missing_safety_doc)]
 
 mod abi;
+#[cfg(feature = "grammar")]
+mod grammar;
 #[cfg(feature = "http")]
 mod http;
 mod text;

@@ -377,6 +377,7 @@ std::vector<float> Engine::next_logits(const std::string& id) {
 }
 
 const ModelInfo& Engine::model() const { return impl_->parts.model->info(); }
+std::shared_ptr<const Tokenizer> Engine::tokenizer() const { return impl_->parts.tokenizer; }
 Store& Engine::store() { return impl_->store; }
 
 }  // namespace torpor

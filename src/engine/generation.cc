@@ -113,6 +113,7 @@ Generation::Generation(const ModelInfo& model, std::shared_ptr<const Tokenizer> 
                     " held does not fit the model's context of " + std::to_string(limit) +
                     " tokens; shorten it or start a new agent.");
   }
+  begin_filter();
 }
 
 std::span<const int32_t> Generation::next_rows(int most) {
@@ -180,6 +181,10 @@ void Generation::sample_next(std::span<const float> logits) {
   }
   // The last token's rows are computed too: the next turn then prefills nothing but what is new.
   last_ = is_eos || !result_.stop.empty();
+  if (options_.filter && !last_) {
+    options_.filter->accept(token);
+    begin_filter();
+  }
 }
 
 void Generation::weigh(std::span<const float> logits, int32_t token) {
@@ -198,18 +203,40 @@ void Generation::weigh(std::span<const float> logits, int32_t token) {
   if (options_.on_token) options_.on_token(found);
 }
 
-int32_t Generation::choose(std::span<const float> logits) const {
+int32_t Generation::choose(std::span<const float> logits) {
   const SamplingOptions& options = options_.sampling;
   const bool adjusts = !options.logit_bias.empty() || options.repetition_penalty != 1 ||
                        options.presence_penalty != 0 || options.frequency_penalty != 0;
-  if (!adjusts) return sample(logits, options, position_);
-  const bool possible = std::ranges::any_of(logits, [](float logit) { return std::isfinite(logit); });
+  if (!adjusts && !options_.filter) return sample(logits, options, position_);
+  const auto some = [](std::span<const float> row) {
+    return std::ranges::any_of(row, [](float logit) { return logit != -INFINITY; });
+  };
   std::vector<float> adjusted(logits.begin(), logits.end());
-  adjust_logits(adjusted, options, before_, result_.tokens);
-  if (possible && std::ranges::all_of(adjusted, [](float logit) { return logit == -INFINITY; })) {
-    throw Error(ErrorCode::kInvalidArgument, "logit_bias forbids every token that can come; leave one.");
+  if (adjusts) {
+    adjust_logits(adjusted, options, before_, result_.tokens);
+    if (some(logits) && !some(adjusted)) {
+      throw Error(ErrorCode::kInvalidArgument, "logit_bias forbids every token that can come; leave one.");
+    }
+  }
+  if (options_.filter) {
+    const std::vector<uint32_t> allowed = allowed_.get();
+    for (size_t id = 0; id < adjusted.size(); ++id) {
+      if ((allowed[id / 32] >> (id % 32) & 1) == 0) adjusted[id] = -INFINITY;
+    }
+    if (!some(adjusted)) {
+      throw Error(ErrorCode::kInvalidArgument, "No token that can come goes on with the grammar; change the grammar, or logit_bias.");
+    }
   }
   return sample(adjusted, options, position_);
+}
+
+void Generation::begin_filter() {
+  if (!options_.filter) return;
+  allowed_ = std::async(std::launch::async, [filter = options_.filter, size = size_t(model_.vocab_size)] {
+    std::vector<uint32_t> words((size + 31) / 32);
+    filter->allow(words);
+    return words;
+  });
 }
 
 // Tokens of the stop string go, and with them those that hold only a part of the character before it.

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <future>
 #include <memory>
 #include <span>
 #include <string>
@@ -104,7 +105,9 @@ class Generation {
   bool cancelled() const { return options_.cancel != nullptr && options_.cancel->load(); }
   void tell_progress() const;
   void sample_next(std::span<const float> logits);
-  int32_t choose(std::span<const float> logits) const;
+  int32_t choose(std::span<const float> logits);
+  /// Begins to find out which tokens may come next, beside the forward pass (GenerateOptions::filter).
+  void begin_filter();
   void weigh(std::span<const float> logits, int32_t token);
   void cut_at(const StopFound& found);
   void emit(const std::string& text);
@@ -129,6 +132,7 @@ class Generation {
   bool last_ = false, over_ = false;  // the token sampled last ends the answer; all is said
   Clock::time_point start_ = Clock::now(), first_token_;
   GenerateResult result_;
+  std::future<std::vector<uint32_t>> allowed_;  // last: it is waited for before the others go
 };
 
 }  // namespace torpor

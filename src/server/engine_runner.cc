@@ -10,7 +10,9 @@
 #include <random>
 
 #include "base/hash.h"
+#include "server/answer_grammar.h"
 #include "server/answer_parser.h"
+#include "server/grammar.h"
 #include "server/keys.h"
 #include "server/stop_sink.h"
 #include "server/template_fit.h"
@@ -140,11 +142,13 @@ struct EngineRunner::Impl {
   std::vector<std::string> aliases;
   TemplateFit fit;
   SamplingOptions sampling;
+  Grammars grammars;
 
   Impl(Engine& engine, std::string given, std::vector<std::string> others)
       : engine(engine), name(std::move(given)), aliases(std::move(others)),
         fit(ChatTemplate::load(engine.model().dir), template_source(engine.model().dir)),
-        sampling(default_sampling(engine.model().dir)) {}
+        sampling(default_sampling(engine.model().dir)),
+        grammars(engine.tokenizer(), engine.model().vocab_size, engine.model().eos_token_ids) {}
 
   bool answers_to(const std::string& model) const {
     return model.empty() || model == name || model == engine.model().name ||
@@ -157,11 +161,6 @@ struct EngineRunner::Impl {
     if (!answers_to(request.model)) {
       throw Failure(Failure::Kind::kNotFound,
                     "There is no model '" + request.model + "' here; there is '" + name + "'.", "model");
-    }
-    if (request.response_format.kind != ResponseFormat::Kind::kText) {
-      throw Failure(Failure::Kind::kInvalid,
-                    "A response format can't be enforced here; leave it out, or use a tool with that schema.",
-                    "response_format");
     }
   }
 
@@ -229,6 +228,20 @@ struct EngineRunner::Impl {
     return turn;
   }
 
+  /// nullptr: any answer will do. Failure kInvalid for what can't be held to.
+  std::shared_ptr<TokenFilter> filter_of(const ChatRequest& request, const AnswerParser::Options& parsing) {
+    const auto grammar = answer_grammar(request, parsing, *engine.tokenizer());
+    if (!grammar) return nullptr;
+    try {
+      return grammars.lark(*grammar);
+    } catch (const Error& error) {
+      const bool format = request.response_format.kind != ResponseFormat::Kind::kText;
+      throw Failure(Failure::Kind::kInvalid, std::string("No answer can be held to ") + (format ? "'response_format'" : "the tools") + ": " +
+                                                 error.what() + ".",
+                    format ? "response_format" : "tools");
+    }
+  }
+
   /// Tokens of the prompt. Failure kContextTooLong when no room is left for an answer.
   int measured(const TurnRequest& turn) const {
     const int tokens = int(engine.prompt_tokens(turn).size());
@@ -270,6 +283,7 @@ void EngineRunner::run(const ChatRequest& request, AnswerSink& sink, const std::
       return impl_->fit.fit_answer(reader.message);
     };
   }
+  turn.generate.filter = impl_->filter_of(request, parsing);
   // All of a completion is text, and special tokens are part of it. Of an answer to messages only some is.
   if (request.prompt) {
     turn.generate.stop = request.stop;

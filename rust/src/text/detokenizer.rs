@@ -86,6 +86,22 @@ impl Detokenizer {
     }
 }
 
+/// What a token adds to a text that something stands before.
+#[cfg(feature = "grammar")]
+pub fn token_bytes(tokenizer: &Tokenizer, token: &str) -> Result<Vec<u8>> {
+    let steps = steps(tokenizer.decoder());
+    let any = |wanted: fn(&DecoderWrapper) -> bool| steps.iter().any(|step| wanted(step));
+    if any(|step| matches!(step, DecoderWrapper::ByteLevel(_))) {
+        let mut bytes = Vec::new();
+        append_bytes(&mut bytes, token);
+        return Ok(bytes);
+    }
+    if any(|step| matches!(step, DecoderWrapper::ByteFallback(_))) && is_byte_token(token) {
+        return Ok(u8::from_str_radix(&token[3..5], 16).into_iter().collect());
+    }
+    Ok(decode_behind(tokenizer, &["a".to_owned()], &[token.to_owned()])?.into_bytes())
+}
+
 /// The decoder's steps, nested sequences laid flat.
 fn steps(decoder: Option<&DecoderWrapper>) -> Vec<&DecoderWrapper> {
     match decoder {

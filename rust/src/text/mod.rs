@@ -15,7 +15,10 @@ use detokenizer::Detokenizer;
 use encode::Place;
 use settings::Settings;
 use template::ChatTemplate;
-use tokenizer::Tokenizer;
+
+#[cfg(feature = "grammar")]
+pub use detokenizer::token_bytes;
+pub use tokenizer::Tokenizer;
 
 const PLACE_ALONE: i64 = -1;
 const PLACE_BEGINNING: i64 = -2;

@@ -1,0 +1,220 @@
+/// Answers of a random model, held to a grammar: whatever it would have said, what comes is of the grammar.
+
+#include <algorithm>
+#include <filesystem>
+#include <thread>
+
+#include <unistd.h>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "server/answer_grammar.h"
+#include "server/grammar.h"
+#include "tiny_model.h"
+#include "torpor/engine.h"
+#include "torpor/error.h"
+
+namespace torpor::server {
+namespace {
+
+namespace fs = std::filesystem;
+
+class GrammarTest : public ::testing::Test {
+ protected:
+  GrammarTest() {
+    fs::remove_all(root_);
+    testing::write_tiny_model(root_ / "model");
+    engine_ = std::make_unique<Engine>(EngineOptions{.model = (root_ / "model").string(), .store = root_ / "store"});
+    grammars_ = std::make_unique<Grammars>(engine_->tokenizer(), engine_->model().vocab_size, engine_->model().eos_token_ids);
+  }
+  ~GrammarTest() override {
+    grammars_.reset();
+    engine_.reset();
+    fs::remove_all(root_);
+  }
+
+  TurnResult answer(std::shared_ptr<TokenFilter> filter, uint64_t seed, int max_tokens = 200) {
+    TurnRequest turn;
+    turn.prompt = "Say something.";
+    turn.save = SaveMode::kNo;
+    turn.generate.max_tokens = max_tokens;
+    turn.generate.sampling = {.temperature = 1.5f, .seed = seed};
+    turn.generate.filter = std::move(filter);
+    return engine_->turn(turn);
+  }
+
+  fs::path root_ = fs::path(::testing::TempDir()) / ("grammar_" + std::to_string(::getpid()));
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<Grammars> grammars_;
+};
+
+TEST_F(GrammarTest, AnAnswerIsJsonOfItsSchema) {
+  const std::string schema = R"({"type": "object", "additionalProperties": false, "required": ["kind", "ports"], "properties": {
+    "kind": {"enum": ["lamp", "keeper"]}, "ports": {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 99},
+    "minItems": 1, "maxItems": 3}}})";
+  int whole = 0;
+  for (uint64_t seed = 0; seed < 10; ++seed) {
+    const TurnResult result = answer(grammars_->json_schema(schema), seed);
+    if (result.finish_reason != FinishReason::kStop) continue;  // white space without end is JSON, too
+    ++whole;
+    const auto json = nlohmann::json::parse(result.text);
+    EXPECT_EQ(json.size(), 2u) << result.text;
+    EXPECT_TRUE(json.at("kind") == "lamp" || json.at("kind") == "keeper") << result.text;
+    ASSERT_GE(json.at("ports").size(), 1u);
+    ASSERT_LE(json.at("ports").size(), 3u);
+    for (const auto& port : json.at("ports")) EXPECT_TRUE(port.is_number_integer() && port >= 1 && port <= 99) << result.text;
+  }
+  EXPECT_GT(whole, 3);
+}
+
+TEST_F(GrammarTest, ManyAnswersAtOnceAreEachHeldToTheirOwnGrammar) {
+  std::vector<std::thread> threads;
+  std::vector<std::string> texts(8);
+  for (size_t i = 0; i < texts.size(); ++i) {
+    threads.emplace_back([&, i] { texts[i] = answer(grammars_->lark("start: /[" + std::string(1, char('a' + i)) + "]{12}/"), i).text; });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (size_t i = 0; i < texts.size(); ++i) EXPECT_EQ(texts[i], std::string(12, char('a' + i)));
+}
+
+TEST_F(GrammarTest, AFilterThatAllowsEverythingChangesNothing) {
+  struct Everything : TokenFilter {
+    void allow(std::span<uint32_t> words) override { std::fill(words.begin(), words.end(), ~0u); }
+    void accept(int32_t token) override { accepted.push_back(token); }
+    std::vector<int32_t> accepted;
+  };
+  const auto filter = std::make_shared<Everything>();
+  const TurnResult filtered = answer(filter, 3, 20), free = answer(nullptr, 3, 20);
+  EXPECT_EQ(filtered.text, free.text);
+  EXPECT_EQ(engine_->tokenizer()->decode(filter->accepted, true), free.text);
+}
+
+TEST_F(GrammarTest, WhatCantBeHeldToIsNamed) {
+  const auto message = [&](const auto& make) {
+    try {
+      make();
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+      return std::string(error.what());
+    }
+    return std::string("no error");
+  };
+  EXPECT_NE(message([&] { grammars_->json_schema(R"({"type": "array", "uniqueItems": true})"); }).find("uniqueItems"), std::string::npos);
+  EXPECT_NE(message([&] { grammars_->json_schema("{"); }), "no error");
+  EXPECT_NE(message([&] { grammars_->lark("start: nothing_of_that_name"); }).find("nothing_of_that_name"), std::string::npos);
+}
+
+TEST_F(GrammarTest, ALogitBiasAgainstTheWholeGrammarIsAnError) {
+  TurnRequest turn;
+  turn.prompt = "Say something.";
+  turn.save = SaveMode::kNo;
+  for (int32_t id = 0; id < engine_->model().vocab_size; ++id) {
+    if (engine_->tokenizer()->decode({id}).starts_with("a")) turn.generate.sampling.logit_bias.emplace_back(id, -INFINITY);
+  }
+  turn.generate.filter = grammars_->lark("start: \"a\"");
+  try {
+    engine_->turn(turn);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument) << error.what();
+  }
+}
+
+// ---- grammars of requests
+
+class AnswerGrammarTest : public GrammarTest {
+ protected:
+  AnswerGrammarTest() {
+    parsing_.format = {CallFormat::kTagged, "<think>", "</think>"};
+    parsing_.tools = {{"look", "", Json::parse(R"({"type": "object", "additionalProperties": false, "required": ["room"],
+                        "properties": {"room": {"type": "integer", "minimum": 0, "maximum": 9}}})"), true}};
+    request_.tools = parsing_.tools;
+  }
+  std::optional<std::string> grammar() { return answer_grammar(request_, parsing_, *engine_->tokenizer()); }
+  /// The text goes through the grammar from its first byte to an end.
+  bool takes(const std::string& text) {
+    const auto filter = grammars_->lark(grammar().value());
+    std::vector<uint32_t> words(size_t(engine_->model().vocab_size + 31) / 32);
+    const auto allowed = [&](int32_t id) {
+      filter->allow(words);
+      return (words[size_t(id) / 32] >> (id % 32) & 1) != 0;
+    };
+    for (const int32_t id : engine_->tokenizer()->encode(text, false)) {
+      if (!allowed(id)) return false;
+      filter->accept(id);
+    }
+    return allowed(engine_->model().eos_token_ids.front());
+  }
+
+  ChatRequest request_;
+  AnswerParser::Options parsing_;
+};
+
+const std::string kCall = "<tool_call>\n{\"name\": \"look\", \"arguments\": {\"room\": 3}}\n</tool_call>";
+
+TEST_F(AnswerGrammarTest, CallsThatMayComeHaveArgumentsOfTheirSchema) {
+  EXPECT_TRUE(takes("Just text."));
+  EXPECT_TRUE(takes("Let me look. " + kCall));
+  EXPECT_TRUE(takes("<think>Which?</think>\n" + kCall + "\n" + kCall + " Done."));
+  parsing_.in_thinking = true;
+  EXPECT_TRUE(takes("I could <tool_call> now.</think>\n" + kCall + " Done."));
+  EXPECT_FALSE(takes("Which?</think>" + kCall + "<tool_call>"));
+  parsing_.in_thinking = false;
+  EXPECT_FALSE(takes("<tool_call>\n{\"name\": \"look\", \"arguments\": {\"room\": \"3\"}}\n</tool_call>"));
+  EXPECT_FALSE(takes("<tool_call>\n{\"name\": \"jump\", \"arguments\": {}}\n</tool_call>"));
+  EXPECT_FALSE(takes("Text <tool_call> and more"));
+}
+
+TEST_F(AnswerGrammarTest, ACallThatMustComeComes) {
+  request_.tool_choice.kind = ToolChoice::Kind::kRequired;
+  EXPECT_TRUE(takes(kCall));
+  EXPECT_TRUE(takes("<think>Which?</think>\n\n" + kCall + "\n" + kCall));
+  EXPECT_FALSE(takes("Just text."));
+  EXPECT_FALSE(takes(kCall + " Done."));
+  parsing_.one_call = true;
+  EXPECT_FALSE(takes(kCall + "\n" + kCall));
+  parsing_.in_thinking = true;
+  EXPECT_TRUE(takes("Which?</think>\n" + kCall));
+  EXPECT_FALSE(takes(kCall));
+}
+
+TEST_F(AnswerGrammarTest, AResponseFormatHoldsBesideToolsAndAfterThinking) {
+  request_.response_format = {ResponseFormat::Kind::kJsonSchema, Json::parse(R"({"type": "object", "properties": {"a": {"type": "null"}},
+                              "required": ["a"], "additionalProperties": false})"), {}, true};
+  EXPECT_TRUE(takes(R"({"a": null})"));
+  EXPECT_TRUE(takes("<think>Null?</think>\n{\"a\": null}"));
+  EXPECT_TRUE(takes(kCall));
+  EXPECT_FALSE(takes("Null."));
+  EXPECT_FALSE(takes(R"({"a": 1})"));
+  parsing_.tools.clear();
+  EXPECT_FALSE(takes(kCall));
+  request_.response_format = {ResponseFormat::Kind::kLark, {}, "start: \"yes\" | \"no\"", true};
+  EXPECT_TRUE(takes("no"));
+  EXPECT_TRUE(takes("<think>Hm.</think>yes"));
+  EXPECT_FALSE(takes("maybe"));
+  request_.response_format = {ResponseFormat::Kind::kJsonObject, {}, {}, true};
+  EXPECT_TRUE(takes(R"({"b": [1, {"c": "d"}]})"));
+  EXPECT_FALSE(takes("[]"));
+}
+
+TEST_F(AnswerGrammarTest, ASchemaThatIsNoPromiseIsHeldToAsFarAsCanBe) {
+  parsing_.tools[0].parameters["uniqueItems"] = true;
+  EXPECT_THROW(takes(kCall), Error);
+  parsing_.tools[0].strict = false;
+  EXPECT_TRUE(takes(kCall));
+  EXPECT_FALSE(takes("<tool_call>\n{\"name\": \"look\", \"arguments\": {\"room\": \"3\"}}\n</tool_call>"));
+}
+
+TEST_F(AnswerGrammarTest, AnAnswerWithoutToolsOrFormatIsFree) {
+  parsing_.tools.clear();
+  EXPECT_FALSE(grammar().has_value());
+  parsing_.tools = request_.tools;
+  parsing_.format.calls = CallFormat::kHarmony;
+  EXPECT_FALSE(grammar().has_value());
+  request_.response_format.kind = ResponseFormat::Kind::kJsonObject;
+  EXPECT_THROW(grammar(), Failure);
+}
+
+}  // namespace
+}  // namespace torpor::server
