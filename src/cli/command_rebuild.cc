@@ -29,7 +29,7 @@ struct RebuildOptions : ModelOptions {
 
 /// nullopt: a signal came.
 std::optional<KvSnapshot> compute(Model& model, const KvFormat& format, const std::vector<int32_t>& tokens) {
-  const auto cache = KvCache::create(model.kv_layout(format), model.backend());
+  const auto cache = KvCache::create(model.kv_layout(format), format, model.backend());
   ProgressBar progress;
   InterruptScope interrupt;
   for (size_t first = 0; first < tokens.size(); first += kChunk) {
@@ -70,7 +70,7 @@ int rebuild(RebuildOptions options, const std::filesystem::path& root) {
                                                    std::to_string(limit) + "; rewind the agent first");
   }
   const KvFormat own = KvFormat::parse(info.identity.kv).value_or(model->default_kv_format());
-  std::optional<KvSnapshot> snapshot = compute(*model, options.kv_format().value_or(own), tokens);
+  std::optional<KvSnapshot> snapshot = compute(*model, model->refined(options.kv_format().value_or(own)), tokens);
   if (!snapshot) return 130;
   snapshot->conversation = {tokenizer->digest(), chat_template != nullptr ? chat_template->digest() : ""};
   record.shortest_cut = 0;  // all rows are there
