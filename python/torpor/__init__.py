@@ -31,14 +31,15 @@ from .errors import (BusyError, CancelledError, CorruptionError, Error, Incompat
 from .exchange import load_prompt_cache, save_prompt_cache
 from .extractor import Generation, MLXCacheExtractor
 from .persistence import CachePersistence
-from .results import (AgentMemory, EngineWork, MemoryUsage, MessageDivergence, SaveResult, TurnBytes, TurnResult, TurnTiming,
-                      TurnTokens)
+from .results import (AgentMemory, EngineWork, MemoryUsage, MessageDivergence, SaveResult, TokenLogprob,
+                      TokenLogprobs, TurnBytes, TurnResult, TurnTiming, TurnTokens)
 
 __all__ = [
     "Agent", "AgentMemory", "AgentStatus", "BusyError", "CachePersistence", "CancelledError", "CorruptionError",
     "Engine", "EngineWork", "Error", "Generation", "IncompatibleError", "InternalError", "InvalidArgumentError",
     "IoError", "MLXCacheExtractor", "MemoryUsage", "MessageDivergence", "NotFoundError", "ResourceExhaustedError",
-    "SaveResult", "TextStream", "TurnBytes", "TurnOptions", "TurnResult", "TurnTiming", "TurnTokens", "common_prefix",
+    "SaveResult", "TextStream", "TokenLogprob", "TokenLogprobs", "TurnBytes", "TurnOptions", "TurnResult", "TurnTiming",
+    "TurnTokens", "common_prefix",
     "delete_agent_cache", "get_cache_disk_usage", "get_cache_memory", "get_cache_size", "list_cached_agents",
     "load_agent_cache", "load_prompt_cache", "save_agent_cache", "save_prompt_cache", "set_log_handler",
     "validate_cache_structure",
