@@ -47,11 +47,12 @@ def killed_over_and_over(root, kills, seed):
                 os.write(writer, b"%d\n" % i)
             os._exit(0)
         os.close(writer)
-        time.sleep(chance.uniform(0.002, 0.06))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
         with os.fdopen(reader) as acks:
-            said = [int(line) for line in acks.read().split()]
+            said = [int(acks.readline()) for _ in range(kill % 4)]  # so many saves came to their end, however slow they are
+            time.sleep(chance.uniform(0, 0.02))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            said += [int(line) for line in acks.read().split()]
         acknowledged = said[-1] if said else acknowledged
         cache, metadata = torpor.CachePersistence(root).load_agent_cache("ada")
         i = int(metadata["i"])
@@ -62,7 +63,6 @@ def killed_over_and_over(root, kills, seed):
             assert theirs.offset == n and mx.array_equal(theirs.keys[..., :n, :], ours.keys[..., :n, :]), f"kill {kill}: mixed rows"
             assert mx.array_equal(theirs.values[..., :n, :], ours.values[..., :n, :]), f"kill {kill}: mixed rows"
         acknowledged = i
-    assert acknowledged > kills, "hardly any save came to its end"
 
 
 def test_a_process_killed_while_it_saves_leaves_the_old_or_the_new_cache_whole(tmp_path):
