@@ -46,7 +46,7 @@ def test_a_stop_string_may_be_a_special_tokens_text(engine, tiny):
 
 def test_one_token_is_the_greedy_one(engine, tiny):
     greedy = engine.turn("hello", **FOREVER).text
-    assert engine.turn("hello", temperature=1.0, **FOREVER).text != greedy
+    assert any(engine.turn("hello", temperature=1.0, seed=seed, **FOREVER).text != greedy for seed in range(5))
     for options in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}):
         assert engine.turn("hello", temperature=1.0, seed=5, **options, **FOREVER).text == greedy
     for option in ("--top-k", "--min-p"):
