@@ -6,9 +6,9 @@
 #include <climits>
 #include <filesystem>
 #include <fstream>
-#include <random>
 #include <utility>
 
+#include "base/env.h"
 #include "faces/error_table.h"
 #include "faces/turn_json.h"
 #include "server/keys.h"
@@ -37,7 +37,8 @@ TurnRequest turn_of(const AgentName& agent, const Json& body) {
     generate.max_tokens = int(std::clamp<int64_t>(body["max_tokens"].get<int64_t>(), INT_MIN, INT_MAX));
   generate.sampling.temperature = body.value("temperature", generate.sampling.temperature);
   generate.sampling.top_p = body.value("top_p", generate.sampling.top_p);
-  generate.sampling.seed = body.contains("seed") ? uint64_t(body["seed"].get<int64_t>()) : std::random_device{}();
+  // 32 bits: a number that every reader of JSON keeps.
+  generate.sampling.seed = body.contains("seed") ? uint64_t(body["seed"].get<int64_t>()) : random_bits() & 0xFFFFFFFFu;
   return turn;
 }
 

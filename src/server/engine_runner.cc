@@ -7,8 +7,8 @@
 #include <fstream>
 #include <iterator>
 #include <mutex>
-#include <random>
 
+#include "base/env.h"
 #include "base/hash.h"
 #include "server/answer_grammar.h"
 #include "server/answer_parser.h"
@@ -196,7 +196,7 @@ struct EngineRunner::Impl {
       }
       options.logit_bias.emplace_back(token, float(value));
     }
-    options.seed = asked.seed ? *asked.seed : std::random_device{}();
+    options.seed = asked.seed ? *asked.seed : random_bits();
     return options;
   }
 
