@@ -55,7 +55,7 @@ TEST_F(GrammarTest, AnAnswerIsJsonOfItsSchema) {
     "minItems": 1, "maxItems": 3}}})";
   int whole = 0;
   for (uint64_t seed = 0; seed < 10; ++seed) {
-    const TurnResult result = answer(grammars_->json_schema(schema), seed);
+    const TurnResult result = answer(grammars_->lark("start: %json " + schema), seed);
     if (result.finish_reason != FinishReason::kStop) continue;  // white space without end is JSON, too
     ++whole;
     const auto json = nlohmann::json::parse(result.text);
@@ -100,8 +100,8 @@ TEST_F(GrammarTest, WhatCantBeHeldToIsNamed) {
     }
     return std::string("no error");
   };
-  EXPECT_NE(message([&] { grammars_->json_schema(R"({"type": "array", "uniqueItems": true})"); }).find("uniqueItems"), std::string::npos);
-  EXPECT_NE(message([&] { grammars_->json_schema("{"); }), "no error");
+  EXPECT_NE(message([&] { grammars_->lark(R"(start: %json {"type": "array", "uniqueItems": true})"); }).find("uniqueItems"), std::string::npos);
+  EXPECT_NE(message([&] { grammars_->lark("start: %json {"); }), "no error");
   EXPECT_NE(message([&] { grammars_->lark("start: nothing_of_that_name"); }).find("nothing_of_that_name"), std::string::npos);
 }
 

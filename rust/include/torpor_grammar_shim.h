@@ -21,13 +21,10 @@ torpor_text_status torpor_grammar_vocabulary_new(const torpor_text_tokenizer* to
                                                  torpor_text_bytes* error);
 void torpor_grammar_vocabulary_free(torpor_grammar_vocabulary* vocabulary);
 
-enum {
-  TORPOR_GRAMMAR_LARK = 0,       /* llguidance's dialect of Lark */
-  TORPOR_GRAMMAR_JSON_SCHEMA = 1 /* a keyword that can't be held to is TORPOR_TEXT_INVALID, and named */
-};
-/* For one answer. It may outlive the vocabulary. */
-torpor_text_status torpor_grammar_new(const torpor_grammar_vocabulary* vocabulary, int32_t kind, const char* text,
-                                      size_t text_size, torpor_grammar** out, torpor_text_bytes* error);
+/* For one answer, of llguidance's dialect of Lark: JSON of a schema is `%json {...}` in it, where a keyword that can't be held to is
+ * TORPOR_TEXT_INVALID, and named. It may outlive the vocabulary. */
+torpor_text_status torpor_grammar_new(const torpor_grammar_vocabulary* vocabulary, const char* lark, size_t lark_size,
+                                      torpor_grammar** out, torpor_text_bytes* error);
 void torpor_grammar_free(torpor_grammar* grammar);
 /* Sets bit `id % 32` of word `id / 32` for each token that may come next; `words_size` is the vocabulary's size / 32, rounded up.
  * Once the grammar is over these are the tokens that end an answer. */

@@ -11,9 +11,6 @@ use toktrie::{TokRxInfo, TokTrie, TokenId, TokenizerEnv};
 use crate::abi::{guard, handle, handle_mut, invalid, slice, utf8, Bytes, Result};
 use crate::text::{token_bytes, Tokenizer};
 
-pub const KIND_LARK: i32 = 0;
-pub const KIND_JSON_SCHEMA: i32 = 1;
-
 struct Tokens(TokTrie);
 
 impl TokenizerEnv for Tokens {
@@ -71,12 +68,8 @@ impl Vocabulary {
 }
 
 impl Grammar {
-    fn new(vocabulary: &Vocabulary, kind: i32, text: &str) -> Result<Self> {
-        let grammar = match kind {
-            KIND_LARK => TopLevelGrammar::from_lark(text.to_owned()),
-            KIND_JSON_SCHEMA => TopLevelGrammar::from_json_schema(serde_json::from_str(text).or_else(failed)?),
-            _ => return invalid(format!("{kind} is no kind of grammar")),
-        };
+    fn new(vocabulary: &Vocabulary, lark: &str) -> Result<Self> {
+        let grammar = TopLevelGrammar::from_lark(lark.to_owned());
         let parser = vocabulary.parsers.create_parser(grammar).or_else(failed)?;
         Ok(Self { matcher: Matcher::new(Ok(parser)), words: vocabulary.size.div_ceil(32) })
     }
@@ -120,14 +113,13 @@ pub unsafe extern "C" fn torpor_grammar_vocabulary_free(vocabulary: *mut Vocabul
 #[no_mangle]
 pub unsafe extern "C" fn torpor_grammar_new(
     vocabulary: *const Vocabulary,
-    kind: i32,
-    text: *const u8,
-    text_size: usize,
+    lark: *const u8,
+    lark_size: usize,
     out: *mut *mut Grammar,
     error: *mut Bytes,
 ) -> i32 {
     guard(error, || {
-        let grammar = Grammar::new(handle(vocabulary)?, kind, utf8("the grammar", text, text_size)?)?;
+        let grammar = Grammar::new(handle(vocabulary)?, utf8("the grammar", lark, lark_size)?)?;
         *out = Box::into_raw(Box::new(grammar));
         Ok(())
     })

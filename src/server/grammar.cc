@@ -52,7 +52,7 @@ Grammars::Grammars(std::shared_ptr<const Tokenizer> tokenizer, int vocab_size, s
     : tokenizer_(std::move(tokenizer)), vocab_size_(vocab_size), ends_(std::move(ends)) {}
 Grammars::~Grammars() = default;
 
-std::shared_ptr<TokenFilter> Grammars::make(int32_t kind, const std::string& text) {
+std::shared_ptr<TokenFilter> Grammars::lark(const std::string& grammar) {
   {
     const std::lock_guard lock(mutex_);
     if (vocabulary_ == nullptr) {
@@ -61,11 +61,8 @@ std::shared_ptr<TokenFilter> Grammars::make(int32_t kind, const std::string& tex
   }
   torpor_grammar* handle = nullptr;
   ShimText error;
-  text::check(torpor_grammar_new(vocabulary_->handle(), kind, text.data(), text.size(), &handle, error.out()), error);
+  text::check(torpor_grammar_new(vocabulary_->handle(), grammar.data(), grammar.size(), &handle, error.out()), error);
   return std::make_shared<Grammar>(handle);
 }
-
-std::shared_ptr<TokenFilter> Grammars::json_schema(const std::string& schema) { return make(TORPOR_GRAMMAR_JSON_SCHEMA, schema); }
-std::shared_ptr<TokenFilter> Grammars::lark(const std::string& grammar) { return make(TORPOR_GRAMMAR_LARK, grammar); }
 
 }  // namespace torpor::server

@@ -21,14 +21,12 @@ class Grammars {
   ~Grammars();
   Grammars(const Grammars&) = delete;
 
-  /// Each is for one answer. kInvalidArgument says what can't be held to: an unknown keyword of a schema, by its name; a mistake in
-  /// a grammar, with its line.
-  std::shared_ptr<TokenFilter> json_schema(const std::string& schema);
+  /// For one answer. JSON of a schema is `%json {...}` in the grammar. kInvalidArgument says what can't be held to: an unknown keyword
+  /// of a schema, by its name; a mistake in the grammar, with its line.
   std::shared_ptr<TokenFilter> lark(const std::string& grammar);
 
  private:
   class Vocabulary;
-  std::shared_ptr<TokenFilter> make(int32_t kind, const std::string& text);
 
   const std::shared_ptr<const Tokenizer> tokenizer_;
   const int vocab_size_;
