@@ -2,14 +2,22 @@
 
 import json
 import os
+import pty
+import re
 import shutil
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
+import mlx.core as mx
+import mlx_lm.models.cache as mlx_cache
 import pytest
 from safetensors.numpy import load_file
 
 from conftest import BIN, EXIT, Result, Torpor, forge, make_tiny_model, preload
+
+import torpor
 
 
 @pytest.fixture
@@ -407,7 +415,104 @@ def test_a_file_system_without_locks_is_named_and_can_be_read(ada, tmp_path):
     ada("show", "ada", env=env).ok()
 
 
+# ---- agents that others wrote, and what a terminal shows
+
+def test_an_agent_of_mlx_lms_is_called_one(tiny):
+    cache = mlx_cache.KVCache()
+    cache.update_and_fetch(mx.ones((1, 1, 3, 64)), mx.zeros((1, 1, 3, 64)))
+    for name, model in (("ada", None), ("eve", tiny.model)):
+        torpor.CachePersistence(tiny.store, model).save_agent_cache(name, [cache], tokens=[1, 2, 3])
+        tiny.run(name, "Hello").fails("incompatible", f"'{name}'", "saved from a cache by a program")
+    shown = tiny("show", "ada").ok().out
+    assert not re.search(r"(?m)^\w+$", shown), f"a line without a value: {shown}"
+    assert "architecture" not in shown and "architecture" in tiny("show", "eve").ok().out
+
+
+def test_ls_tells_of_files_that_are_missing(ada):
+    assert ada("ls", "--json").ok().json[0]["missing_files"] == 0 and "missing" not in ada("ls").ok().out
+    for segment in ada.segments():
+        segment.unlink()
+    assert ada("ls", "--json").ok().json[0]["missing_files"] == 2
+    assert "asleep, 2 files missing" in ada("ls").ok().out
+
+
+@pytest.fixture
+def nobody():
+    """nobody(...): a command as a user who owns the store, but not all of its files."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+
+        def run(*args, check=True):
+            return Result(subprocess.run([str(BIN), *args, "--store", f"{directory}/store"], capture_output=True, timeout=60,
+                                         user=65534, group=65534, extra_groups=[], cwd="/"))
+
+        run.store = Path(directory) / "store"
+        try:
+            started = run("--version").code
+        except PermissionError:
+            started = None
+        if started != 0:
+            pytest.skip("the program may not be started by others")
+        yield run
+
+
+def test_an_agent_of_somebody_else_is_not_readable(ada, nobody):
+    cli = ada.copy(nobody.store)
+    cli("fork", "ada", "eve").ok()
+    for path in [nobody.store, *nobody.store.rglob("*")]:
+        os.chown(path, 65534, 65534)
+    os.chown(cli.agent_file("eve"), 0, 0)
+    os.chmod(cli.agent_file("eve"), 0o600)
+    (nobody.store / "eve.json").unlink()
+    (nobody.store / ".locks" / "eve.lock").unlink(missing_ok=True)
+    rows = {line.split()[0]: line for line in nobody("ls").ok().out.splitlines()[1:]}
+    assert "not readable" in rows["eve"] and "asleep" in rows["ada"]
+    assert [agent["agent"] for agent in nobody("ls", "--json").ok().json] == ["ada", "eve"]
+    checked = nobody("verify")
+    assert checked.code == EXIT["io"], checked.err
+    assert "ada: intact" in checked.out and "eve: not readable" in checked.out
+    assert {one["agent"]: one["readable"] for one in nobody("verify", "--json").json["agents"]} == {"ada": True, "eve": False}
+    nobody("gc").fails("io", "eve")
+    assert len(cli.segments()) == 2
+
+
+def test_a_terminal_obeys_nothing_that_a_model_writes(tiny, tmp_path, tokenizer):
+    escape = tokenizer.token_to_id("\u011b")  # as byte-level tokenizers write the byte 0x1B
+
+    def says_escape(config, weights):
+        weights["model.embed_tokens.weight"][:, 0] = 5
+        weights["lm_head.weight"] *= 0.001
+        weights["lm_head.weight"][escape, 0] = 100
+
+    model = make_tiny_model(tmp_path / "escaping", says_escape)
+    command = tiny.command("run", "--model", model, "--prompt", "hi", "--max-tokens", 3)
+    assert subprocess.run(command, capture_output=True, timeout=60).stdout == b"\x1b\x1b\x1b\n"  # no terminal: as it is
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(command, stdout=follower, stderr=subprocess.DEVNULL)
+    os.close(follower)
+    said = b""
+    try:
+        while part := os.read(leader, 4096):
+            said += part
+    except OSError:
+        pass  # the end, where nobody has the other side any more
+    os.close(leader)
+    assert process.wait(timeout=60) == 0 and said == b"\\u001b" * 3 + b"\r\n"
+
+
 # ---- the rest
+
+def test_the_help_of_each_command_ends_with_its_own_examples(tiny):
+    commands = re.findall(r"(?m)^  ([a-z]+) {2,}", tiny("--help").ok().out.split("Subcommands:")[1].split("Examples:")[0])
+    assert len(commands) > 20
+    for command in commands:
+        text = tiny(command, "--help").ok().out
+        examples = text.split("Examples:\n")[1].split("\n\n")[0].splitlines()
+        assert examples and all(re.match(rf"  torpor {command}\b", line) for line in examples), (command, examples)
+        options = text.split("Examples:\n")[0]
+        assert all(option in options for option in re.findall(r" (--?[a-z-]+)", " ".join(examples))), (command, examples)
 
 def test_a_model_whose_name_is_not_text_is_refused_before_it_is_loaded(tiny, tmp_path):
     odd = os.fsencode(tmp_path) + b"/caf\xe9"

@@ -37,3 +37,8 @@ def test_make_targets_scripts_and_links_exist(path):
         assert (ROOT / script).exists(), f"{path.name} names {script}"
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_the_program_of_the_page_on_embedding_is_the_one_that_is_compiled():
+    [program] = re.findall(r"```cpp\n(.*?)```", (ROOT / "docs" / "embedding.md").read_text(), re.DOTALL)
+    assert program == (ROOT / "tests" / "consumer" / "turns.cc").read_text()

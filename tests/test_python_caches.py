@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import os
+import shutil
 import resource
 import subprocess
 import sys
@@ -481,6 +482,29 @@ def test_generation_goes_on_from_a_saved_cache_with_the_same_tokens(store, tmp_p
     texts = ["".join(result) for result in results]
     assert texts[0] == texts[1] and results[0].tokens == results[1].tokens
     assert results[1].prefilled == len(tokenizer.encode(" and then"))
+
+
+def test_a_text_gets_bos_where_the_conversation_begins(tiny_model, tmp_path):
+    """As mlx-lm's own generation gives it to a text."""
+    import mlx_lm
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    described = json.loads((directory / "tokenizer.json").read_text())
+    described["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}}
+    (directory / "tokenizer.json").write_text(json.dumps(described))
+    model, tokenizer = mlx_lm.load(str(directory))
+    model.set_dtype(mx.float32)
+    extractor = torpor.MLXCacheExtractor(model, tokenizer)
+    for text in ("hello", "<|im_start|>hello"):
+        [response] = mlx_lm.stream_generate(model, tokenizer, text, max_tokens=1)
+        assert response.prompt_tokens == 2
+        for cache in (None, mlx_cache.make_prompt_cache(model)):
+            stream = extractor.stream(text, cache, max_tokens=1)
+            assert "".join(stream) == response.text and stream.prefilled == 2
+    list(again := extractor.stream("hello", stream.cache, max_tokens=1))
+    assert again.prefilled == 1
 
 
 def test_a_new_process_prefills_the_new_tokens_only(tokenizer):

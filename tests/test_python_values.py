@@ -136,3 +136,19 @@ def test_the_size_of_a_hybrid_cache_is_that_of_the_layers_that_count(tmp_path):
     assert torpor.get_cache_size([ArraysCache(2), kv_cache(5)]) == 5
     assert torpor.get_cache_size([kv_cache(3)]) == 3
     assert torpor.get_cache_size([ArraysCache(2)]) == torpor.get_cache_size([]) == 0
+
+
+def test_an_agent_tells_its_tokens_and_messages_saved_or_not(tiny_model, tmp_path):
+    with torpor.Engine(tiny_model, tmp_path / "store") as engine:
+        ada = engine.agent("ada", system="Be brief.")
+        result = ada.turn("hello", max_tokens=2, save="no")
+        said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"},
+                {"role": "assistant", "content": result.text}]
+        assert ada.messages == said and len(ada.tokens) == result.tokens.context
+        assert ada.tokens[:result.tokens.prompt] == engine.prompt_tokens(said[:2])
+        before = ada.tokens
+        ada.sleep()
+        assert (ada.messages, ada.tokens) == (said, before)  # asleep, from its file
+        with pytest.raises(torpor.NotFoundError, match="eve"):
+            engine.agent("eve").tokens
+    assert torpor.CachePersistence(tmp_path / "store").agent_tokens("ada") == before

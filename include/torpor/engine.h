@@ -219,6 +219,11 @@ class Engine {
   /// All agents of the store and in memory, by id.
   std::vector<AgentStatus> agents() const;
 
+  /// The ids that the agent holds to the end of its last turn, and the messages that they say, awake or asleep, saved or not.
+  /// Ids that are not known (import_prompt_cache) are negative. A call during a turn of the agent waits for its end. kNotFound.
+  std::vector<int32_t> tokens(const std::string& agent) const;
+  std::vector<Message> messages(const std::string& agent) const;
+
   /// Logits `[vocab]` that follow the agent's last token (recomputed from its cache without changing it); for tests and
   /// inspection. kNotFound.
   std::vector<float> next_logits(const std::string& agent);

@@ -152,6 +152,7 @@ struct DiskLimits {
 
 struct VerifyReport {
   std::string agent_id;
+  bool readable = true;  ///< false: a file of the agent could not be read (kIo), so what it holds is not known
   int64_t intact_tokens = 0;
   std::vector<std::string> problems;  ///< one sentence per damaged file; empty = intact
 };
@@ -274,6 +275,8 @@ class Store {
   /// All agents by id. Reads sidecars; rebuilds one that is missing, stale or edited from its agent file. An agent
   /// whose file is damaged is listed with an empty hash.
   std::vector<AgentInfo> list_cached_agents() const;
+  /// Of each agent, how many of the segments and parts that it names are not there. Looks at names only: `verify` reads.
+  std::vector<int64_t> count_missing_files(std::span<const AgentInfo> agents) const;
 
   /// Removes the agent file (the commit), its sidecar and segments that no agent names any more (those stay for `gc`
   /// when another process is saving just then, or an agent file is damaged). Takes the agent's lock itself: kBusy when

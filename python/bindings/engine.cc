@@ -52,6 +52,14 @@ class SharedEngine {
 
 /// A method of Engine's, called without the GIL.
 template <class R, class... Args>
+auto without_gil(R (Engine::*method)(Args...) const) {
+  return [method](const SharedEngine& shared, std::decay_t<Args>... args) {
+    const std::shared_ptr<Engine> engine = shared.get();
+    const nb::gil_scoped_release release;
+    return (engine.get()->*method)(args...);
+  };
+}
+template <class R, class... Args>
 auto without_gil(R (Engine::*method)(Args...)) {
   return [method](const SharedEngine& shared, std::decay_t<Args>... args) {
     const std::shared_ptr<Engine> engine = shared.get();
@@ -146,6 +154,15 @@ void pin(const SharedEngine& shared, const std::string& agent, bool pinned, cons
   without_gil(&Engine::pin)(shared, agent, pinned, mode);
 }
 
+/// One JSON object each.
+std::vector<std::string> messages(const SharedEngine& shared, const std::string& agent) {
+  const std::shared_ptr<Engine> engine = shared.get();
+  const nb::gil_scoped_release release;
+  std::vector<std::string> messages;
+  for (const Message& message : engine->messages(agent)) messages.push_back(message_to_json(message));
+  return messages;
+}
+
 mx::array next_logits(const SharedEngine& shared, const std::string& agent) {
   const std::shared_ptr<Engine> engine = shared.get();
   const nb::gil_scoped_release release;
@@ -218,6 +235,8 @@ void bind_engine(nb::module_& module) {
       .def("pin", &pin, "agent"_a, "pinned"_a, "save"_a)
       .def("rename", without_gil(&Engine::rename), "agent"_a, "new_id"_a)
       .def("remove", without_gil(&Engine::remove), "agent"_a)
+      .def("tokens", without_gil(&Engine::tokens), "agent"_a)
+      .def("messages", &messages, "agent"_a)
       .def("next_logits", &next_logits, "agent"_a)
       .def("work", [](const SharedEngine& shared) {
         const std::shared_ptr<Engine> engine = shared.get();

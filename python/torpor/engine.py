@@ -419,6 +419,18 @@ class Agent:
         """Saves if changed, then lets go of the memory and the lock. Does nothing when the agent is not awake."""
         self.engine._for(self.id).sleep(self.id)
 
+    @property
+    def tokens(self) -> list[int]:
+        """The ids that the agent holds to the end of its last turn, saved or not; negative where they are not known (an agent
+        of mlx-lm's file). Waits for a turn of the agent."""
+        return self.engine._for(self.id).tokens(self.id)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What these tokens say, oldest first: {"role": ..., "content": ...}, with `thinking`, `tool_calls` and the like where
+        there are any. A turn with raw=True adds none. Waits for a turn of the agent."""
+        return [json.loads(message) for message in self.engine._for(self.id).messages(self.id)]
+
     def next_logits(self) -> mx.array:
         """Logits, float32 `[vocab]`, that follow the agent's last token; for inspection. The agent is not changed."""
         return self.engine._for(self.id).next_logits(self.id)

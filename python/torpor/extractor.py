@@ -45,11 +45,12 @@ class MLXCacheExtractor:
 
     def stream(self, prompt: str | Iterable[int], cache: list[Any] | None = None, **options: Any) -> Generation:
         """A Generation that continues `cache` (None: from nothing) by `prompt`, a text or token ids. A text gets the
-        tokenizer's BOS in an empty cache only. `options` go to mlx_lm.stream_generate (max_tokens, sampler, ...)."""
-        fresh = cache is None
-        cache = make_prompt_cache(self.model) if fresh else cache
+        tokenizer's BOS where the cache is empty and the text does not begin with it. `options` go to mlx_lm.stream_generate (max_tokens, sampler, ...)."""
+        cache = make_prompt_cache(self.model) if cache is None else cache
         if isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt, add_special_tokens=fresh)
+            bos = self.tokenizer.bos_token
+            begins = all(layer.empty() for layer in cache) and not (bos and prompt.startswith(bos))
+            prompt = self.tokenizer.encode(prompt, add_special_tokens=begins)
         prompt = [int(token) for token in prompt]
         responses = stream_generate(self.model, self.tokenizer, prompt, prompt_cache=cache, **options)
         return Generation(cache, responses, list(prompt))

@@ -100,12 +100,14 @@ int list(const std::filesystem::path& root, bool json, bool ids_only) {
     return 0;
   }
   std::map<std::string, int64_t> shared = shared_bytes(agents);
+  const std::vector<int64_t> missing = store ? store->count_missing_files(agents) : std::vector<int64_t>{};
   if (json) {
     Json all = Json::array();
     for (const AgentInfo& info : agents) {
       Json one = summary_json(*store, info);
       one["own_bytes"] = info.bytes - shared[info.agent_id];
       one["shared_bytes"] = shared[info.agent_id];
+      one["missing_files"] = missing[all.size()];
       all.push_back(std::move(one));
     }
     print_json(all);
@@ -117,12 +119,15 @@ int list(const std::filesystem::path& root, bool json, bool ids_only) {
   }
   std::vector<std::vector<std::string>> rows{{"AGENT", "TOKENS", "OWN", "SHARED", "STATE", "AGE", "MODEL"}};
   for (const AgentInfo& info : agents) {
+    const int64_t lost = missing[rows.size() - 1];
     if (info.hash.empty()) {
       rows.push_back({info.agent_id, "-", human_bytes(info.bytes), "-", trouble_of(*store, info.agent_id), "-",
                       "(see torpor verify)"});
     } else {
       rows.push_back({info.agent_id, std::to_string(info.cache_size), human_bytes(info.bytes - shared[info.agent_id]),
-                      human_bytes(shared[info.agent_id]), state_of(*store, info) + (is_pinned(info) ? ", pinned" : ""),
+                      human_bytes(shared[info.agent_id]),
+                      state_of(*store, info) + (is_pinned(info) ? ", pinned" : "") +
+                          (lost > 0 ? ", " + std::to_string(lost) + " files missing" : ""),
                       human_age(info.updated_at), info.model});
     }
   }
@@ -165,8 +170,14 @@ int show(const std::filesystem::path& root, const std::string& id, bool json) {
       {"created", info.created_at},
       {"updated", info.updated_at},
       {"hash", info.hash}};
-  for (const auto& [name, value] : info.identity.fields()) rows.push_back({name, value});
-  for (const auto& [name, value] : origin_of(info)) rows.push_back({name, value});
+  // Where a program saved a cache of its own, nothing is known of the model.
+  const auto add = [&rows](const auto& fields) {
+    for (const auto& [name, value] : fields) {
+      if (!value.empty()) rows.push_back({name, value});
+    }
+  };
+  add(info.identity.fields());
+  add(origin_of(info));
   std::string text = table(rows, {false, false});
   const std::vector<Exchange> exchanges = exchanges_of(*store, id);
   size_t begun = 0;

@@ -18,12 +18,16 @@ namespace {
 int verify(const std::filesystem::path& root, const std::optional<std::string>& id, bool json) {
   const auto store = id ? open_store_of(root, *id) : open_existing_store(root);
   const std::vector<VerifyReport> reports = store ? store->verify(id) : std::vector<VerifyReport>{};
-  bool ok = true;
-  for (const VerifyReport& report : reports) ok = ok && report.problems.empty();
+  bool ok = true, damaged = false;
+  for (const VerifyReport& report : reports) {
+    ok = ok && report.problems.empty();
+    damaged = damaged || (report.readable && !report.problems.empty());
+  }
   if (json) {
     Json agents = Json::array();
     for (const VerifyReport& report : reports) {
       agents.push_back(Json{{"agent", report.agent_id},
+                            {"readable", report.readable},
                             {"intact_tokens", report.intact_tokens},
                             {"problems", report.problems}});
     }
@@ -31,14 +35,17 @@ int verify(const std::filesystem::path& root, const std::optional<std::string>& 
   } else {
     std::string text;
     for (const VerifyReport& report : reports) {
+      const std::string tokens = std::to_string(report.intact_tokens) + " tokens";
       text += report.agent_id + ": " +
-              (report.problems.empty() ? "intact, " + std::to_string(report.intact_tokens) + " tokens\n"
-                                       : "damaged, " + std::to_string(report.intact_tokens) + " tokens intact\n");
+              (report.problems.empty() ? "intact, " + tokens
+               : report.readable       ? "damaged, " + tokens + " intact"
+                                       : std::string("not readable")) +
+              "\n";
       for (const std::string& problem : report.problems) text += "  " + problem + "\n";
     }
     print(text.empty() ? "no agents in " + root.string() + "\n" : text);
   }
-  return ok ? 0 : faces::error_mapping(ErrorCode::kCorruption).exit_code;
+  return ok ? 0 : faces::error_mapping(damaged ? ErrorCode::kCorruption : ErrorCode::kIo).exit_code;
 }
 
 /// Cuts a damaged agent to its longest intact prefix, without its model.

@@ -7,7 +7,9 @@
 #include <csignal>
 #include <exception>
 #include <iostream>
+#include <map>
 #include <string>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 #include <mlx/version.h>
@@ -26,13 +28,50 @@
 
 namespace {
 
-constexpr const char* kFooter = R"(Examples:
+constexpr const char* kExamples = R"(Examples:
   torpor run --model .models/smollm2-135m --agent ada --prompt "Who keeps the lamp?"
-  torpor chat --model .models/smollm2-135m --agent ada
-  torpor ls
+  torpor chat --agent ada
+  torpor ls)";
 
-Exit codes: 0 done, 2 usage, 3 not found, 4 damaged, 5 another model's cache, 6 bad argument, 7 input/output,
+constexpr const char* kExitCodes = R"(Exit codes: 0 done, 2 usage, 3 not found, 4 damaged, 5 another model's cache, 6 bad argument, 7 input/output,
 8 agent awake elsewhere, 9 over a limit, 11 a defect of Torpor, 130 interrupted.)";
+
+/// What the help of each command ends with, the command's own name left out.
+const std::map<std::string, std::vector<const char*>> kExamplesOf{
+    {"run", {"--model .models/smollm2-135m --agent ada --prompt \"Who keeps the lamp?\"", "--agent ada --prompt-file letter.txt --json"}},
+    {"chat", {"--model .models/smollm2-135m --agent ada", "--agent ada --write-behind"}},
+    {"ls", {"", "-q", "--json"}},
+    {"show", {"ada"}},
+    {"rm", {"ada eve"}},
+    {"prune", {"--older-than 30d --dry-run"}},
+    {"du", {""}},
+    {"fork", {"ada eve", "ada eve --turn 2"}},
+    {"rewind", {"ada --turns 1", "ada 1200"}},
+    {"pin", {"ada", "ada --off"}},
+    {"rename", {"ada eve"}},
+    {"upgrade", {"ada"}},
+    {"why", {"ada eve", "ada --prompt-file messages.json --messages"}},
+    {"verify", {"", "ada"}},
+    {"repair", {"ada"}},
+    {"gc", {"--dry-run"}},
+    {"limits", {"--disk-budget 20GB --min-free 5GB"}},
+    {"export", {"ada ada.safetensors", "ada cache.safetensors --format mlx-lm"}},
+    {"import", {"ada.safetensors eve", "cache.safetensors eve --model .models/smollm2-135m"}},
+    {"serve", {"--model .models/smollm2-135m --port 8080"}},
+    {"ps", {"", "--json"}},
+    {"bench", {"--model .models/smollm2-135m --prefill 512 --decode 64"}},
+    {"perplexity", {"--model .models/smollm2-135m --file examples/lighthouse-log.txt"}},
+    {"rebuild", {"ada", "ada --model .models/qwen2.5-coder-0.5b"}},
+    {"completions", {"bash > ~/.local/share/bash-completion/completions/torpor"}},
+};
+
+std::string footer_of(const std::string& command) {
+  std::string text = "Examples:\n";
+  for (const std::string example : kExamplesOf.at(command)) {
+    text += "  torpor " + command + (example.empty() ? "" : " ") + example + "\n";
+  }
+  return text + "\n" + kExitCodes;
+}
 
 /// The command that a parse error is about: "torpor run".
 std::string command_name(const CLI::App& app) {
@@ -62,7 +101,7 @@ std::string version_text() {
 int dispatch(int argc, char** argv) {
   using namespace torpor::cli;
   CLI::App app{"LLM agents that sleep to disk and wake in milliseconds", "torpor"};
-  app.footer(kFooter);
+  app.footer(std::string(kExamples) + "\n\n" + kExitCodes);
   app.set_version_flag("--version", version_text, "Print the versions, backend and CPU target, and exit");
   app.require_subcommand(0, 1);  // none is told apart from an unknown one below
   app.fallthrough();
@@ -86,6 +125,7 @@ int dispatch(int argc, char** argv) {
   add_perplexity_command(app, invocation);
   add_rebuild_command(app, invocation);
   add_completions_command(app, invocation);
+  for (CLI::App* command : app.get_subcommands({})) command->footer(footer_of(command->get_name()));
 
   try {
     app.parse(argc, argv);

@@ -84,7 +84,7 @@ void complain(const Error& error) {
       {ErrorCode::kIncompatible, "weights", "--model, or torpor rebuild"},
       {ErrorCode::kIncompatible, "rope", "--model, or torpor rebuild"},
       {ErrorCode::kIncompatible, "class", "torpor.load_prompt_cache"},
-      {ErrorCode::kIncompatible, "made_by", "torpor.save_prompt_cache"},
+      {ErrorCode::kIncompatible, "made_by", "torpor.CachePersistence, torpor.save_prompt_cache"},
       {ErrorCode::kResourceExhausted, "DiskLimits", "--disk-budget, --min-free, torpor limits, torpor rm"},
       {ErrorCode::kResourceExhausted, "EngineOptions::memory_budget", "--memory-budget"},
   };

@@ -141,6 +141,7 @@ TurnRequest turn_request(const TurnOptions& options) {
 TurnResult take_turn(Engine& engine, const TurnOptions& options, TurnRequest request, InterruptScope& interrupt) {
   ProgressBar progress;
   bool closed = false;
+  const bool terminal = isatty(STDOUT_FILENO) != 0;
   // Told where it decides anything, so that the answer can be had again.
   const auto seed = options.sampling.temperature > 0 ? std::optional(request.generate.sampling.seed) : std::nullopt;
   request.generate.cancel = &interrupt.flag();
@@ -148,7 +149,9 @@ TurnResult take_turn(Engine& engine, const TurnOptions& options, TurnRequest req
   request.generate.on_text = [&](std::string_view text) {
     progress.clear();
     if (options.json || closed) return;
-    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
+    // A terminal would obey what a model writes; a file or a pipe gets the text as it is.
+    const std::string shown = terminal ? printable(text) : std::string(text);
+    if (std::fwrite(shown.data(), 1, shown.size(), stdout) != shown.size() || std::fflush(stdout) != 0) {
       closed = true;  // nobody reads: end the turn, and keep what was computed
       interrupt.flag().store(true);
     }

@@ -355,6 +355,17 @@ std::vector<AgentStatus> Engine::agents() const {
   return all;
 }
 
+std::vector<int32_t> Engine::tokens(const std::string& agent) const {
+  return impl_->call({agent}, [&] { return impl_->parts.agents->remembered(agent).history; });
+}
+
+std::vector<Message> Engine::messages(const std::string& agent) const {
+  return impl_->call({agent}, [&] {
+    const Remembered held = impl_->parts.agents->remembered(agent);
+    return std::vector<Message>(held.messages.begin(), held.messages.end());
+  });
+}
+
 std::vector<float> Engine::next_logits(const std::string& id) {
   return impl_->call({id}, [&] {
     AgentManager& agents = *impl_->parts.agents;

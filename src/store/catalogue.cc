@@ -115,6 +115,24 @@ std::vector<AgentInfo> Catalogue::list(bool rebuild_sidecars) {
   return agents;
 }
 
+std::vector<int64_t> Catalogue::count_missing(std::span<const AgentInfo> agents) const {
+  // Agents share segments: each is asked for once.
+  std::unordered_set<std::string> named;
+  for (const AgentInfo& info : agents) named.insert(info.segments.begin(), info.segments.end());
+  const std::vector<std::string> names(named.begin(), named.end());
+  const auto found = segments_.find(names);
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (found[i]) named.erase(names[i]);
+  }
+  std::vector<int64_t> missing;
+  for (const AgentInfo& info : agents) {
+    int64_t& n = missing.emplace_back(0);
+    for (const std::string& segment : info.segments) n += named.contains(segment);
+    for (const std::string& part : info.parts) n += !env_.is_file(parts_path() / (part + std::string(kExtension)));
+  }
+  return missing;
+}
+
 std::unordered_set<std::string> Catalogue::live_files() const {
   std::unordered_set<std::string> live;
   for (const auto& id : ids()) {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -87,6 +88,8 @@ class Catalogue {
   AgentInfo info(const std::string& id) const;
   /// All agents, from sidecars where these can be believed. `rebuild_sidecars`: where not, they are written anew.
   std::vector<AgentInfo> list(bool rebuild_sidecars);
+  /// Of each agent, how many of the segments and parts that it names are not there.
+  std::vector<int64_t> count_missing(std::span<const AgentInfo> agents) const;
   /// Names of segments, and paths of parts, that some agent needs, read from the agent files, which are flushed. kCorruption
   /// when one can't be read.
   std::unordered_set<std::string> live_files() const;

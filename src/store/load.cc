@@ -38,6 +38,13 @@ std::vector<int32_t> ids_of_segments(Store::Impl& store, const AgentInfo& info, 
 void check_identity(const std::string& id, const Identity& own, const Identity& expected) {
   const auto field = own.first_difference(expected);
   if (!field) return;
+  // As Python programs save mlx-lm's caches: what the other fields say is of no use.
+  if (own.kv != expected.kv && (own.kv.empty() || own.kv == "mlx-lm")) {
+    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was saved from a cache by a program, and not by an engine; go on with "
+                                          "it there, or take another agent.")
+        .with_agent(id)
+        .with_field("made_by");
+  }
   const std::string found = own.value(*field), wanted = expected.value(*field);
   throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was cached with another " + *field + " ('" + abridged(found) +
                                             "') than the model now has ('" + abridged(wanted) +

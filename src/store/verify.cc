@@ -16,6 +16,7 @@ VerifyReport verify_once(Store::Impl& store, const std::string& id,
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kNotFound) throw;
     report.problems.push_back(error.what());
+    report.readable = error.code() != ErrorCode::kIo;
     return report;
   }
   const AgentInfo& info = opened->agent.info;
@@ -62,6 +63,7 @@ VerifyReport verify_once(Store::Impl& store, const std::string& id,
       problem = entry->second;
     } catch (const Error& error) {
       problem = error.what();
+      if (error.code() == ErrorCode::kIo) report.readable = false;
     }
     if (problem.empty()) {
       if (intact) report.intact_tokens += kSegmentTokens;
