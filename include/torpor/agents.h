@@ -1,6 +1,6 @@
 #pragma once
 /// Changes to agents that are asleep: no model is loaded, no sealed row is read. (Engine does the same to those it has awake.)
-/// Any thread. Whoever is awake elsewhere is kBusy, but for the source of a fork: its last save is what is forked.
+/// Any thread. kBusy if the agent is awake elsewhere. The source of a fork may be awake: its last save is forked.
 
 #include <cstdint>
 #include <filesystem>

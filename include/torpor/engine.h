@@ -192,8 +192,8 @@ class Engine {
   /// Saves every awake agent and waits, telling how many of how many are done. All are tried; then the first error is thrown.
   /// Agents in a turn are saved after it. kInvalidArgument, and nothing is done, from a callback of a turn.
   void save_all(const std::function<void(int done, int total)>& progress = nullptr);
-  /// Waits for saves that turns have queued (SaveMode::kBehind), and throws the first error that no later turn or save has told:
-  /// the destructor, which waits too, can't.
+  /// Waits for queued saves (SaveMode::kBehind) and throws the first error not yet reported. Call it before destroying the Engine:
+  /// the destructor also waits, but can't report errors.
   void finish_saves();
   /// Saves if changed, then lets go of memory and lock. No-op for an agent that is not awake.
   void sleep(const std::string& agent);

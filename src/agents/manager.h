@@ -115,8 +115,8 @@ class AgentManager {
   /// on there. With `on_disk` its first `n_tokens` tokens' whole segments are written, too; nobody hears when that fails. The turn
   /// began with `reused` rows.
   void keep_for_retry(const Agent& agent, int reused, bool on_disk, int n_tokens) noexcept;
-  /// Takes back the rows from `n_tokens` on; more than those when a window has left behind what is needed again and not all
-  /// of it is on disk. They are the caller's to compute. An error leaves the agent as it was.
+  /// Cuts the cache to `n_tokens`. If rows that a sliding window needs are neither in memory nor on disk, it cuts further: check
+  /// length() and compute those rows again. An error leaves the agent as it was.
   void truncate(Agent& agent, int n_tokens);
   /// Puts the agent's rows into a file and lets go of their memory. kIo, kResourceExhausted; then nothing has changed.
   std::unique_ptr<RowsAside> put_aside(Agent& agent);

@@ -28,7 +28,7 @@ struct AgentRecord {
   void cut(size_t n_tokens);
 };
 
-/// `n_tokens` ids are the agent's: what is the same as them is not said twice. kInvalidArgument when a message is not UTF-8.
+/// `history` is written only if it differs from `n_tokens`, the agent's number of ids. kInvalidArgument: a message is not UTF-8.
 AgentNotes encode_record(const AgentRecord& record, size_t n_tokens);
 /// kCorruption when a key or message can't be read.
 AgentRecord decode_record(const AgentNotes& notes, size_t n_tokens);

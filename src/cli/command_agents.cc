@@ -74,8 +74,8 @@ std::vector<std::pair<std::string, std::string>> origin_of(const AgentInfo& info
           {"chat_template", info.conversation.chat_template}};
 }
 
-/// Of each agent's bytes those in segments that another one names too. Segments of one agent are of one size but for a few
-/// bytes of header, so nothing but the list is looked at.
+/// Bytes of each agent that are shared with another agent. An estimate: it assumes that all segments of an agent have the same
+/// size.
 std::map<std::string, int64_t> shared_bytes(const std::vector<AgentInfo>& agents) {
   std::map<std::string_view, int> named;
   for (const AgentInfo& info : agents) {
