@@ -18,6 +18,7 @@
 
 #include "kernels/compute.h"
 #include "kernels/cpu_target.h"
+#include "kernels/packed_layout.h"
 #include "kernels/packed_linear.h"
 #include "kernels/primitives.h"
 #include "kernels/thread_pool.h"
@@ -193,7 +194,7 @@ void check_linear(const std::vector<const TestWeight*>& weights, bool with_resid
     }
   }
   std::vector<float> y(size_t(most) * n);
-  for (const int threads : {1, 2, 3}) {
+  for (const int threads : {1, 2, 3, 16}) {
     ThreadPool::resize_shared(threads);
     for (const int m : kRows) {
       std::fill(y.begin(), y.end(), -7.0f);
@@ -431,6 +432,34 @@ TEST(KernelsLinear, WrongWeightsAreNamed) {
   std::vector<float> x(64), y(64);
   EXPECT_THROW(linear(x.data(), 1, *gated, nullptr, y.data()), Error);
   EXPECT_THROW(gated_linear(x.data(), 1, *plain, Activation::kSilu, y.data()), Error);
+}
+
+TEST(KernelsLinear, WorkIsCutForTheThreadsThereAre) {
+  for (const int threads : {1, 2, 3, 8, 16, 24, 32, 64}) {
+    for (const int n : {576, 960, 2048, 3072, 9728, 49152, 151936}) {
+      using Cut = std::tuple<int, int, int>;
+      for (const auto& [rows, at_once, tile] : {Cut{1, 8, 1}, {1, 4, 1}, {144, 2, 12}, {144, 2, 6}, {96, 2, 12}}) {
+        SCOPED_TRACE(std::to_string(threads) + " threads, " + std::to_string(n) + " outputs, " + std::to_string(rows) +
+                     " rows");
+        const int panels = n / 16;
+        const LinearTask task = linear_task(panels, at_once, rows, tile, threads);
+        const auto pieces = [](int all, int one) { return (all + one - 1) / one; };
+        const int tasks = pieces(panels, task.panels) * pieces(rows, task.rows);
+        EXPECT_EQ(task.rows % tile, 0);
+        // Four a thread, or a panel and a tile each.
+        EXPECT_GE(tasks, std::min(4 * threads, panels * pieces(rows, tile)));
+        EXPECT_LE(tasks, 2 * std::max(32, 4 * threads));
+        // The thread that is last has at most a third more than its share.
+        const double longest = double(pieces(tasks, threads)) * task.panels * std::min(rows, task.rows);
+        if (tasks >= 4 * threads) {
+          EXPECT_LT(longest, 1.34 * panels * rows / threads);
+        }
+      }
+    }
+  }
+  // Not 5 tasks of 8 panels, and not 18 of all rows.
+  EXPECT_EQ(linear_task(36, 8, 1, 1, 24).panels, 1);
+  EXPECT_EQ(linear_task(36, 2, 144, 12, 24).rows, 48);
 }
 
 TEST(KernelsPrimitives, LinearEqualsThePlainKernel) {

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <sys/wait.h>
@@ -55,6 +56,23 @@ TEST(KernelsThreadPool, EveryTaskOnceFromBothEnds) {
   EXPECT_THROW(pool.parallel_ends(50, [](int task, int) {
     if (task == 20) throw std::runtime_error("twenty");
   }), std::runtime_error);
+}
+
+TEST(KernelsThreadPool, AThreadWhoseStretchIsDoneHelpsWithTheOthers) {
+  // Both threads of the first stretch stay in its first and its last task until all other tasks are done.
+  constexpr int kTasks = 40;
+  for (const int threads : {4, 7}) {
+    ThreadPool pool(threads);
+    const int last = kTasks / ((threads + 1) / 2) - 1;
+    std::atomic<int> done{0};
+    alarm(60);  // without help they stay for ever
+    pool.parallel_ends(kTasks, [&](int task, int) {
+      while ((task == 0 || task == last) && done < kTasks - 2) std::this_thread::yield();
+      ++done;
+    });
+    alarm(0);
+    EXPECT_EQ(done.load(), kTasks);
+  }
 }
 
 TEST(KernelsThreadPool, ExceptionsReachTheCaller) {

@@ -72,6 +72,9 @@ inline int prepared_columns(const PackedPart& part, int k) { return part.group >
 inline constexpr int kInt8Block = 32;
 inline size_t int8_row_bytes(int k) { return size_t(k) + size_t(k) / kInt8Block * 2 * sizeof(float); }
 
+/// Rows that one task prepares: few rows are done sooner than another thread is awake.
+inline int rows_per_task(int rows, int threads) { return rows <= 16 ? rows : std::clamp(rows / (4 * threads), 1, 16); }
+
 }  // namespace torpor::kernels
 #endif
 
@@ -144,13 +147,10 @@ HWY_INLINE void EachPanels(int panel, int end, int after, const F& run) {
   if constexpr (kPanels > 1) EachPanels<kPanels / 2>(panel, end, after, run);
 }
 
-// The same for all panels of a part, in tasks: few, for taking one costs something too, but at least 4 a thread.
+// The same for all panels of a part, in tasks.
 template <int kPanels, class F>
 void EachPanels(ThreadPool& pool, const PackedPart& part, const F& run) {
-  const int least = 4 * pool.size(), share = (part.panels + std::max(32, least) - 1) / std::max(32, least);
-  int at_once = kPanels;
-  while (at_once > 1 && part.panels < at_once * least) at_once /= 2;
-  const int size = (share + at_once - 1) / at_once * at_once;  // panels of a task
+  const int size = linear_task(part.panels, kPanels, 1, 1, pool.size()).panels;
   auto body = [&](int task, int next) HWY_ATTR {
     EachPanels<kPanels>(task * size, std::min(part.panels, (task + 1) * size), next * size, run);
   };
@@ -232,18 +232,20 @@ void Linear(const LinearCall& call) {
         RunFew<kFewRows>(pool, call, part, x, row, rows);
         continue;
       }
-      // Many tasks, for an even end. They begin at even panels.
-      const int pairs = (part.panels + 1) / 2;
-      const int tasks = std::min(pairs, pool.size() * 8);
+      // Pairs of panels, for a gated panel's outputs fill half a cache line.
+      const LinearTask size = linear_task(part.panels, 2, rows, kTileRows, pool.size());
+      const int stretches = (part.panels + size.panels - 1) / size.panels, pieces = (rows + size.rows - 1) / size.rows;
       auto body = [&](size_t task, int) {
-        const int first = int(task * pairs / tasks) * 2, last = std::min(part.panels, int((task + 1) * pairs / tasks) * 2);
+        const int first = int(task) % stretches * size.panels, last = std::min(part.panels, first + size.panels);
+        const int begin = int(task) / stretches * size.rows, count = std::min(size.rows, rows - begin);
         if (int8) {
-          RunInt8(call, part, x8, first, last, row, rows);
+          RunInt8(call, part, x8 + size_t(begin) * int8_row_bytes(call.w->k), first, last, row + begin, count);
         } else {
-          RunBlock(call, part, x, first, last, row, rows);
+          const float* from = x + size_t(begin) * size_t(prepared_columns(part, call.w->k));
+          RunBlock(call, part, from, first, last, row + begin, count);
         }
       };
-      pool.parallel_for(size_t(tasks), std::ref(body));
+      pool.parallel_for(size_t(stretches * pieces), std::ref(body));
     }
   }
 }

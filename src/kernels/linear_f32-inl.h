@@ -131,14 +131,14 @@ const float* Prepare(ThreadPool& pool, const PackedPart& part, int k, const floa
   if (part.type != Type::kAffine) return x;
   const size_t columns = size_t(prepared_columns(part, k));
   float* out = prepared_memory(size_t(rows) * columns);
-  constexpr int kRowsPerTask = 16;
+  const int size = rows_per_task(rows, pool.size());
   auto body = [&](size_t task, int) {
-    const int last = std::min(rows, int(task + 1) * kRowsPerTask);
-    for (int row = int(task) * kRowsPerTask; row < last; ++row) {
+    const int last = std::min(rows, int(task + 1) * size);
+    for (int row = int(task) * size; row < last; ++row) {
       PrepareRow(part, k, x + size_t(row) * k, out + size_t(row) * columns);
     }
   };
-  pool.parallel_for(size_t(rows + kRowsPerTask - 1) / kRowsPerTask, std::ref(body));
+  pool.parallel_for(size_t((rows + size - 1) / size), std::ref(body));
   return out;
 }
 

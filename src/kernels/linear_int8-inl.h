@@ -208,12 +208,12 @@ void Int8Panel(const PackedPart& part, const std::byte* panel, const std::byte* 
 const int8_t* PrepareInt8(ThreadPool& pool, int k, const float* x, int rows) {
   const size_t bytes = int8_row_bytes(k);
   auto* out = reinterpret_cast<int8_t*>(prepared_memory(size_t(rows) * bytes / sizeof(float)));
-  constexpr int kRowsPerTask = 16;
+  const int size = rows_per_task(rows, pool.size());
   auto body = [&](size_t task, int) {
-    const int last = std::min(rows, int(task + 1) * kRowsPerTask);
-    for (int row = int(task) * kRowsPerTask; row < last; ++row) QuantizeRow(k, x + size_t(row) * k, out + row * bytes);
+    const int last = std::min(rows, int(task + 1) * size);
+    for (int row = int(task) * size; row < last; ++row) QuantizeRow(k, x + size_t(row) * k, out + row * bytes);
   };
-  pool.parallel_for(size_t(rows + kRowsPerTask - 1) / kRowsPerTask, std::ref(body));
+  pool.parallel_for(size_t((rows + size - 1) / size), std::ref(body));
   return out;
 }
 

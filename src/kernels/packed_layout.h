@@ -10,6 +10,7 @@
 /// nibbles of its bytes k..k+3 and the high ones k+4..k+7: both shifts-and-masks to f32 and byte-wise integer dot
 /// products read it without a shuffle. Rows past the end are zero.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -60,6 +61,21 @@ struct PackedPart {
 };
 
 inline size_t type_size(WeightSource::Type type) { return type == WeightSource::Type::kF32 ? 4 : 2; }
+
+/// The panels and rows of one task, of a part's `panels` and `rows` rows. Tasks are few, for taking one costs something
+/// too. But they are at least 4 a thread where there is that much to share. Panels come in multiples of `at_once`, a
+/// power of two; where that is too coarse, of a half of it and so on. Rows come in multiples of `tile`.
+struct LinearTask {
+  int panels, rows;
+};
+inline LinearTask linear_task(int panels, int at_once, int rows, int tile, int threads) {
+  const auto up = [](int n, int to) { return (n + to - 1) / to; };
+  const int least = 4 * threads, tiles = up(rows, tile);
+  while (at_once > 1 && panels < at_once * least) at_once /= 2;
+  const int size = std::max(1, panels / std::max(32, least) / at_once) * at_once;
+  const int pieces = up(least, up(panels, size));
+  return {size, std::max(1, tiles / pieces) * tile};
+}
 
 struct PackedLinear::Impl {
   int n = 0, k = 0;

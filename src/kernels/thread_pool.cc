@@ -253,13 +253,23 @@ void ThreadPool::parallel_for(size_t n_tasks, const std::function<void(size_t ta
 void ThreadPool::parallel_ends(int n_tasks, const std::function<void(int task, int next)>& body) {
   if (n_tasks <= 0) return;
   const int stretches = std::min((size() + 1) / 2, n_tasks);
-  std::array<std::atomic<int>, kMaxThreads / 2> taken{};
+  // How many tasks are taken from each end of a stretch: of the front in the low half, of the back in the high half.
+  constexpr uint64_t kFront = 1, kBack = uint64_t{1} << 32;
+  std::array<std::atomic<uint64_t>, kMaxThreads / 2> taken{};
   auto end = [&](size_t which, int) {
-    const size_t stretch = which / 2;
-    const int first = int(int64_t(stretch) * n_tasks / stretches), last = int(int64_t(stretch + 1) * n_tasks / stretches) - 1;
-    const int step = which % 2 == 0 ? 1 : -1;
-    for (int task = step > 0 ? first : last; taken[stretch].fetch_add(1, std::memory_order_relaxed) <= last - first; task += step) {
-      body(task, std::clamp(task + step, first, last));
+    const bool front = which % 2 == 0;
+    // Its own stretch first, then what the others have left.
+    for (int i = 0; i < stretches; ++i) {
+      const int stretch = int(which / 2 + size_t(i)) % stretches;
+      const int first = int(int64_t(stretch) * n_tasks / stretches);
+      const int last = int(int64_t(stretch + 1) * n_tasks / stretches) - 1;
+      for (;;) {
+        const uint64_t before = taken[size_t(stretch)].fetch_add(front ? kFront : kBack, std::memory_order_relaxed);
+        const int from_front = int(before % kBack), from_back = int(before / kBack);
+        if (from_front + from_back > last - first) break;
+        const int task = front ? first + from_front : last - from_back;
+        body(task, std::clamp(front ? task + 1 : task - 1, first, last));
+      }
     }
   };
   parallel_for(size_t(std::min(size(), 2 * stretches)), std::ref(end));

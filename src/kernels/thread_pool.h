@@ -25,9 +25,10 @@ class ThreadPool {
   /// The first exception thrown by a body is rethrown here. Callers wait for each other; not reentrant. kInvalidArgument in a
   /// process that was forked from the one that made the pool.
   void parallel_for(size_t n_tasks, const std::function<void(size_t task, int worker)>& body);
-  /// Calls `body(task, next)` for every task in [0, n_tasks), else as parallel_for. Two threads share a stretch of
-  /// tasks, one from each end, until they meet. So each thread reads memory in order, and both end together. `next` is the
-  /// task that the thread would take after this one, or this one where there is none.
+  /// Calls `body(task, next)` for every task in [0, n_tasks), else as parallel_for. Two threads take the tasks of a
+  /// stretch from its two ends, until they meet. So each thread reads memory in order. Then both help with other
+  /// stretches, so that all threads end together. `next` is the task that the thread is likely to take after this one, or
+  /// this one at a stretch's end.
   void parallel_ends(int n_tasks, const std::function<void(int task, int next)>& body);
 
  private:
