@@ -167,12 +167,52 @@ HWY_INLINE int first_key(const AttentionSpec& spec, int position) {
   return spec.window > 0 ? std::max(0, position - spec.window + 1) : 0;
 }
 
-/// Scores, weights and outputs of all rows of a tile for the block `here`, whose keys are [dim][kBlock] and values
-/// [kBlock][padded].
+/// Products with a block of keys [dim][kBlock] and of values [kBlock][padded], of the cache's type or f32.
 template <class Rows>
+struct FloatProducts {
+  size_t dim, padded;
+  Block<typename Rows::Element> here, ahead;
+
+  /// Scores of `n` queries in columns [column, column + columns) of out [n][kBlock].
+  HWY_INLINE void scores(size_t n, const float* q, size_t column, size_t columns, float* out) const {
+    product<false, Rows>(n, q, dim, here.keys + column, kBlock, dim, nullptr, out + column, kBlock, columns,
+                         ahead.keys);
+  }
+  /// out [n][padded], times the factors, plus weights [n][kBlock] of keys [first, last) times their values.
+  HWY_INLINE void outputs(size_t n, const float* weights, size_t first, size_t last, const float* factors,
+                          float* out) const {
+    product<true, Rows>(n, weights + first, kBlock, here.values + first * padded, padded, last - first, factors, out,
+                        padded, padded, ahead.values);
+  }
+};
+
+/// The same with packed rows: transposed words of keys, and levels of values in bytes.
+template <int kKeyBits>
+struct AffineProducts {
+  size_t dim, group;
+  const float* words;
+  Affine keys;
+  const uint8_t* levels;
+  Affine values;
+  const float* words_ahead;
+  const uint8_t* levels_ahead;
+
+  HWY_INLINE void scores(size_t n, const float* q, size_t column, size_t columns, float* out) const {
+    score_affine<kKeyBits>(n, q, words, keys, dim, group, words_ahead, out, column, column + columns);
+  }
+  HWY_INLINE void outputs(size_t n, const float* weights, size_t first, size_t last, const float* factors,
+                          float* out) const {
+    const size_t groups = dim / group;
+    output_affine(n, weights + first, levels + first * dim,
+                  {values.scales + first * groups, values.biases + first * groups}, dim, group, last - first, factors,
+                  levels_ahead + first * dim, out);
+  }
+};
+
+/// Scores, weights and outputs of all rows of a tile for the block of keys at `block`.
+template <class Products>
 HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int position, int block,
-                             const Block<typename Rows::Element>& here, const Block<typename Rows::Element>& ahead,
-                             const Scratch& s) {
+                             const Products& products, const Scratch& s) {
   const AttentionSpec& spec = *job.spec;
   const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
   const size_t rows = size_t(task.count) * group;
@@ -193,8 +233,7 @@ HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int 
     }
     if (low >= high) continue;
     const size_t column = low / 16 * 16, columns = (high + 15) / 16 * 16 - column;
-    product<false, Rows>(n, s.q + r0 * dim, dim, here.keys + column, kBlock, dim, nullptr, s.scores + column, kBlock, columns,
-                         ahead.keys);
+    products.scores(n, s.q + r0 * dim, column, columns, s.scores);
     if (spec.softcap > 0) {
       for (size_t r = 0; r < n; ++r) cap_scores(s.scores + r * kBlock + column, columns, job.cap);
     }
@@ -204,16 +243,37 @@ HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int 
                            s.sum + (r0 + r) * kMaxLanes);
     }
     if (same) {
-      product<true, Rows>(n, s.scores + low, kBlock, here.values + low * padded, padded, high - low, s.factors,
-                          s.acc + r0 * padded, padded, padded, ahead.values);
+      products.outputs(n, s.scores, low, high, s.factors, s.acc + r0 * padded);
       continue;
     }
     for (size_t r = 0; r < n; ++r) {
       if (row_begin[r] >= row_end[r]) continue;
-      product<true, Rows>(1, s.scores + r * kBlock + row_begin[r], kBlock, here.values + row_begin[r] * padded, padded,
-                          row_end[r] - row_begin[r], s.factors + r, s.acc + (r0 + r) * padded, padded, padded, ahead.values);
+      products.outputs(1, s.scores + r * kBlock, row_begin[r], row_end[r], s.factors + r, s.acc + (r0 + r) * padded);
     }
   }
+}
+
+/// The same for few rows of a packed block, of which any sees only keys [begin, end).
+template <int kKeyBits>
+HWY_NOINLINE void attend_packed(const AttentionJob& job, const TileTask& task, int position, int block,
+                                const Block<float>& here, const Block<float>& ahead, const float* zeros, size_t begin,
+                                size_t end, const Scratch& s) {
+  const AttentionSpec& spec = *job.spec;
+  const AttentionSequence& sequence = job.sequences[size_t(task.sequence)];
+  const size_t dim = size_t(spec.head_dim), head = size_t(task.kv_head);
+  const Affine keys =
+      load_keys<kKeyBits>(spec, sequence, head, block, here.keys, zeros, begin, end, s.narrow_keys, s.scales);
+  const Affine values = load_values(spec, sequence, head, block, begin, end, s.scales);
+  const uint8_t* levels = reinterpret_cast<const uint8_t*>(here.values);
+  const uint8_t* then = reinterpret_cast<const uint8_t*>(ahead.values);
+  if (spec.kv_bits.values == 4) {
+    uint8_t* const spread = reinterpret_cast<uint8_t*>(s.values);
+    spread_values(levels, dim, begin, end, then, spread);
+    levels = then = spread;
+  }
+  const AffineProducts<kKeyBits> products{dim,    size_t(spec.kv_group), s.narrow_keys, keys,
+                                          levels, values,                ahead.keys,    then};
+  attend_block(job, task, position, block, products, s);
 }
 
 /// The first block that a tile visits of a superblock.
@@ -256,28 +316,37 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
     const int then_block = more ? block + kBlock : first_block(job, next, next.super_begin);
     const Block<Element> here = block_of(task, block), ahead = block_of(then, then_block);
     const Element* zeros = reinterpret_cast<const Element*>(s.zeros);
-    const Block<float> widened{s.keys, s.values};
+    const FloatProducts<RowsWidened> widened{dim, padded, {s.keys, s.values}, {s.keys, s.values}};
+    // So few rows that dequantizing or widening while multiplying is cheaper than a block of floats.
+    const bool few = rows <= (kAffine ? 1 : 2) * kMaxRows;
     if constexpr (kAffine) {
+      fetch_scales(spec, job.sequences[size_t(then.sequence)], size_t(then.kv_head), then_block);
+      if (few && spec.key_bias == nullptr) {
+        const auto attend = spec.kv_bits.keys == 8 ? attend_packed<8> : attend_packed<4>;
+        attend(job, task, position, block, here, ahead, zeros, begin, end, s);
+        continue;
+      }
       const auto eight = spec.kv_bits.values == 8 ? dequantize_block<8, 8> : dequantize_block<8, 4>;
       const auto four = spec.kv_bits.values == 8 ? dequantize_block<4, 8> : dequantize_block<4, 4>;
       const auto dequantize = spec.kv_bits.keys == 8 ? eight : four;
-      fetch_scales(spec, job.sequences[size_t(then.sequence)], size_t(then.kv_head), then_block);
       dequantize(job, sequence, size_t(task.kv_head), block, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
                  s.keys, s.values);
-      attend_block<RowsWidened>(job, task, position, block, widened, widened, s);
+      attend_block(job, task, position, block, widened, s);
     } else if constexpr (Rows::kIsFloat) {
       transpose_keys(here.keys, zeros, dim, begin, end, s.keys);
       if (dim != padded) widen<Rows>(here.values, dim, padded, begin, end, s.values);
-      attend_block<Rows>(job, task, position, block, {s.keys, dim == padded ? here.values : s.values}, ahead, s);
+      const float* values = dim == padded ? here.values : s.values;
+      attend_block(job, task, position, block, FloatProducts<Rows>{dim, padded, {s.keys, values}, ahead}, s);
     } else {
       Element* narrow_keys = reinterpret_cast<Element*>(s.narrow_keys);
       transpose_keys(here.keys, zeros, dim, begin, end, narrow_keys);
-      if (rows <= 2 * kMaxRows && dim == padded) {  // so few rows that widening while multiplying is cheaper
-        attend_block<Rows>(job, task, position, block, {narrow_keys, here.values}, ahead, s);
+      if (few && dim == padded) {
+        const FloatProducts<Rows> products{dim, padded, {narrow_keys, here.values}, ahead};
+        attend_block(job, task, position, block, products, s);
       } else {
         widen<Rows>(narrow_keys, kBlock, kBlock, 0, dim, s.keys);
         widen<Rows>(here.values, dim, padded, begin, end, s.values);
-        attend_block<RowsWidened>(job, task, position, block, widened, widened, s);
+        attend_block(job, task, position, block, widened, s);
       }
     }
   }

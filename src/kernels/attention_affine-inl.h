@@ -22,6 +22,7 @@
 #include <hwy/highway.h>
 
 #include "kernels/attention_hadamard-inl.h"
+#include "kernels/attention_math-inl.h"
 #include "kernels/attention_rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -269,6 +270,13 @@ HWY_INLINE void dequantize_values(const float* words, const float* scales, const
   }
 }
 
+/// Rows [begin, end) of values of 4 bits to bytes, as dequantize_values reads them.
+HWY_INLINE void spread_values(const uint8_t* from, size_t dim, size_t begin, size_t end, const uint8_t* ahead,
+                              uint8_t* HWY_RESTRICT to) {
+  for (size_t i = begin * dim; i < end * dim; i += 128) hwy::Prefetch(ahead + i / 2);
+  spread_nibbles(from + begin * dim / 2, (end - begin) * dim, to + begin * dim);
+}
+
 /// Brings the scales and biases of the block at `position` into the cache.
 HWY_INLINE void fetch_scales(const AttentionSpec& spec, const AttentionSequence& sequence, size_t head, int position) {
   const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
@@ -277,6 +285,41 @@ HWY_INLINE void fetch_scales(const AttentionSpec& spec, const AttentionSequence&
   for (const std::byte* part : {run.key_scales, run.key_biases, run.value_scales, run.value_biases}) {
     for (size_t i = 0; i < bytes; i += 64) hwy::Prefetch(part + at + i);
   }
+}
+
+/// A block's scales and biases in f32; of keys [dim / group][kBlock], of values [kBlock][dim / group].
+struct Affine {
+  const float* scales;
+  const float* biases;
+};
+
+/// Of rows [begin, end) of the block of keys at `position`; and its words, transposed. `to` has room for four tables.
+template <int kBits>
+HWY_INLINE Affine load_keys(const AttentionSpec& spec, const AttentionSequence& sequence, size_t head, int position,
+                            const float* keys, const float* zeros, size_t begin, size_t end, float* HWY_RESTRICT words,
+                            float* HWY_RESTRICT to) {
+  const size_t groups = size_t(spec.head_dim / spec.kv_group), all = groups * kBlock;
+  const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
+  const size_t at = first_group(spec, head, position);
+  load_scales(spec.kv_dtype, run.key_scales, at, begin * groups, end * groups, to);
+  load_scales(spec.kv_dtype, run.key_biases, at, begin * groups, end * groups, to + all);
+  transpose_keys(keys, zeros, size_t(spec.head_dim) * kBits / 32, begin, end, words);
+  if (groups == 1) return {to, to + all};
+  transpose_scales(to, groups, begin, end, to + 2 * all);
+  transpose_scales(to + all, groups, begin, end, to + 3 * all);
+  return {to + 2 * all, to + 3 * all};
+}
+
+/// Of values, beside the keys': the first two tables of `to`, or, where keys of one group are there, the last two.
+HWY_INLINE Affine load_values(const AttentionSpec& spec, const AttentionSequence& sequence, size_t head, int position,
+                              size_t begin, size_t end, float* HWY_RESTRICT to) {
+  const size_t groups = size_t(spec.head_dim / spec.kv_group), all = groups * kBlock;
+  const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
+  const size_t at = first_group(spec, head, position);
+  if (groups == 1) to += 2 * all;
+  load_scales(spec.kv_dtype, run.value_scales, at, begin * groups, end * groups, to);
+  load_scales(spec.kv_dtype, run.value_biases, at, begin * groups, end * groups, to + all);
+  return {to, to + all};
 }
 
 /// Rows [begin, end) of the block of kBlock rows at `position`, keys with their bias: keys to [dim][kBlock], values to
@@ -288,27 +331,132 @@ HWY_NOINLINE void dequantize_block(const AttentionJob& job, const AttentionSeque
                                    const float* zeros, size_t begin, size_t end, float* HWY_RESTRICT words,
                                    float* HWY_RESTRICT scales, float* HWY_RESTRICT keys, float* HWY_RESTRICT values) {
   const AttentionSpec& spec = *job.spec;
-  const size_t dim = size_t(spec.head_dim), group = size_t(spec.kv_group), groups = dim / group;
-  const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
-  const size_t at = first_group(spec, head, position), all = groups * kBlock;
-  float *const row_scales = scales, *const row_biases = scales + all;
-  const auto load = [&](const std::byte* scale, const std::byte* bias) {
-    load_scales(spec.kv_dtype, scale, at, begin * groups, end * groups, row_scales);
-    load_scales(spec.kv_dtype, bias, at, begin * groups, end * groups, row_biases);
-  };
-  load(run.key_scales, run.key_biases);
-  float *key_scales = row_scales, *key_biases = row_biases;
-  if (groups > 1) {
-    key_scales = scales + 2 * all;
-    key_biases = scales + 3 * all;
-    transpose_scales(row_scales, groups, begin, end, key_scales);
-    transpose_scales(row_biases, groups, begin, end, key_biases);
-  }
-  transpose_keys(here.keys, zeros, dim * kKeyBits / 32, begin, end, words);
-  dequantize_keys<kKeyBits>(words, key_scales, key_biases, dim, group, begin, end, ahead.keys, keys);
+  const size_t dim = size_t(spec.head_dim), group = size_t(spec.kv_group);
+  const Affine k = load_keys<kKeyBits>(spec, sequence, head, position, here.keys, zeros, begin, end, words, scales);
+  dequantize_keys<kKeyBits>(words, k.scales, k.biases, dim, group, begin, end, ahead.keys, keys);
   if (spec.key_bias != nullptr) add_key_bias(job, head, position, begin, end, keys);
-  load(run.value_scales, run.value_biases);
-  dequantize_values<kValueBits>(here.values, row_scales, row_biases, dim, group, begin, end, ahead.values, values);
+  const Affine v = load_values(spec, sequence, head, position, begin, end, scales);
+  dequantize_values<kValueBits>(here.values, v.scales, v.biases, dim, group, begin, end, ahead.values, values);
+}
+
+// ---- products of few rows, which would read a dequantized block but once: elements are dequantized in registers. Each
+// is the element that dequantize_block makes, and the chains are product's.
+
+#if HWY_ARCH_X86 && HWY_TARGET > HWY_AVX3
+constexpr int kAffineVectors[kMaxRows + 1] = {0, 4, 2, 2, 1, 1, 1};  // 16 registers
+#else
+constexpr int kAffineVectors[kMaxRows + 1] = {0, 4, 4, 4, 2, 2, 2};  // 32
+#endif
+
+template <int MR, int NV, int kBits>
+HWY_INLINE void score_micro(const float* HWY_RESTRICT q, const float* HWY_RESTRICT words, const Affine& affine,
+                            size_t dim, size_t group, const float* ahead, float* HWY_RESTRICT scores) {
+  const DF d;
+  const hn::RebindToSigned<DF> di;
+  const hn::RebindToUnsigned<DF> du;
+  constexpr size_t kPerWord = 32 / kBits;
+  const auto mask = hn::Set(du, (1u << kBits) - 1);
+  VF acc[MR][NV];
+  for (int r = 0; r < MR; ++r) {
+    for (int n = 0; n < NV; ++n) acc[r][n] = hn::Zero(d);
+  }
+  for (size_t i0 = 0; i0 < dim; i0 += group) {
+    VF scale[NV], bias[NV];
+    for (int n = 0; n < NV; ++n) {
+      scale[n] = hn::LoadU(d, affine.scales + i0 / group * kBlock + size_t(n) * kLanes);
+      bias[n] = hn::LoadU(d, affine.biases + i0 / group * kBlock + size_t(n) * kLanes);
+    }
+    for (size_t i = i0; i < i0 + group; i += kPerWord) {
+      hn::Vec<decltype(du)> word[NV];
+      for (int n = 0; n < NV; ++n) {
+        const size_t at = i / kPerWord * kBlock + size_t(n) * kLanes;
+        hwy::Prefetch(ahead + at);
+        word[n] = hn::BitCast(du, hn::LoadU(d, words + at));
+      }
+      for (size_t e = 0; e < kPerWord; ++e) {
+        VF factor[MR];
+        for (int r = 0; r < MR; ++r) factor[r] = hn::Set(d, q[size_t(r) * dim + i + e]);
+        for (int n = 0; n < NV; ++n) {
+          const VF level = hn::ConvertTo(d, hn::BitCast(di, hn::And(word[n], mask)));
+          const VF key = hn::MulAdd(scale[n], level, bias[n]);
+          word[n] = hn::ShiftRight<kBits>(word[n]);
+          for (int r = 0; r < MR; ++r) acc[r][n] = hn::MulAdd(factor[r], key, acc[r][n]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int n = 0; n < NV; ++n) hn::StoreU(acc[r][n], d, scores + size_t(r) * kBlock + size_t(n) * kLanes);
+  }
+}
+
+template <int MR, int NV, int kBits>
+HWY_INLINE void score_columns(const float* q, const float* words, const Affine& affine, size_t dim, size_t group,
+                              const float* ahead, float* scores, size_t column, size_t end) {
+  for (; column + NV * kLanes <= end; column += NV * kLanes) {
+    score_micro<MR, NV, kBits>(q, words + column, {affine.scales + column, affine.biases + column}, dim, group,
+                               ahead + column, scores + column);
+  }
+  if constexpr (NV > 1) {
+    if (column < end) score_columns<MR, NV / 2, kBits>(q, words, affine, dim, group, ahead, scores, column, end);
+  }
+}
+
+/// scores [rows][kBlock] in columns [column, end), multiples of 16: `rows` queries times keys in transposed words.
+template <int kBits>
+HWY_NOINLINE void score_affine(size_t rows, const float* q, const float* words, const Affine& affine, size_t dim,
+                               size_t group, const float* ahead, float* scores, size_t column, size_t end) {
+  with_rows(rows, [&](auto n) HWY_ATTR {
+    constexpr int MR = decltype(n)::value;
+    score_columns<MR, kAffineVectors[MR], kBits>(q, words, affine, dim, group, ahead, scores, column, end);
+  });
+}
+
+template <int MR, int NV>
+HWY_INLINE void output_micro(const float* HWY_RESTRICT weights, const uint8_t* HWY_RESTRICT levels,
+                             const Affine& affine, size_t dim, size_t group, size_t first_dim, size_t n_keys,
+                             const float* factors, const uint8_t* ahead, float* HWY_RESTRICT out, size_t padded) {
+  const DF d;
+  const hn::Rebind<int32_t, DF> di;
+  const hn::Rebind<uint8_t, DF> d8;
+  const size_t groups = dim / group;
+  VF acc[MR][NV];
+  for (int r = 0; r < MR; ++r) {
+    for (int n = 0; n < NV; ++n) {
+      const VF so_far = hn::LoadU(d, out + size_t(r) * padded + first_dim + size_t(n) * kLanes);
+      acc[r][n] = hn::Mul(so_far, hn::Set(d, factors[r]));
+    }
+  }
+  for (size_t j = 0; j < n_keys; ++j) {
+    hwy::Prefetch(ahead + j * dim + first_dim);
+    VF weight[MR];
+    for (int r = 0; r < MR; ++r) weight[r] = hn::Set(d, weights[size_t(r) * kBlock + j]);
+    for (int n = 0; n < NV; ++n) {
+      const size_t i = first_dim + size_t(n) * kLanes, g = j * groups + i / group;
+      const VF level = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d8, levels + j * dim + i)));
+      const VF value = hn::MulAdd(hn::Set(d, affine.scales[g]), level, hn::Set(d, affine.biases[g]));
+      for (int r = 0; r < MR; ++r) acc[r][n] = hn::MulAdd(weight[r], value, acc[r][n]);
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int n = 0; n < NV; ++n) hn::StoreU(acc[r][n], d, out + size_t(r) * padded + first_dim + size_t(n) * kLanes);
+  }
+}
+
+/// out [rows][dim], times the rows' factors, plus weights [rows][kBlock] times `n_keys` values, whose levels are bytes.
+HWY_NOINLINE void output_affine(size_t rows, const float* weights, const uint8_t* levels, const Affine& affine,
+                                size_t dim, size_t group, size_t n_keys, const float* factors, const uint8_t* ahead,
+                                float* out) {
+  with_rows(rows, [&](auto n) HWY_ATTR {
+    constexpr int MR = decltype(n)::value, NV = kAffineVectors[MR];
+    size_t i = 0;
+    for (; i + NV * kLanes <= dim; i += NV * kLanes) {
+      output_micro<MR, NV>(weights, levels, affine, dim, group, i, n_keys, factors, ahead, out, dim);
+    }
+    for (; i < dim; i += kLanes) {
+      output_micro<MR, 1>(weights, levels, affine, dim, group, i, n_keys, factors, ahead, out, dim);
+    }
+  });
 }
 
 }  // namespace HWY_NAMESPACE

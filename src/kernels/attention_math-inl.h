@@ -87,18 +87,27 @@ constexpr int kVectors[kMaxRows + 1] = {0, 8, 4, 4, 2, 2, 2};  // 16 registers
 constexpr int kVectors[kMaxRows + 1] = {0, 8, 8, 4, 4, 4, 4};  // 32
 #endif
 
+/// Calls `body` with a constant `rows`, 1 to kMaxRows.
+template <class Body>
+HWY_INLINE void with_rows(size_t rows, const Body& body) {
+  switch (rows) {
+    case 1: return body(std::integral_constant<int, 1>());
+    case 2: return body(std::integral_constant<int, 2>());
+    case 3: return body(std::integral_constant<int, 3>());
+    case 4: return body(std::integral_constant<int, 4>());
+    case 5: return body(std::integral_constant<int, 5>());
+    default: return body(std::integral_constant<int, 6>());
+  }
+}
+
 /// rows <= kMaxRows; columns a multiple of 16.
 template <bool kScaleC, class Rows, class Element = typename Rows::Element>
 HWY_NOINLINE void product(size_t rows, const float* a, size_t lda, const Element* b, size_t ldb, size_t k,
                           const float* scale, float* c, size_t ldc, size_t columns, const Element* ahead) {
-  switch (rows) {
-    case 1: product_columns<1, kVectors[1], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
-    case 2: product_columns<2, kVectors[2], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
-    case 3: product_columns<3, kVectors[3], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
-    case 4: product_columns<4, kVectors[4], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
-    case 5: product_columns<5, kVectors[5], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
-    default: product_columns<6, kVectors[6], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead); break;
-  }
+  with_rows(rows, [&](auto n) HWY_ATTR {
+    constexpr int MR = decltype(n)::value;
+    product_columns<MR, kVectors[MR], kScaleC, Rows>(a, lda, b, ldb, k, scale, c, ldc, columns, ahead);
+  });
 }
 
 // ---- softmax, in powers of two: the queries carry the factor log2(e)

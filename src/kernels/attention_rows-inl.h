@@ -57,7 +57,8 @@ struct RowsBF16 {
 };
 
 #undef TORPOR_HAVE_F16
-#if (HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2 && !defined(HWY_DISABLE_F16C)) || HWY_TARGET == HWY_NEON
+// By the order of targets, as in linear_f32-inl.h, so that those that Highway gains convert in hardware too.
+#if (HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2 && !defined(HWY_DISABLE_F16C)) || (HWY_ARCH_ARM && HWY_TARGET < HWY_EMU128)
 #define TORPOR_HAVE_F16 1
 #else
 #define TORPOR_HAVE_F16 0
