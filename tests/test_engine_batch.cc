@@ -323,6 +323,90 @@ TEST_F(EngineBatch, TurnsThatBeginAlikeComputeTheirCommonPromptOnce) {
   EXPECT_LE(computed, own + (kAgents - 1) * kNotWorthWaiting);
 }
 
+TEST_F(EngineBatch, TurnsOfAnotherSaltTakeNoRowsFromMemoryDiskTurnsUnderWayOrThoseGivenUp) {
+  std::mt19937 random(8);
+  const auto turn_of = [](const std::string& agent, const std::string& prompt, const std::string& salt) {
+    TurnRequest turn = request(agent, prompt, 4, 1);
+    turn.salt = salt;
+    turn.save = SaveMode::kWait;
+    return turn;
+  };
+  const std::string on_disk = words(random, 700), under_way = words(random, 700), given_up = words(random, 700);
+  {
+    Engine engine(options("store"));
+    EXPECT_EQ(engine.turn(turn_of("ada", on_disk, "")).tokens.cached, 0);
+    EXPECT_EQ(engine.turn(turn_of("bea", on_disk, "acme")).tokens.cached, 0);
+    EXPECT_EQ(engine.turn(turn_of("", on_disk, "other")).tokens.cached, 0);
+    EXPECT_GT(engine.turn(turn_of("", on_disk, "acme")).tokens.cached, 600);
+
+    // Two that begin while a third computes the same.
+    TurnRequest first = turn_of("", under_way, "acme");
+    TurnResult same, other;
+    std::thread same_salt, other_salt;
+    first.generate.on_prefill = [&](int, int) {
+      if (same_salt.joinable()) return;
+      same_salt = std::thread([&] { same = engine.turn(turn_of("", under_way, "acme")); });
+      other_salt = std::thread([&] { other = engine.turn(turn_of("", under_way, "other")); });
+    };
+    engine.turn(first);
+    same_salt.join();
+    other_salt.join();
+    EXPECT_GT(same.tokens.cached, 600);
+    EXPECT_EQ(other.tokens.cached, 0);
+
+    std::atomic<bool> give_up{false};
+    TurnRequest cut = turn_of("", given_up, "acme");
+    cut.give_up = &give_up;
+    cut.generate.on_text = [&](std::string_view) { give_up = true; };
+    EXPECT_THROW(engine.turn(cut), Error);
+    EXPECT_EQ(engine.turn(turn_of("", given_up, "other")).tokens.cached, 0);
+    EXPECT_GT(engine.turn(turn_of("", given_up, "acme")).tokens.cached, 600);
+  }
+  Engine engine(options("store"));
+  EXPECT_EQ(engine.turn(turn_of("", on_disk, "third")).tokens.cached, 0);
+  EXPECT_GT(engine.turn(turn_of("", on_disk, "acme")).tokens.cached, 600);
+  // An agent keeps its salt, whoever goes on with it, and its forks have it.
+  EXPECT_GT(engine.turn(turn_of("bea", "and on", "")).tokens.cached, 600);
+  engine.fork("bea", "eve");
+  for (const AgentInfo& info : engine.store().list_cached_agents()) {
+    EXPECT_EQ(info.lineage.salt, info.agent_id == "ada" ? "" : "acme") << info.agent_id;
+    EXPECT_EQ(engine.store().agent_info(info.agent_id).lineage, info.lineage);
+  }
+  for (const VerifyReport& report : engine.store().verify()) EXPECT_TRUE(report.problems.empty()) << report.agent_id;
+}
+
+TEST_F(EngineBatch, ANewAgentIsMadeByOneTurnAlone) {
+  Engine engine(options("store"));
+  TurnRequest turn = request("ada", "the quick fox", 4, 1);
+  turn.presence = TurnRequest::Presence::kThere;
+  try {
+    engine.turn(turn);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kNotFound);
+  }
+  turn.presence = TurnRequest::Presence::kNew;
+  std::atomic<int> made{0}, taken{0};
+  std::barrier together(4);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&] {
+      together.arrive_and_wait();
+      try {
+        engine.turn(turn);
+        ++made;
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+        EXPECT_EQ(error.field(), kAgentTaken);
+        ++taken;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(made, 1);
+  EXPECT_EQ(taken, 3);
+}
+
 TEST_F(EngineBatch, ATurnThatWaitsForItsReaderHoldsUpNoneThatBeginsAlikeAndNeitherComputesWhatTheOtherHas) {
   std::mt19937 random(6);
   const std::string common = words(random, 700);

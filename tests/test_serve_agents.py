@@ -1,6 +1,8 @@
 """/torpor/v1: agents over HTTP, and their OpenAPI description."""
 
 import hashlib
+import signal
+import time
 
 import pytest
 
@@ -91,7 +93,7 @@ def test_a_turn_goes_on_and_only_create_begins(server):
     assert turn(server, "Hi.").status == 404 and names(server) == []
     assert server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "max_tokens": 2}).status == 201
     taken = server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "max_tokens": 2})
-    assert (taken.status, taken.json()["error"]["agent"]) == (400, "ada")
+    assert (taken.status, taken.json()["error"]["agent"]) == (409, "ada")
     for wrong in ({"max_tokens": 0}, {"max_tokens": -2**62}, {"top_p": 2}, {"system": "Another."}, {"stream": "yes"},
                   {"stream": True, "max_tokens": 0}, {"seed": 1.5}):
         assert turn(server, "And?", **wrong).json()["error"]["code"] == "kInvalidArgument", wrong
@@ -142,7 +144,8 @@ def test_failures_are_told_with_code_and_sentence(server):
     fails(404, "kNotFound", "GET", "/ada/nothing")
     fails(405, "kInvalidArgument", "PUT", "/ada")
     fails(400, "kInvalidArgument", "GET", "/..%2fada")
-    fails(400, "kInvalidArgument", "POST", "/ada/fork", {"as": "ada"})
+    fails(409, "kInvalidArgument", "POST", "/ada/fork", {"as": "ada"}, agent="ada", field="agent")
+    fails(409, "kInvalidArgument", "POST", "/ada/rename", {"to": "ada"}, agent="ada", field="agent")
     fails(400, "kInvalidArgument", "POST", "/ada/fork", {"as": "../eve"})
     fails(400, "kInvalidArgument", "POST", "/ada/fork", {}, field="as")
     fails(400, "kInvalidArgument", "POST", "/ada/fork", {"as": "eve", "att_token": 3}, field="att_token")
@@ -154,16 +157,67 @@ def test_failures_are_told_with_code_and_sentence(server):
     assert server.ask("PUT", f"{AGENTS}/ada").headers["allow"] == "GET, DELETE"
 
 
-def test_a_tenant_sees_its_own_agents_and_no_others(server):
-    import signal
-    import time
-
+def add_keys(server):
     lines = server.keys.read_text()
     server.keys.write_text(lines + f"acme:first:{hashlib.sha256(b'sk-acme').hexdigest()}\n"
                            f"acme:second:{hashlib.sha256(b'sk-acme-2').hexdigest()}\n")
     server.signal(signal.SIGHUP)
     while server.ask("GET", AGENTS, key="sk-acme").status != 200:
         time.sleep(0.01)
+
+
+def cached(answer):
+    return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+LONG = " ".join(str(i * i) for i in range(200))  # more than a segment
+
+
+def test_no_tenant_finds_the_prefix_of_another(tiny, tmp_path):
+    with Server(tiny, tmp_path) as server:
+        add_keys(server)
+        assert cached(server.chat(LONG, agent="ada")) == 0
+        assert cached(server.chat(LONG)) > 256
+        assert cached(server.chat(LONG, key="sk-acme")) == 0
+        assert cached(server.chat(LONG, agent="ada", key="sk-acme-2")) > 256  # another key of the tenant
+        made = server.ask("POST", AGENTS, {"agent": "bea", "prompt": LONG, "max_tokens": 2}, key="sk-acme")
+        assert made.json()["tokens"]["cached"] > 256
+        assert server.stop() == 0
+    tiny("gc").ok()
+    tiny("verify").ok()
+    with Server(tiny, tmp_path) as server:  # from the disk
+        assert cached(server.chat(LONG, key="sk-acme")) > 256
+        assert server.stop() == 0
+    with Server(tiny, tmp_path, "--share-prefixes") as server:
+        assert cached(server.chat(LONG, key="sk-acme")) > 256
+        other = LONG[::-1]
+        assert cached(server.chat(other)) == 0
+        assert cached(server.chat(other, key="sk-acme")) > 256
+
+
+def test_of_several_creates_of_one_name_one_wins(server):
+    import concurrent.futures
+
+    body = {"agent": "ada", "prompt": LONG, "max_tokens": 8}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: server.ask("POST", AGENTS, body), range(4)))
+    assert sorted(answer.status for answer in answers) == [201, 409, 409, 409]
+    [made] = [answer.json() for answer in answers if answer.status == 201]
+    assert server.ask("GET", f"{AGENTS}/ada").json()["tokens"] == made["tokens"]["context"]
+
+
+def test_an_export_holds_nothing_but_the_agent_as_its_tenant_knows_it(server, tmp_path):
+    add_keys(server)
+    server.ask("POST", AGENTS, {"agent": "ada", "prompt": LONG, "max_tokens": 2}, key="sk-acme")
+    exported = server.ask("GET", f"{AGENTS}/ada/export", key="sk-acme")
+    assert exported.status == 200 and b'"agent_id":"ada"' in exported.bytes
+    assert b"acme" not in exported.bytes
+    (tmp_path / "ada.safetensors").write_bytes(exported.bytes)
+    server.torpor("import", tmp_path / "ada.safetensors", "eve").ok()
+
+
+def test_a_tenant_sees_its_own_agents_and_no_others(server):
+    add_keys(server)
     server.chat("Hi.", agent="ada")
     assert server.chat("Hello there, all of you.", agent="ada", key="sk-acme").status == 200
     mine, theirs = (server.ask("GET", f"{AGENTS}/ada", key=key).json() for key in (None, "sk-acme"))

@@ -79,6 +79,10 @@ struct TurnRequest {
   /// Empty: a prompt without an agent. It starts from the longest prefix that anyone has, and leaves its own sealed segments
   /// for others (save), but nothing with a name.
   std::string agent;
+  /// kNew: there must be none of that name yet (kInvalidArgument, field kAgentTaken). kThere: there must be one (kNotFound).
+  enum class Presence { kAny, kNew, kThere } presence = Presence::kAny;
+  /// Agents take rows, in memory and on disk, from those of the same salt alone. A new agent has this one, and keeps it.
+  std::string salt;
   std::string prompt;                 ///< UTF-8; one user message, or plain text with `raw`
   std::optional<std::string> system;  ///< for a new agent; must equal the agent's own otherwise (kInvalidArgument)
   bool raw = false;                   ///< append the prompt as it stands, without the chat template

@@ -151,6 +151,8 @@ struct Lineage {
   std::vector<Range> ranges;
   /// Segments are named as format versions 1 and 2 did, for a conversation of this identity.
   std::optional<ConversationIdentity> old_names;
+  /// A part of the names, so that only agents of one salt find each other's rows. Old names have none.
+  std::string salt;
 
   /// How new rows are computed; empty when that is not known.
   const std::string& numerics() const noexcept;

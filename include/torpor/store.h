@@ -27,6 +27,8 @@ std::filesystem::path default_store_root();
 
 /// kInvalidArgument unless `id` is 1 to 128 of [A-Za-z0-9._-] and does not begin with '.' or '-'.
 void check_agent_id(const std::string& id);
+/// Error::field of the kInvalidArgument that a name is given which an agent has already.
+inline constexpr const char* kAgentTaken = "agent_id";
 
 /// What a save means for a machine that loses power.
 enum class Durability {
@@ -296,8 +298,9 @@ class Store {
   /// With `dry_run` nothing is removed, and the result says what would be.
   GcResult gc(bool dry_run = false);
 
-  /// One self-contained safetensors file (all layers whole, plus `tokens`) and `path` with .json beside it.
-  void export_agent(const std::string& agent_id, const std::filesystem::path& path) const;
+  /// One self-contained safetensors file (all layers whole, plus `tokens`) and `path` with .json beside it. It calls the agent
+  /// `as`, unless that is empty, and does not have its salt.
+  void export_agent(const std::string& agent_id, const std::filesystem::path& path, const std::string& as = {}) const;
   /// The inverse: a new agent. kInvalidArgument when the id is taken or the file is no export; kCorruption when it is
   /// damaged.
   SaveResult import_agent(const std::filesystem::path& path, const std::string& agent_id);

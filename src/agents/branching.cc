@@ -59,7 +59,9 @@ AgentHold AgentManager::existing(const std::string& id) {
 void AgentManager::require_free(const std::string& id) const {
   check_agent_id(id);
   if (is_awake(id) || store_.contains(id)) {
-    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.");
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.")
+        .with_agent(id)
+        .with_field(kAgentTaken);
   }
 }
 

@@ -128,18 +128,19 @@ int64_t AgentManager::intact_tokens(const Agent& agent, std::optional<std::strin
   return length;
 }
 
-Agent AgentManager::make_agent(const std::string& id) {
+Agent AgentManager::make_agent(const std::string& id, const std::string& salt) {
   Agent agent;
   agent.id = id;
   agent.ticket = ++tickets_;
   agent.identity = options_.identity;
   agent.lineage.ranges = {{0, options_.numerics}};
+  agent.lineage.salt = salt;
   agent.conversation = options_.conversation;
   agent.last_used = ++clock_;
   return agent;
 }
 
-AgentHold AgentManager::wake(const std::string& id) {
+AgentHold AgentManager::wake(const std::string& id, const std::string& salt) {
   settle();
   if (const auto found = awake_.find(id); found != awake_.end()) {
     found->second.last_used = ++clock_;
@@ -155,7 +156,7 @@ AgentHold AgentManager::wake(const std::string& id) {
   // The agent enters the map whole or not at all: a failed wake leaves it asleep and intact.
   prefetcher_.set_awake(id, true);  // from here on a prefetch would only take the lock from us
   try {
-    return AgentHold(*this, awake_.emplace(id, load_or_make(id)).first->second, true);
+    return AgentHold(*this, awake_.emplace(id, load_or_make(id, salt)).first->second, true);
   } catch (const std::bad_alloc&) {
     prefetcher_.set_awake(id, false);
     throw Error(ErrorCode::kResourceExhausted, "Out of memory while waking agent '" + id + "'; let other agents sleep first.");
@@ -165,8 +166,8 @@ AgentHold AgentManager::wake(const std::string& id) {
   }
 }
 
-Agent AgentManager::load_or_make(const std::string& id) {
-  Agent agent = make_agent(id);
+Agent AgentManager::load_or_make(const std::string& id, const std::string& salt) {
+  Agent agent = make_agent(id, salt);
   if (std::optional<Prefetcher::Ready> ready = prefetcher_.take(id)) {
     ready->shares.clear();  // they count again once the agent is adopted
     const KvLedger::Room room = make_room(bytes_to_wake(id));
@@ -189,8 +190,8 @@ void AgentManager::require(const std::string& id) const {
   throw Error(ErrorCode::kNotFound, "There is no agent '" + id + "' in '" + store_.root().string() + "'.");
 }
 
-AgentHold AgentManager::stateless() {
-  nameless_.push_back(make_agent(""));
+AgentHold AgentManager::stateless(const std::string& salt) {
+  nameless_.push_back(make_agent("", salt));
   AgentHold hold(*this, nameless_.back(), true);
   own(*hold, KvCache::create(options_.layout, format_, options_.backend));
   return hold;
@@ -224,7 +225,7 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
   for (Kept& other : kept_) consider(other.agent);
   Lineage names = agent.lineage;
   int64_t on_disk = store_.find_prefix(agent.identity, names, layout, wanted);
-  if (agent.cache->length() == 0) {
+  if (agent.cache->length() == 0 && names.salt.empty()) {
     // Under the names of versions 1 and 2, which did not say on what f32 was computed.
     const Lineage old{.ranges = {{0, options_.numerics.substr(0, options_.numerics.find('/'))}}, .old_names = options_.conversation};
     if (const int64_t found = store_.find_prefix(agent.identity, old, layout, wanted); found > on_disk) {
@@ -257,7 +258,8 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
 
 bool AgentManager::may_share(const Agent& from, const Agent& to) const {
   // What a turn computes otherwise than the rows before it is in the lineage once it is committed.
-  return from.identity == to.identity && (!from.in_turn || from.lineage.numerics() == options_.numerics);
+  return from.identity == to.identity && from.lineage.salt == to.lineage.salt &&
+         (!from.in_turn || from.lineage.numerics() == options_.numerics);
 }
 
 AgentManager::Prefix AgentManager::cut_of(const Agent& agent, int n_tokens) {

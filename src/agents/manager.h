@@ -89,15 +89,18 @@ class AgentManager {
   /// Memory, then disk, then a new agent. kBusy when it is awake in another process; kIncompatible when it belongs to
   /// another model; kResourceExhausted, naming what holds the memory, when it does not fit. A damaged agent wakes with its
   /// longest intact prefix, said in Agent::damage.
-  AgentHold wake(const std::string& id);
+  /// A new agent has `salt` (Lineage); one that is there keeps its own.
+  AgentHold wake(const std::string& id, const std::string& salt = {});
   /// A new agent without a name, for one prompt.
-  AgentHold stateless();
+  AgentHold stateless(const std::string& salt = {});
   /// Begins to load a sleeping agent on a thread of its own, so that the next wake finds it ready. Any thread. False when
   /// nothing was begun: it is awake, prefetched already, not there, or enough others are.
   bool prefetch(const std::string& id);
   bool is_awake(const std::string& id) const { return awake_.count(id) != 0; }
   /// kNotFound unless it is awake or on disk.
   void require(const std::string& id) const;
+  /// kInvalidArgument when it is no id, or there is an agent of that id (kAgentTaken).
+  void require_free(const std::string& id) const;
 
   /// Takes the memory that computing these rows needs, for all sequences of a step at once; their agents are held.
   /// kResourceExhausted, before anything is taken, when it does not fit.
@@ -189,9 +192,9 @@ class AgentManager {
   /// Of an identity that was expected.
   KvLayout layout_of(const Identity& identity) const;
   LoadedAgent load(const std::string& id) const;
-  Agent make_agent(const std::string& id);
+  Agent make_agent(const std::string& id, const std::string& salt = {});
   /// What wake gives an agent that is not awake.
-  Agent load_or_make(const std::string& id);
+  Agent load_or_make(const std::string& id, const std::string& salt);
   void adopt(Agent& agent, LoadedAgent loaded);
   /// How many of its tokens an agent could go on from: the rows of mapped runs whose pages the system let go of are checked
   /// again. When these are not all, `damage` says why.
@@ -214,8 +217,6 @@ class AgentManager {
   void unheld(Agent& agent) noexcept;
   /// After a change on disk, which has happened whether the agent can be woken or not: then it stays asleep.
   void wake_again(const std::string& id) noexcept;
-  /// kInvalidArgument when there is an agent of that id, or it is no id.
-  void require_free(const std::string& id) const;
   size_t bytes_to_wake(const std::string& id) const;
   /// The first runs of an agent that hold the same rows as those of one that is awake.
   struct Shared {

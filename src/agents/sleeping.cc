@@ -31,7 +31,9 @@ SaveResult copy(Store& store, const std::string& src, const std::string& dst, st
 void require_free(const Store& store, const std::string& id) {
   check_agent_id(id);
   if (!store.contains(id)) return;
-  throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.");
+  throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.")
+      .with_agent(id)
+      .with_field(kAgentTaken);
 }
 
 /// The lock of an agent that is not there yet.

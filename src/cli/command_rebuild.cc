@@ -72,6 +72,7 @@ int rebuild(RebuildOptions options, const std::filesystem::path& root) {
   const KvFormat own = KvFormat::parse(info.identity.kv).value_or(model->default_kv_format());
   std::optional<KvSnapshot> snapshot = compute(*model, model->refined(options.kv_format().value_or(own)), tokens);
   if (!snapshot) return 130;
+  snapshot->lineage.salt = info.lineage.salt;
   snapshot->conversation = {tokenizer->digest(), chat_template != nullptr ? chat_template->digest() : ""};
   record.shortest_cut = 0;  // all rows are there
   const SaveResult saved = store->save_agent_cache(options.id, *snapshot, options.model, info.user, options.durability(),

@@ -195,10 +195,10 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
 
   Engine engine(engine_options(options, root));
   server::Metrics metrics(options.metrics_alias == "vllm");
-  server::EngineRunner runner(engine, model_name(options.model));
+  server::EngineRunner runner(engine, model_name(options.model), {}, options.share_prefixes);
   server::MeteredRunner metered(runner, metrics);
   server::Dialects dialects(metered);
-  server::AgentsApi agents(engine, metrics);
+  server::AgentsApi agents(engine, metrics, options.share_prefixes);
   server::ServiceOptions service_options;
   service_options.authenticate = !options.no_auth;
   service_options.hosts = options.allow_hosts;

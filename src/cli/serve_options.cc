@@ -65,6 +65,8 @@ void add_serve_options(CLI::App& app, ServeOptions& options) {
                  "~/.config/torpor/api-keys)")
       ->type_name("FILE");
   app.add_flag("--no-auth", options.no_auth, "Ask for no key; for loopback addresses only");
+  app.add_flag("--share-prefixes", options.share_prefixes,
+               "Tenants' prompts that begin alike are computed once; each can then tell that others began so");
   app.add_option("--allow-host", options.allow_hosts,
                  "A name that this server goes by, beside localhost and its addresses")
       ->type_name("NAME");

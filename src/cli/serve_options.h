@@ -15,7 +15,7 @@ struct ServeOptions : AnswerOptions {
   std::string host = "127.0.0.1";
   int port = 8080;
   std::filesystem::path socket, api_key_file, log;
-  bool no_auth = false;
+  bool no_auth = false, share_prefixes = false;
   std::vector<std::string> allow_hosts;
   uint64_t max_body = uint64_t(64) << 20;  // bytes
   int queue = 64, max_connections = 1024, max_stall = 250;  // max_stall: milliseconds

@@ -27,7 +27,10 @@ void TurnOutcome::wait_for_save() {
 
 AgentHold EngineTurn::wake(EngineParts& parts, const TurnRequest& request, TurnResult& result) {
   const auto start = Clock::now();
-  AgentHold hold = request.agent.empty() ? parts.agents->stateless() : parts.agents->wake(request.agent);
+  if (request.presence == TurnRequest::Presence::kNew) parts.agents->require_free(request.agent);
+  if (request.presence == TurnRequest::Presence::kThere) parts.agents->require(request.agent);
+  AgentHold hold =
+      request.agent.empty() ? parts.agents->stateless(request.salt) : parts.agents->wake(request.agent, request.salt);
   result.damage = hold->damage;
   result.timing_ms.load = parts.load_ms;
   result.timing_ms.wake = hold.woke() ? ms_since(start) : 0;
@@ -67,6 +70,8 @@ EngineTurn::~EngineTurn() {
 }
 
 int EngineTurn::alike(const EngineTurn& other) const {
+  // Who waited for another one's rows would tell its client that there are any.
+  if (transaction_.agent().lineage.salt != other.transaction_.agent().lineage.salt) return 0;
   const std::span<const int32_t> wanted = std::span(transaction_.tokens()).first(transaction_.tokens().size() - 1);
   const std::vector<int32_t>& tokens = other.transaction_.tokens();
   return int(std::mismatch(wanted.begin(), wanted.end(), tokens.begin(), tokens.end()).first - wanted.begin());

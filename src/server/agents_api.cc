@@ -20,13 +20,17 @@ using Parts = std::vector<std::string>;
 struct Call {
   Engine& engine;
   Metrics& metrics;
+  const bool share_prefixes;
   const HttpRequest& request;
   HttpResponse& response;
   std::string name, id;  ///< of the path's agent: as the tenant knows it, as the store does
   Json body;             ///< an object; empty without one
 
   std::string id_of(const std::string& other) const { return agent_id_of(request.tenant, other); }
-  AgentName agent() const { return {id, name, request.tenant}; }
+  AgentName named(const std::string& other) const {
+    return {id_of(other), other, request.tenant, share_prefixes ? std::string() : salt_of(request.tenant)};
+  }
+  AgentName agent() const { return named(name); }
 };
 
 struct Answer {
@@ -80,11 +84,6 @@ Answer list(const Call& call) {
 
 [[noreturn]] void refuse_absent(const std::string& name) {
   throw Error(ErrorCode::kNotFound, "there is no agent '" + name + "'").with_agent(name);
-}
-
-bool exists(Engine& engine, const std::string& id) {
-  const std::vector<AgentStatus> all = engine.agents();
-  return std::any_of(all.begin(), all.end(), [&](const AgentStatus& status) { return status.agent == id; });
 }
 
 /// Null stands for a turn that was streamed.
@@ -157,21 +156,20 @@ Answer remove(const Call& call) {
 }
 
 Answer create(const Call& call) {
-  const std::string name = call.body.at("agent");
-  const std::string id = call.id_of(name);
-  if (exists(call.engine, id)) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "there is an agent '" + name + "' already; its route `turn` goes on with it")
-        .with_agent(name)
-        .with_field("agent");
-  }
-  const AgentName agent{id, name, call.request.tenant};
-  return turn_answer(run_agent_turn(call.engine, call.metrics, agent, call.body, call.response), 201);
+  return turn_answer(run_agent_turn(call.engine, call.metrics, call.named(call.body.at("agent")),
+                                    TurnRequest::Presence::kNew, call.body, call.response),
+                     201);
 }
 
 Answer turn(const Call& call) {
-  if (!exists(call.engine, call.id)) refuse_absent(call.name);
-  return turn_answer(run_agent_turn(call.engine, call.metrics, call.agent(), call.body, call.response), 200);
+  try {
+    return turn_answer(run_agent_turn(call.engine, call.metrics, call.agent(), TurnRequest::Presence::kThere, call.body,
+                                      call.response),
+                       200);
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kNotFound) refuse_absent(call.name);  // in the tenant's words
+    throw;
+  }
 }
 
 Answer why(const Call& call) {
@@ -466,7 +464,7 @@ Json body_of(const Operation& operation, const HttpRequest& request) {
   return body;
 }
 
-Answer answer(Engine& engine, Metrics& metrics, const HttpRequest& request, HttpResponse& response,
+Answer answer(Engine& engine, Metrics& metrics, bool share_prefixes, const HttpRequest& request, HttpResponse& response,
               std::string& allow) {
   Parts path = request.path_parts();
   path.erase(path.begin(), path.begin() + std::min<size_t>(2, path.size()));  // torpor, v1
@@ -477,7 +475,7 @@ Answer answer(Engine& engine, Metrics& metrics, const HttpRequest& request, Http
       allow += (allow.empty() ? "" : ", ") + std::string(operation.method);
       continue;
     }
-    Call call{engine, metrics, request, response, {}, {}, body_of(operation, request)};
+    Call call{engine, metrics, share_prefixes, request, response, {}, {}, body_of(operation, request)};
     if (path.size() > 1 && path[0] == "agents") {
       call.name = path[1];
       call.id = call.id_of(call.name);
@@ -496,9 +494,10 @@ void AgentsApi::handle(const HttpRequest& request, HttpResponse& response) {
   Answer said;
   std::string allow;
   try {
-    said = answer(engine_, metrics_, request, response, allow);
+    said = answer(engine_, metrics_, share_prefixes_, request, response, allow);
   } catch (const Error& error) {
-    said = {faces::error_mapping(error.code()).http_status, error_json(error, request.tenant)};
+    const int status = error.field() == kAgentTaken ? 409 : faces::error_mapping(error.code()).http_status;
+    said = {status, error_json(error, request.tenant)};
   } catch (const Failure& failure) {
     const Error error = Error(ErrorCode::kInvalidArgument, failure.what()).with_field(failure.param);
     said = {400, error_json(error, request.tenant)};

@@ -14,13 +14,15 @@ namespace torpor::server {
 /// Several threads call `handle` at a time.
 class AgentsApi : public HttpHandler {
  public:
-  /// Both must live longer.
-  AgentsApi(Engine& engine, Metrics& metrics) : engine_(engine), metrics_(metrics) {}
+  /// Both must live longer. `share_prefixes` as of EngineRunner.
+  AgentsApi(Engine& engine, Metrics& metrics, bool share_prefixes = false)
+      : engine_(engine), metrics_(metrics), share_prefixes_(share_prefixes) {}
   void handle(const HttpRequest& request, HttpResponse& response) override;
 
  private:
   Engine& engine_;
   Metrics& metrics_;
+  const bool share_prefixes_;
 };
 
 }  // namespace torpor::server

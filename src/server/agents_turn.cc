@@ -30,6 +30,7 @@ std::string own_words(std::string text, const std::string& tenant) {
 TurnRequest turn_of(const AgentName& agent, const Json& body) {
   TurnRequest turn;
   turn.agent = agent.id;
+  turn.salt = agent.salt;
   turn.prompt = body.at("prompt");
   if (body.contains("system")) turn.system = body["system"].get<std::string>();
   GenerateOptions& generate = turn.generate;
@@ -116,15 +117,16 @@ class ScratchDirectory {
 Json error_json(const Error& error, const std::string& tenant) {
   Json said{{"code", faces::error_mapping(error.code()).name}, {"message", own_words(error.what(), tenant)}};
   if (!error.agent().empty()) said["agent"] = own_words(error.agent(), tenant);
-  if (!error.field().empty()) said["field"] = error.field();
+  if (!error.field().empty()) said["field"] = error.field() == kAgentTaken ? "agent" : error.field();
   if (!error.expected().empty()) said["expected"] = error.expected();
   if (!error.found().empty()) said["found"] = error.found();
   return Json{{"error", std::move(said)}};
 }
 
-Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, const Json& body,
+Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, TurnRequest::Presence presence, const Json& body,
                     HttpResponse& response) {
   TurnRequest turn = turn_of(agent, body);
+  turn.presence = presence;
   turn.give_up = &response.gone();
   const bool stream = body.value("stream", false);
   TurnEvents events(response);
@@ -184,7 +186,7 @@ void send_export(Engine& engine, const AgentName& agent, HttpResponse& response)
   engine.save(agent.id);
   const ScratchDirectory scratch;
   const std::filesystem::path path = scratch.path / "agent.safetensors";
-  engine.store().export_agent(agent.id, path);
+  engine.store().export_agent(agent.id, path, agent.name);
   std::ifstream file(path, std::ios::binary);
   response.begin(200, {{"content-type", "application/octet-stream"},
                        {"content-disposition", "attachment; filename=\"" + agent.name + ".safetensors\""}});

@@ -13,12 +13,14 @@ namespace torpor::server {
 /// An agent as the store names it, and as its tenant does.
 struct AgentName {
   std::string id, name, tenant;
+  std::string salt;  ///< TurnRequest::salt
 };
 
 /// One turn, as the members `prompt`, `system`, `max_tokens`, `temperature`, `top_p`, `seed` and `stream` of `body` ask
 /// for it. Gives its result; null when it was streamed. A turn whose client goes is taken back. Throws torpor::Error
 /// before anything was answered; later ones end the stream with an event `error`.
-Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, const Json& body, HttpResponse& response);
+Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, TurnRequest::Presence presence, const Json& body,
+                    HttpResponse& response);
 
 /// How much of a conversation, an array of messages, the agent holds as of its last save, and where the two part.
 /// kInvalidArgument for what is no message.

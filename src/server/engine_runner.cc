@@ -140,12 +140,13 @@ struct EngineRunner::Impl {
   Engine& engine;
   std::string name;
   std::vector<std::string> aliases;
+  bool share_prefixes;
   TemplateFit fit;
   SamplingOptions sampling;
   Grammars grammars;
 
-  Impl(Engine& engine, std::string given, std::vector<std::string> others)
-      : engine(engine), name(std::move(given)), aliases(std::move(others)),
+  Impl(Engine& engine, std::string given, std::vector<std::string> others, bool share_prefixes)
+      : engine(engine), name(std::move(given)), aliases(std::move(others)), share_prefixes(share_prefixes),
         fit(ChatTemplate::load(engine.model().dir), template_source(engine.model().dir)),
         sampling(default_sampling(engine.model().dir)),
         grammars(engine.tokenizer(), engine.model().vocab_size, engine.model().eos_token_ids) {}
@@ -204,6 +205,7 @@ struct EngineRunner::Impl {
     refuse_what_is_not_served(request);
     TurnRequest turn;
     const std::string tenant = request.tenant.empty() ? kLocalTenant : request.tenant;
+    if (!share_prefixes) turn.salt = salt_of(tenant);
     if (!request.agent.empty()) {
       turn.agent = agent_id_of(tenant, request.agent);
     } else if (!request.session.empty()) {
@@ -256,12 +258,13 @@ struct EngineRunner::Impl {
   }
 };
 
-EngineRunner::EngineRunner(Engine& engine, std::string name, std::vector<std::string> aliases) {
+EngineRunner::EngineRunner(Engine& engine, std::string name, std::vector<std::string> aliases,
+                           bool share_prefixes) {
   if (!ChatTemplate::load(engine.model().dir)) {
     throw Error(ErrorCode::kInvalidArgument,
                 "Model " + name + " has no chat template; serve an instruction-tuned model.");
   }
-  impl_ = std::make_unique<Impl>(engine, std::move(name), std::move(aliases));
+  impl_ = std::make_unique<Impl>(engine, std::move(name), std::move(aliases), share_prefixes);
 }
 EngineRunner::~EngineRunner() = default;
 

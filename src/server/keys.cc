@@ -87,6 +87,8 @@ std::optional<std::string> agent_name_of(const std::string& tenant, const std::s
   return id.starts_with(prefix) ? std::optional(id.substr(prefix.size())) : std::nullopt;
 }
 
+std::string salt_of(const std::string& tenant) { return tenant == kLocalTenant ? std::string() : tenant; }
+
 ApiKeys ApiKeys::read(const std::filesystem::path& path) {
   const std::string text = Env::posix().read_file(path, kMostBytes);
   ApiKeys keys;

@@ -22,6 +22,8 @@ inline constexpr const char* kLocalTenant = "local";
 std::string agent_id_of(const std::string& tenant, const std::string& name);
 /// The name by which a tenant knows the agent of that id; nullopt when it is another tenant's.
 std::optional<std::string> agent_name_of(const std::string& tenant, const std::string& id);
+/// What keeps rows of the tenant's agents from others' (TurnRequest::salt).
+std::string salt_of(const std::string& tenant);
 
 /// Immutable after `read`; any thread.
 class ApiKeys {

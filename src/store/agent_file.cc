@@ -112,6 +112,7 @@ void take_fields(AgentFile& agent, const std::string& file_name) {
     }
     info.lineage.old_names = {file.required("names.tokenizer", file_name), file.required("names.chat_template", file_name)};
   }
+  if (const std::string* salt = file.header.metadata_value("salt")) info.lineage.salt = *salt;
   if (file.kind != "agent") return;
   agent.uid = file.required("uid", file_name);
   if (!is_hex_digest(agent.uid)) corrupt(file_name, "its uid is none");
@@ -250,6 +251,7 @@ Metadata agent_metadata(const AgentFile& file) {
     metadata.emplace_back("names.tokenizer", info.lineage.old_names->tokenizer);
     metadata.emplace_back("names.chat_template", info.lineage.old_names->chat_template);
   }
+  if (!info.lineage.salt.empty()) metadata.emplace_back("salt", info.lineage.salt);
   metadata.emplace_back("segments", join(info.segments));
   if (!file.uid.empty()) {
     metadata.emplace_back("parts", encode_parts(file.parts));

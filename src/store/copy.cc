@@ -49,7 +49,9 @@ std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, 
   AgentInfo info = opened.agent.info;
   if (src != dst) store.agents.require_replaceable(dst);
   if (!options.replace && store.agents.contains(dst)) {
-    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.").with_agent(dst);
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + dst + "' already; choose another id.")
+        .with_agent(dst)
+        .with_field(kAgentTaken);
   }
   const int64_t n = options.n_tokens.value_or(info.cache_size);
   if (n < 0 || n > info.cache_size) {
@@ -164,7 +166,9 @@ void rename_agent(Store::Impl& store, const std::string& id, const std::string& 
   check_agent_id(new_id);
   (void)store.agents.open(id);
   if (store.agents.holder(new_id).kind == Catalogue::Holder::kAgent) {
-    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + new_id + "' already; choose another id.");
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + new_id + "' already; choose another id.")
+        .with_agent(new_id)
+        .with_field(kAgentTaken);
   }
   const AgentFileLock lock = lock_agent(store, id), new_lock = lock_agent(store, new_id);
   // Under a uid of its own: after a crash here there are two agents, and neither may remove the other's parts.

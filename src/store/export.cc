@@ -32,7 +32,7 @@ std::filesystem::path export_directory(Env& env, const std::filesystem::path& ro
   return directory;
 }
 
-void export_agent(Store::Impl& store, const std::string& id, const std::filesystem::path& path) {
+void export_agent(Store::Impl& store, const std::string& id, const std::filesystem::path& path, const std::string& as) {
   const auto directory = export_directory(store.env, store.root, path);
   if (json_beside(path) == path) {
     throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' can't be an export's name; end it in .safetensors.");
@@ -66,6 +66,8 @@ void export_agent(Store::Impl& store, const std::string& id, const std::filesyst
   exported.info = loaded.info;
   AgentInfo& info = exported.info;
   info.segments.clear();
+  info.lineage.salt.clear();  // whose it was is nobody else's business
+  if (!as.empty()) info.agent_id = as;
   const std::string header = encode_torpor_header({.kind = "export", .metadata = agent_metadata(exported), .rows = snapshot.tokens.size(),
                                                    .state = snapshot.state, .message_bytes = messages.size(),
                                                    .n_tokens = snapshot.tokens.size(), .checksums = std::move(checksums)},
@@ -82,7 +84,9 @@ SaveResult import_agent(Store::Impl& store, const std::filesystem::path& path, c
   check_agent_id(id);
   const AgentFileLock agent_lock = lock_agent(store, id);
   if (store.agents.contains(id)) {
-    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.");
+    throw Error(ErrorCode::kInvalidArgument, "There is an agent '" + id + "' already; choose another id.")
+        .with_agent(id)
+        .with_field(kAgentTaken);
   }
   const File handle = store.env.open(path, OpenMode::kRead);
   const FileStat stat = handle.stat();

@@ -43,7 +43,7 @@ std::string lineage_digest(const Identity& identity, const Lineage& lineage, int
   }
   hasher.update_field("torpor lineage 3");
   for (const auto& [name, value] : identity.fields()) hasher.update_field(value);
-  hasher.update_field(lineage.numerics_at(position)).update_field("");  // the salt of the tenant `local`
+  hasher.update_field(lineage.numerics_at(position)).update_field(lineage.salt);
   return hasher.hex();
 }
 

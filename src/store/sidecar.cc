@@ -33,6 +33,7 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
   Json lineage = {{"numerics", Json::array()}};
   for (const auto& [first, numerics] : info.lineage.ranges) lineage["numerics"].push_back({first, numerics});
   if (const auto& old = info.lineage.old_names) lineage["old_names"] = {old->tokenizer, old->chat_template};
+  if (!info.lineage.salt.empty()) lineage["salt"] = info.lineage.salt;
   const Json json = {{"sidecar_checksum", kZeros},
                      {"agent_id", info.agent_id},
                      {"model", info.model},
@@ -100,6 +101,7 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
     if (const auto old = json.at("lineage").find("old_names"); old != json.at("lineage").end()) {
       info.lineage.old_names = {old->at(0).get<std::string>(), old->at(1).get<std::string>()};
     }
+    info.lineage.salt = json.at("lineage").value("salt", "");
     const Json& conversation = json.at("conversation");
     info.conversation = {conversation.at("tokenizer").get<std::string>(), conversation.at("chat_template").get<std::string>()};
     for (const auto& [name, value] : json.at("record").items()) info.record.emplace_back(name, value.get<std::string>());

@@ -170,8 +170,8 @@ std::vector<VerifyReport> Store::verify(const std::optional<std::string>& agent_
   return reports;
 }
 GcResult Store::gc(bool dry_run) { return torpor::gc(*impl_, dry_run); }
-void Store::export_agent(const std::string& agent_id, const std::filesystem::path& path) const {
-  torpor::export_agent(*impl_, agent_id, path);
+void Store::export_agent(const std::string& agent_id, const std::filesystem::path& path, const std::string& as) const {
+  torpor::export_agent(*impl_, agent_id, path, as);
 }
 SaveResult Store::import_agent(const std::filesystem::path& path, const std::string& agent_id) {
   return torpor::import_agent(*impl_, path, agent_id);

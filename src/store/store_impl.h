@@ -90,7 +90,7 @@ DiskUsage usage(Store::Impl& store);
 /// been given room for, of which some may be written already.
 int64_t stored_bytes(Store::Impl& store, int64_t* reserved = nullptr);
 
-void export_agent(Store::Impl& store, const std::string& id, const std::filesystem::path& path);
+void export_agent(Store::Impl& store, const std::string& id, const std::filesystem::path& path, const std::string& as);
 SaveResult import_agent(Store::Impl& store, const std::filesystem::path& path, const std::string& id);
 
 }  // namespace torpor
