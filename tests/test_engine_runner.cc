@@ -33,7 +33,7 @@ class EngineRunnerTest : public ::testing::Test {
     options.model = (root_ / "model").string();
     options.store = root_ / "store";
     engine_ = std::make_unique<Engine>(options);
-    runner_ = std::make_unique<EngineRunner>(*engine_, "tiny", std::vector<std::string>{"claude-*", "small"});
+    runner_ = std::make_unique<EngineRunner>(*engine_, "tiny");
     dialects_ = std::make_unique<Dialects>(*runner_);
   }
   ~EngineRunnerTest() override {
@@ -363,14 +363,6 @@ TEST_F(EngineRunnerTest, LogprobsAreTheEnginesAndOfTheTextAlone) {
   const Json ollama = ask("/api/chat", {{"messages", user("Hi.")}, {"stream", false}, {"logprobs", true},
                                         {"top_logprobs", 3}, {"options", {{"num_predict", 12}}}});
   EXPECT_EQ(ollama["logprobs"], tokens);
-}
-
-TEST_F(EngineRunnerTest, AnAliasAsksForTheModel) {
-  for (const char* model : {"claude-haiku-9", "claude-", "small", "tiny", ""}) {
-    const Json answer = ask("/v1/messages", {{"model", model}, {"messages", user("Hi.")}, {"max_tokens", 1}});
-    EXPECT_EQ(answer["model"], "tiny");
-  }
-  ask("/v1/messages", {{"model", "smaller"}, {"messages", user("Hi.")}, {"max_tokens", 1}}, {}, 404);
 }
 
 TEST_F(EngineRunnerTest, TheModelIsListed) {

@@ -35,6 +35,11 @@
 
 namespace torpor {
 
+/// The thread and the memory budget that several engines of one process have in common. Opaque.
+class EngineHost;
+/// `memory_budget` and `text_queue_bytes` as in EngineOptions, over all of its engines.
+std::shared_ptr<EngineHost> make_engine_host(size_t memory_budget = 0, size_t text_queue_bytes = size_t(64) << 10);
+
 struct EngineOptions {
   std::string model;                  ///< directory or repo id
   std::filesystem::path store = default_store_root();
@@ -57,6 +62,10 @@ struct EngineOptions {
   /// Sealed rows of agents that wake are mapped from their files: nothing is copied, and processes share the pages. False: they
   /// are read into memory of the process, those behind sliding windows too. Then no later fault of the disk can reach them.
   bool map_rows = true;
+  /// Engines of one host, each of a model of its own, take turns on one thread: a step is one pass for each of them. Their agents
+  /// share its budget: any of them goes to sleep for any other's. They have one store. memory_budget and text_queue_bytes are the
+  /// host's. nullptr: a host of its own.
+  std::shared_ptr<EngineHost> host;
 };
 
 /// A model as the store needs it to make an agent of a file that does not say whose it is (import_prompt_cache,
@@ -173,6 +182,7 @@ class Engine {
   /// Loads the model. The calling thread waits.
   explicit Engine(EngineOptions options);
   /// Waits for the work under way and for queued saves. What was not saved is dropped. In a forked process nothing is freed.
+  /// Where others have the same host, no method of this one may be running.
   ~Engine();
 
   /// One user turn: wakes the agent (or makes it), prefills what is new, generates, saves. The agent stays awake. It starts from

@@ -18,11 +18,14 @@ AgentManager::AgentManager(Store& store, ManagerOptions options, std::unique_ptr
       options_(std::move(options)),
       format_(KvFormat::parse(options_.identity.kv).value_or(KvFormat())),
       policy_(std::move(policy)),
-      ledger_(std::make_shared<KvLedger>(options_.memory_budget)),
+      group_(options_.group ? options_.group : std::make_shared<ManagerGroup>(options_.memory_budget)),
+      ledger_(group_->ledger),
       prefetcher_(store_, ledger_, [this](const std::string& id) { return load(id); }, options_.prefetch),
-      writer_(store, options_.durability, options_.write_queue_bytes) {}
+      writer_(store, options_.durability, options_.write_queue_bytes) {
+  group_->members.push_back(this);
+}
 
-AgentManager::~AgentManager() = default;
+AgentManager::~AgentManager() { std::erase(group_->members, this); }
 
 // ---- holds
 
@@ -136,14 +139,14 @@ Agent AgentManager::make_agent(const std::string& id, const std::string& salt) {
   agent.lineage.ranges = {{0, options_.numerics}};
   agent.lineage.salt = salt;
   agent.conversation = options_.conversation;
-  agent.last_used = ++clock_;
+  agent.last_used = ++group_->clock;
   return agent;
 }
 
 AgentHold AgentManager::wake(const std::string& id, const std::string& salt) {
   settle();
   if (const auto found = awake_.find(id); found != awake_.end()) {
-    found->second.last_used = ++clock_;
+    found->second.last_used = ++group_->clock;
     AgentHold hold(*this, found->second, false);
     std::optional<std::string> damage;
     if (const int64_t intact = hold->holds == 1 ? intact_tokens(*hold, damage) : hold->cache->length(); damage) {

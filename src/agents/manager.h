@@ -45,6 +45,16 @@ class EvictionPolicy {
 /// The least recently used.
 std::unique_ptr<EvictionPolicy> make_lru();
 
+class AgentManager;
+
+/// The memory that several managers of one engine thread have in common. Engine thread only, but for the ledger.
+struct ManagerGroup {
+  explicit ManagerGroup(size_t budget) : ledger(std::make_shared<KvLedger>(budget)) {}
+  const std::shared_ptr<KvLedger> ledger;
+  std::vector<AgentManager*> members;  ///< whose agents go to sleep for each other's
+  uint64_t clock = 0;                  ///< of Agent::last_used
+};
+
 struct ManagerOptions {
   std::string model_name;
   Identity identity;           ///< complete: model and KV format
@@ -61,6 +71,7 @@ struct ManagerOptions {
   size_t write_queue_bytes = size_t(256) << 20;
   PrefetchOptions prefetch;
   bool map_rows = true;        ///< EngineOptions::map_rows
+  std::shared_ptr<ManagerGroup> group;  ///< nullptr: one of its own, of memory_budget
 };
 
 /// What an agent heard and said, to the end of its last whole turn.
@@ -249,7 +260,8 @@ class AgentManager {
   const ManagerOptions options_;
   const KvFormat format_;  // of new agents
   const std::unique_ptr<EvictionPolicy> policy_;
-  const std::shared_ptr<KvLedger> ledger_;  // before the agents whose caches it counts
+  const std::shared_ptr<ManagerGroup> group_;
+  const std::shared_ptr<KvLedger> ledger_;  // the group's; before the agents whose caches it counts
   std::map<std::string, Agent> awake_;
   std::list<Agent> nameless_;
   /// Rows of turns that were given up, as nameless agents, the oldest first.
@@ -259,7 +271,7 @@ class AgentManager {
   };
   std::list<Kept> kept_;
   std::vector<Error> untold_;  // of saves whose agents are gone
-  uint64_t clock_ = 0, tickets_ = 0;
+  uint64_t tickets_ = 0;
   int64_t evictions_ = 0;
   Prefetcher prefetcher_;
   Writer writer_;

@@ -37,24 +37,30 @@ KvLedger::Room AgentManager::make_room(size_t bytes) {
   std::string why;
   while (true) {
     if (auto room = ledger_->take_room(bytes)) return std::move(*room);
-    if (let_kept_go(true)) continue;
+    const auto any = [&](auto gives) { return std::any_of(group_->members.begin(), group_->members.end(), gives); };
+    if (any([](AgentManager* member) { return member->let_kept_go(true); })) continue;
     std::vector<Evictable> candidates;
-    for (const auto& [id, agent] : awake_) {
-      if (agent.pinned || agent.holds > 0 || refused.count(id) != 0) continue;
-      candidates.push_back({id, agent.last_used, agent.cache->nbytes(), agent.dirty()});
+    std::vector<AgentManager*> owners;
+    for (AgentManager* member : group_->members) {
+      for (const auto& [id, agent] : member->awake_) {
+        if (agent.pinned || agent.holds > 0 || refused.count(id) != 0) continue;
+        candidates.push_back({id, agent.last_used, agent.cache->nbytes(), agent.dirty()});
+        owners.push_back(member);
+      }
     }
     if (candidates.empty()) {
-      if (prefetcher_.let_one_go()) continue;
+      if (any([](AgentManager* member) { return member->prefetcher_.let_one_go(); })) continue;
       throw Error(ErrorCode::kResourceExhausted,
                   std::to_string(bytes) + " bytes more of KV cache do not fit the memory budget of " +
-                      std::to_string(options_.memory_budget) + " bytes: " + holders() +
+                      std::to_string(ledger_->budget()) + " bytes: " + holders() +
                       (why.empty() ? "; raise the budget, unpin an agent or shorten the prompt." : "; " + why))
-          .with_field(kBudget, std::to_string(options_.memory_budget), std::to_string(ledger_->bytes() + bytes));
+          .with_field(kBudget, std::to_string(ledger_->budget()), std::to_string(ledger_->bytes() + bytes));
     }
-    const std::string victim = candidates[policy_->choose(candidates)].id;
+    const size_t chosen = policy_->choose(candidates);
+    const std::string victim = candidates[chosen].id;
     try {
-      sleep(victim);
-      ++evictions_;
+      owners[chosen]->sleep(victim);
+      ++owners[chosen]->evictions_;
     } catch (const Error& error) {
       // It stays awake, and keeps what could not be saved.
       refused.insert(victim);
@@ -104,7 +110,7 @@ size_t AgentManager::bytes_of_runs(const KvLayout& layout, int64_t n_tokens, con
 }
 
 size_t AgentManager::bytes_to_wake(const std::string& id) const {
-  if (options_.memory_budget == 0) return 0;
+  if (ledger_->budget() == 0) return 0;
   const AgentInfo info = store_.agent_info(id);
   // Segments that an awake agent has are not loaded again. Agents share prefixes: the first run that differs ends them.
   Shared shared;
@@ -135,17 +141,19 @@ MemoryUsage AgentManager::memory_usage() {
   usage.kv_bytes = int64_t(ledger_->bytes());
   usage.mapped_bytes = int64_t(ledger_->mapped_bytes());
   usage.queued_bytes = int64_t(writer_.queued_bytes());
-  usage.budget = int64_t(options_.memory_budget);
+  usage.budget = int64_t(ledger_->budget());
   usage.evictions = evictions_;
   return usage;
 }
 
 std::string AgentManager::holders() {
   std::string text;
-  for (const AgentMemory& memory : memory_usage().agents) {
-    if (!text.empty()) text += ", ";
-    text += "agent '" + memory.agent + "' holds " + std::to_string(memory.bytes);
-    text += memory.pinned ? " (pinned)" : awake_.at(memory.agent).holds > 0 ? " (in its turn)" : "";
+  for (AgentManager* member : group_->members) {
+    for (const AgentMemory& memory : member->memory_usage().agents) {
+      if (!text.empty()) text += ", ";
+      text += "agent '" + memory.agent + "' holds " + std::to_string(memory.bytes);
+      text += memory.pinned ? " (pinned)" : member->awake_.at(memory.agent).holds > 0 ? " (in its turn)" : "";
+    }
   }
   return text.empty() ? "no agent can go to sleep" : text;
 }

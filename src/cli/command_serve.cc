@@ -17,8 +17,9 @@
 #include "cli/serve_options.h"
 #include "server/agents_api.h"
 #include "server/dialects.h"
-#include "server/engine_runner.h"
 #include "server/http_edge.h"
+#include "server/model_pool.h"
+#include "server/overview.h"
 #include "server/service.h"
 #include "torpor/engine.h"
 #include "torpor/error.h"
@@ -105,10 +106,21 @@ std::string model_name(const std::string& model) {
   return std::filesystem::canonical(model).filename().string();
 }
 
-EngineOptions engine_options(const ServeOptions& options, const std::filesystem::path& root) {
-  EngineOptions engine = options.engine(root);
-  engine.max_stall_ms = options.max_stall;
-  return engine;
+server::ModelPoolOptions pool_options(const ServeOptions& options, const std::filesystem::path& root) {
+  server::ModelPoolOptions pool;
+  for (const std::string& model : options.models) pool.models.push_back({model_name(model), model});
+  for (const std::string& alias : options.aliases) {
+    const size_t equals = alias.rfind('=');
+    if (equals == std::string::npos || equals == 0) {
+      throw Error(ErrorCode::kInvalidArgument, "'" + alias + "' is no alias; write PATTERN=NAME").with_field("alias");
+    }
+    pool.aliases.push_back({alias.substr(0, equals), alias.substr(equals + 1)});
+  }
+  pool.engine = options.engine(root);
+  pool.engine.max_stall_ms = options.max_stall;
+  pool.idle_unload = std::chrono::milliseconds(int64_t(options.idle_unload * 1000));
+  pool.share_prefixes = options.share_prefixes;
+  return pool;
 }
 
 server::HttpEdgeOptions edge_options(const ServeOptions& options) {
@@ -124,9 +136,9 @@ server::HttpEdgeOptions edge_options(const ServeOptions& options) {
   return edge;
 }
 
-void add_engine_samples(std::string& out, Engine& engine) {
+void add_engine_samples(std::string& out, server::ModelPool& models) {
   using server::write_sample;
-  const MemoryUsage usage = engine.memory_usage();
+  const MemoryUsage usage = server::memory_of(models);
   write_sample(out, "torpor_model_bytes", "gauge", "Memory of the model's weights.", usage.model_bytes);
   write_sample(out, "torpor_kv_bytes", "gauge", "Memory of agents' caches, each buffer once.", usage.kv_bytes);
   write_sample(out, "torpor_kv_mapped_bytes", "gauge", "Of those, pages of segment files.", usage.mapped_bytes);
@@ -139,12 +151,13 @@ void add_engine_samples(std::string& out, Engine& engine) {
 /// What a user needs to go on, on standard output.
 void greet(const ServeOptions& options, uint16_t port, const std::string& first_key,
            const std::filesystem::path& key_file) {
-  std::string text;
+  std::string text, served;
+  for (const std::string& model : options.models) served += (served.empty() ? "" : ", ") + model;
   if (!options.host.empty()) {
     const std::string host = options.host.find(':') == std::string::npos ? options.host : "[" + options.host + "]";
     const std::string url = "http://" + host + ":" + std::to_string(port);
     const std::string key = options.no_auth ? "none" : "$(cat '" + server::local_key_file(key_file).string() + "')";
-    text += "Torpor serves " + options.model + " at " + url + "\n";
+    text += "Torpor serves " + served + " at " + url + "\n";
     text += "  export OPENAI_BASE_URL=" + url + "/v1 OPENAI_API_KEY=" + key + "\n";
     text += "  export ANTHROPIC_BASE_URL=" + url + " ANTHROPIC_AUTH_TOKEN=" + key + "\n";
     // The key stands behind '#', which browsers send nowhere.
@@ -159,7 +172,7 @@ void greet(const ServeOptions& options, uint16_t port, const std::string& first_
     text += "Dashboard, signed in: " + url + "/" + (own.empty() ? "" : "#key=" + own) + "\n";
   }
   if (!options.socket.empty())
-    text += "Torpor serves " + options.model + " at the UNIX socket " + options.socket.string() + "\n";
+    text += "Torpor serves " + served + " at the UNIX socket " + options.socket.string() + "\n";
   if (!first_key.empty())
     text += "A first key was made; it stands in " + server::local_key_file(key_file).string() + "\n";
   print(text);
@@ -168,7 +181,7 @@ void greet(const ServeOptions& options, uint16_t port, const std::string& first_
 
 int serve(const CLI::App& given, std::filesystem::path config, const std::filesystem::path& root) {
   const ServeOptions options = with_config(given, config);
-  if (options.model.empty())
+  if (options.models.empty())
     throw Error(ErrorCode::kInvalidArgument, "no model is named; say which one to serve").with_field("model");
   if (options.no_auth && !is_loopback(options.host)) {
     throw Error(ErrorCode::kInvalidArgument,
@@ -193,12 +206,11 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
     ~NoLog() { set_log_handler(nullptr); }
   } no_log;
 
-  Engine engine(engine_options(options, root));
+  server::ModelPool models(pool_options(options, root));
   server::Metrics metrics(options.metrics_alias == "vllm");
-  server::EngineRunner runner(engine, model_name(options.model), {}, options.share_prefixes);
-  server::MeteredRunner metered(runner, metrics);
+  server::MeteredRunner metered(models, metrics);
   server::Dialects dialects(metered);
-  server::AgentsApi agents(engine, metrics, options.share_prefixes);
+  server::AgentsApi agents(models, metrics);
   server::ServiceOptions service_options;
   service_options.authenticate = !options.no_auth;
   service_options.hosts = options.allow_hosts;
@@ -206,7 +218,7 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   service_options.log = [&](const std::string& line) { log_file.line(line); };
   server::Service service(std::move(service_options), dialects, agents, metrics);
   service.set_keys(std::move(keys));
-  metrics.add_source([&](std::string& out) { add_engine_samples(out, engine); });
+  metrics.add_source([&](std::string& out) { add_engine_samples(out, models); });
   std::optional<server::HttpEdge> edge(std::in_place, edge_options(options), service);
   metrics.add_source([&](std::string& out) {
     server::write_sample(out, "torpor_connections", "gauge", "Connections that are open.", edge->connections());
@@ -229,8 +241,7 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
     log(LogLevel::kWarning, "turns that did not end in time were taken back");
   }
   edge.reset();
-  engine.save_all();
-  engine.finish_saves();
+  models.save_all();
   return 0;
 }
 

@@ -50,6 +50,18 @@ std::filesystem::path default_key_file() {
 
 void add_serve_options(CLI::App& app, ServeOptions& options) {
   add_model_options(app, options);
+  app.remove_option(app.get_option("--model"));
+  app.add_option("--model", options.models,
+                 "Model directory, or a repo id in the local Hugging Face cache; several are loaded when requests name them")
+      ->type_name("M");
+  app.add_option("--alias", options.aliases,
+                 "PATTERN=NAME: what requests may call the model NAME; '*' at the pattern's end stands for anything")
+      ->type_name("P=NAME");
+  app.add_option("--idle-unload", options.idle_unload,
+                 "Seconds without use after which a model, the first one aside, is unloaded; 0: never")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 1e6))
+      ->type_name("S");
   app.add_option("--config", options.config, "TOML file with any of these options, by their long names")
       ->type_name("FILE");
   app.add_option("--host", options.host, "Address to listen on; empty: no TCP")
@@ -158,6 +170,7 @@ ServeOptions with_config(const CLI::App& given, const std::filesystem::path& con
     throw Error(ErrorCode::kInvalidArgument,
                 (config.empty() ? std::string("serve") : config.string()) + ": " + error.what());
   }
+  if (!options.models.empty()) options.model = options.models.front();
   return options;
 }
 

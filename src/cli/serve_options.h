@@ -12,6 +12,9 @@ namespace torpor::cli {
 
 struct ServeOptions : AnswerOptions {
   std::filesystem::path config;
+  std::vector<std::string> models;   // the first is `model`
+  std::vector<std::string> aliases;  // PATTERN=NAME
+  double idle_unload = 0;            // seconds; 0: never
   std::string host = "127.0.0.1";
   int port = 8080;
   std::filesystem::path socket, api_key_file, log;

@@ -63,18 +63,33 @@ RestoreAgentKeys agent_keys(const AgentInfo& agent, const std::string& model) {
   };
 }
 
+class EngineHost {
+ public:
+  EngineHost(size_t memory_budget, size_t text_queue_bytes)
+      : memory(std::make_shared<ManagerGroup>(memory_budget)), scheduler(text_queue_bytes, [](auto steps, auto resting) {
+          EngineTurn::step(steps, resting);
+        }) {}
+  const std::shared_ptr<ManagerGroup> memory;
+  Scheduler scheduler;
+};
+
+std::shared_ptr<EngineHost> make_engine_host(size_t memory_budget, size_t text_queue_bytes) {
+  std::shared_ptr<EngineHost> host;
+  translate_errors([&] { host = std::make_shared<EngineHost>(memory_budget, text_queue_bytes); });
+  return host;
+}
+
 struct Engine::Impl {
   const EngineOptions options;
   Store store;
   const pid_t process = getpid();
   EngineParts parts;  // lives and dies on the scheduler's thread
-  Scheduler scheduler;
+  const std::shared_ptr<EngineHost> host;
+  Scheduler& scheduler = host->scheduler;
 
   explicit Impl(EngineOptions given)
       : options(std::move(given)), store(options.store),
-        scheduler(options.text_queue_bytes, [this](std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting) {
-          EngineTurn::step(parts, steps, resting);
-        }) {
+        host(options.host ? options.host : std::make_shared<EngineHost>(options.memory_budget, options.text_queue_bytes)) {
     if (options.max_stall_ms < 1) {
       throw Error(ErrorCode::kInvalidArgument, "The longest stall must be a millisecond at least.")
           .with_field("EngineOptions::max_stall_ms");
@@ -101,7 +116,7 @@ struct Engine::Impl {
                               .any_kv_format = !options.kv_format,
                               .backend = model.backend(), .durability = options.durability,
                               .memory_budget = options.memory_budget, .write_queue_bytes = options.write_queue_bytes,
-                              .map_rows = options.map_rows});
+                              .map_rows = options.map_rows, .group = host->memory});
     parts.load_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   }
   void unload() noexcept {
@@ -224,7 +239,11 @@ Engine::~Engine() {
     static_cast<void>(impl_.release());  // its threads, which would have to end first, are in another process
     return;
   }
-  impl_->scheduler.finish([this] { impl_->unload(); });
+  if (impl_->options.host) {
+    impl_->scheduler.call({}, [this] { impl_->unload(); });
+  } else {
+    impl_->scheduler.finish([this] { impl_->unload(); });
+  }
 }
 
 TurnResult Engine::turn(const TurnRequest& request) {

@@ -176,30 +176,50 @@ void EngineTurn::take(std::span<const float> logits) {
   transaction_.take_back(kept);
 }
 
-void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting) {
-  std::vector<EngineTurn*> others;
-  for (const Scheduler::Step& step : steps) others.push_back(static_cast<EngineTurn*>(step.turn));
-  for (Scheduler::Turn* turn : resting) others.push_back(static_cast<EngineTurn*>(turn));
+void EngineTurn::step(std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting) {
+  std::vector<EngineParts*> engines;
+  for (const Scheduler::Step& step : steps) {
+    EngineParts* const parts = &static_cast<EngineTurn*>(step.turn)->parts_;
+    if (std::find(engines.begin(), engines.end(), parts) == engines.end()) engines.push_back(parts);
+  }
+  bool room = true;
+  for (EngineParts* parts : engines) {
+    std::vector<Scheduler::Step*> own;
+    std::vector<EngineTurn*> others;
+    const auto is_own = [&](Scheduler::Turn* turn) { return &static_cast<EngineTurn*>(turn)->parts_ == parts; };
+    for (Scheduler::Step& step : steps) {
+      if (!is_own(step.turn)) continue;
+      own.push_back(&step);
+      others.push_back(static_cast<EngineTurn*>(step.turn));
+    }
+    for (Scheduler::Turn* turn : resting) {
+      if (is_own(turn)) others.push_back(static_cast<EngineTurn*>(turn));
+    }
+    step(*parts, own, others, room);
+  }
+}
+
+void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> steps, std::span<EngineTurn* const> others,
+                      bool& room) {
   if (parts.model->backend() == Backend::kMlx) steps = steps.first(1);
   std::vector<Computing> turns;
   std::vector<int> left;  // of their prompts
-  bool room = true;  // whoever came before has all the room that it asked for
-  for (Scheduler::Step& step : steps) {
-    auto* const turn = static_cast<EngineTurn*>(step.turn);
+  for (Scheduler::Step* const step : steps) {
+    auto* const turn = static_cast<EngineTurn*>(step->turn);
     bool waits = false;
     try {
       turn->transaction_.bring_back();
       waits = turn->generation_.prompt_left() > 0 && turn->waits_for(turns, others);
     } catch (...) {
-      step.error = std::current_exception();
+      step->error = std::current_exception();
       room = false;
       continue;
     }
     if (turn->generation_.over()) {
-      step.computed = true;
+      step->computed = true;
       continue;
     }
-    turns.push_back({turn, &step, {}});
+    turns.push_back({turn, step, {}});
     left.push_back(waits ? -1 : turn->generation_.prompt_left());
   }
   const std::vector<int> shares = parts.pace->share(left);

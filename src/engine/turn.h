@@ -44,9 +44,9 @@ class EngineTurn final : public Scheduler::Turn {
   EngineTurn(EngineParts& parts, const TurnRequest& request, std::string branch_of, Scheduler::Listener& listener,
              TurnOutcome& outcome);
 
-  /// Computes the next rows of several turns of one engine, all in one forward pass per KV format: of each that decodes a token,
-  /// of prompts what the pace gives (PrefillPace::share). With MLX's kernels only the first turn is stepped.
-  static void step(EngineParts& parts, std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting);
+  /// Computes the next rows of several turns, all of one engine in one forward pass per KV format: of each that decodes a token,
+  /// of prompts what the pace gives (PrefillPace::share). With MLX's kernels only an engine's first turn is stepped.
+  static void step(std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting);
   /// Rows of a turn that is not committed are kept for when its prompt is asked again.
   ~EngineTurn() override;
   bool let_go() noexcept override;
@@ -56,6 +56,8 @@ class EngineTurn final : public Scheduler::Turn {
  private:
   using Clock = std::chrono::steady_clock;
 
+  /// The same of turns of one engine. `room`: whoever came before has all the room that it asked for.
+  static void step(EngineParts& parts, std::span<Scheduler::Step* const> steps, std::span<EngineTurn* const> others, bool& room);
   static AgentHold wake(EngineParts& parts, const TurnRequest& request, TurnResult& result);
   TurnInput input() const;
   static GenerateOptions options_of(const TurnRequest& request, Scheduler::Listener& listener);

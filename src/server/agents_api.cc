@@ -18,9 +18,9 @@ using Parts = std::vector<std::string>;
 
 /// One request, and what it names.
 struct Call {
-  Engine& engine;
+  ModelPool& models;
   Metrics& metrics;
-  const bool share_prefixes;
+  Engine& engine;  ///< of the agent's model, or the first
   const HttpRequest& request;
   HttpResponse& response;
   std::string name, id;  ///< of the path's agent: as the tenant knows it, as the store does
@@ -28,7 +28,7 @@ struct Call {
 
   std::string id_of(const std::string& other) const { return agent_id_of(request.tenant, other); }
   AgentName named(const std::string& other) const {
-    return {id_of(other), other, request.tenant, share_prefixes ? std::string() : salt_of(request.tenant)};
+    return {id_of(other), other, request.tenant, models.salt(request.tenant)};
   }
   AgentName agent() const { return named(name); }
 };
@@ -59,6 +59,7 @@ struct Operation {
   int status;
   const char* answer;  ///< a schema of the description, or kFile; nullptr: no body
   std::function<Answer(const Call&)> run;
+  bool computes = false;  ///< needs the agent's own model
 };
 
 Json status_json(const AgentStatus& status, const std::string& name) {
@@ -75,7 +76,7 @@ Json status_json(const AgentStatus& status, const std::string& name) {
 
 Answer list(const Call& call) {
   Json agents = Json::array();
-  for (const AgentStatus& status : call.engine.agents()) {
+  for (const AgentStatus& status : call.models.agents()) {
     if (const auto name = agent_name_of(call.request.tenant, status.agent))
       agents.push_back(status_json(status, *name));
   }
@@ -156,7 +157,8 @@ Answer remove(const Call& call) {
 }
 
 Answer create(const Call& call) {
-  return turn_answer(run_agent_turn(call.engine, call.metrics, call.named(call.body.at("agent")),
+  const ModelPool::Lease model = call.models.model(call.body.value("model", ""));
+  return turn_answer(run_agent_turn(model.engine(), call.metrics, call.named(call.body.at("agent")),
                                     TurnRequest::Presence::kNew, call.body, call.response),
                      201);
 }
@@ -182,9 +184,9 @@ Answer export_file(const Call& call) {
 }
 
 Answer map(const Call& call) { return {200, map_json(call.engine, call.agent())}; }
-Answer now(const Call& call) { return {200, now_json(call.engine, call.metrics, call.request.tenant)}; }
+Answer now(const Call& call) { return {200, now_json(call.models, call.metrics, call.request.tenant)}; }
 Answer requests(const Call& call) { return {200, requests_json(call.metrics, call.request.tenant)}; }
-Answer memory(const Call& call) { return {200, memory_json(call.engine, call.request.tenant)}; }
+Answer memory(const Call& call) { return {200, memory_json(call.models, call.request.tenant)}; }
 
 Answer describe(const Call& call);
 
@@ -208,7 +210,8 @@ const std::vector<Operation>& operations() {
        "/agents",
        "createAgent",
        "A new agent's first turn.",
-       turn_members({{"agent", "string", true, "Its name, which must be free."}}),
+       turn_members({{"agent", "string", true, "Its name, which must be free."},
+                     {"model", "string", false, "The model that answers; the server's first unless given."}}),
        201,
        "Turn",
        create},
@@ -219,7 +222,8 @@ const std::vector<Operation>& operations() {
        turn_members({}),
        200,
        "Turn",
-       turn},
+       turn,
+       true},
       {"POST",
        "/agents/{agent}/why",
        "whyAgent",
@@ -227,7 +231,8 @@ const std::vector<Operation>& operations() {
        {{"messages", "array", true, "The whole conversation, oldest message first: `role`, `content` and so on."}},
        200,
        "Comparison",
-       why},
+       why,
+       true},
       {"GET",
        "/agents/{agent}/export",
        "exportAgent",
@@ -293,7 +298,8 @@ const std::vector<Operation>& operations() {
        {},
        202,
        "Agent",
-       wake},
+       wake,
+       true},
       {"POST", "/agents/{agent}/save", "saveAgent", "Saves the agent if it has changed.", {}, 200, "Saved", save},
       {"GET",
        "/agents/{agent}/map",
@@ -394,7 +400,7 @@ Answer describe(const Call&) {
                              {"answered_ms", "number"},
                              {"reason", "string"},
                              {"missed", "string"}});
-  Json now = schema_of({{"version", "string"}, {"model", "object"}, {"others", "integer"}, {"turns", "array"},
+  Json now = schema_of({{"version", "string"}, {"model", "object"}, {"models", "array"}, {"others", "integer"}, {"turns", "array"},
                         {"work", "object"}});
   now["properties"]["turns"] = array_of("RunningTurn");
   Json requests = schema_of({{"requests", "array"}});
@@ -464,7 +470,7 @@ Json body_of(const Operation& operation, const HttpRequest& request) {
   return body;
 }
 
-Answer answer(Engine& engine, Metrics& metrics, bool share_prefixes, const HttpRequest& request, HttpResponse& response,
+Answer answer(ModelPool& models, Metrics& metrics, const HttpRequest& request, HttpResponse& response,
               std::string& allow) {
   Parts path = request.path_parts();
   path.erase(path.begin(), path.begin() + std::min<size_t>(2, path.size()));  // torpor, v1
@@ -475,12 +481,11 @@ Answer answer(Engine& engine, Metrics& metrics, bool share_prefixes, const HttpR
       allow += (allow.empty() ? "" : ", ") + std::string(operation.method);
       continue;
     }
-    Call call{engine, metrics, share_prefixes, request, response, {}, {}, body_of(operation, request)};
-    if (path.size() > 1 && path[0] == "agents") {
-      call.name = path[1];
-      call.id = call.id_of(call.name);
-    }
-    return operation.run(call);
+    Json body = body_of(operation, request);
+    const std::string name = path.size() > 1 && path[0] == "agents" ? path[1] : "";
+    const std::string id = name.empty() ? "" : agent_id_of(request.tenant, name);
+    const ModelPool::Lease model = name.empty() ? models.model("") : models.of_agent(id, !operation.computes);
+    return operation.run({models, metrics, model.engine(), request, response, name, id, std::move(body)});
   }
   if (!allow.empty())
     return {405, Json{{"error", Json{{"code", "kInvalidArgument"},
@@ -494,13 +499,15 @@ void AgentsApi::handle(const HttpRequest& request, HttpResponse& response) {
   Answer said;
   std::string allow;
   try {
-    said = answer(engine_, metrics_, share_prefixes_, request, response, allow);
+    said = answer(models_, metrics_, request, response, allow);
   } catch (const Error& error) {
     const int status = error.field() == kAgentTaken ? 409 : faces::error_mapping(error.code()).http_status;
     said = {status, error_json(error, request.tenant)};
   } catch (const Failure& failure) {
-    const Error error = Error(ErrorCode::kInvalidArgument, failure.what()).with_field(failure.param);
-    said = {400, error_json(error, request.tenant)};
+    const bool absent = failure.kind == Failure::Kind::kNotFound;
+    const Error error =
+        Error(absent ? ErrorCode::kNotFound : ErrorCode::kInvalidArgument, failure.what()).with_field(failure.param);
+    said = {absent ? 404 : 400, error_json(error, request.tenant)};
   }
   if (said.said) return;
   HttpHeaders headers;

@@ -7,22 +7,20 @@
 
 #include "server/http.h"
 #include "server/metrics.h"
-#include "torpor/engine.h"
+#include "server/model_pool.h"
 
 namespace torpor::server {
 
 /// Several threads call `handle` at a time.
 class AgentsApi : public HttpHandler {
  public:
-  /// Both must live longer. `share_prefixes` as of EngineRunner.
-  AgentsApi(Engine& engine, Metrics& metrics, bool share_prefixes = false)
-      : engine_(engine), metrics_(metrics), share_prefixes_(share_prefixes) {}
+  /// Both must live longer.
+  AgentsApi(ModelPool& models, Metrics& metrics) : models_(models), metrics_(metrics) {}
   void handle(const HttpRequest& request, HttpResponse& response) override;
 
  private:
-  Engine& engine_;
+  ModelPool& models_;
   Metrics& metrics_;
-  const bool share_prefixes_;
 };
 
 }  // namespace torpor::server

@@ -1,7 +1,6 @@
 #include "server/engine_runner.h"
 
 #include <algorithm>
-#include <chrono>
 #include <climits>
 #include <deque>
 #include <fstream>
@@ -14,6 +13,7 @@
 #include "server/answer_parser.h"
 #include "server/grammar.h"
 #include "server/keys.h"
+#include "server/models.h"
 #include "server/stop_sink.h"
 #include "server/template_fit.h"
 #include "torpor/error.h"
@@ -139,23 +139,19 @@ std::string session_agent(const std::string& tenant, const std::string& model, c
 struct EngineRunner::Impl {
   Engine& engine;
   std::string name;
-  std::vector<std::string> aliases;
   bool share_prefixes;
   TemplateFit fit;
   SamplingOptions sampling;
   Grammars grammars;
 
-  Impl(Engine& engine, std::string given, std::vector<std::string> others, bool share_prefixes)
-      : engine(engine), name(std::move(given)), aliases(std::move(others)), share_prefixes(share_prefixes),
+  Impl(Engine& engine, std::string given, bool share_prefixes)
+      : engine(engine), name(std::move(given)), share_prefixes(share_prefixes),
         fit(ChatTemplate::load(engine.model().dir), template_source(engine.model().dir)),
         sampling(default_sampling(engine.model().dir)),
         grammars(engine.tokenizer(), engine.model().vocab_size, engine.model().eos_token_ids) {}
 
   bool answers_to(const std::string& model) const {
-    return model.empty() || model == name || model == engine.model().name ||
-           std::any_of(aliases.begin(), aliases.end(), [&](std::string_view alias) {
-             return alias.ends_with('*') ? model.starts_with(alias.substr(0, alias.size() - 1)) : model == alias;
-           });
+    return model.empty() || model == name || model == engine.model().name;
   }
 
   void refuse_what_is_not_served(const ChatRequest& request) const {
@@ -258,13 +254,12 @@ struct EngineRunner::Impl {
   }
 };
 
-EngineRunner::EngineRunner(Engine& engine, std::string name, std::vector<std::string> aliases,
-                           bool share_prefixes) {
+EngineRunner::EngineRunner(Engine& engine, std::string name, bool share_prefixes) {
   if (!ChatTemplate::load(engine.model().dir)) {
     throw Error(ErrorCode::kInvalidArgument,
                 "Model " + name + " has no chat template; serve an instruction-tuned model.");
   }
-  impl_ = std::make_unique<Impl>(engine, std::move(name), std::move(aliases), share_prefixes);
+  impl_ = std::make_unique<Impl>(engine, std::move(name), share_prefixes);
 }
 EngineRunner::~EngineRunner() = default;
 
@@ -352,12 +347,7 @@ std::vector<ModelEntry> EngineRunner::models() {
   const ModelInfo& info = impl_->engine.model();
   ModelEntry entry;
   entry.name = impl_->name;
-  std::error_code ignored;
-  const auto time = std::filesystem::last_write_time(info.dir / "config.json", ignored);
-  if (!ignored) {
-    const auto since = std::chrono::file_clock::to_sys(time).time_since_epoch();
-    entry.created = std::chrono::duration_cast<std::chrono::seconds>(since).count();
-  }
+  entry.created = model_time(info.dir);
   entry.context = info.max_context;
   entry.loaded = true;
   entry.bytes = info.weight_bytes;

@@ -18,11 +18,10 @@ std::string session_agent(const std::string& tenant, const std::string& model, c
 /// Without either, the turn starts from the longest prefix that anyone has, and leaves no name.
 class EngineRunner : public TurnRunner {
  public:
-  /// `engine` must outlive it. `name`: by which answers name the model, and requests ask for it; or by one of
-  /// `aliases`, in which '*' at the end stands for anything. kInvalidArgument when the model has no chat template that
-  /// can be used. `share_prefixes`: a tenant's turns take rows from other tenants', and give them theirs.
-  EngineRunner(Engine& engine, std::string name, std::vector<std::string> aliases = {},
-               bool share_prefixes = false);
+  /// `engine` must outlive it. `name`: by which answers name the model, and requests ask for it. `share_prefixes`: a tenant's
+  /// turns take rows from other tenants', and give them theirs. kInvalidArgument when the model has no chat template that can
+  /// be used.
+  EngineRunner(Engine& engine, std::string name, bool share_prefixes = false);
   ~EngineRunner() override;
 
   void run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) override;

@@ -3,6 +3,7 @@
 #include "server/models.h"
 
 #include <algorithm>
+#include <chrono>
 #include <ctime>
 
 #include "server/failure.h"
@@ -28,6 +29,13 @@ std::string utc_time(int64_t seconds) {
   char text[32];
   std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &fields);
   return text;
+}
+
+int64_t model_time(const std::filesystem::path& dir) {
+  std::error_code error;
+  const auto time = std::filesystem::last_write_time(dir / "config.json", error);
+  if (error) return 0;
+  return std::chrono::duration_cast<std::chrono::seconds>(std::chrono::file_clock::to_sys(time).time_since_epoch()).count();
 }
 
 ModelEntry find_model(TurnRunner& runner, const std::string& name) {

@@ -1,6 +1,7 @@
 #include "server/overview.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "server/keys.h"
 #include "torpor/version.h"
@@ -31,17 +32,46 @@ Json record_json(const TurnRecord& record) {
 
 }  // namespace
 
-Json now_json(Engine& engine, Metrics& metrics, const std::string& tenant) {
+MemoryUsage memory_of(ModelPool& pool) {
+  MemoryUsage all;
+  for (const ModelPool::Lease& lease : pool.loaded()) {
+    MemoryUsage own = lease.engine().memory_usage();
+    all.model_bytes += own.model_bytes;
+    all.queued_bytes += own.queued_bytes;
+    all.evictions += own.evictions;
+    // These are of all engines together.
+    all.kv_bytes = own.kv_bytes;
+    all.mapped_bytes = own.mapped_bytes;
+    all.budget = own.budget;
+    std::move(own.agents.begin(), own.agents.end(), std::back_inserter(all.agents));
+  }
+  return all;
+}
+
+Json now_json(ModelPool& pool, Metrics& metrics, const std::string& tenant) {
   Json turns = Json::array();
   for (const TurnRecord& record : metrics.turns().running(tenant)) turns.push_back(record_json(record));
   const size_t all = std::max(metrics.turns().running(), turns.size());
-  const EngineWork work = engine.work();
-  const ModelInfo& model = engine.model();
+  Json models = Json::array();
+  for (const ModelEntry& entry : pool.models()) models.push_back(Json{{"name", entry.name}, {"loaded", entry.loaded}});
+  EngineWork work;
+  const std::vector<ModelPool::Lease> loaded = pool.loaded();
+  for (const ModelPool::Lease& lease : loaded) {
+    const EngineWork own = lease.engine().work();
+    work.passes += own.passes;
+    work.turns += own.turns;
+    work.most_turns = std::max(work.most_turns, own.most_turns);
+    work.prompt_tokens += own.prompt_tokens;
+    work.answer_tokens += own.answer_tokens;
+    work.put_aside += own.put_aside;
+  }
+  const ModelInfo& model = loaded.front().engine().model();
   return Json{{"version", TORPOR_VERSION},
               {"model", Json{{"name", model.name},
                              {"architecture", model.architecture},
                              {"context", model.max_context},
                              {"bytes", model.weight_bytes}}},
+              {"models", std::move(models)},
               {"others", all - turns.size()},
               {"turns", std::move(turns)},
               {"work", Json{{"passes", work.passes},
@@ -67,8 +97,10 @@ Json requests_json(Metrics& metrics, const std::string& tenant) {
   return Json{{"requests", std::move(requests)}};
 }
 
-Json memory_json(Engine& engine, const std::string& tenant) {
-  const MemoryUsage usage = engine.memory_usage();
+Json memory_json(ModelPool& pool, const std::string& tenant) {
+  const MemoryUsage usage = memory_of(pool);
+  const std::vector<ModelPool::Lease> loaded = pool.loaded();
+  Store& store = loaded.front().engine().store();
   Json agents = Json::array();
   for (const AgentMemory& memory : usage.agents) {
     const auto name = agent_name_of(tenant, memory.agent);
@@ -80,8 +112,8 @@ Json memory_json(Engine& engine, const std::string& tenant) {
                           {"pinned", memory.pinned},
                           {"unsaved", memory.unsaved}});
   }
-  const DiskUsage disk = engine.store().get_cache_disk_usage();
-  const DiskLimits limits = engine.store().kept_disk_limits();
+  const DiskUsage disk = store.get_cache_disk_usage();
+  const DiskLimits limits = store.kept_disk_limits();
   return Json{{"model_bytes", usage.model_bytes},
               {"kv_bytes", usage.kv_bytes},
               {"mapped_bytes", usage.mapped_bytes},

@@ -7,16 +7,19 @@
 #include "server/agents_turn.h"
 #include "server/chat.h"
 #include "server/metrics.h"
+#include "server/model_pool.h"
 #include "torpor/engine.h"
 
 namespace torpor::server {
 
-/// The model, the tenant's turns under way, and what was computed so far.
-Json now_json(Engine& engine, Metrics& metrics, const std::string& tenant);
+/// The models, the tenant's turns under way, and what was computed so far.
+Json now_json(ModelPool& models, Metrics& metrics, const std::string& tenant);
 /// The tenant's last turns, the newest first.
 Json requests_json(Metrics& metrics, const std::string& tenant);
+/// Of all models that are loaded.
+MemoryUsage memory_of(ModelPool& models);
 /// Memory and disk. Reads the sizes of all files of the store.
-Json memory_json(Engine& engine, const std::string& tenant);
+Json memory_json(ModelPool& models, const std::string& tenant);
 /// An agent as it was last saved: its messages, its segments and who else of the tenant's begins with them. kNotFound.
 Json map_json(Engine& engine, const AgentName& agent);
 

@@ -1,0 +1,228 @@
+#include "server/model_pool.h"
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <map>
+
+#include "server/keys.h"
+#include "server/models.h"
+#include "torpor/error.h"
+#include "torpor/log.h"
+#include "torpor/model_info.h"
+
+namespace torpor::server {
+namespace {
+
+bool fits(std::string_view pattern, const std::string& name) {
+  return pattern.ends_with('*') ? name.starts_with(pattern.substr(0, pattern.size() - 1)) : name == pattern;
+}
+
+/// What is known of a model before it is loaded for the first time.
+ModelEntry entry_of(const ServedModel& model) {
+  ModelEntry entry;
+  entry.name = model.name;
+  const std::filesystem::path dir = resolve_model(model.source);
+  entry.created = model_time(dir);
+  std::error_code ignored;
+  for (const auto& file : std::filesystem::directory_iterator(dir, ignored)) {
+    if (file.path().extension() == ".safetensors") entry.bytes += int64_t(file.file_size(ignored));
+  }
+  std::ifstream file(dir / "config.json", std::ios::binary);
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  const Json config = Json::parse(text, nullptr, false);
+  if (!config.is_object()) return entry;
+  if (const auto family = config.find("model_type"); family != config.end() && family->is_string()) entry.family = *family;
+  if (const auto context = config.find("max_position_embeddings"); context != config.end() && context->is_number_integer())
+    entry.context = *context;
+  return entry;
+}
+
+}  // namespace
+
+struct ModelPool::Slot {
+  ServedModel model;
+  ModelEntry entry;    ///< as it was when last loaded
+  std::mutex loading;  ///< of whoever loads or unloads
+  std::shared_ptr<Loaded> loaded;
+  Clock::time_point used = Clock::now();
+};
+
+ModelPool::Lease::~Lease() {
+  if (!loaded_) return;
+  const std::lock_guard lock(pool_->mutex_);
+  if (uses_) slot_->used = Clock::now();
+  loaded_.reset();  // the slot holds it
+}
+
+const std::string& ModelPool::Lease::name() const { return slot_->model.name; }
+
+ModelPool::ModelPool(ModelPoolOptions options)
+    : options_(std::move(options)),
+      host_(make_engine_host(options_.engine.memory_budget, options_.engine.text_queue_bytes)) {
+  for (const ServedModel& model : options_.models) {
+    const bool twice = std::any_of(slots_.begin(), slots_.end(), [&](const auto& slot) { return slot->model.name == model.name; });
+    if (twice) {
+      throw Error(ErrorCode::kInvalidArgument, "two models are called '" + model.name + "'; rename the directory of one")
+          .with_field("model");
+    }
+    slots_.push_back(std::make_unique<Slot>());
+    slots_.back()->model = model;
+    slots_.back()->entry = entry_of(model);
+  }
+  for (const ModelAlias& alias : options_.aliases) {
+    const bool known = std::any_of(slots_.begin(), slots_.end(), [&](const auto& slot) { return slot->model.name == alias.name; });
+    if (!known) {
+      throw Error(ErrorCode::kInvalidArgument, "the alias '" + alias.pattern + "' is for the model '" + alias.name + "', which is not served")
+          .with_field("alias");
+    }
+  }
+  lease(*slots_.front());
+  if (options_.idle_unload.count() == 0) return;
+  unloader_ = std::thread([this] {
+    std::unique_lock lock(mutex_);
+    while (!stop_.wait_for(lock, options_.idle_unload / 2, [this] { return stopping_; })) {
+      lock.unlock();
+      unload_idle(options_.idle_unload);
+      lock.lock();
+    }
+  });
+}
+
+ModelPool::~ModelPool() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  stop_.notify_all();
+  if (unloader_.joinable()) unloader_.join();
+}
+
+ModelPool::Slot& ModelPool::find(const std::string& name) {
+  if (name.empty()) return *slots_.front();
+  for (const auto& slot : slots_) {
+    if (slot->model.name == name || slot->model.source == name) return *slot;
+  }
+  const auto alias = std::find_if(options_.aliases.begin(), options_.aliases.end(),
+                                  [&](const ModelAlias& alias) { return fits(alias.pattern, name); });
+  if (alias != options_.aliases.end()) return find(alias->name);
+  std::string names;
+  for (const auto& slot : slots_) names += (names.empty() ? "'" : ", '") + slot->model.name + "'";
+  throw Failure(Failure::Kind::kNotFound, "There is no model '" + name + "' here; there is " + names + ".", "model");
+}
+
+ModelPool::Lease ModelPool::lease(Slot& slot) {
+  const std::lock_guard loading(slot.loading);
+  {
+    const std::lock_guard lock(mutex_);
+    if (slot.loaded) return {*this, slot, slot.loaded, true};
+  }
+  EngineOptions engine = options_.engine;
+  engine.model = slot.model.source;
+  engine.host = host_;
+  auto loaded = std::make_shared<Loaded>(std::move(engine), slot.model.name, options_.share_prefixes);
+  ModelEntry entry = loaded->runner.models().front();
+  const std::lock_guard lock(mutex_);
+  slot.entry = std::move(entry);
+  slot.loaded = std::move(loaded);
+  return {*this, slot, slot.loaded, true};
+}
+
+ModelPool::Lease ModelPool::model(const std::string& name) { return lease(find(name)); }
+
+ModelPool::Lease ModelPool::of_agent(const std::string& id, bool looks) {
+  if (slots_.size() == 1) return lease(*slots_.front());
+  for (const Lease& other : loaded()) {
+    const MemoryUsage usage = other.engine().memory_usage();
+    const bool awake = std::any_of(usage.agents.begin(), usage.agents.end(), [&](const AgentMemory& agent) { return agent.agent == id; });
+    if (awake) return lease(*other.slot_);
+  }
+  Lease first = lease(*slots_.front());
+  if (looks || !first.engine().store().contains(id)) return first;
+  const std::string source = first.engine().store().agent_info(id).model;
+  const auto own = std::find_if(slots_.begin(), slots_.end(), [&](const auto& slot) { return slot->model.source == source; });
+  return own == slots_.end() ? std::move(first) : lease(**own);
+}
+
+std::vector<ModelPool::Lease> ModelPool::loaded() {
+  std::vector<Lease> leases;
+  leases.reserve(slots_.size());  // a lease that moves needs the mutex for nothing, but one that goes does
+  const std::lock_guard lock(mutex_);
+  for (const auto& slot : slots_) {
+    if (slot->loaded) leases.push_back({*this, *slot, slot->loaded, false});
+  }
+  return leases;
+}
+
+std::vector<AgentStatus> ModelPool::agents() {
+  std::map<std::string, AgentStatus> all;
+  for (const Lease& lease : loaded()) {
+    for (AgentStatus& status : lease.engine().agents()) {
+      if (status.awake || !all.contains(status.agent)) all[status.agent] = std::move(status);
+    }
+  }
+  std::vector<AgentStatus> list;
+  for (auto& [id, status] : all) list.push_back(std::move(status));
+  return list;
+}
+
+std::string ModelPool::salt(const std::string& tenant) const {
+  return options_.share_prefixes ? std::string() : salt_of(tenant);
+}
+
+void ModelPool::save_all() {
+  for (const Lease& lease : loaded()) {
+    lease.engine().save_all();
+    lease.engine().finish_saves();
+  }
+}
+
+void ModelPool::unload_idle(std::chrono::milliseconds idle) {
+  for (size_t i = 1; i < slots_.size(); ++i) {
+    Slot& slot = *slots_[i];
+    const std::unique_lock loading(slot.loading, std::try_to_lock);
+    if (!loading) continue;  // somebody is about to use it
+    std::shared_ptr<Loaded> unused;
+    {
+      const std::lock_guard lock(mutex_);
+      if (!slot.loaded || slot.loaded.use_count() > 1 || Clock::now() - slot.used < idle) continue;
+      unused = std::move(slot.loaded);
+    }
+    try {
+      unused->engine.save_all();
+    } catch (const Error& error) {
+      log(LogLevel::kWarning, "the model '" + slot.model.name + "' stays loaded, for an agent of it can't be saved: " + error.what());
+      const std::lock_guard lock(mutex_);
+      slot.loaded = std::move(unused);
+      continue;
+    }
+    log(LogLevel::kInfo, "the model '" + slot.model.name + "' was not used for a while, and is unloaded");
+    unused.reset();  // its agents' locks go with it, before anybody loads it again
+  }
+}
+
+void ModelPool::run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) {
+  const Lease lease = model(request.model);
+  ChatRequest named = request;
+  named.model = lease.name();
+  lease.runner().run(named, sink, gone);
+}
+
+int ModelPool::count_tokens(const ChatRequest& request) {
+  const Lease lease = model(request.model);
+  ChatRequest named = request;
+  named.model = lease.name();
+  return lease.runner().count_tokens(named);
+}
+
+std::vector<ModelEntry> ModelPool::models() {
+  std::vector<ModelEntry> entries;
+  const std::lock_guard lock(mutex_);
+  for (const auto& slot : slots_) {
+    entries.push_back(slot->entry);
+    entries.back().loaded = slot->loaded != nullptr;
+  }
+  return entries;
+}
+
+}  // namespace torpor::server

@@ -1,0 +1,110 @@
+#pragma once
+/// The models of a server: loaded when a request names them, unloaded when nobody does for a while. Their engines have one
+/// thread and one memory budget (EngineHost), and one store.
+
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "server/chat.h"
+#include "server/engine_runner.h"
+#include "torpor/engine.h"
+
+namespace torpor::server {
+
+struct ServedModel {
+  std::string name;    ///< that requests name, and answers have
+  std::string source;  ///< its directory or repo id; requests may name it by this, too
+};
+
+struct ModelAlias {
+  std::string pattern;  ///< what requests say; '*' at its end stands for anything
+  std::string name;     ///< of the model that they get
+};
+
+struct ModelPoolOptions {
+  std::vector<ServedModel> models;  ///< one at least. The first answers requests that name none, and stays loaded
+  std::vector<ModelAlias> aliases;  ///< the first that fits counts, after the models' own names
+  EngineOptions engine;             ///< of each, but for `model` and `host`
+  std::chrono::milliseconds idle_unload{0};  ///< a model that nobody has used for so long is unloaded; 0: none is
+  bool share_prefixes = false;      ///< EngineRunner
+};
+
+/// Any thread.
+class ModelPool : public TurnRunner {
+ private:
+  struct Loaded {
+    Engine engine;
+    EngineRunner runner;
+    Loaded(EngineOptions options, const std::string& name, bool share_prefixes)
+        : engine(std::move(options)), runner(engine, name, share_prefixes) {}
+  };
+  struct Slot;
+
+ public:
+  /// A model in use: it stays loaded as long as this lives. Move-only; gone before its pool.
+  class Lease {
+   public:
+    Lease(Lease&&) = default;
+    ~Lease();
+    Engine& engine() const { return loaded_->engine; }
+    EngineRunner& runner() const { return loaded_->runner; }
+    const std::string& name() const;
+
+   private:
+    friend class ModelPool;
+    Lease(ModelPool& pool, Slot& slot, std::shared_ptr<Loaded> loaded, bool uses)
+        : pool_(&pool), slot_(&slot), loaded_(std::move(loaded)), uses_(uses) {}
+    ModelPool* pool_;
+    Slot* slot_;
+    std::shared_ptr<Loaded> loaded_;
+    bool uses_;  // whether it counts as use
+  };
+
+  /// Loads the first model, and looks whether the others are there. kInvalidArgument for two of one name, an alias of none,
+  /// a model without a chat template; kNotFound; what Engine throws.
+  explicit ModelPool(ModelPoolOptions options);
+  /// No lease is left. What was not saved is dropped.
+  ~ModelPool() override;
+
+  /// The model that a request names, loaded if need be: the caller waits. Empty: the first. Failure kNotFound; what Engine
+  /// throws.
+  Lease model(const std::string& name);
+  /// The one that has the agent awake, else that it was last saved by, else the first. With `looks` no model is loaded: the
+  /// first does for an agent that is asleep.
+  Lease of_agent(const std::string& id, bool looks);
+  /// Those that are loaded now, the first model's first. This is no use of them.
+  std::vector<Lease> loaded();
+  /// All agents of the store and in memory, by id.
+  std::vector<AgentStatus> agents();
+  /// What keeps the rows of the tenant's agents from others' (TurnRequest::salt).
+  std::string salt(const std::string& tenant) const;
+  /// Saves what is unsaved of all that are loaded.
+  void save_all();
+  /// Unloads what nobody has used for so long; the first model stays.
+  void unload_idle(std::chrono::milliseconds idle);
+
+  void run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) override;
+  int count_tokens(const ChatRequest& request) override;
+  std::vector<ModelEntry> models() override;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Slot& find(const std::string& name);
+  Lease lease(Slot& slot);
+
+  const ModelPoolOptions options_;
+  const std::shared_ptr<EngineHost> host_;
+  std::vector<std::unique_ptr<Slot>> slots_;
+  std::mutex mutex_;  // of what slots hold, but for their own
+  std::condition_variable stop_;
+  bool stopping_ = false;
+  std::thread unloader_;
+};
+
+}  // namespace torpor::server
