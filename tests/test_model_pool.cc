@@ -167,6 +167,38 @@ TEST_F(ModelPoolTest, ModelsAnswerAtOnceAsEachAloneWithinOneBudget) {
   EXPECT_GT(pool.model("plain").engine().memory_usage().evictions, before);
 }
 
+TEST_F(ModelPoolTest, SessionsThatHaveExpiredAreForgottenAndNothingElse) {
+  ModelPool pool(options());
+  const auto say = [&](const std::string& model, const std::string& session, const std::string& text, const std::string& tenant) {
+    ChatRequest request;
+    request.model = model;
+    request.session = session;
+    request.tenant = tenant;
+    request.messages.push_back({Role::kUser, text});
+    request.max_tokens = 2;
+    Heard heard;
+    pool.run(request, heard, gone_);
+  };
+  const auto names = [&] {
+    std::set<std::string> all;
+    for (const AgentStatus& status : pool.agents()) all.insert(status.agent);
+    return all;
+  };
+  say("plain", "one", "Hi.", "local");
+  say("plain", "one", "Another beginning.", "local");  // a branch
+  say("biased", "one", "Hi.", "acme");
+  say("plain", "kept", "Hi.", "acme");
+  ask(pool, "plain", "ada");
+  ask(pool, "plain", "session-of-mine");
+  EXPECT_EQ(names().size(), 6u);
+  const std::string kept = session_agent("acme", "plain", "kept");
+  pool.model("plain").engine().pin(kept);
+  pool.forget_sessions(std::chrono::hours(1));
+  EXPECT_EQ(names().size(), 6u);
+  pool.forget_sessions(std::chrono::seconds(-2));  // all are older than what is to come
+  EXPECT_EQ(names(), (Names{"ada", "session-of-mine", kept}));
+}
+
 TEST_F(ModelPoolTest, MistakesAreToldAtTheStart) {
   const auto refused = [](const ModelPoolOptions& options, ErrorCode code) {
     try {

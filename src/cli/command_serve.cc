@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <ctime>
@@ -119,6 +120,7 @@ server::ModelPoolOptions pool_options(const ServeOptions& options, const std::fi
   pool.engine = options.engine(root);
   pool.engine.max_stall_ms = options.max_stall;
   pool.idle_unload = std::chrono::milliseconds(int64_t(options.idle_unload * 1000));
+  pool.session_ttl = std::chrono::seconds(int64_t(std::ceil(options.session_ttl)));
   pool.share_prefixes = options.share_prefixes;
   return pool;
 }

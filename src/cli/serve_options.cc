@@ -54,6 +54,11 @@ void add_serve_options(CLI::App& app, ServeOptions& options) {
   app.add_option("--model", options.models,
                  "Model directory, or a repo id in the local Hugging Face cache; several are loaded when requests name them")
       ->type_name("M");
+  app.add_option("--session-ttl", options.session_ttl,
+                 "Seconds without use after which a client's session is forgotten; 0: never")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 1e9))
+      ->type_name("S");
   app.add_option("--alias", options.aliases,
                  "PATTERN=NAME: what requests may call the model NAME; '*' at the pattern's end stands for anything")
       ->type_name("P=NAME");

@@ -14,7 +14,7 @@ struct ServeOptions : AnswerOptions {
   std::filesystem::path config;
   std::vector<std::string> models;   // the first is `model`
   std::vector<std::string> aliases;  // PATTERN=NAME
-  double idle_unload = 0;            // seconds; 0: never
+  double idle_unload = 0, session_ttl = 7 * 86400;  // seconds; 0: never
   std::string host = "127.0.0.1";
   int port = 8080;
   std::filesystem::path socket, api_key_file, log;

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <iterator>
 #include <mutex>
+#include <regex>
 
 #include "base/env.h"
 #include "base/hash.h"
@@ -134,6 +135,11 @@ bool must_call(const ChatRequest& request) {
 
 std::string session_agent(const std::string& tenant, const std::string& model, const std::string& session) {
   return agent_id_of(tenant, "session-" + hash_hex(tenant + '\0' + model + '\0' + session).substr(0, 32));
+}
+
+bool is_session_agent(const std::string& id) {
+  static const std::regex form(R"((t\.[A-Za-z0-9_-]+\.)?session-[0-9a-f]{32}(\.[0-9]+)?)");
+  return std::regex_match(id, form);
 }
 
 struct EngineRunner::Impl {

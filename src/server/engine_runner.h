@@ -13,6 +13,9 @@ namespace torpor::server {
 /// The agent of a client's session: one for each tenant, model and session id.
 std::string session_agent(const std::string& tenant, const std::string& model, const std::string& session);
 
+/// Whether an agent is one of those, or a branch of one.
+bool is_session_agent(const std::string& id);
+
 /// Turns on one Engine. An agent that is named explicitly holds the conversation that the client sends: where they
 /// differ it is rewound. The agent of a session is never rewound: where they differ the turn is that of a branch.
 /// Without either, the turn starts from the longest prefix that anyone has, and leaves no name.

@@ -7,6 +7,7 @@
 
 #include "server/keys.h"
 #include "server/models.h"
+#include "torpor/agents.h"
 #include "torpor/error.h"
 #include "torpor/log.h"
 #include "torpor/model_info.h"
@@ -78,15 +79,21 @@ ModelPool::ModelPool(ModelPoolOptions options)
     }
   }
   lease(*slots_.front());
-  if (options_.idle_unload.count() == 0) return;
-  unloader_ = std::thread([this] {
-    std::unique_lock lock(mutex_);
-    while (!stop_.wait_for(lock, options_.idle_unload / 2, [this] { return stopping_; })) {
-      lock.unlock();
-      unload_idle(options_.idle_unload);
-      lock.lock();
-    }
-  });
+  if (options_.idle_unload.count() > 0 || options_.session_ttl.count() > 0) {
+    housekeeper_ = std::thread([this] { keep_house(); });
+  }
+}
+
+void ModelPool::keep_house() {
+  std::chrono::milliseconds pause = std::chrono::minutes(10);
+  if (const auto idle = options_.idle_unload; idle.count() > 0) pause = std::min(pause, idle / 2);
+  if (const auto ttl = options_.session_ttl; ttl.count() > 0) pause = std::min<std::chrono::milliseconds>(pause, ttl);
+  for (std::unique_lock lock(mutex_); !stop_.wait_for(lock, pause, [this] { return stopping_; });) {
+    lock.unlock();
+    if (options_.idle_unload.count() > 0) unload_idle(options_.idle_unload);
+    if (options_.session_ttl.count() > 0) forget_sessions(options_.session_ttl);
+    lock.lock();
+  }
 }
 
 ModelPool::~ModelPool() {
@@ -95,7 +102,7 @@ ModelPool::~ModelPool() {
     stopping_ = true;
   }
   stop_.notify_all();
-  if (unloader_.joinable()) unloader_.join();
+  if (housekeeper_.joinable()) housekeeper_.join();
 }
 
 ModelPool::Slot& ModelPool::find(const std::string& name) {
@@ -198,6 +205,30 @@ void ModelPool::unload_idle(std::chrono::milliseconds idle) {
     }
     log(LogLevel::kInfo, "the model '" + slot.model.name + "' was not used for a while, and is unloaded");
     unused.reset();  // its agents' locks go with it, before anybody loads it again
+  }
+}
+
+void ModelPool::forget_sessions(std::chrono::seconds ttl) {
+  const auto now = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch());
+  // Texts of one form, to the second: the order of texts is that of times.
+  std::string before = utc_time((now - ttl).count());
+  before.pop_back();
+  std::vector<AgentInfo> all;
+  try {
+    all = model("").engine().store().list_cached_agents();
+  } catch (const Error& error) {
+    log(LogLevel::kWarning, std::string("sessions can't be looked at: ") + error.what());
+  }
+  for (const AgentInfo& info : all) {
+    if (!is_session_agent(info.agent_id) || is_pinned(info) || info.hash.empty() || info.updated_at > before) continue;
+    try {
+      const Lease lease = of_agent(info.agent_id, true);
+      // What has used it since it was listed has saved it.
+      if (lease.engine().store().agent_info(info.agent_id).hash != info.hash) continue;
+      lease.engine().remove(info.agent_id);
+    } catch (const Error& error) {
+      log(LogLevel::kInfo, std::string("a session that has expired stays for now: ") + error.what());
+    }
   }
 }
 

@@ -32,6 +32,8 @@ struct ModelPoolOptions {
   std::vector<ModelAlias> aliases;  ///< the first that fits counts, after the models' own names
   EngineOptions engine;             ///< of each, but for `model` and `host`
   std::chrono::milliseconds idle_unload{0};  ///< a model that nobody has used for so long is unloaded; 0: none is
+  /// A client's session that was not used for so long is forgotten: its agents are removed, unless they are pinned. 0: none is.
+  std::chrono::seconds session_ttl{0};
   bool share_prefixes = false;      ///< EngineRunner
 };
 
@@ -89,6 +91,9 @@ class ModelPool : public TurnRunner {
   /// Unloads what nobody has used for so long; the first model stays.
   void unload_idle(std::chrono::milliseconds idle);
 
+  /// Removes agents of sessions that were last saved so long ago; those that are in a turn or pinned stay.
+  void forget_sessions(std::chrono::seconds ttl);
+
   void run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) override;
   int count_tokens(const ChatRequest& request) override;
   std::vector<ModelEntry> models() override;
@@ -97,6 +102,7 @@ class ModelPool : public TurnRunner {
   using Clock = std::chrono::steady_clock;
   Slot& find(const std::string& name);
   Lease lease(Slot& slot);
+  void keep_house();
 
   const ModelPoolOptions options_;
   const std::shared_ptr<EngineHost> host_;
@@ -104,7 +110,7 @@ class ModelPool : public TurnRunner {
   std::mutex mutex_;  // of what slots hold, but for their own
   std::condition_variable stop_;
   bool stopping_ = false;
-  std::thread unloader_;
+  std::thread housekeeper_;
 };
 
 }  // namespace torpor::server
