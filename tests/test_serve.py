@@ -188,6 +188,37 @@ def test_sighup_reads_keys_and_log_anew(tiny, tmp_path):
         assert server.ask("GET", "/v1/models", key="sk-second").status == 200
 
 
+def test_sighup_reads_the_configuration_anew_and_says_what_needs_a_restart(tiny, tmp_path):
+    config, log = tmp_path / "torpor.toml", tmp_path / "access.log"
+    second, keys = tmp_path / "second.log", tmp_path / "other-keys"
+    config.write_text(f'log = "{log}"\nqueue = 8\nallow-host = ["one.example"]\n')
+    with Server(tiny, tmp_path, "--config", config) as server:
+        def status(host, key=None):
+            return server.ask("GET", "/v1/models", headers={"host": host}, key=key).status
+
+        assert (status("one.example"), status("two.example")) == (200, 403)
+        config.write_text(f'log = "{log}"\nqeue = 9\n')  # a mistake leaves what was there
+        server.signal(signal.SIGHUP)
+        while "line 2" not in log.read_text():
+            time.sleep(0.01)
+        assert status("one.example") == 200
+        config.write_text(f'log = "{second}"\nqueue = 9\nallow-host = ["two.example"]\nmax-stall = 100\n')
+        server.signal(signal.SIGHUP)
+        while not second.exists() or "restart" not in second.read_text():
+            time.sleep(0.01)
+        [left] = [json.loads(line)["message"] for line in second.read_text().splitlines() if "restart" in line]
+        assert left.endswith(": max-stall, queue")
+        assert (status("one.example"), status("two.example")) == (403, 200)
+        # The command line goes before the file.
+        keys.write_text(f"local:second:{hashlib.sha256(b'sk-second').hexdigest()}\n")
+        config.write_text(f'log = "{second}"\napi-key-file = "{keys}"\n')
+        before = second.read_text().count("anew")
+        server.signal(signal.SIGHUP)
+        while second.read_text().count("anew") == before:
+            time.sleep(0.01)
+        assert (status("localhost"), status("localhost", key="sk-second")) == (200, 401)
+
+
 def test_the_log_has_a_line_for_each_request_and_no_text(tiny, tmp_path):
     log = tmp_path / "access.log"
     with Server(tiny, tmp_path, "--log", log) as server:

@@ -69,6 +69,14 @@ def test_an_agent_is_made_on_the_model_that_is_named(two):
     assert two.ask("DELETE", f"{AGENTS}/eve").status == 204
 
 
+def test_a_session_is_forgotten_after_its_time_and_an_agent_is_not(tiny, tmp_path):
+    with Server(tiny, tmp_path, "--session-ttl", "1") as server:
+        assert ask(server, None, **{"x-session-id": "s"}).headers["x-torpor-agent"].startswith("session-")
+        assert ask(server, None, **{"x-torpor-agent": "ada"}).status == 200
+        while [agent["agent"] for agent in server.ask("GET", AGENTS).json()["agents"]] != ["ada"]:
+            time.sleep(0.05)
+
+
 @pytest.mark.parametrize("options, word", [
     (["--alias", "claude-*=absent"], "absent"), (["--alias", "claude"], "PATTERN=NAME"), (["--model", "/nowhere/m"], "/nowhere/m")])
 def test_mistakes_are_told_at_the_start(tiny, tmp_path, options, word):

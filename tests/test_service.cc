@@ -137,9 +137,8 @@ TEST(Service, AKeyThatWasRemovedOpensNothing) {
 }
 
 TEST(Service, RefusesNamesThatAStrangersPageCouldHaveMade) {
-  ServiceOptions options;
-  options.hosts = {"box.example"};
-  Server server(options);
+  Server server;
+  server.service.set_hosts({"box.example"});
   const auto status = [&](HttpHeaders headers, const std::string& peer = "127.0.0.1:1") {
     headers.emplace_back("x-api-key", kKey);
     HttpRequest request = Server::get("/v1/models", headers);

@@ -4,12 +4,15 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <ctime>
 #include <fstream>
+#include <iterator>
 #include <mutex>
+#include <set>
 
 #include <CLI/CLI.hpp>
 
@@ -36,17 +39,18 @@ bool is_loopback(const std::string& host) {
 /// Lines to a file that is opened anew on request, as logrotate wants it; standard error without one.
 class LogFile {
  public:
-  explicit LogFile(std::filesystem::path path) : path_(std::move(path)) { reopen(); }
+  explicit LogFile(std::filesystem::path path) { open_at(std::move(path)); }
   ~LogFile() { close_now(); }
   LogFile(const LogFile&) = delete;
   LogFile& operator=(const LogFile&) = delete;
 
-  void reopen() {
-    if (path_.empty()) return;
-    const int fd = open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-    if (fd < 0)
+  /// Opens the file, anew where it is open already. Empty: standard error.
+  void open_at(std::filesystem::path path) {
+    int fd = -1;
+    if (!path.empty() && (fd = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600)) < 0) {
       throw Error(ErrorCode::kIo,
-                  "can't write the log '" + path_.string() + "': " + std::generic_category().message(errno));
+                  "can't write the log '" + path.string() + "': " + std::generic_category().message(errno));
+    }
     const std::lock_guard lock(mutex_);
     close_now();
     fd_ = fd;
@@ -64,7 +68,6 @@ class LogFile {
     fd_ = -1;
   }
 
-  const std::filesystem::path path_;
   std::mutex mutex_;
   int fd_ = -1;
 };
@@ -119,8 +122,6 @@ server::ModelPoolOptions pool_options(const ServeOptions& options, const std::fi
   }
   pool.engine = options.engine(root);
   pool.engine.max_stall_ms = options.max_stall;
-  pool.idle_unload = std::chrono::milliseconds(int64_t(options.idle_unload * 1000));
-  pool.session_ttl = std::chrono::seconds(int64_t(std::ceil(options.session_ttl)));
   pool.share_prefixes = options.share_prefixes;
   return pool;
 }
@@ -181,22 +182,55 @@ void greet(const ServeOptions& options, uint16_t port, const std::string& first_
   std::fflush(stdout);
 }
 
+/// Absolute: what is printed holds in other directories, too.
+std::filesystem::path key_file_of(const ServeOptions& options) {
+  return std::filesystem::absolute(options.api_key_file.empty() ? default_key_file() : options.api_key_file);
+}
+
+/// What a running server takes of its options: all that with_config can change and nothing was built of.
+constexpr const char* kChangeable[] = {"api-key-file", "allow-host", "log", "drain-timeout", "idle-unload", "session-ttl"};
+
+void take_up(const ServeOptions& options, LogFile& log_file, server::Service& service, server::ModelPool& models) {
+  // What can fail comes first.
+  std::optional<server::ApiKeys> keys;
+  if (!options.no_auth) keys = server::ApiKeys::read(key_file_of(options));
+  log_file.open_at(options.log);
+  if (keys) service.set_keys(std::move(*keys));
+  service.set_hosts(options.allow_hosts);
+  models.set_times(std::chrono::milliseconds(int64_t(options.idle_unload * 1000)),
+                   std::chrono::seconds(int64_t(std::ceil(options.session_ttl))));
+}
+
+/// Options that have changed and can't be taken up, by their names.
+std::string left_for_a_restart(const ServeOptions& before, const ServeOptions& now) {
+  std::set<std::string> names;
+  for (const auto* said : {&before.said, &now.said}) {
+    for (const auto& [name, values] : *said) names.insert(name);
+  }
+  std::string left;
+  for (const std::string& name : names) {
+    const auto values = [&](const ServeOptions& options) {
+      const auto found = options.said.find(name);
+      return found == options.said.end() ? std::vector<std::string>() : found->second;
+    };
+    if (std::find(std::begin(kChangeable), std::end(kChangeable), name) != std::end(kChangeable)) continue;
+    if (values(before) != values(now)) left += (left.empty() ? "" : ", ") + name;
+  }
+  return left;
+}
+
 int serve(const CLI::App& given, std::filesystem::path config, const std::filesystem::path& root) {
-  const ServeOptions options = with_config(given, config);
+  ServeOptions options = with_config(given, config);
   if (options.models.empty())
     throw Error(ErrorCode::kInvalidArgument, "no model is named; say which one to serve").with_field("model");
   if (options.no_auth && !is_loopback(options.host)) {
     throw Error(ErrorCode::kInvalidArgument,
                 "a server without keys listens on loopback addresses only, and '" + options.host + "' is none");
   }
-  const std::filesystem::path key_file = std::filesystem::absolute(  // what is printed holds in other directories too
-      options.api_key_file.empty() ? default_key_file() : options.api_key_file);
+  const std::filesystem::path key_file = key_file_of(options);
   std::string first_key;
-  server::ApiKeys keys;
-  if (!options.no_auth) {
-    if (!std::filesystem::exists(key_file)) first_key = server::make_key_file(key_file);
-    keys = server::ApiKeys::read(key_file);
-  }
+  if (!options.no_auth && !std::filesystem::exists(key_file)) first_key = server::make_key_file(key_file);
+  if (!options.no_auth) server::ApiKeys::read(key_file);  // a mistake in there is told before a model is loaded
 
   const SignalSet signals;
   LogFile log_file(options.log);
@@ -215,11 +249,10 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   server::AgentsApi agents(models, metrics);
   server::ServiceOptions service_options;
   service_options.authenticate = !options.no_auth;
-  service_options.hosts = options.allow_hosts;
   service_options.max_turns = options.queue;
   service_options.log = [&](const std::string& line) { log_file.line(line); };
   server::Service service(std::move(service_options), dialects, agents, metrics);
-  service.set_keys(std::move(keys));
+  take_up(options, log_file, service, models);
   metrics.add_source([&](std::string& out) { add_engine_samples(out, models); });
   std::optional<server::HttpEdge> edge(std::in_place, edge_options(options), service);
   metrics.add_source([&](std::string& out) {
@@ -230,9 +263,13 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   int signal = 0;
   while ((signal = signals.wait()) == SIGHUP) {
     try {
-      log_file.reopen();
-      if (!options.no_auth) service.set_keys(server::ApiKeys::read(key_file));
-      log(LogLevel::kInfo, "keys and log were read anew");
+      ServeOptions changed = with_config(given, config);
+      changed.no_auth = options.no_auth;
+      take_up(changed, log_file, service, models);
+      const std::string left = left_for_a_restart(options, changed);
+      options.drain_timeout = changed.drain_timeout;
+      log(LogLevel::kInfo, "keys, log and configuration were read anew");
+      if (!left.empty()) log(LogLevel::kWarning, "what has changed of these options needs a restart: " + left);
     } catch (const Error& error) {
       log(LogLevel::kWarning, std::string("what was there before stays: ") + error.what());
     }

@@ -131,7 +131,9 @@ void add_serve_options(CLI::App& app, ServeOptions& options) {
 ServeOptions with_config(const CLI::App& given, const std::filesystem::path& config) {
   // What was given, then what the file adds, as one command line.
   std::vector<std::string> words;
+  std::map<std::string, std::vector<std::string>> said;
   const auto add = [&](const CLI::Option& option, const std::string& value) {
+    said[option.get_lnames()[0]].push_back(value);
     const std::string name = "--" + option.get_lnames()[0];
     if (option.get_expected_max() == 0) {
       words.push_back(name + "=" + value);  // a flag takes no other word
@@ -176,6 +178,7 @@ ServeOptions with_config(const CLI::App& given, const std::filesystem::path& con
                 (config.empty() ? std::string("serve") : config.string()) + ": " + error.what());
   }
   if (!options.models.empty()) options.model = options.models.front();
+  options.said = std::move(said);
   return options;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,7 @@ struct ServeOptions : AnswerOptions {
   int queue = 64, max_connections = 1024, max_stall = 250;  // max_stall: milliseconds
   double drain_timeout = 30, idle_timeout = 90;  // seconds
   std::string metrics_alias;
+  std::map<std::string, std::vector<std::string>> said;  // the values of each option that was given anywhere, by its name
 };
 
 /// `$XDG_CONFIG_HOME/torpor/api-keys`, else below `~/.config`.

@@ -4,6 +4,7 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <utility>
 
 #include "server/keys.h"
 #include "server/models.h"
@@ -79,19 +80,31 @@ ModelPool::ModelPool(ModelPoolOptions options)
     }
   }
   lease(*slots_.front());
-  if (options_.idle_unload.count() > 0 || options_.session_ttl.count() > 0) {
-    housekeeper_ = std::thread([this] { keep_house(); });
+  housekeeper_ = std::thread([this] { keep_house(); });
+}
+
+void ModelPool::set_times(std::chrono::milliseconds idle_unload, std::chrono::seconds session_ttl) {
+  {
+    const std::lock_guard lock(mutex_);
+    idle_unload_ = idle_unload;
+    session_ttl_ = session_ttl;
+    changed_ = true;
   }
+  wake_.notify_all();
 }
 
 void ModelPool::keep_house() {
-  std::chrono::milliseconds pause = std::chrono::minutes(10);
-  if (const auto idle = options_.idle_unload; idle.count() > 0) pause = std::min(pause, idle / 2);
-  if (const auto ttl = options_.session_ttl; ttl.count() > 0) pause = std::min<std::chrono::milliseconds>(pause, ttl);
-  for (std::unique_lock lock(mutex_); !stop_.wait_for(lock, pause, [this] { return stopping_; });) {
+  std::unique_lock lock(mutex_);
+  while (!stopping_) {
+    const auto idle = idle_unload_;
+    const auto ttl = session_ttl_;
+    std::chrono::milliseconds pause = std::chrono::minutes(10);
+    if (idle.count() > 0) pause = std::min(pause, std::max(idle / 2, std::chrono::milliseconds(1)));
+    if (ttl.count() > 0) pause = std::min<std::chrono::milliseconds>(pause, ttl);
+    if (wake_.wait_for(lock, pause, [this] { return stopping_ || std::exchange(changed_, false); })) continue;
     lock.unlock();
-    if (options_.idle_unload.count() > 0) unload_idle(options_.idle_unload);
-    if (options_.session_ttl.count() > 0) forget_sessions(options_.session_ttl);
+    if (idle.count() > 0) unload_idle(idle);
+    if (ttl.count() > 0) forget_sessions(ttl);
     lock.lock();
   }
 }
@@ -101,8 +114,8 @@ ModelPool::~ModelPool() {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
   }
-  stop_.notify_all();
-  if (housekeeper_.joinable()) housekeeper_.join();
+  wake_.notify_all();
+  housekeeper_.join();
 }
 
 ModelPool::Slot& ModelPool::find(const std::string& name) {

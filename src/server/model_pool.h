@@ -31,9 +31,6 @@ struct ModelPoolOptions {
   std::vector<ServedModel> models;  ///< one at least. The first answers requests that name none, and stays loaded
   std::vector<ModelAlias> aliases;  ///< the first that fits counts, after the models' own names
   EngineOptions engine;             ///< of each, but for `model` and `host`
-  std::chrono::milliseconds idle_unload{0};  ///< a model that nobody has used for so long is unloaded; 0: none is
-  /// A client's session that was not used for so long is forgotten: its agents are removed, unless they are pinned. 0: none is.
-  std::chrono::seconds session_ttl{0};
   bool share_prefixes = false;      ///< EngineRunner
 };
 
@@ -88,6 +85,9 @@ class ModelPool : public TurnRunner {
   std::string salt(const std::string& tenant) const;
   /// Saves what is unsaved of all that are loaded.
   void save_all();
+  /// From now on models that nobody has used for `idle_unload` are unloaded, and sessions that nobody has used for
+  /// `session_ttl` are forgotten; 0: none are.
+  void set_times(std::chrono::milliseconds idle_unload, std::chrono::seconds session_ttl);
   /// Unloads what nobody has used for so long; the first model stays.
   void unload_idle(std::chrono::milliseconds idle);
 
@@ -107,9 +107,11 @@ class ModelPool : public TurnRunner {
   const ModelPoolOptions options_;
   const std::shared_ptr<EngineHost> host_;
   std::vector<std::unique_ptr<Slot>> slots_;
-  std::mutex mutex_;  // of what slots hold, but for their own
-  std::condition_variable stop_;
-  bool stopping_ = false;
+  std::mutex mutex_;  // of what slots hold, but for their own, and of the next four
+  std::condition_variable wake_;  // the housekeeper
+  bool stopping_ = false, changed_ = false;
+  std::chrono::milliseconds idle_unload_{0};
+  std::chrono::seconds session_ttl_{0};
   std::thread housekeeper_;
 };
 

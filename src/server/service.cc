@@ -122,12 +122,19 @@ Service::Service(ServiceOptions options, HttpHandler& dialects, HttpHandler& age
       dialects_(dialects),
       agents_(agents),
       metrics_(metrics),
-      keys_(std::make_shared<const ApiKeys>()) {}
+      keys_(std::make_shared<const ApiKeys>()),
+      hosts_(std::make_shared<const std::vector<std::string>>()) {}
 
 void Service::set_keys(ApiKeys keys) {
   auto fresh = std::make_shared<const ApiKeys>(std::move(keys));
-  const std::lock_guard lock(keys_mutex_);
+  const std::lock_guard lock(mutex_);
   keys_ = std::move(fresh);
+}
+
+void Service::set_hosts(std::vector<std::string> hosts) {
+  auto fresh = std::make_shared<const std::vector<std::string>>(std::move(hosts));
+  const std::lock_guard lock(mutex_);
+  hosts_ = std::move(fresh);
 }
 
 const Service::Route& Service::route_of(const HttpRequest& request) const {
@@ -170,8 +177,13 @@ void Service::check_source(const HttpRequest& request) const {
   const std::string host = lower(request.header("host").value_or(""));
   if (request.peer != "unix") {  // no page of a browser's reaches a UNIX socket
     const std::string name = without_port(host);
+    std::shared_ptr<const std::vector<std::string>> hosts;
+    {
+      const std::lock_guard lock(mutex_);
+      hosts = hosts_;
+    }
     const bool known = name == "localhost" || name.ends_with(".localhost") || is_address(name) ||
-                       std::find(options_.hosts.begin(), options_.hosts.end(), name) != options_.hosts.end();
+                       std::find(hosts->begin(), hosts->end(), name) != hosts->end();
     if (!known)
       throw Failure(Failure::Kind::kForbidden, "This server does not go by the name in the Host header.", "host");
   }
@@ -190,7 +202,7 @@ std::string Service::tenant_of(const HttpRequest& request) const {
   if (bearer.size() > 7 && lower(bearer.substr(0, 7)) == "bearer ") key = bearer.substr(7);
   std::shared_ptr<const ApiKeys> keys;
   {
-    const std::lock_guard lock(keys_mutex_);
+    const std::lock_guard lock(mutex_);
     keys = keys_;
   }
   if (const auto tenant = keys->tenant_of(key)) return *tenant;

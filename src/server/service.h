@@ -20,14 +20,13 @@ namespace torpor::server {
 
 struct ServiceOptions {
   bool authenticate = true;         ///< false: everybody is kLocalTenant
-  std::vector<std::string> hosts;   ///< names that Host may have, beside localhost and any address
   int max_turns = 64;               ///< that run or wait at a time; one more is refused, with a time to come again
   /// Gets a JSON object for each request that was answered, without its end of line. It holds no text of a request.
   /// Called on worker threads, by several at a time.
   std::function<void(const std::string& line)> log;
 };
 
-/// `set_keys`, `drain` and `turns` may be called by any thread at any time.
+/// `set_keys`, `set_hosts`, `drain` and `turns` may be called by any thread at any time.
 class Service : public HttpHandler {
  public:
   /// All must live longer. `dialects` answers /v1/ and /api/, `agents` /torpor/v1/.
@@ -36,6 +35,8 @@ class Service : public HttpHandler {
   void handle(const HttpRequest& request, HttpResponse& response) override;
 
   void set_keys(ApiKeys keys);
+  /// Names that Host may have, beside localhost and any address.
+  void set_hosts(std::vector<std::string> hosts);
   /// From now on /health says that the server is not ready, and turns are refused.
   void drain() { draining_ = true; }
   /// Turns that run or wait.
@@ -53,8 +54,9 @@ class Service : public HttpHandler {
   HttpHandler& dialects_;
   HttpHandler& agents_;
   Metrics& metrics_;
-  mutable std::mutex keys_mutex_;
+  mutable std::mutex mutex_;  // of the next two, not of what they point to
   std::shared_ptr<const ApiKeys> keys_;
+  std::shared_ptr<const std::vector<std::string>> hosts_;
   std::atomic<bool> draining_{false};
   std::atomic<int> turns_{0};
   std::atomic<uint64_t> next_id_{1};
