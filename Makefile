@@ -2,7 +2,7 @@
 BUILD   ?= build
 PYTHON  := .venv/bin/python
 
-.PHONY: all setup build model models test wheel demo serve-demo dashboard soak goldens prove clean
+.PHONY: all setup build model models test wheel demo serve-demo dashboard soak load goldens prove clean
 all: build
 
 setup: .venv/.ready
@@ -58,6 +58,15 @@ soak: build model
 	TORPOR_SOAK_KILLS=$(KILLS) $(BUILD)/tests/test_store_soak
 	TORPOR_SOAK=1 $(BUILD)/tests/test_store_many_savers
 	TORPOR_KILLS=$$(($(KILLS) / 50)) TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_kill.py
+
+# The server under load for LOAD_SECONDS: 1,000 connections, 200 streams that hardly move, 20 turns at once. Then
+# LOAD_KILLS times kill -9, and a client that is cut ten times in a prompt of 4,000 tokens. Prints /health's p99, and
+# memory. Then 10,000 bodies that no client means.
+LOAD_SECONDS ?= 600
+LOAD_KILLS ?= 100
+load: build model
+	TORPOR_LOAD=1 TORPOR_LOAD_SECONDS=$(LOAD_SECONDS) TORPOR_LOAD_KILLS=$(LOAD_KILLS) TORPOR_MUTATIONS=10000 \
+	  TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -s tests/test_serve_load.py tests/test_serve_mutations.py
 
 # Regenerates every golden from the reference implementations (mlx-lm, tokenizers, transformers). Slow.
 goldens: setup models

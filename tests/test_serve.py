@@ -321,6 +321,9 @@ def test_a_full_queue_says_when_to_come_again(real, tmp_path):
         response.readline()
         refused = server.chat("Hello?")
         assert refused.status == 429 and int(refused.headers["retry-after"]) <= 120
+        overloaded = server.ask("POST", "/v1/messages", {**long_turn("Hello?"), "stream": True})
+        assert overloaded.status == 529 and int(overloaded.headers["retry-after"]) <= 120
+        assert overloaded.json()["error"]["type"] == "overloaded_error"
         assert server.ask("POST", "/torpor/v1/agents", {"agent": "ada", "prompt": "Hello?"}).status == 429
         assert server.ask("POST", "/torpor/v1/agents/ada/turn", {"prompt": "Hello?"}).status == 429
         assert server.ask("GET", "/torpor/v1/agents").status == 200

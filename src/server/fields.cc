@@ -22,7 +22,11 @@ Json parse_body(const HttpRequest& request) {
     if (!body.is_object()) throw Failure(Failure::Kind::kInvalid, "The body must be a JSON object.");
     return body;
   } catch (const nlohmann::json::exception& error) {
-    throw Failure(Failure::Kind::kInvalid, std::string("The body is no valid JSON: ") + error.what());
+    // What comes before "] " names the library's own kind of error.
+    const std::string said = error.what();
+    const size_t begin = said.find("] ");
+    throw Failure(Failure::Kind::kInvalid,
+                  "The body is no valid JSON: " + (begin == std::string::npos ? said : said.substr(begin + 2)) + ".");
   }
 }
 

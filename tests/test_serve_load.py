@@ -1,0 +1,206 @@
+"""Many connections, streams that hardly move and turns at once; kill -9 under load; clients that are cut and ask again.
+
+`make load` runs it at full size (TORPOR_LOAD=1: ten minutes, 1,000 connections, 100 kills) and looks at the memory.
+Else it takes seconds.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import socket
+import threading
+import time
+
+import pytest
+
+from conftest import MODEL, Torpor
+from serving import Server
+
+FULL = os.environ.get("TORPOR_LOAD") == "1"
+CONNECTIONS, STREAMS, TALKERS, TURNS = (1000, 200, 20, None) if FULL else (100, 10, 8, 40)
+SECONDS = float(os.environ.get("TORPOR_LOAD_SECONDS", 600))
+KILLS = int(os.environ.get("TORPOR_LOAD_KILLS", 100)) if FULL else 3
+AGENTS = "/torpor/v1/agents"
+
+
+class Talker(threading.Thread):
+    """Turns of one agent after another, whole and streamed, until told to stop. `told` maps each agent to the tokens
+    that it held by the last answer that was told; `failed` keeps what went wrong."""
+
+    def __init__(self, server, name, turns=None, max_tokens=8):
+        super().__init__(daemon=True)
+        self.server, self.name_of, self.turns, self.max_tokens = server, name, turns, max_tokens
+        self.told, self.failed, self.answers = {}, [], 0
+        self.stop = threading.Event()
+        self.random = random.Random(name)
+
+    def run(self):
+        generation, agent = 0, None
+        while not self.stop.is_set() and self.answers != self.turns:
+            if agent is None:
+                generation += 1
+                agent = f"{self.name_of}-{generation}"
+                path, body = AGENTS, {"agent": agent}
+            else:
+                path, body = f"{AGENTS}/{agent}/turn", {}
+            body |= {"prompt": f"Turn {self.answers} of {self.random.randrange(10**6)}.", "max_tokens": self.max_tokens,
+                     "stream": self.random.random() < 0.5}
+            try:
+                answer = self.server.ask("POST", path, body)
+                result = answer.events()[-1] if body["stream"] else answer.json()
+                held = result["tokens"]["context"]
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as error:
+                if not self.stop.is_set():
+                    self.failed.append(error)
+                return
+            self.told[agent] = held
+            self.answers += 1
+            if held > 3000:
+                agent = None
+
+
+class IdleStream:
+    """A long answer that hardly anybody reads. A UNIX socket's small buffers soon make the turn wait for its reader."""
+
+    def __init__(self, server, path, number):
+        body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": f"Stream {number}."}],
+                           "max_tokens": 1500, "stream": True}).encode()
+        self.request = (f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+                        f"authorization: Bearer {server.key}\r\n\r\n").encode() + body
+        self.path, self.ended = str(path), 0
+        self.open()
+
+    def open(self):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.connect(self.path)
+        self.socket.sendall(self.request)
+        self.taken = b""
+
+    def take(self, size=2048):
+        """Reads a little, if there is anything. What has ended is opened again."""
+        with contextlib.suppress(BlockingIOError):
+            piece = self.socket.recv(size, socket.MSG_DONTWAIT)
+            assert piece and (self.taken or piece.startswith(b"HTTP/1.1 200 ")), piece
+            self.taken = (self.taken + piece)[-size:]
+            if self.taken.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                self.ended += 1
+                self.socket.close()
+                self.open()
+
+
+def resident_bytes(process):
+    with open(f"/proc/{process.pid}/status") as status:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) * 1024
+
+
+def test_load_loses_no_turn_and_keeps_health_and_memory(tiny, tmp_path):
+    path = tmp_path / "torpor.sock"
+    with Server(tiny, tmp_path, "--queue", STREAMS + TALKERS, "--max-connections", CONNECTIONS + STREAMS + TALKERS + 20,
+                "--memory-budget", "64MB", "--log", tmp_path / "log", "--socket", path) as server, \
+            contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(contextlib.closing(server.connection())) for _ in range(CONNECTIONS)]
+        for connection in idle:
+            connection.connect()
+        streams = [IdleStream(server, path, i) for i in range(STREAMS)]
+        for stream in streams:
+            stack.callback(lambda stream=stream: stream.socket.close())
+        while waiting := [stream for stream in streams if not stream.taken]:
+            waiting[0].take(256)
+        talkers = [Talker(server, f"talker{i}", TURNS and TURNS // TALKERS) for i in range(TALKERS)]
+        for talker in talkers:
+            talker.start()
+        until = time.monotonic() + SECONDS
+        health, resident = [], []
+        while any(talker.is_alive() for talker in talkers) and (not FULL or time.monotonic() < until):
+            for connection in idle[len(health) % CONNECTIONS::CONNECTIONS // 20]:
+                begin = time.monotonic()
+                connection.request("GET", "/health")
+                answer = connection.getresponse()
+                assert (answer.status, json.loads(answer.read())["ready"]) == (200, True)
+                health.append(time.monotonic() - begin)
+            for stream in streams[len(resident) % 10::10]:
+                stream.take()
+            resident.append(resident_bytes(server.process))
+        for talker in talkers:
+            talker.stop.set()
+            talker.join()
+            assert talker.failed == [] and talker.answers > 0
+        held = {agent["agent"]: agent["tokens"] for agent in server.ask("GET", AGENTS).json()["agents"]}
+        for talker in talkers:
+            assert {agent: held.get(agent) for agent in talker.told} == talker.told
+        health.sort()
+        turns = sum(talker.answers for talker in talkers)
+        half = resident[len(resident) // 2]
+        print(f"\n{turns} turns, {sum(stream.ended for stream in streams)} idle streams to their end; /health "
+              f"p50 {health[len(health) // 2] * 1000:.1f} ms, p99 {health[len(health) * 99 // 100] * 1000:.1f} ms of "
+              f"{len(health)}; memory {half / 1e6:.0f} MB at half time, {resident[-1] / 1e6:.0f} MB at the end")
+        stack.close()
+        while server.metric("torpor_turns_running") != 0:
+            pass
+        assert server.stop() == 0
+    tiny("verify").ok()
+    assert not FULL or resident[-1] < 1.05 * half
+
+
+def test_every_answered_turn_survives_kill_9(tiny, tmp_path):
+    rng = random.Random(3)
+    told, answered = {}, 0
+    for kill in range(KILLS):
+        with Server(tiny, tmp_path, "--memory-budget", "2MB") as server:
+            talkers = [Talker(server, f"kill{kill}-{i}", max_tokens=rng.randrange(1, 40)) for i in range(6)]
+            for talker in talkers:
+                talker.start()
+            while not any(talker.answers for talker in talkers):
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.5))
+            for talker in talkers:
+                talker.stop.set()  # what fails from now on fails because of the kill
+            server.process.kill()
+            assert server.process.wait() == -9
+            for talker in talkers:
+                talker.join()
+                assert talker.failed == []
+                told |= talker.told
+                answered += talker.answers
+        tiny("verify").ok()
+        held = {one["agent"]: one["cache_size"] for one in tiny("ls", "--json").ok().json}
+        # What was told last, or one turn more that was saved and not told.
+        assert all(held[agent] >= tokens for agent, tokens in told.items())
+    print(f"\n{answered} answered turns, {KILLS} kills")
+    with Server(tiny, tmp_path) as server:  # and each goes on from there
+        for agent in rng.sample(sorted(told), min(5, len(told))):
+            answer = server.ask("POST", f"{AGENTS}/{agent}/turn", {"prompt": "And then?", "max_tokens": 2}).json()
+            assert answer["tokens"]["cached"] >= told[agent], agent
+        assert server.stop() == 0
+
+
+def test_a_client_that_is_cut_and_asks_again_ten_times_has_its_prompt_computed_once(tmp_path, words):
+    """On the real model, which takes seconds to read the prompt; each try is cut a tenth further on."""
+    torpor, tokens, tries = Torpor(tmp_path / "store", MODEL), 4000 if FULL else 2000, 10
+    with Server(torpor, tmp_path) as server:
+        def computed():
+            return server.ask("GET", "/torpor/v1/now").json()["work"]["prompt_tokens"]
+
+        body = {"model": MODEL.name, "max_tokens": 2, "stream": True,
+                "messages": [{"role": "user", "content": words(tokens)}]}
+        for i in range(tries):
+            begun, cancelled = computed(), server.metric('torpor_turns_total{reason="cancelled"}') or 0
+            connection = server.connection()
+            server.send(connection, "POST", "/v1/messages", body)
+            while computed() - begun < tokens // tries * 0.9:
+                pass
+            connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.close()
+            while server.metric('torpor_turns_total{reason="cancelled"}') != cancelled + 1:
+                pass
+        answer = server.ask("POST", "/v1/messages", body)
+        assert answer.events()[-1]["type"] == "message_stop"
+        usage = answer.events()[0]["message"]["usage"]
+        prompt = usage["input_tokens"] + usage["cache_read_input_tokens"]
+        work = computed()
+        print(f"\n{work} tokens computed for a prompt of {prompt}, cut {tries} times: {work / prompt:.3f} prefills")
+        assert prompt > tokens and work <= 1.1 * prompt
+        assert server.stop() == 0
