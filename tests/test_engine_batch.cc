@@ -86,7 +86,10 @@ void choose_by_chance(GenerateOptions& generate, std::mt19937& random, bool stop
       sampling.frequency_penalty = 0.5f;
       break;
     case 6: sampling.logit_bias = {{int32_t(random() % 600), 3}, {int32_t(random() % 600), -INFINITY}}; break;
-    default: break;
+    default:
+      // Few letters, so that what was said comes again, and is guessed: rightly or not.
+      sampling.logit_bias = {{64, 60}, {65, 57}, {66, 57}};
+      break;
   }
   if (random() % 2 == 0) generate.logprobs = int(random() % 4);
   if (!stops || random() % 3 == 0) return;
@@ -175,13 +178,14 @@ int64_t stopped(const std::vector<std::vector<Said>>& said, size_t size = 1) {
   return count;
 }
 
-/// The same turns one by one.
+/// The same turns one by one, token by token.
 void expect_same_alone(Engine& engine, const std::vector<std::vector<Said>>& said) {
   for (const std::vector<Said>& turns : said) {
     for (const Said& one : turns) {
       if (one.given_up) continue;
       TurnRequest again = one.request;
       again.generate.max_tokens = std::max(one.generated, 1);
+      again.generate.speculate = false;
       const TurnResult result = engine.turn(again);
       ASSERT_EQ(result.text, one.text) << one.request.agent;
       ASSERT_EQ(result.stop, one.stop) << one.request.agent;
@@ -211,6 +215,7 @@ TEST_P(OfFormat, ConcurrentTurnsHaveTheTokensAndLogitsOfSingleOnes) {
   Engine alone(options("alone", GetParam()));
   expect_same_alone(alone, said);
   EXPECT_EQ(alone.work().most_turns, 1);
+  EXPECT_EQ(alone.work().accepted_tokens + alone.work().rejected_tokens, 0);
   alone.turn(request("one", "the quick fox", 1, 1));
   alone.save_all();
   EXPECT_EQ(Store(directory_.path() / "alone").agent_info("one").identity.kv, GetParam());
@@ -537,6 +542,7 @@ TEST(PrefillPaceTest, AStepComputesATokenOfEveryAnswerAndAChunkOfTheFirstAndTheS
   Rows many(300, 0);
   many.push_back(1000);
   EXPECT_EQ(pace.share(many).back(), PrefillPace::kLeast);
+  EXPECT_EQ(pace.share(Rows{0, 1000, 0}, Rows{3, 0, 7}), (Rows{4, 276, 8}));  // guesses take room of the prompt's chunk
   pace.took(1, 100);
   EXPECT_EQ(pace.rows(), PrefillPace::kLeast);
   PrefillPace hasty(Backend::kKernels, 0.125);

@@ -50,6 +50,9 @@ class KvCache : public KvAccess {
   virtual void grow(int rows) = 0;
   /// Bytes that truncate(n_tokens) takes: a cut inside a sealed run copies the rows of it that stay.
   virtual size_t cut_cost(int n_tokens) const = 0;
+  /// Rows that may be appended at no more cost than the first of them, and cut off again at none: no run is sealed with them,
+  /// and no window moves on over one. 0 where rows are not kept in runs.
+  virtual int spare_rows() const { return 0; }
   /// Drops every token from `n_tokens` on. kInvalidArgument beyond length().
   void truncate(int n_tokens);
   /// Bytes of the buffers held, those shared with other caches included: of a mapped run only what a window can still see.

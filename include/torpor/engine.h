@@ -134,6 +134,8 @@ struct TurnResult {
     int cached = 0;     ///< of those, reused from the agent, or from whoever has begun alike
     int prefilled = 0;  ///< computed now
     int generated = 0;  ///< sampled
+    int proposed = 0;   ///< guessed before they were sampled (GenerateOptions::speculate)
+    int accepted = 0;   ///< of those, the ones that were right
     int context = 0;    ///< held by the agent afterwards
   } tokens;
   struct Timing {
@@ -174,6 +176,8 @@ struct EngineWork {
   int64_t most_turns = 0;     ///< in one of them
   int64_t prompt_tokens = 0;  ///< whose rows were computed
   int64_t answer_tokens = 0;  ///< likewise
+  int64_t accepted_tokens = 0;  ///< of those, guessed before they were sampled (GenerateOptions::speculate)
+  int64_t rejected_tokens = 0;  ///< guessed wrongly: their rows were computed, too, and dropped
   int64_t put_aside = 0;      ///< how often a turn's rows were written to a file so that another one had their memory
 };
 

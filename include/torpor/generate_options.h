@@ -74,6 +74,9 @@ struct GenerateOptions {
   std::function<void(const TokenLogprobs& token)> on_token;
   /// Tokens that may come, of this one answer; it is used up by it. nullptr: all.
   std::shared_ptr<TokenFilter> filter;
+  /// Guesses what follows from what the agent holds, and verifies several tokens in one forward pass. No bit of the answer depends
+  /// on it. Where kernels are not batch invariant (Backend::kMlx) nothing is guessed.
+  bool speculate = true;
   /// Called with each piece of text that is complete and can no longer become part of a stop string.
   std::function<void(std::string_view)> on_text;
   /// Called between prefill chunks with tokens done and tokens to do.
@@ -96,6 +99,8 @@ struct GenerateResult {
   int generated = 0;            ///< tokens that were sampled, those of a stop string too
   std::string stop;             ///< the stop string that ended it, or empty
   int prefilled = 0;            ///< prompt tokens computed
+  int proposed = 0;             ///< tokens that were guessed (GenerateOptions::speculate)
+  int accepted = 0;             ///< of those, the ones that came
   double prefill_ms = 0;        ///< start to first token
   double decode_ms = 0;
 };

@@ -112,7 +112,7 @@ std::unique_ptr<RunningTurn> start(const SharedEngine& shared, const std::string
                                    uint64_t seed, int top_k, float min_p, float repetition_penalty, int penalty_context,
                                    float presence_penalty, float frequency_penalty,
                                    std::vector<std::pair<int32_t, float>> logit_bias, std::optional<int> logprobs,
-                                   std::vector<std::string> stop) {
+                                   std::vector<std::string> stop, bool speculate) {
   TurnRequest request{.agent = agent, .prompt = prompt, .system = std::move(system), .raw = raw,
                       .on_divergence = parse_on_divergence(on_divergence), .tools = tools, .template_arguments = template_args,
                       .special = special, .save = parse_save_mode(save)};
@@ -124,6 +124,7 @@ std::unique_ptr<RunningTurn> start(const SharedEngine& shared, const std::string
                                .logit_bias = std::move(logit_bias)};
   request.generate.logprobs = logprobs;
   request.generate.stop = std::move(stop);
+  request.generate.speculate = speculate;
   return std::make_unique<RunningTurn>(shared.get(), std::move(request));
 }
 
@@ -194,6 +195,8 @@ void bind_engine(nb::module_& module) {
       .def_ro("most_turns", &EngineWork::most_turns)
       .def_ro("prompt_tokens", &EngineWork::prompt_tokens)
       .def_ro("answer_tokens", &EngineWork::answer_tokens)
+      .def_ro("accepted_tokens", &EngineWork::accepted_tokens)
+      .def_ro("rejected_tokens", &EngineWork::rejected_tokens)
       .def_ro("put_aside", &EngineWork::put_aside);
   nb::class_<SharedEngine>(module, "CoreEngine")
       .def("__init__",
@@ -219,7 +222,7 @@ void bind_engine(nb::module_& module) {
       .def("start", &start, "agent"_a, "prompt"_a, "messages"_a, "system"_a.none(), "raw"_a, "on_divergence"_a,
            "tools"_a, "template_args"_a, "special"_a, "save"_a, "max_tokens"_a, "temperature"_a, "top_p"_a, "seed"_a,
            "top_k"_a, "min_p"_a, "repetition_penalty"_a, "penalty_context"_a, "presence_penalty"_a, "frequency_penalty"_a,
-           "logit_bias"_a, "logprobs"_a.none(), "stop"_a)
+           "logit_bias"_a, "logprobs"_a.none(), "stop"_a, "speculate"_a)
       .def("prompt_tokens", &prompt_tokens, "prompt"_a, "messages"_a, "system"_a.none(), "raw"_a, "tools"_a, "template_args"_a,
            "special"_a)
       .def("prefetch", without_gil(&Engine::prefetch), "agent"_a)

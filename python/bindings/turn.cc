@@ -137,6 +137,8 @@ void bind_turn(nb::module_& module) {
       .def_ro("cached", &TurnResult::Tokens::cached)
       .def_ro("prefilled", &TurnResult::Tokens::prefilled)
       .def_ro("generated", &TurnResult::Tokens::generated)
+      .def_ro("proposed", &TurnResult::Tokens::proposed)
+      .def_ro("accepted", &TurnResult::Tokens::accepted)
       .def_ro("context", &TurnResult::Tokens::context);
   nb::class_<TurnResult::Timing>(module, "TurnTiming")
       .def_ro("load", &TurnResult::Timing::load)

@@ -50,6 +50,8 @@ class TurnOptions(TypedDict, total=False):
         (None).
     stop: a text or several; the answer ends where it would contain one, or where a special token's text does. The agent keeps
         what is before it.
+    speculate: what follows is guessed from what the agent holds, and several tokens are verified at once; no bit of the answer
+        depends on it (True).
     """
 
     raw: bool | None
@@ -71,6 +73,7 @@ class TurnOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
     stop: str | Sequence[str] | None
+    speculate: bool | None
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,8 @@ class Engine:
                top_k: int | None = None, min_p: float | None = None, repetition_penalty: float | None = None,
                penalty_context: int | None = None, presence_penalty: float | None = None,
                frequency_penalty: float | None = None, logit_bias: Mapping[int, float] | None = None,
-               logprobs: int | None = None, stop: str | Sequence[str] | None = None) -> "TextStream":
+               logprobs: int | None = None, stop: str | Sequence[str] | None = None,
+               speculate: bool | None = None) -> "TextStream":
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         # 32 bits, which any reader of JSON keeps.
         drawn = secrets.randbits(32) if seed is None else _arguments.whole(seed, "seed", 0, 2**64 - 1)
@@ -262,7 +266,7 @@ class Engine:
             count(penalty_context, "penalty_context", 64), real(presence_penalty, "presence_penalty", 0.0),
             real(frequency_penalty, "frequency_penalty", 0.0), biases,
             None if logprobs is None else count(logprobs, "logprobs", 0),
-            [_arguments.text(one, "A stop string") for one in stops])
+            [_arguments.text(one, "A stop string") for one in stops], True if speculate is None else bool(speculate))
         return TextStream(running, drawn)
 
 

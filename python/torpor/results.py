@@ -25,6 +25,8 @@ class TurnTokens(_Result):
     cached: int  #: of those, reused from the agent or from whoever has begun alike
     prefilled: int  #: of those, computed now
     generated: int  #: sampled, one that ends the turn included
+    proposed: int  #: guessed before they were sampled
+    accepted: int  #: of those, the ones that were right
     context: int  #: held by the agent afterwards
 
 
@@ -155,4 +157,6 @@ class EngineWork(_Result):
     most_turns: int  #: turns in one of them
     prompt_tokens: int  #: whose rows were computed
     answer_tokens: int  #: whose rows were computed
+    accepted_tokens: int  #: of those, guessed before they were sampled
+    rejected_tokens: int  #: guessed wrongly; their rows were computed, too, and dropped
     put_aside: int  #: how often a turn's rows were written to a file so that another one had their memory

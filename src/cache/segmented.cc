@@ -119,6 +119,15 @@ size_t SegmentedKvCache::cut_cost(int n_tokens) const {
   return bytes;
 }
 
+int SegmentedKvCache::spare_rows() const {
+  const auto left_in_run = [](int row) { return kSegmentTokens - 1 - row % kSegmentTokens; };
+  int rows = left_in_run(length_);
+  for (const KvTensorSpec& tensor : layout_.tensors) {
+    if (tensor.window > 0 && length_ >= tensor.window) rows = std::min(rows, left_in_run(length_ - tensor.window));
+  }
+  return rows;
+}
+
 std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
   auto copy = std::make_unique<SegmentedKvCache>(layout_, format_, tokens_);
   copy->length_ = length_;

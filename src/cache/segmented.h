@@ -23,6 +23,7 @@ class SegmentedKvCache : public KvCache {
   size_t growth(int rows) const override;
   void grow(int rows) override;
   size_t cut_cost(int n_tokens) const override;
+  int spare_rows() const override;
   std::unique_ptr<KvCache> clone() const override;
   std::span<const std::shared_ptr<const SealedRun>> sealed_runs() const override { return sealed_; }
   void replace_run(int i, std::shared_ptr<const SealedRun> run) override;

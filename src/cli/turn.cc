@@ -135,6 +135,7 @@ TurnRequest turn_request(const TurnOptions& options) {
   request.generate.sampling.logit_bias = parse_bias(options.logit_bias);
   if (options.logprobs >= 0) request.generate.logprobs = options.logprobs;
   request.generate.stop = options.stop;
+  request.generate.speculate = !options.no_speculate;
   return request;
 }
 
@@ -241,6 +242,8 @@ void add_turn_options(CLI::App& app, TurnOptions& options) {
     add_size_option(app, name, *bytes, help);
   }
   app.add_flag("--no-mmap", options.no_mmap, "Read rows of agents into memory instead of mapping their files");
+  app.add_flag("--no-speculate", options.no_speculate,
+               "Compute one token at a time, where several are guessed and verified at once");
   app.add_flag("--raw", options.raw, "Append what the user says as it stands, without the chat template");
   add_template_options(app, options.tools_file, options.tools, options.template_args);
   app.add_flag("--special", options.special, "Special tokens written in messages and tools count as such; else they are text");

@@ -18,7 +18,7 @@ struct TurnOptions : AnswerOptions {
   bool has_system = false;
   std::string tools_file, tools, template_args;  ///< `tools`: the file's text
   bool special = false;
-  bool raw = false, json = false;
+  bool raw = false, json = false, no_speculate = false;
   SaveMode save = SaveMode::kWait;
   int max_tokens = 256;
   SamplingOptions sampling;      ///< but for the seed

@@ -1,5 +1,6 @@
 #include "torpor/generate.h"
 
+#include <algorithm>
 #include <chrono>
 
 #include "engine/generation.h"
@@ -22,15 +23,18 @@ GenerateResult generate(Model& model, std::shared_ptr<const Tokenizer> tokenizer
   Generation generation(model.info(), std::move(tokenizer), cache.length(), {prompt.begin(), prompt.end()}, options,
                         cache.tokens());
   PrefillPace pace(model.backend());
+  RowCost cost;
   while (true) {
-    const std::span<const int32_t> rows = generation.next_rows(pace.rows());
+    const bool reads = generation.prompt_left() > 0;
+    const int guesses = reads ? 0 : generation.guess(cache.spare_rows() - 1, cost.of(1));
+    const std::span<const int32_t> rows = generation.next_rows(std::max(pace.rows(), 1 + guesses));
     if (rows.empty()) return generation.finish();
     const auto start = Clock::now();
-    const bool wanted = generation.wants_logits();
-    const ForwardSequence sequence{.tokens = rows, .kv = &cache, .no_logits = !wanted};
+    const ForwardSequence sequence{.tokens = rows, .kv = &cache, .all_logits = guesses > 0, .no_logits = !generation.wants_logits()};
     const mx::array logits = model.forward({&sequence, 1});
     cache.record_tokens(rows);
-    if (rows.size() > 1) pace.took(int(rows.size()), std::chrono::duration<double>(Clock::now() - start).count());
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    reads ? pace.took(int(rows.size()), seconds) : cost.took(1, guesses, seconds);
     generation.take({logits.data<float>(), logits.size()});
     if (cache.length() > generation.position()) cache.truncate(generation.position());
   }

@@ -67,13 +67,13 @@ void PrefillPace::took(int rows, double seconds) {
   rows_ = std::max(most / unit * unit, kLeast);
 }
 
-std::vector<int> PrefillPace::share(std::span<const int> left) const {
+std::vector<int> PrefillPace::share(std::span<const int> left, std::span<const int> guesses) const {
   std::vector<int> rows(left.size());
   size_t first = left.size(), second = left.size();
   int decoding = 0;
   for (size_t i = 0; i < left.size(); ++i) {
     if (left[i] <= 0) {
-      decoding += rows[i] = left[i] + 1;
+      decoding += rows[i] = left[i] < 0 ? 0 : guesses.empty() ? 1 : 1 + guesses[i];
     } else if (first == left.size()) {
       first = i;
     } else if (second == left.size() || left[i] < left[second]) {
@@ -116,6 +116,16 @@ Generation::Generation(const ModelInfo& model, std::shared_ptr<const Tokenizer> 
   begin_filter();
 }
 
+int Generation::guess(int most, double cost) {
+  guesses_.clear();
+  if (!speculation_ || over_ || last_) return 0;
+  most = std::min(most, options_.max_tokens - int(result_.tokens.size()));
+  if (model_.max_context > 0) most = std::min(most, model_.max_context - position_ - 1);
+  guesses_ = speculation_->guess(most, cost, model_.vocab_size);
+  if (!guesses_.empty()) guesses_.insert(guesses_.begin(), result_.tokens.back());
+  return guessed();
+}
+
 std::span<const int32_t> Generation::next_rows(int most) {
   const int left = prompt_left();
   if (left > 0 && cancelled()) end(FinishReason::kCancelled);
@@ -123,17 +133,38 @@ std::span<const int32_t> Generation::next_rows(int most) {
   asked_ = over_ ? 0 : std::min(std::max(most, 1), wanted);
   if (left > 0) return std::span(prompt_).subspan(prompt_.size() - size_t(left), size_t(asked_));
   if (over_) return {};
+  if (!guesses_.empty()) {
+    guesses_.resize(std::min(guesses_.size(), size_t(std::max(most, 1))));
+    asked_ = int(guesses_.size());
+    return guesses_;
+  }
   return std::span(result_.tokens).subspan(size_t(position_ - begin_), size_t(asked_));
 }
 
 void Generation::take(std::span<const float> logits) {
   const int rows = std::exchange(asked_, 0);
-  position_ += rows;
-  if (prompt_left() > 0) {
-    result_.prefilled += rows;
-    tell_progress();
-    if (prompt_left() > 0) return;
+  const std::vector<int32_t> guesses = std::exchange(guesses_, {});
+  if (guesses.empty()) {
+    position_ += rows;
+    if (prompt_left() > 0) {
+      result_.prefilled += rows;
+      tell_progress();
+      if (prompt_left() > 0) return;
+    }
+    return go_on(logits);
   }
+  // A row counts when its token is the one that was sampled after the row before it, so all is as if it had been computed alone.
+  const size_t vocab = logits.size() / guesses.size();
+  result_.proposed += int(guesses.size()) - 1;
+  for (size_t i = 0; i < guesses.size(); ++i) {
+    if (i > 0 && (over_ || !result_.stop.empty() || result_.tokens.back() != guesses[i])) break;
+    result_.accepted += i > 0 ? 1 : 0;
+    ++position_;
+    go_on(logits.subspan(i * vocab, vocab));
+  }
+}
+
+void Generation::go_on(std::span<const float> logits) {
   if (position_ < begin_ + int(result_.tokens.size())) return;  // of an answer that a stop string has ended
   if (last_) {
     end(FinishReason::kStop);
@@ -166,6 +197,10 @@ void Generation::sample_next(std::span<const float> logits) {
   if (options_.logprobs) weigh(logits, token);
   result_.tokens.push_back(token);
   ++result_.generated;
+  if (options_.speculate) {
+    if (!speculation_) speculation_.emplace(before_);
+    speculation_->push(token);
+  }
   const std::vector<int32_t>& eos = model_.eos_token_ids;
   const bool is_eos = std::find(eos.begin(), eos.end(), token) != eos.end();
   if (!is_eos) {

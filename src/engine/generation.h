@@ -6,12 +6,14 @@
 #include <cstdint>
 #include <future>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "engine/sampling.h"
+#include "engine/speculation.h"
 #include "torpor/generate_options.h"
 #include "torpor/model_info.h"
 #include "torpor/text.h"
@@ -60,9 +62,9 @@ class PrefillPace {
   void took(int rows, double seconds);
 
   /// What a step computes of each turn, given in the order they came with the tokens `left` of their prompts. One that decodes
-  /// (0 left) gets a row, one that waits for another's rows (-1) none. The prompts that came first and that has least left share what is left of rows(), kLeast at least. The
+  /// (0 left) gets a row, and one for each of its `guesses` (empty: none has any), one that waits for another's rows (-1) none. The prompts that came first and that has least left share what is left of rows(), kLeast at least. The
   /// shorter one gets up to half of it, so it may pass; the first one never waits.
-  std::vector<int> share(std::span<const int> left) const;
+  std::vector<int> share(std::span<const int> left, std::span<const int> guesses = {}) const;
 
  private:
   static constexpr int kFirst = 32;  // the speed is not known yet
@@ -79,13 +81,18 @@ class Generation {
   Generation(const ModelInfo& model, std::shared_ptr<const Tokenizer> tokenizer, int held, std::vector<int32_t> prompt,
              GenerateOptions options, std::vector<int32_t> before = {});
 
-  /// Tokens whose rows the next forward pass computes: at most `most` of the prompt, then the token sampled last. Empty when
-  /// the generation is over. Valid until take().
+  /// Guesses what follows the token sampled last: at most `most` tokens, and how many they are. None before there is one, nor
+  /// without GenerateOptions::speculate. `cost`: RowCost::of. The next rows then are theirs, too.
+  int guess(int most, double cost);
+  /// Tokens whose rows the next forward pass computes: at most `most` of the prompt, then the token sampled last and what is
+  /// guessed. Empty when the generation is over. Valid until take().
   std::span<const int32_t> next_rows(int most);
+  /// How many of these are guessed; take() needs the logits of all of them then.
+  int guessed() const noexcept { return int(guesses_.empty() ? 0 : guesses_.size() - 1); }
   /// Whether take() needs logits: not before the prompt's last token is among the rows.
   bool wants_logits() const noexcept { return asked_ >= prompt_left(); }
-  /// The rows of next_rows() are in the cache. `logits` `[vocab]` are those after the last one, or empty where none are wanted.
-  /// Calls the options' callbacks. kInternal when the logits hold no number.
+  /// The rows of next_rows() are in the cache. `logits` `[vocab]` are those after the last one, `[rows, vocab]` with guesses, or
+  /// empty where none are wanted. Calls the options' callbacks. kInternal when the logits hold no number.
   void take(std::span<const float> logits);
   bool over() const noexcept { return over_; }
   /// Tokens of the prompt whose rows are not in the cache yet.
@@ -93,9 +100,12 @@ class Generation {
   /// The next `rows` of them have come into the cache without being computed. At least one is left.
   void skip(int rows);
   /// Rows in the cache: all that `held`, the prompt and `sampled()` have, but for what next_rows will ask for. Fewer than
-  /// there are where a stop string has come: the owner of the cache takes those from here on back.
+  /// there are where a guess was wrong or a stop string has come: the owner of the cache takes those from here on back.
   int position() const noexcept { return position_; }
   const std::vector<int32_t>& sampled() const noexcept { return result_.tokens; }
+  /// Tokens guessed so far, and of those the ones that came.
+  int proposed() const noexcept { return result_.proposed; }
+  int accepted() const noexcept { return result_.accepted; }
   /// Once it is over.
   GenerateResult finish();
 
@@ -104,6 +114,8 @@ class Generation {
 
   bool cancelled() const { return options_.cancel != nullptr && options_.cancel->load(); }
   void tell_progress() const;
+  /// Goes on from the first row that has no token after it yet.
+  void go_on(std::span<const float> logits);
   void sample_next(std::span<const float> logits);
   int32_t choose(std::span<const float> logits);
   /// Begins to find out which tokens may come next, beside the forward pass (GenerateOptions::filter).
@@ -128,6 +140,8 @@ class Generation {
   int position_;                      // rows in the cache
   const int begin_;                   // of those, before the answer
   int asked_ = 0;                     // rows that next_rows gave
+  std::optional<Speculation> speculation_;  // none before the first token
+  std::vector<int32_t> guesses_;      // the token sampled last, and what is guessed to follow; empty where nothing is
   int given_ = 0;                     // rows of the prompt that were skipped
   bool last_ = false, over_ = false;  // the token sampled last ends the answer; all is said
   Clock::time_point start_ = Clock::now(), first_token_;

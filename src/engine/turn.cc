@@ -121,10 +121,14 @@ bool EngineTurn::let_go() noexcept {
 void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
   std::vector<ForwardSequence> sequences;
   size_t rows = 0;
+  int guesses = 0;
   int64_t prompt_tokens = 0, answer_tokens = 0;
   for (const auto& [turn, step, tokens] : batch) {
-    sequences.push_back({.tokens = tokens, .kv = &turn->transaction_.cache(), .no_logits = !turn->generation_.wants_logits()});
+    const int guessed = turn->generation_.guessed();
+    sequences.push_back({.tokens = tokens, .kv = &turn->transaction_.cache(), .all_logits = guessed > 0,
+                         .no_logits = !turn->generation_.wants_logits()});
     rows += tokens.size();
+    guesses += guessed;
     (turn->generation_.prompt_left() > 0 ? prompt_tokens : answer_tokens) += int64_t(tokens.size());
   }
   const auto start = Clock::now();
@@ -141,7 +145,12 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
     return;
   }
   // The speed of a prefill; a token of an answer takes longer than one of many.
-  if (rows > batch.size()) parts.pace->took(int(rows), ms_since(start) / 1000);
+  const double seconds = ms_since(start) / 1000;
+  if (prompt_tokens == 0) {
+    parts.row_cost.took(int(batch.size()), guesses, seconds);
+  } else if (rows > batch.size()) {
+    parts.pace->took(int(rows), seconds);
+  }
   ++parts.work.passes;
   parts.work.turns += int64_t(batch.size());
   parts.work.most_turns = std::max(parts.work.most_turns, int64_t(batch.size()));
@@ -152,11 +161,11 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
   const float* row = logits->data<float>();
   for (size_t i = 0; i < batch.size(); ++i) {
     const auto& [turn, step, tokens] = batch[i];
-    const std::span<const float> own(row, sequences[i].no_logits ? 0 : vocab);
+    const std::span<const float> own(row, sequences[i].no_logits ? 0 : sequences[i].all_logits ? tokens.size() * vocab : vocab);
     row += own.size();
     turn->transaction_.cache().record_tokens(tokens);
     try {
-      turn->take(own);
+      turn->take(own, turn->transaction_.cache().length() - int(tokens.size()));
       step->computed = turn->generation_.over();
     } catch (...) {
       step->error = std::current_exception();
@@ -164,11 +173,20 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
   }
 }
 
-void EngineTurn::take(std::span<const float> logits) {
+void EngineTurn::take(std::span<const float> logits, int before) {
+  const int proposed = generation_.proposed(), accepted = generation_.accepted();
   generation_.take(logits);
-  // Those of a stop string.
+  const int right = generation_.accepted() - accepted, wrong = generation_.proposed() - proposed - right;
+  parts_.work.accepted_tokens += right;
+  parts_.work.rejected_tokens += wrong;
+  parts_.work.answer_tokens -= wrong;
   const int kept = generation_.position();
   if (transaction_.cache().length() == kept) return;
+  if (kept > before) {  // guesses that were wrong: nobody else has seen their rows
+    transaction_.cache().truncate(kept);
+    return;
+  }
+  // Those of a stop string.
   if (!transaction_.cache().can_truncate(kept)) {
     throw Error(ErrorCode::kInternal,
                 "The stop string's tokens can't be taken back: a sliding window has left rows behind; ask again.");
@@ -203,7 +221,7 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> step
                       bool& room) {
   if (parts.model->backend() == Backend::kMlx) steps = steps.first(1);
   std::vector<Computing> turns;
-  std::vector<int> left;  // of their prompts
+  std::vector<int> left, guesses;  // of their prompts; of their answers
   for (Scheduler::Step* const step : steps) {
     auto* const turn = static_cast<EngineTurn*>(step->turn);
     bool waits = false;
@@ -222,7 +240,13 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> step
     turns.push_back({turn, step, {}});
     left.push_back(waits ? -1 : turn->generation_.prompt_left());
   }
-  const std::vector<int> shares = parts.pace->share(left);
+  const int decoding = int(std::ranges::count(left, 0)), most = decoding > 0 ? RowCost::kMostRows / decoding - 1 : 0;
+  for (size_t i = 0; i < turns.size(); ++i) {
+    EngineTurn& turn = *turns[i].turn;
+    const int spare = std::min(most, turn.transaction_.cache().spare_rows() - 1);
+    guesses.push_back(left[i] == 0 ? turn.generation_.guess(spare, parts.row_cost.of(decoding)) : 0);
+  }
+  const std::vector<int> shares = parts.pace->share(left, guesses);
   std::map<std::string, std::vector<Computing>> batches;  // by KV format
   for (size_t i = 0; i < turns.size(); ++i) {
     auto& [turn, step, rows] = turns[i];
@@ -262,6 +286,8 @@ void EngineTurn::commit() {
   result_.finish_reason = generated.finish_reason;
   result_.tokens.prefilled = generated.prefilled;
   result_.tokens.generated = generated.generated;
+  result_.tokens.proposed = generated.proposed;
+  result_.tokens.accepted = generated.accepted;
   result_.stop = generated.stop;
   result_.logprobs = generated.logprobs;
   result_.tokens.context = transaction_.cache().length();

@@ -24,6 +24,7 @@ struct EngineParts {
   std::shared_ptr<const ChatTemplate> chat_template;  ///< nullptr: the model has none
   std::unique_ptr<AgentManager> agents;
   std::optional<PrefillPace> pace;
+  RowCost row_cost;
   EngineWork work;
   uint64_t ended = 0;  // turns
 };
@@ -71,8 +72,8 @@ class EngineTurn final : public Scheduler::Turn {
   /// Takes the rows of its prompt that one of `others` has, itself among them, or has left. Whether it waits for more, which one
   /// of `earlier` turns computes.
   bool waits_for(std::span<const Computing> earlier, std::span<EngineTurn* const> others);
-  /// Generation::take, and the rows that it no longer wants go.
-  void take(std::span<const float> logits);
+  /// Generation::take, and the rows that it no longer wants go. `before`: rows that were there before the step.
+  void take(std::span<const float> logits, int before);
   /// One forward pass; all caches have one format, and room. What fails ends those that it fails for.
   static void compute(EngineParts& parts, std::span<const Computing> batch);
 

@@ -24,6 +24,8 @@ inline nlohmann::ordered_json turn_json(const TurnResult& result, std::optional<
                       {"cached", result.tokens.cached},
                       {"prefilled", result.tokens.prefilled},
                       {"generated", result.tokens.generated},
+                      {"proposed", result.tokens.proposed},
+                      {"accepted", result.tokens.accepted},
                       {"context", result.tokens.context}}},
       {"timing_ms", Json{{"load", rounded(result.timing_ms.load)},
                          {"wake", rounded(result.timing_ms.wake)},

@@ -79,6 +79,8 @@ Json now_json(ModelPool& pool, Metrics& metrics, const std::string& tenant) {
                             {"most_turns", work.most_turns},
                             {"prompt_tokens", work.prompt_tokens},
                             {"answer_tokens", work.answer_tokens},
+                            {"accepted_tokens", work.accepted_tokens},
+                            {"rejected_tokens", work.rejected_tokens},
                             {"put_aside", work.put_aside}}}};
 }
 

@@ -213,7 +213,8 @@ view.now = async () => {
     el('h3', {}, 'Since the server began'),
     table('Work', ['What', 'How much'], [
       ['Forward passes', now.work.passes], ['Most turns in one pass', now.work.most_turns], ['Tokens of prompts computed', now.work.prompt_tokens],
-      ['Tokens of answers computed', now.work.answer_tokens], ['Turns put aside for memory', now.work.put_aside]]),
+      ['Tokens of answers computed', now.work.answer_tokens], ['Of those, guessed', now.work.accepted_tokens],
+      ['Guessed wrongly', now.work.rejected_tokens], ['Turns put aside for memory', now.work.put_aside]]),
   ];
 };
 
