@@ -21,6 +21,9 @@
 
 int64_t turn_without_mlx(const char* model, const char* root);  // without_mlx.cc
 
+/// As another Rust library in the program has it. Torpor's own Rust half keeps its runtime to itself, so this links.
+extern "C" void rust_eh_personality() {}
+
 namespace {
 
 int failures = 0;
