@@ -47,9 +47,9 @@ struct EngineOptions {
   /// own. An agent on disk goes on in its own format. Of another dtype, bits or group than given it is kIncompatible.
   std::optional<KvFormat> kv_format;
   Durability durability = Durability::kFull;
-  /// Bytes of KV held in memory, real buffers, each once; 0 = no bound. Over it the least recently used agents that are not
-  /// pinned go to sleep, and turns that came last or whose readers are slow put their rows aside, in files, until they go on;
-  /// when that is not enough, kResourceExhausted says what holds the memory.
+  /// Bytes of KV held in memory, real buffers, each once; 0 = no bound. Over it agents that are not pinned go to sleep,
+  /// the least recently used first. Turns that came last, or whose readers are slow, put their rows into files until
+  /// they go on. When that is not enough, kResourceExhausted says what holds the memory.
   size_t memory_budget = 0;
   DiskLimits disk;
   ComputeOptions compute;

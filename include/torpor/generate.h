@@ -15,8 +15,8 @@
 namespace torpor {
 
 /// Appends `prompt` to `cache`, then generates. Every token prefilled or sampled has its rows in the cache afterwards.
-/// kResourceExhausted, before anything is computed, when the prompt leaves no room in the model's context; an answer that
-/// reaches the context's end stops there with kLength.
+/// kResourceExhausted, before anything is computed, when the prompt leaves no room in the model's context. An answer
+/// that reaches the context's end stops there with kLength.
 GenerateResult generate(Model& model, std::shared_ptr<const Tokenizer> tokenizer,
                         KvCache& cache, std::span<const int32_t> prompt, const GenerateOptions& options);
 

@@ -1,8 +1,8 @@
 #pragma once
 /// KV caches as bytes: where the store (files, no MLX) and the cache (arrays, no files) meet.
 ///
-/// A *run* is the KV rows of consecutive tokens for every tensor of the layout, held in one buffer in exactly the
-/// order and shape of a store file's data section, so that saving and waking move whole buffers:
+/// A *run* is the KV rows of consecutive tokens for every tensor of the layout, in one buffer. Order and shape are
+/// those of a store file's data section, so that saving and waking move whole buffers:
 ///
 ///     [tensor 0: [1, H_kv, S, D]] [tensor 1: [1, H_kv, S, D]] ...      row-major, no gaps, little-endian
 ///
@@ -238,8 +238,8 @@ struct BorrowedRows {
   struct Run {
     /// The run's bytes in order.
     std::vector<std::span<const std::byte>> pieces;
-    /// The segment that these rows came from or went to (SaveResult::segments), or empty. If this process has seen that file
-    /// whole and it is still the same, only the last tensor's rows are compared with it, and no others are read.
+    /// The segment that these rows came from or went to (SaveResult::segments), or empty. If this process has seen that
+    /// file whole, and it is still the same, only the last tensor's rows are read and compared with it.
     std::string segment;
   };
   std::vector<Run> runs;  ///< of kSegmentTokens tokens each; the last one may have fewer
@@ -271,8 +271,8 @@ struct KvSnapshot {
   void add_run(int n_tokens, std::span<const std::byte> bytes, std::shared_ptr<const void> owner);
 };
 
-/// Gives the tokens of a run, which are not known, ids that no model has (all are negative) and that are equal only where the rows
-/// are, for prefixes and segments are found by their ids. `rows_digest`: 32 hex digits made of the run's rows.
+/// Gives the unknown tokens of a run ids that no model has: all are negative. They are equal only where the rows are,
+/// since prefixes and segments are found by their ids. `rows_digest`: 32 hex digits made of the run's rows.
 void name_unknown_tokens(std::span<int32_t> ids, const std::string& rows_digest);
 /// Whether any id is such a name.
 bool has_unknown_tokens(std::span<const int32_t> ids) noexcept;

@@ -1,8 +1,8 @@
 #pragma once
 /// The store: agents' KV caches as files (docs/format.md). Bytes only; it never sees an MLX array.
 ///
-/// A Store may be used from many threads at once, and many processes may use one directory at once: a save
-/// claims the segments that it will name, `gc` removes none that is claimed or named, and AgentLock keeps an awake agent to one owner.
+/// A Store may be used from many threads at once, and many processes may use one directory at once. A save claims the
+/// segments that it will name. `gc` removes none that is claimed or named. AgentLock keeps an awake agent to one owner.
 /// Readers (list, load, verify, disk usage) take no lock.
 ///
 /// A directory is a store when it holds `torpor.json`, which the first save adds, or agents of before there was one. Other files in it
@@ -116,13 +116,14 @@ struct LoadOptions {
   BufferAllocator allocate = allocate_heap_buffer;
   /// Rows are mapped read-only instead of copied, where the system can: their pages are the page cache's, shared by all
   /// agents and processes. Every checksum is checked first all the same. Store files are never written again, only
-  /// replaced or removed, which a mapping survives; whoever cuts one short by hand under a running process crashes it.
+  /// replaced or removed, which a mapping survives. Cutting one short by hand under a running process crashes that
+  /// process.
   bool map_rows = false;
-  /// Only the first so many tokens (or all, when the agent has fewer), as if it had been rewound to there; LoadedAgent::info
-  /// stays that of the whole agent.
+  /// Only the first so many tokens (or all, when the agent has fewer), as if it had been rewound to there.
+  /// LoadedAgent::info stays that of the whole agent.
   std::optional<int64_t> n_tokens;
-  /// Of a layer with a window only those runs are read (and their checksums checked) that can still be attended
-  /// (KvLayout::attended); the rest of their bytes is unspecified. For waking, not for looking at rows.
+  /// Of a layer with a window only runs that can still be attended (KvLayout::attended) are read, and their checksums
+  /// checked. The other runs' bytes are unspecified. For waking, not for looking at rows.
   bool window_rows_only = false;
   /// The tail comes in a buffer in which a cache can go on (KvTail::run): KvCache::restore then copies nothing.
   bool tail_in_run = false;
@@ -144,9 +145,9 @@ struct CopyOptions {
   Durability durability = Durability::kFull;
 };
 
-/// Bounds on what the store takes of the disk. A save, copy, import or prefix that would break one first evicts segments that
-/// no agent names, oldest leaf first; when all of them would not be enough, none is, and it fails with kResourceExhausted,
-/// having written nothing. Named agents are never removed to make room.
+/// Bounds on what the store takes of the disk. A save, copy, import or prefix that would break one first evicts
+/// segments that no agent names, oldest leaf first. When all of them would not be enough, nothing is evicted or
+/// written, and it fails with kResourceExhausted. Named agents are never removed to make room.
 struct DiskLimits {
   int64_t budget = 0;    ///< bytes of every file in the store, all models together; 0 = no bound
   int64_t min_free = 0;  ///< bytes that stay free on the file system; 0 = no bound
@@ -182,9 +183,10 @@ class AgentLock {
 
 class Store {
  public:
-  /// Makes `root` (0700) if absent. `env` must outlive the store; nullptr = the operating system. kIncompatible when the store is of a
-  /// newer version, kCorruption when its `torpor.json` is damaged. A directory that is no store becomes one by the first save; until
-  /// then what lists, reads or removes agents throws kInvalidArgument if it holds anything.
+  /// Makes `root` (0700) if absent. `env` must outlive the store; nullptr = the operating system. kIncompatible: a
+  /// newer version's store; kCorruption: its `torpor.json` is damaged. A directory that is no store becomes one by the
+  /// first save. Until then what lists, reads or removes agents throws kInvalidArgument if the directory holds
+  /// anything.
   explicit Store(std::filesystem::path root, Env* env = nullptr);
   ~Store();
   const std::filesystem::path& root() const;
@@ -198,11 +200,11 @@ class Store {
   bool is_awake(const std::string& agent_id) const;
 
   /// Writes the segments that are not on disk yet, then the agent file; that rename is the commit. Then the sidecar.
-  /// On any error the agent on disk is as it was; only when flushing that rename fails (kIo) is the new state in place,
-  /// though not yet certain to survive a power cut. The caller holds the agent's lock.
+  /// On any error the agent on disk is as it was, with one exception: when flushing that rename fails (kIo), the new
+  /// state is in place, though not yet certain to survive a power cut. The caller holds the agent's lock.
   ///
-  /// A SealedRun that an earlier save or load put in a segment, or read from one, is not read again as long as that file is
-  /// the one it was.
+  /// A SealedRun that an earlier save put in a segment, or a load read from one, is not read again while that file
+  /// stays the same.
   ///
   /// kInvalidArgument for a key of `user` that begins with "torpor.". An embedder has no `notes`.
   SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
@@ -240,8 +242,8 @@ class Store {
   LoadedPrefix load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                            std::span<const int32_t> tokens, const LoadOptions& options = {}) const;
 
-  /// The rows of a segment that this process has saved or loaded, mapped read-only; nullptr where that can't be had, or
-  /// when the file is not the one it was.
+  /// The rows of a segment that this process has saved or loaded, mapped read-only. nullptr where mapping can't be had,
+  /// or when the file is another one now.
   std::shared_ptr<const SealedRun> map_segment(const std::string& name) const;
 
   /// Checks the `wanted` tensors of a mapped run again if the system has let go of any of their pages: what comes back from the
@@ -262,8 +264,8 @@ class Store {
   SaveResult upgrade_agent(const std::string& agent_id);
 
   /// For what this Store does from now on; a limit of 0 is the store's own (kept_disk_limits). Saves whose need fits run at
-  /// once, and take no room twice; one that has to evict waits for those under way (kBusy after a minute). kInvalidArgument
-  /// when a limit is negative.
+  /// once, and take no room twice. One that has to evict waits for those under way (kBusy after a minute).
+  /// kInvalidArgument when a limit is negative.
   void set_disk_limits(const DiskLimits& limits);
   /// The limits that the store keeps for every process that writes to it.
   DiskLimits kept_disk_limits() const;
@@ -280,10 +282,10 @@ class Store {
   /// Of each agent, how many of the segments and parts that it names are not there. Looks at names only: `verify` reads.
   std::vector<int64_t> count_missing_files(std::span<const AgentInfo> agents) const;
 
-  /// Removes the agent file (the commit), its sidecar and segments that no agent names any more (those stay for `gc`
-  /// when another process is saving just then, or an agent file is damaged). Takes the agent's lock itself: kBusy when
-  /// anyone has it, the caller included. kNotFound.
-  /// kInvalidArgument when the agent's file has no header of Torpor's, and kCorruption when it is another agent's, unless `whatever_it_is`.
+  /// Removes the agent file (the commit), its sidecar and segments that no agent names any more. Segments stay for `gc`
+  /// when another process is saving just then, or an agent file is damaged. Takes the agent's lock itself: kBusy when
+  /// anyone has it, the caller included. kNotFound. Unless `whatever_it_is`: kInvalidArgument when the file has no
+  /// header of Torpor's, kCorruption when it is another agent's.
   void delete_agent_cache(const std::string& agent_id, bool whatever_it_is = false);
 
   DiskUsage get_cache_disk_usage() const;
