@@ -210,8 +210,8 @@ class Engine {
   /// Saves every awake agent and waits, telling how many of how many are done. All are tried; then the first error is thrown.
   /// Agents in a turn are saved after it. kInvalidArgument, and nothing is done, from a callback of a turn.
   void save_all(const std::function<void(int done, int total)>& progress = nullptr);
-  /// Waits for queued saves (SaveMode::kBehind) and throws the first error not yet reported. Call it before destroying the Engine:
-  /// the destructor also waits, but can't report errors.
+  /// Waits for queued saves (SaveMode::kBehind) and throws the first error not yet reported. Call it before destroying
+  /// the Engine: the destructor also waits, but can't report errors.
   void finish_saves();
   /// Saves if changed, then lets go of memory and lock. No-op for an agent that is not awake.
   void sleep(const std::string& agent);
@@ -237,8 +237,9 @@ class Engine {
   /// All agents of the store and in memory, by id.
   std::vector<AgentStatus> agents() const;
 
-  /// The ids that the agent holds to the end of its last turn, and the messages that they say, awake or asleep, saved or not.
-  /// Ids that are not known (import_prompt_cache) are negative. A call during a turn of the agent waits for its end. kNotFound.
+  /// The ids that the agent holds to the end of its last turn, and the messages that they say, awake or asleep, saved
+  /// or not. Ids that are not known (import_prompt_cache) are negative. A call during a turn of the agent waits for its
+  /// end. kNotFound.
   std::vector<int32_t> tokens(const std::string& agent) const;
   std::vector<Message> messages(const std::string& agent) const;
 

@@ -102,9 +102,9 @@ struct KvLayout {
   size_t bytes_per_token() const noexcept;
   /// Whether any tensor has a window.
   bool has_windows() const noexcept;
-  /// True if a later token can attend any of rows [first, first + n), given `length` cached tokens. A token attends itself and
-  /// the `window` - 1 tokens before it. The next token is at `length`, or at `length - 1` if the last one is computed again for its
-  /// logits.
+  /// True if a later token can attend any of rows [first, first + n), given `length` cached tokens. A token attends
+  /// itself and the `window` - 1 tokens before it. The next token is at `length`, or at `length - 1` if the last one is
+  /// computed again for its logits.
   static bool attended(const KvTensorSpec& tensor, int64_t first, int64_t n, int64_t length) noexcept;
   /// The tensors of which that is true.
   TensorMask attended(int64_t first, int64_t n, int64_t length) const;

@@ -279,7 +279,8 @@ class Store {
   /// All agents by id. Reads sidecars; rebuilds one that is missing, stale or edited from its agent file. An agent
   /// whose file is damaged is listed with an empty hash.
   std::vector<AgentInfo> list_cached_agents() const;
-  /// Of each agent, how many of the segments and parts that it names are not there. Looks at names only: `verify` reads.
+  /// Of each agent, how many of the segments and parts that it names are not there. Looks at names only: `verify`
+  /// reads.
   std::vector<int64_t> count_missing_files(std::span<const AgentInfo> agents) const;
 
   /// Removes the agent file (the commit), its sidecar and segments that no agent names any more. Segments stay for `gc`

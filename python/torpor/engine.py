@@ -425,13 +425,13 @@ class Agent:
 
     @property
     def tokens(self) -> list[int]:
-        """The ids that the agent holds to the end of its last turn, saved or not; negative where they are not known (an agent
-        of mlx-lm's file). Waits for a turn of the agent."""
+        """The ids that the agent holds to the end of its last turn, saved or not. Ids that are not known (an agent of mlx-lm's
+        file) are negative. Waits for a turn of the agent."""
         return self.engine._for(self.id).tokens(self.id)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """What these tokens say, oldest first: {"role": ..., "content": ...}, with `thinking`, `tool_calls` and the like where
+        """What these tokens say, oldest first: {"role": ..., "content": ...}, with `thinking`, `tool_calls` and the like if
         there are any. A turn with raw=True adds none. Waits for a turn of the agent."""
         return [json.loads(message) for message in self.engine._for(self.id).messages(self.id)]
 

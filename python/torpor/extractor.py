@@ -45,7 +45,8 @@ class MLXCacheExtractor:
 
     def stream(self, prompt: str | Iterable[int], cache: list[Any] | None = None, **options: Any) -> Generation:
         """A Generation that continues `cache` (None: from nothing) by `prompt`, a text or token ids. A text gets the
-        tokenizer's BOS where the cache is empty and the text does not begin with it. `options` go to mlx_lm.stream_generate (max_tokens, sampler, ...)."""
+        tokenizer's BOS where the cache is empty and the text does not begin with it. `options` go to
+        mlx_lm.stream_generate (max_tokens, sampler, ...)."""
         cache = make_prompt_cache(self.model) if cache is None else cache
         if isinstance(prompt, str):
             bos = self.tokenizer.bos_token

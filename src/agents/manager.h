@@ -129,8 +129,8 @@ class AgentManager {
   /// on there. With `on_disk` its first `n_tokens` tokens' whole segments are written, too; nobody hears when that fails. The turn
   /// began with `reused` rows.
   void keep_for_retry(const Agent& agent, int reused, bool on_disk, int n_tokens) noexcept;
-  /// Cuts the cache to `n_tokens`. If rows that a sliding window needs are neither in memory nor on disk, it cuts further: check
-  /// length() and compute those rows again. An error leaves the agent as it was.
+  /// Cuts the cache to `n_tokens`. If rows that a sliding window needs are neither in memory nor on disk, it cuts
+  /// further: check length() and compute those rows again. An error leaves the agent as it was.
   void truncate(Agent& agent, int n_tokens);
   /// Puts the agent's rows into a file and lets go of their memory. kIo, kResourceExhausted; then nothing has changed.
   std::unique_ptr<RowsAside> put_aside(Agent& agent);

@@ -28,7 +28,8 @@ struct AgentRecord {
   void cut(size_t n_tokens);
 };
 
-/// `history` is written only if it differs from `n_tokens`, the agent's number of ids. kInvalidArgument: a message is not UTF-8.
+/// `history` is written only if it differs from `n_tokens`, the agent's number of ids. kInvalidArgument: a message is
+/// not UTF-8.
 AgentNotes encode_record(const AgentRecord& record, size_t n_tokens);
 /// kCorruption when a key or message can't be read.
 AgentRecord decode_record(const AgentNotes& notes, size_t n_tokens);

@@ -74,8 +74,8 @@ std::vector<std::pair<std::string, std::string>> origin_of(const AgentInfo& info
           {"chat_template", info.conversation.chat_template}};
 }
 
-/// Bytes of each agent that are shared with another agent. An estimate: it assumes that all segments of an agent have the same
-/// size.
+/// Bytes of each agent that are shared with another agent. An estimate: it assumes that all segments of an agent have
+/// the same size.
 std::map<std::string, int64_t> shared_bytes(const std::vector<AgentInfo>& agents) {
   std::map<std::string_view, int> named;
   for (const AgentInfo& info : agents) {

@@ -61,8 +61,8 @@ HWY_INLINE VF LoadFloats(const std::byte* p, size_t i) {
   }
 }
 
-// Bit position of the J-th weight in a u32. Unpack leaves the weight at that position, so its result is too large by two to that
-// power. The top weight would set the sign bit, so Unpack shifts it down.
+// Bit position of the J-th weight in a u32. Unpack leaves the weight at that position, so its result is too large by
+// two to that power. The top weight would set the sign bit, so Unpack shifts it down.
 template <int kBits, int kJ>
 constexpr int Position() {
   return kBits == 8 ? 8 * kJ : kJ < 4 ? 8 * kJ : 8 * (kJ - 4) + 4;

@@ -185,8 +185,8 @@ void RunLoader::read_into(RowSink& sink) {
   size_t bytes = 0;
   for (size_t i = 0; i < runs_.size(); ++i) bytes += size_t(file_of(i).rows_bytes());
   const size_t threads = std::min(reader_threads(), 1 + (bytes >> 20));
-  // Give each thread a contiguous range of tensors. Adjacent rows may share pages, and the thread that faults a page in has it in
-  // its cache. Every thread gets the same number of ranges.
+  // Give each thread a contiguous range of tensors. Adjacent rows may share pages, and the thread that faults a page in
+  // has it in its cache. Every thread gets the same number of ranges.
   const size_t stretches = std::min(n_tensors, (bytes / kStretch / threads + 1) * threads);
   std::mutex mutex;
   for (size_t begin = 0; begin < runs_.size() && complete(); begin += kOpenFiles) {

@@ -13,8 +13,8 @@
 
 namespace torpor {
 
-/// Parses segment files' headers as parse_segment_file does. The segments of one agent differ in four values of a known length.
-/// If a header equals the first one but for these values, the first one's parse is used again. Thread-safe.
+/// Parses segment files' headers as parse_segment_file does. The segments of one agent differ in four values of a known
+/// length. If a header equals the first one but for these values, the first one's parse is used again. Thread-safe.
 class SegmentHeaders {
  public:
   SegmentFile parse(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name);

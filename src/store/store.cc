@@ -152,7 +152,9 @@ bool Store::contains(const std::string& agent_id) const {
   }
 }
 std::vector<AgentInfo> Store::list_cached_agents() const { return impl_->agents.list(true); }
-std::vector<int64_t> Store::count_missing_files(std::span<const AgentInfo> agents) const { return impl_->agents.count_missing(agents); }
+std::vector<int64_t> Store::count_missing_files(std::span<const AgentInfo> agents) const {
+  return impl_->agents.count_missing(agents);
+}
 void Store::delete_agent_cache(const std::string& agent_id, bool whatever_it_is) { remove_agent(*impl_, agent_id, whatever_it_is); }
 DiskUsage Store::get_cache_disk_usage() const { return usage(*impl_); }
 std::vector<VerifyReport> Store::verify(const std::optional<std::string>& agent_id) const {
