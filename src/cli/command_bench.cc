@@ -40,6 +40,7 @@ constexpr const char* kAgent = "bench";
 struct BenchOptions : ModelOptions {
   std::string prefill = "512,2048", depth = "0,4096", agents = "1";
   int decode = 64, runs = 5;
+  SamplingOptions sampling;
   bool json = false;
 };
 
@@ -210,7 +211,7 @@ class Bench {
     const ForwardSequence sequence{tokens, &cache, false};
     const mx::array logits = model_.forward({&sequence, 1});
     cache.record_tokens(tokens);
-    return sample({logits.data<float>(), logits.size()}, {}, cache.length());
+    return sample({logits.data<float>(), logits.size()}, options_.sampling, cache.length());
   }
 
   /// As many agents that begin with the cache's rows, each with another token; a step is one forward pass over all of them.
@@ -226,7 +227,7 @@ class Bench {
         const mx::array logits = model_.forward(batch);
         for (size_t i = 0; i < caches.size(); ++i) {
           caches[i]->record_tokens({&tokens[i], 1});
-          tokens[i] = sample({logits.data<float>() + i * vocab, vocab}, {}, caches[i]->length());
+          tokens[i] = sample({logits.data<float>() + i * vocab, vocab}, options_.sampling, caches[i]->length());
         }
       }
     });
@@ -380,6 +381,10 @@ void add_bench_command(CLI::App& app, Invocation& invocation) {
   bench_app->add_option("--agents", options->agents, "How many agents decode at once; their tokens per second are added up")
       ->capture_default_str()
       ->type_name("N,N");
+  bench_app->add_option("--temperature", options->sampling.temperature, "How tokens are drawn; 0 takes the likeliest")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0f, 100.0f))
+      ->type_name("T");
   bench_app->add_option("--runs", options->runs, "Runs whose median is printed, after one that warms up")
       ->capture_default_str()
       ->check(CLI::Range(1, 1000))
