@@ -148,7 +148,7 @@ void add_engine_samples(std::string& out, server::ModelPool& models) {
   write_sample(out, "torpor_kv_budget_bytes", "gauge", "What bounds them; 0: nothing.", usage.budget);
   write_sample(out, "torpor_save_queue_bytes", "gauge", "Waiting to be written.", usage.queued_bytes);
   write_sample(out, "torpor_agents_awake", "gauge", "Agents in memory.", usage.agents.size());
-  const EngineWork work = engine.work();
+  const EngineWork work = server::work_of(models);
   write_sample(out, "torpor_speculated_tokens_total", "counter", "Tokens of answers that were guessed before they were sampled.",
                work.accepted_tokens + work.rejected_tokens);
   write_sample(out, "torpor_speculated_tokens_accepted_total", "counter", "Of those, the ones that were right.",

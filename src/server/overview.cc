@@ -48,23 +48,30 @@ MemoryUsage memory_of(ModelPool& pool) {
   return all;
 }
 
+EngineWork work_of(ModelPool& pool) {
+  EngineWork all;
+  for (const ModelPool::Lease& lease : pool.loaded()) {
+    const EngineWork own = lease.engine().work();
+    all.passes += own.passes;
+    all.turns += own.turns;
+    all.most_turns = std::max(all.most_turns, own.most_turns);
+    all.prompt_tokens += own.prompt_tokens;
+    all.answer_tokens += own.answer_tokens;
+    all.accepted_tokens += own.accepted_tokens;
+    all.rejected_tokens += own.rejected_tokens;
+    all.put_aside += own.put_aside;
+  }
+  return all;
+}
+
 Json now_json(ModelPool& pool, Metrics& metrics, const std::string& tenant) {
   Json turns = Json::array();
   for (const TurnRecord& record : metrics.turns().running(tenant)) turns.push_back(record_json(record));
   const size_t all = std::max(metrics.turns().running(), turns.size());
   Json models = Json::array();
   for (const ModelEntry& entry : pool.models()) models.push_back(Json{{"name", entry.name}, {"loaded", entry.loaded}});
-  EngineWork work;
+  const EngineWork work = work_of(pool);
   const std::vector<ModelPool::Lease> loaded = pool.loaded();
-  for (const ModelPool::Lease& lease : loaded) {
-    const EngineWork own = lease.engine().work();
-    work.passes += own.passes;
-    work.turns += own.turns;
-    work.most_turns = std::max(work.most_turns, own.most_turns);
-    work.prompt_tokens += own.prompt_tokens;
-    work.answer_tokens += own.answer_tokens;
-    work.put_aside += own.put_aside;
-  }
   const ModelInfo& model = loaded.front().engine().model();
   return Json{{"version", TORPOR_VERSION},
               {"model", Json{{"name", model.name},
