@@ -4,7 +4,6 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -25,17 +24,17 @@ void parallel_for(size_t count, size_t max_threads, const std::function<void(siz
       }
     }
   };
-  {
-    std::vector<std::jthread> threads;
-    for (size_t i = 1; i < std::min(count, max_threads); ++i) {
-      try {
-        threads.emplace_back(work);
-      } catch (const std::system_error&) {
-        break;  // no more threads to be had: the ones there are do the work
-      }
+  std::vector<std::thread> threads;  // libc++ has no std::jthread before version 18
+  threads.reserve(std::min(count, max_threads));
+  for (size_t i = 1; i < std::min(count, max_threads); ++i) {
+    try {
+      threads.emplace_back(work);
+    } catch (const std::exception&) {
+      break;  // no more threads to be had: the ones there are do the work
     }
-    work();
   }
+  work();
+  for (std::thread& thread : threads) thread.join();
   if (first_error) std::rethrow_exception(first_error);
 }
 
