@@ -30,6 +30,10 @@ if(TORPOR_SANITIZE)
     target_compile_options(torpor_flags INTERFACE -ftls-model=initial-exec)
   endif()
 endif()
+if(TORPOR_LIBFUZZER)
+  target_compile_options(torpor_flags INTERFACE -fsanitize=fuzzer-no-link)
+  target_link_options(torpor_flags INTERFACE -fsanitize=fuzzer-no-link) # tests and tools have no use for what is counted
+endif()
 
 # MLX lives in the Python package: `python -m mlx --cmake-dir` names the prefix of its CMake package. The interpreter
 # is the one that a wheel is built for, else the virtual environment's, unless the user points MLX_ROOT or MLX_DIR elsewhere.

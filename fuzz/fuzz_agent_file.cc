@@ -3,12 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <span>
 #include <string_view>
 #include <vector>
 
+#include "require.h"
 #include "sign_header.h"
 #include "store/agent_file.h"
 #include "store/messages.h"
@@ -16,12 +15,6 @@
 #include "torpor/error.h"
 
 namespace {
-
-void require(bool ok, int line = __builtin_LINE()) {
-  if (ok) return;
-  std::fprintf(stderr, "line %d: what was promised does not hold\n", line);
-  std::abort();
-}
 
 void check(const torpor::TorporFile& file, uint64_t file_size) {
   require(file.header.data_start + file.rows_bytes() <= file_size);

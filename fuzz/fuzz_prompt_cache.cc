@@ -2,22 +2,15 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <span>
 
 #include "base/safetensors.h"
 #include "exchange/prompt_cache.h"
+#include "require.h"
 #include "torpor/error.h"
 
 namespace {
-
-void require(bool ok, int line = __builtin_LINE()) {
-  if (ok) return;
-  std::fprintf(stderr, "line %d: what was promised does not hold\n", line);
-  std::abort();
-}
 
 void check(const torpor::PromptCacheFile& file, uint64_t file_size) {
   require(file.n_tokens >= 1 && !file.layers.empty());

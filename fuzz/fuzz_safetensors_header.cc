@@ -2,20 +2,13 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <span>
 
 #include "base/safetensors.h"
+#include "require.h"
 #include "torpor/error.h"
 
 namespace {
-
-void require(bool ok, int line = __builtin_LINE()) {
-  if (ok) return;
-  std::fprintf(stderr, "line %d: what was promised does not hold\n", line);
-  std::abort();
-}
 
 void check(const torpor::SafetensorsHeader& header, uint64_t file_size) {
   require(header.data_start >= 8 && header.data_start <= file_size);

@@ -1,10 +1,12 @@
 /// Runs a fuzz target over the files of its corpus, and over simple mutations of each: every truncation near the
 /// boundaries, and one flipped bit per byte of the beginning. Deterministic; what libFuzzer finds is added as a file.
+///     fuzz_NAME CORPUS [STRIDE]    (mutates each STRIDEth byte alone: of targets that write a file for each input)
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -16,9 +18,9 @@ namespace {
 
 constexpr size_t kMutatedBytes = 4096;
 
-void replay(const std::vector<uint8_t>& bytes) {
+void replay(const std::vector<uint8_t>& bytes, size_t stride) {
   LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
-  for (size_t i = 0; i < std::min(bytes.size(), kMutatedBytes); ++i) {
+  for (size_t i = 0; i < std::min(bytes.size(), kMutatedBytes); i += stride) {
     std::vector<uint8_t> mutated = bytes;
     mutated[i] ^= uint8_t(1u << (i % 8));
     LLVMFuzzerTestOneInput(mutated.data(), mutated.size());
@@ -30,21 +32,19 @@ void replay(const std::vector<uint8_t>& bytes) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  size_t files = 0;
-  for (int i = 1; i < argc; ++i) {
-    std::vector<std::filesystem::path> paths;
-    for (const auto& entry : std::filesystem::recursive_directory_iterator(argv[i])) {
-      if (entry.is_regular_file()) paths.push_back(entry.path());
-    }
-    std::sort(paths.begin(), paths.end());
-    for (const auto& path : paths) {
-      std::ifstream file(path, std::ios::binary);
-      const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-      std::fprintf(stderr, "%s\n", path.c_str()); // the last line names the culprit
-      replay(bytes);
-      ++files;
-    }
+  if (argc < 2) return 2;
+  const int stride = argc > 2 ? std::max(std::atoi(argv[2]), 1) : 1;
+  std::vector<std::filesystem::path> paths;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(argv[1])) {
+    if (entry.is_regular_file()) paths.push_back(entry.path());
   }
-  std::fprintf(stderr, "replayed %zu files\n", files);
-  return files == 0 ? 1 : 0;
+  std::sort(paths.begin(), paths.end());
+  for (const auto& path : paths) {
+    std::ifstream file(path, std::ios::binary);
+    const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+    std::fprintf(stderr, "%s\n", path.c_str()); // the last line names the culprit
+    replay(bytes, size_t(stride));
+  }
+  std::fprintf(stderr, "replayed %zu files\n", paths.size());
+  return paths.empty() ? 1 : 0;
 }

@@ -130,7 +130,9 @@ void Writing::evict(const std::string& what, int64_t needed, const std::vector<s
                                       "', and saves to it take long; try again later.");
   }
   // Whoever had been given room is through with it now, so this is the exact sum.
-  auto [over, state] = excess(needed, false);
+  int64_t over = 0;
+  std::string state;
+  std::tie(over, state) = excess(needed, false);
   auto refuse = [&](const std::string& why) {
     throw Error(ErrorCode::kResourceExhausted, what + " needs " + std::to_string(needed) + " bytes on the disk, but " + state +
                                                    ". " + why + " Raise the limit, or delete agents.")
