@@ -11,9 +11,11 @@
 namespace {
 
 constexpr const char* kMessages = R"([{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
-  {"role": "assistant", "content": "a", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
+  {"role": "assistant", "content": "a",
+   "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
   {"role": "tool", "content": "r"}])";
-constexpr const char* kVariables = R"({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": [1.5, null]}}}]})";
+constexpr const char* kVariables =
+    R"({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": [1.5, null]}}}]})";
 
 }  // namespace
 

@@ -15,7 +15,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   file.size = 1000;
   file.mtime_ns = 5;
   file.inode = 7;
-  const std::string beginning = "{\n  \"sidecar_checksum\": \"", rest(reinterpret_cast<const char*>(data), size);
+  const std::string beginning = "{\n  \"sidecar_checksum\": \"";
+  const std::string rest(reinterpret_cast<const char*>(data), size);
   const std::string text = beginning + torpor::hash_hex(beginning + std::string(32, '0') + rest) + rest;
   require(torpor::is_sidecar(text));
   const auto info = torpor::decode_sidecar(text, file);
