@@ -353,6 +353,60 @@ TEST(KernelsAttention, BitsDependOnNoNeighbour) {
   check_neighbours(4, true);
 }
 
+// As agents of one prompt, forked anywhere, beside one that is still at its own: whole superblocks in common, or none.
+TEST(KernelsAttention, SequencesThatShareRunsHaveTheBitsOfAlone) {
+  ThreadPool one(1), two(2);
+  for (unsigned seed = 0; seed < 12; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937 random(seed);
+    const auto any = [&](int n) { return int(random() % unsigned(n)); };
+    Options options;
+    options.kv_heads = 1 + any(2);
+    options.heads = options.kv_heads * (1 + any(4));
+    const KvBits bits[] = {0, 0, 0, 8, 4, {8, 4}};
+    options.bits = bits[seed % 6];
+    options.dtype = seed % 6 == 0 ? KvDtype::kF32 : seed % 6 == 1 ? KvDtype::kBF16 : KvDtype::kF16;
+    options.dim = options.bits == 0 ? 24 + 8 * any(6) : 64;
+    options.group = any(2) == 0 ? 32 : 64;
+    options.rotate = options.key_bias = options.bits != 0 && any(2) == 0;
+    options.window = any(3) == 0 ? 300 + any(900) : 0;
+    options.softcap = any(3) == 0 ? 20.0f : 0.0f;
+    const Model model(options);
+    const int prompt_runs = 2 + any(4), prompt_tokens = prompt_runs * kSegmentTokens;
+    const Cache prompt = [&] {
+      Cache cache(model.spec, prompt_tokens);
+      run_in_chunks(two, model, model.tokens(prompt_tokens, 100 + seed), prompt_tokens, 512, cache);
+      return cache;
+    }();
+    std::vector<Cache> caches;
+    std::vector<AttentionSequence> sequences;
+    std::vector<float> batch, expected;
+    for (int i = 0, n_agents = 2 + any(6); i < n_agents; ++i) {
+      const int shared_runs = any(4) == 0 ? any(prompt_runs + 1) : prompt_runs, shared = shared_runs * kSegmentTokens;
+      const int before = shared + any(300), n = any(6) == 0 ? 70 : 1 + any(4);
+      caches.emplace_back(model.spec, before + n);
+      std::copy(prompt.runs.begin(), prompt.runs.begin() + shared_runs, caches.back().runs.begin());
+      std::vector<float> rows = model.tokens(before - shared + n, 200 + unsigned(i));
+      std::vector<float> out(size_t(before - shared) * model.out_width());
+      const AttentionSequence prefill{0, before - shared, shared, caches.back().runs};
+      attention_on(one, rows.data(), model.spec, std::span(&prefill, 1), out.data());
+      rows.erase(rows.begin(), rows.begin() + ptrdiff_t(size_t(before - shared) * model.width()));
+      sequences.push_back({int(batch.size() / model.width()), n, before, caches.back().runs});
+      batch.insert(batch.end(), rows.begin(), rows.end());
+      out.resize(size_t(n) * model.out_width());
+      const AttentionSequence alone{0, n, before, caches.back().runs};
+      attention_on(one, rows.data(), model.spec, std::span(&alone, 1), out.data());
+      expected.insert(expected.end(), out.begin(), out.end());
+    }
+    for (size_t i = 0; i < caches.size(); ++i) sequences[i].runs = caches[i].runs;
+    for (ThreadPool* pool : {&one, &two}) {
+      std::vector<float> qkv = batch, out(expected.size());
+      attention_on(*pool, qkv.data(), model.spec, sequences, out.data());
+      EXPECT_TRUE(same_bits(out, expected)) << "threads " << pool->size();
+    }
+  }
+}
+
 // What a row may not see has no influence, whatever it is.
 TEST(KernelsAttention, InfiniteValuesOfLaterTokensDontReachBack) {
   const Model model(Options{});

@@ -18,6 +18,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include <hwy/highway.h>
 
@@ -162,11 +163,6 @@ struct Scratch {
   }
 };
 
-/// The keys that the query at `position` sees.
-HWY_INLINE int first_key(const AttentionSpec& spec, int position) {
-  return spec.window > 0 ? std::max(0, position - spec.window + 1) : 0;
-}
-
 /// Products with a block of keys [dim][kBlock] and of values [kBlock][padded], of the cache's type or f32.
 template <class Rows>
 struct FloatProducts {
@@ -211,8 +207,8 @@ struct AffineProducts {
 
 /// Scores, weights and outputs of all rows of a tile for the block of keys at `block`.
 template <class Products>
-HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int position, int block,
-                             const Products& products, const Scratch& s) {
+HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int block, const Products& products,
+                             const Scratch& s) {
   const AttentionSpec& spec = *job.spec;
   const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
   const size_t rows = size_t(task.count) * group;
@@ -222,7 +218,7 @@ HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int 
     size_t low = kBlock, high = 0;
     bool same = true;
     for (size_t r = 0; r < n; ++r) {
-      const int p = position + int((r0 + r) / group);
+      const int p = job.queries[size_t(task.first) + (r0 + r) / group].position;
       row_begin[r] = size_t(std::clamp(first_key(spec, p) - block, 0, int(kBlock)));
       row_end[r] = size_t(std::clamp(p + 1 - block, 0, int(kBlock)));
       same = same && row_begin[r] == row_begin[0] && row_end[r] == row_end[0];
@@ -255,9 +251,9 @@ HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int 
 
 /// The same for few rows of a packed block, of which any sees only keys [begin, end).
 template <int kKeyBits>
-HWY_NOINLINE void attend_packed(const AttentionJob& job, const TileTask& task, int position, int block,
-                                const Block<float>& here, const Block<float>& ahead, const float* zeros, size_t begin,
-                                size_t end, const Scratch& s) {
+HWY_NOINLINE void attend_packed(const AttentionJob& job, const TileTask& task, int block, const Block<float>& here,
+                                const Block<float>& ahead, const float* zeros, size_t begin, size_t end,
+                                const Scratch& s) {
   const AttentionSpec& spec = *job.spec;
   const AttentionSequence& sequence = job.sequences[size_t(task.sequence)];
   const size_t dim = size_t(spec.head_dim), head = size_t(task.kv_head);
@@ -273,12 +269,20 @@ HWY_NOINLINE void attend_packed(const AttentionJob& job, const TileTask& task, i
   }
   const AffineProducts<kKeyBits> products{dim,    size_t(spec.kv_group), s.narrow_keys, keys,
                                           levels, values,                ahead.keys,    then};
-  attend_block(job, task, position, block, products, s);
+  attend_block(job, task, block, products, s);
+}
+
+/// The positions of a tile's queries: the least, and the greatest.
+HWY_INLINE std::pair<int, int> positions(const AttentionJob& job, const TileTask& task) {
+  const Query* first = job.queries + task.first;
+  const auto [low, high] = std::minmax_element(first, first + task.count,
+                                               [](const Query& a, const Query& b) { return a.position < b.position; });
+  return {low->position, high->position};
 }
 
 /// The first block that a tile visits of a superblock.
 HWY_INLINE int first_block(const AttentionJob& job, const TileTask& task, int super) {
-  const int position = job.sequences[size_t(task.sequence)].position + task.first;
+  const int position = positions(job, task).first;
   return std::max(super * kSuper, first_key(*job.spec, position) / int(kBlock) * int(kBlock));
 }
 
@@ -290,8 +294,7 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
   const AttentionSequence& sequence = job.sequences[size_t(task.sequence)];
   const size_t dim = size_t(spec.head_dim), padded = job.padded;
   const size_t rows = size_t(task.count) * job.group;
-  const int position = sequence.position + task.first;
-  const int last = position + task.count - 1;
+  const auto [position, last] = positions(job, task);
 
   std::fill(s.maximum, s.maximum + rows, -std::numeric_limits<float>::infinity());
   std::memset(s.sum, 0, rows * kMaxLanes * sizeof(float));
@@ -323,7 +326,7 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
       fetch_scales(spec, job.sequences[size_t(then.sequence)], size_t(then.kv_head), then_block);
       if (few && spec.key_bias == nullptr) {
         const auto attend = spec.kv_bits.keys == 8 ? attend_packed<8> : attend_packed<4>;
-        attend(job, task, position, block, here, ahead, zeros, begin, end, s);
+        attend(job, task, block, here, ahead, zeros, begin, end, s);
         continue;
       }
       const auto eight = spec.kv_bits.values == 8 ? dequantize_block<8, 8> : dequantize_block<8, 4>;
@@ -331,22 +334,22 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
       const auto dequantize = spec.kv_bits.keys == 8 ? eight : four;
       dequantize(job, sequence, size_t(task.kv_head), block, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
                  s.keys, s.values);
-      attend_block(job, task, position, block, widened, s);
+      attend_block(job, task, block, widened, s);
     } else if constexpr (Rows::kIsFloat) {
       transpose_keys(here.keys, zeros, dim, begin, end, s.keys);
       if (dim != padded) widen<Rows>(here.values, dim, padded, begin, end, s.values);
       const float* values = dim == padded ? here.values : s.values;
-      attend_block(job, task, position, block, FloatProducts<Rows>{dim, padded, {s.keys, values}, ahead}, s);
+      attend_block(job, task, block, FloatProducts<Rows>{dim, padded, {s.keys, values}, ahead}, s);
     } else {
       Element* narrow_keys = reinterpret_cast<Element*>(s.narrow_keys);
       transpose_keys(here.keys, zeros, dim, begin, end, narrow_keys);
       if (few && dim == padded) {
         const FloatProducts<Rows> products{dim, padded, {narrow_keys, here.values}, ahead};
-        attend_block(job, task, position, block, products, s);
+        attend_block(job, task, block, products, s);
       } else {
         widen<Rows>(narrow_keys, kBlock, kBlock, 0, dim, s.keys);
         widen<Rows>(here.values, dim, padded, begin, end, s.values);
-        attend_block(job, task, position, block, widened, s);
+        attend_block(job, task, block, widened, s);
       }
     }
   }
@@ -383,7 +386,7 @@ HWY_NOINLINE void finish(const AttentionJob& job, const TileTask& task, const Sc
   const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
   for (size_t r = 0; r < size_t(task.count) * group; ++r) {
     const size_t head = size_t(task.kv_head) * group + r % group;
-    const size_t row = size_t(job.sequences[size_t(task.sequence)].row + task.first) + r / group;
+    const size_t row = size_t(job.queries[size_t(task.first) + r / group].row);
     float factor = 1.0f, sum = s.total_sum[r];
     if (spec.sinks != nullptr) {
       const float sink = spec.sinks[head] * 1.4426950408889634f;
@@ -404,30 +407,29 @@ HWY_NOINLINE void finish(const AttentionJob& job, const TileTask& task, const Sc
 template <class Rows>
 void run_tile(const AttentionJob& job, const TileTask& task, const TileTask& next) {
   const AttentionSpec& spec = *job.spec;
-  const AttentionSequence& sequence = job.sequences[size_t(task.sequence)];
   const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
   const size_t rows = size_t(task.count) * group;
   const Scratch s(rows, spec, padded);
   const size_t stride = size_t(spec.n_heads + 2 * spec.n_kv_heads) * dim;
   for (size_t t = 0; t < size_t(task.count); ++t) {
     std::memcpy(s.q + t * group * dim,
-                job.qkv + (size_t(sequence.row + task.first) + t) * stride + size_t(task.kv_head) * group * dim,
+                job.qkv + size_t(job.queries[size_t(task.first) + t].row) * stride + size_t(task.kv_head) * group * dim,
                 group * dim * sizeof(float));
   }
-  if (task.partials == nullptr) start_total(s, rows, padded);
-  float* partial = task.partials;
-  for (int super = task.super_begin; super < task.super_end; ++super) {
-    run_super<Rows>(job, task, super, next, s);
-    if (task.partials == nullptr) {
-      merge(s, rows, padded, s.maximum, s.sum, s.acc);
-      continue;
-    }
+  if (task.partial >= 0) {
+    run_super<Rows>(job, task, task.super_begin, next, s);
+    float* const partial = job.partials + task.partial;
     std::memcpy(partial, s.maximum, rows * sizeof(float));
     std::memcpy(partial + rows, s.sum, rows * sizeof(float));
     std::memcpy(partial + 2 * rows, s.acc, rows * padded * sizeof(float));
-    partial += rows * (padded + 2);
+    return;
   }
-  if (task.partials == nullptr) finish(job, task, s);
+  start_total(s, rows, padded);
+  for (int super = task.super_begin; super < task.super_end; ++super) {
+    run_super<Rows>(job, task, super, next, s);
+    merge(s, rows, padded, s.maximum, s.sum, s.acc);
+  }
+  finish(job, task, s);
 }
 
 /// `next` is the task that the calling thread takes then.
@@ -441,14 +443,13 @@ void RunTile(const AttentionJob& job, const TileTask& task, const TileTask& next
 }
 
 /// `task` spans all superblocks of the tile, whose partials are ready.
-void MergeTile(const AttentionJob& job, const TileTask& task) {
+void MergeTile(const AttentionJob& job, const TileTask& task, const Partial* found) {
   const size_t padded = job.padded, rows = size_t(task.count) * job.group;
   const Scratch s(rows, *job.spec, padded);
   start_total(s, rows, padded);
-  const float* partial = task.partials;
   for (int super = task.super_begin; super < task.super_end; ++super) {
-    merge(s, rows, padded, partial, partial + rows, partial + 2 * rows);
-    partial += rows * (padded + 2);
+    const Partial& at = found[super - task.super_begin];
+    merge(s, rows, padded, job.partials + at.maximum, job.partials + at.sum, job.partials + at.acc);
   }
   finish(job, task, s);
 }

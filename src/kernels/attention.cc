@@ -27,11 +27,18 @@ constexpr int kMaxRows = 6;     // rows per product
 constexpr size_t kMaxLanes = 16;
 static_assert(kSegmentTokens % kBlock == 0 && kSuper % kBlock == 0);
 
+/// A token that attends: its row of the input and of the output, and its position.
+struct Query {
+  int row, position;
+};
+
 struct AttentionJob {
   float* qkv;
   float* out;
   const AttentionSpec* spec;
   std::span<const AttentionSequence> sequences;
+  const Query* queries;
+  float* partials;
   const float* rope;   // [tokens][2][dims / 2]: cosines, sines
   // For a key bias, which every block of keys needs: of each block's first position, and of each position in a block.
   const float* block_angles;   // [blocks][2][dims / 2]: cosines, sines
@@ -48,11 +55,22 @@ struct PrepareTask {
   size_t rope_row;
 };
 
-/// Queries [first, first + count) of one kv head's group over superblocks [super_begin, super_end).
+/// AttentionJob::queries [first, first + count), in one kv head's group, over superblocks [super_begin, super_end) of
+/// the runs of `sequence`, which all of the queries hold.
 struct TileTask {
   int sequence, kv_head, first, count, super_begin, super_end;
-  float* partials;  // per superblock: maximum [rows], sum [rows], acc [rows][padded]; or nullptr: merge and write out
+  ptrdiff_t partial;  // in AttentionJob::partials: maximum [rows], sum [rows], acc [rows][padded]; -1: write out
 };
+
+/// Where a tile finds a superblock's partial of its first row, in AttentionJob::partials.
+struct Partial {
+  ptrdiff_t maximum = -1, sum = -1, acc = -1;
+};
+
+/// The first key that the query at `position` sees.
+inline int first_key(const AttentionSpec& spec, int position) {
+  return spec.window > 0 ? std::max(0, position - spec.window + 1) : 0;
+}
 
 /// The calling thread's scratch memory, aligned, of at least `n` floats.
 float* attention_scratch(size_t n) {
@@ -224,6 +242,54 @@ void check(const AttentionSpec& spec, std::span<const AttentionSequence> sequenc
   }
 }
 
+/// A superblock whose keys several sequences hold in the same runs, as agents of one prompt do.
+struct SharedSuper {
+  int super;
+  std::vector<int> sequences;  // of together at most a tile's queries
+};
+
+/// Among sequences of one tile each, superblocks that all their queries are past. Rows of a tile don't depend on each
+/// other, so a superblock is attended once for all who share it, and their bits stay what they are alone.
+std::vector<SharedSuper> find_shared(const AttentionSpec& spec, std::span<const AttentionSequence> sequences,
+                                     int tile) {
+  constexpr size_t kRuns = kSuper / kSegmentTokens;
+  std::vector<SharedSuper> shared;
+  std::vector<int> few;
+  int supers = 0;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    if (sequences[i].n <= 0 || sequences[i].n > tile) continue;
+    few.push_back(int(i));
+    supers = std::max(supers, sequences[i].position / kSuper);
+  }
+  if (few.size() < 2) return shared;
+  const auto attends = [&](const AttentionSequence& s, int super) {
+    return super >= first_key(spec, s.position) / kSuper && (super + 1) * kSuper <= s.position;
+  };
+  const auto same = [&](const AttentionSequence& a, const AttentionSequence& b, int super) {
+    const auto runs = [&](const AttentionSequence& s) { return s.runs.subspan(size_t(super) * kRuns, kRuns); };
+    return std::ranges::equal(runs(a), runs(b), {}, &KvRunView::keys, &KvRunView::keys);
+  };
+  std::vector<char> taken;
+  for (int super = 0; super < supers; ++super) {
+    taken.assign(few.size(), 0);
+    for (size_t i = 0; i < few.size(); ++i) {
+      const AttentionSequence& first = sequences[size_t(few[i])];
+      if (taken[i] != 0 || !attends(first, super)) continue;
+      SharedSuper group{super, {few[i]}};
+      int queries = first.n;
+      for (size_t j = i + 1; j < few.size(); ++j) {
+        const AttentionSequence& other = sequences[size_t(few[j])];
+        if (taken[j] != 0 || !attends(other, super) || !same(first, other, super) || queries + other.n > tile) continue;
+        taken[j] = 1;
+        queries += other.n;
+        group.sequences.push_back(few[j]);
+      }
+      if (group.sequences.size() > 1) shared.push_back(std::move(group));
+    }
+  }
+  return shared;
+}
+
 }  // namespace
 
 void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::span<const AttentionSequence> sequences,
@@ -269,26 +335,30 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
     pool.parallel_for(prepare.size(), [&](size_t task, int) { prepare_rows(job, prepare[task]); });
   }
 
-  // 2. Tiles, those with the most keys first. Where there are too few of them, superblocks become tasks too.
+  // 2. Tiles, those with the most keys first. Where there are too few of them, superblocks become tasks too; and those
+  // that several sequences share.
   constexpr size_t kTileFloats = 12 * 1024;
   const int tile = int(std::clamp<size_t>(kTileFloats / (size_t(spec.head_dim) * job.group), 4, 64));
+  std::vector<Query> queries;
   std::vector<TileTask> tiles;
   for (size_t i = 0; i < sequences.size(); ++i) {
     for (int first = 0; first < sequences[i].n; first += tile) {
       const int count = std::min(tile, sequences[i].n - first);
       const int position = sequences[i].position + first;
-      const int begin = spec.window > 0 ? std::max(0, position - spec.window + 1) : 0;
       for (int head = 0; head < spec.n_kv_heads; ++head) {
-        tiles.push_back({int(i), head, first, count, begin / kSuper, (position + count - 1) / kSuper + 1, nullptr});
+        tiles.push_back({int(i), head, int(queries.size()), count, first_key(spec, position) / kSuper,
+                         (position + count - 1) / kSuper + 1, -1});
       }
+      for (int t = 0; t < count; ++t) queries.push_back({sequences[i].row + first + t, position + t});
     }
   }
+  const std::vector<SharedSuper> shared = find_shared(spec, sequences, tile);
   const auto cost = [](const TileTask& t) { return int64_t(t.count) * (t.super_end - t.super_begin); };
   std::stable_sort(tiles.begin(), tiles.end(),
                    [&](const TileTask& a, const TileTask& b) { return cost(a) > cost(b); });
   const auto run_tile = HWY_DYNAMIC_DISPATCH(RunTile);
-  const bool split = pool.size() > 1 && tiles.size() < 4 * size_t(pool.size());
-  if (!split) {
+  if (shared.empty() && (pool.size() == 1 || tiles.size() >= 4 * size_t(pool.size()))) {
+    job.queries = queries.data();
     if (tiles.size() == 1) {
       run_tile(job, tiles[0], tiles[0]);
     } else {
@@ -296,29 +366,71 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
     }
     return;
   }
+
+  // Each tile's partials lie in order of its superblocks.
+  std::vector<size_t> first_partial;
+  size_t n_partials = 0;
+  std::vector<size_t> tile_of(sequences.size() * size_t(spec.n_kv_heads));  // of those that have one
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    const TileTask& t = tiles[i];
+    first_partial.push_back(n_partials);
+    n_partials += size_t(t.super_end - t.super_begin);
+    tile_of[size_t(t.sequence) * size_t(spec.n_kv_heads) + size_t(t.kv_head)] = i;
+  }
+  std::vector<Partial> found(n_partials);
   std::vector<TileTask> tasks;
   size_t floats = 0;
-  const auto partial_floats = [&](const TileTask& t) { return size_t(t.count) * job.group * (job.padded + 2); };
-  for (const TileTask& t : tiles) {
-    if (t.super_end - t.super_begin > 1) floats += partial_floats(t) * size_t(t.super_end - t.super_begin);
+  const auto add_task = [&](TileTask task) {
+    task.partial = ptrdiff_t(floats);
+    floats += size_t(task.count) * job.group * (job.padded + 2);
+    tasks.push_back(task);
+  };
+  const auto partial_at = [&](const TileTask& task, int query) {
+    const size_t rows = size_t(task.count) * job.group, row = size_t(query) * job.group, at = size_t(task.partial);
+    return Partial{ptrdiff_t(at + row), ptrdiff_t(at + rows + row), ptrdiff_t(at + 2 * rows + row * job.padded)};
+  };
+  for (const SharedSuper& s : shared) {
+    const int first = int(queries.size());
+    for (const int i : s.sequences) {
+      for (int t = 0; t < sequences[size_t(i)].n; ++t) {
+        queries.push_back({sequences[size_t(i)].row + t, sequences[size_t(i)].position + t});
+      }
+    }
+    for (int head = 0; head < spec.n_kv_heads; ++head) {
+      add_task({s.sequences[0], head, first, int(queries.size()) - first, s.super, s.super + 1, -1});
+      int query = 0;
+      for (const int i : s.sequences) {
+        const size_t of = tile_of[size_t(i) * size_t(spec.n_kv_heads) + size_t(head)];
+        found[first_partial[of] + size_t(s.super - tiles[of].super_begin)] = partial_at(tasks.back(), query);
+        query += sequences[size_t(i)].n;
+      }
+    }
   }
-  if (partials.size() < floats) partials.resize(floats);
-  float* at = partials.data();
-  for (TileTask& t : tiles) {
-    if (t.super_end - t.super_begin == 1) {
+  std::vector<size_t> to_merge;
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    const TileTask& t = tiles[i];
+    if (t.super_end - t.super_begin == 1 && found[first_partial[i]].acc < 0) {
       tasks.push_back(t);
       continue;
     }
-    t.partials = at;
+    to_merge.push_back(i);
     for (int super = t.super_begin; super < t.super_end; ++super) {
-      tasks.push_back({t.sequence, t.kv_head, t.first, t.count, super, super + 1, at});
-      at += partial_floats(t);
+      Partial& partial = found[first_partial[i] + size_t(super - t.super_begin)];
+      if (partial.acc >= 0) continue;
+      add_task({t.sequence, t.kv_head, t.first, t.count, super, super + 1, -1});
+      partial = partial_at(tasks.back(), 0);
     }
   }
+  if (partials.size() < floats) partials.resize(floats);
+  job.queries = queries.data();
+  job.partials = partials.data();
   pool.parallel_ends(int(tasks.size()), [&](int task, int next) { run_tile(job, tasks[size_t(task)], tasks[size_t(next)]); });
   const auto merge_tile = HWY_DYNAMIC_DISPATCH(MergeTile);
-  for (const TileTask& t : tiles) {
-    if (t.partials != nullptr) merge_tile(job, t);
+  const auto merge = [&](size_t i) { merge_tile(job, tiles[to_merge[i]], found.data() + first_partial[to_merge[i]]); };
+  if (to_merge.size() <= 4) {
+    for (size_t i = 0; i < to_merge.size(); ++i) merge(i);
+  } else {
+    pool.parallel_for(to_merge.size(), [&](size_t i, int) { merge(i); });
   }
 }
 
