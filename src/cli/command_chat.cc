@@ -2,8 +2,6 @@
 
 #include <unistd.h>
 
-#include <algorithm>
-#include <charconv>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -11,10 +9,10 @@
 #include <map>
 #include <optional>
 #include <set>
-#include <sstream>
 
 #include <CLI/CLI.hpp>
 
+#include "cli/chat_line.h"
 #include "cli/commands.h"
 #include "cli/exchanges.h"
 #include "cli/output.h"
@@ -52,23 +50,6 @@ std::optional<std::string> read_line() {
   }
   std::free(buffer);
   return line;
-}
-
-int64_t parse_count(const std::string& text, const char* of_what) {
-  int64_t n = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), n);
-  if (error != std::errc() || end != text.data() + text.size() || n < 0) {
-    throw Error(ErrorCode::kInvalidArgument, "'" + text + "' is not a number of " + of_what);
-  }
-  return n;
-}
-
-/// "/undo" of "/undo 2"; empty when the line is a message: what begins with no slash or two, or with a path.
-std::string command_name(const std::string& line) {
-  if (!line.starts_with('/') || line.starts_with("//")) return "";
-  const std::string name = line.substr(0, line.find_first_of(" \t"));
-  const auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '_'; };
-  return std::all_of(name.begin() + 1, name.end(), letter) ? name : "";
 }
 
 void print_agents(const std::vector<AgentStatus>& agents, bool json) {
@@ -165,11 +146,11 @@ class Chat {
       const std::optional<std::string> line = read_line();
       if (!line) break;
       if (line->find_first_not_of(" \t\v\f") == line->npos) continue;
-      const std::string name = command_name(*line);
       try {
-        if (name.empty()) {
-          say(line->starts_with("//") ? line->substr(1) : *line);
-        } else if (!command(*line)) {
+        const ChatLine parsed = parse_chat_line(*line);
+        if (parsed.command.empty()) {
+          say(parsed.text);
+        } else if (!command(parsed)) {
           break;
         }
       } catch (const Error& error) {
@@ -244,77 +225,52 @@ class Chat {
     tell(agent + " keeps " + std::to_string(keep) + " tokens");
   }
 
-  /// False when it was told to leave. kInvalidArgument for what is no command: it would be a message that is saved for good.
-  bool command(const std::string& line) {
-    std::istringstream stream(line);
-    const std::vector<std::string> words{std::istream_iterator<std::string>(stream), {}};
-    const std::string& name = words[0];
-    const size_t arguments = words.size() - 1;
+  /// False when it was told to leave.
+  bool command(const ChatLine& line) {
+    const std::string& name = line.command;
     std::string& agent = options_.agent;
-    const auto takes = [&](bool right, const char* what) {
-      if (!right) throw Error(ErrorCode::kInvalidArgument, name + " takes " + what + "; /help lists the commands, //... is a message");
-    };
-    if (name == "/exit" || name == "/quit") {
-      takes(arguments == 0, "nothing");
-      return false;
-    }
+    if (name == "/exit" || name == "/quit") return false;
     if (name == "/help") {
-      takes(arguments == 0, "nothing");
       std::fputs(kHelp, stderr);
     } else if (name == "/memory") {
-      takes(arguments == 0, "nothing");
       print_memory(engine_.memory_usage(), options_.json);
     } else if (name == "/agents") {
-      takes(arguments == 0, "nothing");
       print_agents(engine_.agents(), options_.json);
     } else if (name == "/turns") {
-      takes(arguments == 0, "nothing");
       print_exchanges(saved_exchanges(), options_.json);
     } else if (name == "/agent") {
-      takes(arguments == 1, "the name of an agent");
-      check_agent_id(words[1]);
-      agent = words[1];
+      check_agent_id(line.argument);
+      agent = line.argument;
       engine_.prefetch(agent);
       greet();
     } else if (name == "/fork") {
-      takes(arguments == 1 || arguments == 2, "a new agent's name, and maybe a number of tokens");
-      engine_.fork(agent, words[1], arguments == 2 ? std::optional(parse_count(words[2], "tokens")) : std::nullopt, options_.save);
-      tell(words[1] + " is a fork of " + agent);
-      agent = words[1];
+      engine_.fork(agent, line.argument, line.count, options_.save);
+      tell(line.argument + " is a fork of " + agent);
+      agent = line.argument;
       known_.insert(agent);
     } else if (name == "/rewind") {
-      takes(arguments == 1, "a number of tokens; /undo counts exchanges");
-      rewind(parse_count(words[1], "tokens"));
+      rewind(*line.count);
     } else if (name == "/undo") {
-      takes(arguments <= 1, "a number of exchanges, or nothing");
-      const int64_t n = arguments == 1 ? parse_count(words[1], "exchanges") : 1;
       engine_.save(agent);
-      rewind(begin_of_last(engine_.store(), agent, n));
+      rewind(begin_of_last(engine_.store(), agent, line.count.value_or(1)));
     } else if (name == "/system") {
-      takes(arguments > 0, "the text of a system prompt");
       if (!is_new(agent) && known_tokens() > 0) {
         throw Error(ErrorCode::kInvalidArgument, "agent '" + agent + "' has begun already; a system prompt stands at the beginning");
       }
-      const std::string text = line.substr(line.find(words[1], name.size()));
-      check_text(text, "the system message");
-      systems_[agent] = text;
+      check_text(line.text, "the system message");
+      systems_[agent] = line.text;
       tell("the system prompt of " + agent + " is set");
     } else if (name == "/sleep") {
-      takes(arguments == 0, "nothing");
       engine_.sleep(agent);
       tell(agent + " sleeps");
     } else if (name == "/pin" || name == "/unpin") {
-      takes(arguments == 0, "nothing");
       engine_.pin(agent, name == "/pin", options_.save);
       tell(agent + (name == "/pin" ? " is pinned" : " is no longer pinned"));
     } else if (name == "/rename") {
-      takes(arguments == 1, "a new name");
-      engine_.rename(agent, words[1]);
-      tell(agent + " is now " + words[1]);
-      known_.insert(words[1]);
-      agent = words[1];
-    } else {
-      throw Error(ErrorCode::kInvalidArgument, "there is no command " + name + "; /help lists them, and /" + name + " is a message");
+      engine_.rename(agent, line.argument);
+      tell(agent + " is now " + line.argument);
+      known_.insert(line.argument);
+      agent = line.argument;
     }
     return true;
   }
