@@ -165,7 +165,7 @@ TurnRequest repetitive(const std::string& agent, uint64_t seed) {
   turn.prompt = "the fox " + std::to_string(seed);  // one chunk, whatever the pace
   turn.raw = true;
   turn.generate.max_tokens = 30 + int(seed % 7) * 10;
-  turn.generate.sampling = {.temperature = float(seed % 4) * 0.5f, .seed = seed, .logit_bias = {{64, 60}, {65, 57}, {66, 57}}};
+  turn.generate.sampling = {.temperature = float(seed % 4) * 0.5f, .seed = seed, .logit_bias = {{64, 300}, {65, 297}, {66, 297}}};
   if (seed % 5 == 1) turn.generate.sampling.frequency_penalty = 0.05f;
   if (seed % 5 == 2) turn.generate.logprobs = 2;
   return turn;
