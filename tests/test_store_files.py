@@ -133,7 +133,7 @@ def test_the_listings(ada):
     rows = ada("ls").ok().out.splitlines()
     assert rows[0].split() == ["AGENT", "TOKENS", "OWN", "SHARED", "STATE", "AGE", "MODEL"] and rows[1].split()[:2] == ["ada", "608"]
     [listed] = ada("ls", "--json").ok().json
-    assert (listed.pop("own_bytes"), listed.pop("shared_bytes")) == (listed["bytes"], 0)
+    assert [listed.pop(only) for only in ("own_bytes", "shared_bytes", "missing_files")] == [listed["bytes"], 0, 0]
     shown = ada("show", "ada", "--json").ok().json
     assert listed.items() <= shown.items()
     assert shown["cache_size"] == 608 and len(shown["segments"]) == 2 and shown["identity"]["architecture"] == "llama"
@@ -141,7 +141,7 @@ def test_the_listings(ada):
     assert usage["agents"] == 1 and usage["segments"] == 2 and usage["orphan_segments"] == 0
     assert usage["total_bytes"] >= usage["agent_bytes"] + usage["segment_bytes"]
     assert ada("verify", "--json").ok().json == {
-        "ok": True, "agents": [{"agent": "ada", "intact_tokens": 608, "problems": []}]}
+        "ok": True, "agents": [{"agent": "ada", "readable": True, "intact_tokens": 608, "problems": []}]}
 
 
 def test_show_prints_the_conversation(tiny):
