@@ -106,6 +106,17 @@ class Torpor:
         return Torpor(to, self.model)
 
 
+def read_to_the_end(leader):
+    """All that processes write to a pseudo-terminal whose other side this process has closed."""
+    said = b""
+    try:
+        while part := os.read(leader, 4096):
+            said += part
+    except OSError:
+        pass  # the end, where nobody has the other side any more
+    return said
+
+
 def held_ids(store, agent):
     """An agent's ids, from its file and its parts (docs/format.md)."""
     with safe_open(store / f"{agent}.safetensors", framework="numpy") as file:

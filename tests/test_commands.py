@@ -15,7 +15,7 @@ import mlx_lm.models.cache as mlx_cache
 import pytest
 from safetensors.numpy import load_file
 
-from conftest import BIN, EXIT, Result, Torpor, forge, make_tiny_model, preload
+from conftest import BIN, EXIT, Result, Torpor, forge, make_tiny_model, preload, read_to_the_end
 
 import torpor
 
@@ -492,12 +492,7 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(tiny, tmp_path, tokenizer)
     leader, follower = pty.openpty()
     process = subprocess.Popen(command, stdout=follower, stderr=subprocess.DEVNULL)
     os.close(follower)
-    said = b""
-    try:
-        while part := os.read(leader, 4096):
-            said += part
-    except OSError:
-        pass  # the end, where nobody has the other side any more
+    said = read_to_the_end(leader)
     os.close(leader)
     assert process.wait(timeout=60) == 0 and said == b"\\u001b" * 3 + b"\r\n"
 

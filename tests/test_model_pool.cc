@@ -118,8 +118,12 @@ TEST_F(ModelPoolTest, AModelThatNobodyUsesIsUnloadedWithItsAgentsSavedAndTheFirs
   pool.unload_idle(std::chrono::hours(1));
   EXPECT_EQ(loaded(pool), (Names{"plain", "biased"}));
   { const auto looked = pool.loaded(); }
+  const EngineWork before = pool.work();
+  EXPECT_GT(before.answer_tokens, 0);
   pool.unload_idle(std::chrono::milliseconds(0));
   EXPECT_EQ(loaded(pool), Names{"plain"});
+  EXPECT_EQ(pool.work().answer_tokens, before.answer_tokens) << "no total falls when a model goes";
+  EXPECT_EQ(pool.work().prompt_tokens, before.prompt_tokens);
   EXPECT_EQ(pool.of_agent("bea", true).name(), "plain");
   EXPECT_EQ(loaded(pool), Names{"plain"});
   EXPECT_EQ(pool.of_agent("bea", false).name(), "biased");

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from conftest import EXIT, Torpor
+from conftest import EXIT, Torpor, read_to_the_end
 
 import torpor
 
@@ -174,12 +174,7 @@ def test_the_bar_of_a_prefill_is_wiped_before_an_error_is_told(ada, words):
     process = subprocess.Popen(ada.command("run", "--model", ada.model, "--agent", "a", "--prompt", words(1500), "--raw",
                                            "--memory-budget", "700KB"), stdout=subprocess.PIPE, stderr=follower)
     os.close(follower)
-    said = b""
-    try:
-        while part := os.read(leader, 4096):
-            said += part
-    except OSError:
-        pass  # the end, where nobody has the other side any more
+    said = read_to_the_end(leader)
     assert process.wait(timeout=60) == EXIT["exhausted"], said
     assert b"reading [" in said and said.rfind(b"\r\x1b[K") > said.rfind(b"reading ["), said
     assert said.endswith(b".\r\n") and said[said.rfind(b"\r\x1b[K"):].startswith(b"\r\x1b[Ktorpor: "), said

@@ -23,7 +23,6 @@
 #include "server/dialects.h"
 #include "server/http_edge.h"
 #include "server/model_pool.h"
-#include "server/overview.h"
 #include "server/service.h"
 #include "torpor/engine.h"
 #include "torpor/error.h"
@@ -141,14 +140,14 @@ server::HttpEdgeOptions edge_options(const ServeOptions& options) {
 
 void add_engine_samples(std::string& out, server::ModelPool& models) {
   using server::write_sample;
-  const MemoryUsage usage = server::memory_of(models);
+  const MemoryUsage usage = models.memory_usage();
   write_sample(out, "torpor_model_bytes", "gauge", "Memory of the model's weights.", usage.model_bytes);
   write_sample(out, "torpor_kv_bytes", "gauge", "Memory of agents' caches, each buffer once.", usage.kv_bytes);
   write_sample(out, "torpor_kv_mapped_bytes", "gauge", "Of those, pages of segment files.", usage.mapped_bytes);
   write_sample(out, "torpor_kv_budget_bytes", "gauge", "What bounds them; 0: nothing.", usage.budget);
   write_sample(out, "torpor_save_queue_bytes", "gauge", "Waiting to be written.", usage.queued_bytes);
   write_sample(out, "torpor_agents_awake", "gauge", "Agents in memory.", usage.agents.size());
-  const EngineWork work = server::work_of(models);
+  const EngineWork work = models.work();
   write_sample(out, "torpor_speculated_tokens_total", "counter", "Tokens of answers that were guessed before they were sampled.",
                work.accepted_tokens + work.rejected_tokens);
   write_sample(out, "torpor_speculated_tokens_accepted_total", "counter", "Of those, the ones that were right.",

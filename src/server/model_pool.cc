@@ -40,6 +40,17 @@ ModelEntry entry_of(const ServedModel& model) {
   return entry;
 }
 
+void add(EngineWork& all, const EngineWork& own) {
+  all.passes += own.passes;
+  all.turns += own.turns;
+  all.most_turns = std::max(all.most_turns, own.most_turns);
+  all.prompt_tokens += own.prompt_tokens;
+  all.answer_tokens += own.answer_tokens;
+  all.accepted_tokens += own.accepted_tokens;
+  all.rejected_tokens += own.rejected_tokens;
+  all.put_aside += own.put_aside;
+}
+
 }  // namespace
 
 struct ModelPool::Slot {
@@ -164,10 +175,14 @@ ModelPool::Lease ModelPool::of_agent(const std::string& id, bool looks) {
   return own == slots_.end() ? std::move(first) : lease(**own);
 }
 
-std::vector<ModelPool::Lease> ModelPool::loaded() {
+std::vector<ModelPool::Lease> ModelPool::loaded() { return loaded(nullptr); }
+
+std::vector<ModelPool::Lease> ModelPool::loaded(EngineWork* unloaded_work, int64_t* unloaded_evictions) {
   std::vector<Lease> leases;
   leases.reserve(slots_.size());  // a lease that moves needs the mutex for nothing, but one that goes does
   const std::lock_guard lock(mutex_);
+  if (unloaded_work != nullptr) *unloaded_work = unloaded_work_;
+  if (unloaded_evictions != nullptr) *unloaded_evictions = unloaded_evictions_;
   for (const auto& slot : slots_) {
     if (slot->loaded) leases.push_back({*this, *slot, slot->loaded, false});
   }
@@ -186,6 +201,28 @@ std::vector<AgentStatus> ModelPool::agents() {
   return list;
 }
 
+MemoryUsage ModelPool::memory_usage() {
+  MemoryUsage all;
+  for (const Lease& lease : loaded(nullptr, &all.evictions)) {
+    MemoryUsage own = lease.engine().memory_usage();
+    all.model_bytes += own.model_bytes;
+    all.queued_bytes += own.queued_bytes;
+    all.evictions += own.evictions;
+    // These are of all engines together.
+    all.kv_bytes = own.kv_bytes;
+    all.mapped_bytes = own.mapped_bytes;
+    all.budget = own.budget;
+    std::move(own.agents.begin(), own.agents.end(), std::back_inserter(all.agents));
+  }
+  return all;
+}
+
+EngineWork ModelPool::work() {
+  EngineWork all;
+  for (const Lease& lease : loaded(&all)) add(all, lease.engine().work());
+  return all;
+}
+
 std::string ModelPool::salt(const std::string& tenant) const {
   return options_.share_prefixes ? std::string() : salt_of(tenant);
 }
@@ -202,19 +239,28 @@ void ModelPool::unload_idle(std::chrono::milliseconds idle) {
     Slot& slot = *slots_[i];
     const std::unique_lock loading(slot.loading, std::try_to_lock);
     if (!loading) continue;  // somebody is about to use it
+    const auto is_unused = [&] { return slot.loaded && slot.loaded.use_count() == 1 && Clock::now() - slot.used >= idle; };
     std::shared_ptr<Loaded> unused;
     {
       const std::lock_guard lock(mutex_);
-      if (!slot.loaded || slot.loaded.use_count() > 1 || Clock::now() - slot.used < idle) continue;
-      unused = std::move(slot.loaded);
+      if (!is_unused()) continue;
+      unused = slot.loaded;
     }
     try {
       unused->engine.save_all();
     } catch (const Error& error) {
       log(LogLevel::kWarning, "the model '" + slot.model.name + "' stays loaded, for an agent of it can't be saved: " + error.what());
-      const std::lock_guard lock(mutex_);
-      slot.loaded = std::move(unused);
       continue;
+    }
+    const EngineWork work = unused->engine.work();
+    const int64_t evictions = unused->engine.memory_usage().evictions;
+    unused.reset();
+    {
+      const std::lock_guard lock(mutex_);
+      if (!is_unused()) continue;  // somebody looks at it
+      add(unloaded_work_, work);
+      unloaded_evictions_ += evictions;
+      unused = std::move(slot.loaded);
     }
     log(LogLevel::kInfo, "the model '" + slot.model.name + "' was not used for a while, and is unloaded");
     unused.reset();  // its agents' locks go with it, before anybody loads it again
@@ -240,7 +286,7 @@ void ModelPool::forget_sessions(std::chrono::seconds ttl) {
       if (lease.engine().store().agent_info(info.agent_id).hash != info.hash) continue;
       lease.engine().remove(info.agent_id);
     } catch (const Error& error) {
-      log(LogLevel::kInfo, std::string("a session that has expired stays for now: ") + error.what());
+      log(LogLevel::kInfo, "the expired session '" + info.agent_id + "' was not removed: " + error.what());
     }
   }
 }

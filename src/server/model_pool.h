@@ -81,6 +81,10 @@ class ModelPool : public TurnRunner {
   std::vector<Lease> loaded();
   /// All agents of the store and in memory, by id.
   std::vector<AgentStatus> agents();
+  /// Of all models that are loaded, together; evictions since the server began.
+  MemoryUsage memory_usage();
+  /// Of all models since the server began, also of those that are unloaded now.
+  EngineWork work();
   /// What keeps the rows of the tenant's agents from others' (TurnRequest::salt).
   std::string salt(const std::string& tenant) const;
   /// Saves what is unsaved of all that are loaded.
@@ -102,16 +106,20 @@ class ModelPool : public TurnRunner {
   using Clock = std::chrono::steady_clock;
   Slot& find(const std::string& name);
   Lease lease(Slot& slot);
+  /// The same, and at one instant the totals of what is unloaded; nullptr: not asked for.
+  std::vector<Lease> loaded(EngineWork* unloaded_work, int64_t* unloaded_evictions = nullptr);
   void keep_house();
 
   const ModelPoolOptions options_;
   const std::shared_ptr<EngineHost> host_;
   std::vector<std::unique_ptr<Slot>> slots_;
-  std::mutex mutex_;  // of what slots hold, but for their own, and of the next four
+  std::mutex mutex_;  // of what slots hold, but for their own, and of what follows
   std::condition_variable wake_;  // the housekeeper
   bool stopping_ = false, changed_ = false;
   std::chrono::milliseconds idle_unload_{0};
   std::chrono::seconds session_ttl_{0};
+  EngineWork unloaded_work_;  // of engines that are gone
+  int64_t unloaded_evictions_ = 0;
   std::thread housekeeper_;
 };
 

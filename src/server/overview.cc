@@ -1,7 +1,6 @@
 #include "server/overview.h"
 
 #include <algorithm>
-#include <iterator>
 
 #include "server/keys.h"
 #include "torpor/version.h"
@@ -32,45 +31,13 @@ Json record_json(const TurnRecord& record) {
 
 }  // namespace
 
-MemoryUsage memory_of(ModelPool& pool) {
-  MemoryUsage all;
-  for (const ModelPool::Lease& lease : pool.loaded()) {
-    MemoryUsage own = lease.engine().memory_usage();
-    all.model_bytes += own.model_bytes;
-    all.queued_bytes += own.queued_bytes;
-    all.evictions += own.evictions;
-    // These are of all engines together.
-    all.kv_bytes = own.kv_bytes;
-    all.mapped_bytes = own.mapped_bytes;
-    all.budget = own.budget;
-    std::move(own.agents.begin(), own.agents.end(), std::back_inserter(all.agents));
-  }
-  return all;
-}
-
-EngineWork work_of(ModelPool& pool) {
-  EngineWork all;
-  for (const ModelPool::Lease& lease : pool.loaded()) {
-    const EngineWork own = lease.engine().work();
-    all.passes += own.passes;
-    all.turns += own.turns;
-    all.most_turns = std::max(all.most_turns, own.most_turns);
-    all.prompt_tokens += own.prompt_tokens;
-    all.answer_tokens += own.answer_tokens;
-    all.accepted_tokens += own.accepted_tokens;
-    all.rejected_tokens += own.rejected_tokens;
-    all.put_aside += own.put_aside;
-  }
-  return all;
-}
-
 Json now_json(ModelPool& pool, Metrics& metrics, const std::string& tenant) {
   Json turns = Json::array();
   for (const TurnRecord& record : metrics.turns().running(tenant)) turns.push_back(record_json(record));
   const size_t all = std::max(metrics.turns().running(), turns.size());
   Json models = Json::array();
   for (const ModelEntry& entry : pool.models()) models.push_back(Json{{"name", entry.name}, {"loaded", entry.loaded}});
-  const EngineWork work = work_of(pool);
+  const EngineWork work = pool.work();
   const std::vector<ModelPool::Lease> loaded = pool.loaded();
   const ModelInfo& model = loaded.front().engine().model();
   return Json{{"version", TORPOR_VERSION},
@@ -107,7 +74,7 @@ Json requests_json(Metrics& metrics, const std::string& tenant) {
 }
 
 Json memory_json(ModelPool& pool, const std::string& tenant) {
-  const MemoryUsage usage = memory_of(pool);
+  const MemoryUsage usage = pool.memory_usage();
   const std::vector<ModelPool::Lease> loaded = pool.loaded();
   Store& store = loaded.front().engine().store();
   Json agents = Json::array();

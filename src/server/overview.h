@@ -16,9 +16,6 @@ namespace torpor::server {
 Json now_json(ModelPool& models, Metrics& metrics, const std::string& tenant);
 /// The tenant's last turns, the newest first.
 Json requests_json(Metrics& metrics, const std::string& tenant);
-/// Of all models that are loaded, together.
-MemoryUsage memory_of(ModelPool& models);
-EngineWork work_of(ModelPool& models);
 /// Memory and disk. Reads the sizes of all files of the store.
 Json memory_json(ModelPool& models, const std::string& tenant);
 /// An agent as it was last saved: its messages, its segments and who else of the tenant's begins with them. kNotFound.
