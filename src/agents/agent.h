@@ -23,7 +23,7 @@ struct Agent {
   uint64_t ticket = 0;               ///< unique in its manager: the outcome of a save names the agent by it
   int holds = 0;                     ///< AgentHold's count
   bool in_turn = false;              ///< a TurnTransaction is under way
-  bool releasable = false;           ///< saved while held: rows behind windows go when the last hold does
+  bool releasable = false;           ///< saved while it, or what shares its runs, was held: rows behind windows go with the last hold
   std::unique_ptr<AgentLock> lock;
   Identity identity;                 ///< the manager's, but for the KV format, which may be the agent's own
   Lineage lineage;                   ///< of its rows

@@ -245,7 +245,10 @@ class AgentManager {
   Agent* find(uint64_t ticket, const std::string& id);
   /// Keeps an error for tell_errors.
   void remember(Error error);
-  /// Of an agent that nobody holds: memory need not keep rows that windows have left behind and segments have.
+  /// The agents at rest that share the sealed run with these rows.
+  std::vector<Agent*> idle_holders(size_t run, const void* rows);
+  /// Of an agent that nobody holds: memory need not keep rows that windows have left behind and segments have. A run that an agent
+  /// in its turn shares waits for that turn (Agent::releasable).
   void release_behind_window(Agent& agent);
   /// Waits until the agent's queued saves are over: its rows and its file may then be changed.
   void finish_writes(Agent& agent);

@@ -47,7 +47,7 @@ size_t RowsAside::bytes(const KvLedger& ledger, Backend backend) const {
   size_t bytes = 0;
   for (size_t i = 0; i < snapshot_.n_runs(); ++i) {
     const auto shared = i < snapshot_.sealed.size() ? (snapshot_.sealed[i] ? snapshot_.sealed[i] : runs_[i].run.lock()) : nullptr;
-    if (backend == Backend::kKernels && shared != nullptr && ledger.is_held(shared->bytes().data())) continue;
+    if (backend == Backend::kKernels && shared != nullptr && ledger.holders(shared->bytes().data()) > 0) continue;
     const bool whole = backend == Backend::kKernels && (shared == nullptr || !shared->mapped());
     for (const KvTensorSpec& tensor : layout.tensors) {
       const bool attended = KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, kSegmentTokens, length());

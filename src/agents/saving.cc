@@ -124,19 +124,41 @@ void AgentManager::finish_writes(Agent& agent) {
   settle();
 }
 
+std::vector<Agent*> AgentManager::idle_holders(size_t run, const void* rows) {
+  std::vector<Agent*> holders;
+  const auto consider = [&](Agent& agent) {
+    const auto runs = agent.cache->sealed_runs();
+    if (agent.holds == 0 && run < runs.size() && runs[run]->bytes().data() == rows) holders.push_back(&agent);
+  };
+  for (auto& [id, agent] : awake_) consider(agent);
+  for (Kept& kept : kept_) consider(kept.agent);
+  return holders;
+}
+
 void AgentManager::release_behind_window(Agent& agent) {
   if (agent.cache == nullptr || !agent.cache->layout().has_windows() || !options_.map_rows) return;
   const std::vector<KvTensorSpec>& tensors = agent.cache->layout().tensors;
   const std::vector<KvCache::HeldBuffer> buffers = agent.cache->buffers();
   // With MLX's kernels shorter arrays take the place of these. Where another agent keeps these, they come on top.
-  const auto is_shared = [&](const KvCache::HeldBuffer& held) { return ledger_->is_shared(held.data); };
+  const auto is_shared = [&](const KvCache::HeldBuffer& held) { return ledger_->holders(held.data) > 1; };
   if (options_.backend == Backend::kMlx && std::any_of(buffers.begin(), buffers.end(), is_shared)) return;
   for (size_t i = 0; i < std::min(agent.segments.size(), buffers.size()); ++i) {
     const auto behind = [&](const KvTensorSpec& tensor) {
       return !KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, kSegmentTokens, agent.cache->length());
     };
     if (buffers[i].mapped || std::none_of(tensors.begin(), tensors.end(), behind)) continue;
-    if (const auto run = store_.map_segment(agent.segments[i])) agent.cache->replace_run(int(i), run);
+    std::vector<Agent*> holders{&agent};
+    if (is_shared(buffers[i])) {
+      // Mapped rows come on top of the run's for as long as anyone keeps the run: all of its agents let go of it, or none does.
+      holders = idle_holders(i, buffers[i].data);
+      if (ssize(holders) < ledger_->holders(buffers[i].data)) {
+        agent.releasable = true;
+        continue;
+      }
+    }
+    const auto run = store_.map_segment(agent.segments[i]);
+    if (run == nullptr) continue;
+    for (Agent* const holder : holders) holder->cache->replace_run(int(i), run);
   }
 }
 

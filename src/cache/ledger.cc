@@ -75,18 +75,13 @@ std::optional<std::vector<KvLedger::Share>> KvLedger::share_within_budget(std::s
   return std::nullopt;
 }
 
-bool KvLedger::is_held(const void* buffer) const {
-  const std::lock_guard lock(mutex_);
-  return buffers_.count(buffer) != 0;
-}
-
-bool KvLedger::is_shared(const void* buffer) const {
+int KvLedger::holders(const void* buffer) const {
   const std::lock_guard lock(mutex_);
   const auto found = buffers_.find(buffer);
-  if (found == buffers_.end()) return false;
+  if (found == buffers_.end()) return 0;
   int holders = 0;
   for (const auto& [bytes, n] : found->second.holders) holders += n;
-  return holders > 1;
+  return holders;
 }
 
 size_t KvLedger::bytes() const {

@@ -78,10 +78,8 @@ class KvLedger : public std::enable_shared_from_this<KvLedger> {
   std::optional<std::vector<Share>> share_within_budget(std::span<const Buffer> buffers);
 
   size_t budget() const { return budget_; }
-  /// Whether anyone holds the buffer.
-  bool is_held(const void* buffer) const;
-  /// Whether more than one holds it.
-  bool is_shared(const void* buffer) const;
+  /// How many hold the buffer.
+  int holders(const void* buffer) const;
   size_t bytes() const;
   /// Of those, pages of segment files.
   size_t mapped_bytes() const;
