@@ -39,14 +39,14 @@ TARGETS = {FIRST_SAVE: 2, TURN_SAVE: 10, WAKE: 2, FIRST_TOKEN: 2}  # llama-serve
 
 
 class LlamaServer:
-    def __init__(self, directory, threads):
+    def __init__(self, directory, threads, gguf=MODEL.gguf, options=("-c", "8192", "-np", "1")):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.directory = directory
         self.log = open(directory / "llama-server.log", "w+")
         self.process = subprocess.Popen(
-            [LLAMA_SERVER, "-m", MODEL.gguf, "-c", "8192", "-np", "1", "-t", str(threads), "--host", "127.0.0.1", "--port", str(self.port),
+            [LLAMA_SERVER, "-m", gguf, *map(str, options), "-t", str(threads), "--host", "127.0.0.1", "--port", str(self.port),
              "--slot-save-path", str(directory) + "/", "--no-webui"], stdout=self.log, stderr=subprocess.STDOUT)
         for _ in range(600):
             try:
