@@ -117,6 +117,18 @@ TEST(Speculation, WhereRepetitionsDontGoOnNothingIsGuessed) {
   EXPECT_EQ(guessed, 0u);
 }
 
+TEST(ShareGuesses, NothingIsGuessedBesideAPromptAndNobodyWaitsLongForTheGuessesOfOthers) {
+  // What each turn would guess.
+  const std::vector<int> wanted = {9, 0, 12, 3};
+  std::vector<int> asked(wanted.size());
+  const auto guess = [&](size_t i, int most) { return std::min(asked[i] = most, wanted[i]); };
+  EXPECT_EQ(share_guesses(std::vector<int>{0, 0, 0, 0}, guess), (std::vector<int>{1, 0, 1, 1})) << "one gains nothing: four rows more";
+  EXPECT_EQ(share_guesses(std::vector<int>{0, -1, 0, 0}, guess), (std::vector<int>{9, 0, 9, 3})) << "all that decode gain";
+  EXPECT_EQ(share_guesses(std::vector<int>{0, -1, -1, -1}, guess), (std::vector<int>{9, 0, 0, 0}));
+  EXPECT_EQ(share_guesses(std::vector<int>{0, 0, 7, 0}, guess), (std::vector<int>{0, 0, 0, 0})) << "beside a prompt";
+  EXPECT_EQ(asked[0], 0) << "what was guessed before the prompt came is forgotten";
+}
+
 TEST(RowCostTest, IsWhatStepsWithGuessesTookLongerThanStepsWithout) {
   RowCost cost;
   EXPECT_GT(cost.of(1), 0.1);

@@ -13,6 +13,9 @@ namespace {
 /// How soon the flags of a turn that can't be stepped are seen.
 constexpr auto kPatience = std::chrono::milliseconds(20);
 
+/// How long a step waits for the callbacks of the last one's progress, which usually return at once. Their turns would miss the step.
+constexpr auto kHearing = std::chrono::milliseconds(10);
+
 constexpr const char* kWork = "The engine's work";
 
 bool is_set(const std::atomic<bool>* flag) { return flag != nullptr && flag->load(); }
@@ -58,6 +61,7 @@ class Scheduler::Task final : public Scheduler::Listener {
   int unheard = 0;            // of what was said, until its callback has returned
   size_t bytes = 0;           // of that
   bool reading = false;       // a prefill's progress is among it
+  bool fresh = false;         // no step has waited for that yet
 
   bool is_turn() const { return turn_call != nullptr; }
   bool holds_memory() const { return is_turn() && turn != nullptr && !out; }
@@ -80,7 +84,7 @@ class Scheduler::Task final : public Scheduler::Listener {
     const std::lock_guard lock(scheduler_.mutex_);
     ++unheard;
     bytes += news.text.size();
-    reading |= news.total > 0;
+    if (news.total > 0) reading = fresh = true;
     said.push_back(std::move(news));
     changed.notify_one();
   }
@@ -376,6 +380,10 @@ void Scheduler::act(Task& task, Action action, std::unique_lock<std::mutex>& loc
 }
 
 void Scheduler::step(std::unique_lock<std::mutex>& lock) {
+  wake_.wait_for(lock, kHearing, [&] {
+    return std::none_of(tasks_.begin(), tasks_.end(), [](const Task* task) { return task->reading && task->fresh; });
+  });
+  for (Task* task : tasks_) task->fresh = false;
   const std::vector<Task*> tasks = steppable();
   std::vector<Step> steps;
   std::vector<bool> held;

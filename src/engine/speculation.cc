@@ -37,6 +37,21 @@ double RowCost::of(int turns) const {
   return cost != 0 ? cost : turns * kFirst / (1 + kFirst * (turns - 1));
 }
 
+std::vector<int> share_guesses(std::span<const int> left, const std::function<int(size_t, int)>& guess) {
+  std::vector<int> guesses(left.size());
+  const int decoding = int(std::ranges::count(left, 0));
+  const bool reads = std::ranges::any_of(left, [](int tokens) { return tokens > 0; });
+  const int most = decoding > 0 && !reads ? RowCost::kMostRows / decoding - 1 : 0;
+  int guessing = 0;
+  for (size_t i = 0; i < left.size(); ++i) {
+    if (left[i] == 0) guessing += (guesses[i] = guess(i, most)) > 0;
+  }
+  for (size_t i = 0; guessing < decoding && i < left.size(); ++i) {
+    if (guesses[i] > 0) guesses[i] = guess(i, std::min(most, decoding / guessing));
+  }
+  return guesses;
+}
+
 // ---- repetitions
 
 SuffixLookup::SuffixLookup(std::span<const int32_t> tokens) : heads_(kHeads), before_(kShortest) {

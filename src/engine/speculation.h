@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -28,6 +29,11 @@ class RowCost {
   };
   std::array<Measured, kMostRows> measured_;  // by turns
 };
+
+/// How many tokens each answer of a step guesses. `left`: of the turns' prompts, as PrefillPace::share takes it. `guess` lets turn `i`
+/// guess anew, `most` tokens at most, and gives how many they are. There are no guesses beside rows of a prompt: each costs as much
+/// as one of those, and the prompt's first token would wait. An answer without guesses waits for twice as many rows at most.
+std::vector<int> share_guesses(std::span<const int> left, const std::function<int(size_t i, int most)>& guess);
 
 /// Where an answer repeats what was there before. Each token costs the same, however many there are.
 class SuffixLookup {

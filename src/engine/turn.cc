@@ -221,7 +221,7 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> step
                       bool& room) {
   if (parts.model->backend() == Backend::kMlx) steps = steps.first(1);
   std::vector<Computing> turns;
-  std::vector<int> left, guesses;  // of their prompts; of their answers
+  std::vector<int> left;  // of their prompts
   for (Scheduler::Step* const step : steps) {
     auto* const turn = static_cast<EngineTurn*>(step->turn);
     bool waits = false;
@@ -240,12 +240,11 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> step
     turns.push_back({turn, step, {}});
     left.push_back(waits ? -1 : turn->generation_.prompt_left());
   }
-  const int decoding = int(std::ranges::count(left, 0)), most = decoding > 0 ? RowCost::kMostRows / decoding - 1 : 0;
-  for (size_t i = 0; i < turns.size(); ++i) {
+  const double cost = parts.row_cost.of(int(std::ranges::count(left, 0)));
+  const std::vector<int> guesses = share_guesses(left, [&](size_t i, int most) {
     EngineTurn& turn = *turns[i].turn;
-    const int spare = std::min(most, turn.transaction_.cache().spare_rows() - 1);
-    guesses.push_back(left[i] == 0 ? turn.generation_.guess(spare, parts.row_cost.of(decoding)) : 0);
-  }
+    return turn.generation_.guess(std::min(most, turn.transaction_.cache().spare_rows() - 1), cost);
+  });
   const std::vector<int> shares = parts.pace->share(left, guesses);
   std::map<std::string, std::vector<Computing>> batches;  // by KV format
   for (size_t i = 0; i < turns.size(); ++i) {
