@@ -15,6 +15,9 @@ find_package(Threads REQUIRED)
 
 add_library(torpor_flags INTERFACE)
 target_compile_options(torpor_flags INTERFACE -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers)
+if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  target_compile_options(torpor_flags INTERFACE -Wthread-safety -Werror=thread-safety) # src/base/mutex.h
+endif()
 if(TORPOR_WERROR)
   target_compile_options(torpor_flags INTERFACE -Werror)
 endif()

@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <memory>
-#include <mutex>
 #include <new>
 
 #include <mlx/allocator.h>
 #include <mlx/device.h>
 
 #include "base/large_pages.h"
+#include "base/mutex.h"
 
 namespace mx = mlx::core;
 
@@ -30,20 +30,20 @@ class Spare {
  public:
   Block take(size_t size) {
     {
-      const std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       if (spare_.size >= size) return std::exchange(spare_, {});
     }
     return {allocate_large_pages(size), size};
   }
   void give(Block block) noexcept {
     forget_contents({block.memory.get(), block.size});
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (block.size > spare_.size) std::swap(spare_, block);
   }
 
  private:
-  std::mutex mutex_;
-  Block spare_;
+  Mutex mutex_;
+  Block spare_ TORPOR_GUARDED_BY(mutex_);
 };
 
 std::shared_ptr<std::byte> take_block(size_t size) {

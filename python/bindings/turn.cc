@@ -39,8 +39,8 @@ RunningTurn::~RunningTurn() {
 }
 
 void RunningTurn::State::say(std::string_view text) {
-  std::unique_lock lock(mutex);
-  changed.wait(lock, [this] { return pieces.empty() || !has_reader(); });
+  MutexLock lock(mutex);
+  while (!pieces.empty() && has_reader()) changed.wait(lock);
   pieces.emplace_back(text);
   changed.notify_all();
 }
@@ -53,7 +53,7 @@ void RunningTurn::State::run() {
   } catch (...) {
     failed = std::current_exception();
   }
-  const std::lock_guard lock(mutex);
+  const MutexLock lock(mutex);
   result = std::move(answer);
   error = failed;
   changed.notify_all();
@@ -65,7 +65,7 @@ void RunningTurn::check_process() const {
 }
 
 void RunningTurn::set(std::atomic<bool>& flag) {
-  const std::lock_guard lock(state_->mutex);
+  const MutexLock lock(state_->mutex);
   flag = true;
   state_->changed.notify_all();
 }
@@ -83,8 +83,9 @@ bool RunningTurn::wait(std::optional<std::string>* piece) {
   while (true) {
     {
       const nb::gil_scoped_release release;
-      std::unique_lock lock(state.mutex);
-      state.changed.wait_for(lock, kPatience, [&] { return state.over() || (piece != nullptr && !state.pieces.empty()); });
+      MutexLock lock(state.mutex);
+      const bool has_text = piece != nullptr && !state.pieces.empty();
+      if (!state.over() && !has_text) state.changed.wait_for(lock, kPatience);
       if (piece != nullptr && !state.pieces.empty()) {
         *piece = std::move(state.pieces.front());
         state.pieces.pop_front();
@@ -99,22 +100,24 @@ bool RunningTurn::wait(std::optional<std::string>* piece) {
 
 std::optional<std::string> RunningTurn::next() {
   std::optional<std::string> piece;
-  if (!wait(&piece) && state_->error) std::rethrow_exception(state_->error);
-  return piece;
+  if (wait(&piece)) return piece;
+  const MutexLock lock(state_->mutex);
+  if (state_->error) std::rethrow_exception(state_->error);
+  return std::nullopt;
 }
 
 void RunningTurn::undo() {
   check_process();
   set(state_->undone);
   const nb::gil_scoped_release release;
-  std::unique_lock lock(state_->mutex);
-  state_->changed.wait(lock, [&] { return state_->over(); });
+  MutexLock lock(state_->mutex);
+  while (!state_->over()) state_->changed.wait(lock);
 }
 
 TurnResult RunningTurn::result() {
   check_process();
   const auto await = [this](int by) {
-    const std::lock_guard lock(state_->mutex);
+    const MutexLock lock(state_->mutex);
     state_->awaited += by;
     state_->changed.notify_all();
   };
@@ -126,6 +129,7 @@ TurnResult RunningTurn::result() {
     throw;
   }
   await(-1);
+  const MutexLock lock(state_->mutex);
   if (state_->error) std::rethrow_exception(state_->error);
   return *state_->result;
 }

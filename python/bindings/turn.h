@@ -7,11 +7,9 @@
 /// it is cancelled: then pieces are kept here, which are no more than the result's text.
 
 #include <atomic>
-#include <condition_variable>
 #include <deque>
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -19,6 +17,7 @@
 
 #include <unistd.h>
 
+#include "base/mutex.h"
 #include "torpor/engine.h"
 
 namespace torpor::python {
@@ -47,17 +46,17 @@ class RunningTurn {
     TurnRequest request;
     const pid_t process = getpid();
     std::atomic<bool> cancelled{false}, undone{false};
-    std::mutex mutex;  // of what follows
-    std::condition_variable changed;
-    std::deque<std::string> pieces;
-    int awaited = 0;  // threads that wait for the result
-    std::optional<TurnResult> result;
-    std::exception_ptr error;
+    Mutex mutex;
+    CondVar changed;
+    std::deque<std::string> pieces TORPOR_GUARDED_BY(mutex);
+    int awaited TORPOR_GUARDED_BY(mutex) = 0;  // threads that wait for the result
+    std::optional<TurnResult> result TORPOR_GUARDED_BY(mutex);
+    std::exception_ptr error TORPOR_GUARDED_BY(mutex);
     std::thread thread;
 
-    bool over() const { return result || error; }
+    bool over() const TORPOR_REQUIRES(mutex) { return result || error; }
     /// Whether the turn waits until a piece is fetched.
-    bool has_reader() const { return awaited == 0 && !cancelled && !undone; }
+    bool has_reader() const TORPOR_REQUIRES(mutex) { return awaited == 0 && !cancelled && !undone; }
     void say(std::string_view text);
     void run();
   };

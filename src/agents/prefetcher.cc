@@ -42,7 +42,7 @@ std::vector<Prefetcher::Slot> Prefetcher::stale() {
 
 bool Prefetcher::begin(const std::string& id) {
   std::vector<Slot> gone;  // destroyed after the mutex is let go of
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   gone = stale();
   if (awake_.count(id) != 0 || slots_.count(id) != 0 || slots_.size() >= options_.slots) return false;
   const auto failed = std::make_shared<std::atomic<bool>>(false);
@@ -82,7 +82,7 @@ bool Prefetcher::begin(const std::string& id) {
 std::optional<Prefetcher::Ready> Prefetcher::take(const std::string& id) {
   Slot slot;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     const auto found = slots_.find(id);
     if (found == slots_.end()) return std::nullopt;
     slot = std::move(found->second);
@@ -99,7 +99,7 @@ std::optional<Prefetcher::Ready> Prefetcher::take(const std::string& id) {
 
 bool Prefetcher::let_one_go() {
   Slot gone;  // whose load is waited for, after the mutex is let go of
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto first = [](const auto& a, const auto& b) {
     return std::pair(!a.second.over(), a.second.begun) < std::pair(!b.second.over(), b.second.begun);
   };
@@ -112,12 +112,12 @@ bool Prefetcher::let_one_go() {
 
 void Prefetcher::let_stale_go() {
   std::vector<Slot> gone;
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   gone = stale();
 }
 
 void Prefetcher::set_awake(const std::string& id, bool awake) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (awake) {
     awake_.insert(id);
   } else {

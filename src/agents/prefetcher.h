@@ -7,12 +7,12 @@
 #include <future>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "base/mutex.h"
 #include "cache/ledger.h"
 #include "torpor/store.h"
 
@@ -60,15 +60,15 @@ class Prefetcher {
     bool over() const { return future.wait_for(std::chrono::seconds(0)) == std::future_status::ready; }
   };
   /// Takes those slots out whose load failed or that have been there for too long.
-  std::vector<Slot> stale();
+  std::vector<Slot> stale() TORPOR_REQUIRES(mutex_);
 
   Store& store_;
   const std::shared_ptr<KvLedger> ledger_;
   const Load load_;
   const PrefetchOptions options_;
-  std::mutex mutex_;
-  std::set<std::string> awake_;
-  std::map<std::string, Slot> slots_;
+  Mutex mutex_;
+  std::set<std::string> awake_ TORPOR_GUARDED_BY(mutex_);
+  std::map<std::string, Slot> slots_ TORPOR_GUARDED_BY(mutex_);
 };
 
 }  // namespace torpor

@@ -18,7 +18,7 @@ Writer::Writer(Store& store, Durability durability, size_t max_bytes)
 
 Writer::~Writer() {
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     closing_ = true;
   }
   changed_.notify_all();
@@ -26,7 +26,7 @@ Writer::~Writer() {
 }
 
 void Writer::submit(Job job) {
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   const auto waiting = std::find_if(queue_.begin() + (writing_ ? 1 : 0), queue_.end(),
                                     [&](const Queued& queued) { return queued.job.ticket == job.ticket; });
   if (waiting != queue_.end()) {
@@ -35,7 +35,7 @@ void Writer::submit(Job job) {
     waiting->job = std::move(job);
     return;
   }
-  changed_.wait(lock, [&] { return queue_.empty() || bytes_ + job.new_bytes <= max_bytes_; });
+  while (!queue_.empty() && bytes_ + job.new_bytes > max_bytes_) changed_.wait(lock);
   bytes_ += job.new_bytes;
   queue_.emplace_back(std::move(job));
   changed_.notify_all();
@@ -46,7 +46,7 @@ bool Writer::busy_with(uint64_t ticket) const {
 }
 
 Writer::Saving Writer::await(uint64_t ticket) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto newest = std::find_if(queue_.rbegin(), queue_.rend(), [&](const Queued& queued) { return queued.job.ticket == ticket; });
   if (newest == queue_.rend()) {
     // It may have ended already, and then how is still to be collected.
@@ -65,12 +65,12 @@ Writer::Saving Writer::await(uint64_t ticket) {
 }
 
 void Writer::wait(uint64_t ticket) {
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return !busy_with(ticket); });
+  MutexLock lock(mutex_);
+  while (busy_with(ticket)) changed_.wait(lock);
 }
 
 void Writer::wait_all(const Progress& progress, size_t submitted) {
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   const size_t total = std::max(submitted, queue_.size());
   while (!queue_.empty()) {
     const size_t left = queue_.size();
@@ -79,7 +79,7 @@ void Writer::wait_all(const Progress& progress, size_t submitted) {
       progress(int(total - std::min(total, left)), int(total));
       lock.lock();
     }
-    changed_.wait(lock, [&] { return queue_.size() != left; });
+    while (queue_.size() == left) changed_.wait(lock);
   }
   lock.unlock();
   if (progress && total > 0) progress(int(total), int(total));
@@ -94,12 +94,12 @@ void Writer::tell(std::promise<SaveResult>& promise, const Outcome& outcome) {
 }
 
 std::vector<Writer::Outcome> Writer::collect() {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return std::exchange(outcomes_, {});
 }
 
 size_t Writer::queued_bytes() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return bytes_;
 }
 
@@ -119,9 +119,9 @@ Writer::Outcome Writer::write(const Job& job) {
 }
 
 void Writer::run() {
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   while (true) {
-    changed_.wait(lock, [this] { return closing_ || !queue_.empty(); });
+    while (!closing_ && queue_.empty()) changed_.wait(lock);
     if (queue_.empty()) return;
     writing_ = true;
     Queued& front = queue_.front();  // stays where it is: a deque's ends move, its elements don't

@@ -2,7 +2,6 @@
 /// The write-behind: a thread that saves agents while the engine thread goes on. It gets evaluated bytes and never calls
 /// MLX. Any thread may call it; nothing is dropped: a job ends written or with the error that its outcome carries.
 
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -12,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/mutex.h"
 #include "torpor/error.h"
 #include "torpor/store.h"
 
@@ -69,17 +69,18 @@ class Writer {
   void run();
   Outcome write(const Job& job);
   static void tell(std::promise<SaveResult>& promise, const Outcome& outcome);
-  bool busy_with(uint64_t ticket) const;
+  bool busy_with(uint64_t ticket) const TORPOR_REQUIRES(mutex_);
 
   Store& store_;
   const Durability durability_;
   const size_t max_bytes_;
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<Queued> queue_;     // the front is being written while writing_ is set
-  bool writing_ = false, closing_ = false;
-  size_t bytes_ = 0;             // new_bytes of the queue
-  std::vector<Outcome> outcomes_;
+  mutable Mutex mutex_;
+  CondVar changed_;
+  std::deque<Queued> queue_ TORPOR_GUARDED_BY(mutex_);  // the front is being written while writing_ is set
+  bool writing_ TORPOR_GUARDED_BY(mutex_) = false;
+  bool closing_ TORPOR_GUARDED_BY(mutex_) = false;
+  size_t bytes_ TORPOR_GUARDED_BY(mutex_) = 0;  // new_bytes of the queue
+  std::vector<Outcome> outcomes_ TORPOR_GUARDED_BY(mutex_);
   std::thread thread_;
 };
 

@@ -1,11 +1,10 @@
 #include "torpor/log.h"
 
 #include <atomic>
-#include <condition_variable>
 #include <memory>
-#include <mutex>
 #include <utility>
 
+#include "base/mutex.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -18,9 +17,9 @@ struct Listener {
 };
 
 struct Log {
-  std::mutex mutex;
-  std::condition_variable left;  // a thread has left a handler
-  std::shared_ptr<Listener> listener;
+  Mutex mutex;
+  CondVar left;  // a thread has left a handler
+  std::shared_ptr<Listener> listener TORPOR_GUARDED_BY(mutex);  // and its `running`
   std::atomic<bool> wanted{false};
 };
 
@@ -41,10 +40,10 @@ void set_log_handler(LogHandler handler) {
   if (in_handler) throw Error(ErrorCode::kInvalidArgument, "A log handler can't be replaced by itself; do it on another thread.");
   auto next = handler ? std::make_shared<Listener>(Listener{std::move(handler)}) : nullptr;
   Log& log = shared_log();
-  std::unique_lock lock(log.mutex);
+  MutexLock lock(log.mutex);
   std::swap(log.listener, next);
   log.wanted.store(log.listener != nullptr, std::memory_order_release);
-  if (next) log.left.wait(lock, [&] { return next->running == 0; });
+  while (next && next->running != 0) log.left.wait(lock);
 }
 
 bool log_wanted() noexcept { return shared_log().wanted.load(std::memory_order_acquire) && !in_handler; }
@@ -54,7 +53,7 @@ void log(LogLevel level, std::string_view sentence) noexcept {
   Log& log = shared_log();
   std::shared_ptr<Listener> listener;
   {
-    const std::lock_guard lock(log.mutex);
+    const MutexLock lock(log.mutex);
     listener = log.listener;
     if (!listener) return;
     ++listener->running;
@@ -67,7 +66,7 @@ void log(LogLevel level, std::string_view sentence) noexcept {
   }
   in_handler = false;
   {
-    const std::lock_guard lock(log.mutex);
+    const MutexLock lock(log.mutex);
     --listener->running;
   }
   log.left.notify_all();

@@ -21,7 +21,7 @@ size_t KvLedger::Entry::bytes() const {
 }
 
 void KvLedger::change(const void* buffer, size_t bytes, bool mapped, int n) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   change_locked(buffer, bytes, mapped, n);
 }
 
@@ -44,12 +44,12 @@ void KvLedger::change_locked(const void* buffer, size_t bytes, bool mapped, int 
 
 KvLedger::Room::~Room() {
   if (ledger_ == nullptr) return;
-  const std::lock_guard lock(ledger_->mutex_);
+  const MutexLock lock(ledger_->mutex_);
   ledger_->room_ -= bytes_;
 }
 
 std::optional<KvLedger::Room> KvLedger::take_room(size_t bytes) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (budget_ != 0 && bytes_ + room_ + bytes > budget_) return std::nullopt;
   Room room;
   room.ledger_ = shared_from_this();
@@ -60,7 +60,7 @@ std::optional<KvLedger::Room> KvLedger::take_room(size_t bytes) {
 
 std::optional<std::vector<KvLedger::Share>> KvLedger::share_within_budget(std::span<const Buffer> buffers) {
   std::vector<Share> shares(buffers.size());  // which let go of what they hold after the mutex has been
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   for (size_t i = 0; i < buffers.size(); ++i) {
     const auto& [data, bytes, mapped] = buffers[i];
     change_locked(data, bytes, mapped, 1);
@@ -76,7 +76,7 @@ std::optional<std::vector<KvLedger::Share>> KvLedger::share_within_budget(std::s
 }
 
 int KvLedger::holders(const void* buffer) const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto found = buffers_.find(buffer);
   if (found == buffers_.end()) return 0;
   int holders = 0;
@@ -85,12 +85,12 @@ int KvLedger::holders(const void* buffer) const {
 }
 
 size_t KvLedger::bytes() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return bytes_;
 }
 
 size_t KvLedger::mapped_bytes() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return mapped_bytes_;
 }
 

@@ -4,12 +4,13 @@
 
 #include <cstddef>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "base/mutex.h"
 
 namespace torpor {
 
@@ -92,14 +93,15 @@ class KvLedger : public std::enable_shared_from_this<KvLedger> {
   };
   /// One holder of `bytes` more (`n` = 1) or less (-1).
   void change(const void* buffer, size_t bytes, bool mapped, int n);
-  /// The same; the mutex is held. Only one more can throw.
-  void change_locked(const void* buffer, size_t bytes, bool mapped, int n);
+  /// The same. Only one more can throw.
+  void change_locked(const void* buffer, size_t bytes, bool mapped, int n) TORPOR_REQUIRES(mutex_);
 
-  mutable std::mutex mutex_;
-  std::unordered_map<const void*, Entry> buffers_;
   const size_t budget_;
-  size_t bytes_ = 0, mapped_bytes_ = 0;
-  size_t room_ = 0;  ///< that has been taken, and is not held yet
+  mutable Mutex mutex_;
+  std::unordered_map<const void*, Entry> buffers_ TORPOR_GUARDED_BY(mutex_);
+  size_t bytes_ TORPOR_GUARDED_BY(mutex_) = 0;
+  size_t mapped_bytes_ TORPOR_GUARDED_BY(mutex_) = 0;
+  size_t room_ TORPOR_GUARDED_BY(mutex_) = 0;  ///< that has been taken, and is not held yet
 };
 
 }  // namespace torpor

@@ -11,11 +11,11 @@
 #include <ctime>
 #include <fstream>
 #include <iterator>
-#include <mutex>
 #include <set>
 
 #include <CLI/CLI.hpp>
 
+#include "base/mutex.h"
 #include "cli/commands.h"
 #include "cli/output.h"
 #include "cli/serve_options.h"
@@ -50,25 +50,25 @@ class LogFile {
       throw Error(ErrorCode::kIo,
                   "can't write the log '" + path.string() + "': " + std::generic_category().message(errno));
     }
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     close_now();
     fd_ = fd;
   }
   void line(std::string text) {
     text += '\n';
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     // One write a line, so that two never mix. A log that can't be written stops no answer.
     [[maybe_unused]] const ssize_t written = write(fd_ >= 0 ? fd_ : STDERR_FILENO, text.data(), text.size());
   }
 
  private:
-  void close_now() {
+  void close_now() TORPOR_REQUIRES(mutex_) {
     if (fd_ >= 0) close(fd_);
     fd_ = -1;
   }
 
-  std::mutex mutex_;
-  int fd_ = -1;
+  Mutex mutex_;
+  int fd_ TORPOR_GUARDED_BY(mutex_) = -1;
 };
 
 /// Signals that end or reload the server are taken by whoever waits for them, in threads made later too.

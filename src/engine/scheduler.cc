@@ -42,7 +42,7 @@ class Scheduler::Task final : public Scheduler::Listener {
   bool over = false;                            // nothing is left for the engine thread
   const std::function<void()>* after = nullptr; // its caller's, before it is off the list
   std::exception_ptr error;
-  std::condition_variable changed;    // its caller waits for it
+  CondVar changed;  // its caller waits for it
 
   const std::function<void()>* work = nullptr;  // of a call
 
@@ -81,7 +81,7 @@ class Scheduler::Task final : public Scheduler::Listener {
 
  private:
   void push(Said news) {
-    const std::lock_guard lock(scheduler_.mutex_);
+    const MutexLock lock(scheduler_.mutex_);
     ++unheard;
     bytes += news.text.size();
     if (news.total > 0) reading = fresh = true;
@@ -143,22 +143,21 @@ void Scheduler::run_call(std::vector<std::string> agents, const std::function<vo
   task.agents = std::move(agents);
   task.work = &work;
   if (after) task.after = &after;
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   enqueue(task);
-  task.changed.wait(lock, [&] { return task.over; });
-  leave(task, lock);
+  while (!task.over) task.changed.wait(lock);
+  leave(task);
   if (task.error) std::rethrow_exception(task.error);
 }
 
-void Scheduler::leave(Task& task, std::unique_lock<std::mutex>& lock) {
+void Scheduler::leave(Task& task) {
   if (task.after == nullptr) return;
-  lock.unlock();
   try {
+    const MutexUnlock unlocked(mutex_);
     (*task.after)();
   } catch (...) {
     task.error = std::current_exception();
   }
-  lock.lock();
   tasks_.remove(&task);
   wake_.notify_one();
 }
@@ -168,40 +167,40 @@ Scheduler::Ended Scheduler::turn(const TurnCall& call) {
   task.turn_call = &call;
   if (!call.agent.empty()) task.agents = {call.agent};  // one without a name is nobody else's
   if (call.after) task.after = &call.after;
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   enqueue(task);
   std::exception_ptr thrown;
   while (true) {
-    task.changed.wait(lock, [&] { return task.over || (!task.said.empty() && !task.deaf); });
+    while (!task.over && (task.said.empty() || task.deaf)) task.changed.wait(lock);
     if (task.over) break;
     try {
-      hear(task, lock);
+      hear(task);
     } catch (...) {
       thrown = std::current_exception();
-      if (!lock.owns_lock()) lock.lock();
       task.deaf = true;  // now the engine thread undoes the turn
       wake_.notify_one();
     }
   }
-  leave(task, lock);
+  leave(task);
   if (thrown) std::rethrow_exception(thrown);
   if (task.error) std::rethrow_exception(task.error);
   return task.ended;
 }
 
-void Scheduler::hear(Task& task, std::unique_lock<std::mutex>& lock) {
+void Scheduler::hear(Task& task) {
   const Task::Said said = std::move(task.said.front());
   task.said.pop_front();
-  lock.unlock();
-  turns_of_this_thread.push_back(&task);
-  try {
-    said.total > 0 ? task.turn_call->on_prefill(said.done, said.total) : task.turn_call->on_text(said.text);
-  } catch (...) {
+  {
+    const MutexUnlock unlocked(mutex_);
+    turns_of_this_thread.push_back(&task);
+    try {
+      said.total > 0 ? task.turn_call->on_prefill(said.done, said.total) : task.turn_call->on_text(said.text);
+    } catch (...) {
+      turns_of_this_thread.pop_back();
+      throw;
+    }
     turns_of_this_thread.pop_back();
-    throw;
   }
-  turns_of_this_thread.pop_back();
-  lock.lock();
   --task.unheard;
   task.bytes -= said.text.size();
   if (said.total > 0) task.reading = false;
@@ -209,7 +208,7 @@ void Scheduler::hear(Task& task, std::unique_lock<std::mutex>& lock) {
 }
 
 void Scheduler::finish(const std::function<void()>& work) {
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   last_ = &work;
   closing_ = true;
   wake_.notify_one();
@@ -218,7 +217,7 @@ void Scheduler::finish(const std::function<void()>& work) {
 }
 
 std::vector<std::string> Scheduler::in_turn() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   std::vector<std::string> agents;
   for (const Task* task : tasks_) {
     if (task->is_turn() && task->begun) agents.insert(agents.end(), task->agents.begin(), task->agents.end());
@@ -227,12 +226,12 @@ std::vector<std::string> Scheduler::in_turn() const {
 }
 
 size_t Scheduler::waiting() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return tasks_.size();
 }
 
 void Scheduler::refuse_in_callbacks() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   for (const void* turn : turns_of_this_thread) {
     const auto found = std::find(tasks_.begin(), tasks_.end(), turn);
     if (found == tasks_.end()) continue;
@@ -293,18 +292,18 @@ std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
   return steps.empty() ? later : std::pair{steps.front(), Action::kStep};
 }
 
-bool Scheduler::let_go(Task& task, std::unique_lock<std::mutex>& lock) {
-  lock.unlock();
-  const bool done = task.turn == nullptr || task.turn->let_go();
-  lock.lock();
-  if (!done) return false;
+bool Scheduler::let_go(Task& task) {
+  {
+    const MutexUnlock unlocked(mutex_);
+    if (task.turn != nullptr && !task.turn->let_go()) return false;
+  }
   task.out = true;
   task.out_since = freed_;
   task.computed = false;
   return true;
 }
 
-bool Scheduler::make_room(Task& task, bool held, std::unique_lock<std::mutex>& lock) {
+bool Scheduler::make_room(Task& task, bool held) {
   std::vector<Task*> give;  // that may have to
   bool later = false, others = false;
   for (Task* other : tasks_) {
@@ -317,9 +316,9 @@ bool Scheduler::make_room(Task& task, bool held, std::unique_lock<std::mutex>& l
     }
   }
   for (auto victim = give.rbegin(); victim != give.rend(); ++victim) {
-    if (let_go(**victim, lock)) return true;
+    if (let_go(**victim)) return true;
   }
-  return others && let_go(task, lock);
+  return others && let_go(task);
 }
 
 void Scheduler::end(Task& task, std::exception_ptr error) {
@@ -330,44 +329,46 @@ void Scheduler::end(Task& task, std::exception_ptr error) {
   task.changed.notify_one();  // under the lock: the task is gone once its caller has it
 }
 
-void Scheduler::settle(Task& task, bool held, bool computed, std::exception_ptr error, std::unique_lock<std::mutex>& lock) {
+void Scheduler::settle(Task& task, bool held, bool computed, std::exception_ptr error) {
   const bool refused = error && is_lack_of_room(to_error(error, ""));
   if (task.out && (refused || !error)) return;  // it has just given its room to an earlier one, and is to be stepped again
-  if (refused && make_room(task, held, lock)) {
+  if (refused && make_room(task, held)) {
     task.begun = task.turn != nullptr;
     return;
   }
   task.computed = computed;
   if (!error) return;
-  lock.unlock();
-  task.turn.reset();
-  lock.lock();
+  {
+    const MutexUnlock unlocked(mutex_);
+    task.turn.reset();
+  }
   ++freed_;
   end(task, std::make_exception_ptr(to_error(error, kWork)));
 }
 
-void Scheduler::act(Task& task, Action action, std::unique_lock<std::mutex>& lock) {
-  if (action == Action::kStep) return step(lock);
+void Scheduler::act(Task& task, Action action) {
+  if (action == Action::kStep) return step();
   const bool begun = std::exchange(task.begun, true);
   task.out = false;
-  lock.unlock();
   std::exception_ptr error;
-  try {
-    translate_errors([&] {
-      switch (action) {
-        case Action::kBegin: task.turn = task.turn_call->begin(task); break;
-        case Action::kCall: (*task.work)(); break;
-        case Action::kCommit: task.turn->commit(); break;
-        default: break;
-      }
-    });
-  } catch (...) {
-    error = std::current_exception();
+  {
+    const MutexUnlock unlocked(mutex_);
+    try {
+      translate_errors([&] {
+        switch (action) {
+          case Action::kBegin: task.turn = task.turn_call->begin(task); break;
+          case Action::kCall: (*task.work)(); break;
+          case Action::kCommit: task.turn->commit(); break;
+          default: break;
+        }
+      });
+    } catch (...) {
+      error = std::current_exception();
+    }
+    if (action != Action::kBegin) task.turn.reset();
   }
-  if (action != Action::kBegin) task.turn.reset();
-  lock.lock();
   if (action == Action::kBegin || action == Action::kCall) {
-    settle(task, false, false, error, lock);
+    settle(task, false, false, error);
     if (action == Action::kCall && !error) end(task, nullptr);
     return;
   }
@@ -379,11 +380,15 @@ void Scheduler::act(Task& task, Action action, std::unique_lock<std::mutex>& loc
   end(task, error);
 }
 
-void Scheduler::step(std::unique_lock<std::mutex>& lock) {
-  wake_.wait_for(lock, kHearing, [&] {
-    return std::none_of(tasks_.begin(), tasks_.end(), [](const Task* task) { return task->reading && task->fresh; });
-  });
+void Scheduler::hear_out(MutexLock& lock) {
+  using Clock = std::chrono::steady_clock;
+  const auto fresh = [](const Task* task) { return task->reading && task->fresh; };
+  const auto until = Clock::now() + kHearing;
+  while (std::any_of(tasks_.begin(), tasks_.end(), fresh) && Clock::now() < until) wake_.wait_for(lock, until - Clock::now());
   for (Task* task : tasks_) task->fresh = false;
+}
+
+void Scheduler::step() {
   const std::vector<Task*> tasks = steppable();
   std::vector<Step> steps;
   std::vector<bool> held;
@@ -395,22 +400,22 @@ void Scheduler::step(std::unique_lock<std::mutex>& lock) {
   for (Task* task : tasks_) {
     if (task->holds_memory() && std::find(tasks.begin(), tasks.end(), task) == tasks.end()) resting.push_back(task->turn.get());
   }
-  lock.unlock();
   try {
+    const MutexUnlock unlocked(mutex_);
     translate_errors([&] { stepper_(steps, resting); });
   } catch (...) {
     for (Step& step : steps) step.error = std::current_exception();
   }
-  lock.lock();
   due_ = numbers_;
-  for (size_t i = 0; i < tasks.size(); ++i) settle(*tasks[i], held[i], steps[i].computed, steps[i].error, lock);
+  for (size_t i = 0; i < tasks.size(); ++i) settle(*tasks[i], held[i], steps[i].computed, steps[i].error);
 }
 
 void Scheduler::run() {
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   while (true) {
     if (const auto [task, action] = next(); task != nullptr) {
-      act(*task, action, lock);
+      if (action == Action::kStep) hear_out(lock);
+      act(*task, action);
     } else if (closing_ && tasks_.empty()) {
       break;
     } else if (std::any_of(tasks_.begin(), tasks_.end(), [](const Task* task) { return task->is_turn() && !task->over; })) {
@@ -419,8 +424,9 @@ void Scheduler::run() {
       wake_.wait(lock);
     }
   }
+  const std::function<void()>* last = last_;
   lock.unlock();
-  if (last_ != nullptr) (*last_)();
+  if (last != nullptr) (*last)();
 }
 
 }  // namespace torpor

@@ -17,14 +17,12 @@
 /// A call made from a callback that would wait, however indirectly, for that callback's own turn is kInvalidArgument.
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <exception>
 #include <functional>
 #include <list>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -33,6 +31,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "base/mutex.h"
 
 namespace torpor {
 
@@ -128,42 +128,45 @@ class Scheduler {
   enum class Action { kNothing, kCall, kBegin, kStep, kCommit, kUndo };
 
   void run_call(std::vector<std::string> agents, const std::function<void()>& work, const std::function<void()>& after);
-  void enqueue(Task& task);
+  void enqueue(Task& task) TORPOR_REQUIRES(mutex_);
   /// On its caller's thread, for a task that is over: what comes after it, and the end of what waits for it.
-  void leave(Task& task, std::unique_lock<std::mutex>& lock);
+  void leave(Task& task) TORPOR_REQUIRES(mutex_);
   /// Whether `task`, in the list, can't begin before one of `own` is over.
-  bool waits_for(const Task& task, const std::vector<const Task*>& own) const;
-  void hear(Task& task, std::unique_lock<std::mutex>& lock);
+  bool waits_for(const Task& task, const std::vector<const Task*>& own) const TORPOR_REQUIRES(mutex_);
+  void hear(Task& task) TORPOR_REQUIRES(mutex_);
 
   void run();
   /// What comes next. With kStep: a step of all that may be stepped.
-  std::pair<Task*, Action> next() const;
-  bool blocked(const Task& task) const;
+  std::pair<Task*, Action> next() const TORPOR_REQUIRES(mutex_);
+  bool blocked(const Task& task) const TORPOR_REQUIRES(mutex_);
   /// Whether nothing but room keeps a turn from being stepped.
   bool may_step(const Task& task) const;
   /// Whether a turn without memory may try to take it again.
-  bool may_return(const Task& task) const;
-  std::vector<Task*> steppable() const;
+  bool may_return(const Task& task) const TORPOR_REQUIRES(mutex_);
+  std::vector<Task*> steppable() const TORPOR_REQUIRES(mutex_);
   /// A turn that was refused room: whether others hold some. Then one of them, or this one, has let go of it.
   /// `held`: it had its own, and needs more.
-  bool make_room(Task& task, bool held, std::unique_lock<std::mutex>& lock);
-  bool let_go(Task& task, std::unique_lock<std::mutex>& lock);
-  void act(Task& task, Action action, std::unique_lock<std::mutex>& lock);
-  void step(std::unique_lock<std::mutex>& lock);
+  bool make_room(Task& task, bool held) TORPOR_REQUIRES(mutex_);
+  bool let_go(Task& task) TORPOR_REQUIRES(mutex_);
+  void act(Task& task, Action action) TORPOR_REQUIRES(mutex_);
+  /// Waits a little for the callbacks of the last step's progress.
+  void hear_out(MutexLock& lock) TORPOR_REQUIRES(mutex_);
+  void step() TORPOR_REQUIRES(mutex_);
   /// What a beginning or a step of a turn came to.
-  void settle(Task& task, bool held, bool computed, std::exception_ptr error, std::unique_lock<std::mutex>& lock);
+  void settle(Task& task, bool held, bool computed, std::exception_ptr error) TORPOR_REQUIRES(mutex_);
   /// Nothing is left for the engine thread; the turn itself is gone.
-  void end(Task& task, std::exception_ptr error);
+  void end(Task& task, std::exception_ptr error) TORPOR_REQUIRES(mutex_);
 
   const size_t text_queue_bytes_;
   const Stepper stepper_;
-  mutable std::mutex mutex_;         // of all that follows, tasks included
-  std::condition_variable wake_;     // the engine thread
-  std::list<Task*> tasks_;           // in the order they came; owned by their callers, who wait
-  uint64_t numbers_ = 0, due_ = 0;   // calls and turns up to `due_` come before the next step
-  uint64_t freed_ = 0;               // how often a turn that held memory has ended
-  const std::function<void()>* last_ = nullptr;
-  bool closing_ = false;
+  mutable Mutex mutex_;  // of tasks, too
+  CondVar wake_;         // the engine thread
+  std::list<Task*> tasks_ TORPOR_GUARDED_BY(mutex_);  // in the order they came; owned by their callers, who wait
+  uint64_t numbers_ TORPOR_GUARDED_BY(mutex_) = 0;
+  uint64_t due_ TORPOR_GUARDED_BY(mutex_) = 0;    // calls and turns up to this number come before the next step
+  uint64_t freed_ TORPOR_GUARDED_BY(mutex_) = 0;  // how often a turn that held memory has ended
+  const std::function<void()>* last_ TORPOR_GUARDED_BY(mutex_) = nullptr;
+  bool closing_ TORPOR_GUARDED_BY(mutex_) = false;
   std::thread thread_;
 };
 

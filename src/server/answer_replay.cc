@@ -60,7 +60,7 @@ class Recorder : public HttpResponse {
 bool AnswerReplay::replay(const std::string& key, const std::string& digest, HttpResponse& response) {
   std::optional<Entry> found;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     const auto now = std::chrono::steady_clock::now();
     while (!entries_.empty() && now - entries_.front().kept >= kLifetime) {
       bytes_ -= entries_.front().body.size();
@@ -84,7 +84,7 @@ bool AnswerReplay::replay(const std::string& key, const std::string& digest, Htt
 }
 
 void AnswerReplay::keep(Entry entry) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   bytes_ += entry.body.size();
   entries_.push_back(std::move(entry));
   while (bytes_ > most_bytes_) {

@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
-#include <mutex>
 #include <string>
 
+#include "base/mutex.h"
 #include "server/http.h"
 
 namespace torpor::server {
@@ -38,9 +38,9 @@ class AnswerReplay {
   void keep(Entry entry);
 
   size_t most_bytes_;
-  std::mutex mutex_;
-  std::deque<Entry> entries_;  // oldest first
-  size_t bytes_ = 0;
+  Mutex mutex_;
+  std::deque<Entry> entries_ TORPOR_GUARDED_BY(mutex_);  // oldest first
+  size_t bytes_ TORPOR_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace torpor::server

@@ -5,11 +5,11 @@
 #include <deque>
 #include <fstream>
 #include <iterator>
-#include <mutex>
 #include <regex>
 
 #include "base/env.h"
 #include "base/hash.h"
+#include "base/mutex.h"
 #include "server/answer_grammar.h"
 #include "server/answer_parser.h"
 #include "server/grammar.h"
@@ -80,7 +80,7 @@ class TokenSink : public AnswerSink {
   explicit TokenSink(AnswerSink& sink) : sink_(sink) {}
   void follow(const StopSink& filter) { filter_ = &filter; }
   void push(const TokenLogprobs& token) {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     tokens_.push_back(token);
   }
 
@@ -101,7 +101,7 @@ class TokenSink : public AnswerSink {
  private:
   /// Those that begin in these bytes of the answer. Those before them belong to no text.
   std::vector<TokenLogprobs> take(size_t begin, size_t end) {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     std::vector<TokenLogprobs> own;
     for (; !tokens_.empty() && tokens_.front().begin < end; tokens_.pop_front()) {
       if (tokens_.front().begin >= begin) own.push_back(std::move(tokens_.front()));
@@ -111,8 +111,8 @@ class TokenSink : public AnswerSink {
 
   AnswerSink& sink_;
   const StopSink* filter_ = nullptr;
-  std::mutex mutex_;
-  std::deque<TokenLogprobs> tokens_;
+  Mutex mutex_;
+  std::deque<TokenLogprobs> tokens_ TORPOR_GUARDED_BY(mutex_);
   size_t told_ = 0;
 };
 

@@ -53,15 +53,17 @@ Grammars::Grammars(std::shared_ptr<const Tokenizer> tokenizer, int vocab_size, s
 Grammars::~Grammars() = default;
 
 std::shared_ptr<TokenFilter> Grammars::lark(const std::string& grammar) {
+  const Vocabulary* vocabulary = nullptr;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (vocabulary_ == nullptr) {
       vocabulary_ = std::make_unique<Vocabulary>(tokenizer_->impl_->handle.get(), vocab_size_, ends_);
     }
+    vocabulary = vocabulary_.get();
   }
   torpor_grammar* handle = nullptr;
   ShimText error;
-  text::check(torpor_grammar_new(vocabulary_->handle(), grammar.data(), grammar.size(), &handle, error.out()), error);
+  text::check(torpor_grammar_new(vocabulary->handle(), grammar.data(), grammar.size(), &handle, error.out()), error);
   return std::make_shared<Grammar>(handle);
 }
 

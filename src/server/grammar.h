@@ -3,10 +3,10 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
+#include "base/mutex.h"
 #include "torpor/generate_options.h"
 #include "torpor/text.h"
 
@@ -31,8 +31,8 @@ class Grammars {
   const std::shared_ptr<const Tokenizer> tokenizer_;
   const int vocab_size_;
   const std::vector<int32_t> ends_;
-  std::mutex mutex_;
-  std::unique_ptr<Vocabulary> vocabulary_;
+  Mutex mutex_;
+  std::unique_ptr<Vocabulary> vocabulary_ TORPOR_GUARDED_BY(mutex_);  // set once
 };
 
 }  // namespace torpor::server

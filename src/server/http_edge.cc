@@ -3,13 +3,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <condition_variable>
 #include <deque>
 #include <list>
 #include <map>
-#include <mutex>
 #include <thread>
 
+#include "base/mutex.h"
 #include "torpor/error.h"
 #include "torpor/log.h"
 #include "torpor_http_shim.h"
@@ -122,7 +121,7 @@ struct HttpEdge::Impl {
   // On the server's thread.
   void take(const torpor_http_request& from, torpor_http_exchange* exchange);
   void gone(uint64_t id) {
-    const std::lock_guard lock(mutex);
+    const MutexLock lock(mutex);
     if (const auto found = responses.find(id); found != responses.end()) found->second->set_gone();
   }
 
@@ -134,20 +133,20 @@ struct HttpEdge::Impl {
   const pid_t pid = getpid();
   torpor_http_server* server = nullptr;
 
-  std::mutex mutex;
-  std::condition_variable wanted;
-  std::deque<Job> jobs;                         // at most as many as workers wait for one
-  std::map<uint64_t, EdgeResponse*> responses;  // of jobs that are not done
-  std::list<std::thread> workers;
-  size_t waiting = 0;
-  bool stopping = false;
+  Mutex mutex;
+  CondVar wanted;
+  std::deque<Job> jobs TORPOR_GUARDED_BY(mutex);                         // at most as many as workers wait for one
+  std::map<uint64_t, EdgeResponse*> responses TORPOR_GUARDED_BY(mutex);  // of jobs that are not done
+  std::list<std::thread> workers TORPOR_GUARDED_BY(mutex);
+  size_t waiting TORPOR_GUARDED_BY(mutex) = 0;
+  bool stopping TORPOR_GUARDED_BY(mutex) = false;
 };
 
 void HttpEdge::Impl::take(const torpor_http_request& from, torpor_http_exchange* exchange) {
   auto response = std::make_unique<EdgeResponse>(exchange);
   try {
     Job job{from.id, copied(from), std::move(response)};
-    std::unique_lock lock(mutex);
+    MutexLock lock(mutex);
     if (waiting <= jobs.size()) {
       if (workers.size() >= max_workers) {
         lock.unlock();
@@ -166,9 +165,9 @@ void HttpEdge::Impl::take(const torpor_http_request& from, torpor_http_exchange*
 }
 
 void HttpEdge::Impl::work() {
-  std::unique_lock lock(mutex);
+  MutexLock lock(mutex);
   while (true) {
-    wanted.wait(lock, [&] { return stopping || !jobs.empty(); });
+    while (!stopping && jobs.empty()) wanted.wait(lock);
     if (jobs.empty()) return;
     Job job = std::move(jobs.front());
     jobs.pop_front();
@@ -234,7 +233,7 @@ HttpEdge::~HttpEdge() {
   }
   torpor_http_stop(impl_->server);
   {
-    const std::lock_guard lock(impl_->mutex);
+    const MutexLock lock(impl_->mutex);
     impl_->stopping = true;
   }
   impl_->wanted.notify_all();

@@ -99,29 +99,29 @@ void write_sample(std::string& out, const std::string& name, const std::string& 
 }
 
 void Metrics::add_source(Source source) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   sources_.push_back(std::move(source));
 }
 
 void Metrics::request(const std::string& route, int status, double seconds) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   ++requests_[{route, status}];
   seconds_[route].add(seconds);
 }
 
 void Metrics::turn_starts(int prompt_tokens, int cached_tokens) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   prompt_tokens_ += prompt_tokens;
   cached_tokens_ += cached_tokens;
 }
 
 void Metrics::first_token(double seconds) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   first_token_.add(seconds);
 }
 
 void Metrics::turn_ends(const std::string& reason, int generated_tokens) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   --running_;
   ++turns_[reason];
   generated_tokens_ += generated_tokens;
@@ -131,7 +131,7 @@ std::string Metrics::text() const {
   std::string out;
   std::vector<Source> sources;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     sources = sources_;
     head(out, "torpor_requests_total", "counter", "Requests that were answered.");
     for (const auto& [key, count] : requests_) {

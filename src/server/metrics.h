@@ -6,12 +6,12 @@
 #include <cstdint>
 #include <functional>
 #include <map>
-#include <mutex>
 #include <string>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
+#include "base/mutex.h"
 #include "server/chat.h"
 #include "server/turn_log.h"
 
@@ -56,13 +56,15 @@ class Metrics {
   const bool vllm_names_;
   TurnLog turn_log_;
   std::atomic<int> running_{0};
-  mutable std::mutex mutex_;
-  std::vector<Source> sources_;
-  std::map<std::pair<std::string, int>, uint64_t> requests_;
-  std::map<std::string, Histogram> seconds_;
-  std::map<std::string, uint64_t> turns_;
-  Histogram first_token_;
-  uint64_t prompt_tokens_ = 0, cached_tokens_ = 0, generated_tokens_ = 0;
+  mutable Mutex mutex_;
+  std::vector<Source> sources_ TORPOR_GUARDED_BY(mutex_);
+  std::map<std::pair<std::string, int>, uint64_t> requests_ TORPOR_GUARDED_BY(mutex_);
+  std::map<std::string, Histogram> seconds_ TORPOR_GUARDED_BY(mutex_);
+  std::map<std::string, uint64_t> turns_ TORPOR_GUARDED_BY(mutex_);
+  Histogram first_token_ TORPOR_GUARDED_BY(mutex_);
+  uint64_t prompt_tokens_ TORPOR_GUARDED_BY(mutex_) = 0;
+  uint64_t cached_tokens_ TORPOR_GUARDED_BY(mutex_) = 0;
+  uint64_t generated_tokens_ TORPOR_GUARDED_BY(mutex_) = 0;
 };
 
 /// One sample with its help and type lines.

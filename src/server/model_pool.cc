@@ -63,7 +63,7 @@ struct ModelPool::Slot {
 
 ModelPool::Lease::~Lease() {
   if (!loaded_) return;
-  const std::lock_guard lock(pool_->mutex_);
+  const MutexLock lock(pool_->mutex_);
   if (uses_) slot_->used = Clock::now();
   loaded_.reset();  // the slot holds it
 }
@@ -96,7 +96,7 @@ ModelPool::ModelPool(ModelPoolOptions options)
 
 void ModelPool::set_times(std::chrono::milliseconds idle_unload, std::chrono::seconds session_ttl) {
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     idle_unload_ = idle_unload;
     session_ttl_ = session_ttl;
     changed_ = true;
@@ -105,14 +105,15 @@ void ModelPool::set_times(std::chrono::milliseconds idle_unload, std::chrono::se
 }
 
 void ModelPool::keep_house() {
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   while (!stopping_) {
     const auto idle = idle_unload_;
     const auto ttl = session_ttl_;
     std::chrono::milliseconds pause = std::chrono::minutes(10);
     if (idle.count() > 0) pause = std::min(pause, std::max(idle / 2, std::chrono::milliseconds(1)));
     if (ttl.count() > 0) pause = std::min<std::chrono::milliseconds>(pause, ttl);
-    if (wake_.wait_for(lock, pause, [this] { return stopping_ || std::exchange(changed_, false); })) continue;
+    if (!changed_) wake_.wait_for(lock, pause);
+    if (stopping_ || std::exchange(changed_, false)) continue;
     lock.unlock();
     if (idle.count() > 0) unload_idle(idle);
     if (ttl.count() > 0) forget_sessions(ttl);
@@ -122,7 +123,7 @@ void ModelPool::keep_house() {
 
 ModelPool::~ModelPool() {
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     stopping_ = true;
   }
   wake_.notify_all();
@@ -145,7 +146,7 @@ ModelPool::Slot& ModelPool::find(const std::string& name) {
 ModelPool::Lease ModelPool::lease(Slot& slot) {
   const std::lock_guard loading(slot.loading);
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (slot.loaded) return {*this, slot, slot.loaded, true};
   }
   EngineOptions engine = options_.engine;
@@ -153,7 +154,7 @@ ModelPool::Lease ModelPool::lease(Slot& slot) {
   engine.host = host_;
   auto loaded = std::make_shared<Loaded>(std::move(engine), slot.model.name, options_.share_prefixes);
   ModelEntry entry = loaded->runner.models().front();
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   slot.entry = std::move(entry);
   slot.loaded = std::move(loaded);
   return {*this, slot, slot.loaded, true};
@@ -180,7 +181,7 @@ std::vector<ModelPool::Lease> ModelPool::loaded() { return loaded(nullptr); }
 std::vector<ModelPool::Lease> ModelPool::loaded(EngineWork* unloaded_work, int64_t* unloaded_evictions) {
   std::vector<Lease> leases;
   leases.reserve(slots_.size());  // a lease that moves needs the mutex for nothing, but one that goes does
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (unloaded_work != nullptr) *unloaded_work = unloaded_work_;
   if (unloaded_evictions != nullptr) *unloaded_evictions = unloaded_evictions_;
   for (const auto& slot : slots_) {
@@ -242,7 +243,7 @@ void ModelPool::unload_idle(std::chrono::milliseconds idle) {
     const auto is_unused = [&] { return slot.loaded && slot.loaded.use_count() == 1 && Clock::now() - slot.used >= idle; };
     std::shared_ptr<Loaded> unused;
     {
-      const std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       if (!is_unused()) continue;
       unused = slot.loaded;
     }
@@ -256,7 +257,7 @@ void ModelPool::unload_idle(std::chrono::milliseconds idle) {
     const int64_t evictions = unused->engine.memory_usage().evictions;
     unused.reset();
     {
-      const std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       if (!is_unused()) continue;  // somebody looks at it
       add(unloaded_work_, work);
       unloaded_evictions_ += evictions;
@@ -307,7 +308,7 @@ int ModelPool::count_tokens(const ChatRequest& request) {
 
 std::vector<ModelEntry> ModelPool::models() {
   std::vector<ModelEntry> entries;
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   for (const auto& slot : slots_) {
     entries.push_back(slot->entry);
     entries.back().loaded = slot->loaded != nullptr;

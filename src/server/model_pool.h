@@ -3,7 +3,6 @@
 /// thread and one memory budget (EngineHost), and one store.
 
 #include <chrono>
-#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -11,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/mutex.h"
 #include "server/chat.h"
 #include "server/engine_runner.h"
 #include "torpor/engine.h"
@@ -113,13 +113,14 @@ class ModelPool : public TurnRunner {
   const ModelPoolOptions options_;
   const std::shared_ptr<EngineHost> host_;
   std::vector<std::unique_ptr<Slot>> slots_;
-  std::mutex mutex_;  // of what slots hold, but for their own, and of what follows
-  std::condition_variable wake_;  // the housekeeper
-  bool stopping_ = false, changed_ = false;
-  std::chrono::milliseconds idle_unload_{0};
-  std::chrono::seconds session_ttl_{0};
-  EngineWork unloaded_work_;  // of engines that are gone
-  int64_t unloaded_evictions_ = 0;
+  Mutex mutex_;  // of what slots hold, too, but for their own
+  CondVar wake_;  // the housekeeper
+  bool stopping_ TORPOR_GUARDED_BY(mutex_) = false;
+  bool changed_ TORPOR_GUARDED_BY(mutex_) = false;
+  std::chrono::milliseconds idle_unload_ TORPOR_GUARDED_BY(mutex_){0};
+  std::chrono::seconds session_ttl_ TORPOR_GUARDED_BY(mutex_){0};
+  EngineWork unloaded_work_ TORPOR_GUARDED_BY(mutex_);  // of engines that are gone
+  int64_t unloaded_evictions_ TORPOR_GUARDED_BY(mutex_) = 0;
   std::thread housekeeper_;
 };
 

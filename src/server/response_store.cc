@@ -22,14 +22,14 @@ void ResponseStore::drop_old() {
 void ResponseStore::put(StoredResponse response) {
   // Text is what there is most of; the trees around it count about as much.
   const size_t bytes = 2 * (to_text(response.response).size() + to_text(response.items).size());
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   entries_.push_back({std::move(response), bytes, std::chrono::steady_clock::now()});
   bytes_ += bytes;
   drop_old();
 }
 
 std::optional<StoredResponse> ResponseStore::find(const std::string& tenant, const std::string& id) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   drop_old();
   const auto found = locate(tenant, id);
   if (found == entries_.end()) return std::nullopt;
@@ -37,7 +37,7 @@ std::optional<StoredResponse> ResponseStore::find(const std::string& tenant, con
 }
 
 bool ResponseStore::remove(const std::string& tenant, const std::string& id) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto found = locate(tenant, id);
   if (found == entries_.end()) return false;
   bytes_ -= found->bytes;

@@ -3,10 +3,10 @@
 
 #include <chrono>
 #include <deque>
-#include <mutex>
 #include <optional>
 #include <string>
 
+#include "base/mutex.h"
 #include "server/chat.h"
 
 namespace torpor::server {
@@ -40,13 +40,13 @@ class ResponseStore {
     size_t bytes;
     std::chrono::steady_clock::time_point stored;
   };
-  std::deque<Entry>::iterator locate(const std::string& tenant, const std::string& id);
-  void drop_old();
+  std::deque<Entry>::iterator locate(const std::string& tenant, const std::string& id) TORPOR_REQUIRES(mutex_);
+  void drop_old() TORPOR_REQUIRES(mutex_);
 
   Limits limits_;
-  std::mutex mutex_;
-  std::deque<Entry> entries_;  // oldest first
-  size_t bytes_ = 0;
+  Mutex mutex_;
+  std::deque<Entry> entries_ TORPOR_GUARDED_BY(mutex_);  // oldest first
+  size_t bytes_ TORPOR_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace torpor::server

@@ -127,13 +127,13 @@ Service::Service(ServiceOptions options, HttpHandler& dialects, HttpHandler& age
 
 void Service::set_keys(ApiKeys keys) {
   auto fresh = std::make_shared<const ApiKeys>(std::move(keys));
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   keys_ = std::move(fresh);
 }
 
 void Service::set_hosts(std::vector<std::string> hosts) {
   auto fresh = std::make_shared<const std::vector<std::string>>(std::move(hosts));
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   hosts_ = std::move(fresh);
 }
 
@@ -179,7 +179,7 @@ void Service::check_source(const HttpRequest& request) const {
     const std::string name = without_port(host);
     std::shared_ptr<const std::vector<std::string>> hosts;
     {
-      const std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       hosts = hosts_;
     }
     const bool known = name == "localhost" || name.ends_with(".localhost") || is_address(name) ||
@@ -202,7 +202,7 @@ std::string Service::tenant_of(const HttpRequest& request) const {
   if (bearer.size() > 7 && lower(bearer.substr(0, 7)) == "bearer ") key = bearer.substr(7);
   std::shared_ptr<const ApiKeys> keys;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     keys = keys_;
   }
   if (const auto tenant = keys->tenant_of(key)) return *tenant;

@@ -8,10 +8,10 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
+#include "base/mutex.h"
 #include "server/http.h"
 #include "server/keys.h"
 #include "server/metrics.h"
@@ -54,9 +54,9 @@ class Service : public HttpHandler {
   HttpHandler& dialects_;
   HttpHandler& agents_;
   Metrics& metrics_;
-  mutable std::mutex mutex_;  // of the next two, not of what they point to
-  std::shared_ptr<const ApiKeys> keys_;
-  std::shared_ptr<const std::vector<std::string>> hosts_;
+  mutable Mutex mutex_;
+  std::shared_ptr<const ApiKeys> keys_ TORPOR_GUARDED_BY(mutex_);
+  std::shared_ptr<const std::vector<std::string>> hosts_ TORPOR_GUARDED_BY(mutex_);
   std::atomic<bool> draining_{false};
   std::atomic<int> turns_{0};
   std::atomic<uint64_t> next_id_{1};

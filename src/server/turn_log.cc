@@ -6,7 +6,7 @@ namespace torpor::server {
 
 template <typename Change>
 void TurnLog::change(uint64_t id, Change change) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   change(running_.at(id));
 }
 
@@ -16,7 +16,7 @@ TurnLog::Turn::Turn(TurnLog& log, const std::string& tenant, const std::string& 
   record.tenant = tenant;
   record.agent = agent;
   record.begun_at = std::chrono::duration_cast<std::chrono::milliseconds>(now).count();
-  const std::lock_guard lock(log_.mutex_);
+  const MutexLock lock(log_.mutex_);
   record.id = id_ = ++log_.last_;
   log_.running_.emplace(id_, std::move(record));
 }
@@ -63,7 +63,7 @@ void TurnLog::Turn::answers() {
 void TurnLog::Turn::end(const std::string& reason, int generated_tokens, const std::string& missed,
                         const std::string& agent) {
   if (std::exchange(ended_, true)) return;
-  const std::lock_guard lock(log_.mutex_);
+  const MutexLock lock(log_.mutex_);
   TurnRecord record = std::move(log_.running_.extract(id_).mapped());
   switch (record.state) {
     case TurnRecord::State::kWaiting: record.waited_ms = lap(); break;
@@ -81,7 +81,7 @@ void TurnLog::Turn::end(const std::string& reason, int generated_tokens, const s
 
 std::vector<TurnRecord> TurnLog::running(const std::string& tenant) const {
   std::vector<TurnRecord> found;
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   for (const auto& [id, record] : running_) {
     if (record.tenant == tenant) found.push_back(record);
   }
@@ -89,13 +89,13 @@ std::vector<TurnRecord> TurnLog::running(const std::string& tenant) const {
 }
 
 size_t TurnLog::running() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return running_.size();
 }
 
 std::vector<TurnRecord> TurnLog::ended(const std::string& tenant) const {
   std::vector<TurnRecord> found;
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   for (const TurnRecord& record : ended_) {
     if (record.tenant == tenant) found.push_back(record);
   }

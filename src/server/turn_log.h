@@ -6,9 +6,10 @@
 #include <cstdint>
 #include <deque>
 #include <map>
-#include <mutex>
 #include <string>
 #include <vector>
+
+#include "base/mutex.h"
 
 namespace torpor::server {
 
@@ -72,10 +73,10 @@ class TurnLog {
   template <typename Change>
   void change(uint64_t id, Change change);
 
-  mutable std::mutex mutex_;
-  uint64_t last_ = 0;
-  std::map<uint64_t, TurnRecord> running_;
-  std::deque<TurnRecord> ended_;
+  mutable Mutex mutex_;
+  uint64_t last_ TORPOR_GUARDED_BY(mutex_) = 0;
+  std::map<uint64_t, TurnRecord> running_ TORPOR_GUARDED_BY(mutex_);
+  std::deque<TurnRecord> ended_ TORPOR_GUARDED_BY(mutex_);
 };
 
 }  // namespace torpor::server

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <filesystem>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "base/env.h"
+#include "base/mutex.h"
 #include "store/agent_draft.h"
 #include "store/marker.h"
 #include "store/segment_pool.h"
@@ -177,10 +177,10 @@ class Catalogue {
   DurableFiles durable_;  ///< agent files and parts, by their checksums
   std::atomic<bool> parts_durable_ = false;  ///< the root names their directory on the disk
   std::atomic<bool> marker_durable_ = false;
-  mutable std::mutex mutex_, marker_mutex_;
-  std::unordered_map<std::string, std::shared_ptr<const OwnFiles>> known_;  ///< by agent id
-  mutable std::optional<FileStat> marker_stat_;  ///< of what `marker_` was read from
-  mutable std::optional<Marker> marker_;
+  mutable Mutex mutex_, marker_mutex_;
+  std::unordered_map<std::string, std::shared_ptr<const OwnFiles>> known_ TORPOR_GUARDED_BY(mutex_);  ///< by agent id
+  mutable std::optional<FileStat> marker_stat_ TORPOR_GUARDED_BY(marker_mutex_);  ///< of what `marker_` was read from
+  mutable std::optional<Marker> marker_ TORPOR_GUARDED_BY(marker_mutex_);
   mutable std::atomic<bool> is_store_ = false;
   std::atomic<bool> has_marker_ = false;
 };

@@ -55,13 +55,13 @@ void Catalogue::know(const std::string& id, const OpenedAgent& opened, std::vect
 
 void Catalogue::know(const std::string& id, OwnFiles files) {
   constexpr size_t kMostAgents = 1 << 14;  // beyond it everything is forgotten, which costs one reading of what comes next
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (known_.size() >= kMostAgents) known_.clear();
   known_[id] = std::make_shared<const OwnFiles>(std::move(files));
 }
 
 void Catalogue::forget(const std::string& id) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   known_.erase(id);
 }
 
@@ -92,7 +92,7 @@ std::shared_ptr<const OwnFiles> Catalogue::files(const std::string& id) {
 }
 
 std::shared_ptr<const OwnFiles> Catalogue::known_files(const std::string& id) const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto found = known_.find(id);
   return found != known_.end() ? found->second : nullptr;
 }

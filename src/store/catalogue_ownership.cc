@@ -23,7 +23,7 @@ std::optional<Marker> Catalogue::marker() const {
   const auto path = marker_path();
   const auto stat = env_.stat(path);
   if (!stat) return std::nullopt;
-  const std::lock_guard lock(marker_mutex_);
+  const MutexLock lock(marker_mutex_);
   if (marker_stat_ == stat) return marker_;
   if (stat->size > kMaxMarker) {
     throw Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged: it is too long. Restore it from a copy, or remove it; the "

@@ -10,7 +10,7 @@ constexpr size_t kMaxFiles = 1 << 16;  // beyond it everything is forgotten, whi
 }  // namespace
 
 void KnownSegments::add_file(const std::string& name, const File& file) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (files_.size() >= kMaxFiles) files_.clear();
   File& known = files_[name];
   const bool was_whole = known.whole && known.stat == file.stat;
@@ -19,21 +19,21 @@ void KnownSegments::add_file(const std::string& name, const File& file) {
 }
 
 std::optional<KnownSegments::File> KnownSegments::file(const std::string& name) const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto found = files_.find(name);
   if (found == files_.end()) return std::nullopt;
   return found->second;
 }
 
 void KnownSegments::forget(const std::string& name) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   files_.erase(name);
   runs_.erase(name);
 }
 
 void KnownSegments::add_run(const std::shared_ptr<const SealedRun>& run) {
   const auto segment = run->segment();
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (runs_.size() >= next_sweep_) {
     std::erase_if(runs_, [](const auto& entry) { return entry.second.expired(); });
     next_sweep_ = std::max<size_t>(1024, 2 * runs_.size());
@@ -51,7 +51,7 @@ void KnownSegments::add_run(const std::shared_ptr<const SealedRun>& run) {
 }
 
 std::shared_ptr<const SealedRun> KnownSegments::run(const std::string& name) const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto found = runs_.find(name);
   const auto run = found == runs_.end() ? nullptr : found->second.lock();
   // Another store may have given it another name since.
@@ -59,18 +59,18 @@ std::shared_ptr<const SealedRun> KnownSegments::run(const std::string& name) con
 }
 
 size_t KnownSegments::n_runs() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return runs_.size();
 }
 
 void DurableFiles::add(const std::string& name, const FileStat& stat) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (files_.size() >= kMaxFiles) files_.clear();
   files_[name] = stat;
 }
 
 bool DurableFiles::contains(const std::string& name, const FileStat& stat) const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto found = files_.find(name);
   return found != files_.end() && found->second == stat;
 }

@@ -3,12 +3,12 @@
 /// their files, and the runs in memory that hold their rows. Thread-safe.
 
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <unordered_map>
 
 #include "base/env.h"
+#include "base/mutex.h"
 #include "torpor/kv_snapshot.h"
 
 namespace torpor {
@@ -20,8 +20,8 @@ class DurableFiles {
   bool contains(const std::string& name, const FileStat& stat) const;
 
  private:
-  mutable std::mutex mutex_;
-  std::unordered_map<std::string, FileStat> files_;
+  mutable Mutex mutex_;
+  std::unordered_map<std::string, FileStat> files_ TORPOR_GUARDED_BY(mutex_);
 };
 
 class KnownSegments {
@@ -46,10 +46,11 @@ class KnownSegments {
   size_t n_runs() const;
 
  private:
-  mutable std::mutex mutex_;
-  std::unordered_map<std::string, File> files_;
-  std::unordered_map<std::string, std::weak_ptr<const SealedRun>> runs_;
-  size_t next_sweep_ = 1024;  ///< entries of `runs_` at which those that nobody holds any more are removed
+  mutable Mutex mutex_;
+  std::unordered_map<std::string, File> files_ TORPOR_GUARDED_BY(mutex_);
+  std::unordered_map<std::string, std::weak_ptr<const SealedRun>> runs_ TORPOR_GUARDED_BY(mutex_);
+  /// Entries of `runs_` at which those that nobody holds any more are removed.
+  size_t next_sweep_ TORPOR_GUARDED_BY(mutex_) = 1024;
 };
 
 }  // namespace torpor

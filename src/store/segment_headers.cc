@@ -19,7 +19,7 @@ void replace_metadata(TorporFile& file, std::string_view key, std::string value)
 SegmentFile SegmentHeaders::parse(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name) {
   std::shared_ptr<const Parsed> parsed;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     parsed = parsed_;
   }
   const size_t data_start = size_t(safetensors_data_start(prefix, file_size, file_name));
@@ -44,7 +44,7 @@ SegmentFile SegmentHeaders::parse(std::span<const std::byte> prefix, uint64_t fi
   SegmentFile segment = parse_segment_file(prefix, file_size, file_name);
   if (parsed == nullptr && !segment.parent.empty()) {
     parsed = remember(header, file_size, segment);
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     parsed_ = parsed;
   }
   return segment;

@@ -4,11 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "base/mutex.h"
 #include "store/segment.h"
 
 namespace torpor {
@@ -33,8 +33,8 @@ class SegmentHeaders {
   static std::shared_ptr<const Parsed> remember(std::string_view header, uint64_t file_size, const SegmentFile& segment);
   static bool alike(const Parsed& parsed, std::string_view header);
 
-  std::mutex mutex_;
-  std::shared_ptr<const Parsed> parsed_;
+  Mutex mutex_;
+  std::shared_ptr<const Parsed> parsed_ TORPOR_GUARDED_BY(mutex_);
 };
 
 }  // namespace torpor

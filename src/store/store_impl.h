@@ -1,13 +1,13 @@
 #pragma once
 /// The parts of a store, and what is done with them.
 
-#include <mutex>
 #include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "base/env.h"
+#include "base/mutex.h"
 #include "base/parallel.h"
 #include "store/catalogue.h"
 #include "store/known.h"
@@ -32,15 +32,15 @@ struct Store::Impl {
   KnownSegments known;
 
   DiskLimits own_limits() {
-    const std::lock_guard lock(limits_mutex_);
+    const MutexLock lock(limits_mutex_);
     return limits_;
   }
   /// kInvalidArgument when one is negative.
   void set_disk_limits(const DiskLimits& limits);
 
  private:
-  std::mutex limits_mutex_;
-  DiskLimits limits_;
+  Mutex limits_mutex_;
+  DiskLimits limits_ TORPOR_GUARDED_BY(limits_mutex_);
 };
 
 // The verbs. Where a method of Store has the same arguments, its contract holds.

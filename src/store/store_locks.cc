@@ -25,14 +25,14 @@ bool is_unwritable(const Error& error) {
 }  // namespace
 
 void FairMutex::lock() {
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   const uint64_t mine = next_++;
-  served_.wait(lock, [&] { return now_serving_ == mine; });
+  while (now_serving_ != mine) served_.wait(lock);
 }
 
 void FairMutex::unlock() {
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     ++now_serving_;
   }
   served_.notify_all();

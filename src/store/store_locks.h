@@ -2,7 +2,6 @@
 /// The locks in ROOT/.locks (docs/format.md, "Locks"): who owns an agent, who saves, who removes.
 
 #include <chrono>
-#include <condition_variable>
 #include <filesystem>
 #include <mutex>
 #include <optional>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "base/env.h"
+#include "base/mutex.h"
 
 namespace torpor {
 
@@ -20,9 +20,10 @@ class FairMutex {
   void unlock();
 
  private:
-  std::mutex mutex_;
-  std::condition_variable served_;
-  uint64_t next_ = 0, now_serving_ = 0;
+  Mutex mutex_;
+  CondVar served_;
+  uint64_t next_ TORPOR_GUARDED_BY(mutex_) = 0;
+  uint64_t now_serving_ TORPOR_GUARDED_BY(mutex_) = 0;
 };
 
 /// The store's own lock, held for moments only. Whoever holds it looks at names and unlinks; nothing is flushed, read through,

@@ -187,7 +187,7 @@ void keep_limits(Store::Impl& store, const DiskLimits& limits) {
 
 void Store::Impl::set_disk_limits(const DiskLimits& limits) {
   check_limits(limits);
-  const std::lock_guard lock(limits_mutex_);
+  const MutexLock lock(limits_mutex_);
   limits_ = limits;
 }
 
