@@ -1,3 +1,23 @@
+// A layer's attention: what a call does, in this order, and where. M rows, H query heads, H_kv kv heads of D dims.
+//
+//   Attention (MLX)       primitives.cc: qkv [M, (H + 2 H_kv) D] and the runs of the cache, as pointers
+//   attention_on          attention.cc: checks the spec, makes tables of angles, cuts the batch into tasks for the pool
+//   1. PrepareRows        attention-inl.h: norm, rotation in place; keys and values go to the cache [H_kv, 256, D]
+//        rotate_row         attention_hadamard-inl.h: the Hadamard rotation, where the spec asks for it
+//        Rows::store        attention_rows-inl.h: rows of f32, f16 or bf16
+//        append_affine      attention_affine-inl.h: rows of 8 or 4 bits, with scales and biases
+//   2. RunTile            attention-inl.h: rows [rows, D] of one kv head; run_super makes the partial of kSuper keys
+//        transpose_keys, widen    attention_rows-inl.h: a block of keys as [D][kBlock], of values as [kBlock][D]
+//        dequantize_block         attention_affine-inl.h: the same of rows of 8 or 4 bits
+//        add_key_bias             attention_hadamard-inl.h: keys are turned back, and get their bias
+//        attend_block             attention-inl.h: for a block, kMaxRows rows at a time:
+//          product, weigh         attention_math-inl.h: scores [rows][kBlock], their softmax, outputs [rows][D]
+//          score_affine, output_affine    attention_affine-inl.h: products of few rows, without a dequantized block
+//   3. MergeTile          attention-inl.h: adds a tile's partials in order of position, if they were tasks of their own
+//        finish             divides by the sum of weights and turns rotated values back: out [M, H D]
+//
+// Files named -inl.h are compiled once per target. attention-inl.h says why no result depends on the batch.
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/attention.cc"
 #include <hwy/foreach_target.h>  // must come before highway.h
