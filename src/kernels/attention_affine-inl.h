@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include <hwy/cache_control.h>
 #include <hwy/highway.h>
@@ -50,8 +51,8 @@ HWY_INLINE void store_scale(KvDtype dtype, float value, std::byte* to, size_t at
   }
 }
 
-/// `n` elements, a multiple of 32, to `n * bits / 8` bytes.
-HWY_INLINE void quantize_group(const float* x, size_t n, int bits, uint8_t* out, float& scale_out, float& bias_out) {
+/// The least and the greatest of `n` elements, a multiple of 32.
+HWY_INLINE std::pair<float, float> range_of(const float* x, size_t n) {
   const DF d;
   VF low = hn::Set(d, std::numeric_limits<float>::infinity()), high = hn::Neg(low);
   for (size_t i = 0; i < n; i += kLanes) {
@@ -59,7 +60,18 @@ HWY_INLINE void quantize_group(const float* x, size_t n, int bits, uint8_t* out,
     low = hn::Min(v, low);
     high = hn::Max(v, high);
   }
-  const float minimum = hn::GetLane(hn::MinOfLanes(d, low)), maximum = hn::GetLane(hn::MaxOfLanes(d, high));
+  return {hn::GetLane(hn::MinOfLanes(d, low)), hn::GetLane(hn::MaxOfLanes(d, high))};
+}
+
+/// `n` levels of 4 bits to `n / 2` bytes.
+HWY_INLINE void pack_nibbles(const uint8_t* levels, size_t n, uint8_t* out) {
+  for (size_t i = 0; i < n / 2; ++i) out[i] = uint8_t(levels[2 * i] | levels[2 * i + 1] << 4);
+}
+
+/// `n` elements, a multiple of 32, to `n * bits / 8` bytes.
+HWY_INLINE void quantize_group(const float* x, size_t n, int bits, uint8_t* out, float& scale_out, float& bias_out) {
+  const DF d;
+  const auto [minimum, maximum] = range_of(x, n);
   // MLX's rule: the edge of larger magnitude is met exactly, and zero is a level.
   const float levels = float((1 << bits) - 1);
   const bool negative = std::abs(minimum) > std::abs(maximum);
@@ -84,9 +96,7 @@ HWY_INLINE void quantize_group(const float* x, size_t n, int bits, uint8_t* out,
     const VF rounded = hn::Sub(hn::Add(clamped, magic), magic);
     hn::StoreU(hn::DemoteTo(d8, hn::ConvertTo(di, rounded)), d8, to + i);
   }
-  if (bits == 4) {
-    for (size_t i = 0; i < n / 2; ++i) out[i] = uint8_t(levels_of[2 * i] | levels_of[2 * i + 1] << 4);
-  }
+  if (bits == 4) pack_nibbles(levels_of, n, out);
   scale_out = scale;
   bias_out = bias;
 }
@@ -128,14 +138,7 @@ HWY_INLINE float nearest_levels(const float* x, size_t n, float scale, float bia
 /// elements.
 HWY_NOINLINE void quantize_rotated_group(KvDtype dtype, const float* x, size_t n, uint8_t* out, float& scale_out,
                                          float& bias_out) {
-  const DF d;
-  VF low = hn::Set(d, std::numeric_limits<float>::infinity()), high = hn::Neg(low);
-  for (size_t i = 0; i < n; i += kLanes) {
-    const VF v = hn::LoadU(d, x + i);
-    low = hn::Min(v, low);
-    high = hn::Max(v, high);
-  }
-  const float minimum = hn::GetLane(hn::MinOfLanes(d, low)), maximum = hn::GetLane(hn::MaxOfLanes(d, high));
+  const auto [minimum, maximum] = range_of(x, n);
   const float middle = 0.5f * minimum + 0.5f * maximum, reach = 0.5f * maximum - 0.5f * minimum;
   uint8_t best[128], levels[128];
   float least = std::numeric_limits<float>::infinity();
@@ -150,7 +153,7 @@ HWY_NOINLINE void quantize_rotated_group(KvDtype dtype, const float* x, size_t n
     bias_out = bias;
     std::memcpy(best, levels, n);
   }
-  for (size_t i = 0; i < n / 2; ++i) out[i] = uint8_t(best[2 * i] | best[2 * i + 1] << 4);
+  pack_nibbles(best, n, out);
 }
 
 /// One head's row, whose groups begin at `at`.
