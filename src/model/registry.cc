@@ -1,4 +1,4 @@
-#include "model/registry.h"
+/// Where a model is, and the forward pass that it gets.
 
 #include <fstream>
 
@@ -91,6 +91,22 @@ auto with_checkpoint(const std::string& name, const ComputeOptions& given, Use u
   }
 }
 
+using ModelFactory = std::unique_ptr<Model> (*)(const model::Checkpoint&);
+
+/// The forward pass of `architecture` ("llama"); nullptr when there is none.
+ModelFactory find_architecture(const std::string& architecture) {
+  using namespace model;
+  for (const auto& [name, make] : {std::pair<const char*, ModelFactory>{"gemma2", make_gemma2},
+                                   {"gemma3", make_gemma3},
+                                   {"llama", make_llama},
+                                   {"phi3", make_phi3},
+                                   {"qwen2", make_qwen2},
+                                   {"qwen3", make_qwen3}}) {
+    if (architecture == name) return make;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 std::unique_ptr<Model> Model::load(const std::string& name, const ComputeOptions& compute) {
@@ -98,7 +114,7 @@ std::unique_ptr<Model> Model::load(const std::string& name, const ComputeOptions
     const ComputeOptions settled = with_environment(compute);
     kernels::settle_cpu_target(settled.cpu_target);
     if (settled.threads != 0) kernels::ThreadPool::settle_shared(settled.threads);
-    const model::ModelFactory make = model::find_architecture(checkpoint.config.architecture);
+    const ModelFactory make = find_architecture(checkpoint.config.architecture);
     if (make == nullptr) {
       throw Error(ErrorCode::kInternal, "No forward pass for architecture " + checkpoint.config.architecture + ".");
     }
@@ -118,19 +134,4 @@ ModelOutline outline_model(const std::string& name, const ComputeOptions& comput
 
 bool mlx_lm_rotates_windows(const std::string& architecture) { return architecture == "gemma3"; }
 
-namespace model {
-
-ModelFactory find_architecture(const std::string& architecture) {
-  for (const auto& [name, make] : {std::pair<const char*, ModelFactory>{"gemma2", make_gemma2},
-                                   {"gemma3", make_gemma3},
-                                   {"llama", make_llama},
-                                   {"phi3", make_phi3},
-                                   {"qwen2", make_qwen2},
-                                   {"qwen3", make_qwen3}}) {
-    if (architecture == name) return make;
-  }
-  return nullptr;
-}
-
-}  // namespace model
 }  // namespace torpor
