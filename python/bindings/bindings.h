@@ -11,7 +11,6 @@
 namespace torpor::python {
 
 void bind_store(nanobind::module_& module);
-void bind_model(nanobind::module_& module);
 void bind_turn(nanobind::module_& module);
 void bind_engine(nanobind::module_& module);
 

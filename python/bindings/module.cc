@@ -2,10 +2,12 @@
 #include <string_view>
 #include <utility>
 
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/string.h>
 
 #include "bindings.h"
 #include "faces/error_table.h"
+#include "model/weights.h"
 #include "torpor/log.h"
 
 namespace nb = nanobind;
@@ -50,12 +52,6 @@ void set_log_handler(nb::object handler) {
 }
 
 }  // namespace
-
-void bind_log(nb::module_& module) {
-  module.def("set_log_handler", &set_log_handler, nb::arg("handler").none(),
-             nb::sig("def set_log_handler(handler: typing.Callable[[str, str], object] | None) -> None"));
-}
-
 }  // namespace torpor::python
 
 NB_MODULE(_core, module) {
@@ -70,9 +66,13 @@ NB_MODULE(_core, module) {
       PyErr_SetObject(exception.type().ptr(), exception.ptr());
     }
   });
-  torpor::python::bind_log(module);
+  module.def("set_log_handler", &torpor::python::set_log_handler, nb::arg("handler").none(),
+             nb::sig("def set_log_handler(handler: typing.Callable[[str, str], object] | None) -> None"));
+  module.def("weights_digest",
+             [](const std::filesystem::path& directory) { return torpor::model::Weights::open(directory).digest(); }, nb::arg("directory"),
+             nb::call_guard<nb::gil_scoped_release>(),
+             "Of every tensor of a model directory: names, dtypes, shapes, bytes. Reads all, on all cores, and keeps nothing.");
   torpor::python::bind_store(module);
-  torpor::python::bind_model(module);
   torpor::python::bind_turn(module);
   torpor::python::bind_engine(module);
 }
