@@ -1,5 +1,5 @@
 #pragma once
-/// Tokenizer's inside, which Detokenizer sees too.
+/// Tokenizer's inside, which templates and grammars see too.
 
 #include <string>
 
