@@ -11,7 +11,6 @@
 #include "base/model_file.h"
 #include "model/config_field.h"
 #include "model/family.h"
-#include "model/tokenizer_eos.h"
 #include "torpor/error.h"
 
 namespace torpor::model {

@@ -53,4 +53,9 @@ struct ModelConfig {
 /// kNotFound without config.json, kCorruption when it is no JSON, kInvalidArgument for what is not supported.
 ModelConfig read_config(const std::filesystem::path& dir);
 
+/// The id of the tokenizer's `eos_token`, which configs often lack; nullopt where no file says it. The name is that of
+/// tokenizer_config.json, in old directories of special_tokens_map.json. The id is from there too, else from tokenizer.json. Files
+/// that can't be read are the text room's to refuse.
+std::optional<int32_t> tokenizer_eos(const std::filesystem::path& dir);
+
 }  // namespace torpor::model

@@ -1,4 +1,4 @@
-#include "model/tokenizer_eos.h"
+/// The end-of-turn token of a model's tokenizer.
 
 #include <fstream>
 #include <limits>
@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/model_file.h"
+#include "model/config.h"
 
 namespace torpor::model {
 namespace {
