@@ -6,7 +6,6 @@
 
 #include "base/env.h"
 #include "base/hash.h"
-#include "exchange/float_rows.h"
 #include "exchange/prompt_cache.h"
 #include "store/export.h"
 #include "store/temporary_file.h"

@@ -1,10 +1,12 @@
-#include "exchange/float_rows.h"
+/// Quantized rows as other programs read them.
 
 #include <bit>
 #include <cmath>
 #include <cstring>
 
+#include "exchange/prompt_cache.h"
 #include "store/export.h"
+#include "torpor/exchange.h"
 
 namespace torpor {
 namespace {

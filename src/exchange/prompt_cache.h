@@ -1,6 +1,6 @@
 #pragma once
-/// The headers of mlx-lm's prompt-cache files, in the dialect of mlx-lm 0.32 and in that up to 0.31: safetensors whose
-/// tensors and metadata are a list of cache objects, flattened. docs/format.md says what stands where.
+/// The headers of mlx-lm's prompt-cache files, and rows as these hold them. The dialects are mlx-lm 0.32's and that up to 0.31.
+/// A file is safetensors whose tensors and metadata are a list of cache objects, flattened (docs/format.md).
 
 #include <cstdint>
 #include <functional>
@@ -58,5 +58,9 @@ bool rotates(const KvTensorSpec& tensor, const KvLayout& layout, bool rotates_wi
 PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::string& model, bool rotates_windows,
                                     PromptCacheDialect dialect);
 int64_t first_kept(const KvTensorSpec& tensor, const KvSnapshot& snapshot, bool rotates_windows);
+
+/// An agent's quantized rows as floats of the dtype of their scales: turned back where `format` rotates them, keys restored where
+/// `restore` is set. The layout must be the engine's for `format`.
+KvSnapshot float_rows(const KvSnapshot& snapshot, const KvFormat& format, const RestoreAgentKeys& restore);
 
 }  // namespace torpor
