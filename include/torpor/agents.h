@@ -1,6 +1,6 @@
 #pragma once
-/// Changes to agents that are asleep: no model is loaded, no sealed row is read. (Engine does the same to those it has awake.)
-/// Any thread. kBusy if the agent is awake elsewhere. The source of a fork may be awake: its last save is forked.
+/// Changes to agents that are asleep: no model is loaded, no sealed row is read. (Engine does the same to awake ones.)
+/// Any thread. kBusy if the agent is awake elsewhere. A fork's source may be awake: its last save is forked.
 
 #include <cstdint>
 #include <filesystem>
@@ -20,8 +20,8 @@ enum class SaveMode {
   kBehind,  ///< by a writer thread; `sleep`, `save_all` and the engine's destructor wait for it
 };
 
-/// Agent `dst`, which must be new, begins with the first `at_token` tokens of `src` (all of them unless given) and shares
-/// their segments. kNotFound, kInvalidArgument.
+/// Agent `dst`, which must be new, begins with the first `at_token` tokens of `src` (all of them unless given) and
+/// shares their segments. kNotFound, kInvalidArgument.
 SaveResult fork_agent(Store& store, const std::string& src, const std::string& dst,
                       std::optional<int64_t> at_token = std::nullopt, Durability durability = Durability::kFull);
 
@@ -32,9 +32,9 @@ SaveResult rewind_agent(Store& store, const std::string& id, int64_t n_tokens, D
 void pin_agent(Store& store, const std::string& id, bool pinned, Durability durability = Durability::kFull);
 bool is_pinned(const AgentInfo& info);
 
-/// Agent `id`, which must be new, of a prompt-cache file of mlx-lm's (read_prompt_cache, whose errors it gives). It has no
-/// messages, and its ids are not known: it can be gone on from and cut, but not compared with a prompt, nor computed again
-/// should its rows be damaged.
+/// Agent `id`, which must be new, of a prompt-cache file of mlx-lm's (read_prompt_cache, whose errors it gives). It has
+/// no messages, and its ids are not known. A turn can go on from it, and it can be cut. Without ids it is compared with
+/// no prompt, and damaged rows can't be computed again.
 SaveResult import_prompt_cache(Store& store, const std::filesystem::path& path, const std::string& id, const CacheModel& model,
                                Durability durability = Durability::kFull);
 

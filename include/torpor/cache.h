@@ -27,16 +27,16 @@ struct CacheValidation {
 
 /// The KV cache of one conversation, all layers, with the tokens it belongs to.
 ///
-/// It takes memory when rows are appended, unless `grow` took it before. Whoever keeps several caches in bounded memory calls
-/// `growth` for all of them, makes room, and then `grow`: computing the rows then takes none.
+/// It takes memory when rows are appended, unless `grow` took it before. Whoever keeps several caches in bounded memory
+/// calls `growth` for all of them, makes room, and then `grow`: computing the rows then takes none.
 class KvCache : public KvAccess {
  public:
   ~KvCache() override;
   /// An empty cache of the kind `backend` computes with.
   static std::unique_ptr<KvCache> create(const KvLayout& layout, const KvFormat& format, Backend backend);
   /// The cache a snapshot was taken of; its format is the identity's. kKernels: sealed runs are adopted without a copy,
-  /// whatever memory they are in.
-  /// kInvalidArgument when the snapshot is inconsistent, kIncompatible when it has state: all that is cached here is rows.
+  /// whatever memory they are in. kInvalidArgument when the snapshot is inconsistent, kIncompatible when it has state:
+  /// all that is cached here is rows.
   static std::unique_ptr<KvCache> restore(const KvSnapshot& snapshot, Backend backend);
 
   /// An independent copy; sealed segments are shared, not copied.
@@ -50,12 +50,12 @@ class KvCache : public KvAccess {
   virtual void grow(int rows) = 0;
   /// Bytes that truncate(n_tokens) takes: a cut inside a sealed run copies the rows of it that stay.
   virtual size_t cut_cost(int n_tokens) const = 0;
-  /// Rows that may be appended at no more cost than the first of them, and cut off again at none: no run is sealed with them,
-  /// and no window moves on over one. 0 where rows are not kept in runs.
+  /// Rows that may be appended at the cost of one, and cut off again at none. They seal no run, and no window moves
+  /// over one. 0 where rows are not kept in runs.
   virtual int spare_rows() const { return 0; }
   /// Drops every token from `n_tokens` on. kInvalidArgument beyond length().
   void truncate(int n_tokens);
-  /// Bytes of the buffers held, those shared with other caches included: of a mapped run only what a window can still see.
+  /// Bytes of the buffers held, shared ones included; of a mapped run only what a window can still see.
   size_t nbytes() const;
   /// The same one by one, so that who counts several caches can count a shared one once.
   struct HeldBuffer {
@@ -68,11 +68,11 @@ class KvCache : public KvAccess {
   void count_in(std::shared_ptr<KvLedger> ledger);
   /// The sealed runs whose bytes are attended where they are; none where rows are copied into arrays (kMlx).
   virtual std::span<const std::shared_ptr<const SealedRun>> sealed_runs() const { return {}; }
-  /// Run `i` (sealed) from now on is `run`, the same rows mapped from their segment file: memory then need not hold what
-  /// windows have left behind.
+  /// Run `i` (sealed) from now on is `run`, the same rows mapped from their segment file. Memory then need not hold
+  /// rows that windows have left behind.
   virtual void replace_run(int i, std::shared_ptr<const SealedRun> run) = 0;
-  /// Evaluated bytes of every row, `identity` attached. Sealed segments are referenced, the tail is copied. Without `copy_tail` it is
-  /// referenced too, where rows are kept in runs: the next append while the snapshot lives then copies it.
+  /// Evaluated bytes of every row, with `identity`. Sealed segments are referenced, the tail is copied. Without
+  /// `copy_tail` it is referenced too, where rows are kept in runs. The next append copies it, if the snapshot lives.
   virtual KvSnapshot snapshot(const Identity& identity, bool copy_tail = true) const = 0;
   CacheValidation validate() const;
 

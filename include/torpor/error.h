@@ -28,8 +28,8 @@ enum class ErrorCode {
 ///
 ///     throw Error(ErrorCode::kIncompatible, sentence).with_agent("ada").with_field("kv", "f16", "f32");
 ///
-/// Copies share their data; copying never throws. An Error that was thrown is not changed any more, so its copies may be
-/// read by any thread.
+/// Copies share their data; copying never throws. An Error that was thrown is not changed any more, so its copies may
+/// be read by any thread.
 class Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}

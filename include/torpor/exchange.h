@@ -52,15 +52,15 @@ struct PromptCache {
 /// file.
 bool is_prompt_cache(const std::filesystem::path& path);
 
-/// Reads a file of either dialect; import_prompt_cache (torpor/agents.h) makes an agent of it. The file has no checksum:
-/// rows that were damaged are not found out. `env` as for Store.
+/// Reads a file of either dialect; import_prompt_cache (torpor/agents.h) makes an agent of it. The file has no
+/// checksum: rows that were damaged are not found out. `env` as for Store.
 ///
 /// kIncompatible, naming what differs, when the file is not of such a model or the model could not go on from it.
 /// kCorruption when it contradicts itself. kInvalidArgument when it is no prompt cache. kNotFound, kIo.
 PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheModel& model, Env* env = nullptr);
 
-/// Writes a file that mlx-lm continues from, and renames it into place. Rows are mapped, not read, where that can be had.
-/// Quantized rows that mlx-lm does not know (rotated, without their bias, of two numbers of bits) become floats of
+/// Writes a file that mlx-lm continues from, and renames it into place. Rows are mapped, not read, where that can be
+/// had. Quantized rows that mlx-lm does not know (rotated, without their bias, of two numbers of bits) become floats of
 /// their scales' dtype, in memory.
 ///
 /// kInvalidArgument when the agent holds no tokens, the file would be in the store, or there are such keys and no

@@ -22,8 +22,8 @@ struct SamplingOptions {
   uint64_t seed = 0;      ///< random numbers depend on it and on the position alone
   int top_k = 0;          ///< only so many of the likeliest; 0 = all
   float min_p = 0;        ///< in [0, 1]: only tokens with this part of the likeliest one's probability
-  /// Above 0; 1 = none. Logits of the last `penalty_context` tokens, prompt and answer, are divided by it where they are
-  /// positive, else multiplied.
+  /// Above 0; 1 = none. Logits of the last `penalty_context` tokens, prompt and answer, are divided by it where they
+  /// are positive, else multiplied.
   float repetition_penalty = 1;
   int penalty_context = 64;      ///< tokens; 0 = all that the agent holds
   float presence_penalty = 0;    ///< taken from the logits of tokens that the answer has
@@ -51,8 +51,8 @@ struct StopFound {
 class TokenFilter {
  public:
   virtual ~TokenFilter() = default;
-  /// Sets bit `id % 32` of word `id / 32` for each token that may come next, and clears the others; `[vocab_size / 32, rounded up]`.
-  /// Runs beside the forward pass. When none is set, or it throws, the turn fails.
+  /// Sets bit `id % 32` of word `id / 32` for each token that may come next, and clears the others. There are words for
+  /// all `vocab_size` bits. Runs beside the forward pass. When no bit is set, or it throws, the turn fails.
   virtual void allow(std::span<uint32_t> words) = 0;
   /// That token has come, which was allowed. Once no text may follow, allow() gives the tokens that end the answer.
   virtual void accept(int32_t token) = 0;
@@ -66,16 +66,16 @@ struct GenerateOptions {
   /// Log-probabilities of each token generated and of so many of the likeliest, at most 64. They are the model's own,
   /// before bias, penalties and temperature.
   std::optional<int> logprobs;
-  /// Instead of `stop`, where not all text counts. Hears the answer's text piece by piece on the engine's thread, and says
-  /// where a stop string begins. on_text may have heard what follows. It must not block or call the Engine.
+  /// Instead of `stop`, where not all text counts. Hears the answer's text piece by piece on the engine's thread, and
+  /// says where a stop string begins. on_text may have heard what follows. It must not block or call the Engine.
   std::function<std::optional<StopFound>(std::string_view piece)> find_stop;
-  /// With logprobs: called for each token on the engine's thread, before on_text can hear its text. It must not block or
-  /// call the Engine.
+  /// With logprobs: called for each token on the engine's thread, before on_text can hear its text. It must not block
+  /// or call the Engine.
   std::function<void(const TokenLogprobs& token)> on_token;
   /// Tokens that may come, of this one answer; it is used up by it. nullptr: all.
   std::shared_ptr<TokenFilter> filter;
-  /// Guesses what follows from what the agent holds, and verifies several tokens in one forward pass. No bit of the answer depends
-  /// on it. Where kernels are not batch invariant (Backend::kMlx) nothing is guessed.
+  /// Guesses what follows from what the agent holds, and verifies several tokens in one forward pass. No bit of the
+  /// answer depends on it. Where kernels are not batch invariant (Backend::kMlx) nothing is guessed.
   bool speculate = true;
   /// Called with each piece of text that is complete and can no longer become part of a stop string.
   std::function<void(std::string_view)> on_text;
@@ -91,8 +91,8 @@ const char* finish_reason_name(FinishReason reason);
 
 struct GenerateResult {
   std::string text;
-  /// Sampled, a final end-of-turn token included; their rows are all in the cache. Those of a stop string are left out. Where
-  /// its first token has text before it too, that text is encoded anew.
+  /// Sampled, a final end-of-turn token included; their rows are all in the cache. Those of a stop string are left out.
+  /// Where its first token has text before it too, that text is encoded anew.
   std::vector<int32_t> tokens;
   std::vector<TokenLogprobs> logprobs;  ///< of the tokens as they were sampled
   FinishReason finish_reason = FinishReason::kLength;

@@ -6,8 +6,8 @@
 ///
 ///     [tensor 0: [1, H_kv, S, D]] [tensor 1: [1, H_kv, S, D]] ...      row-major, no gaps, little-endian
 ///
-/// A run of kSegmentTokens tokens is *sealed*: it never changes again, and everyone who needs its rows shares one SealedRun.
-/// The tokens past the last sealed run are the *tail*.
+/// A run of kSegmentTokens tokens is *sealed*: it never changes again, and everyone who needs its rows shares one
+/// SealedRun. The tokens past the last sealed run are the *tail*.
 ///
 /// Everything here but SealedRun is plain data. Concurrent reads are safe.
 
@@ -113,8 +113,8 @@ struct KvLayout {
   bool operator==(const KvLayout&) const = default;
 };
 
-/// What rows depend on, so what must match for them to be used. Each field is a short text or a hex digest; the empty field is
-/// a value like any other.
+/// What rows depend on, so what must match for them to be used. Each field is a short text or a hex digest; the empty
+/// field is a value like any other.
 struct Identity {
   std::string architecture;   ///< "llama"
   std::string config;         ///< digest of the config fields that shape the computation
@@ -147,7 +147,7 @@ struct Lineage {
     std::string numerics;  ///< "f32/kernels/l8-fma"; neither ',' nor ':' in it
     bool operator==(const Range&) const = default;
   };
-  /// Ascending, the first from 0 on. Of segments from `first` on to the next range's; none: computed by nobody knows whom.
+  /// Ascending, the first from 0 on. Of segments from `first` on to the next range's. None: it is not known.
   std::vector<Range> ranges;
   /// Segments are named as format versions 1 and 2 did, for a conversation of this identity.
   std::optional<ConversationIdentity> old_names;
@@ -158,19 +158,19 @@ struct Lineage {
   const std::string& numerics() const noexcept;
   /// How rows of the segment that begins at `position` were computed.
   const std::string& numerics_at(int64_t position) const noexcept;
-  /// New rows, from `n_tokens` on, are computed so. False when that is no change. ("f32", of an agent of version 1, is any "f32/...".)
+  /// New rows, from `n_tokens` on, are computed so. False when that is no change. ("f32" of version 1 is any "f32/".)
   bool go_on_with(const std::string& numerics, int64_t n_tokens);
   /// The agent has only its first `n_tokens` tokens from now on.
   void cut(int64_t n_tokens);
   bool operator==(const Lineage&) const = default;
 };
 
-/// Stands for the id of a token that is not known. A sealed run whose first id it is gets, when saved, ids made of its rows'
-/// checksums (name_unknown_tokens).
+/// Stands for the id of a token that is not known. A sealed run whose first id it is gets, when saved, ids made of its
+/// rows' checksums (name_unknown_tokens).
 inline constexpr int32_t kUnknownToken = -1;
 
-/// The rows of kSegmentTokens consecutive tokens in memory: `layout.offset(tensors.size(), kSegmentTokens)` bytes, which never
-/// change. Caches, snapshots and the store share it, so the object itself says whether its rows are on disk. Thread-safe.
+/// The rows of kSegmentTokens consecutive tokens in memory: `layout.offset(tensors.size(), kSegmentTokens)` bytes. They
+/// never change. Caches, snapshots and the store share the run, so the object says whether it is on disk. Thread-safe.
 class SealedRun {
  public:
   /// The segment that holds these rows on disk.
@@ -180,8 +180,8 @@ class SealedRun {
     std::string content;  ///< digest of the rows' checksums, 32 hex digits
   };
 
-  /// `owner` keeps `bytes` alive. `mapped`: they are a read-only mapping of a segment file. `checked`: the tensors whose rows
-  /// were computed here, or read and compared with their checksums; no other tensor's rows may be read.
+  /// `owner` keeps `bytes` alive. `mapped`: they are a read-only mapping of a segment file. `checked`: the tensors
+  /// whose rows were computed here, or read and compared with their checksums; no other tensor's rows may be read.
   SealedRun(std::span<const std::byte> bytes, std::shared_ptr<const void> owner, bool mapped = false, TensorMask checked = {})
       : bytes_(bytes), owner_(std::move(owner)), mapped_(mapped), checked_(std::move(checked)) {}
   SealedRun(const SealedRun&) = delete;
@@ -214,16 +214,16 @@ struct KvTail {
   int n_tokens = 0;
   std::span<const std::byte> bytes;   ///< `layout.offset(tensors.size(), capacity())` of them
   std::shared_ptr<const void> owner;  ///< keeps `bytes` alive; they do not change while any snapshot holds them
-  /// When set, `bytes` is all of this buffer of a run's size, and each head has room for kSegmentTokens rows. A cache may take it
-  /// over and add rows, unless others hold it too.
+  /// When set, `bytes` is all of this buffer of a run's size, and each head has room for kSegmentTokens rows. A cache
+  /// may take it over and add rows, unless others hold it too.
   std::shared_ptr<std::byte> run = nullptr;
 
   /// Rows that each head of `bytes` has room for.
   int capacity() const noexcept { return run != nullptr ? kSegmentTokens : n_tokens; }
 };
 
-/// A tensor that is not one row per token: what a layer of another kind (a ring, a recurrent state) holds after the last token.
-/// An agent that has any can't be cut to fewer tokens.
+/// A tensor that is not one row per token: what a layer of another kind (a ring, a recurrent state) holds after the
+/// last token. An agent that has any can't be cut to fewer tokens.
 struct KvState {
   std::string name;             ///< `A-Za-z0-9_.-`; another than the layout's names and "tokens"
   std::string dtype;            ///< as safetensors calls it: "F16", "U8"
@@ -232,8 +232,8 @@ struct KvState {
   std::shared_ptr<const void> owner;  ///< keeps `bytes` alive
 };
 
-/// Rows to be saved that lie apart in memory which the caller goes on using. They are read while the save runs. Nothing is
-/// remembered of where they were.
+/// Rows to be saved that lie apart in memory which the caller goes on using. They are read while the save runs. Nothing
+/// is remembered of where they were.
 struct BorrowedRows {
   struct Run {
     /// The run's bytes in order.

@@ -34,16 +34,16 @@ struct MessageDivergence {
   bool beginning = false;  ///< tools or template arguments render the beginning otherwise; `held` and `given` are those
 };
 
-/// Whether two messages say the same: role, name and content are equal, and so are the calls' names and their arguments as
-/// JSON. Ids don't count. Of an assistant's message white space around the content doesn't count either, nor does thinking
-/// that one of the two lacks: many clients and templates drop it.
+/// Whether two messages say the same: role, name and content are equal, and so are the calls' names and their arguments
+/// as JSON. Ids don't count. Around an assistant's content white space doesn't count either. Nor does thinking that one
+/// of the two lacks: many clients and templates drop it.
 bool says_the_same(const Message& a, const Message& b);
 
-/// One JSON object: `role`, `content`, `name`, `thinking`, `tool_calls`, `tool_call_id`. All but the first two are left out
-/// where they are empty. kInvalidArgument for invalid UTF-8, and for arguments that are no JSON object.
+/// One JSON object: `role`, `content`, `name`, `thinking`, `tool_calls`, `tool_call_id`. All but the first two are left
+/// out where they are empty. kInvalidArgument for invalid UTF-8, and for arguments that are no JSON object.
 std::string message_to_json(const Message& message);
-/// The inverse; other keys are ignored. As OpenAI has it, a call may stand in `function`, its arguments be a text that holds
-/// the object, and thinking be called `reasoning_content`. kInvalidArgument when it is no such object.
+/// The inverse; other keys are ignored. As OpenAI has it, a call may stand in `function`, its arguments be a text that
+/// holds the object, and thinking be called `reasoning_content`. kInvalidArgument when it is no such object.
 Message message_from_json(const std::string& json);
 /// Of a JSON array of them.
 std::vector<Message> messages_from_json(const std::string& json);

@@ -28,12 +28,12 @@ class KvAccess {
   virtual const KvLayout& layout() const noexcept = 0;
   /// Tokens held.
   virtual int length() const = 0;
-  /// kKernels: makes room for `n` more tokens; run i is the buffer of tokens [256 i, 256 (i + 1)), each of the
+  /// kKernels: makes room for `n` more tokens. Run i is the buffer of tokens [256 i, 256 (i + 1)). A run has the
   /// layout's size for kSegmentTokens tokens. The kernels write the new rows in place.
   virtual std::span<const KvBuffer> reserve(int n) = 0;
-  /// kMlx: appends k, v `[1, H_kv, n, D]` (any float dtype; stored in the cache's format) to layer `layer` and returns the
-  /// rows held, the last of which are these: all, or of a layer with a window no fewer than it sees. Quantized rows come
-  /// back in the dtype of k and v.
+  /// kMlx: appends k, v `[1, H_kv, n, D]`, of any float dtype, to layer `layer` in the cache's format. Returns the rows
+  /// held, the new ones last: all, or at least those that a layer with a window sees. Quantized rows come back in the
+  /// dtype of k and v.
   virtual std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) = 0;
   /// After evaluation: the `n` rows now count.
   virtual void advance(int n) = 0;
@@ -69,8 +69,8 @@ class Model {
   virtual KvLayout kv_layout(const KvFormat& format) const = 0;
 
   /// Evaluated f32 logits [rows, vocab]: per sequence its last token's row, all of them or none. Long inputs are
-  /// computed in chunks inside. On an error no sequence has advanced on kKernels. On kMlx one may have, by whole chunks of 512
-  /// tokens of the batch; the caller cuts it back.
+  /// computed in chunks inside. On an error no sequence has advanced on kKernels. On kMlx one may have, by whole chunks
+  /// of 512 tokens of the batch; the caller cuts it back.
   virtual mx::array forward(std::span<const ForwardSequence> batch) = 0;
 };
 

@@ -30,12 +30,12 @@ struct ModelInfo {
 /// `~/.cache/huggingface`). kNotFound names the `hf download` command.
 std::filesystem::path resolve_model(const std::string& name);
 
-/// Whether mlx-lm keeps the layers with a window of this architecture ("gemma3") in a RotatingKVCache, which forgets rows.
-/// Of the other architectures it keeps all rows.
+/// Whether mlx-lm keeps the layers with a window of this architecture ("gemma3") in a RotatingKVCache, which forgets
+/// rows. Of the other architectures it keeps all rows.
 bool mlx_lm_rotates_windows(const std::string& architecture);
 
-/// Makes a token's keys of a layer what the model computed, in place: f32 [n_kv_heads * head_dim]. They come as a format
-/// keeps them, but dequantized and times H. What it left out of them is multiplied and added.
+/// Makes a token's keys of a layer what the model computed, in place: f32 [n_kv_heads * head_dim]. They come as a
+/// format keeps them, but dequantized and times H. What it left out of them is multiplied and added.
 using RestoreKeys = std::function<void(const KvFormat& format, int layer, int64_t position, std::span<float> keys)>;
 
 /// What is known of a model without its weights in memory.

@@ -5,8 +5,8 @@
 /// segments that it will name. `gc` removes none that is claimed or named. AgentLock keeps an awake agent to one owner.
 /// Readers (list, load, verify, disk usage) take no lock.
 ///
-/// A directory is a store when it holds `torpor.json`, which the first save adds, or agents of before there was one. Other files in it
-/// are never listed, replaced or removed.
+/// A directory is a store when it holds `torpor.json`, which the first save adds, or agents of before there was one.
+/// Other files in it are never listed, replaced or removed.
 
 #include <cstdint>
 #include <filesystem>
@@ -100,10 +100,10 @@ class RowSink {
     size_t stride = 0;
   };
   virtual ~RowSink() = default;
-  /// Once, on the thread that called load_into, when everything but the rows was read and checked: of `snapshot` all but the rows.
+  /// Once, on load_into's thread, when everything but the rows was read and checked. `snapshot` lacks the rows.
   virtual void begin(const AgentInfo& info, const KvSnapshot& snapshot) = 0;
-  /// Where the rows of tokens [first, first + n) of one tensor of the layout go. Every row is asked for once, in any order, from
-  /// several threads at a time. They are written there, then checked: what is there counts only when load_into returns.
+  /// Where the rows of tokens [first, first + n) of one tensor of the layout go. Every row is asked for once, in any
+  /// order, by several threads at a time. Rows are written there, then checked. They count only when load_into returns.
   virtual Place place(size_t tensor, int64_t first, int n) = 0;
 };
 
@@ -193,18 +193,18 @@ class Store {
   /// What it reaches files through.
   Env& env() const;
 
-  /// kBusy at once when another process (or another lock in this one) has it. A lock that is dropped locks nothing. Of a store that
-  /// can't be written to, agents are locked against nobody: they can be read, and saving fails.
+  /// kBusy at once when another process (or another lock in this one) has it. A lock that is dropped locks nothing. Of
+  /// a store that can't be written to, agents are locked against nobody: they can be read, and saving fails.
   [[nodiscard]] std::unique_ptr<AgentLock> lock_agent(const std::string& agent_id);
   /// Whether someone has the agent's lock right now.
   bool is_awake(const std::string& agent_id) const;
 
   /// Writes the segments that are not on disk yet, then the agent file; that rename is the commit. Then the sidecar.
-  /// On any error the agent on disk is as it was, with one exception: when flushing that rename fails (kIo), the new
-  /// state is in place, though not yet certain to survive a power cut. The caller holds the agent's lock.
+  /// On any error the agent on disk is as it was, with one exception. When flushing that rename fails (kIo), the new
+  /// state is in place, but may not survive a power cut. The caller holds the agent's lock.
   ///
-  /// A SealedRun that an earlier save put in a segment, or a load read from one, is not read again while that file
-  /// stays the same.
+  /// A SealedRun that an earlier save wrote, or a load read, has a segment. Its bytes are not read again while that
+  /// file stays the same.
   ///
   /// kInvalidArgument for a key of `user` that begins with "torpor.". An embedder has no `notes`.
   SaveResult save_agent_cache(const std::string& agent_id, const KvSnapshot& snapshot, const std::string& model,
@@ -216,12 +216,12 @@ class Store {
                               const std::string& model, const UserMetadata& user = {},
                               Durability durability = Durability::kFull, const AgentNotes& notes = {});
 
-  /// kNotFound, kCorruption, kIncompatible as said above. Validates before it allocates; checks every checksum. Rows that a
-  /// snapshot of this process still holds, of segments whose file has not changed since, are shared instead of read.
+  /// kNotFound, kCorruption, kIncompatible as said above. Validates before it allocates, and checks every checksum.
+  /// Rows that a snapshot of this process holds are shared, not read, unless their segment's file has changed since.
   LoadedAgent load_agent_cache(const std::string& agent_id, const LoadOptions& options = {}) const;
 
-  /// Reads a whole agent into memory that `sink` lays out. `snapshot` has no rows then; `allocate` gives memory for its state.
-  /// Errors as load_agent_cache without salvage gives them; what is in the sink's memory then counts for nothing.
+  /// Reads a whole agent into memory that `sink` lays out. `snapshot` has no rows; `allocate` gives memory for its
+  /// state. Errors as load_agent_cache without salvage gives them. The sink's memory then counts for nothing.
   LoadedAgent load_into(const std::string& agent_id, RowSink& sink, const Identity* expected = nullptr,
                         const BufferAllocator& allocate = allocate_heap_buffer) const;
 
@@ -230,15 +230,15 @@ class Store {
   /// Its messages, likewise.
   std::vector<StoredMessage> agent_messages(const std::string& agent_id) const;
 
-  /// Writes the snapshot's sealed segments, for anyone whose prompt begins so, and names them in no agent: `gc` and the disk
-  /// limits may remove them. Its tail is not kept.
+  /// Writes the snapshot's sealed segments, for anyone whose prompt begins so, and names them in no agent: `gc` and the
+  /// disk limits may remove them. Its tail is not kept.
   SaveResult save_prefix(const KvSnapshot& snapshot, Durability durability = Durability::kFull);
 
-  /// How many of `tokens`, a multiple of kSegmentTokens, have their rows in segments of this identity, lineage and layout.
-  /// Looks at names only. Of rows that were computed more than once, with other bits, those that reach furthest count.
+  /// How many of `tokens`, a multiple of kSegmentTokens, have their rows in segments of this identity, lineage and
+  /// layout. Looks at names only. Of rows that were computed twice, with other bits, those that reach furthest count.
   int64_t find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                       std::span<const int32_t> tokens) const;
-  /// Their rows, up to the first segment that is damaged. Of `options`, `allocate`, `map_rows` and `window_rows_only` count.
+  /// Their rows, up to the first segment that is damaged. Of `options`: `allocate`, `map_rows`, `window_rows_only`.
   LoadedPrefix load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                            std::span<const int32_t> tokens, const LoadOptions& options = {}) const;
 
@@ -246,30 +246,30 @@ class Store {
   /// or when the file is another one now.
   std::shared_ptr<const SealedRun> map_segment(const std::string& name) const;
 
-  /// Checks the `wanted` tensors of a mapped run again if the system has let go of any of their pages: what comes back from the
-  /// disk is unchecked. Whether it had to. kCorruption naming the segment: no load shares the run any more, and the next save
-  /// that has the rows writes the segment again. kIo when the disk fails (touching the mapping would end the process).
+  /// Checks the `wanted` tensors of a mapped run again if the system has let go of any of their pages. Pages that come
+  /// back are unchecked. True if it had to. kCorruption names the segment: no load shares the run any more, and the
+  /// next save of these rows writes it again. kIo when the disk fails, where a touch would end the process.
   bool recheck(const KvLayout& layout, const SealedRun& run, const TensorMask& wanted = {}) const;
 
-  /// Makes agent `dst` of `src` without reading a sealed row: the same segments, tokens and tail, cut as asked. Writes one
-  /// agent file, in which only the tail's rows are tensor bytes; that rename is the commit. `dst` may be `src`. The caller
-  /// holds the lock of `dst`; what is copied of `src` is its last save.
+  /// Makes agent `dst` of `src` without reading a sealed row: the same segments, tokens and tail, cut as asked. Writes
+  /// one agent file, in which only the tail's rows are tensor bytes; that rename is the commit. `dst` may be `src`. The
+  /// caller holds the lock of `dst`; what is copied of `src` is its last save.
   SaveResult copy_agent_cache(const std::string& src, const std::string& dst, const CopyOptions& options = {});
   /// The agent under another id, which must be free; takes both locks itself. A crash may leave it under both.
   void rename_agent_cache(const std::string& agent_id, const std::string& new_id);
 
-  /// Writes an agent of format version 1 or 2 anew, under the names of this version: its segments too, which agents of that
-  /// kind then share. An agent that has them already is left as it is. Takes the agent's lock itself: kBusy. kNotFound,
-  /// kCorruption.
+  /// Writes an agent of format version 1 or 2 anew, under the names of this version. So are its segments, which other
+  /// agents then share. An agent that has these names is left as it is. Takes the agent's lock itself: kBusy.
+  /// kNotFound, kCorruption.
   SaveResult upgrade_agent(const std::string& agent_id);
 
-  /// For what this Store does from now on; a limit of 0 is the store's own (kept_disk_limits). Saves whose need fits run at
-  /// once, and take no room twice. One that has to evict waits for those under way (kBusy after a minute).
+  /// For what this Store does from now on; a limit of 0 is the store's own (kept_disk_limits). Saves whose need fits
+  /// run at once, and take no room twice. One that has to evict waits for those under way (kBusy after a minute).
   /// kInvalidArgument when a limit is negative.
   void set_disk_limits(const DiskLimits& limits);
   /// The limits that the store keeps for every process that writes to it.
   DiskLimits kept_disk_limits() const;
-  /// Changes them; 0 = no bound. An empty directory becomes a store by it. kInvalidArgument: a negative limit, or no store.
+  /// Changes them; 0 = no bound. An empty directory becomes a store. kInvalidArgument: a negative limit, or no store.
   void keep_disk_limits(const DiskLimits& limits);
 
   /// Reads the agent file's header alone. kNotFound, kCorruption.
@@ -294,15 +294,15 @@ class Store {
   /// One report per agent (all of them when `agent_id` is nullopt), segments included. Changes nothing.
   std::vector<VerifyReport> verify(const std::optional<std::string>& agent_id = std::nullopt) const;
 
-  /// Removes temporary files and segments that no agent names. Waits for the saves that are under way, at most a minute, else
-  /// kBusy; saves that begin meanwhile do not wait for it.
-  /// kCorruption naming the agent file that can't be read, and then no segment is removed: which ones it needs is
-  /// not known.
-  /// With `dry_run` nothing is removed, and the result says what would be.
+  /// Removes temporary files and segments that no agent names. Waits for the saves that are under way, at most a
+  /// minute, else kBusy; saves that begin meanwhile do not wait for it. kCorruption naming the agent file that can't be
+  /// read, and then no segment is removed: which ones it needs is not known. With `dry_run` nothing is removed, and the
+  /// result says
+  /// what would be.
   GcResult gc(bool dry_run = false);
 
-  /// One self-contained safetensors file (all layers whole, plus `tokens`) and `path` with .json beside it. It calls the agent
-  /// `as`, unless that is empty, and does not have its salt.
+  /// One self-contained safetensors file (all layers whole, plus `tokens`) and `path` with .json beside it. It calls
+  /// the agent `as`, unless that is empty, and does not have its salt.
   void export_agent(const std::string& agent_id, const std::filesystem::path& path, const std::string& as = {}) const;
   /// The inverse: a new agent. kInvalidArgument when the id is taken or the file is no export; kCorruption when it is
   /// damaged.

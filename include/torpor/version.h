@@ -8,8 +8,8 @@
 
 namespace torpor {
 
-/// Versions of the store's file format (docs/format.md). Versions from kOldestFormatRead to kNewestFormat are read; a newer one
-/// is kIncompatible. The newest is written; segments of an agent that goes on under old names are of the oldest.
+/// Versions of the store's file format (docs/format.md). kOldestFormatRead to kNewestFormat are read; a newer one is
+/// kIncompatible. The newest is written. Segments of an agent that goes on under old names are of the oldest.
 inline constexpr int kOldestFormatRead = 1;
 inline constexpr int kNewestFormat = 3;
 

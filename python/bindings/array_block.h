@@ -15,9 +15,9 @@ struct ArrayShape {
   mlx::core::Dtype dtype;
 };
 
-/// Memory for row-contiguous arrays of these shapes, to be written before the arrays are made. On a CPU they lie together in large
-/// pages, which come as they are written, and which the next block gets when all of these arrays are gone; MLX's count of its
-/// memory then does not include them.
+/// Memory for row-contiguous arrays of these shapes, to be written before the arrays are made. On a CPU they lie
+/// together in large pages, which come as they are written. The next block gets the pages when all of these arrays are
+/// gone. MLX does not count them among its memory.
 class ArrayBlock {
  public:
   /// Throws std::bad_alloc.

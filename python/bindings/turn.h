@@ -1,10 +1,11 @@
 #pragma once
-/// A turn on a thread of its own, whose text waits to be fetched. So no thread of the engine's ever needs the GIL, and the
-/// thread that waits for text can be interrupted.
+/// A turn on a thread of its own, whose text waits to be fetched. So no thread of the engine's ever needs the GIL, and
+/// the thread that waits for text can be interrupted.
 ///
-/// One piece waits here, all others in the engine's queue, whose bound is the only one (EngineOptions::text_queue_bytes). Beyond
-/// it the turn waits for its reader, and other turns go on. It waits for no reader while a thread waits for its result, nor once
-/// it is cancelled: then pieces are kept here, which are no more than the result's text.
+/// One piece waits here, all others in the engine's queue, whose bound is the only one
+/// (EngineOptions::text_queue_bytes). Beyond it the turn waits for its reader, and other turns go on. It waits for no
+/// reader while a thread waits for its result, nor once it is cancelled. Then pieces are kept here, which are no more
+/// than the result's text.
 
 #include <atomic>
 #include <deque>
@@ -22,16 +23,16 @@
 
 namespace torpor::python {
 
-/// Any method may be called from any Python thread, which holds the GIL; those that wait let go of it. In a process that
-/// was forked from the turn's own they are kInvalidArgument.
+/// Any method may be called from any Python thread, which holds the GIL; those that wait let go of it. In a process
+/// that was forked from the turn's own they are kInvalidArgument.
 class RunningTurn {
  public:
   RunningTurn(std::shared_ptr<Engine> engine, TurnRequest request);
   /// As `cancel`, and waits.
   ~RunningTurn();
 
-  /// The next piece of text; nullopt at the end. Waits. Of several threads each gets other pieces. Throws what the turn threw,
-  /// and what a signal handler of Python's raises meanwhile (the turn then goes on).
+  /// The next piece of text; nullopt at the end. Waits. Of several threads each gets other pieces. Throws what the turn
+  /// threw, and what a signal handler of Python's raises meanwhile (the turn then goes on).
   std::optional<std::string> next();
   /// Ends the turn before its next token, with FinishReason::kCancelled. Does not wait.
   void cancel();

@@ -1,7 +1,7 @@
 #pragma once
 /// What a turn adds to an agent's tokens.
 ///
-/// The tokens an agent holds are its history: they are never rendered again, so a template that strips thinking or
+/// The tokens an agent holds are its history, and are never rendered again. So a template that strips thinking or
 /// reorders arguments can't make a warm agent cold. A turn renders the template around a placeholder that stands for
 /// the last answer and encodes only what follows it.
 
@@ -34,8 +34,8 @@ struct Phrasing {
   }
 };
 
-/// Tools (a JSON array) and template arguments (a JSON object) as one JSON object of variables; empty when there are none.
-/// kInvalidArgument when they are not that.
+/// Tools (a JSON array) and template arguments (a JSON object) as one JSON object of variables; empty when there are
+/// none. kInvalidArgument when they are not that.
 std::string template_variables(const std::string& tools, const std::string& arguments);
 
 /// Whether two results of template_variables are equal as JSON.
@@ -43,25 +43,26 @@ bool same_variables(const std::string& a, const std::string& b);
 
 /// How many of the first messages of `held` and `given` say the same.
 size_t count_equal(std::span<const HeldMessage> held, std::span<const Message> given);
-/// The last of the first `equal` messages that is an answer whose own tokens end where it says; 0 when there is none, else its
-/// index and one.
+/// Looks among the first `equal` messages for the last answer whose own tokens end where it says. Its index and one; 0
+/// when there is none.
 size_t last_answer(std::span<const HeldMessage> held, size_t equal);
 
 /// All of `messages`, up to where the model's answer begins. kInvalidArgument carries the template's own refusal.
 std::vector<int32_t> encode_conversation(const Phrasing& phrasing, std::span<const Message> messages);
 
-/// The same of what follows the answer `messages[answered - 1]`, whose tokens end with `last`. nullopt when the template
-/// leaves that answer out. `began_with` are the variables that the conversation began with. nullopt, too, when those of
-/// `phrasing` would have rendered anything before the answer otherwise.
+/// The same of what follows the answer `messages[answered - 1]`, whose tokens end with `last`. nullopt when the
+/// template leaves that answer out. `began_with` are the variables that the conversation began with. nullopt, too, when
+/// those of `phrasing` would have rendered anything before the answer otherwise.
 std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing, std::vector<Message> messages, size_t answered,
                                                         int32_t last, const std::string& began_with);
 
-/// All of `messages` as if each answer had come in a turn of its own. Sets their ends. What follows the last answer ends where
-/// the next one would begin. kInvalidArgument where the template changes answers.
+/// All of `messages` as if each answer had come in a turn of its own. Sets their ends. What follows the last answer
+/// ends where the next one would begin. kInvalidArgument where the template changes answers.
 std::vector<int32_t> encode_history(const Phrasing& phrasing, std::span<HeldMessage> messages);
 
-/// Tokens to append to `held`, which holds `history`, so that the model answers `prompt`. Whatever `held` ends with, raw text
-/// too, counts as an answer that is over. `began_with`: see encode_after_answer. kInvalidArgument where that gives nothing.
+/// Tokens to append to `held`, which holds `history`, so that the model answers `prompt`. Whatever `held` ends with,
+/// raw text too, counts as an answer that is over. `began_with`: see encode_after_answer. kInvalidArgument where that
+/// gives nothing.
 std::vector<int32_t> encode_user_turn(const Phrasing& phrasing, std::vector<Message> history, std::span<const int32_t> held,
                                       const std::string& prompt, const std::string& began_with);
 

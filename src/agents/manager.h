@@ -1,11 +1,11 @@
 #pragma once
 /// Many agents in bounded memory: wake, save, evict, fork, rewind. Engine thread only, but for prefetch.
 ///
-/// Memory: the real buffers of all agents awake or prefetched are counted, each once however many hold it. (What the writer
-/// copies for saves under way has a bound of its own, ManagerOptions::write_queue_bytes.) Before more is taken, agents that are
-/// neither pinned nor held go to sleep, as the policy says, and prefetched ones are let go of when no other can. Whoever
-/// computes rows reserves their memory first. A prefetch counts once it has loaded, and room is made for it by whoever next
-/// needs some.
+/// Memory: the real buffers of all agents awake or prefetched are counted, each once however many hold it. (What the
+/// writer copies for saves under way has a bound of its own, ManagerOptions::write_queue_bytes.) Before more is taken,
+/// agents that are neither pinned nor held go to sleep, as the policy says. When none can, prefetched ones are let go
+/// of. Whoever computes rows reserves their memory first. A prefetch counts once it has loaded, and room is made for it
+/// by whoever next needs some.
 
 #include <chrono>
 #include <functional>
@@ -61,8 +61,8 @@ struct ManagerOptions {
   std::string numerics;        ///< Model::numerics
   ConversationIdentity conversation;
   KvLayout layout;
-  /// The layout of an agent's own format. Where it is set, an agent on disk goes on in a format of its own if that has
-  /// the same size as `identity.kv`, or any (`any_kv_format`). Else another format is kIncompatible.
+  /// The layout of an agent's own format. Where it is set, an agent on disk may go on in a format of its own. That
+  /// has the same size as `identity.kv`, unless `any_kv_format`. Else another format is kIncompatible.
   std::function<KvLayout(const KvFormat&)> layout_of;
   bool any_kv_format = false;
   Backend backend = Backend::kKernels;
@@ -97,15 +97,15 @@ class AgentManager {
   /// Writes what is queued. What was not saved is dropped.
   ~AgentManager();
 
-  /// Memory, then disk, then a new agent. kBusy when it is awake in another process; kIncompatible when it belongs to
-  /// another model; kResourceExhausted, naming what holds the memory, when it does not fit. A damaged agent wakes with its
-  /// longest intact prefix, said in Agent::damage.
-  /// A new agent has `salt` (Lineage); one that is there keeps its own.
+  /// Memory, then disk, then a new agent. kBusy when it is awake in another process. kIncompatible when it belongs to
+  /// another model. kResourceExhausted, naming what holds the memory, when it does not fit. A damaged agent wakes with
+  /// its longest intact prefix, said in Agent::damage. A new agent has `salt` (Lineage); one that is there keeps its
+  /// own.
   AgentHold wake(const std::string& id, const std::string& salt = {});
   /// A new agent without a name, for one prompt.
   AgentHold stateless(const std::string& salt = {});
-  /// Begins to load a sleeping agent on a thread of its own, so that the next wake finds it ready. Any thread. False when
-  /// nothing was begun: it is awake, prefetched already, not there, or enough others are.
+  /// Begins to load a sleeping agent on a thread of its own, so that the next wake finds it ready. Any thread. False
+  /// when nothing was begun: it is awake, prefetched already, not there, or enough others are.
   bool prefetch(const std::string& id);
   bool is_awake(const std::string& id) const { return awake_.count(id) != 0; }
   /// kNotFound unless it is awake or on disk.
@@ -118,16 +118,17 @@ class AgentManager {
   void reserve(std::span<const Growth> growths);
 
   // The caller holds `agent`, and nobody else changes its rows meanwhile.
-  /// Gives the agent, whose rows are those of the first `tokens`, the longest prefix of these that any agent in memory or turn that
-  /// was given up has (to the token), or any segment on disk; one token at least is left to compute. How many rows it has then; 0,
-  /// and nothing has changed, when nobody has more than it has.
+  /// Gives the agent, whose rows are those of the first `tokens`, the longest prefix of `tokens` that there is. Agents
+  /// in memory and turns that were given up have prefixes to the token, the disk has segments. One token at least is
+  /// left to compute. Returns how many rows it has then; 0, and nothing has changed, when nobody has more than it has.
   int reuse_prefix(Agent& agent, std::span<const int32_t> tokens);
-  /// Gives the agent the first `n_tokens` rows of another one, which may be in its turn; whole runs of them where there is no
-  /// room for a cut. False, and nothing has changed, when that is no more than it has, or they can't be had.
+  /// Gives the agent the first `n_tokens` rows of another one, which may be in its turn. Where there is no room for a
+  /// cut it gets whole runs of them. False, and nothing has changed, when that is no more than it has, or they can't be
+  /// had.
   bool share_rows(Agent& agent, const Agent& other, int n_tokens);
-  /// Keeps the rows of a turn that ends without them: for a minute, in memory that nobody else wants, so that the same prompt goes
-  /// on there. With `on_disk` its first `n_tokens` tokens' whole segments are written, too; nobody hears when that fails. The turn
-  /// began with `reused` rows.
+  /// Keeps the rows of a turn that ends without them, so that the same prompt goes on there. They stay for a minute, in
+  /// memory that nobody else wants. With `on_disk` its first `n_tokens` tokens' whole segments are written, too; nobody
+  /// hears when that fails. The turn began with `reused` rows.
   void keep_for_retry(const Agent& agent, int reused, bool on_disk, int n_tokens) noexcept;
   /// Cuts the cache to `n_tokens`. If rows that a sliding window needs are neither in memory nor on disk, it cuts
   /// further: check length() and compute those rows again. An error leaves the agent as it was.
@@ -136,16 +137,16 @@ class AgentManager {
   std::unique_ptr<RowsAside> put_aside(Agent& agent);
   /// The same of a cache that the caller then lets go of.
   std::unique_ptr<RowsAside> put_aside(const KvCache& cache);
-  /// Gives the agent these rows again. kResourceExhausted when the budget has no room and they are not wanted `at_once`, which may
-  /// exceed it until room is needed next. kCorruption. After an error they are still aside.
+  /// Gives the agent these rows again. kResourceExhausted when the budget has no room and they are not wanted
+  /// `at_once`, which may exceed it until room is needed next. kCorruption. After an error they are still aside.
   void bring_back(Agent& agent, const RowsAside& aside, bool at_once = false);
-  /// Takes back rows that were computed since the agent was held, come what may: the budget may be exceeded by a run while the
-  /// cut is made. The agent's version stays.
+  /// Takes back rows that were computed since the agent was held. It always does: the cut may exceed the budget by a
+  /// run while it is made. The agent's version stays.
   void take_back(Agent& agent, int n_tokens);
   /// Hands what changed to the writer. The agent stays awake, and dirty should the store refuse.
   void save_behind(Agent& agent);
-  /// The same. Whoever waits for it, on any thread, hears its error there, and nowhere else. The agent gets no rows before it is over,
-  /// for those that it has are not copied.
+  /// The same. Whoever waits for it, on any thread, hears its error there, and nowhere else. The agent gets no rows
+  /// before it is over, for those that it has are not copied.
   Writer::Saving begin_save(Agent& agent);
   /// The same, and waits until it is on disk. Throws what the store says.
   SaveResult save(Agent& agent);
@@ -159,8 +160,8 @@ class AgentManager {
   /// Throws the first error of a save that is over and was not told yet, be it of an agent that is gone.
   void tell_errors();
 
-  /// After a turn that began with `n_tokens` rows: takes the agent on to this process's numerics, tokenizer and template. A
-  /// sentence for each that is another than before.
+  /// After a turn that began with `n_tokens` rows: takes the agent on to this process's numerics, tokenizer and
+  /// template. A sentence for each that is another than before.
   std::vector<std::string> adapt(Agent& agent, int n_tokens);
 
   /// Of an agent awake or asleep. kNotFound.
@@ -177,8 +178,8 @@ class AgentManager {
   void sleep(const std::string& id);
   /// Lets go without saving.
   void drop(const std::string& id);
-  // The next three change agents that are asleep on disk before they return. An agent that is awake is saved behind, so a crash
-  // after the call may still lose the change: `save` waits for it.
+  // The next three change agents that are asleep on disk before they return. An agent that is awake is saved behind, so
+  // a crash after the call may still lose the change: `save` waits for it.
   void fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token);
   void rewind(const std::string& id, int64_t n_tokens);
   void pin(const std::string& id, bool pinned);
@@ -207,18 +208,21 @@ class AgentManager {
   /// What wake gives an agent that is not awake.
   Agent load_or_make(const std::string& id, const std::string& salt);
   void adopt(Agent& agent, LoadedAgent loaded);
-  /// How many of its tokens an agent could go on from: the rows of mapped runs whose pages the system let go of are checked
-  /// again. When these are not all, `damage` says why.
+  /// How many of its tokens an agent could go on from. Rows of mapped runs whose pages the system let go of are checked
+  /// again. When these tokens are not all, `damage` says why.
   int64_t intact_tokens(const Agent& agent, std::optional<std::string>& damage) const;
   void own(Agent& agent, std::unique_ptr<KvCache> cache);
-  /// What reuse_prefix gives an agent like `agent`, from anyone but itself. Its cache is empty when nobody has more than `least`.
+  /// What reuse_prefix gives an agent like `agent`, from anyone but itself. Its cache is empty when nobody has more
+  /// than `least`.
   Prefix longest_prefix(const Agent& agent, std::span<const int32_t> tokens, int64_t least = 0);
   /// Whether rows of the one may be the other's, tokens apart.
   bool may_share(const Agent& from, const Agent& to) const;
-  /// The first rows of an agent that somebody holds: `n_tokens`, or whole runs of them where there is no room for a cut.
+  /// The first rows of an agent that somebody holds: `n_tokens`, or whole runs of them where there is no room for a
+  /// cut.
   Prefix cut_of(const Agent& agent, int n_tokens);
   void give(Agent& agent, Prefix prefix);
-  /// Lets go of what was kept for a retry: what is too old, or with `one` the oldest that nobody holds. Whether there was any.
+  /// Lets go of what was kept for a retry: what is too old, or with `one` the oldest that nobody holds. Whether there
+  /// was any.
   bool let_kept_go(bool one = false);
   /// A hold on the agent if it is awake, none if it is not. kBusy when somebody holds it.
   AgentHold hold_alone(const std::string& id);
@@ -247,13 +251,13 @@ class AgentManager {
   void remember(Error error);
   /// The agents at rest that share the sealed run with these rows.
   std::vector<Agent*> idle_holders(size_t run, const void* rows);
-  /// Of an agent that nobody holds: memory need not keep rows that windows have left behind and segments have. A run that an agent
-  /// in its turn shares waits for that turn (Agent::releasable).
+  /// Of an agent that nobody holds: memory need not keep rows that windows have left behind and segments have. A run
+  /// that an agent in its turn shares waits for that turn (Agent::releasable).
   void release_behind_window(Agent& agent);
   /// Waits until the agent's queued saves are over: its rows and its file may then be changed.
   void finish_writes(Agent& agent);
-  /// Lets agents sleep until the budget has room for `bytes` more, and takes it: whoever asks fills it before letting go of
-  /// it. kResourceExhausted when nobody can go any more.
+  /// Lets agents sleep until the budget has room for `bytes` more, and takes it: whoever asks fills it before letting
+  /// go of it. kResourceExhausted when nobody can go any more.
   [[nodiscard]] KvLedger::Room make_room(size_t bytes);
   /// The same; nullopt when there is none.
   std::optional<KvLedger::Room> try_room(size_t bytes);

@@ -1,6 +1,6 @@
 #pragma once
-/// What is kept of an agent beside its rows and tokens: the conversation and how far it has come. It is cut together with
-/// the rows when an agent is rewound or forked.
+/// What is kept of an agent beside its rows and tokens: the conversation and how far it has come. It is cut together
+/// with the rows when an agent is rewound or forked.
 
 #include <cstdint>
 #include <optional>
@@ -15,16 +15,16 @@ namespace torpor {
 struct AgentRecord {
   std::vector<HeldMessage> messages;
   std::string variables;  ///< of the template, that the conversation began with (template_variables)
-  /// Tokens up to the end of the last whole turn. Fewer than the rows held after a cancelled prefill (kept, so that the
-  /// same prompt goes on from there), more after a salvage (computed again from the ids).
+  /// Tokens up to the end of the last whole turn. After a cancelled prefill there are more rows, kept for when the same
+  /// prompt comes again. After a salvage there are fewer: the rest is computed again from the ids.
   size_t history = 0;
-  /// Cuts to fewer tokens, but not none, are refused: rows that windows would attend again were not in the file that the agent
-  /// was imported from.
+  /// Cuts to fewer tokens are refused, but for a cut to none. Windows would attend rows again that the file lacked from
+  /// which the agent was imported.
   size_t shortest_cut = 0;
   bool pinned = false;  ///< never evicted from memory to make room
 
-  /// As if nothing after the first `n_tokens` tokens had been said. A message that the cut goes through is left out of the
-  /// conversation, its first tokens stay. kInvalidArgument below shortest_cut.
+  /// As if nothing after the first `n_tokens` tokens had been said. A message that the cut goes through is left out of
+  /// the conversation, its first tokens stay. kInvalidArgument below shortest_cut.
   void cut(size_t n_tokens);
 };
 

@@ -1,6 +1,6 @@
 #pragma once
-/// One user turn of an agent as a transaction: begin, append, commit or roll back. It owns what a turn changes of an agent:
-/// messages, history, version, rows and save error. Engine thread only.
+/// One user turn of an agent as a transaction: begin, append, commit or roll back. It owns what a turn changes of an
+/// agent: messages, history, version, rows and save error. Engine thread only.
 
 #include <cstdint>
 #include <memory>
@@ -32,17 +32,18 @@ struct TurnInput {
 /// The field of the kBusy that TurnInput::keeps gives.
 inline constexpr const char* kBranchTaken = "TurnRequest::on_divergence";
 
-/// Begins in the constructor. Whoever computes then appends the rows of `pending()`, and of the answer, to `cache()`, and tells
-/// it their ids (KvCache::record_tokens). Memory for them is reserved with AgentManager::reserve. Then `commit`, and `save`.
+/// Begins in the constructor. Whoever computes then appends the rows of `pending()`, and of the answer, to `cache()`,
+/// and tells it their ids (KvCache::record_tokens). Memory for them is reserved with AgentManager::reserve. Then
+/// `commit`, and `save`.
 ///
-/// The destructor rolls back what was not committed: rows, messages, history and version are what they were before, and an agent
-/// that the turn had to wake and that has nothing unsaved goes back to sleep (a new one vanishes).
+/// The destructor rolls back what was not committed: rows, messages, history and version are what they were before. An
+/// agent that the turn had to wake goes back to sleep if it has nothing unsaved. A new one vanishes.
 class TurnTransaction {
  public:
-  /// Renders the turn and leaves in the agent's cache the rows that it can start from: its own, or for a new agent those of
-  /// the longest prefix that anyone has. One token at least is left to compute. kInvalidArgument for a system prompt or a
-  /// prompt that can't be said to this agent, kBusy when the agent is in another turn, kCorruption when rows that were lost can't
-  /// be computed again, kResourceExhausted. After an error all is as if the transaction had never been.
+  /// Renders the turn. Leaves rows to start from in the agent's cache: its own, or for a new agent those of the longest
+  /// prefix that anyone has. One token at least is left to compute. kInvalidArgument for a system prompt or a prompt that
+  /// can't be said to this agent. kBusy when the agent is in another turn. kCorruption when rows that were lost can't be
+  /// computed again. kResourceExhausted. After an error all is as if the transaction had never been.
   TurnTransaction(AgentManager& manager, AgentHold hold, const TurnInput& input);
   ~TurnTransaction();
   TurnTransaction(const TurnTransaction&) = delete;
@@ -65,8 +66,8 @@ class TurnTransaction {
   void reuse_prefix();
   /// Keeps the rows computed so far for when the prompt is asked again (AgentManager::keep_for_retry).
   void keep_for_retry(bool on_disk) noexcept;
-  /// Puts the rows aside, so that others have their memory; `cache()` is empty until bring_back. Nothing when they are. kIo,
-  /// kResourceExhausted; then nothing has changed.
+  /// Puts the rows aside, so that others have their memory; `cache()` is empty until bring_back. Nothing when they are.
+  /// kIo, kResourceExhausted; then nothing has changed.
   void put_aside();
   /// The inverse. kResourceExhausted when the budget has no room, kCorruption; then they stay aside.
   void bring_back();
@@ -75,11 +76,11 @@ class TurnTransaction {
   /// The ids of `tokens()` whose rows are still to be computed.
   std::span<const int32_t> pending() const noexcept;
 
-  /// Ends the turn with this answer, whose rows follow those of `tokens()`. Without `complete` the prompt's rows were not all
-  /// computed before the turn was cancelled: it did not happen, but they stay for when it is asked again.
+  /// Ends the turn with this answer, whose rows follow those of `tokens()`. Without `complete` the turn was cancelled
+  /// before all of the prompt's rows were computed. It did not happen, but they stay for when it is asked again.
   void commit(Message answer, bool complete);
-  /// After commit. With kWait the future is what the save comes to; else it is not valid. An error is not thrown, for the answer
-  /// stands: it is in save_error, as is one of a save behind an earlier turn.
+  /// After commit. With kWait the future is what the save comes to; else it is not valid. An error is not thrown, for
+  /// the answer stands: it is in save_error, as is one of a save behind an earlier turn.
   Writer::Saving save(SaveMode mode);
   /// What is said of an answer whose save has failed so.
   static Error save_failed(const std::string& agent, const Error& error);

@@ -1,9 +1,9 @@
 #pragma once
 /// Everything the store asks of the operating system: files, directories, fsync, locks and the clock.
 ///
-/// Two layers. The *raw* operations are virtual, do one system call each, may be interrupted or fall short, and report
-/// -errno; a test replaces them to inject faults. The operations above them are written once, here: they retry EINTR,
-/// finish short reads and writes, and turn errno into an Error that says what failed, on what, and what to do.
+/// Two layers. The *raw* operations are virtual. Each does one system call, may be interrupted or fall short, and
+/// reports -errno. A test replaces them to inject faults. The operations above them are written once, here. They retry
+/// EINTR and finish short reads and writes. Of errno they make an Error that says what failed, on what, and what to do.
 
 #include <chrono>
 #include <cstddef>
@@ -44,10 +44,10 @@ enum class OpenMode {
   kAppendLocked,  ///< as kLockFile, and what is written goes to the file's end
 };
 
-/// Mappings of files that one process holds at most. Linux allows 65,530 of all kinds, and beyond them malloc fails too.
+/// Mappings of files that one process holds at most. Linux allows 65,530 of all kinds; beyond them malloc fails too.
 inline constexpr int kMaxMappings = 16'384;
 
-/// Which files `File::map` maps. Memory that comes over a network can fail (SIGBUS), stall or change whenever it is touched.
+/// Which files `File::map` maps. Memory that comes over a network can fail (SIGBUS), stall or change at each touch.
 enum class MapFrom { kLocal, kAnywhere };
 
 /// An open file, closed by the destructor. Concurrent `read_at` is safe.
@@ -65,8 +65,8 @@ class File {
   void read_at(std::span<std::byte> out, uint64_t offset) const { read_pieces_at({out}, offset); }
   /// The same, with memory that lies apart; fills `pieces` in order.
   void read_pieces_at(std::vector<std::span<std::byte>> pieces, uint64_t offset) const;
-  /// The first `size` bytes as read-only memory that outlives the file's descriptor; nullptr where that can't be had (the
-  /// caller reads instead). The file must never be written or cut again.
+  /// The first `size` bytes as read-only memory that outlives the file's descriptor; nullptr where that can't be had
+  /// (the caller reads instead). The file must never be written or cut again.
   std::shared_ptr<const std::byte> map(uint64_t size, MapFrom from = MapFrom::kLocal) const;
   void write_all(std::vector<std::span<const std::byte>> pieces);
   /// Says how long the file will be, which makes writing it cheaper. Only a hint.
@@ -132,9 +132,9 @@ class Env {
     return found && found->is_directory;
   }
   void rename(const std::filesystem::path& from, const std::filesystem::path& to);
-  /// Renames `from` to `to` unless that name is taken: false then, and `from` stays. Of several at once one gets the name.
+  /// Renames `from` to `to` unless that name is taken; then false, and `from` stays. Of several at once one gets it.
   bool put_new(const std::filesystem::path& from, const std::filesystem::path& to);
-  /// Gives a file a second name, which must be free; kNotFound when there is no such file. False where files can't have two.
+  /// Gives a file a second name, which must be free; kNotFound when there is no such file. False where files have one.
   bool link(const std::filesystem::path& from, const std::filesystem::path& to);
   /// False when there was nothing to remove.
   bool remove(const std::filesystem::path& path);
@@ -173,7 +173,7 @@ class Env {
   }
   /// nullptr where files can't be mapped.
   virtual std::shared_ptr<const std::byte> raw_map(int /*fd*/, uint64_t /*size*/) { return nullptr; }
-  /// Whether the file is on a network's file system, or one that a program serves (FUSE); false where that can't be told.
+  /// Whether the file is on a network's file system, or one that a program serves (FUSE). False if that is not known.
   virtual bool raw_is_remote(int /*fd*/) { return false; }
   /// What can't be had is left to the writes to say.
   virtual void raw_preallocate(int /*fd*/, uint64_t /*size*/) noexcept {}

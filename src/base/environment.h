@@ -14,7 +14,7 @@ inline std::string environment(const char* name) {
 
 /// $HOME, else the user's entry in the system's list of users; empty when there is neither.
 std::string home_directory();
-/// `~` and `~NAME` at the beginning become home directories, as Python's os.path.expanduser makes them; what can't be resolved stays.
+/// `~` and `~NAME` at the beginning become home directories, as Python's os.path.expanduser has it. Others stay.
 std::string expand_home(const std::string& path);
 /// $NAME and ${NAME} become the variables' values, as os.path.expandvars makes them; what is not set stays.
 std::string expand_variables(const std::string& text);

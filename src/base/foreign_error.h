@@ -8,8 +8,8 @@
 
 namespace torpor {
 
-/// An Error as it is. Else "`what` failed: ...": kResourceExhausted where memory, threads or file descriptors have run out, kIo
-/// for what else the system refused, kInternal for the rest.
+/// An Error as it is. Else "`what` failed: ...": kResourceExhausted where memory, threads or file descriptors have run
+/// out, kIo for what else the system refused, kInternal for the rest.
 Error to_error(const std::exception_ptr& exception, const std::string& what);
 
 }  // namespace torpor

@@ -12,11 +12,11 @@ void prefer_large_pages(std::span<std::byte> buffer);
 
 inline constexpr size_t kLargePage = size_t(2) << 20;
 
-/// Uninitialised memory that begins with a large page; `size` is a multiple of kLargePage. Pages come when they are first
-/// touched: what never is takes no memory. Throws std::bad_alloc.
+/// Uninitialised memory that begins with a large page; `size` is a multiple of kLargePage. Pages come when they are
+/// first touched: what never is takes no memory. Throws std::bad_alloc.
 std::shared_ptr<std::byte> allocate_large_pages(size_t size);
-/// The contents of `memory` are not needed any more: until it is written again the system may take back the large pages that
-/// lie in it whole.
+/// The contents of `memory` are not needed any more. Until it is written again the system may take back large pages
+/// that lie in it whole.
 void forget_contents(std::span<std::byte> memory) noexcept;
 
 }  // namespace torpor

@@ -1,6 +1,6 @@
 #pragma once
-/// The safetensors container: https://huggingface.co/docs/safetensors. Every rule of the format is enforced, with checked
-/// arithmetic; a file that breaks one is kCorruption with a sentence of its own (docs/format.md lists them).
+/// The safetensors container: https://huggingface.co/docs/safetensors. Every rule of the format is enforced, with
+/// checked arithmetic. Each rule has a sentence of its own for kCorruption; docs/format.md lists them.
 
 #include <cstddef>
 #include <cstdint>
@@ -33,7 +33,7 @@ struct SafetensorsHeader {
 
 /// The format's own limit on the JSON text.
 inline constexpr uint64_t kMaxSafetensorsHeader = 100'000'000;
-/// Where the data of the files that are written here begins: at a multiple. The format asks for 8; 64 suits cache lines and Metal.
+/// Data of files that are written here begins at a multiple. The format asks for 8; 64 suits cache lines and Metal.
 inline constexpr size_t kSafetensorsAlignment = 64;
 
 /// Bytes of one element, 0 when `dtype` is unknown.

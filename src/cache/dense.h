@@ -1,7 +1,8 @@
 #pragma once
-/// The cache MLX's own attention works on: one array `[1, H_kv, S, D]` per tensor of the layout, grown in steps of
-/// kSegmentTokens and updated in place by donation, as mlx-lm's KVCache does. It is cut into runs when a snapshot is
-/// taken and put together when one is restored. Rows that a window has left behind are let go once a segment file has them.
+/// The cache MLX's own attention works on: one array `[1, H_kv, S, D]` per tensor of the layout. It grows in steps of
+/// kSegmentTokens, and is updated in place by donation, as mlx-lm's KVCache does. It is cut into runs when a snapshot
+/// is taken and put together when one is restored. Rows that a window has left behind are let go once a segment file
+/// has them.
 
 #include <memory>
 #include <vector>

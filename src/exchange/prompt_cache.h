@@ -1,6 +1,6 @@
 #pragma once
-/// The headers of mlx-lm's prompt-cache files, and rows as these hold them. The dialects are mlx-lm 0.32's and that up to 0.31.
-/// A file is safetensors whose tensors and metadata are a list of cache objects, flattened (docs/format.md).
+/// The headers of mlx-lm's prompt-cache files, and rows as these hold them. The dialects are mlx-lm 0.32's and that up
+/// to 0.31. A file is safetensors whose tensors and metadata are a list of cache objects, flattened (docs/format.md).
 
 #include <cstdint>
 #include <functional>
@@ -49,18 +49,18 @@ struct PromptCacheFrame {
   std::vector<int32_t> scalars;
 };
 
-/// Whether mlx-lm keeps a tensor in a RotatingKVCache: those with a window where the layout is not quantized, if it
-/// rotates such a model's windows at all. Else it holds all rows.
+/// Whether mlx-lm keeps a tensor in a RotatingKVCache. It does so if it rotates such a model's windows at all, the
+/// tensor has a window and the layout is not quantized. Else it holds all rows.
 bool rotates(const KvTensorSpec& tensor, const KvLayout& layout, bool rotates_windows);
 
-/// Of an agent of `n_tokens`, whose rows follow in the layout's order, [head][token][dim]: of each tensor those of the tokens
-/// from first_kept on.
+/// Of an agent of `n_tokens`, whose rows follow in the layout's order, [head][token][dim]: of each tensor those of the
+/// tokens from first_kept on.
 PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::string& model, bool rotates_windows,
                                     PromptCacheDialect dialect);
 int64_t first_kept(const KvTensorSpec& tensor, const KvSnapshot& snapshot, bool rotates_windows);
 
-/// An agent's quantized rows as floats of the dtype of their scales: turned back where `format` rotates them, keys restored where
-/// `restore` is set. The layout must be the engine's for `format`.
+/// An agent's quantized rows as floats of the dtype of their scales: turned back where `format` rotates them, keys
+/// restored where `restore` is set. The layout must be the engine's for `format`.
 KvSnapshot float_rows(const KvSnapshot& snapshot, const KvFormat& format, const RestoreAgentKeys& restore);
 
 }  // namespace torpor

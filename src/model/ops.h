@@ -54,8 +54,8 @@ class Ops {
   // A layer's parts.
   virtual mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) = 0;
   virtual mx::array rms_norm(const mx::array& x, const Weight& w) = 0;
-  /// Projects to q, k and v, normalises if asked, rotates, appends k and v to the caches and attends, as the config has it for
-  /// this layer. [M, H_q D]
+  /// Projects to q, k and v, normalises if asked, and rotates. Appends k and v to the caches and attends, as the config
+  /// has it for this layer. [M, H_q D]
   virtual mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) = 0;
   /// residual + x · Wᵀ
   virtual mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) = 0;

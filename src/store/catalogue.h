@@ -1,6 +1,6 @@
 #pragma once
-/// The agents of a store: their files, the parts beside these, their sidecars (docs/format.md). What agents share is the
-/// segment pool's. Thread-safe; whoever changes an agent holds its lock.
+/// The agents of a store: their files, the parts beside these, their sidecars (docs/format.md). What agents share is
+/// the segment pool's. Thread-safe; whoever changes an agent holds its lock.
 
 #include <atomic>
 #include <filesystem>
@@ -90,8 +90,8 @@ class Catalogue {
   std::vector<AgentInfo> list(bool rebuild_sidecars);
   /// Of each agent, how many of the segments and parts that it names are not there.
   std::vector<int64_t> count_missing(std::span<const AgentInfo> agents) const;
-  /// Names of segments, and paths of parts, that some agent needs, read from the agent files, which are flushed. kCorruption
-  /// when one can't be read.
+  /// Names of segments, and paths of parts, that some agent needs, read from the agent files, which are flushed.
+  /// kCorruption when one can't be read.
   std::unordered_set<std::string> live_files() const;
 
   // ---- an agent's own files
@@ -99,8 +99,8 @@ class Catalogue {
   std::vector<OpenedFile> open_files(const OpenedAgent& opened) const;
   /// Ids and messages alone. kNotFound, kCorruption.
   OwnState read(const std::string& id) const;
-  /// Its files as they were last seen intact, and read unless this process has seen them. nullptr when there is no agent
-  /// file, or a damaged one.
+  /// Its files as they were last seen intact, and read unless this process has seen them. nullptr when there is no
+  /// agent file, or a damaged one.
   std::shared_ptr<const OwnFiles> files(const std::string& id);
   /// What was read of them just now, intact.
   void know(const std::string& id, const OpenedAgent& opened, std::vector<OwnFile> files);
@@ -133,7 +133,8 @@ class Catalogue {
   }
 
  private:
-  /// What a durable commit flushes before its agent file is put in place: a file, with the name that is remembered, or a directory.
+  /// What a durable commit flushes before its agent file is put in place: a file, with the name that is remembered, or
+  /// a directory.
   struct Unflushed {
     std::filesystem::path path;
     std::string name;
@@ -163,8 +164,8 @@ class Catalogue {
   void forget(const std::string& id);
   /// Gives a file another name, or copies it where it can't have two. False when it has it already.
   bool link_part(const OwnFile& from, const std::filesystem::path& to);
-  /// Everything that the agent file is going to name is there when this returns; `put` are those that were not before, `unflushed`
-  /// what is not known to survive a power cut.
+  /// Makes everything that the agent file is going to name. `put` receives the files that were not there before,
+  /// `unflushed` what is not known to survive a power cut.
   void put_parts(AgentDraft& draft, SaveResult& result, std::vector<std::filesystem::path>& put, std::vector<Unflushed>& unflushed);
   void flush(const std::vector<Unflushed>& unflushed);
   /// A file in a directory of the store's. What can't be removed now is left to gc.

@@ -1,6 +1,6 @@
 #pragma once
-/// What this process knows of segments, so that what it has saved, loaded or checked need not be read again: the state of
-/// their files, and the runs in memory that hold their rows. Thread-safe.
+/// What this process knows of segments: the state of their files, and the runs in memory that hold their rows. So what
+/// it has saved, loaded or checked need not be read again. Thread-safe.
 
 #include <memory>
 #include <optional>

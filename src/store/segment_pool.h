@@ -1,9 +1,9 @@
 #pragma once
 /// The store's segments by name: files that are made once, never change, and belong to whoever names them.
 ///
-/// This pool is a directory, ROOT/segments. Nothing is written to, listed in or removed from it through a symbolic link. Its verbs are those that a pool
-/// on another machine can offer too: find many at once, open, put unless the name is taken, list, remove. Whoever asks knows
-/// names, and no path to write to.
+/// This pool is a directory, ROOT/segments. Nothing is written, listed or removed through a symbolic link.
+/// Its verbs are those that a pool on another machine can offer, too: find many at once, open, put, list, remove. A put
+/// keeps what has the name already. Whoever asks knows names, and no path to write to.
 
 #include <atomic>
 #include <filesystem>
@@ -53,8 +53,8 @@ class SegmentPool {
   /// Flushes files and names, but for those that this process has seen flushed. Who wrote them may have asked for less.
   void flush(std::span<const StoredSegment> segments);
 
-  /// Notes that `name` is a variant of the segment `plain`, for whoever looks for the rows of some tokens. A note that can't be
-  /// written is none: the variant is found by those who know its name.
+  /// Notes that `name` is a variant of the segment `plain`, for whoever looks for the rows of some tokens. A note that
+  /// can't be written is none: the variant is found by those who know its name.
   void note_variant(const std::string& plain, const std::string& name) noexcept;
   /// Names of variants, by the plain names. They may be gone.
   std::unordered_multimap<std::string, std::string> variants() const;

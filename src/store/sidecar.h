@@ -1,6 +1,6 @@
 #pragma once
-/// The sidecar: an agent's metadata as JSON for people and for `ls`. Derived from the agent file and never trusted over
-/// it: it carries a checksum of itself (edits show) and the agent file's size, time and inode (staleness shows).
+/// The sidecar: an agent's metadata as JSON for people and for `ls`. Derived from the agent file, and never trusted
+/// over it. A checksum of itself shows edits; the agent file's size, time and inode show that it is stale.
 
 #include <optional>
 #include <string>

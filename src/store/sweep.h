@@ -21,8 +21,8 @@ struct Removable {
   std::string segment;  ///< by which name a save claims it: a segment's, or part_claim; empty: nobody does
 };
 
-/// One at a time in a store. What is looked at while it lasts stays true until it removes: a save that began before it has ended,
-/// and one that begins meanwhile claims what it needs.
+/// One at a time in a store. What is looked at while it lasts stays true until it removes. A save that began earlier
+/// has ended by then; one that begins meanwhile claims what it needs.
 class Sweep {
  public:
   /// nullopt when another one, or the saves under way, take longer than `timeout`.
@@ -34,8 +34,8 @@ class Sweep {
   /// Temporary files that nobody will put in place any more.
   const std::vector<std::filesystem::path>& temporary_files() const { return temporary_files_; }
 
-  /// Unlinks the files in order, but for those that a save has claimed or that changed, until `bytes` are freed. The store's
-  /// lock is held for at most 64 unlinks at a time. kBusy when it can't be had.
+  /// Unlinks the files in order, but for those that a save has claimed or that changed, until `bytes` are freed. The
+  /// store's lock is held for at most 64 unlinks at a time. kBusy when it can't be had.
   struct Removed {
     int64_t files = 0, bytes = 0;
   };

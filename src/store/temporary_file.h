@@ -16,12 +16,12 @@ std::string temporary_name();
 /// Whether a file of this name is one, also of an earlier Torpor's.
 bool is_temporary_name(std::string_view name);
 
-/// Removes what killed processes left in a directory that is no store's, where no gc comes by: files of such names that nobody
-/// has written to for a day. Best effort.
+/// Removes what killed processes left in a directory that is no store's, where no gc comes by. These are files of such
+/// names that nobody has written to for a day. Best effort.
 void remove_abandoned(Env& env, const std::filesystem::path& directory) noexcept;
 
-/// Room in the store that a save under limits has been given, while this object lives: an empty file in the root whose name
-/// says how many bytes.
+/// Room in the store that a save under limits has been given, while this object lives. It is an empty file in the root,
+/// whose name says how many bytes.
 class Reservation {
  public:
   Reservation(Env& env, const std::filesystem::path& root, int64_t bytes);

@@ -1,6 +1,6 @@
 #pragma once
-/// What agent files, parts, segments and exports have in common: a safetensors file whose metadata begins with a checksum over
-/// its own header, says its kind, and holds a checksum of every tensor.
+/// What agent files, parts, segments and exports have in common. Each is a safetensors file. Its metadata begins with a
+/// checksum over its own header, says its kind, and holds a checksum of every tensor.
 
 #include <cstddef>
 #include <cstdint>
@@ -20,7 +20,8 @@ namespace torpor {
 
 using Metadata = std::vector<std::pair<std::string, std::string>>;
 
-/// What is written. Versions 1 and 2, which differ in state alone, are read, and segments under old names are of version 1.
+/// What is written. Versions 1 and 2, which differ in state alone, are read, and segments under old names are of
+/// version 1.
 inline constexpr int kFormatVersion = kNewestFormat;
 inline constexpr int kOldVersion = kOldestFormatRead;
 
@@ -41,7 +42,8 @@ struct TorporFile {
   /// Tokens that have rows here; 0 when none have.
   uint64_t rows = 0;
   uint64_t n_tokens = 0;               ///< length of the tensor `tokens`
-  /// Tensors that hold the rows, which come first: the layout's, or in agents and parts of version 3 one for all of these.
+  /// Tensors that hold the rows, which come first: the layout's, or in agents and parts of version 3 one for all of
+  /// these.
   size_t row_tensors = 0;
   size_t state_tensors = 0;            ///< behind the rows (KvSnapshot::state)
   bool has_messages = false;           ///< behind the state
@@ -61,8 +63,8 @@ struct TorporFile {
 /// Compares a header (length, JSON, padding) with the checksum that it begins with, and gives that. kCorruption.
 std::string check_header_checksum(std::span<const std::byte> header, const std::string& file_name);
 
-/// Every rule that holds for all kinds. kCorruption, also where the layout is another than `known`; kIncompatible for a newer
-/// format version or something in a layout that this one does not know.
+/// Every rule that holds for all kinds. kCorruption, also where the layout is another than `known`. kIncompatible for a
+/// newer format version, or for something in a layout that this one does not know.
 TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_size, const std::string& file_name,
                              const KnownLayout* known = nullptr);
 
@@ -88,10 +90,11 @@ std::vector<int32_t> read_tokens(const File& file, const TorporFile& parsed);
 /// Reads the tensor `messages` and checks its checksum; empty when there is none.
 std::string read_messages(const File& file, const TorporFile& parsed);
 
-/// Reads the `wanted` tensors of the rows (none named: all) into their places in `out` (rows_bytes() long), checking each
-/// checksum while its bytes are in cache.
+/// Reads the `wanted` tensors of the rows (none named: all) into their places in `out`, which has rows_bytes(). Each
+/// checksum is checked while its bytes are in the CPU's cache.
 void read_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted, std::span<std::byte> out);
-/// Reads layer tensor `i`, `[1, heads, rows, dim]`, its heads each to `stride` bytes after the one before, and checks it.
+/// Reads layer tensor `i`, `[1, heads, rows, dim]`, its heads each to `stride` bytes after the one before, and checks
+/// it.
 void read_tensor(const File& file, const TorporFile& parsed, size_t i, std::byte* out, size_t stride);
 /// Checks the checksums of the `wanted` layer tensors, all of them in memory.
 void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed, const TensorMask& wanted,
@@ -116,7 +119,8 @@ void for_each_row_piece(const KvLayout& layout, const RowsIn<const std::byte>& r
                         const std::function<void(std::span<const std::byte>)>& piece);
 /// Copies the rows of `n` tokens.
 void copy_rows(const KvLayout& layout, const RowsIn<const std::byte>& from, const RowsIn<std::byte>& to, int n);
-/// Reads all rows of a file that has them in one tensor to where they are wanted, and checks them there: no memory between.
+/// Reads all rows of a file that has them in one tensor to where they are wanted, and checks them there: no memory
+/// between.
 void read_rows_to(const File& file, const TorporFile& parsed, const KvLayout& layout, const RowsIn<std::byte>& to);
 /// The checksum of the tensor `rows` of a file that holds them.
 std::string rows_checksum(const KvLayout& layout, const RowsIn<const std::byte>& rows, int n);
