@@ -83,19 +83,23 @@ void save(const char* root, int n_tokens, Durability durability) {
   const auto cache = KvCache::create(layout(), {}, Backend::kKernels);
   grow(*cache, n_tokens);
   SaveResult first, turn, fork;
-  const double first_ms = timed([&] { first = store.save_agent_cache("a", cache->snapshot(identity(), /*copy_tail=*/false), "m", {}, durability); });
+  const double first_ms = timed([&] {
+    first = store.save_agent_cache("a", cache->snapshot(identity(), /*copy_tail=*/false), "m", {}, durability);
+  });
   grow(*cache, 64);
-  const double turn_ms = timed([&] { turn = store.save_agent_cache("a", cache->snapshot(identity(), /*copy_tail=*/false), "m", {}, durability); });
+  const double turn_ms = timed([&] {
+    turn = store.save_agent_cache("a", cache->snapshot(identity(), /*copy_tail=*/false), "m", {}, durability);
+  });
   // At a segment's end, where no row is left to write.
   const int64_t at = n_tokens / kSegmentTokens * kSegmentTokens;
   const double fork_ms = timed([&] { fork = fork_agent(store, "a", "fork", at, durability); });
   std::unique_ptr<KvCache> clone;
   const double clone_ms = timed([&] { clone = cache->clone(); });
-  std::printf("{\"tokens\":%d,\"first_bytes\":%lld,\"save_ms\":%.3f,\"turn_ms\":%.3f,\"turn_bytes\":%lld,\"fork_ms\":%.3f,"
-              "\"fork_bytes\":%lld,\"fork_awake_ms\":%.4f}\n",
-              n_tokens, static_cast<long long>(first.bytes_written), first_ms, turn_ms,
-              static_cast<long long>(turn.bytes_written), fork_ms,
-              static_cast<long long>(fork.bytes_written), clone_ms);
+  std::printf(
+      "{\"tokens\":%d,\"first_bytes\":%lld,\"save_ms\":%.3f,\"turn_ms\":%.3f,\"turn_bytes\":%lld,\"fork_ms\":%.3f,"
+      "\"fork_bytes\":%lld,\"fork_awake_ms\":%.4f}\n",
+      n_tokens, static_cast<long long>(first.bytes_written), first_ms, turn_ms,
+      static_cast<long long>(turn.bytes_written), fork_ms, static_cast<long long>(fork.bytes_written), clone_ms);
 }
 
 /// A field of /proc/self/status in bytes; 0 where there is none.
@@ -142,9 +146,10 @@ void wake(const char* root) {
     bytes = loaded.bytes_read;
   });
   const int64_t peak = status("VmHWM") - before;
-  std::printf("{\"tokens\":%d,\"read_bytes\":%lld,\"wake_ms\":%.3f,\"memcpy_ms\":%.3f,\"peak_bytes\":%lld,\"kv_bytes\":%lld}\n",
-              cache->length(), static_cast<long long>(bytes), wake_ms, memcpy_ms(size_t(bytes)), static_cast<long long>(peak),
-              static_cast<long long>(cache->nbytes()));
+  std::printf(
+      "{\"tokens\":%d,\"read_bytes\":%lld,\"wake_ms\":%.3f,\"memcpy_ms\":%.3f,\"peak_bytes\":%lld,\"kv_bytes\":%lld}\n",
+      cache->length(), static_cast<long long>(bytes), wake_ms, memcpy_ms(size_t(bytes)), static_cast<long long>(peak),
+      static_cast<long long>(cache->nbytes()));
 }
 
 void converse(const char* root, int n_tokens) {
@@ -183,7 +188,8 @@ void chunks(const char* root, int n_tokens) {
     Store store(root);  // one that has seen nothing
     std::unique_ptr<KvCache> cache;
     times[i % 2].push_back(timed([&] {
-      const LoadedAgent loaded = store.load_agent_cache(ids[i % 2], {.allocate = mlx_buffer, .map_rows = true, .tail_in_run = true});
+      const LoadedAgent loaded =
+          store.load_agent_cache(ids[i % 2], {.allocate = mlx_buffer, .map_rows = true, .tail_in_run = true});
       cache = KvCache::restore(loaded.snapshot, Backend::kKernels);
     }));
   }
@@ -193,8 +199,8 @@ void chunks(const char* root, int n_tokens) {
     std::nth_element(values.begin(), values.begin() + ssize(values) / 2, values.end());
     return values[values.size() / 2];
   };
-  std::printf("{\"tokens\":%d,\"one_ms\":%.3f,\"eight_ms\":%.3f,\"ratio\":%.3f}\n", n_tokens / kSegmentTokens * kSegmentTokens + 255,
-              median(times[0]), median(times[1]), median(ratios));
+  std::printf("{\"tokens\":%d,\"one_ms\":%.3f,\"eight_ms\":%.3f,\"ratio\":%.3f}\n",
+              n_tokens / kSegmentTokens * kSegmentTokens + 255, median(times[0]), median(times[1]), median(ratios));
 }
 
 }  // namespace
@@ -211,7 +217,10 @@ int main(int argc, char** argv) {
     } else if (mode == "chunks" && argc == 4) {
       chunks(argv[2], std::atoi(argv[3]));
     } else {
-      std::fputs("usage: agents_bench save STORE TOKENS DURABILITY | wake STORE | conversation STORE TOKENS | chunks STORE TOKENS\n", stderr);
+      std::fputs(
+          "usage: agents_bench save STORE TOKENS DURABILITY | wake STORE | conversation STORE TOKENS | chunks STORE "
+          "TOKENS\n",
+          stderr);
       return 2;
     }
   } catch (const torpor::Error& error) {

@@ -99,8 +99,8 @@ int main(int argc, char** argv) {
   const Weights head_weights(kVocabulary, kHidden, 8, kGroup, rng);
   const Packed head = PackedLinear::pack({head_weights.source}, activations);
   bytes += head->nbytes();
-  std::printf("target %s, %d threads; made and packed %.1f MB in %.2f s\n", cpu_target_name(), ThreadPool::shared().size(),
-              double(bytes) / 1e6, seconds_since(start));
+  std::printf("target %s, %d threads; made and packed %.1f MB in %.2f s\n", cpu_target_name(),
+              ThreadPool::shared().size(), double(bytes) / 1e6, seconds_since(start));
 
   std::vector<float> x(size_t(rows) * kHidden), qkv(size_t(rows) * kQkv), inner(size_t(rows) * kInner),
       logits(8 * size_t(kVocabulary));

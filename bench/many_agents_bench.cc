@@ -35,7 +35,8 @@ int main(int argc, char** argv) {
   const auto root = std::filesystem::temp_directory_path() / ("torpor-bench-" + std::to_string(::getpid()));
   try {
     torpor::KvSnapshot snapshot;
-    snapshot.layout.tensors = {{"layer_0_keys", torpor::KvDtype::kF16, 1, 64, 0}, {"layer_0_values", torpor::KvDtype::kF16, 1, 64, 0}};
+    snapshot.layout.tensors = {{"layer_0_keys", torpor::KvDtype::kF16, 1, 64, 0},
+                               {"layer_0_values", torpor::KvDtype::kF16, 1, 64, 0}};
     const int tokens = torpor::kSegmentTokens + 1;
     for (int done = 0; done < tokens; done += torpor::kSegmentTokens) {
       const int rows = std::min(torpor::kSegmentTokens, tokens - done);
@@ -49,7 +50,8 @@ int main(int argc, char** argv) {
       torpor::Store store(root);
       for (int i = 0; i < n; ++i) {
         snapshot.tokens.front() = i % 1000;  // a thousand segments, each of ten agents
-        store.save_agent_cache("agent-" + std::to_string(i), snapshot, "some/model", {{"messages", "[]"}}, torpor::Durability::kRename);
+        store.save_agent_cache("agent-" + std::to_string(i), snapshot, "some/model", {{"messages", "[]"}},
+                               torpor::Durability::kRename);
       }
     }
     const auto last = "agent-" + std::to_string(n - 1);

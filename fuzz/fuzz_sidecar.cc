@@ -23,7 +23,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!info) return 0;
   require(info->cache_size >= 0 && info->tail_bytes >= int64_t(file.size) && info->bytes >= info->tail_bytes);
   const auto again = torpor::decode_sidecar(torpor::encode_sidecar(*info, file), file);
-  require(again && again->agent_id == info->agent_id && again->bytes == info->bytes && again->segments == info->segments);
+  require(again && again->agent_id == info->agent_id && again->bytes == info->bytes &&
+          again->segments == info->segments);
   require(again->lineage.ranges == info->lineage.ranges && again->user == info->user && again->record == info->record);
   return 0;
 }

@@ -32,7 +32,8 @@ torpor::KvSnapshot make(int n_tokens, torpor::KvDtype dtype) {
 torpor::KvSnapshot with_state(torpor::KvSnapshot snapshot) {
   const auto buffer = torpor::allocate_heap_buffer(6);
   std::fill_n(buffer.get(), 6, std::byte{2});
-  snapshot.state = {{"layer_1_ring", "F16", {1, 2}, {buffer.get(), 4}, buffer}, {"layer_1_flags", "BOOL", {2}, {buffer.get(), 2}, buffer}};
+  snapshot.state = {{"layer_1_ring", "F16", {1, 2}, {buffer.get(), 4}, buffer},
+                    {"layer_1_flags", "BOOL", {2}, {buffer.get(), 2}, buffer}};
   return snapshot;
 }
 
@@ -47,7 +48,8 @@ torpor::KvSnapshot make_prompt_cache(const torpor::KvFormat& format, const char*
       snapshot.layout.tensors.push_back({name, format.dtype, 1, 32, 4});
     } else {
       snapshot.layout.tensors.push_back({name, torpor::KvDtype::kU32, 1, format.bits.keys, 4});
-      for (const char* part : {"_scales", "_biases"}) snapshot.layout.tensors.push_back({name + part, format.dtype, 1, 1, 4});
+      for (const char* part : {"_scales", "_biases"})
+        snapshot.layout.tensors.push_back({name + part, format.dtype, 1, 1, 4});
     }
   }
   const size_t size = snapshot.layout.offset(snapshot.layout.tensors.size(), 6);
@@ -87,7 +89,8 @@ int main(int argc, char** argv) {
       const auto rotates = [](const std::string& of) { return of == "gemma3"; };
       const auto path = directory / "prompt_cache" / name;
       torpor::export_prompt_cache(prompt_caches, name, path, rotates, torpor::PromptCacheDialect::kNew);
-      torpor::export_prompt_cache(prompt_caches, name, path.string() + "-old", rotates, torpor::PromptCacheDialect::kOld);
+      torpor::export_prompt_cache(prompt_caches, name, path.string() + "-old", rotates,
+                                  torpor::PromptCacheDialect::kOld);
     };
     write("plain", torpor::KvDtype::kBF16, "llama");
     write("quantized", {torpor::KvDtype::kF16, 4, 32}, "llama");

@@ -60,7 +60,9 @@ size_t bytes_of(const ArrayShape& array) {
 }
 
 /// With its header.
-size_t room_of(const ArrayShape& array) { return (bytes_of(array) + kAlignment - 1) / kAlignment * kAlignment + kAlignment; }
+size_t room_of(const ArrayShape& array) {
+  return (bytes_of(array) + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
+}
 
 }  // namespace
 
@@ -95,7 +97,8 @@ std::vector<mx::array> ArrayBlock::arrays() {
     const std::span<std::byte> bytes(places_[i], bytes_of(shapes_[i]));
     auto* header = reinterpret_cast<size_t*>(bytes.data()) - 1;
     *header = bytes.size();
-    mx::allocator::Data data(mx::allocator::Buffer(header), [block = block_, bytes](mx::allocator::Buffer) { forget_contents(bytes); });
+    mx::allocator::Data data(mx::allocator::Buffer(header),
+                             [block = block_, bytes](mx::allocator::Buffer) { forget_contents(bytes); });
     arrays.emplace_back(std::move(data), shapes_[i].shape, shapes_[i].dtype);
   }
   return arrays;

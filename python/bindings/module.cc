@@ -15,7 +15,8 @@ namespace nb = nanobind;
 namespace torpor::python {
 
 nb::object exception_of(const Error& error) {
-  nb::object exception = nb::module_::import_("torpor.errors").attr(faces::error_mapping(error.code()).python_name)(error.what());
+  nb::object exception =
+      nb::module_::import_("torpor.errors").attr(faces::error_mapping(error.code()).python_name)(error.what());
   const auto add = [&](const char* name, const std::string& value) {
     if (!value.empty()) exception.attr(name) = nb::str(value.c_str(), value.size());
   };
@@ -68,10 +69,12 @@ NB_MODULE(_core, module) {
   });
   module.def("set_log_handler", &torpor::python::set_log_handler, nb::arg("handler").none(),
              nb::sig("def set_log_handler(handler: typing.Callable[[str, str], object] | None) -> None"));
-  module.def("weights_digest",
-             [](const std::filesystem::path& directory) { return torpor::model::Weights::open(directory).digest(); }, nb::arg("directory"),
-             nb::call_guard<nb::gil_scoped_release>(),
-             "Of every tensor of a model directory: names, dtypes, shapes, bytes. Reads all, on all cores, and keeps nothing.");
+  module.def(
+      "weights_digest",
+      [](const std::filesystem::path& directory) { return torpor::model::Weights::open(directory).digest(); },
+      nb::arg("directory"), nb::call_guard<nb::gil_scoped_release>(),
+      "Of every tensor of a model directory: names, dtypes, shapes, bytes. Reads all, on all cores, and keeps "
+      "nothing.");
   torpor::python::bind_store(module);
   torpor::python::bind_turn(module);
   torpor::python::bind_engine(module);

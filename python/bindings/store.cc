@@ -100,8 +100,8 @@ void make_plain(NamedArrays& arrays) {
 }
 
 SaveResult save(Store& store, const std::string& agent_id, NamedArrays rows, NamedArrays state, const nb::bytes& tokens,
-                const Texts& identity, const std::string& model, const Texts& user, const std::vector<std::string>& unchanged,
-                const std::string& durability) {
+                const Texts& identity, const std::string& model, const Texts& user,
+                const std::vector<std::string>& unchanged, const std::string& durability) {
   KvSnapshot snapshot;
   std::tie(snapshot.identity, snapshot.conversation) = split_identity(identity);
   snapshot.tokens.resize(tokens.size() / sizeof(int32_t));
@@ -228,7 +228,8 @@ class StateMemory {
     return [this](size_t size) {
       data_.push_back(std::make_shared<mx::allocator::Data>(mx::allocator::malloc(size)));
       mx::allocator::Buffer buffer = data_.back()->buffer();
-      if (buffer.ptr() == nullptr) throw Error(ErrorCode::kResourceExhausted, "Out of memory for the state of a cache.");
+      if (buffer.ptr() == nullptr)
+        throw Error(ErrorCode::kResourceExhausted, "Out of memory for the state of a cache.");
       return std::shared_ptr<std::byte>(data_.back(), static_cast<std::byte*>(buffer.raw_ptr()));
     };
   }
@@ -236,7 +237,8 @@ class StateMemory {
   mx::array array(size_t i, const KvState& state) {
     mx::Shape shape;
     for (const uint64_t n : state.shape) {
-      if (n > uint64_t(INT_MAX)) throw Error(ErrorCode::kIncompatible, "The array '" + state.name + "' is larger than MLX can have.");
+      if (n > uint64_t(INT_MAX))
+        throw Error(ErrorCode::kIncompatible, "The array '" + state.name + "' is larger than MLX can have.");
       shape.push_back(int(n));
     }
     return mx::array(std::move(*data_[i]), shape, mlx_dtype(state.dtype));
@@ -247,7 +249,8 @@ class StateMemory {
 };
 
 /// (info, tokens, arrays by name): of rows each `[1, heads, capacity, dim]`, the rows and then zeros; state as it was.
-nb::tuple load(Store& store, const std::string& agent_id, const std::optional<Texts>& expected, nb::callable capacities) {
+nb::tuple load(Store& store, const std::string& agent_id, const std::optional<Texts>& expected,
+               nb::callable capacities) {
   ArraySink sink(std::move(capacities));
   StateMemory state_memory;
   LoadedAgent loaded = without_gil([&] {
@@ -282,21 +285,28 @@ void bind_store(nb::module_& module) {
       .def_ro("segments_shared", &SaveResult::segments_shared)
       .def_ro("segments", &SaveResult::segments);
   nb::class_<Store>(module, "Store")
-      .def("__init__", [](Store* self, const std::filesystem::path& root) { new (self) Store(root); }, "root"_a)
-      .def("save", &save, "agent_id"_a, "rows"_a, "state"_a, "tokens"_a, "identity"_a, "model"_a, "user"_a, "unchanged"_a,
-           "durability"_a)
+      .def(
+          "__init__", [](Store* self, const std::filesystem::path& root) { new (self) Store(root); }, "root"_a)
+      .def("save", &save, "agent_id"_a, "rows"_a, "state"_a, "tokens"_a, "identity"_a, "model"_a, "user"_a,
+           "unchanged"_a, "durability"_a)
       .def("load", &load, "agent_id"_a, "expected"_a.none(), "capacities"_a)
-      .def("info", [](Store& store, const std::string& id) {
-        return info_dict(without_gil([&] { return store.agent_info(id); }));
-      }, "agent_id"_a)
+      .def(
+          "info",
+          [](Store& store, const std::string& id) {
+            return info_dict(without_gil([&] { return store.agent_info(id); }));
+          },
+          "agent_id"_a)
       .def("tokens", &Store::agent_tokens, "agent_id"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def("list", [](Store& store) {
-        nb::list out;
-        for (const AgentInfo& info : without_gil([&] { return store.list_cached_agents(); })) out.append(info_dict(info));
-        return out;
-      })
-      .def("delete", [](Store& store, const std::string& id) { store.delete_agent_cache(id); }, "agent_id"_a,
-           nb::call_guard<nb::gil_scoped_release>())
+      .def("list",
+           [](Store& store) {
+             nb::list out;
+             for (const AgentInfo& info : without_gil([&] { return store.list_cached_agents(); }))
+               out.append(info_dict(info));
+             return out;
+           })
+      .def(
+          "delete", [](Store& store, const std::string& id) { store.delete_agent_cache(id); }, "agent_id"_a,
+          nb::call_guard<nb::gil_scoped_release>())
       .def("disk_usage", [](Store& store) {
         const DiskUsage usage = without_gil([&] { return store.get_cache_disk_usage(); });
         nb::dict out;

@@ -23,7 +23,8 @@ RunningTurn::RunningTurn(std::shared_ptr<Engine> engine, TurnRequest request) : 
   try {
     state.thread = std::thread([&state] { state.run(); });
   } catch (const std::system_error&) {
-    throw Error(ErrorCode::kResourceExhausted, "The system refuses another thread; raise its limit or end some processes.");
+    throw Error(ErrorCode::kResourceExhausted,
+                "The system refuses another thread; raise its limit or end some processes.");
   }
 }
 
@@ -169,7 +170,8 @@ void bind_turn(nb::module_& module) {
       .def_ro("agent", &TurnResult::agent)
       .def_ro("model", &TurnResult::model)
       .def_ro("text", &TurnResult::text)
-      .def_prop_ro("finish_reason", [](const TurnResult& r) { return std::string(finish_reason_name(r.finish_reason)); })
+      .def_prop_ro("finish_reason",
+                   [](const TurnResult& r) { return std::string(finish_reason_name(r.finish_reason)); })
       .def_ro("stop", &TurnResult::stop)
       .def_ro("logprobs", &TurnResult::logprobs)
       .def_ro("divergence", &TurnResult::divergence)
@@ -178,9 +180,9 @@ void bind_turn(nb::module_& module) {
       .def_ro("bytes", &TurnResult::bytes)
       .def_ro("notices", &TurnResult::notices)
       .def_ro("damage", &TurnResult::damage)
-      .def_prop_ro("save_error",
-                   [](const TurnResult& r) { return r.save_error ? exception_of(*r.save_error) : nb::none(); },
-                   nb::sig("def save_error(self) -> Exception | None"));
+      .def_prop_ro(
+          "save_error", [](const TurnResult& r) { return r.save_error ? exception_of(*r.save_error) : nb::none(); },
+          nb::sig("def save_error(self) -> Exception | None"));
   nb::class_<RunningTurn>(module, "RunningTurn")
       .def("next", &RunningTurn::next)
       .def("cancel", &RunningTurn::cancel)

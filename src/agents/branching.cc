@@ -9,8 +9,9 @@ namespace {
 
 void require_length(const Agent& agent, int64_t n_tokens, const char* verb) {
   if (n_tokens >= 0 && n_tokens <= agent.cache->length()) return;
-  throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' holds " + std::to_string(agent.cache->length()) +
-                                               " tokens, so it can't be " + verb + " " + std::to_string(n_tokens) + ".");
+  throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' holds " +
+                                               std::to_string(agent.cache->length()) + " tokens, so it can't be " +
+                                               verb + " " + std::to_string(n_tokens) + ".");
 }
 
 }  // namespace
@@ -26,11 +27,14 @@ void AgentManager::take_back(Agent& agent, int n_tokens) {
 void AgentManager::truncate(Agent& agent, int n_tokens) {
   finish_writes(agent);
   if (!agent.cache->can_truncate(n_tokens)) {
-    const auto open = std::span(agent.cache->tokens()).first(size_t(n_tokens)).subspan(size_t(n_tokens / kSegmentTokens * kSegmentTokens));
+    const auto open = std::span(agent.cache->tokens())
+                          .first(size_t(n_tokens))
+                          .subspan(size_t(n_tokens / kSegmentTokens * kSegmentTokens));
     if (has_unknown_tokens(open)) {
-      throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' was imported without its token ids, so what its sliding "
-                                               "windows left behind can't be computed again; rewind it to " +
-                                               std::to_string(n_tokens) + " tokens first.");
+      throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id +
+                                                   "' was imported without its token ids, so what its sliding "
+                                                   "windows left behind can't be computed again; rewind it to " +
+                                                   std::to_string(n_tokens) + " tokens first.");
     }
     // A window left rows behind that are needed again. Those of whole segments are on disk, the rest is computed again.
     std::vector<int32_t> tokens(agent.cache->tokens().begin(), agent.cache->tokens().begin() + n_tokens);
@@ -71,7 +75,8 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   const int keep = source ? int(at_token.value_or(source->cache->length())) : 0;
   // A window may have left rows behind that are needed again, and a budget no room for the run that the cut copies: the files
   // have the rows, and a fork of those needs no memory.
-  const auto room = source && source->cache->can_truncate(keep) ? try_room(source->cache->cut_cost(keep)) : std::nullopt;
+  const auto room =
+      source && source->cache->can_truncate(keep) ? try_room(source->cache->cut_cost(keep)) : std::nullopt;
   if (!room) {
     if (source) save(*source);
     fork_agent(store_, src, dst, at_token, options_.durability);

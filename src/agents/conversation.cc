@@ -21,7 +21,8 @@ std::string rendered_json(std::span<const Message> messages) {
     Json json = Json::parse(message_to_json(message));
     if (const auto calls = json.find("tool_calls"); calls != json.end()) {
       for (Json& call : *calls) {
-        Json as_template{{"type", "function"}, {"function", Json{{"name", call["name"]}, {"arguments", call["arguments"]}}}};
+        Json as_template{{"type", "function"},
+                         {"function", Json{{"name", call["name"]}, {"arguments", call["arguments"]}}}};
         if (call.contains("id")) as_template["id"] = call["id"];
         call = std::move(as_template);
       }
@@ -62,7 +63,8 @@ std::optional<RenderedText> render_answer(const Phrasing& phrasing, std::vector<
   if (at == std::string::npos) return std::nullopt;
   const std::string_view behind = std::string_view(around).substr(at + answer.content.size());
   const std::string_view whole = rendered.text;
-  const bool same = whole.size() >= at + behind.size() && whole.starts_with(around.substr(0, at)) && whole.ends_with(behind);
+  const bool same =
+      whole.size() >= at + behind.size() && whole.starts_with(around.substr(0, at)) && whole.ends_with(behind);
   if (!same) return std::nullopt;
   rendered.text = std::string(whole.substr(at, whole.size() - at - behind.size()));
   return rendered;
@@ -85,8 +87,9 @@ std::string template_variables(const std::string& tools, const std::string& argu
     variables = parse(arguments, Json::value_t::object, kArguments, "The template arguments are not a JSON object.");
   }
   if (variables.contains("messages") || variables.contains("add_generation_prompt")) {
-    throw Error(ErrorCode::kInvalidArgument, "The template arguments hold messages or add_generation_prompt, which a turn itself "
-                                             "gives; leave them out.")
+    throw Error(ErrorCode::kInvalidArgument,
+                "The template arguments hold messages or add_generation_prompt, which a turn itself "
+                "gives; leave them out.")
         .with_field(kArguments);
   }
   if (!tools.empty()) {
@@ -118,8 +121,8 @@ std::vector<int32_t> encode_conversation(const Phrasing& phrasing, std::span<con
   return phrasing.tokenizer.encode(phrasing.render(rendered_json(messages)), std::nullopt);
 }
 
-std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing, std::vector<Message> messages, size_t answered,
-                                                        int32_t last, const std::string& began_with) {
+std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing, std::vector<Message> messages,
+                                                        size_t answered, int32_t last, const std::string& began_with) {
   Message& answer = messages.at(answered - 1);
   answer = {.role = "assistant", .content = {}};
   answer.content = draw_placeholder(rendered_json(messages), phrasing.variables + began_with);
@@ -142,8 +145,9 @@ std::vector<int32_t> encode_history(const Phrasing& phrasing, std::span<HeldMess
   const auto last = [&] { return tokens.empty() ? -1 : tokens.back(); };
   const auto append = [&](const std::optional<std::vector<int32_t>>& added) {
     if (!added) {
-      throw Error(ErrorCode::kInvalidArgument, "The model's chat template changes answers of the conversation, so it can't be "
-                                               "written anew; start a new agent.");
+      throw Error(ErrorCode::kInvalidArgument,
+                  "The model's chat template changes answers of the conversation, so it can't be "
+                  "written anew; start a new agent.");
     }
     tokens.insert(tokens.end(), added->begin(), added->end());
   };
@@ -163,8 +167,9 @@ std::vector<int32_t> encode_history(const Phrasing& phrasing, std::span<HeldMess
   return tokens;
 }
 
-std::vector<int32_t> encode_user_turn(const Phrasing& phrasing, std::vector<Message> history, std::span<const int32_t> held,
-                                      const std::string& prompt, const std::string& began_with) {
+std::vector<int32_t> encode_user_turn(const Phrasing& phrasing, std::vector<Message> history,
+                                      std::span<const int32_t> held, const std::string& prompt,
+                                      const std::string& began_with) {
   if (held.empty()) {
     history.push_back({"user", prompt});
     return encode_conversation(phrasing, history);
@@ -177,12 +182,14 @@ std::vector<int32_t> encode_user_turn(const Phrasing& phrasing, std::vector<Mess
   auto added = encode_after_answer(phrasing, std::move(history), answered, held.back(), began_with);
   if (added) return *std::move(added);
   if (!same_variables(phrasing.variables, began_with)) {
-    throw Error(ErrorCode::kInvalidArgument, "The agent began with other tools or template arguments; give none, or start a "
-                                             "new agent.")
+    throw Error(ErrorCode::kInvalidArgument,
+                "The agent began with other tools or template arguments; give none, or start a "
+                "new agent.")
         .with_field(kArguments, began_with, phrasing.variables);
   }
-  throw Error(ErrorCode::kInvalidArgument,
-              "The model's chat template leaves out the previous answer, so a turn can't be appended; append plain text.")
+  throw Error(
+      ErrorCode::kInvalidArgument,
+      "The model's chat template leaves out the previous answer, so a turn can't be appended; append plain text.")
       .with_field("TurnRequest::raw");
 }
 

@@ -20,7 +20,9 @@ constexpr const char* kBudget = "EngineOptions::memory_budget";
 
 }  // namespace
 
-bool is_lack_of_room(const Error& error) { return error.code() == ErrorCode::kResourceExhausted && error.field() == kBudget; }
+bool is_lack_of_room(const Error& error) {
+  return error.code() == ErrorCode::kResourceExhausted && error.field() == kBudget;
+}
 
 std::unique_ptr<EvictionPolicy> make_lru() { return std::make_unique<Lru>(); }
 
@@ -117,7 +119,8 @@ size_t AgentManager::bytes_to_wake(const std::string& id) const {
   for (const auto& [other_id, other] : awake_) {
     if (options_.backend != Backend::kKernels) break;  // each has arrays of its own
     if (other.aside > 0) continue;
-    const auto [end, ignored] = std::mismatch(info.segments.begin(), info.segments.end(), other.segments.begin(), other.segments.end());
+    const auto [end, ignored] =
+        std::mismatch(info.segments.begin(), info.segments.end(), other.segments.begin(), other.segments.end());
     if (end - info.segments.begin() > shared.runs) shared = {end - info.segments.begin(), other.cache->length()};
   }
   return bytes_of_runs(layout_of(expected(info.identity)), info.cache_size, shared);
@@ -131,7 +134,8 @@ MemoryUsage AgentManager::memory_usage() {
     for (const KvCache::HeldBuffer& buffer : agent.cache->buffers()) ++holders[buffer.data];
   }
   for (const auto& [id, agent] : awake_) {
-    AgentMemory memory{.agent = id, .tokens = agent.cache->length() + agent.aside, .pinned = agent.pinned, .unsaved = agent.dirty()};
+    AgentMemory memory{
+        .agent = id, .tokens = agent.cache->length() + agent.aside, .pinned = agent.pinned, .unsaved = agent.dirty()};
     for (const KvCache::HeldBuffer& buffer : agent.cache->buffers()) {
       memory.bytes += int64_t(buffer.bytes);
       if (holders[buffer.data] > 1) memory.shared_bytes += int64_t(buffer.bytes);

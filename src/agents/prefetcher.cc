@@ -15,7 +15,8 @@ size_t attended_bytes(const KvSnapshot& snapshot, size_t i) {
   size_t bytes = 0;
   for (const KvTensorSpec& tensor : snapshot.layout.tensors) {
     const int n = snapshot.run_capacity(i);
-    if (KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, n, int64_t(snapshot.tokens.size()))) bytes += tensor.bytes_per_token() * size_t(n);
+    if (KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, n, int64_t(snapshot.tokens.size())))
+      bytes += tensor.bytes_per_token() * size_t(n);
   }
   return bytes;
 }
@@ -58,11 +59,13 @@ bool Prefetcher::begin(const std::string& id) {
                                  std::vector<KvLedger::Buffer> buffers;
                                  for (size_t i = 0; i < snapshot.n_runs(); ++i) {
                                    const bool mapped = i < snapshot.sealed.size() && snapshot.sealed[i]->mapped();
-                                   buffers.push_back({snapshot.run_bytes(i).data(), attended_bytes(snapshot, i), mapped});
+                                   buffers.push_back(
+                                       {snapshot.run_bytes(i).data(), attended_bytes(snapshot, i), mapped});
                                  }
                                  auto shares = ledger_->share_within_budget(buffers);
                                  if (!shares) {
-                                   throw Error(ErrorCode::kResourceExhausted, "The memory budget has no room for agent '" + id + "'.");
+                                   throw Error(ErrorCode::kResourceExhausted,
+                                               "The memory budget has no room for agent '" + id + "'.");
                                  }
                                  ready.shares = std::move(*shares);
                                  return ready;

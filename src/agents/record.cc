@@ -31,7 +31,8 @@ HeldMessage read_message(const std::string& json, std::string* variables) {
   try {
     if (variables != nullptr && json.find(kVariables) != std::string::npos) {
       const auto parsed = nlohmann::ordered_json::parse(json);
-      if (const auto found = parsed.find(kVariables); found != parsed.end() && found->is_object()) *variables = found->dump();
+      if (const auto found = parsed.find(kVariables); found != parsed.end() && found->is_object())
+        *variables = found->dump();
     }
     return {message_from_json(json)};
   } catch (const std::exception&) {
@@ -43,8 +44,9 @@ HeldMessage read_message(const std::string& json, std::string* variables) {
 
 void AgentRecord::cut(size_t n_tokens) {
   if (n_tokens > 0 && n_tokens < shortest_cut) {
-    throw Error(ErrorCode::kInvalidArgument, "The agent can't be cut to " + std::to_string(n_tokens) + " tokens, only to " +
-                                                 std::to_string(shortest_cut) + " or more: the file it was imported from had "
+    throw Error(ErrorCode::kInvalidArgument, "The agent can't be cut to " + std::to_string(n_tokens) +
+                                                 " tokens, only to " + std::to_string(shortest_cut) +
+                                                 " or more: the file it was imported from had "
                                                  "forgotten the rows that its sliding windows would need.");
   }
   if (n_tokens == 0) shortest_cut = 0;

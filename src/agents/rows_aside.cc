@@ -46,7 +46,8 @@ size_t RowsAside::bytes(const KvLedger& ledger, Backend backend) const {
   const KvLayout& layout = snapshot_.layout;
   size_t bytes = 0;
   for (size_t i = 0; i < snapshot_.n_runs(); ++i) {
-    const auto shared = i < snapshot_.sealed.size() ? (snapshot_.sealed[i] ? snapshot_.sealed[i] : runs_[i].run.lock()) : nullptr;
+    const auto shared =
+        i < snapshot_.sealed.size() ? (snapshot_.sealed[i] ? snapshot_.sealed[i] : runs_[i].run.lock()) : nullptr;
     if (backend == Backend::kKernels && shared != nullptr && ledger.holders(shared->bytes().data()) > 0) continue;
     const bool whole = backend == Backend::kKernels && (shared == nullptr || !shared->mapped());
     for (const KvTensorSpec& tensor : layout.tensors) {
@@ -74,7 +75,8 @@ std::unique_ptr<KvCache> RowsAside::restore(Backend backend) const {
     if (whole.sealed[i] != nullptr || (whole.sealed[i] = runs_[i].run.lock()) != nullptr) continue;
     const size_t size = layout.offset(layout.tensors.size(), kSegmentTokens);
     const std::shared_ptr<std::byte> bytes = read(runs_[i], size, mlx_buffer);
-    whole.sealed[i] = std::make_shared<const SealedRun>(std::span<const std::byte>(bytes.get(), size), bytes, false, runs_[i].checked);
+    whole.sealed[i] = std::make_shared<const SealedRun>(std::span<const std::byte>(bytes.get(), size), bytes, false,
+                                                        runs_[i].checked);
     if (runs_[i].segment != nullptr) whole.sealed[i]->set_segment(*runs_[i].segment);
   }
   if (whole.tail.n_tokens > 0) {

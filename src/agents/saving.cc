@@ -20,8 +20,12 @@ void AgentManager::hand_to_writer(Agent& agent, bool copy_tail) {
   settle();
   if (!agent.dirty() || !agent.whole() || agent.queued_version == agent.version) return;
   try {
-    Writer::Job job{.agent = agent.id, .ticket = agent.ticket, .version = agent.version,
-                    .snapshot = agent.cache->snapshot(agent.identity, copy_tail), .model = options_.model_name, .user = agent.user,
+    Writer::Job job{.agent = agent.id,
+                    .ticket = agent.ticket,
+                    .version = agent.version,
+                    .snapshot = agent.cache->snapshot(agent.identity, copy_tail),
+                    .model = options_.model_name,
+                    .user = agent.user,
                     .notes = encode_record(agent.record(), agent.cache->tokens().size())};
     job.snapshot.lineage = agent.lineage;
     job.snapshot.conversation = agent.conversation;
@@ -32,7 +36,8 @@ void AgentManager::hand_to_writer(Agent& agent, bool copy_tail) {
     }
     writer_.submit(std::move(job));
   } catch (const std::bad_alloc&) {
-    throw Error(ErrorCode::kResourceExhausted, "Out of memory while saving agent '" + agent.id + "'; let other agents sleep first.");
+    throw Error(ErrorCode::kResourceExhausted,
+                "Out of memory while saving agent '" + agent.id + "'; let other agents sleep first.");
   }
   agent.queued_version = agent.version;
 }
@@ -83,7 +88,8 @@ void AgentManager::tell_errors() {
 }
 
 Agent* AgentManager::find(uint64_t ticket, const std::string& id) {
-  if (const auto found = awake_.find(id); found != awake_.end()) return found->second.ticket == ticket ? &found->second : nullptr;
+  if (const auto found = awake_.find(id); found != awake_.end())
+    return found->second.ticket == ticket ? &found->second : nullptr;
   for (Agent& agent : nameless_) {
     if (agent.ticket == ticket) return &agent;
   }

@@ -9,8 +9,8 @@ namespace {
 
 /// Writes `dst` as the first `n_tokens` of `src` with the record that `change` makes of theirs.
 template <typename Change>
-SaveResult copy(Store& store, const std::string& src, const std::string& dst, std::optional<int64_t> n_tokens, Durability durability,
-                Change change) {
+SaveResult copy(Store& store, const std::string& src, const std::string& dst, std::optional<int64_t> n_tokens,
+                Durability durability, Change change) {
   const AgentInfo info = store.agent_info(src);
   const int64_t keep = n_tokens.value_or(info.cache_size);
   if (keep < 0 || keep > info.cache_size) {
@@ -59,8 +59,8 @@ SaveResult fork_agent(Store& store, const std::string& src, const std::string& d
   return copy(store, src, dst, at_token, durability, [](AgentRecord& record) { record.pinned = false; });
 }
 
-SaveResult import_prompt_cache(Store& store, const std::filesystem::path& path, const std::string& id, const CacheModel& model,
-                               Durability durability) {
+SaveResult import_prompt_cache(Store& store, const std::filesystem::path& path, const std::string& id,
+                               const CacheModel& model, Durability durability) {
   require_free(store, id);
   const PromptCache read = read_prompt_cache(path, model, &store.env());
   const auto lock = lock_new(store, id);
@@ -81,7 +81,8 @@ void pin_agent(Store& store, const std::string& id, bool pinned, Durability dura
 }
 
 bool is_pinned(const AgentInfo& info) {
-  return std::find(info.record.begin(), info.record.end(), RecordMetadata::value_type("pinned", "true")) != info.record.end();
+  return std::find(info.record.begin(), info.record.end(), RecordMetadata::value_type("pinned", "true")) !=
+         info.record.end();
 }
 
 Divergence find_divergence(std::span<const int32_t> prompt, std::span<const int32_t> held) {

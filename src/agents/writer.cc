@@ -47,10 +47,12 @@ bool Writer::busy_with(uint64_t ticket) const {
 
 Writer::Saving Writer::await(uint64_t ticket) {
   const MutexLock lock(mutex_);
-  const auto newest = std::find_if(queue_.rbegin(), queue_.rend(), [&](const Queued& queued) { return queued.job.ticket == ticket; });
+  const auto newest =
+      std::find_if(queue_.rbegin(), queue_.rend(), [&](const Queued& queued) { return queued.job.ticket == ticket; });
   if (newest == queue_.rend()) {
     // It may have ended already, and then how is still to be collected.
-    const auto ended = std::find_if(outcomes_.rbegin(), outcomes_.rend(), [&](const Outcome& outcome) { return outcome.ticket == ticket; });
+    const auto ended = std::find_if(outcomes_.rbegin(), outcomes_.rend(),
+                                    [&](const Outcome& outcome) { return outcome.ticket == ticket; });
     std::promise<SaveResult> known;
     if (ended == outcomes_.rend()) {
       known.set_value({});
@@ -107,7 +109,8 @@ Writer::Outcome Writer::write(const Job& job) {
   Outcome outcome{.agent = job.agent, .ticket = job.ticket, .version = job.version};
   try {
     outcome.result = job.agent.empty() ? store_.save_prefix(job.snapshot, durability_)
-                                       : store_.save_agent_cache(job.agent, job.snapshot, job.model, job.user, durability_, job.notes);
+                                       : store_.save_agent_cache(job.agent, job.snapshot, job.model, job.user,
+                                                                 durability_, job.notes);
   } catch (const Error& error) {
     outcome.error = error;
   } catch (const std::bad_alloc&) {

@@ -217,7 +217,8 @@ bool Env::put_new(const std::filesystem::path& from, const std::filesystem::path
 bool Env::link(const std::filesystem::path& from, const std::filesystem::path& to) {
   const int result = retry_interrupted([&] { return raw_link(from.c_str(), to.c_str()); });
   if (result >= 0) return true;
-  if (result == -EPERM || result == -ENOTSUP || result == -EOPNOTSUPP || result == -ENOSYS || result == -EMLINK) return false;
+  if (result == -EPERM || result == -ENOTSUP || result == -EOPNOTSUPP || result == -ENOSYS || result == -EMLINK)
+    return false;
   throw_io_error("link", from, -result);
 }
 
@@ -290,15 +291,17 @@ std::optional<FileLock> Env::lock(const std::filesystem::path& path, LockMode mo
       const auto on_disk = stat(path);
       if (on_disk && on_disk->inode == lock.file().stat().inode) return lock;
       if (++ghosts == kMaxGhosts) {
-        throw Error(ErrorCode::kIo, "The lock '" + path.string() + "' can't be had: its file system gives an open file another "
-                                    "inode number than its name; choose a store on another file system.");
+        throw Error(ErrorCode::kIo, "The lock '" + path.string() +
+                                        "' can't be had: its file system gives an open file another "
+                                        "inode number than its name; choose a store on another file system.");
       }
       if (ghosts > 10) std::this_thread::sleep_for(std::chrono::milliseconds(1));
       continue;
     }
     if (result == -ENOLCK || result == -ENOSYS || result == -ENOTSUP || result == -EOPNOTSUPP) {
       throw Error(ErrorCode::kIo, "The file system of '" + path.string() + "' keeps no locks (" +
-                                      std::generic_category().message(-result) + "), so a store there can be read, but not written "
+                                      std::generic_category().message(-result) +
+                                      "), so a store there can be read, but not written "
                                       "to; choose one on a local disk.");
     }
     if (result != -EWOULDBLOCK && result != -EAGAIN) throw_io_error("lock", path, -result);

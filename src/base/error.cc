@@ -50,8 +50,10 @@ Error to_error(const std::exception_ptr& exception, const std::string& what) {
     // What threads, locks and streams throw: the system's own refusal.
     const int code = error.code().value();
     if (code == EAGAIN) {
-      return Error(ErrorCode::kResourceExhausted, what + " failed: the system refuses another thread; raise its limit or end some "
-                                                         "processes.");
+      return Error(ErrorCode::kResourceExhausted,
+                   what +
+                       " failed: the system refuses another thread; raise its limit or end some "
+                       "processes.");
     }
     const bool exhausted = code == ENOMEM || code == EMFILE || code == ENFILE;
     return Error(exhausted ? ErrorCode::kResourceExhausted : ErrorCode::kIo, what + " failed: " + error.what() + ".");

@@ -233,7 +233,8 @@ void KvSnapshot::validate(const BorrowedRows& rows) const {
   }
   check_covered(covered, tokens.size());
   if (rows.runs.size() != (tokens.size() + kSegmentTokens - 1) / kSegmentTokens) {
-    inconsistent(std::to_string(rows.runs.size()) + " runs are borrowed for " + std::to_string(tokens.size()) + " tokens");
+    inconsistent(std::to_string(rows.runs.size()) + " runs are borrowed for " + std::to_string(tokens.size()) +
+                 " tokens");
   }
   check_state(state);
 }

@@ -37,7 +37,8 @@ const char* log_level_name(LogLevel level) noexcept {
 }
 
 void set_log_handler(LogHandler handler) {
-  if (in_handler) throw Error(ErrorCode::kInvalidArgument, "A log handler can't be replaced by itself; do it on another thread.");
+  if (in_handler)
+    throw Error(ErrorCode::kInvalidArgument, "A log handler can't be replaced by itself; do it on another thread.");
   auto next = handler ? std::make_shared<Listener>(Listener{std::move(handler)}) : nullptr;
   Log& log = shared_log();
   MutexLock lock(log.mutex);

@@ -6,8 +6,9 @@ namespace torpor {
 
 void refuse_lfs_pointer(std::string_view beginning, const std::filesystem::path& path) {
   if (!beginning.starts_with("version https://git-lfs.github.com/spec/")) return;
-  throw Error(ErrorCode::kNotFound, "'" + path.string() + "' is a Git LFS pointer, not the file itself; fetch it with `git lfs "
-                                    "pull` in its directory, or the model with `hf download`.");
+  throw Error(ErrorCode::kNotFound, "'" + path.string() +
+                                        "' is a Git LFS pointer, not the file itself; fetch it with `git lfs "
+                                        "pull` in its directory, or the model with `hf download`.");
 }
 
 std::string plain_json(std::string_view text) {

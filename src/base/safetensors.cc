@@ -60,21 +60,27 @@ class HeaderParser {
     std::vector<uint64_t> offsets;
     bool seen_dtype = false, seen_shape = false, seen_offsets = false;
     object([&](const std::string& field) {
-      bool* seen = field == "dtype" ? &seen_dtype : field == "shape" ? &seen_shape : field == "data_offsets" ? &seen_offsets : nullptr;
+      bool* seen = field == "dtype"          ? &seen_dtype
+                   : field == "shape"        ? &seen_shape
+                   : field == "data_offsets" ? &seen_offsets
+                                             : nullptr;
       if (seen == nullptr) fail("tensor '" + tensor.name + "' has an unknown field '" + field + "'");
       if (*seen) fail("tensor '" + tensor.name + "' has its field '" + field + "' twice");
       *seen = true;
-      if (begin_value() != (seen == &seen_dtype ? Kind::kText : Kind::kArray)) fail("tensor '" + tensor.name + "' has " + found_ + " as its " + field);
+      if (begin_value() != (seen == &seen_dtype ? Kind::kText : Kind::kArray))
+        fail("tensor '" + tensor.name + "' has " + found_ + " as its " + field);
       if (seen == &seen_dtype) {
         tensor.dtype = std::move(text_);
       } else if (seen == &seen_shape) {
         numbers(tensor.shape, [&] { return "the shape of tensor '" + tensor.name + "' has " + found_ + " in it"; });
       } else {
-        numbers(offsets, [&] { return "the data offsets of tensor '" + tensor.name + "' have " + found_ + " in them"; });
+        numbers(offsets,
+                [&] { return "the data offsets of tensor '" + tensor.name + "' have " + found_ + " in them"; });
         if (offsets.size() != 2) fail("tensor '" + tensor.name + "' does not have two data offsets");
       }
     });
-    if (!seen_dtype || !seen_shape || !seen_offsets) fail("tensor '" + tensor.name + "' lacks its dtype, shape or data offsets");
+    if (!seen_dtype || !seen_shape || !seen_offsets)
+      fail("tensor '" + tensor.name + "' lacks its dtype, shape or data offsets");
     tensor.begin = offsets[0];
     tensor.end = offsets[1];
     header_.tensors.push_back(std::move(tensor));
@@ -116,7 +122,8 @@ class HeaderParser {
       text_ = string();
       return is(Kind::kText, "a text");
     }
-    for (const auto& [word, name] : {std::pair<std::string_view, const char*>{"null", "null"}, {"true", "a boolean"}, {"false", "a boolean"}}) {
+    for (const auto& [word, name] :
+         {std::pair<std::string_view, const char*>{"null", "null"}, {"true", "a boolean"}, {"false", "a boolean"}}) {
       if (!json_.substr(at_).starts_with(word)) continue;
       at_ += word.size();
       return is(Kind::kOther, name);
@@ -145,9 +152,12 @@ class HeaderParser {
     }
     int64_t below_zero = 0;
     const char* const from = json_.data() + begin;
-    const auto fits = [&](auto& value) { return at_ == end && std::from_chars(from, json_.data() + end, value).ec == std::errc(); };
+    const auto fits = [&](auto& value) {
+      return at_ == end && std::from_chars(from, json_.data() + end, value).ec == std::errc();
+    };
     if (!negative && fits(number_)) return is(Kind::kUnsigned, "a number");
-    return is(Kind::kOther, negative && fits(below_zero) ? "a negative number" : "a fraction or a number beyond 64 bits");
+    return is(Kind::kOther,
+              negative && fits(below_zero) ? "a negative number" : "a fraction or a number beyond 64 bits");
   }
 
   std::string string() {
@@ -174,7 +184,8 @@ class HeaderParser {
     return kind;
   }
   void skip_space() {
-    while (at_ < json_.size() && (json_[at_] == ' ' || json_[at_] == '\n' || json_[at_] == '\t' || json_[at_] == '\r')) ++at_;
+    while (at_ < json_.size() && (json_[at_] == ' ' || json_[at_] == '\n' || json_[at_] == '\t' || json_[at_] == '\r'))
+      ++at_;
   }
   bool take(char c) {
     skip_space();
@@ -317,7 +328,8 @@ std::string encode_safetensors_header(std::vector<SafetensorsTensor>& tensors,
     const auto bytes = bytes_of(tensor);
     const auto end = bytes ? checked_add(position, *bytes) : std::nullopt;
     if (!end || safetensors_dtype_size(tensor.dtype) == 0) {
-      throw Error(ErrorCode::kInvalidArgument, "Tensor '" + tensor.name + "' can't be stored: its shape or dtype is out of range.");
+      throw Error(ErrorCode::kInvalidArgument,
+                  "Tensor '" + tensor.name + "' can't be stored: its shape or dtype is out of range.");
     }
     tensor.begin = position;
     tensor.end = position = *end;

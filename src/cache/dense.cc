@@ -53,7 +53,8 @@ int round_up(int n) { return (n + kSegmentTokens - 1) / kSegmentTokens * kSegmen
 }  // namespace
 
 std::span<const KvBuffer> DenseKvCache::reserve(int) {
-  throw Error(ErrorCode::kInternal, "A dense KV cache was given to the CPU kernels; it serves MLX's own attention only.");
+  throw Error(ErrorCode::kInternal,
+              "A dense KV cache was given to the CPU kernels; it serves MLX's own attention only.");
 }
 
 void DenseKvCache::add_tensor(mx::array tensor, int first) {
@@ -64,7 +65,8 @@ void DenseKvCache::add_tensor(mx::array tensor, int first) {
 
 void DenseKvCache::make_tensors() {
   if (!tensors_.empty()) return;
-  for (const KvTensorSpec& spec : layout_.tensors) add_tensor(mx::zeros({1, spec.n_kv_heads, 0, spec.dim}, to_mlx(spec.dtype)), 0);
+  for (const KvTensorSpec& spec : layout_.tensors)
+    add_tensor(mx::zeros({1, spec.n_kv_heads, 0, spec.dim}, to_mlx(spec.dtype)), 0);
 }
 
 int DenseKvCache::capacity_for(size_t t, int rows) const {
@@ -75,7 +77,8 @@ size_t DenseKvCache::growth(int rows) const {
   size_t bytes = 0;
   for (size_t t = 0; t < layout_.tensors.size() && rows > 0; ++t) {
     // An array that a clone has too is copied by whoever appends first.
-    const int held = tensors_.empty() ? 0 : tensors_[t].shape(2), kept = held > 0 && storage_[t].use_count() > 1 ? 0 : held;
+    const int held = tensors_.empty() ? 0 : tensors_[t].shape(2),
+              kept = held > 0 && storage_[t].use_count() > 1 ? 0 : held;
     bytes += layout_.tensors[t].bytes_per_token() * size_t(std::max(held, capacity_for(t, rows)) - kept);
   }
   return bytes;
@@ -148,7 +151,8 @@ std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot, 
       const int n = snapshot.run_tokens(i), from_rows = snapshot.run_capacity(i);
       const std::byte* from = snapshot.run_bytes(i).data() + snapshot.layout.offset(t, from_rows);
       for (int head = 0; head < spec.n_kv_heads; ++head) {
-        std::memcpy(to + (size_t(head) * capacity + (first - begin)) * row, from + size_t(head) * from_rows * row, size_t(n) * row);
+        std::memcpy(to + (size_t(head) * capacity + (first - begin)) * row, from + size_t(head) * from_rows * row,
+                    size_t(n) * row);
       }
       first += n;
     }
@@ -227,7 +231,8 @@ KvSnapshot DenseKvCache::snapshot(const Identity& identity, bool) const {
       const auto head_stride = size_t(tensors_[t].strides(1)) * kv_dtype_size(spec.dtype);
       std::byte* to = buffer.get() + layout_.offset(t, n);
       for (int head = 0; head < spec.n_kv_heads; ++head) {
-        std::memcpy(to + size_t(head) * n * row, from + head * head_stride + size_t(first - first_[t]) * row, size_t(n) * row);
+        std::memcpy(to + size_t(head) * n * row, from + head * head_stride + size_t(first - first_[t]) * row,
+                    size_t(n) * row);
       }
     }
     snapshot.add_run(n, {buffer.get(), size}, buffer);

@@ -30,7 +30,8 @@ void KvLedger::change_locked(const void* buffer, size_t bytes, bool mapped, int 
   Entry& entry = found->second;
   bytes_ -= entry.bytes();
   if (entry.mapped) mapped_bytes_ -= entry.bytes();
-  const auto same = std::find_if(entry.holders.begin(), entry.holders.end(), [&](const auto& held) { return held.first == bytes; });
+  const auto same =
+      std::find_if(entry.holders.begin(), entry.holders.end(), [&](const auto& held) { return held.first == bytes; });
   if (same == entry.holders.end()) {
     entry.holders.emplace_back(bytes, n);
   } else if ((same->second += n) == 0) {

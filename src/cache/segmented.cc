@@ -73,7 +73,8 @@ std::span<const KvBuffer> SegmentedKvCache::reserve(int n) {
 }
 
 std::pair<mx::array, mx::array> SegmentedKvCache::update_and_fetch(int, const mx::array&, const mx::array&) {
-  throw Error(ErrorCode::kInternal, "A segmented KV cache was given to MLX's own attention; it serves the CPU kernels only.");
+  throw Error(ErrorCode::kInternal,
+              "A segmented KV cache was given to MLX's own attention; it serves the CPU kernels only.");
 }
 
 void SegmentedKvCache::advance(int n) {
@@ -87,7 +88,9 @@ void SegmentedKvCache::advance(int n) {
   int last = 0;
   for (const KvTensorSpec& tensor : layout_.tensors) {
     if (tensor.window == std::exchange(last, tensor.window) || tensor.window == 0) continue;
-    const auto first_attended = [&](int length) { return size_t(std::max(0, length - tensor.window) / kSegmentTokens); };
+    const auto first_attended = [&](int length) {
+      return size_t(std::max(0, length - tensor.window) / kSegmentTokens);
+    };
     if (first_attended(before) < first_attended(length_)) recount(first_attended(before), first_attended(length_));
   }
 }
@@ -103,7 +106,8 @@ bool SegmentedKvCache::can_truncate(int n_tokens) const {
   for (size_t i = 0; i < sealed_.size() && int(i) * kSegmentTokens < n_tokens; ++i) {
     const TensorMask& checked = sealed_[i]->checked();
     for (size_t t = 0; t < checked.size(); ++t) {
-      if (!checked[t] && KvLayout::attended(layout_.tensors[t], int64_t(i) * kSegmentTokens, kSegmentTokens, n_tokens)) return false;
+      if (!checked[t] && KvLayout::attended(layout_.tensors[t], int64_t(i) * kSegmentTokens, kSegmentTokens, n_tokens))
+        return false;
     }
   }
   return true;
@@ -163,7 +167,8 @@ KvCache::HeldBuffer SegmentedKvCache::buffer(size_t i) const {
 
 void SegmentedKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) {
   if (i < 0 || size_t(i) >= sealed_.size() || run->bytes().size() != run_bytes()) {
-    throw Error(ErrorCode::kInternal, "Run " + std::to_string(i) + " of a KV cache can't be replaced: it is not sealed.");
+    throw Error(ErrorCode::kInternal,
+                "Run " + std::to_string(i) + " of a KV cache can't be replaced: it is not sealed.");
   }
   runs_[size_t(i)] = buffer_of(run);
   sealed_[size_t(i)] = std::move(run);

@@ -28,11 +28,13 @@ OpenedPromptCache open_prompt_cache(Env& env, const std::filesystem::path& path)
 }
 
 /// kIncompatible naming what differs.
-void check_model(const PromptCacheFile& file, const KvLayout& plain, const CacheModel& model, const std::string& file_name) {
+void check_model(const PromptCacheFile& file, const KvLayout& plain, const CacheModel& model,
+                 const std::string& file_name) {
   const auto differs = [&](const std::string& what, int64_t has, int64_t wants) {
     if (has == wants) return;
-    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has " + std::to_string(has) + " " + what + ", the model '" +
-                                              model.name + "' " + std::to_string(wants) + "; it is of another model.")
+    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has " + std::to_string(has) + " " + what +
+                                              ", the model '" + model.name + "' " + std::to_string(wants) +
+                                              "; it is of another model.")
         .with_path(file_name)
         .with_field(what, std::to_string(wants), std::to_string(has));
   };
@@ -43,8 +45,9 @@ void check_model(const PromptCacheFile& file, const KvLayout& plain, const Cache
     differs("dims of each head" + where, file.layers[i].head_dim, plain.tensors[2 * i].dim);
   }
   if (model.max_context > 0 && file.n_tokens > model.max_context) {
-    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' holds " + std::to_string(file.n_tokens) + " tokens, the model '" +
-                                              model.name + "' has a context of " + std::to_string(model.max_context) + ".")
+    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' holds " + std::to_string(file.n_tokens) +
+                                              " tokens, the model '" + model.name + "' has a context of " +
+                                              std::to_string(model.max_context) + ".")
         .with_path(file_name)
         .with_field("tokens", std::to_string(model.max_context), std::to_string(file.n_tokens));
   }
@@ -52,7 +55,8 @@ void check_model(const PromptCacheFile& file, const KvLayout& plain, const Cache
 
 /// How few tokens may be kept of the file's so that every layer still has the rows it attends. kIncompatible when even
 /// all are too few.
-int64_t shortest_cut(const PromptCacheFile& file, const KvLayout& plain, const CacheModel& model, const std::string& file_name) {
+int64_t shortest_cut(const PromptCacheFile& file, const KvLayout& plain, const CacheModel& model,
+                     const std::string& file_name) {
   int64_t shortest = 0;
   for (size_t i = 0; i < file.layers.size(); ++i) {
     const int64_t lost = file.layers[i].rows.front().token;
@@ -60,11 +64,12 @@ int64_t shortest_cut(const PromptCacheFile& file, const KvLayout& plain, const C
     if (lost == 0) continue;
     shortest = std::max(shortest, lost + tensor.window);
     if (!rotates(tensor, plain, model.rotates_windows) || shortest > file.n_tokens) {
-      throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has forgotten the first " + std::to_string(lost) + " rows of layer " +
-                                                std::to_string(i) + ", which the model '" + model.name +
-                                                "' still attends; make it without a bound on its size.")
+      throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has forgotten the first " + std::to_string(lost) +
+                                                " rows of layer " + std::to_string(i) + ", which the model '" +
+                                                model.name + "' still attends; make it without a bound on its size.")
           .with_path(file_name)
-          .with_field("rows of layer " + std::to_string(i), std::to_string(file.n_tokens), std::to_string(file.n_tokens - lost));
+          .with_field("rows of layer " + std::to_string(i), std::to_string(file.n_tokens),
+                      std::to_string(file.n_tokens - lost));
     }
   }
   return shortest;
@@ -78,7 +83,8 @@ bool is_of_engine(const KvLayout& layout, const KvFormat& format) {
   for (size_t layer = 0; t < layout.tensors.size(); ++layer) {
     for (const char* side : {"_keys", "_values"}) {
       for (const std::string& part : parts) {
-        if (t == layout.tensors.size() || layout.tensors[t].name != "layer_" + std::to_string(layer) + side + part) return false;
+        if (t == layout.tensors.size() || layout.tensors[t].name != "layer_" + std::to_string(layer) + side + part)
+          return false;
         ++t;
       }
     }
@@ -96,7 +102,8 @@ PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheMode
   const std::string file_name = path.string();
   const OpenedPromptCache opened = open_prompt_cache(env != nullptr ? *env : Env::posix(), path);
   if (!is_prompt_cache(opened.header)) {
-    throw Error(ErrorCode::kInvalidArgument, "'" + file_name + "' is a safetensors file, but no prompt-cache file of mlx-lm.");
+    throw Error(ErrorCode::kInvalidArgument,
+                "'" + file_name + "' is a safetensors file, but no prompt-cache file of mlx-lm.");
   }
   const PromptCacheFile file = parse_prompt_cache(opened.header, [&](const SafetensorsTensor& tensor) {
     int32_t value = 0;
@@ -125,7 +132,8 @@ PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheMode
       const size_t row_size = size_t(snapshot.layout.tensors[t].dim) * kv_dtype_size(snapshot.layout.tensors[t].dtype);
       for (const FileRows& rows : layer.rows) {
         for_each_piece(snapshot.layout, file.n_tokens, t, rows.token, rows.token + rows.n, [&](const Piece& piece) {
-          const uint64_t row = uint64_t(piece.head) * uint64_t(layer.capacity) + uint64_t(rows.row + piece.token - rows.token);
+          const uint64_t row =
+              uint64_t(piece.head) * uint64_t(layer.capacity) + uint64_t(rows.row + piece.token - rows.token);
           opened.handle.read_at({buffers[piece.run].get() + piece.offset, piece.size}, data + row * row_size);
         });
       }
@@ -147,12 +155,14 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
   KvSnapshot& snapshot = loaded.snapshot;
   const auto n_tokens = int64_t(snapshot.tokens.size());
   if (n_tokens == 0) {
-    throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds no tokens yet, which no prompt-cache file can say.");
+    throw Error(ErrorCode::kInvalidArgument,
+                "The agent '" + id + "' holds no tokens yet, which no prompt-cache file can say.");
   }
   const auto format = KvFormat::parse(snapshot.identity.kv);
   if (!format || !is_of_engine(snapshot.layout, *format) || !snapshot.state.empty()) {
-    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was not made by Torpor's engine; the Python module writes its "
-                                          "prompt-cache file.")
+    throw Error(ErrorCode::kIncompatible, "The agent '" + id +
+                                              "' was not made by Torpor's engine; the Python module writes its "
+                                              "prompt-cache file.")
         .with_agent(id)
         .with_field("made_by", "Torpor's engine", "kv '" + snapshot.identity.kv + "'");
   }
@@ -170,9 +180,9 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
   const PromptCacheFrame frame = frame_prompt_cache(snapshot, loaded.info.model, rotating, dialect);
   std::vector<std::span<const std::byte>> pieces = {as_bytes_of(frame.header)};
   for (size_t t = 0; t < tensors.size(); ++t) {
-    for_each_piece(snapshot.layout, n_tokens, t, first_kept(tensors[t], snapshot, rotating), n_tokens, [&](const Piece& piece) {
-      pieces.push_back(snapshot.run_bytes(piece.run).subspan(piece.offset, piece.size));
-    });
+    for_each_piece(
+        snapshot.layout, n_tokens, t, first_kept(tensors[t], snapshot, rotating), n_tokens,
+        [&](const Piece& piece) { pieces.push_back(snapshot.run_bytes(piece.run).subspan(piece.offset, piece.size)); });
   }
   pieces.push_back(std::as_bytes(std::span(frame.scalars)));
   write_file(store.env(), directory / path.filename(), pieces, true);

@@ -31,7 +31,8 @@ const CacheClass kClasses[] = {
 };
 
 const CacheClass* find_class(std::string_view name) {
-  const auto found = std::find_if(std::begin(kClasses), std::end(kClasses), [&](const auto& kind) { return kind.name == name; });
+  const auto found =
+      std::find_if(std::begin(kClasses), std::end(kClasses), [&](const auto& kind) { return kind.name == name; });
   return found == std::end(kClasses) ? nullptr : found;
 }
 
@@ -59,23 +60,26 @@ class Reader {
       const std::string& name = text(at(classes, i));
       const CacheClass* found = find_class(name);
       if (found == nullptr) {
-        throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' keeps layer " + std::to_string(i) + " in a '" + name +
-                                                  "', which Torpor's engine has no use for; the Python module reads it.")
+        throw Error(ErrorCode::kIncompatible,
+                    "'" + file_name_ + "' keeps layer " + std::to_string(i) + " in a '" + name +
+                        "', which Torpor's engine has no use for; the Python module reads it.")
             .with_path(file_name_)
             .with_field("class", "KVCache, RotatingKVCache or QuantizedKVCache", name);
       }
       const KvFormat format = read_layer(file, i, *found);
       if (i == 0) file.format = format;
       if (format != file.format) {
-        throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' keeps layer 0 as " + file.format.name() + " and layer " +
-                                                  std::to_string(i) + " as " + format.name() + "; Torpor's engine keeps all alike.")
+        throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' keeps layer 0 as " + file.format.name() +
+                                                  " and layer " + std::to_string(i) + " as " + format.name() +
+                                                  "; Torpor's engine keeps all alike.")
             .with_path(file_name_)
             .with_field("kv", file.format.name(), format.name());
       }
     }
     if (file.layers.empty()) corrupt("it names no layer");
     if (used_.size() != tensors_.size()) {
-      const auto other = std::find_if(tensors_.begin(), tensors_.end(), [&](const auto& entry) { return used_.count(entry.first) == 0; });
+      const auto other = std::find_if(tensors_.begin(), tensors_.end(),
+                                      [&](const auto& entry) { return used_.count(entry.first) == 0; });
       corrupt("it has a tensor '" + other->first + "' that belongs to no layer");
     }
     return file;
@@ -83,7 +87,8 @@ class Reader {
 
  private:
   [[noreturn]] void corrupt(const std::string& what) const {
-    throw Error(ErrorCode::kCorruption, "'" + file_name_ + "' is no prompt-cache file of mlx-lm, or is damaged: " + what + ".");
+    throw Error(ErrorCode::kCorruption,
+                "'" + file_name_ + "' is no prompt-cache file of mlx-lm, or is damaged: " + what + ".");
   }
 
   const std::string& text(const std::string& key) const {
@@ -112,7 +117,8 @@ class Reader {
     const std::string& digits = text(key);
     int32_t value = 0;
     const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
-    if (error != std::errc() || end != digits.data() + digits.size()) corrupt("the metadata '" + key + "' is not a number");
+    if (error != std::errc() || end != digits.data() + digits.size())
+      corrupt("the metadata '" + key + "' is not a number");
     return value;
   }
 
@@ -176,15 +182,18 @@ class Reader {
     } else {
       for (const size_t side : {0, 1}) dims.insert(add(layer, at(i, side), dtype));
     }
-    if (dims.size() != 1 || dtype == KvDtype::kU32) corrupt("the tensors of layer " + std::to_string(i) + " do not fit each other");
+    if (dims.size() != 1 || dtype == KvDtype::kU32)
+      corrupt("the tensors of layer " + std::to_string(i) + " do not fit each other");
     layer.head_dim = *dims.begin();
     format.dtype = *dtype;
 
     const int64_t n_tokens = values.count(Field::kOffset) != 0 ? values.at(Field::kOffset) : layer.capacity;
-    if (n_tokens < 1) corrupt("layer " + std::to_string(i) + " says that it holds " + std::to_string(n_tokens) + " tokens");
+    if (n_tokens < 1)
+      corrupt("layer " + std::to_string(i) + " says that it holds " + std::to_string(n_tokens) + " tokens");
     if (i == 0) file.n_tokens = n_tokens;
     if (n_tokens != file.n_tokens) {
-      corrupt("layer 0 holds " + std::to_string(file.n_tokens) + " tokens, layer " + std::to_string(i) + " " + std::to_string(n_tokens));
+      corrupt("layer 0 holds " + std::to_string(file.n_tokens) + " tokens, layer " + std::to_string(i) + " " +
+              std::to_string(n_tokens));
     }
     if (kind.name == kRotating) {
       rotated_rows(layer, i, n_tokens, values);
@@ -199,18 +208,21 @@ class Reader {
 
   /// Row `index` is the next to be overwritten once the cache is full.
   void rotated_rows(PromptCacheLayer& layer, size_t i, int64_t n_tokens, const std::map<Field, int32_t>& values) {
-    const int64_t keep = values.at(Field::kKeep), max_size = values.at(Field::kMaxSize), index = values.at(Field::kIndex);
+    const int64_t keep = values.at(Field::kKeep), max_size = values.at(Field::kMaxSize),
+                  index = values.at(Field::kIndex);
     const int64_t capacity = layer.capacity, lost = n_tokens - capacity;
     // Nothing else says where a ring begins; but all of them went round together.
     if (!rotation_) rotation_ = {capacity, values};
     const bool full_ring = lost > 0 && capacity == max_size && index > 0 && index <= capacity;
     const bool in_order = index == std::min(n_tokens, capacity) && (lost <= 0 || capacity >= max_size);
     if (max_size < 1 || keep < 0 || !(full_ring || in_order) || rotation_ != std::pair(capacity, values)) {
-      corrupt("the numbers of layer " + std::to_string(i) + " fit neither each other nor its " + std::to_string(capacity) + " rows");
+      corrupt("the numbers of layer " + std::to_string(i) + " fit neither each other nor its " +
+              std::to_string(capacity) + " rows");
     }
     if (lost > 0 && keep > 0) {
       throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' has forgotten rows of layer " + std::to_string(i) +
-                                                " but for the first " + std::to_string(keep) + " (mlx-lm's max_kv_size), which no "
+                                                " but for the first " + std::to_string(keep) +
+                                                " (mlx-lm's max_kv_size), which no "
                                                 "model of Torpor's engine can go on from; make it without that bound.")
           .with_path(file_name_)
           .with_field("keep", "0", std::to_string(keep));
@@ -262,18 +274,22 @@ PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::strin
   std::vector<SafetensorsTensor> rows, numbers;
   PromptCacheFrame frame;
   const std::string user = old ? "1" : "0", classes = old ? "2" : "1";
-  std::vector<std::pair<std::string, std::string>> metadata = {{user + ".model", model}, {user + ".tokenizer_config", "{}"}};
+  std::vector<std::pair<std::string, std::string>> metadata = {{user + ".model", model},
+                                                               {user + ".tokenizer_config", "{}"}};
   if (!old) metadata.emplace_back(kDialectMark, "");
   for (size_t i = 0; i < tensors.size() / (2 * parts); ++i) {
     const KvTensorSpec& first = tensors[2 * parts * i];
-    const auto n_tokens = int64_t(snapshot.tokens.size()), held = n_tokens - first_kept(first, snapshot, rotates_windows);
+    const auto n_tokens = int64_t(snapshot.tokens.size()),
+               held = n_tokens - first_kept(first, snapshot, rotates_windows);
     for (size_t t = 0; t < 2 * parts; ++t) {
       const KvTensorSpec& tensor = tensors[2 * parts * i + t];
       const std::string name = at(i, t / parts);
       rows.push_back({.name = parts == 1 ? name : at(name, t % parts), .dtype = kv_dtype_name(tensor.dtype),
                       .shape = {1, uint64_t(tensor.n_kv_heads), uint64_t(held), uint64_t(tensor.dim)}});
     }
-    const std::string_view name = parts == 3 ? kQuantized : rotates(first, snapshot.layout, rotates_windows) ? kRotating : kKvCache;
+    const std::string_view name = parts == 3                                         ? kQuantized
+                                  : rotates(first, snapshot.layout, rotates_windows) ? kRotating
+                                                                                     : kKvCache;
     metadata.emplace_back(at(classes, i), std::string(name));
     const std::map<Field, int64_t> values = {{Field::kOffset, n_tokens}, {Field::kGroup, format.group},
                                              {Field::kBits, format.bits.keys},

@@ -59,8 +59,8 @@ void parse_quantizations(const json& config, ModelConfig& out) {
     if (foreign == nullptr) return;
     const std::string method = string_field(*foreign, "quant_method", "");
     if (!method.empty() && method != "mlx") {
-      throw Error(ErrorCode::kInvalidArgument,
-                  "unsupported quantization " + method + ", supported: MLX affine (convert the model with mlx_lm.convert).");
+      throw Error(ErrorCode::kInvalidArgument, "unsupported quantization " + method +
+                                                   ", supported: MLX affine (convert the model with mlx_lm.convert).");
     }
     quantization = foreign;
   }
@@ -119,24 +119,28 @@ void refuse_what_is_not_computed(const json& config, const std::string& architec
   const auto refuse = [](const char* key) {
     throw Error(ErrorCode::kInvalidArgument, std::string("config.json: ") + key + " is not supported.");
   };
-  for (const char* key : {"use_bidirectional_attention", "alibi", "attn_output_gate", "mlp_only_layers", "attention_sinks"}) {
+  for (const char* key :
+       {"use_bidirectional_attention", "alibi", "attn_output_gate", "mlp_only_layers", "attention_sinks"}) {
     const json* value = field(config, key);
     if (value != nullptr && *value != false && *value != json::array()) refuse(key);
   }
   if (field(config, "is_causal") != nullptr && !bool_field(config, "is_causal", true)) refuse("is_causal");
-  if (const bool norms = architecture == "qwen3" || architecture == "gemma3"; !norms && bool_field(config, "use_qk_norm", false)) {
+  if (const bool norms = architecture == "qwen3" || architecture == "gemma3";
+      !norms && bool_field(config, "use_qk_norm", false)) {
     refuse("use_qk_norm");
   }
   if (field(config, "clip_qkv") != nullptr) refuse("clip_qkv");
   for (const char* key : {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}) {
     if (number_field(config, key, 0) > 1) refuse(key);
   }
-  for (const char* key : {"embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "attention_multiplier"}) {
+  for (const char* key :
+       {"embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "attention_multiplier"}) {
     if (number_field(config, key, 1) != 1) refuse(key);
   }
   if (const json* layers = field(config, "no_rope_layers"); layers != nullptr) {
     // A list with 1 where a layer rotates.
-    if (!layers->is_array() || std::any_of(layers->begin(), layers->end(), [](const json& rotates) { return rotates != 1; })) {
+    if (!layers->is_array() ||
+        std::any_of(layers->begin(), layers->end(), [](const json& rotates) { return rotates != 1; })) {
       refuse("no_rope_layers");
     }
   }
@@ -162,15 +166,18 @@ ModelConfig parse_config(const json& file) {
   model.rms_norm_eps = float(positive_field(config, "rms_norm_eps", 1e-6));
   // Far beyond any model, and small enough that no product of two of them overflows.
   constexpr int kLimit = 1 << 24;
-  for (const auto& [key, value] : {std::pair{"hidden_size", model.hidden_size}, {"intermediate_size", model.intermediate_size},
-                                   {"vocab_size", model.vocab_size}, {"num_attention_heads", model.n_heads}}) {
+  for (const auto& [key, value] : {std::pair{"hidden_size", model.hidden_size},
+                                   {"intermediate_size", model.intermediate_size},
+                                   {"vocab_size", model.vocab_size},
+                                   {"num_attention_heads", model.n_heads}}) {
     if (value > kLimit) bad_field(key, "at most 2^24");
   }
   if (model.n_layers > 4096) bad_field("num_hidden_layers", "at most 4096");
   if (model.head_dim > 4096 || model.head_dim % 2 != 0) bad_field("head_dim", "an even number up to 4096");
   if (model.n_heads % model.n_kv_heads != 0) bad_field("num_attention_heads", "a multiple of num_key_value_heads");
 
-  if (field(config, "tie_word_embeddings") != nullptr) model.tied_head = bool_field(config, "tie_word_embeddings", false);
+  if (field(config, "tie_word_embeddings") != nullptr)
+    model.tied_head = bool_field(config, "tie_word_embeddings", false);
   model.attention_bias = bool_field(config, "attention_bias", false);
   model.mlp_bias = bool_field(config, "mlp_bias", false);
   model.key_bias = model.architecture == "qwen2" || (model.architecture == "llama" && model.attention_bias);
@@ -181,7 +188,9 @@ ModelConfig parse_config(const json& file) {
   model.max_context = int(std::min(context, double(std::numeric_limits<int>::max())));
   if (model.architecture == "gemma3") model.local_rope = parse_local_rope(config, model.head_dim);
   model.attention_scale = float(1 / std::sqrt(positive_field(config, "query_pre_attn_scalar", model.head_dim)));
-  const auto cap = [&](const char* key) { return field(config, key) == nullptr ? 0 : float(positive_field(config, key)); };
+  const auto cap = [&](const char* key) {
+    return field(config, key) == nullptr ? 0 : float(positive_field(config, key));
+  };
   model.attention_softcap = cap("attn_logit_softcapping");
   model.logit_softcap = cap("final_logit_softcapping");
   parse_quantizations(config, model);

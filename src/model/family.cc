@@ -36,7 +36,8 @@ constexpr Family kFamilies[] = {
 }  // namespace
 
 const Family& find_family(const std::string& model_type) {
-  const auto it = std::ranges::find(kFamilies, model_type, [](const Family& family) { return std::string(family.model_type); });
+  const auto it =
+      std::ranges::find(kFamilies, model_type, [](const Family& family) { return std::string(family.model_type); });
   if (it != std::end(kFamilies)) return *it;
   std::string supported;
   for (const Family& family : kFamilies) supported += (supported.empty() ? "" : ", ") + std::string(family.model_type);

@@ -13,7 +13,9 @@ class Gemma3 final : public SandwichNormDecoder {
     // The scale was rounded to bf16 in training.
     const float scale = float(mx::bfloat16_t(std::sqrt(float(config_.hidden_size))));
     load(checkpoint, scale, [&](const Modules& modules, const std::string& attention) {
-      const auto norm = [&](const char* part) { return modules.norm(attention + part, config_.head_dim, kGemmaNormPlus); };
+      const auto norm = [&](const char* part) {
+        return modules.norm(attention + part, config_.head_dim, kGemmaNormPlus);
+      };
       return modules.qkv(attention, /*bias=*/false, norm(".q_norm"), norm(".k_norm"));
     });
   }

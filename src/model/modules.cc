@@ -26,7 +26,8 @@ Ops::Weight Modules::qkv(const std::string& name, bool bias, Ops::Weight q_norm,
   const int q_size = c.n_heads * c.head_dim, kv_size = c.n_kv_heads * c.head_dim;
   return ops_.pack_qkv(projection(name + ".q_proj", q_size, c.hidden_size, bias),
                        projection(name + ".k_proj", kv_size, c.hidden_size, bias),
-                       projection(name + ".v_proj", kv_size, c.hidden_size, bias), std::move(q_norm), std::move(k_norm));
+                       projection(name + ".v_proj", kv_size, c.hidden_size, bias), std::move(q_norm),
+                       std::move(k_norm));
 }
 
 Ops::Weight Modules::attention_output(const std::string& name, bool bias) const {

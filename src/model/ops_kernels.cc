@@ -87,7 +87,8 @@ class KernelOps final : public Ops {
     release({&p});
     return weight;
   }
-  Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm, Weight k_norm) override {
+  Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm,
+                  Weight k_norm) override {
     auto weight = std::make_shared<Qkv>(PackedLinear::pack({source(q), source(k), source(v)}, activations_),
                                         k.bias ? to_floats(*k.bias) : std::vector<float>(), std::move(q_norm),
                                         std::move(k_norm));
@@ -141,8 +142,9 @@ class KernelOps final : public Ops {
   }
   mx::array linear(const mx::array& x, const Weight& w) override { return kernels::linear(x, packed(w)); }
   mx::array gated(const mx::array& x, const Weight& w) override {
-    return kernels::gated_linear(x, packed(w), config_.activation == Activation::kSilu ? kernels::Activation::kSilu
-                                                                                       : kernels::Activation::kGeluTanh);
+    return kernels::gated_linear(
+        x, packed(w),
+        config_.activation == Activation::kSilu ? kernels::Activation::kSilu : kernels::Activation::kGeluTanh);
   }
   mx::array head(const mx::array& x, const Weight& w) override { return kernels::linear(x, packed(w)); }
 
@@ -179,7 +181,8 @@ class KernelOps final : public Ops {
       made->key_bias = format.bias_free ? w.key_bias.data() : nullptr;
       made->rotate_keys = format.rotates_keys();
       made->rotate_values = format.rotates_values();
-      made->rope = {.dims = rope.dims, .traditional = rope.traditional, .inv_freq = rope.inv_freq, .magnitude = rope.magnitude};
+      made->rope = {
+          .dims = rope.dims, .traditional = rope.traditional, .inv_freq = rope.inv_freq, .magnitude = rope.magnitude};
       spec = std::move(made);
     }
     return spec;

@@ -60,8 +60,8 @@ struct Linear final : Ops::Packed {
   }
 
   mx::array apply(const mx::array& x) const {
-    mx::array y = quantization ? mx::quantized_matmul(x, weight, *scales, *biases, /*transpose=*/true, quantization->group,
-                                                      quantization->bits)
+    mx::array y = quantization ? mx::quantized_matmul(x, weight, *scales, *biases, /*transpose=*/true,
+                                                      quantization->group, quantization->bits)
                                : mx::matmul(x, mx::transpose(weight));
     return bias ? mx::add(y, *bias) : y;
   }
@@ -104,11 +104,14 @@ const Linear& part(const Ops::Weight& w, size_t i) { return static_cast<const Li
 class MlxOps final : public Ops {
  public:
   MlxOps(const ModelConfig& config, KvDtype dtype)
-      : config_(config), dtype_(mx::default_device() == mx::Device::gpu ? to_mlx(dtype) : mx::float32),
-        rope_(angles(config.rope)), local_rope_(config.local_rope ? std::optional(angles(*config.local_rope)) : std::nullopt) {}
+      : config_(config),
+        dtype_(mx::default_device() == mx::Device::gpu ? to_mlx(dtype) : mx::float32),
+        rope_(angles(config.rope)),
+        local_rope_(config.local_rope ? std::optional(angles(*config.local_rope)) : std::nullopt) {}
 
   Weight pack_linear(const Projection& p) override { return std::make_shared<Linear>(p, dtype_); }
-  Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm, Weight k_norm) override {
+  Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm,
+                  Weight k_norm) override {
     auto weight = pack({&q, &k, &v});
     weight->q_norm = std::move(q_norm);
     weight->k_norm = std::move(k_norm);
@@ -226,7 +229,8 @@ class MlxOps final : public Ops {
     return mx::fast::rope(angles.magnitudes ? mx::multiply(x, *angles.magnitudes) : x, rope.dims, rope.traditional,
                           std::nullopt, 1.0f, position, angles.periods);
   }
-  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const BatchSequence& s, int layer) const {
+  mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const BatchSequence& s,
+                   int layer) const {
     const int window = config_.windows[size_t(layer)], length = s.position + s.n;
     if (config_.attention_softcap == 0 && (window == 0 || length <= window)) {
       return mx::fast::scaled_dot_product_attention(q, k, v, config_.attention_scale, s.n > 1 ? "causal" : "");

@@ -13,7 +13,8 @@ class Phi3 final : public PreNormDecoder {
     load(checkpoint, [&](const Modules& modules, const std::string& layer) {
       const Projection qkv = modules.projection(layer + ".self_attn.qkv_proj", q_size + 2 * kv_size, c.hidden_size);
       const Projection gate_up = modules.projection(layer + ".mlp.gate_up_proj", 2 * inner, c.hidden_size);
-      return Parts{.qkv = ops_->pack_qkv(rows_of(qkv, 0, q_size), rows_of(qkv, q_size, kv_size), rows_of(qkv, q_size + kv_size, kv_size)),
+      return Parts{.qkv = ops_->pack_qkv(rows_of(qkv, 0, q_size), rows_of(qkv, q_size, kv_size),
+                                         rows_of(qkv, q_size + kv_size, kv_size)),
                    .output = modules.attention_output(layer + ".self_attn"),
                    .gate_up = ops_->pack_gated(rows_of(gate_up, 0, inner), rows_of(gate_up, inner, inner)),
                    .down = modules.down(layer + ".mlp")};

@@ -28,6 +28,8 @@ mx::array PreNormDecoder::layers(const Batch& batch) {
   return x;
 }
 
-mx::array PreNormDecoder::logits(const mx::array& hidden) { return ops_->head(ops_->rms_norm(hidden, final_norm_), head_); }
+mx::array PreNormDecoder::logits(const mx::array& hidden) {
+  return ops_->head(ops_->rms_norm(hidden, final_norm_), head_);
+}
 
 }  // namespace torpor::model

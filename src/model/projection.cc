@@ -18,7 +18,8 @@ Quantization quantization_of(const ModelConfig& config, const std::string& name,
   if (weight.dtype != "U32" || weight.shape.size() != 2 || scales.shape.size() != 2 || weight.shape[1] == 0 ||
       scales.shape[1] == 0 || k % scales.shape[1] != 0 || weight.shape[1] * 32 % k != 0) {
     throw Error(ErrorCode::kCorruption, "The quantized weight " + name + " has shape " + shape_text(weight.shape) +
-                                            " and scales " + shape_text(scales.shape) + ", which do not fit each other.");
+                                            " and scales " + shape_text(scales.shape) +
+                                            ", which do not fit each other.");
   }
   const Quantization q{int(weight.shape[1] * 32 / k), int(k / scales.shape[1])};
   if (const auto it = config.quantization.find(name); it != config.quantization.end() && it->second != q) {

@@ -35,7 +35,8 @@ std::vector<double> factors(const nlohmann::json& scaling, const char* key, size
 
 /// Phi's: every frequency has a factor of its own. Those for long contexts serve all lengths, as in mlx-lm: a cache would not
 /// survive a change of factors on the way.
-void scale_longrope(const nlohmann::json& config, const nlohmann::json& scaling, std::vector<double>& inv_freq, Rope& rope) {
+void scale_longrope(const nlohmann::json& config, const nlohmann::json& scaling, std::vector<double>& inv_freq,
+                    Rope& rope) {
   const std::vector<double> stretch = factors(scaling, "long_factor", inv_freq.size());
   for (size_t i = 0; i < inv_freq.size(); ++i) inv_freq[i] /= stretch[i];
   const double longest = positive_field(config, "max_position_embeddings", 131072);
@@ -78,7 +79,8 @@ Rope parse_rope(const nlohmann::json& config, int head_dim) {
   type = string_field(scaling, "type", type);  // the older name, which mlx-lm prefers too
   if (!(theta > 0)) throw Error(ErrorCode::kInvalidArgument, "config.json: rope_theta must be positive.");
 
-  const double partial = positive_field(scaling, "partial_rotary_factor", positive_field(config, "partial_rotary_factor", 1.0));
+  const double partial =
+      positive_field(scaling, "partial_rotary_factor", positive_field(config, "partial_rotary_factor", 1.0));
   Rope rope;
   rope.dims = int(head_dim * partial);
   if (partial > 1 || rope.dims < 2 || rope.dims % 2 != 0) {

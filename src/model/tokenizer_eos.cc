@@ -106,7 +106,9 @@ std::optional<int32_t> tokenizer_eos(const std::filesystem::path& dir) {
   const auto known = config.find("added_tokens_decoder");
   std::string eos = token_text(config, "eos_token");
   if (known == config.end()) {
-    if (const std::string mapped = token_text(read_object(dir / "special_tokens_map.json"), "eos_token"); !mapped.empty()) eos = mapped;
+    if (const std::string mapped = token_text(read_object(dir / "special_tokens_map.json"), "eos_token");
+        !mapped.empty())
+      eos = mapped;
   }
   if (eos.empty()) return std::nullopt;
   if (known != config.end() && known->is_object()) {

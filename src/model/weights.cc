@@ -42,15 +42,20 @@ std::vector<std::string> files_without_index(const std::filesystem::path& dir) {
   }
   if (names.contains("model.safetensors")) return {"model.safetensors"};
   if (names.empty()) {
-    throw Error(ErrorCode::kNotFound, dir.string() + " has no model*.safetensors" +
-                                          (others.empty() ? "; fetch the model again." : ", and " + others + " is not read; convert "
-                                           "the model to safetensors (mlx_lm.convert), or fetch a repository that has them."));
+    throw Error(
+        ErrorCode::kNotFound,
+        dir.string() + " has no model*.safetensors" +
+            (others.empty() ? "; fetch the model again."
+                            : ", and " + others +
+                                  " is not read; convert "
+                                  "the model to safetensors (mlx_lm.convert), or fetch a repository that has them."));
   }
   for (const std::string& name : names) {
     int at = 0, of = 0;
     if (std::sscanf(name.c_str(), "model-%d-of-%d.safetensors", &at, &of) == 2 && size_t(of) != names.size()) {
-      throw Error(ErrorCode::kNotFound, dir.string() + " has " + std::to_string(names.size()) + " files of weights, and the name of " +
-                                            name + " says that there are " + std::to_string(of) + "; fetch the model again.");
+      throw Error(ErrorCode::kNotFound, dir.string() + " has " + std::to_string(names.size()) +
+                                            " files of weights, and the name of " + name + " says that there are " +
+                                            std::to_string(of) + "; fetch the model again.");
     }
   }
   return {names.begin(), names.end()};
@@ -78,9 +83,10 @@ std::vector<std::string> weight_files(const std::filesystem::path& dir) {
   // Converters leave the index of the model that they began with: of no file here.
   if (missing.size() == names.size()) return files_without_index(dir);
   if (!missing.empty()) {
-    throw Error(ErrorCode::kNotFound, dir.string() + " lacks " + missing.front() + ", which its index names" +
-                                          (missing.size() > 1 ? ", and " + std::to_string(missing.size() - 1) + " more" : "") +
-                                          "; fetch the model again.");
+    throw Error(ErrorCode::kNotFound,
+                dir.string() + " lacks " + missing.front() + ", which its index names" +
+                    (missing.size() > 1 ? ", and " + std::to_string(missing.size() - 1) + " more" : "") +
+                    "; fetch the model again.");
   }
   return {names.begin(), names.end()};
 }
@@ -124,8 +130,9 @@ void Weights::add_file(const std::filesystem::path& path) {
   if (size == 0) damaged(path, "it is empty");
   std::shared_ptr<const std::byte> memory = file.map(size, MapFrom::kAnywhere);
   if (memory == nullptr) {
-    throw Error(ErrorCode::kIo, "Can't map " + path.string() + " into memory; free some address space, or copy the model "
-                                "to a local disk.");
+    throw Error(ErrorCode::kIo, "Can't map " + path.string() +
+                                    " into memory; free some address space, or copy the model "
+                                    "to a local disk.");
   }
   refuse_lfs_pointer({reinterpret_cast<const char*>(memory.get()), size_t(std::min<uint64_t>(size, 128))}, path);
   const SafetensorsHeader header = parse_safetensors_header({memory.get(), size}, size, path.string());
@@ -171,10 +178,12 @@ const TensorView* Weights::find(const std::string& name) const {
 
 const TensorView& Weights::get(const std::string& name, const std::vector<int64_t>& shape) const {
   const TensorView* tensor = find(name);
-  if (tensor == nullptr) throw Error(ErrorCode::kCorruption, "The weights in " + dir_.string() + " lack the tensor " + name + ".");
+  if (tensor == nullptr)
+    throw Error(ErrorCode::kCorruption, "The weights in " + dir_.string() + " lack the tensor " + name + ".");
   if (tensor->shape != shape) {
     throw Error(ErrorCode::kCorruption, "The weights in " + dir_.string() + " have " + name + " with shape " +
-                                            shape_text(tensor->shape) + " where the config asks for " + shape_text(shape) + ".");
+                                            shape_text(tensor->shape) + " where the config asks for " +
+                                            shape_text(shape) + ".");
   }
   return *tensor;
 }

@@ -10,11 +10,13 @@
 namespace torpor {
 namespace {
 
-std::span<const std::byte> bytes_of(const std::string& text) { return std::as_bytes(std::span(text.data(), text.size())); }
+std::span<const std::byte> bytes_of(const std::string& text) {
+  return std::as_bytes(std::span(text.data(), text.size()));
+}
 
 /// Ids [first, end), and rows of the last `rows` of them. `contents`: what else the header says.
-FileDraft draft_file(const AgentState& agent, int64_t first, int64_t end, int64_t rows, std::span<const StoredMessage> messages,
-                     std::span<const KvState> state, FileContents contents) {
+FileDraft draft_file(const AgentState& agent, int64_t first, int64_t end, int64_t rows,
+                     std::span<const StoredMessage> messages, std::span<const KvState> state, FileContents contents) {
   FileDraft draft;
   draft.ref = {"", first, end - first, rows};
   draft.ids = agent.tokens.subspan(size_t(first), size_t(end - first));
@@ -27,8 +29,8 @@ FileDraft draft_file(const AgentState& agent, int64_t first, int64_t end, int64_
   digests.ids = hash_hex(token_bytes(draft.ids));
   if (rows > 0) {
     Hasher hasher;
-    for_each_row_piece(agent.layout, {agent.tail.bytes.data(), agent.tail.capacity(), agent.tail.n_tokens - int(rows)}, int(rows),
-                       [&](std::span<const std::byte> piece) {
+    for_each_row_piece(agent.layout, {agent.tail.bytes.data(), agent.tail.capacity(), agent.tail.n_tokens - int(rows)},
+                       int(rows), [&](std::span<const std::byte> piece) {
                          draft.rows.push_back(piece);
                          hasher.update(piece);
                        });
@@ -60,7 +62,8 @@ bool cut_own_file(Env& env, OwnFile& file, const KvLayout& layout, int64_t end) 
     const auto handle = std::make_shared<const File>(env.open(file.path, OpenMode::kRead));
     const uint64_t size = file.stat.size;
     const auto header = read_header_bytes(*handle, size);
-    const auto parsed = std::make_shared<const TorporFile>(parse_part_file(header, size, file.path.string(), known_layout).file);
+    const auto parsed =
+        std::make_shared<const TorporFile>(parse_part_file(header, size, file.path.string(), known_layout).file);
     if (parsed->checksum != file.ref.name) return false;
     RowBuffer rows;
     OwnContents contents = read_own_file({file.ref, file.path, handle, file.stat, parsed}, layout, &rows);
@@ -113,8 +116,9 @@ AgentDraft draft_agent(AgentInfo info, const std::string& uid, const AgentState&
   if (plan.history_end) {
     size_t end = messages;
     while (end < state.messages.size() && state.messages[end].end <= *plan.history_end) ++end;
-    draft.history = draft_file(state, plan.history_first, *plan.history_end, 0, state.messages.subspan(messages, end - messages), {},
-                               {.kind = "part", .metadata = {{"first", std::to_string(plan.history_first)}}});
+    draft.history =
+        draft_file(state, plan.history_first, *plan.history_end, 0, state.messages.subspan(messages, end - messages),
+                   {}, {.kind = "part", .metadata = {{"first", std::to_string(plan.history_first)}}});
     messages = end;
     file.parts.push_back(draft.history->ref);
     parts_size += draft.history->size();
@@ -122,8 +126,8 @@ AgentDraft draft_agent(AgentInfo info, const std::string& uid, const AgentState&
   file.first = plan.first;
   info.cache_size = int64_t(state.tokens.size());
   file.info = std::move(info);
-  draft.file = draft_file(state, plan.first, file.info.cache_size, plan.rows, state.messages.subspan(messages), state.state,
-                          {.kind = "agent", .metadata = agent_metadata(file)});
+  draft.file = draft_file(state, plan.first, file.info.cache_size, plan.rows, state.messages.subspan(messages),
+                          state.state, {.kind = "agent", .metadata = agent_metadata(file)});
   file.info.hash = draft.file.ref.name;
   file.info.tail_bytes = draft.file.size() + parts_size;
   file.info.bytes += file.info.tail_bytes;
@@ -144,16 +148,21 @@ std::vector<OwnFile> held_files(Env& env, const OwnFiles& known, const AgentStat
     if (file.ref.first != position || file.ref.first > n_tokens) break;
     if (i + 1 < known.files.size() && env.stat(file.path) != file.stat) break;
     int64_t end = std::min(file.ref.end(), n_tokens);
-    if (const int64_t rows_begin = file.ref.end() - file.ref.rows; end > agent.sealed && rows_begin > std::max(agent.sealed, file.ref.first)) {
+    if (const int64_t rows_begin = file.ref.end() - file.ref.rows;
+        end > agent.sealed && rows_begin > std::max(agent.sealed, file.ref.first)) {
       end = agent.sealed;  // not all the rows that it would have to have
     }
     const bool cut = end < file.ref.end();
     if (cut && (end <= file.ref.first || !cut_own_file(env, file, agent.layout, end))) break;
     const PartRef& ref = file.ref;
     if (hash_hex(token_bytes(agent.tokens.subspan(size_t(ref.first), size_t(ref.tokens)))) != file.ids) break;
-    if (file.n_messages > messages.size() || hash_hex(encode_messages(messages.first(file.n_messages))) != file.messages) break;
+    if (file.n_messages > messages.size() ||
+        hash_hex(encode_messages(messages.first(file.n_messages))) != file.messages)
+      break;
     if (end > agent.sealed &&
-        rows_checksum(agent.layout, {agent.tail.bytes.data(), agent.tail.capacity(), int(end - ref.rows - agent.sealed)}, int(ref.rows)) != file.rows) {
+        rows_checksum(agent.layout,
+                      {agent.tail.bytes.data(), agent.tail.capacity(), int(end - ref.rows - agent.sealed)},
+                      int(ref.rows)) != file.rows) {
       break;
     }
     messages = messages.subspan(file.n_messages);
@@ -166,7 +175,8 @@ std::vector<OwnFile> held_files(Env& env, const OwnFiles& known, const AgentStat
 
 int64_t bytes_to_write(const AgentDraft& draft) {
   const FileStat longest{.size = UINT64_MAX, .mtime_ns = INT64_MAX, .inode = UINT64_MAX};
-  return draft.file.size() + (draft.history ? draft.history->size() : 0) + int64_t(encode_sidecar(draft.info, longest).size());
+  return draft.file.size() + (draft.history ? draft.history->size() : 0) +
+         int64_t(encode_sidecar(draft.info, longest).size());
 }
 
 std::vector<std::string> claims_of(const AgentDraft& draft) {

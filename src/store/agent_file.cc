@@ -30,7 +30,8 @@ std::string encode_numerics(const std::vector<Lineage::Range>& ranges) {
   std::string text;
   for (const Lineage::Range& range : ranges) {
     if (range.numerics.find_first_of(",:") != std::string::npos) {
-      throw Error(ErrorCode::kInvalidArgument, "'" + range.numerics + "' can't be the name of numerics: it has a ',' or ':' in it.");
+      throw Error(ErrorCode::kInvalidArgument,
+                  "'" + range.numerics + "' can't be the name of numerics: it has a ',' or ':' in it.");
     }
     if (!text.empty()) text += "," + std::to_string(range.first) + ":";
     text += range.numerics;
@@ -69,7 +70,8 @@ void take_old_fields(AgentFile& agent, std::vector<std::pair<std::string, std::s
     if (int8) value.resize(value.size() - kOldInt8Suffix.size());
     info.lineage.ranges = {{0, int8 ? "int8" : "f32"}};
   }
-  std::erase_if(identity, [](const auto& field) { return field.first == "tokenizer" || field.first == "chat_template"; });
+  std::erase_if(identity,
+                [](const auto& field) { return field.first == "tokenizer" || field.first == "chat_template"; });
   info.lineage.old_names = info.conversation;
   // Torpor's own keys, which the first files of these versions have among the user's.
   UserMetadata old;
@@ -90,19 +92,23 @@ void take_old_fields(AgentFile& agent, std::vector<std::pair<std::string, std::s
   int64_t number = 0;
   for (const char* key : {"history_tokens", "shortest_cut", "pinned"}) {
     const std::string* value = value_of(key);
-    if (value == nullptr || !(key == std::string_view("pinned") ? *value == "true" : parse_number(*value, number))) continue;
+    if (value == nullptr || !(key == std::string_view("pinned") ? *value == "true" : parse_number(*value, number)))
+      continue;
     info.record.emplace_back(key, *value);
     taken.push_back(key);
   }
   if (apart) return;
-  std::erase_if(info.user, [&](const auto& entry) { return std::find(taken.begin(), taken.end(), entry.first) != taken.end(); });
+  std::erase_if(info.user,
+                [&](const auto& entry) { return std::find(taken.begin(), taken.end(), entry.first) != taken.end(); });
 }
 
 void take_fields(AgentFile& agent, const std::string& file_name) {
   AgentInfo& info = agent.info;
   const TorporFile& file = agent.file;
-  info.conversation = {file.required("conversation.tokenizer", file_name), file.required("conversation.chat_template", file_name)};
-  if (!decode_numerics(file.required("numerics", file_name), info.lineage.ranges)) corrupt(file_name, "its numerics can't be understood");
+  info.conversation = {file.required("conversation.tokenizer", file_name),
+                       file.required("conversation.chat_template", file_name)};
+  if (!decode_numerics(file.required("numerics", file_name), info.lineage.ranges))
+    corrupt(file_name, "its numerics can't be understood");
   if (const std::string* names = file.header.metadata_value("names")) {
     if (*names != kOldNames) {
       throw Error(ErrorCode::kIncompatible, "'" + file_name + "' names its segments in the way '" + *names +
@@ -110,7 +116,8 @@ void take_fields(AgentFile& agent, const std::string& file_name) {
           .with_path(file_name)
           .with_field("names", kOldNames, *names);
     }
-    info.lineage.old_names = {file.required("names.tokenizer", file_name), file.required("names.chat_template", file_name)};
+    info.lineage.old_names = {file.required("names.tokenizer", file_name),
+                              file.required("names.chat_template", file_name)};
   }
   if (const std::string* salt = file.header.metadata_value("salt")) info.lineage.salt = *salt;
   if (file.kind != "agent") return;
@@ -120,7 +127,8 @@ void take_fields(AgentFile& agent, const std::string& file_name) {
   if (!parts) corrupt(file_name, "its list of parts can't be understood");
   agent.parts = *parts;
   for (const PartRef& part : agent.parts) info.parts.push_back(part_stem(agent.uid, part.name));
-  if (!parse_number(file.required("first", file_name), agent.first) || agent.first != (parts->empty() ? 0 : parts->back().end())) {
+  if (!parse_number(file.required("first", file_name), agent.first) ||
+      agent.first != (parts->empty() ? 0 : parts->back().end())) {
     corrupt(file_name, "its ids do not follow those of its parts");
   }
   // One in the file's size, the other below 2^62 by what `segments` and `cache_size` are compared with.
@@ -173,7 +181,8 @@ AgentFile parse_agent_file(std::span<const std::byte> prefix, uint64_t file_size
   bool fits = agent.file.rows < uint64_t(kSegmentTokens) && agent.file.rows <= agent.file.n_tokens;
   for (const PartRef& part : agent.parts) {
     // Rows follow the last segment, each part's those of the one before it.
-    fits = fits && part.rows < kSegmentTokens && (part.rows == 0 || part.end() - part.rows >= sealed) && (part.rows > 0 || part.end() <= sealed);
+    fits = fits && part.rows < kSegmentTokens && (part.rows == 0 || part.end() - part.rows >= sealed) &&
+           (part.rows > 0 || part.end() <= sealed);
     rows += fits ? part.rows : 0;
   }
   if (!fits || rows >= kSegmentTokens || n_tokens - sealed != rows) {
@@ -201,16 +210,19 @@ PartFile parse_part_file(std::span<const std::byte> prefix, uint64_t file_size, 
                          const KnownLayout& layout) {
   PartFile part{parse_torpor_file(prefix, file_size, file_name, &layout), 0};
   if (part.file.version < 3 || (part.file.kind != "agent" && part.file.kind != "part")) {
-    corrupt(file_name, "it is of the kind '" + part.file.kind + "' and version " + std::to_string(part.file.version) + ", not a part");
+    corrupt(file_name, "it is of the kind '" + part.file.kind + "' and version " + std::to_string(part.file.version) +
+                           ", not a part");
   }
-  if (!parse_number(part.file.required("first", file_name), part.first)) corrupt(file_name, "it does not say which ids it holds");
+  if (!parse_number(part.file.required("first", file_name), part.first))
+    corrupt(file_name, "it does not say which ids it holds");
   if (part.file.rows > part.file.n_tokens) corrupt(file_name, "it has more rows than ids");
   return part;
 }
 
 AgentFileBeginning read_beginning(std::string_view text) {
   constexpr size_t kLength = 8, kDigest = 32;
-  constexpr std::string_view kFragments[] = {R"({"__metadata__":{"checksum":")", R"(","format_version":")", R"(","kind":"agent")", R"(,"agent_id":")"};
+  constexpr std::string_view kFragments[] = {R"({"__metadata__":{"checksum":")", R"(","format_version":")",
+                                             R"(","kind":"agent")", R"(,"agent_id":")"};
   AgentFileBeginning beginning;
   // Whatever the damage, two of these are no accident.
   beginning.is_ours = std::count_if(std::begin(kFragments), std::end(kFragments), [&](std::string_view fragment) {
@@ -242,7 +254,8 @@ Metadata agent_metadata(const AgentFile& file) {
   metadata.emplace_back("cache_size", std::to_string(info.cache_size));
   metadata.emplace_back("created_at", info.created_at);
   metadata.emplace_back("updated_at", info.updated_at);
-  for (const auto& [name, value] : info.identity.fields()) metadata.emplace_back(std::string(kIdentityPrefix) + name, value);
+  for (const auto& [name, value] : info.identity.fields())
+    metadata.emplace_back(std::string(kIdentityPrefix) + name, value);
   metadata.emplace_back("numerics", encode_numerics(info.lineage.ranges));
   metadata.emplace_back("conversation.tokenizer", info.conversation.tokenizer);
   metadata.emplace_back("conversation.chat_template", info.conversation.chat_template);
@@ -261,7 +274,8 @@ Metadata agent_metadata(const AgentFile& file) {
     std::unordered_set<std::string_view> seen;
     for (const auto& [name, value] : entries) {
       if (prefix == kUserPrefix && name.starts_with(kRecordPrefix)) {
-        throw Error(ErrorCode::kInvalidArgument, "The metadata key '" + name + "' begins with 'torpor.', as Torpor's own do; choose another.")
+        throw Error(ErrorCode::kInvalidArgument,
+                    "The metadata key '" + name + "' begins with 'torpor.', as Torpor's own do; choose another.")
             .with_agent(info.agent_id)
             .with_field(name);
       }
@@ -290,7 +304,8 @@ std::string format_time(std::chrono::system_clock::time_point time) {
 bool is_agent_id(std::string_view id) {
   return !id.empty() && id.size() <= 128 && id[0] != '.' && id[0] != '-' &&
          std::all_of(id.begin(), id.end(), [](char c) {
-           return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '.' || c == '-';
+           return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '.' ||
+                  c == '-';
          });
 }
 

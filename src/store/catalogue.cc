@@ -157,7 +157,8 @@ std::vector<StoredPart> Catalogue::stored_parts() const {
   std::vector<StoredPart> parts;
   for (const auto& file : env_.list_own(parts_path())) {
     constexpr size_t kDigest = 32;
-    const std::string uid = file.substr(0, kDigest), name = file.size() > kDigest ? file.substr(kDigest + 1, kDigest) : "";
+    const std::string uid = file.substr(0, kDigest),
+                      name = file.size() > kDigest ? file.substr(kDigest + 1, kDigest) : "";
     if (!is_hex_digest(uid) || !is_hex_digest(name) || part_path(uid, name).filename() != file) continue;
     if (const auto stat = env_.stat(parts_path() / file); stat && stat->is_file) parts.push_back({uid, name, *stat});
   }

@@ -11,9 +11,9 @@ namespace torpor {
 
 void Catalogue::find_obsolete(const std::string& uid, const std::vector<std::string>& parts, AgentDraft& draft) const {
   for (const std::string& name : parts) {
-    const bool kept = uid == draft.uid &&
-                      (std::any_of(draft.kept.begin(), draft.kept.end(), [&](const OwnFile& part) { return part.ref.name == name; }) ||
-                       (draft.history && draft.history->ref.name == name));
+    const bool kept = uid == draft.uid && (std::any_of(draft.kept.begin(), draft.kept.end(),
+                                                       [&](const OwnFile& part) { return part.ref.name == name; }) ||
+                                           (draft.history && draft.history->ref.name == name));
     if (!kept) draft.obsolete.push_back(part_path(uid, name));
   }
 }
@@ -34,10 +34,12 @@ bool Catalogue::link_part(const OwnFile& from, const std::filesystem::path& to) 
   }
   if (env_.stat(to) == from.stat) return true;
   env_.remove(to);
-  throw Error(ErrorCode::kNotFound, "'" + from.path.string() + "' was replaced while it was copied; try again.").with_path(from.path.string());
+  throw Error(ErrorCode::kNotFound, "'" + from.path.string() + "' was replaced while it was copied; try again.")
+      .with_path(from.path.string());
 }
 
-void Catalogue::put_parts(AgentDraft& draft, SaveResult& result, std::vector<std::filesystem::path>& put, std::vector<Unflushed>& unflushed) {
+void Catalogue::put_parts(AgentDraft& draft, SaveResult& result, std::vector<std::filesystem::path>& put,
+                          std::vector<Unflushed>& unflushed) {
   bool changed = false;
   for (OwnFile& part : draft.kept) {
     const auto path = part_path(draft.uid, part.ref.name);
@@ -128,7 +130,8 @@ int64_t Catalogue::write_sidecar(const AgentInfo& info, const FileStat& agent_fi
   try {
     const auto path = sidecar_path(info.agent_id);
     if (path == marker_path()) return 0;
-    if (env_.exists(path) && !is_own_sidecar(info.agent_id, /*or_no_json=*/true)) throw Error(ErrorCode::kIo, "'" + path.string() + "' is no sidecar, and stays.");
+    if (env_.exists(path) && !is_own_sidecar(info.agent_id, /*or_no_json=*/true))
+      throw Error(ErrorCode::kIo, "'" + path.string() + "' is no sidecar, and stays.");
     const std::string text = encode_sidecar(info, agent_file);
     // Never fsynced: half of one is found by its checksum and rebuilt.
     written_.add(write_file(env_, path, {as_bytes_of(text)}, false));

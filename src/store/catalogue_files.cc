@@ -25,7 +25,8 @@ std::vector<OpenedFile> Catalogue::open_files(const OpenedAgent& opened) const {
         throw Error(ErrorCode::kCorruption, "'" + name + "' is damaged: " + what + ".").with_path(name);
       };
       if (file.checksum != ref.name) corrupt("it is another file than its name says");
-      if (parsed.first != ref.first || ref.tokens > int64_t(file.n_tokens)) corrupt("its ids are not those of the agent");
+      if (parsed.first != ref.first || ref.tokens > int64_t(file.n_tokens))
+        corrupt("its ids are not those of the agent");
       const int64_t rows = std::max<int64_t>(0, ref.tokens - int64_t(file.n_tokens - file.rows));
       if (ref.rows != 0 && ref.rows != rows) corrupt("its rows are not those of the agent");
       part.handle = std::make_shared<const File>(std::move(handle));
@@ -33,8 +34,9 @@ std::vector<OpenedFile> Catalogue::open_files(const OpenedAgent& opened) const {
     } catch (const Error& error) {
       if (error.code() == ErrorCode::kIo) throw;
       part.missing = error.code() == ErrorCode::kNotFound;
-      part.problem = part.missing ? "The part '" + name + "' is missing; restore it from a copy, or wake the agent with salvage."
-                                  : error.what();
+      part.problem = part.missing
+                         ? "The part '" + name + "' is missing; restore it from a copy, or wake the agent with salvage."
+                         : error.what();
     }
   }
   OpenedFile& own = files.emplace_back();
@@ -54,7 +56,8 @@ void Catalogue::know(const std::string& id, const OpenedAgent& opened, std::vect
 }
 
 void Catalogue::know(const std::string& id, OwnFiles files) {
-  constexpr size_t kMostAgents = 1 << 14;  // beyond it everything is forgotten, which costs one reading of what comes next
+  constexpr size_t kMostAgents =
+      1 << 14;  // beyond it everything is forgotten, which costs one reading of what comes next
   const MutexLock lock(mutex_);
   if (known_.size() >= kMostAgents) known_.clear();
   known_[id] = std::make_shared<const OwnFiles>(std::move(files));

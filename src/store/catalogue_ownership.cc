@@ -26,8 +26,10 @@ std::optional<Marker> Catalogue::marker() const {
   const MutexLock lock(marker_mutex_);
   if (marker_stat_ == stat) return marker_;
   if (stat->size > kMaxMarker) {
-    throw Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged: it is too long. Restore it from a copy, or remove it; the "
-                                        "next save to the store makes another, without limits.").with_path(path.string());
+    throw Error(ErrorCode::kCorruption, "'" + path.string() +
+                                            "' is damaged: it is too long. Restore it from a copy, or remove it; the "
+                                            "next save to the store makes another, without limits.")
+        .with_path(path.string());
   }
   marker_ = decode_marker(env_.read_file(path, kMaxMarker), path.string());
   marker_stat_ = stat;
@@ -53,10 +55,13 @@ void Catalogue::require_store() const {
   }
   const auto names = env_.list(root_);
   // A store that nothing was saved to yet.
-  if (std::all_of(names.begin(), names.end(), [](const std::string& name) { return name == ".locks" || is_temporary_name(name); })) return;
+  if (std::all_of(names.begin(), names.end(),
+                  [](const std::string& name) { return name == ".locks" || is_temporary_name(name); }))
+    return;
   if (!is_old_store()) {
-    throw Error(ErrorCode::kInvalidArgument, "'" + root_.string() + "' is no store of Torpor's: it has no '" + kMarkerName +
-                                                 "', and other files; choose a store, or save an agent here to make it one.")
+    throw Error(ErrorCode::kInvalidArgument,
+                "'" + root_.string() + "' is no store of Torpor's: it has no '" + kMarkerName +
+                    "', and other files; choose a store, or save an agent here to make it one.")
         .with_path(root_.string())
         .with_field("Store::root");
   }
@@ -95,7 +100,8 @@ Catalogue::Holder Catalogue::holder(const std::string& id) const {
   if (const auto known = known_files(id); known != nullptr && known->stat == *stat) return {Holder::kAgent, {}};
   try {
     const AgentFileBeginning beginning = read_beginning(read_beginning_of(path, kAgentFileBeginning));
-    if (!beginning.agent_id.empty()) return {beginning.agent_id == id ? Holder::kAgent : Holder::kOther, beginning.agent_id};
+    if (!beginning.agent_id.empty())
+      return {beginning.agent_id == id ? Holder::kAgent : Holder::kOther, beginning.agent_id};
     if (beginning.is_ours) return {Holder::kDamaged, {}};
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kNotFound) throw;
@@ -132,7 +138,8 @@ Error Catalogue::no_agent(const std::string& id) const {
 Error Catalogue::renamed_agent(const std::string& id, const std::string& held) const {
   const std::string path = agent_path(id).string();
   if (same_but_for_case(id, held) && !is_listed(id)) return no_agent(id);
-  return Error(ErrorCode::kCorruption, "'" + path + "' holds the agent '" + held + "': the file was renamed; give it its old name back.")
+  return Error(ErrorCode::kCorruption,
+               "'" + path + "' holds the agent '" + held + "': the file was renamed; give it its old name back.")
       .with_agent(id)
       .with_path(path);
 }
@@ -142,12 +149,18 @@ void Catalogue::require_replaceable(const std::string& id) const {
   if (held.kind == Holder::kNobody || held.kind == Holder::kAgent) return;
   const std::string path = agent_path(id).string();
   if (held.kind == Holder::kForeign) {
-    throw Error(ErrorCode::kInvalidArgument, "'" + path + "' is somebody else's file, so no agent can be kept there; choose another id, "
-                                             "or move the file aside.").with_agent(id).with_path(path);
+    throw Error(ErrorCode::kInvalidArgument,
+                "'" + path +
+                    "' is somebody else's file, so no agent can be kept there; choose another id, "
+                    "or move the file aside.")
+        .with_agent(id)
+        .with_path(path);
   }
   if (!is_listed(id)) {
-    throw Error(ErrorCode::kInvalidArgument, "There can be no agent '" + id + "' beside one whose id differs in upper and lower case "
-                                             "alone, for this file system does not tell them apart; choose another id.")
+    throw Error(ErrorCode::kInvalidArgument,
+                "There can be no agent '" + id +
+                    "' beside one whose id differs in upper and lower case "
+                    "alone, for this file system does not tell them apart; choose another id.")
         .with_agent(id)
         .with_path(path);
   }
@@ -162,7 +175,8 @@ void Catalogue::require_removable(const std::string& id, bool whatever_it_is) co
   if (held.kind == Holder::kDamaged || whatever_it_is) return;
   if (held.kind == Holder::kOther) throw renamed_agent(id, held.id).with_field("force");
   const std::string path = agent_path(id).string();
-  throw Error(ErrorCode::kInvalidArgument, "'" + path + "' has no header of Torpor's, so it was not removed; if it is to go, remove it by force.")
+  throw Error(ErrorCode::kInvalidArgument,
+              "'" + path + "' has no header of Torpor's, so it was not removed; if it is to go, remove it by force.")
       .with_agent(id)
       .with_path(path)
       .with_field("force");

@@ -24,7 +24,8 @@ std::vector<OwnFile> keep_files(const std::vector<OpenedFile>& files, int64_t se
   std::vector<OwnFile> kept;
   for (const OpenedFile& opened : files) {
     if (opened.ref.first > n_tokens) break;
-    OwnFile file{.ref = opened.ref, .path = opened.path, .stat = opened.stat, .has_state = !opened.file->state().empty()};
+    OwnFile file{
+        .ref = opened.ref, .path = opened.path, .stat = opened.stat, .has_state = !opened.file->state().empty()};
     int64_t end = std::min(file.ref.end(), n_tokens);
     if (end > sealed && file.ref.end() - file.ref.rows > std::max(sealed, file.ref.first)) end = sealed;
     const bool cut = end < file.ref.end();
@@ -56,23 +57,31 @@ std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, 
   const int64_t n = options.n_tokens.value_or(info.cache_size);
   if (n < 0 || n > info.cache_size) {
     throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' has " + std::to_string(info.cache_size) +
-                                                 " tokens; it can't be cut to " + std::to_string(n) + ".").with_agent(src);
+                                                 " tokens; it can't be cut to " + std::to_string(n) + ".")
+        .with_agent(src);
   }
   if (n < info.cache_size && !file.state().empty()) {
-    throw Error(ErrorCode::kInvalidArgument, "The agent '" + src + "' holds state of its last token besides its rows, so it can't be cut to " +
-                                                 std::to_string(n) + " tokens; copy it whole.").with_agent(src);
+    throw Error(ErrorCode::kInvalidArgument,
+                "The agent '" + src + "' holds state of its last token besides its rows, so it can't be cut to " +
+                    std::to_string(n) + " tokens; copy it whole.")
+        .with_agent(src);
   }
   const std::vector<KvState> state = read_state(opened.handle, file);
   const std::vector<OpenedFile> files = store.agents.open_files(opened);
-  const int64_t all_sealed = int64_t(info.segments.size()) * kSegmentTokens, sealed = n / kSegmentTokens * kSegmentTokens;
+  const int64_t all_sealed = int64_t(info.segments.size()) * kSegmentTokens,
+                sealed = n / kSegmentTokens * kSegmentTokens;
   // Ids of the segment that the cut falls into are needed whole.
   const int64_t read = std::min(info.cache_size, sealed < all_sealed ? sealed + kSegmentTokens : n);
   OwnState own = read_own_state(files, file.layout, {.sealed = all_sealed, .length = read, .rows = false});
-  if (!own.problem.empty()) throw Error(own.missing ? ErrorCode::kNotFound : ErrorCode::kCorruption, own.problem).with_agent(src);
+  if (!own.problem.empty())
+    throw Error(own.missing ? ErrorCode::kNotFound : ErrorCode::kCorruption, own.problem).with_agent(src);
   if (!opened.agent.old_messages.empty()) own.messages = opened.agent.old_messages;
   if (n < info.cache_size) std::erase_if(own.messages, [&](const StoredMessage& message) { return message.end > n; });
 
-  AgentState agent{.layout = file.layout, .tokens = std::span(own.ids).first(size_t(n)), .sealed = sealed, .state = state,
+  AgentState agent{.layout = file.layout,
+                   .tokens = std::span(own.ids).first(size_t(n)),
+                   .sealed = sealed,
+                   .state = state,
                    .messages = own.messages};
   const std::vector<std::string> all_segments = info.segments;
   info.segments.resize(size_t(sealed / kSegmentTokens));
@@ -84,7 +93,8 @@ std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, 
     const std::string& name = info.segments[i];
     if (!stats[i]) {
       throw Error(ErrorCode::kCorruption, "The segment '" + store.segments.path(name).string() + "' of agent '" + src +
-                                              "' is missing; restore it from a copy, or cut the agent before it.").with_agent(src);
+                                              "' is missing; restore it from a copy, or cut the agent before it.")
+          .with_agent(src);
     }
     found.push_back({name, *stats[i]});
     info.bytes += int64_t(stats[i]->size);
@@ -108,12 +118,15 @@ std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, 
   } else if (n > sealed && rows_to_write(kept, agent) > 0) {
     agent.tail = read_own_state(files, file.layout, {.sealed = all_sealed, .length = n}).tail;
     if (agent.tail.n_tokens != n - sealed) {
-      throw Error(ErrorCode::kCorruption, "The rows of agent '" + src + "' past its last segment are damaged; restore its files "
-                                          "from a copy, or wake it with salvage.").with_agent(src);
+      throw Error(ErrorCode::kCorruption, "The rows of agent '" + src +
+                                              "' past its last segment are damaged; restore its files "
+                                              "from a copy, or wake it with salvage.")
+          .with_agent(src);
     }
   }
   const bool in_place = src == dst && !opened.agent.uid.empty();
-  AgentDraft draft = draft_agent(std::move(info), in_place ? opened.agent.uid : store.env.random_id(), agent, std::move(kept));
+  AgentDraft draft =
+      draft_agent(std::move(info), in_place ? opened.agent.uid : store.env.random_id(), agent, std::move(kept));
   draft.digests_known = draft.kept.empty();
   if (replaced) store.agents.find_obsolete(replaced->uid, part_names(replaced->parts), draft);
   writing.make_room("Copying the agent '" + src + "' to '" + dst + "'", bytes_to_write(draft), draft.info.segments);

@@ -19,7 +19,8 @@ std::filesystem::path json_beside(const std::filesystem::path& path) {
 }  // namespace
 
 std::filesystem::path export_directory(Env& env, const std::filesystem::path& root, const std::filesystem::path& path) {
-  if (!path.has_filename()) throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' can't be an export's name.");
+  if (!path.has_filename())
+    throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' can't be an export's name.");
   const auto directory = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
   const auto target = env.stat(directory);
   if (!target || !target->is_directory) {
@@ -35,7 +36,8 @@ std::filesystem::path export_directory(Env& env, const std::filesystem::path& ro
 void export_agent(Store::Impl& store, const std::string& id, const std::filesystem::path& path, const std::string& as) {
   const auto directory = export_directory(store.env, store.root, path);
   if (json_beside(path) == path) {
-    throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' can't be an export's name; end it in .safetensors.");
+    throw Error(ErrorCode::kInvalidArgument,
+                "'" + path.string() + "' can't be an export's name; end it in .safetensors.");
   }
   const LoadedAgent loaded = load(store, id, {.map_rows = true});
   const KvSnapshot& snapshot = loaded.snapshot;
@@ -68,9 +70,13 @@ void export_agent(Store::Impl& store, const std::string& id, const std::filesyst
   info.segments.clear();
   info.lineage.salt.clear();  // whose it was is nobody else's business
   if (!as.empty()) info.agent_id = as;
-  const std::string header = encode_torpor_header({.kind = "export", .metadata = agent_metadata(exported), .rows = snapshot.tokens.size(),
-                                                   .state = snapshot.state, .message_bytes = messages.size(),
-                                                   .n_tokens = snapshot.tokens.size(), .checksums = std::move(checksums)},
+  const std::string header = encode_torpor_header({.kind = "export",
+                                                   .metadata = agent_metadata(exported),
+                                                   .rows = snapshot.tokens.size(),
+                                                   .state = snapshot.state,
+                                                   .message_bytes = messages.size(),
+                                                   .n_tokens = snapshot.tokens.size(),
+                                                   .checksums = std::move(checksums)},
                                                   snapshot.layout, &info.hash);
   pieces.front() = as_bytes_of(header);
   const FileStat stat = write_file(store.env, directory / path.filename(), pieces, true);
@@ -93,7 +99,8 @@ SaveResult import_agent(Store::Impl& store, const std::filesystem::path& path, c
   const auto prefix = read_header_bytes(handle, stat.size);
   const SafetensorsHeader plain = parse_safetensors_header(prefix, stat.size, path.string());
   if (plain.metadata_value("checksum") == nullptr || plain.metadata_value("kind") == nullptr) {
-    throw Error(ErrorCode::kInvalidArgument, "'" + path.string() + "' is a safetensors file, but neither an export of Torpor's nor a "
+    throw Error(ErrorCode::kInvalidArgument, "'" + path.string() +
+                                                 "' is a safetensors file, but neither an export of Torpor's nor a "
                                                  "prompt-cache file of mlx-lm.");
   }
   const AgentFile agent = parse_export_file(prefix, stat.size, path.string());

@@ -12,7 +12,8 @@ std::string abridged(const std::string& value) {
 }
 
 /// The ids of sealed tokens, from their segments: as many as can be believed.
-std::vector<int32_t> ids_of_segments(Store::Impl& store, const AgentInfo& info, const KvLayout& layout, int64_t first, int64_t end) {
+std::vector<int32_t> ids_of_segments(Store::Impl& store, const AgentInfo& info, const KvLayout& layout, int64_t first,
+                                     int64_t end) {
   std::vector<int32_t> ids;
   try {
     for (int64_t position = first; position < end;) {
@@ -40,14 +41,15 @@ void check_identity(const std::string& id, const Identity& own, const Identity& 
   if (!field) return;
   // As Python programs save mlx-lm's caches: what the other fields say is of no use.
   if (own.kv != expected.kv && (own.kv.empty() || own.kv == "mlx-lm")) {
-    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was saved from a cache by a program, and not by an engine; go on with "
-                                          "it there, or take another agent.")
+    throw Error(ErrorCode::kIncompatible, "The agent '" + id +
+                                              "' was saved from a cache by a program, and not by an engine; go on with "
+                                              "it there, or take another agent.")
         .with_agent(id)
         .with_field("made_by");
   }
   const std::string found = own.value(*field), wanted = expected.value(*field);
-  throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was cached with another " + *field + " ('" + abridged(found) +
-                                            "') than the model now has ('" + abridged(wanted) +
+  throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' was cached with another " + *field + " ('" +
+                                            abridged(found) + "') than the model now has ('" + abridged(wanted) +
                                             "'); use the model it was saved with, or rebuild it from its text.")
       .with_agent(id)
       .with_field(*field, wanted, found);
@@ -71,7 +73,8 @@ void place_tail(RowSink& sink, const KvLayout& layout, int64_t first, const KvTa
 
 LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& options, RowSink* sink) {
   if (options.n_tokens.value_or(0) < 0) {
-    throw Error(ErrorCode::kInvalidArgument, "An agent can't be loaded up to token " + std::to_string(*options.n_tokens) + ".");
+    throw Error(ErrorCode::kInvalidArgument,
+                "An agent can't be loaded up to token " + std::to_string(*options.n_tokens) + ".");
   }
   constexpr int kAttempts = 5;
   for (int attempt = 1;; ++attempt) {
@@ -80,8 +83,10 @@ LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& o
     if (options.expected != nullptr) check_identity(id, agent.info.identity, *options.expected);
     const int64_t length = std::min(options.n_tokens.value_or(agent.info.cache_size), agent.info.cache_size);
     if (length < agent.info.cache_size && !agent.file.state().empty()) {
-      throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds state of its last token besides its rows, so not fewer than its " +
-                                                   std::to_string(agent.info.cache_size) + " tokens can be loaded.").with_agent(id);
+      throw Error(ErrorCode::kInvalidArgument,
+                  "The agent '" + id + "' holds state of its last token besides its rows, so not fewer than its " +
+                      std::to_string(agent.info.cache_size) + " tokens can be loaded.")
+          .with_agent(id);
     }
     LoadedAgent loaded;
     loaded.info = agent.info;
@@ -115,7 +120,8 @@ LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& o
     }
     loaded.tokens = std::move(own.ids);
     loaded.messages = agent.old_messages.empty() ? std::move(own.messages) : agent.old_messages;
-    std::erase_if(loaded.messages, [&](const StoredMessage& message) { return length < agent.info.cache_size && message.end > length; });
+    std::erase_if(loaded.messages,
+                  [&](const StoredMessage& message) { return length < agent.info.cache_size && message.end > length; });
     const int64_t sealed = std::min({own_options.sealed, length, int64_t(loaded.tokens.size())});
     const int64_t held = std::min<int64_t>(sealed + own.tail.n_tokens, length);
 
@@ -151,7 +157,8 @@ LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& o
       usable += own.tail.n_tokens;
     }
     snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + usable);
-    loaded.bytes_read = loader.bytes_read() + own.bytes_read + int64_t(snapshot.layout.offset(snapshot.layout.tensors.size(), own.tail.n_tokens));
+    loaded.bytes_read = loader.bytes_read() + own.bytes_read +
+                        int64_t(snapshot.layout.offset(snapshot.layout.tensors.size(), own.tail.n_tokens));
     if (own.problem.empty() && length == agent.info.cache_size) store.agents.know(id, opened, std::move(own.files));
     for (size_t i = 0; i + 1 < files.size(); ++i) loaded.info.tail_bytes += int64_t(files[i].stat.size);
     loaded.info.bytes = loaded.info.tail_bytes;

@@ -50,8 +50,9 @@ std::optional<Marker> decode_marker(const std::string& text, const std::string& 
     }
     if (version->get<uint64_t>() > uint64_t(kNewestFormat)) {
       const std::string found = std::to_string(version->get<uint64_t>()), newest = std::to_string(kNewestFormat);
-      throw Error(ErrorCode::kIncompatible, "The store of '" + file_name + "' is of version " + found + ", and this Torpor knows versions up to " +
-                                                newest + "; use a newer Torpor.")
+      throw Error(ErrorCode::kIncompatible, "The store of '" + file_name + "' is of version " + found +
+                                                ", and this Torpor knows versions up to " + newest +
+                                                "; use a newer Torpor.")
           .with_path(file_name)
           .with_field(kVersion, newest, found);
     }
@@ -66,8 +67,9 @@ std::optional<Marker> decode_marker(const std::string& text, const std::string& 
   } catch (const std::invalid_argument& error) {
     problem = error.what();
   }
-  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + problem + ". Restore it from a copy, or remove it; "
-                                      "the next save to the store makes another, without limits.")
+  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + problem +
+                                          ". Restore it from a copy, or remove it; "
+                                          "the next save to the store makes another, without limits.")
       .with_path(file_name);
 }
 

@@ -60,7 +60,8 @@ std::vector<StoredMessage> decode_messages(std::string_view text, const std::str
   // What is between the objects' braces is for whoever needs it to parse: here it is taken apart at memory speed.
   std::vector<StoredMessage> messages;
   if (text.empty()) return messages;
-  if (text.size() < 2 || text.front() != '[' || text.back() != ']') corrupt(file_name, "its messages are not a JSON array");
+  if (text.size() < 2 || text.front() != '[' || text.back() != ']')
+    corrupt(file_name, "its messages are not a JSON array");
   text = text.substr(1, text.size() - 2);
   while (true) {
     const size_t size = object_size(text);
@@ -74,7 +75,8 @@ std::vector<StoredMessage> decode_messages(std::string_view text, const std::str
     if (begin.ec != std::errc() || begin.ptr == stop || *begin.ptr != ',') corrupt(file_name, kNoIds);
     const auto end = std::from_chars(begin.ptr + 1, stop, message.end);
     if (end.ec != std::errc() || std::string_view(end.ptr, stop) != "]}") corrupt(file_name, kNoIds);
-    if (message.begin < 0 || message.begin > message.end) corrupt(file_name, "one of its messages ends before it begins");
+    if (message.begin < 0 || message.begin > message.end)
+      corrupt(file_name, "one of its messages ends before it begins");
     message.json.assign(object.substr(0, ids > 0 && object[ids - 1] == ',' ? ids - 1 : ids)).push_back('}');
     text.remove_prefix(size);
     if (text.empty()) return messages;
@@ -83,7 +85,8 @@ std::vector<StoredMessage> decode_messages(std::string_view text, const std::str
   }
 }
 
-bool decode_old_messages(std::string_view text, std::string_view ends, int64_t n_tokens, std::vector<StoredMessage>& messages) {
+bool decode_old_messages(std::string_view text, std::string_view ends, int64_t n_tokens,
+                         std::vector<StoredMessage>& messages) {
   // Of any depth: objects that keep their order would copy what they hold as they grow, which recurses.
   const auto json = nlohmann::json::parse(text, nullptr, false);
   if (!json.is_array()) return false;
@@ -103,7 +106,8 @@ bool decode_old_messages(std::string_view text, std::string_view ends, int64_t n
     }
     ends.remove_prefix(std::min(ends.size(), digits.size() + 1));
     begin = std::min(begin, end);
-    const Json canonical = {{"role", message["role"].get<std::string>()}, {"content", message["content"].get<std::string>()}};
+    const Json canonical = {{"role", message["role"].get<std::string>()},
+                            {"content", message["content"].get<std::string>()}};
     found.push_back({canonical.dump(-1, ' ', false, Json::error_handler_t::replace), begin, end});
     begin = end;
   }

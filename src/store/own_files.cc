@@ -15,7 +15,9 @@ void set_digests(OwnContents& contents, const KvLayout& layout) {
   OwnFile& file = contents.file;
   file.ids = hash_hex(token_bytes(contents.ids));
   file.messages = hash_hex(encode_messages(contents.messages));
-  file.rows = file.ref.rows == 0 ? "" : rows_checksum(layout, {contents.rows.data(), contents.file_rows, 0}, int(file.ref.rows));
+  file.rows = file.ref.rows == 0
+                  ? ""
+                  : rows_checksum(layout, {contents.rows.data(), contents.file_rows, 0}, int(file.ref.rows));
 }
 
 /// What reading a file gave: contents or an error; neither when it is not there.
@@ -26,8 +28,9 @@ struct OwnRead {
 };
 
 /// Those of `files` that begin within the length, several at a time; of all their rows `all_rows` count.
-std::vector<OwnRead> read_own_files(const std::vector<OpenedFile>& files, const KvLayout& layout, const OwnStateOptions& options,
-                                    int all_rows, const std::optional<TailBuffer>& tail) {
+std::vector<OwnRead> read_own_files(const std::vector<OpenedFile>& files, const KvLayout& layout,
+                                    const OwnStateOptions& options, int all_rows,
+                                    const std::optional<TailBuffer>& tail) {
   size_t n = 0, row_bytes = 0;
   std::vector<int> first_rows;
   for (int rows = 0; n < files.size() && files[n].ref.first <= options.length; ++n) {
@@ -42,7 +45,8 @@ std::vector<OwnRead> read_own_files(const std::vector<OpenedFile>& files, const 
     try {
       RowBuffer* const rows = options.rows && file.ref.end() > options.sealed ? &reads[i].rows : nullptr;
       const bool fits = tail && first_rows[i] + file.ref.rows <= all_rows;
-      reads[i].contents = read_own_file(file, layout, rows, options.map, fits ? tail->place(first_rows[i]) : RowsIn<std::byte>{});
+      reads[i].contents =
+          read_own_file(file, layout, rows, options.map, fits ? tail->place(first_rows[i]) : RowsIn<std::byte>{});
     } catch (const Error& error) {
       reads[i].error = error;
     }
@@ -84,7 +88,8 @@ OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowB
   try {
     contents.messages = decode_messages(read_messages(*opened.handle, file), opened.path.string());
     const bool wanted = rows != nullptr && file.rows > 0;
-    contents.placed = wanted && place.bytes != nullptr && file.row_tensors == 1 && opened.ref.rows == int64_t(file.rows);
+    contents.placed =
+        wanted && place.bytes != nullptr && file.row_tensors == 1 && opened.ref.rows == int64_t(file.rows);
     if (wanted && map && !contents.placed) contents.mapping = opened.handle->map(opened.stat.size);
     if (contents.mapping != nullptr) {
       const std::span rows_there(contents.mapping.get() + file.header.data_start, size_t(file.rows_bytes()));
@@ -105,10 +110,12 @@ OwnContents read_own_file(const OpenedFile& opened, const KvLayout& layout, RowB
   const size_t all_messages = contents.messages.size();
   const bool whole = n == contents.ids.size();
   contents.ids.resize(n);
-  std::erase_if(contents.messages, [&](const StoredMessage& message) { return !whole && message.end > opened.ref.end(); });
+  std::erase_if(contents.messages,
+                [&](const StoredMessage& message) { return !whole && message.end > opened.ref.end(); });
   contents.file.n_messages = contents.messages.size();
   if (rows == nullptr || !contents.problem.empty()) return contents;
-  if (whole && contents.messages.size() == all_messages && opened.ref.rows == int64_t(file.rows) && file.row_tensors <= 1) {
+  if (whole && contents.messages.size() == all_messages && opened.ref.rows == int64_t(file.rows) &&
+      file.row_tensors <= 1) {
     contents.file.ids = file.checksums.back();
     contents.file.messages = file.has_messages ? file.checksums[file.messages_index()] : hash_hex("");
     contents.file.rows = file.rows > 0 ? file.checksums.front() : "";

@@ -20,7 +20,8 @@ std::string encode_parts(std::span<const PartRef> parts) {
   std::string text;
   for (const PartRef& part : parts) {
     if (!text.empty()) text += ',';
-    text += part.name + ":" + std::to_string(part.first) + ":" + std::to_string(part.tokens) + ":" + std::to_string(part.rows);
+    text += part.name + ":" + std::to_string(part.first) + ":" + std::to_string(part.tokens) + ":" +
+            std::to_string(part.rows);
   }
   return text;
 }
@@ -42,7 +43,8 @@ std::optional<std::vector<PartRef>> decode_parts(std::string_view text) {
       if (error != std::errc() || *number < 0) return std::nullopt;
       at = next;
     }
-    if (at != stop || part.first != end || part.tokens > kMostTokens - end || part.rows > part.tokens) return std::nullopt;
+    if (at != stop || part.first != end || part.tokens > kMostTokens - end || part.rows > part.tokens)
+      return std::nullopt;
     end = part.end();
   }
   return parts;
@@ -52,7 +54,8 @@ PartsPlan plan_parts(std::span<const HeldPart> held, int64_t sealed, int64_t n_t
   PartsPlan plan;
   size_t keep = held.size();
   plan.first = keep > 0 ? held.back().end() : 0;
-  const auto first_with_rows = std::find_if(held.begin(), held.end(), [](const HeldPart& part) { return part.rows > 0; });
+  const auto first_with_rows =
+      std::find_if(held.begin(), held.end(), [](const HeldPart& part) { return part.rows > 0; });
   if (first_with_rows != held.end() && plan.first <= sealed) {
     // Their rows are in a segment now. What stays of them goes together with as much as it is itself, and so on.
     keep = size_t(first_with_rows - held.begin());
@@ -64,14 +67,16 @@ PartsPlan plan_parts(std::span<const HeldPart> held, int64_t sealed, int64_t n_t
     plan.rows = n_tokens - sealed;
     return plan;
   }
-  const auto parts_with_rows = std::count_if(held.begin(), held.end(), [](const HeldPart& part) { return part.rows > 0; });
+  const auto parts_with_rows =
+      std::count_if(held.begin(), held.end(), [](const HeldPart& part) { return part.rows > 0; });
   int64_t ids = n_tokens - plan.first, rows = n_tokens - std::max(sealed, plan.first), again = 0;
   for (; keep > 0; --keep) {
     const HeldPart& part = held[keep - 1];
     const bool newest = keep == held.size();
     bool take = part.again;
     if (part.rows > 0) {
-      take |= has_state || (again + part.rows <= kMostRowsAgain && (part.rows <= rows || (newest && parts_with_rows >= kManyParts)));
+      take |= has_state ||
+              (again + part.rows <= kMostRowsAgain && (part.rows <= rows || (newest && parts_with_rows >= kManyParts)));
     } else {
       take |= part.tokens <= ids;
     }

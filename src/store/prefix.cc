@@ -13,7 +13,10 @@ namespace {
 class PrefixSearch {
  public:
   PrefixSearch(const SegmentPool& segments, const SegmentChain& chain)
-      : segments_(segments), chain_(chain), length_(chain.tokens.size() / kSegmentTokens), variants_(segments.variants()) {}
+      : segments_(segments),
+        chain_(chain),
+        length_(chain.tokens.size() / kSegmentTokens),
+        variants_(segments.variants()) {}
 
   /// The longest sequence that is there and begins with `names`.
   std::vector<std::string> longest(std::vector<std::string> names) const {
@@ -79,8 +82,8 @@ SaveResult save_prefix(Store::Impl& store, const KvSnapshot& snapshot, Durabilit
   Writing writing(store);
   SegmentWriter writer(store, snapshot, nullptr);
   const auto make_room = [&] {
-    writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens", writer.bytes_to_write(),
-                      writer.names());
+    writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens",
+                      writer.bytes_to_write(), writer.names());
   };
   for (make_room(); !writing.claim(writer.names(), writer.found()); make_room()) writer.plan();
   SaveResult result;
@@ -97,7 +100,8 @@ std::shared_ptr<const SealedRun> map_segment(Store::Impl& store, const std::stri
     if (stat != file->stat) return nullptr;
     const auto held = store.known.run(name);
     if (held != nullptr && held->mapped() && held->segment()->content == file->content) return held;
-    const SegmentFile segment = parse_segment_file(read_header_bytes(handle, stat.size), stat.size, handle.path().string());
+    const SegmentFile segment =
+        parse_segment_file(read_header_bytes(handle, stat.size), stat.size, handle.path().string());
     const auto mapping = segment.content() == file->content ? handle.map(stat.size) : nullptr;
     if (mapping == nullptr) return nullptr;
     const std::span rows(mapping.get() + segment.file.header.data_start, size_t(segment.file.rows_bytes()));

@@ -51,7 +51,8 @@ void RunLoader::open(int64_t length, bool share_held) {
 bool RunLoader::take_held(size_t i) {
   const std::string& name = chain_.names[i];
   const auto held = store_.known.run(name);
-  if (held == nullptr || (held->mapped() && !options_.map_rows) || !covers(held->checked(), wanted(i, length_))) return false;
+  if (held == nullptr || (held->mapped() && !options_.map_rows) || !covers(held->checked(), wanted(i, length_)))
+    return false;
   const auto segment = held->segment();
   const auto stat = store_.segments.find(name);
   const auto file = store_.known.file(name);
@@ -81,8 +82,9 @@ void RunLoader::open_segment_file(size_t i) {
   } catch (const Error& error) {
     if (!is_damage(error)) throw;
     run.missing = error.code() == ErrorCode::kNotFound;
-    run.problem = run.missing ? "The segment '" + store_.segments.path(chain_.names[i]).string() + "' is missing; restore it from "
-                                "a copy, or wake the agent with salvage."
+    run.problem = run.missing ? "The segment '" + store_.segments.path(chain_.names[i]).string() +
+                                    "' is missing; restore it from "
+                                    "a copy, or wake the agent with salvage."
                               : error.what();
   }
 }
@@ -160,7 +162,8 @@ void RunLoader::read() {
       todo[i] = wanted(i, length);
       // A run of which no layer sees anything any more has its place all the same.
       const Run& run = runs_[i];
-      if (run.sealed != nullptr ? covers(run.sealed->checked(), todo[i]) : run.placed && covers(run.checked, todo[i])) continue;
+      if (run.sealed != nullptr ? covers(run.sealed->checked(), todo[i]) : run.placed && covers(run.checked, todo[i]))
+        continue;
       if (run.sealed != nullptr) {  // what was held of it is not enough
         runs_[i].sealed = nullptr;
         open_segment_file(i);

@@ -66,7 +66,8 @@ SaveResult save(Store::Impl& store, const std::string& id, const KvSnapshot& sna
   };
   AgentDraft draft = draft_now();
   const auto make_room = [&] {
-    writing.make_room("Saving the agent '" + id + "'", writer.bytes_to_write() + bytes_to_write(draft), draft.info.segments);
+    writing.make_room("Saving the agent '" + id + "'", writer.bytes_to_write() + bytes_to_write(draft),
+                      draft.info.segments);
   };
   for (make_room(); !writing.claim(claims_of(draft), writer.found()); make_room()) {
     writer.plan();

@@ -51,7 +51,8 @@ OpenedSegment SegmentPool::open(const std::string& name, const SegmentPlace& pla
   return {std::move(handle), stat, std::move(segment)};
 }
 
-TemporaryFile SegmentPool::write(const std::string& name, const std::vector<std::span<const std::byte>>& pieces, bool durable) {
+TemporaryFile SegmentPool::write(const std::string& name, const std::vector<std::span<const std::byte>>& pieces,
+                                 bool durable) {
   if (env_.make_directory(directory_)) is_new_ = true;
   env_.make_directory(directory_of(name));
   return TemporaryFile(env_, directory_of(name), pieces, durable);
@@ -61,7 +62,8 @@ bool SegmentPool::put_new(const std::string& name, TemporaryFile& file) {
   if (file.put_new(path(name))) return true;
   // What is no file is found by nobody, so whoever was told to look again would come back for ever.
   if (const auto other = env_.stat_link(path(name)); other && !other->is_file && !find(name)) {
-    throw Error(ErrorCode::kIo, "'" + path(name).string() + "' has the name of a segment, and is no file; move it aside.")
+    throw Error(ErrorCode::kIo,
+                "'" + path(name).string() + "' has the name of a segment, and is no file; move it aside.")
         .with_path(path(name).string());
   }
   return false;

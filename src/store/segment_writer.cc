@@ -29,7 +29,8 @@ void SegmentWriter::name_unknown_tokens() {
   parallel_for(unknown.size(), reader_threads(), [&](size_t k) {
     const size_t i = unknown[k];
     checksums_[i] = run_checksums(snapshot_.layout, kSegmentTokens, rows_of(i));
-    torpor::name_unknown_tokens(std::span(tokens_).subspan(i * kSegmentTokens, kSegmentTokens), content_digest(checksums_[i]));
+    torpor::name_unknown_tokens(std::span(tokens_).subspan(i * kSegmentTokens, kSegmentTokens),
+                                content_digest(checksums_[i]));
   });
 }
 
@@ -123,7 +124,9 @@ bool SegmentWriter::take_hint(Planned& segment) {
   const bool plain = segment_name(segment.place, "") == name;
   if (!plain && segment_name(segment.place, file->content) != name) return false;
   // What is computed anew with other bits differs in the last tensor too, for that depends on all before it.
-  if (run_checksums(snapshot_.layout, kSegmentTokens, segment.rows, snapshot_.layout.tensors.size() - 1).front() != file->last) return false;
+  if (run_checksums(snapshot_.layout, kSegmentTokens, segment.rows, snapshot_.layout.tensors.size() - 1).front() !=
+      file->last)
+    return false;
   segment.name = name;
   segment.variant = plain ? "" : file->content;
   segment.stat = *stat;
@@ -228,14 +231,17 @@ bool SegmentWriter::put_in_place(Planned& segment, TemporaryFile& file) {
   if (!segment.damaged) return store_.segments.put_new(segment.name, file);
   // Of several who find the damage one replaces the file.
   const auto hold = store_.locks.removing(std::chrono::seconds(10));
-  if (!hold) throw Error(ErrorCode::kBusy, "The store '" + store_.root.string() + "' is in use by another process; try again later.");
+  if (!hold)
+    throw Error(ErrorCode::kBusy,
+                "The store '" + store_.root.string() + "' is in use by another process; try again later.");
   if (store_.segments.find(segment.name) != segment.damaged) return false;
   store_.segments.replace(segment.name, file);
   return true;
 }
 
 TemporaryFile SegmentWriter::write(Planned& segment, bool durable) {
-  const std::string header = encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums_of(segment));
+  const std::string header =
+      encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums_of(segment));
   std::vector<std::span<const std::byte>> pieces{as_bytes_of(header)};
   pieces.insert(pieces.end(), segment.rows.begin(), segment.rows.end());
   pieces.push_back(token_bytes(segment.place.tokens));

@@ -34,24 +34,26 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
   for (const auto& [first, numerics] : info.lineage.ranges) lineage["numerics"].push_back({first, numerics});
   if (const auto& old = info.lineage.old_names) lineage["old_names"] = {old->tokenizer, old->chat_template};
   if (!info.lineage.salt.empty()) lineage["salt"] = info.lineage.salt;
-  const Json json = {{"sidecar_checksum", kZeros},
-                     {"agent_id", info.agent_id},
-                     {"model", info.model},
-                     {"hash", info.hash},
-                     {"cache_size", info.cache_size},
-                     {"created_at", info.created_at},
-                     {"updated_at", info.updated_at},
-                     {"identity", identity},
-                     {"lineage", lineage},
-                     {"conversation", {{"tokenizer", info.conversation.tokenizer}, {"chat_template", info.conversation.chat_template}}},
-                     {"record", record},
-                     {"user", user},
-                     {"bytes", info.bytes},
-                     {"tail_bytes", info.tail_bytes},
-                     {"segment_count", info.segments.size()},
-                     {"segments", info.segments},
-                     {"parts", info.parts},
-                     {"agent_file", {{"size", agent_file.size}, {"mtime_ns", agent_file.mtime_ns}, {"inode", agent_file.inode}}}};
+  const Json json = {
+      {"sidecar_checksum", kZeros},
+      {"agent_id", info.agent_id},
+      {"model", info.model},
+      {"hash", info.hash},
+      {"cache_size", info.cache_size},
+      {"created_at", info.created_at},
+      {"updated_at", info.updated_at},
+      {"identity", identity},
+      {"lineage", lineage},
+      {"conversation",
+       {{"tokenizer", info.conversation.tokenizer}, {"chat_template", info.conversation.chat_template}}},
+      {"record", record},
+      {"user", user},
+      {"bytes", info.bytes},
+      {"tail_bytes", info.tail_bytes},
+      {"segment_count", info.segments.size()},
+      {"segments", info.segments},
+      {"parts", info.parts},
+      {"agent_file", {{"size", agent_file.size}, {"mtime_ns", agent_file.mtime_ns}, {"inode", agent_file.inode}}}};
   // The texts come from a file or call that has been checked for UTF-8; `replace` keeps this from ever throwing.
   std::string text = json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
   return text.replace(kPrefix.size(), kZeros.size(), hash_hex(text));
@@ -76,7 +78,8 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
     const Json json = Json::parse(text, shallow);
     const Json& file = json.at("agent_file");
     // As JSON, for a number of another kind is another number.
-    if (file.at("size") != agent_file.size || file.at("mtime_ns") != agent_file.mtime_ns || file.at("inode") != agent_file.inode) {
+    if (file.at("size") != agent_file.size || file.at("mtime_ns") != agent_file.mtime_ns ||
+        file.at("inode") != agent_file.inode) {
       return std::nullopt;
     }
     AgentInfo info;
@@ -103,8 +106,10 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
     }
     info.lineage.salt = json.at("lineage").value("salt", "");
     const Json& conversation = json.at("conversation");
-    info.conversation = {conversation.at("tokenizer").get<std::string>(), conversation.at("chat_template").get<std::string>()};
-    for (const auto& [name, value] : json.at("record").items()) info.record.emplace_back(name, value.get<std::string>());
+    info.conversation = {conversation.at("tokenizer").get<std::string>(),
+                         conversation.at("chat_template").get<std::string>()};
+    for (const auto& [name, value] : json.at("record").items())
+      info.record.emplace_back(name, value.get<std::string>());
     for (const auto& [name, value] : json.at("user").items()) info.user.emplace_back(name, value.get<std::string>());
     return info;
   } catch (const std::exception&) {

@@ -19,7 +19,8 @@ constexpr const char* kSweeping = ".sweeping";
 constexpr const char* kLimits = ".limits";
 
 bool is_unwritable(const Error& error) {
-  return error.field() == "errno" && (error.found() == std::to_string(EROFS) || error.found() == std::to_string(EACCES));
+  return error.field() == "errno" &&
+         (error.found() == std::to_string(EROFS) || error.found() == std::to_string(EACCES));
 }
 
 }  // namespace
@@ -76,7 +77,8 @@ AgentFileLock StoreLocks::agent(const std::string& id, const std::filesystem::pa
     lock = env_.lock(agent_file, LockMode::kShared, kMoment, OpenMode::kRead);
   }
   if (!lock) {
-    throw Error(ErrorCode::kBusy, "The agent '" + id + "' is awake elsewhere; let it go to sleep there first.").with_agent(id);
+    throw Error(ErrorCode::kBusy, "The agent '" + id + "' is awake elsewhere; let it go to sleep there first.")
+        .with_agent(id);
   }
   return {env_, std::move(*lock), agent_file};
 }
@@ -96,14 +98,16 @@ bool StoreLocks::is_awake(const std::string& id) const { return is_held(director
 FileLock StoreLocks::saving() {
   // Whoever removes renames the file before it takes it exclusively, so this one is free but for a moment.
   auto lock = env_.lock(path(kSaving), LockMode::kShared, seconds(10));
-  if (!lock) throw Error(ErrorCode::kBusy, "The store '" + root_.string() + "' is in use by another process; try again later.");
+  if (!lock)
+    throw Error(ErrorCode::kBusy, "The store '" + root_.string() + "' is in use by another process; try again later.");
   return std::move(*lock);
 }
 
 StoreLock StoreLocks::claiming() {
   const auto gate = env_.lock(path(kGate), LockMode::kShared, seconds(10));
   auto lock = gate ? env_.lock(path(kStore), LockMode::kShared, seconds(10)) : std::nullopt;
-  if (!lock) throw Error(ErrorCode::kBusy, "The store '" + root_.string() + "' is in use by another process; try again later.");
+  if (!lock)
+    throw Error(ErrorCode::kBusy, "The store '" + root_.string() + "' is in use by another process; try again later.");
   return {std::nullopt, std::move(*lock)};
 }
 
@@ -118,7 +122,8 @@ LimitsLock StoreLocks::limits() {
   std::unique_lock turn(limits_);
   auto lock = env_.lock(path(kLimits), LockMode::kExclusive, std::chrono::minutes(1));
   if (!lock) {
-    throw Error(ErrorCode::kBusy, "Another process takes too long to make room in the store '" + root_.string() + "'; try again later.");
+    throw Error(ErrorCode::kBusy,
+                "Another process takes too long to make room in the store '" + root_.string() + "'; try again later.");
   }
   return {std::move(turn), std::move(*lock)};
 }

@@ -69,8 +69,9 @@ Sweep::Removed Sweep::remove(const std::vector<Removable>& files, int64_t bytes)
     const auto begun = std::chrono::steady_clock::now();
     {
       const auto hold = locks_->removing(std::chrono::seconds(10));
-      if (!hold) throw Error(ErrorCode::kBusy, "Saves keep the store's lock '" + locks_->claims_path().parent_path().string() +
-                                                   "'; try again later.");
+      if (!hold)
+        throw Error(ErrorCode::kBusy, "Saves keep the store's lock '" + locks_->claims_path().parent_path().string() +
+                                          "'; try again later.");
       read_claims();
       for (size_t unlinks = 0; unlinks < kUnlinksPerHold && next < files.size() && removed.bytes < bytes; ++next) {
         const Removable& file = files[next];
@@ -84,8 +85,8 @@ Sweep::Removed Sweep::remove(const std::vector<Removable>& files, int64_t bytes)
     }
     // As long for others as for us: whoever waits looks every few milliseconds.
     if (next < files.size() && removed.bytes < bytes) {
-      std::this_thread::sleep_for(std::max<std::chrono::steady_clock::duration>(std::chrono::steady_clock::now() - begun,
-                                                                                std::chrono::milliseconds(2)));
+      std::this_thread::sleep_for(std::max<std::chrono::steady_clock::duration>(
+          std::chrono::steady_clock::now() - begun, std::chrono::milliseconds(2)));
     }
   }
   return removed;

@@ -65,8 +65,9 @@ KvLayout decode_layout(std::string_view text, int version, const std::string& fi
       corrupt(file_name, kNotUnderstood);
     }
     if (version >= 3 && fields[5] != kRowOrder) {
-      throw Error(ErrorCode::kIncompatible, "'" + file_name + "' keeps the elements of '" + spec.name + "' in the order '" +
-                                                std::string(fields[5]) + "', which this Torpor does not know; use a newer one.")
+      throw Error(ErrorCode::kIncompatible, "'" + file_name + "' keeps the elements of '" + spec.name +
+                                                "' in the order '" + std::string(fields[5]) +
+                                                "', which this Torpor does not know; use a newer one.")
           .with_path(file_name)
           .with_field("layout", std::string(kRowOrder), std::string(fields[5]));
     }
@@ -93,7 +94,8 @@ void check_layer_tensors(TorporFile& file, const std::string& file_name) {
   for (size_t i = 0; i < file.row_tensors; ++i) {
     const auto& spec = file.layout.tensors[i];
     const auto& tensor = tensors[i];
-    if (tensor.name != spec.name) corrupt(file_name, "tensor '" + tensor.name + "' stands where its layout has '" + spec.name + "'");
+    if (tensor.name != spec.name)
+      corrupt(file_name, "tensor '" + tensor.name + "' stands where its layout has '" + spec.name + "'");
     if (i == 0 && tensor.shape.size() == 4) file.rows = tensor.shape[2];
     if (tensor.dtype != kv_dtype_name(spec.dtype) ||
         tensor.shape != std::vector<uint64_t>{1, uint64_t(spec.n_kv_heads), file.rows, uint64_t(spec.dim)}) {
@@ -121,7 +123,8 @@ void check_tensors(TorporFile& file, size_t bytes_per_token, const std::string& 
   const auto tokens = std::find_if(tensors.begin(), tensors.end(), [](const auto& t) { return t.name == "tokens"; });
   if (tokens == tensors.end()) corrupt(file_name, "it has no tensor 'tokens'");
   if (tokens + 1 != tensors.end()) corrupt(file_name, "its tensor 'tokens' is not the last");
-  if (tokens->dtype != "I32" || tokens->shape.size() != 1) corrupt(file_name, "its tensor 'tokens' is not a list of I32");
+  if (tokens->dtype != "I32" || tokens->shape.size() != 1)
+    corrupt(file_name, "its tensor 'tokens' is not a list of I32");
   file.n_tokens = tokens->shape[0];
   size_t others = tensors.size() - 1;
   if (file.version >= 3 && others > 0 && tensors[others - 1].name == "messages") {
@@ -139,7 +142,8 @@ void check_tensors(TorporFile& file, size_t bytes_per_token, const std::string& 
   file.row_tensors = others - state.size();
   for (size_t i = 0; i < state.size(); ++i) {
     const auto& tensor = tensors[file.row_tensors + i];
-    if (tensor.name != state[i]) corrupt(file_name, "tensor '" + tensor.name + "' stands where its state has '" + state[i] + "'");
+    if (tensor.name != state[i])
+      corrupt(file_name, "tensor '" + tensor.name + "' stands where its state has '" + state[i] + "'");
     if (tensor.size() == 0) corrupt(file_name, "the state '" + tensor.name + "' is empty");
   }
   if (file.row_tensors == 0) return;
@@ -192,8 +196,8 @@ TorporFile parse_torpor_file(std::span<const std::byte> prefix, uint64_t file_si
   const std::string& version = file.required("format_version", file_name);
   if (!parse_int(version, file.version) || file.version < 1 || file.version > kFormatVersion) {
     const std::string newest = std::to_string(kFormatVersion);
-    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has format version " + version + ", this Torpor reads " + newest +
-                                              " and older; use a newer one.")
+    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has format version " + version + ", this Torpor reads " +
+                                              newest + " and older; use a newer one.")
         .with_path(file_name)
         .with_field("format_version", newest, version);
   }
@@ -235,8 +239,10 @@ std::string encode_torpor_header(const FileContents& contents, const KvLayout& l
                          .shape = {1, uint64_t(spec.n_kv_heads), contents.rows, uint64_t(spec.dim)}});
     }
   }
-  for (const KvState& tensor : contents.state) tensors.push_back({.name = tensor.name, .dtype = tensor.dtype, .shape = tensor.shape});
-  if (contents.message_bytes > 0) tensors.push_back({.name = "messages", .dtype = "U8", .shape = {contents.message_bytes}});
+  for (const KvState& tensor : contents.state)
+    tensors.push_back({.name = tensor.name, .dtype = tensor.dtype, .shape = tensor.shape});
+  if (contents.message_bytes > 0)
+    tensors.push_back({.name = "messages", .dtype = "U8", .shape = {contents.message_bytes}});
   tensors.push_back({.name = "tokens", .dtype = "I32", .shape = {contents.n_tokens}});
   std::string header = encode_safetensors_header(tensors, all);
   const std::string digest = header_checksum(std::as_bytes(std::span(header.data(), header.size())));
@@ -249,12 +255,15 @@ void check_layout(const KvLayout& layout, std::span<const KvState> state) {
   auto fail = [](const std::string& what) {
     throw Error(ErrorCode::kInvalidArgument, "The KV layout can't be stored: " + what + ".");
   };
-  if (layout.tensors.size() + state.size() > kMaxTensors) fail("it has more than " + std::to_string(kMaxTensors) + " tensors");
+  if (layout.tensors.size() + state.size() > kMaxTensors)
+    fail("it has more than " + std::to_string(kMaxTensors) + " tensors");
   const auto check_name = [&](const std::string& name) {
     const bool plain = !name.empty() && std::all_of(name.begin(), name.end(), [](char c) {
-      return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '.' || c == '-';
+      return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '.' ||
+             c == '-';
     });
-    if (!plain || name == "tokens" || name == "rows" || name == "messages" || name == "__metadata__") fail("'" + name + "' is no name for a layer tensor");
+    if (!plain || name == "tokens" || name == "rows" || name == "messages" || name == "__metadata__")
+      fail("'" + name + "' is no name for a layer tensor");
   };
   std::vector<std::string_view> names;
   for (const KvState& tensor : state) {

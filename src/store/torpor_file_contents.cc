@@ -134,7 +134,8 @@ void check_rows(const File& file, const TorporFile& parsed, const TensorMask& wa
   if (parsed.rows == 0) return;
   std::vector<std::byte> buffer(size_t(std::min<uint64_t>(kChunk, parsed.rows_bytes())));
   for_each_stretch(wanted, parsed.row_tensors, [&](size_t first, size_t last) {
-    read_and_check_rows(file, parsed, first, last, [&](uint64_t, size_t size) { return std::span(buffer).first(size); });
+    read_and_check_rows(file, parsed, first, last,
+                        [&](uint64_t, size_t size) { return std::span(buffer).first(size); });
   });
 }
 

@@ -31,7 +31,8 @@ VerifyReport verify_once(Store::Impl& store, const std::string& id,
       if (file.handle != nullptr) {
         const OwnContents contents = read_own_file(file, layout, &rows);
         problem = contents.problem;
-        if (int64_t(tokens.size()) == file.ref.first) tokens.insert(tokens.end(), contents.ids.begin(), contents.ids.end());
+        if (int64_t(tokens.size()) == file.ref.first)
+          tokens.insert(tokens.end(), contents.ids.begin(), contents.ids.end());
       }
     } catch (const Error& error) {
       problem = error.what();
@@ -115,8 +116,10 @@ bool recheck(Store::Impl& store, const KvLayout& layout, const SealedRun& run, c
     }
   }
   const auto damaged = [&] {
-    return Error(ErrorCode::kCorruption, "'" + store.segments.path(segment->name).string() + "' is damaged, and so are the rows "
-                                         "of it that are in use; wake the agent again, which goes on from what is intact.");
+    return Error(ErrorCode::kCorruption,
+                 "'" + store.segments.path(segment->name).string() +
+                     "' is damaged, and so are the rows "
+                     "of it that are in use; wake the agent again, which goes on from what is intact.");
   };
   if (run.damaged()) throw damaged();
   if (in_memory) return false;

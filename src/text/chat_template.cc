@@ -33,8 +33,8 @@ std::string ChatTemplate::render(std::string_view messages_json, bool add_genera
   return render(messages_json, add_generation_prompt, extra_json, nullptr).text;
 }
 
-RenderedText ChatTemplate::render(std::string_view messages_json, bool add_generation_prompt, std::string_view extra_json,
-                                  const Tokenizer* guarded_by) const {
+RenderedText ChatTemplate::render(std::string_view messages_json, bool add_generation_prompt,
+                                  std::string_view extra_json, const Tokenizer* guarded_by) const {
   ShimText rendered, joint, error;
   text::check(torpor_text_template_render(impl_->handle.get(), messages_json.data(), messages_json.size(),
                                           add_generation_prompt, extra_json.data(), extra_json.size(),

@@ -15,8 +15,8 @@ using Json = nlohmann::ordered_json;
 
 [[noreturn]] void refuse(const std::string& what) { throw Error(ErrorCode::kInvalidArgument, what); }
 
-constexpr std::array<std::string_view, 7> kMembers = {"role", "content", "name", "thinking", "reasoning_content", "tool_calls",
-                                                      "tool_call_id"};
+constexpr std::array<std::string_view, 7> kMembers = {
+    "role", "content", "name", "thinking", "reasoning_content", "tool_calls", "tool_call_id"};
 
 /// Discarded when it is no JSON. What is nested deeper than anyone means to would overflow the stack when it is written. The
 /// messages are the objects at depth `messages`; what they have beside kMembers is left out, whatever it is. 0: there are none.
@@ -68,7 +68,8 @@ std::string content_of(const Json& message) {
   if (found == message.end() || !found->is_array()) return text_of(message, "content");
   std::string text;
   for (const Json& part : *found) {
-    if (!part.is_object() || part.value("type", "text") != "text") refuse("A part of a message's content is not a text.");
+    if (!part.is_object() || part.value("type", "text") != "text")
+      refuse("A part of a message's content is not a text.");
     text += text_of(part, "text");
   }
   return text;
@@ -84,7 +85,8 @@ ToolCall call_of(const Json& given) {
   if (const auto arguments = called.find("arguments"); arguments != called.end() && !arguments->is_null()) {
     call.arguments = arguments->is_string() ? arguments->get<std::string>() : arguments->dump();
   }
-  if (arguments_of(call.arguments).is_discarded()) refuse("The arguments of tool call '" + call.name + "' are not a JSON object.");
+  if (arguments_of(call.arguments).is_discarded())
+    refuse("The arguments of tool call '" + call.name + "' are not a JSON object.");
   return call;
 }
 
@@ -113,7 +115,8 @@ bool says_the_same(const Message& a, const Message& b) {
   const bool answers = a.role == "assistant";
   if (a.role != b.role || a.name != b.name) return false;
   if (answers ? trimmed(a.content) != trimmed(b.content) : a.content != b.content) return false;
-  if (!(answers && (a.thinking.empty() || b.thinking.empty())) && trimmed(a.thinking) != trimmed(b.thinking)) return false;
+  if (!(answers && (a.thinking.empty() || b.thinking.empty())) && trimmed(a.thinking) != trimmed(b.thinking))
+    return false;
   return std::ranges::equal(a.tool_calls, b.tool_calls, [](const ToolCall& one, const ToolCall& other) {
     return one.name == other.name && equal_arguments(one.arguments, other.arguments);
   });

@@ -56,9 +56,13 @@ ModelFiles::ModelFiles(const std::filesystem::path& dir, bool tokenizer)
 }
 
 torpor_text_files ModelFiles::view() const {
-  return {.tokenizer = view_of(tokenizer_), .tokenizer_config = view_of(tokenizer_config_),
-          .special_tokens_map = view_of(special_tokens_map_), .added_tokens = view_of(added_tokens_), .jinja = view_of(jinja_),
-          .tool_use = view_of(tool_use_), .chat_template = view_of(chat_template_)};
+  return {.tokenizer = view_of(tokenizer_),
+          .tokenizer_config = view_of(tokenizer_config_),
+          .special_tokens_map = view_of(special_tokens_map_),
+          .added_tokens = view_of(added_tokens_),
+          .jinja = view_of(jinja_),
+          .tool_use = view_of(tool_use_),
+          .chat_template = view_of(chat_template_)};
 }
 
 }  // namespace torpor::text

@@ -16,10 +16,12 @@ void Tokenizer::require(const std::filesystem::path& dir) {
   for (const char* name : {"tokenizer.model", "tekken.json", "vocab.json"}) {
     if (std::filesystem::exists(dir / name, ignored)) other = name;
   }
-  throw Error(ErrorCode::kNotFound, "there is no tokenizer at " + path.string() +
-                                        (other.empty() ? std::string("; fetch the model again")
-                                                       : ", and " + other + " is not read; transformers makes one of it: "
-                                                         "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"));
+  throw Error(ErrorCode::kNotFound,
+              "there is no tokenizer at " + path.string() +
+                  (other.empty() ? std::string("; fetch the model again")
+                                 : ", and " + other +
+                                       " is not read; transformers makes one of it: "
+                                       "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"));
 }
 
 std::shared_ptr<const Tokenizer> Tokenizer::load(const std::filesystem::path& dir) {
@@ -41,14 +43,18 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special) 
 }
 
 std::vector<int32_t> Tokenizer::encode(const RenderedText& text, std::optional<int32_t> after) const {
-  return encode_at(text.text, !after ? int64_t(TORPOR_TEXT_ALONE) : *after >= 0 ? int64_t(*after) : int64_t(UINT32_MAX), text.joint);
+  return encode_at(text.text,
+                   !after        ? int64_t(TORPOR_TEXT_ALONE)
+                   : *after >= 0 ? int64_t(*after)
+                                 : int64_t(UINT32_MAX),
+                   text.joint);
 }
 
 std::vector<int32_t> Tokenizer::encode_at(std::string_view text, int64_t place, std::string_view joint) const {
   torpor_text_ids ids{};
   ShimText error;
-  text::check(torpor_text_tokenizer_encode(impl_->handle.get(), text.data(), text.size(), place, joint.data(), joint.size(),
-                                           &ids, error.out()),
+  text::check(torpor_text_tokenizer_encode(impl_->handle.get(), text.data(), text.size(), place, joint.data(),
+                                           joint.size(), &ids, error.out()),
               error);
   const std::unique_ptr<torpor_text_ids, void (*)(torpor_text_ids*)> owned(
       &ids, [](torpor_text_ids* given) { torpor_text_ids_free(*given); });
