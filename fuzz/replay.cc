@@ -1,5 +1,6 @@
 /// Runs a fuzz target over the files of its corpus, and over simple mutations of each: every truncation near the
-/// boundaries, and one flipped bit per byte of the beginning. Deterministic; what libFuzzer finds is added as a file.
+/// boundaries, and one flipped bit per byte of the beginning. Files of the folder `grown`, which libFuzzer has mutated
+/// enough, are run as they are. Deterministic.
 ///     fuzz_NAME CORPUS [STRIDE]    (mutates each STRIDEth byte alone: of targets that write a file for each input)
 
 #include <algorithm>
@@ -43,7 +44,11 @@ int main(int argc, char** argv) {
     std::ifstream file(path, std::ios::binary);
     const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
     std::fprintf(stderr, "%s\n", path.c_str()); // the last line names the culprit
-    replay(bytes, size_t(stride));
+    if (path.parent_path().filename() == "grown") {
+      LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
+    } else {
+      replay(bytes, size_t(stride));
+    }
   }
   std::fprintf(stderr, "replayed %zu files\n", paths.size());
   return paths.empty() ? 1 : 0;
