@@ -24,8 +24,8 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 // ---- products: C = A B, or C = diag(scale) C + A B, one chain over k per element; B of a cache's type, or f32
 //
-// Of `ahead`, which is needed soon, as many bytes are brought into the cache as are read of B, so that memory is read all
-// the time and not in bursts. (Not where B is a worker's own memory.)
+// `ahead` is needed soon. It is brought into the cache as fast as B is read, so that memory is read all the time and not
+// in bursts. (Not where B is a worker's own memory.)
 
 template <int MR, int NV, bool kScaleC, class Rows, class Element = typename Rows::Element>
 HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const Element* HWY_RESTRICT b, size_t ldb, size_t k,
