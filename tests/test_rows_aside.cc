@@ -123,9 +123,9 @@ TEST_P(Aside, RunsThatAnotherAgentHoldsAreSharedAgain) {
   auto manager = make(6 * run_bytes());
   answer(*manager, "a", input("lamp", 700));
   manager->fork("a", "b", std::nullopt);
-  // A saved fork maps what its window has left behind, which its source goes on holding.
+  // A saved fork maps what its window has left behind, for its source too.
   manager->wait_for_writes();
-  EXPECT_EQ(held(*manager), int64_t(3 * run_bytes() + (GetParam() > 0 ? run_bytes() / 2 : 0)));
+  EXPECT_EQ(held(*manager), int64_t(3 * run_bytes() - (GetParam() > 0 ? run_bytes() / 2 : 0)));
   TurnTransaction turn(*manager, manager->wake("a"), input("sea", 100));
   append(*manager, turn, turn.pending());
   const AgentHold other = manager->wake("b");
