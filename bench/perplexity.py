@@ -68,7 +68,7 @@ def main():
         directory = ROOT / ".models" / name
         reference = None if args.no_mlx_lm else mlx_lm_perplexity(directory, text, args.tokens)
         exact = None
-        rows = [(kind, "f32", options) for kind, options in KINDS.items()] + [("f16", "int8", KINDS["f16"])]
+        rows = [(kind, "f32", options) for kind, options in KINDS.items()] + [("f32", "int16", KINDS["f32"])]
         for kind, activations, options in rows:
             try:
                 report = torpor_perplexity(torpor, directory, args, options, activations)
@@ -76,7 +76,7 @@ def main():
                 print(f"| {name} | | {kind} | | | {error.stderr.decode().strip()} | | |")
                 continue
             exact = exact or report["perplexity"]
-            label = kind if activations == "f32" else f"{kind}, int8 activations"
+            label = kind if activations == "f32" else f"{kind}, int16 activations"
             beside = f"{report['perplexity'] / reference - 1:+.4%}" if reference else ""
             print(f"| {name} | {report['tokens']} | {label} | `{report['kv']}` | {report['kv_bytes_per_token']} | "
                   f"{report['perplexity']:.4f} | {beside} | {report['perplexity'] / exact - 1:+.3%} |", flush=True)

@@ -95,11 +95,11 @@ inline std::vector<float> forward(Model& model, TestCache& cache, std::span<cons
 
 inline int argmax(std::span<const float> row) { return int(std::ranges::max_element(row) - row.begin()); }
 
-/// A model of scripts/fetch-model.
-inline std::unique_ptr<Model> load_fetched(const std::string& name, Backend backend = Backend::kKernels) {
+/// A model of scripts/fetch-model, computed in f32 unless told otherwise.
+inline std::unique_ptr<Model> load_fetched(const std::string& name, Activations activations = Activations::kF32) {
   const fs::path dir = kSource / ".models" / name;
   if (!fs::is_directory(dir)) throw std::runtime_error("no .models/" + name + "; run scripts/fetch-model " + name);
-  return Model::load(dir.string(), {.backend = backend});
+  return Model::load(dir.string(), {.backend = Backend::kKernels, .activations = activations});
 }
 
 }  // namespace torpor

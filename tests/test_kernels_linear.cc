@@ -72,6 +72,8 @@ void append(std::vector<std::byte>& out, uint32_t bits, Type type) {
 struct TestWeight {
   std::vector<std::byte> weight, scales, biases, bias;
   std::vector<double> values, magnitudes, bias_values;
+  std::vector<int> q;                               // of quantized weights: the integers, and per group
+  std::vector<float> group_scales, group_biases;  // what they stand for
   WeightSource source;
 
   TestWeight(Type type, int n, int k, std::mt19937& rng, int bits = 0, int group = 0, Type scale_type = Type::kF16,
@@ -99,10 +101,12 @@ struct TestWeight {
         const Stored s = store(uniform(rng) / float(1 << bits), scale_type), b = store(uniform(rng), scale_type);
         append(scales, s.bits, scale_type);
         append(biases, b.bits, scale_type);
+        group_scales.push_back(float(s.value));
+        group_biases.push_back(float(b.value));
         for (int i = g * group; i < (g + 1) * group; ++i) {
-          const uint32_t q = (words[size_t(i) * bits / 32] >> (size_t(i) * bits % 32)) & ((1u << bits) - 1);
-          values.push_back(s.value * q + b.value);
-          magnitudes.push_back(std::abs(s.value * q) + std::abs(b.value));
+          q.push_back(int((words[size_t(i) * bits / 32] >> (size_t(i) * bits % 32)) & ((1u << bits) - 1)));
+          values.push_back(s.value * q.back() + b.value);
+          magnitudes.push_back(std::abs(s.value * q.back()) + std::abs(b.value));
         }
       }
       source.scales = scales.data();
@@ -137,19 +141,50 @@ struct TestWeight {
     return {sum, (source.k * 33.0 / 32 + 20) * kUnit * magnitude};
   }
 
-  /// What the kernel takes row `x` for: quantized weights meet 127ths of the largest magnitude among 32 with kInt8.
+  /// What the kernel takes row `x` for: quantized weights meet 32767ths of a group's largest magnitude with kInt16.
   std::vector<double> as_multiplied(const float* x, Activations activations) const {
     std::vector<double> row(x, x + source.k);
     if (activations == Activations::kF32 || source.type != Type::kAffine) return row;
-    for (int first = 0; first < source.k; first += 32) {
-      float most = 0;
-      for (int i = first; i < first + 32; ++i) most = std::max(most, std::abs(x[i]));
-      for (int i = first; i < first + 32; ++i) {
-        row[i] = double(most) / 127 * double(std::lrint(x[i] * (127.0f / most)));
-        EXPECT_LE(std::abs(row[i] - double(x[i])), 0.501 * double(most) / 127);
+    for (int g = 0; g < source.k / source.group; ++g) {
+      const Rounded group = rounded(x, g);
+      for (int i = 0; i < source.group; ++i) {
+        double& value = row[g * source.group + i];
+        EXPECT_LE(std::abs(group.values[i] * double(group.scale) - value), 0.51 * double(group.scale));
+        value = group.values[i] * double(group.scale);
       }
     }
     return row;
+  }
+
+  /// Group `g` of row `x` as 16-bit integers.
+  struct Rounded {
+    std::vector<int> values;
+    float scale;
+  };
+  Rounded rounded(const float* x, int g) const {
+    float most = 0;
+    for (int i = g * source.group; i < (g + 1) * source.group; ++i) most = std::max(most, std::abs(x[i]));
+    Rounded out{{}, most / 32767};
+    for (int i = g * source.group; i < (g + 1) * source.group; ++i) out.values.push_back(int(std::lrint(x[i] * (32767 / most))));
+    return out;
+  }
+
+  /// Output `column` of input row `x` as docs/models.md says that 16-bit activations are computed, to the bit.
+  float of_16_bits(const float* x, int column, bool fused) const {
+    const auto add = [&](float a, float b, float sum) { return fused ? std::fma(a, b, sum) : a * b + sum; };
+    const int groups = source.k / source.group;
+    float sum = 0;
+    for (int g = 0; g < groups; ++g) {
+      const Rounded group = rounded(x, g);
+      int32_t dot = 0, total = 0;
+      for (int i = 0; i < source.group; ++i) {
+        dot += group.values[i] * q[size_t(column) * source.k + g * source.group + i];
+        total += group.values[i];
+      }
+      sum = add(float(dot), group_scales[size_t(column) * groups + g] * group.scale, sum);
+      sum = add(group.scale * float(total), group_biases[size_t(column) * groups + g], sum);
+    }
+    return sum;
   }
 };
 
@@ -228,7 +263,7 @@ TEST(KernelsLinear, QuantizedWeights) {
   }
 }
 
-TEST(KernelsLinear, QuantizedWeightsWithInt8Activations) {
+TEST(KernelsLinear, QuantizedWeightsWith16BitActivations) {
   const RestoreThreads restore;
   std::mt19937 rng(12);
   for (const int bits : {4, 8}) {
@@ -236,39 +271,72 @@ TEST(KernelsLinear, QuantizedWeightsWithInt8Activations) {
       for (const Type scale_type : {Type::kF32, Type::kF16, Type::kBF16}) {
         SCOPED_TRACE(std::to_string(bits) + " bits, group " + std::to_string(group) + ", scales " + type_name(scale_type));
         const TestWeight w(Type::kAffine, 39, 3 * 128, rng, bits, group, scale_type, true);
-        check_linear({&w}, true, rng, Activations::kInt8);
+        check_linear({&w}, true, rng, Activations::kInt16);
         if (HasFatalFailure()) return;
       }
     }
   }
 }
 
-TEST(KernelsLinear, Int8ActivationsAtTheExtremes) {
+// So every target has the same integers, and those that fuse multiply-adds the same bits.
+TEST(KernelsLinear, SumsOf16BitActivationsAreTheSpecifiedOnesToTheBit) {
+  const bool fused = lane_class().ends_with("-fma");
+  std::mt19937 rng(13);
+  for (const int bits : {4, 8}) {
+    for (const int group : {32, 64, 128}) {
+      for (const auto& [n, k] : {std::pair{16 * 5 + 3, 1152}, {40, 128}}) {
+        SCOPED_TRACE(std::to_string(bits) + " bits, group " + std::to_string(group) + ", K " + std::to_string(k));
+        const TestWeight w(Type::kAffine, n, k, rng, bits, group);
+        const auto packed = PackedLinear::pack({w.source}, Activations::kInt16);
+        const int most = 45;
+        const std::vector<float> x = random_rows(most, k, rng);
+        std::vector<float> want(size_t(most) * n), y(size_t(most) * n);
+        for (size_t i = 0; i < want.size(); ++i) want[i] = w.of_16_bits(x.data() + i / n * k, int(i % n), fused);
+        for (const int m : {1, 2, 5, 8, 9, 16, 33, most}) {
+          linear(x.data(), m, *packed, nullptr, y.data());
+          for (size_t i = 0; i < size_t(m) * n; ++i) {
+            ASSERT_EQ(y[i], want[i]) << "M " << m << " row " << i / n << " column " << i % n;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(KernelsLinear, Activations16AtTheExtremes) {
   // All weights 1 (q = 255, scale = 1, bias = -254): a sum of the largest products, then zeros, then what isn't finite.
-  const std::vector<uint32_t> words(16 * 32 / 4, 0xffffffffu);
+  const std::vector<uint32_t> words(16 * 128 / 4, 0xffffffffu);
   const std::vector<float> scales(16, 1.0f), biases(16, -254.0f);
   WeightSource source;
   source.type = Type::kAffine;
   source.n = 16;
-  source.k = source.group = 32;
+  source.k = source.group = 128;
   source.bits = 8;
   source.scale_type = Type::kF32;
   source.weight = words.data();
   source.scales = scales.data();
   source.biases = biases.data();
-  const auto packed = PackedLinear::pack({source}, Activations::kInt8);
-  std::vector<float> x(32, -2.0f), y(16);
-  linear(x.data(), 1, *packed, nullptr, y.data());
-  EXPECT_NEAR(y[0], -64.0f, 1e-2);
-  x.assign(32, 0.0f);
-  linear(x.data(), 1, *packed, nullptr, y.data());
-  EXPECT_EQ(y[15], 0.0f);
-  for (const float odd : {NAN, -NAN, INFINITY, -INFINITY}) {
-    for (int i = 0; i < 32; ++i) {
-      x.assign(32, 1.0f);
-      x[i] = odd;
-      linear(x.data(), 1, *packed, nullptr, y.data());
-      EXPECT_FALSE(std::isfinite(y[15])) << odd << " at " << i;
+  const auto packed = PackedLinear::pack({source}, Activations::kInt16);
+  // One row, and enough for the kernel of many.
+  for (const int m : {1, 17}) {
+    std::vector<float> x(size_t(m) * 128, -2.0f), y(size_t(m) * 16);
+    linear(x.data(), m, *packed, nullptr, y.data());
+    EXPECT_NEAR(y.back(), -256.0f, 1e-2);
+    for (const float small : {0.0f, 1e-38f, 1e-44f}) {
+      x.assign(x.size(), small);
+      linear(x.data(), m, *packed, nullptr, y.data());
+      EXPECT_NEAR(y.back(), 0.0f, 1e-30) << small;
+    }
+    for (const float odd : {NAN, -NAN, INFINITY, -INFINITY}) {
+      for (int i = 0; i < 128; ++i) {
+        x.assign(x.size(), 1.0f);
+        x[size_t(m - 1) * 128 + i] = odd;
+        linear(x.data(), m, *packed, nullptr, y.data());
+        EXPECT_FALSE(std::isfinite(y.back())) << odd << " at " << i;
+        if (m > 1) {
+          EXPECT_NEAR(y[15], 128.0f, 1e-2) << "the first row";
+        }
+      }
     }
   }
 }

@@ -47,12 +47,18 @@ def nothing_in_four_bits(config, weights):
             weights[f"{name}.biases"] = np.full((rows, columns // 32), -15, np.float16)
 
 
-def test_activations_of_8_bits_err_with_the_weights_and_not_with_their_biases(tmp_path):
+def test_activations_of_16_bits_are_those_of_f32(real, golden):
+    exact, rounded = (perplexity(real, "--kv-dtype", "f32", "--activations", kind).ok().json["perplexity"]
+                      for kind in ("f32", "int16"))
+    assert rounded != exact and abs(rounded / exact - 1) < 1e-4
+
+
+def test_rounded_activations_err_with_the_weights_and_not_with_their_biases(tmp_path):
     torpor = Torpor(tmp_path / "store", make_tiny_model(tmp_path / "model", nothing_in_four_bits))
     text = " ".join((GOLDENS / "long.txt").read_text().split())[:600]
     exact, rounded = (perplexity(torpor, text=text, env={"TORPOR_ACTIVATIONS": kind}).ok().json["perplexity"]
-                      for kind in ("f32", "int8"))
-    assert abs(rounded / exact - 1) < 1e-3
+                      for kind in ("f32", "int16"))
+    assert abs(rounded / exact - 1) < 1e-5
 
 
 def test_bad_texts(tiny):

@@ -20,7 +20,8 @@ def test_settings_say_how_rows_are_computed_and_the_environment_is_only_their_de
     monkeypatch.delenv("TORPOR_BACKEND", raising=False)
     plain = say("plain")
     assert plain.startswith("f32") and say("kernels", backend="kernels", activations="f32") == plain
-    rounded = say("int8", activations="int8")
+    rounded = say("int16", activations="int16")
+    assert rounded == plain.replace("f32", "int16")
     others = say("mlx", backend="mlx")
     assert len({plain, rounded, others}) == 3
     monkeypatch.setenv("TORPOR_BACKEND", "mlx")

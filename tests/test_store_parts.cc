@@ -479,12 +479,15 @@ TEST_F(StoreParts, RowsOfOtherNumericsGetOtherNames) {
   EXPECT_EQ(more.lineage.ranges.back(), (Lineage::Range{256, "f32/test/l2"}));
 }
 
-TEST_F(StoreParts, RowsOfTheFirstInt8ArithmeticAreNotTakenForThoseOfTheSecond) {
+TEST_F(StoreParts, RowsOfOneArithmeticOfRoundedActivationsAreNotTakenForThoseOfAnother) {
   const ConversationIdentity conversation{"t0", "m0"};
-  for (const std::string first : {"int8", "int8/kernels/l8-fma"}) {
+  const std::string kernels = "/kernels/l8-fma", last = "int16" + kernels;
+  // Both arithmetics of old versions' 8 bits, and f32, beside the one that came after.
+  for (const auto& [first, second] : {std::pair<std::string, std::string>{"int8", "int8.2"}, {"int8", "int16"}, {"int8.2", "int16"},
+                                      {"f32", "int16"}, {"int8" + kernels, "int8.2" + kernels}, {"int8.2" + kernels, last},
+                                      {"f32" + kernels, last}}) {
     for (const auto& old_names : {std::optional(conversation), std::optional<ConversationIdentity>()}) {
-      SCOPED_TRACE(first + (old_names ? ", old names" : ""));
-      const std::string second = old_names ? "int8.2" : "int8.2/kernels/l8-fma";
+      SCOPED_TRACE(first + ", " + second + (old_names ? ", old names" : ""));
       KvSnapshot rows = make_snapshot(600, kLayout);
       rows.lineage = {.ranges = {{0, first}}, .old_names = old_names};
       store_.save_agent_cache("a", rows, "m");
@@ -494,7 +497,7 @@ TEST_F(StoreParts, RowsOfTheFirstInt8ArithmeticAreNotTakenForThoseOfTheSecond) {
       // The agent goes on, and its new rows are nobody else's.
       KvSnapshot more = make_snapshot(1100, kLayout);
       more.lineage = rows.lineage;
-      EXPECT_TRUE(more.lineage.go_on_with("int8.2/kernels/l8-fma", 600));
+      EXPECT_TRUE(more.lineage.go_on_with(last, 600));
       EXPECT_EQ(store_.save_agent_cache("a", more, "m").segments_written, 2);
       EXPECT_TRUE(same(store_.load_agent_cache("a").snapshot, more));
       EXPECT_EQ(store_.find_prefix(more.identity, rows.lineage, kLayout, more.tokens), 512);

@@ -57,6 +57,20 @@ def test_a_woken_agent_answers_as_if_it_had_never_slept(real, kv_dtype):
     assert [turn["tokens"] for turn in slept] == [turn["tokens"] for turn in awake]
 
 
+def test_rows_of_other_activations_are_not_taken_and_an_agent_goes_on_with_a_notice(tiny, words):
+    def run(agent, message, activations):
+        return tiny.run(agent, message, "--raw", "--activations", activations, max_tokens=1).ok().json
+
+    run("ada", words(300), "f32")
+    assert run("bob", words(300), "int16")["tokens"]["cached"] == 0
+    assert run("eve", words(300), "f32")["tokens"]["cached"] >= 256
+    turn = run("ada", " and then", "int16")
+    assert turn["tokens"]["cached"] == 301
+    [notice] = turn["notices"]
+    assert "'f32/kernels/" in notice and "'int16/kernels/" in notice
+    assert "notices" not in run("ada", " and then", "int16")
+
+
 @pytest.mark.parametrize("length", [16, 255, 256, 257, 2000])
 def test_waking_at_a_boundary(tiny, tmp_path, words, length):
     lines = [words(length - 8), " and then"]

@@ -11,20 +11,20 @@ enum class Backend { kKernels, kMlx };
 /// "kernels", "mlx".
 const char* backend_name(Backend backend) noexcept;
 
-/// What rows are rounded to before the CPU kernels multiply them with quantized weights: nothing, or 8-bit integers with a
-/// scale per 32 columns (faster; a relative error of about 2^-8 per value). A cache made with one continues bit-exactly only
-/// with the same.
-enum class Activations { kF32, kInt8 };
-/// "f32", "int8".
+/// What rows are rounded to before the CPU kernels multiply them with quantized weights: nothing, or 16-bit integers with a
+/// scale per group of the weights (a relative error of about 2^-16 per value; faster where the CPU multiplies integers well). A
+/// cache made with one continues bit-exactly only with the same.
+enum class Activations { kF32, kInt16 };
+/// "f32", "int16".
 const char* activations_name(Activations activations) noexcept;
 
 /// Two models in one process may differ in backend and activations. Threads and CPU target are the process's: the first model
 /// settles them, and another value later is kInvalidArgument.
 struct ComputeOptions {
   std::optional<Backend> backend;          ///< nullopt: TORPOR_BACKEND, else kMlx where MLX's default device is a GPU, else kKernels
-  std::optional<Activations> activations;  ///< nullopt: TORPOR_ACTIVATIONS ("f32", "int8"), else kF32; of kKernels alone
+  std::optional<Activations> activations;  ///< nullopt: TORPOR_ACTIVATIONS ("f32", "int16"), else kF32; of kKernels alone
   int threads = 0;                         ///< of the kernels, 1 to 256; 0: TORPOR_THREADS, else one per core that may be used
-  /// Instruction set of the kernels: portable, sse4, avx2, avx512 or neon. Empty: TORPOR_CPU_TARGET, else the CPU's best.
+  /// Instruction set of the kernels: portable, sse4, avx2, avx512, amx or neon. Empty: TORPOR_CPU_TARGET, else the CPU's best.
   std::string cpu_target;
 };
 

@@ -85,10 +85,10 @@ std::optional<Backend> parse_backend(const std::optional<std::string>& name) {
 
 std::optional<Activations> parse_activations(const std::optional<std::string>& name) {
   if (!name) return std::nullopt;
-  for (const Activations activations : {Activations::kF32, Activations::kInt8}) {
+  for (const Activations activations : {Activations::kF32, Activations::kInt16}) {
     if (*name == activations_name(activations)) return activations;
   }
-  throw Error(ErrorCode::kInvalidArgument, "There are no activations '" + *name + "'; use f32 or int8.");
+  throw Error(ErrorCode::kInvalidArgument, "There are no activations '" + *name + "'; use f32 or int16.");
 }
 
 SaveMode parse_save_mode(const std::string& name) {

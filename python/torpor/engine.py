@@ -110,7 +110,7 @@ class Engine:
                  kv_format: str | None = None, durability: Literal["full", "rename", "none"] = "full",
                  memory_budget: int | str = 0, disk_budget: int | str = 0, min_free: int | str = 0,
                  write_queue: int = 256 << 20, text_queue: int = 64 << 10, max_stall: int = 250, map_rows: bool = True,
-                 backend: Literal["kernels", "mlx"] | None = None, activations: Literal["f32", "int8"] | None = None,
+                 backend: Literal["kernels", "mlx"] | None = None, activations: Literal["f32", "int16"] | None = None,
                  threads: int = 0, cpu_target: str | None = None) -> None:
         """Loads the model.
 
@@ -133,11 +133,11 @@ class Engine:
             into memory, where no later fault of the disk can reach them.
         backend: "kernels": Torpor's CPU kernels; "mlx": MLX's own operations (Metal, CUDA). None: $TORPOR_BACKEND, else "mlx"
             where MLX's default device is a GPU, else "kernels".
-        activations: what the kernels round rows to before they multiply them with quantized weights: "f32": to nothing; "int8":
-            faster. None: $TORPOR_ACTIVATIONS, else "f32".
+        activations: what the kernels round rows to before they multiply them with quantized weights: "f32": to nothing; "int16":
+            to 16-bit integers. None: $TORPOR_ACTIVATIONS, else "f32".
         threads: of the kernels, 1 to 256. 0: $TORPOR_THREADS, else one per core that the process may use (docs/cli.md).
-        cpu_target: the kernels' instruction set: "portable", "sse4", "avx2", "avx512" or "neon". None: $TORPOR_CPU_TARGET, else
-            the CPU's best.
+        cpu_target: the kernels' instruction set: "portable", "sse4", "avx2", "avx512", "amx" or "neon". None:
+            $TORPOR_CPU_TARGET, else the CPU's best.
 
         Threads and CPU target are the process's: its first engine settles them, and others raise InvalidArgumentError when they
         ask for another value.

@@ -16,7 +16,7 @@ namespace {
 }  // namespace
 
 const char* backend_name(Backend backend) noexcept { return backend == Backend::kKernels ? "kernels" : "mlx"; }
-const char* activations_name(Activations activations) noexcept { return activations == Activations::kF32 ? "f32" : "int8"; }
+const char* activations_name(Activations activations) noexcept { return activations == Activations::kF32 ? "f32" : "int16"; }
 
 ComputeOptions with_environment(ComputeOptions options) {
   if (const std::string value = environment("TORPOR_BACKEND"); !options.backend && !value.empty()) {
@@ -26,10 +26,10 @@ ComputeOptions with_environment(ComputeOptions options) {
     if (!options.backend) refuse("TORPOR_BACKEND", "kernels or mlx", value);
   }
   if (const std::string value = environment("TORPOR_ACTIVATIONS"); !options.activations && !value.empty()) {
-    for (const Activations activations : {Activations::kF32, Activations::kInt8}) {
+    for (const Activations activations : {Activations::kF32, Activations::kInt16}) {
       if (value == activations_name(activations)) options.activations = activations;
     }
-    if (!options.activations) refuse("TORPOR_ACTIVATIONS", "f32 or int8", value);
+    if (!options.activations) refuse("TORPOR_ACTIVATIONS", "f32 or int16", value);
   }
   if (const std::string value = environment("TORPOR_THREADS"); options.threads == 0 && !value.empty()) {
     const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), options.threads);

@@ -24,7 +24,7 @@ const std::map<std::string, Durability> kDurabilities{
     {"full", Durability::kFull}, {"rename", Durability::kRename}, {"none", Durability::kNone}};
 
 const std::map<std::string, Backend> kBackends{{"kernels", Backend::kKernels}, {"mlx", Backend::kMlx}};
-const std::map<std::string, Activations> kActivations{{"f32", Activations::kF32}, {"int8", Activations::kInt8}};
+const std::map<std::string, Activations> kActivations{{"f32", Activations::kF32}, {"int16", Activations::kInt16}};
 
 template <typename Map>
 std::vector<std::string> keys(const Map& map) {
@@ -125,12 +125,12 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
       ->check(CLI::IsMember(keys(kBackends)))
       ->type_name("NAME");
   app.add_option("--activations", options.activations_name,
-                 "What rows are rounded to: f32 or int8 (default: $TORPOR_ACTIVATIONS, else f32)")
+                 "What rows are rounded to: f32 or int16 (default: $TORPOR_ACTIVATIONS, else f32)")
       ->check(CLI::IsMember(keys(kActivations)))
       ->type_name("TYPE");
   app.add_option("--cpu-target", options.compute_given.cpu_target,
-                 "portable, sse4, avx2, avx512 or neon (default: $TORPOR_CPU_TARGET, else the CPU's best)")
-      ->check(CLI::IsMember({"portable", "sse4", "avx2", "avx512", "neon"}))
+                 "portable, sse4, avx2, avx512, amx or neon (default: $TORPOR_CPU_TARGET, else the CPU's best)")
+      ->check(CLI::IsMember({"portable", "sse4", "avx2", "avx512", "amx", "neon"}))
       ->type_name("NAME");
 }
 

@@ -27,6 +27,13 @@ bool TargetFuses() { return HWY_NATIVE_FMA != 0; }
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
+
+#if HWY_ARCH_X86_64 && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace torpor::kernels {
 
 HWY_EXPORT(ThisTarget);
@@ -53,14 +60,16 @@ int64_t targets_of(const std::string& name) {
     wanted = HWY_AVX2;
   } else if (name == "avx512") {
     wanted = 2 * HWY_AVX3 - 1;  // newer ones have lower bits
+  } else if (name == "amx") {
+    wanted = 2 * HWY_AVX3_DL - 1;
 #elif HWY_ARCH_ARM
   } else if (name == "neon") {
     wanted = HWY_TARGETS & ~kPortable;  // scalable vectors are left out of the build
 #endif
-  } else if (name == "sse4" || name == "avx2" || name == "avx512" || name == "neon") {
+  } else if (name == "sse4" || name == "avx2" || name == "avx512" || name == "amx" || name == "neon") {
     refuse(name, "The CPU target '" + name + "' belongs to another architecture; leave it unset, or use 'portable'.");
   } else {
-    refuse(name, "The CPU target must be portable, sse4, avx2, avx512 or neon, not '" + name + "'.");
+    refuse(name, "The CPU target must be portable, sse4, avx2, avx512, amx or neon, not '" + name + "'.");
   }
   return wanted;
 }
@@ -68,7 +77,22 @@ int64_t targets_of(const std::string& name) {
 /// Asked of the dispatch itself: hwy::SupportedTargets() makes Highway choose anew, from the disabled targets too.
 int64_t target_in_use() { return HWY_DYNAMIC_DISPATCH(ThisTarget)(); }
 
-std::atomic<bool> settled{false};
+/// Whether this process may use AMX. Asks the kernel for it: tiles are 8 KiB of a thread's state, so it is off until then.
+bool amx_permitted() {
+#if HWY_ARCH_X86_64 && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) == 0 || (d & kBytes) == 0) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool> settled{false}, amx{false};
+
+const char* name_in_use() { return amx ? "AMX" : hwy::TargetName(target_in_use()); }
 
 }  // namespace
 
@@ -77,16 +101,18 @@ void settle_cpu_target(const std::string& name) {
   const std::lock_guard lock(mutex);
   const int64_t wanted = name.empty() ? 0 : targets_of(name);
   if (!settled.load()) {
+    const bool tiles = (name.empty() || name == "amx") && amx_permitted();
     // The portable target is always among the supported ones when it was compiled at all.
-    if (wanted != 0 && (wanted & (hwy::SupportedTargets() | kPortable) & HWY_TARGETS) == 0) {
+    if ((wanted != 0 && (wanted & (hwy::SupportedTargets() | kPortable) & HWY_TARGETS) == 0) || (name == "amx" && !tiles)) {
       refuse(name, "The CPU target '" + name + "' is not available on this CPU; leave it unset to use the best one.");
     }
     // Highway falls back to the portable target when all others are disabled.
     if (wanted != 0) hwy::DisableTargets(~(wanted | kPortable));
+    amx = tiles && target_in_use() <= HWY_AVX3_DL;
     settled.store(true, std::memory_order_release);
-  } else if (wanted != 0 && (wanted & target_in_use()) == 0) {
-    refuse(name, std::string("This process computes on the CPU target ") + hwy::TargetName(target_in_use()) + " already, not '" +
-                     name + "'; give every model the same.");
+  } else if (wanted != 0 && ((wanted & target_in_use()) == 0 || (amx ? name == "avx512" : name == "amx"))) {
+    refuse(name, std::string("This process computes on the CPU target ") + name_in_use() + " already, not '" + name +
+                     "'; give every model the same.");
   }
 }
 
@@ -96,8 +122,10 @@ void ensure_cpu_target() {
 
 const char* cpu_target_name() {
   ensure_cpu_target();
-  return hwy::TargetName(target_in_use());
+  return name_in_use();
 }
+
+bool amx_in_use() { return amx.load(std::memory_order_relaxed); }
 
 std::string lane_class() {
   ensure_cpu_target();

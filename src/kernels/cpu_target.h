@@ -3,8 +3,6 @@
 
 #include <string>
 
-#include <string>
-
 namespace torpor::kernels {
 
 /// Settles it for the process, unless it is settled already: then another one is kInvalidArgument. An empty name takes what there
@@ -13,8 +11,12 @@ void settle_cpu_target(const std::string& name);
 /// Settles it by TORPOR_CPU_TARGET if nobody has. Every public kernel calls this before its first dynamic dispatch.
 void ensure_cpu_target();
 
-/// Name of the target in use, as Highway spells it ("AVX2"; the portable one is "EMU128" or, on compilers that break it, "SCALAR").
+/// Name of the target in use, as Highway spells it ("AVX2"; the portable one is "EMU128" or, on compilers that break it, "SCALAR");
+/// or "AMX".
 const char* cpu_target_name();
+
+/// Whether the target in use is "amx": AVX-512 with VNNI, and AMX's tiles of bytes. Once a kernel has been called.
+bool amx_in_use();
 
 /// What rounding depends on in the target in use: f32 lanes of its vectors, and whether it multiplies and adds in one
 /// ("l8-fma", "l4").

@@ -7,9 +7,9 @@
 // then its additive bias and its residual. The q's are read in place as q * 2^s (masked, not shifted) and meet x * 2^-s.
 // Prepare() makes rows so, with the groups' sums in their places: a group of 32 is 33 columns.
 //
-// With Activations::kInt8, rows meet quantized weights as 8-bit integers with a scale per 32 columns, and
+// With Activations::kInt16, rows meet quantized weights as 16-bit integers with a scale per group, and
 //
-//   dot = Σ x8[k] * q[k] of the 32, exact;  sum = fma(dot, scale * x_scale, sum);  sum = fma(x_scale * Σ x8, bias, sum).
+//   dot = Σ x16[k] * q[k] of the group, exact;  sum = fma(dot, scale * x_scale, sum);  sum = fma(x_scale * Σ x16, bias, sum).
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/linear.cc"
@@ -22,8 +22,10 @@
 #include <bit>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 #include "kernels/compute.h"
+#include "kernels/cpu_target.h"
 #include "kernels/packed_layout.h"
 #include "kernels/thread_pool.h"
 
@@ -46,11 +48,14 @@ struct LinearCall {
 inline constexpr int kBlockRows = 144;
 /// Columns of a panel that are unpacked at once: 16 KiB of f32, half of a usual L1.
 inline constexpr int kBlockK = 256;
+/// Words of these; or of twice as many as pairs of 16-bit integers, or four times as many as bytes; with the scales and biases
+/// of groups of 32 or more.
+inline constexpr int kBlockWords = (kBlockK + 8 * kBlockK / 32) * kPanel;
 
 /// A worker's own memory.
 struct LinearScratch {
-  alignas(64) float weights[(kBlockK + 2 * kBlockK / 32) * kPanel];
-  alignas(64) float sums[kBlockRows * kPanel];
+  alignas(64) float weights[kBlockWords];
+  alignas(64) float sums[2 * kBlockRows * kPanel];
 };
 inline LinearScratch& linear_scratch() {
   static thread_local std::unique_ptr<LinearScratch> scratch = std::make_unique<LinearScratch>();
@@ -67,10 +72,29 @@ inline float* prepared_memory(size_t size) {
 /// Columns of a part's prepared rows that stand for [0, k): a quantized group has one more, its sum.
 inline int prepared_columns(const PackedPart& part, int k) { return part.group > 0 ? k + k / part.group : k; }
 
-/// Columns of an 8-bit row that share a scale, and the bytes of such a row: [K] i8, then per block x_scale and
-/// x_scale * Σ x8.
-inline constexpr int kInt8Block = 32;
-inline size_t int8_row_bytes(int k) { return size_t(k) + size_t(k) / kInt8Block * 2 * sizeof(float); }
+/// The largest magnitude of a 16-bit value, and the columns of the largest group.
+inline constexpr float kLargest16 = 32767;
+inline constexpr int kLargestGroup = 128;
+/// 32-bit words of a row of 16-bit values: per group half as many as columns, then x_scale and x_scale * Σ x16.
+inline size_t int16_row_words(const PackedPart& part, int k) { return size_t(k) / 2 + size_t(k) / size_t(part.group) * 2; }
+
+/// Words of `columns` of an unpacked panel: pairs, and per group its scales and biases.
+inline size_t int16_panel_words(const PackedPart& part, int columns) {
+  return size_t(columns / 2 + columns / part.group * 2) * kPanel;
+}
+
+/// Rows and columns of an AMX tile of bytes; panels that rows meet at once while both are in a core's L1.
+inline constexpr int kAmxRows = 16, kAmxColumns = 64, kAmxPanels = 2;
+/// Bytes of a group of 16 prepared rows: high bytes, low bytes, scales and sums.
+inline size_t amx_group_bytes(int group) { return kAmxRows * (2 * size_t(group) + 2 * sizeof(float)); }
+
+/// Elements from one prepared row to the next.
+inline size_t row_stride(const PackedPart& part, int k, const float*) { return size_t(prepared_columns(part, k)); }
+inline size_t row_stride(const PackedPart& part, int k, const int32_t*) { return int16_row_words(part, k); }
+/// Of rows in blocks of kAmxRows this is a share of the block.
+inline size_t row_stride(const PackedPart& part, int k, const uint8_t*) {
+  return size_t(k / part.group) * amx_group_bytes(part.group) / kAmxRows;
+}
 
 /// Rows that one task prepares: few rows are done sooner than another thread is awake.
 inline int rows_per_task(int rows, int threads) { return rows <= 16 ? rows : std::clamp(rows / (4 * threads), 1, 16); }
@@ -79,7 +103,8 @@ inline int rows_per_task(int rows, int threads) { return rows <= 16 ? rows : std
 #endif
 
 #include "kernels/linear_f32-inl.h"
-#include "kernels/linear_int8-inl.h"
+#include "kernels/linear_int16-inl.h"
+#include "kernels/linear_amx-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace torpor::kernels {
@@ -158,12 +183,12 @@ void EachPanels(ThreadPool& pool, const PackedPart& part, const F& run) {
 }
 
 // `rows` rows, the first of which is row `row` of the call.
-template <int kRows>
-void RunFew(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const float* x, int row, int rows) {
+template <int kRows, class X>
+void RunFew(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const X* x, int row, int rows) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return RunFew<kRows - 1>(pool, call, part, x, row, rows);
   }
-  const size_t stride = size_t(prepared_columns(part, call.w->k));
+  const size_t stride = row_stride(part, call.w->k, x);
   auto run = [&]<int kPanels>(int panel, int ahead) HWY_ATTR {
     HWY_ALIGN float sums[kPanels * kRows * kPanel];
     Vector<kRows, kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, stride, sums);
@@ -172,47 +197,116 @@ void RunFew(ThreadPool& pool, const LinearCall& call, const PackedPart& part, co
   EachPanels<PanelsAtOnce(kRows)>(pool, part, run);
 }
 
-void RunFewInt8(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const int8_t* x, int row, int rows) {
-  auto run = [&]<int>(int panel, int ahead) HWY_ATTR {
-    HWY_ALIGN float sums[kFewRows * kPanel];
-    Int8Panel(part, part.panel(panel), part.panel(ahead), call.w->k, x, rows, sums);
-    for (int r = 0; r < rows; ++r) Finish(call, part, panel, row + r, sums + r * kPanel);
-  };
-  EachPanels<1>(pool, part, run);
+// ---- Many rows ----
+
+// Equal steps of whole groups through k columns, of at most `most`, a multiple of all groups.
+int BlockStep(const PackedPart& part, int k, int most) {
+  const int steps = (k + most - 1) / most, step = (k + steps - 1) / steps;
+  return part.group > 0 ? (step + part.group - 1) / part.group * part.group : step;
 }
 
-// ---- Many rows ----
+// `count` panels from `panel` on for `rows` rows; sums [count][kBlockRows][16].
+void FinishPanels(const LinearCall& call, const PackedPart& part, int panel, int count, int row, int rows, float* sums) {
+  for (int p = 0; p < count; ++p) {
+    for (int r = 0; r < rows; ++r) Finish(call, part, panel + p, row + r, sums + (p * kBlockRows + r) * kPanel);
+  }
+}
 
 // Panels [first, last) of a part for `rows` prepared rows, the first of which is row `row` of the call.
 void RunBlock(const LinearCall& call, const PackedPart& part, const float* x, int first, int last, int row, int rows) {
   LinearScratch& scratch = linear_scratch();
-  const int k = call.w->k;
-  const size_t stride = size_t(prepared_columns(part, k));
-  // Equal steps of whole groups.
-  const int steps = (k + kBlockK - 1) / kBlockK;
-  int step = (k + steps - 1) / steps;
-  if (part.group > 0) step = (step + part.group - 1) / part.group * part.group;
-  for (int panel = first; panel < last; ++panel) {
+  const int k = call.w->k, step = BlockStep(part, k, kBlockK / kTilePanels);
+  FloatBlock block{.stride = size_t(prepared_columns(part, k)), .group = part.group};
+  for (int panel = first; panel < last; panel += kTilePanels) {
+    const int count = std::min(kTilePanels, last - panel);
     for (int k0 = 0; k0 < k; k0 += step) {
       const int k1 = std::min(k, k0 + step);
-      const float* weights = PanelAsFloats(part, part.panel(panel), k0, k1, scratch.weights);
+      for (int p = 0; p < count; ++p) {
+        block.panels[p] = PanelAsFloats(part, part.panel(panel + p), k0, k1, scratch.weights + p * kBlockWords / kTilePanels);
+      }
+      block.k = k1 - k0;
+      block.first = k0 == 0;
       const float* from = x + prepared_columns(part, k0);
       if (part.group > 0) {
-        Tiles<true>(from, rows, stride, weights, k1 - k0, part.group, k0 == 0, scratch.sums);
+        Tiles<true>(block, count, from, rows, scratch.sums);
       } else {
-        Tiles<false>(from, rows, stride, weights, k1 - k0, 0, k0 == 0, scratch.sums);
+        Tiles<false>(block, count, from, rows, scratch.sums);
       }
     }
-    for (int r = 0; r < rows; ++r) Finish(call, part, panel, row + r, scratch.sums + r * kPanel);
+    FinishPanels(call, part, panel, count, row, rows, scratch.sums);
   }
 }
 
-void RunInt8(const LinearCall& call, const PackedPart& part, const int8_t* x, int first, int last, int row, int rows) {
-  float* sums = linear_scratch().sums;
-  for (int panel = first; panel < last; ++panel) {
-    Int8Panel(part, part.panel(panel), part.panel(panel + 1), call.w->k, x, rows, sums);
-    for (int r = 0; r < rows; ++r) Finish(call, part, panel, row + r, sums + r * kPanel);
+void RunBlock(const LinearCall& call, const PackedPart& part, const int32_t* x, int first, int last, int row, int rows) {
+  LinearScratch& scratch = linear_scratch();
+  auto* unpacked = reinterpret_cast<int32_t*>(scratch.weights);
+  const int k = call.w->k;
+  // A word is two columns.
+  const int step = BlockStep(part, k, 2 * kBlockK / kTilePanels);
+  PairBlock block{.panels = unpacked, .panel_words = int16_panel_words(part, step), .stride = int16_row_words(part, k),
+                  .pairs = part.group / 2};
+  for (int panel = first; panel < last; panel += kTilePanels) {
+    const int count = std::min(kTilePanels, last - panel);
+    for (int k0 = 0; k0 < k; k0 += step) {
+      const int k1 = std::min(k, k0 + step);
+      for (int p = 0; p < count; ++p) UnpackPairs(part, part.panel(panel + p), k0, k1, unpacked + p * block.panel_words);
+      block.groups = (k1 - k0) / part.group;
+      block.first = k0 == 0;
+      const int32_t* from = x + int16_row_words(part, k0);
+      if (count == kTilePanels) {
+        PairTiles<kTileRows, kTilePanels>(block, from, rows, scratch.sums);
+      } else {
+        PairTiles<kTileRows, 1>(block, from, rows, scratch.sums);
+      }
+    }
+    FinishPanels(call, part, panel, count, row, rows, scratch.sums);
   }
+}
+
+#if TORPOR_HAVE_AMX
+void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, int first, int last, int row, int rows) {
+  LinearScratch& scratch = linear_scratch();
+  auto* unpacked = reinterpret_cast<uint32_t*>(scratch.weights);
+  const AmxTiles tiles(part.group);
+  const int k = call.w->k;
+  // A word is four columns.
+  const int step = BlockStep(part, k, 4 * kBlockK / kAmxPanels);
+  const size_t panel_words = size_t(step / 4 + step / part.group * 2) * kPanel;
+  const size_t block = row_stride(part, k, x) * kAmxRows;
+  for (int panel = first; panel < last; panel += kAmxPanels) {
+    const int count = std::min(kAmxPanels, last - panel);
+    for (int k0 = 0; k0 < k; k0 += step) {
+      const int k1 = std::min(k, k0 + step);
+      for (int p = 0; p < count; ++p) UnpackBytes(part, part.panel(panel + p), k0, k1, unpacked + p * panel_words);
+      const uint8_t* from = x + size_t(k0 / part.group) * amx_group_bytes(part.group);
+      for (int r = 0; r < rows; r += kAmxRows, from += block) {
+        for (int p = 0; p < count; ++p) {
+          AmxTile(part.group, from, unpacked + p * panel_words, (k1 - k0) / part.group, k0 == 0,
+                  scratch.sums + (p * kBlockRows + r) * kPanel);
+        }
+      }
+    }
+    FinishPanels(call, part, panel, count, row, rows, scratch.sums);
+  }
+}
+#endif
+
+// All panels of a part for `rows` prepared rows, the first of which is row `row` of the call.
+template <class X>
+void RunRows(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const X* x, int row, int rows) {
+  if constexpr (!std::is_same_v<X, uint8_t>) {
+    if (rows == 1 || (rows <= kFewRows && part.type == Type::kAffine)) return RunFew<kFewRows>(pool, call, part, x, row, rows);
+  }
+  // Pairs of panels, for a gated panel's outputs fill half a cache line.
+  const int tile = std::is_same_v<X, uint8_t> ? kAmxRows : kTileRows;
+  const LinearTask size = linear_task(part.panels, 2, rows, tile, pool.size());
+  const int stretches = (part.panels + size.panels - 1) / size.panels, pieces = (rows + size.rows - 1) / size.rows;
+  auto body = [&](size_t task, int) {
+    const int first = int(task) % stretches * size.panels, last = std::min(part.panels, first + size.panels);
+    const int begin = int(task) / stretches * size.rows, count = std::min(size.rows, rows - begin);
+    RunBlock(call, part, x + size_t(begin) * row_stride(part, call.w->k, x), first, last, row + begin, count);
+  };
+  pool.parallel_for(size_t(stretches * pieces), std::ref(body));
 }
 
 void Linear(const LinearCall& call) {
@@ -221,31 +315,17 @@ void Linear(const LinearCall& call) {
     for (int row = 0; row < call.m; row += kBlockRows) {
       const int rows = std::min(kBlockRows, call.m - row);
       const float* given = call.x + size_t(row) * call.w->k;
-      const bool int8 = call.w->activations == Activations::kInt8 && part.type == Type::kAffine;
-      const int8_t* x8 = int8 ? PrepareInt8(pool, call.w->k, given, rows) : nullptr;
-      const float* x = int8 ? nullptr : Prepare(pool, part, call.w->k, given, rows);
-      if (rows <= kFewRows && int8) {
-        RunFewInt8(pool, call, part, x8, row, rows);
-        continue;
-      }
-      if (rows == 1 || (rows <= kFewRows && part.type == Type::kAffine)) {
-        RunFew<kFewRows>(pool, call, part, x, row, rows);
-        continue;
-      }
-      // Pairs of panels, for a gated panel's outputs fill half a cache line.
-      const LinearTask size = linear_task(part.panels, 2, rows, kTileRows, pool.size());
-      const int stretches = (part.panels + size.panels - 1) / size.panels, pieces = (rows + size.rows - 1) / size.rows;
-      auto body = [&](size_t task, int) {
-        const int first = int(task) % stretches * size.panels, last = std::min(part.panels, first + size.panels);
-        const int begin = int(task) / stretches * size.rows, count = std::min(size.rows, rows - begin);
-        if (int8) {
-          RunInt8(call, part, x8 + size_t(begin) * int8_row_bytes(call.w->k), first, last, row + begin, count);
-        } else {
-          const float* from = x + size_t(begin) * size_t(prepared_columns(part, call.w->k));
-          RunBlock(call, part, from, first, last, row + begin, count);
+      if (call.w->activations == Activations::kInt16 && part.type == Type::kAffine) {
+#if TORPOR_HAVE_AMX
+        if (rows > kFewRows && amx_in_use()) {
+          RunRows(pool, call, part, PrepareBytes(pool, part, call.w->k, given, rows), row, rows);
+          continue;
         }
-      };
-      pool.parallel_for(size_t(stretches * pieces), std::ref(body));
+#endif
+        RunRows(pool, call, part, PrepareInt16(pool, part, call.w->k, given, rows), row, rows);
+      } else {
+        RunRows(pool, call, part, Prepare(pool, part, call.w->k, given, rows), row, rows);
+      }
     }
   }
 }
@@ -256,7 +336,6 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 
-#include "kernels/cpu_target.h"
 #include "torpor/error.h"
 
 namespace torpor::kernels {

@@ -212,72 +212,85 @@ const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k
   return scratch;
 }
 
-// ---- kRows prepared rows times k columns of a panel, in groups of `group` (0: float weights, in one piece); sums [kRows][16]
-// ---- go on from what they hold unless `first` ----
+// ---- kRows prepared rows times kPanels panels of floats ----
 
-template <int kRows, bool kGroups>
-HWY_NOINLINE void Tile(const float* HWY_RESTRICT x, size_t stride, const float* HWY_RESTRICT panel, int k, int group, bool first,
-                       float* HWY_RESTRICT sums) {
+// Panels that a tile of rows meets at once: of one, with vectors as wide as it, loads would be as many as multiply-adds.
+constexpr int kTilePanels = kVectors == 1 && kTileRows > 6 ? 2 : 1;
+
+// k columns of panels, in groups of `group` (0: float weights, in one piece), and of rows `stride` floats apart.
+struct FloatBlock {
+  const float* panels[kTilePanels];
+  size_t stride;
+  int k, group;
+  bool first;  // sums begin here; else they go on from what they hold
+};
+
+// sums: [kPanels][kBlockRows][16].
+template <int kRows, int kPanels, bool kGroups>
+HWY_NOINLINE void Tile(const FloatBlock& block, const float* HWY_RESTRICT x, float* HWY_RESTRICT sums) {
   const DF d;
-  VF acc[kRows][kVectors];
-  if (first) {
-    for (int i = 0; i < kRows * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
-  }
-  const int step = kGroups ? group : k;
+  const size_t stride = block.stride;
+  const float* HWY_RESTRICT panel[kPanels];
+  for (int p = 0; p < kPanels; ++p) panel[p] = block.panels[p];
+  const auto at = [&](int r, int p, int v) { return sums + (p * kBlockRows + r) * kPanel + v * kLanes; };
+  const auto each = [&](const auto& run) HWY_ATTR {
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kPanels; ++p) {
+        for (int v = 0; v < kVectors; ++v) run(r, p, v);
+      }
+    }
+  };
+  VF acc[kRows][kPanels][kVectors];
+  if (block.first) each([&](int r, int p, int v) HWY_ATTR { hn::Store(hn::Zero(d), d, at(r, p, v)); });
+  const int step = kGroups ? block.group : block.k;
   int done = 0;
   do {
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = kGroups ? hn::Zero(d) : hn::Load(d, sums + r * kPanel + v * kLanes);
-    }
+    each([&](int r, int p, int v) HWY_ATTR { acc[r][p][v] = kGroups ? hn::Zero(d) : hn::Load(d, at(r, p, v)); });
     for (int i = 0; i < step; ++i) {
-      VF w[kVectors];
-      for (int v = 0; v < kVectors; ++v) w[v] = hn::Load(d, panel + v * kLanes);
-      panel += kPanel;
+      VF w[kPanels][kVectors];
+      for (int p = 0; p < kPanels; ++p) {
+        for (int v = 0; v < kVectors; ++v) w[p][v] = hn::Load(d, panel[p] + v * kLanes);
+        panel[p] += kPanel;
+      }
       for (int r = 0; r < kRows; ++r) {
         const VF xr = hn::Set(d, x[r * stride + i]);
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(xr, w[v], acc[r][v]);
+        for (int p = 0; p < kPanels; ++p) {
+          for (int v = 0; v < kVectors; ++v) acc[r][p][v] = hn::MulAdd(xr, w[p][v], acc[r][p][v]);
+        }
       }
     }
     x += step;
     if constexpr (kGroups) {
-      for (int r = 0; r < kRows; ++r) {
-        const VF x_sum = hn::Set(d, x[r * stride]);
-        for (int v = 0; v < kVectors; ++v) {
-          const VF scale = hn::Load(d, panel + v * kLanes), bias = hn::Load(d, panel + kPanel + v * kLanes);
-          const VF sum = hn::MulAdd(acc[r][v], scale, hn::Load(d, sums + r * kPanel + v * kLanes));
-          hn::Store(hn::MulAdd(x_sum, bias, sum), d, sums + r * kPanel + v * kLanes);
-        }
-      }
-      panel += 2 * kPanel;
+      each([&](int r, int p, int v) HWY_ATTR {
+        const VF scale = hn::Load(d, panel[p] + v * kLanes), bias = hn::Load(d, panel[p] + kPanel + v * kLanes);
+        const VF sum = hn::MulAdd(acc[r][p][v], scale, hn::Load(d, at(r, p, v)));
+        hn::Store(hn::MulAdd(hn::Set(d, x[r * stride]), bias, sum), d, at(r, p, v));
+      });
+      for (int p = 0; p < kPanels; ++p) panel[p] += 2 * kPanel;
       x += 1;
     }
     done += step;
-  } while (done < k);
-  if constexpr (!kGroups) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], d, sums + r * kPanel + v * kLanes);
-    }
+  } while (done < block.k);
+  if constexpr (!kGroups) each([&](int r, int p, int v) HWY_ATTR { hn::Store(acc[r][p][v], d, at(r, p, v)); });
+}
+
+template <int kRows, int kPanels, bool kGroups>
+HWY_INLINE void Tiles(const FloatBlock& block, const float* x, int rows, float* sums) {
+  for (; rows >= kRows; rows -= kRows) {
+    Tile<kRows, kPanels, kGroups>(block, x, sums);
+    x += kRows * block.stride;
+    sums += kRows * kPanel;
+  }
+  if constexpr (kRows > 1) {
+    if (rows > 0) Tiles<kRows - 1, kPanels, kGroups>(block, x, rows, sums);
   }
 }
 
-template <int kRows, bool kGroups>
-HWY_INLINE void TileTail(int rows, const float* x, size_t stride, const float* panel, int k, int group, bool first, float* sums) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows) {
-      Tile<kRows, kGroups>(x, stride, panel, k, group, first, sums);
-    } else {
-      TileTail<kRows - 1, kGroups>(rows, x, stride, panel, k, group, first, sums);
-    }
-  }
-}
-
+// `panels` panels, kTilePanels or 1.
 template <bool kGroups>
-void Tiles(const float* x, int rows, size_t stride, const float* panel, int k, int group, bool first, float* sums) {
-  int row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) {
-    Tile<kTileRows, kGroups>(x + row * stride, stride, panel, k, group, first, sums + row * kPanel);
-  }
-  TileTail<kTileRows - 1, kGroups>(rows - row, x + row * stride, stride, panel, k, group, first, sums + row * kPanel);
+void Tiles(const FloatBlock& block, int panels, const float* x, int rows, float* sums) {
+  if (panels == kTilePanels) return Tiles<kTileRows, kTilePanels, kGroups>(block, x, rows, sums);
+  Tiles<kTileRows, 1, kGroups>(block, x, rows, sums);
 }
 
 // ---- kRows prepared rows (x_stride apart) times kPanels panels, straight from their packed form: a weight is unpacked

@@ -95,9 +95,7 @@ Projection find_embedding(const Checkpoint& checkpoint) {
 
 std::string Decoder::numerics() const {
   if (backend_ == Backend::kKernels) {
-    // "int8" are the rows of builds that multiplied biases with sums taken before rounding.
-    const bool int8 = activations_ == Activations::kInt8;
-    return std::string(int8 ? "int8.2" : "f32") + "/kernels/" + kernels::lane_class();
+    return std::string(activations_name(activations_)) + "/kernels/" + kernels::lane_class();
   }
   const bool gpu = mx::default_device() == mx::Device::gpu;
 #if defined(__APPLE__)
@@ -111,8 +109,9 @@ std::string Decoder::numerics() const {
 }
 
 Decoder::Decoder(const Checkpoint& checkpoint)
-    : config_(checkpoint.config), backend_(checkpoint.backend), activations_(checkpoint.activations), dtype_(checkpoint_dtype(find_embedding(checkpoint))),
-      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_, checkpoint.activations) : make_mlx_ops(config_, dtype_)) {
+    : config_(checkpoint.config), backend_(checkpoint.backend), activations_(checkpoint.activations),
+      dtype_(checkpoint_dtype(find_embedding(checkpoint))),
+      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_, activations_) : make_mlx_ops(config_, dtype_)) {
   info_ = info_of(checkpoint);
   identity_ = identity_of(checkpoint);
 }

@@ -29,9 +29,10 @@ std::string segment_name(const SegmentPlace& place, const std::string& variant) 
 std::string lineage_digest(const Identity& identity, const Lineage& lineage, int64_t position) {
   Hasher hasher;
   if (lineage.old_names) {
-    // "+int8" is what old versions added for their int8 rows. Rows of other arithmetic get a suffix that none of them wrote.
+    // "+int8" is what old versions added for their int8 rows. Rows of other integers get a suffix that none of them wrote.
     const std::string& numerics = lineage.numerics_at(position);
-    const std::string suffix = numerics.starts_with("int8") ? "+" + numerics.substr(0, numerics.find('/')) : "";
+    std::string suffix;
+    if (numerics.starts_with("int")) suffix.append("+").append(numerics, 0, numerics.find('/'));
     hasher.update_field("architecture").update_field(identity.architecture);
     hasher.update_field("config").update_field(identity.config + suffix);
     hasher.update_field("weights").update_field(identity.weights);

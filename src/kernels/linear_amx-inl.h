@@ -1,0 +1,195 @@
+// Linear layers with 16-bit activations on AMX, for many rows: the integers and the sums are those of linear_int16-inl.h.
+// Compiled once per target, as part of linear.cc; only targets whose CPUs may have AMX get it.
+
+#if defined(TORPOR_KERNELS_LINEAR_AMX_INL) == defined(HWY_TARGET_TOGGLE)
+#ifdef TORPOR_KERNELS_LINEAR_AMX_INL
+#undef TORPOR_KERNELS_LINEAR_AMX_INL
+#else
+#define TORPOR_KERNELS_LINEAR_AMX_INL
+#endif
+
+#include <hwy/highway.h>
+
+#include "kernels/linear_int16-inl.h"
+
+#undef TORPOR_HAVE_AMX
+#if HWY_ARCH_X86_64 && HWY_TARGET <= HWY_AVX3_DL
+#define TORPOR_HAVE_AMX 1
+#else
+#define TORPOR_HAVE_AMX 0
+#endif
+
+#if TORPOR_HAVE_AMX
+HWY_BEFORE_NAMESPACE();
+namespace torpor::kernels {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// ---- Rows of x: x16 = 256 * high + low, in blocks of 16 rows ----
+//
+// A block is, per group, [16 rows][group] high bytes (signed), the same of low bytes, [16] scales, [16] sums.
+
+// One row of a block. `out` is where the block begins.
+void QuantizeRowBytes(const PackedPart& part, int k, const float* HWY_RESTRICT x, uint8_t* HWY_RESTRICT out, int row) {
+  // Not TruncateTo: Highway 1.0.3's picks the wrong bytes on AVX3_DL.
+  const auto low_bytes = [](uint8_t* to, VU v) HWY_ATTR {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v.raw));
+  };
+  for (int g = 0; g < k / part.group; ++g, x += part.group) {
+    HWY_ALIGN int32_t rounded[kLargestGroup];
+    const RoundedGroup of = RoundGroup(part.group, x, rounded);
+    uint8_t *high = out + row * part.group, *low = high + kAmxRows * part.group;
+    for (int i = 0; i < part.group; i += kLanes) {
+      const VU v = hn::BitCast(DU(), hn::Load(DI(), rounded + i));
+      low_bytes(high + i, hn::ShiftRight<8>(v));
+      low_bytes(low + i, v);
+    }
+    auto* scales = reinterpret_cast<float*>(out + 2 * kAmxRows * part.group);
+    scales[row] = of.scale;
+    scales[kAmxRows + row] = of.sum;
+    out += amx_group_bytes(part.group);
+  }
+}
+
+const uint8_t* PrepareBytes(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
+  const size_t block = size_t(k / part.group) * amx_group_bytes(part.group);
+  const int blocks = (rows + kAmxRows - 1) / kAmxRows;
+  auto* out = reinterpret_cast<uint8_t*>(prepared_memory(size_t(blocks) * block / sizeof(float)));
+  // Rows that are not there are multiplied too, and their sums left alone.
+  if (rows % kAmxRows != 0) std::memset(out + (blocks - 1) * block, 0, block);
+  const int size = rows_per_task(rows, pool.size());
+  auto body = [&](size_t task, int) {
+    const int last = std::min(rows, int(task + 1) * size);
+    for (int row = int(task) * size; row < last; ++row) {
+      QuantizeRowBytes(part, k, x + size_t(row) * k, out + row / kAmxRows * block, row % kAmxRows);
+    }
+  };
+  pool.parallel_for(size_t((rows + size - 1) / size), std::ref(body));
+  return out;
+}
+
+// ---- One panel's columns [k0, k1) as bytes: per group [group / 4][16 outputs][4 columns], then [16] scales, [16] biases ----
+
+template <Type kScale>
+void UnpackBytes(const PackedPart& part, const std::byte* panel, int k0, int k1, uint32_t* out) {
+  const int lines = part.group * part.bits / 32;
+  const VU nibbles = hn::Set(DU(), 0x0f0f0f0fu);
+  const std::byte* end = panel + size_t(k1 / part.group) * part.group_bytes;
+  for (const std::byte* g = panel + size_t(k0 / part.group) * part.group_bytes; g != end; g += part.group_bytes) {
+    const std::byte* line = g + 2 * kPanel * type_size(kScale);
+    for (int i = 0; i < lines; ++i, line += kAlignment) {
+      const VU words = LoadLine(line, 0);
+      if (part.bits == 4) {
+        hn::Store(hn::And(words, nibbles), DU(), out);
+        hn::Store(hn::And(hn::ShiftRight<4>(words), nibbles), DU(), out + kPanel);
+        out += 2 * kPanel;
+      } else {
+        hn::Store(words, DU(), out);
+        out += kPanel;
+      }
+    }
+    for (int i = 0; i < 2 * kPanel; i += kLanes) hn::Store(hn::BitCast(DU(), LoadFloats<kScale>(g, i)), DU(), out + i);
+    out += 2 * kPanel;
+  }
+}
+
+void UnpackBytes(const PackedPart& part, const std::byte* panel, int k0, int k1, uint32_t* out) {
+  if (part.scale_type == Type::kF32) UnpackBytes<Type::kF32>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kF16) UnpackBytes<Type::kF16>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kBF16) UnpackBytes<Type::kBF16>(part, panel, k0, k1, out);
+}
+
+// ---- Tiles ----
+//
+// Written as assembler: neither Highway nor its targets know AMX. No other code has tiles, so no compiler keeps any in use.
+// tmm0 and tmm1 take the products of the high and the low bytes, tmm2 and tmm3 hold those bytes, tmm4 the weights.
+
+// This thread's tiles have shapes while this lives.
+class AmxTiles {
+ public:
+  explicit AmxTiles(int group) {
+    struct alignas(64) Config {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    static_assert(sizeof(Config) == 64);
+    const int columns = std::min(group, kAmxColumns);
+    const auto shape = [&](int tile, int rows, int row_bytes) {
+      config.rows[tile] = uint8_t(rows);
+      config.row_bytes[tile] = uint16_t(row_bytes);
+    };
+    for (const int sums : {0, 1}) shape(sums, kAmxRows, kPanel * 4);
+    for (const int rows : {2, 3}) shape(rows, kAmxRows, columns);
+    shape(4, columns / 4, kPanel * 4);
+    asm volatile("ldtilecfg %0" : : "m"(config));
+  }
+  ~AmxTiles() { asm volatile("tilerelease"); }
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+};
+
+// dots, [2][16 rows][16 outputs]: a group's sums of products of the high bytes, and of the low ones.
+template <int kGroup>
+HWY_INLINE void AmxDots(const uint8_t* x, const uint32_t* w, int32_t* dots) {
+  constexpr ptrdiff_t kLine = kPanel * 4;
+  asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" : : :);
+  for (int i = 0; i < kGroup; i += kAmxColumns) {
+    asm volatile(
+        "tileloadd (%0, %3, 1), %%tmm2\n\t"
+        "tileloadd (%2, %4, 1), %%tmm4\n\t"
+        "tdpbsud %%tmm4, %%tmm2, %%tmm0\n\t"
+        "tileloadd (%1, %3, 1), %%tmm3\n\t"
+        "tdpbuud %%tmm4, %%tmm3, %%tmm1"
+        :
+        : "r"(x + i), "r"(x + kAmxRows * kGroup + i), "r"(w + i / 4 * kPanel), "r"(ptrdiff_t{kGroup}), "r"(kLine)
+        : "memory");
+  }
+  asm volatile(
+      "tilestored %%tmm0, (%0, %2, 1)\n\t"
+      "tilestored %%tmm1, (%1, %2, 1)"
+      :
+      : "r"(dots), "r"(dots + kAmxRows * kPanel), "r"(kLine)
+      : "memory");
+}
+
+// 16 prepared rows times `groups` groups of a panel; sums [16][16] go on from what they hold unless `first`.
+template <int kGroup>
+HWY_NOINLINE void AmxTile(const uint8_t* x, const uint32_t* w, int groups, bool first, float* HWY_RESTRICT sums) {
+  const DF d;
+  const DI di;
+  constexpr int kDots = 2 * kAmxRows * kPanel, kWords = (kGroup / 4 + 2) * kPanel;
+  HWY_ALIGN int32_t dots[2][kDots];
+  VF sum[kAmxRows];
+  for (int r = 0; r < kAmxRows; ++r) sum[r] = first ? hn::Zero(d) : hn::Load(d, sums + r * kPanel);
+  AmxDots<kGroup>(x, w, dots[0]);
+  for (int g = 0; g < groups; ++g) {
+    // The tiles work on the next group meanwhile.
+    if (g + 1 < groups) AmxDots<kGroup>(x + amx_group_bytes(kGroup), w + kWords, dots[(g + 1) % 2]);
+    const auto* of_x = reinterpret_cast<const float*>(x + 2 * kAmxRows * kGroup);
+    const auto* scales = reinterpret_cast<const float*>(w + kGroup / 4 * kPanel);
+    const VF scale = hn::Load(d, scales), bias = hn::Load(d, scales + kPanel);
+    const int32_t *high = dots[g % 2], *low = high + kAmxRows * kPanel;
+    for (int r = 0; r < kAmxRows; ++r) {
+      const VI dot = hn::Add(hn::ShiftLeft<8>(hn::Load(di, high + r * kPanel)), hn::Load(di, low + r * kPanel));
+      sum[r] = hn::MulAdd(hn::ConvertTo(d, dot), hn::Mul(scale, hn::Set(d, of_x[r])), sum[r]);
+      sum[r] = hn::MulAdd(hn::Set(d, of_x[kAmxRows + r]), bias, sum[r]);
+    }
+    x += amx_group_bytes(kGroup);
+    w += kWords;
+  }
+  for (int r = 0; r < kAmxRows; ++r) hn::Store(sum[r], d, sums + r * kPanel);
+}
+
+void AmxTile(int group, const uint8_t* x, const uint32_t* w, int groups, bool first, float* sums) {
+  if (group == 32) AmxTile<32>(x, w, groups, first, sums);
+  if (group == 64) AmxTile<64>(x, w, groups, first, sums);
+  if (group == 128) AmxTile<128>(x, w, groups, first, sums);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace torpor::kernels
+HWY_AFTER_NAMESPACE();
+#endif  // TORPOR_HAVE_AMX
+
+#endif  // per-target guard
