@@ -1,8 +1,10 @@
 """How Torpor's engine computes, and whom it tells what it goes on without, set from Python."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,23 @@ def test_settings_say_how_rows_are_computed_and_the_environment_is_only_their_de
     assert len({plain, rounded, others}) == 3
     monkeypatch.setenv("TORPOR_BACKEND", "mlx")
     assert say("by the environment") == others and say("over it", backend="kernels") == plain
+
+
+# What Highway asks of a CPU beside AVX-512 itself before it takes VNNI for granted.
+VNNI = {"avx512_vnni", "avx512_vbmi", "avx512_vbmi2", "avx512_bitalg", "avx512_vpopcntdq", "vaes", "vpclmulqdq"}
+
+
+def test_quantized_weights_meet_16_bits_unless_told_otherwise_where_the_cpu_has_vnni(real, tiny, words):
+    cpu = Path("/proc/cpuinfo")
+    vnni = cpu.exists() and VNNI <= set(re.search("^flags.*|$", cpu.read_text(), re.MULTILINE).group().split())
+
+    def activations(torpor, agent, *options):
+        torpor.run(agent, "The keeper", "--raw", *options, max_tokens=1).ok()
+        return torpor("show", agent, "--json").ok().json["numerics"].split("/")[0]
+
+    assert activations(real, "ada") == ("int16" if vnni else "f32")
+    assert activations(real, "bob", "--cpu-target", "portable") == "f32" == activations(real, "eve", "--activations", "f32")
+    assert activations(tiny, "ada") == "f32"
 
 
 def test_settings_that_can_not_be_are_told(tiny_model, tmp_path):

@@ -22,7 +22,8 @@ const char* activations_name(Activations activations) noexcept;
 /// settles them, and another value later is kInvalidArgument.
 struct ComputeOptions {
   std::optional<Backend> backend;          ///< nullopt: TORPOR_BACKEND, else kMlx where MLX's default device is a GPU, else kKernels
-  std::optional<Activations> activations;  ///< nullopt: TORPOR_ACTIVATIONS ("f32", "int16"), else kF32; of kKernels alone
+  std::optional<Activations> activations;  ///< nullopt: TORPOR_ACTIVATIONS ("f32", "int16"), else kInt16 for quantized
+                                           ///< weights on a CPU with AVX-512 VNNI, else kF32; of kKernels alone
   int threads = 0;                         ///< of the kernels, 1 to 256; 0: TORPOR_THREADS, else one per core that may be used
   /// Instruction set of the kernels: portable, sse4, avx2, avx512, amx or neon. Empty: TORPOR_CPU_TARGET, else the CPU's best.
   std::string cpu_target;

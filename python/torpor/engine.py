@@ -134,7 +134,8 @@ class Engine:
         backend: "kernels": Torpor's CPU kernels; "mlx": MLX's own operations (Metal, CUDA). None: $TORPOR_BACKEND, else "mlx"
             where MLX's default device is a GPU, else "kernels".
         activations: what the kernels round rows to before they multiply them with quantized weights: "f32": to nothing; "int16":
-            to 16-bit integers. None: $TORPOR_ACTIVATIONS, else "f32".
+            to 16-bit integers. None: $TORPOR_ACTIVATIONS, else "int16" for quantized weights on a CPU with AVX-512 VNNI, else
+            "f32".
         threads: of the kernels, 1 to 256. 0: $TORPOR_THREADS, else one per core that the process may use (docs/cli.md).
         cpu_target: the kernels' instruction set: "portable", "sse4", "avx2", "avx512", "amx" or "neon". None:
             $TORPOR_CPU_TARGET, else the CPU's best.

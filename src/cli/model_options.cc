@@ -125,7 +125,7 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
       ->check(CLI::IsMember(keys(kBackends)))
       ->type_name("NAME");
   app.add_option("--activations", options.activations_name,
-                 "What rows are rounded to: f32 or int16 (default: $TORPOR_ACTIVATIONS, else f32)")
+                 "What rows are rounded to: f32 or int16 (default: $TORPOR_ACTIVATIONS, else the faster one)")
       ->check(CLI::IsMember(keys(kActivations)))
       ->type_name("TYPE");
   app.add_option("--cpu-target", options.compute_given.cpu_target,

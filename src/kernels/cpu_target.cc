@@ -11,7 +11,6 @@
 
 #include <hwy/highway.h>
 
-#include "torpor/compute_options.h"
 #include "torpor/error.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -126,6 +125,11 @@ const char* cpu_target_name() {
 }
 
 bool amx_in_use() { return amx.load(std::memory_order_relaxed); }
+
+Activations fastest_activations() {
+  ensure_cpu_target();
+  return HWY_ARCH_X86 && target_in_use() <= HWY_AVX3_DL ? Activations::kInt16 : Activations::kF32;
+}
 
 std::string lane_class() {
   ensure_cpu_target();

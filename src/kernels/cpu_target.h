@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "torpor/compute_options.h"
+
 namespace torpor::kernels {
 
 /// Settles it for the process, unless it is settled already: then another one is kInvalidArgument. An empty name takes what there
@@ -17,6 +19,10 @@ const char* cpu_target_name();
 
 /// Whether the target in use is "amx": AVX-512 with VNNI, and AMX's tiles of bytes. Once a kernel has been called.
 bool amx_in_use();
+
+/// What the target in use multiplies quantized weights with fastest: 16-bit integers where it has instructions for their
+/// products (x86's VNNI).
+Activations fastest_activations();
 
 /// What rounding depends on in the target in use: f32 lanes of its vectors, and whether it multiplies and adds in one
 /// ("l8-fma", "l4").

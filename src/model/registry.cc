@@ -83,9 +83,10 @@ auto with_checkpoint(const std::string& name, const ComputeOptions& given, Use u
     model::Weights weights = model::Weights::open(dir);
     weights.find_layers_as(config.weight_prefix + "model.");
     if (!config.tied_head) config.tied_head = weights.find(config.weight_prefix + "lm_head.weight") == nullptr;
-    return use(model::Checkpoint{.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir,
+    model::Checkpoint checkpoint{.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir,
                                  .backend = compute.backend.value_or(backend_of_device()),
-                                 .activations = compute.activations.value_or(Activations::kF32)});
+                                 .activations = compute.activations.value_or(Activations::kF32)};
+    return use(checkpoint);
   } catch (...) {
     throw to_error(std::current_exception(), "Loading the model " + name);
   }
@@ -110,10 +111,13 @@ ModelFactory find_architecture(const std::string& architecture) {
 }  // namespace
 
 std::unique_ptr<Model> Model::load(const std::string& name, const ComputeOptions& compute) {
-  return with_checkpoint(name, compute, [&](const model::Checkpoint& checkpoint) {
+  return with_checkpoint(name, compute, [&](model::Checkpoint& checkpoint) {
     const ComputeOptions settled = with_environment(compute);
     kernels::settle_cpu_target(settled.cpu_target);
     if (settled.threads != 0) kernels::ThreadPool::settle_shared(settled.threads);
+    if (!settled.activations && checkpoint.backend == Backend::kKernels && checkpoint.config.quantized) {
+      checkpoint.activations = kernels::fastest_activations();
+    }
     const ModelFactory make = find_architecture(checkpoint.config.architecture);
     if (make == nullptr) {
       throw Error(ErrorCode::kInternal, "No forward pass for architecture " + checkpoint.config.architecture + ".");
