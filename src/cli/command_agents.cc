@@ -9,6 +9,7 @@
 #include "cli/commands.h"
 #include "cli/exchanges.h"
 #include "cli/output.h"
+#include "cli/server_notes.h"
 #include "torpor/agents.h"
 #include "torpor/error.h"
 
@@ -99,6 +100,10 @@ int list(const std::filesystem::path& root, bool json, bool ids_only) {
     print(ids);
     return 0;
   }
+  std::map<std::string, std::string> servers;  // of agents that are awake in one
+#ifdef TORPOR_SERVER
+  if (!agents.empty()) servers = agents_in_servers(root);
+#endif
   std::map<std::string, int64_t> shared = shared_bytes(agents);
   const std::vector<int64_t> missing = store ? store->count_missing_files(agents) : std::vector<int64_t>{};
   if (json) {
@@ -108,6 +113,8 @@ int list(const std::filesystem::path& root, bool json, bool ids_only) {
       one["own_bytes"] = info.bytes - shared[info.agent_id];
       one["shared_bytes"] = shared[info.agent_id];
       one["missing_files"] = missing[all.size()];
+      const auto server = servers.find(info.agent_id);
+      one["server"] = server == servers.end() ? Json() : Json(server->second);
       all.push_back(std::move(one));
     }
     print_json(all);
@@ -126,7 +133,8 @@ int list(const std::filesystem::path& root, bool json, bool ids_only) {
     } else {
       rows.push_back({info.agent_id, std::to_string(info.cache_size), human_bytes(info.bytes - shared[info.agent_id]),
                       human_bytes(shared[info.agent_id]),
-                      state_of(*store, info) + (is_pinned(info) ? ", pinned" : "") +
+                      state_of(*store, info) + (servers.count(info.agent_id) ? " in " + servers[info.agent_id] : "") +
+                          (is_pinned(info) ? ", pinned" : "") +
                           (lost > 0 ? ", " + std::to_string(lost) + " files missing" : ""),
                       human_age(info.updated_at), info.model});
     }

@@ -171,7 +171,7 @@ void add_branch_commands(CLI::App& app, Invocation& invocation) {
       },
       [](Store& store, const BranchOptions& o, const CLI::App& command) {
         fork(store, o, command.count("--at") > 0     ? std::optional(o.tokens)
-                       : command.count("--turn") > 0 ? std::optional(end_of_exchange(store, o.id, o.exchanges))
+                       : command.count("--turn") > 0 ? std::optional(end_of_exchange(exchanges_of(store, o.id), o.id, o.exchanges))
                                                      : std::nullopt);
       });
   add("rewind", "Make an agent forget everything after its first tokens, or its last exchanges",
@@ -184,7 +184,7 @@ void add_branch_commands(CLI::App& app, Invocation& invocation) {
       },
       [](Store& store, const BranchOptions& o, const CLI::App& command) {
         if (command.count("N") == 0 && command.count("--turns") == 0) throw UsageError("N or --turns is required");
-        rewind(store, o, command.count("N") > 0 ? o.tokens : begin_of_last(store, o.id, o.exchanges));
+        rewind(store, o, command.count("N") > 0 ? o.tokens : begin_of_last(exchanges_of(store, o.id), o.id, o.exchanges));
       });
   add("pin", "Keep an agent in memory, once it is awake, when others must make room",
       [&](CLI::App& command) { command.add_flag("--off", options->off, "No longer"); },

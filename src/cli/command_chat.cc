@@ -12,10 +12,12 @@
 
 #include <CLI/CLI.hpp>
 
+#include "cli/chat_agents.h"
 #include "cli/chat_line.h"
 #include "cli/commands.h"
 #include "cli/exchanges.h"
 #include "cli/output.h"
+#include "cli/server_client.h"
 #include "cli/text_input.h"
 #include "cli/turn.h"
 #include "torpor/error.h"
@@ -110,7 +112,7 @@ void print_memory(const MemoryUsage& usage, bool json) {
 
 class Chat {
  public:
-  Chat(TurnOptions options, const std::filesystem::path& root) : options_(std::move(options)), engine_(options_.engine(root)) {}
+  Chat(TurnOptions options, std::unique_ptr<ChatAgents> agents) : options_(std::move(options)), agents_(std::move(agents)) {}
 
   /// However the conversation ends, what it said is saved, and an error of that is told.
   int talk() {
@@ -123,7 +125,7 @@ class Chat {
       told = error.what();
     }
     try {
-      engine_.save_all([&](int done, int total) {
+      agents_->save_all([&](int done, int total) {
         if (interactive_) std::fprintf(stderr, "\rsaving: %d of %d%s", done, total, done == total ? "\n" : "");
       });
     } catch (const Error& error) {
@@ -138,7 +140,7 @@ class Chat {
   void converse() {
     if (interactive_) {
       std::fprintf(stderr, "%s on %s; /help lists the commands, Ctrl-D ends, Ctrl-C stops an answer.\n",
-                   options_.agent.c_str(), options_.model.c_str());
+                   options_.agent.c_str(), agents_->place().c_str());
       greet();
     }
     while (true) {
@@ -174,16 +176,14 @@ class Chat {
     const auto own = systems_.find(options_.agent);
     if (own != systems_.end()) turn.system = own->second;
     turn.has_system = (own != systems_.end() || options_.has_system) && is_new(options_.agent);
-    TurnRequest request = turn_request(turn);
-    request.prompt = message;
-    take_turn(engine_, turn, std::move(request), interrupt_);
+    agents_->turn(turn, message, interrupt_);
     known_.insert(options_.agent);
   }
 
   /// Whether nothing was said to the agent yet, or all of it was taken back.
   bool is_new(const std::string& agent) {
     if (known_.count(agent) != 0) return false;
-    return emptied_.count(agent) != 0 || !engine_.store().contains(agent) || engine_.store().agent_info(agent).cache_size == 0;
+    return emptied_.count(agent) != 0 || !agents_->has_begun(agent);
   }
 
   /// Where an old conversation has come to, or that it is a new one: a mistyped name makes one.
@@ -191,8 +191,8 @@ class Chat {
     if (!interactive_) return;
     if (is_new(options_.agent)) {
       std::fprintf(stderr, "%s is new.\n", options_.agent.c_str());
-    } else if (engine_.store().contains(options_.agent)) {
-      const std::vector<Exchange> exchanges = exchanges_of(engine_.store(), options_.agent);
+    } else {
+      const std::vector<Exchange> exchanges = exchanges_of(agents_->messages(options_.agent));
       if (exchanges.empty()) return;
       std::fprintf(stderr, "%zu exchanges so far; the last one:\n> %s\n%s\n", exchanges.size(),
                    printable(first_line(exchanges.back().user, 200)).c_str(), printable(exchanges.back().answer).c_str());
@@ -206,18 +206,18 @@ class Chat {
 
   /// The exchanges of the agent, which is saved first: its messages are read from its file.
   std::vector<Exchange> saved_exchanges() {
-    engine_.save(options_.agent);
-    return exchanges_of(engine_.store(), options_.agent);
+    agents_->save(options_.agent);
+    return exchanges_of(agents_->messages(options_.agent));
   }
 
   void rewind(int64_t keep) {
     const std::string& agent = options_.agent;
     // A conversation that begins anew begins with the same system prompt.
-    if (keep == 0 && engine_.store().contains(agent)) {
-      const Json messages = messages_of(engine_.store(), agent);
+    if (keep == 0) {
+      const Json messages = messages_of(agents_->messages(agent));
       if (!messages.empty() && text_of(messages[0], "role") == "system") systems_[agent] = text_of(messages[0], "content");
     }
-    engine_.rewind(agent, keep, options_.save);
+    agents_->rewind(agent, keep);
     if (keep == 0) {
       known_.erase(agent);
       emptied_.insert(agent);
@@ -233,26 +233,26 @@ class Chat {
     if (name == "/help") {
       std::fputs(kHelp, stderr);
     } else if (name == "/memory") {
-      print_memory(engine_.memory_usage(), options_.json);
+      print_memory(agents_->memory(), options_.json);
     } else if (name == "/agents") {
-      print_agents(engine_.agents(), options_.json);
+      print_agents(agents_->all(), options_.json);
     } else if (name == "/turns") {
       print_exchanges(saved_exchanges(), options_.json);
     } else if (name == "/agent") {
       check_agent_id(line.argument);
       agent = line.argument;
-      engine_.prefetch(agent);
+      agents_->prefetch(agent);
       greet();
     } else if (name == "/fork") {
-      engine_.fork(agent, line.argument, line.count, options_.save);
+      check_agent_id(line.argument);
+      agents_->fork(agent, line.argument, line.count);
       tell(line.argument + " is a fork of " + agent);
       agent = line.argument;
       known_.insert(agent);
     } else if (name == "/rewind") {
       rewind(*line.count);
     } else if (name == "/undo") {
-      engine_.save(agent);
-      rewind(begin_of_last(engine_.store(), agent, line.count.value_or(1)));
+      rewind(begin_of_last(saved_exchanges(), agent, line.count.value_or(1)));
     } else if (name == "/system") {
       if (!is_new(agent) && known_tokens() > 0) {
         throw Error(ErrorCode::kInvalidArgument, "agent '" + agent + "' has begun already; a system prompt stands at the beginning");
@@ -261,13 +261,14 @@ class Chat {
       systems_[agent] = line.text;
       tell("the system prompt of " + agent + " is set");
     } else if (name == "/sleep") {
-      engine_.sleep(agent);
+      agents_->sleep(agent);
       tell(agent + " sleeps");
     } else if (name == "/pin" || name == "/unpin") {
-      engine_.pin(agent, name == "/pin", options_.save);
+      agents_->pin(agent, name == "/pin");
       tell(agent + (name == "/pin" ? " is pinned" : " is no longer pinned"));
     } else if (name == "/rename") {
-      engine_.rename(agent, line.argument);
+      check_agent_id(line.argument);
+      agents_->rename(agent, line.argument);
       tell(agent + " is now " + line.argument);
       known_.insert(line.argument);
       agent = line.argument;
@@ -277,20 +278,33 @@ class Chat {
 
   /// How many tokens the agent has, in memory or on disk.
   int64_t known_tokens() {
-    for (const AgentStatus& status : engine_.agents()) {
+    for (const AgentStatus& status : agents_->all()) {
       if (status.agent == options_.agent) return status.tokens;
     }
     return 0;
   }
 
   TurnOptions options_;  // `agent` is the one that is talked with
-  Engine engine_;
+  const std::unique_ptr<ChatAgents> agents_;
   InterruptScope interrupt_;
   const bool interactive_ = isatty(STDIN_FILENO) != 0;
   std::set<std::string> known_;                 // agents that have begun here
   std::set<std::string> emptied_;               // agents of which all was taken back here
   std::map<std::string, std::string> systems_;  // agents' own system prompts, of those that have not begun
 };
+
+#ifdef TORPOR_SERVER
+/// What a turn of a server's takes; the rest is the server's own.
+void check_for_server(const CLI::App& chat) {
+  static const std::set<std::string> kTaken{"server", "api-key-file", "agent", "model", "system", "max-tokens",
+                                            "temperature", "top-p", "seed", "json", "help"};
+  for (const CLI::Option* option : chat.get_options()) {
+    if (option->count() > 0 && !option->get_lnames().empty() && kTaken.count(option->get_lnames()[0]) == 0) {
+      throw UsageError("--" + option->get_lnames()[0] + " is nothing that a turn of --server takes");
+    }
+  }
+}
+#endif
 
 }  // namespace
 
@@ -301,12 +315,28 @@ void add_chat_command(CLI::App& app, Invocation& invocation) {
   add_turn_options(*chat_app, *options);
   chat_app->add_flag_callback("--write-behind", [options] { options->save = SaveMode::kBehind; },
                               "Save while the conversation goes on; what is on disk lags behind what is said");
-  chat_app->callback([&invocation, options, chat_app] {
+#ifdef TORPOR_SERVER
+  const auto server = std::make_shared<ServerOptions>();
+  add_server_options(*chat_app, *server);
+  chat_app->get_option("--server")->default_str("")->description("Talk with the agents of a running server");
+#endif
+  chat_app->callback([=, &invocation] {
     options->has_system = chat_app->count("--system") > 0;
-    invocation.run = [&invocation, options] {
+    invocation.run = [=, &invocation] {
       check_agent_id(options->agent);
+#ifdef TORPOR_SERVER
+      if (chat_app->count("--server") > 0) {
+        check_for_server(*chat_app);
+        check_text(options->system, "the system message");
+        auto agents = server_agents(*server);
+        if (options->has_system && agents->has_begun(options->agent)) {
+          check_system(*options, agents->messages(options->agent));
+        }
+        return Chat(*options, std::move(agents)).talk();
+      }
+#endif
       check_early(*options, invocation.store);
-      return Chat(*options, invocation.store).talk();
+      return Chat(*options, engine_agents(*options, invocation.store)).talk();
     };
   });
 }

@@ -19,6 +19,7 @@
 #include "cli/commands.h"
 #include "cli/output.h"
 #include "cli/serve_options.h"
+#include "cli/server_notes.h"
 #include "server/agents_api.h"
 #include "server/dialects.h"
 #include "server/http_edge.h"
@@ -155,14 +156,18 @@ void add_engine_samples(std::string& out, server::ModelPool& models) {
   write_sample(out, "torpor_evictions_total", "counter", "Agents that went to sleep to make room.", usage.evictions);
 }
 
+std::string url_of(const ServeOptions& options, uint16_t port) {
+  const std::string host = options.host.find(':') == std::string::npos ? options.host : "[" + options.host + "]";
+  return "http://" + host + ":" + std::to_string(port);
+}
+
 /// What a user needs to go on, on standard output.
 void greet(const ServeOptions& options, uint16_t port, const std::string& first_key,
            const std::filesystem::path& key_file) {
   std::string text, served;
   for (const std::string& model : options.models) served += (served.empty() ? "" : ", ") + model;
   if (!options.host.empty()) {
-    const std::string host = options.host.find(':') == std::string::npos ? options.host : "[" + options.host + "]";
-    const std::string url = "http://" + host + ":" + std::to_string(port);
+    const std::string url = url_of(options, port);
     const std::string key = options.no_auth ? "none" : "$(cat '" + server::local_key_file(key_file).string() + "')";
     text += "Torpor serves " + served + " at " + url + "\n";
     text += "  export OPENAI_BASE_URL=" + url + "/v1 OPENAI_API_KEY=" + key + "\n";
@@ -262,6 +267,12 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   metrics.add_source([&](std::string& out) {
     server::write_sample(out, "torpor_connections", "gauge", "Connections that are open.", edge->connections());
   });
+  std::optional<ServerNote> note;
+  try {
+    if (!options.host.empty()) note.emplace(root, url_of(options, edge->port()), key_file);
+  } catch (const Error& error) {
+    log(LogLevel::kWarning, std::string("other processes won't hear of this server: ") + error.what());
+  }
   greet(options, edge->port(), first_key, key_file);
 
   int signal = 0;

@@ -14,14 +14,16 @@ Json parse_message(const StoredMessage& message) {
 
 }  // namespace
 
-Json messages_of(const Store& store, const std::string& id) {
-  Json messages = Json::array();
-  for (const StoredMessage& message : store.agent_messages(id)) {
+Json messages_of(const std::vector<StoredMessage>& messages) {
+  Json all = Json::array();
+  for (const StoredMessage& message : messages) {
     Json parsed = parse_message(message);
-    if (parsed.is_object()) messages.push_back(std::move(parsed));
+    if (parsed.is_object()) all.push_back(std::move(parsed));
   }
-  return messages;
+  return all;
 }
+
+Json messages_of(const Store& store, const std::string& id) { return messages_of(store.agent_messages(id)); }
 
 std::string text_of(const Json& message, const char* key) {
   const auto it = message.is_object() ? message.find(key) : message.end();
@@ -29,9 +31,9 @@ std::string text_of(const Json& message, const char* key) {
   return it->is_string() ? it->get<std::string>() : it->dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 
-std::vector<Exchange> exchanges_of(const Store& store, const std::string& id) {
+std::vector<Exchange> exchanges_of(const std::vector<StoredMessage>& messages) {
   std::vector<Exchange> exchanges;
-  for (const StoredMessage& stored : store.agent_messages(id)) {
+  for (const StoredMessage& stored : messages) {
     const Json message = parse_message(stored);
     if (text_of(message, "role") == "user") {
       const int64_t begin = exchanges.empty() ? 0 : exchanges.back().end;
@@ -44,8 +46,11 @@ std::vector<Exchange> exchanges_of(const Store& store, const std::string& id) {
   return exchanges;
 }
 
-int64_t end_of_exchange(const Store& store, const std::string& id, int64_t n) {
-  const std::vector<Exchange> exchanges = exchanges_of(store, id);
+std::vector<Exchange> exchanges_of(const Store& store, const std::string& id) {
+  return exchanges_of(store.agent_messages(id));
+}
+
+int64_t end_of_exchange(const std::vector<Exchange>& exchanges, const std::string& id, int64_t n) {
   if (n < 0 || n > ssize(exchanges)) {
     throw Error(ErrorCode::kInvalidArgument, "Agent '" + id + "' has " + std::to_string(exchanges.size()) + " exchanges, not " +
                                                  std::to_string(n) + (exchanges.empty() ? "; count tokens instead." : "."));
@@ -53,9 +58,9 @@ int64_t end_of_exchange(const Store& store, const std::string& id, int64_t n) {
   return n == 0 ? 0 : exchanges[size_t(n - 1)].end;
 }
 
-int64_t begin_of_last(const Store& store, const std::string& id, int64_t n) {
-  const int64_t total = ssize(exchanges_of(store, id));
-  return end_of_exchange(store, id, n > total ? n : total - n);
+int64_t begin_of_last(const std::vector<Exchange>& exchanges, const std::string& id, int64_t n) {
+  const int64_t total = ssize(exchanges);
+  return end_of_exchange(exchanges, id, n > total ? n : total - n);
 }
 
 std::string first_line(const std::string& text, size_t width) {

@@ -18,6 +18,7 @@
 #include "base/foreign_error.h"
 #include "cli/commands.h"
 #include "cli/output.h"
+#include "cli/server_notes.h"
 #include "faces/error_table.h"
 #include "kernels/cpu_target.h"
 #include "torpor/error.h"
@@ -153,6 +154,10 @@ int dispatch(int argc, char** argv) {
   } catch (const UsageError& error) {
     complain(one_line(error.what()) + " (see '" + command_name(app) + " --help')");
     return kExitUsage;
+#ifdef TORPOR_SERVER
+  } catch (const torpor::Error& error) {
+    throw with_server(error, invocation.store);
+#endif
   }
 }
 

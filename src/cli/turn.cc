@@ -15,7 +15,6 @@
 #include "base/env.h"
 #include "cli/exchanges.h"
 #include "cli/output.h"
-#include "cli/progress.h"
 #include "cli/text_input.h"
 #include "faces/turn_json.h"
 #include "torpor/error.h"
@@ -61,32 +60,21 @@ std::vector<std::pair<int32_t, float>> parse_bias(const std::string& text) {
   return bias;
 }
 
-void print_summary(const TurnResult& result, bool saved, std::optional<uint64_t> seed) {
-  const double seconds = result.timing_ms.decode / 1000;
-  const std::string who = result.agent.empty() ? "" : result.agent + ": ";
-  std::fprintf(stderr, "[%s%d tokens, %d reused, %d read; first token after %s; %d generated", who.c_str(), result.tokens.context,
-               result.tokens.cached, result.tokens.prefilled,
-               human_ms(result.timing_ms.ttft).c_str(), result.tokens.generated);
-  if (seconds > 0 && result.tokens.generated > 1) {
-    std::fprintf(stderr, " at %.1f/s", (result.tokens.generated - 1) / seconds);
-  }
+void print_summary(const Json& result, bool saved) {
+  const Json& tokens = result.at("tokens");
+  const Json& ms = result.at("timing_ms");
+  const auto count = [&tokens](const char* name) { return tokens.at(name).get<int>(); };
+  const std::string agent = result.at("agent"), who = agent.empty() ? "" : agent + ": ";
+  const double seconds = ms.at("decode").get<double>() / 1000;
+  std::fprintf(stderr, "[%s%d tokens, %d reused, %d read; first token after %s; %d generated", who.c_str(), count("context"),
+               count("cached"), count("prefilled"), human_ms(ms.at("ttft")).c_str(), count("generated"));
+  if (seconds > 0 && count("generated") > 1) std::fprintf(stderr, " at %.1f/s", (count("generated") - 1) / seconds);
   if (saved) {
-    std::fprintf(stderr, "; %s saved in %s", human_bytes(result.bytes.written).c_str(),
-                 human_ms(result.timing_ms.save).c_str());
+    std::fprintf(stderr, "; %s saved in %s", human_bytes(result.at("bytes").at("written")).c_str(),
+                 human_ms(ms.at("save")).c_str());
   }
-  if (seed) std::fprintf(stderr, "; seed %llu", static_cast<unsigned long long>(*seed));
+  if (result.contains("seed")) std::fprintf(stderr, "; seed %s", result["seed"].dump().c_str());
   std::fputs("]\n", stderr);
-}
-
-/// An agent keeps the system prompt that it began with.
-void check_system(const Store& store, const TurnOptions& options) {
-  if (!options.has_system || store.agent_info(options.agent).cache_size == 0) return;
-  const Json messages = messages_of(store, options.agent);
-  const bool has_own = !messages.empty() && text_of(messages[0], "role") == "system";
-  if (has_own && text_of(messages[0], "content") == options.system) return;
-  throw Error(ErrorCode::kInvalidArgument, "agent '" + options.agent + "' already has " +
-                                               (has_own ? "another system prompt" : "begun without a system prompt") +
-                                               "; leave out --system, or start a new agent");
 }
 
 /// What people give as a number is one: not "nan".
@@ -97,6 +85,15 @@ std::string check_finite(const std::string& text) {
 }
 
 }  // namespace
+
+void check_system(const TurnOptions& options, const std::vector<StoredMessage>& held) {
+  const Json messages = messages_of(held);
+  const bool has_own = !messages.empty() && text_of(messages[0], "role") == "system";
+  if (has_own && text_of(messages[0], "content") == options.system) return;
+  throw Error(ErrorCode::kInvalidArgument, "agent '" + options.agent + "' already has " +
+                                               (has_own ? "another system prompt" : "begun without a system prompt") +
+                                               "; leave out --system, or start a new agent");
+}
 
 void check_early(TurnOptions& options, const std::filesystem::path& root) {
   if (!options.agent.empty()) check_agent_id(options.agent);
@@ -114,7 +111,9 @@ void check_early(TurnOptions& options, const std::filesystem::path& root) {
   // An agent that is awake elsewhere: say so at once. (The engine takes the lock for good.)
   if (const auto store = open_existing_store(root); store && store->contains(options.agent)) {
     (void)store->lock_agent(options.agent);
-    check_system(*store, options);
+    if (options.has_system && store->agent_info(options.agent).cache_size > 0) {
+      check_system(options, store->agent_messages(options.agent));
+    }
   }
 }
 
@@ -139,37 +138,55 @@ TurnRequest turn_request(const TurnOptions& options) {
   return request;
 }
 
+TurnPrinter::TurnPrinter(bool json, InterruptScope& interrupt)
+    : json_(json), terminal_(isatty(STDOUT_FILENO) != 0), interrupt_(interrupt) {}
+
+void TurnPrinter::text(std::string_view text) {
+  progress_.clear();
+  if (json_ || closed_) return;
+  // A terminal would obey what a model writes; a file or a pipe gets the text as it is.
+  const std::string shown = terminal_ ? printable(text) : std::string(text);
+  if (std::fwrite(shown.data(), 1, shown.size(), stdout) != shown.size() || std::fflush(stdout) != 0) {
+    closed_ = true;  // nobody reads: end the turn, and keep what was computed
+    interrupt_.flag().store(true);
+  }
+}
+
+void TurnPrinter::result(const Json& result, bool saved) {
+  progress_.clear();
+  if (result.contains("damage")) complain("warning: " + result["damage"].get<std::string>());
+  if (result.contains("notices")) {
+    for (const Json& notice : result["notices"]) complain("note: " + notice.get<std::string>());
+  }
+  check_read();
+  if (json_) return print_json(result);
+  const std::string text = result.at("text");
+  if (text.empty() || text.back() != '\n') print("\n");
+  if (isatty(STDERR_FILENO)) print_summary(result, saved);
+}
+
+void TurnPrinter::check_read() const {
+  if (closed_) throw Error(ErrorCode::kIo, "standard output is closed; the turn was ended early");
+}
+
+void TurnPrinter::stopped() {
+  progress_.clear();
+  if (!json_) std::fputs("\n", stderr);
+  complain("the answer was stopped, and the turn taken back");
+}
+
 TurnResult take_turn(Engine& engine, const TurnOptions& options, TurnRequest request, InterruptScope& interrupt) {
-  ProgressBar progress;
-  bool closed = false;
-  const bool terminal = isatty(STDOUT_FILENO) != 0;
+  TurnPrinter printer(options.json, interrupt);
   // Told where it decides anything, so that the answer can be had again.
-  const auto seed = options.sampling.temperature > 0 ? std::optional(request.generate.sampling.seed) : std::nullopt;
+  std::optional<uint64_t> seed;
+  if (options.sampling.temperature > 0) seed = request.generate.sampling.seed;
   request.generate.cancel = &interrupt.flag();
-  request.generate.on_prefill = [&](int done, int total) { progress.update(done, total); };
-  request.generate.on_text = [&](std::string_view text) {
-    progress.clear();
-    if (options.json || closed) return;
-    // A terminal would obey what a model writes; a file or a pipe gets the text as it is.
-    const std::string shown = terminal ? printable(text) : std::string(text);
-    if (std::fwrite(shown.data(), 1, shown.size(), stdout) != shown.size() || std::fflush(stdout) != 0) {
-      closed = true;  // nobody reads: end the turn, and keep what was computed
-      interrupt.flag().store(true);
-    }
-  };
+  request.generate.on_prefill = [&](int done, int total) { printer.prefill(done, total); };
+  request.generate.on_text = [&](std::string_view text) { printer.text(text); };
 
   const TurnResult result = engine.turn(request);
-  progress.clear();
-  if (result.damage) complain("warning: " + *result.damage);
-  for (const std::string& notice : result.notices) complain("note: " + notice);
   try {
-    if (closed) throw Error(ErrorCode::kIo, "standard output is closed; the turn was ended early");
-    if (options.json) {
-      print_json(faces::turn_json(result, seed));
-    } else {
-      if (result.text.empty() || result.text.back() != '\n') print("\n");
-      if (isatty(STDERR_FILENO)) print_summary(result, request.save == SaveMode::kWait && !result.save_error, seed);
-    }
+    printer.result(faces::turn_json(result, seed), request.save == SaveMode::kWait && !result.save_error);
   } catch (const Error&) {
     if (!result.save_error) throw;  // else that is worse
   }

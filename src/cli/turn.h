@@ -9,6 +9,8 @@
 
 #include "cli/interrupt.h"
 #include "cli/model_options.h"
+#include "cli/output.h"
+#include "cli/progress.h"
 #include "torpor/engine.h"
 
 namespace torpor::cli {
@@ -34,8 +36,32 @@ void add_template_options(CLI::App& app, std::string& tools_file, std::string& t
 
 /// Everything that can be known to be wrong before the model's weights are read; settles the model. Changes nothing on disk.
 void check_early(TurnOptions& options, const std::filesystem::path& root);
+/// Of an agent that has begun, and holds these messages: it keeps the system prompt that it began with. kInvalidArgument.
+void check_system(const TurnOptions& options, const std::vector<StoredMessage>& held);
 /// What the options say of a turn. Without --seed each has another one.
 TurnRequest turn_request(const TurnOptions& options);
+
+/// What a turn tells on the standard streams as it goes: a bar, then text or one JSON object, then a summary.
+class TurnPrinter {
+ public:
+  TurnPrinter(bool json, InterruptScope& interrupt);
+  void prefill(int done, int total) { progress_.update(done, total); }
+  /// Interrupts the turn once nobody reads standard output.
+  void text(std::string_view text);
+  /// The whole turn, as faces::turn_json has it. kIo when nobody read its text.
+  void result(const Json& result, bool saved);
+  /// kIo when nobody reads standard output.
+  void check_read() const;
+  /// The turn was taken back, with the text that it has told.
+  void stopped();
+
+ private:
+  const bool json_, terminal_;
+  InterruptScope& interrupt_;
+  ProgressBar progress_;
+  bool closed_ = false;
+};
+
 /// Streams the answer or prints the turn's object. Throws the error of a save that failed, after the answer.
 TurnResult take_turn(Engine& engine, const TurnOptions& options, TurnRequest request, InterruptScope& interrupt);
 
