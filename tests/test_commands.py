@@ -528,10 +528,11 @@ def test_completions_name_the_commands_and_their_options(tiny, kind):
 
 def test_bash_completes_commands_options_and_agents(ada):
     complete = ('eval "$(torpor completions bash)"; f() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _torpor; '
-                'echo "${COMPREPLY[@]}"; }; f torpor rew; f torpor rewind --tur; f torpor rewind a; f torpor run --agent a')
+                'echo "${COMPREPLY[@]}"; }; f torpor rew; f torpor rewind --tur; f torpor rewind a; f torpor run --agent a; f torpor launch co; '
+                'f torpor completions f')
     out = subprocess.run(["bash", "-c", complete], capture_output=True, text=True, check=True,
                          env={**os.environ, "PATH": f"{BIN.parent}:{os.environ['PATH']}", "TORPOR_STORE": str(ada.store)}).stdout
-    assert out.split("\n") == ["rewind", "--turns", "ada", "ada", ""]
+    assert out.split("\n") == ["rewind", "--turns", "ada", "ada", "codex", "fish", ""]
 
 
 def test_the_summary_of_a_prompt_without_an_agent_names_nobody(tiny):

@@ -39,12 +39,26 @@ bool takes_agents(const CLI::App& command) {
   return first != nullptr && command.get_name() != "import";
 }
 
+/// The words that arguments may be: what an IsMember check describes as "{bash,zsh,fish}".
+std::string choices_of(const CLI::App& command) {
+  std::string choices;
+  for (const CLI::Option* option : command.get_options()) {
+    const std::string type = option->get_type_name();
+    const size_t begin = type.find('{');
+    if (!option->get_positional() || begin == std::string::npos) continue;
+    for (const char c : type.substr(begin + 1, type.find('}') - begin - 1)) choices += c == ',' ? ' ' : c;
+  }
+  return choices;
+}
+
 std::string bash(const CLI::App& app) {
   std::vector<std::string> names;
   std::string cases;
   for (const CLI::App* command : commands_of(app)) {
     names.push_back(command->get_name());
-    cases += "    " + command->get_name() + ") words=\"" + joined(options_of(*command)) + "\";" +
+    const std::string choices = choices_of(*command);
+    cases += "    " + command->get_name() + ") words=\"" + (choices.empty() ? "" : choices + " ") +
+             joined(options_of(*command)) + "\";" +
              (takes_agents(*command) ? " agents=1;" : "") + " ;;\n";
   }
   return "# bash: eval \"$(torpor completions bash)\"\n"
@@ -80,6 +94,7 @@ std::string fish(const CLI::App& app) {
     for (const std::string& option : options_of(*command)) {
       text += here + "-l " + option.substr(2) + (option == "--agent" ? " -xa '(torpor ls -q 2>/dev/null)'" : "") + "\n";
     }
+    if (const std::string choices = choices_of(*command); !choices.empty()) text += here + "-xa " + quoted(choices) + "\n";
     if (takes_agents(*command)) text += here + "-a '(torpor ls -q 2>/dev/null)'\n";
   }
   return text;

@@ -39,6 +39,8 @@ void add_bench_command(CLI::App& app, Invocation& invocation);
 void add_serve_command(CLI::App& app, Invocation& invocation);
 /// ps: what a running server does. Likewise.
 void add_ps_command(CLI::App& app, Invocation& invocation);
+/// launch: a coding agent on a running server. Likewise.
+void add_launch_command(CLI::App& app, Invocation& invocation);
 /// perplexity.
 void add_perplexity_command(CLI::App& app, Invocation& invocation);
 /// rebuild.

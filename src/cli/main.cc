@@ -60,6 +60,7 @@ const std::map<std::string, std::vector<const char*>> kExamplesOf{
     {"import", {"ada.safetensors eve", "cache.safetensors eve --model .models/smollm2-135m"}},
     {"serve", {"--model .models/smollm2-135m --port 8080"}},
     {"ps", {"", "--json"}},
+    {"launch", {"claude", "codex --model qwen2.5-coder-0.5b", "opencode --print"}},
     {"bench", {"--model .models/smollm2-135m --prefill 512 --decode 64"}},
     {"perplexity", {"--model .models/smollm2-135m --file examples/lighthouse-log.txt"}},
     {"rebuild", {"ada", "ada --model .models/qwen2.5-coder-0.5b"}},
@@ -121,6 +122,7 @@ int dispatch(int argc, char** argv) {
 #ifdef TORPOR_SERVER
   add_serve_command(app, invocation);
   add_ps_command(app, invocation);
+  add_launch_command(app, invocation);
 #endif
   add_bench_command(app, invocation);
   add_perplexity_command(app, invocation);
