@@ -2,7 +2,7 @@
 BUILD   ?= build
 PYTHON  := .venv/bin/python
 
-.PHONY: all setup build model models test wheel demo serve-demo dashboard soak load libcxx fuzz goldens prove clean
+.PHONY: all setup build model models test wheel demo serve-demo dashboard soak load clients libcxx fuzz goldens prove clean
 all: build
 
 setup: .venv/.ready
@@ -67,6 +67,11 @@ LOAD_KILLS ?= 100
 load: build model
 	TORPOR_LOAD=1 TORPOR_LOAD_SECONDS=$(LOAD_SECONDS) TORPOR_LOAD_KILLS=$(LOAD_KILLS) TORPOR_MUTATIONS=10000 \
 	  TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -s tests/test_serve_load.py tests/test_serve_mutations.py
+
+# All SDKs against the server without a model; `make test` runs those for JavaScript.
+clients: build
+	scripts/fetch-sdks js python
+	TORPOR_CLIENTS=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_sdk_clients.py
 
 # Each fuzz target for FUZZ_S seconds; needs clang++.
 FUZZ_S ?= 60
