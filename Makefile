@@ -61,12 +61,13 @@ soak: build model
 
 # The server under load for LOAD_SECONDS: 1,000 connections, 200 streams that hardly move, 20 turns at once. Then
 # LOAD_KILLS times kill -9, and a client that is cut ten times in a prompt of 4,000 tokens. Prints /health's p99, and
-# memory. Then 10,000 bodies that no client means.
+# memory. Then 10,000 bodies that no client means, and as many heads.
 LOAD_SECONDS ?= 600
 LOAD_KILLS ?= 100
 load: build model
 	TORPOR_LOAD=1 TORPOR_LOAD_SECONDS=$(LOAD_SECONDS) TORPOR_LOAD_KILLS=$(LOAD_KILLS) TORPOR_MUTATIONS=10000 \
-	  TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -s tests/test_serve_load.py tests/test_serve_mutations.py
+	  TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -s tests/test_serve_load.py tests/test_serve_mutations.py \
+	  tests/test_serve_sockets.py
 
 # All SDKs against the server without a model; `make test` runs those for JavaScript.
 clients: build

@@ -8,6 +8,7 @@
 #include "server/chat.h"
 #include "server/fields.h"
 #include "server/keys.h"
+#include "server/openapi.h"
 #include "server/overview.h"
 #include "torpor/version.h"
 
@@ -314,26 +315,23 @@ const std::vector<Operation>& operations() {
        {}, 200, "RequestList", requests},
       {"GET", "/memory", "memory", "Memory and disk. Totals are the server's, agents the tenant's.", {}, 200, "Memory",
        memory},
-      {"GET", "/openapi.json", "describe", "This description.", {}, 200, nullptr, describe},
+      {"GET", "/openapi.json", "describe", "This description of all routes.", {}, 200, "Description", describe},
   };
   return kOperations;
-}
-
-Json schema_of(const std::vector<std::pair<const char*, const char*>>& members) {
-  Json properties = Json::object(), required = Json::array();
-  for (const auto& [name, type] : members) {
-    properties[name] = Json{{"type", type}};
-    required.push_back(name);
-  }
-  return Json{{"type", "object"}, {"properties", std::move(properties)}, {"required", std::move(required)}};
 }
 
 Json reference(const std::string& schema) { return Json{{"$ref", "#/components/schemas/" + schema}}; }
 
 Json content(Json schema) { return Json{{"application/json", Json{{"schema", std::move(schema)}}}}; }
 
+bool has_member(const Operation& operation, std::string_view name) {
+  return std::any_of(operation.members.begin(), operation.members.end(), [&](const Member& m) { return name == m.name; });
+}
+
 Answer describe(const Call&) {
-  Json paths = Json::object();
+  Json description = described_routes();
+  description["info"]["version"] = TORPOR_VERSION;
+  Json& paths = description["paths"];
   for (const Operation& operation : operations()) {
     Json success{{"description", operation.help}};
     if (operation.answer == kFile) {
@@ -341,7 +339,7 @@ Answer describe(const Call&) {
     } else if (operation.answer) {
       success["content"] = content(reference(operation.answer));
     }
-    Json described{{"operationId", operation.id}, {"summary", operation.help}};
+    Json described{{"operationId", operation.id}, {"summary", operation.help}, {"tags", Json::array({"torpor"})}};
     if (std::string_view(operation.path).find("{agent}") != std::string_view::npos) {
       described["parameters"] =
           Json::array({Json{{"name", "agent"},
@@ -363,74 +361,18 @@ Answer describe(const Call&) {
                                                                {"required", std::move(required)},
                                                                {"additionalProperties", false}})}};
     }
-    described["responses"] = Json{
-        {std::to_string(operation.status), std::move(success)},
-        {"default", Json{{"description", "What failed, in one sentence."}, {"content", content(reference("Error"))}}}};
+    described["responses"] = Json{{std::to_string(operation.status), std::move(success)},
+                                  {"default", Json{{"$ref", "#/components/responses/AgentsError"}}}};
+    if (has_member(operation, "stream")) {
+      Json& streamed = described["responses"]["200"];
+      if (streamed.is_null()) streamed["description"] = "The turn's events.";
+      streamed["content"]["text/event-stream"] = Json::object();
+    }
     std::string method = operation.method;
     std::transform(method.begin(), method.end(), method.begin(), [](unsigned char c) { return std::tolower(c); });
-    paths[operation.path][method] = std::move(described);
+    paths[std::string("/torpor/v1") + operation.path][method] = std::move(described);
   }
-  const std::vector<std::pair<const char*, const char*>> agent{
-      {"agent", "string"},    {"model", "string"},         {"tokens", "integer"},
-      {"awake", "boolean"},   {"pinned", "boolean"},       {"unsaved", "boolean"},
-      {"in_turn", "boolean"}, {"memory_bytes", "integer"}, {"disk_bytes", "integer"}};
-  Json list = schema_of({{"agents", "array"}});
-  list["properties"]["agents"]["items"] = reference("Agent");
-  Json error = schema_of({{"error", "object"}});
-  error["properties"]["error"] = schema_of({{"code", "string"}, {"message", "string"}});
-  Json turn = schema_of({{"agent", "string"}, {"model", "string"}, {"text", "string"}, {"finish_reason", "string"},
-                         {"tokens", "object"}, {"timing_ms", "object"}, {"bytes", "object"}});
-  turn["properties"]["tokens"] = schema_of({{"prompt", "integer"},
-                                            {"cached", "integer"},
-                                            {"prefilled", "integer"},
-                                            {"generated", "integer"},
-                                            {"context", "integer"}});
-  Json comparison = schema_of({{"agent", "string"}, {"held_tokens", "integer"}, {"prompt_tokens", "integer"},
-                               {"held_messages", "integer"}, {"common_messages", "integer"},
-                               {"common_tokens", "integer"}});
-  for (const char* side : {"held", "given"}) comparison["properties"][side] = Json{{"type", {"object", "null"}}};
-  const auto array_of = [](const char* schema) { return Json{{"type", "array"}, {"items", reference(schema)}}; };
-  const std::vector<std::pair<const char*, const char*>> running{
-      {"id", "integer"},           {"agent", "string"},          {"begun_at_ms", "integer"}, {"state", "string"},
-      {"prompt_tokens", "integer"}, {"cached_tokens", "integer"}, {"done", "integer"},        {"total", "integer"}};
-  auto ended = running;
-  ended.insert(ended.end(), {{"generated_tokens", "integer"},
-                             {"waited_ms", "number"},
-                             {"read_ms", "number"},
-                             {"answered_ms", "number"},
-                             {"reason", "string"},
-                             {"missed", "string"}});
-  Json now = schema_of({{"version", "string"}, {"model", "object"}, {"models", "array"}, {"others", "integer"}, {"turns", "array"},
-                        {"work", "object"}});
-  now["properties"]["turns"] = array_of("RunningTurn");
-  Json requests = schema_of({{"requests", "array"}});
-  requests["properties"]["requests"] = array_of("EndedTurn");
-  const Json memory = schema_of({{"model_bytes", "integer"}, {"kv_bytes", "integer"}, {"mapped_bytes", "integer"},
-                                 {"queued_bytes", "integer"}, {"budget_bytes", "integer"}, {"evictions", "integer"},
-                                 {"agents", "array"}, {"disk", "object"}});
-  const Json map = schema_of({{"agent", "string"}, {"tokens", "integer"}, {"segment_tokens", "integer"},
-                              {"bytes", "integer"}, {"own_bytes", "integer"}, {"messages", "array"},
-                              {"segments", "array"}, {"branches", "array"}});
-  const Json schemas{{"Agent", schema_of(agent)},
-                     {"RunningTurn", schema_of(running)},
-                     {"EndedTurn", schema_of(ended)},
-                     {"Now", std::move(now)},
-                     {"RequestList", std::move(requests)},
-                     {"Memory", memory},
-                     {"Map", map},
-                     {"AgentList", std::move(list)},
-                     {"Saved", schema_of({{"agent", "string"}, {"bytes_written", "integer"}})},
-                     {"Turn", std::move(turn)},
-                     {"Comparison", std::move(comparison)},
-                     {"Error", std::move(error)}};
-  return {200,
-          Json{{"openapi", "3.1.0"},
-               {"info", Json{{"title", "Torpor's agents"}, {"version", TORPOR_VERSION}}},
-               {"servers", Json::array({Json{{"url", "/torpor/v1"}}})},
-               {"security", Json::array({Json{{"key", Json::array()}}})},
-               {"paths", std::move(paths)},
-               {"components", Json{{"schemas", schemas},
-                                   {"securitySchemes", Json{{"key", Json{{"type", "http"}, {"scheme", "bearer"}}}}}}}}};
+  return {200, std::move(description)};
 }
 
 /// Whether `path`, the parts below /torpor/v1, is of the operation's form.

@@ -1,6 +1,9 @@
 #include "server/dialects.h"
 
+#include <algorithm>
+#include <cctype>
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -10,7 +13,9 @@
 #include "server/models.h"
 #include "server/ollama.h"
 #include "server/openai.h"
+#include "server/openapi.h"
 #include "server/responses.h"
+#include "torpor/error.h"
 
 namespace torpor::server {
 
@@ -21,48 +26,68 @@ struct Dialects::Impl {
     const Parts& path;
     HttpResponse& response;
   };
-  /// A part that is "*" matches any one; "**" at the end any number, for names with slashes.
+  using Handler = std::function<void(const Request&)>;
+  /// A part in braces matches any one; the last one any number, where a name may have slashes.
   struct Route {
     std::string method;
     Parts path;
-    std::function<void(const Request&)> answer;
+    bool slashes;
+    Handler answer;
   };
 
+  /// The routes are those that the description has, so that it says of each what it is.
   explicit Impl(TurnRunner& runner) : runner(runner) {
-    const auto serve = [this](const char* method, Parts path,
-                              void (*answer)(const HttpRequest&, TurnRunner&, HttpResponse&)) {
-      routes.push_back({method, std::move(path), [this, answer](const Request& request) {
-                          answer(request.http, this->runner, request.response);
-                        }});
+    const std::map<std::string, Handler> handlers = all_handlers();
+    size_t served = 0;
+    for (const auto& [path, methods] : described_routes().at("paths").items()) {
+      if (!path.starts_with("/v1/") && !path.starts_with("/api/")) continue;
+      HttpRequest form;
+      form.path = path;
+      for (const auto& [method, operation] : methods.items()) {
+        std::string name = method;
+        std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
+        const Json parameters = operation.value("parameters", Json::array());
+        const bool slashes = !parameters.empty() && parameters.back().value("x-slashes", false);
+        routes.push_back({name, form.path_parts(), slashes, handlers.at(operation.at("operationId"))});
+        ++served;
+      }
+    }
+    if (served != handlers.size()) throw Error(ErrorCode::kInternal, "a route of the server's is not described");
+  }
+
+  /// By the description's operationId.
+  std::map<std::string, Handler> all_handlers() {
+    const auto turn = [this](void (*answer)(const HttpRequest&, TurnRunner&, HttpResponse&)) -> Handler {
+      return [this, answer](const Request& request) { answer(request.http, runner, request.response); };
     };
-    serve("POST", {"v1", "chat", "completions"}, answer_chat_completions);
-    serve("POST", {"v1", "completions"}, answer_completions);
-    serve("POST", {"v1", "messages"}, answer_messages);
-    serve("POST", {"v1", "messages", "count_tokens"}, answer_count_tokens);
-    serve("POST", {"api", "chat"}, answer_ollama_chat);
-    serve("POST", {"api", "generate"}, answer_ollama_generate);
-    serve("POST", {"api", "show"}, answer_ollama_show);
-    serve("GET", {"api", "tags"}, answer_ollama_tags);
-    serve("GET", {"api", "ps"}, answer_ollama_ps);
-    serve("GET", {"api", "version"}, answer_ollama_version);
-    serve("GET", {"v1", "models"}, answer_models);
-    routes.push_back({"POST", {"v1", "responses"}, [this](const Request& request) {
-                        create_response(request.http, this->runner, responses, request.response);
-                      }});
-    const auto stored = [this](const char* method, Parts path,
-                               void (*answer)(const HttpRequest&, const std::string&, ResponseStore&, HttpResponse&)) {
-      routes.push_back({method, std::move(path), [this, answer](const Request& request) {
-                          answer(request.http, request.path[2], responses, request.response);
-                        }});
+    const auto stored = [this](void (*answer)(const HttpRequest&, const std::string&, ResponseStore&,
+                                              HttpResponse&)) -> Handler {
+      return [this, answer](const Request& request) {
+        answer(request.http, request.path[2], responses, request.response);
+      };
     };
-    stored("GET", {"v1", "responses", "*"}, get_response);
-    stored("DELETE", {"v1", "responses", "*"}, delete_response);
-    stored("GET", {"v1", "responses", "*", "input_items"}, list_input_items);
-    routes.push_back({"GET", {"v1", "models", "**"}, [this](const Request& request) {
-                        std::string name;
-                        for (size_t i = 2; i < request.path.size(); ++i) name += (i > 2 ? "/" : "") + request.path[i];
-                        answer_model(request.http, name, this->runner, request.response);
-                      }});
+    return {{"createChatCompletion", turn(answer_chat_completions)},
+            {"createCompletion", turn(answer_completions)},
+            {"createResponse",
+             [this](const Request& request) { create_response(request.http, runner, responses, request.response); }},
+            {"getResponse", stored(get_response)},
+            {"deleteResponse", stored(delete_response)},
+            {"listInputItems", stored(list_input_items)},
+            {"listModels", turn(answer_models)},
+            {"getModel",
+             [this](const Request& request) {
+               std::string name;
+               for (size_t i = 2; i < request.path.size(); ++i) name += (i > 2 ? "/" : "") + request.path[i];
+               answer_model(request.http, name, runner, request.response);
+             }},
+            {"createMessage", turn(answer_messages)},
+            {"countTokens", turn(answer_count_tokens)},
+            {"ollamaChat", turn(answer_ollama_chat)},
+            {"ollamaGenerate", turn(answer_ollama_generate)},
+            {"ollamaShow", turn(answer_ollama_show)},
+            {"ollamaTags", turn(answer_ollama_tags)},
+            {"ollamaPs", turn(answer_ollama_ps)},
+            {"ollamaVersion", turn(answer_ollama_version)}};
   }
 
   /// Of a request whose body the edge did not read, the status alone is known.
@@ -76,12 +101,12 @@ struct Dialects::Impl {
     }
   }
 
-  static bool matches(const Parts& pattern, const Parts& path) {
-    for (size_t i = 0; i < pattern.size(); ++i) {
-      if (pattern[i] == "**") return path.size() > i;
-      if (i >= path.size() || (pattern[i] != "*" && pattern[i] != path[i])) return false;
-    }
-    return pattern.size() == path.size();
+  static bool matches(const Route& route, const Parts& path) {
+    const size_t parts = route.path.size();
+    if (route.slashes ? path.size() < parts : path.size() != parts) return false;
+    return std::equal(route.path.begin(), route.path.end(), path.begin(), [](const std::string& part, const auto& given) {
+      return part.starts_with('{') || part == given;
+    });
   }
 
   void answer(const HttpRequest& request, HttpResponse& response) const {
@@ -90,7 +115,7 @@ struct Dialects::Impl {
     const std::string method = request.method == "HEAD" ? "GET" : request.method;
     bool known = false;
     for (const Route& route : routes) {
-      if (!matches(route.path, path)) continue;
+      if (!matches(route, path)) continue;
       known = true;
       if (route.method == method) return route.answer({request, path, response});
     }

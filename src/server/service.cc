@@ -97,6 +97,11 @@ class Watched : public HttpResponse {
   const std::string id_;
 };
 
+void require_get(const HttpRequest& request) {
+  if (request.method != "GET" && request.method != "HEAD")
+    throw Failure(Failure::Kind::kMethodNotAllowed, request.path + " answers GET alone.");
+}
+
 /// Counts a turn while it lives.
 class TurnPlace {
  public:
@@ -222,9 +227,7 @@ void Service::answer_health(HttpResponse& response) const {
 
 void Service::answer(const Route& route, HttpRequest& request, HttpResponse& response) {
   if (route.kind == Kind::kOpen && !request.refused) {
-    if (request.method != "GET" && request.method != "HEAD") {
-      throw Failure(Failure::Kind::kMethodNotAllowed, request.path + " answers GET alone.");
-    }
+    require_get(request);
     if (is_dashboard_path(request.path)) return answer_dashboard(request, response);
     if (request.path.starts_with("/dashboard/"))
       throw Failure(Failure::Kind::kNotFound, "There is no " + request.path + " here.");
@@ -245,7 +248,9 @@ void Service::answer(const Route& route, HttpRequest& request, HttpResponse& res
     }
   }
   switch (route.kind) {
-    case Kind::kMetrics: return response.whole(200, {{"content-type", "text/plain; version=0.0.4"}}, metrics_.text());
+    case Kind::kMetrics:
+      require_get(request);
+      return response.whole(200, {{"content-type", "text/plain; version=0.0.4"}}, metrics_.text());
     case Kind::kAgents:
     case Kind::kDialect: break;
     default: throw Failure(Failure::Kind::kNotFound, "There is no " + request.path + " here.");
