@@ -351,7 +351,7 @@ TEST_F(EngineBatch, TurnsOfAnotherSaltTakeNoRowsFromMemoryDiskTurnsUnderWayOrTho
     first.generate.on_prefill = [&](int, int) {
       if (same_salt.joinable()) return;
       same_salt = std::thread([&] { same = engine.turn(turn_of("", under_way, "acme")); });
-      other_salt = std::thread([&] { other = engine.turn(turn_of("", under_way, "other")); });
+      other_salt = std::thread([&] { other = engine.turn(turn_of("", under_way, "fourth")); });
     };
     engine.turn(first);
     same_salt.join();
@@ -364,7 +364,7 @@ TEST_F(EngineBatch, TurnsOfAnotherSaltTakeNoRowsFromMemoryDiskTurnsUnderWayOrTho
     cut.give_up = &give_up;
     cut.generate.on_text = [&](std::string_view) { give_up = true; };
     EXPECT_THROW(engine.turn(cut), Error);
-    EXPECT_EQ(engine.turn(turn_of("", given_up, "other")).tokens.cached, 0);
+    EXPECT_EQ(engine.turn(turn_of("", given_up, "fifth")).tokens.cached, 0);
     EXPECT_GT(engine.turn(turn_of("", given_up, "acme")).tokens.cached, 600);
   }
   Engine engine(options("store"));
@@ -478,7 +478,12 @@ TEST_F(EngineBatch, APromptWhoseClientIsCutTenTimesIsComputedOnce) {
         }
       }
       EXPECT_GE(cuts, 2);
-      EXPECT_LE(engine.work().prompt_tokens - before, total * 11 / 10);
+      EXPECT_EQ(engine.work().prompt_tokens - before, total);
+      if (named) continue;
+      // The client has gone before it heard of the answer, and asks once more.
+      TurnRequest again = request("", prompt, 4, 2);
+      again.save = SaveMode::kBehind;
+      EXPECT_EQ(engine.turn(again).tokens.prefilled, 1);
     }
   }
 }

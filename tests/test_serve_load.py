@@ -177,8 +177,7 @@ def test_every_answered_turn_survives_kill_9(tiny, tmp_path):
         assert server.stop() == 0
 
 
-# What a cut loses is a part of a chunk: of a short prompt, in small chunks, that is more than a tenth.
-@pytest.mark.skipif(not FULL, reason="needs a prompt of 4,000 tokens; `make load` runs it")
+@pytest.mark.skipif(not FULL, reason="reads a prompt of 4,000 tokens on the real model; `make load` runs it")
 def test_a_client_that_is_cut_and_asks_again_ten_times_has_its_prompt_computed_once(tmp_path, words):
     """On the real model, which takes seconds to read the prompt; each try is cut a tenth further on."""
     torpor, tokens, tries = Torpor(tmp_path / "store", MODEL), 4000, 10
@@ -210,4 +209,30 @@ def test_a_client_that_is_cut_and_asks_again_ten_times_has_its_prompt_computed_o
         work = computed()
         print(f"\n{work} tokens computed for a prompt of {prompt}, cut {cut:.0f} times: {work / prompt:.3f} prefills")
         assert prompt > tokens and work <= 1.1 * prompt
+        assert server.stop() == 0
+
+
+def test_a_client_that_goes_at_the_first_byte_and_asks_again_has_its_prompt_computed_once(tiny, tmp_path, words):
+    """Wherever the turn is when the server sees it: in the prompt, in the answer, or at its end."""
+    tries = 5
+    with Server(tiny, tmp_path, "--max-stall", "1") as server:
+        def ended():
+            metrics = server.ask("GET", "/metrics").text
+            return sum(map(float, re.findall(r"^torpor_turns_total{.*} (\S+)$", metrics, re.MULTILINE)))
+
+        body = {"model": "tiny", "max_tokens": 2, "stream": True, "messages": [{"role": "user", "content": words(1500)}]}
+        for i in range(tries):
+            connection = server.connection()
+            server.send(connection, "POST", "/v1/messages", body)
+            assert connection.sock.recv(1)
+            connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.close()
+            while ended() == i:
+                pass
+        for _ in range(2):  # and once more after an answer
+            usage = server.ask("POST", "/v1/messages", body).events()[0]["message"]["usage"]
+        prompt = usage["input_tokens"] + usage["cache_read_input_tokens"]
+        work = server.ask("GET", "/torpor/v1/now").json()["work"]["prompt_tokens"]
+        # The last token of a prompt is computed again by each turn that comes to its answer.
+        assert prompt > 1500 and prompt <= work <= prompt + tries + 1
         assert server.stop() == 0

@@ -118,6 +118,37 @@ TEST_P(Turns, RowsThatATurnBeganByCuttingComeBack) {
   expect_sound(*agent->cache);
 }
 
+TEST_P(Turns, OfAPromptThatIsCutAfterEachChunkNoRowIsComputedTwice) {
+  constexpr int kFirst = 250, kChunk = 16, kCuts = 10;
+  int which = 0;
+  for (const bool named : {true, false}) {
+    for (const bool aside : {false, true}) {
+      auto manager = make();
+      const TurnInput prompt = input(words(800, std::vector{" lamp", " sea", " wind", " rain"}[size_t(which++)]));
+      const auto hold = [&] { return named ? manager->wake("a") : manager->stateless(""); };
+      int computed = 0;
+      int64_t kept = 0;
+      for (int cut = 0; cut < kCuts; ++cut) {
+        TurnTransaction turn(*manager, hold(), prompt);
+        ASSERT_EQ(turn.reused(), computed);
+        const int chunk = cut == 0 ? kFirst : kChunk;
+        append(*manager, turn, turn.pending().first(size_t(chunk)));
+        computed += chunk;
+        if (aside) turn.put_aside();
+        turn.keep_for_retry(true);
+        if (aside || cut == 0) continue;
+        // What was kept before is a part of it, and is let go of.
+        const int64_t bytes = manager->memory_usage().kv_bytes;
+        if (cut == 1) kept = bytes;
+        EXPECT_EQ(bytes, kept);
+      }
+      TurnTransaction turn(*manager, hold(), prompt);
+      EXPECT_EQ(turn.reused(), kFirst + (kCuts - 1) * kChunk);
+      expect_sound(turn.cache());
+    }
+  }
+}
+
 TEST_P(Turns, AnAgentThatOnlyAFailedTurnWokeGoesBackToSleep) {
   auto manager = make();
   answer(*manager, "a", input(words(300)));

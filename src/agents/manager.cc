@@ -225,7 +225,10 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
   };
   for (auto& [id, other] : awake_) consider(other);
   for (Agent& other : nameless_) consider(other);
-  for (Kept& other : kept_) consider(other.agent);
+  for (Kept& other : kept_) {
+    const bool longer = may_share(other.agent, agent) && common_prefix(wanted, other.tokens()) > in_memory;
+    if (longer && bring_kept_back(other)) consider(other.agent);
+  }
   Lineage names = agent.lineage;
   int64_t on_disk = store_.find_prefix(agent.identity, names, layout, wanted);
   if (agent.cache->length() == 0 && names.salt.empty()) {
@@ -304,21 +307,40 @@ bool AgentManager::share_rows(Agent& agent, const Agent& other, int n_tokens) {
 
 // ---- rows kept for a retry
 
-void AgentManager::keep_for_retry(const Agent& agent, int reused, bool on_disk, int n_tokens) noexcept {
-  constexpr size_t kMost = 8;
+void AgentManager::keep_for_retry(const Agent& agent, std::shared_ptr<const RowsAside> aside, int reused, bool on_disk,
+                                  int n_tokens) noexcept {
+  constexpr size_t kMost = 32;  // as many as turns may be at work, so that no client that is cut among others loses its rows
   try {
-    Kept kept{make_agent(""), std::chrono::steady_clock::now()};
+    Kept kept{make_agent(""), std::chrono::steady_clock::now(), std::move(aside)};
     kept.agent.identity = agent.identity;
     kept.agent.lineage = agent.lineage;
     kept.agent.lineage.go_on_with(options_.numerics, reused);
     kept.agent.segments = agent.segments;
     own(kept.agent, agent.cache->clone());
+    // What is a part of the new rows goes, unless a sliding window keeps them from being cut to it.
+    kept_.remove_if([&](const Kept& other) {
+      const int length = int(other.tokens().size());
+      return other.agent.holds == 0 && kept.aside == nullptr && may_share(other.agent, kept.agent) &&
+             kept.agent.cache->can_truncate(length) && common_prefix(other.tokens(), kept.tokens()) == length;
+    });
     if (kept_.size() >= kMost) let_kept_go(true);
     kept_.push_back(std::move(kept));
     if (on_disk) submit_prefix(kept_.back().agent, n_tokens);
   } catch (...) {
     // They are computed again.
   }
+}
+
+bool AgentManager::bring_kept_back(Kept& kept) {
+  if (kept.aside == nullptr) return true;
+  const AgentHold hold(*this, kept.agent, false);  // it may not go while room is made for it
+  try {
+    bring_back(kept.agent, *kept.aside);
+  } catch (const Error&) {
+    return false;
+  }
+  kept.aside.reset();
+  return true;
 }
 
 bool AgentManager::let_kept_go(bool one) {

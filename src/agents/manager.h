@@ -126,10 +126,11 @@ class AgentManager {
   /// cut it gets whole runs of them. False, and nothing has changed, when that is no more than it has, or they can't be
   /// had.
   bool share_rows(Agent& agent, const Agent& other, int n_tokens);
-  /// Keeps the rows of a turn that ends without them, so that the same prompt goes on there. They stay for a minute, in
-  /// memory that nobody else wants. With `on_disk` its first `n_tokens` tokens' whole segments are written, too; nobody
-  /// hears when that fails. The turn began with `reused` rows.
-  void keep_for_retry(const Agent& agent, int reused, bool on_disk, int n_tokens) noexcept;
+  /// Keeps the rows of a turn that no agent keeps: for a minute, in memory that nobody else wants, so that the same prompt goes
+  /// on there, and what follows its answer. Those that are `aside` (nullptr: none) stay in their file. With `on_disk` whole
+  /// segments of the first `n_tokens` tokens in memory are written, too; nobody hears when that fails. The turn began with `reused`
+  /// rows.
+  void keep_for_retry(const Agent& agent, std::shared_ptr<const RowsAside> aside, int reused, bool on_disk, int n_tokens) noexcept;
   /// Cuts the cache to `n_tokens`. If rows that a sliding window needs are neither in memory nor on disk, it cuts
   /// further: check length() and compute those rows again. An error leaves the agent as it was.
   void truncate(Agent& agent, int n_tokens);
@@ -198,6 +199,13 @@ class AgentManager {
     std::vector<std::string> segments;
     int64_t bytes_read = 0;
   };
+  /// Rows of turns that were given up or had no agent, as nameless agents.
+  struct Kept {
+    Agent agent;
+    std::chrono::steady_clock::time_point since;
+    std::shared_ptr<const RowsAside> aside;  ///< where the rows are; nullptr: the agent has them
+    const std::vector<int32_t>& tokens() const { return aside != nullptr ? aside->tokens() : agent.cache->tokens(); }
+  };
 
   /// What an agent with such an identity must have: the manager's, with the agent's KV format where it may have one.
   Identity expected(const Identity& on_disk) const;
@@ -221,8 +229,9 @@ class AgentManager {
   /// cut.
   Prefix cut_of(const Agent& agent, int n_tokens);
   void give(Agent& agent, Prefix prefix);
-  /// Lets go of what was kept for a retry: what is too old, or with `one` the oldest that nobody holds. Whether there
-  /// was any.
+  /// Takes rows that were put aside into memory again. False where that can't be: they are computed again.
+  bool bring_kept_back(Kept& kept);
+  /// Lets go of what was kept for a retry: what is too old, or with `one` the oldest that nobody holds. Whether there was any.
   bool let_kept_go(bool one = false);
   /// A hold on the agent if it is awake, none if it is not. kBusy when somebody holds it.
   AgentHold hold_alone(const std::string& id);
@@ -271,12 +280,7 @@ class AgentManager {
   const std::shared_ptr<KvLedger> ledger_;  // the group's; before the agents whose caches it counts
   std::map<std::string, Agent> awake_;
   std::list<Agent> nameless_;
-  /// Rows of turns that were given up, as nameless agents, the oldest first.
-  struct Kept {
-    Agent agent;
-    std::chrono::steady_clock::time_point since;
-  };
-  std::list<Kept> kept_;
+  std::list<Kept> kept_;  // the oldest first
   std::vector<Error> untold_;  // of saves whose agents are gone
   uint64_t tickets_ = 0;
   int64_t evictions_ = 0;

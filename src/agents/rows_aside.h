@@ -21,6 +21,7 @@ class RowsAside {
   RowsAside(Env& env, const std::filesystem::path& directory, const KvCache& cache);
 
   int length() const noexcept { return int(snapshot_.tokens.size()); }
+  const std::vector<int32_t>& tokens() const noexcept { return snapshot_.tokens; }
   /// Bytes of memory that `restore` takes. `ledger` tells which runs others hold.
   size_t bytes(const KvLedger& ledger, Backend backend) const;
   /// The cache as it was. kCorruption when the file holds something else by now. May be called again.

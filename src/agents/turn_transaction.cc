@@ -177,9 +177,8 @@ void TurnTransaction::reuse_prefix() {
 }
 
 void TurnTransaction::keep_for_retry(bool on_disk) noexcept {
-  if (aside_ == nullptr && hold_->cache->length() > reused_) {
-    manager_.keep_for_retry(*hold_, reused_, on_disk, std::min(int(tokens_.size()), hold_->cache->length()));
-  }
+  const int length = aside_ != nullptr ? aside_->length() : hold_->cache->length();
+  if (length > reused_) manager_.keep_for_retry(*hold_, aside_, reused_, on_disk, std::min(int(tokens_.size()), length));
 }
 
 void TurnTransaction::put_aside() {

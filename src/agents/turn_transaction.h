@@ -64,7 +64,7 @@ class TurnTransaction {
   void share_rows(const TurnTransaction& other, int n_tokens);
   /// The same of all that there are, as at the beginning (AgentManager::reuse_prefix).
   void reuse_prefix();
-  /// Keeps the rows computed so far for when the prompt is asked again (AgentManager::keep_for_retry).
+  /// Keeps the rows computed so far for when the prompt is asked again, or gone on from (AgentManager::keep_for_retry).
   void keep_for_retry(bool on_disk) noexcept;
   /// Puts the rows aside, so that others have their memory; `cache()` is empty until bring_back. Nothing when they are.
   /// kIo, kResourceExhausted; then nothing has changed.
@@ -113,7 +113,7 @@ class TurnTransaction {
   uint64_t version_ = 0, queued_version_ = 0;
   int held_ = 0;
   std::unique_ptr<KvCache> cut_;        // the rows, where the turn began by cutting them
-  std::unique_ptr<RowsAside> aside_, cut_aside_;  // the agent's rows, and those of `cut_`, while they are in files
+  std::shared_ptr<const RowsAside> aside_, cut_aside_;  // the agent's rows, and those of `cut_`, while they are in files
   std::vector<std::string> cut_segments_;
   Lineage cut_lineage_;
 };

@@ -268,7 +268,7 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> step
 
 void EngineTurn::commit() {
   const bool whole = transaction_.pending().empty();
-  if (!whole && request_.agent.empty()) transaction_.keep_for_retry(false);  // a commit keeps its whole segments alone
+  if (request_.agent.empty()) transaction_.keep_for_retry(false);  // a commit keeps its whole segments alone
   const GenerateResult generated = generation_.finish();
   result_.message = {.role = "assistant", .content = generated.text};
   if (request_.read_answer) {
