@@ -544,6 +544,10 @@ TEST(PrefillPaceTest, AStepComputesATokenOfEveryAnswerAndAChunkOfTheFirstAndTheS
   EXPECT_EQ(pace.share(Rows{1000, 20, 800}), (Rows{268, 20, 0}));
   EXPECT_EQ(pace.share(Rows{100, 900, 800}), (Rows{100, 0, 188}));
   EXPECT_EQ(pace.share(Rows{1000, 1000}), (Rows{288, 0}));           // first come, first served
+  // Those in the background are not read beside others, and answer all the same.
+  EXPECT_EQ(pace.share(Rows{1000, 20, 0}, {}, 1), (Rows{287, 0, 1}));
+  EXPECT_EQ(pace.share(Rows{0, 1000, 20}, {}, 1), (Rows{1, 267, 20}));
+  EXPECT_EQ(pace.share(Rows{-1, 1000}, {}, 1), (Rows{0, 288}));
   Rows many(300, 0);
   many.push_back(1000);
   EXPECT_EQ(pace.share(many).back(), PrefillPace::kLeast);

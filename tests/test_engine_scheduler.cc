@@ -259,6 +259,77 @@ TEST_F(SchedulerTest, OnlySoManyTurnsAreAtWorkAtOnce) {
   EXPECT_EQ(begun_at_most, Scheduler::kMostTurns);
 }
 
+TEST_F(SchedulerTest, ATurnOfAShareThatHasNoneNeedsNoPlaceAndBeginsBeforeThoseThatWait) {
+  std::vector<std::thread> others;
+  const auto talk = [&](const std::string& name, const std::string& share) {
+    Scheduler::TurnCall call = chat(name, 3);
+    call.share = share;
+    const size_t before = scheduler.waiting();
+    others.emplace_back([this, call] { scheduler.turn(call); });
+    until([&] { return scheduler.waiting() > before; });
+  };
+  std::vector<size_t> at_work;
+  scheduler.turn(chat("first", 4, {}, [&](int done) {
+    at_work.push_back(scheduler.in_turn().size());
+    if (done == 0) {
+      for (int i = 1; i < Scheduler::kMostTurns; ++i) talk("a" + std::to_string(i), "");
+    } else if (done == 1) {  // all places are taken
+      talk("late", ""), talk("b1", "b"), talk("b2", "b"), talk("c", "c");
+    }
+  }));
+  for (std::thread& other : others) other.join();
+  const size_t most = Scheduler::kMostTurns;
+  EXPECT_EQ(at_work, (std::vector<size_t>{1, most, most + 2, most + 2}));
+  const std::vector<std::string> lines = diary.lines();
+  const auto place = [&](const char* line) { return std::find(lines.begin(), lines.end(), line) - lines.begin(); };
+  EXPECT_LT(place("b1 begins"), place("c begins"));
+  EXPECT_LT(place("c begins"), place("late begins"));
+  EXPECT_LT(place("c begins"), place("b2 begins"));
+}
+
+TEST_F(SchedulerTest, SharesTakeTurnsAtWhatIsComputedWhoeverCameFirstAndHoweverMany) {
+  // A row a step, of the turn whose rank says so.
+  std::vector<std::string> rows;
+  struct Counter : Scheduler::Turn {
+    Counter(std::string name, int left) : name(std::move(name)), left(left) {}
+    bool let_go() noexcept override { return true; }
+    void commit() override {}
+    const std::string name;
+    int left;
+  };
+  std::function<void()> at_first;
+  Scheduler shared(1, [&](std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const>) {
+    if (const auto work = std::exchange(at_first, {})) work();
+    Scheduler::Step& first = *std::ranges::min_element(steps, {}, &Scheduler::Step::rank);
+    Counter& turn = static_cast<Counter&>(*first.turn);
+    rows.push_back(turn.name);
+    first.rows = 1;
+    first.computed = --turn.left == 0;
+  });
+  std::vector<std::thread> threads;
+  const auto turn_of = [](const std::string& name, int left, bool background) {
+    return Scheduler::TurnCall{.agent = name, .share = name.substr(0, 1), .background = background,
+                               .begin = [name, left](Scheduler::Listener&) { return std::make_unique<Counter>(name, left); }};
+  };
+  const auto count = [&](const std::string& name, int left, bool background = false) {
+    const size_t before = shared.waiting();
+    threads.emplace_back([&shared, call = turn_of(name, left, background)] { shared.turn(call); });
+    until([&] { return shared.waiting() > before; });
+  };
+  at_first = [&] {
+    for (int i = 2; i <= 20; ++i) count("a" + std::to_string(i), 3);
+    count("c", 2, true);
+    count("b1", 3), count("b2", 2);
+  };
+  shared.turn(turn_of("a1", 3, false));
+  for (std::thread& thread : threads) thread.join();
+  // Within a share those that came first are first.
+  const std::vector<std::string> first{"a1", "b1", "a1", "b1", "a1", "b1", "a2", "b2", "a2", "b2", "a2", "a3"};
+  ASSERT_EQ(rows.size(), 20 * 3 + 5 + 2u);
+  EXPECT_EQ((std::vector<std::string>{rows.begin(), rows.begin() + 12}), first);
+  EXPECT_EQ((std::vector<std::string>{rows.end() - 3, rows.end()}), (std::vector<std::string>{"a20", "c", "c"}));
+}
+
 TEST_F(SchedulerTest, ASlowReaderPausesItsOwnTurnOnly) {
   std::promise<void> read;
   std::atomic<bool> reading{false};
@@ -339,6 +410,46 @@ TEST_F(SchedulerTest, ATurnThatFindsNoRoomTakesThatOfOneWhoseReaderIsSlowWhichGo
   EXPECT_FALSE(diary.has("b lets go"));
   const std::vector<std::string> lines = diary.lines();
   EXPECT_EQ(std::count(lines.begin(), lines.end(), "slow takes"), 2);
+}
+
+TEST_F(SchedulerTest, ATurnInTheBackgroundGivesItsRoomToAllOthersAndBeginsAfterThem) {
+  int free = 3;
+  const auto hoard = [&](const std::string& name, bool background) {
+    return Scheduler::TurnCall{.agent = name, .background = background, .begin = [&, name](Scheduler::Listener& listener) {
+                                 return std::make_unique<Hoarder>(free, 3, diary, name, 3, listener);
+                               }};
+  };
+  std::vector<std::thread> others;
+  const auto talk = [&](const std::string& name, bool background) {
+    others.emplace_back([this, call = hoard(name, background)] { scheduler.turn(call); });
+    until([&] { return scheduler.waiting() == others.size() + 1; });
+  };
+  Scheduler::TurnCall first = hoard("bg", true);
+  first.begin = [&](Scheduler::Listener& listener) {
+    struct Talks : Hoarder {
+      using Hoarder::Hoarder;
+      bool step() override {
+        const bool more = Hoarder::step();
+        if (auto work = std::exchange(after, {})) work();
+        return more;
+      }
+      std::function<void()> after;
+    };
+    auto turn = std::make_unique<Talks>(free, 3, diary, "bg", 3, listener);
+    turn->after = [&] { talk("bg2", true), talk("f1", false), talk("f2", false); };
+    return turn;
+  };
+  scheduler.turn(first);
+  for (std::thread& other : others) other.join();
+  EXPECT_EQ(free, 3);
+  const std::vector<std::string> lines = diary.lines();
+  const auto place = [&](const char* line) { return std::find(lines.begin(), lines.end(), line) - lines.begin(); };
+  EXPECT_LT(place("f2 begins"), place("bg2 begins"));
+  EXPECT_LT(place("bg lets go"), place("f1 takes"));
+  EXPECT_LT(place("f2 ends"), place("bg ends"));
+  EXPECT_LT(place("bg ends"), place("bg2 takes"));
+  EXPECT_EQ(std::count(lines.begin(), lines.end(), "bg steps"), 3);
+  EXPECT_FALSE(diary.has("f1 lets go"));
 }
 
 TEST_F(SchedulerTest, ACallThatFindsNoRoomIsMadeAgainWhenATurnHasEnded) {

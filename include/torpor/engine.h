@@ -113,6 +113,11 @@ struct TurnRequest {
   /// block or call the Engine. When it throws, it is as if it were empty.
   std::function<Message(const std::string& text)> read_answer;
 
+  /// Turns of one share wait for one another's. Between shares the engine is divided evenly.
+  std::string share;
+  /// Comes after all turns that are not in the background, and gives up its memory for them.
+  bool background = false;
+
   SaveMode save = SaveMode::kWait;
   /// With its callbacks. A chunk of the prompt is computed when on_prefill has returned for the one before. The turn is saved when
   /// on_text has returned for all text. `cancel` ends a turn that has not begun, too; nothing has happened then.

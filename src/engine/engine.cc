@@ -198,7 +198,8 @@ TurnResult Engine::Impl::turn(const TurnRequest& request, const std::string& bra
       throw;
     }
   };
-  Scheduler::TurnCall call{.agent = request.agent, .cancel = request.generate.cancel, .give_up = request.give_up,
+  Scheduler::TurnCall call{.agent = request.agent, .share = request.share, .background = request.background,
+                           .cancel = request.generate.cancel, .give_up = request.give_up,
                            .begin = [&](Scheduler::Listener& listener) {
                              return std::make_unique<EngineTurn>(parts, request, branch_of, listener, outcome);
                            },

@@ -67,7 +67,7 @@ void PrefillPace::took(int rows, double seconds) {
   rows_ = std::max(most / unit * unit, kLeast);
 }
 
-std::vector<int> PrefillPace::share(std::span<const int> left, std::span<const int> guesses) const {
+std::vector<int> PrefillPace::share(std::span<const int> left, std::span<const int> guesses, size_t background) const {
   std::vector<int> rows(left.size());
   size_t first = left.size(), second = left.size();
   int decoding = 0;
@@ -76,6 +76,8 @@ std::vector<int> PrefillPace::share(std::span<const int> left, std::span<const i
       decoding += rows[i] = left[i] < 0 ? 0 : guesses.empty() ? 1 : 1 + guesses[i];
     } else if (first == left.size()) {
       first = i;
+    } else if (i >= background && first < background) {
+      continue;
     } else if (second == left.size() || left[i] < left[second]) {
       second = i;
     }

@@ -61,10 +61,12 @@ class PrefillPace {
   /// A step of `rows` rows took `seconds`.
   void took(int rows, double seconds);
 
-  /// What a step computes of each turn, given in the order they came with the tokens `left` of their prompts. One that decodes
-  /// (0 left) gets a row, and one for each of its `guesses` (empty: none has any), one that waits for another's rows (-1) none. The prompts that came first and that has least left share what is left of rows(), kLeast at least. The
-  /// shorter one gets up to half of it, so it may pass; the first one never waits.
-  std::vector<int> share(std::span<const int> left, std::span<const int> guesses = {}) const;
+  /// What a step computes of each turn, given by rank (Scheduler::Step) with the tokens `left` of their prompts. One that decodes
+  /// (0 left) gets a row, and one for each of its `guesses` (empty: none has any), one that waits for another's rows (-1) none. The
+  /// first prompt and the one that has least left share what is left of rows(), kLeast at least. The shorter one gets up to half of
+  /// it, so it may pass; the first one never waits.
+  /// From index `background` on no prompt is read beside one that comes before it.
+  std::vector<int> share(std::span<const int> left, std::span<const int> guesses = {}, size_t background = SIZE_MAX) const;
 
  private:
   static constexpr int kFirst = 32;  // the speed is not known yet

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 #include <utility>
 
 #include "agents/manager.h"
@@ -47,6 +48,7 @@ class Scheduler::Task final : public Scheduler::Listener {
   const std::function<void()>* work = nullptr;  // of a call
 
   const TurnCall* turn_call = nullptr;          // of a turn
+  Share* share = nullptr;                       // of a turn
   std::unique_ptr<Turn> turn;                   // the engine thread's alone; none before it has begun and once it is over
   bool begun = false, computed = false;         // its beginning was made, or tried; its last step
   bool out = false;                             // it was refused room and holds none, or has let go of its own
@@ -64,6 +66,7 @@ class Scheduler::Task final : public Scheduler::Listener {
   bool fresh = false;         // no step has waited for that yet
 
   bool is_turn() const { return turn_call != nullptr; }
+  bool background() const { return is_turn() && turn_call->background; }
   bool holds_memory() const { return is_turn() && turn != nullptr && !out; }
   bool given_up() const { return deaf || is_set(turn_call->give_up) || (!begun && is_set(turn_call->cancel)); }
   bool overlaps(const Task& other) const {
@@ -169,6 +172,7 @@ Scheduler::Ended Scheduler::turn(const TurnCall& call) {
   if (call.after) task.after = &call.after;
   MutexLock lock(mutex_);
   enqueue(task);
+  task.share = &enter(call.share);
   std::exception_ptr thrown;
   while (true) {
     while (!task.over && (task.said.empty() || task.deaf)) task.changed.wait(lock);
@@ -182,9 +186,21 @@ Scheduler::Ended Scheduler::turn(const TurnCall& call) {
     }
   }
   leave(task);
+  if (--task.share->turns == 0) shares_.erase(call.share);
   if (thrown) std::rethrow_exception(thrown);
   if (task.error) std::rethrow_exception(task.error);
   return task.ended;
+}
+
+Scheduler::Share& Scheduler::enter(const std::string& name) {
+  const auto least = std::min_element(shares_.begin(), shares_.end(), [](const auto& a, const auto& b) {
+    return a.second.rows < b.second.rows;
+  });
+  // One that was away has saved nothing up.
+  const int64_t rows = least == shares_.end() ? 0 : least->second.rows;
+  Share& share = shares_.try_emplace(name, Share{rows}).first->second;
+  ++share.turns;
+  return share;
 }
 
 void Scheduler::hear(Task& task) {
@@ -262,19 +278,37 @@ bool Scheduler::may_return(const Task& task) const {
   });
 }
 
+std::vector<Scheduler::Task*> Scheduler::in_order() const {
+  std::vector<Task*> tasks(tasks_.begin(), tasks_.end());
+  std::stable_partition(tasks.begin(), tasks.end(), [](const Task* task) { return !task->background(); });
+  return tasks;
+}
+
 std::vector<Scheduler::Task*> Scheduler::steppable() const {
   std::vector<Task*> tasks;
-  for (Task* task : tasks_) {
+  for (Task* task : in_order()) {
     if (task->is_turn() && task->turn != nullptr && may_step(*task) && (!task->out || may_return(*task))) tasks.push_back(task);
   }
   return tasks;
 }
 
+int Scheduler::at_work(const Task& task) const {
+  return int(std::count_if(tasks_.begin(), tasks_.end(), [&](const Task* other) {
+    return other->share == task.share && other->turn != nullptr && !other->computed;
+  }));
+}
+
+bool Scheduler::begins_before(const Task& a, const Task& b) const {
+  if (a.background() != b.background()) return b.background();
+  return at_work(a) <= at_work(b);
+}
+
 std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
   std::pair<Task*, Action> later{nullptr, Action::kNothing};  // what came since the last step
   const std::vector<Task*> steps = steppable();
-  bool may_begin = steps.size() < size_t(kMostTurns);
-  for (Task* task : tasks_) {
+  Task* begins = nullptr;  // of the turns that may begin, the one whose turn it is
+  bool may_begin = true;
+  for (Task* task : in_order()) {
     if (task->over) continue;
     if (task->is_turn() && task->given_up()) return {task, Action::kUndo};  // whatever is before it
     if (task->is_turn() && task->turn != nullptr) {
@@ -283,12 +317,19 @@ std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
       continue;
     }
     if (blocked(*task)) continue;
-    const Action action = task->is_turn() ? Action::kBegin : Action::kCall;
     if (task->out && !may_return(*task)) may_begin = false;  // nor do turns after it
-    if ((task->out || action == Action::kBegin) && !may_begin) continue;
-    if (task->number <= due_) return {task, action};
-    if (later.first == nullptr) later = {task, action};
+    if (!may_begin && (task->out || task->is_turn())) continue;
+    if (task->is_turn()) {
+      const bool has_place = steps.size() < size_t(kMostTurns) || (!task->background() && at_work(*task) == 0);
+      if (has_place && (begins == nullptr || !begins_before(*begins, *task))) begins = task;
+    } else if (task->number <= due_) {
+      return {task, Action::kCall};
+    } else if (later.first == nullptr) {
+      later = {task, Action::kCall};
+    }
   }
+  if (begins != nullptr && begins->number <= due_) return {begins, Action::kBegin};
+  if (begins != nullptr && (later.first == nullptr || begins->number < later.first->number)) later = {begins, Action::kBegin};
   return steps.empty() ? later : std::pair{steps.front(), Action::kStep};
 }
 
@@ -306,10 +347,11 @@ bool Scheduler::let_go(Task& task) {
 bool Scheduler::make_room(Task& task, bool held) {
   std::vector<Task*> give;  // that may have to
   bool later = false, others = false;
-  for (Task* other : tasks_) {
+  for (Task* other : in_order()) {
     later |= other == &task;
     if (other == &task || !other->holds_memory()) continue;
-    if ((later && held) || !may_step(*other)) {
+    const bool ends = other->computed && other->unheard == 0;  // it is about to be committed
+    if (!ends && ((later && held) || !may_step(*other) || (other->background() && !task.background()))) {
       give.push_back(other);
     } else {
       others = true;
@@ -396,6 +438,13 @@ void Scheduler::step() {
     steps.push_back({.turn = task->turn.get()});
     held.push_back(!std::exchange(task->out, false));
   }
+  std::vector<size_t> ranked(tasks.size());
+  std::iota(ranked.begin(), ranked.end(), size_t(0));
+  std::stable_sort(ranked.begin(), ranked.end(), [&](size_t a, size_t b) {
+    if (tasks[a]->background() != tasks[b]->background()) return tasks[b]->background();
+    return tasks[a]->share->rows < tasks[b]->share->rows;
+  });
+  for (size_t i = 0; i < ranked.size(); ++i) steps[ranked[i]].rank = int(i);
   std::vector<Turn*> resting;
   for (Task* task : tasks_) {
     if (task->holds_memory() && std::find(tasks.begin(), tasks.end(), task) == tasks.end()) resting.push_back(task->turn.get());
@@ -407,6 +456,7 @@ void Scheduler::step() {
     for (Step& step : steps) step.error = std::current_exception();
   }
   due_ = numbers_;
+  for (size_t i = 0; i < tasks.size(); ++i) tasks[i]->share->rows += steps[i].rows;
   for (size_t i = 0; i < tasks.size(); ++i) settle(*tasks[i], held[i], steps[i].computed, steps[i].error);
 }
 

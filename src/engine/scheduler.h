@@ -12,6 +12,10 @@
 /// it does when a turn has ended, or no other can be stepped, and its reader has heard all. A call that finds no room waits
 /// likewise, and is made again. Only what does not fit alone fails.
 ///
+/// Turns are shared out fairly: of those that wait, one whose *share* has fewest turns at work begins first, and a share that has none
+/// needs no place. Prompts are read in the order of what the shares have had (Step::rank). Turns in the *background* come after
+/// all others, and are the first to give up their memory.
+///
 /// A turn talks to its caller through a bounded queue (Listener), whose callbacks run on the caller's thread and may call
 /// back. While the queue is full the turn is skipped and others are stepped. It is committed when its caller has heard all.
 /// A call made from a callback that would wait, however indirectly, for that callback's own turn is kInvalidArgument.
@@ -22,6 +26,7 @@
 #include <exception>
 #include <functional>
 #include <list>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -65,16 +70,20 @@ class Scheduler {
   /// One of the turns that may be stepped, and what its step came to.
   struct Step {
     Turn* turn = nullptr;
+    int rank = 0;              ///< the lower, the sooner its prompt is read: the turn of the share that has had least is 0
+    int64_t rows = 0;          ///< that were computed, told by the Stepper: what its share has had
     bool computed = false;     ///< nothing is left to compute
     std::exception_ptr error;  ///< ends the turn; or is_lack_of_room, and the turn is as it was
   };
-  /// Steps turns, given in the order they came: at least one of them, the first unless there is a reason. `resting` turns hold
+  /// Steps turns, given in the order they came, those in the background last: at least one of them, the first unless there is a reason. `resting` turns hold
   /// their rows, but can't be stepped now: a callback of theirs runs, or they are computed. Throws nothing but what ends them all.
   using Stepper = std::function<void(std::span<Step>, std::span<Turn* const> resting)>;
 
   /// What a caller asks for.
   struct TurnCall {
     std::string agent;
+    std::string share;                                      ///< whose share of the engine it takes
+    bool background = false;                                ///< it can wait for all that are not
     std::function<void(std::string_view)> on_text;          ///< may be empty
     std::function<void(int done, int total)> on_prefill;    ///< may be empty; the next step waits until it has returned
     const std::atomic<bool>* cancel = nullptr;              ///< ends the turn in its own way; one that has not begun is given up
@@ -88,7 +97,7 @@ class Scheduler {
     kGivenUp,   ///< undone
   };
 
-  /// Turns that may be at work at once, those not counted whose readers are slow. Others wait, in the order they came.
+  /// Turns that may be at work at once, those not counted whose readers are slow. Others wait, but for the first of a share.
   static constexpr int kMostTurns = 32;
 
   /// `text_queue_bytes`: text that may wait for each turn's caller. `stepper` runs on the engine thread.
@@ -125,10 +134,17 @@ class Scheduler {
 
  private:
   class Task;
+  /// Those whose turns take the same part of the engine.
+  struct Share {
+    int64_t rows = 0;  ///< computed for it; at first what the share has had that had least
+    int turns = 0;     ///< that are not over
+  };
   enum class Action { kNothing, kCall, kBegin, kStep, kCommit, kUndo };
 
   void run_call(std::vector<std::string> agents, const std::function<void()>& work, const std::function<void()>& after);
   void enqueue(Task& task) TORPOR_REQUIRES(mutex_);
+  /// The share of that name, with a turn more.
+  Share& enter(const std::string& name) TORPOR_REQUIRES(mutex_);
   /// On its caller's thread, for a task that is over: what comes after it, and the end of what waits for it.
   void leave(Task& task) TORPOR_REQUIRES(mutex_);
   /// Whether `task`, in the list, can't begin before one of `own` is over.
@@ -144,6 +160,12 @@ class Scheduler {
   /// Whether a turn without memory may try to take it again.
   bool may_return(const Task& task) const TORPOR_REQUIRES(mutex_);
   std::vector<Task*> steppable() const TORPOR_REQUIRES(mutex_);
+  /// All tasks in the order in which they may have memory: as they came, turns in the background last.
+  std::vector<Task*> in_order() const TORPOR_REQUIRES(mutex_);
+  /// Turns of its share that have begun and have something left to compute.
+  int at_work(const Task& task) const TORPOR_REQUIRES(mutex_);
+  /// Of two turns that wait: whether `a` begins before `b`, which came later.
+  bool begins_before(const Task& a, const Task& b) const TORPOR_REQUIRES(mutex_);
   /// A turn that was refused room: whether others hold some. Then one of them, or this one, has let go of it.
   /// `held`: it had its own, and needs more.
   bool make_room(Task& task, bool held) TORPOR_REQUIRES(mutex_);
@@ -162,6 +184,7 @@ class Scheduler {
   mutable Mutex mutex_;  // of tasks, too
   CondVar wake_;         // the engine thread
   std::list<Task*> tasks_ TORPOR_GUARDED_BY(mutex_);  // in the order they came; owned by their callers, who wait
+  std::map<std::string, Share> shares_ TORPOR_GUARDED_BY(mutex_);  // of turns that are not over
   uint64_t numbers_ TORPOR_GUARDED_BY(mutex_) = 0;
   uint64_t due_ TORPOR_GUARDED_BY(mutex_) = 0;    // calls and turns up to this number come before the next step
   uint64_t freed_ TORPOR_GUARDED_BY(mutex_) = 0;  // how often a turn that held memory has ended

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -118,6 +119,22 @@ bool EngineTurn::let_go() noexcept {
   }
 }
 
+std::vector<int> EngineTurn::share(const PrefillPace& pace, std::span<const Computing> turns, std::span<const int> left,
+                                   std::span<const int> guesses) {
+  std::vector<size_t> ranked(turns.size());
+  std::iota(ranked.begin(), ranked.end(), size_t(0));
+  std::ranges::sort(ranked, {}, [&](size_t i) { return turns[i].step->rank; });
+  const auto waits = std::ranges::find_if(ranked, [&](size_t i) { return turns[i].turn->request_.background; });
+  std::vector<int> ranked_left, ranked_guesses, shares(turns.size());
+  for (const size_t i : ranked) {
+    ranked_left.push_back(left[i]);
+    ranked_guesses.push_back(guesses[i]);
+  }
+  const std::vector<int> rows = pace.share(ranked_left, ranked_guesses, size_t(waits - ranked.begin()));
+  for (size_t i = 0; i < ranked.size(); ++i) shares[ranked[i]] = rows[i];
+  return shares;
+}
+
 void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
   std::vector<ForwardSequence> sequences;
   size_t rows = 0;
@@ -163,6 +180,7 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
     const auto& [turn, step, tokens] = batch[i];
     const std::span<const float> own(row, sequences[i].no_logits ? 0 : sequences[i].all_logits ? tokens.size() * vocab : vocab);
     row += own.size();
+    step->rows = int64_t(tokens.size());
     turn->transaction_.cache().record_tokens(tokens);
     try {
       turn->take(own, turn->transaction_.cache().length() - int(tokens.size()));
@@ -219,7 +237,10 @@ void EngineTurn::step(std::span<Scheduler::Step> steps, std::span<Scheduler::Tur
 
 void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> steps, std::span<EngineTurn* const> others,
                       bool& room) {
-  if (parts.model->backend() == Backend::kMlx) steps = steps.first(1);
+  if (parts.model->backend() == Backend::kMlx) {
+    const auto rank = [](const Scheduler::Step* step) { return step->rank; };
+    steps = steps.subspan(size_t(std::ranges::min_element(steps, {}, rank) - steps.begin()), 1);
+  }
   std::vector<Computing> turns;
   std::vector<int> left;  // of their prompts
   for (Scheduler::Step* const step : steps) {
@@ -245,7 +266,7 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> step
     EngineTurn& turn = *turns[i].turn;
     return turn.generation_.guess(std::min(most, turn.transaction_.cache().spare_rows() - 1), cost);
   });
-  const std::vector<int> shares = parts.pace->share(left, guesses);
+  const std::vector<int> shares = share(*parts.pace, turns, left, guesses);
   std::map<std::string, std::vector<Computing>> batches;  // by KV format
   for (size_t i = 0; i < turns.size(); ++i) {
     auto& [turn, step, rows] = turns[i];

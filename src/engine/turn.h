@@ -46,7 +46,7 @@ class EngineTurn final : public Scheduler::Turn {
              TurnOutcome& outcome);
 
   /// Computes the next rows of several turns, all of one engine in one forward pass per KV format: of each that decodes a token,
-  /// of prompts what the pace gives (PrefillPace::share). With MLX's kernels only an engine's first turn is stepped.
+  /// of prompts what the pace gives (PrefillPace::share). With MLX's kernels only the turn of the lowest rank is stepped.
   static void step(std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting);
   /// Rows of a turn that is not committed are kept for when its prompt is asked again.
   ~EngineTurn() override;
@@ -74,6 +74,9 @@ class EngineTurn final : public Scheduler::Turn {
   bool waits_for(std::span<const Computing> earlier, std::span<EngineTurn* const> others);
   /// Generation::take, and the rows that it no longer wants go. `before`: rows that were there before the step.
   void take(std::span<const float> logits, int before);
+  /// PrefillPace::share by the ranks of their steps.
+  static std::vector<int> share(const PrefillPace& pace, std::span<const Computing> turns, std::span<const int> left,
+                                std::span<const int> guesses);
   /// One forward pass; all caches have one format, and room. What fails ends those that it fails for.
   static void compute(EngineParts& parts, std::span<const Computing> batch);
 
