@@ -49,7 +49,10 @@ struct Server {
     service.set_keys(ApiKeys::read(written(std::string("acme:first:") + kHash + "\n")));
   }
   ServiceOptions with_log(ServiceOptions options) {
-    options.log = [this](const std::string& line) { log.push_back(Json::parse(line)); };
+    options.log = [this](const std::string& line) {
+      const std::lock_guard lock(log_mutex);
+      log.push_back(Json::parse(line));
+    };
     return options;
   }
   /// An answer to a request with a key, unless other headers are given.
@@ -79,6 +82,7 @@ struct Server {
   MeteredRunner metered;
   Dialects dialects;
   Agents agents;
+  std::mutex log_mutex;
   std::vector<Json> log;
   Service service;
   std::list<RecordingResponse> responses;
@@ -127,6 +131,23 @@ TEST(Service, TellsTheHandlersWhoseKeyItWas) {
   ServiceOptions open;
   open.authenticate = false;
   EXPECT_EQ(Server(open).ask(Server::get("/torpor/v1/agents", {{"host", "localhost"}})).body, "local");
+}
+
+TEST(Service, TellsTheRunnerWhichKeyItWasAndWhetherTheClientCanWait) {
+  Server server;
+  const auto heard = [&](const std::string& header, const std::string& tier) -> const ChatRequest& {
+    HttpRequest request = Server::chat();
+    if (!header.empty()) request.headers.emplace_back("x-torpor-background", header);
+    Json body = Json::parse(request.body);
+    if (!tier.empty()) body["service_tier"] = tier;
+    request.body = to_text(body);
+    EXPECT_EQ(server.ask(request).status, 200);
+    return server.runner.heard.back();
+  };
+  EXPECT_EQ(heard("", "").share, "acme:first");
+  for (const char* no : {"", "0", "false"}) EXPECT_FALSE(heard(no, "auto").background) << no;
+  for (const char* yes : {"1", "title_generation"}) EXPECT_TRUE(heard(yes, "").background) << yes;
+  EXPECT_TRUE(heard("", "flex").background);
 }
 
 TEST(Service, AKeyThatWasRemovedOpensNothing) {
@@ -218,6 +239,67 @@ TEST(Service, ATurnTooManyIsToldWhenToComeAgain) {
   changed.notify_all();
   worker.join();
   EXPECT_EQ(first.status, 200);
+  EXPECT_EQ(server.service.turns(), 0);
+}
+
+TEST(Service, AKeyThatHoldsManyPlacesLeavesSomeToOthers) {
+  // printf sk-other1 | sha256sum, and sk-other2
+  const std::string first = std::string("acme:first:") + kHash + "\n";
+  const std::string others = "acme:second:42f7408b88d94709b6be94a3e55eeaa886e7040f2d6721cd3a9a164f03cb74ee\n"
+                             "other:first:1ec8307de3759babed9951718b71c8678e8eed6a85bdfcc623e3ba47f20755af\n";
+  std::mutex mutex;
+  std::condition_variable changed;
+  int begun = 0;
+  bool over = false;
+  ServiceOptions options;
+  options.max_turns = 8;
+  Server server(options, [&](const ChatRequest&, Say& say) {
+    std::unique_lock lock(mutex);
+    ++begun;
+    changed.notify_all();
+    changed.wait(lock, [&] { return over; });
+    say.start().text("done").finish();
+  });
+  std::list<RecordingResponse> answers;
+  std::vector<std::thread> threads;
+  /// Whether a turn with this key gets a place, which it keeps.
+  const auto gets_place = [&](const std::string& key) {
+    HttpRequest request = Server::chat();
+    request.headers = {{"host", "localhost"}, {"x-api-key", key}};
+    request.peer = "127.0.0.1:1";
+    RecordingResponse& answer = answers.emplace_back();
+    std::unique_lock lock(mutex);
+    const int before = begun;
+    const auto answered = std::make_shared<bool>(false);
+    threads.emplace_back([&, request, answered] {
+      server.service.handle(request, answer);
+      const std::lock_guard lock(mutex);
+      *answered = true;
+      changed.notify_all();
+    });
+    changed.wait(lock, [&] { return *answered || begun > before; });
+    if (begun > before) return true;
+    EXPECT_EQ(answer.status, 429);
+    return false;
+  };
+  const auto places = [&](const std::string& key) {
+    int n = 0;
+    while (gets_place(key)) ++n;
+    return n;
+  };
+  server.service.set_keys(ApiKeys::read(written(first + others)));
+  EXPECT_EQ(places(kKey), 4);         // half
+  EXPECT_EQ(places("sk-other1"), 2);  // of the rest, another key of the tenant
+  EXPECT_EQ(places("sk-other2"), 1);
+  server.service.set_keys(ApiKeys::read(written(first)));
+  EXPECT_EQ(places(kKey), 1);  // the only one has all
+  EXPECT_EQ(server.service.turns(), 8);
+  {
+    const std::lock_guard lock(mutex);
+    over = true;
+  }
+  changed.notify_all();
+  for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(server.service.turns(), 0);
 }
 
@@ -324,15 +406,15 @@ TEST(ApiKeys, ALineThatIsNoKeyIsNamed) {
   expect_refused(":c:" + std::string(kHash), "line 1");
   expect_refused(std::string(kHash), "line 1");
   expect_refused("# nothing\n\n", "holds no key");
-  EXPECT_EQ(ApiKeys::read(written("# a comment\r\n\n" + good)).tenant_of(kKey), "a");
+  EXPECT_EQ(ApiKeys::read(written("# a comment\r\n\n" + good)).owner_of(kKey)->tenant, "a");
   EXPECT_THROW(ApiKeys::read(fresh_directory() / "absent"), Error);
 }
 
 TEST(ApiKeys, TheFirstStartMakesAKeyForItsOwnerAlone) {
   const fs::path file = fresh_directory() / "config" / "torpor" / "api-keys";
   const std::string key = make_key_file(file);
-  EXPECT_EQ(ApiKeys::read(file).tenant_of(key), "local");
-  EXPECT_EQ(ApiKeys::read(file).tenant_of(key + "x"), std::nullopt);
+  EXPECT_EQ(ApiKeys::read(file).owner_of(key)->tenant, "local");
+  EXPECT_FALSE(ApiKeys::read(file).owner_of(key + "x").has_value());
   std::string stored;
   std::getline(std::ifstream(local_key_file(file)), stored);
   EXPECT_EQ(stored, key);

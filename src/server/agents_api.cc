@@ -160,14 +160,14 @@ Answer remove(const Call& call) {
 Answer create(const Call& call) {
   const ModelPool::Lease model = call.models.model(call.body.value("model", ""));
   return turn_answer(run_agent_turn(model.engine(), call.metrics, call.named(call.body.at("agent")),
-                                    TurnRequest::Presence::kNew, call.body, call.response),
+                                    TurnRequest::Presence::kNew, call.request, call.body, call.response),
                      201);
 }
 
 Answer turn(const Call& call) {
   try {
-    return turn_answer(run_agent_turn(call.engine, call.metrics, call.agent(), TurnRequest::Presence::kThere, call.body,
-                                      call.response),
+    return turn_answer(run_agent_turn(call.engine, call.metrics, call.agent(), TurnRequest::Presence::kThere,
+                                      call.request, call.body, call.response),
                        200);
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kNotFound) refuse_absent(call.name);  // in the tenant's words

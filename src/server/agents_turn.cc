@@ -123,9 +123,11 @@ Json error_json(const Error& error, const std::string& tenant) {
   return Json{{"error", std::move(said)}};
 }
 
-Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, TurnRequest::Presence presence, const Json& body,
-                    HttpResponse& response) {
+Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, TurnRequest::Presence presence,
+                    const HttpRequest& request, const Json& body, HttpResponse& response) {
   TurnRequest turn = turn_of(agent, body);
+  turn.share = request.share;
+  turn.background = request.background();
   turn.presence = presence;
   turn.give_up = &response.gone();
   const bool stream = body.value("stream", false);

@@ -17,10 +17,11 @@ struct AgentName {
 };
 
 /// One turn, as the members `prompt`, `system`, `max_tokens`, `temperature`, `top_p`, `seed` and `stream` of `body` ask
-/// for it. Gives its result; null when it was streamed. A turn whose client goes is taken back. Throws torpor::Error
-/// before anything was answered; later ones end the stream with an event `error`.
-Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, TurnRequest::Presence presence, const Json& body,
-                    HttpResponse& response);
+/// for it. `request` says whose share of the engine it takes, and whether it can wait. Gives its result; null when it was
+/// streamed. A turn whose client goes is taken back. Throws torpor::Error before anything was answered; later ones end
+/// the stream with an event `error`.
+Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, TurnRequest::Presence presence,
+                    const HttpRequest& request, const Json& body, HttpResponse& response);
 
 /// How much of a conversation, an array of messages, the agent holds as of its last save, and where the two part.
 /// kInvalidArgument for what is no message.

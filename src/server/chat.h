@@ -74,6 +74,8 @@ struct Sampling {
 struct ChatRequest {
   std::string model;    ///< as the client named it, without `@agent`
   std::string tenant;   ///< whose key it was; agents and sessions belong to it
+  std::string share;        ///< TurnRequest::share
+  bool background = false;  ///< TurnRequest::background
   std::string agent;    ///< named explicitly; empty: none
   std::string session;  ///< the client's id of the conversation; empty: none
   std::vector<Message> messages;      ///< the whole history, oldest first

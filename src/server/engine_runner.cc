@@ -208,6 +208,8 @@ struct EngineRunner::Impl {
     TurnRequest turn;
     const std::string tenant = request.tenant.empty() ? kLocalTenant : request.tenant;
     if (!share_prefixes) turn.salt = salt_of(tenant);
+    turn.share = request.share;
+    turn.background = request.background;
     if (!request.agent.empty()) {
       turn.agent = agent_id_of(tenant, request.agent);
     } else if (!request.session.empty()) {

@@ -48,6 +48,11 @@ std::optional<std::string_view> HttpRequest::header(std::string_view name) const
   return std::nullopt;
 }
 
+bool HttpRequest::background() const {
+  const std::string_view value = header("x-torpor-background").value_or("");
+  return !value.empty() && value != "0" && value != "false";
+}
+
 std::optional<std::string> HttpRequest::parameter(std::string_view name) const {
   std::optional<std::string> found;
   split(query, '&', [&](std::string_view pair) {

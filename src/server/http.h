@@ -29,9 +29,12 @@ struct HttpRequest {
   /// empty then, and the handler words the answer. 0: none.
   int refused = 0;
   std::string tenant;   ///< whose key it came with, as the Service found (server/service.h); empty: nobody has looked yet
+  std::string share;    ///< TurnRequest::share: one for each key
 
   /// The first header of that name (lower case); nullopt without one.
   std::optional<std::string_view> header(std::string_view name) const;
+  /// Whether the client can wait: a header `x-torpor-background` that is not empty, "0" or "false".
+  bool background() const;
   /// The decoded value of a query parameter; nullopt without one.
   std::optional<std::string> parameter(std::string_view name) const;
   /// The path's parts between slashes, decoded: "/v1/models/a%2Fb" is {"v1", "models", "a/b"}. A slash at the end adds none.

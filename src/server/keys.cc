@@ -111,7 +111,7 @@ ApiKeys ApiKeys::read(const std::filesystem::path& path) {
           .with_path(path.string());
     }
     keys.entries_.push_back(
-        {std::string(line.substr(0, first)), std::string(line.substr(first + 1, second - first - 1)), *hash});
+        {{std::string(line.substr(0, first)), std::string(line.substr(first + 1, second - first - 1))}, *hash});
   }
   if (keys.entries_.empty()) {
     throw Error(ErrorCode::kInvalidArgument, path.string() + " holds no key; add a line tenant:name:hash")
@@ -120,7 +120,7 @@ ApiKeys ApiKeys::read(const std::filesystem::path& path) {
   return keys;
 }
 
-std::optional<std::string> ApiKeys::tenant_of(std::string_view key) const {
+std::optional<KeyOwner> ApiKeys::owner_of(std::string_view key) const {
   const Hash hash = sha256(key);
   const Entry* found = nullptr;
   for (const Entry& entry : entries_) {
@@ -128,7 +128,7 @@ std::optional<std::string> ApiKeys::tenant_of(std::string_view key) const {
     for (size_t i = 0; i < hash.size(); ++i) different |= hash[i] ^ entry.hash[i];
     if (different == 0) found = &entry;
   }
-  return found ? std::optional(found->tenant) : std::nullopt;
+  return found ? std::optional(found->owner) : std::nullopt;
 }
 
 std::filesystem::path local_key_file(const std::filesystem::path& key_file) { return key_file.string() + ".local"; }

@@ -25,6 +25,11 @@ std::optional<std::string> agent_name_of(const std::string& tenant, const std::s
 /// What keeps rows of the tenant's agents from others' (TurnRequest::salt).
 std::string salt_of(const std::string& tenant);
 
+/// Whose a key is. Agents belong to the tenant, a share of the engine to the key.
+struct KeyOwner {
+  std::string tenant, name;
+};
+
 /// Immutable after `read`; any thread.
 class ApiKeys {
  public:
@@ -33,11 +38,13 @@ class ApiKeys {
   /// kIo when the file can't be read; kInvalidArgument names a line that is no key, or a file without any.
   static ApiKeys read(const std::filesystem::path& file);
   /// Whose key it is. Takes the same time for every wrong key.
-  std::optional<std::string> tenant_of(std::string_view key) const;
+  std::optional<KeyOwner> owner_of(std::string_view key) const;
+  /// How many there are.
+  size_t size() const { return entries_.size(); }
 
  private:
   struct Entry {
-    std::string tenant, name;
+    KeyOwner owner;
     std::array<uint8_t, 32> hash;
   };
   std::vector<Entry> entries_;

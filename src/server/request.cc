@@ -38,6 +38,9 @@ void read_identity(const HttpRequest& http, Field body, ChatRequest& request) {
   if (const auto agent = http.header("x-torpor-agent"); agent && !agent->empty()) request.agent = *agent;
   request.session = session_of(http, body);
   request.tenant = http.tenant;
+  request.share = http.share;
+  const Field tier = body["service_tier"];
+  request.background = http.background() || (tier.is_string() && *tier.string() == "flex");
 }
 
 std::string text_content(Field content, std::string_view between) {

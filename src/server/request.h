@@ -12,8 +12,8 @@
 
 namespace torpor::server {
 
-/// Model, agent and session of any dialect's body: `model` as "name@agent", the header X-Torpor-Agent, and the ids by
-/// which clients name a conversation.
+/// Model, agent, session and priority of any dialect's body: `model` as "name@agent", the header X-Torpor-Agent, the ids by
+/// which clients name a conversation, and whether it can wait: HttpRequest::background, or OpenAI's `service_tier` "flex".
 void read_identity(const HttpRequest& http, Field body, ChatRequest& request);
 
 /// Text of a `content`: a string, or an array of text parts put together with `between`. Parts that are no text

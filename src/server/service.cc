@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <ctime>
+#include <numeric>
 
 #include "server/dashboard.h"
 #include "server/failure.h"
@@ -102,25 +103,35 @@ void require_get(const HttpRequest& request) {
     throw Failure(Failure::Kind::kMethodNotAllowed, request.path + " answers GET alone.");
 }
 
-/// Counts a turn while it lives.
-class TurnPlace {
+}  // namespace
+
+/// Counts a turn of its share while it lives.
+class Service::TurnPlace {
  public:
-  TurnPlace(std::atomic<int>& turns, int most) : turns_(turns) {
-    if (++turns_ <= most) return;
-    --turns_;
-    Failure full(Failure::Kind::kOverloaded, "The server's queue is full; try again later.");
-    full.retry_after = 5;
-    throw full;
+  TurnPlace(Service& service, const std::string& share) : service_(service), share_(share) {
+    const MutexLock lock(service_.mutex_);
+    const int free = service_.options_.max_turns - service_.taken();
+    const bool alone = !service_.options_.authenticate || service_.keys_->size() <= 1;
+    const auto own = service_.turns_.find(share_);
+    if (free <= 0 || (!alone && own != service_.turns_.end() && own->second >= free)) {
+      Failure full(Failure::Kind::kOverloaded, "The server's queue is full; try again later.");
+      full.retry_after = 5;
+      throw full;
+    }
+    ++service_.turns_[share_];
   }
-  ~TurnPlace() { --turns_; }
+  ~TurnPlace() {
+    const MutexLock lock(service_.mutex_);
+    const auto own = service_.turns_.find(share_);
+    if (--own->second == 0) service_.turns_.erase(own);
+  }
   TurnPlace(const TurnPlace&) = delete;
   TurnPlace& operator=(const TurnPlace&) = delete;
 
  private:
-  std::atomic<int>& turns_;
+  Service& service_;
+  const std::string share_;
 };
-
-}  // namespace
 
 Service::Service(ServiceOptions options, HttpHandler& dialects, HttpHandler& agents, Metrics& metrics)
     : options_(std::move(options)),
@@ -200,8 +211,17 @@ void Service::check_source(const HttpRequest& request) const {
   }
 }
 
-std::string Service::tenant_of(const HttpRequest& request) const {
-  if (!options_.authenticate) return kLocalTenant;
+int Service::taken() const {
+  return std::accumulate(turns_.begin(), turns_.end(), 0, [](int sum, const auto& own) { return sum + own.second; });
+}
+
+int Service::turns() const {
+  const MutexLock lock(mutex_);
+  return taken();
+}
+
+KeyOwner Service::owner_of(const HttpRequest& request) const {
+  if (!options_.authenticate) return {kLocalTenant, ""};
   std::string_view key = request.header("x-api-key").value_or("");
   const std::string_view bearer = request.header("authorization").value_or("");
   if (bearer.size() > 7 && lower(bearer.substr(0, 7)) == "bearer ") key = bearer.substr(7);
@@ -210,7 +230,7 @@ std::string Service::tenant_of(const HttpRequest& request) const {
     const MutexLock lock(mutex_);
     keys = keys_;
   }
-  if (const auto tenant = keys->tenant_of(key)) return *tenant;
+  if (const auto owner = keys->owner_of(key)) return *owner;
   throw Failure(Failure::Kind::kUnauthorized,
                 "This needs a key of the server's; send it as a Bearer token or as x-api-key.");
 }
@@ -220,7 +240,7 @@ void Service::answer_health(HttpResponse& response) const {
   const Json body{{"status", ready ? "ready" : "draining"},
                   {"live", true},
                   {"ready", ready},
-                  {"turns", turns_.load()},
+                  {"turns", turns()},
                   {"version", TORPOR_VERSION}};
   response.whole(ready ? 200 : 503, {{"content-type", "application/json"}}, to_text(body));
 }
@@ -236,7 +256,9 @@ void Service::answer(const Route& route, HttpRequest& request, HttpResponse& res
     return answer_health(response);
   }
   check_source(request);
-  request.tenant = tenant_of(request);
+  const KeyOwner owner = owner_of(request);
+  request.tenant = owner.tenant;
+  request.share = owner.tenant + ":" + owner.name;
   switch (request.refused) {
     case 0: break;
     case 413: throw Failure(Failure::Kind::kTooLarge, "The request's body is longer than this server takes.");
@@ -262,7 +284,7 @@ void Service::answer(const Route& route, HttpRequest& request, HttpResponse& res
     leaving.retry_after = 5;
     throw leaving;
   }
-  const TurnPlace place(turns_, options_.max_turns);
+  const TurnPlace place(*this, request.share);
   handler.handle(request, response);
 }
 

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,7 +21,9 @@ namespace torpor::server {
 
 struct ServiceOptions {
   bool authenticate = true;         ///< false: everybody is kLocalTenant
-  int max_turns = 64;               ///< that run or wait at a time; one more is refused, with a time to come again
+  /// Turns that run or wait at a time; one more is refused, with a time to come again. Where there are several keys, each has a
+  /// place as long as it holds fewer than are free: half of them at most.
+  int max_turns = 64;
   /// Gets a JSON object for each request that was answered, without its end of line. It holds no text of a request.
   /// Called on worker threads, by several at a time.
   std::function<void(const std::string& line)> log;
@@ -40,14 +43,17 @@ class Service : public HttpHandler {
   /// From now on /health says that the server is not ready, and turns are refused.
   void drain() { draining_ = true; }
   /// Turns that run or wait.
-  int turns() const { return turns_; }
+  int turns() const;
 
  private:
   struct Route;
+  class TurnPlace;
   const Route& route_of(const HttpRequest& request) const;
   void check_source(const HttpRequest& request) const;
-  std::string tenant_of(const HttpRequest& request) const;
+  KeyOwner owner_of(const HttpRequest& request) const;
   void answer(const Route& route, HttpRequest& request, HttpResponse& response);
+  /// Of all shares.
+  int taken() const TORPOR_REQUIRES(mutex_);
   void answer_health(HttpResponse& response) const;
 
   const ServiceOptions options_;
@@ -57,8 +63,8 @@ class Service : public HttpHandler {
   mutable Mutex mutex_;
   std::shared_ptr<const ApiKeys> keys_ TORPOR_GUARDED_BY(mutex_);
   std::shared_ptr<const std::vector<std::string>> hosts_ TORPOR_GUARDED_BY(mutex_);
+  std::map<std::string, int> turns_ TORPOR_GUARDED_BY(mutex_);  // that run or wait, by HttpRequest::share
   std::atomic<bool> draining_{false};
-  std::atomic<int> turns_{0};
   std::atomic<uint64_t> next_id_{1};
 };
 
