@@ -258,7 +258,14 @@ TEST_F(GenerationTest, EndsAtMaxTokensAtTheContextsEndAndWhenCancelled) {
   result = run(full, 8, " a b c d e f", 2);
   EXPECT_EQ(result.tokens.size(), 3u);  // 5 held, 2 of the prompt
   EXPECT_EQ(result.finish_reason, FinishReason::kLength);
-  EXPECT_THROW(Generation(model_, tokenizer_, 5, {10, 11, 12, 13, 14}, options_), Error);
+  try {
+    Generation(model_, tokenizer_, 5, {10, 11, 12, 13, 14}, options_);
+    ADD_FAILURE();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kResourceExhausted);
+    EXPECT_EQ(error.field(), kContextFull);
+    EXPECT_EQ(error.expected() + " " + error.found(), "10 10");
+  }
 
   model_.max_context = 0;
   std::atomic<bool> cancel{false};

@@ -146,15 +146,18 @@ TEST_F(OpenAiChat, AnErrorAfterTheStartIsSaidInTheStreamWhichThenEndsWithoutDone
 }
 
 TEST_F(OpenAiChat, ATooLongPromptHasTheCodeThatClientsCompactOn_ollama_3839_14259) {
-  script([](const ChatRequest&, Say&) {
-    Failure failure(Failure::Kind::kContextTooLong, "too long");
-    failure.tokens = 5000;
-    failure.maximum = 4096;
-    throw failure;
-  });
-  const Json error = ask_json(kChat, {{"messages", user("Hi")}}, 400)["error"];
-  EXPECT_EQ(error["code"], "context_length_exceeded");
-  EXPECT_NE(std::string(error["message"]).find("4096 tokens"), std::string::npos);
+  for (const bool found_late : {false, true}) {  // by the server, or by the engine: with the tokens that the agent holds
+    script([found_late](const ChatRequest&, Say&) {
+      if (found_late) throw Error(ErrorCode::kResourceExhausted, "too long").with_field(kContextFull, "4096", "5000");
+      Failure failure(Failure::Kind::kContextTooLong, "too long");
+      failure.tokens = 5000;
+      failure.maximum = 4096;
+      throw failure;
+    });
+    const Json error = ask_json(kChat, {{"messages", user("Hi")}}, 400)["error"];
+    EXPECT_EQ(error["code"], "context_length_exceeded");
+    EXPECT_NE(std::string(error["message"]).find("4096 tokens"), std::string::npos);
+  }
 }
 
 TEST_F(OpenAiChat, AFullQueueIs429WithRetryAfterAndMayBeRetried) {

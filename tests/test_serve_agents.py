@@ -148,6 +148,11 @@ def test_failures_are_told_with_code_and_sentence(server):
     fails(409, "kInvalidArgument", "POST", "/ada/fork", {"as": "ada"}, agent="ada", field="agent")
     fails(409, "kInvalidArgument", "POST", "/ada/rename", {"to": "ada"}, agent="ada", field="agent")
     fails(400, "kInvalidArgument", "POST", "/ada/fork", {"as": "../eve"})
+    for stream in (False, True):
+        too_long = {"prompt": "word " * 5000, "stream": stream}
+        full = {"field": "ModelInfo::max_context", "expected": "4096"}
+        fails(400, "kResourceExhausted", "POST", "/ada/turn", too_long, **full)
+        fails(400, "kResourceExhausted", "POST", "", {"agent": "eve", **too_long}, **full)
     fails(400, "kInvalidArgument", "POST", "/ada/fork", {}, field="as")
     fails(400, "kInvalidArgument", "POST", "/ada/fork", {"as": "eve", "att_token": 3}, field="att_token")
     fails(400, "kInvalidArgument", "POST", "/ada/fork", {"as": 7}, field="as")

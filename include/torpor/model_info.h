@@ -16,6 +16,10 @@ namespace torpor {
 /// Who computes unless asked otherwise (ComputeOptions::backend).
 Backend default_backend();
 
+/// The field of the error that says that a prompt does not fit the model's context; `expected` are the context's tokens, `found` the
+/// prompt's.
+inline constexpr const char* kContextFull = "ModelInfo::max_context";
+
 struct ModelInfo {
   std::string name;          ///< as given: directory or repo id
   std::filesystem::path dir;

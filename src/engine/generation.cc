@@ -113,7 +113,8 @@ Generation::Generation(const ModelInfo& model, std::shared_ptr<const Tokenizer> 
     throw Error(ErrorCode::kResourceExhausted,
                 "The prompt of " + std::to_string(prompt_.size()) + " tokens after " + std::to_string(held) +
                     " held does not fit the model's context of " + std::to_string(limit) +
-                    " tokens; shorten it or start a new agent.");
+                    " tokens; shorten it or start a new agent.")
+        .with_field(kContextFull, std::to_string(limit), std::to_string(held + int64_t(prompt_.size())));
   }
   begin_filter();
 }

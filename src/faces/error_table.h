@@ -4,6 +4,8 @@
 #include <iterator>
 
 #include "torpor/error.h"
+#include "torpor/model_info.h"
+#include "torpor/store.h"
 
 namespace torpor::faces {
 
@@ -33,6 +35,13 @@ constexpr const ErrorMapping& error_mapping(ErrorCode code) noexcept {
     if (row.code == code) return row;
   }
   return kErrorTable[std::size(kErrorTable) - 1];
+}
+
+/// The HTTP status of `error`: its code's, but for mistakes of the client's that share a code with others.
+inline int http_status(const Error& error) noexcept {
+  if (error.field() == kAgentTaken) return 409;
+  if (error.field() == kContextFull) return 400;
+  return error_mapping(error.code()).http_status;
 }
 
 }  // namespace torpor::faces

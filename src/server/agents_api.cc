@@ -443,8 +443,7 @@ void AgentsApi::handle(const HttpRequest& request, HttpResponse& response) {
   try {
     said = answer(models_, metrics_, request, response, allow);
   } catch (const Error& error) {
-    const int status = error.field() == kAgentTaken ? 409 : faces::error_mapping(error.code()).http_status;
-    said = {status, error_json(error, request.tenant)};
+    said = {faces::http_status(error), error_json(error, request.tenant)};
   } catch (const Failure& failure) {
     const bool absent = failure.kind == Failure::Kind::kNotFound;
     const Error error =

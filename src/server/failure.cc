@@ -4,6 +4,7 @@
 #include <new>
 
 #include "torpor/error.h"
+#include "torpor/model_info.h"
 
 namespace torpor::server {
 namespace {
@@ -81,7 +82,11 @@ Failure current_failure() {
   } catch (const Failure& failure) {
     return failure;
   } catch (const Error& error) {
-    return Failure(kind_of(error.code()), error.what());
+    if (error.field() != kContextFull) return Failure(kind_of(error.code()), error.what());
+    Failure failure(Kind::kContextTooLong, error.what());
+    failure.tokens = std::stoi(error.found());
+    failure.maximum = std::stoi(error.expected());
+    return failure;
   } catch (const std::bad_alloc&) {
     return Failure(Kind::kNoRoom, "The server has no memory left for this request; send it again later.");
   } catch (const std::exception& error) {
