@@ -111,7 +111,7 @@ def test_what_a_head_gets_wrong_is_told(server):
                           ({"Authorization": None}, 401), ({"Authorization": "Basic eDp5"}, 401), ({"Authorization": "Bearer "}, 401),
                           ({"Authorization": f"Bearer {server.key}x"}, 401), ({"X_Big": "x" * 300_000}, 431),
                           ({f"X_{i}": "x" for i in range(120)}, 431), ({"Content_Length": "-1"}, 400), ({"Content_Length": "1e3"}, 400),
-                          ({"Content_Length": "99999999999"}, 413), ({"Transfer_Encoding": "gzip"}, 400)):
+                          ({"Content_Length": "99999999999", "Expect": "100-continue"}, 413), ({"Transfer_Encoding": "gzip"}, 400)):
         assert statuses(asked(server, head(server, **wrong) + BODY)) == [status], wrong
     for dialect, path in (("openai", "/v1/chat/completions"), ("anthropic", "/v1/messages"), ("ollama", "/api/chat")):
         said = json.loads(asked(server, head(server, path, Authorization=None) + BODY).split(b"\r\n\r\n", 1)[1])
