@@ -401,7 +401,7 @@ Json body_of(const Operation& operation, const HttpRequest& request) {
   Json body = parse_body(request);
   for (const auto& [name, value] : body.items()) {
     const auto member = std::find_if(operation.members.begin(), operation.members.end(),
-                                     [&](const Member& m) { return name == m.name; });
+                                     [&name = name](const Member& m) { return name == m.name; });
     if (member == operation.members.end()) refuse("'" + name + "' is no member of this request", name);
     if (!has_type(value, member->type)) refuse("'" + name + "' must be of type " + member->type, name);
   }
