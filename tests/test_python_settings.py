@@ -36,7 +36,8 @@ VNNI = {"avx512_vnni", "avx512_vbmi", "avx512_vbmi2", "avx512_bitalg", "avx512_v
 
 def test_quantized_weights_meet_16_bits_unless_told_otherwise_where_the_cpu_has_vnni(real, tiny, words):
     cpu = Path("/proc/cpuinfo")
-    vnni = cpu.exists() and VNNI <= set(re.search("^flags.*|$", cpu.read_text(), re.MULTILINE).group().split())
+    flags = re.findall("^flags.*", cpu.read_text(), re.MULTILINE) if cpu.exists() else []
+    vnni = VNNI <= set(" ".join(flags).split())
 
     def activations(torpor, agent, *options):
         torpor.run(agent, "The keeper", "--raw", *options, max_tokens=1).ok()
@@ -44,7 +45,7 @@ def test_quantized_weights_meet_16_bits_unless_told_otherwise_where_the_cpu_has_
 
     assert activations(real, "ada") == ("int16" if vnni else "f32")
     assert activations(real, "bob", "--cpu-target", "portable") == "f32" == activations(real, "eve", "--activations", "f32")
-    assert activations(tiny, "ada") == "f32"
+    assert activations(tiny, "tom") == "f32"
 
 
 def test_settings_that_can_not_be_are_told(tiny_model, tmp_path):
