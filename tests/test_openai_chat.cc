@@ -1,6 +1,7 @@
 /// /v1/chat/completions, /v1/completions and /v1/models. Names end in the ids of tests/server_acceptance.md.
 
 #include "dialect_fixture.h"
+#include "torpor/model_info.h"
 
 namespace torpor::server {
 namespace {
