@@ -210,11 +210,15 @@ def test_the_command_line_takes_messages_tools_and_arguments(model, oracle, tmp_
     cli("run", "--model", model, "--agent", "x", "--prompt", "hi", "--template-args", "{").fails("invalid", "object")
 
 
-def test_without_a_name_the_longest_prefix_is_found(engine, words):
-    opening = [{"role": "system", "content": words(600)}, user("Name a colour.")]
-    first = engine.turn(opening, max_tokens=2)
-    second = engine.turn([*opening[:1], user("Name a sea.")], max_tokens=2)
-    assert first.tokens.cached == 0 and second.tokens.cached == 512 and second.divergence is None
+def test_without_a_name_the_longest_prefix_is_found(model, tmp_path, words):
+    system = {"role": "system", "content": words(600)}
+    with torpor.Engine(model, tmp_path / "store") as engine:
+        first = engine.turn([system, user("Name a colour.")], max_tokens=2)
+        second = engine.turn([system, user("Name a sea.")], max_tokens=2)
+    # In memory there is all that both begin with, on disk the first 512 of it.
+    assert first.tokens.cached == 0 and second.tokens.cached == 610 and second.divergence is None
+    with torpor.Engine(model, tmp_path / "store") as engine:
+        assert engine.turn([system, user("Name a tree.")], max_tokens=2).tokens.cached == 512
 
 
 def test_what_is_no_message_is_refused(engine):
