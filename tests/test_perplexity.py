@@ -58,7 +58,7 @@ def test_rounded_activations_err_with_the_weights_and_not_with_their_biases(tmp_
     text = " ".join((GOLDENS / "long.txt").read_text().split())[:600]
     exact, rounded = (perplexity(torpor, text=text, env={"TORPOR_ACTIVATIONS": kind}).ok().json["perplexity"]
                       for kind in ("f32", "int16"))
-    assert abs(rounded / exact - 1) < 1e-5
+    assert abs(rounded / exact - 1) < 1e-4
 
 
 def test_bad_texts(tiny):

@@ -31,7 +31,7 @@ def test_settings_say_how_rows_are_computed_and_the_environment_is_only_their_de
 
 
 # What Highway asks of a CPU beside AVX-512 itself before it takes VNNI for granted.
-VNNI = {"avx512_vnni", "avx512_vbmi", "avx512_vbmi2", "avx512_bitalg", "avx512_vpopcntdq", "vaes", "vpclmulqdq"}
+VNNI = {"avx512_vnni", "avx512vbmi", "avx512_vbmi2", "avx512_bitalg", "avx512_vpopcntdq", "vaes", "vpclmulqdq"}
 
 
 def test_quantized_weights_meet_16_bits_unless_told_otherwise_where_the_cpu_has_vnni(real, tiny, words):
