@@ -1,6 +1,5 @@
 """/torpor/v1: agents over HTTP, and their OpenAPI description."""
 
-import contextlib
 import hashlib
 import signal
 import time
@@ -179,44 +178,6 @@ def cached(answer):
 LONG = " ".join(str(i * i) for i in range(200))  # more than a segment
 
 
-def test_a_key_that_asks_for_all_there_is_leaves_others_their_share(tiny, tmp_path):
-    with Server(tiny, tmp_path, "--queue", "70") as server, contextlib.ExitStack() as stack:
-        add_keys(server)
-
-        def waiting(key):
-            turns = server.ask("GET", "/torpor/v1/now", key=key).json()["turns"]
-            return [turn["state"] for turn in turns].count("waiting"), len(turns)
-
-        def stream(key, **body):
-            connection = stack.enter_context(contextlib.closing(server.connection()))
-            body |= {"messages": [{"role": "user", "content": "Count."}], "max_tokens": 3000, "stream": True}
-            return server.send(connection, "POST", "/v1/chat/completions", body, key=key)
-
-        for _ in range(33):  # one more than are at work at once
-            stream(server.key)
-        while waiting(server.key) != (1, 33):
-            pass
-        # In the background even another key's waits.
-        stream("sk-acme", service_tier="flex")
-        background = {"x-torpor-background": "title_generation"}
-        connection = stack.enter_context(contextlib.closing(server.connection()))
-        server.send(connection, "POST", AGENTS, {"agent": "ada", "prompt": "A title?", "max_tokens": 2}, "sk-acme", background)
-        while waiting("sk-acme") != (2, 2):
-            pass
-        assert server.chat("Hello?", key="sk-acme").status == 200
-        assert waiting(server.key) == (1, 33) and waiting("sk-acme") == (2, 2)
-        # Of the queue's places a key gets half.
-        while waiting(server.key)[1] < 35:
-            stream(server.key)
-        refused = server.chat("Hello?")
-        assert refused.status == 429 and "retry-after" in refused.headers
-        assert server.chat("Hello?", key="sk-acme-2").status == 200
-        stack.close()
-        while waiting(server.key)[1] + waiting("sk-acme")[1] > 0:
-            pass
-        assert server.stop() == 0
-
-
 def test_no_tenant_finds_the_prefix_of_another(tiny, tmp_path):
     with Server(tiny, tmp_path) as server:
         add_keys(server)
@@ -235,7 +196,7 @@ def test_no_tenant_finds_the_prefix_of_another(tiny, tmp_path):
     with Server(tiny, tmp_path, "--share-prefixes") as server:
         assert cached(server.chat(LONG, key="sk-acme")) > 256
         other = LONG[::-1]
-        assert cached(server.chat(other)) == 0
+        assert cached(server.chat(other)) == 24  # what the template begins each conversation with
         assert cached(server.chat(other, key="sk-acme")) > 256
 
 
