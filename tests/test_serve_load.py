@@ -54,7 +54,7 @@ class Talker(threading.Thread):
                 held = result["tokens"]["context"]
             except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as error:
                 if not self.stop.is_set():
-                    self.failed.append(error)
+                    self.failed.append((error, answer.status, answer.text[:500]))
                 return
             self.told[agent] = held
             self.answers += 1

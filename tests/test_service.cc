@@ -303,6 +303,36 @@ TEST(Service, AKeyThatHoldsManyPlacesLeavesSomeToOthers) {
   EXPECT_EQ(server.service.turns(), 0);
 }
 
+TEST(Service, AClientThatHasHeardTheEndFindsItsPlaceFree) {
+  ServiceOptions options;
+  options.max_turns = 1;
+  Server server(options, [](const ChatRequest&, Say& say) { say.start().text("done").finish(); });
+  /// Asks again in the moment in which it hears the end.
+  struct Again : RecordingResponse {
+    explicit Again(Server& server) : server(server) {}
+    void whole(int status, HttpHeaders headers, std::string body) override {
+      RecordingResponse::whole(status, std::move(headers), std::move(body));
+      again = server.ask(Server::chat()).status;
+    }
+    void end() override {
+      RecordingResponse::end();
+      again = server.ask(Server::chat()).status;
+    }
+    Server& server;
+    int again = 0;
+  };
+  for (const bool stream : {false, true}) {
+    HttpRequest request = Server::chat();
+    request.peer = "127.0.0.1:1";
+    if (stream) request.body.insert(request.body.find('{') + 1, "\"stream\": true, ");
+    Again answer(server);
+    server.service.handle(request, answer);
+    EXPECT_EQ(answer.status, 200);
+    EXPECT_EQ(answer.again, 200) << (stream ? "streamed" : "whole");
+  }
+  EXPECT_EQ(server.service.turns(), 0);
+}
+
 TEST(Service, TakesNoTurnWhileItDrains) {
   Server server;
   server.service.drain();

@@ -133,7 +133,8 @@ def test_the_listings(ada):
     rows = ada("ls").ok().out.splitlines()
     assert rows[0].split() == ["AGENT", "TOKENS", "OWN", "SHARED", "STATE", "AGE", "MODEL"] and rows[1].split()[:2] == ["ada", "608"]
     [listed] = ada("ls", "--json").ok().json
-    assert [listed.pop(only) for only in ("own_bytes", "shared_bytes", "missing_files")] == [listed["bytes"], 0, 0]
+    assert [listed.pop(only) for only in ("own_bytes", "shared_bytes", "missing_files", "server")] == [
+        listed["bytes"], 0, 0, None]
     shown = ada("show", "ada", "--json").ok().json
     assert listed.items() <= shown.items()
     assert shown["cache_size"] == 608 and len(shown["segments"]) == 2 and shown["identity"]["architecture"] == "llama"

@@ -6,6 +6,7 @@
 #include <climits>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <utility>
 
 #include "base/env.h"
@@ -132,31 +133,33 @@ Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, Tu
   turn.give_up = &response.gone();
   const bool stream = body.value("stream", false);
   TurnEvents events(response);
-  CountedTurn counted(metrics, agent);
+  std::optional<CountedTurn> counted(std::in_place, metrics, agent);
   turn.generate.on_prefill = [&](int done, int total) {
-    counted.turn.reads(done, total);
+    counted->turn.reads(done, total);
     if (stream) events.send("prefill", {{"done", done}, {"total", total}});
   };
   turn.generate.on_text = [&](std::string_view text) {
-    counted.turn.answers();
+    counted->turn.answers();
     if (stream) events.send("text", {{"text", text}});
   };
   Json result;
   try {
     const TurnResult done = engine.turn(turn);
-    counted.complete(done);
+    counted->complete(done);
     if (done.save_error) throw *done.save_error;
     const SamplingOptions& sampling = turn.generate.sampling;
     result = faces::turn_json(done, sampling.temperature > 0 ? std::optional(sampling.seed) : std::nullopt);
     result["agent"] = agent.name;
   } catch (const Error& error) {
-    if (response.gone()) counted.reason = "cancelled";
+    if (response.gone()) counted->reason = "cancelled";
     if (!events.begun()) throw;
+    counted.reset();
     events.send("error", error_json(error, agent.tenant));
     response.end();
     return nullptr;
   }
   if (!stream) return result;
+  counted.reset();  // before the client hears the end, who may look at the counts
   events.send("result", result);
   response.end();
   return nullptr;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <ctime>
 #include <numeric>
+#include <utility>
 
 #include "server/dashboard.h"
 #include "server/failure.h"
@@ -105,10 +106,11 @@ void require_get(const HttpRequest& request) {
 
 }  // namespace
 
-/// Counts a turn of its share while it lives.
-class Service::TurnPlace {
+/// Counts a turn of its share until its client hears the end, who may ask again at once.
+class Service::TurnPlace final : public HttpResponse {
  public:
-  TurnPlace(Service& service, const std::string& share) : service_(service), share_(share) {
+  TurnPlace(Service& service, const std::string& share, HttpResponse& response)
+      : service_(service), share_(share), response_(response) {
     const MutexLock lock(service_.mutex_);
     const int free = service_.options_.max_turns - service_.taken();
     const bool alone = !service_.options_.authenticate || service_.keys_->size() <= 1;
@@ -120,17 +122,35 @@ class Service::TurnPlace {
     }
     ++service_.turns_[share_];
   }
-  ~TurnPlace() {
-    const MutexLock lock(service_.mutex_);
-    const auto own = service_.turns_.find(share_);
-    if (--own->second == 0) service_.turns_.erase(own);
-  }
+  ~TurnPlace() override { leave(); }
   TurnPlace(const TurnPlace&) = delete;
   TurnPlace& operator=(const TurnPlace&) = delete;
 
+  void whole(int status, HttpHeaders headers, std::string body) override {
+    leave();
+    response_.whole(status, std::move(headers), std::move(body));
+  }
+  void begin(int status, HttpHeaders headers) override { response_.begin(status, std::move(headers)); }
+  bool write(std::string_view bytes) override { return response_.write(bytes); }
+  void keep_alive(std::string bytes, std::chrono::milliseconds idle) override { response_.keep_alive(std::move(bytes), idle); }
+  void end() override {
+    leave();
+    response_.end();
+  }
+  const std::atomic<bool>& gone() const override { return response_.gone(); }
+
  private:
+  void leave() {
+    const MutexLock lock(service_.mutex_);
+    if (std::exchange(left_, true)) return;
+    const auto own = service_.turns_.find(share_);
+    if (--own->second == 0) service_.turns_.erase(own);
+  }
+
   Service& service_;
   const std::string share_;
+  HttpResponse& response_;
+  bool left_ = false;
 };
 
 Service::Service(ServiceOptions options, HttpHandler& dialects, HttpHandler& agents, Metrics& metrics)
@@ -284,8 +304,8 @@ void Service::answer(const Route& route, HttpRequest& request, HttpResponse& res
     leaving.retry_after = 5;
     throw leaving;
   }
-  const TurnPlace place(*this, request.share);
-  handler.handle(request, response);
+  TurnPlace place(*this, request.share, response);
+  handler.handle(request, place);
 }
 
 void Service::handle(const HttpRequest& given, HttpResponse& plain) {
