@@ -378,6 +378,12 @@ def beside_a_template_for_tools(model):
     (model / "additional_chat_templates/tool_use.jinja").write_text("no")
 
 
+@pytest.mark.parametrize("template", ["{%}x", "{%}x{% endif %}", "{% if", "{{ a", "{%-%}"])
+def test_a_template_that_breaks_off_is_refused_on_its_line(cli, model, template):
+    (model / "chat_template.jinja").write_text("x\n" + template)
+    cli.run("ada", "Hello").fails("invalid", "chat template", "line 2")
+
+
 @pytest.mark.parametrize("put", [in_a_processors_file, as_an_object, as_a_list, beside_a_template_for_tools])
 def test_a_chat_template_is_found_in_each_place_that_it_may_have(cli, model, tokenizer, put):
     (model / "chat_template.jinja").unlink(missing_ok=True)

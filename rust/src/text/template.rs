@@ -228,7 +228,7 @@ fn without_generation_tags(source: &str) -> String {
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         out.push_str(before);
-        let end = tag.find("%}").unwrap_or(2);
+        let end = tag[2..].find("%}").map_or(2, |at| at + 2); // not the '%' of the tag's own beginning
         let inside = &tag[2..end];
         let word = inside.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
         out.push_str("{%");
