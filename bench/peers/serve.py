@@ -36,12 +36,13 @@ from pathlib import Path
 
 from agents import LLAMA_SERVER, LlamaServer
 from compare import GGUF, MODELS, OUT, ROOT, cpu_name
-from pairs import Others, least_disturbed, by_key, plot, summary
+from pairs import Others, by_key, least_disturbed, plot, summary
 
 END = {"smollm2-135m": (0, 2), "qwen2.5-coder-0.5b": (151643, 151645)}  # tokens that end an answer; here none does
 COUNTS = (1, 2, 4, 8)
 ANSWER = 96
 TEXT = " ".join((ROOT / "examples" / "lighthouse-log.txt").read_text().split())
+CHARACTERS = 3.85  # of TEXT, a token
 FRESH = itertools.count(int(time.time()) % 10**6 * 1000)
 
 
@@ -49,9 +50,6 @@ def words(n_tokens):
     """A text of about so many tokens that no prompt before has begun with."""
     text = TEXT * (1 + n_tokens * 5 // len(TEXT))
     return f"Log {next(FRESH)}: " + text[:int(n_tokens * CHARACTERS)]
-
-
-CHARACTERS = 3.85  # of TEXT, a token
 
 
 @dataclass
@@ -189,88 +187,78 @@ def measured(servers, one_side):
     return attempt
 
 
-# ---- the cases: each gives {label: pairs} and {label: target}
+# ---- the cases: what one run of a server gives, {label: tokens/s or seconds}
 
-def decode(torpor, model, threads, runs):
-    found = {}
-    with both(torpor, model, threads, max(COUNTS), 512) as servers:
-        def one_side(server):
-            rates = {}
-            for n in COUNTS:
-                streams, start = ask(server, [words(12) for _ in range(n)], ANSWER)
-                end = max(stream.times[-1] for stream in streams)
-                rates[f"{n} decode at once"] = sum(stream.usage["completion_tokens"] for stream in streams) / (end - start)
-            return rates
-        by_key(least_disturbed(measured(servers, one_side), runs), found)
-    return found
+def first_token(server, prompts, max_tokens, agent=""):
+    """Until the last of the answers has begun."""
+    streams, start = ask(server, prompts, max_tokens, agent)
+    return max(stream.times[0] for stream in streams) - start
 
 
-def arrival(torpor, model, threads, runs):
-    found = {}
-    with both(torpor, model, threads, 4, 4096) as servers:
-        def one_side(server):
-            talkers = [Stream(server, words(12), 1500) for _ in range(3)]
-            for stream in talkers:
-                stream.start()
-            for stream in talkers:
-                stream.begun.wait()
-            time.sleep(0.5)
-            streams, start = ask(server, [words(2000)], 8)
-            end = streams[0].times[-1]
-            while any(stream.is_alive() and stream.times[-1] < end for stream in talkers):
-                time.sleep(0.01)
-            for stream in talkers:
-                if not stream.is_alive():
-                    sys.exit(f"{server.name}: an answer beside ended too soon {stream.error}")
-                stream.stop.set()
-            for stream in talkers:
-                stream.join()
-            gaps = [after - before for stream in talkers for before, after in itertools.pairwise(stream.times) if after > start and before < end]
-            return {"2,000 tokens arrive: first token": streams[0].times[0] - start, "longest gap of three that decode": max(gaps)}
-        by_key(least_disturbed(measured(servers, one_side), runs), found)
-    return found
+def decode(server):
+    rates = {}
+    for n in COUNTS:
+        streams, start = ask(server, [words(12) for _ in range(n)], ANSWER)
+        end = max(stream.times[-1] for stream in streams)
+        rates[f"{n} decode at once"] = sum(stream.usage["completion_tokens"] for stream in streams) / (end - start)
+    return rates
 
 
-def herd(torpor, model, threads, runs):
-    found = {}
-    with both(torpor, model, threads, 10, 4608) as servers:
-        def one_side(server):
-            common = words(4000)
-            streams, start = ask(server, [f"{common} Agent {i} says:" for i in range(10)], 2)
-            return {"ten of one prompt: last first token": max(stream.times[0] for stream in streams) - start}
-        by_key(least_disturbed(measured(servers, one_side), runs), found)
-    return found
+def arrival(server):
+    talkers = [Stream(server, words(12), 1500) for _ in range(3)]
+    for stream in talkers:
+        stream.start()
+    for stream in talkers:
+        stream.begun.wait()
+    time.sleep(0.5)
+    streams, start = ask(server, [words(2000)], 8)
+    end = streams[0].times[-1]
+    while any(stream.is_alive() and stream.times[-1] < end for stream in talkers):
+        time.sleep(0.01)
+    for stream in talkers:
+        if not stream.is_alive():
+            sys.exit(f"{server.name}: an answer beside ended too soon {stream.error}")
+        stream.stop.set()
+    for stream in talkers:
+        stream.join()
+    gaps = [after - before for stream in talkers for before, after in itertools.pairwise(stream.times)
+            if after > start and before < end]
+    return {"2,000 tokens arrive: first token": streams[0].times[0] - start, "longest gap of three that decode": max(gaps)}
 
 
-def comes_back(torpor, model, threads, runs):
-    found = {}
-    with both(torpor, model, threads, 1, 8192) as servers:
-        def first_token(server, prompt, agent):
-            streams, start = ask(server, [prompt], 2, agent)
-            return streams[0].times[0] - start
-
-        def one_side(server):
-            by_hand = isinstance(server, Llama)
-            prompt = words(4000)
-            agent = f"agent-{next(FRESH)}"
-            ask(server, [prompt], 8, agent)
-            if by_hand:
-                server.slot("save")
-            server.restart()
-            ask(server, ["Hello."], 2)  # the first request of a process
-            back = {"back after a restart": first_token(server, prompt + " And then", agent)}
-            if by_hand:
-                server.slot("erase")
-                start = time.monotonic()
-                server.slot("restore")
-                restored = time.monotonic() - start
-                return back | {"back, slot restored by hand": restored + first_token(server, prompt + " But then", agent)}
-            return back | {"back, slot restored by hand": first_token(server, prompt + " But then", agent)}
-        by_key(least_disturbed(measured(servers, one_side), runs), found)
-    return found
+def herd(server):
+    common = words(4000)
+    return {"ten of one prompt: last first token": first_token(server, [f"{common} Agent {i} says:" for i in range(10)], 2)}
 
 
-CASES = {"decode": decode, "arrival": arrival, "herd": herd, "return": comes_back}
+def comes_back(server):
+    prompt, agent = words(4000), f"agent-{next(FRESH)}"
+    ask(server, [prompt], 8, agent)
+    by_hand = isinstance(server, Llama)
+    if by_hand:
+        server.slot("save")
+    server.restart()
+    ask(server, ["Hello."], 2)  # the first request of a process
+    back = first_token(server, [prompt + " And then"], 2, agent)
+    start = time.monotonic()
+    if by_hand:
+        server.slot("erase")
+        start = time.monotonic()
+        server.slot("restore")
+    restored = time.monotonic() - start
+    return {"back after a restart": back,
+            "back, slot restored by hand": restored + first_token(server, [prompt + " But then"], 2, agent)}
+
+
+@dataclass
+class Case:
+    one_side: object
+    agents: int   # llama-server's slots
+    context: int  # tokens of each
+
+
+CASES = {"decode": Case(decode, max(COUNTS), 512), "arrival": Case(arrival, 4, 4096), "herd": Case(herd, 10, 4608),
+         "return": Case(comes_back, 1, 8192)}
 TARGETS = {"1 decode at once": 1.4, "2 decode at once": 2.4, "4 decode at once": 2.8, "8 decode at once": 2.6,
            "2,000 tokens arrive: first token": 1 / 0.7, "ten of one prompt: last first token": 5, "back after a restart": 20}
 
@@ -290,7 +278,9 @@ def main():
 
     found = {}
     for name in arguments.case or CASES:
-        found |= CASES[name](torpor, model, arguments.threads, arguments.runs)
+        case = CASES[name]
+        with both(torpor, model, arguments.threads, case.agents, case.context) as servers:
+            by_key(least_disturbed(measured(servers, case.one_side), arguments.runs), found)
     machine = f"{os.cpu_count()} cores, {cpu_name()}"
     bars = []
     print(f"\n{machine}; {model.title}, KV f16, llama-server with Q4_0; medians of alternating runs\n")
