@@ -5,11 +5,13 @@ Else it takes seconds.
 """
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
 import random
 import re
+import signal
 import socket
 import threading
 import time
@@ -67,7 +69,7 @@ class IdleStream:
 
     def __init__(self, server, path, number):
         body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": f"Stream {number}."}],
-                           "max_tokens": 1500, "stream": True}).encode()
+                           "max_tokens": 1500, "seed": number, "stream": True}).encode()
         self.request = (f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
                         f"authorization: Bearer {server.key}\r\n\r\n").encode() + body
         self.path, self.ended = str(path), 0
@@ -143,6 +145,25 @@ def test_load_loses_no_turn_and_keeps_health_and_memory(tiny, tmp_path):
         assert server.stop() == 0
     tiny("verify").ok()
     assert not FULL or resident[-1] < 1.05 * half
+
+
+def test_a_key_whose_clients_read_nothing_leaves_others_their_places(tiny, tmp_path):
+    path = tmp_path / "torpor.sock"
+    with Server(tiny, tmp_path, "--queue", "4", "--socket", path) as server, contextlib.ExitStack() as stack:
+        other = "sk-other"
+        with server.keys.open("a") as keys:
+            keys.write(f"acme:laptop:{hashlib.sha256(other.encode()).hexdigest()}\n")
+        server.signal(signal.SIGHUP)
+        while server.chat("Hello?", key=other).status == 401:
+            pass
+        for number in range(2):  # half of the places
+            stream = IdleStream(server, path, number)
+            stack.callback(stream.socket.close)
+            while not stream.taken:
+                stream.take(256)
+        refused = server.chat("Hello?")
+        assert refused.status == 429 and "retry-after" in refused.headers
+        assert server.chat("Hello?", key=other).status == 200
 
 
 def test_every_answered_turn_survives_kill_9(tiny, tmp_path):
