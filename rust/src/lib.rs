@@ -1,5 +1,6 @@
 //! Torpor's Rust half: one static library, since two of them in one program clash over Rust's runtime. The text shim is always
-//! in it, the HTTP edge with the feature `http`, grammars with `grammar`. The headers of include/ are the contract.
+//! in it, the HTTP edge with the feature `http`, grammars with `grammar`, a terminal's lines with `line`. The headers of include/ are
+//! the contract.
 
 // The safety rules of all functions are the headers'.
 #![allow(clippy::missing_safety_doc)]
@@ -9,4 +10,6 @@ mod abi;
 mod grammar;
 #[cfg(feature = "http")]
 mod http;
+#[cfg(feature = "line")]
+mod line;
 mod text;

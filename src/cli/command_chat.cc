@@ -1,10 +1,7 @@
 /// chat: a line is a message, or a command to the program.
 
-#include <unistd.h>
-
 #include <csignal>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <map>
 #include <optional>
@@ -16,6 +13,7 @@
 #include "cli/chat_line.h"
 #include "cli/commands.h"
 #include "cli/exchanges.h"
+#include "cli/line_reader.h"
 #include "cli/output.h"
 #include "cli/server_client.h"
 #include "cli/text_input.h"
@@ -39,20 +37,6 @@ constexpr const char* kHelp = R"(/agent ID           talk with another agent; th
 /exit, /quit        leave
 //TEXT              the message /TEXT
 )";
-
-/// One line of standard input without its end; nullopt at the end of input or when a signal came.
-std::optional<std::string> read_line() {
-  char* buffer = nullptr;
-  size_t capacity = 0;
-  const ssize_t length = getline(&buffer, &capacity, stdin);
-  std::optional<std::string> line;
-  if (length >= 0) {
-    line.emplace(buffer, size_t(length));
-    while (!line->empty() && (line->back() == '\n' || line->back() == '\r')) line->pop_back();
-  }
-  std::free(buffer);
-  return line;
-}
 
 void print_agents(const std::vector<AgentStatus>& agents, bool json) {
   if (json) {
@@ -144,8 +128,7 @@ class Chat {
       greet();
     }
     while (true) {
-      if (interactive_) std::fprintf(stderr, "%s> ", options_.agent.c_str());
-      const std::optional<std::string> line = read_line();
+      const std::optional<std::string> line = lines_.read(options_.agent + "> ");
       if (!line) break;
       if (line->find_first_not_of(" \t\v\f") == line->npos) continue;
       try {
@@ -287,7 +270,8 @@ class Chat {
   TurnOptions options_;  // `agent` is the one that is talked with
   const std::unique_ptr<ChatAgents> agents_;
   InterruptScope interrupt_;
-  const bool interactive_ = isatty(STDIN_FILENO) != 0;
+  LineReader lines_;
+  const bool interactive_ = lines_.interactive();
   std::set<std::string> known_;                 // agents that have begun here
   std::set<std::string> emptied_;               // agents of which all was taken back here
   std::map<std::string, std::string> systems_;  // agents' own system prompts, of those that have not begun

@@ -22,4 +22,20 @@ class InterruptScope {
   void rearm();
 };
 
+/// While one lives beside an InterruptScope, a signal that this handles takes standard input away, as /dev/null does: for a reader
+/// that goes on after a signal. Who reads must have a copy of the descriptor. kIo where there is no /dev/null.
+class InputEndsOnSignal {
+ public:
+  InputEndsOnSignal();
+  ~InputEndsOnSignal();
+  InputEndsOnSignal(const InputEndsOnSignal&) = delete;
+  InputEndsOnSignal& operator=(const InputEndsOnSignal&) = delete;
+
+  /// Whether a signal came since the InterruptScope was made or armed again.
+  bool came() const;
+
+ private:
+  const int nothing_;
+};
+
 }  // namespace torpor::cli
