@@ -13,11 +13,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   directory.put("config.json", data, size);
   try {
     const torpor::model::ModelConfig config = torpor::model::read_config(directory.path());
-    require(config.n_layers > 0 && config.windows.size() == size_t(config.n_layers));
-    require(config.hidden_size > 0 && config.vocab_size > 0 && config.head_dim > 0);
-    require(config.n_heads > 0 && config.n_kv_heads > 0 && config.n_heads % config.n_kv_heads == 0);
-    for (const int window : config.windows) require(window >= 0);
-    require(!config.digest().empty() && !config.rope_description().empty());
+    require(!config.layers.empty() && config.hidden_size > 0 && config.vocab_size > 0 && config.max_context > 0);
+    for (const auto& [attention, mlp] : config.layers) {
+      require(attention.n_heads > 0 && attention.n_kv_heads > 0 && attention.n_heads % attention.n_kv_heads == 0);
+      require(attention.key_dim > 0 && attention.value_dim > 0 && attention.window >= 0 && mlp.size > 0);
+      require(attention.rope != nullptr && attention.rope->inv_freq.size() == size_t(attention.rope->dims / 2));
+    }
+    require(!config.digest().empty() && !config.rope_description.empty());
   } catch (const torpor::Error& error) {
     require(error.code() == torpor::ErrorCode::kCorruption || error.code() == torpor::ErrorCode::kInvalidArgument ||
             error.code() == torpor::ErrorCode::kNotFound);  // a Git LFS pointer

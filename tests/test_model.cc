@@ -113,6 +113,22 @@ TEST(Model, AFailedForwardPassHasAdvancedByWholeChunksOnMlxAndNotAtAllOnTheKerne
   fs::remove_all(directory);
 }
 
+TEST(Model, ASoftCapOfLogitsCountsInEveryFamily) {
+  const fs::path directory = fs::temp_directory_path() / ("torpor-test-cap-" + std::to_string(::getpid()));
+  testing::write_tiny_model(directory);
+  json config = read_json(directory / "config.json");
+  config["final_logit_softcapping"] = 0.5;
+  std::ofstream(directory / "config.json") << config;
+  for (const Backend backend : {Backend::kMlx, Backend::kKernels}) {
+    const auto model = Model::load(directory.string(), {.backend = backend});
+    TestCache cache(*model, KvDtype::kF32);
+    const std::vector<float> logits = forward(*model, cache, std::vector<int32_t>{7});
+    EXPECT_LE(*std::ranges::max_element(logits), 0.5f);
+    EXPECT_GE(*std::ranges::min_element(logits), -0.5f);
+  }
+  fs::remove_all(directory);
+}
+
 /// Rows of a cache as floats, whatever its dtype.
 std::vector<float> row_values(const TestCache& cache) {
   const std::vector<std::byte> bytes = cache.rows();

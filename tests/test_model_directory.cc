@@ -148,6 +148,38 @@ TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
             identity("tiny-qwen2", [](json& c) { c.erase("rope_theta"), c.erase("tie_word_embeddings"); }));
 }
 
+/// Agents of these models are on disks: what their files call the model is what Torpor 0.1.0 called it.
+TEST_F(Directory, IdentitiesOfTheFirstFamiliesNeverChange) {
+  struct Kept {
+    const char *model, *architecture, *config, *rope;
+  };
+  const std::string gemma3 = "linear theta 1e+06 factor 8; in sliding layers default theta 10000";
+  for (const auto& [name, architecture, config, rope] : {
+           Kept{"tiny-bf16-llama3", "llama", "1a21d809d59ec13faa17b68fd663a6f7",
+                "llama3 theta 10000 factor 8 low 1 high 4 original 64"},
+           {"tiny-f16", "llama", "4fb5203cecdcca5b48308119ca1596b1", "default theta 10000"},
+           {"tiny-f32-linear", "llama", "bf0d064d814660e1f99a207ebbcd6726", "linear theta 10000 factor 2"},
+           {"tiny-gemma2", "gemma2", "5b3afdeaec2bab1e08f73f4af12d0719", "default theta 10000"},
+           {"tiny-gemma3", "gemma3", "148748b5919750ededa14cadb5c4d42e", gemma3.c_str()},
+           {"tiny-gemma3-vision", "gemma3", "ae871cb4e9dd2b01f06c256c68ba616f", gemma3.c_str()},
+           {"tiny-mistral", "llama", "5820e1db3a21036ed1a7006b93ef41af", "default theta 10000"},
+           {"tiny-mixed-g128", "llama", "3dd729951bd004b4babd848327749059", "default theta 10000"},
+           {"tiny-phi3", "phi3", "6d7e57505aa56b117a222abb82a1c766", "default theta 10000"},
+           {"tiny-phi4-mini", "phi3", "daa98ef1399bb20e11ebbcfaed7fe2ec",
+            "longrope theta 10000 dims 24 factors c36573377b1d575314718005c4f255c5 magnitude 1.190238118171692"},
+           {"tiny-q4-g64", "llama", "4fb5203cecdcca5b48308119ca1596b1", "default theta 10000"},
+           {"tiny-qwen2", "qwen2", "e367d7a138f398c45a67ba11b53cfb53", "default theta 1e+06"},
+           {"tiny-qwen3", "qwen3", "17780b97f9e37e474149dfeac5d99232", "default theta 1e+06"},
+           {"tiny-window", "llama", "850f2e82499132a324f214f7696c32fa", "default theta 10000"},
+       }) {
+    SCOPED_TRACE(name);
+    const Identity identity = outline_model((kGoldens / name).string()).identity;
+    EXPECT_EQ(identity.architecture, architecture);
+    EXPECT_EQ(identity.config, config);
+    EXPECT_EQ(identity.rope, rope);
+  }
+}
+
 TEST_F(Directory, FamiliesConfigsThatMakeNoSense) {
   copy("tiny-phi4-mini");
   edit([](json& c) { c["rope_scaling"]["long_factor"].erase(0); });
@@ -236,16 +268,21 @@ TEST_F(Directory, ShardsDoNotChangeTheDigest) {
 TEST_F(Directory, Config) {
   edit([](json& c) { c["model_type"] = "mistral", c["sliding_window"] = 6; });
   model::ModelConfig config = model::read_config(dir_);
-  EXPECT_EQ(config.windows, (std::vector<int>{6, 6}));
+  const auto windows = [](const model::ModelConfig& of) {
+    std::vector<int> all;
+    for (const model::LayerSpec& layer : of.layers) all.push_back(layer.attention.window);
+    return all;
+  };
+  EXPECT_EQ(windows(config), (std::vector<int>{6, 6}));
   EXPECT_EQ(load()->kv_layout(KvDtype::kF16).tensors[3].window, 6);
   EXPECT_EQ(config.eos_token_ids, (std::vector<int32_t>{2, 3}));
   std::ofstream(dir_ / "generation_config.json") << R"({"eos_token_id": [7]})";
   EXPECT_EQ(model::read_config(dir_).eos_token_ids, (std::vector<int32_t>{2, 3, 7}));
   edit([](json& c) { c["sliding_window"] = nullptr; });
-  EXPECT_EQ(model::read_config(dir_).windows, (std::vector<int>{0, 0}));
+  EXPECT_EQ(windows(model::read_config(dir_)), (std::vector<int>{0, 0}));
   // What transformers 5 writes instead of rope_theta and rope_scaling.
   edit([](json& c) { c["rope_parameters"] = {{"rope_type", "linear"}, {"rope_theta", 500000.0}, {"factor", 4.0}}; });
-  EXPECT_EQ(model::read_config(dir_).rope.description, "linear theta 500000 factor 4");
+  EXPECT_EQ(model::read_config(dir_).rope_description, "linear theta 500000 factor 4");
 }
 
 TEST_F(Directory, FoundInTheHuggingFaceCache) {

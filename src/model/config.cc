@@ -73,19 +73,18 @@ void parse_quantizations(const json& config, ModelConfig& out) {
   }
 }
 
-std::vector<int> parse_windows(const json& config, const ModelConfig& model) {
+/// Per layer; 0 = all tokens are attended.
+std::vector<int> parse_windows(const json& config, size_t n_layers, bool everywhere) {
   const std::optional<int> window = optional_count(config, "sliding_window");
   const auto sliding_where = [&](const auto& slides) {
-    std::vector<int> windows(size_t(model.n_layers), 0);
-    for (int i = 0; i < model.n_layers; ++i) {
-      if (slides(i)) windows[size_t(i)] = window ? *window : count_field(config, "sliding_window");
+    std::vector<int> windows(n_layers, 0);
+    for (size_t i = 0; i < n_layers; ++i) {
+      if (slides(int(i))) windows[i] = window ? *window : count_field(config, "sliding_window");
     }
     return windows;
   };
   if (const json* types = field(config, "layer_types"); types != nullptr) {
-    if (!types->is_array() || types->size() != size_t(model.n_layers)) {
-      bad_field("layer_types", "a list with one entry per layer");
-    }
+    if (!types->is_array() || types->size() != n_layers) bad_field("layer_types", "a list with one entry per layer");
     return sliding_where([&](int i) {
       const json& type = (*types)[size_t(i)];
       if (type != "full_attention" && type != "sliding_attention") {
@@ -103,8 +102,7 @@ std::vector<int> parse_windows(const json& config, const ModelConfig& model) {
     const int full = optional_count(config, "max_window_layers").value_or(28);
     return sliding_where([&](int i) { return i >= full; });
   }
-  const bool everywhere = window && (model.model_type == "mistral" || model.model_type == "phi3");
-  return sliding_where([&](int) { return everywhere; });
+  return sliding_where([&](int) { return window && everywhere; });
 }
 
 Activation parse_activation(const json& config) {
@@ -114,85 +112,86 @@ Activation parse_activation(const json& config) {
   throw Error(ErrorCode::kInvalidArgument, "unsupported hidden_act " + act + ", supported: silu, gelu_pytorch_tanh.");
 }
 
-/// Fields that change the computation, and that no architecture here computes: refused, where they would be ignored.
-void refuse_what_is_not_computed(const json& config, const std::string& architecture) {
-  const auto refuse = [](const char* key) {
-    throw Error(ErrorCode::kInvalidArgument, std::string("config.json: ") + key + " is not supported.");
+/// Fields that change the computation, and what they may say where the family's page has not read them: what is computed anyway.
+void refuse_what_is_not_computed(const FamilyFields& fields) {
+  const auto is_off = [](const json& value) { return value == false || value == json::array(); };
+  const auto is_on = [](const json& value) { return value == true; };
+  const auto is_one = [](const json& value) { return value == 1; };
+  const auto is_never = [](const json&) { return false; };
+  const auto at_most_one = [](const json& value) { return value.is_number() && value <= 1; };
+  // A list with 1 where a layer rotates.
+  const auto all_one = [](const json& value) {
+    return value.is_array() && std::ranges::all_of(value, [](const json& entry) { return entry == 1; });
   };
-  for (const char* key :
-       {"use_bidirectional_attention", "alibi", "attn_output_gate", "mlp_only_layers", "attention_sinks"}) {
-    const json* value = field(config, key);
-    if (value != nullptr && *value != false && *value != json::array()) refuse(key);
-  }
-  if (field(config, "is_causal") != nullptr && !bool_field(config, "is_causal", true)) refuse("is_causal");
-  if (const bool norms = architecture == "qwen3" || architecture == "gemma3";
-      !norms && bool_field(config, "use_qk_norm", false)) {
-    refuse("use_qk_norm");
-  }
-  if (field(config, "clip_qkv") != nullptr) refuse("clip_qkv");
-  for (const char* key : {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}) {
-    if (number_field(config, key, 0) > 1) refuse(key);
-  }
-  for (const char* key :
-       {"embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "attention_multiplier"}) {
-    if (number_field(config, key, 1) != 1) refuse(key);
-  }
-  if (const json* layers = field(config, "no_rope_layers"); layers != nullptr) {
-    // A list with 1 where a layer rotates.
-    if (!layers->is_array() ||
-        std::any_of(layers->begin(), layers->end(), [](const json& rotates) { return rotates != 1; })) {
-      refuse("no_rope_layers");
-    }
+  using Neutral = bool (*)(const json&);
+  for (const auto& [key, neutral] :
+       {std::pair<const char*, Neutral>{"use_bidirectional_attention", is_off}, {"alibi", is_off}, {"attn_output_gate", is_off},
+        {"mlp_only_layers", is_off}, {"attention_sinks", is_off}, {"use_qk_norm", is_off}, {"is_causal", is_on},
+        {"clip_qkv", is_never}, {"num_local_experts", at_most_one}, {"num_experts", at_most_one},
+        {"n_routed_experts", at_most_one}, {"moe_num_experts", at_most_one}, {"embedding_multiplier", is_one},
+        {"residual_multiplier", is_one}, {"logits_scaling", is_one}, {"logit_scale", is_one},
+        {"attention_multiplier", is_one}, {"no_rope_layers", all_one}}) {
+    const json* value = field(fields.config(), key);
+    if (value == nullptr || fields.was_read(key) || neutral(*value)) continue;
+    throw Error(ErrorCode::kInvalidArgument, std::string("config.json: ") + key + " is not supported.");
   }
 }
 
 ModelConfig parse_config(const json& file) {
+  const TextModel text = text_model_of(file);
+  const json& config = text.config;
   ModelConfig model;
-  model.model_type = string_field(file, "model_type", "");
-  const Family& family = find_family(model.model_type);
-  const json config = complete(file, family);
-  model.architecture = family.architecture;
-  refuse_what_is_not_computed(config, model.architecture);
-  model.weight_prefix = family.weight_prefix;
-  model.activation = parse_activation(config);
+  model.architecture = text.family->architecture;
+  model.weight_prefix = text.weight_prefix;
   model.hidden_size = count_field(config, "hidden_size");
-  model.intermediate_size = count_field(config, "intermediate_size");
-  model.n_layers = count_field(config, "num_hidden_layers");
-  model.n_heads = count_field(config, "num_attention_heads");
-  model.n_kv_heads = optional_count(config, "num_key_value_heads").value_or(model.n_heads);
-  model.head_dim = optional_count(config, "head_dim").value_or(model.hidden_size / model.n_heads);
+  const int n_layers = count_field(config, "num_hidden_layers");
+  LayerSpec layer;
+  layer.mlp.activation = parse_activation(config);
+  layer.mlp.size = count_field(config, "intermediate_size");
+  Attention& attention = layer.attention;
+  attention.n_heads = count_field(config, "num_attention_heads");
+  attention.n_kv_heads = optional_count(config, "num_key_value_heads").value_or(attention.n_heads);
+  const int head_dim = optional_count(config, "head_dim").value_or(model.hidden_size / attention.n_heads);
+  attention.key_dim = attention.value_dim = head_dim;
   model.vocab_size = count_field(config, "vocab_size");
   const int trained = optional_count(config, "max_position_embeddings").value_or(2048);
   model.rms_norm_eps = float(positive_field(config, "rms_norm_eps", 1e-6));
   // Far beyond any model, and small enough that no product of two of them overflows.
   constexpr int kLimit = 1 << 24;
   for (const auto& [key, value] : {std::pair{"hidden_size", model.hidden_size},
-                                   {"intermediate_size", model.intermediate_size},
+                                   {"intermediate_size", layer.mlp.size},
                                    {"vocab_size", model.vocab_size},
-                                   {"num_attention_heads", model.n_heads}}) {
+                                   {"num_attention_heads", attention.n_heads}}) {
     if (value > kLimit) bad_field(key, "at most 2^24");
   }
-  if (model.n_layers > 4096) bad_field("num_hidden_layers", "at most 4096");
-  if (model.head_dim > 4096 || model.head_dim % 2 != 0) bad_field("head_dim", "an even number up to 4096");
-  if (model.n_heads % model.n_kv_heads != 0) bad_field("num_attention_heads", "a multiple of num_key_value_heads");
+  if (n_layers > 4096) bad_field("num_hidden_layers", "at most 4096");
+  if (head_dim > 4096 || head_dim % 2 != 0) bad_field("head_dim", "an even number up to 4096");
+  if (attention.n_heads % attention.n_kv_heads != 0) {
+    bad_field("num_attention_heads", "a multiple of num_key_value_heads");
+  }
 
   if (field(config, "tie_word_embeddings") != nullptr)
     model.tied_head = bool_field(config, "tie_word_embeddings", false);
   model.attention_bias = bool_field(config, "attention_bias", false);
   model.mlp_bias = bool_field(config, "mlp_bias", false);
-  model.key_bias = model.architecture == "qwen2" || (model.architecture == "llama" && model.attention_bias);
-  model.windows = parse_windows(config, model);
-  model.rope = parse_rope(config, model.head_dim);
-  // As vLLM has it: a linear factor comes on top of what the model was trained for. Gemma 3's number has it in already.
-  const double context = model.architecture == "gemma3" ? trained : trained * model.rope.context_factor;
-  model.max_context = int(std::min(context, double(std::numeric_limits<int>::max())));
-  if (model.architecture == "gemma3") model.local_rope = parse_local_rope(config, model.head_dim);
-  model.attention_scale = float(1 / std::sqrt(positive_field(config, "query_pre_attn_scalar", model.head_dim)));
+  const auto rope = std::make_shared<const Rope>(parse_rope(config, head_dim));
+  attention.rope = rope;
+  model.rope_description = rope->description;
+  // As vLLM has it: a linear factor comes on top of what the model was trained for.
+  model.max_context = int(std::min(trained * rope->context_factor, double(std::numeric_limits<int>::max())));
+  attention.scale = float(1 / std::sqrt(positive_field(config, "query_pre_attn_scalar", head_dim)));
   const auto cap = [&](const char* key) {
     return field(config, key) == nullptr ? 0 : float(positive_field(config, key));
   };
-  model.attention_softcap = cap("attn_logit_softcapping");
+  attention.softcap = cap("attn_logit_softcapping");
   model.logit_softcap = cap("final_logit_softcapping");
+  for (const int window : parse_windows(config, size_t(n_layers), text.family->slides_everywhere)) {
+    attention.window = window;
+    model.layers.push_back(layer);
+  }
+  FamilyFields fields(config);
+  text.family->page(model, fields);
+  refuse_what_is_not_computed(fields);
   parse_quantizations(config, model);
   model.eos_token_ids = token_ids(config, "eos_token_id");
   return model;
@@ -200,31 +199,36 @@ ModelConfig parse_config(const json& file) {
 
 }  // namespace
 
+bool ModelConfig::key_bias() const {
+  return std::ranges::any_of(layers, [](const LayerSpec& layer) { return layer.attention.key_bias(); });
+}
+
 std::string ModelConfig::digest() const {
   Hasher hasher;
-  const auto add = [&](const char* name, const std::string& value) { hasher.update_field(name).update_field(value); };
+  const auto add = [&](const char* name, const std::string& value) {
+    hasher.update_field(name).update_field(value);
+  };
+  const auto& [attention, mlp] = layers.front();
   add("hidden_size", std::to_string(hidden_size));
-  add("intermediate_size", std::to_string(intermediate_size));
-  add("num_hidden_layers", std::to_string(n_layers));
-  add("num_attention_heads", std::to_string(n_heads));
-  add("num_key_value_heads", std::to_string(n_kv_heads));
-  add("head_dim", std::to_string(head_dim));
+  add("intermediate_size", std::to_string(mlp.size));
+  add("num_hidden_layers", std::to_string(layers.size()));
+  add("num_attention_heads", std::to_string(attention.n_heads));
+  add("num_key_value_heads", std::to_string(attention.n_kv_heads));
+  add("head_dim", std::to_string(attention.key_dim));
   add("vocab_size", std::to_string(vocab_size));
   add("rms_norm_eps", number_text(rms_norm_eps));
   add("tie_word_embeddings", tied_head.value_or(false) ? "true" : "false");
   add("attention_bias", attention_bias ? "true" : "false");
   add("mlp_bias", mlp_bias ? "true" : "false");
-  for (int window : windows) add("window", std::to_string(window));
+  for (const LayerSpec& layer : layers) add("window", std::to_string(layer.attention.window));
   // Only where they differ from what they were before there were others.
-  if (activation != Activation::kSilu) add("hidden_act", "gelu_pytorch_tanh");
-  if (attention_scale != float(1 / std::sqrt(double(head_dim)))) add("attention_scale", number_text(attention_scale));
-  if (attention_softcap != 0) add("attn_logit_softcapping", number_text(attention_softcap));
+  if (mlp.activation != Activation::kSilu) add("hidden_act", "gelu_pytorch_tanh");
+  if (attention.scale != float(1 / std::sqrt(double(attention.key_dim)))) {
+    add("attention_scale", number_text(attention.scale));
+  }
+  if (attention.softcap != 0) add("attn_logit_softcapping", number_text(attention.softcap));
   if (logit_softcap != 0) add("final_logit_softcapping", number_text(logit_softcap));
   return hasher.hex();
-}
-
-std::string ModelConfig::rope_description() const {
-  return rope.description + (local_rope ? "; in sliding layers " + local_rope->description : "");
 }
 
 ModelConfig read_config(const std::filesystem::path& dir) {

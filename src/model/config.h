@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "model/rope.h"
+#include "model/layer.h"
 
 namespace torpor::model {
 
@@ -18,34 +18,25 @@ struct Quantization {
   bool operator==(const Quantization&) const = default;
 };
 
-/// Of the gated MLP.
-enum class Activation { kSilu, kGeluTanh };
-
 struct ModelConfig {
-  std::string model_type;     ///< "llama", "mistral", "gemma3"
-  std::string architecture;   ///< whose forward pass it is: "llama", "gemma3"
+  std::string architecture;   ///< of the identity: "llama", "gemma3"
   std::string weight_prefix;  ///< before every tensor's name: "language_model." in a vision-language checkpoint
-  int hidden_size = 0, intermediate_size = 0, n_layers = 0;
-  int n_heads = 0, n_kv_heads = 0, head_dim = 0;
-  int vocab_size = 0, max_context = 0;
+  int hidden_size = 0, vocab_size = 0, max_context = 0;
   float rms_norm_eps = 0;
+  float norm_plus = 0;            ///< rows are multiplied by a norm's weight plus this
+  float embedding_scale = 1;      ///< the embedding is multiplied by it
+  float logit_softcap = 0;        ///< logits become cap * tanh(logit / cap); 0 = off
   std::optional<bool> tied_head;  ///< nullopt: as the weights have it
-  bool attention_bias = false, mlp_bias = false;
-  bool key_bias = false;      ///< keys have a bias, and no norm after it
-  Activation activation = Activation::kSilu;
-  float attention_scale = 0;      ///< of the scores q · k
-  float attention_softcap = 0;    ///< scores become cap * tanh(score / cap); 0 = off
-  float logit_softcap = 0;        ///< the same of the logits
-  std::vector<int> windows;       ///< per layer; 0 = all tokens are attended
-  Rope rope;
-  std::optional<Rope> local_rope; ///< of the layers with a window, if they have their own
+  LayerNames names;
+  std::vector<LayerSpec> layers;  ///< at least one
+  std::string rope_description;   ///< of all layers, for the identity
+  bool attention_bias = false, mlp_bias = false;  ///< as config.json has them; which layers have one, their specs say
   bool quantized = false;
   std::map<std::string, std::optional<Quantization>> quantization;  ///< module path -> its own, nullopt = none
   std::vector<int32_t> eos_token_ids;
 
-  const Rope& rope_of(int layer) const { return local_rope && windows[size_t(layer)] != 0 ? *local_rope : rope; }
-  /// Both of them, for the identity.
-  std::string rope_description() const;
+  /// Some layer's keys have a bias that quantized rows may lack.
+  bool key_bias() const;
   /// Digest of the fields that shape the computation, RoPE aside (the identity has a field of its own for it).
   std::string digest() const;
 };

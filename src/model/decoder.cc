@@ -9,6 +9,7 @@
 
 #include "kernels/compute.h"
 #include "kernels/cpu_target.h"
+#include "model/modules.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -34,8 +35,9 @@ struct Progress {
 
 ModelInfo info_of(const Checkpoint& checkpoint) {
   const ModelConfig& c = checkpoint.config;
-  return {.name = checkpoint.name, .dir = checkpoint.dir, .architecture = c.architecture, .n_layers = c.n_layers,
-          .n_heads = c.n_heads, .n_kv_heads = c.n_kv_heads, .head_dim = c.head_dim, .vocab_size = c.vocab_size,
+  const Attention& first = c.layers.front().attention;
+  return {.name = checkpoint.name, .dir = checkpoint.dir, .architecture = c.architecture, .n_layers = int(c.layers.size()),
+          .n_heads = first.n_heads, .n_kv_heads = first.n_kv_heads, .head_dim = first.key_dim, .vocab_size = c.vocab_size,
           .max_context = c.max_context, .weight_bytes = checkpoint.weights.nbytes(), .eos_token_ids = c.eos_token_ids};
 }
 
@@ -44,7 +46,7 @@ Identity identity_of(const Checkpoint& checkpoint) {
   identity.architecture = checkpoint.config.architecture;
   identity.config = checkpoint.config.digest();
   identity.weights = checkpoint.weights.digest();
-  identity.rope = checkpoint.config.rope_description();
+  identity.rope = checkpoint.config.rope_description;
   return identity;
 }
 
@@ -53,37 +55,40 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
     throw Error(ErrorCode::kInvalidArgument, "There is no KV format '" + format.name() +
                                                  "': rows are f32, f16 or bf16, or of 8 or 4 bits in groups of 32, 64 or 128.");
   }
-  if (format.bias_free && !config.key_bias) {
+  if (format.bias_free && !config.key_bias()) {
     throw Error(ErrorCode::kInvalidArgument, "The model's keys have no bias, so no KV format can be without it.");
   }
-  if (format.quantized() && config.head_dim % format.group != 0) {
-    throw Error(ErrorCode::kInvalidArgument, "The model's heads of " + std::to_string(config.head_dim) +
-                                                 " dims can't be quantized in groups of " + std::to_string(format.group) +
-                                                 "; choose a group that divides them, or no KV quantization.");
-  }
   KvLayout layout;
-  for (int i = 0; i < config.n_layers; ++i) {
-    for (const char* part : {"keys", "values"}) {
+  for (size_t i = 0; i < config.layers.size(); ++i) {
+    const Attention& attention = config.layers[i].attention;
+    const auto add_rows = [&](const char* part, int dim, int bits) {
+      if (format.quantized() && dim % format.group != 0) {
+        throw Error(ErrorCode::kInvalidArgument, "The model's heads of " + std::to_string(dim) +
+                                                     " dims can't be quantized in groups of " + std::to_string(format.group) +
+                                                     "; choose a group that divides them, or no KV quantization.");
+      }
       const std::string name = "layer_" + std::to_string(i) + "_" + part;
-      const auto add = [&](const char* suffix, KvDtype dtype, int dim) {
-        layout.tensors.push_back({.name = name + suffix, .dtype = dtype, .n_kv_heads = config.n_kv_heads, .dim = dim,
-                                  .window = config.windows[size_t(i)]});
+      const auto add = [&](const char* suffix, KvDtype dtype, int width) {
+        layout.tensors.push_back({.name = name + suffix, .dtype = dtype, .n_kv_heads = attention.n_kv_heads, .dim = width,
+                                  .window = attention.window});
       };
       if (!format.quantized()) {
-        add("", format.dtype, config.head_dim);
+        add("", format.dtype, dim);
       } else {
-        add("", KvDtype::kU32, config.head_dim * (*part == 'k' ? format.bits.keys : format.bits.values) / 32);
-        add("_scales", format.dtype, config.head_dim / format.group);
-        add("_biases", format.dtype, config.head_dim / format.group);
+        add("", KvDtype::kU32, dim * bits / 32);
+        add("_scales", format.dtype, dim / format.group);
+        add("_biases", format.dtype, dim / format.group);
       }
-    }
+    };
+    add_rows("keys", attention.key_dim, format.bits.keys);
+    add_rows("values", attention.value_dim, format.bits.values);
   }
   return layout;
 }
 
 KvFormat refined_format(const ModelConfig& config, const KvFormat& asked) {
   KvFormat format = asked;
-  format.bias_free = config.key_bias && asked.quantized();
+  format.bias_free = config.key_bias() && asked.quantized();
   format.rotated = asked.bits.keys == 4 || asked.bits.values == 4;
   return format;
 }
@@ -111,9 +116,15 @@ std::string Decoder::numerics() const {
 Decoder::Decoder(const Checkpoint& checkpoint)
     : config_(checkpoint.config), backend_(checkpoint.backend), activations_(checkpoint.activations),
       dtype_(checkpoint_dtype(find_embedding(checkpoint))),
-      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_, activations_) : make_mlx_ops(config_, dtype_)) {
-  info_ = info_of(checkpoint);
-  identity_ = identity_of(checkpoint);
+      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_.rms_norm_eps, activations_)
+                                         : make_mlx_ops(config_.rms_norm_eps, dtype_)),
+      info_(info_of(checkpoint)),
+      identity_(identity_of(checkpoint)) {
+  const Modules modules(checkpoint, *ops_);
+  embedding_ = modules.embedding();
+  for (int i = 0; i < info_.n_layers; ++i) layers_.push_back(modules.layer(i));
+  final_norm_ = modules.norm("model.norm", config_.hidden_size);
+  head_ = modules.head(embedding_);
 }
 
 const KvLayout& Decoder::layout_of(const KvAccess& cache) {
@@ -195,7 +206,7 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
       ++next;
     }
 
-    mx::array hidden = layers(chunk);
+    mx::array hidden = run_layers(chunk);
     if (logit_rows.empty()) {
       mx::eval({hidden});
     } else {
@@ -218,6 +229,32 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
     for (const Progress& p : progress) p.sequence->kv->advance(int(p.sequence->tokens.size()));
   }
   return result;
+}
+
+mx::array Decoder::run_layers(const Batch& batch) const {
+  mx::array x = ops_->embedding(batch.tokens, embedding_);
+  if (config_.embedding_scale != 1) x = ops_->scale(x, config_.embedding_scale);
+  const auto normed = [&](const mx::array& rows, const Ops::Weight& norm) {
+    return norm == nullptr ? rows : ops_->rms_norm(rows, norm);
+  };
+  for (int i = 0; i < info_.n_layers; ++i) {
+    const DecoderLayer& layer = layers_[size_t(i)];
+    const mx::array attended = ops_->attention(normed(x, layer.attention_norm), layer.attention, i, batch);
+    x = add_part(x, attended, layer.output, layer.attention_post_norm);
+    const mx::array gated = ops_->gated(normed(x, layer.mlp_norm), layer.gate_up);
+    x = add_part(x, gated, layer.down, layer.mlp_post_norm);
+  }
+  return x;
+}
+
+mx::array Decoder::add_part(const mx::array& x, const mx::array& inner, const Ops::Weight& w,
+                            const Ops::Weight& post_norm) const {
+  if (post_norm == nullptr) return ops_->linear_add(inner, w, x);
+  return ops_->add(x, ops_->rms_norm(ops_->linear(inner, w), post_norm));
+}
+
+mx::array Decoder::logits(const mx::array& hidden) const {
+  return ops_->soft_cap(ops_->head(ops_->rms_norm(hidden, final_norm_), head_), config_.logit_softcap);
 }
 
 }  // namespace torpor::model

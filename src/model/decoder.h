@@ -1,5 +1,6 @@
 #pragma once
-/// What every decoder-only architecture shares: the batch cut into chunks, the checks, which rows get logits.
+/// The forward pass of decoder-only models, driven by what their layers say they are (layer.h): the checks, the batch cut into
+/// chunks, the layers, which rows get logits.
 
 #include <map>
 #include <memory>
@@ -35,8 +36,17 @@ KvFormat refined_format(const ModelConfig& config, const KvFormat& asked);
 /// The embedding, whose dtype is that of the checkpoint's activations.
 Projection find_embedding(const Checkpoint& checkpoint);
 
-class Decoder : public Model {
+/// The weights of one layer. A norm that it does not have is nullptr.
+struct DecoderLayer {
+  Ops::Weight attention_norm, attention, output, attention_post_norm;
+  Ops::Weight mlp_norm, gate_up, down, mlp_post_norm;
+};
+
+class Decoder final : public Model {
  public:
+  /// Packs all weights.
+  explicit Decoder(const Checkpoint& checkpoint);
+
   const ModelInfo& info() const override { return info_; }
   Backend backend() const override { return backend_; }
   Identity identity() const override { return identity_; }
@@ -46,26 +56,25 @@ class Decoder : public Model {
   KvLayout kv_layout(const KvFormat& format) const override { return kv_layout_of(config_, format); }
   mx::array forward(std::span<const ForwardSequence> batch) override;
 
- protected:
-  explicit Decoder(const Checkpoint& checkpoint);
-
+ private:
+  void check(std::span<const ForwardSequence> batch) const;
+  mx::array compute(std::span<const ForwardSequence> batch);
   /// The last layer's output [M, hidden], all caches written (when evaluated).
-  virtual mx::array layers(const Batch& batch) = 0;
+  mx::array run_layers(const Batch& batch) const;
+  /// x plus what a part of a layer gives: `inner` projected by `w`, and normalised if there is a norm.
+  mx::array add_part(const mx::array& x, const mx::array& inner, const Ops::Weight& w, const Ops::Weight& post_norm) const;
   /// f32 logits of some of its rows.
-  virtual mx::array logits(const mx::array& hidden) = 0;
+  mx::array logits(const mx::array& hidden) const;
+  /// The layout of a cache, which is kv_layout of its format. kInvalidArgument when it is another.
+  const KvLayout& layout_of(const KvAccess& cache);
 
   const ModelConfig config_;
   const Backend backend_;
   const Activations activations_;
   const KvDtype dtype_;
   const std::unique_ptr<Ops> ops_;
-
- private:
-  void check(std::span<const ForwardSequence> batch) const;
-  mx::array compute(std::span<const ForwardSequence> batch);
-  /// The layout of a cache, which is kv_layout of its format. kInvalidArgument when it is another.
-  const KvLayout& layout_of(const KvAccess& cache);
-
+  Ops::Weight embedding_, final_norm_, head_;
+  std::vector<DecoderLayer> layers_;
   ModelInfo info_;
   Identity identity_;
   std::map<KvFormat, KvLayout> layouts_;  // kv_layout, made once: every token asks for it

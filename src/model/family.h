@@ -1,23 +1,49 @@
 #pragma once
-/// The model types that are known, and what their configs leave unsaid.
+/// The model types that are known: what their configs leave unsaid, and a page that composes their layers of parts.
 
+#include <set>
 #include <string>
 
-#include <nlohmann/json_fwd.hpp>
+#include <nlohmann/json.hpp>
+
+#include "model/config.h"
 
 namespace torpor::model {
 
-struct Family {
-  const char* model_type;
-  const char* architecture;   ///< whose forward pass computes it
-  const char* weight_prefix;  ///< ModelConfig::weight_prefix
-  const char* defaults;       ///< JSON: what mlx-lm takes absent fields for, where not every family does so (Gemma 3's context: transformers)
+/// The text model's config.json, for what a page needs beyond what all families have.
+class FamilyFields {
+ public:
+  explicit FamilyFields(const nlohmann::json& config) : config_(config) {}
+
+  const nlohmann::json& config() const { return config_; }
+  /// The family computes what the field says.
+  void accept(const char* key) { read_.insert(key); }
+
+  bool was_read(const char* key) const { return read_.contains(key); }
+
+ private:
+  const nlohmann::json& config_;
+  std::set<std::string> read_;
 };
 
-/// kInvalidArgument ("unsupported architecture X, supported: ...") for a type that is not known.
-const Family& find_family(const std::string& model_type);
+struct Family {
+  const char* model_type;
+  const char* architecture;   ///< of the identity
+  const char* weight_prefix;  ///< ModelConfig::weight_prefix; not empty: a vision-language checkpoint, the text model is inside
+  const char* defaults;       ///< JSON: what mlx-lm takes absent fields for, where not every family does so (Gemma 3's context: transformers)
+  /// Makes of plain pre-norm layers, as the common fields have them, this family's.
+  void (*page)(ModelConfig& model, FamilyFields& fields);
+  bool slides_everywhere = false;  ///< a sliding_window counts for every layer, where no field says for which
+};
 
-/// The config.json of the text model with the family's defaults filled in. A vision-language config has it inside.
-nlohmann::json complete(const nlohmann::json& config, const Family& family);
+struct TextModel {
+  const Family* family;       ///< of the text model
+  const char* weight_prefix;  ///< of the checkpoint
+  nlohmann::json config;      ///< of the text model, with its family's defaults filled in
+};
+
+/// The text model of a config.json. A vision-language config has it inside. kInvalidArgument ("unsupported architecture X,
+/// supported: ...") for a type that is not known.
+TextModel text_model_of(const nlohmann::json& config);
 
 }  // namespace torpor::model

@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "model/modules.h"
-#include "model/sandwich_norm.h"
 
 namespace torpor::model {
 namespace {
@@ -11,7 +10,9 @@ namespace {
 /// What a layer's keys need.
 struct LayerKeys {
   std::vector<float> factors;  // pair_factors; empty without norms
-  std::vector<float> bias;     // [n_kv_heads * head_dim], not rotated; empty without one
+  std::vector<float> bias;     // [n_kv_heads * dim], not rotated; empty without one
+  std::shared_ptr<const Rope> rope;
+  size_t dim = 0;  // of a head
 };
 
 void add_rotated(const Rope& rope, int64_t position, std::span<const float> bias, std::span<float> head) {
@@ -45,29 +46,31 @@ std::vector<float> pair_factors(const Rope& rope, std::span<const float> q_norm,
 RestoreKeys restore_keys_of(const Checkpoint& checkpoint) {
   const ModelConfig& c = checkpoint.config;
   std::vector<LayerKeys> layers;
-  for (int i = 0; i < c.n_layers; ++i) {
-    const std::string attention = c.weight_prefix + layer_name(i) + ".self_attn";
+  for (size_t i = 0; i < c.layers.size(); ++i) {
+    const Attention& attention = c.layers[i].attention;
+    const std::string name = c.weight_prefix + layer_name(int(i)) + ".self_attn";
     LayerKeys& layer = layers.emplace_back();
-    if (c.key_bias) {
-      const std::vector<int64_t> shape = {int64_t(c.n_kv_heads) * c.head_dim};
-      layer.bias = to_floats(checkpoint.weights.get(attention + ".k_proj.bias", shape));
+    layer.rope = attention.rope;
+    layer.dim = size_t(attention.key_dim);
+    if (attention.key_bias()) {
+      layer.bias = to_floats(checkpoint.weights.get(name + ".k_proj.bias", {attention.keys_size()}));
     }
-    if (checkpoint.weights.find(attention + ".k_norm.weight") == nullptr) continue;
+    if (attention.qk_norm == QkNorm::kNone) continue;
     const auto norm = [&](const char* part) {
-      std::vector<float> values = to_floats(find_norm(checkpoint.weights, attention + part, c.head_dim));
-      for (float& value : values) value += c.architecture == "gemma3" ? kGemmaNormPlus : 0;
+      std::vector<float> values = to_floats(find_norm(checkpoint.weights, name + part, attention.key_dim));
+      for (float& value : values) value += c.norm_plus;
       return values;
     };
-    layer.factors = pair_factors(c.rope_of(i), norm(".q_norm"), norm(".k_norm"));
+    layer.factors = pair_factors(*attention.rope, norm(".q_norm"), norm(".k_norm"));
   }
-  return [config = c, layers = std::move(layers)](const KvFormat& format, int layer, int64_t position,
-                                                  std::span<float> keys) {
+  return [layers = std::move(layers)](const KvFormat& format, int layer, int64_t position, std::span<float> keys) {
     const LayerKeys& own = layers[size_t(layer)];
-    const size_t dim = size_t(config.head_dim);
-    for (size_t at = 0; at < keys.size(); at += dim) {
-      const std::span<float> head = keys.subspan(at, dim);
+    for (size_t at = 0; at < keys.size(); at += own.dim) {
+      const std::span<float> head = keys.subspan(at, own.dim);
       for (size_t i = 0; format.rotates_keys() && i < own.factors.size(); ++i) head[i] *= own.factors[i];
-      if (format.bias_free) add_rotated(config.rope_of(layer), position, std::span(own.bias).subspan(at, dim), head);
+      if (format.bias_free && !own.bias.empty()) {
+        add_rotated(*own.rope, position, std::span(own.bias).subspan(at, own.dim), head);
+      }
     }
   };
 }

@@ -6,44 +6,65 @@ Projection Modules::projection(const std::string& name, int n, int k, bool bias)
   return find_projection(checkpoint_.weights, checkpoint_.config, checkpoint_.config.weight_prefix + name, n, k, bias);
 }
 
-Ops::Weight Modules::linear(const std::string& name, int n, int k, bool bias) const {
-  return ops_.pack_linear(projection(name, n, k, bias));
-}
-
-Ops::Weight Modules::norm(const std::string& name, int k, float plus) const {
-  return ops_.pack_norm(find_norm(checkpoint_.weights, checkpoint_.config.weight_prefix + name, k), plus);
+Ops::Weight Modules::norm(const std::string& name, int k) const {
+  const ModelConfig& c = checkpoint_.config;
+  return ops_.pack_norm(find_norm(checkpoint_.weights, c.weight_prefix + name, k), c.norm_plus);
 }
 
 Ops::Weight Modules::embedding() const { return ops_.pack_linear(find_embedding(checkpoint_)); }
 
 Ops::Weight Modules::head(const Ops::Weight& embedding) const {
   const ModelConfig& c = checkpoint_.config;
-  return *c.tied_head ? embedding : linear("lm_head", c.vocab_size, c.hidden_size);
+  return *c.tied_head ? embedding : ops_.pack_linear(projection("lm_head", c.vocab_size, c.hidden_size));
 }
 
-Ops::Weight Modules::qkv(const std::string& name, bool bias, Ops::Weight q_norm, Ops::Weight k_norm) const {
+Ops::Weight Modules::attention(const std::string& name, const Attention& spec) const {
   const ModelConfig& c = checkpoint_.config;
-  const int q_size = c.n_heads * c.head_dim, kv_size = c.n_kv_heads * c.head_dim;
-  return ops_.pack_qkv(projection(name + ".q_proj", q_size, c.hidden_size, bias),
-                       projection(name + ".k_proj", kv_size, c.hidden_size, bias),
-                       projection(name + ".v_proj", kv_size, c.hidden_size, bias), std::move(q_norm),
-                       std::move(k_norm));
+  const int q = spec.query_size(), k = spec.keys_size(), v = spec.values_size();
+  Ops::Weight q_norm, k_norm;
+  if (spec.qk_norm == QkNorm::kHeads) {
+    q_norm = norm(name + ".q_norm", spec.key_dim);
+    k_norm = norm(name + ".k_norm", spec.key_dim);
+  }
+  const auto packed = [&](const Projection& queries, const Projection& keys, const Projection& values) {
+    return ops_.pack_attention(spec, queries, keys, values, q_norm, k_norm);
+  };
+  if (c.names.fused) {
+    const Projection qkv = projection(name + ".qkv_proj", q + k + v, c.hidden_size, spec.qkv_bias);
+    return packed(rows_of(qkv, 0, q), rows_of(qkv, q, k), rows_of(qkv, q + k, v));
+  }
+  const auto part = [&](const char* part, int n) { return projection(name + part, n, c.hidden_size, spec.qkv_bias); };
+  return packed(part(".q_proj", q), part(".k_proj", k), part(".v_proj", v));
 }
 
-Ops::Weight Modules::attention_output(const std::string& name, bool bias) const {
+Ops::Weight Modules::gated(const std::string& name, const Mlp& spec) const {
   const ModelConfig& c = checkpoint_.config;
-  return linear(name + ".o_proj", c.hidden_size, c.n_heads * c.head_dim, bias);
+  if (c.names.fused) {
+    const Projection both = projection(name + ".gate_up_proj", 2 * spec.size, c.hidden_size, spec.bias);
+    return ops_.pack_gated(rows_of(both, 0, spec.size), rows_of(both, spec.size, spec.size), spec.activation);
+  }
+  const auto part = [&](const char* part) { return projection(name + part, spec.size, c.hidden_size, spec.bias); };
+  return ops_.pack_gated(part(".gate_proj"), part(".up_proj"), spec.activation);
 }
 
-Ops::Weight Modules::gate_up(const std::string& name, bool bias) const {
+DecoderLayer Modules::layer(int index) const {
   const ModelConfig& c = checkpoint_.config;
-  return ops_.pack_gated(projection(name + ".gate_proj", c.intermediate_size, c.hidden_size, bias),
-                         projection(name + ".up_proj", c.intermediate_size, c.hidden_size, bias));
-}
-
-Ops::Weight Modules::down(const std::string& name, bool bias) const {
-  const ModelConfig& c = checkpoint_.config;
-  return linear(name + ".down_proj", c.hidden_size, c.intermediate_size, bias);
+  const auto& [attention_spec, mlp_spec] = c.layers[size_t(index)];
+  const std::string layer = layer_name(index), attention_name = layer + ".self_attn", mlp_name = layer + ".mlp";
+  const auto norm_of = [&](const std::string& name) {
+    return name.empty() ? nullptr : norm(layer + "." + name, c.hidden_size);
+  };
+  const auto back = [&](const std::string& name, int k, bool bias) {
+    return ops_.pack_linear(projection(name, c.hidden_size, k, bias));
+  };
+  return {.attention_norm = norm_of(c.names.attention_norm),
+          .attention = attention(attention_name, attention_spec),
+          .output = back(attention_name + ".o_proj", attention_spec.output_size(), attention_spec.output_bias),
+          .attention_post_norm = norm_of(c.names.attention_post_norm),
+          .mlp_norm = norm_of(c.names.mlp_norm),
+          .gate_up = gated(mlp_name, mlp_spec),
+          .down = back(mlp_name + ".down_proj", mlp_spec.size, mlp_spec.bias),
+          .mlp_post_norm = norm_of(c.names.mlp_post_norm)};
 }
 
 std::string layer_name(int layer) { return "model.layers." + std::to_string(layer); }

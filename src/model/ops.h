@@ -1,5 +1,5 @@
 #pragma once
-/// The layer vocabulary in which the architectures are written, once for both backends: over Torpor's CPU kernels
+/// The layer vocabulary in which the decoder is written, once for both backends: over Torpor's CPU kernels
 /// (ops_kernels.cc) or MLX's own operations (ops_mlx.cc). Activations are [M, features], the rows of all sequences of
 /// a batch one after the other.
 
@@ -10,7 +10,7 @@
 #include <mlx/array.h>
 #include <mlx/device.h>
 
-#include "model/config.h"
+#include "model/layer.h"
 #include "model/projection.h"
 #include "model/weights.h"
 #include "torpor/model.h"
@@ -44,23 +44,23 @@ class Ops {
 
   // Loading: the checkpoint may be unmapped afterwards.
   virtual Weight pack_linear(const Projection& projection) = 0;
-  /// The norms, where there are any, are of every head of q and of k, before they rotate.
-  virtual Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm = nullptr,
-                          Weight k_norm = nullptr) = 0;
-  virtual Weight pack_gated(const Projection& gate, const Projection& up) = 0;
+  /// The norms are nullptr unless `spec` has them.
+  virtual Weight pack_attention(const Attention& spec, const Projection& q, const Projection& k, const Projection& v,
+                                Weight q_norm, Weight k_norm) = 0;
+  virtual Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) = 0;
   /// What rows are multiplied by is weight + plus (Gemma keeps its norms less one).
   virtual Weight pack_norm(const TensorView& weight, float plus = 0) = 0;
 
   // A layer's parts.
   virtual mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) = 0;
   virtual mx::array rms_norm(const mx::array& x, const Weight& w) = 0;
-  /// Projects to q, k and v, normalises if asked, and rotates. Appends k and v to the caches and attends, as the config
-  /// has it for this layer. [M, H_q D]
-  virtual mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) = 0;
+  /// Projects to q, k and v, normalises and rotates them as the weight's spec has it. Appends k and v to the caches, as those of
+  /// `layer`, and attends. [M, H_q D_v]
+  virtual mx::array attention(const mx::array& x, const Weight& w, int layer, const Batch& batch) = 0;
   /// residual + x · Wᵀ
   virtual mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) = 0;
   virtual mx::array linear(const mx::array& x, const Weight& w) = 0;
-  /// act(x · W_gateᵀ) ⊙ (x · W_upᵀ), with the config's activation
+  /// act(x · W_gateᵀ) ⊙ (x · W_upᵀ)
   virtual mx::array gated(const mx::array& x, const Weight& w) = 0;
   /// f32 logits, of an lm_head or a tied embedding.
   virtual mx::array head(const mx::array& x, const Weight& w) = 0;
@@ -77,8 +77,9 @@ class Ops {
   virtual bool advances_per_chunk() const = 0;
 };
 
-std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config, Activations activations);
+/// `eps` is that of all norms.
+std::unique_ptr<Ops> make_kernel_ops(float eps, Activations activations);
 /// `dtype` is that of the checkpoint's activations.
-std::unique_ptr<Ops> make_mlx_ops(const ModelConfig& config, KvDtype dtype);
+std::unique_ptr<Ops> make_mlx_ops(float eps, KvDtype dtype);
 
 }  // namespace torpor::model

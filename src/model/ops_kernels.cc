@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
+#include <utility>
+#include <vector>
 
 #include "kernels/primitives.h"
 #include "model/key_rows.h"
@@ -62,14 +63,23 @@ struct Norm final : Ops::Packed {
   mx::array w;  // f32
 };
 
+struct Gated final : Ops::Packed {
+  Gated(std::shared_ptr<const PackedLinear> w, kernels::Activation activation) : w(std::move(w)), activation(activation) {}
+  std::shared_ptr<const PackedLinear> w;
+  kernels::Activation activation;
+};
+
 /// q, k and v side by side.
-struct Qkv final : Ops::Packed {
-  Qkv(std::shared_ptr<const PackedLinear> w, std::vector<float> key_bias, Ops::Weight q_norm, Ops::Weight k_norm)
-      : w(std::move(w)), key_bias(std::move(key_bias)), q_norm(std::move(q_norm)), k_norm(std::move(k_norm)) {}
+struct Attending final : Ops::Packed {
+  Attending(const Attention& spec, std::shared_ptr<const PackedLinear> w, std::vector<float> key_bias, Ops::Weight q_norm,
+            Ops::Weight k_norm)
+      : spec(spec), w(std::move(w)), key_bias(std::move(key_bias)), q_norm(std::move(q_norm)), k_norm(std::move(k_norm)) {}
+  Attention spec;
   std::shared_ptr<const PackedLinear> w;
   std::vector<float> key_bias;  // as in w, for formats that leave it out of the rows
   Ops::Weight q_norm, k_norm;
-  // With pair_factors, made when first needed: for formats that rotate keys.
+  // Made when first needed: the kernel's spec for each format of rows, and for those that rotate keys, norms with pair_factors.
+  mutable std::vector<std::pair<KvFormat, std::shared_ptr<const kernels::AttentionSpec>>> of_format;
   mutable std::vector<float> even_q_norm, even_k_norm;
 };
 
@@ -80,23 +90,28 @@ const std::shared_ptr<const PackedLinear>& packed(const Ops::Weight& w) { return
 
 class KernelOps final : public Ops {
  public:
-  KernelOps(const ModelConfig& config, Activations activations) : config_(config), activations_(activations) {}
+  KernelOps(float eps, Activations activations) : eps_(eps), activations_(activations) {}
 
   Weight pack_linear(const Projection& p) override {
     auto weight = std::make_shared<Linear>(PackedLinear::pack({source(p)}, activations_));
     release({&p});
     return weight;
   }
-  Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm,
-                  Weight k_norm) override {
-    auto weight = std::make_shared<Qkv>(PackedLinear::pack({source(q), source(k), source(v)}, activations_),
-                                        k.bias ? to_floats(*k.bias) : std::vector<float>(), std::move(q_norm),
-                                        std::move(k_norm));
+  Weight pack_attention(const Attention& spec, const Projection& q, const Projection& k, const Projection& v,
+                        Weight q_norm, Weight k_norm) override {
+    if (spec.key_dim != spec.value_dim) {
+      throw Error(ErrorCode::kInternal, "The kernels attend to keys and values of one size.");
+    }
+    auto weight = std::make_shared<Attending>(spec, PackedLinear::pack({source(q), source(k), source(v)}, activations_),
+                                              k.bias ? to_floats(*k.bias) : std::vector<float>(), std::move(q_norm),
+                                              std::move(k_norm));
     release({&q, &k, &v});
     return weight;
   }
-  Weight pack_gated(const Projection& gate, const Projection& up) override {
-    auto weight = std::make_shared<Linear>(PackedLinear::pack_gated(source(gate), source(up), activations_));
+  Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
+    auto weight = std::make_shared<Gated>(
+        PackedLinear::pack_gated(source(gate), source(up), activations_),
+        activation == Activation::kSilu ? kernels::Activation::kSilu : kernels::Activation::kGeluTanh);
     release({&gate, &up});
     return weight;
   }
@@ -110,9 +125,9 @@ class KernelOps final : public Ops {
     return kernels::embedding(mx::array(tokens.data(), {int(tokens.size())}, mx::int32), packed(w));
   }
   mx::array rms_norm(const mx::array& x, const Weight& w) override {
-    return kernels::rms_norm(x, static_cast<const Norm&>(*w).w, config_.rms_norm_eps);
+    return kernels::rms_norm(x, static_cast<const Norm&>(*w).w, eps_);
   }
-  mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) override {
+  mx::array attention(const mx::array& x, const Weight& weight, int layer, const Batch& batch) override {
     // A layer's keys and its values are one tensor each, or words, scales and biases.
     const size_t parts = batch.kv_format.quantized() ? 3 : 1;
     const auto offset = [&](size_t which, size_t part) {
@@ -134,17 +149,16 @@ class KernelOps final : public Ops {
       at.runs.assign(s.runs.begin(), s.runs.begin() + used);
       sequences.push_back(at);
     }
-    const auto& w = static_cast<const Qkv&>(*qkv);
-    return kernels::attention(kernels::linear(x, w.w), attention_spec(layer, w, batch.kv_format), std::move(sequences));
+    const auto& w = static_cast<const Attending&>(*weight);
+    return kernels::attention(kernels::linear(x, w.w), spec_for(w, batch.kv_format), std::move(sequences));
   }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
     return kernels::linear_add(x, packed(w), residual);
   }
   mx::array linear(const mx::array& x, const Weight& w) override { return kernels::linear(x, packed(w)); }
   mx::array gated(const mx::array& x, const Weight& w) override {
-    return kernels::gated_linear(
-        x, packed(w),
-        config_.activation == Activation::kSilu ? kernels::Activation::kSilu : kernels::Activation::kGeluTanh);
+    const auto& gated = static_cast<const Gated&>(*w);
+    return kernels::gated_linear(x, gated.w, gated.activation);
   }
   mx::array head(const mx::array& x, const Weight& w) override { return kernels::linear(x, packed(w)); }
 
@@ -159,35 +173,35 @@ class KernelOps final : public Ops {
   bool advances_per_chunk() const override { return false; }
 
  private:
-  std::shared_ptr<const kernels::AttentionSpec> attention_spec(int layer, const Qkv& w, const KvFormat& format) {
-    auto& spec = specs_[{layer, format}];
-    if (spec == nullptr) {
-      auto made = std::make_shared<kernels::AttentionSpec>();
-      const Rope& rope = config_.rope_of(layer);
-      made->n_heads = config_.n_heads;
-      made->n_kv_heads = config_.n_kv_heads;
-      made->head_dim = config_.head_dim;
-      made->scale = config_.attention_scale;
-      made->window = config_.windows[size_t(layer)];
-      made->softcap = config_.attention_softcap;
-      const bool even = format.rotates_keys() && w.k_norm != nullptr;
-      if (even) even_norms(rope, w);
-      made->q_norm = even ? w.even_q_norm.data() : values(w.q_norm);
-      made->k_norm = even ? w.even_k_norm.data() : values(w.k_norm);
-      made->norm_eps = config_.rms_norm_eps;
-      made->kv_dtype = format.dtype;
-      made->kv_bits = format.bits;
-      made->kv_group = format.group;
-      made->key_bias = format.bias_free ? w.key_bias.data() : nullptr;
-      made->rotate_keys = format.rotates_keys();
-      made->rotate_values = format.rotates_values();
-      made->rope = {
-          .dims = rope.dims, .traditional = rope.traditional, .inv_freq = rope.inv_freq, .magnitude = rope.magnitude};
-      spec = std::move(made);
+  std::shared_ptr<const kernels::AttentionSpec> spec_for(const Attending& w, const KvFormat& format) const {
+    for (const auto& [of, known] : w.of_format) {
+      if (of == format) return known;
     }
-    return spec;
+    auto made = std::make_shared<kernels::AttentionSpec>();
+    const Rope& rope = *w.spec.rope;
+    made->n_heads = w.spec.n_heads;
+    made->n_kv_heads = w.spec.n_kv_heads;
+    made->head_dim = w.spec.key_dim;
+    made->scale = w.spec.scale;
+    made->window = w.spec.window;
+    made->softcap = w.spec.softcap;
+    const bool even = format.rotates_keys() && w.k_norm != nullptr;
+    if (even) even_norms(rope, w);
+    made->q_norm = even ? w.even_q_norm.data() : values(w.q_norm);
+    made->k_norm = even ? w.even_k_norm.data() : values(w.k_norm);
+    made->norm_eps = eps_;
+    made->kv_dtype = format.dtype;
+    made->kv_bits = format.bits;
+    made->kv_group = format.group;
+    made->key_bias = format.bias_free && w.spec.key_bias() ? w.key_bias.data() : nullptr;
+    made->rotate_keys = format.rotates_keys();
+    made->rotate_values = format.rotates_values();
+    made->rope = {
+        .dims = rope.dims, .traditional = rope.traditional, .inv_freq = rope.inv_freq, .magnitude = rope.magnitude};
+    w.of_format.emplace_back(format, made);
+    return made;
   }
-  static void even_norms(const Rope& rope, const Qkv& w) {
+  static void even_norms(const Rope& rope, const Attending& w) {
     if (!w.even_k_norm.empty()) return;
     const auto floats = [](const Ops::Weight& norm) {
       const mx::array& values = static_cast<const Norm&>(*norm).w;
@@ -202,15 +216,14 @@ class KernelOps final : public Ops {
     }
   }
 
-  const ModelConfig config_;
+  const float eps_;
   const Activations activations_;
-  std::map<std::pair<int, KvFormat>, std::shared_ptr<const kernels::AttentionSpec>> specs_;
 };
 
 }  // namespace
 
-std::unique_ptr<Ops> make_kernel_ops(const ModelConfig& config, Activations activations) {
-  return std::make_unique<KernelOps>(config, activations);
+std::unique_ptr<Ops> make_kernel_ops(float eps, Activations activations) {
+  return std::make_unique<KernelOps>(eps, activations);
 }
 
 }  // namespace torpor::model

@@ -76,9 +76,25 @@ struct Linear final : Ops::Packed {
   std::optional<mx::array> scales, biases, bias;
 };
 
-/// Several projections of one input: q, k, v, perhaps with their norms; or gate and up.
-struct Linears final : Ops::Packed {
-  std::vector<Linear> parts;
+struct Gated final : Ops::Packed {
+  Gated(Linear gate, Linear up, Activation activation)
+      : gate(std::move(gate)), up(std::move(up)), activation(activation) {}
+  Linear gate, up;
+  Activation activation;
+};
+
+/// As fast::rope wants them: 1 / inv_freq; and what a head's dims are multiplied by.
+struct Angles {
+  mx::array periods;
+  std::optional<mx::array> magnitudes;
+};
+
+struct Attending final : Ops::Packed {
+  Attending(const Attention& spec, Linear q, Linear k, Linear v, Angles angles)
+      : spec(spec), q(std::move(q)), k(std::move(k)), v(std::move(v)), angles(std::move(angles)) {}
+  Attention spec;
+  Linear q, k, v;
+  Angles angles;
   Ops::Weight q_norm, k_norm;
 };
 
@@ -99,25 +115,23 @@ mx::array hadamard(const mx::array& x) {
 }
 
 const Linear& single(const Ops::Weight& w) { return static_cast<const Linear&>(*w); }
-const Linear& part(const Ops::Weight& w, size_t i) { return static_cast<const Linears&>(*w).parts[i]; }
 
 class MlxOps final : public Ops {
  public:
-  MlxOps(const ModelConfig& config, KvDtype dtype)
-      : config_(config),
-        dtype_(mx::default_device() == mx::Device::gpu ? to_mlx(dtype) : mx::float32),
-        rope_(angles(config.rope)),
-        local_rope_(config.local_rope ? std::optional(angles(*config.local_rope)) : std::nullopt) {}
+  MlxOps(float eps, KvDtype dtype)
+      : eps_(eps), dtype_(mx::default_device() == mx::Device::gpu ? to_mlx(dtype) : mx::float32) {}
 
   Weight pack_linear(const Projection& p) override { return std::make_shared<Linear>(p, dtype_); }
-  Weight pack_qkv(const Projection& q, const Projection& k, const Projection& v, Weight q_norm,
-                  Weight k_norm) override {
-    auto weight = pack({&q, &k, &v});
+  Weight pack_attention(const Attention& spec, const Projection& q, const Projection& k, const Projection& v,
+                        Weight q_norm, Weight k_norm) override {
+    auto weight = std::make_shared<Attending>(spec, Linear(q, dtype_), Linear(k, dtype_), Linear(v, dtype_), angles(spec));
     weight->q_norm = std::move(q_norm);
     weight->k_norm = std::move(k_norm);
     return weight;
   }
-  Weight pack_gated(const Projection& gate, const Projection& up) override { return pack({&gate, &up}); }
+  Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
+    return std::make_shared<Gated>(Linear(gate, dtype_), Linear(up, dtype_), activation);
+  }
   Weight pack_norm(const TensorView& weight, float plus) override {
     mx::array w = mx::astype(to_array(weight), dtype_);
     if (plus != 0) w = mx::add(w, mx::array(plus, dtype_));
@@ -131,36 +145,38 @@ class MlxOps final : public Ops {
   mx::array rms_norm(const mx::array& x, const Weight& w) override {
     return rms(x, w);
   }
-  mx::array attention(const mx::array& x, const Weight& qkv, int layer, const Batch& batch) override {
-    const mx::array q = part(qkv, 0).apply(x), k = part(qkv, 1).apply(x), v = part(qkv, 2).apply(x);
+  mx::array attention(const mx::array& x, const Weight& weight, int layer, const Batch& batch) override {
+    const auto& w = static_cast<const Attending&>(*weight);
+    const Attention& spec = w.spec;
+    const mx::array q = w.q.apply(x), k = w.k.apply(x), v = w.v.apply(x);
     const KvFormat& format = batch.kv_format;
+    const bool bias_free = format.bias_free && spec.key_bias();
     const auto turned = [](const mx::array& x, bool turn) { return turn ? hadamard(x) : x; };
     std::vector<mx::array> outputs;
     for (const BatchSequence& s : batch.sequences) {
-      const auto& norms = static_cast<const Linears&>(*qkv);
-      mx::array own_queries = normed(heads(q, s, config_.n_heads), norms.q_norm);
-      mx::array own_keys = normed(heads(k, s, config_.n_kv_heads), norms.k_norm);
-      if (format.rotates_keys() && norms.k_norm != nullptr) {
-        const mx::array factors = factors_of(norms, layer);
+      mx::array own_queries = normed(heads(q, s, spec.n_heads, spec.key_dim), w.q_norm);
+      mx::array own_keys = normed(heads(k, s, spec.n_kv_heads, spec.key_dim), w.k_norm);
+      if (format.rotates_keys() && w.k_norm != nullptr) {
+        const mx::array factors = factors_of(w);
         own_queries = mx::multiply(own_queries, factors);
         own_keys = mx::divide(own_keys, factors);
       }
-      mx::array queries = rotate(own_queries, s.position, layer);
-      if (format.bias_free) own_keys = mx::subtract(own_keys, key_bias(qkv));
-      const mx::array new_keys = turned(rotate(own_keys, s.position, layer), format.rotates_keys());
-      const mx::array new_values = turned(heads(v, s, config_.n_kv_heads), format.rotates_values());
+      mx::array queries = rotate(own_queries, s.position, w);
+      if (bias_free) own_keys = mx::subtract(own_keys, key_bias(w));
+      const mx::array new_keys = turned(rotate(own_keys, s.position, w), format.rotates_keys());
+      const mx::array new_values = turned(heads(v, s, spec.n_kv_heads, spec.value_dim), format.rotates_values());
       auto [keys, values] = s.kv->update_and_fetch(layer, new_keys, new_values);
       keys = mx::astype(keys, dtype_);
-      if (format.bias_free) {
+      if (bias_free) {
         const int held = keys.shape(2);
-        const mx::array biases = mx::broadcast_to(key_bias(qkv), {1, config_.n_kv_heads, held, config_.head_dim});
-        keys = mx::add(turned(keys, format.rotates_keys()), rotate(biases, s.position + s.n - held, layer));
+        const mx::array biases = mx::broadcast_to(key_bias(w), {1, spec.n_kv_heads, held, spec.key_dim});
+        keys = mx::add(turned(keys, format.rotates_keys()), rotate(biases, s.position + s.n - held, w));
       } else {
         queries = turned(queries, format.rotates_keys());
       }
-      const mx::array attended = attend(queries, keys, mx::astype(values, dtype_), s, layer);
+      const mx::array attended = attend(queries, keys, mx::astype(values, dtype_), s, spec);
       const mx::array out = turned(attended, format.rotates_values());
-      outputs.push_back(mx::reshape(mx::transpose(out, {0, 2, 1, 3}), {s.n, config_.n_heads * config_.head_dim}));
+      outputs.push_back(mx::reshape(mx::transpose(out, {0, 2, 1, 3}), {s.n, spec.output_size()}));
     }
     return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0);
   }
@@ -169,8 +185,9 @@ class MlxOps final : public Ops {
   }
   mx::array linear(const mx::array& x, const Weight& w) override { return single(w).apply(x); }
   mx::array gated(const mx::array& x, const Weight& w) override {
-    const mx::array gate = part(w, 0).apply(x);
-    return mx::multiply(config_.activation == Activation::kSilu ? silu(gate) : gelu_tanh(gate), part(w, 1).apply(x));
+    const auto& gated = static_cast<const Gated&>(*w);
+    const mx::array gate = gated.gate.apply(x);
+    return mx::multiply(gated.activation == Activation::kSilu ? silu(gate) : gelu_tanh(gate), gated.up.apply(x));
   }
   mx::array head(const mx::array& x, const Weight& w) override { return mx::astype(single(w).apply(x), mx::float32); }
 
@@ -179,93 +196,81 @@ class MlxOps final : public Ops {
   bool advances_per_chunk() const override { return true; }
 
  private:
-  std::shared_ptr<Linears> pack(std::initializer_list<const Projection*> projections) const {
-    auto weight = std::make_shared<Linears>();
-    for (const Projection* p : projections) weight->parts.emplace_back(*p, dtype_);
-    return weight;
-  }
-  /// As fast::rope wants them: 1 / inv_freq; and what a head's dims are multiplied by.
-  struct Angles {
-    mx::array periods;
-    std::optional<mx::array> magnitudes;
-  };
-  Angles angles(const Rope& rope) const {
+  Angles angles(const Attention& spec) const {
+    const Rope& rope = *spec.rope;
     std::vector<float> periods;
     for (float f : rope.inv_freq) periods.push_back(1 / f);
-    Angles angles{.periods = mx::array(periods.data(), {int(periods.size())}, mx::float32)};
+    Angles angles{.periods = mx::array(periods.data(), {int(periods.size())}, mx::float32), .magnitudes = std::nullopt};
     if (rope.magnitude != 1) {
-      std::vector<float> magnitudes(size_t(config_.head_dim), 1);
+      std::vector<float> magnitudes(size_t(spec.key_dim), 1);
       std::fill_n(magnitudes.begin(), rope.dims, rope.magnitude);
-      angles.magnitudes = mx::astype(mx::array(magnitudes.data(), {config_.head_dim}, mx::float32), dtype_);
+      angles.magnitudes = mx::astype(mx::array(magnitudes.data(), {spec.key_dim}, mx::float32), dtype_);
     }
     return angles;
   }
   /// The sequence's rows of `x` [M, H D] as [1, H, n, D].
-  mx::array heads(const mx::array& x, const BatchSequence& s, int n_heads) const {
-    const mx::array rows = mx::slice(x, {s.row, 0}, {s.row + s.n, n_heads * config_.head_dim});
-    return mx::transpose(mx::reshape(rows, {1, s.n, n_heads, config_.head_dim}), {0, 2, 1, 3});
+  static mx::array heads(const mx::array& x, const BatchSequence& s, int n_heads, int dim) {
+    const mx::array rows = mx::slice(x, {s.row, 0}, {s.row + s.n, n_heads * dim});
+    return mx::transpose(mx::reshape(rows, {1, s.n, n_heads, dim}), {0, 2, 1, 3});
   }
   /// [1, H_kv, 1, D]
-  mx::array key_bias(const Weight& qkv) const {
-    return mx::reshape(*part(qkv, 1).bias, {1, config_.n_kv_heads, 1, config_.head_dim});
+  static mx::array key_bias(const Attending& w) {
+    return mx::reshape(*w.k.bias, {1, w.spec.n_kv_heads, 1, w.spec.key_dim});
   }
   /// pair_factors, [D].
-  mx::array factors_of(const Linears& w, int layer) const {
+  mx::array factors_of(const Attending& w) const {
     const auto floats = [](const Weight& norm) {
       const mx::array values = mx::astype(static_cast<const Norm&>(*norm).w, mx::float32);
       mx::eval({values});
       return std::vector<float>(values.data<float>(), values.data<float>() + values.size());
     };
-    const std::vector<float> factors = pair_factors(config_.rope_of(layer), floats(w.q_norm), floats(w.k_norm));
-    return mx::astype(mx::array(factors.data(), {config_.head_dim}, mx::float32), dtype_);
+    const std::vector<float> factors = pair_factors(*w.spec.rope, floats(w.q_norm), floats(w.k_norm));
+    return mx::astype(mx::array(factors.data(), {w.spec.key_dim}, mx::float32), dtype_);
   }
   mx::array normed(const mx::array& x, const Weight& norm) const { return norm == nullptr ? x : rms(x, norm); }
   mx::array rms(const mx::array& x, const Weight& w) const {
-    return mx::fast::rms_norm(x, static_cast<const Norm&>(*w).w, config_.rms_norm_eps);
+    return mx::fast::rms_norm(x, static_cast<const Norm&>(*w).w, eps_);
   }
-  mx::array rotate(const mx::array& x, int position, int layer) const {
-    const Rope& rope = config_.rope_of(layer);
-    const Angles& angles = &rope == &config_.rope ? rope_ : *local_rope_;
-    return mx::fast::rope(angles.magnitudes ? mx::multiply(x, *angles.magnitudes) : x, rope.dims, rope.traditional,
-                          std::nullopt, 1.0f, position, angles.periods);
+  static mx::array rotate(const mx::array& x, int position, const Attending& w) {
+    const Rope& rope = *w.spec.rope;
+    const auto& [periods, magnitudes] = w.angles;
+    return mx::fast::rope(magnitudes ? mx::multiply(x, *magnitudes) : x, rope.dims, rope.traditional, std::nullopt, 1.0f,
+                          position, periods);
   }
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const BatchSequence& s,
-                   int layer) const {
-    const int window = config_.windows[size_t(layer)], length = s.position + s.n;
-    if (config_.attention_softcap == 0 && (window == 0 || length <= window)) {
-      return mx::fast::scaled_dot_product_attention(q, k, v, config_.attention_scale, s.n > 1 ? "causal" : "");
+                   const Attention& spec) const {
+    const int window = spec.window, length = s.position + s.n;
+    if (spec.softcap == 0 && (window == 0 || length <= window)) {
+      return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, s.n > 1 ? "causal" : "");
     }
     const mx::array at = mx::expand_dims(mx::arange(s.position, length, mx::int32), 1);
     const mx::array key = mx::expand_dims(mx::arange(length - k.shape(2), length, mx::int32), 0);
     mx::array mask = mx::less_equal(key, at);
     if (window != 0) mask = mx::logical_and(mask, mx::greater(key, mx::subtract(at, mx::array(window))));
-    if (config_.attention_softcap != 0) return attend_capped(q, k, v, mask);
-    return mx::fast::scaled_dot_product_attention(q, k, v, config_.attention_scale, "array", mask);
+    if (spec.softcap != 0) return attend_capped(q, k, v, mask, spec);
+    return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, "array", mask);
   }
 
   /// MLX has no attention with a soft cap, so it is spelled out.
-  mx::array attend_capped(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& mask) const {
-    const int n = q.shape(2), groups = config_.n_kv_heads;
+  mx::array attend_capped(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& mask,
+                          const Attention& spec) const {
+    const int n = q.shape(2);
     const auto grouped = [&](const mx::array& x) { return mx::expand_dims(x, 2); };
-    const mx::array queries = mx::reshape(scale(q, config_.attention_scale), {1, groups, -1, n, config_.head_dim});
+    const mx::array queries = mx::reshape(scale(q, spec.scale), {1, spec.n_kv_heads, -1, n, spec.key_dim});
     mx::array scores = mx::matmul(queries, mx::swapaxes(grouped(k), -1, -2));
-    scores = soft_cap(scores, config_.attention_softcap);
+    scores = soft_cap(scores, spec.softcap);
     scores = mx::where(mask, scores, mx::array(-std::numeric_limits<float>::infinity(), scores.dtype()));
     const mx::array out = mx::matmul(mx::softmax(scores, -1, /*precise=*/true), grouped(v));
-    return mx::reshape(out, {1, config_.n_heads, n, config_.head_dim});
+    return mx::reshape(out, {1, spec.n_heads, n, spec.value_dim});
   }
 
-  const ModelConfig config_;
+  const float eps_;
   const mx::Dtype dtype_;
-  const Angles rope_;
-  const std::optional<Angles> local_rope_;
 };
 
 }  // namespace
 
-std::unique_ptr<Ops> make_mlx_ops(const ModelConfig& config, KvDtype dtype) {
-  return std::make_unique<MlxOps>(config, dtype);
-}
+std::unique_ptr<Ops> make_mlx_ops(float eps, KvDtype dtype) { return std::make_unique<MlxOps>(eps, dtype); }
 
 // ---- of either backend
 

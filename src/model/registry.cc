@@ -1,4 +1,4 @@
-/// Where a model is, and the forward pass that it gets.
+/// Where a model is, and how it is opened.
 
 #include <fstream>
 
@@ -6,7 +6,7 @@
 #include "base/foreign_error.h"
 #include "kernels/cpu_target.h"
 #include "kernels/thread_pool.h"
-#include "model/architectures.h"
+#include "model/decoder.h"
 #include "model/key_rows.h"
 #include "torpor/error.h"
 
@@ -92,22 +92,6 @@ auto with_checkpoint(const std::string& name, const ComputeOptions& given, Use u
   }
 }
 
-using ModelFactory = std::unique_ptr<Model> (*)(const model::Checkpoint&);
-
-/// The forward pass of `architecture` ("llama"); nullptr when there is none.
-ModelFactory find_architecture(const std::string& architecture) {
-  using namespace model;
-  for (const auto& [name, make] : {std::pair<const char*, ModelFactory>{"gemma2", make_gemma2},
-                                   {"gemma3", make_gemma3},
-                                   {"llama", make_llama},
-                                   {"phi3", make_phi3},
-                                   {"qwen2", make_qwen2},
-                                   {"qwen3", make_qwen3}}) {
-    if (architecture == name) return make;
-  }
-  return nullptr;
-}
-
 }  // namespace
 
 std::unique_ptr<Model> Model::load(const std::string& name, const ComputeOptions& compute) {
@@ -118,11 +102,7 @@ std::unique_ptr<Model> Model::load(const std::string& name, const ComputeOptions
     if (!settled.activations && checkpoint.backend == Backend::kKernels && checkpoint.config.quantized) {
       checkpoint.activations = kernels::fastest_activations();
     }
-    const ModelFactory make = find_architecture(checkpoint.config.architecture);
-    if (make == nullptr) {
-      throw Error(ErrorCode::kInternal, "No forward pass for architecture " + checkpoint.config.architecture + ".");
-    }
-    return make(checkpoint);
+    return std::make_unique<model::Decoder>(checkpoint);
   });
 }
 

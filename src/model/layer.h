@@ -1,0 +1,61 @@
+#pragma once
+/// What a layer is: plain data that a family's page fills in (families.cc) and that both backends compute by. A layer is attention
+/// and an MLP, each a residual; which norms it has, its names say.
+
+#include <memory>
+#include <string>
+
+#include "model/rope.h"
+
+namespace torpor::model {
+
+/// Of the gated MLP.
+enum class Activation { kSilu, kGeluTanh };
+
+/// RMS norms of queries and keys, before they rotate.
+enum class QkNorm {
+  kNone,
+  kHeads,  ///< of each head, by one weight [key_dim]
+};
+
+/// Causal attention with a KV cache.
+struct Attention {
+  int n_heads = 0, n_kv_heads = 0;
+  int key_dim = 0, value_dim = 0;    ///< of a head; queries are as wide as keys
+  int window = 0;                    ///< a token attends so many, itself included; 0 = all
+  std::shared_ptr<const Rope> rope;  ///< never nullptr; layers share it
+  float scale = 0;                   ///< of the scores q · k
+  float softcap = 0;                 ///< scores become cap * tanh(score / cap); 0 = off
+  QkNorm qk_norm = QkNorm::kNone;
+  bool qkv_bias = false, output_bias = false;
+
+  int query_size() const { return n_heads * key_dim; }
+  int keys_size() const { return n_kv_heads * key_dim; }
+  int values_size() const { return n_kv_heads * value_dim; }
+  int output_size() const { return n_heads * value_dim; }
+  /// Keys have a bias, and no norm after it.
+  bool key_bias() const { return qkv_bias && qk_norm == QkNorm::kNone; }
+};
+
+/// down(act(gate(x)) ⊙ up(x))
+struct Mlp {
+  int size = 0;  ///< features between
+  Activation activation = Activation::kSilu;
+  bool bias = false;
+};
+
+struct LayerSpec {
+  Attention attention;
+  Mlp mlp;
+};
+
+/// How a family's tensors are called within a layer, "model.layers.0.". An empty name is a norm that it does not have.
+struct LayerNames {
+  std::string attention_norm = "input_layernorm";       ///< of what attention reads
+  std::string attention_post_norm;                      ///< of what it adds to the residual
+  std::string mlp_norm = "post_attention_layernorm";    ///< of what the MLP reads
+  std::string mlp_post_norm;                            ///< of what it adds
+  bool fused = false;  ///< q, k and v are one tensor, qkv_proj, and so are gate and up, gate_up_proj
+};
+
+}  // namespace torpor::model
