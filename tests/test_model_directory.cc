@@ -80,10 +80,11 @@ TEST_F(Directory, Missing) {
 TEST_F(Directory, BadConfig) {
   edit([](json& c) { c["model_type"] = "mamba"; });
   expect(ErrorCode::kInvalidArgument,
-         "unsupported architecture mamba, supported: gemma2, gemma3, gemma3_text, llama, mistral, phi3, qwen2, qwen3.");
+         "unsupported architecture mamba, supported: cohere2, gemma2, gemma3, gemma3_text, granite, llama, ministral3, mistral, "
+         "mistral3, olmo3, phi3, qwen2, qwen3, seed_oss, smollm3.");
   copy("tiny-q4-g64");
-  edit([](json& c) { c["rope_scaling"] = {{"rope_type", "yarn"}, {"factor", 4}}; });
-  expect(ErrorCode::kInvalidArgument, "unsupported RoPE type yarn");
+  edit([](json& c) { c["rope_scaling"] = {{"rope_type", "dynamic"}, {"factor", 4}}; });
+  expect(ErrorCode::kInvalidArgument, "unsupported RoPE type dynamic");
   copy("tiny-q4-g64");
   edit([](json& c) { c["hidden_size"] = "big"; });
   expect(ErrorCode::kInvalidArgument, "hidden_size must be a positive integer");
@@ -126,9 +127,17 @@ TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
                                          {"tiny-gemma3", "rope_local_base_freq", 20000}, {"tiny-gemma3", "sliding_window_pattern", 3},
                                          {"tiny-gemma3", "rope_scaling", nullptr}, {"tiny-phi4-mini", "partial_rotary_factor", 0.75},
                                          {"tiny-phi3", "sliding_window", nullptr}, {"tiny-phi3", "partial_rotary_factor", 0.5},
-                                         {"tiny-phi4-mini", "max_position_embeddings", 8192}, {"tiny-qwen3", "rope_theta", 5e5}}) {
+                                         {"tiny-phi4-mini", "max_position_embeddings", 8192}, {"tiny-qwen3", "rope_theta", 5e5},
+                                         {"tiny-granite", "embedding_multiplier", 6}, {"tiny-granite", "residual_multiplier", 1},
+                                         {"tiny-granite", "logits_scaling", 4}, {"tiny-granite", "attention_multiplier", 0.25},
+                                         {"tiny-granite", "attention_multiplier", 0.1}, {"tiny-cohere2", "logit_scale", 1},
+                                         {"tiny-cohere2", "layer_norm_eps", 1e-6}, {"tiny-cohere2", "rope_traditional", false},
+                                         {"tiny-smollm3", "no_rope_layers", {1, 1, 0, 1}}, {"tiny-smollm3", "no_rope_layers", nullptr},
+                                         {"tiny-olmo3", "rope_scaling", nullptr}, {"tiny-olmo3", "rope_theta", 1e6}}) {
     SCOPED_TRACE(std::string(name) + " " + key + " " + value.dump());
-    const bool equal = read_json(kGoldens / name / "config.json").value(key, json()) == value;
+    // Every fourth layer of SmolLM3 has no RoPE anyway.
+    const bool equal = read_json(kGoldens / name / "config.json").value(key, json()) == value ||
+                       (value.is_null() && std::string(key) == "no_rope_layers");
     EXPECT_EQ(identity(name, same) == identity(name, [&](json& c) { c[key] = value; }), equal);
   }
 
@@ -140,6 +149,11 @@ TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
                                       {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 1e4}}}};
               for (const char* key : {"rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern"}) c.erase(key);
             }));
+  // The inner text model of a vision-language checkpoint, to the last field.
+  EXPECT_NE(identity("tiny-mistral3", same),
+            identity("tiny-mistral3", [](json& c) { c["text_config"]["rope_parameters"]["llama_4_scaling_beta"] = 0.2; }));
+  EXPECT_NE(identity("tiny-mistral3", same),
+            identity("tiny-mistral3", [](json& c) { c["text_config"]["rope_parameters"]["beta_fast"] = 16; }));
   // Defaults that published configs leave out.
   EXPECT_EQ(identity("tiny-gemma3", same), identity("tiny-gemma3", [](json& c) {
               for (const char* key : {"rope_theta", "rope_local_base_freq", "sliding_window_pattern", "rms_norm_eps"}) c.erase(key);
@@ -193,6 +207,15 @@ TEST_F(Directory, FamiliesConfigsThatMakeNoSense) {
   copy("tiny-gemma2");
   edit([](json& c) { c["hidden_activation"] = "gelu"; });
   expect(ErrorCode::kInvalidArgument, "unsupported hidden_act gelu, supported: silu, gelu_pytorch_tanh");
+  copy("tiny-smollm3");
+  edit([](json& c) { c["no_rope_layers"] = {1, 1}; });
+  expect(ErrorCode::kInvalidArgument, "no_rope_layers");
+  copy("tiny-granite");
+  edit([](json& c) { c["logits_scaling"] = 0; });
+  expect(ErrorCode::kInvalidArgument, "logits_scaling");
+  copy("tiny-olmo3");
+  edit([](json& c) { c["rope_scaling"].erase("factor"); });
+  expect(ErrorCode::kInvalidArgument, "factor");
   copy("tiny-gemma3-vision");
   edit([](json& c) { c["text_config"] = "none"; });
   expect(ErrorCode::kInvalidArgument, "text_config");
@@ -280,6 +303,13 @@ TEST_F(Directory, Config) {
   EXPECT_EQ(model::read_config(dir_).eos_token_ids, (std::vector<int32_t>{2, 3, 7}));
   edit([](json& c) { c["sliding_window"] = nullptr; });
   EXPECT_EQ(windows(model::read_config(dir_)), (std::vector<int>{0, 0}));
+  EXPECT_EQ(model::read_config(kGoldens / "tiny-olmo3").max_context, 65536);
+  EXPECT_EQ(model::read_config(kGoldens / "tiny-mistral3").max_context, 262144);
+  // As Qwen's cards say it: the field is the context that the model was trained with.
+  edit([](json& c) {
+    c["rope_scaling"] = {{"type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 512}};
+  });
+  EXPECT_EQ(model::read_config(dir_).max_context, 2048);
   // What transformers 5 writes instead of rope_theta and rope_scaling.
   edit([](json& c) { c["rope_parameters"] = {{"rope_type", "linear"}, {"rope_theta", 500000.0}, {"factor", 4.0}}; });
   EXPECT_EQ(model::read_config(dir_).rope_description, "linear theta 500000 factor 4");

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from conftest import BIN, ROOT, Torpor, make_tiny_model, preload
 
 GEMMA = ROOT / "tests/goldens/model/tiny-gemma3-vision"
+MISTRAL = ROOT / "tests/goldens/model/tiny-mistral3"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1234\n"
 
 
@@ -205,8 +206,9 @@ def test_a_file_is_no_model_directory(cli, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "model.", "language_model.model."])
-def test_gemma_3_with_vision_is_found_under_any_of_its_names(tmp_path, prefix):
-    model = shutil.copytree(GEMMA, tmp_path / "model")
+@pytest.mark.parametrize("source", [GEMMA, MISTRAL], ids=["gemma3", "mistral3"])
+def test_a_model_with_vision_is_found_under_any_of_its_names(tmp_path, source, prefix):
+    model = shutil.copytree(source, tmp_path / "model")
     data = (model / "model.safetensors").read_bytes()
     start = 8 + struct.unpack("<Q", data[:8])[0]
 

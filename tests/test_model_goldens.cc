@@ -152,6 +152,22 @@ TEST_P(Tiny, ActivationsOf16BitsAreNear) {
   EXPECT_LT(difference(*model, 1), 5e-3f);
 }
 
+TEST_P(Tiny, ChunksDoNotChangeABitOfTheKernels) {
+  if (backend_ != Backend::kKernels) GTEST_SKIP() << "Torpor's kernels alone are batch invariant";
+  const auto model = load(Activations::kF32);
+  TestCache whole(*model, KvDtype::kF16);
+  const std::vector<float> expected = forward(*model, whole, tokens_);
+  for (const size_t step : {size_t(1), size_t(7)}) {
+    TestCache cache(*model, KvDtype::kF16);
+    std::vector<float> logits;
+    for (size_t at = 0; at < tokens_.size(); at += step) {
+      logits = forward(*model, cache, std::span(tokens_).subspan(at, std::min(step, tokens_.size() - at)));
+    }
+    EXPECT_EQ(logits, expected) << step;
+    EXPECT_EQ(cache.rows(), whole.rows()) << step;
+  }
+}
+
 TEST_P(Tiny, GreedyTokensEqualMlxLms) {
   const auto model = load(Activations::kF32);
   for (const auto& [length, expected] : golden_.at("greedy").items()) {
@@ -171,7 +187,9 @@ INSTANTIATE_TEST_SUITE_P(
     Models, Tiny,
     testing::Combine(testing::Values("tiny-f16", "tiny-bf16-llama3", "tiny-f32-linear", "tiny-window", "tiny-q4-g64",
                                      "tiny-mixed-g128", "tiny-mistral", "tiny-qwen2", "tiny-qwen3", "tiny-gemma2",
-                                     "tiny-gemma3", "tiny-gemma3-vision", "tiny-phi3", "tiny-phi4-mini"),
+                                     "tiny-gemma3", "tiny-gemma3-vision", "tiny-phi3", "tiny-phi4-mini", "tiny-proportional",
+                                     "tiny-smollm3",
+                                     "tiny-seed-oss", "tiny-granite", "tiny-olmo3", "tiny-mistral3", "tiny-cohere2"),
                      testing::Values(std::nullopt, Backend::kKernels, Backend::kMlx)),
     [](const auto& info) {
       const std::optional<Backend> backend = std::get<1>(info.param);

@@ -126,7 +126,8 @@ void refuse_what_is_not_computed(const FamilyFields& fields) {
   using Neutral = bool (*)(const json&);
   for (const auto& [key, neutral] :
        {std::pair<const char*, Neutral>{"use_bidirectional_attention", is_off}, {"alibi", is_off}, {"attn_output_gate", is_off},
-        {"mlp_only_layers", is_off}, {"attention_sinks", is_off}, {"use_qk_norm", is_off}, {"is_causal", is_on},
+        {"mlp_only_layers", is_off}, {"attention_sinks", is_off}, {"use_qk_norm", is_off}, {"attention_out_bias", is_off},
+        {"layer_norm_bias", is_off}, {"is_causal", is_on},
         {"clip_qkv", is_never}, {"num_local_experts", at_most_one}, {"num_experts", at_most_one},
         {"n_routed_experts", at_most_one}, {"moe_num_experts", at_most_one}, {"embedding_multiplier", is_one},
         {"residual_multiplier", is_one}, {"logits_scaling", is_one}, {"logit_scale", is_one},
@@ -155,7 +156,7 @@ ModelConfig parse_config(const json& file) {
   attention.key_dim = attention.value_dim = head_dim;
   model.vocab_size = count_field(config, "vocab_size");
   const int trained = optional_count(config, "max_position_embeddings").value_or(2048);
-  model.rms_norm_eps = float(positive_field(config, "rms_norm_eps", 1e-6));
+  model.norm_eps = float(positive_field(config, "rms_norm_eps", 1e-6));
   // Far beyond any model, and small enough that no product of two of them overflows.
   constexpr int kLimit = 1 << 24;
   for (const auto& [key, value] : {std::pair{"hidden_size", model.hidden_size},
@@ -191,6 +192,7 @@ ModelConfig parse_config(const json& file) {
   }
   FamilyFields fields(config);
   text.family->page(model, fields);
+  model.family_fields = fields.values();
   refuse_what_is_not_computed(fields);
   parse_quantizations(config, model);
   model.eos_token_ids = token_ids(config, "eos_token_id");
@@ -216,7 +218,7 @@ std::string ModelConfig::digest() const {
   add("num_key_value_heads", std::to_string(attention.n_kv_heads));
   add("head_dim", std::to_string(attention.key_dim));
   add("vocab_size", std::to_string(vocab_size));
-  add("rms_norm_eps", number_text(rms_norm_eps));
+  add("rms_norm_eps", number_text(norm_eps));
   add("tie_word_embeddings", tied_head.value_or(false) ? "true" : "false");
   add("attention_bias", attention_bias ? "true" : "false");
   add("mlp_bias", mlp_bias ? "true" : "false");
@@ -228,6 +230,7 @@ std::string ModelConfig::digest() const {
   }
   if (attention.softcap != 0) add("attn_logit_softcapping", number_text(attention.softcap));
   if (logit_softcap != 0) add("final_logit_softcapping", number_text(logit_softcap));
+  for (const auto& [name, value] : family_fields) add(name.c_str(), value);
   return hasher.hex();
 }
 

@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "model/layer.h"
@@ -22,15 +23,19 @@ struct ModelConfig {
   std::string architecture;   ///< of the identity: "llama", "gemma3"
   std::string weight_prefix;  ///< before every tensor's name: "language_model." in a vision-language checkpoint
   int hidden_size = 0, vocab_size = 0, max_context = 0;
-  float rms_norm_eps = 0;
+  float norm_eps = 0;
+  bool centred_norms = false;     ///< norms take off a row's mean before (layer norms)
   float norm_plus = 0;            ///< rows are multiplied by a norm's weight plus this
   float embedding_scale = 1;      ///< the embedding is multiplied by it
+  float residual_scale = 1;       ///< what a part of a layer adds is multiplied by it
+  float logit_scale = 1;          ///< logits are multiplied by it
   float logit_softcap = 0;        ///< logits become cap * tanh(logit / cap); 0 = off
   std::optional<bool> tied_head;  ///< nullopt: as the weights have it
   LayerNames names;
   std::vector<LayerSpec> layers;  ///< at least one
   std::string rope_description;   ///< of all layers, for the identity
   bool attention_bias = false, mlp_bias = false;  ///< as config.json has them; which layers have one, their specs say
+  std::vector<std::pair<std::string, std::string>> family_fields;  ///< what the family's page has read, for the digest
   bool quantized = false;
   std::map<std::string, std::optional<Quantization>> quantization;  ///< module path -> its own, nullopt = none
   std::vector<int32_t> eos_token_ids;

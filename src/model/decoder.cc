@@ -116,8 +116,8 @@ std::string Decoder::numerics() const {
 Decoder::Decoder(const Checkpoint& checkpoint)
     : config_(checkpoint.config), backend_(checkpoint.backend), activations_(checkpoint.activations),
       dtype_(checkpoint_dtype(find_embedding(checkpoint))),
-      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_.rms_norm_eps, activations_)
-                                         : make_mlx_ops(config_.rms_norm_eps, dtype_)),
+      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_.norm_eps, activations_)
+                                         : make_mlx_ops(config_.norm_eps, dtype_)),
       info_(info_of(checkpoint)),
       identity_(identity_of(checkpoint)) {
   const Modules modules(checkpoint, *ops_);
@@ -235,13 +235,13 @@ mx::array Decoder::run_layers(const Batch& batch) const {
   mx::array x = ops_->embedding(batch.tokens, embedding_);
   if (config_.embedding_scale != 1) x = ops_->scale(x, config_.embedding_scale);
   const auto normed = [&](const mx::array& rows, const Ops::Weight& norm) {
-    return norm == nullptr ? rows : ops_->rms_norm(rows, norm);
+    return norm == nullptr ? rows : ops_->norm(rows, norm);
   };
   for (int i = 0; i < info_.n_layers; ++i) {
     const DecoderLayer& layer = layers_[size_t(i)];
-    const mx::array attended = ops_->attention(normed(x, layer.attention_norm), layer.attention, i, batch);
-    x = add_part(x, attended, layer.output, layer.attention_post_norm);
-    const mx::array gated = ops_->gated(normed(x, layer.mlp_norm), layer.gate_up);
+    const mx::array read = normed(x, layer.attention_norm);
+    x = add_part(x, ops_->attention(read, layer.attention, i, batch), layer.output, layer.attention_post_norm);
+    const mx::array gated = ops_->gated(config_.names.parallel ? read : normed(x, layer.mlp_norm), layer.gate_up);
     x = add_part(x, gated, layer.down, layer.mlp_post_norm);
   }
   return x;
@@ -249,12 +249,16 @@ mx::array Decoder::run_layers(const Batch& batch) const {
 
 mx::array Decoder::add_part(const mx::array& x, const mx::array& inner, const Ops::Weight& w,
                             const Ops::Weight& post_norm) const {
-  if (post_norm == nullptr) return ops_->linear_add(inner, w, x);
-  return ops_->add(x, ops_->rms_norm(ops_->linear(inner, w), post_norm));
+  if (post_norm == nullptr && config_.residual_scale == 1) return ops_->linear_add(inner, w, x);
+  mx::array part = ops_->linear(inner, w);
+  if (post_norm != nullptr) part = ops_->norm(part, post_norm);
+  if (config_.residual_scale != 1) part = ops_->scale(part, config_.residual_scale);
+  return ops_->add(x, part);
 }
 
 mx::array Decoder::logits(const mx::array& hidden) const {
-  return ops_->soft_cap(ops_->head(ops_->rms_norm(hidden, final_norm_), head_), config_.logit_softcap);
+  const mx::array all = ops_->head(ops_->norm(hidden, final_norm_), head_);
+  return ops_->soft_cap(config_.logit_scale == 1 ? all : ops_->scale(all, config_.logit_scale), config_.logit_softcap);
 }
 
 }  // namespace torpor::model

@@ -61,7 +61,7 @@ class Decoder final : public Model {
   mx::array compute(std::span<const ForwardSequence> batch);
   /// The last layer's output [M, hidden], all caches written (when evaluated).
   mx::array run_layers(const Batch& batch) const;
-  /// x plus what a part of a layer gives: `inner` projected by `w`, and normalised if there is a norm.
+  /// x plus what a part of a layer gives: `inner` projected by `w`, normalised if there is a norm, and scaled.
   mx::array add_part(const mx::array& x, const mx::array& inner, const Ops::Weight& w, const Ops::Weight& post_norm) const;
   /// f32 logits of some of its rows.
   mx::array logits(const mx::array& hidden) const;

@@ -14,6 +14,28 @@ namespace {
 
 using nlohmann::json;
 
+/// Sliding layers have a RoPE of their own.
+void rotate_sliding_layers(ModelConfig& model, Rope rope) {
+  const auto shared = std::make_shared<const Rope>(std::move(rope));
+  model.rope_description += "; in sliding layers " + shared->description;
+  for (LayerSpec& layer : model.layers) {
+    if (layer.attention.window != 0) layer.attention.rope = shared;
+  }
+}
+
+/// Layers of which `rotates` is false have no RoPE.
+template <typename Rotates>
+void rotate_some_layers(ModelConfig& model, Rotates rotates) {
+  const auto none = std::make_shared<const Rope>();
+  std::string which;
+  for (size_t i = 0; i < model.layers.size(); ++i) {
+    if (rotates(i)) continue;
+    model.layers[i].attention.rope = none;
+    which.append(" ").append(std::to_string(i));
+  }
+  if (!which.empty()) model.rope_description += "; none in layers" + which;
+}
+
 // ---- pages
 
 /// Llama 2 and 3.x, SmolLM2, Mistral: the plain pre-norm layer; biases where the config says so.
@@ -57,38 +79,110 @@ void gemma3(ModelConfig& model, FamilyFields& fields) {
   fields.accept("use_qk_norm");
   // The scale was rounded to bf16 in training.
   gemma(model, float(mlx::core::bfloat16_t(std::sqrt(float(model.hidden_size)))));
-  const auto local = std::make_shared<const Rope>(parse_local_rope(fields.config(), model.layers.front().attention.key_dim));
-  model.rope_description += "; in sliding layers " + local->description;
-  for (LayerSpec& layer : model.layers) {
-    layer.attention.qk_norm = QkNorm::kHeads;
-    if (layer.attention.window != 0) layer.attention.rope = local;
-  }
+  rotate_sliding_layers(model, parse_local_rope(fields.config(), model.layers.front().attention.key_dim, 10000));
+  for (LayerSpec& layer : model.layers) layer.attention.qk_norm = QkNorm::kHeads;
   // It has the factor of its linear RoPE in it already.
   if (const auto context = optional_count(fields.config(), "max_position_embeddings")) model.max_context = *context;
+}
+
+/// Attention and the MLP read one layer norm; layers without a window don't rotate.
+void cohere2(ModelConfig& model, FamilyFields& fields) {
+  model.norm_eps = fields.number("layer_norm_eps", 1e-5);
+  model.centred_norms = true;
+  model.logit_scale = fields.number("logit_scale", 0.0625);
+  model.names.parallel = true;
+  model.names.mlp_norm.clear();
+  rotate_some_layers(model, [&](size_t i) { return model.layers[i].attention.window != 0; });
+  for (LayerSpec& layer : model.layers) {
+    layer.attention.qkv_bias = layer.attention.output_bias = model.attention_bias;
+  }
+}
+
+/// Llama's, with multipliers.
+void granite(ModelConfig& model, FamilyFields& fields) {
+  llama(model, fields);
+  model.embedding_scale = fields.number("embedding_multiplier", 1);
+  model.residual_scale = fields.number("residual_multiplier", 1);
+  model.logit_scale = 1 / fields.number("logits_scaling", 1);
+  const float scale = fields.number("attention_multiplier", 1);
+  for (LayerSpec& layer : model.layers) layer.attention.scale = scale;
+}
+
+/// Llama's, and queries are scaled by their position. (Its RoPE is yarn.)
+void ministral3(ModelConfig& model, FamilyFields& fields) {
+  const json parameters = rope_fields(fields.config());
+  const double beta = number_field(parameters, "llama_4_scaling_beta", 0);
+  const int period = optional_count(parameters, "original_max_position_embeddings").value_or(16384);
+  if (beta == 0) return;
+  model.rope_description += "; queries scaled by " + number_text(beta) + " after " + std::to_string(period);
+  for (LayerSpec& layer : model.layers) layer.attention.query_scale = QueryScale{.beta = float(beta), .period = period};
+}
+
+/// Norms of what the parts add, none before them; norms of q and k over all heads; sliding layers have the plain RoPE.
+void olmo3(ModelConfig& model, FamilyFields& fields) {
+  model.names = {.attention_norm = "", .attention_post_norm = "post_attention_layernorm", .mlp_norm = "",
+                 .mlp_post_norm = "post_feedforward_layernorm"};
+  const Attention& first = model.layers.front().attention;
+  rotate_sliding_layers(model, parse_local_rope(fields.config(), first.key_dim, first.rope->theta));
+  for (LayerSpec& layer : model.layers) {
+    layer.attention.qk_norm = QkNorm::kWhole;
+    layer.attention.qkv_bias = layer.attention.output_bias = model.attention_bias;
+  }
+}
+
+/// Llama's, with biases of their own for what attention reads and what it gives.
+void seed_oss(ModelConfig& model, FamilyFields& fields) {
+  llama(model, fields);
+  const bool bias = fields.flag("attention_out_bias", false);
+  for (LayerSpec& layer : model.layers) layer.attention.output_bias = bias;
+}
+
+/// Llama's, but some layers don't rotate: every fourth, where no list says which.
+void smollm3(ModelConfig& model, FamilyFields& fields) {
+  llama(model, fields);
+  fields.accept("no_rope_layers");
+  const json* rotates = field(fields.config(), "no_rope_layers");
+  if (rotates != nullptr && (!rotates->is_array() || rotates->size() != model.layers.size())) {
+    bad_field("no_rope_layers", "a list with one entry per layer");
+  }
+  const size_t interval = size_t(optional_count(fields.config(), "no_rope_layer_interval").value_or(4));
+  rotate_some_layers(model, [&](size_t i) { return rotates != nullptr ? (*rotates)[i] != 0 : (i + 1) % interval != 0; });
 }
 
 // ---- the table
 
 constexpr Family kFamilies[] = {
+    {"cohere2", "cohere2", "",
+     R"({"head_dim": 128, "rope_theta": 50000, "rope_traditional": true, "sliding_window": 4096, "sliding_window_pattern": 4,
+         "max_position_embeddings": 8192, "tie_word_embeddings": true})",
+     cohere2, false, /*mlx_lm_rotates=*/true},
     {"gemma2", "gemma2", "",
      R"({"head_dim": 256, "query_pre_attn_scalar": 144, "attn_logit_softcapping": 50, "final_logit_softcapping": 30,
          "sliding_window": 4096, "sliding_window_pattern": 2, "max_position_embeddings": 8192, "tie_word_embeddings": true,
          "hidden_act": "gelu_pytorch_tanh"})",
      gemma2},
     {"gemma3", "gemma3", "language_model.",
-     R"({"model_type": "gemma3_text", "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208})", gemma3},
+     R"({"model_type": "gemma3_text", "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208})", gemma3,
+     false, /*mlx_lm_rotates=*/true},
     {"gemma3_text", "gemma3", "",
      R"({"hidden_size": 1152, "num_hidden_layers": 26, "intermediate_size": 6912, "num_attention_heads": 4, "head_dim": 256,
          "num_key_value_heads": 1, "vocab_size": 262144, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
          "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6, "max_position_embeddings": 131072,
          "hidden_act": "gelu_pytorch_tanh"})",
-     gemma3},
+     gemma3, false, /*mlx_lm_rotates=*/true},
+    {"granite", "granite", "", R"({"tie_word_embeddings": true})", granite},
     {"llama", "llama", "", "{}", llama},
+    {"ministral3", "ministral3", "", "{}", ministral3, false, /*mlx_lm_rotates=*/true},
     {"mistral", "llama", "", "{}", llama, /*slides_everywhere=*/true},
+    {"mistral3", "llama", "language_model.", R"({"model_type": "mistral", "tie_word_embeddings": false})", llama},
+    {"olmo3", "olmo3", "", R"({"sliding_window": 4096, "sliding_window_pattern": 4, "tie_word_embeddings": false})", olmo3,
+     false, /*mlx_lm_rotates=*/true},
     {"phi3", "phi3", "", R"({"max_position_embeddings": 131072, "tie_word_embeddings": false})", phi3,
      /*slides_everywhere=*/true},
     {"qwen2", "qwen2", "", R"({"rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": true})", qwen2},
     {"qwen3", "qwen3", "", "{}", qwen3},
+    {"seed_oss", "seed_oss", "", "{}", seed_oss},
+    {"smollm3", "smollm3", "", "{}", smollm3},
 };
 
 const Family& find_family(const std::string& model_type) {
@@ -109,6 +203,26 @@ void fill(json& config, const Family& family) {
 }
 
 }  // namespace
+
+float FamilyFields::number(const char* key, double absent) {
+  const double value = positive_field(config_, key, absent);
+  read_.insert(key);
+  values_.emplace_back(key, number_text(value));
+  return float(value);
+}
+
+bool FamilyFields::flag(const char* key, bool absent) {
+  const bool value = bool_field(config_, key, absent);
+  read_.insert(key);
+  values_.emplace_back(key, value ? "true" : "false");
+  return value;
+}
+
+bool rotates_windows_in_mlx_lm(const std::string& architecture) {
+  return std::ranges::any_of(kFamilies, [&](const Family& family) {
+    return family.mlx_lm_rotates && architecture == family.architecture;
+  });
+}
 
 TextModel text_model_of(const json& config) {
   const Family& family = find_family(string_field(config, "model_type", ""));

@@ -3,6 +3,8 @@
 
 #include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include <nlohmann/json.hpp>
 
@@ -10,20 +12,27 @@
 
 namespace torpor::model {
 
-/// The text model's config.json, for what a page needs beyond what all families have.
+/// What a page reads of the text model's config.json beyond what all families have. What it says shapes the computation, so it goes
+/// into the identity.
 class FamilyFields {
  public:
   explicit FamilyFields(const nlohmann::json& config) : config_(config) {}
 
   const nlohmann::json& config() const { return config_; }
-  /// The family computes what the field says.
+  /// A positive number.
+  float number(const char* key, double absent);
+  bool flag(const char* key, bool absent);
+  /// The family computes what the field says; another part of the identity says it, too.
   void accept(const char* key) { read_.insert(key); }
 
   bool was_read(const char* key) const { return read_.contains(key); }
+  /// ModelConfig::family_fields.
+  const std::vector<std::pair<std::string, std::string>>& values() const { return values_; }
 
  private:
   const nlohmann::json& config_;
   std::set<std::string> read_;
+  std::vector<std::pair<std::string, std::string>> values_;
 };
 
 struct Family {
@@ -34,6 +43,7 @@ struct Family {
   /// Makes of plain pre-norm layers, as the common fields have them, this family's.
   void (*page)(ModelConfig& model, FamilyFields& fields);
   bool slides_everywhere = false;  ///< a sliding_window counts for every layer, where no field says for which
+  bool mlx_lm_rotates = false;     ///< mlx_lm_rotates_windows
 };
 
 struct TextModel {
@@ -41,6 +51,9 @@ struct TextModel {
   const char* weight_prefix;  ///< of the checkpoint
   nlohmann::json config;      ///< of the text model, with its family's defaults filled in
 };
+
+/// mlx_lm_rotates_windows.
+bool rotates_windows_in_mlx_lm(const std::string& architecture);
 
 /// The text model of a config.json. A vision-language config has it inside. kInvalidArgument ("unsupported architecture X,
 /// supported: ...") for a type that is not known.

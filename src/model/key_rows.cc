@@ -9,7 +9,7 @@ namespace {
 
 /// What a layer's keys need.
 struct LayerKeys {
-  std::vector<float> factors;  // pair_factors; empty without norms
+  std::vector<float> factors;  // pair_factors; empty without norms of heads
   std::vector<float> bias;     // [n_kv_heads * dim], not rotated; empty without one
   std::shared_ptr<const Rope> rope;
   size_t dim = 0;  // of a head
@@ -55,7 +55,7 @@ RestoreKeys restore_keys_of(const Checkpoint& checkpoint) {
     if (attention.key_bias()) {
       layer.bias = to_floats(checkpoint.weights.get(name + ".k_proj.bias", {attention.keys_size()}));
     }
-    if (attention.qk_norm == QkNorm::kNone) continue;
+    if (attention.qk_norm != QkNorm::kHeads) continue;
     const auto norm = [&](const char* part) {
       std::vector<float> values = to_floats(find_norm(checkpoint.weights, name + part, attention.key_dim));
       for (float& value : values) value += c.norm_plus;

@@ -1,8 +1,10 @@
 #pragma once
-/// What a layer is: plain data that a family's page fills in (families.cc) and that both backends compute by. A layer is attention
+/// What a layer is: plain data that a family's page fills in (family.cc) and that both backends compute by. A layer is attention
 /// and an MLP, each a residual; which norms it has, its names say.
 
+#include <cmath>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "model/rope.h"
@@ -16,6 +18,15 @@ enum class Activation { kSilu, kGeluTanh };
 enum class QkNorm {
   kNone,
   kHeads,  ///< of each head, by one weight [key_dim]
+  kWhole,  ///< of all heads at once, by a weight [heads * key_dim]
+};
+
+/// Queries are multiplied by 1 + beta * log(1 + floor(position / period)).
+struct QueryScale {
+  float beta = 0;
+  int period = 0;
+
+  float at(int position) const { return 1 + beta * std::log(1 + float(position / period)); }
 };
 
 /// Causal attention with a KV cache.
@@ -26,6 +37,7 @@ struct Attention {
   std::shared_ptr<const Rope> rope;  ///< never nullptr; layers share it
   float scale = 0;                   ///< of the scores q · k
   float softcap = 0;                 ///< scores become cap * tanh(score / cap); 0 = off
+  std::optional<QueryScale> query_scale;
   QkNorm qk_norm = QkNorm::kNone;
   bool qkv_bias = false, output_bias = false;
 
@@ -49,13 +61,14 @@ struct LayerSpec {
   Mlp mlp;
 };
 
-/// How a family's tensors are called within a layer, "model.layers.0.". An empty name is a norm that it does not have.
+/// How a layer is put together, and how its tensors are called, within "model.layers.0.". An empty name is a norm that it does not have.
 struct LayerNames {
   std::string attention_norm = "input_layernorm";       ///< of what attention reads
   std::string attention_post_norm;                      ///< of what it adds to the residual
   std::string mlp_norm = "post_attention_layernorm";    ///< of what the MLP reads
   std::string mlp_post_norm;                            ///< of what it adds
-  bool fused = false;  ///< q, k and v are one tensor, qkv_proj, and so are gate and up, gate_up_proj
+  bool parallel = false;  ///< the MLP reads what attention reads
+  bool fused = false;     ///< q, k and v are one tensor, qkv_proj, and so are gate and up, gate_up_proj
 };
 
 }  // namespace torpor::model

@@ -8,7 +8,7 @@ Projection Modules::projection(const std::string& name, int n, int k, bool bias)
 
 Ops::Weight Modules::norm(const std::string& name, int k) const {
   const ModelConfig& c = checkpoint_.config;
-  return ops_.pack_norm(find_norm(checkpoint_.weights, c.weight_prefix + name, k), c.norm_plus);
+  return ops_.pack_norm(find_norm(checkpoint_.weights, c.weight_prefix + name, k), c.norm_plus, c.centred_norms);
 }
 
 Ops::Weight Modules::embedding() const { return ops_.pack_linear(find_embedding(checkpoint_)); }
@@ -22,9 +22,10 @@ Ops::Weight Modules::attention(const std::string& name, const Attention& spec) c
   const ModelConfig& c = checkpoint_.config;
   const int q = spec.query_size(), k = spec.keys_size(), v = spec.values_size();
   Ops::Weight q_norm, k_norm;
-  if (spec.qk_norm == QkNorm::kHeads) {
-    q_norm = norm(name + ".q_norm", spec.key_dim);
-    k_norm = norm(name + ".k_norm", spec.key_dim);
+  if (spec.qk_norm != QkNorm::kNone) {
+    const bool whole = spec.qk_norm == QkNorm::kWhole;
+    q_norm = norm(name + ".q_norm", whole ? q : spec.key_dim);
+    k_norm = norm(name + ".k_norm", whole ? k : spec.key_dim);
   }
   const auto packed = [&](const Projection& queries, const Projection& keys, const Projection& values) {
     return ops_.pack_attention(spec, queries, keys, values, q_norm, k_norm);

@@ -48,12 +48,12 @@ class Ops {
   virtual Weight pack_attention(const Attention& spec, const Projection& q, const Projection& k, const Projection& v,
                                 Weight q_norm, Weight k_norm) = 0;
   virtual Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) = 0;
-  /// What rows are multiplied by is weight + plus (Gemma keeps its norms less one).
-  virtual Weight pack_norm(const TensorView& weight, float plus = 0) = 0;
+  /// What rows are multiplied by is weight + plus (Gemma keeps its norms less one). If `centred`, their mean is taken off before.
+  virtual Weight pack_norm(const TensorView& weight, float plus, bool centred) = 0;
 
   // A layer's parts.
   virtual mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) = 0;
-  virtual mx::array rms_norm(const mx::array& x, const Weight& w) = 0;
+  virtual mx::array norm(const mx::array& x, const Weight& w) = 0;
   /// Projects to q, k and v, normalises and rotates them as the weight's spec has it. Appends k and v to the caches, as those of
   /// `layer`, and attends. [M, H_q D_v]
   virtual mx::array attention(const mx::array& x, const Weight& w, int layer, const Batch& batch) = 0;

@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include <mlx/ops.h>
+
 #include "kernels/primitives.h"
 #include "model/key_rows.h"
 #include "model/ops.h"
@@ -59,8 +61,9 @@ struct Linear final : Ops::Packed {
 };
 
 struct Norm final : Ops::Packed {
-  explicit Norm(mx::array w) : w(std::move(w)) {}
+  Norm(mx::array w, bool centred) : w(std::move(w)), centred(centred) {}
   mx::array w;  // f32
+  bool centred;
 };
 
 struct Gated final : Ops::Packed {
@@ -69,23 +72,17 @@ struct Gated final : Ops::Packed {
   kernels::Activation activation;
 };
 
-/// q, k and v side by side.
 struct Attending final : Ops::Packed {
-  Attending(const Attention& spec, std::shared_ptr<const PackedLinear> w, std::vector<float> key_bias, Ops::Weight q_norm,
-            Ops::Weight k_norm)
-      : spec(spec), w(std::move(w)), key_bias(std::move(key_bias)), q_norm(std::move(q_norm)), k_norm(std::move(k_norm)) {}
   Attention spec;
-  std::shared_ptr<const PackedLinear> w;
-  std::vector<float> key_bias;  // as in w, for formats that leave it out of the rows
+  std::vector<std::shared_ptr<const PackedLinear>> projections;  // q, k and v side by side; apart where norms are of all heads
+  std::vector<float> key_bias;  // as projected, for formats that leave it out of the rows
   Ops::Weight q_norm, k_norm;
   // Made when first needed: the kernel's spec for each format of rows, and for those that rotate keys, norms with pair_factors.
   mutable std::vector<std::pair<KvFormat, std::shared_ptr<const kernels::AttentionSpec>>> of_format;
   mutable std::vector<float> even_q_norm, even_k_norm;
 };
 
-const float* values(const Ops::Weight& norm) {
-  return norm == nullptr ? nullptr : static_cast<const Norm&>(*norm).w.data<float>();
-}
+const float* values(const Ops::Weight& norm) { return static_cast<const Norm&>(*norm).w.data<float>(); }
 const std::shared_ptr<const PackedLinear>& packed(const Ops::Weight& w) { return static_cast<const Linear&>(*w).w; }
 
 class KernelOps final : public Ops {
@@ -102,9 +99,18 @@ class KernelOps final : public Ops {
     if (spec.key_dim != spec.value_dim) {
       throw Error(ErrorCode::kInternal, "The kernels attend to keys and values of one size.");
     }
-    auto weight = std::make_shared<Attending>(spec, PackedLinear::pack({source(q), source(k), source(v)}, activations_),
-                                              k.bias ? to_floats(*k.bias) : std::vector<float>(), std::move(q_norm),
-                                              std::move(k_norm));
+    auto weight = std::make_shared<Attending>();
+    weight->spec = spec;
+    if (spec.qk_norm == QkNorm::kWhole) {
+      for (const Projection* p : {&q, &k, &v}) {
+        weight->projections.push_back(PackedLinear::pack({source(*p)}, activations_));
+      }
+    } else {
+      weight->projections = {PackedLinear::pack({source(q), source(k), source(v)}, activations_)};
+    }
+    if (k.bias) weight->key_bias = to_floats(*k.bias);
+    weight->q_norm = std::move(q_norm);
+    weight->k_norm = std::move(k_norm);
     release({&q, &k, &v});
     return weight;
   }
@@ -115,17 +121,20 @@ class KernelOps final : public Ops {
     release({&gate, &up});
     return weight;
   }
-  Weight pack_norm(const TensorView& weight, float plus) override {
+  Weight pack_norm(const TensorView& weight, float plus, bool centred) override {
     std::vector<float> values = to_floats(weight);
     for (float& value : values) value += plus;
-    return std::make_shared<Norm>(mx::array(values.data(), {int(values.size())}, mx::float32));
+    return std::make_shared<Norm>(mx::array(values.data(), {int(values.size())}, mx::float32), centred);
   }
 
   mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) override {
     return kernels::embedding(mx::array(tokens.data(), {int(tokens.size())}, mx::int32), packed(w));
   }
-  mx::array rms_norm(const mx::array& x, const Weight& w) override {
-    return kernels::rms_norm(x, static_cast<const Norm&>(*w).w, eps_);
+  mx::array norm(const mx::array& x, const Weight& w) override {
+    const auto& own = static_cast<const Norm&>(*w);
+    if (!own.centred) return kernels::rms_norm(x, own.w, eps_);
+    const mx::array mean = mx::mean(x, 1, /*keepdims=*/true, mx::Device::cpu);
+    return kernels::rms_norm(mx::subtract(x, mean, mx::Device::cpu), own.w, eps_);
   }
   mx::array attention(const mx::array& x, const Weight& weight, int layer, const Batch& batch) override {
     // A layer's keys and its values are one tensor each, or words, scales and biases.
@@ -150,7 +159,7 @@ class KernelOps final : public Ops {
       sequences.push_back(at);
     }
     const auto& w = static_cast<const Attending&>(*weight);
-    return kernels::attention(kernels::linear(x, w.w), spec_for(w, batch.kv_format), std::move(sequences));
+    return kernels::attention(project(x, w, batch), spec_for(w, batch.kv_format), std::move(sequences));
   }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
     return kernels::linear_add(x, packed(w), residual);
@@ -173,6 +182,27 @@ class KernelOps final : public Ops {
   bool advances_per_chunk() const override { return false; }
 
  private:
+  /// q, k and v side by side: [M, (H_q + 2 H_kv) D].
+  mx::array project(const mx::array& x, const Attending& w, const Batch& batch) {
+    mx::array rows = kernels::linear(x, w.projections[0]);
+    if (w.spec.qk_norm == QkNorm::kWhole) {
+      const mx::array k = norm(kernels::linear(x, w.projections[1]), w.k_norm);
+      rows = mx::concatenate({norm(rows, w.q_norm), k, kernels::linear(x, w.projections[2])}, 1, mx::Device::cpu);
+    }
+    return w.spec.query_scale ? scale_queries(rows, w.spec, batch) : rows;
+  }
+  /// RoPE is linear, so what scales queries may do so before it.
+  static mx::array scale_queries(const mx::array& rows, const Attention& spec, const Batch& batch) {
+    std::vector<float> factors(batch.tokens.size());
+    for (const BatchSequence& s : batch.sequences) {
+      for (int t = 0; t < s.n; ++t) factors[size_t(s.row + t)] = spec.query_scale->at(s.position + t);
+    }
+    if (std::ranges::all_of(factors, [](float factor) { return factor == 1; })) return rows;
+    const int m = rows.shape(0), q = spec.query_size();
+    const mx::array queries = mx::multiply(mx::slice(rows, {0, 0}, {m, q}, mx::Device::cpu),
+                                           mx::array(factors.data(), {m, 1}, mx::float32), mx::Device::cpu);
+    return mx::concatenate({queries, mx::slice(rows, {0, q}, {m, rows.shape(1)}, mx::Device::cpu)}, 1, mx::Device::cpu);
+  }
   std::shared_ptr<const kernels::AttentionSpec> spec_for(const Attending& w, const KvFormat& format) const {
     for (const auto& [of, known] : w.of_format) {
       if (of == format) return known;
@@ -185,10 +215,12 @@ class KernelOps final : public Ops {
     made->scale = w.spec.scale;
     made->window = w.spec.window;
     made->softcap = w.spec.softcap;
-    const bool even = format.rotates_keys() && w.k_norm != nullptr;
-    if (even) even_norms(rope, w);
-    made->q_norm = even ? w.even_q_norm.data() : values(w.q_norm);
-    made->k_norm = even ? w.even_k_norm.data() : values(w.k_norm);
+    if (w.spec.qk_norm == QkNorm::kHeads) {
+      const bool even = format.rotates_keys();
+      if (even) even_norms(rope, w);
+      made->q_norm = even ? w.even_q_norm.data() : values(w.q_norm);
+      made->k_norm = even ? w.even_k_norm.data() : values(w.k_norm);
+    }
     made->norm_eps = eps_;
     made->kv_dtype = format.dtype;
     made->kv_bits = format.bits;

@@ -38,8 +38,9 @@ mx::Dtype to_mlx(KvDtype dtype) {
 }
 
 struct Norm final : Ops::Packed {
-  explicit Norm(mx::array w) : w(std::move(w)) {}
+  Norm(mx::array w, bool centred) : w(std::move(w)), centred(centred) {}
   mx::array w;
+  bool centred;
 };
 
 struct Linear final : Ops::Packed {
@@ -132,36 +133,36 @@ class MlxOps final : public Ops {
   Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
     return std::make_shared<Gated>(Linear(gate, dtype_), Linear(up, dtype_), activation);
   }
-  Weight pack_norm(const TensorView& weight, float plus) override {
+  Weight pack_norm(const TensorView& weight, float plus, bool centred) override {
     mx::array w = mx::astype(to_array(weight), dtype_);
     if (plus != 0) w = mx::add(w, mx::array(plus, dtype_));
     mx::eval({w});
-    return std::make_shared<Norm>(std::move(w));
+    return std::make_shared<Norm>(std::move(w), centred);
   }
 
   mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) override {
     return single(w).rows(mx::array(tokens.data(), {int(tokens.size())}, mx::int32));
   }
-  mx::array rms_norm(const mx::array& x, const Weight& w) override {
-    return rms(x, w);
-  }
+  mx::array norm(const mx::array& x, const Weight& w) override { return normed(x, w, true); }
   mx::array attention(const mx::array& x, const Weight& weight, int layer, const Batch& batch) override {
     const auto& w = static_cast<const Attending&>(*weight);
     const Attention& spec = w.spec;
-    const mx::array q = w.q.apply(x), k = w.k.apply(x), v = w.v.apply(x);
+    const bool whole = spec.qk_norm == QkNorm::kWhole, of_heads = spec.qk_norm == QkNorm::kHeads;
+    const mx::array q = normed(w.q.apply(x), w.q_norm, whole), k = normed(w.k.apply(x), w.k_norm, whole), v = w.v.apply(x);
     const KvFormat& format = batch.kv_format;
     const bool bias_free = format.bias_free && spec.key_bias();
     const auto turned = [](const mx::array& x, bool turn) { return turn ? hadamard(x) : x; };
     std::vector<mx::array> outputs;
     for (const BatchSequence& s : batch.sequences) {
-      mx::array own_queries = normed(heads(q, s, spec.n_heads, spec.key_dim), w.q_norm);
-      mx::array own_keys = normed(heads(k, s, spec.n_kv_heads, spec.key_dim), w.k_norm);
-      if (format.rotates_keys() && w.k_norm != nullptr) {
+      mx::array own_queries = normed(heads(q, s, spec.n_heads, spec.key_dim), w.q_norm, of_heads);
+      mx::array own_keys = normed(heads(k, s, spec.n_kv_heads, spec.key_dim), w.k_norm, of_heads);
+      if (format.rotates_keys() && of_heads) {
         const mx::array factors = factors_of(w);
         own_queries = mx::multiply(own_queries, factors);
         own_keys = mx::divide(own_keys, factors);
       }
       mx::array queries = rotate(own_queries, s.position, w);
+      if (spec.query_scale) queries = mx::multiply(queries, query_factors(*spec.query_scale, s));
       if (bias_free) own_keys = mx::subtract(own_keys, key_bias(w));
       const mx::array new_keys = turned(rotate(own_keys, s.position, w), format.rotates_keys());
       const mx::array new_values = turned(heads(v, s, spec.n_kv_heads, spec.value_dim), format.rotates_values());
@@ -227,15 +228,23 @@ class MlxOps final : public Ops {
     const std::vector<float> factors = pair_factors(*w.spec.rope, floats(w.q_norm), floats(w.k_norm));
     return mx::astype(mx::array(factors.data(), {w.spec.key_dim}, mx::float32), dtype_);
   }
-  mx::array normed(const mx::array& x, const Weight& norm) const { return norm == nullptr ? x : rms(x, norm); }
-  mx::array rms(const mx::array& x, const Weight& w) const {
-    return mx::fast::rms_norm(x, static_cast<const Norm&>(*w).w, eps_);
+  mx::array normed(const mx::array& x, const Weight& norm, bool asked) const {
+    if (!asked) return x;
+    const auto& own = static_cast<const Norm&>(*norm);
+    return own.centred ? mx::fast::layer_norm(x, own.w, std::nullopt, eps_) : mx::fast::rms_norm(x, own.w, eps_);
   }
   static mx::array rotate(const mx::array& x, int position, const Attending& w) {
     const Rope& rope = *w.spec.rope;
     const auto& [periods, magnitudes] = w.angles;
+    if (rope.dims == 0) return x;
     return mx::fast::rope(magnitudes ? mx::multiply(x, *magnitudes) : x, rope.dims, rope.traditional, std::nullopt, 1.0f,
                           position, periods);
+  }
+  /// [n, 1]
+  mx::array query_factors(const QueryScale& scale, const BatchSequence& s) const {
+    std::vector<float> factors;
+    for (int t = 0; t < s.n; ++t) factors.push_back(scale.at(s.position + t));
+    return mx::astype(mx::array(factors.data(), {s.n, 1}, mx::float32), dtype_);
   }
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const BatchSequence& s,
                    const Attention& spec) const {

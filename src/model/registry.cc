@@ -7,6 +7,7 @@
 #include "kernels/cpu_target.h"
 #include "kernels/thread_pool.h"
 #include "model/decoder.h"
+#include "model/family.h"
 #include "model/key_rows.h"
 #include "torpor/error.h"
 
@@ -116,6 +117,6 @@ ModelOutline outline_model(const std::string& name, const ComputeOptions& comput
   });
 }
 
-bool mlx_lm_rotates_windows(const std::string& architecture) { return architecture == "gemma3"; }
+bool mlx_lm_rotates_windows(const std::string& architecture) { return model::rotates_windows_in_mlx_lm(architecture); }
 
 }  // namespace torpor
