@@ -2,6 +2,7 @@
 // nor the number of threads. CTest runs this program once per forced CPU target as well.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -37,6 +38,9 @@ const char* type_name(Type type) {
     case Type::kF16: return "f16";
     case Type::kBF16: return "bf16";
     case Type::kAffine: return "affine";
+    case Type::kMxfp4: return "mxfp4";
+    case Type::kMxfp8: return "mxfp8";
+    case Type::kNvfp4: return "nvfp4";
   }
   return "";
 }
@@ -68,6 +72,24 @@ void append(std::vector<std::byte>& out, uint32_t bits, Type type) {
   std::memcpy(out.data() + at, &bits, size);
 }
 
+/// The `i`-th of a stream of `bits` each, low bits first.
+uint32_t in_stream(const std::vector<uint32_t>& words, size_t i, int bits) {
+  const size_t at = i * size_t(bits), word = at / 32;
+  const uint64_t two = words[word] | uint64_t(word + 1 < words.size() ? words[word + 1] : 0) << 32;
+  return uint32_t(two >> (at % 32)) & ((1u << bits) - 1);
+}
+
+/// A float of `bits` in all with so many of exponent and mantissa, as the specification of the OCP's formats has it.
+double small_float(uint32_t code, int bits, int mantissa_bits, int bias) {
+  const uint32_t magnitude = code & ((1u << (bits - 1)) - 1), mantissa = magnitude & ((1u << mantissa_bits) - 1);
+  const int exponent = int(magnitude >> mantissa_bits);
+  const double value = exponent == 0 ? std::ldexp(double(mantissa), 1 - bias - mantissa_bits)
+                                     : std::ldexp(double(mantissa + (1u << mantissa_bits)), exponent - bias - mantissa_bits);
+  return code >> (bits - 1) != 0 ? -value : value;
+}
+double e2m1(uint32_t code) { return small_float(code, 4, 1, 1); }
+double e4m3(uint32_t code) { return small_float(code, 8, 3, 7); }
+
 /// A random weight in a checkpoint's form, its exact values, and the magnitudes a rounding error is relative to.
 struct TestWeight {
   std::vector<std::byte> weight, scales, biases, bias;
@@ -82,7 +104,9 @@ struct TestWeight {
     source.type = type;
     source.n = n;
     source.k = k;
-    if (type != Type::kAffine) {
+    if (type == Type::kMxfp4 || type == Type::kMxfp8 || type == Type::kNvfp4) {
+      make_small_floats(rng, type == Type::kMxfp8 ? 8 : 4, type == Type::kNvfp4 ? 16 : 32);
+    } else if (type != Type::kAffine) {
       for (int i = 0; i < n * k; ++i) {
         const Stored s = store(uniform(rng), type);
         append(weight, s.bits, type);
@@ -104,7 +128,7 @@ struct TestWeight {
         group_scales.push_back(float(s.value));
         group_biases.push_back(float(b.value));
         for (int i = g * group; i < (g + 1) * group; ++i) {
-          q.push_back(int((words[size_t(i) * bits / 32] >> (size_t(i) * bits % 32)) & ((1u << bits) - 1)));
+          q.push_back(int(in_stream(words, size_t(i), bits)));
           values.push_back(s.value * q.back() + b.value);
           magnitudes.push_back(std::abs(s.value * q.back()) + std::abs(b.value));
         }
@@ -122,6 +146,34 @@ struct TestWeight {
       source.bias = bias.data();
       source.bias_type = bias_type;
     }
+  }
+
+  void make_small_floats(std::mt19937& rng, int bits, int group) {
+    source.bits = bits;
+    source.group = group;
+    std::vector<uint32_t> words(size_t(source.n) * source.k * bits / 32);
+    for (uint32_t& w : words) {
+      w = uint32_t(rng());
+      if (bits == 8) w &= ~0x08080808u;  // no NaN
+    }
+    weight.resize(words.size() * 4);
+    std::memcpy(weight.data(), words.data(), weight.size());
+    for (int g = 0; g < source.n * source.k / group; ++g) {
+      // Of the size of what they multiply's inverse.
+      const uint8_t byte = uint8_t(group == 16 ? 0x08 + rng() % 0x30 : 127 - (bits == 8 ? 8 : 2) - rng() % 4);
+      scales.push_back(std::byte(byte));
+      const double scale = group == 16 ? e4m3(byte) : std::ldexp(1.0, byte - 127);
+      // Kernels multiply codes of 4 bits as integers, 12 more than twice the code.
+      group_scales.push_back(float(scale / 2));
+      group_biases.push_back(float(scale * -6));
+      for (int i = g * group; i < (g + 1) * group; ++i) {
+        const uint32_t code = in_stream(words, size_t(i), bits);
+        values.push_back((bits == 8 ? e4m3(code) : e2m1(code)) * scale);
+        magnitudes.push_back(bits == 8 ? std::abs(values.back()) : std::abs(values.back()) + 12 * scale);
+        q.push_back(bits == 8 ? 0 : int(2 * e2m1(code)) + 12);
+      }
+    }
+    source.scales = scales.data();
   }
 
   /// Output `column` of input row `x`, and the bound on an f32 kernel's error: a rounding of the sum of
@@ -144,7 +196,7 @@ struct TestWeight {
   /// What the kernel takes row `x` for: quantized weights meet 32767ths of a group's largest magnitude with kInt16.
   std::vector<double> as_multiplied(const float* x, Activations activations) const {
     std::vector<double> row(x, x + source.k);
-    if (activations == Activations::kF32 || source.type != Type::kAffine) return row;
+    if (activations == Activations::kF32 || source.group == 0 || source.type == Type::kMxfp8) return row;
     for (int g = 0; g < source.k / source.group; ++g) {
       const Rounded group = rounded(x, g);
       for (int i = 0; i < source.group; ++i) {
@@ -200,14 +252,17 @@ struct RestoreThreads {
 };
 
 const std::vector<int> kRows{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 64, 513};
+/// Of formats whose products are other formats': each kernel, and two blocks of rows.
+const std::vector<int> kFewerRows{1, 2, 5, 8, 9, 150};
 
-/// linear() of every M against the reference, against its own rows one at a time, and with 1, 2 and 3 threads.
+/// linear() of every M against the reference, against its own rows one at a time, and with as many threads.
 void check_linear(const std::vector<const TestWeight*>& weights, bool with_residual, std::mt19937& rng,
-                  Activations activations = Activations::kF32) {
+                  Activations activations = Activations::kF32, const std::vector<int>& numbers_of_rows = kRows,
+                  const std::vector<int>& numbers_of_threads = {1, 2, 3, 16}) {
   std::vector<WeightSource> sources;
   for (const TestWeight* w : weights) sources.push_back(w->source);
   const auto packed = PackedLinear::pack(sources, activations);
-  const int n = packed->n(), k = packed->k(), most = kRows.back();
+  const int n = packed->n(), k = packed->k(), most = numbers_of_rows.back();
   const std::vector<float> x = random_rows(most, k, rng), residual = random_rows(most, n, rng);
   const float* added = with_residual ? residual.data() : nullptr;
 
@@ -229,9 +284,9 @@ void check_linear(const std::vector<const TestWeight*>& weights, bool with_resid
     }
   }
   std::vector<float> y(size_t(most) * n);
-  for (const int threads : {1, 2, 3, 16}) {
+  for (const int threads : numbers_of_threads) {
     ThreadPool::resize_shared(threads);
-    for (const int m : kRows) {
+    for (const int m : numbers_of_rows) {
       std::fill(y.begin(), y.end(), -7.0f);
       linear(x.data(), m, *packed, added, y.data());
       ASSERT_EQ(std::memcmp(y.data(), whole.data(), size_t(m) * n * sizeof(float)), 0) << "M " << m << " threads " << threads;
@@ -242,6 +297,124 @@ void check_linear(const std::vector<const TestWeight*>& weights, bool with_resid
       ASSERT_EQ(std::memcmp(y.data(), whole.data() + size_t(row) * n, size_t(n) * sizeof(float)), 0)
           << "row " << row << " alone, threads " << threads;
     }
+  }
+}
+
+struct Format {
+  int bits, group;
+  Type type = Type::kAffine;
+};
+/// All that there are. Those of 4 and 8 bits are read in place, the others as bytes.
+std::vector<Format> formats(std::initializer_list<int> widths = {2, 3, 4, 5, 6, 8}) {
+  std::vector<Format> all;
+  for (const int bits : widths) {
+    for (const int group : {16, 32, 64, 128}) all.push_back({bits, group});
+  }
+  return all;
+}
+
+TEST(KernelsLinear, EveryFormatHoldsWhatMlxDequantizes) {
+  std::mt19937 rng(14);
+  for (const auto& [bits, group, type] : formats()) {
+    if (group == 16) continue;  // not MLX's
+    for (const auto& [n, k] : {std::pair{17, group}, {3, 5 * 128}}) {
+      SCOPED_TRACE(std::to_string(bits) + " bits, group " + std::to_string(group) + ", K " + std::to_string(k));
+      const TestWeight w(type, n, k, rng, bits, group);
+      const auto packed = PackedLinear::pack({w.source});
+      const mx::array words(reinterpret_cast<const uint32_t*>(w.weight.data()), {n, k * bits / 32}, mx::uint32);
+      const mx::array scales(w.group_scales.data(), {n, k / group}, mx::float32);
+      const mx::array biases(w.group_biases.data(), {n, k / group}, mx::float32);
+      mx::array want = mx::dequantize(words, scales, biases, group, bits, "affine", {}, {}, mx::Device::cpu);
+      want.eval();
+      std::vector<float> row(static_cast<size_t>(k));
+      for (int i = 0; i < n; ++i) {
+        packed->dequantize_row(i, row.data());
+        for (int j = 0; j < k; ++j) ASSERT_EQ(row[j], want.data<float>()[i * k + j]) << "row " << i << " column " << j;
+      }
+      // In as many bits as it has: and per group and row two f16 numbers.
+      EXPECT_EQ(packed->nbytes(), size_t((n + 15) / 16 * 16) * size_t(k * bits / 8 + k / group * 4));
+    }
+  }
+}
+
+TEST(KernelsLinear, FloatsOfFewBitsAreWhatMlxDequantizes) {
+  for (const auto& [type, bits, group] : {std::tuple{Type::kMxfp4, 4, 32}, {Type::kMxfp8, 8, 32}, {Type::kNvfp4, 4, 16}}) {
+    SCOPED_TRACE(type_name(type));
+    // Every code, with every scale: a row for each of these.
+    const int k = 256;
+    std::vector<uint8_t> codes(size_t(256 * k * bits / 8)), scales(size_t(256 * k / group));
+    for (size_t i = 0; i < codes.size(); ++i) codes[i] = uint8_t(bits == 8 ? i : (i % 8 * 2) | (i % 8 * 2 + 1) << 4);
+    for (size_t i = 0; i < scales.size(); ++i) scales[i] = uint8_t(i / size_t(k / group));
+    WeightSource source;
+    source.type = type;
+    source.n = 256;
+    source.k = k;
+    source.bits = bits;
+    source.group = group;
+    source.weight = codes.data();
+    source.scales = scales.data();
+    const auto packed = PackedLinear::pack({source});
+    EXPECT_EQ(packed->nbytes(), codes.size() + scales.size());
+    const mx::array words(reinterpret_cast<const uint32_t*>(codes.data()), {256, k * bits / 32}, mx::uint32);
+    const mx::array of_groups(scales.data(), {256, k / group}, mx::uint8);
+    mx::array want = mx::dequantize(words, of_groups, {}, group, bits, type_name(type), {}, mx::float32, mx::Device::cpu);
+    want.eval();
+    std::vector<float> row(static_cast<size_t>(k));
+    for (int i = 0; i < 256; ++i) {
+      packed->dequantize_row(i, row.data());
+      for (int j = 0; j < k; ++j) {
+        const float expected = want.data<float>()[i * k + j];
+        if (std::isnan(expected)) {
+          ASSERT_TRUE(std::isnan(row[j])) << "scale " << i << " column " << j;
+        } else {
+          ASSERT_EQ(std::bit_cast<uint32_t>(row[j]), std::bit_cast<uint32_t>(expected)) << "scale " << i << " column " << j;
+        }
+      }
+    }
+    // A code that is no number reaches the outputs of its row, and only those.
+    if (bits != 8) continue;
+    const std::vector<float> x(size_t(k), 0.0f);
+    std::vector<float> y(256);
+    linear(x.data(), 1, *packed, nullptr, y.data());
+    EXPECT_TRUE(std::isnan(y[127]));
+    codes[127 * 256 + 127] = codes[127 * 256 + 255] = 0;
+    linear(x.data(), 1, *PackedLinear::pack({source}), nullptr, y.data());
+    EXPECT_EQ(y[127], 0);
+    EXPECT_TRUE(std::isnan(y[126]));
+  }
+}
+
+TEST(KernelsLinear, FloatsOfFewBits) {
+  const RestoreThreads restore;
+  std::mt19937 rng(16);
+  for (const Type type : {Type::kMxfp4, Type::kMxfp8, Type::kNvfp4}) {
+    for (const auto& [n, k] : {std::pair{17, 32}, {16 * 9 + 5, 96}, {40, 640}}) {
+      SCOPED_TRACE(std::string(type_name(type)) + ", N " + std::to_string(n) + " K " + std::to_string(k));
+      const TestWeight w(type, n, k, rng, 0, 0, Type::kF16, n == 40);
+      check_linear({&w}, n == 40, rng, n == 17 ? Activations::kInt16 : Activations::kF32, kFewerRows, {1, 3});
+      if (HasFatalFailure()) return;
+    }
+  }
+  // Beside others, and as gate and up.
+  const TestWeight a(Type::kMxfp4, 20, 128, rng), b(Type::kNvfp4, 7, 128, rng), c(Type::kAffine, 9, 128, rng, 5, 64),
+      d(Type::kMxfp8, 9, 128, rng);
+  check_linear({&a, &b, &c, &d}, false, rng, Activations::kF32, kFewerRows, {2});
+}
+
+TEST(KernelsLinear, WeightsThatAreReadAsBytes) {
+  const RestoreThreads restore;
+  std::mt19937 rng(15);
+  std::vector<Format> all = formats({2, 3, 5, 6});
+  for (const int bits : {4, 8}) all.push_back({bits, 16});
+  for (size_t i = 0; i < all.size(); ++i) {
+    const auto& [bits, group, type] = all[i];
+    const Type scale_type = std::array{Type::kF32, Type::kF16, Type::kBF16}[i % 3];
+    const auto [n, k] = std::array{std::pair{17, group}, std::pair{16 * 9 + 5, 384}, std::pair{40, 256 + group}}[i % 3];
+    SCOPED_TRACE(std::to_string(bits) + " bits, group " + std::to_string(group) + ", scales " + type_name(scale_type) +
+                 ", N " + std::to_string(n) + " K " + std::to_string(k));
+    const TestWeight w(type, n, k, rng, bits, group, scale_type, i % 2 == 0);
+    check_linear({&w}, i % 2 == 0, rng, Activations::kF32, kFewerRows, {1, 3});
+    if (HasFatalFailure()) return;
   }
 }
 
@@ -282,21 +455,23 @@ TEST(KernelsLinear, QuantizedWeightsWith16BitActivations) {
 TEST(KernelsLinear, SumsOf16BitActivationsAreTheSpecifiedOnesToTheBit) {
   const bool fused = lane_class().ends_with("-fma");
   std::mt19937 rng(13);
-  for (const int bits : {4, 8}) {
-    for (const int group : {32, 64, 128}) {
-      for (const auto& [n, k] : {std::pair{16 * 5 + 3, 1152}, {40, 128}}) {
-        SCOPED_TRACE(std::to_string(bits) + " bits, group " + std::to_string(group) + ", K " + std::to_string(k));
-        const TestWeight w(Type::kAffine, n, k, rng, bits, group);
-        const auto packed = PackedLinear::pack({w.source}, Activations::kInt16);
-        const int most = 45;
-        const std::vector<float> x = random_rows(most, k, rng);
-        std::vector<float> want(size_t(most) * n), y(size_t(most) * n);
-        for (size_t i = 0; i < want.size(); ++i) want[i] = w.of_16_bits(x.data() + i / n * k, int(i % n), fused);
-        for (const int m : {1, 2, 5, 8, 9, 16, 33, most}) {
-          linear(x.data(), m, *packed, nullptr, y.data());
-          for (size_t i = 0; i < size_t(m) * n; ++i) {
-            ASSERT_EQ(y[i], want[i]) << "M " << m << " row " << i / n << " column " << i % n;
-          }
+  std::vector<Format> all = formats();
+  for (const Type type : {Type::kMxfp4, Type::kNvfp4}) all.push_back({4, type == Type::kMxfp4 ? 32 : 16, type});
+  for (const auto& [bits, group, type] : all) {
+    const bool in_place = bits % 4 == 0 && type == Type::kAffine;
+    for (const auto& [n, k] : {std::pair{in_place ? 16 * 5 + 3 : 19, in_place ? 1152 : 384}, {40, 128}}) {
+      SCOPED_TRACE(std::string(type_name(type)) + ", " + std::to_string(bits) + " bits, group " + std::to_string(group) +
+                   ", K " + std::to_string(k));
+      const TestWeight w(type, n, k, rng, bits, group);
+      const auto packed = PackedLinear::pack({w.source}, Activations::kInt16);
+      const int most = 45;
+      const std::vector<float> x = random_rows(most, k, rng);
+      std::vector<float> want(size_t(most) * n), y(size_t(most) * n);
+      for (size_t i = 0; i < want.size(); ++i) want[i] = w.of_16_bits(x.data() + i / n * k, int(i % n), fused);
+      for (const int m : {1, 2, 5, 8, 9, 16, 33, most}) {
+        linear(x.data(), m, *packed, nullptr, y.data());
+        for (size_t i = 0; i < size_t(m) * n; ++i) {
+          ASSERT_EQ(y[i], want[i]) << "M " << m << " row " << i / n << " column " << i % n;
         }
       }
     }
@@ -486,7 +661,7 @@ TEST(KernelsLinear, WrongWeightsAreNamed) {
   };
   EXPECT_FALSE(throws(good.source));
   for (auto change : std::vector<void (*)(WeightSource&)>{
-           [](WeightSource& s) { s.bits = 3; }, [](WeightSource& s) { s.group = 16; }, [](WeightSource& s) { s.k = 48; },
+           [](WeightSource& s) { s.bits = 7; }, [](WeightSource& s) { s.group = 48; }, [](WeightSource& s) { s.k = 48; },
            [](WeightSource& s) { s.n = 0; }, [](WeightSource& s) { s.scales = nullptr; },
            [](WeightSource& s) { s.weight = nullptr; }}) {
     WeightSource bad = good.source;

@@ -49,8 +49,8 @@ inline constexpr int kBlockRows = 144;
 /// Columns of a panel that are unpacked at once: 16 KiB of f32, half of a usual L1.
 inline constexpr int kBlockK = 256;
 /// Words of these; or of twice as many as pairs of 16-bit integers, or four times as many as bytes; with the scales and biases
-/// of groups of 32 or more.
-inline constexpr int kBlockWords = (kBlockK + 8 * kBlockK / 32) * kPanel;
+/// of groups of 16 or more.
+inline constexpr int kBlockWords = (kBlockK + 8 * kBlockK / 16) * kPanel;
 
 /// A worker's own memory.
 struct LinearScratch {
@@ -72,9 +72,8 @@ inline float* prepared_memory(size_t size) {
 /// Columns of a part's prepared rows that stand for [0, k): a quantized group has one more, its sum.
 inline int prepared_columns(const PackedPart& part, int k) { return part.group > 0 ? k + k / part.group : k; }
 
-/// The largest magnitude of a 16-bit value, and the columns of the largest group.
+/// The largest magnitude of a 16-bit value.
 inline constexpr float kLargest16 = 32767;
-inline constexpr int kLargestGroup = 128;
 /// 32-bit words of a row of 16-bit values: per group half as many as columns, then x_scale and x_scale * Σ x16.
 inline size_t int16_row_words(const PackedPart& part, int k) { return size_t(k) / 2 + size_t(k) / size_t(part.group) * 2; }
 
@@ -104,6 +103,7 @@ inline int rows_per_task(int rows, int threads) { return rows <= 16 ? rows : std
 
 #include "kernels/linear_f32-inl.h"
 #include "kernels/linear_int16-inl.h"
+#include "kernels/weight_formats-inl.h"
 #include "kernels/linear_amx-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -191,7 +191,7 @@ void RunFew(ThreadPool& pool, const LinearCall& call, const PackedPart& part, co
   const size_t stride = row_stride(part, call.w->k, x);
   auto run = [&]<int kPanels>(int panel, int ahead) HWY_ATTR {
     HWY_ALIGN float sums[kPanels * kRows * kPanel];
-    Vector<kRows, kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, stride, sums);
+    AnyVector<kRows, kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, stride, sums);
     for (int i = 0; i < kPanels * kRows; ++i) Finish(call, part, panel + i / kRows, row + i % kRows, sums + i * kPanel);
   };
   EachPanels<PanelsAtOnce(kRows)>(pool, part, run);
@@ -222,7 +222,8 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const float* x, in
     for (int k0 = 0; k0 < k; k0 += step) {
       const int k1 = std::min(k, k0 + step);
       for (int p = 0; p < count; ++p) {
-        block.panels[p] = PanelAsFloats(part, part.panel(panel + p), k0, k1, scratch.weights + p * kBlockWords / kTilePanels);
+        float* to = scratch.weights + p * kBlockWords / kTilePanels;
+        block.panels[p] = AnyPanelAsFloats(part, part.panel(panel + p), k0, k1, to);
       }
       block.k = k1 - k0;
       block.first = k0 == 0;
@@ -249,7 +250,9 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const int32_t* x, 
     const int count = std::min(kTilePanels, last - panel);
     for (int k0 = 0; k0 < k; k0 += step) {
       const int k1 = std::min(k, k0 + step);
-      for (int p = 0; p < count; ++p) UnpackPairs(part, part.panel(panel + p), k0, k1, unpacked + p * block.panel_words);
+      for (int p = 0; p < count; ++p) {
+        UnpackAnyPairs(part, part.panel(panel + p), k0, k1, unpacked + p * block.panel_words);
+      }
       block.groups = (k1 - k0) / part.group;
       block.first = k0 == 0;
       const int32_t* from = x + int16_row_words(part, k0);
@@ -295,7 +298,9 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, 
 template <class X>
 void RunRows(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const X* x, int row, int rows) {
   if constexpr (!std::is_same_v<X, uint8_t>) {
-    if (rows == 1 || (rows <= kFewRows && part.type == Type::kAffine)) return RunFew<kFewRows>(pool, call, part, x, row, rows);
+    if (part.group == 0 ? rows == 1 : part.integers() && rows <= kFewRows) {
+      return RunFew<kFewRows>(pool, call, part, x, row, rows);
+    }
   }
   // Pairs of panels, for a gated panel's outputs fill half a cache line.
   const int tile = std::is_same_v<X, uint8_t> ? kAmxRows : kTileRows;
@@ -315,7 +320,7 @@ void Linear(const LinearCall& call) {
     for (int row = 0; row < call.m; row += kBlockRows) {
       const int rows = std::min(kBlockRows, call.m - row);
       const float* given = call.x + size_t(row) * call.w->k;
-      if (call.w->activations == Activations::kInt16 && part.type == Type::kAffine) {
+      if (call.w->activations == Activations::kInt16 && part.integers()) {
 #if TORPOR_HAVE_AMX
         if (rows > kFewRows && amx_in_use()) {
           RunRows(pool, call, part, PrepareBytes(pool, part, call.w->k, given, rows), row, rows);

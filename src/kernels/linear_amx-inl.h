@@ -10,7 +10,7 @@
 
 #include <hwy/highway.h>
 
-#include "kernels/linear_int16-inl.h"
+#include "kernels/weight_formats-inl.h"
 
 #undef TORPOR_HAVE_AMX
 #if HWY_ARCH_X86_64 && HWY_TARGET <= HWY_AVX3_DL
@@ -72,14 +72,14 @@ const uint8_t* PrepareBytes(ThreadPool& pool, const PackedPart& part, int k, con
 
 template <Type kScale>
 void UnpackBytes(const PackedPart& part, const std::byte* panel, int k0, int k1, uint32_t* out) {
-  const int lines = part.group * part.bits / 32;
+  const int bits = part.word_bits(), lines = part.group * bits / 32;
   const VU nibbles = hn::Set(DU(), 0x0f0f0f0fu);
   const std::byte* end = panel + size_t(k1 / part.group) * part.group_bytes;
   for (const std::byte* g = panel + size_t(k0 / part.group) * part.group_bytes; g != end; g += part.group_bytes) {
     const std::byte* line = g + 2 * kPanel * type_size(kScale);
     for (int i = 0; i < lines; ++i, line += kAlignment) {
       const VU words = LoadLine(line, 0);
-      if (part.bits == 4) {
+      if (bits == 4) {
         hn::Store(hn::And(words, nibbles), DU(), out);
         hn::Store(hn::And(hn::ShiftRight<4>(words), nibbles), DU(), out + kPanel);
         out += 2 * kPanel;
@@ -94,6 +94,14 @@ void UnpackBytes(const PackedPart& part, const std::byte* panel, int k0, int k1,
 }
 
 void UnpackBytes(const PackedPart& part, const std::byte* panel, int k0, int k1, uint32_t* out) {
+  if (!part.read_in_place()) {
+    for (int g = k0 / part.group; g < k1 / part.group; ++g) {
+      uint32_t* scales = out + part.group / 4 * kPanel;
+      GroupAsBytes(part, panel, g, 0, out, reinterpret_cast<float*>(scales));
+      out = scales + 2 * kPanel;
+    }
+    return;
+  }
   if (part.scale_type == Type::kF32) UnpackBytes<Type::kF32>(part, panel, k0, k1, out);
   if (part.scale_type == Type::kF16) UnpackBytes<Type::kF16>(part, panel, k0, k1, out);
   if (part.scale_type == Type::kBF16) UnpackBytes<Type::kBF16>(part, panel, k0, k1, out);
@@ -182,6 +190,7 @@ HWY_NOINLINE void AmxTile(const uint8_t* x, const uint32_t* w, int groups, bool 
 }
 
 void AmxTile(int group, const uint8_t* x, const uint32_t* w, int groups, bool first, float* sums) {
+  if (group == 16) AmxTile<16>(x, w, groups, first, sums);
   if (group == 32) AmxTile<32>(x, w, groups, first, sums);
   if (group == 64) AmxTile<64>(x, w, groups, first, sums);
   if (group == 128) AmxTile<128>(x, w, groups, first, sums);

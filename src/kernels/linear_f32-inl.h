@@ -108,7 +108,8 @@ void PrepareRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, floa
                                                  1.0f / (1 << Exponent<8, 3>()),
                                                  1, 1.0f / (1 << Exponent<8, 1>()), 1.0f / (1 << Exponent<8, 2>()),
                                                  1.0f / (1 << Exponent<8, 3>())};
-  const float* scale = part.bits == 4 ? kScale4 : kScale8;
+  HWY_ALIGN static constexpr float kOnes[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+  const float* scale = !part.integers() ? kOnes : part.word_bits() == 4 ? kScale4 : kScale8;
   for (int g = 0; g < k / part.group; ++g) {
     hn::Vec<decltype(d)> total[kParts];
     for (int p = 0; p < kParts; ++p) total[p] = hn::Zero(d);
@@ -128,7 +129,7 @@ void PrepareRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, floa
 }
 
 const float* Prepare(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
-  if (part.type != Type::kAffine) return x;
+  if (part.group == 0) return x;
   const size_t columns = size_t(prepared_columns(part, k));
   float* out = prepared_memory(size_t(rows) * columns);
   const int size = rows_per_task(rows, pool.size());
@@ -198,7 +199,7 @@ const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k
       UnpackFloats<Type::kBF16>(panel, k0, k1, scratch);
       break;
     case Type::kAffine:
-      if (part.bits == 4) {
+      if (part.word_bits() == 4) {
         if (part.scale_type == Type::kF32) UnpackQuantized<4, Type::kF32>(part, panel, k0, k1, scratch);
         if (part.scale_type == Type::kF16) UnpackQuantized<4, Type::kF16>(part, panel, k0, k1, scratch);
         if (part.scale_type == Type::kBF16) UnpackQuantized<4, Type::kBF16>(part, panel, k0, k1, scratch);
@@ -207,6 +208,8 @@ const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k
         if (part.scale_type == Type::kF16) UnpackQuantized<8, Type::kF16>(part, panel, k0, k1, scratch);
         if (part.scale_type == Type::kBF16) UnpackQuantized<8, Type::kBF16>(part, panel, k0, k1, scratch);
       }
+      break;
+    default:  // not read in place
       break;
   }
   return scratch;
@@ -294,7 +297,7 @@ void Tiles(const FloatBlock& block, int panels, const float* x, int rows, float*
 }
 
 // ---- kRows prepared rows (x_stride apart) times kPanels panels, straight from their packed form: a weight is unpacked
-// ---- once, into a register, and meets all rows. sums: [kPanels][kRows][16] ----
+// ---- once, into a register, and meets all rows. sums: [kPanels][kRows][16]; those of quantized weights are added to ----
 //
 // As much of the next panels, `ahead` bytes on, is brought into the cache as is read of these.
 
@@ -351,7 +354,6 @@ HWY_NOINLINE void VectorQuantized(const PackedPart& part, const std::byte* panel
   const DF d;
   const int lines = part.group / kPerLine;
   const size_t panel_bytes = part.panel_bytes;
-  for (int i = 0; i < kPanels * kRows * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
   for (int k0 = 0; k0 < k; k0 += part.group) {
     for (int first = 0; first < kVectors; first += kAtOnce) {
       VF dot[kPanels][kAtOnce][kRows];
@@ -408,13 +410,13 @@ HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, ptr
   }
 }
 
-// The same for rows of any weights; float weights take one row.
+// The same for rows of weights that are read in place; float weights take one row.
 template <int kRows, int kPanels>
 HWY_INLINE void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const float* x,
                        size_t x_stride, float* sums) {
   const ptrdiff_t ahead = next - panel;
   if (part.type == Type::kAffine) {
-    if (part.bits == 4) return VectorQuantized<4, kRows, kPanels>(part, panel, ahead, k, x, x_stride, sums);
+    if (part.word_bits() == 4) return VectorQuantized<4, kRows, kPanels>(part, panel, ahead, k, x, x_stride, sums);
     return VectorQuantized<8, kRows, kPanels>(part, panel, ahead, k, x, x_stride, sums);
   }
   if constexpr (kRows == 1) {

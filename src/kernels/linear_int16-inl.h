@@ -97,7 +97,7 @@ void QuantizeRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, int
   for (int g = 0; g < k / part.group; ++g, x += part.group) {
     HWY_ALIGN int32_t rounded[kLargestGroup];
     const RoundedGroup of = RoundGroup(part.group, x, rounded);
-    for (int i = 0; i < part.group; i += 8, out += 4) PairUp(part.bits, rounded + i, out);
+    for (int i = 0; i < part.group; i += 8, out += 4) PairUp(part.word_bits(), rounded + i, out);
     *out++ = std::bit_cast<int32_t>(of.scale);
     *out++ = std::bit_cast<int32_t>(of.sum);
   }
@@ -115,7 +115,7 @@ const int32_t* PrepareInt16(ThreadPool& pool, const PackedPart& part, int k, con
   return out;
 }
 
-// ---- kRows prepared rows times kPanels panels, straight from their packed form. sums: [kPanels][kRows][16] ----
+// ---- kRows prepared rows times kPanels panels, straight from their packed form, added to sums: [kPanels][kRows][16] ----
 //
 // As much of the next panels, `ahead` bytes on, is brought into the cache as is read of these.
 
@@ -159,10 +159,8 @@ template <int kBits, int kRows, int kPanels>
 HWY_NOINLINE void PairPanels(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k,
                              const int32_t* HWY_RESTRICT x, size_t x_stride, float* HWY_RESTRICT sums) {
   constexpr int kPairs = 16 / kBits, kAtOnce = VectorsOfPanel(kRows);
-  const DF d;
   const int lines = part.group * kBits / 32;
   const size_t panel_bytes = part.panel_bytes;
-  for (int i = 0; i < kPanels * kRows * kPanel; i += kLanes) hn::Store(hn::Zero(d), d, sums + i);
   for (int k0 = 0; k0 < k; k0 += part.group) {
     for (int first = 0; first < kVectors; first += kAtOnce) {
       VI dot[kPanels][kAtOnce][kRows];
@@ -196,7 +194,7 @@ HWY_NOINLINE void PairPanels(const PackedPart& part, const std::byte* panel, ptr
 template <int kRows, int kPanels>
 HWY_INLINE void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const int32_t* x,
                        size_t x_stride, float* sums) {
-  if (part.bits == 4) return PairPanels<4, kRows, kPanels>(part, panel, next - panel, k, x, x_stride, sums);
+  if (part.word_bits() == 4) return PairPanels<4, kRows, kPanels>(part, panel, next - panel, k, x, x_stride, sums);
   return PairPanels<8, kRows, kPanels>(part, panel, next - panel, k, x, x_stride, sums);
 }
 
@@ -241,7 +239,7 @@ void UnpackPairs(const PackedPart& part, const std::byte* panel, int k0, int k1,
 }
 
 void UnpackPairs(const PackedPart& part, const std::byte* panel, int k0, int k1, int32_t* out) {
-  if (part.bits == 4) return UnpackPairs<4>(part, panel, k0, k1, out);
+  if (part.word_bits() == 4) return UnpackPairs<4>(part, panel, k0, k1, out);
   UnpackPairs<8>(part, panel, k0, k1, out);
 }
 

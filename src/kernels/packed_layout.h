@@ -8,7 +8,12 @@
 ///
 /// where a row's u32 holds 4 consecutive k as bytes (8 bits), or 8 consecutive k as nibbles (4 bits), the low
 /// nibbles of its bytes k..k+3 and the high ones k+4..k+7: both shifts-and-masks to f32 and byte-wise integer dot
-/// products read it without a shuffle. Rows past the end are zero.
+/// products read it without a shuffle. Lines of 2 bits and of 1 bit are made alike, of 16 and 32 consecutive k. Widths
+/// between are two planes: all lines of the weights' low bits, then those of their high bits (`Planes`). Kernels read
+/// 4 and 8 bits in place. Others they read as bytes, which weight_formats-inl.h makes of a few columns at a time.
+/// Rows past the end are zero. A panel of mxfp4, mxfp8 or nvfp4 has all its scales first, a byte each:
+///
+///     [groups][16 scales], up to a whole line, then per group its lines: nibbles are E2M1 codes, bytes E4M3 ones
 
 #include <algorithm>
 #include <cstddef>
@@ -25,6 +30,8 @@ inline constexpr int kPanel = 16;
 /// Outputs of a gated panel: lanes [0, 8) are rows of gate, lanes [8, 16) the same rows of up.
 inline constexpr int kGatedPanel = 8;
 inline constexpr size_t kAlignment = 64;
+/// Columns of the largest group.
+inline constexpr int kLargestGroup = 128;
 
 /// Uninitialised memory aligned for any vector.
 template <class T>
@@ -44,23 +51,54 @@ class AlignedBuffer {
   size_t size_ = 0;
 };
 
+/// Of one float.
+inline size_t type_size(WeightSource::Type type) { return type == WeightSource::Type::kF32 ? 4 : 2; }
+
+/// How many bits of a weight lie in lines of their own: its low ones, and the rest above them.
+struct Planes {
+  int low = 0, high = 0;
+};
+/// In groups of 16 a line of single bits would be half empty, so 1, 3 and 5 bits take the room of 2, 4 and 6 there.
+inline Planes planes_of(int bits, int group) {
+  if (group == 16 && bits < 8) bits += bits % 2;
+  if (bits == 3) return {2, 1};
+  if (bits == 5 || bits == 6) return {4, bits - 4};
+  return {bits, 0};
+}
+
 /// Consecutive panels of one format.
 struct PackedPart {
-  WeightSource::Type type = WeightSource::Type::kF32;
-  int bits = 0, group = 0;
-  WeightSource::Type scale_type = WeightSource::Type::kF32;
+  using Type = WeightSource::Type;
+  Type type = Type::kF32;
+  int group = 0;   ///< of quantized weights; 0 = float weights
+  Planes planes;
+  Type scale_type = Type::kF32;  ///< of affine weights
   int first = 0;   ///< output column of the first panel
   int n = 0;       ///< output columns
   int panels = 0;
-  size_t group_bytes = 0;  ///< of quantized weights: scales, biases and lines
+  size_t group_bytes = 0;  ///< of quantized weights: scales, biases and lines; without biases lines alone
+  size_t byte_scales = 0;  ///< without biases: the bytes before the first line
   size_t panel_bytes = 0;
   std::shared_ptr<std::byte> data;  ///< [panels][panel_bytes]
   AlignedBuffer<float> bias;  ///< [panels * 16] additive, or empty
 
   const std::byte* panel(int i) const { return data.get() + size_t(i) * panel_bytes; }
+  /// Whether kernels read the weights where they lie: floats, 4 and 8 bits. Else they read bytes made of them.
+  bool read_in_place() const { return group == 0 || (type == Type::kAffine && planes.low >= 4 && planes.high == 0); }
+  /// Whether a weight is an integer times its group's scale, plus a bias.
+  bool integers() const { return group > 0 && type != Type::kMxfp8; }
+  /// The bits of an integer in the words that kernels read.
+  int word_bits() const { return read_in_place() ? planes.low : 8; }
+  /// Group `g` of a panel.
+  const std::byte* scales(const std::byte* panel, int g) const {
+    return panel + size_t(g) * (byte_scales > 0 ? size_t(kPanel) : group_bytes);
+  }
+  const std::byte* lines(const std::byte* panel, int g) const {
+    return panel + size_t(g) * group_bytes + (byte_scales > 0 ? byte_scales : 2 * kPanel * type_size(scale_type));
+  }
+  /// A group's lines of one plane.
+  size_t plane_bytes(int width) const { return size_t(group * width / 32) * kAlignment; }
 };
-
-inline size_t type_size(WeightSource::Type type) { return type == WeightSource::Type::kF32 ? 4 : 2; }
 
 /// The panels and rows of one task, of a part's `panels` and `rows` rows. Tasks are few, for taking one costs something
 /// too. But they are at least 4 a thread where there is that much to share. Panels come in multiples of `at_once`, a

@@ -1,13 +1,13 @@
 #include "kernels/packed_linear.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <string>
 #include <utility>
 
 #include "kernels/packed_layout.h"
 #include "kernels/thread_pool.h"
+#include "kernels/weight_formats.h"
 #include "kernels/weight_memory.h"
 #include "torpor/error.h"
 
@@ -16,65 +16,21 @@ namespace {
 
 using Type = WeightSource::Type;
 
-float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16;
-  const uint32_t exponent = (h >> 10) & 0x1f, mantissa = h & 0x3ff;
-  if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24, exact in f32
-    const float value = float(mantissa) * 0x1p-24f;
-    return sign != 0 ? -value : value;
-  }
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13));
-  return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
-}
-
-float load_float(const void* base, Type type, size_t i) {
-  const auto* bytes = static_cast<const std::byte*>(base);
-  if (type == Type::kF32) {
-    float value;
-    std::memcpy(&value, bytes + i * 4, 4);
-    return value;
-  }
-  uint16_t half;
-  std::memcpy(&half, bytes + i * 2, 2);
-  return type == Type::kF16 ? half_to_float(half) : std::bit_cast<float>(uint32_t(half) << 16);
-}
-
-uint32_t load_u32(const void* base, size_t i) {
-  uint32_t value;
-  std::memcpy(&value, static_cast<const std::byte*>(base) + i * 4, 4);
-  return value;
-}
-
 [[noreturn]] void invalid(const std::string& what) { throw Error(ErrorCode::kInvalidArgument, what); }
 
 void check(const WeightSource& s) {
   if (s.n < 1 || s.k < 1) invalid("A weight must have at least one row and one column.");
   if (s.weight == nullptr) invalid("A weight has no data.");
-  if (s.bias != nullptr && s.bias_type == Type::kAffine) invalid("An additive bias can't be quantized.");
-  if (s.type != Type::kAffine) return;
-  if (s.bits != 4 && s.bits != 8) invalid("Weights of " + std::to_string(s.bits) + " bits are not supported; use 4 or 8.");
-  if (s.group != 32 && s.group != 64 && s.group != 128) {
-    invalid("Groups of " + std::to_string(s.group) + " are not supported; use 32, 64 or 128.");
-  }
-  if (s.k % s.group != 0) {
-    invalid("A quantized weight of " + std::to_string(s.k) + " columns is not whole groups of " + std::to_string(s.group) + ".");
-  }
-  if (s.scale_type == Type::kAffine) invalid("Scales can't be quantized.");
-  if (s.scales == nullptr || s.biases == nullptr) invalid("A quantized weight lacks its scales or biases.");
+  if (s.bias != nullptr && !is_float(s.bias_type)) invalid("An additive bias can't be quantized.");
+  if (is_float(s.type)) return;
+  check_format(s);
+  if (!is_float(s.scale_type)) invalid("Scales can't be quantized.");
+  if (s.scales == nullptr || (s.type == Type::kAffine && s.biases == nullptr)) invalid("A quantized weight lacks its scales or biases.");
 }
 
 bool same_format(const WeightSource& a, const WeightSource& b) {
   if (a.type != b.type) return false;
-  return a.type != Type::kAffine || (a.bits == b.bits && a.group == b.group && a.scale_type == b.scale_type);
-}
-
-// n0..n7 (n0 lowest) -> bytes n0|n4<<4, n1|n5<<4, n2|n6<<4, n3|n7<<4.
-uint32_t reorder_nibbles(uint32_t w) {
-  auto spread = [](uint32_t x) {
-    x = (x | (x << 8)) & 0x00ff00ffu;
-    return (x | (x << 4)) & 0x0f0f0f0fu;
-  };
-  return spread(w & 0xffff) | (spread(w >> 16) << 4);
+  return is_float(a.type) || (a.bits == b.bits && a.group == b.group && a.scale_type == b.scale_type);
 }
 
 struct RowRef {
@@ -85,7 +41,7 @@ struct RowRef {
 void write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref) {
   std::byte* panel = part.data.get() + size_t(packed_row / kPanel) * part.panel_bytes;
   const int lane = packed_row % kPanel;
-  if (part.type != Type::kAffine) {
+  if (part.group == 0) {
     const size_t size = type_size(part.type);
     const auto* from = ref.source ? static_cast<const std::byte*>(ref.source->weight) + size_t(ref.row) * k * size : nullptr;
     for (int i = 0; i < k; ++i) {
@@ -98,27 +54,23 @@ void write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref)
     }
     return;
   }
-  const size_t size = type_size(part.scale_type);
-  const int groups = k / part.group, lines = part.group * part.bits / 32;
+  // Of a group: an affine one's scale and bias, floats; else a scale of one byte.
+  const size_t size = part.byte_scales > 0 ? 1 : type_size(part.scale_type);
+  const int groups = k / part.group, numbers = part.byte_scales > 0 ? 1 : 2;
+  uint8_t codes[kLargestGroup] = {};
   for (int g = 0; g < groups; ++g) {
-    std::byte* to = panel + size_t(g) * part.group_bytes;
-    std::byte* scale = to + lane * size;
-    std::byte* bias = to + (kPanel + lane) * size;
-    std::byte* line = to + 2 * kPanel * size + lane * 4;
-    if (ref.source == nullptr) {
-      std::memset(scale, 0, size);
-      std::memset(bias, 0, size);
-      for (int i = 0; i < lines; ++i) std::memset(line + size_t(i) * kAlignment, 0, 4);
-      continue;
+    const size_t of_source = size_t(ref.row) * groups + g;
+    for (int i = 0; i < numbers; ++i) {
+      std::byte* to = const_cast<std::byte*>(part.scales(panel, g)) + size_t(i * kPanel + lane) * size;
+      if (ref.source == nullptr) {
+        std::memset(to, 0, size);
+      } else {
+        const void* from = i == 0 ? ref.source->scales : ref.source->biases;
+        std::memcpy(to, static_cast<const std::byte*>(from) + of_source * size, size);
+      }
     }
-    const size_t group_index = size_t(ref.row) * groups + g;
-    std::memcpy(scale, static_cast<const std::byte*>(ref.source->scales) + group_index * size, size);
-    std::memcpy(bias, static_cast<const std::byte*>(ref.source->biases) + group_index * size, size);
-    for (int i = 0; i < lines; ++i) {
-      uint32_t word = load_u32(ref.source->weight, group_index * lines + i);
-      if (part.bits == 4) word = reorder_nibbles(word);
-      std::memcpy(line + size_t(i) * kAlignment, &word, 4);
-    }
+    if (ref.source != nullptr) read_codes(*ref.source, of_source, codes);
+    write_planes(part, lane, codes, const_cast<std::byte*>(part.lines(panel, g)));
   }
 }
 
@@ -127,12 +79,18 @@ void pack_part(PackedPart& part, int k, const std::vector<RowRef>& rows) {
   const WeightSource& format = *rows.front().source;
   part.type = format.type;
   part.panels = int(rows.size()) / kPanel;
-  if (part.type == Type::kAffine) {
-    part.bits = format.bits;
+  if (!is_float(part.type)) {
     part.group = format.group;
+    part.planes = planes_of(format.bits, format.group);
     part.scale_type = format.scale_type;
-    part.group_bytes = 2 * kPanel * type_size(part.scale_type) + size_t(part.group) * part.bits / 8 * kPanel;
-    part.panel_bytes = part.group_bytes * size_t(k / part.group);
+    const size_t groups = size_t(k / part.group);
+    part.group_bytes = part.plane_bytes(part.planes.low + part.planes.high);
+    if (part.type == Type::kAffine) {
+      part.group_bytes += 2 * kPanel * type_size(part.scale_type);
+    } else {
+      part.byte_scales = (groups * kPanel + kAlignment - 1) / kAlignment * kAlignment;
+    }
+    part.panel_bytes = part.byte_scales + part.group_bytes * groups;
   } else {
     part.panel_bytes = size_t(k) * kPanel * type_size(part.type);
   }
@@ -153,24 +111,17 @@ void pack_part(PackedPart& part, int k, const std::vector<RowRef>& rows) {
 void read_row(const PackedPart& part, int k, int packed_row, float* out) {
   const std::byte* panel = part.panel(packed_row / kPanel);
   const int lane = packed_row % kPanel;
-  if (part.type != Type::kAffine) {
+  if (part.group == 0) {
     for (int i = 0; i < k; ++i) out[i] = load_float(panel, part.type, size_t(i) * kPanel + lane);
     return;
   }
-  const int lines = part.group * part.bits / 32;
-  for (int g = 0; g < k / part.group; ++g, panel += part.group_bytes) {
-    const float scale = load_float(panel, part.scale_type, lane);
-    const float bias = load_float(panel, part.scale_type, kPanel + lane);
-    const std::byte* line = panel + 2 * kPanel * type_size(part.scale_type);
-    for (int i = 0; i < lines; ++i, line += kAlignment) {
-      const uint32_t word = load_u32(line, lane);
-      if (part.bits == 8) {
-        for (int j = 0; j < 4; ++j) *out++ = float((word >> (8 * j)) & 0xff) * scale + bias;
-      } else {
-        for (int j = 0; j < 4; ++j) *out++ = float((word >> (8 * j)) & 0xf) * scale + bias;
-        for (int j = 0; j < 4; ++j) *out++ = float((word >> (8 * j + 4)) & 0xf) * scale + bias;
-      }
-    }
+  uint8_t codes[kLargestGroup];
+  for (int g = 0; g < k / part.group; ++g, out += part.group) {
+    const std::byte* scales = part.scales(panel, g);
+    const float scale = load_scale(part.type, part.scale_type, scales, size_t(lane));
+    const float bias = part.type == Type::kAffine ? load_float(scales, part.scale_type, kPanel + lane) : 0;
+    read_planes(part, lane, part.lines(panel, g), codes);
+    dequantize(part.type, codes, part.group, scale, bias, out);
   }
 }
 
@@ -178,16 +129,16 @@ void read_row(const PackedPart& part, int k, int packed_row, float* out) {
 std::vector<float> to_f32(const WeightSource& s) {
   std::vector<float> out(size_t(s.n) * s.k);
   ThreadPool::shared().parallel_for(size_t(s.n), [&](size_t row, int) {
-    for (int i = 0; i < s.k; ++i) {
-      float& to = out[row * s.k + i];
-      const size_t at = row * s.k + i;
-      if (s.type != Type::kAffine) {
-        to = load_float(s.weight, s.type, at);
-      } else {
-        const uint32_t word = load_u32(s.weight, at * s.bits / 32);
-        const uint32_t q = (word >> (at * s.bits % 32)) & ((1u << s.bits) - 1);
-        to = float(q) * load_float(s.scales, s.scale_type, at / s.group) + load_float(s.biases, s.scale_type, at / s.group);
-      }
+    float* to = out.data() + row * s.k;
+    if (is_float(s.type)) {
+      for (int i = 0; i < s.k; ++i) to[i] = load_float(s.weight, s.type, row * s.k + i);
+      return;
+    }
+    uint8_t codes[kLargestGroup];
+    for (size_t g = row * s.k / s.group; g < (row + 1) * s.k / s.group; ++g, to += s.group) {
+      const float bias = s.type == Type::kAffine ? load_float(s.biases, s.scale_type, g) : 0;
+      read_codes(s, g, codes);
+      dequantize(s.type, codes, s.group, load_scale(s.type, s.scale_type, s.scales, g), bias, to);
     }
   });
   return out;

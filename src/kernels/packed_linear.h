@@ -11,14 +11,16 @@
 namespace torpor::kernels {
 
 /// One projection as it stands in a checkpoint: `[N, K]` row-major, or MLX affine: `w = scale * q + bias` per group
-/// along K, `bits`-wide q packed little-endian into u32 words `[N, K * bits / 32]`, scales and biases `[N, K / group]`.
+/// along K, a row's q a stream of `bits` each, low bits first, in u32 words `[N, K * bits / 32]`, scales and biases
+/// `[N, K / group]`. Or floats of fewer bits: `w = scale * code`, codes E2M1 of 4 bits (mxfp4, nvfp4) or E4M3 of 8
+/// (mxfp8), scales of a byte each, E8M0 (mxfp4, mxfp8) or E4M3 (nvfp4), and no biases.
 struct WeightSource {
-  enum class Type { kF32, kF16, kBF16, kAffine };
+  enum class Type { kF32, kF16, kBF16, kAffine, kMxfp4, kMxfp8, kNvfp4 };
   Type type = Type::kF32;
   int n = 0, k = 0;
   const void* weight = nullptr;
-  int bits = 0, group = 0;                               ///< kAffine: 4 or 8; 32, 64 or 128
-  Type scale_type = Type::kF16;                          ///< kF32, kF16 or kBF16, of both scales and biases
+  int bits = 0, group = 0;         ///< kAffine: 2, 3, 4, 5, 6 or 8; 16, 32, 64 or 128. kMxfp4: 4; 32. kMxfp8: 8; 32. kNvfp4: 4; 16
+  Type scale_type = Type::kF16;    ///< kAffine: kF32, kF16 or kBF16, of both scales and biases
   const void* scales = nullptr;
   const void* biases = nullptr;
   const void* bias = nullptr;                            ///< optional additive bias [N], of `bias_type`

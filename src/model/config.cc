@@ -44,11 +44,21 @@ std::vector<int32_t> token_ids(const json& object, const char* key) {
   return ids;
 }
 
-Quantization parse_quantization(const json& spec) {
-  if (const std::string mode = string_field(spec, "mode", "affine"); mode != "affine") {
-    throw Error(ErrorCode::kInvalidArgument, "unsupported quantization mode " + mode + ", supported: affine.");
+constexpr std::pair<const char*, Quantization> kModes[] = {{"affine", {Quantization::Mode::kAffine, 4, 64}},
+                                                           {"mxfp4", {Quantization::Mode::kMxfp4, 4, 32}},
+                                                           {"mxfp8", {Quantization::Mode::kMxfp8, 8, 32}},
+                                                           {"nvfp4", {Quantization::Mode::kNvfp4, 4, 16}}};
+
+/// What is not said is as MLX has it. `of` says whose it is, in an error.
+Quantization parse_quantization(const json& spec, const std::string& of) {
+  const std::string mode = string_field(spec, "mode", "affine");
+  for (const auto& [name, usual] : kModes) {
+    if (mode != name) continue;
+    return {usual.mode, optional_count(spec, "bits").value_or(usual.bits),
+            optional_count(spec, "group_size").value_or(usual.group)};
   }
-  return {count_field(spec, "bits"), count_field(spec, "group_size")};
+  throw Error(ErrorCode::kInvalidArgument,
+              "unsupported quantization mode " + mode + of + ", supported: affine, mxfp4, mxfp8, nvfp4.");
 }
 
 /// The global bits and group size, then per module an object, or false for one left as it was.
@@ -60,15 +70,15 @@ void parse_quantizations(const json& config, ModelConfig& out) {
     const std::string method = string_field(*foreign, "quant_method", "");
     if (!method.empty() && method != "mlx") {
       throw Error(ErrorCode::kInvalidArgument, "unsupported quantization " + method +
-                                                   ", supported: MLX affine (convert the model with mlx_lm.convert).");
+                                                   ", supported: MLX's own (convert the model with mlx_lm.convert).");
     }
     quantization = foreign;
   }
   if (!quantization->is_object()) bad_field("quantization", "an object");
   out.quantized = true;
-  parse_quantization(*quantization);
+  parse_quantization(*quantization, "");
   for (const auto& [name, spec] : quantization->items()) {
-    if (spec.is_object()) out.quantization.emplace(name, parse_quantization(spec));
+    if (spec.is_object()) out.quantization.emplace(name, parse_quantization(spec, " of " + name));
     if (spec.is_boolean() && !spec.get<bool>()) out.quantization.emplace(name, std::nullopt);
   }
 }
@@ -203,6 +213,10 @@ ModelConfig parse_config(const json& file) {
 
 bool ModelConfig::key_bias() const {
   return std::ranges::any_of(layers, [](const LayerSpec& layer) { return layer.attention.key_bias(); });
+}
+
+const char* mode_name(Quantization::Mode mode) {
+  return std::ranges::find_if(kModes, [&](const auto& named) { return named.second.mode == mode; })->first;
 }
 
 std::string ModelConfig::digest() const {

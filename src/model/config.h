@@ -13,11 +13,15 @@
 
 namespace torpor::model {
 
-/// MLX affine quantization of one projection.
+/// MLX's quantization of one projection: so many columns of a row share a scale.
 struct Quantization {
+  enum class Mode { kAffine, kMxfp4, kMxfp8, kNvfp4 };
+  Mode mode = Mode::kAffine;
   int bits = 0, group = 0;
   bool operator==(const Quantization&) const = default;
 };
+/// As MLX calls it.
+const char* mode_name(Quantization::Mode mode);
 
 struct ModelConfig {
   std::string architecture;   ///< of the identity: "llama", "gemma3"

@@ -24,18 +24,29 @@ WeightSource::Type source_type(const TensorView& tensor) {
   return WeightSource::Type::kBF16;
 }
 
+WeightSource::Type source_type(Quantization::Mode mode) {
+  switch (mode) {
+    case Quantization::Mode::kMxfp4: return WeightSource::Type::kMxfp4;
+    case Quantization::Mode::kMxfp8: return WeightSource::Type::kMxfp8;
+    case Quantization::Mode::kNvfp4: return WeightSource::Type::kNvfp4;
+    default: return WeightSource::Type::kAffine;
+  }
+}
+
 WeightSource source(const Projection& p) {
   WeightSource source;
   source.n = p.n;
   source.k = p.k;
   source.weight = p.weight.data;
   if (p.quantization) {
-    source.type = WeightSource::Type::kAffine;
+    source.type = source_type(p.quantization->mode);
     source.bits = p.quantization->bits;
     source.group = p.quantization->group;
-    source.scale_type = source_type(*p.scales);
     source.scales = p.scales->data;
-    source.biases = p.biases->data;
+    if (p.biases) {
+      source.scale_type = source_type(*p.scales);
+      source.biases = p.biases->data;
+    }
   } else {
     source.type = source_type(p.weight);
   }

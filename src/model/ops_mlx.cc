@@ -21,6 +21,7 @@ namespace {
 /// A copy of the tensor's bytes.
 mx::array to_array(const TensorView& tensor) {
   const mx::Dtype dtype = tensor.dtype == "U32"    ? mx::uint32
+                          : tensor.dtype == "U8"   ? mx::uint8
                           : tensor.dtype == "F16"  ? mx::float16
                           : tensor.dtype == "BF16" ? mx::bfloat16
                                                    : mx::float32;
@@ -44,12 +45,13 @@ struct Norm final : Ops::Packed {
 };
 
 struct Linear final : Ops::Packed {
-  Linear(const Projection& p, mx::Dtype dtype) : weight(to_array(p.weight)), quantization(p.quantization) {
+  Linear(const Projection& p, mx::Dtype dtype)
+      : dtype(dtype), weight(to_array(p.weight)), quantization(p.quantization) {
     const auto load = [&](const TensorView& tensor) { return mx::astype(to_array(tensor), dtype); };
     if (quantization) {
-      scales = load(*p.scales);
-      biases = load(*p.biases);
-      mx::eval({weight, *scales, *biases});
+      scales = p.biases ? load(*p.scales) : to_array(*p.scales);
+      if (p.biases) biases = load(*p.biases);
+      mx::eval({weight, *scales, biases.value_or(*scales)});
     } else {
       weight = mx::astype(weight, dtype);
       mx::eval({weight});
@@ -61,17 +63,20 @@ struct Linear final : Ops::Packed {
   }
 
   mx::array apply(const mx::array& x) const {
-    mx::array y = quantization ? mx::quantized_matmul(x, weight, *scales, *biases, /*transpose=*/true,
-                                                      quantization->group, quantization->bits)
+    mx::array y = quantization ? mx::quantized_matmul(x, weight, *scales, biases, /*transpose=*/true, quantization->group,
+                                                      quantization->bits, mode_name(quantization->mode))
                                : mx::matmul(x, mx::transpose(weight));
     return bias ? mx::add(y, *bias) : y;
   }
   mx::array rows(const mx::array& indices) const {
     const auto take = [&](const mx::array& a) { return mx::take(a, indices, 0); };
     if (!quantization) return take(weight);
-    return mx::dequantize(take(weight), take(*scales), take(*biases), quantization->group, quantization->bits);
+    const std::optional<mx::array> of_rows = biases ? std::optional(take(*biases)) : std::nullopt;
+    return mx::dequantize(take(weight), take(*scales), of_rows, quantization->group, quantization->bits,
+                          mode_name(quantization->mode), std::nullopt, dtype);
   }
 
+  mx::Dtype dtype;
   mx::array weight;
   std::optional<Quantization> quantization;
   std::optional<mx::array> scales, biases, bias;

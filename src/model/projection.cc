@@ -5,6 +5,8 @@
 namespace torpor::model {
 namespace {
 
+using Mode = Quantization::Mode;
+
 void require_float(const TensorView& tensor) {
   if (tensor.dtype != "F32" && tensor.dtype != "F16" && tensor.dtype != "BF16") {
     throw Error(ErrorCode::kInvalidArgument,
@@ -21,14 +23,28 @@ Quantization quantization_of(const ModelConfig& config, const std::string& name,
                                             " and scales " + shape_text(scales.shape) +
                                             ", which do not fit each other.");
   }
-  const Quantization q{int(weight.shape[1] * 32 / k), int(k / scales.shape[1])};
+  Quantization q{Mode::kAffine, int(weight.shape[1] * 32 / k), int(k / scales.shape[1])};
+  const auto unsupported = [&](const std::string& what) {
+    throw Error(ErrorCode::kInvalidArgument, "unsupported quantization of " + name + ": " + what);
+  };
+  // Scales of one byte are those of floats of few bits, each of which has one size.
+  if (scales.dtype == "U8") {
+    if (q.bits == 4 && q.group == 32) {
+      q.mode = Mode::kMxfp4;
+    } else if (q.bits == 8 && q.group == 32) {
+      q.mode = Mode::kMxfp8;
+    } else if (q.bits == 4 && q.group == 16) {
+      q.mode = Mode::kNvfp4;
+    } else {
+      unsupported(std::to_string(q.bits) + " bits in groups of " + std::to_string(q.group) +
+                  " with scales of one byte, supported: mxfp4, mxfp8, nvfp4.");
+    }
+  } else if (q.bits < 2 || q.bits > 8 || q.bits == 7 || (q.group != 32 && q.group != 64 && q.group != 128)) {
+    unsupported(std::to_string(q.bits) + " bits in groups of " + std::to_string(q.group) +
+                ", supported: 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128.");
+  }
   if (const auto it = config.quantization.find(name); it != config.quantization.end() && it->second != q) {
     throw Error(ErrorCode::kCorruption, "The quantized weight " + name + " is not packed as config.json says.");
-  }
-  if ((q.bits != 4 && q.bits != 8) || (q.group != 32 && q.group != 64 && q.group != 128)) {
-    throw Error(ErrorCode::kInvalidArgument, "unsupported quantization of " + name + ": " + std::to_string(q.bits) +
-                                                 " bits in groups of " + std::to_string(q.group) +
-                                                 ", supported: 4 or 8 bits in groups of 32, 64 or 128.");
   }
   return q;
 }
@@ -47,10 +63,14 @@ Projection find_projection(const Weights& weights, const ModelConfig& config, co
     const int64_t groups = k / p.quantization->group;
     p.weight = weights.get(name + ".weight", {n, int64_t(k) * p.quantization->bits / 32});
     p.scales = weights.get(name + ".scales", {n, groups});
-    p.biases = weights.get(name + ".biases", {n, groups});
-    require_float(*p.scales);
-    if (p.biases->dtype != p.scales->dtype) {
-      throw Error(ErrorCode::kCorruption, "The scales and biases of " + name + " differ in dtype.");
+    if (p.quantization->mode == Mode::kAffine) {
+      p.biases = weights.get(name + ".biases", {n, groups});
+      require_float(*p.scales);
+      if (p.biases->dtype != p.scales->dtype) {
+        throw Error(ErrorCode::kCorruption, "The scales and biases of " + name + " differ in dtype.");
+      }
+    } else if (weights.find(name + ".global_scale") != nullptr) {
+      throw Error(ErrorCode::kInvalidArgument, "unsupported quantization of " + name + ": it has a global_scale.");
     }
   } else {
     p.weight = weights.get(name + ".weight", {n, k});
@@ -85,7 +105,9 @@ const TensorView& find_norm(const Weights& weights, const std::string& name, int
 }
 
 const std::string& activation_dtype(const Projection& embedding) {
-  return (embedding.quantization ? *embedding.scales : embedding.weight).dtype;
+  static const std::string bf16 = "BF16";  // as mx.dequantize has it where scales are bytes
+  if (!embedding.quantization) return embedding.weight.dtype;
+  return embedding.quantization->mode == Mode::kAffine ? embedding.scales->dtype : bf16;
 }
 
 }  // namespace torpor::model

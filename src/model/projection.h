@@ -12,7 +12,7 @@ namespace torpor::model {
 struct Projection {
   int n = 0, k = 0;  ///< [N, K]: from K features to N
   TensorView weight;
-  std::optional<Quantization> quantization;  ///< then weight is packed u32, with scales and biases
+  std::optional<Quantization> quantization;  ///< then weight is packed u32, with scales and, if affine, biases
   std::optional<TensorView> scales, biases;
   std::optional<TensorView> bias;            ///< additive [N]
 };
