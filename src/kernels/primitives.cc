@@ -142,6 +142,21 @@ class GatedLinear final : public Kernel {
   Activation activation_;
 };
 
+class MixtureOfExperts final : public Kernel {
+ public:
+  MixtureOfExperts(mx::Stream stream, std::shared_ptr<const Moe> w) : Kernel(stream), w_(std::move(w)) {}
+  const char* name() const override { return "TorporMoe"; }
+
+  void run(const std::vector<mx::array>& inputs, mx::array& out) override {
+    dispatch([x = inputs[0].data<float>(), logits = inputs[1].data<float>(), m = out.shape(0), w = w_, y = allocate(out)] {
+      kernels::moe(x, logits, m, *w, y);
+    });
+  }
+
+ private:
+  std::shared_ptr<const Moe> w_;
+};
+
 class RmsNorm final : public Kernel {
  public:
   RmsNorm(mx::Stream stream, float eps) : Kernel(stream), eps_(eps) {}
@@ -246,6 +261,17 @@ mx::array gated_linear(const mx::array& x, std::shared_ptr<const PackedLinear> w
   const mx::Shape shape{x.shape(0), w->n()};
   return node(shape, std::make_shared<GatedLinear>(stream, std::move(w), activation),
                    {prepared(x, mx::float32, stream)});
+}
+
+mx::array moe(const mx::array& x, const mx::array& logits, std::shared_ptr<const Moe> w) {
+  if (w->experts.empty()) invalid("moe: there are no experts.");
+  check_columns(x, w->experts[0].up->k(), "moe");
+  check_columns(logits, int(w->experts.size()), "moe's logits");
+  if (logits.shape(0) != x.shape(0)) invalid("moe: the logits have other rows than the input.");
+  const mx::Stream stream = cpu_stream();
+  const mx::Shape shape{x.shape(0), w->experts[0].down->n()};
+  return node(shape, std::make_shared<MixtureOfExperts>(stream, std::move(w)),
+              {prepared(x, mx::float32, stream), prepared(logits, mx::float32, stream)});
 }
 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {

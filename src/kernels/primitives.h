@@ -9,6 +9,7 @@
 #include <mlx/array.h>
 
 #include "kernels/compute.h"
+#include "kernels/moe.h"
 
 namespace torpor::kernels {
 
@@ -19,6 +20,9 @@ mx::array linear_add(const mx::array& x, std::shared_ptr<const PackedLinear> w, 
 mx::array gated_linear(const mx::array& x, std::shared_ptr<const PackedLinear> w, Activation activation);  // [M, N]
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);                            // [M, K]
 mx::array embedding(const mx::array& tokens, std::shared_ptr<const PackedLinear> w);                   // [M] i32 -> [M, K]
+
+/// `logits` [M, E] are the router's. [M, N]
+mx::array moe(const mx::array& x, const mx::array& logits, std::shared_ptr<const Moe> w);
 
 /// One agent's part of a batch; `runs` are buffers of the layout's size for kSegmentTokens tokens, kept alive by the node.
 /// One that a window has left behind may be empty.
