@@ -206,11 +206,140 @@ TEST_F(AnswerGrammarTest, ASchemaThatIsNoPromiseIsHeldToAsFarAsCanBe) {
   EXPECT_FALSE(takes("<tool_call>\n{\"name\": \"look\", \"arguments\": {\"room\": \"3\"}}\n</tool_call>"));
 }
 
+TEST_F(AnswerGrammarTest, CallsOfMistralsModelsAreHeldToTheirSchemasInBothForms) {
+  parsing_.format = {CallFormat::kMistral, "", ""};
+  const std::string array = R"([TOOL_CALLS][{"name": "look", "arguments": {"room": 3}}])", named = R"([TOOL_CALLS]look[ARGS]{"room": 3})";
+  const std::string both = R"([TOOL_CALLS][{"name": "look", "arguments": {"room": 3}}, {"name": "look", "arguments": {"room": 4}}])";
+  EXPECT_TRUE(takes("Just text."));
+  for (const std::string& call : {array, both, named, named + named, std::string(R"([TOOL_CALLS]look[CALL_ID]a1B2c3d4e[ARGS]{"room": 3})")}) {
+    EXPECT_TRUE(takes("Let me look. " + call)) << call;
+  }
+  for (const char* wrong : {R"([TOOL_CALLS][{"name": "look", "arguments": {"room": "3"}}])", R"([TOOL_CALLS]look[ARGS]{"room": 30})",
+                            R"([TOOL_CALLS]jump[ARGS]{})", "[TOOL_CALLS] and more", "[TOOL_CALLS][]"}) {
+    EXPECT_FALSE(takes(wrong)) << wrong;
+  }
+  request_.tool_choice.kind = ToolChoice::Kind::kRequired;
+  EXPECT_FALSE(takes("Let me look. " + named));
+  EXPECT_TRUE(takes(named));
+  EXPECT_TRUE(takes(both));
+  parsing_.one_call = true;
+  EXPECT_TRUE(takes(array));
+  EXPECT_FALSE(takes(both));
+  EXPECT_FALSE(takes(named + named));
+  request_.response_format.kind = ResponseFormat::Kind::kJsonObject;
+  request_.tool_choice.kind = ToolChoice::Kind::kAuto;
+  EXPECT_TRUE(takes(R"({"b": 1})"));
+  EXPECT_TRUE(takes(named));
+  EXPECT_FALSE(takes("Text."));
+}
+
+TEST_F(AnswerGrammarTest, CallsAndFormatsOfHarmonyAreHeldToInTheirMessages) {
+  parsing_.format = {CallFormat::kHarmony, "", ""};
+  const std::string thought = "<|channel|>analysis<|message|>Which?<|end|><|start|>assistant";
+  const auto call = [](const std::string& name, const std::string& arguments) {
+    return "<|channel|>commentary to=functions." + name + " <|constrain|>json<|message|>" + arguments;
+  };
+  const std::string look = call("look", R"({"room": 3})");
+  const std::string in_role = R"( to=functions.look<|channel|>commentary <|constrain|>json<|message|>{"room": 3})";
+  EXPECT_TRUE(takes("<|channel|>final<|message|>Just text."));
+  EXPECT_TRUE(takes(thought + "<|channel|>final<|message|>Just text."));
+  for (const std::string& one : {look, in_role, call("look", R"({"room": 0})")}) {
+    EXPECT_TRUE(takes(one)) << one;
+    EXPECT_TRUE(takes(thought + one)) << one;
+  }
+  EXPECT_TRUE(takes("<|channel|>commentary<|message|>I look.<|end|><|start|>assistant" + look));
+  EXPECT_FALSE(takes(call("look", R"({"room": "3"})")));
+  EXPECT_FALSE(takes(call("jump", "{}")));
+  request_.tool_choice.kind = ToolChoice::Kind::kRequired;
+  EXPECT_TRUE(takes(thought + look));
+  EXPECT_FALSE(takes("<|channel|>final<|message|>Just text."));
+  EXPECT_FALSE(takes("<|channel|>commentary<|message|>I look.<|end|><|start|>assistant" + look));
+  request_.tool_choice.kind = ToolChoice::Kind::kAuto;
+  request_.response_format.kind = ResponseFormat::Kind::kJsonObject;
+  EXPECT_TRUE(takes(thought + R"(<|channel|>final <|constrain|>json<|message|>{"b": 1})"));
+  EXPECT_TRUE(takes(look));
+  EXPECT_FALSE(takes("<|channel|>final<|message|>Just text."));
+  parsing_.tools.clear();
+  EXPECT_TRUE(takes(R"(<|channel|>final<|message|>{"b": 1})"));
+  EXPECT_FALSE(takes(look));
+}
+
+TEST_F(AnswerGrammarTest, CallsOfGemmaAreHeldToTheirSchemas) {
+  parsing_.format = {CallFormat::kGemma, "", ""};
+  const auto call = [](const std::string& arguments, const std::string& name = "look") {
+    return "<|tool_call>call:" + name + arguments + "<tool_call|>";
+  };
+  EXPECT_TRUE(takes("Just text."));
+  EXPECT_TRUE(takes("Let me look. " + call("{room:3}") + call("{room:9}")));
+  for (const char* wrong : {"{}", "{room:10}", "{room:<|\"|>3<|\"|>}", "{room:3,more:1}", "{\"room\":3}"}) EXPECT_FALSE(takes(call(wrong))) << wrong;
+  EXPECT_FALSE(takes(call("{room:3}", "jump")));
+  parsing_.tools[0].parameters = Json::parse(R"({"type": "object", "required": ["to", "many"], "properties": {
+    "note": {"type": "string"}, "to": {"enum": ["lamp", 7, {"a b": [true]}]}, "deep": {"$ref": "#/$defs/node"},
+    "many": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "minItems": 1, "maxItems": 2},
+    "free": {}, "two words": {"type": ["boolean", "number"]}},
+    "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "additionalProperties": false}}})");
+  const std::string q = "<|\"|>";
+  for (const std::string& right : std::initializer_list<std::string>{
+        "{to:7,many:[null]}", "{note:" + q + "a {b}, \"c\"" + q + ",to:" + q + "lamp" + q + ",many:[" + q + q + ",null]}",
+        "{to:{" + q + "a b" + q + ":[true]},deep:{next:{next:{}}},many:[null],free:{x:[1," + q + "y" + q + "]}," + q + "two words" + q + ":1.5}"}) {
+    EXPECT_TRUE(takes(call(right))) << right;
+    // And the parser reads it so.
+    struct Reader : AnswerSink {
+      void start(const AnswerStart&) override {}
+      void thinking(std::string_view) override {}
+      void text(std::string_view) override {}
+      void tool_call(const std::string& name) override { called = name; }
+      void arguments(std::string_view delta) override { EXPECT_TRUE(Json::parse(delta).contains("many")); }
+      void finish(const AnswerEnd&) override {}
+      std::string called;
+    } reader;
+    AnswerParser parser(parsing_, reader);
+    parser.push(call(right));
+    parser.finish();
+    EXPECT_EQ(reader.called, "look") << right;
+  }
+  for (const std::string& wrong : std::initializer_list<std::string>{"{many:[null]}", "{to:7}", "{to:7,many:[]}", "{to:7,many:[null,null,null]}",
+                                                                     "{many:[null],to:7}", "{to:7,many:[1]}", "{to:7,deep:{next:1},many:[null]}"}) {
+    EXPECT_FALSE(takes(call(wrong))) << wrong;
+  }
+  // A keyword that nothing holds to is named, unless the schema is no promise.
+  parsing_.tools[0].parameters["properties"]["note"]["pattern"] = "a+";
+  try {
+    grammar();
+    ADD_FAILURE();
+  } catch (const Failure& failure) {
+    EXPECT_NE(std::string(failure.what()).find("'pattern'"), std::string::npos);
+  }
+  parsing_.tools[0].strict = false;
+  EXPECT_TRUE(takes(call("{note:" + q + "b" + q + ",to:7,many:[null]}")));
+}
+
+TEST_F(AnswerGrammarTest, AKeywordThatNothingHoldsGemmasCallsToIsNamedWhereTheSchemaIsAPromise) {
+  parsing_.format = {CallFormat::kGemma, "", ""};
+  for (const auto& [schema, keyword] : {std::pair(R"({"required": ["other"]})", "required"),
+                                        {R"({"properties": {"a": {"type": "array", "minContains": 1}}})", "minContains"},
+                                        {R"({"properties": {"a": {"oneOf": [{}, {}]}}})", "oneOf"},
+                                        {R"({"properties": {"a": {"anyOf": [{"type": "object"}], "required": ["b"]}}})", "required"},
+                                        {R"({"properties": {"a": {"$ref": "#/nothing"}}})", "$ref"},
+                                        {R"({"properties": {"a": {"$ref": "#/properties/a"}}, "required": ["b"]})", "required"},
+                                        {R"({"additionalProperties": false, "required": ["b"]})", "required"}}) {
+    parsing_.tools[0] = {"look", "", Json::parse(schema), true};
+    try {
+      grammar();
+      ADD_FAILURE() << schema;
+    } catch (const Failure& failure) {
+      EXPECT_NE(std::string(failure.what()).find("'" + std::string(keyword) + "'"), std::string::npos) << failure.what();
+    }
+    parsing_.tools[0].strict = false;
+    EXPECT_NO_THROW(grammars_->lark(grammar().value())) << schema;
+  }
+}
+
 TEST_F(AnswerGrammarTest, AnAnswerWithoutToolsOrFormatIsFree) {
   parsing_.tools.clear();
   EXPECT_FALSE(grammar().has_value());
   parsing_.tools = request_.tools;
-  parsing_.format.calls = CallFormat::kHarmony;
+  parsing_.format.calls = CallFormat::kNone;
   EXPECT_FALSE(grammar().has_value());
   request_.response_format.kind = ResponseFormat::Kind::kJsonObject;
   EXPECT_THROW(grammar(), Failure);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <string_view>
 
+#include "server/gemma_grammar.h"
+
 namespace torpor::server {
 namespace {
 
@@ -48,25 +50,110 @@ struct Mark {
   bool special = false;
 };
 
-constexpr const char* kOpenCall = "<tool_call>";
+/// Gemma's marks: those of FunctionGemma where its tokenizer has them, else Gemma 4's.
+struct GemmaMarks {
+  const char *open, *close, *quote;
+};
+GemmaMarks gemma_marks(const Tokenizer& tokenizer) {
+  if (Mark("<start_function_call>", tokenizer).special) return {"<start_function_call>", "<end_function_call>", "<escape>"};
+  return {"<|tool_call>", "<tool_call|>", "<|\"|>"};
+}
 
-/// `call_rest`, a call after kOpenCall where there is one, of each tool as the model writes it. Empty for a way of writing that no
-/// grammar is known of.
-std::string call_rules(const AnswerParser::Options& parsing, const Tokenizer& tokenizer) {
-  const bool tagged = parsing.format.calls == CallFormat::kTagged;
-  if (!tagged && parsing.format.calls != CallFormat::kLlama) return {};
-  const std::string arguments = tagged ? "arguments" : "parameters";
-  const std::string open = tagged ? "/\\n?/ " : "";
-  const std::string close = tagged ? " /\\n?/ " + Mark("</tool_call>", tokenizer).rule : "";
-  std::string rules = "call_rest: ", each;
-  for (size_t i = 0; i < parsing.tools.size(); ++i) {
-    const Tool& tool = parsing.tools[i];
-    const std::string name = "call_" + std::to_string(i);
-    rules += (i > 0 ? " | " : "") + name;
-    each += name + ": " + open + lark_string("{\"name\": " + to_text(Json(tool.name)) + ", \"" + arguments + "\": ") + " " +
-            schema_of(tool.parameters, tool.strict) + " \"}\"" + close + "\n";
+/// What opens a call of a format; empty where nothing does, or no grammar is known.
+std::string open_mark(CallFormat calls, const Tokenizer& tokenizer) {
+  if (calls == CallFormat::kTagged) return "<tool_call>";
+  if (calls == CallFormat::kMistral) return "[TOOL_CALLS]";
+  if (calls == CallFormat::kGemma) return gemma_marks(tokenizer).open;
+  return {};
+}
+
+/// A JSON object that calls the tool.
+std::string call_object(const Tool& tool, const char* arguments) {
+  return lark_string("{\"name\": " + to_text(Json(tool.name)) + ", \"" + arguments + "\": ") + " " +
+         schema_of(tool.parameters, tool.strict) + " \"}\"";
+}
+
+/// The rule `name`: what `each` gives for one of the tools.
+template <class Each>
+std::string any_tool(const std::string& name, const std::vector<Tool>& tools, Each each) {
+  std::string any = name + ": ", rules;
+  for (size_t i = 0; i < tools.size(); ++i) {
+    const std::string one = name + "_" + std::to_string(i);
+    any += (i > 0 ? " | " : "") + one;
+    rules += one + ": " + each(tools[i]) + "\n";
   }
-  return rules + "\n" + each + "call: " + (tagged ? Mark(kOpenCall, tokenizer).rule + " " : "") + "call_rest\n";
+  return any + "\n" + rules;
+}
+
+/// `call_rest`, a call after its open_mark where there is one, and `call`, all of it. Empty for a way of writing that no grammar
+/// is known of.
+std::string call_rules(const AnswerParser::Options& parsing, const Tokenizer& tokenizer) {
+  const CallFormat calls = parsing.format.calls;
+  std::string rules;
+  switch (calls) {
+    case CallFormat::kTagged: {
+      const std::string close = Mark("</tool_call>", tokenizer).rule;
+      rules = any_tool("call_rest", parsing.tools, [&](const Tool& tool) {
+        return "/\\n?/ " + call_object(tool, "arguments") + " /\\n?/ " + close;
+      });
+      break;
+    }
+    case CallFormat::kLlama:
+      rules = any_tool("call_rest", parsing.tools, [](const Tool& tool) { return call_object(tool, "parameters"); });
+      break;
+    case CallFormat::kMistral: {
+      // Old models write an array of objects, new ones a name and its arguments, some with an id between them.
+      const std::string id = "(" + Mark("[CALL_ID]", tokenizer).rule + " /[A-Za-z0-9]+/)? ";
+      const std::string arguments = id + Mark("[ARGS]", tokenizer).rule + " ";
+      rules = "call_rest: named | \"[\" object" + std::string(parsing.one_call ? "" : " (/, ?/ object)*") + " \"]\"\n" +
+              any_tool("object", parsing.tools, [](const Tool& tool) { return call_object(tool, "arguments"); }) +
+              any_tool("named", parsing.tools, [&](const Tool& tool) {
+                return lark_string(tool.name) + " " + arguments + schema_of(tool.parameters, tool.strict);
+              });
+      break;
+    }
+    case CallFormat::kGemma: {
+      const GemmaMarks marks = gemma_marks(tokenizer);
+      const Mark quote(marks.quote, tokenizer);
+      std::string values = quote.up_to("gemma_string");
+      int n = 0;
+      rules = any_tool("call_rest", parsing.tools, [&](const Tool& tool) {
+        const GemmaValues arguments(tool.parameters, tool.strict, "gemma_" + std::to_string(n++), quote.rule, "gemma_string");
+        values += arguments.rules();
+        return lark_string("call:" + tool.name) + " " + arguments.value() + " " + Mark(marks.close, tokenizer).rule;
+      });
+      rules += values;
+      break;
+    }
+    default: return {};
+  }
+  const std::string open = open_mark(calls, tokenizer);
+  return rules + "call: " + (open.empty() ? "" : Mark(open, tokenizer).rule + " ") + "call_rest\n";
+}
+
+/// Harmony's messages, each with a header that names its channel, and for a call its tool. The answer begins in a header. A call, and
+/// the answer itself, end with a token that ends all.
+std::string harmony_grammar(const std::string& format, bool must_call, const AnswerParser::Options& parsing,
+                            const Tokenizer& tokenizer) {
+  const auto rule = [&](std::string_view text) { return Mark(text, tokenizer).rule; };
+  const std::string channel = rule("<|channel|>"), message = rule("<|message|>"), json = "(/ ?/ " + rule("<|constrain|>") + " \"json\")? ";
+  const Mark end("<|end|>", tokenizer);
+  std::string rules = end.up_to("said") + end.without("TEXT");
+  std::string last = must_call ? "" : "final";
+  // Before what counts the model may think, and where any text may come, speak.
+  const std::string before = format.empty() && !must_call ? "(\"analysis\" | \"commentary\" | \"final\")" : "\"analysis\"";
+  rules += "message: " + channel + " " + before + " " + message + " said " + rule("<|start|>") + " \"assistant\"\n";
+  rules += "final: " + channel + (format.empty() ? " (\"final\" | \"analysis\" | \"commentary\") " + message + " TEXT\n"
+                                                : " \"final\" " + json + message + " " + format + "\n");
+  if (!parsing.tools.empty()) {
+    last += last.empty() ? "call" : " | call";
+    rules += any_tool("call", parsing.tools, [&](const Tool& tool) {
+      const std::string to = lark_string("to=functions." + tool.name);
+      return "(" + channel + " \"commentary \" " + to + " | \" \" " + to + " " + channel + " \"commentary\") " + json + "/ ?/ " + message +
+             " " + schema_of(tool.parameters, tool.strict);
+    });
+  }
+  return "start: message* (" + last + ")\n" + rules;
 }
 
 }  // namespace
@@ -83,6 +170,10 @@ std::optional<std::string> answer_grammar(const ChatRequest& request, const Answ
     case ResponseFormat::Kind::kJsonSchema: answer = schema_of(format.schema, true); break;
     case ResponseFormat::Kind::kLark: answer = "%lark {\n" + format.grammar + "\n}"; break;
   }
+  if (parsing.format.calls == CallFormat::kHarmony) {
+    if (answer.empty() && parsing.tools.empty()) return std::nullopt;
+    return harmony_grammar(answer, must_call && !parsing.tools.empty(), parsing, tokenizer);
+  }
   bool free = false;  // the answer may begin with any text
   if (!parsing.tools.empty()) {
     rules = call_rules(parsing, tokenizer);
@@ -94,8 +185,8 @@ std::optional<std::string> answer_grammar(const ChatRequest& request, const Answ
                     "response_format");
     } else if (!answer.empty()) {
       answer = "(" + answer + ") | " + calls;
-    } else if (parsing.format.calls == CallFormat::kTagged) {
-      const Mark open(kOpenCall, tokenizer);
+    } else if (const std::string mark = open_mark(parsing.format.calls, tokenizer); !mark.empty()) {
+      const Mark open(mark, tokenizer);
       rules += open.up_to("before_call") + open.without("TEXT");
       answer = "(before_call call_rest)* TEXT";
       free = true;
