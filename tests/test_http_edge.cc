@@ -383,6 +383,17 @@ TEST(HttpEdge, HugeHeadersAreRefused) {
   EXPECT_EQ(many.answer().status, 431);
 }
 
+TEST(HttpEdge, AHeadIsAnsweredUpToItsLimitAndNoByteFurther) {
+  Edge edge(echo);
+  const size_t most = HttpEdgeOptions().max_head_bytes;
+  const std::string start = "GET / HTTP/1.1\r\nhost: x\r\nx-big: ", end = "\r\n\r\n";
+  for (const auto& [length, status] : {std::pair(most, 200), {most + 1, 431}, {most + 4464, 431}, {most + 60000, 431}}) {
+    Client client = edge.client();
+    client.send(start + std::string(length - start.size() - end.size(), 'x') + end);
+    EXPECT_EQ(client.answer().status, status) << length;
+  }
+}
+
 TEST(HttpEdge, NoHttpIsRefused) {
   Edge edge(echo);
   for (const char* text : {"\x16\x03\x01\x02\r\n\r\n", "GET\r\n\r\n", "GET / HTTP/9.9\r\n\r\n",

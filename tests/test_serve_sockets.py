@@ -109,7 +109,7 @@ def test_what_a_head_gets_wrong_is_told(server):
     assert statuses(asked(server, head(server) + BODY)) == [200]
     for wrong, status in (({"Host": None}, 403), ({"Host": "evil.example"}, 403), ({"Origin": "http://evil.example"}, 403),
                           ({"Authorization": None}, 401), ({"Authorization": "Basic eDp5"}, 401), ({"Authorization": "Bearer "}, 401),
-                          ({"Authorization": f"Bearer {server.key}x"}, 401), ({"X_Big": "x" * 300_000}, 431),
+                          ({"Authorization": f"Bearer {server.key}x"}, 401), ({"X_Big": "x" * 65_536}, 431),
                           ({f"X_{i}": "x" for i in range(120)}, 431), ({"Content_Length": "-1"}, 400), ({"Content_Length": "1e3"}, 400),
                           ({"Content_Length": "99999999999", "Expect": "100-continue"}, 413), ({"Transfer_Encoding": "gzip"}, 400)):
         assert statuses(asked(server, head(server, **wrong) + BODY)) == [status], wrong

@@ -155,6 +155,7 @@ pub async fn serve(shared: Arc<Shared>, socket: Socket, peer: String) {
     let mut connection = pin!(http1::Builder::new()
         .half_close(false)
         .header_read_timeout(None)
+        .max_header_size(config.max_head) // the buffer may get longer than it is told to: it grows by doubling
         .max_buf_size(config.max_head)
         .serve_connection(io, service));
 
