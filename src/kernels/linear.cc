@@ -95,6 +95,22 @@ inline size_t row_stride(const PackedPart& part, int k, const uint8_t*) {
   return size_t(k / part.group) * amx_group_bytes(part.group) / kAmxRows;
 }
 
+/// Rows that meet the weights of a panel while those are in registers, at most; of float weights only one does.
+inline constexpr int kFewRows = 8;
+inline bool few_rows(const PackedPart& part, int rows) {
+  return part.group == 0 ? rows == 1 : part.integers() && rows <= kFewRows;
+}
+
+/// Few prepared rows, `words` 32-bit words each, as kernels read them: the first words of all rows, the second, and so on.
+template <class T>
+const T* interleave(const T* rows, size_t n, size_t words, T* out) {
+  if (n == 1) return rows;
+  for (size_t i = 0; i < words; ++i) {
+    for (size_t r = 0; r < n; ++r) out[i * n + r] = rows[r * words + i];
+  }
+  return out;
+}
+
 /// Rows that one task prepares: few rows are done sooner than another thread is awake.
 inline int rows_per_task(int rows, int threads) { return rows <= 16 ? rows : std::clamp(rows / (4 * threads), 1, 16); }
 
@@ -125,42 +141,70 @@ HWY_INLINE V Activate(D d, Activation activation, V x) {
   return hn::Div(x, hn::Add(hn::Set(d, 1.0f), e));
 }
 
-// The outputs of `panel` (of `part`) in row `row`, from its 16 sums.
-void Finish(const LinearCall& call, const PackedPart& part, int panel, int row, float* HWY_RESTRICT sums) {
+// sums of a gated panel become its outputs; of two, `stride` floats apart, the first's become those of both.
+HWY_INLINE void Gate(Activation activation, int panels, size_t stride, float* HWY_RESTRICT sums) {
+#if HWY_TARGET != HWY_SCALAR
+  if constexpr (kLanes == kPanel) {
+    if (panels == 2) {
+      const DF d;
+      const hn::Half<DF> half;
+      const auto both = [&](int i) HWY_ATTR {
+        return hn::Combine(d, hn::Load(half, sums + stride + i), hn::Load(half, sums + i));
+      };
+      const VF gate = both(0), up = both(kGatedPanel);
+      return hn::Store(hn::Mul(Activate(d, activation, gate), up), d, sums);
+    }
+  }
+#endif
+  const hn::CappedTag<float, kGatedPanel> d;
+  for (int i = 0; i < kGatedPanel; i += int(hn::MaxLanes(d))) {
+    const auto gate = hn::Load(d, sums + i), up = hn::Load(d, sums + kGatedPanel + i);
+    hn::Store(hn::Mul(Activate(d, activation, gate), up), d, sums + i);
+  }
+}
+// Gated panels that Gate() takes at once: their outputs fill a vector.
+constexpr int kGatesAtOnce = kLanes == kPanel ? 2 : 1;
+
+// The outputs of one panel (of `part`) in row `row` from its 16 sums, or of kGatesAtOnce gated ones.
+HWY_INLINE void Finish(const LinearCall& call, const PackedPart& part, int panel, int panels, size_t stride, int row,
+                       float* HWY_RESTRICT sums) {
   const DF d;
   if (part.bias.data() != nullptr) {
     const float* bias = part.bias.data() + size_t(panel) * kPanel;
-    for (int i = 0; i < kPanel; i += kLanes) hn::Store(hn::Add(hn::Load(d, sums + i), hn::Load(d, bias + i)), d, sums + i);
-  }
-  int width = kPanel;
-  if (call.w->gated) {
-    width = kGatedPanel;
-    const hn::CappedTag<float, kGatedPanel> dg;
-    for (int i = 0; i < kGatedPanel; i += int(hn::MaxLanes(dg))) {
-      const auto gate = hn::Load(dg, sums + i), up = hn::Load(dg, sums + kGatedPanel + i);
-      hn::Store(hn::Mul(Activate(dg, call.activation, gate), up), dg, sums + i);
-    }
-  }
-  const int column = panel * width, count = std::min(width, part.n - column);
-  const size_t at = size_t(row) * call.w->n + part.first + column;
-  float* y = call.y + at;
-  if (call.residual != nullptr) {
-    const float* residual = call.residual + at;
-    if (count == kPanel) {
+    for (int p = 0; p < panels; ++p) {
       for (int i = 0; i < kPanel; i += kLanes) {
-        hn::StoreU(hn::Add(hn::Load(d, sums + i), hn::LoadU(d, residual + i)), d, y + i);
+        float* at = sums + size_t(p) * stride + i;
+        hn::Store(hn::Add(hn::Load(d, at), hn::Load(d, bias + p * kPanel + i)), d, at);
       }
-    } else {
-      for (int i = 0; i < count; ++i) y[i] = sums[i] + residual[i];
     }
-  } else {
-    std::memcpy(y, sums, size_t(count) * sizeof(float));
+  }
+  if (call.w->gated) Gate(call.activation, panels, stride, sums);
+  const int width = call.w->gated ? kGatedPanel : kPanel;
+  const int column = panel * width, count = std::min(panels * width, part.n - column);
+  const size_t at = size_t(row) * call.w->n + part.first + column;
+  const float* residual = call.residual == nullptr ? nullptr : call.residual + at;
+  float* y = call.y + at;
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const VF sum = hn::Load(d, sums + i);
+    hn::StoreU(residual == nullptr ? sum : hn::Add(sum, hn::LoadU(d, residual + i)), d, y + i);
+  }
+  for (; i < count; ++i) y[i] = residual == nullptr ? sums[i] : sums[i] + residual[i];
+}
+
+// `count` panels from `panel` on for `rows` rows; sums [count], `stride` floats apart, of [rows][16].
+void FinishPanels(const LinearCall& call, const PackedPart& part, int panel, int count, size_t stride, int row, int rows,
+                  float* sums) {
+  const int at_once = call.w->gated ? kGatesAtOnce : 1;
+  for (int p = 0; p < count; p += at_once) {
+    const int panels = std::min(at_once, count - p);
+    for (int r = 0; r < rows; ++r) {
+      Finish(call, part, panel + p, panels, stride, row + r, sums + size_t(p) * stride + size_t(r) * kPanel);
+    }
   }
 }
 
 // ---- Few rows: all of them meet the weights of a panel while those are in registers ----
-
-constexpr int kFewRows = 8;
 
 // run<n>(panel, ahead) for the panels of [panel, end): kPanels at once, the rest by halves. Those at `ahead` come next,
 // and at the end those at `after`.
@@ -188,11 +232,10 @@ void RunFew(ThreadPool& pool, const LinearCall& call, const PackedPart& part, co
   if constexpr (kRows > 1) {
     if (rows < kRows) return RunFew<kRows - 1>(pool, call, part, x, row, rows);
   }
-  const size_t stride = row_stride(part, call.w->k, x);
   auto run = [&]<int kPanels>(int panel, int ahead) HWY_ATTR {
     HWY_ALIGN float sums[kPanels * kRows * kPanel];
-    AnyVector<kRows, kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, stride, sums);
-    for (int i = 0; i < kPanels * kRows; ++i) Finish(call, part, panel + i / kRows, row + i % kRows, sums + i * kPanel);
+    AnyVector<kRows, kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, sums);
+    FinishPanels(call, part, panel, kPanels, kRows * kPanel, row, kRows, sums);
   };
   EachPanels<PanelsAtOnce(kRows)>(pool, part, run);
 }
@@ -203,13 +246,6 @@ void RunFew(ThreadPool& pool, const LinearCall& call, const PackedPart& part, co
 int BlockStep(const PackedPart& part, int k, int most) {
   const int steps = (k + most - 1) / most, step = (k + steps - 1) / steps;
   return part.group > 0 ? (step + part.group - 1) / part.group * part.group : step;
-}
-
-// `count` panels from `panel` on for `rows` rows; sums [count][kBlockRows][16].
-void FinishPanels(const LinearCall& call, const PackedPart& part, int panel, int count, int row, int rows, float* sums) {
-  for (int p = 0; p < count; ++p) {
-    for (int r = 0; r < rows; ++r) Finish(call, part, panel + p, row + r, sums + (p * kBlockRows + r) * kPanel);
-  }
 }
 
 // Panels [first, last) of a part for `rows` prepared rows, the first of which is row `row` of the call.
@@ -234,7 +270,7 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const float* x, in
         Tiles<false>(block, count, from, rows, scratch.sums);
       }
     }
-    FinishPanels(call, part, panel, count, row, rows, scratch.sums);
+    FinishPanels(call, part, panel, count, kBlockRows * kPanel, row, rows, scratch.sums);
   }
 }
 
@@ -262,7 +298,7 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const int32_t* x, 
         PairTiles<kTileRows, 1>(block, from, rows, scratch.sums);
       }
     }
-    FinishPanels(call, part, panel, count, row, rows, scratch.sums);
+    FinishPanels(call, part, panel, count, kBlockRows * kPanel, row, rows, scratch.sums);
   }
 }
 
@@ -289,7 +325,7 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, 
         }
       }
     }
-    FinishPanels(call, part, panel, count, row, rows, scratch.sums);
+    FinishPanels(call, part, panel, count, kBlockRows * kPanel, row, rows, scratch.sums);
   }
 }
 #endif
@@ -298,9 +334,7 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, 
 template <class X>
 void RunRows(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const X* x, int row, int rows) {
   if constexpr (!std::is_same_v<X, uint8_t>) {
-    if (part.group == 0 ? rows == 1 : part.integers() && rows <= kFewRows) {
-      return RunFew<kFewRows>(pool, call, part, x, row, rows);
-    }
+    if (few_rows(part, rows)) return RunFew<kFewRows>(pool, call, part, x, row, rows);
   }
   // Pairs of panels, for a gated panel's outputs fill half a cache line.
   const int tile = std::is_same_v<X, uint8_t> ? kAmxRows : kTileRows;

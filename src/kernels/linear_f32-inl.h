@@ -131,7 +131,8 @@ void PrepareRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, floa
 const float* Prepare(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
   if (part.group == 0) return x;
   const size_t columns = size_t(prepared_columns(part, k));
-  float* out = prepared_memory(size_t(rows) * columns);
+  const bool few = few_rows(part, rows);
+  float* out = prepared_memory(size_t(rows) * columns * (few ? 2 : 1));
   const int size = rows_per_task(rows, pool.size());
   auto body = [&](size_t task, int) {
     const int last = std::min(rows, int(task + 1) * size);
@@ -140,6 +141,7 @@ const float* Prepare(ThreadPool& pool, const PackedPart& part, int k, const floa
     }
   };
   pool.parallel_for(size_t((rows + size - 1) / size), std::ref(body));
+  if (few) return interleave(out, size_t(rows), columns, out + size_t(rows) * columns);
   return out;
 }
 
@@ -296,18 +298,18 @@ void Tiles(const FloatBlock& block, int panels, const float* x, int rows, float*
   Tiles<kTileRows, 1, kGroups>(block, x, rows, sums);
 }
 
-// ---- kRows prepared rows (x_stride apart) times kPanels panels, straight from their packed form: a weight is unpacked
+// ---- kRows interleaved rows times kPanels panels, straight from their packed form: a weight is unpacked
 // ---- once, into a register, and meets all rows. sums: [kPanels][kRows][16]; those of quantized weights are added to ----
 //
 // As much of the next panels, `ahead` bytes on, is brought into the cache as is read of these.
 
 template <int kBits, int kJ, int kRows, int kPanels, int kAtOnce>
-HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x, size_t x_stride,
+HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x,
                      VF (&dot)[kPanels][kAtOnce][kRows]) {
   // Whichever are fewer wait in registers for the others.
   if constexpr (kRows <= kPanels * kAtOnce) {
     VF xk[kRows];
-    for (int r = 0; r < kRows; ++r) xk[r] = hn::Set(DF(), x[r * x_stride + kJ]);
+    for (int r = 0; r < kRows; ++r) xk[r] = hn::Set(DF(), x[kJ * kRows + r]);
     for (int p = 0; p < kPanels; ++p) {
       for (int v = 0; v < kAtOnce; ++v) {
         const VF w = Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v));
@@ -320,7 +322,7 @@ HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x, 
       for (int v = 0; v < kAtOnce; ++v) w[p][v] = Unpack<kBits, kJ>(LoadLine(line + p * panel_bytes, v));
     }
     for (int r = 0; r < kRows; ++r) {
-      const VF xk = hn::Set(DF(), x[r * x_stride + kJ]);
+      const VF xk = hn::Set(DF(), x[kJ * kRows + r]);
       for (int p = 0; p < kPanels; ++p) {
         for (int v = 0; v < kAtOnce; ++v) dot[p][v][r] = hn::MulAdd(xk, w[p][v], dot[p][v][r]);
       }
@@ -328,9 +330,9 @@ HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x, 
   }
 }
 
-// The end of a group, whose scales are at `scales`; each row has its Σ x at `x_sum`. sums: from vector `first` on.
+// The end of a group, whose scales are at `scales`; the rows' Σ x are at `x_sum`. sums: from vector `first` on.
 template <Type kScale, int kRows, int kPanels, int kAtOnce>
-HWY_INLINE void AddGroup(const std::byte* scales, size_t panel_bytes, int first, const float* x_sum, size_t x_stride,
+HWY_INLINE void AddGroup(const std::byte* scales, size_t panel_bytes, int first, const float* x_sum,
                          const VF (&dot)[kPanels][kAtOnce][kRows], float* HWY_RESTRICT sums) {
   const DF d;
   for (int p = 0; p < kPanels; ++p) {
@@ -341,7 +343,7 @@ HWY_INLINE void AddGroup(const std::byte* scales, size_t panel_bytes, int first,
       for (int r = 0; r < kRows; ++r) {
         float* at = sums + (p * kRows + r) * kPanel + lane;
         const VF sum = hn::MulAdd(dot[p][v][r], scale, hn::Load(d, at));
-        hn::Store(hn::MulAdd(hn::Set(d, x_sum[r * x_stride]), bias, sum), d, at);
+        hn::Store(hn::MulAdd(hn::Set(d, x_sum[r]), bias, sum), d, at);
       }
     }
   }
@@ -349,7 +351,7 @@ HWY_INLINE void AddGroup(const std::byte* scales, size_t panel_bytes, int first,
 
 template <int kBits, int kRows, int kPanels>
 HWY_NOINLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k,
-                                  const float* HWY_RESTRICT x, size_t x_stride, float* HWY_RESTRICT sums) {
+                                  const float* HWY_RESTRICT x, float* HWY_RESTRICT sums) {
   constexpr int kPerLine = 32 / kBits, kAtOnce = VectorsOfPanel(kRows);
   const DF d;
   const int lines = part.group / kPerLine;
@@ -366,24 +368,24 @@ HWY_NOINLINE void VectorQuantized(const PackedPart& part, const std::byte* panel
       const float* at = x;
       for (int i = 0; i < lines; ++i) {
         for (int p = 0; p < kPanels; ++p) hwy::Prefetch(line + ahead + p * panel_bytes);
-        Step<kBits, 0>(line, panel_bytes, at, x_stride, dot);
-        Step<kBits, 1>(line, panel_bytes, at, x_stride, dot);
-        Step<kBits, 2>(line, panel_bytes, at, x_stride, dot);
-        Step<kBits, 3>(line, panel_bytes, at, x_stride, dot);
+        Step<kBits, 0>(line, panel_bytes, at, dot);
+        Step<kBits, 1>(line, panel_bytes, at, dot);
+        Step<kBits, 2>(line, panel_bytes, at, dot);
+        Step<kBits, 3>(line, panel_bytes, at, dot);
         if constexpr (kBits == 4) {
-          Step<kBits, 4>(line, panel_bytes, at, x_stride, dot);
-          Step<kBits, 5>(line, panel_bytes, at, x_stride, dot);
-          Step<kBits, 6>(line, panel_bytes, at, x_stride, dot);
-          Step<kBits, 7>(line, panel_bytes, at, x_stride, dot);
+          Step<kBits, 4>(line, panel_bytes, at, dot);
+          Step<kBits, 5>(line, panel_bytes, at, dot);
+          Step<kBits, 6>(line, panel_bytes, at, dot);
+          Step<kBits, 7>(line, panel_bytes, at, dot);
         }
-        at += kPerLine;
+        at += kPerLine * kRows;
         line += kAlignment;
       }
-      if (part.scale_type == Type::kF32) AddGroup<Type::kF32>(panel, panel_bytes, first, at, x_stride, dot, sums);
-      if (part.scale_type == Type::kF16) AddGroup<Type::kF16>(panel, panel_bytes, first, at, x_stride, dot, sums);
-      if (part.scale_type == Type::kBF16) AddGroup<Type::kBF16>(panel, panel_bytes, first, at, x_stride, dot, sums);
+      if (part.scale_type == Type::kF32) AddGroup<Type::kF32>(panel, panel_bytes, first, at, dot, sums);
+      if (part.scale_type == Type::kF16) AddGroup<Type::kF16>(panel, panel_bytes, first, at, dot, sums);
+      if (part.scale_type == Type::kBF16) AddGroup<Type::kBF16>(panel, panel_bytes, first, at, dot, sums);
     }
-    x += part.group + 1;
+    x += (part.group + 1) * kRows;
     panel += part.group_bytes;
   }
 }
@@ -413,11 +415,11 @@ HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, ptr
 // The same for rows of weights that are read in place; float weights take one row.
 template <int kRows, int kPanels>
 HWY_INLINE void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const float* x,
-                       size_t x_stride, float* sums) {
+                       float* sums) {
   const ptrdiff_t ahead = next - panel;
   if (part.type == Type::kAffine) {
-    if (part.word_bits() == 4) return VectorQuantized<4, kRows, kPanels>(part, panel, ahead, k, x, x_stride, sums);
-    return VectorQuantized<8, kRows, kPanels>(part, panel, ahead, k, x, x_stride, sums);
+    if (part.word_bits() == 4) return VectorQuantized<4, kRows, kPanels>(part, panel, ahead, k, x, sums);
+    return VectorQuantized<8, kRows, kPanels>(part, panel, ahead, k, x, sums);
   }
   if constexpr (kRows == 1) {
     if (part.type == Type::kF32) VectorFloats<Type::kF32, kPanels>(part, panel, ahead, k, x, sums);

@@ -105,38 +105,40 @@ void QuantizeRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, int
 
 const int32_t* PrepareInt16(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
   const size_t words = int16_row_words(part, k);
-  auto* out = reinterpret_cast<int32_t*>(prepared_memory(size_t(rows) * words));
+  const bool few = few_rows(part, rows);
+  auto* out = reinterpret_cast<int32_t*>(prepared_memory(size_t(rows) * words * (few ? 2 : 1)));
   const int size = rows_per_task(rows, pool.size());
   auto body = [&](size_t task, int) {
     const int last = std::min(rows, int(task + 1) * size);
     for (int row = int(task) * size; row < last; ++row) QuantizeRow(part, k, x + size_t(row) * k, out + size_t(row) * words);
   };
   pool.parallel_for(size_t((rows + size - 1) / size), std::ref(body));
+  if (few) return interleave(out, size_t(rows), words, out + size_t(rows) * words);
   return out;
 }
 
-// ---- kRows prepared rows times kPanels panels, straight from their packed form, added to sums: [kPanels][kRows][16] ----
+// ---- kRows interleaved rows times kPanels panels, straight from their packed form, added to sums: [kPanels][kRows][16] ----
 //
 // As much of the next panels, `ahead` bytes on, is brought into the cache as is read of these.
 
 template <int kBits, int kJ, int kRows, int kPanels, int kAtOnce>
-HWY_INLINE void PairStep(const std::byte* line, size_t panel_bytes, const int32_t* x, size_t x_stride,
+HWY_INLINE void PairStep(const std::byte* line, size_t panel_bytes, const int32_t* x,
                          VI (&dot)[kPanels][kAtOnce][kRows]) {
   VI w[kPanels][kAtOnce];
   for (int p = 0; p < kPanels; ++p) {
     for (int v = 0; v < kAtOnce; ++v) w[p][v] = PairOf<kBits, kJ>(LoadLine(line + p * panel_bytes, v));
   }
   for (int r = 0; r < kRows; ++r) {
-    const VI pair = hn::Set(DI(), x[r * x_stride + kJ]);
+    const VI pair = hn::Set(DI(), x[kJ * kRows + r]);
     for (int p = 0; p < kPanels; ++p) {
       for (int v = 0; v < kAtOnce; ++v) dot[p][v][r] = AddProducts(dot[p][v][r], w[p][v], pair);
     }
   }
 }
 
-// The end of a group, whose scales are at `scales`; each row has its x_scale and x_scale * Σ x16 at `of_x`.
+// The end of a group, whose scales are at `scales`; the rows' x_scale are at `of_x`, then x_scale * Σ x16.
 template <Type kScale, int kRows, int kPanels, int kAtOnce>
-HWY_INLINE void AddPairGroup(const std::byte* scales, size_t panel_bytes, int first, const int32_t* of_x, size_t x_stride,
+HWY_INLINE void AddPairGroup(const std::byte* scales, size_t panel_bytes, int first, const int32_t* of_x,
                              const VI (&dot)[kPanels][kAtOnce][kRows], float* HWY_RESTRICT sums) {
   const DF d;
   for (int p = 0; p < kPanels; ++p) {
@@ -145,7 +147,7 @@ HWY_INLINE void AddPairGroup(const std::byte* scales, size_t panel_bytes, int fi
       const VF scale = LoadFloats<kScale>(scales + p * panel_bytes, lane);
       const VF bias = LoadFloats<kScale>(scales + p * panel_bytes, kPanel + lane);
       for (int r = 0; r < kRows; ++r) {
-        const float x_scale = std::bit_cast<float>(of_x[r * x_stride]), x_sum = std::bit_cast<float>(of_x[r * x_stride + 1]);
+        const float x_scale = std::bit_cast<float>(of_x[r]), x_sum = std::bit_cast<float>(of_x[kRows + r]);
         float* at = sums + (p * kRows + r) * kPanel + lane;
         const VF scaled = hn::Mul(scale, hn::Set(d, x_scale));
         const VF sum = hn::MulAdd(hn::ConvertTo(d, dot[p][v][r]), scaled, hn::Load(d, at));
@@ -157,7 +159,7 @@ HWY_INLINE void AddPairGroup(const std::byte* scales, size_t panel_bytes, int fi
 
 template <int kBits, int kRows, int kPanels>
 HWY_NOINLINE void PairPanels(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k,
-                             const int32_t* HWY_RESTRICT x, size_t x_stride, float* HWY_RESTRICT sums) {
+                             const int32_t* HWY_RESTRICT x, float* HWY_RESTRICT sums) {
   constexpr int kPairs = 16 / kBits, kAtOnce = VectorsOfPanel(kRows);
   const int lines = part.group * kBits / 32;
   const size_t panel_bytes = part.panel_bytes;
@@ -173,29 +175,29 @@ HWY_NOINLINE void PairPanels(const PackedPart& part, const std::byte* panel, ptr
       const int32_t* at = x;
       for (int i = 0; i < lines; ++i) {
         for (int p = 0; p < kPanels; ++p) hwy::Prefetch(line + ahead + p * panel_bytes);
-        PairStep<kBits, 0>(line, panel_bytes, at, x_stride, dot);
-        PairStep<kBits, 1>(line, panel_bytes, at, x_stride, dot);
+        PairStep<kBits, 0>(line, panel_bytes, at, dot);
+        PairStep<kBits, 1>(line, panel_bytes, at, dot);
         if constexpr (kBits == 4) {
-          PairStep<kBits, 2>(line, panel_bytes, at, x_stride, dot);
-          PairStep<kBits, 3>(line, panel_bytes, at, x_stride, dot);
+          PairStep<kBits, 2>(line, panel_bytes, at, dot);
+          PairStep<kBits, 3>(line, panel_bytes, at, dot);
         }
-        at += kPairs;
+        at += kPairs * kRows;
         line += kAlignment;
       }
-      if (part.scale_type == Type::kF32) AddPairGroup<Type::kF32>(panel, panel_bytes, first, at, x_stride, dot, sums);
-      if (part.scale_type == Type::kF16) AddPairGroup<Type::kF16>(panel, panel_bytes, first, at, x_stride, dot, sums);
-      if (part.scale_type == Type::kBF16) AddPairGroup<Type::kBF16>(panel, panel_bytes, first, at, x_stride, dot, sums);
+      if (part.scale_type == Type::kF32) AddPairGroup<Type::kF32>(panel, panel_bytes, first, at, dot, sums);
+      if (part.scale_type == Type::kF16) AddPairGroup<Type::kF16>(panel, panel_bytes, first, at, dot, sums);
+      if (part.scale_type == Type::kBF16) AddPairGroup<Type::kBF16>(panel, panel_bytes, first, at, dot, sums);
     }
-    x += part.group / 2 + 2;
+    x += (part.group / 2 + 2) * kRows;
     panel += part.group_bytes;
   }
 }
 
 template <int kRows, int kPanels>
 HWY_INLINE void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const int32_t* x,
-                       size_t x_stride, float* sums) {
-  if (part.word_bits() == 4) return PairPanels<4, kRows, kPanels>(part, panel, next - panel, k, x, x_stride, sums);
-  return PairPanels<8, kRows, kPanels>(part, panel, next - panel, k, x, x_stride, sums);
+                       float* sums) {
+  if (part.word_bits() == 4) return PairPanels<4, kRows, kPanels>(part, panel, next - panel, k, x, sums);
+  return PairPanels<8, kRows, kPanels>(part, panel, next - panel, k, x, sums);
 }
 
 // ---- Many rows: one panel's columns [k0, k1) as pairs, [pairs][16] i32, and per group its scales and biases, [2][16] ----

@@ -198,13 +198,13 @@ void UnpackAnyPairs(const PackedPart& part, const std::byte* panel, int k0, int 
   }
 }
 
-// ---- kRows prepared rows (x_stride apart) times kPanels panels of any format; sums: [kPanels][kRows][16] ----
+// ---- kRows interleaved rows times kPanels panels of any format; sums: [kPanels][kRows][16] ----
 
 template <int kRows, int kPanels, class X>
 HWY_INLINE void AnyVector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const X* x,
-                          size_t x_stride, float* sums) {
+                          float* sums) {
   for (int i = 0; i < kPanels * kRows * kPanel; i += kLanes) hn::Store(hn::Zero(DF()), DF(), sums + i);
-  if (part.read_in_place()) return Vector<kRows, kPanels>(part, panel, next, k, x, x_stride, sums);
+  if (part.read_in_place()) return Vector<kRows, kPanels>(part, panel, next, k, x, sums);
   constexpr int kColumns = kLargestGroup;
   const PackedPart bytes = PartOfBytes(part, kColumns);
   auto* scratch = reinterpret_cast<std::byte*>(linear_scratch().weights);
@@ -215,7 +215,7 @@ HWY_INLINE void AnyVector(const PackedPart& part, const std::byte* panel, const 
       const std::byte* from = panel + size_t(p) * part.panel_bytes;
       PanelAsBytes(part, bytes, from, k0, k1, next - panel, scratch + size_t(p) * bytes.panel_bytes);
     }
-    Vector<kRows, kPanels>(bytes, scratch, scratch, k1 - k0, x + row_stride(part, k0, x), x_stride, sums);
+    Vector<kRows, kPanels>(bytes, scratch, scratch, k1 - k0, x + kRows * row_stride(part, k0, x), sums);
   }
 }
 
