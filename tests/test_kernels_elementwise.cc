@@ -51,11 +51,18 @@ TEST(KernelsElementwise, Argmax) {
     }
   }
   const float infinity = std::numeric_limits<float>::infinity(), nan = std::nanf("");
-  EXPECT_EQ(0, argmax(std::vector<float>(20, -infinity).data(), 20));
-  EXPECT_EQ(0, argmax(std::vector<float>(20, nan).data(), 20));
-  std::vector<float> mixed(20, nan);
-  mixed[13] = -5;
-  EXPECT_EQ(13, argmax(mixed.data(), 20));
+  EXPECT_EQ(-1, argmax(std::vector<float>(20, -infinity).data(), 20));
+  for (const int n : {5, 100, 49152}) {
+    for (const float odd : {nan, -nan, infinity}) {
+      for (const int at : {0, n / 2, n - 1}) {
+        std::vector<float> values(size_t(n), -1.0f);
+        values[size_t(n) / 3] = -infinity;
+        EXPECT_EQ(0, argmax(values.data(), n));
+        values[size_t(at)] = odd;
+        EXPECT_EQ(-1, argmax(values.data(), n)) << odd << " at " << at << " of " << n;
+      }
+    }
+  }
 }
 
 TEST(KernelsElementwise, Embedding) {

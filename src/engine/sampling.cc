@@ -135,9 +135,8 @@ Candidates candidates(std::span<const float> logits, const SamplingOptions& opti
 
 int32_t sample(std::span<const float> logits, const SamplingOptions& options, int position) {
   if (options.temperature == 0) {
-    if (has_no_number(logits)) throw no_number();
     const int32_t token = kernels::argmax(logits.data(), int(logits.size()));
-    if (!std::isfinite(logits[size_t(token)])) throw no_number();
+    if (token < 0) throw no_number();
     return token;
   }
   const Candidates found = candidates(logits, options);

@@ -27,7 +27,7 @@ void rms_norm(const float* x, int m, int k, const float* weight, float eps, floa
 /// y [M, K] = rows of w.
 void embedding(const int32_t* tokens, int m, const PackedLinear& w, float* y);
 
-/// Index of the largest value, the smallest index winning ties.
+/// Index of the largest value, the smallest index winning ties; -1 when one is NaN or +infinity, or none is finite.
 int argmax(const float* values, int n);
 
 struct RopeSpec {

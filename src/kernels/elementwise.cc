@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include <hwy/highway.h>
 
@@ -50,26 +51,45 @@ void RmsNormRows(const float* x, size_t rows, size_t k, const float* weight, flo
   }
 }
 
-int ArgMax(const float* values, size_t n) {
+/// The largest of `n` values; NaN when one is NaN or +infinity.
+float Largest(const float* values, size_t n) {
   const hn::CappedTag<float, 16> d;
   const size_t lanes = hn::Lanes(d);
-  auto top = hn::Set(d, -std::numeric_limits<float>::infinity());
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const auto infinity = hn::Set(d, kInfinity);
+  auto top0 = hn::Set(d, -kInfinity), top1 = top0, top2 = top0, top3 = top0;
+  auto numbers = hn::Lt(top0, infinity);
+  size_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    const auto a = hn::LoadU(d, values + i), b = hn::LoadU(d, values + i + lanes);
+    const auto c = hn::LoadU(d, values + i + 2 * lanes), e = hn::LoadU(d, values + i + 3 * lanes);
+    numbers = hn::And(numbers, hn::And(hn::And(hn::Lt(a, infinity), hn::Lt(b, infinity)),
+                                       hn::And(hn::Lt(c, infinity), hn::Lt(e, infinity))));
+    top0 = hn::Max(top0, a);
+    top1 = hn::Max(top1, b);
+    top2 = hn::Max(top2, c);
+    top3 = hn::Max(top3, e);
+  }
+  bool all = hn::AllTrue(d, numbers);
+  float top = hn::GetLane(hn::MaxOfLanes(d, hn::Max(hn::Max(top0, top1), hn::Max(top2, top3))));
+  for (; i < n; ++i) {
+    all = all && values[i] < kInfinity;
+    top = std::max(top, values[i]);
+  }
+  return all ? top : std::numeric_limits<float>::quiet_NaN();
+}
+
+/// Where `wanted` first is among `n` values, which hold it.
+size_t Find(const float* values, size_t n, float wanted) {
+  const hn::CappedTag<float, 16> d;
+  const size_t lanes = hn::Lanes(d);
+  const auto same = hn::Set(d, wanted);
   size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
-    const auto v = hn::LoadU(d, values + i);
-    top = hn::IfThenElse(hn::Gt(v, top), v, top);  // a NaN never wins
+    const intptr_t at = hn::FindFirstTrue(d, hn::Eq(hn::LoadU(d, values + i), same));
+    if (at >= 0) return i + size_t(at);
   }
-  float best = hn::GetLane(hn::MaxOfLanes(d, top));
-  for (; i < n; ++i) best = values[i] > best ? values[i] : best;
-  const auto wanted = hn::Set(d, best);
-  for (i = 0; i + lanes <= n; i += lanes) {
-    const intptr_t at = hn::FindFirstTrue(d, hn::Eq(hn::LoadU(d, values + i), wanted));
-    if (at >= 0) return int(i + size_t(at));
-  }
-  for (; i < n; ++i) {
-    if (values[i] == best) return int(i);
-  }
-  return 0;  // all NaN
+  return size_t(std::find(values + i, values + n, wanted) - values);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -80,15 +100,17 @@ HWY_AFTER_NAMESPACE();
 namespace torpor::kernels {
 
 HWY_EXPORT(RmsNormRows);
-HWY_EXPORT(ArgMax);
+HWY_EXPORT(Largest);
+HWY_EXPORT(Find);
 
 namespace {
+
+constexpr size_t kFloatsPerTask = 16 * 1024;
 
 /// Calls body(first, last) over [0, m) in pieces worth waking a worker for.
 template <class Body>
 void over_rows(int m, size_t floats_per_row, const Body& body) {
   if (m <= 0) return;
-  constexpr size_t kFloatsPerTask = 16 * 1024;
   const size_t rows = std::max<size_t>(1, kFloatsPerTask / std::max<size_t>(1, floats_per_row));
   const size_t tasks = (size_t(m) + rows - 1) / rows;
   if (tasks == 1) {
@@ -126,7 +148,17 @@ void embedding(const int32_t* tokens, int m, const PackedLinear& w, float* y) {
 
 int argmax(const float* values, int n) {
   ensure_cpu_target();
-  return n <= 0 ? -1 : HWY_DYNAMIC_DISPATCH(ArgMax)(values, size_t(n));
+  const size_t size = size_t(std::max(n, 0));
+  const auto largest = HWY_DYNAMIC_DISPATCH(Largest);
+  std::vector<float> tops((size + kFloatsPerTask - 1) / kFloatsPerTask);
+  over_rows(int(size), 1, [&](size_t first, size_t last) {
+    tops[first / kFloatsPerTask] = largest(values + first, last - first);
+  });
+  if (std::ranges::any_of(tops, [](float top) { return std::isnan(top); })) return -1;
+  const auto top = std::ranges::max_element(tops);
+  if (top == tops.end() || !std::isfinite(*top)) return -1;
+  const size_t first = size_t(top - tops.begin()) * kFloatsPerTask;
+  return int(first + HWY_DYNAMIC_DISPATCH(Find)(values + first, std::min(kFloatsPerTask, size - first), *top));
 }
 
 }  // namespace torpor::kernels
