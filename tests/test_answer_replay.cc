@@ -2,6 +2,8 @@
 
 #include "dialect_fixture.h"
 #include "server/answer_replay.h"
+#include "server/response_store.h"
+#include "store_fixture.h"
 
 namespace torpor::server {
 namespace {
@@ -66,8 +68,160 @@ TEST_F(Replay, WhatFailedIsRunAgain) {
   EXPECT_NE(repeat("b", kStream).body.find("[DONE]"), std::string::npos);
 }
 
+struct Got {
+  int status;
+  std::string body;
+};
+
+TEST_F(Replay, AnAnswerIsKeptBeforeItsEndIsTold) {
+  const torpor::testing::TemporaryDirectory directory{torpor::testing::TemporaryDirectory::in_memory()};
+  Store store(directory.path());
+  Dialects durable(runner, {&store, Durability::kRename});
+  script([&](const ChatRequest&, Say& say) {
+    say.start().text("Hel");
+    EXPECT_TRUE(store.records().empty());
+    say.text("lo.").finish();
+  });
+  /// Looks at the store whenever it is told something.
+  struct Watching : RecordingResponse {
+    explicit Watching(Store& store) : store(store) {}
+    void whole(int status, HttpHeaders headers, std::string body) override {
+      kept_before_last = !store.records().empty();
+      RecordingResponse::whole(status, std::move(headers), std::move(body));
+    }
+    bool write(std::string_view bytes) override {
+      kept_before_last = !store.records().empty();
+      if (body.find("Hel") == std::string::npos && bytes.find("Hel") != std::string_view::npos) {
+        EXPECT_FALSE(kept_before_last);  // the first of the text
+      }
+      return RecordingResponse::write(bytes);
+    }
+    Store& store;
+    bool kept_before_last = false;
+  };
+  for (const char* path : {kChat, "/v1/completions", "/v1/messages", "/v1/responses", "/api/chat"}) {
+    for (const bool stream : {false, true}) {
+      HttpRequest request;
+      request.method = "POST";
+      request.path = path;
+      Json body{{"model", "scripted"}, {"stream", stream}, {"max_tokens", 9}, {"store", false}};
+      if (request.path == "/v1/responses") body["input"] = "Hi";
+      else if (request.path == "/v1/completions") body["prompt"] = "Hi";
+      else body["messages"] = Json::array({Json{{"role", "user"}, {"content", "Hi"}}});
+      request.body = to_text(body);
+      request.headers = {{"idempotency-key", "a"}};
+      Watching response(store);
+      durable.handle(request, response);
+      EXPECT_EQ(response.status, 200) << path << response.body;
+      EXPECT_TRUE(response.kept_before_last) << path << stream;
+      EXPECT_EQ(response.streamed, stream);
+      for (const Record& answer : store.records()) store.drop_record(answer);
+    }
+  }
+}
+
+TEST_F(Replay, ARestartLosesNoAnswer) {
+  const torpor::testing::TemporaryDirectory directory{torpor::testing::TemporaryDirectory::in_memory()};
+  Store store(directory.path());
+  const AnswerFiles files{&store, Durability::kRename};
+  std::string first[2], id;
+  const auto ask_of = [&](Dialects& dialects, const std::string& path, const std::string& body, const std::string& tenant = {}) {
+    HttpRequest request;
+    request.method = "POST";
+    request.path = path;
+    request.body = body;
+    request.tenant = tenant;
+    if (path == kChat) request.headers = {{"idempotency-key", "a"}};
+    RecordingResponse response;
+    dialects.handle(request, response);
+    return Got{response.status, response.body};
+  };
+  {
+    Dialects dialects(runner, files);
+    first[0] = ask_of(dialects, kChat, kBody).body;
+    id = Json::parse(ask_of(dialects, "/v1/responses", R"({"model":"scripted","input":"Hi"})", "acme").body)["id"];
+  }
+  EXPECT_EQ(runner.heard.size(), 2u);
+  Dialects dialects(runner, files);
+  EXPECT_EQ(ask_of(dialects, kChat, kBody).body, first[0]);
+  EXPECT_EQ(runner.heard.size(), 2u);
+  const std::string next = to_text(Json{{"model", "scripted"}, {"input", "And?"}, {"previous_response_id", id}});
+  EXPECT_EQ(ask_of(dialects, "/v1/responses", next).status, 404);  // another tenant's
+  EXPECT_EQ(ask_of(dialects, "/v1/responses", next, "acme").status, 200);
+  EXPECT_EQ(runner.heard.back().messages.size(), 3u);
+  // A damaged one is as none.
+  for (const auto& file : std::filesystem::directory_iterator(directory.path() / "records")) {
+    std::filesystem::resize_file(file.path(), std::filesystem::file_size(file.path()) - 1);
+  }
+  EXPECT_EQ(ask_of(dialects, "/v1/responses", next, "acme").status, 404);
+  EXPECT_EQ(ask_of(dialects, kChat, kBody).status, 200);
+  EXPECT_EQ(runner.heard.size(), 4u);
+}
+
+TEST_F(Replay, WhatAnotherVersionMayHaveKeptIsAsNone) {
+  const torpor::testing::TemporaryDirectory directory{torpor::testing::TemporaryDirectory::in_memory()};
+  Store store(directory.path());
+  const AnswerFiles files{&store, Durability::kNone};
+  const auto ask_of = [&](Dialects& dialects) {
+    HttpRequest request;
+    request.method = "POST";
+    request.path = kChat;
+    request.body = kBody;
+    request.headers = {{"idempotency-key", "a"}};
+    RecordingResponse response;
+    dialects.handle(request, response);
+    return Got{response.status, response.body};
+  };
+  {
+    Dialects dialects(runner, files);
+    ask_of(dialects);
+  }
+  ASSERT_EQ(store.records().size(), 1u);
+  const Record record = store.records().front();
+  const std::string kept = store.read_record(record);
+  const size_t body = kept.find('\n', kept.find('\n') + 1) + 1;
+  for (const std::string& other : {std::string(), kept.substr(0, 5), kept.substr(0, body - 1), kept.substr(0, body / 2) + "\n",
+                                   kept.substr(0, kept.find('\n') + 1) + "{}\n", kept.substr(0, kept.find('\n') + 1) + "7\n{}",
+                                   kept.substr(0, kept.find('\n') + 1) + R"({"digest":1,"streamed":[],"headers":[[]]})" + "\n",
+                                   "another key" + kept.substr(kept.find('\n'))}) {
+    store.keep_record(record, other, Durability::kNone);
+    Dialects dialects(runner, files);
+    const size_t asked = runner.heard.size();
+    EXPECT_EQ(ask_of(dialects).status, 200) << other;
+    EXPECT_EQ(runner.heard.size(), asked + 1) << other;
+    for (const Record& one : store.records()) store.drop_record(one);
+  }
+}
+
+TEST(AnswerShelf, TheOldestGoesFirstAlsoOfFilesAndEachKindHasItsOwn) {
+  const torpor::testing::TemporaryDirectory directory{torpor::testing::TemporaryDirectory::in_memory()};
+  Store store(directory.path());
+  const AnswerFiles files{&store, Durability::kNone};
+  const AnswerShelf::Limits limits{std::chrono::hours(1), 2, 1000};
+  {
+    AnswerShelf shelf("a", limits, files), other("b", limits, files);
+    for (const char* key : {"1", "2", "3"}) shelf.put(key, key);
+    other.put("1", "other");
+    shelf.put("2", "again");
+    EXPECT_FALSE(shelf.find("1"));
+    EXPECT_EQ(shelf.find("2"), "again");
+    EXPECT_EQ(other.find("1"), "other");
+  }
+  EXPECT_EQ(store.records().size(), 3u);
+  AnswerShelf shelf("a", {std::chrono::hours(1), 1, 1000}, files);
+  EXPECT_FALSE(shelf.find("3"));
+  EXPECT_EQ(shelf.find("2"), "again");
+  EXPECT_TRUE(shelf.remove("2"));
+  EXPECT_FALSE(shelf.remove("2"));
+  EXPECT_EQ(store.records().size(), 1u);
+  shelf.put("4", std::string(2000, 'x'));  // more than there is room for
+  EXPECT_FALSE(shelf.find("4"));
+  EXPECT_EQ(AnswerShelf("b", {std::chrono::seconds(0), 9, 9999}, files).find("1"), "other");  // it keeps its own time
+}
+
 TEST(AnswerReplay, TheOldestGoesFirst) {
-  AnswerReplay replay(100);
+  // Each is an empty body's digest, a key and some 45 bytes.
+  AnswerReplay replay({}, {std::chrono::hours(1), 100, 300});
   int asked = 0;
   const auto ask = [&](const std::string& key) {
     HttpRequest request;

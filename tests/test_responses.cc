@@ -260,12 +260,12 @@ StoredResponse stored(const std::string& id, const std::string& text = {}) {
 }
 
 TEST(ResponseStore, TheOldestGoesFirstByCountAndByBytes) {
-  ResponseStore few({.count = 2});
+  ResponseStore few({}, {std::chrono::hours(1), 2, 1000});
   for (const char* id : {"a", "b", "c"}) few.put(stored(id));
   EXPECT_FALSE(few.find("tenant", "a"));
   EXPECT_TRUE(few.find("tenant", "b"));
   EXPECT_TRUE(few.find("tenant", "c"));
-  ResponseStore small({.bytes = 1000});
+  ResponseStore small({}, {std::chrono::hours(1), 9, 600});
   small.put(stored("a", std::string(300, 'x')));
   EXPECT_TRUE(small.find("tenant", "a"));
   small.put(stored("b", std::string(300, 'x')));
@@ -274,7 +274,7 @@ TEST(ResponseStore, TheOldestGoesFirstByCountAndByBytes) {
 }
 
 TEST(ResponseStore, AnAnswerThatHasLivedItsTimeIsGone) {
-  ResponseStore none({.lifetime = std::chrono::seconds(0)});
+  ResponseStore none({}, {std::chrono::seconds(0), 9, 1000});
   none.put(stored("a"));
   EXPECT_FALSE(none.find("tenant", "a"));
 }

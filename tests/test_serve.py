@@ -314,6 +314,38 @@ def test_a_client_that_goes_takes_its_turn_back_in_each_shape(real_server, words
     assert server.ask("GET", "/torpor/v1/agents").json()["agents"] == []
 
 
+def test_answers_that_were_told_survive_kill_9(tiny, tmp_path):
+    def tries(server, n):
+        key = {"idempotency-key": f"try-{n}"}
+        body = {"messages": [{"role": "user", "content": f"Say {n}."}], "max_tokens": 4, "stream": n % 2 == 1, "temperature": 1}
+        return server.ask("POST", "/v1/chat/completions", body, headers=key).bytes
+
+    def respond(server, text, **more):
+        return server.ask("POST", "/v1/responses", {"input": text, "max_output_tokens": 4, **more})
+
+    told, last = [], None
+    for n in range(4):
+        with Server(tiny, tmp_path) as server:
+            assert [tries(server, i) for i in range(n)] == told
+            more = {"previous_response_id": last} if last else {}
+            response = respond(server, "And?", **more)
+            assert response.status == 200, response.text
+            last = response.json()["id"]
+            told.append(tries(server, n))
+            server.process.kill()
+            server.process.wait()
+    with Server(tiny, tmp_path) as server:
+        items = server.ask("GET", f"/v1/responses/{last}").json()
+        assert items["id"] == last and items["previous_response_id"]
+        usage = tiny("du", "--json").ok().json
+        assert usage["records"] == 8 and usage["record_bytes"] > sum(map(len, told))
+        assert server.ask("DELETE", f"/v1/responses/{last}").status == 200
+        assert respond(server, "And?", previous_response_id=last).status == 404
+        assert tiny("du", "--json").ok().json["records"] == 7
+        assert server.stop() == 0
+    tiny("verify").ok()
+
+
 def test_a_full_queue_says_when_to_come_again(real, tmp_path):
     with Server(real, tmp_path, "--queue", "1") as server:
         connection = server.connection()

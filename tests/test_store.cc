@@ -352,6 +352,83 @@ TEST_F(StoreTest, GcKeepsTheLivingAndRemovesTheRest) {
   EXPECT_EQ(tree(root_), living);
 }
 
+TEST_F(StoreTest, RecordsAreKeptUntilTheyExpireAndCountedAndCollected) {
+  store_.save_agent_cache("a", make_snapshot(3), "m");
+  const int64_t before = store_.get_cache_disk_usage().total_bytes;
+  const std::string hash(32, 'a'), bytes("answer\0\n", 8);
+  const int64_t now = std::time(nullptr);
+  const Record later{"response-" + hash, now + 3600}, expired{"replay-" + hash, now - 1}, lasting{"team-" + hash, 0};
+  for (const auto& [record, text] : {std::pair(later, "old"), {expired, "old"}, {lasting, "t"}}) store_.keep_record(record, text);
+  store_.keep_record(later, bytes);
+  EXPECT_EQ(Store(root_).read_record(later), bytes);
+  const std::vector<Record> all = store_.records();
+  ASSERT_EQ(all.size(), 3u);
+  EXPECT_EQ(all.front().name, expired.name);
+  EXPECT_EQ(all.back().expires, later.expires);
+  EXPECT_EQ(all.back().bytes, 33 + 8);
+  const DiskUsage usage = store_.get_cache_disk_usage();
+  EXPECT_EQ(usage.records, 3);
+  EXPECT_EQ(usage.record_bytes, 33 + 8 + 33 + 3 + 33 + 1);
+  EXPECT_EQ(usage.orphan_bytes, 33 + 3);
+  EXPECT_EQ(usage.total_bytes, before + usage.record_bytes);
+  // Not the store's.
+  for (const std::string& name : {std::string("notes.txt"), "response-" + hash + ".12x", "response-" + hash + ".+12"}) {
+    write_all(root_ / "records" / name, "x");
+  }
+  write_all(root_ / "records" / ".torpor-tmp-1-2", "left over");
+  EXPECT_EQ(store_.get_cache_disk_usage().total_bytes, usage.total_bytes + 9);
+  EXPECT_EQ(store_.gc(true).files_removed, 2);
+  EXPECT_EQ(store_.gc().files_removed, 2);
+  EXPECT_EQ(store_.records().size(), 2u);
+  EXPECT_TRUE(fs::exists(root_ / "records" / "notes.txt"));
+  EXPECT_EQ(code_of([&] { store_.read_record(expired); }), ErrorCode::kNotFound);
+  for (const char* name : {"", "-", "../etc", "response", "Response-00000000000000000000000000000000"}) {
+    EXPECT_EQ(code_of([&] { store_.keep_record({name, now}, "x"); }), ErrorCode::kInvalidArgument) << name;
+  }
+}
+
+TEST_F(StoreTest, DamageOfARecordIsFound) {
+  const Record record{"team-" + std::string(32, 'a'), 0};
+  store_.keep_record(record, "what was kept");
+  const fs::path path = root_ / "records" / (record.name + ".0");
+  const std::string good = read_all(path);
+  for (size_t at = 0; at < good.size(); ++at) {
+    std::string bad = good;
+    bad[at] = char(bad[at] ^ 1);
+    write_all(path, bad);
+    EXPECT_EQ(code_of([&] { store_.read_record(record); }), ErrorCode::kCorruption) << at;
+    write_all(path, good.substr(0, at));
+    EXPECT_EQ(code_of([&] { store_.read_record(record); }), ErrorCode::kCorruption) << at;
+  }
+  EXPECT_TRUE(store_.drop_record(record));
+  EXPECT_FALSE(store_.drop_record(record));
+}
+
+TEST_F(StoreTest, RecordsCountAgainstTheDiskLimitsAndExpiredOnesMakeRoom) {
+  const int64_t now = std::time(nullptr);
+  const auto record = [](char digit, int64_t expires) { return Record{"replay-" + std::string(32, digit), expires}; };
+  const std::string bytes(1000, 'x');
+  store_.keep_record(record('1', now - 1), bytes);
+  store_.set_disk_limits({.budget = store_.get_cache_disk_usage().total_bytes + 500});
+  store_.keep_record(record('2', now + 3600), bytes);
+  EXPECT_EQ(code_of([&] { store_.read_record(record('1', now - 1)); }), ErrorCode::kNotFound);
+  EXPECT_EQ(code_of([&] { store_.keep_record(record('3', now + 3600), bytes); }), ErrorCode::kResourceExhausted);
+  EXPECT_EQ(store_.read_record(record('2', now + 3600)), bytes);
+}
+
+TEST_F(StoreTest, RecordsGoThroughNoSymbolicLink) {
+  const Record record{"team-" + std::string(32, 'a'), 0};
+  store_.save_agent_cache("a", make_snapshot(3), "m");
+  const fs::path elsewhere = root_.parent_path() / "elsewhere";
+  fs::create_directory(elsewhere);
+  write_all(elsewhere / (record.name + ".0"), "x");
+  fs::create_directory_symlink(elsewhere, root_ / "records");
+  EXPECT_TRUE(store_.records().empty());
+  EXPECT_FALSE(store_.drop_record(record));
+  EXPECT_EQ(code_of([&] { store_.keep_record(record, "y"); }), ErrorCode::kIo);
+  EXPECT_EQ(read_all(elsewhere / (record.name + ".0")), "x");
+}
+
 TEST_F(StoreTest, AnAwakeAgentHasOneOwner) {
   store_.save_agent_cache("a", make_snapshot(3), "m");
   auto lock = store_.lock_agent("a");

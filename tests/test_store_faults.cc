@@ -253,6 +253,44 @@ TEST_F(StoreFaults, APowerCutAnywhereLeavesOldOrNew) {
   }
 }
 
+TEST_F(StoreFaults, APowerCutAnywhereLeavesARecordOldOrNew) {
+  const Record record{"team-" + std::string(32, '1'), 0};
+  struct Act {
+    const char *name, *before, *after;  // nullptr: none
+  };
+  for (const Act& act : {Act{"first", nullptr, "new"}, Act{"replace", "old", "new"}, Act{"drop", "old", nullptr}}) {
+    for (Lost lost : {Lost::kNothing, Lost::kData, Lost::kAll, Lost::kSegmentNames, Lost::kRootNames}) {
+      for (int k = 1, triggered = 1; triggered; ++k) {
+        ASSERT_LT(k, 100);
+        const auto root = fresh_store();
+        if (act.before != nullptr) Store(root).keep_record(record, act.before, Durability::kRename);
+        FaultEnv env(root, attic_of(root));
+        std::optional<ErrorCode> code;
+        {
+          Store store(root, &env);
+          env.fail_at(k, EIO, /*for_good=*/true);
+          code = code_of([&] {
+            if (act.after != nullptr) store.keep_record(record, act.after);
+            else store.drop_record(record);
+          });
+          triggered = env.triggered();
+        }
+        env.lose(lost);
+        Store store(root);
+        const std::string where = std::string(act.name) + ", change " + std::to_string(k) + ", lost " + std::to_string(int(lost));
+        const auto is = [&](const char* text) {
+          return text == nullptr ? store.records().empty() : !store.records().empty() && store.read_record(record) == text;
+        };
+        EXPECT_TRUE(is(act.after) || (code && is(act.before))) << where;
+        store.gc();
+        EXPECT_TRUE(is(act.after) || (code && is(act.before))) << where << ", after gc";
+        EXPECT_EQ(code_of([&] { store.load_agent_cache("a"); }), std::nullopt) << where;
+        fs::remove_all(root), fs::remove_all(attic_of(root));
+      }
+    }
+  }
+}
+
 TEST_F(StoreFaults, GcWaitsForTheDiskBeforeItRemovesWhatAnUnflushedSaveDropped) {
   // A save without fsync drops the segments, gc removes them; then the power cut must not bring the old agent back.
   for (Lost lost : {Lost::kData, Lost::kAll, Lost::kRootNames, Lost::kSegmentNames}) {

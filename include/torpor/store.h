@@ -164,10 +164,18 @@ struct DiskUsage {
   int64_t agents = 0, agent_bytes = 0;  ///< agent files, sidecars and parts; a part that forks share counts once
   int64_t segments = 0, segment_bytes = 0;    ///< all segment files, each once
   int64_t orphan_segments = 0;  ///< named by no agent
-  int64_t orphan_bytes = 0;     ///< of these, and of parts that no agent names: what gc would free
+  int64_t orphan_bytes = 0;     ///< of these, of parts that no agent names, and of records that expired: what gc would free
+  int64_t records = 0, record_bytes = 0;  ///< Store::keep_record
   int64_t temporary_files = 0, temporary_bytes = 0;  ///< of saves under way, and of killed ones, which gc would free too
   int64_t total_bytes = 0;
   int64_t bytes_written = 0;  ///< by all saves of all processes since the store was made
+};
+
+/// Bytes that a program keeps beside the agents, as one file: a server's stored answers, a team.
+struct Record {
+  std::string name;     ///< 1 to 32 letters a to z, '-' and 32 hex digits
+  int64_t expires = 0;  ///< seconds since the epoch, when gc or who needs room may remove it; 0: never
+  int64_t bytes = 0;    ///< of its file; given back, never asked for
 };
 
 struct GcResult {
@@ -271,6 +279,17 @@ class Store {
   DiskLimits kept_disk_limits() const;
   /// Changes them; 0 = no bound. An empty directory becomes a store. kInvalidArgument: a negative limit, or no store.
   void keep_disk_limits(const DiskLimits& limits);
+
+  /// Keeps the bytes, at most 1 GiB, under the record's name and time, in place of what was there. They are there when
+  /// this returns; an error leaves what was there. The disk limits count them. kResourceExhausted; kInvalidArgument for
+  /// what is no name, and more bytes.
+  void keep_record(const Record& record, std::string_view bytes, Durability durability = Durability::kFull);
+  /// kNotFound, kCorruption.
+  std::string read_record(const Record& record) const;
+  /// False when there is none. It is gone when this returns.
+  bool drop_record(const Record& record, Durability durability = Durability::kFull);
+  /// All of them, the oldest first.
+  std::vector<Record> records() const;
 
   /// Reads the agent file's header alone. kNotFound, kCorruption.
   AgentInfo agent_info(const std::string& agent_id) const;

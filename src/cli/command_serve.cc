@@ -254,7 +254,7 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   server::ModelPool models(pool_options(options, root));
   server::Metrics metrics(options.metrics_alias == "vllm");
   server::MeteredRunner metered(models, metrics);
-  server::Dialects dialects(metered);
+  server::Dialects dialects(metered, {&models.model("").engine().store()});  // the first model stays
   server::AgentsApi agents(models, metrics);
   server::ServiceOptions service_options;
   service_options.authenticate = !options.no_auth;

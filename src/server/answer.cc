@@ -155,6 +155,7 @@ void run_stream(TurnRunner& runner, const ChatRequest& request, StreamSink& sink
     runner.run(request, sink, response.gone());
   } catch (...) {
     if (!sink.started()) throw;
+    response.ending(false);
     sink.fail(current_failure());
     response.end();
     throw StreamFailed();

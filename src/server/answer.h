@@ -53,7 +53,7 @@ class PartSink : public AnswerSink {
   void logprobs(std::vector<TokenLogprobs> tokens) final { of_delta_ = std::move(tokens); }
   void tool_call(const std::string& name) final;
   void arguments(std::string_view delta) final;
-  void finish(const AnswerEnd& end) final;
+  void finish(const AnswerEnd& end) override;
 
  protected:
   // `index` counts the parts of the answer from 0.
@@ -78,9 +78,17 @@ class PartSink : public AnswerSink {
 /// A PartSink that sends events while the answer is computed.
 class StreamSink : public PartSink {
  public:
-  using PartSink::PartSink;
+  StreamSink(HttpResponse& response, std::string_view id_prefix, std::string_view call_prefix)
+      : PartSink(id_prefix, call_prefix), to_(response) {}
+  void finish(const AnswerEnd& end) final {
+    to_.ending(true);
+    PartSink::finish(end);
+  }
   /// The answer ends here, after its start: says so in the dialect's form.
   virtual void fail(const Failure& failure) = 0;
+
+ private:
+  HttpResponse& to_;
 };
 
 /// The headers that each answer carries: X-Torpor-Agent, -Cached, and -Why on a miss.

@@ -1,109 +1,108 @@
 #include "server/answer_replay.h"
 
-#include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "base/hash.h"
 #include "server/chat.h"
+#include "torpor/error.h"
+#include "torpor/log.h"
 
 namespace torpor::server {
 namespace {
 
-constexpr std::chrono::hours kLifetime(1);  // clients repeat within minutes
-
-/// Passes an answer on, and remembers it.
+/// Passes an answer on, and has it kept before its end.
 class Recorder : public HttpResponse {
  public:
-  explicit Recorder(HttpResponse& response) : response_(response) {}
+  using Keep = std::function<void(bool streamed, const HttpHeaders& headers, const std::string& body)>;
+  Recorder(HttpResponse& response, Keep keep) : response_(response), keep_(std::move(keep)) {}
 
   void whole(int status, HttpHeaders headers, std::string body) override {
-    status_ = status;
-    headers_ = headers;
-    body_ = body;
-    complete_ = true;
+    if (status == 200) keep_(false, headers, body);
     response_.whole(status, std::move(headers), std::move(body));
   }
   void begin(int status, HttpHeaders headers) override {
-    status_ = status;
     headers_ = headers;
-    streamed_ = true;
     response_.begin(status, std::move(headers));
   }
   bool write(std::string_view bytes) override {
     body_ += bytes;
-    return response_.write(bytes);
+    return ending_ ? !gone() : pass();
   }
   void keep_alive(std::string bytes, std::chrono::milliseconds idle) override {
     response_.keep_alive(std::move(bytes), idle);
   }
+  void ending(bool whole) override { ending_ = whole; }
   void end() override {
-    complete_ = true;
+    if (ending_) keep_(true, headers_, body_);
+    pass();
     response_.end();
   }
   const std::atomic<bool>& gone() const override { return response_.gone(); }
 
-  bool complete() const { return complete_ && status_ == 200; }
-  bool streamed() const { return streamed_; }
-  const HttpHeaders& headers() const { return headers_; }
-  const std::string& body() const { return body_; }
-
  private:
+  /// What is held back.
+  bool pass() {
+    const size_t from = std::exchange(passed_, body_.size());
+    return from == body_.size() ? !gone() : response_.write(std::string_view(body_).substr(from));
+  }
+
   HttpResponse& response_;
-  int status_ = 0;
+  const Keep keep_;
   HttpHeaders headers_;
   std::string body_;
-  bool streamed_ = false, complete_ = false;
+  size_t passed_ = 0;  // bytes of it
+  bool ending_ = false;
+};
+
+/// A kept answer is a line of JSON, and the body.
+struct Kept {
+  std::string digest;  ///< of the request's body
+  bool streamed = false;
+  HttpHeaders headers;
+  std::string body;
+
+  std::string text() const {
+    return to_text(Json{{"digest", digest}, {"streamed", streamed}, {"headers", headers}}) + "\n" + body;
+  }
+  /// nullopt for what this version did not write.
+  static std::optional<Kept> read(const std::string& text) {
+    const size_t end = text.find('\n');
+    if (end == std::string::npos) return std::nullopt;
+    try {
+      const Json json = Json::parse(text.substr(0, end));
+      return Kept{json.at("digest"), json.at("streamed"), json.at("headers").get<HttpHeaders>(), text.substr(end + 1)};
+    } catch (const Json::exception&) {
+      return std::nullopt;
+    }
+  }
 };
 
 }  // namespace
 
-bool AnswerReplay::replay(const std::string& key, const std::string& digest, HttpResponse& response) {
-  std::optional<Entry> found;
-  {
-    const MutexLock lock(mutex_);
-    const auto now = std::chrono::steady_clock::now();
-    while (!entries_.empty() && now - entries_.front().kept >= kLifetime) {
-      bytes_ -= entries_.front().body.size();
-      entries_.pop_front();
-    }
-    const auto entry = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& e) { return e.key == key; });
-    if (entry == entries_.end()) return false;
-    found = *entry;
-  }
-  if (found->body_digest != digest) {
-    throw Failure(Failure::Kind::kInvalid, "This Idempotency-Key came with another body before; use a new one.");
-  }
-  if (found->streamed) {
-    response.begin(200, found->headers);
-    response.write(found->body);
-    response.end();
-  } else {
-    response.whole(200, found->headers, found->body);
-  }
-  return true;
-}
-
-void AnswerReplay::keep(Entry entry) {
-  const MutexLock lock(mutex_);
-  bytes_ += entry.body.size();
-  entries_.push_back(std::move(entry));
-  while (bytes_ > most_bytes_) {
-    bytes_ -= entries_.front().body.size();
-    entries_.pop_front();
-  }
-}
-
 void AnswerReplay::handle(const HttpRequest& request, HttpResponse& response, const Answer& answer) {
   const auto given = request.header("idempotency-key");
   if (!given || request.method != "POST") return answer(response);
-  const std::string key = request.tenant + '\0' + request.path + '\0' + std::string(*given);
+  const std::string key = to_text(Json::array({request.tenant, request.path, *given}));
   const std::string digest = hash_hex(request.body);
-  if (replay(key, digest, response)) return;
-  Recorder recorder(response);
-  answer(recorder);
-  if (recorder.complete()) {
-    keep({key, digest, recorder.headers(), recorder.body(), recorder.streamed(), std::chrono::steady_clock::now()});
+  const auto text = shelf_.find(key);
+  if (const auto kept = text ? Kept::read(*text) : std::nullopt) {
+    if (kept->digest != digest) {
+      throw Failure(Failure::Kind::kInvalid, "This Idempotency-Key came with another body before; use a new one.");
+    }
+    if (!kept->streamed) return response.whole(200, kept->headers, kept->body);
+    response.begin(200, kept->headers);
+    response.write(kept->body);
+    return response.end();
   }
+  Recorder recorder(response, [&](bool streamed, const HttpHeaders& headers, const std::string& body) {
+    try {
+      shelf_.put(key, Kept{digest, streamed, headers, body}.text());
+    } catch (const Error& error) {
+      log(LogLevel::kWarning, std::string("An answer is not kept for when it is asked for again: ") + error.what());
+    }
+  });
+  answer(recorder);
 }
 
 }  // namespace torpor::server

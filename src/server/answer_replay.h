@@ -1,46 +1,30 @@
 #pragma once
 /// Answers that a retry gets again: requests with an `Idempotency-Key`.
 
-#include <chrono>
-#include <cstdint>
-#include <deque>
 #include <functional>
 #include <string>
 
-#include "base/mutex.h"
+#include "server/answer_shelf.h"
 #include "server/http.h"
 
 namespace torpor::server {
 
-/// Keeps complete answers of status 200 for an hour, or until newer ones have used up the bytes: the oldest goes first.
-/// A key is
-/// its tenant's and its path's. Any thread may call.
+/// Keeps complete answers of status 200 on an AnswerShelf, an hour unless told otherwise. A key is its tenant's and its
+/// path's. Any thread may call.
 class AnswerReplay {
  public:
-  explicit AnswerReplay(size_t most_bytes = size_t(64) << 20) : most_bytes_(most_bytes) {}
+  // Clients repeat within minutes.
+  static constexpr AnswerShelf::Limits kLimits{std::chrono::hours(1), 4096, size_t(64) << 20};
+  explicit AnswerReplay(AnswerFiles files, AnswerShelf::Limits limits = kLimits) : shelf_("replay", limits, files) {}
 
   using Answer = std::function<void(HttpResponse&)>;
   /// Answers a request that has an Idempotency-Key: with the answer that this key has got before, else by `answer`, and
-  /// keeps
-  /// that unless it throws. Failure kInvalid when the key came with another body. Other requests are `answer`'s alone.
+  /// keeps that before its last byte is sent, unless it fails. What can't be kept is answered all the same, and the log
+  /// told. Failure kInvalid when the key came with another body. Other requests are `answer`'s alone.
   void handle(const HttpRequest& request, HttpResponse& response, const Answer& answer);
 
  private:
-  struct Entry {
-    std::string key;
-    std::string body_digest;
-    HttpHeaders headers;
-    std::string body;
-    bool streamed;
-    std::chrono::steady_clock::time_point kept;
-  };
-  bool replay(const std::string& key, const std::string& digest, HttpResponse& response);
-  void keep(Entry entry);
-
-  size_t most_bytes_;
-  Mutex mutex_;
-  std::deque<Entry> entries_ TORPOR_GUARDED_BY(mutex_);  // oldest first
-  size_t bytes_ TORPOR_GUARDED_BY(mutex_) = 0;
+  AnswerShelf shelf_;
 };
 
 }  // namespace torpor::server

@@ -246,7 +246,7 @@ Json message_json(const Answer& answer, Json content, Json stop, Json usage) {
 class MessageStream : public StreamSink {
  public:
   MessageStream(HttpResponse& response, bool omit)
-      : StreamSink("msg_", "toolu_"), events_(response, kKeepAlive), omit_(omit) {}
+      : StreamSink(response, "msg_", "toolu_"), events_(response, kKeepAlive), omit_(omit) {}
 
   void fail(const Failure& failure) override { send("error", failure_body(Dialect::kAnthropic, failure)); }
 

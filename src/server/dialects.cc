@@ -36,7 +36,7 @@ struct Dialects::Impl {
   };
 
   /// The routes are those that the description has, so that it says of each what it is.
-  explicit Impl(TurnRunner& runner) : runner(runner) {
+  Impl(TurnRunner& runner, AnswerFiles files) : runner(runner), responses(files), replay(files) {
     const std::map<std::string, Handler> handlers = all_handlers();
     size_t served = 0;
     for (const auto& [path, methods] : described_routes().at("paths").items()) {
@@ -126,12 +126,12 @@ struct Dialects::Impl {
   }
 
   TurnRunner& runner;
-  ResponseStore responses{{}};
+  ResponseStore responses;
   AnswerReplay replay;
   std::vector<Route> routes;
 };
 
-Dialects::Dialects(TurnRunner& runner) : impl_(std::make_unique<Impl>(runner)) {}
+Dialects::Dialects(TurnRunner& runner, AnswerFiles files) : impl_(std::make_unique<Impl>(runner, files)) {}
 Dialects::~Dialects() = default;
 
 void Dialects::handle(const HttpRequest& request, HttpResponse& response) {

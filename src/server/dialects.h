@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "server/answer_shelf.h"
 #include "server/chat.h"
 #include "server/failure.h"
 #include "server/http.h"
@@ -14,8 +15,9 @@ namespace torpor::server {
 /// threads call at a time.
 class Dialects : public HttpHandler {
  public:
-  /// `runner` must outlive this.
-  explicit Dialects(TurnRunner& runner);
+  /// `runner` must outlive this. `files`: where stored responses and answers for retries outlive it. Throws what the store
+  /// says.
+  explicit Dialects(TurnRunner& runner, AnswerFiles files = {});
   ~Dialects() override;
 
   void handle(const HttpRequest& request, HttpResponse& response) override;

@@ -163,7 +163,7 @@ class Lines {
 
 class OllamaStream : public StreamSink {
  public:
-  OllamaStream(HttpResponse& response, bool chat) : StreamSink("", "call_"), response_(response), lines_(chat) {}
+  OllamaStream(HttpResponse& response, bool chat) : StreamSink(response, "", "call_"), response_(response), lines_(chat) {}
 
   void fail(const Failure& failure) override { send(failure_body(Dialect::kOllama, failure)); }
 

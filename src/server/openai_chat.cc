@@ -133,7 +133,7 @@ Json whole_answer(const Answer& answer, bool logprobs) {
 class ChatStream : public StreamSink {
  public:
   ChatStream(HttpResponse& response, bool include_usage)
-      : StreamSink("chatcmpl-", "call_"), events_(response, kOpenAiKeepAlive), include_usage_(include_usage) {}
+      : StreamSink(response, "chatcmpl-", "call_"), events_(response, kOpenAiKeepAlive), include_usage_(include_usage) {}
 
   void fail(const Failure& failure) override { events_.data(failure_body(Dialect::kOpenAi, failure)); }
 

@@ -73,7 +73,7 @@ const char* finish_reason(const Answer& answer) { return answer.end.reason == St
 class CompletionStream : public StreamSink {
  public:
   CompletionStream(HttpResponse& response, bool include_usage)
-      : StreamSink("cmpl-", "call_"), events_(response, kOpenAiKeepAlive), include_usage_(include_usage) {}
+      : StreamSink(response, "cmpl-", "call_"), events_(response, kOpenAiKeepAlive), include_usage_(include_usage) {}
 
   void fail(const Failure& failure) override { events_.data(failure_body(Dialect::kOpenAi, failure)); }
 

@@ -1,48 +1,28 @@
 #include "server/response_store.h"
 
-#include <algorithm>
-
 namespace torpor::server {
+namespace {
 
-std::deque<ResponseStore::Entry>::iterator ResponseStore::locate(const std::string& tenant, const std::string& id) {
-  return std::find_if(entries_.begin(), entries_.end(), [&](const Entry& entry) {
-    return entry.response.id == id && entry.response.tenant == tenant;
-  });
-}
+std::string key_of(const std::string& tenant, const std::string& id) { return to_text(Json::array({tenant, id})); }
 
-void ResponseStore::drop_old() {
-  const auto now = std::chrono::steady_clock::now();
-  while (!entries_.empty() && (entries_.size() > limits_.count || bytes_ > limits_.bytes ||
-                               now - entries_.front().stored >= limits_.lifetime)) {
-    bytes_ -= entries_.front().bytes;
-    entries_.pop_front();
-  }
-}
+}  // namespace
 
-void ResponseStore::put(StoredResponse response) {
-  // Text is what there is most of; the trees around it count about as much.
-  const size_t bytes = 2 * (to_text(response.response).size() + to_text(response.items).size());
-  const MutexLock lock(mutex_);
-  entries_.push_back({std::move(response), bytes, std::chrono::steady_clock::now()});
-  bytes_ += bytes;
-  drop_old();
+void ResponseStore::put(const StoredResponse& stored) {
+  const Json json{{"response", stored.response}, {"items", stored.items}, {"input", stored.input}};
+  shelf_.put(key_of(stored.tenant, stored.id), to_text(json));
 }
 
 std::optional<StoredResponse> ResponseStore::find(const std::string& tenant, const std::string& id) {
-  const MutexLock lock(mutex_);
-  drop_old();
-  const auto found = locate(tenant, id);
-  if (found == entries_.end()) return std::nullopt;
-  return found->response;
+  const auto text = shelf_.find(key_of(tenant, id));
+  if (!text) return std::nullopt;
+  try {
+    const Json json = Json::parse(*text);
+    return StoredResponse{id, tenant, json.at("response"), json.at("items"), json.at("input")};
+  } catch (const Json::exception&) {
+    return std::nullopt;  // this version did not write it
+  }
 }
 
-bool ResponseStore::remove(const std::string& tenant, const std::string& id) {
-  const MutexLock lock(mutex_);
-  const auto found = locate(tenant, id);
-  if (found == entries_.end()) return false;
-  bytes_ -= found->bytes;
-  entries_.erase(found);
-  return true;
-}
+bool ResponseStore::remove(const std::string& tenant, const std::string& id) { return shelf_.remove(key_of(tenant, id)); }
 
 }  // namespace torpor::server

@@ -120,7 +120,7 @@ void keep(const ResponseRequest& request, const std::string& id, const Json& res
 class ResponseStream : public StreamSink {
  public:
   ResponseStream(const ResponseRequest& request, const Json& body, ResponseStore& store, HttpResponse& response)
-      : StreamSink("resp_", "call_"), request_(request), body_(body), store_(store), items_(request),
+      : StreamSink(response, "resp_", "call_"), request_(request), body_(body), store_(store), items_(request),
         events_(response, kOpenAiKeepAlive) {}
 
   void fail(const Failure& failure) override {

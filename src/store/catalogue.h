@@ -48,6 +48,8 @@ class Catalogue {
   void require_store() const;
   /// Adds the marker unless there is one. Everything that writes files begins with it. A durable commit flushes it.
   void make_store();
+  /// Of a store: from now on a power cut leaves the marker.
+  void flush_marker();
   std::filesystem::path marker_path() const { return root_ / kMarkerName; }
 
   /// Whose the file is that has the name of an agent's, by the first bytes of it. A file system may fold case.

@@ -83,6 +83,13 @@ void Catalogue::make_store() {
   has_marker_ = is_store_ = true;
 }
 
+void Catalogue::flush_marker() {
+  if (marker_durable_) return;
+  env_.open(marker_path(), OpenMode::kRead).sync();
+  env_.sync_directory(root_);
+  marker_durable_ = true;
+}
+
 // ---- agents' files
 
 std::string Catalogue::read_beginning_of(const std::filesystem::path& path, size_t size) const {

@@ -43,8 +43,9 @@ void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is
 std::optional<Sweep> begin_sweep(Store::Impl& store, std::chrono::milliseconds timeout) {
   const auto temporary_files = [&store] {
     auto found = store.agents.temporary_files();
-    const auto in_pool = store.segments.temporary_files();
-    found.insert(found.end(), in_pool.begin(), in_pool.end());
+    for (const auto& others : {store.segments.temporary_files(), store.records.temporary_files()}) {
+      found.insert(found.end(), others.begin(), others.end());
+    }
     return found;
   };
   return Sweep::begin(store.env, store.locks, temporary_files, timeout);
@@ -71,7 +72,8 @@ GcResult gc(Store::Impl& store, bool dry_run) {
     return wanted;
   };
   for (const auto& path : sweep->temporary_files()) add(path);
-  // Temporary files go whatever the agents say.
+  for (const Removable& record : store.records.expired()) unneeded.push_back(record);
+  // These go whatever the agents say.
   Sweep::Removed removed = remove(unneeded);
   unneeded.clear();
   const auto live = store.agents.live_files();

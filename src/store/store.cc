@@ -138,6 +138,14 @@ void Store::rename_agent_cache(const std::string& agent_id, const std::string& n
   rename_agent(*impl_, agent_id, new_id);
 }
 SaveResult Store::upgrade_agent(const std::string& agent_id) { return torpor::upgrade_agent(*impl_, agent_id); }
+void Store::keep_record(const Record& record, std::string_view bytes, Durability durability) {
+  torpor::keep_record(*impl_, record, bytes, durability);
+}
+std::string Store::read_record(const Record& record) const { return impl_->records.read(record); }
+bool Store::drop_record(const Record& record, Durability durability) {
+  return impl_->records.remove(record, durability == Durability::kFull);
+}
+std::vector<Record> Store::records() const { return impl_->records.list(); }
 void Store::set_disk_limits(const DiskLimits& limits) { impl_->set_disk_limits(limits); }
 DiskLimits Store::kept_disk_limits() const { return kept_limits(*impl_); }
 void Store::keep_disk_limits(const DiskLimits& limits) { keep_limits(*impl_, limits); }

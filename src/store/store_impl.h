@@ -11,6 +11,7 @@
 #include "base/parallel.h"
 #include "store/catalogue.h"
 #include "store/known.h"
+#include "store/records.h"
 #include "store/segment_pool.h"
 #include "store/store_locks.h"
 #include "store/sweep.h"
@@ -27,6 +28,7 @@ struct Store::Impl {
   Env& env;
   StoreLocks locks{env, root};
   SegmentPool segments{env, root};
+  Records records{env, root};
   WrittenBytes written{env, locks.counter_path()};
   Catalogue agents{env, root, segments, written};
   KnownSegments known;
@@ -68,6 +70,8 @@ std::vector<std::string> find_prefix(Store::Impl& store, const Identity& identit
 LoadedPrefix load_prefix(Store::Impl& store, const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                          std::span<const int32_t> tokens, const LoadOptions& options);
 std::shared_ptr<const SealedRun> map_segment(Store::Impl& store, const std::string& name);
+
+void keep_record(Store::Impl& store, const Record& record, std::string_view bytes, Durability durability);
 
 void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is);
 GcResult gc(Store::Impl& store, bool dry_run = false);

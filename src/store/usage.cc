@@ -51,6 +51,7 @@ int64_t stored_bytes(Store::Impl& store, int64_t* reserved) {
   std::erase_if(names, [&](const std::string& name) { return !is_own(name, all); });
   add_files(store.root, names);
   add_files(store.agents.parts_path(), store.env.list_own(store.agents.parts_path()));
+  add_files(store.records.directory(), store.records.files());
   const auto& pool = store.segments.directory();
   for (const auto& directory : add_files(pool, store.env.list_own(pool))) add_files(directory, store.env.list_own(directory));
   return bytes;
@@ -89,7 +90,12 @@ DiskUsage usage(Store::Impl& store) {
       add(usage.orphan_bytes, segment.stat.size);
     }
   }
-  for (const auto& files : {store.agents.temporary_files(), store.segments.temporary_files()}) {
+  for (const Record& record : store.records.list()) {
+    ++usage.records;
+    add(usage.record_bytes, uint64_t(record.bytes));
+  }
+  for (const Removable& record : store.records.expired()) add(usage.orphan_bytes, record.stat.size);
+  for (const auto& files : {store.agents.temporary_files(), store.segments.temporary_files(), store.records.temporary_files()}) {
     for (const auto& path : files) {
       const auto stat = store.env.stat(path);
       if (!stat || !stat->is_file) continue;

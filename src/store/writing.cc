@@ -27,12 +27,14 @@ std::string parent_of(const SegmentPool& segments, const StoredSegment& segment)
   }
 }
 
-/// Files in the order in which they may be removed: what crashes left behind, then unnamed segments, oldest leaf first.
+/// Files in the order in which they may be removed: what crashes left behind, expired records, then unnamed segments,
+/// oldest leaf first.
 std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, const std::unordered_set<std::string>& live) {
   std::vector<Removable> order;
   for (const auto& path : sweep.temporary_files()) {
     if (const auto stat = store.env.stat(path); stat && stat->is_file) order.push_back({path, *stat, {}});
   }
+  for (const Removable& record : store.records.expired()) order.push_back(record);
   for (const StoredPart& part : store.agents.stored_parts()) {
     const Removable removable = store.agents.removable(part);
     if (!live.contains(removable.path.string())) order.push_back(removable);

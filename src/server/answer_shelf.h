@@ -1,0 +1,60 @@
+#pragma once
+/// Answers that clients may ask for again.
+
+#include <chrono>
+#include <deque>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/mutex.h"
+#include "torpor/store.h"
+
+namespace torpor::server {
+
+/// Where a server's answers outlive its process.
+struct AnswerFiles {
+  Store* store = nullptr;  ///< must live longer; nullptr: answers are in memory alone
+  Durability durability = Durability::kFull;
+};
+
+/// Texts under keys, until they are `lifetime` old, or until newer ones have used up `count` or `bytes`: the oldest goes
+/// first. With a store each is a file, which is there before `put` returns, and a new shelf of the same kind finds it.
+/// Any thread may call.
+class AnswerShelf {
+ public:
+  struct Limits {
+    std::chrono::seconds lifetime;
+    size_t count, bytes;
+  };
+  /// `kind`: letters a to z, another one for each shelf of a store. Throws what the store says.
+  AnswerShelf(std::string kind, Limits limits, AnswerFiles files);
+
+  /// In place of what the key had. Throws what the store says; then the key has what it had.
+  void put(const std::string& key, const std::string& text);
+  /// nullopt when there is none, or what there was is damaged.
+  std::optional<std::string> find(const std::string& key);
+  /// False when there is none. It is gone when this returns. Throws what the store says; then it is there.
+  bool remove(const std::string& key);
+
+ private:
+  struct Entry {
+    Record record;
+    std::string text;  ///< with its key; empty where it is in a file
+  };
+  std::string name_of(const std::string& key) const;
+  std::deque<Entry>::iterator locate(const std::string& key) TORPOR_REQUIRES(mutex_);
+  void erase(std::deque<Entry>::iterator entry, std::vector<Entry>& dropped) TORPOR_REQUIRES(mutex_);
+  /// Takes out what has expired, and of what is too much the oldest.
+  void drop_old(std::vector<Entry>& dropped) TORPOR_REQUIRES(mutex_);
+  void remove_files(const std::vector<Entry>& entries);
+
+  const std::string kind_;
+  const Limits limits_;
+  const AnswerFiles files_;
+  Mutex mutex_;
+  std::deque<Entry> entries_ TORPOR_GUARDED_BY(mutex_);  // oldest first
+  size_t bytes_ TORPOR_GUARDED_BY(mutex_) = 0;
+};
+
+}  // namespace torpor::server
