@@ -186,8 +186,9 @@ TEST_P(Tiny, GreedyTokensEqualMlxLms) {
 INSTANTIATE_TEST_SUITE_P(
     Models, Tiny,
     testing::Combine(testing::Values("tiny-f16", "tiny-bf16-llama3", "tiny-f32-linear", "tiny-window", "tiny-q4-g64",
-                                     "tiny-mixed-g128", "tiny-widths", "tiny-floats", "tiny-mistral", "tiny-qwen2", "tiny-qwen3",
-                                     "tiny-gemma2", "tiny-gemma3", "tiny-gemma3-vision", "tiny-phi3", "tiny-phi4-mini", "tiny-proportional",
+                                     "tiny-mixed-g128", "tiny-widths", "tiny-floats", "tiny-mistral", "tiny-mixtral",
+                                     "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe", "tiny-gemma2", "tiny-gemma3",
+                                     "tiny-gemma3-vision", "tiny-phi3", "tiny-phi4-mini", "tiny-proportional",
                                      "tiny-smollm3", "tiny-seed-oss", "tiny-granite", "tiny-olmo3", "tiny-mistral3", "tiny-cohere2"),
                      testing::Values(std::nullopt, Backend::kKernels, Backend::kMlx)),
     [](const auto& info) {

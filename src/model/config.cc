@@ -224,7 +224,8 @@ std::string ModelConfig::digest() const {
   const auto add = [&](const char* name, const std::string& value) {
     hasher.update_field(name).update_field(value);
   };
-  const auto& [attention, mlp] = layers.front();
+  const Attention& attention = layers.front().attention;
+  const Mlp& mlp = layers.front().mlp;
   add("hidden_size", std::to_string(hidden_size));
   add("intermediate_size", std::to_string(mlp.size));
   add("num_hidden_layers", std::to_string(layers.size()));

@@ -241,7 +241,12 @@ mx::array Decoder::run_layers(const Batch& batch) const {
     const DecoderLayer& layer = layers_[size_t(i)];
     const mx::array read = normed(x, layer.attention_norm);
     x = add_part(x, ops_->attention(read, layer.attention, i, batch), layer.output, layer.attention_post_norm);
-    const mx::array gated = ops_->gated(config_.names.parallel ? read : normed(x, layer.mlp_norm), layer.gate_up);
+    const mx::array mlp_input = config_.names.parallel ? read : normed(x, layer.mlp_norm);
+    if (layer.experts != nullptr) {
+      x = ops_->add(x, normed(ops_->experts(mlp_input, layer.experts), layer.mlp_post_norm));
+      continue;
+    }
+    const mx::array gated = ops_->gated(mlp_input, layer.gate_up);
     x = add_part(x, gated, layer.down, layer.mlp_post_norm);
   }
   return x;

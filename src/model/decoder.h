@@ -40,6 +40,7 @@ Projection find_embedding(const Checkpoint& checkpoint);
 struct DecoderLayer {
   Ops::Weight attention_norm, attention, output, attention_post_norm;
   Ops::Weight mlp_norm, gate_up, down, mlp_post_norm;
+  Ops::Weight experts;  ///< in place of gate_up and down; or nullptr
 };
 
 class Decoder final : public Model {

@@ -1,6 +1,7 @@
 #include "model/family.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <iterator>
 
@@ -58,6 +59,53 @@ void qwen3(ModelConfig& model, FamilyFields& fields) {
     layer.attention.qk_norm = QkNorm::kHeads;
     layer.attention.qkv_bias = layer.attention.output_bias = model.attention_bias;
   }
+}
+
+/// Experts in place of the MLP in the layers that `has` them.
+template <typename Has>
+void mix(ModelConfig& model, Experts experts, Has has) {
+  constexpr int kLimit = 1 << 16;
+  if (experts.n > kLimit || experts.routing.chosen > experts.n) {
+    throw Error(ErrorCode::kInvalidArgument, "config.json: a token goes to " + std::to_string(experts.routing.chosen) + " of " +
+                                                 std::to_string(experts.n) + " experts, which can't be.");
+  }
+  for (size_t i = 0; i < model.layers.size(); ++i) {
+    experts.activation = model.layers[i].mlp.activation;
+    if (has(int(i))) model.layers[i].experts = experts;
+  }
+}
+
+/// A count that the identity keeps.
+int count_of(FamilyFields& fields, const char* key) {
+  count_field(fields.config(), key);
+  return int(fields.number(key, 0));
+}
+
+/// Qwen 3 with experts in most layers.
+void qwen3_moe(ModelConfig& model, FamilyFields& fields) {
+  qwen3(model, fields);
+  const int step = optional_count(fields.config(), "decoder_sparse_step").value_or(1);
+  const json* dense = field(fields.config(), "mlp_only_layers");
+  fields.accept("mlp_only_layers");  // the tensors' names say it, too
+  Experts experts{.n = count_of(fields, "num_experts"), .size = count_of(fields, "moe_intermediate_size")};
+  experts.routing = {.weights = fields.flag("norm_topk_prob", false) ? kernels::Routing::Weights::kNormalised
+                                                                     : kernels::Routing::Weights::kScores,
+                     .chosen = count_of(fields, "num_experts_per_tok")};
+  mix(model, experts, [&](int layer) {
+    const bool is_dense = dense != nullptr && std::ranges::find(*dense, json(layer)) != dense->end();
+    return !is_dense && (layer + 1) % step == 0;
+  });
+}
+
+/// Llama's attention, and experts in every layer.
+void mixtral(ModelConfig& model, FamilyFields& fields) {
+  model.names.mlp = "block_sparse_moe";
+  std::ranges::copy(std::array{"w1", "w3", "w2"}, model.names.expert_parts);
+  Experts experts{.n = count_of(fields, "num_local_experts"), .size = model.layers.front().mlp.size};
+  experts.routing = {.scores = kernels::Routing::Scores::kLinear,
+                     .weights = kernels::Routing::Weights::kSoftmax,
+                     .chosen = count_of(fields, "num_experts_per_tok")};
+  mix(model, experts, [](int) { return true; });
 }
 
 /// q, k and v are one projection in the checkpoint, as are gate and up.
@@ -177,10 +225,14 @@ constexpr Family kFamilies[] = {
     {"mistral3", "llama", "language_model.", R"({"model_type": "mistral", "tie_word_embeddings": false})", llama},
     {"olmo3", "olmo3", "", R"({"sliding_window": 4096, "sliding_window_pattern": 4, "tie_word_embeddings": false})", olmo3,
      false, /*mlx_lm_rotates=*/true},
+    {"mixtral", "mixtral", "",
+     R"({"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": false})",
+     mixtral, /*slides_everywhere=*/true},
     {"phi3", "phi3", "", R"({"max_position_embeddings": 131072, "tie_word_embeddings": false})", phi3,
      /*slides_everywhere=*/true},
     {"qwen2", "qwen2", "", R"({"rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": true})", qwen2},
     {"qwen3", "qwen3", "", "{}", qwen3},
+    {"qwen3_moe", "qwen3_moe", "", R"({"tie_word_embeddings": false})", qwen3_moe},
     {"seed_oss", "seed_oss", "", "{}", seed_oss},
     {"smollm3", "smollm3", "", "{}", smollm3},
 };

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "kernels/moe.h"
 #include "model/rope.h"
 
 namespace torpor::model {
@@ -56,9 +57,18 @@ struct Mlp {
   bool bias = false;
 };
 
+/// A mixture of experts in the MLP's place: a router chooses some for each token.
+struct Experts {
+  int n = 0;     ///< experts
+  int size = 0;  ///< features within one
+  kernels::Routing routing;
+  Activation activation = Activation::kSilu;
+};
+
 struct LayerSpec {
   Attention attention;
-  Mlp mlp;
+  Mlp mlp;                         ///< unless there are
+  std::optional<Experts> experts;
 };
 
 /// How a layer is put together, and how its tensors are called, within "model.layers.0.". An empty name is a norm that it does not have.
@@ -68,6 +78,8 @@ struct LayerNames {
   std::string mlp_norm = "post_attention_layernorm";    ///< of what the MLP reads
   std::string mlp_post_norm;                            ///< of what it adds
   bool parallel = false;  ///< the MLP reads what attention reads
+  std::string mlp = "mlp";
+  const char* expert_parts[3] = {"gate_proj", "up_proj", "down_proj"};  ///< where a checkpoint keeps each expert apart
   bool fused = false;     ///< q, k and v are one tensor, qkv_proj, and so are gate and up, gate_up_proj
 };
 

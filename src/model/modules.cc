@@ -48,24 +48,48 @@ Ops::Weight Modules::gated(const std::string& name, const Mlp& spec) const {
   return ops_.pack_gated(part(".gate_proj"), part(".up_proj"), spec.activation);
 }
 
+Ops::Weight Modules::experts(const std::string& name, const Experts& spec) const {
+  const ModelConfig& c = checkpoint_.config;
+  const std::string stacked = c.weight_prefix + name + ".switch_mlp.";
+  // mlx-lm keeps all experts' in one tensor, Hugging Face each in its own.
+  const auto part = [&](const char* part, int i, int n, int k) {
+    if (checkpoint_.weights.find(stacked + part + ".weight") != nullptr) {
+      return find_stacked(checkpoint_.weights, c, stacked + part, spec.n, n, k);
+    }
+    std::vector<Projection> all;
+    for (int e = 0; e < spec.n; ++e) {
+      all.push_back(projection(name + ".experts." + std::to_string(e) + "." + c.names.expert_parts[i], n, k));
+    }
+    return all;
+  };
+  return ops_.pack_experts(spec, projection(name + ".gate", spec.n, c.hidden_size),
+                           part("gate_proj", 0, spec.size, c.hidden_size), part("up_proj", 1, spec.size, c.hidden_size),
+                           part("down_proj", 2, c.hidden_size, spec.size));
+}
+
 DecoderLayer Modules::layer(int index) const {
   const ModelConfig& c = checkpoint_.config;
-  const auto& [attention_spec, mlp_spec] = c.layers[size_t(index)];
-  const std::string layer = layer_name(index), attention_name = layer + ".self_attn", mlp_name = layer + ".mlp";
+  const auto& [attention_spec, mlp_spec, experts_spec] = c.layers[size_t(index)];
+  const std::string layer = layer_name(index), attention_name = layer + ".self_attn", mlp_name = layer + "." + c.names.mlp;
   const auto norm_of = [&](const std::string& name) {
     return name.empty() ? nullptr : norm(layer + "." + name, c.hidden_size);
   };
   const auto back = [&](const std::string& name, int k, bool bias) {
     return ops_.pack_linear(projection(name, c.hidden_size, k, bias));
   };
-  return {.attention_norm = norm_of(c.names.attention_norm),
-          .attention = attention(attention_name, attention_spec),
-          .output = back(attention_name + ".o_proj", attention_spec.output_size(), attention_spec.output_bias),
-          .attention_post_norm = norm_of(c.names.attention_post_norm),
-          .mlp_norm = norm_of(c.names.mlp_norm),
-          .gate_up = gated(mlp_name, mlp_spec),
-          .down = back(mlp_name + ".down_proj", mlp_spec.size, mlp_spec.bias),
-          .mlp_post_norm = norm_of(c.names.mlp_post_norm)};
+  DecoderLayer parts{.attention_norm = norm_of(c.names.attention_norm),
+                     .attention = attention(attention_name, attention_spec),
+                     .output = back(attention_name + ".o_proj", attention_spec.output_size(), attention_spec.output_bias),
+                     .attention_post_norm = norm_of(c.names.attention_post_norm),
+                     .mlp_norm = norm_of(c.names.mlp_norm),
+                     .mlp_post_norm = norm_of(c.names.mlp_post_norm)};
+  if (experts_spec) {
+    parts.experts = experts(mlp_name, *experts_spec);
+  } else {
+    parts.gate_up = gated(mlp_name, mlp_spec);
+    parts.down = back(mlp_name + ".down_proj", mlp_spec.size, mlp_spec.bias);
+  }
+  return parts;
 }
 
 std::string layer_name(int layer) { return "model.layers." + std::to_string(layer); }

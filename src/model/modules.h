@@ -24,6 +24,7 @@ class Modules {
   Projection projection(const std::string& name, int n, int k, bool bias = false) const;
   Ops::Weight attention(const std::string& name, const Attention& spec) const;
   Ops::Weight gated(const std::string& name, const Mlp& spec) const;
+  Ops::Weight experts(const std::string& name, const Experts& spec) const;
 
   const Checkpoint& checkpoint_;
   Ops& ops_;

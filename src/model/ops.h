@@ -48,6 +48,9 @@ class Ops {
   virtual Weight pack_attention(const Attention& spec, const Projection& q, const Projection& k, const Projection& v,
                                 Weight q_norm, Weight k_norm) = 0;
   virtual Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) = 0;
+  /// Projections of each expert, in their order. The router is not rounded to 16-bit activations.
+  virtual Weight pack_experts(const Experts& spec, const Projection& router, const std::vector<Projection>& gates,
+                              const std::vector<Projection>& ups, const std::vector<Projection>& downs) = 0;
   /// What rows are multiplied by is weight + plus (Gemma keeps its norms less one). If `centred`, their mean is taken off before.
   virtual Weight pack_norm(const TensorView& weight, float plus, bool centred) = 0;
 
@@ -62,6 +65,8 @@ class Ops {
   virtual mx::array linear(const mx::array& x, const Weight& w) = 0;
   /// act(x · W_gateᵀ) ⊙ (x · W_upᵀ)
   virtual mx::array gated(const mx::array& x, const Weight& w) = 0;
+  /// The weighted sum of each row's experts. [M, hidden]
+  virtual mx::array experts(const mx::array& x, const Weight& w) = 0;
   /// f32 logits, of an lm_head or a tied embedding.
   virtual mx::array head(const mx::array& x, const Weight& w) = 0;
   mx::array add(const mx::array& x, const mx::array& y) const;

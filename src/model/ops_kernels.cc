@@ -83,6 +83,11 @@ struct Gated final : Ops::Packed {
   kernels::Activation activation;
 };
 
+struct Mixture final : Ops::Packed {
+  std::shared_ptr<const PackedLinear> router;
+  std::shared_ptr<const kernels::Moe> experts;
+};
+
 struct Attending final : Ops::Packed {
   Attention spec;
   std::vector<std::shared_ptr<const PackedLinear>> projections;  // q, k and v side by side; apart where norms are of all heads
@@ -132,6 +137,22 @@ class KernelOps final : public Ops {
     release({&gate, &up});
     return weight;
   }
+  Weight pack_experts(const Experts& spec, const Projection& router, const std::vector<Projection>& gates,
+                      const std::vector<Projection>& ups, const std::vector<Projection>& downs) override {
+    kernels::Moe moe{.routing = spec.routing, .activation = spec.activation == Activation::kSilu
+                                                                ? kernels::ExpertActivation::kSilu
+                                                                : kernels::ExpertActivation::kGeluTanh};
+    for (size_t e = 0; e < gates.size(); ++e) {
+      moe.experts.push_back({PackedLinear::pack_gated(source(gates[e]), source(ups[e]), activations_),
+                             PackedLinear::pack({source(downs[e])}, activations_)});
+      release({&gates[e], &ups[e], &downs[e]});
+    }
+    auto weight = std::make_shared<Mixture>();
+    weight->router = PackedLinear::pack({source(router)});
+    weight->experts = std::make_shared<const kernels::Moe>(std::move(moe));
+    release({&router});
+    return weight;
+  }
   Weight pack_norm(const TensorView& weight, float plus, bool centred) override {
     std::vector<float> values = to_floats(weight);
     for (float& value : values) value += plus;
@@ -179,6 +200,10 @@ class KernelOps final : public Ops {
   mx::array gated(const mx::array& x, const Weight& w) override {
     const auto& gated = static_cast<const Gated&>(*w);
     return kernels::gated_linear(x, gated.w, gated.activation);
+  }
+  mx::array experts(const mx::array& x, const Weight& w) override {
+    const auto& mixture = static_cast<const Mixture&>(*w);
+    return kernels::moe(x, kernels::linear(x, mixture.router), mixture.experts);
   }
   mx::array head(const mx::array& x, const Weight& w) override { return kernels::linear(x, packed(w)); }
 

@@ -77,6 +77,32 @@ struct Linear final : Ops::Packed {
   }
 
   mx::Dtype dtype;
+  /// Of several of one shape, stacked: each row of x [M, chosen, 1, K] by the expert of `indices` [M, chosen].
+  mx::array apply(const mx::array& x, const mx::array& indices) const {
+    if (!quantization) return mx::gather_mm(x, mx::swapaxes(weight, -1, -2), std::nullopt, indices);
+    return mx::gather_qmm(x, weight, *scales, biases, std::nullopt, indices, /*transpose=*/true, quantization->group,
+                          quantization->bits, mode_name(quantization->mode));
+  }
+  static Linear stacked(const std::vector<Projection>& parts, mx::Dtype dtype) {
+    std::vector<mx::array> weights, scales, biases;
+    Linear all(parts.front(), dtype);
+    for (const Projection& part : parts) {
+      Linear one(part, dtype);
+      weights.push_back(one.weight);
+      if (one.scales) scales.push_back(*one.scales);
+      if (one.biases) biases.push_back(*one.biases);
+    }
+    const auto stack = [](const std::vector<mx::array>& arrays) {
+      mx::array stack = mx::stack(arrays);
+      mx::eval({stack});
+      return stack;
+    };
+    all.weight = stack(weights);
+    if (!scales.empty()) all.scales = stack(scales);
+    if (!biases.empty()) all.biases = stack(biases);
+    return all;
+  }
+
   mx::array weight;
   std::optional<Quantization> quantization;
   std::optional<mx::array> scales, biases, bias;
@@ -87,6 +113,13 @@ struct Gated final : Ops::Packed {
       : gate(std::move(gate)), up(std::move(up)), activation(activation) {}
   Linear gate, up;
   Activation activation;
+};
+
+struct Mixture final : Ops::Packed {
+  Mixture(const Experts& spec, Linear router, Linear gate, Linear up, Linear down)
+      : spec(spec), router(std::move(router)), gate(std::move(gate)), up(std::move(up)), down(std::move(down)) {}
+  Experts spec;
+  Linear router, gate, up, down;  // but for the router's, of all experts
 };
 
 /// As fast::rope wants them: 1 / inv_freq; and what a head's dims are multiplied by.
@@ -137,6 +170,11 @@ class MlxOps final : public Ops {
   }
   Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
     return std::make_shared<Gated>(Linear(gate, dtype_), Linear(up, dtype_), activation);
+  }
+  Weight pack_experts(const Experts& spec, const Projection& router, const std::vector<Projection>& gates,
+                      const std::vector<Projection>& ups, const std::vector<Projection>& downs) override {
+    const auto stacked = [&](const std::vector<Projection>& parts) { return Linear::stacked(parts, dtype_); };
+    return std::make_shared<Mixture>(spec, Linear(router, dtype_), stacked(gates), stacked(ups), stacked(downs));
   }
   Weight pack_norm(const TensorView& weight, float plus, bool centred) override {
     mx::array w = mx::astype(to_array(weight), dtype_);
@@ -194,6 +232,36 @@ class MlxOps final : public Ops {
     const auto& gated = static_cast<const Gated&>(*w);
     const mx::array gate = gated.gate.apply(x);
     return mx::multiply(gated.activation == Activation::kSilu ? silu(gate) : gelu_tanh(gate), gated.up.apply(x));
+  }
+  mx::array experts(const mx::array& x, const Weight& w) override {
+    using Scores = kernels::Routing::Scores;
+    using Weights = kernels::Routing::Weights;
+    const auto& mixture = static_cast<const Mixture&>(*w);
+    const kernels::Routing& routing = mixture.spec.routing;
+    const mx::array logits = mx::astype(mixture.router.apply(x), mx::float32);
+    const mx::array scores = routing.scores == Scores::kSoftmax   ? mx::softmax(logits, -1, /*precise=*/true)
+                             : routing.scores == Scores::kSigmoid ? mx::sigmoid(logits)
+                                                                  : logits;
+    const auto of_experts = [](const std::vector<float>& values) {
+      return mx::array(values.data(), {int(values.size())}, mx::float32);
+    };
+    const mx::array ranked = routing.selection_bias.empty() ? scores : mx::add(scores, of_experts(routing.selection_bias));
+    const mx::array best = mx::slice(mx::argsort(mx::negative(ranked), -1), {0, 0}, {x.shape(0), routing.chosen});
+    const mx::array chosen = mx::sort(best, -1);
+    mx::array weights = mx::take_along_axis(scores, chosen, -1);
+    if (routing.weights == Weights::kSoftmax) weights = mx::softmax(weights, -1, /*precise=*/true);
+    if (routing.weights == Weights::kNormalised) {
+      weights = mx::divide(weights, mx::add(mx::sum(weights, -1, /*keepdims=*/true), mx::array(routing.epsilon)));
+    }
+    weights = mx::multiply(weights, mx::array(routing.scale));
+    if (!routing.expert_scale.empty()) {
+      weights = mx::multiply(weights, mx::take(of_experts(routing.expert_scale), chosen));
+    }
+    const mx::array rows = mx::expand_dims(x, {-2, -3});
+    const mx::array gate = mixture.gate.apply(rows, chosen), up = mixture.up.apply(rows, chosen);
+    const mx::array hidden = mx::multiply(mixture.spec.activation == Activation::kSilu ? silu(gate) : gelu_tanh(gate), up);
+    const mx::array out = mx::squeeze(mixture.down.apply(hidden, chosen), -2);
+    return mx::sum(mx::multiply(out, mx::astype(mx::expand_dims(weights, -1), out.dtype())), -2);
   }
   mx::array head(const mx::array& x, const Weight& w) override { return mx::astype(single(w).apply(x), mx::float32); }
 

@@ -17,13 +17,14 @@ void require_float(const TensorView& tensor) {
 /// As mlx-lm has it: what the config says of this module, else what the shapes say.
 Quantization quantization_of(const ModelConfig& config, const std::string& name, int k, const TensorView& weight,
                              const TensorView& scales) {
-  if (weight.dtype != "U32" || weight.shape.size() != 2 || scales.shape.size() != 2 || weight.shape[1] == 0 ||
-      scales.shape[1] == 0 || k % scales.shape[1] != 0 || weight.shape[1] * 32 % k != 0) {
+  const auto columns = [](const TensorView& tensor) { return tensor.shape.size() < 2 ? 0 : tensor.shape.back(); };
+  const int64_t words = columns(weight), groups = columns(scales);
+  if (weight.dtype != "U32" || words == 0 || groups == 0 || k % groups != 0 || words * 32 % k != 0) {
     throw Error(ErrorCode::kCorruption, "The quantized weight " + name + " has shape " + shape_text(weight.shape) +
                                             " and scales " + shape_text(scales.shape) +
                                             ", which do not fit each other.");
   }
-  Quantization q{Mode::kAffine, int(weight.shape[1] * 32 / k), int(k / scales.shape[1])};
+  Quantization q{Mode::kAffine, int(words * 32 / k), int(k / groups)};
   const auto unsupported = [&](const std::string& what) {
     throw Error(ErrorCode::kInvalidArgument, "unsupported quantization of " + name + ": " + what);
   };
@@ -49,22 +50,29 @@ Quantization quantization_of(const ModelConfig& config, const std::string& name,
   return q;
 }
 
-}  // namespace
+/// A matrix [n, columns], of `count` stacked ones one below the other.
+TensorView matrix(const Weights& weights, const std::string& name, int count, int n, int64_t columns) {
+  if (count == 0) return weights.get(name, {n, columns});
+  TensorView tensor = weights.get(name, {count, n / count, columns});
+  tensor.shape = {n, columns};
+  return tensor;
+}
 
-Projection find_projection(const Weights& weights, const ModelConfig& config, const std::string& name, int n, int k,
-                           bool with_bias) {
+/// `n` rows, of all that are stacked; `count` is 0 where they are not.
+Projection find(const Weights& weights, const ModelConfig& config, const std::string& name, int count, int n, int k,
+                bool with_bias) {
   Projection p;
   p.n = n;
   p.k = k;
   if (const TensorView* scales = weights.find(name + ".scales"); scales != nullptr && config.quantized) {
     const TensorView* weight = weights.find(name + ".weight");
-    if (weight == nullptr) weights.get(name + ".weight", {n, k});  // says that it is missing
+    if (weight == nullptr) matrix(weights, name + ".weight", count, n, k);  // says that it is missing
     p.quantization = quantization_of(config, name, k, *weight, *scales);
     const int64_t groups = k / p.quantization->group;
-    p.weight = weights.get(name + ".weight", {n, int64_t(k) * p.quantization->bits / 32});
-    p.scales = weights.get(name + ".scales", {n, groups});
+    p.weight = matrix(weights, name + ".weight", count, n, int64_t(k) * p.quantization->bits / 32);
+    p.scales = matrix(weights, name + ".scales", count, n, groups);
     if (p.quantization->mode == Mode::kAffine) {
-      p.biases = weights.get(name + ".biases", {n, groups});
+      p.biases = matrix(weights, name + ".biases", count, n, groups);
       require_float(*p.scales);
       if (p.biases->dtype != p.scales->dtype) {
         throw Error(ErrorCode::kCorruption, "The scales and biases of " + name + " differ in dtype.");
@@ -73,7 +81,7 @@ Projection find_projection(const Weights& weights, const ModelConfig& config, co
       throw Error(ErrorCode::kInvalidArgument, "unsupported quantization of " + name + ": it has a global_scale.");
     }
   } else {
-    p.weight = weights.get(name + ".weight", {n, k});
+    p.weight = matrix(weights, name + ".weight", count, n, k);
     require_float(p.weight);
   }
   if (with_bias) {
@@ -81,6 +89,21 @@ Projection find_projection(const Weights& weights, const ModelConfig& config, co
     require_float(*p.bias);
   }
   return p;
+}
+
+}  // namespace
+
+Projection find_projection(const Weights& weights, const ModelConfig& config, const std::string& name, int n, int k,
+                           bool with_bias) {
+  return find(weights, config, name, 0, n, k, with_bias);
+}
+
+std::vector<Projection> find_stacked(const Weights& weights, const ModelConfig& config, const std::string& name, int count,
+                                     int n, int k) {
+  const Projection all = find(weights, config, name, count, count * n, k, false);
+  std::vector<Projection> parts;
+  for (int i = 0; i < count; ++i) parts.push_back(rows_of(all, i * n, n));
+  return parts;
 }
 
 Projection rows_of(const Projection& p, int first, int n) {

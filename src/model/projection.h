@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "model/config.h"
 #include "model/weights.h"
@@ -21,6 +22,10 @@ struct Projection {
 /// kInvalidArgument for a quantization that is not supported.
 Projection find_projection(const Weights& weights, const ModelConfig& config, const std::string& name, int n, int k,
                            bool with_bias);
+
+/// `count` modules [n, k] that a checkpoint keeps in one tensor [count, n, k].
+std::vector<Projection> find_stacked(const Weights& weights, const ModelConfig& config, const std::string& name, int count,
+                                     int n, int k);
 
 /// Rows [first, first + n) of a projection: one part of several that the checkpoint keeps as one.
 Projection rows_of(const Projection& p, int first, int n);
