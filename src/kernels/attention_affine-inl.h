@@ -207,8 +207,9 @@ HWY_INLINE void transpose_scales(const float* from, size_t groups, size_t begin,
 }
 
 /// Columns [begin, end) of transposed words [dim * kBits / 32][kBlock] to [dim][kBlock], by scales and biases
-/// [dim / group][kBlock]. As many words of `ahead` are brought into the cache.
-template <int kBits>
+/// [dim / group][kBlock]. With kRotated each kFirstRotated elements are turned back. As many words of `ahead` are brought
+/// into the cache.
+template <int kBits, bool kRotated>
 HWY_INLINE void dequantize_keys(const float* words, const float* scales, const float* biases, size_t dim, size_t group,
                                 size_t begin, size_t end, const float* ahead, float* HWY_RESTRICT out) {
   const DF d;
@@ -216,18 +217,23 @@ HWY_INLINE void dequantize_keys(const float* words, const float* scales, const f
   const hn::RebindToUnsigned<DF> du;
   constexpr size_t kPerWord = 32 / kBits;
   const auto mask = hn::Set(du, (1u << kBits) - 1);
-  for (size_t i = 0; i < dim; i += kPerWord) {
-    const float* from = words + i / kPerWord * kBlock;
+  for (size_t i = 0; i < dim; i += kFirstRotated) {
     const size_t g = i / group * kBlock;
     for (size_t j = begin / kLanes * kLanes; j < end; j += kLanes) {
-      hwy::Prefetch(ahead + i / kPerWord * kBlock + j);
-      auto word = hn::BitCast(du, hn::LoadU(d, from + j));
       const VF scale = hn::LoadU(d, scales + g + j), bias = hn::LoadU(d, biases + g + j);
-      for (size_t e = 0; e < kPerWord; ++e) {
-        const VF level = hn::ConvertTo(d, hn::BitCast(di, hn::And(word, mask)));
-        hn::StoreU(hn::MulAdd(scale, level, bias), d, out + (i + e) * kBlock + j);
-        word = hn::ShiftRight<kBits>(word);
+      VF v[kFirstRotated];
+      for (size_t w = 0; w < kFirstRotated; w += kPerWord) {
+        const size_t at = (i + w) / kPerWord * kBlock + j;
+        hwy::Prefetch(ahead + at);
+        auto word = hn::BitCast(du, hn::LoadU(d, words + at));
+        for (size_t e = 0; e < kPerWord; ++e) {
+          const VF level = hn::ConvertTo(d, hn::BitCast(di, hn::And(word, mask)));
+          v[w + e] = hn::MulAdd(scale, level, bias);
+          word = hn::ShiftRight<kBits>(word);
+        }
       }
+      if constexpr (kRotated) butterfly(v);
+      for (size_t e = 0; e < kFirstRotated; ++e) hn::StoreU(v[e], d, out + (i + e) * kBlock + j);
     }
   }
 }
@@ -336,7 +342,11 @@ HWY_NOINLINE void dequantize_block(const AttentionJob& job, const AttentionSeque
   const AttentionSpec& spec = *job.spec;
   const size_t dim = size_t(spec.head_dim), group = size_t(spec.kv_group);
   const Affine k = load_keys<kKeyBits>(spec, sequence, head, position, here.keys, zeros, begin, end, words, scales);
-  dequantize_keys<kKeyBits>(words, k.scales, k.biases, dim, group, begin, end, ahead.keys, keys);
+  if (spec.key_bias != nullptr && spec.rotate_keys) {
+    dequantize_keys<kKeyBits, true>(words, k.scales, k.biases, dim, group, begin, end, ahead.keys, keys);
+  } else {
+    dequantize_keys<kKeyBits, false>(words, k.scales, k.biases, dim, group, begin, end, ahead.keys, keys);
+  }
   if (spec.key_bias != nullptr) add_key_bias(job, head, position, begin, end, keys);
   const Affine v = load_values(spec, sequence, head, position, begin, end, scales);
   dequantize_values<kValueBits>(here.values, v.scales, v.biases, dim, group, begin, end, ahead.values, values);
