@@ -98,8 +98,8 @@ TEST_F(Directory, BadConfig) {
   edit([](json& c) { c.erase("vocab_size"); });
   expect(ErrorCode::kInvalidArgument, "no vocab_size");
   copy("tiny-q4-g64");
-  edit([](json& c) { c["quantization"]["mode"] = "mxfp4"; });
-  expect(ErrorCode::kInvalidArgument, "mxfp4");
+  edit([](json& c) { c["quantization"]["mode"] = "nf4"; });
+  expect(ErrorCode::kInvalidArgument, "nf4");
   copy("tiny-q4-g64");
   edit([](json& c) { c.erase("quantization"), c["quantization_config"] = {{"quant_method", "gptq"}}; });
   expect(ErrorCode::kInvalidArgument, "gptq");
