@@ -47,10 +47,13 @@ void AnswerShelf::erase(std::deque<Entry>::iterator entry, std::vector<Entry>& d
 void AnswerShelf::drop_old(std::vector<Entry>& dropped) {
   // All lives are of one length, but for those of another version.
   for (size_t i = 0; i < entries_.size();) {
-    if (entries_[i].record.expires <= now()) erase(entries_.begin() + ptrdiff_t(i), dropped);
-    else ++i;
+    if (entries_[i].record.expires <= now())
+      erase(entries_.begin() + ptrdiff_t(i), dropped);
+    else
+      ++i;
   }
-  while (!entries_.empty() && (entries_.size() > limits_.count || bytes_ > limits_.bytes)) erase(entries_.begin(), dropped);
+  while (!entries_.empty() && (entries_.size() > limits_.count || bytes_ > limits_.bytes))
+    erase(entries_.begin(), dropped);
 }
 
 void AnswerShelf::remove_files(const std::vector<Entry>& entries) {
@@ -59,7 +62,8 @@ void AnswerShelf::remove_files(const std::vector<Entry>& entries) {
     try {
       files_.store->drop_record(entry.record, Durability::kNone);
     } catch (const Error& error) {
-      log(LogLevel::kInfo, std::string("An answer that has had its time is left to garbage collection: ") + error.what());
+      log(LogLevel::kInfo,
+          std::string("An answer that has had its time is left to garbage collection: ") + error.what());
     }
   }
 }
@@ -102,7 +106,8 @@ std::optional<std::string> AnswerShelf::find(const std::string& key) {
     try {
       whole = files_.store->read_record(found->record);
     } catch (const Error& error) {
-      if (error.code() != ErrorCode::kNotFound) log(LogLevel::kWarning, std::string("An answer is lost: ") + error.what());
+      if (error.code() != ErrorCode::kNotFound)
+        log(LogLevel::kWarning, std::string("An answer is lost: ") + error.what());
       return std::nullopt;
     }
   }
@@ -120,7 +125,8 @@ bool AnswerShelf::remove(const std::string& key) {
   if (files_.store != nullptr) files_.store->drop_record(*found, files_.durability);
   const MutexLock lock(mutex_);
   std::vector<Entry> removed;
-  if (const auto entry = locate(key); entry != entries_.end() && entry->record.expires == found->expires) erase(entry, removed);
+  if (const auto entry = locate(key); entry != entries_.end() && entry->record.expires == found->expires)
+    erase(entry, removed);
   return true;
 }
 

@@ -29,7 +29,8 @@ std::optional<Record> parse_file_name(const std::string& file) {
   Record record{.name = file.substr(0, dot)};
   const char* const end = file.data() + file.size();
   const auto [last, error] = std::from_chars(file.data() + dot + 1, end, record.expires);
-  if (error != std::errc() || last != end || std::to_string(record.expires) != file.substr(dot + 1)) return std::nullopt;
+  if (error != std::errc() || last != end || std::to_string(record.expires) != file.substr(dot + 1))
+    return std::nullopt;
   return record.expires < 0 ? std::nullopt : std::optional(record);
 }
 
@@ -57,8 +58,10 @@ FileStat Records::write(const Record& record, std::string_view bytes, bool durab
 std::string Records::read(const Record& record) const {
   const std::filesystem::path from = path(record);
   std::string text = env_.read_file(from, kMostBytes + size_t(kHeader));
-  if (text.size() < size_t(kHeader) || text.substr(0, kHeader) != hash_hex(std::string_view(text).substr(kHeader)) + "\n") {
-    throw Error(ErrorCode::kCorruption, "The record '" + from.string() + "' is damaged; remove it.").with_path(from.string());
+  if (text.size() < size_t(kHeader) ||
+      text.substr(0, kHeader) != hash_hex(std::string_view(text).substr(kHeader)) + "\n") {
+    throw Error(ErrorCode::kCorruption, "The record '" + from.string() + "' is damaged; remove it.")
+        .with_path(from.string());
   }
   return text.substr(kHeader);
 }
@@ -114,7 +117,8 @@ void keep_record(Store::Impl& store, const Record& record, std::string_view byte
   store.records.path(record);
   if (bytes.size() > kMostBytes) {
     throw Error(ErrorCode::kInvalidArgument, "A record of " + std::to_string(bytes.size()) +
-                                                 " bytes is too large; the most are " + std::to_string(kMostBytes) + ".");
+                                                 " bytes is too large; the most are " + std::to_string(kMostBytes) +
+                                                 ".");
   }
   store.agents.require_store();
   Writing writing(store);
