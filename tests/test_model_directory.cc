@@ -80,7 +80,8 @@ TEST_F(Directory, Missing) {
 TEST_F(Directory, BadConfig) {
   edit([](json& c) { c["model_type"] = "mamba"; });
   expect(ErrorCode::kInvalidArgument,
-         "unsupported architecture mamba, supported: cohere2, gemma2, gemma3, gemma3_text, granite, llama, ministral3, mistral, "
+         "unsupported architecture mamba, supported: cohere2, gemma2, gemma3, gemma3_text, gemma4, gemma4_text, "
+         "gemma4_unified, gemma4_unified_text, granite, llama, ministral3, mistral, "
          "mistral3, olmo3, phi3, qwen2, qwen3, seed_oss, smollm3.");
   copy("tiny-q4-g64");
   edit([](json& c) { c["rope_scaling"] = {{"rope_type", "dynamic"}, {"factor", 4}}; });
@@ -133,11 +134,13 @@ TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
                                          {"tiny-granite", "attention_multiplier", 0.1}, {"tiny-cohere2", "logit_scale", 1},
                                          {"tiny-cohere2", "layer_norm_eps", 1e-6}, {"tiny-cohere2", "rope_traditional", false},
                                          {"tiny-smollm3", "no_rope_layers", {1, 1, 0, 1}}, {"tiny-smollm3", "no_rope_layers", nullptr},
+                                         {"tiny-gemma4", "use_bidirectional_attention", "vision"},
+                                         {"tiny-gemma4", "final_logit_softcapping", nullptr}, {"tiny-gemma4", "sliding_window", 9},
                                          {"tiny-olmo3", "rope_scaling", nullptr}, {"tiny-olmo3", "rope_theta", 1e6}}) {
     SCOPED_TRACE(std::string(name) + " " + key + " " + value.dump());
-    // Every fourth layer of SmolLM3 has no RoPE anyway.
+    // Every fourth layer of SmolLM3 has no RoPE anyway, and pictures can't be given.
     const bool equal = read_json(kGoldens / name / "config.json").value(key, json()) == value ||
-                       (value.is_null() && std::string(key) == "no_rope_layers");
+                       (value.is_null() && std::string(key) == "no_rope_layers") || value == "vision";
     EXPECT_EQ(identity(name, same) == identity(name, [&](json& c) { c[key] = value; }), equal);
   }
 
@@ -213,6 +216,20 @@ TEST_F(Directory, FamiliesConfigsThatMakeNoSense) {
   copy("tiny-granite");
   edit([](json& c) { c["logits_scaling"] = 0; });
   expect(ErrorCode::kInvalidArgument, "logits_scaling");
+  for (const int shared : {4, 5, 6, -1}) {  // two sliding layers are below, no global one
+    copy("tiny-gemma4");
+    edit([&](json& c) { c["num_kv_shared_layers"] = shared; });
+    expect(ErrorCode::kInvalidArgument, "num_kv_shared_layers");
+  }
+  copy("tiny-gemma4");
+  edit([](json& c) { c["enable_moe_block"] = true; });
+  expect(ErrorCode::kInvalidArgument, "enable_moe_block");
+  copy("tiny-gemma4");
+  edit([](json& c) { c["use_bidirectional_attention"] = "all"; });
+  expect(ErrorCode::kInvalidArgument, "use_bidirectional_attention");
+  copy("tiny-gemma4");
+  edit([](json& c) { c["global_head_dim"] = 31; });
+  expect(ErrorCode::kInvalidArgument, "global_head_dim");
   copy("tiny-olmo3");
   edit([](json& c) { c["rope_scaling"].erase("factor"); });
   expect(ErrorCode::kInvalidArgument, "factor");

@@ -137,6 +137,7 @@ void refuse_what_is_not_computed(const FamilyFields& fields) {
   for (const auto& [key, neutral] :
        {std::pair<const char*, Neutral>{"use_bidirectional_attention", is_off}, {"alibi", is_off}, {"attn_output_gate", is_off},
         {"mlp_only_layers", is_off}, {"attention_sinks", is_off}, {"use_qk_norm", is_off}, {"attention_out_bias", is_off},
+        {"enable_moe_block", is_off}, {"attention_k_eq_v", is_off},
         {"layer_norm_bias", is_off}, {"is_causal", is_on},
         {"clip_qkv", is_never}, {"num_local_experts", at_most_one}, {"num_experts", at_most_one},
         {"n_routed_experts", at_most_one}, {"moe_num_experts", at_most_one}, {"embedding_multiplier", is_one},

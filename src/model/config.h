@@ -35,6 +35,12 @@ struct ModelConfig {
   float logit_scale = 1;          ///< logits are multiplied by it
   float logit_softcap = 0;        ///< logits become cap * tanh(logit / cap); 0 = off
   std::optional<bool> tied_head;  ///< nullopt: as the weights have it
+  /// Embeddings of a token for each layer, which join at its end.
+  struct LayerInputs {
+    int size = 0, vocab_size = 0;
+    float scale = 1;  ///< they are multiplied by it
+  };
+  std::optional<LayerInputs> layer_inputs;
   LayerNames names;
   std::vector<LayerSpec> layers;  ///< at least one
   std::string rope_description;   ///< of all layers, for the identity

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
+#include <numbers>
 #include <set>
 
 #include <mlx/ops.h>
@@ -59,8 +61,10 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
     throw Error(ErrorCode::kInvalidArgument, "The model's keys have no bias, so no KV format can be without it.");
   }
   KvLayout layout;
-  for (size_t i = 0; i < config.layers.size(); ++i) {
-    const Attention& attention = config.layers[i].attention;
+  int i = -1;
+  for (const auto& [attention, mlp] : config.layers) {
+    if (attention.reads_rows_of) continue;
+    ++i;
     const auto add_rows = [&](const char* part, int dim, int bits) {
       if (format.quantized() && dim % format.group != 0) {
         throw Error(ErrorCode::kInvalidArgument, "The model's heads of " + std::to_string(dim) +
@@ -84,6 +88,15 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
     add_rows("values", attention.value_dim, format.bits.values);
   }
   return layout;
+}
+
+std::vector<int> cache_layers_of(const ModelConfig& config) {
+  std::vector<int> of;
+  int own = 0;
+  for (const auto& [attention, mlp] : config.layers) {
+    of.push_back(attention.reads_rows_of ? of[size_t(*attention.reads_rows_of)] : own++);
+  }
+  return of;
 }
 
 KvFormat refined_format(const ModelConfig& config, const KvFormat& asked) {
@@ -120,7 +133,9 @@ Decoder::Decoder(const Checkpoint& checkpoint)
                                          : make_mlx_ops(config_.norm_eps, dtype_)),
       info_(info_of(checkpoint)),
       identity_(identity_of(checkpoint)) {
+  cache_layers_ = cache_layers_of(config_);
   const Modules modules(checkpoint, *ops_);
+  if (config_.layer_inputs) inputs_ = modules.shared_inputs();
   embedding_ = modules.embedding();
   for (int i = 0; i < info_.n_layers; ++i) layers_.push_back(modules.layer(i));
   final_norm_ = modules.norm("model.norm", config_.hidden_size);
@@ -231,25 +246,43 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
   return result;
 }
 
-mx::array Decoder::run_layers(const Batch& batch) const {
+mx::array Decoder::run_layers(Batch& batch) const {
   mx::array x = ops_->embedding(batch.tokens, embedding_);
   if (config_.embedding_scale != 1) x = ops_->scale(x, config_.embedding_scale);
+  const std::optional<mx::array> inputs = inputs_ ? std::optional(layer_inputs(batch.tokens, x)) : std::nullopt;
   const auto normed = [&](const mx::array& rows, const Ops::Weight& norm) {
     return norm == nullptr ? rows : ops_->norm(rows, norm);
   };
   for (int i = 0; i < info_.n_layers; ++i) {
     const DecoderLayer& layer = layers_[size_t(i)];
     const mx::array read = normed(x, layer.attention_norm);
-    x = add_part(x, ops_->attention(read, layer.attention, i, batch), layer.output, layer.attention_post_norm);
+    const mx::array attended = ops_->attention(read, layer.attention, cache_layers_[size_t(i)], batch);
+    x = add_part(x, attended, layer.output, layer.attention_post_norm);
     const mx::array mlp_input = config_.names.parallel ? read : normed(x, layer.mlp_norm);
     if (layer.experts != nullptr) {
       x = ops_->add(x, normed(ops_->experts(mlp_input, layer.experts), layer.mlp_post_norm));
-      continue;
+    } else {
+      x = add_part(x, ops_->gated(mlp_input, layer.gate_up), layer.down, layer.mlp_post_norm);
     }
-    const mx::array gated = ops_->gated(mlp_input, layer.gate_up);
-    x = add_part(x, gated, layer.down, layer.mlp_post_norm);
+    if (layer.inputs) x = add_inputs(x, mx::take(*inputs, i, 1, ops_->device()), *layer.inputs);
+    if (layer.scalar != 1) x = ops_->scale(x, layer.scalar);
   }
   return x;
+}
+
+mx::array Decoder::layer_inputs(const std::vector<int32_t>& tokens, const mx::array& x) const {
+  const int m = x.shape(0), n = info_.n_layers, size = config_.layer_inputs->size;
+  const auto shaped = [&](const mx::array& rows, mx::Shape shape) { return mx::reshape(rows, std::move(shape), ops_->device()); };
+  const mx::array projected = ops_->scale(ops_->linear(x, inputs_->projection), 1 / std::sqrt(float(config_.hidden_size)));
+  const mx::array own = ops_->norm(shaped(projected, {m * n, size}), inputs_->norm);
+  const mx::array table = mx::astype(inputs_->table.rows(tokens), x.dtype(), ops_->device());
+  const mx::array sum = ops_->add(own, shaped(ops_->scale(table, config_.layer_inputs->scale), {m * n, size}));
+  return shaped(ops_->scale(sum, float(std::numbers::sqrt2 / 2)), {m, n, size});
+}
+
+mx::array Decoder::add_inputs(const mx::array& x, const mx::array& inputs, const LayerInputWeights& w) const {
+  const mx::array gated = ops_->multiply(ops_->gelu(ops_->linear(x, w.gate)), inputs);
+  return ops_->add(x, ops_->norm(ops_->linear(gated, w.projection), w.norm));
 }
 
 mx::array Decoder::add_part(const mx::array& x, const mx::array& inner, const Ops::Weight& w,

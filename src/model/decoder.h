@@ -4,11 +4,13 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "model/config.h"
+#include "model/mapped_rows.h"
 #include "model/ops.h"
 #include "model/weights.h"
 #include "torpor/model.h"
@@ -30,17 +32,30 @@ ModelInfo info_of(const Checkpoint& checkpoint);
 Identity identity_of(const Checkpoint& checkpoint);
 /// Model::kv_layout.
 KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format);
+/// Of each layer, which of the caches' layers has its rows: those that read another's have none.
+std::vector<int> cache_layers_of(const ModelConfig& config);
 /// Model::refined.
 KvFormat refined_format(const ModelConfig& config, const KvFormat& asked);
 
 /// The embedding, whose dtype is that of the checkpoint's activations.
 Projection find_embedding(const Checkpoint& checkpoint);
 
+/// Of ModelConfig::layer_inputs: what a layer does with its own, and where all of them come from.
+struct LayerInputWeights {
+  Ops::Weight gate, projection, norm;
+};
+struct SharedInputWeights {
+  MappedRows table;
+  Ops::Weight projection, norm;
+};
+
 /// The weights of one layer. A norm that it does not have is nullptr.
 struct DecoderLayer {
   Ops::Weight attention_norm, attention, output, attention_post_norm;
   Ops::Weight mlp_norm, gate_up, down, mlp_post_norm;
   Ops::Weight experts;  ///< in place of gate_up and down; or nullptr
+  std::optional<LayerInputWeights> inputs;
+  float scalar = 1;
 };
 
 class Decoder final : public Model {
@@ -61,7 +76,11 @@ class Decoder final : public Model {
   void check(std::span<const ForwardSequence> batch) const;
   mx::array compute(std::span<const ForwardSequence> batch);
   /// The last layer's output [M, hidden], all caches written (when evaluated).
-  mx::array run_layers(const Batch& batch) const;
+  mx::array run_layers(Batch& batch) const;
+  /// What the layers add at their ends, [M, layers, size], of the scaled embedding `x`.
+  mx::array layer_inputs(const std::vector<int32_t>& tokens, const mx::array& x) const;
+  /// The layer's end where it has inputs: `inputs` is [M, size].
+  mx::array add_inputs(const mx::array& x, const mx::array& inputs, const LayerInputWeights& w) const;
   /// x plus what a part of a layer gives: `inner` projected by `w`, normalised if there is a norm, and scaled.
   mx::array add_part(const mx::array& x, const mx::array& inner, const Ops::Weight& w, const Ops::Weight& post_norm) const;
   /// f32 logits of some of its rows.
@@ -76,6 +95,8 @@ class Decoder final : public Model {
   const std::unique_ptr<Ops> ops_;
   Ops::Weight embedding_, final_norm_, head_;
   std::vector<DecoderLayer> layers_;
+  std::vector<int> cache_layers_;  // of each layer: which of the caches' layers has its rows
+  std::optional<SharedInputWeights> inputs_;
   ModelInfo info_;
   Identity identity_;
   std::map<KvFormat, KvLayout> layouts_;  // kv_layout, made once: every token asks for it

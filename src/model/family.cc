@@ -146,6 +146,58 @@ void cohere2(ModelConfig& model, FamilyFields& fields) {
   }
 }
 
+/// Layers without a window have wider heads, kv heads of their own and another RoPE. Upper layers read the rows of the last layer
+/// of their kind below. Values are normalised. The small models have embeddings for each layer.
+void gemma4(ModelConfig& model, FamilyFields& fields) {
+  const json& config = fields.config();
+  const json* bidirectional = field(config, "use_bidirectional_attention");
+  if (bidirectional != nullptr && *bidirectional == "vision") fields.accept("use_bidirectional_attention");  // of images alone
+  const size_t n = model.layers.size(), n_shared = size_t(fields.count("num_kv_shared_layers"));
+  const int wide = fields.count("global_head_dim"), kv_heads = fields.count("num_global_key_value_heads");
+  const bool keys_are_values = fields.flag("attention_k_eq_v", false);
+  const bool double_wide = fields.flag("use_double_wide_mlp", false);
+  if (n_shared >= n) bad_field("num_kv_shared_layers", "less than num_hidden_layers");
+  if (wide > 4096 || wide % 2 != 0) bad_field("global_head_dim", "an even number up to 4096");
+
+  // As its embeddings multiply it in bf16.
+  const auto root = [](int size) { return float(mlx::core::bfloat16_t(std::sqrt(float(size)))); };
+  gemma(model, root(model.hidden_size));
+  model.norm_plus = 0;
+  model.names.scalar = "layer_scalar";
+  if (const int size = fields.count("hidden_size_per_layer_input"); size != 0) {
+    const int vocabulary = fields.count("vocab_size_per_layer_input");
+    if (size > (1 << 16)) bad_field("hidden_size_per_layer_input", "at most 2^16");
+    if (vocabulary == 0) bad_field("vocab_size_per_layer_input", "a positive integer");
+    model.layer_inputs = {.size = size, .vocab_size = vocabulary, .scale = root(size)};
+  }
+  const int narrow = model.layers.front().attention.key_dim;
+  const auto rope = std::make_shared<const Rope>(parse_rope(config, wide != 0 ? wide : narrow));
+  model.rope_description = rope->description;
+  rotate_sliding_layers(model, parse_local_rope(config, narrow, 10000));
+  for (size_t i = 0; i < n; ++i) {
+    auto& [attention, mlp] = model.layers[i];
+    attention.scale = 1;
+    attention.qk_norm = QkNorm::kHeads;
+    attention.value_norm = true;
+    if (attention.window == 0) {
+      attention.rope = rope;
+      if (wide != 0) attention.key_dim = attention.value_dim = wide;
+      attention.keys_are_values = keys_are_values;
+      if (keys_are_values && kv_heads != 0) attention.n_kv_heads = kv_heads;
+      if (attention.n_heads % attention.n_kv_heads != 0) {
+        bad_field("num_attention_heads", "a multiple of num_global_key_value_heads");
+      }
+    }
+    if (i < n - n_shared) continue;
+    if (double_wide) mlp.size *= 2;
+    size_t lender = n - n_shared;
+    while (lender > 0 && (model.layers[lender - 1].attention.window != 0) != (attention.window != 0)) --lender;
+    if (lender == 0) bad_field("num_kv_shared_layers", "such that each kind of layer has rows below");
+    attention.reads_rows_of = int(lender - 1);
+    model.layers[lender - 1].attention.lends_rows = true;
+  }
+}
+
 /// Llama's, with multipliers.
 void granite(ModelConfig& model, FamilyFields& fields) {
   llama(model, fields);
@@ -199,6 +251,15 @@ void smollm3(ModelConfig& model, FamilyFields& fields) {
 
 // ---- the table
 
+constexpr const char* kGemma4Text =
+    R"({"hidden_size": 1536, "num_hidden_layers": 35, "intermediate_size": 6144, "num_attention_heads": 8, "head_dim": 256,
+        "global_head_dim": 512, "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "num_key_value_heads": 1,
+        "num_kv_shared_layers": 20, "hidden_size_per_layer_input": 256, "sliding_window": 512, "sliding_window_pattern": 5,
+        "max_position_embeddings": 131072, "final_logit_softcapping": 30, "use_double_wide_mlp": true,
+        "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+                            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}},
+        "tie_word_embeddings": true, "hidden_act": "gelu_pytorch_tanh"})";
+
 constexpr Family kFamilies[] = {
     {"cohere2", "cohere2", "",
      R"({"head_dim": 128, "rope_theta": 50000, "rope_traditional": true, "sliding_window": 4096, "sliding_window_pattern": 4,
@@ -218,6 +279,10 @@ constexpr Family kFamilies[] = {
          "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6, "max_position_embeddings": 131072,
          "hidden_act": "gelu_pytorch_tanh"})",
      gemma3, false, /*mlx_lm_rotates=*/true},
+    {"gemma4", "gemma4", "language_model.", R"({"model_type": "gemma4_text"})", gemma4, false, /*mlx_lm_rotates=*/true},
+    {"gemma4_text", "gemma4", "", kGemma4Text, gemma4, false, /*mlx_lm_rotates=*/true},
+    {"gemma4_unified", "gemma4", "language_model.", R"({"model_type": "gemma4_text"})", gemma4, false, /*mlx_lm_rotates=*/true},
+    {"gemma4_unified_text", "gemma4", "", kGemma4Text, gemma4, false, /*mlx_lm_rotates=*/true},
     {"granite", "granite", "", R"({"tie_word_embeddings": true})", granite},
     {"llama", "llama", "", "{}", llama},
     {"ministral3", "ministral3", "", "{}", ministral3, false, /*mlx_lm_rotates=*/true},
@@ -261,6 +326,14 @@ float FamilyFields::number(const char* key, double absent) {
   read_.insert(key);
   values_.emplace_back(key, number_text(value));
   return float(value);
+}
+
+int FamilyFields::count(const char* key) {
+  const json* value = field(config_, key);
+  const int n = value == nullptr || *value == 0 ? 0 : count_field(config_, key);
+  read_.insert(key);
+  values_.emplace_back(key, std::to_string(n));
+  return n;
 }
 
 bool FamilyFields::flag(const char* key, bool absent) {

@@ -48,6 +48,7 @@ RestoreKeys restore_keys_of(const Checkpoint& checkpoint) {
   std::vector<LayerKeys> layers;
   for (size_t i = 0; i < c.layers.size(); ++i) {
     const Attention& attention = c.layers[i].attention;
+    if (attention.reads_rows_of) continue;
     const std::string name = c.weight_prefix + layer_name(int(i)) + ".self_attn";
     LayerKeys& layer = layers.emplace_back();
     layer.rope = attention.rope;
@@ -55,7 +56,7 @@ RestoreKeys restore_keys_of(const Checkpoint& checkpoint) {
     if (attention.key_bias()) {
       layer.bias = to_floats(checkpoint.weights.get(name + ".k_proj.bias", {attention.keys_size()}));
     }
-    if (attention.qk_norm != QkNorm::kHeads) continue;
+    if (!attention.evens_keys()) continue;
     const auto norm = [&](const char* part) {
       std::vector<float> values = to_floats(find_norm(checkpoint.weights, name + part, attention.key_dim));
       for (float& value : values) value += c.norm_plus;

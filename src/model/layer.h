@@ -40,12 +40,18 @@ struct Attention {
   float softcap = 0;                 ///< scores become cap * tanh(score / cap); 0 = off
   std::optional<QueryScale> query_scale;
   QkNorm qk_norm = QkNorm::kNone;
+  bool value_norm = false;           ///< of each head of v, an RMS norm without a weight
+  bool keys_are_values = false;      ///< v is k as projected; there is no v_proj
+  std::optional<int> reads_rows_of;  ///< a lower layer, whose keys and values it attends to; it has none of its own
+  bool lends_rows = false;           ///< upper layers read its rows
   bool qkv_bias = false, output_bias = false;
 
   int query_size() const { return n_heads * key_dim; }
   int keys_size() const { return n_kv_heads * key_dim; }
   int values_size() const { return n_kv_heads * value_dim; }
   int output_size() const { return n_heads * value_dim; }
+  /// Rotated keys are divided by pair_factors: of what one layer knows alone.
+  bool evens_keys() const { return qk_norm == QkNorm::kHeads && !reads_rows_of && !lends_rows; }
   /// Keys have a bias, and no norm after it.
   bool key_bias() const { return qkv_bias && qk_norm == QkNorm::kNone; }
 };
@@ -77,6 +83,7 @@ struct LayerNames {
   std::string attention_post_norm;                      ///< of what it adds to the residual
   std::string mlp_norm = "post_attention_layernorm";    ///< of what the MLP reads
   std::string mlp_post_norm;                            ///< of what it adds
+  std::string scalar;     ///< a number that the layer's output is multiplied by; empty: there is none
   bool parallel = false;  ///< the MLP reads what attention reads
   std::string mlp = "mlp";
   const char* expert_parts[3] = {"gate_proj", "up_proj", "down_proj"};  ///< where a checkpoint keeps each expert apart

@@ -18,23 +18,31 @@ Ops::Weight Modules::head(const Ops::Weight& embedding) const {
   return *c.tied_head ? embedding : ops_.pack_linear(projection("lm_head", c.vocab_size, c.hidden_size));
 }
 
-Ops::Weight Modules::attention(const std::string& name, const Attention& spec) const {
+Ops::Weight Modules::attention(int index) const {
   const ModelConfig& c = checkpoint_.config;
+  const Attention& spec = c.layers[size_t(index)].attention;
+  const std::string name = layer_name(index) + ".self_attn";
   const int q = spec.query_size(), k = spec.keys_size(), v = spec.values_size();
   Ops::Weight q_norm, k_norm;
   if (spec.qk_norm != QkNorm::kNone) {
     const bool whole = spec.qk_norm == QkNorm::kWhole;
     q_norm = norm(name + ".q_norm", whole ? q : spec.key_dim);
-    k_norm = norm(name + ".k_norm", whole ? k : spec.key_dim);
+    // Of the layer that has the rows.
+    k_norm = norm(layer_name(spec.reads_rows_of.value_or(index)) + ".self_attn.k_norm", whole ? k : spec.key_dim);
   }
   const auto packed = [&](const Projection& queries, const Projection& keys, const Projection& values) {
-    return ops_.pack_attention(spec, queries, keys, values, q_norm, k_norm);
+    return ops_.pack_attention(spec, queries, &keys, &values, q_norm, k_norm);
   };
   if (c.names.fused) {
     const Projection qkv = projection(name + ".qkv_proj", q + k + v, c.hidden_size, spec.qkv_bias);
     return packed(rows_of(qkv, 0, q), rows_of(qkv, q, k), rows_of(qkv, q + k, v));
   }
   const auto part = [&](const char* part, int n) { return projection(name + part, n, c.hidden_size, spec.qkv_bias); };
+  if (spec.reads_rows_of) return ops_.pack_attention(spec, part(".q_proj", q), nullptr, nullptr, q_norm, k_norm);
+  if (spec.keys_are_values) {
+    const Projection keys = part(".k_proj", k);
+    return ops_.pack_attention(spec, part(".q_proj", q), &keys, nullptr, q_norm, k_norm);
+  }
   return packed(part(".q_proj", q), part(".k_proj", k), part(".v_proj", v));
 }
 
@@ -67,6 +75,25 @@ Ops::Weight Modules::experts(const std::string& name, const Experts& spec) const
                            part("down_proj", 2, c.hidden_size, spec.size));
 }
 
+float Modules::number(const std::string& name) const {
+  return to_floats(checkpoint_.weights.get(checkpoint_.config.weight_prefix + name, {1})).front();
+}
+
+LayerInputWeights Modules::inputs(const std::string& layer) const {
+  const int hidden = checkpoint_.config.hidden_size, size = checkpoint_.config.layer_inputs->size;
+  return {.gate = ops_.pack_linear(projection(layer + ".per_layer_input_gate", size, hidden)),
+          .projection = ops_.pack_linear(projection(layer + ".per_layer_projection", hidden, size)),
+          .norm = norm(layer + ".post_per_layer_input_norm", hidden)};
+}
+
+SharedInputWeights Modules::shared_inputs() const {
+  const ModelConfig& c = checkpoint_.config;
+  const int all = int(c.layers.size()) * c.layer_inputs->size;
+  return {.table = MappedRows(checkpoint_.weights, projection("model.embed_tokens_per_layer", c.layer_inputs->vocab_size, all)),
+          .projection = ops_.pack_linear(projection("model.per_layer_model_projection", all, c.hidden_size)),
+          .norm = norm("model.per_layer_projection_norm", c.layer_inputs->size)};
+}
+
 DecoderLayer Modules::layer(int index) const {
   const ModelConfig& c = checkpoint_.config;
   const auto& [attention_spec, mlp_spec, experts_spec] = c.layers[size_t(index)];
@@ -78,11 +105,13 @@ DecoderLayer Modules::layer(int index) const {
     return ops_.pack_linear(projection(name, c.hidden_size, k, bias));
   };
   DecoderLayer parts{.attention_norm = norm_of(c.names.attention_norm),
-                     .attention = attention(attention_name, attention_spec),
+                     .attention = attention(index),
                      .output = back(attention_name + ".o_proj", attention_spec.output_size(), attention_spec.output_bias),
                      .attention_post_norm = norm_of(c.names.attention_post_norm),
                      .mlp_norm = norm_of(c.names.mlp_norm),
-                     .mlp_post_norm = norm_of(c.names.mlp_post_norm)};
+                     .mlp_post_norm = norm_of(c.names.mlp_post_norm),
+                     .inputs = c.layer_inputs ? std::optional(inputs(layer)) : std::nullopt,
+                     .scalar = c.names.scalar.empty() ? 1 : number(layer + "." + c.names.scalar)};
   if (experts_spec) {
     parts.experts = experts(mlp_name, *experts_spec);
   } else {

@@ -18,13 +18,17 @@ class Modules {
   /// [k]
   Ops::Weight norm(const std::string& name, int k) const;
   DecoderLayer layer(int index) const;
+  /// Of a model with layer_inputs.
+  SharedInputWeights shared_inputs() const;
 
  private:
   /// The weight [n, k] of `name`; kCorruption, kInvalidArgument as find_projection.
   Projection projection(const std::string& name, int n, int k, bool bias = false) const;
-  Ops::Weight attention(const std::string& name, const Attention& spec) const;
+  Ops::Weight attention(int index) const;
   Ops::Weight gated(const std::string& name, const Mlp& spec) const;
   Ops::Weight experts(const std::string& name, const Experts& spec) const;
+  LayerInputWeights inputs(const std::string& layer) const;
+  float number(const std::string& name) const;
 
   const Checkpoint& checkpoint_;
   Ops& ops_;

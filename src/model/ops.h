@@ -3,6 +3,7 @@
 /// (ops_kernels.cc) or MLX's own operations (ops_mlx.cc). Activations are [M, features], the rows of all sequences of
 /// a batch one after the other.
 
+#include <map>
 #include <memory>
 #include <span>
 #include <vector>
@@ -30,6 +31,7 @@ struct Batch {
   std::vector<BatchSequence> sequences;
   const KvLayout* kv_layout = nullptr;  ///< of all its caches
   KvFormat kv_format;                   ///< likewise
+  std::map<int, std::vector<mx::array>> lent;  ///< layer of the caches -> what layers that read its rows need, in the backend's form
 };
 
 class Ops {
@@ -44,8 +46,8 @@ class Ops {
 
   // Loading: the checkpoint may be unmapped afterwards.
   virtual Weight pack_linear(const Projection& projection) = 0;
-  /// The norms are nullptr unless `spec` has them.
-  virtual Weight pack_attention(const Attention& spec, const Projection& q, const Projection& k, const Projection& v,
+  /// The norms are nullptr unless `spec` has them. k and v are nullptr if it reads another layer's rows; v is if keys are values.
+  virtual Weight pack_attention(const Attention& spec, const Projection& q, const Projection* k, const Projection* v,
                                 Weight q_norm, Weight k_norm) = 0;
   virtual Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) = 0;
   /// Projections of each expert, in their order. The router is not rounded to 16-bit activations.
@@ -57,9 +59,9 @@ class Ops {
   // A layer's parts.
   virtual mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) = 0;
   virtual mx::array norm(const mx::array& x, const Weight& w) = 0;
-  /// Projects to q, k and v, normalises and rotates them as the weight's spec has it. Appends k and v to the caches, as those of
-  /// `layer`, and attends. [M, H_q D_v]
-  virtual mx::array attention(const mx::array& x, const Weight& w, int layer, const Batch& batch) = 0;
+  /// Projects to q, k and v, normalises and rotates them as the weight's spec has it. Appends k and v to the caches' `layer`,
+  /// unless another layer of the model has, and attends. [M, H_q D_v]
+  virtual mx::array attention(const mx::array& x, const Weight& w, int layer, Batch& batch) = 0;
   /// residual + x · Wᵀ
   virtual mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) = 0;
   virtual mx::array linear(const mx::array& x, const Weight& w) = 0;
@@ -71,6 +73,9 @@ class Ops {
   virtual mx::array head(const mx::array& x, const Weight& w) = 0;
   mx::array add(const mx::array& x, const mx::array& y) const;
   mx::array scale(const mx::array& x, float factor) const;
+  mx::array multiply(const mx::array& x, const mx::array& y) const;
+  /// The approximation with a tanh.
+  mx::array gelu(const mx::array& x) const;
   /// cap · tanh(x / cap); x itself if the cap is 0.
   mx::array soft_cap(const mx::array& x, float cap) const;
 

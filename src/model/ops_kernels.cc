@@ -90,9 +90,12 @@ struct Mixture final : Ops::Packed {
 
 struct Attending final : Ops::Packed {
   Attention spec;
-  std::vector<std::shared_ptr<const PackedLinear>> projections;  // q, k and v side by side; apart where norms are of all heads
+  // q, k and v side by side; or those that there are, apart, where something comes between.
+  std::vector<std::shared_ptr<const PackedLinear>> projections;
+  bool apart = false;
   std::vector<float> key_bias;  // as projected, for formats that leave it out of the rows
   Ops::Weight q_norm, k_norm;
+  std::optional<mx::array> ones;  // the weight of the values' norm
   // Made when first needed: the kernel's spec for each format of rows, and for those that rotate keys, norms with pair_factors.
   mutable std::vector<std::pair<KvFormat, std::shared_ptr<const kernels::AttentionSpec>>> of_format;
   mutable std::vector<float> even_q_norm, even_k_norm;
@@ -110,24 +113,32 @@ class KernelOps final : public Ops {
     release({&p});
     return weight;
   }
-  Weight pack_attention(const Attention& spec, const Projection& q, const Projection& k, const Projection& v,
+  Weight pack_attention(const Attention& spec, const Projection& q, const Projection* k, const Projection* v,
                         Weight q_norm, Weight k_norm) override {
     if (spec.key_dim != spec.value_dim) {
       throw Error(ErrorCode::kInternal, "The kernels attend to keys and values of one size.");
     }
     auto weight = std::make_shared<Attending>();
     weight->spec = spec;
-    if (spec.qk_norm == QkNorm::kWhole) {
-      for (const Projection* p : {&q, &k, &v}) {
-        weight->projections.push_back(PackedLinear::pack({source(*p)}, activations_));
+    weight->apart = spec.qk_norm == QkNorm::kWhole || spec.value_norm || v == nullptr;
+    if (weight->apart) {
+      for (const Projection* p : {&q, k, v}) {
+        if (p != nullptr) weight->projections.push_back(PackedLinear::pack({source(*p)}, activations_));
       }
     } else {
-      weight->projections = {PackedLinear::pack({source(q), source(k), source(v)}, activations_)};
+      weight->projections = {PackedLinear::pack({source(q), source(*k), source(*v)}, activations_)};
     }
-    if (k.bias) weight->key_bias = to_floats(*k.bias);
+    if (k != nullptr && k->bias) weight->key_bias = to_floats(*k->bias);
+    if (spec.value_norm) {
+      const std::vector<float> ones(size_t(spec.value_dim), 1);
+      weight->ones = mx::array(ones.data(), {spec.value_dim}, mx::float32);
+    }
     weight->q_norm = std::move(q_norm);
     weight->k_norm = std::move(k_norm);
-    release({&q, &k, &v});
+    release({&q});
+    for (const Projection* p : {k, v}) {
+      if (p != nullptr) release({p});
+    }
     return weight;
   }
   Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
@@ -168,7 +179,7 @@ class KernelOps final : public Ops {
     const mx::array mean = mx::mean(x, 1, /*keepdims=*/true, mx::Device::cpu);
     return kernels::rms_norm(mx::subtract(x, mean, mx::Device::cpu), own.w, eps_);
   }
-  mx::array attention(const mx::array& x, const Weight& weight, int layer, const Batch& batch) override {
+  mx::array attention(const mx::array& x, const Weight& weight, int layer, Batch& batch) override {
     // A layer's keys and its values are one tensor each, or words, scales and biases.
     const size_t parts = batch.kv_format.quantized() ? 3 : 1;
     const auto offset = [&](size_t which, size_t part) {
@@ -191,7 +202,7 @@ class KernelOps final : public Ops {
       sequences.push_back(at);
     }
     const auto& w = static_cast<const Attending&>(*weight);
-    return kernels::attention(project(x, w, batch), spec_for(w, batch.kv_format), std::move(sequences));
+    return kernels::attention(project(x, w, layer, batch), spec_for(w, batch.kv_format), std::move(sequences));
   }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
     return kernels::linear_add(x, packed(w), residual);
@@ -219,13 +230,30 @@ class KernelOps final : public Ops {
 
  private:
   /// q, k and v side by side: [M, (H_q + 2 H_kv) D].
-  mx::array project(const mx::array& x, const Attending& w, const Batch& batch) {
+  mx::array project(const mx::array& x, const Attending& w, int layer, Batch& batch) {
     mx::array rows = kernels::linear(x, w.projections[0]);
-    if (w.spec.qk_norm == QkNorm::kWhole) {
-      const mx::array k = norm(kernels::linear(x, w.projections[1]), w.k_norm);
-      rows = mx::concatenate({norm(rows, w.q_norm), k, kernels::linear(x, w.projections[2])}, 1, mx::Device::cpu);
+    if (w.apart) {
+      if (w.spec.qk_norm == QkNorm::kWhole) rows = norm(rows, w.q_norm);
+      // A layer that reads another's rows writes them again: the same projections give the same bits.
+      const mx::array lent = w.spec.reads_rows_of ? batch.lent.at(layer).front() : keys_and_values(x, w);
+      if (w.spec.lends_rows) batch.lent.insert_or_assign(layer, std::vector{lent});
+      rows = mx::concatenate({rows, lent}, 1, mx::Device::cpu);
     }
     return w.spec.query_scale ? scale_queries(rows, w.spec, batch) : rows;
+  }
+  /// [M, 2 H_kv D]
+  mx::array keys_and_values(const mx::array& x, const Attending& w) {
+    const auto shaped = [](const mx::array& rows, mx::Shape shape) {
+      return mx::reshape(rows, std::move(shape), mx::Device::cpu);
+    };
+    mx::array keys = kernels::linear(x, w.projections[1]);
+    mx::array values = w.spec.keys_are_values ? keys : kernels::linear(x, w.projections[2]);
+    if (w.spec.qk_norm == QkNorm::kWhole) keys = norm(keys, w.k_norm);
+    if (w.spec.value_norm) {
+      const mx::array heads = shaped(values, {-1, w.spec.value_dim});
+      values = shaped(kernels::rms_norm(heads, *w.ones, eps_), {x.shape(0), w.spec.values_size()});
+    }
+    return mx::concatenate({keys, values}, 1, mx::Device::cpu);
   }
   /// RoPE is linear, so what scales queries may do so before it.
   static mx::array scale_queries(const mx::array& rows, const Attention& spec, const Batch& batch) {
@@ -252,7 +280,7 @@ class KernelOps final : public Ops {
     made->window = w.spec.window;
     made->softcap = w.spec.softcap;
     if (w.spec.qk_norm == QkNorm::kHeads) {
-      const bool even = format.rotates_keys();
+      const bool even = format.rotates_keys() && w.spec.evens_keys();
       if (even) even_norms(rope, w);
       made->q_norm = even ? w.even_q_norm.data() : values(w.q_norm);
       made->k_norm = even ? w.even_k_norm.data() : values(w.k_norm);

@@ -129,23 +129,15 @@ struct Angles {
 };
 
 struct Attending final : Ops::Packed {
-  Attending(const Attention& spec, Linear q, Linear k, Linear v, Angles angles)
-      : spec(spec), q(std::move(q)), k(std::move(k)), v(std::move(v)), angles(std::move(angles)) {}
+  Attending(const Attention& spec, Linear q, Angles angles) : spec(spec), q(std::move(q)), angles(std::move(angles)) {}
   Attention spec;
-  Linear q, k, v;
+  Linear q;
+  std::optional<Linear> k, v;
   Angles angles;
   Ops::Weight q_norm, k_norm;
 };
 
 mx::array silu(const mx::array& x) { return mx::multiply(x, mx::sigmoid(x)); }
-
-/// The approximation with a tanh.
-mx::array gelu_tanh(const mx::array& x) {
-  const auto number = [&](float value) { return mx::array(value, x.dtype()); };
-  const mx::array cube = mx::multiply(number(0.044715f), mx::multiply(x, mx::multiply(x, x)));
-  const mx::array inner = mx::multiply(number(float(std::sqrt(2 / std::numbers::pi))), mx::add(x, cube));
-  return mx::multiply(mx::multiply(number(0.5f), x), mx::add(number(1), mx::tanh(inner)));
-}
 
 /// As kernels::AttentionSpec::rotate_keys has it.
 mx::array hadamard(const mx::array& x) {
@@ -161,9 +153,11 @@ class MlxOps final : public Ops {
       : eps_(eps), dtype_(mx::default_device() == mx::Device::gpu ? to_mlx(dtype) : mx::float32) {}
 
   Weight pack_linear(const Projection& p) override { return std::make_shared<Linear>(p, dtype_); }
-  Weight pack_attention(const Attention& spec, const Projection& q, const Projection& k, const Projection& v,
+  Weight pack_attention(const Attention& spec, const Projection& q, const Projection* k, const Projection* v,
                         Weight q_norm, Weight k_norm) override {
-    auto weight = std::make_shared<Attending>(spec, Linear(q, dtype_), Linear(k, dtype_), Linear(v, dtype_), angles(spec));
+    auto weight = std::make_shared<Attending>(spec, Linear(q, dtype_), angles(spec));
+    if (k != nullptr) weight->k.emplace(*k, dtype_);
+    if (v != nullptr) weight->v.emplace(*v, dtype_);
     weight->q_norm = std::move(q_norm);
     weight->k_norm = std::move(k_norm);
     return weight;
@@ -187,39 +181,30 @@ class MlxOps final : public Ops {
     return single(w).rows(mx::array(tokens.data(), {int(tokens.size())}, mx::int32));
   }
   mx::array norm(const mx::array& x, const Weight& w) override { return normed(x, w, true); }
-  mx::array attention(const mx::array& x, const Weight& weight, int layer, const Batch& batch) override {
+  mx::array attention(const mx::array& x, const Weight& weight, int layer, Batch& batch) override {
     const auto& w = static_cast<const Attending&>(*weight);
     const Attention& spec = w.spec;
-    const bool whole = spec.qk_norm == QkNorm::kWhole, of_heads = spec.qk_norm == QkNorm::kHeads;
-    const mx::array q = normed(w.q.apply(x), w.q_norm, whole), k = normed(w.k.apply(x), w.k_norm, whole), v = w.v.apply(x);
     const KvFormat& format = batch.kv_format;
-    const bool bias_free = format.bias_free && spec.key_bias();
-    const auto turned = [](const mx::array& x, bool turn) { return turn ? hadamard(x) : x; };
+    const mx::array q = normed(w.q.apply(x), w.q_norm, spec.qk_norm == QkNorm::kWhole);
+    const std::vector<mx::array> lent = spec.reads_rows_of ? batch.lent.at(layer) : append(x, w, layer, batch);
+    if (spec.lends_rows) batch.lent.insert_or_assign(layer, lent);
     std::vector<mx::array> outputs;
-    for (const BatchSequence& s : batch.sequences) {
-      mx::array own_queries = normed(heads(q, s, spec.n_heads, spec.key_dim), w.q_norm, of_heads);
-      mx::array own_keys = normed(heads(k, s, spec.n_kv_heads, spec.key_dim), w.k_norm, of_heads);
-      if (format.rotates_keys() && of_heads) {
-        const mx::array factors = factors_of(w);
-        own_queries = mx::multiply(own_queries, factors);
-        own_keys = mx::divide(own_keys, factors);
-      }
-      mx::array queries = rotate(own_queries, s.position, w);
+    for (size_t i = 0; i < batch.sequences.size(); ++i) {
+      const BatchSequence& s = batch.sequences[i];
+      mx::array keys = mx::astype(lent[2 * i], dtype_);
+      const mx::array values = mx::astype(lent[2 * i + 1], dtype_);
+      mx::array queries = normed(heads(q, s, spec.n_heads, spec.key_dim), w.q_norm, spec.qk_norm == QkNorm::kHeads);
+      if (format.rotates_keys() && spec.evens_keys()) queries = mx::multiply(queries, factors_of(w));
+      queries = rotate(queries, s.position, w);
       if (spec.query_scale) queries = mx::multiply(queries, query_factors(*spec.query_scale, s));
-      if (bias_free) own_keys = mx::subtract(own_keys, key_bias(w));
-      const mx::array new_keys = turned(rotate(own_keys, s.position, w), format.rotates_keys());
-      const mx::array new_values = turned(heads(v, s, spec.n_kv_heads, spec.value_dim), format.rotates_values());
-      auto [keys, values] = s.kv->update_and_fetch(layer, new_keys, new_values);
-      keys = mx::astype(keys, dtype_);
-      if (bias_free) {
+      if (bias_free(spec, format)) {
         const int held = keys.shape(2);
         const mx::array biases = mx::broadcast_to(key_bias(w), {1, spec.n_kv_heads, held, spec.key_dim});
         keys = mx::add(turned(keys, format.rotates_keys()), rotate(biases, s.position + s.n - held, w));
       } else {
         queries = turned(queries, format.rotates_keys());
       }
-      const mx::array attended = attend(queries, keys, mx::astype(values, dtype_), s, spec);
-      const mx::array out = turned(attended, format.rotates_values());
+      const mx::array out = turned(attend(queries, keys, values, s, spec), format.rotates_values());
       outputs.push_back(mx::reshape(mx::transpose(out, {0, 2, 1, 3}), {s.n, spec.output_size()}));
     }
     return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0);
@@ -231,7 +216,7 @@ class MlxOps final : public Ops {
   mx::array gated(const mx::array& x, const Weight& w) override {
     const auto& gated = static_cast<const Gated&>(*w);
     const mx::array gate = gated.gate.apply(x);
-    return mx::multiply(gated.activation == Activation::kSilu ? silu(gate) : gelu_tanh(gate), gated.up.apply(x));
+    return mx::multiply(gated.activation == Activation::kSilu ? silu(gate) : gelu(gate), gated.up.apply(x));
   }
   mx::array experts(const mx::array& x, const Weight& w) override {
     using Scores = kernels::Routing::Scores;
@@ -270,6 +255,28 @@ class MlxOps final : public Ops {
   bool advances_per_chunk() const override { return true; }
 
  private:
+  static bool bias_free(const Attention& spec, const KvFormat& format) { return format.bias_free && spec.key_bias(); }
+  static mx::array turned(const mx::array& x, bool turn) { return turn ? hadamard(x) : x; }
+  /// Appends the new rows to the caches. Of each sequence all keys and all values, as they are kept.
+  std::vector<mx::array> append(const mx::array& x, const Attending& w, int layer, const Batch& batch) const {
+    const Attention& spec = w.spec;
+    const KvFormat& format = batch.kv_format;
+    const mx::array projected = w.k->apply(x), k = normed(projected, w.k_norm, spec.qk_norm == QkNorm::kWhole);
+    const mx::array v = spec.keys_are_values ? projected : w.v->apply(x);
+    std::vector<mx::array> all;
+    for (const BatchSequence& s : batch.sequences) {
+      mx::array keys = normed(heads(k, s, spec.n_kv_heads, spec.key_dim), w.k_norm, spec.qk_norm == QkNorm::kHeads);
+      if (format.rotates_keys() && spec.evens_keys()) keys = mx::divide(keys, factors_of(w));
+      if (bias_free(spec, format)) keys = mx::subtract(keys, key_bias(w));
+      keys = turned(rotate(keys, s.position, w), format.rotates_keys());
+      mx::array values = heads(v, s, spec.n_kv_heads, spec.value_dim);
+      if (spec.value_norm) values = mx::fast::rms_norm(values, std::nullopt, eps_);
+      const auto [held_keys, held_values] = s.kv->update_and_fetch(layer, keys, turned(values, format.rotates_values()));
+      all.push_back(held_keys);
+      all.push_back(held_values);
+    }
+    return all;
+  }
   Angles angles(const Attention& spec) const {
     const Rope& rope = *spec.rope;
     std::vector<float> periods;
@@ -289,7 +296,7 @@ class MlxOps final : public Ops {
   }
   /// [1, H_kv, 1, D]
   static mx::array key_bias(const Attending& w) {
-    return mx::reshape(*w.k.bias, {1, w.spec.n_kv_heads, 1, w.spec.key_dim});
+    return mx::reshape(*w.k->bias, {1, w.spec.n_kv_heads, 1, w.spec.key_dim});
   }
   /// pair_factors, [D].
   mx::array factors_of(const Attending& w) const {
@@ -367,6 +374,15 @@ mx::array Ops::add(const mx::array& x, const mx::array& y) const {
 
 mx::array Ops::scale(const mx::array& x, float factor) const {
   return mx::multiply(x, mx::array(factor, x.dtype()), device());
+}
+
+mx::array Ops::multiply(const mx::array& x, const mx::array& y) const { return mx::multiply(x, y, device()); }
+
+mx::array Ops::gelu(const mx::array& x) const {
+  const mx::array cube = scale(multiply(x, multiply(x, x)), 0.044715f);
+  const mx::array inner = scale(mx::add(x, cube, device()), float(std::sqrt(2 / std::numbers::pi)));
+  const mx::array one(1.0f, x.dtype());
+  return multiply(scale(x, 0.5f), mx::add(one, mx::tanh(inner, device()), device()));
 }
 
 mx::array Ops::soft_cap(const mx::array& x, float cap) const {
