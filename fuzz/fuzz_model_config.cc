@@ -14,7 +14,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const torpor::model::ModelConfig config = torpor::model::read_config(directory.path());
     require(!config.layers.empty() && config.hidden_size > 0 && config.vocab_size > 0 && config.max_context > 0);
-    for (const auto& [attention, mlp] : config.layers) {
+    for (const auto& [attention, mlp, experts] : config.layers) {
       require(attention.n_heads > 0 && attention.n_kv_heads > 0 && attention.n_heads % attention.n_kv_heads == 0);
       require(attention.key_dim > 0 && attention.value_dim > 0 && attention.window >= 0 && mlp.size > 0);
       require(attention.rope != nullptr && attention.rope->inv_freq.size() == size_t(attention.rope->dims / 2));

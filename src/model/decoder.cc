@@ -62,7 +62,8 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
   }
   KvLayout layout;
   int i = -1;
-  for (const auto& [attention, mlp] : config.layers) {
+  for (const LayerSpec& layer : config.layers) {
+    const Attention& attention = layer.attention;
     if (attention.reads_rows_of) continue;
     ++i;
     const auto add_rows = [&](const char* part, int dim, int bits) {
@@ -93,7 +94,8 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
 std::vector<int> cache_layers_of(const ModelConfig& config) {
   std::vector<int> of;
   int own = 0;
-  for (const auto& [attention, mlp] : config.layers) {
+  for (const LayerSpec& layer : config.layers) {
+    const Attention& attention = layer.attention;
     of.push_back(attention.reads_rows_of ? of[size_t(*attention.reads_rows_of)] : own++);
   }
   return of;

@@ -175,7 +175,7 @@ void gemma4(ModelConfig& model, FamilyFields& fields) {
   model.rope_description = rope->description;
   rotate_sliding_layers(model, parse_local_rope(config, narrow, 10000));
   for (size_t i = 0; i < n; ++i) {
-    auto& [attention, mlp] = model.layers[i];
+    Attention& attention = model.layers[i].attention;
     attention.scale = 1;
     attention.qk_norm = QkNorm::kHeads;
     attention.value_norm = true;
@@ -189,7 +189,7 @@ void gemma4(ModelConfig& model, FamilyFields& fields) {
       }
     }
     if (i < n - n_shared) continue;
-    if (double_wide) mlp.size *= 2;
+    if (double_wide) model.layers[i].mlp.size *= 2;
     size_t lender = n - n_shared;
     while (lender > 0 && (model.layers[lender - 1].attention.window != 0) != (attention.window != 0)) --lender;
     if (lender == 0) bad_field("num_kv_shared_layers", "such that each kind of layer has rows below");

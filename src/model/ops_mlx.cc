@@ -244,7 +244,7 @@ class MlxOps final : public Ops {
     }
     const mx::array rows = mx::expand_dims(x, {-2, -3});
     const mx::array gate = mixture.gate.apply(rows, chosen), up = mixture.up.apply(rows, chosen);
-    const mx::array hidden = mx::multiply(mixture.spec.activation == Activation::kSilu ? silu(gate) : gelu_tanh(gate), up);
+    const mx::array hidden = mx::multiply(mixture.spec.activation == Activation::kSilu ? silu(gate) : gelu(gate), up);
     const mx::array out = mx::squeeze(mixture.down.apply(hidden, chosen), -2);
     return mx::sum(mx::multiply(out, mx::astype(mx::expand_dims(weights, -1), out.dtype())), -2);
   }
