@@ -82,7 +82,7 @@ TEST_F(Directory, BadConfig) {
   expect(ErrorCode::kInvalidArgument,
          "unsupported architecture mamba, supported: cohere2, gemma2, gemma3, gemma3_text, gemma4, gemma4_text, "
          "gemma4_unified, gemma4_unified_text, granite, llama, ministral3, mistral, "
-         "mistral3, olmo3, phi3, qwen2, qwen3, seed_oss, smollm3.");
+         "mistral3, mixtral, olmo3, phi3, qwen2, qwen3, qwen3_moe, seed_oss, smollm3.");
   copy("tiny-q4-g64");
   edit([](json& c) { c["rope_scaling"] = {{"rope_type", "dynamic"}, {"factor", 4}}; });
   expect(ErrorCode::kInvalidArgument, "unsupported RoPE type dynamic");
