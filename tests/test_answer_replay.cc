@@ -158,6 +158,25 @@ TEST_F(Replay, ARestartLosesNoAnswer) {
   EXPECT_EQ(runner.heard.size(), 4u);
 }
 
+TEST_F(Replay, AResponseThatTheStoreHasNoRoomForIsToldAsNotStored) {
+  const torpor::testing::TemporaryDirectory directory{torpor::testing::TemporaryDirectory::in_memory()};
+  Store store(directory.path());
+  store.set_disk_limits({.budget = 1});
+  Dialects dialects(runner, {&store, Durability::kRename});
+  for (const bool stream : {false, true}) {
+    HttpRequest request;
+    request.method = "POST";
+    request.path = "/v1/responses";
+    request.body = to_text(Json{{"model", "scripted"}, {"input", "Hi"}, {"stream", stream}});
+    RecordingResponse response;
+    dialects.handle(request, response);
+    EXPECT_EQ(response.status, 200) << response.body;
+    const std::string last = stream ? response.body.substr(response.body.rfind("response.completed")) : response.body;
+    EXPECT_NE(last.find(R"("store":false)"), std::string::npos) << last;
+  }
+  EXPECT_TRUE(store.records().empty());
+}
+
 TEST_F(Replay, WhatAnotherVersionMayHaveKeptIsAsNone) {
   const torpor::testing::TemporaryDirectory directory{torpor::testing::TemporaryDirectory::in_memory()};
   Store store(directory.path());
@@ -214,8 +233,10 @@ TEST(AnswerShelf, TheOldestGoesFirstAlsoOfFilesAndEachKindHasItsOwn) {
   EXPECT_TRUE(shelf.remove("2"));
   EXPECT_FALSE(shelf.remove("2"));
   EXPECT_EQ(store.records().size(), 1u);
-  shelf.put("4", std::string(2000, 'x'));  // more than there is room for
+  shelf.put("3", "three");
+  EXPECT_THROW(shelf.put("4", std::string(2000, 'x')), Error);  // more than there is room for, and no reason to drop others
   EXPECT_FALSE(shelf.find("4"));
+  EXPECT_EQ(shelf.find("3"), "three");
   EXPECT_EQ(AnswerShelf("b", {std::chrono::seconds(0), 9, 9999}, files).find("1"), "other");  // it keeps its own time
 }
 

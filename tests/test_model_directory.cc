@@ -136,6 +136,8 @@ TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
                                          {"tiny-smollm3", "no_rope_layers", {1, 1, 0, 1}}, {"tiny-smollm3", "no_rope_layers", nullptr},
                                          {"tiny-gemma4", "use_bidirectional_attention", "vision"},
                                          {"tiny-gemma4", "final_logit_softcapping", nullptr}, {"tiny-gemma4", "sliding_window", 9},
+                                         {"tiny-mixtral", "num_experts_per_tok", 1}, {"tiny-qwen3-moe", "num_experts_per_tok", 2},
+                                         {"tiny-qwen3-moe", "norm_topk_prob", false},
                                          {"tiny-olmo3", "rope_scaling", nullptr}, {"tiny-olmo3", "rope_theta", 1e6}}) {
     SCOPED_TRACE(std::string(name) + " " + key + " " + value.dump());
     // Every fourth layer of SmolLM3 has no RoPE anyway, and pictures can't be given.
@@ -213,6 +215,27 @@ TEST_F(Directory, FamiliesConfigsThatMakeNoSense) {
   copy("tiny-smollm3");
   edit([](json& c) { c["no_rope_layers"] = {1, 1}; });
   expect(ErrorCode::kInvalidArgument, "no_rope_layers");
+  copy("tiny-smollm3");
+  edit([](json& c) { c["no_rope_layers"] = {1, 1, "no", 0}; });
+  expect(ErrorCode::kInvalidArgument, "no_rope_layers");
+  copy("tiny-gemma4");
+  edit([](json& c) {
+    c["rope_parameters"] = {{"full_attention", {{"rope_type", "proportional"}, {"rope_theta", 1e6}}},
+                            {"sliding_attention", {{"rope_type", "linear"}, {"factor", 2}, {"rope_theta", 1e4}}}};
+  });
+  expect(ErrorCode::kInvalidArgument, "unsupported RoPE of sliding layers (type linear)");
+  copy("tiny-q4-g64");
+  edit([](json& c) { c["num_attention_heads"] = c["num_key_value_heads"] = 1 << 20, c["head_dim"] = 64; });
+  expect(ErrorCode::kInvalidArgument, "num_attention_heads");
+  for (const auto& [key, value] : {std::pair{"num_experts", 65536}, {"moe_intermediate_size", 1 << 25},
+                                   {"num_experts_per_tok", 6}}) {
+    copy("tiny-qwen3-moe");
+    edit([&](json& c) { c[key] = value; });
+    expect(ErrorCode::kInvalidArgument, std::string(key) == "moe_intermediate_size" ? key : "experts");
+  }
+  copy("tiny-qwen3-moe");
+  edit([](json& c) { c["mlp_only_layers"] = {-1}; });
+  expect(ErrorCode::kInvalidArgument, "mlp_only_layers");
   copy("tiny-granite");
   edit([](json& c) { c["logits_scaling"] = 0; });
   expect(ErrorCode::kInvalidArgument, "logits_scaling");

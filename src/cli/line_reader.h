@@ -1,7 +1,6 @@
 #pragma once
 /// The lines of standard input, one after the other: typed at a terminal, or from a pipe or file.
 
-#include <memory>
 #include <optional>
 #include <string>
 
@@ -15,6 +14,8 @@ class LineReader {
  public:
   LineReader();
   ~LineReader();
+  LineReader(const LineReader&) = delete;
+  LineReader& operator=(const LineReader&) = delete;
 
   /// Standard input is a terminal.
   bool interactive() const { return interactive_; }

@@ -168,7 +168,7 @@ ModelConfig parse_config(const json& file) {
   model.vocab_size = count_field(config, "vocab_size");
   const int trained = optional_count(config, "max_position_embeddings").value_or(2048);
   model.norm_eps = float(positive_field(config, "rms_norm_eps", 1e-6));
-  // Far beyond any model, and small enough that no product of two of them overflows.
+  // Far beyond any model.
   constexpr int kLimit = 1 << 24;
   for (const auto& [key, value] : {std::pair{"hidden_size", model.hidden_size},
                                    {"intermediate_size", layer.mlp.size},
@@ -203,6 +203,10 @@ ModelConfig parse_config(const json& file) {
   }
   FamilyFields fields(config);
   text.family->page(model, fields);
+  for (const LayerSpec& of : model.layers) {
+    const int64_t width = int64_t(of.attention.n_heads) * std::max(of.attention.key_dim, of.attention.value_dim);
+    if (width > kLimit) bad_field("num_attention_heads", "such that all heads together have at most 2^24 dims");
+  }
   model.family_fields = fields.values();
   refuse_what_is_not_computed(fields);
   parse_quantizations(config, model);

@@ -64,8 +64,9 @@ void qwen3(ModelConfig& model, FamilyFields& fields) {
 /// Experts in place of the MLP in the layers that `has` them.
 template <typename Has>
 void mix(ModelConfig& model, Experts experts, Has has) {
-  constexpr int kLimit = 1 << 16;
-  if (experts.n > kLimit || experts.routing.chosen > experts.n) {
+  constexpr int kMost = 1 << 12, kLargest = 1 << 24;
+  if (experts.size > kLargest) bad_field("moe_intermediate_size", "at most 2^24");
+  if (experts.n > kMost || experts.routing.chosen > experts.n) {
     throw Error(ErrorCode::kInvalidArgument, "config.json: a token goes to " + std::to_string(experts.routing.chosen) + " of " +
                                                  std::to_string(experts.n) + " experts, which can't be.");
   }
@@ -78,22 +79,20 @@ void mix(ModelConfig& model, Experts experts, Has has) {
 /// A count that the identity keeps.
 int count_of(FamilyFields& fields, const char* key) {
   count_field(fields.config(), key);
-  return int(fields.number(key, 0));
+  return fields.count(key);
 }
 
 /// Qwen 3 with experts in most layers.
 void qwen3_moe(ModelConfig& model, FamilyFields& fields) {
   qwen3(model, fields);
-  const int step = optional_count(fields.config(), "decoder_sparse_step").value_or(1);
-  const json* dense = field(fields.config(), "mlp_only_layers");
-  fields.accept("mlp_only_layers");  // the tensors' names say it, too
+  const int step = std::max(1, fields.count("decoder_sparse_step"));
+  const std::vector<int> dense = fields.indices("mlp_only_layers");
   Experts experts{.n = count_of(fields, "num_experts"), .size = count_of(fields, "moe_intermediate_size")};
   experts.routing = {.weights = fields.flag("norm_topk_prob", false) ? kernels::Routing::Weights::kNormalised
                                                                      : kernels::Routing::Weights::kScores,
                      .chosen = count_of(fields, "num_experts_per_tok")};
   mix(model, experts, [&](int layer) {
-    const bool is_dense = dense != nullptr && std::ranges::find(*dense, json(layer)) != dense->end();
-    return !is_dense && (layer + 1) % step == 0;
+    return std::ranges::find(dense, layer) == dense.end() && (layer + 1) % step == 0;
   });
 }
 
@@ -242,11 +241,17 @@ void smollm3(ModelConfig& model, FamilyFields& fields) {
   llama(model, fields);
   fields.accept("no_rope_layers");
   const json* rotates = field(fields.config(), "no_rope_layers");
-  if (rotates != nullptr && (!rotates->is_array() || rotates->size() != model.layers.size())) {
-    bad_field("no_rope_layers", "a list with one entry per layer");
+  const auto is_flag = [](const json& one) { return one.is_boolean() || one == 0 || one == 1; };
+  if (rotates != nullptr && (!rotates->is_array() || rotates->size() != model.layers.size() ||
+                             !std::ranges::all_of(*rotates, is_flag))) {
+    bad_field("no_rope_layers", "a list of 0 or 1, one per layer");
   }
   const size_t interval = size_t(optional_count(fields.config(), "no_rope_layer_interval").value_or(4));
-  rotate_some_layers(model, [&](size_t i) { return rotates != nullptr ? (*rotates)[i] != 0 : (i + 1) % interval != 0; });
+  rotate_some_layers(model, [&](size_t i) {
+    if (rotates == nullptr) return (i + 1) % interval != 0;
+    const json& one = (*rotates)[i];
+    return one == 1 || one == true;
+  });
 }
 
 // ---- the table
@@ -334,6 +339,17 @@ int FamilyFields::count(const char* key) {
   read_.insert(key);
   values_.emplace_back(key, std::to_string(n));
   return n;
+}
+
+std::vector<int> FamilyFields::indices(const char* key) {
+  const json* value = field(config_, key);
+  const auto is_index = [](const json& one) { return one.is_number_integer() && one >= 0 && one < (1 << 16); };
+  if (value != nullptr && (!value->is_array() || !std::ranges::all_of(*value, is_index))) {
+    bad_field(key, "a list of layers");
+  }
+  read_.insert(key);
+  values_.emplace_back(key, value == nullptr ? "[]" : value->dump());
+  return value == nullptr ? std::vector<int>() : value->get<std::vector<int>>();
 }
 
 bool FamilyFields::flag(const char* key, bool absent) {

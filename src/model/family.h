@@ -23,6 +23,8 @@ class FamilyFields {
   float number(const char* key, double absent);
   /// A number of things; absent: none.
   int count(const char* key);
+  /// Indices of layers; absent: none.
+  std::vector<int> indices(const char* key);
   bool flag(const char* key, bool absent);
   /// The family computes what the field says; another part of the identity says it, too.
   void accept(const char* key) { read_.insert(key); }

@@ -1,5 +1,7 @@
 #include "model/projection.h"
 
+#include <limits>
+
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -100,6 +102,9 @@ Projection find_projection(const Weights& weights, const ModelConfig& config, co
 
 std::vector<Projection> find_stacked(const Weights& weights, const ModelConfig& config, const std::string& name, int count,
                                      int n, int k) {
+  if (int64_t(count) * n > std::numeric_limits<int>::max()) {
+    throw Error(ErrorCode::kInvalidArgument, "The experts' weight " + name + " has more rows than can be counted.");
+  }
   const Projection all = find(weights, config, name, count, count * n, k, false);
   std::vector<Projection> parts;
   for (int i = 0; i < count; ++i) parts.push_back(rows_of(all, i * n, n));

@@ -164,7 +164,14 @@ Rope parse_local_rope(const nlohmann::json& config, int head_dim, double theta) 
   const nlohmann::json* parameters = field(config, "rope_parameters");
   const nlohmann::json* own = parameters == nullptr ? nullptr : field(*parameters, "sliding_attention");
   theta = positive_field(config, "rope_local_base_freq", theta);
-  if (own != nullptr) theta = positive_field(*own, "rope_theta", theta);
+  if (own != nullptr) {
+    theta = positive_field(*own, "rope_theta", theta);
+    const std::string type = string_field(*own, "rope_type", "default");
+    if (type != "default" || positive_field(*own, "partial_rotary_factor", 1) != 1) {
+      throw Error(ErrorCode::kInvalidArgument, "config.json: unsupported RoPE of sliding layers (type " + type +
+                                                   "), supported: default, of whole heads.");
+    }
+  }
   const std::vector<double> inv_freq = frequencies(theta, head_dim);
   return {.dims = head_dim, .inv_freq = {inv_freq.begin(), inv_freq.end()}, .theta = theta,
           .description = "default theta " + number_text(theta)};

@@ -112,7 +112,9 @@ std::vector<float> to_floats(const TensorView& tensor) {
   };
   if (tensor.dtype == "F32") return convert(float());
   if (tensor.dtype == "F16") return convert(mlx::core::float16_t());
-  return convert(mlx::core::bfloat16_t());
+  if (tensor.dtype == "BF16") return convert(mlx::core::bfloat16_t());
+  throw Error(ErrorCode::kInvalidArgument,
+              "unsupported dtype " + tensor.dtype + " of " + tensor.name + ", supported: F32, F16, BF16.");
 }
 
 void release_pages(const TensorView& tensor) { release(tensor.data, tensor.nbytes); }

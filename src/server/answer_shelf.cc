@@ -24,6 +24,9 @@ AnswerShelf::AnswerShelf(std::string kind, Limits limits, AnswerFiles files)
     const MutexLock lock(mutex_);
     for (Record& record : files_.store->records()) {
       if (!record.name.starts_with(kind_ + "-")) continue;
+      // Of two of one name, which a crash leaves between them, the newer counts.
+      const auto before = std::ranges::find(entries_, record.name, [](const Entry& entry) { return entry.record.name; });
+      if (before != entries_.end()) erase(before, dropped);
       bytes_ += size_t(record.bytes);
       entries_.push_back({std::move(record), {}});
     }
@@ -71,6 +74,10 @@ void AnswerShelf::remove_files(const std::vector<Entry>& entries) {
 void AnswerShelf::put(const std::string& key, const std::string& text) {
   // Names are hashes, which somebody may make equal on purpose. So the key stands before the text.
   std::string whole = key + "\n" + text;
+  if (whole.size() > limits_.bytes) {
+    throw Error(ErrorCode::kResourceExhausted, "An answer of " + std::to_string(whole.size()) + " bytes can't be kept; all together have " +
+                                                   std::to_string(limits_.bytes) + ".");
+  }
   Entry entry{{name_of(key), now() + limits_.lifetime.count(), int64_t(whole.size())}, {}};
   if (files_.store != nullptr) {
     files_.store->keep_record(entry.record, whole, files_.durability);

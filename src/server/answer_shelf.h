@@ -30,11 +30,12 @@ class AnswerShelf {
   /// `kind`: letters a to z, another one for each shelf of a store. Throws what the store says.
   AnswerShelf(std::string kind, Limits limits, AnswerFiles files);
 
-  /// In place of what the key had. Throws what the store says; then the key has what it had.
+  /// In place of what the key had. kResourceExhausted for what is larger than all may be together; else throws what the
+  /// store says, and then the key has the old answer or this one.
   void put(const std::string& key, const std::string& text);
   /// nullopt when there is none, or what there was is damaged.
   std::optional<std::string> find(const std::string& key);
-  /// False when there is none. It is gone when this returns. Throws what the store says; then it is there.
+  /// False when there is none. It is gone when this returns. Throws what the store says; then it may be gone or there.
   bool remove(const std::string& key);
 
  private:

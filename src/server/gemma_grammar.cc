@@ -170,8 +170,10 @@ std::string GemmaValues::object(const Json& schema) {
     if (!name.is_string() || !properties.contains(name.get<std::string>())) refuse("required");
   }
   if (!properties.is_object() || properties.empty()) {
-    if (schema.value("additionalProperties", Json(true)) == Json(false)) return "\"{\" \"}\"";
-    return "\"{\" " + comma_list("(/[A-Za-z_][A-Za-z0-9_]*/ \":\" " + any() + ")", 0, -1) + " \"}\"";
+    const Json other = schema.value("additionalProperties", Json(true));
+    if (other == Json(false)) return "\"{\" \"}\"";
+    const std::string value = other.is_object() ? of(other) : any();
+    return "\"{\" " + comma_list("(/[A-Za-z_][A-Za-z0-9_]*/ \":\" " + value + ")", 0, -1) + " \"}\"";
   }
   // Each property in its order, from the last on: what may follow where one was written already, and where none was.
   std::string rest, first;

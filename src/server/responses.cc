@@ -5,6 +5,8 @@
 #include "server/opaque.h"
 #include "server/openai.h"
 #include "server/responses_request.h"
+#include "torpor/error.h"
+#include "torpor/log.h"
 
 namespace torpor::server {
 namespace {
@@ -110,11 +112,18 @@ void complete(Json& response, const AnswerEnd& end) {
                        {"total_tokens", end.prompt_tokens + end.generated_tokens}};
 }
 
-void keep(const ResponseRequest& request, const std::string& id, const Json& response, ResponseStore& store) {
+/// A response that the store has no room for is told as one that is not stored: it was computed, and its agent has it.
+void keep(const ResponseRequest& request, const std::string& id, Json& response, ResponseStore& store) {
   if (!request.store) return;
   Json items = request.items;
   items.insert(items.end(), response["output"].begin(), response["output"].end());
-  store.put({id, request.chat.tenant, response, std::move(items), request.input});
+  try {
+    store.put({id, request.chat.tenant, response, std::move(items), request.input});
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kResourceExhausted) throw;
+    response["store"] = false;
+    log(LogLevel::kWarning, std::string("A response is not stored: ") + error.what());
+  }
 }
 
 class ResponseStream : public StreamSink {
