@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import select
 import signal
 import subprocess
 import termios
@@ -25,6 +26,7 @@ class Terminal:
 
     def hear(self, word):
         while word not in self.said:
+            assert select.select([self.leader], [], [], 60)[0], self.said  # nothing more is said
             self.said += os.read(self.leader, 4096)
         before, self.said = self.said.split(word, 1)
         return before
