@@ -23,8 +23,8 @@ json read_json(const std::filesystem::path& path) {
   if (!in) throw Error(ErrorCode::kIo, "Can't read " + path.string() + ".");
   std::ostringstream text;
   text << in.rdbuf();
-  refuse_lfs_pointer(text.view(), path);
-  json value = json::parse(plain_json(text.view()), nullptr, false);
+  refuse_lfs_pointer(text.str(), path);
+  json value = json::parse(plain_json(text.str()), nullptr, false);
   if (value.is_object()) return value;
   throw Error(ErrorCode::kCorruption, path.string() + " is not a JSON object.");
 }

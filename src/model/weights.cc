@@ -68,9 +68,9 @@ std::vector<std::string> weight_files(const std::filesystem::path& dir) {
   std::ifstream in(index, std::ios::binary);
   std::ostringstream text;
   text << in.rdbuf();
-  refuse_lfs_pointer(text.view(), index);
+  refuse_lfs_pointer(text.str(), index);
   try {
-    const json parsed = json::parse(plain_json(text.view()));
+    const json parsed = json::parse(plain_json(text.str()));
     for (const auto& [tensor, file] : parsed.at("weight_map").items()) names.insert(file.get<std::string>());
   } catch (const json::exception&) {
     damaged(index, "it has no readable weight_map");
