@@ -89,7 +89,8 @@ function(torpor_test name)
   add_executable(${name} ${name}.cc)
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/tests)
   target_compile_definitions(${name} PRIVATE TORPOR_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
-  # What is tested is the rooms' code; a test's own is compiled for a short build. With sanitizers that was most of the build, half
+  # What is tested is the rooms' code; a test's own is compiled for a short build. With sanitizers that was most of
+  # the build, half
   # of it checks of each pointer, which AddressSanitizer makes as well.
   if(NOT TORPOR_SANITIZE)
     target_compile_options(${name} PRIVATE -O1)

@@ -1,6 +1,7 @@
 # The Rust half: one static library, the same for every preset (it needs no sanitizers, and its lock file pins the rest), so
 # cargo builds it once beside its sources, in a directory for each set of features. The room server asks for
-# `http` and `grammar`, the room cli for `line`, which a build with a server has in any case: its presets share a library.
+# `http` and `grammar`, the room cli for `line`, which a build with a server has in any case: its presets share a
+# library.
 find_program(TORPOR_CARGO NAMES cargo HINTS "$ENV{HOME}/.cargo/bin")
 if(NOT TORPOR_CARGO)
   message(FATAL_ERROR "Torpor needs Rust's cargo (1.87 or newer); install it with rustup (https://rustup.rs) and build again.")

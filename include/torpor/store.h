@@ -281,7 +281,7 @@ class Store {
   void keep_disk_limits(const DiskLimits& limits);
 
   /// Keeps the bytes, at most 1 GiB, under the record's name and time, in place of what was there. They are there when
-  /// this returns; an error leaves what was there. The disk limits count them. kResourceExhausted; kInvalidArgument for
+  /// this returns; after an error the old bytes or the new ones are, whole. The disk limits count them. kResourceExhausted; kInvalidArgument for
   /// what is no name, and more bytes.
   void keep_record(const Record& record, std::string_view bytes, Durability durability = Durability::kFull);
   /// kNotFound, kCorruption.

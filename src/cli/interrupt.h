@@ -22,7 +22,8 @@ class InterruptScope {
   void rearm();
 };
 
-/// While one lives beside an InterruptScope, a signal that this handles takes standard input away, as /dev/null does: for a reader
+/// While one lives beside an InterruptScope, a signal that this handles takes standard input away, as /dev/null does:
+/// for a reader
 /// that goes on after a signal. Who reads must have a copy of the descriptor. kIo where there is no /dev/null.
 class InputEndsOnSignal {
  public:

@@ -8,7 +8,8 @@ struct torpor_line_editor;
 
 namespace torpor::cli {
 
-/// On a terminal a line can be edited, the arrow keys bring earlier ones back, and a text that is pasted is one line, however
+/// On a terminal a line can be edited, the arrow keys bring earlier ones back, and a text that is pasted is one line,
+/// however
 /// many lines it has and however long it is. One lives at a time, beside an InterruptScope.
 class LineReader {
  public:
@@ -19,7 +20,8 @@ class LineReader {
 
   /// Standard input is a terminal.
   bool interactive() const { return interactive_; }
-  /// The next line, without its end; nullopt at the end of input or when a signal came. On a terminal `prompt` stands before it.
+  /// The next line, without its end; nullopt at the end of input or when a signal came. On a terminal `prompt` stands
+  /// before it.
   /// kIo.
   std::optional<std::string> read(const std::string& prompt);
 

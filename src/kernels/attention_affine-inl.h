@@ -207,7 +207,8 @@ HWY_INLINE void transpose_scales(const float* from, size_t groups, size_t begin,
 }
 
 /// Columns [begin, end) of transposed words [dim * kBits / 32][kBlock] to [dim][kBlock], by scales and biases
-/// [dim / group][kBlock]. With kRotated each kFirstRotated elements are turned back. As many words of `ahead` are brought
+/// [dim / group][kBlock]. With kRotated each kFirstRotated elements are turned back. As many words of `ahead` are
+/// brought
 /// into the cache.
 template <int kBits, bool kRotated>
 HWY_INLINE void dequantize_keys(const float* words, const float* scales, const float* biases, size_t dim, size_t group,

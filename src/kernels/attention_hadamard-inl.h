@@ -105,7 +105,8 @@ struct KeyBias {
   }
 };
 
-/// `kStages` stages of H over columns [begin, end) of keys [dim][kBlock]: those that join elements h, 2h, ... apart. With
+/// `kStages` stages of H over columns [begin, end) of keys [dim][kBlock]: those that join elements h, 2h, ... apart.
+/// With
 /// kLast these are all of a key's last, and the bias is added while they are in registers.
 template <int kStages, bool kLast>
 HWY_INLINE void rotate_stages(size_t dim, size_t h, size_t begin, size_t end, const KeyBias& bias, float* keys) {

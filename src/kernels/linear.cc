@@ -101,7 +101,8 @@ inline bool few_rows(const PackedPart& part, int rows) {
   return part.group == 0 ? rows == 1 : part.integers() && rows <= kFewRows;
 }
 
-/// Few prepared rows, `words` 32-bit words each, as kernels read them: the first words of all rows, the second, and so on.
+/// Few prepared rows, `words` 32-bit words each, as kernels read them: the first words of all rows, the second, and
+/// so on.
 template <class T>
 const T* interleave(const T* rows, size_t n, size_t words, T* out) {
   if (n == 1) return rows;

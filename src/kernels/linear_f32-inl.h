@@ -299,7 +299,8 @@ void Tiles(const FloatBlock& block, int panels, const float* x, int rows, float*
 }
 
 // ---- kRows interleaved rows times kPanels panels, straight from their packed form: a weight is unpacked
-// ---- once, into a register, and meets all rows. sums: [kPanels][kRows][16]; those of quantized weights are added to ----
+// ---- once, into a register, and meets all rows. sums: [kPanels][kRows][16]; those of quantized weights are added to
+// ----
 //
 // As much of the next panels, `ahead` bytes on, is brought into the cache as is read of these.
 

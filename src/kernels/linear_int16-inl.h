@@ -117,7 +117,8 @@ const int32_t* PrepareInt16(ThreadPool& pool, const PackedPart& part, int k, con
   return out;
 }
 
-// ---- kRows interleaved rows times kPanels panels, straight from their packed form, added to sums: [kPanels][kRows][16] ----
+// ---- kRows interleaved rows times kPanels panels, straight from their packed form, added to sums:
+// [kPanels][kRows][16] ----
 //
 // As much of the next panels, `ahead` bytes on, is brought into the cache as is read of these.
 

@@ -1,7 +1,10 @@
 #pragma once
-/// A mixture of experts: each row goes through a few MLPs of many, chosen by the router's logits, and gets their weighted
-/// sum. Like the other kernels (compute.h): f32 rows in plain memory, ThreadPool::shared(), blocking. A row's bits depend on
-/// neither the other rows nor M: of equal scores the lower index is chosen, and experts are summed in the order of theirs.
+/// A mixture of experts: each row goes through a few MLPs of many, chosen by the router's logits, and gets their
+/// weighted
+/// sum. Like the other kernels (compute.h): f32 rows in plain memory, ThreadPool::shared(), blocking. A row's bits
+/// depend on
+/// neither the other rows nor M: of equal scores the lower index is chosen, and experts are summed in the order of
+/// theirs.
 
 #include <cstdint>
 #include <memory>
@@ -29,7 +32,8 @@ struct Routing {
   std::vector<float> expert_scale;   ///< [E] what an expert's weights are multiplied by; or empty
 };
 
-/// logits [M, E] -> the chosen experts of each row in ascending order, and their weights, both [M, chosen]. A row with NaN in
+/// logits [M, E] -> the chosen experts of each row in ascending order, and their weights, both [M, chosen]. A row
+/// with NaN in
 /// its scores has a NaN among its weights.
 void route(const float* logits, int m, int n_experts, const Routing& routing, int32_t* experts, float* weights);
 
@@ -40,7 +44,8 @@ enum class ExpertActivation {
   kRelu2,          ///< relu(up)², without a gate
 };
 
-/// y = down · activation(up · x), biases in the weights. `up` is gate and up: of pack_gated for kSilu and kGeluTanh, of pack,
+/// y = down · activation(up · x), biases in the weights. `up` is gate and up: of pack_gated for kSilu and kGeluTanh,
+/// of pack,
 /// gate's rows first, for kClampedSwiGlu; or up alone.
 struct Expert {
   std::shared_ptr<const PackedLinear> up, down;

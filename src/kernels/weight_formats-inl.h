@@ -1,5 +1,6 @@
 // Weights that kernels don't read where they lie: a few columns at a time become a panel of bytes in a core's L1, which
-// the kernels of 8 bits read. So each format costs one function here, and its sums are those of the same weights in 8 bits.
+// the kernels of 8 bits read. So each format costs one function here, and its sums are those of the same weights in 8
+// bits.
 // Compiled once per target, as part of linear.cc.
 
 #if defined(TORPOR_KERNELS_WEIGHT_FORMATS_INL) == defined(HWY_TARGET_TOGGLE)
@@ -37,7 +38,8 @@ HWY_INLINE VU PlaneBytes(const std::byte* plane, int vector) {
   }
 }
 
-// E2M1 codes become 12 + 2 * what they stand for: bytes without a sign, whose group has half its scale, and -12 times that
+// E2M1 codes become 12 + 2 * what they stand for: bytes without a sign, whose group has half its scale, and -12 times
+// that
 // as its bias.
 constexpr int kE2m1Zero = 12;
 HWY_INLINE VU E2m1Levels(VU codes) {

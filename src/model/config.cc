@@ -122,7 +122,8 @@ Activation parse_activation(const json& config) {
   throw Error(ErrorCode::kInvalidArgument, "unsupported hidden_act " + act + ", supported: silu, gelu_pytorch_tanh.");
 }
 
-/// Fields that change the computation, and what they may say where the family's page has not read them: what is computed anyway.
+/// Fields that change the computation, and what they may say where the family's page has not read them: what is
+/// computed anyway.
 void refuse_what_is_not_computed(const FamilyFields& fields) {
   const auto is_off = [](const json& value) { return value == false || value == json::array(); };
   const auto is_on = [](const json& value) { return value == true; };

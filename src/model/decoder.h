@@ -1,5 +1,6 @@
 #pragma once
-/// The forward pass of decoder-only models, driven by what their layers say they are (layer.h): the checks, the batch cut into
+/// The forward pass of decoder-only models, driven by what their layers say they are (layer.h): the checks, the batch
+/// cut into
 /// chunks, the layers, which rows get logits.
 
 #include <map>

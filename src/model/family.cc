@@ -145,7 +145,8 @@ void cohere2(ModelConfig& model, FamilyFields& fields) {
   }
 }
 
-/// Layers without a window have wider heads, kv heads of their own and another RoPE. Upper layers read the rows of the last layer
+/// Layers without a window have wider heads, kv heads of their own and another RoPE. Upper layers read the rows of
+/// the last layer
 /// of their kind below. Values are normalised. The small models have embeddings for each layer.
 void gemma4(ModelConfig& model, FamilyFields& fields) {
   const json& config = fields.config();

@@ -12,7 +12,8 @@
 
 namespace torpor::model {
 
-/// What a page reads of the text model's config.json beyond what all families have. What it says shapes the computation, so it goes
+/// What a page reads of the text model's config.json beyond what all families have. What it says shapes the
+/// computation, so it goes
 /// into the identity.
 class FamilyFields {
  public:
@@ -59,7 +60,8 @@ struct TextModel {
 /// mlx_lm_rotates_windows.
 bool rotates_windows_in_mlx_lm(const std::string& architecture);
 
-/// The text model of a config.json. A vision-language config has it inside. kInvalidArgument ("unsupported architecture X,
+/// The text model of a config.json. A vision-language config has it inside. kInvalidArgument ("unsupported
+/// architecture X,
 /// supported: ...") for a type that is not known.
 TextModel text_model_of(const nlohmann::json& config);
 

@@ -1,5 +1,6 @@
 #pragma once
-/// What a layer is: plain data that a family's page fills in (family.cc) and that both backends compute by. A layer is attention
+/// What a layer is: plain data that a family's page fills in (family.cc) and that both backends compute by. A layer
+/// is attention
 /// and an MLP, each a residual; which norms it has, its names say.
 
 #include <cmath>
@@ -77,7 +78,8 @@ struct LayerSpec {
   std::optional<Experts> experts;
 };
 
-/// How a layer is put together, and how its tensors are called, within "model.layers.0.". An empty name is a norm that it does not have.
+/// How a layer is put together, and how its tensors are called, within "model.layers.0.". An empty name is a norm
+/// that it does not have.
 struct LayerNames {
   std::string attention_norm = "input_layernorm";       ///< of what attention reads
   std::string attention_post_norm;                      ///< of what it adds to the residual

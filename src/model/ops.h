@@ -46,20 +46,23 @@ class Ops {
 
   // Loading: the checkpoint may be unmapped afterwards.
   virtual Weight pack_linear(const Projection& projection) = 0;
-  /// The norms are nullptr unless `spec` has them. k and v are nullptr if it reads another layer's rows; v is if keys are values.
+  /// The norms are nullptr unless `spec` has them. k and v are nullptr if it reads another layer's rows; v is if keys
+  /// are values.
   virtual Weight pack_attention(const Attention& spec, const Projection& q, const Projection* k, const Projection* v,
                                 Weight q_norm, Weight k_norm) = 0;
   virtual Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) = 0;
   /// Projections of each expert, in their order. The router is not rounded to 16-bit activations.
   virtual Weight pack_experts(const Experts& spec, const Projection& router, const std::vector<Projection>& gates,
                               const std::vector<Projection>& ups, const std::vector<Projection>& downs) = 0;
-  /// What rows are multiplied by is weight + plus (Gemma keeps its norms less one). If `centred`, their mean is taken off before.
+  /// What rows are multiplied by is weight + plus (Gemma keeps its norms less one). If `centred`, their mean is taken
+  /// off before.
   virtual Weight pack_norm(const TensorView& weight, float plus, bool centred) = 0;
 
   // A layer's parts.
   virtual mx::array embedding(const std::vector<int32_t>& tokens, const Weight& w) = 0;
   virtual mx::array norm(const mx::array& x, const Weight& w) = 0;
-  /// Projects to q, k and v, normalises and rotates them as the weight's spec has it. Appends k and v to the caches' `layer`,
+  /// Projects to q, k and v, normalises and rotates them as the weight's spec has it. Appends k and v to the caches'
+  /// `layer`,
   /// unless another layer of the model has, and attends. [M, H_q D_v]
   virtual mx::array attention(const mx::array& x, const Weight& w, int layer, Batch& batch) = 0;
   /// residual + x · Wᵀ

@@ -96,7 +96,8 @@ struct Attending final : Ops::Packed {
   std::vector<float> key_bias;  // as projected, for formats that leave it out of the rows
   Ops::Weight q_norm, k_norm;
   std::optional<mx::array> ones;  // the weight of the values' norm
-  // Made when first needed: the kernel's spec for each format of rows, and for those that rotate keys, norms with pair_factors.
+  // Made when first needed: the kernel's spec for each format of rows, and for those that rotate keys, norms with
+  // pair_factors.
   mutable std::vector<std::pair<KvFormat, std::shared_ptr<const kernels::AttentionSpec>>> of_format;
   mutable std::vector<float> even_q_norm, even_k_norm;
 };

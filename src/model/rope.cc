@@ -50,8 +50,10 @@ void scale_longrope(const nlohmann::json& config, const nlohmann::json& scaling,
   rope.description += " factors " + hasher.hex() + " magnitude " + number_text(rope.magnitude);
 }
 
-/// YaRN: dims that turn `fast` times or more within the original context stay, those that turn `slow` times or less are stretched by
-/// `factor`, those between are blended. As transformers has it: mlx-lm rounds the bounds though `truncate` is false, and takes
+/// YaRN: dims that turn `fast` times or more within the original context stay, those that turn `slow` times or less
+/// are stretched by
+/// `factor`, those between are blended. As transformers has it: mlx-lm rounds the bounds though `truncate` is false,
+/// and takes
 /// the magnitude of the factor where there is an `attention_factor`.
 void scale_yarn(const nlohmann::json& config, const nlohmann::json& scaling, std::vector<double>& inv_freq, Rope& rope) {
   const double factor = positive_field(scaling, "factor");

@@ -18,12 +18,15 @@ struct Rope {
   std::string description;       ///< part of the identity: "default theta 100000"
 };
 
-/// Types default, linear, llama3, longrope (su), yarn, proportional and mrope, as mlx-lm computes them (yarn: as transformers does);
-/// kInvalidArgument for any other. `config` is the whole config.json. transformers 5 puts all of it into `rope_parameters`, which
+/// Types default, linear, llama3, longrope (su), yarn, proportional and mrope, as mlx-lm computes them (yarn: as
+/// transformers does);
+/// kInvalidArgument for any other. `config` is the whole config.json. transformers 5 puts all of it into
+/// `rope_parameters`, which
 /// comes before the older fields.
 Rope parse_rope(const nlohmann::json& config, int head_dim);
 
-/// The plain RoPE of sliding layers, which have one of their own: of the base that the config has for them, else of `theta`.
+/// The plain RoPE of sliding layers, which have one of their own: of the base that the config has for them, else of
+/// `theta`.
 Rope parse_local_rope(const nlohmann::json& config, int head_dim, double theta);
 
 /// The object that has the RoPE's fields, of full layers where they are by type of layer; empty if there is none.

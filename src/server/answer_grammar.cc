@@ -85,7 +85,8 @@ std::string any_tool(const std::string& name, const std::vector<Tool>& tools, Ea
   return any + "\n" + rules;
 }
 
-/// `call_rest`, a call after its open_mark where there is one, and `call`, all of it. Empty for a way of writing that no grammar
+/// `call_rest`, a call after its open_mark where there is one, and `call`, all of it. Empty for a way of writing that
+/// no grammar
 /// is known of.
 std::string call_rules(const AnswerParser::Options& parsing, const Tokenizer& tokenizer) {
   const CallFormat calls = parsing.format.calls;
@@ -131,7 +132,8 @@ std::string call_rules(const AnswerParser::Options& parsing, const Tokenizer& to
   return rules + "call: " + (open.empty() ? "" : Mark(open, tokenizer).rule + " ") + "call_rest\n";
 }
 
-/// Harmony's messages, each with a header that names its channel, and for a call its tool. The answer begins in a header. A call, and
+/// Harmony's messages, each with a header that names its channel, and for a call its tool. The answer begins in a
+/// header. A call, and
 /// the answer itself, end with a token that ends all.
 std::string harmony_grammar(const std::string& format, bool must_call, const AnswerParser::Options& parsing,
                             const Tokenizer& tokenizer) {

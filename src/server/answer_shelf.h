@@ -18,7 +18,8 @@ struct AnswerFiles {
   Durability durability = Durability::kFull;
 };
 
-/// Texts under keys, until they are `lifetime` old, or until newer ones have used up `count` or `bytes`: the oldest goes
+/// Texts under keys, until they are `lifetime` old, or until newer ones have used up `count` or `bytes`: the oldest
+/// goes
 /// first. With a store each is a file, which is there before `put` returns, and a new shelf of the same kind finds it.
 /// Any thread may call.
 class AnswerShelf {

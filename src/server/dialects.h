@@ -15,7 +15,8 @@ namespace torpor::server {
 /// threads call at a time.
 class Dialects : public HttpHandler {
  public:
-  /// `runner` must outlive this. `files`: where stored responses and answers for retries outlive it. Throws what the store
+  /// `runner` must outlive this. `files`: where stored responses and answers for retries outlive it. Throws what the
+  /// store
   /// says.
   explicit Dialects(TurnRunner& runner, AnswerFiles files = {});
   ~Dialects() override;

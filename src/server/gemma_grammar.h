@@ -1,5 +1,6 @@
 #pragma once
-/// Gemma's way of writing a call's arguments, as a grammar: JSON but for strings, which stand between marks, and keys, which stand
+/// Gemma's way of writing a call's arguments, as a grammar: JSON but for strings, which stand between marks, and
+/// keys, which stand
 /// bare. No engine knows it, so schemas are turned into rules here.
 
 #include <map>
@@ -12,7 +13,8 @@ namespace torpor::server {
 /// Rules of llguidance's Lark for the values of one schema.
 class GemmaValues {
  public:
-  /// `quote`: the mark's rule; `string`: the rule of what follows it, the closing mark included. `prefix` begins the names of all
+  /// `quote`: the mark's rule; `string`: the rule of what follows it, the closing mark included. `prefix` begins the
+  /// names of all
   /// rules. With `strict` a keyword that can't be held to is a Failure that names it; else it is left out.
   GemmaValues(Json schema, bool strict, std::string prefix, std::string quote, std::string string);
 
