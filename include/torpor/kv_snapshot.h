@@ -113,6 +113,28 @@ struct KvLayout {
   bool operator==(const KvLayout&) const = default;
 };
 
+/// One tensor of the state that a recurrent layer has after a token: of fixed size, however many tokens came before.
+struct StateTensorSpec {
+  std::string name;           ///< "layer_0_conv", "layer_0_recurrent"; none of the KV layout's names
+  KvDtype dtype = KvDtype::kF32;
+  std::vector<int64_t> shape; ///< of at least one element
+
+  size_t bytes() const noexcept;
+  bool operator==(const StateTensorSpec&) const = default;
+};
+
+/// All state tensors of a model, in file order; none: all its layers keep rows. They follow each other in one buffer
+/// without gaps, row-major, little-endian.
+struct StateLayout {
+  std::vector<StateTensorSpec> tensors;
+
+  bool empty() const noexcept { return tensors.empty(); }
+  /// Byte offset of tensor `i`; `i == tensors.size()` gives the size of a state.
+  size_t offset(size_t i) const noexcept;
+  size_t bytes() const noexcept { return offset(tensors.size()); }
+  bool operator==(const StateLayout&) const = default;
+};
+
 /// What rows depend on, so what must match for them to be used. Each field is a short text or a hex digest; the empty
 /// field is a value like any other.
 struct Identity {
@@ -209,6 +231,32 @@ class SealedRun {
   mutable std::shared_ptr<const Segment> segment_;
 };
 
+/// The state after the first `position` tokens: `StateLayout::bytes()` bytes that never change. A conversation can go on
+/// from it without the tokens before being computed again. Caches, snapshots and the store share it. Thread-safe.
+class StateCheckpoint {
+ public:
+  /// `owner` keeps `bytes` alive.
+  StateCheckpoint(int64_t position, std::span<const std::byte> bytes, std::shared_ptr<const void> owner)
+      : position_(position), bytes_(bytes), owner_(std::move(owner)) {}
+  StateCheckpoint(const StateCheckpoint&) = delete;
+  StateCheckpoint& operator=(const StateCheckpoint&) = delete;
+
+  int64_t position() const noexcept { return position_; }
+  std::span<const std::byte> bytes() const noexcept { return bytes_; }
+  const std::shared_ptr<const void>& owner() const noexcept { return owner_; }
+
+  /// The state file that holds it, 32 hex digits; empty when no save has written it and no load has read it.
+  std::string file() const;
+  void set_file(std::string name) const;  ///< for the store
+
+ private:
+  const int64_t position_;
+  const std::span<const std::byte> bytes_;
+  const std::shared_ptr<const void> owner_;
+  mutable std::mutex mutex_;
+  mutable std::string file_;
+};
+
 /// The rows past the last sealed run: fewer than kSegmentTokens.
 struct KvTail {
   int n_tokens = 0;
@@ -255,6 +303,10 @@ struct KvSnapshot {
   std::vector<std::shared_ptr<const SealedRun>> sealed;
   KvTail tail;
   std::vector<KvState> state;
+  /// Of a model with recurrent layers: what its states consist of, and those that are held, ascending by position. The
+  /// last one is that after the last token.
+  StateLayout state_layout;
+  std::vector<std::shared_ptr<const StateCheckpoint>> states;
 
   /// Throws kInvalidArgument naming the first disagreement between tokens, rows, layout and state.
   void validate() const;

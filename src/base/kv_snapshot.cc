@@ -159,6 +159,28 @@ void Lineage::cut(int64_t n_tokens) {
   }
 }
 
+size_t StateTensorSpec::bytes() const noexcept {
+  size_t bytes = kv_dtype_size(dtype);
+  for (const int64_t n : shape) bytes *= size_t(n);
+  return bytes;
+}
+
+size_t StateLayout::offset(size_t i) const noexcept {
+  size_t bytes = 0;
+  for (size_t t = 0; t < i; ++t) bytes += tensors[t].bytes();
+  return bytes;
+}
+
+std::string StateCheckpoint::file() const {
+  const std::lock_guard lock(mutex_);
+  return file_;
+}
+
+void StateCheckpoint::set_file(std::string name) const {
+  const std::lock_guard lock(mutex_);
+  file_ = std::move(name);
+}
+
 bool covers(const TensorMask& mask, const TensorMask& other) noexcept {
   for (size_t i = 0; i < mask.size(); ++i) {
     if ((other.empty() || other[i]) && !mask[i]) return false;
@@ -207,6 +229,21 @@ void check_state(const std::vector<KvState>& state) {
   }
 }
 
+void check_states(const KvSnapshot& snapshot) {
+  const StateLayout& layout = snapshot.state_layout;
+  if (layout.empty() != snapshot.states.empty()) inconsistent("its states and their layout don't fit each other");
+  int64_t before = 0;
+  for (const auto& state : snapshot.states) {
+    if (state == nullptr || state->position() <= before) inconsistent("its states are not in the order of their tokens");
+    if (state->bytes().size() != layout.bytes()) {
+      inconsistent("the state after " + std::to_string(state->position()) + " tokens has " +
+                   std::to_string(state->bytes().size()) + " bytes, its layout needs " + std::to_string(layout.bytes()));
+    }
+    before = state->position();
+  }
+  if (!layout.empty() && before != int64_t(snapshot.tokens.size())) inconsistent("the state after its last token is missing");
+}
+
 }  // namespace
 
 void KvSnapshot::validate() const {
@@ -219,6 +256,7 @@ void KvSnapshot::validate() const {
   for (size_t i = 0; i < n_runs(); ++i) check_run(layout, i, n_runs(), run_capacity(i), run_bytes(i).size());
   check_covered(sealed.size() * kSegmentTokens + size_t(tail.n_tokens), tokens.size());
   check_state(state);
+  check_states(*this);
 }
 
 void KvSnapshot::validate(const BorrowedRows& rows) const {
