@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <mlx/mlx.h>
 
+#include "cache/ledger.h"
 #include "torpor/cache.h"
 #include "torpor/error.h"
 
@@ -314,6 +315,214 @@ TEST(DenseCache, AppendedRowsAreWhatASnapshotHolds) {
     EXPECT_EQ(0, std::memcmp(snapshot.run_bytes(1).data() + head * 48 * row, rows + (head * 304 + 256) * row, 48 * row));
   }
 }
+
+// ---- recurrent states
+
+StateLayout make_state_layout() {
+  return {{{"layer_0_conv", KvDtype::kF32, {3, 4}}, {"layer_0_recurrent", KvDtype::kF32, {2, 8, 8}}}};
+}
+
+class CacheStates : public testing::TestWithParam<Backend> {
+ protected:
+  std::unique_ptr<KvCache> make() const {
+    return KvCache::create(make_layout(KvDtype::kF16), KvDtype::kF16, GetParam(), states_);
+  }
+  /// A pass over `n` tokens, whose state is all `mark`. One that throws does so before it advances.
+  void compute(KvCache& cache, int n, char mark, bool throws = false) const {
+    if (GetParam() == Backend::kKernels) {
+      cache.reserve(n);
+    } else {
+      const mx::array rows = mx::zeros({1, kHeads, n, kDim}, mx::float16);
+      for (int layer = 0; layer < kLayers; ++layer) cache.update_and_fetch(layer, rows, rows);
+    }
+    const std::span<std::byte> next = cache.next_state();
+    ASSERT_EQ(next.size(), states_.bytes());
+    std::memset(next.data(), mark, next.size());
+    if (throws) return;
+    cache.record_tokens(std::vector<int32_t>(size_t(n), mark));
+    cache.advance(n);
+  }
+  static char mark(std::span<const std::byte> state) { return state.empty() ? '0' : char(state.back()); }
+  static std::vector<int64_t> positions(const KvCache& cache) {
+    std::vector<int64_t> all;
+    for (const auto& state : cache.states()) all.push_back(state->position());
+    return all;
+  }
+  using Positions = std::vector<int64_t>;
+
+  const StateLayout states_ = make_state_layout();
+};
+
+TEST_P(CacheStates, APassMakesANewStateAndTheOldOneStaysIfItIsKept) {
+  const auto cache = make();
+  EXPECT_TRUE(cache->state().empty());
+  EXPECT_EQ(cache->spare_rows(), 0);
+  compute(*cache, 300, 'a');
+  EXPECT_EQ(mark(cache->state()), 'a');
+  cache->keep_state();
+  const auto kept = cache->states().back();
+  compute(*cache, 10, 'b');
+  compute(*cache, 1, 'c');
+  EXPECT_EQ(positions(*cache), (Positions{300, 311}));
+  EXPECT_EQ(cache->states().front(), kept) << "by pointer";
+  EXPECT_EQ(mark(kept->bytes()), 'a');
+  EXPECT_EQ(mark(cache->state()), 'c');
+  EXPECT_TRUE(cache->validate()) << cache->validate().reason;
+  cache->drop_state(300);
+  cache->drop_state(311);  // live: it goes with the next pass
+  EXPECT_EQ(positions(*cache), (Positions{311}));
+  compute(*cache, 1, 'd');
+  EXPECT_EQ(positions(*cache), (Positions{312}));
+}
+
+TEST_P(CacheStates, APassThatThrowsLeavesTheState) {
+  const auto cache = make();
+  compute(*cache, 5, 'x', /*throws=*/true);
+  EXPECT_TRUE(cache->state().empty());
+  compute(*cache, 5, 'a');
+  compute(*cache, 5, 'x', /*throws=*/true);
+  EXPECT_EQ(mark(cache->state()), 'a');
+  EXPECT_EQ(positions(*cache), (Positions{5}));
+  compute(*cache, 5, 'b');
+  EXPECT_EQ(mark(cache->state()), 'b');
+}
+
+TEST_P(CacheStates, TwoBuffersTakeTurnsUnlessSomebodyHoldsOne) {
+  const auto cache = make();
+  compute(*cache, 1, 'a');
+  const void* const first = cache->state().data();
+  compute(*cache, 1, 'b');
+  const void* const second = cache->state().data();
+  compute(*cache, 1, 'c');
+  EXPECT_EQ(cache->state().data(), first);
+  const auto held = cache->states().back();
+  compute(*cache, 1, 'd');
+  EXPECT_EQ(cache->state().data(), second);
+  compute(*cache, 1, 'e');
+  EXPECT_EQ(mark(held->bytes()), 'c') << "the buffer is not written while it is held";
+  EXPECT_NE(cache->state().data(), first);
+}
+
+TEST_P(CacheStates, ACacheIsCutOnlyToAStateThatIsHeld) {
+  const auto cache = make();
+  compute(*cache, 256, 'a');
+  cache->keep_state();
+  compute(*cache, 100, 'b');
+  cache->keep_state();
+  compute(*cache, 44, 'c');
+  EXPECT_EQ(cache->resumable(400), 400);
+  EXPECT_EQ(cache->resumable(399), 356);
+  EXPECT_EQ(cache->resumable(300), 256);
+  EXPECT_EQ(cache->resumable(255), 0);
+  EXPECT_FALSE(cache->can_truncate(399));
+  EXPECT_THROW(cache->truncate(399), Error);
+  EXPECT_EQ(cache->length(), 400);
+  ASSERT_TRUE(cache->can_truncate(256));
+  const auto clone = cache->clone();
+  cache->truncate(256);
+  EXPECT_EQ(mark(cache->state()), 'a');
+  EXPECT_EQ(positions(*cache), (Positions{256}));
+  compute(*cache, 2, 'd');
+  EXPECT_EQ(positions(*cache), (Positions{256, 258})) << "a state that was cut to was kept, and still is";
+  EXPECT_EQ(positions(*clone), (Positions{256, 356, 400}));
+  EXPECT_EQ(clone->states()[0], cache->states()[0]);
+  EXPECT_EQ(mark(clone->state()), 'c');
+  compute(*clone, 1, 'e');
+  clone->truncate(0);
+  EXPECT_TRUE(clone->states().empty());
+  EXPECT_TRUE(clone->state().empty());
+  EXPECT_EQ(mark(cache->state()), 'd');
+}
+
+TEST_P(CacheStates, AClonesPassDoesNotTouchTheStateOfTheOther) {
+  const auto cache = make();
+  compute(*cache, 3, 'a');
+  const auto clone = cache->clone();
+  EXPECT_EQ(clone->state().data(), cache->state().data()) << "shared";
+  compute(*clone, 1, 'b');
+  compute(*clone, 1, 'c');
+  compute(*cache, 1, 'd');
+  EXPECT_EQ(mark(clone->state()), 'c');
+  EXPECT_EQ(mark(cache->state()), 'd');
+}
+
+TEST_P(CacheStates, AStateThatCameFromElsewhereIsHeld) {
+  const auto cache = make();
+  compute(*cache, 300, 'a');
+  const auto other = [&](int64_t position, size_t bytes) {
+    const auto buffer = allocate_heap_buffer(bytes);
+    std::memset(buffer.get(), 'o', bytes);
+    return std::make_shared<const StateCheckpoint>(position, std::span<const std::byte>(buffer.get(), bytes), buffer);
+  };
+  const auto state = other(256, states_.bytes());
+  cache->add_state(state);
+  cache->add_state(other(256, states_.bytes()));
+  EXPECT_EQ(positions(*cache), (Positions{256, 300}));
+  EXPECT_EQ(cache->states()[0], state);
+  cache->add_state(other(300, states_.bytes()));
+  EXPECT_EQ(mark(cache->state()), 'a') << "there is one";
+  EXPECT_THROW(cache->add_state(other(301, states_.bytes())), Error);
+  EXPECT_THROW(cache->add_state(other(0, states_.bytes())), Error);
+  EXPECT_THROW(cache->add_state(other(200, states_.bytes() - 1)), Error);
+  cache->truncate(256);
+  EXPECT_EQ(cache->state().data(), state->bytes().data());
+  compute(*cache, 1, 'b');
+  compute(*cache, 1, 'c');
+  EXPECT_EQ(mark(state->bytes()), 'o');
+}
+
+TEST_P(CacheStates, ASnapshotHasTheStatesAndACacheIsMadeOfThem) {
+  auto cache = make();
+  EXPECT_TRUE(cache->snapshot({}).states.empty());
+  EXPECT_EQ(KvCache::restore(cache->snapshot({}), GetParam())->state_layout(), states_);
+  compute(*cache, 256, 'a');
+  cache->keep_state();
+  compute(*cache, 1, 'b');
+  const KvSnapshot snapshot = cache->snapshot({});
+  EXPECT_EQ(snapshot.state_layout, states_);
+  ASSERT_EQ(snapshot.states.size(), 2u);
+  const auto restored = KvCache::restore(snapshot, GetParam());
+  EXPECT_EQ(positions(*restored), (Positions{256, 257}));
+  EXPECT_EQ(restored->state().data(), cache->state().data()) << "nothing is copied";
+  compute(*restored, 1, 'c');
+  compute(*cache, 1, 'd');
+  compute(*cache, 1, 'e');
+  EXPECT_EQ(mark(snapshot.states[1]->bytes()), 'b');
+  EXPECT_TRUE(restored->validate());
+  KvSnapshot without = snapshot;
+  without.states.pop_back();
+  EXPECT_THROW(KvCache::restore(without, GetParam()), Error);
+}
+
+TEST_P(CacheStates, EveryStateCountsOnceAndGrowthSaysWhatAPassTakes) {
+  const auto ledger = std::make_shared<KvLedger>();
+  const auto cache = make();
+  cache->count_in(ledger);
+  const size_t state = states_.bytes();
+  EXPECT_EQ(cache->growth(0), 0u);
+  for (int step = 0; step < 4; ++step) {
+    const size_t before = ledger->bytes(), growth = cache->growth(1);
+    cache->grow(1);
+    EXPECT_EQ(ledger->bytes() - before, growth) << step;
+    compute(*cache, 1, 'a');
+    EXPECT_EQ(ledger->bytes(), before + growth) << step;
+    if (step == 1) cache->keep_state();
+  }
+  const size_t rows = 256 * cache->layout().bytes_per_token();
+  EXPECT_EQ(ledger->bytes(), rows + 3 * state) << "live, kept and spare";
+  EXPECT_EQ(cache->nbytes(), rows + 3 * state);
+  auto clone = cache->clone();
+  EXPECT_EQ(ledger->bytes(), rows + 3 * state);
+  cache->drop_state(2);
+  EXPECT_EQ(ledger->bytes(), rows + 3 * state) << "the clone holds it";
+  clone->drop_state(2);
+  EXPECT_EQ(ledger->bytes(), rows + 2 * state);
+  clone.reset();
+  cache->truncate(0);
+  EXPECT_EQ(ledger->bytes() % 1024, state % 1024) << "the spare buffer stays";
+}
+
+INSTANTIATE_TEST_SUITE_P(AllBackends, CacheStates, testing::Values(Backend::kKernels, Backend::kMlx));
 
 }  // namespace
 }  // namespace torpor

@@ -35,8 +35,16 @@ class KvAccess {
   /// held, the new ones last: all, or at least those that a layer with a window sees. Quantized rows come back in the
   /// dtype of k and v.
   virtual std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) = 0;
-  /// After evaluation: the `n` rows now count.
+  /// After evaluation: the `n` rows now count, and next_state() is the state.
   virtual void advance(int n) = 0;
+
+  /// What the recurrent layers leave behind; equal to Model::state_layout. Empty: there are none.
+  virtual const StateLayout& state_layout() const noexcept;
+  /// The state after length() tokens, which no forward pass changes. Empty at length 0, where it is all zeros.
+  virtual std::span<const std::byte> state() const { return {}; }
+  /// Where a forward pass writes the state after its tokens: a buffer of StateLayout::bytes() that nobody else has. A
+  /// pass in several chunks reads there what its last chunk left. Of no meaning after advance.
+  virtual std::span<std::byte> next_state() { return {}; }
 };
 
 /// One agent's tokens in a batch. The cache is advanced by forward itself.
@@ -67,6 +75,9 @@ class Model {
   virtual KvFormat refined(const KvFormat& asked) const = 0;
   /// Tensors a cache of this model has in `format`. kInvalidArgument for a format the model can't have.
   virtual KvLayout kv_layout(const KvFormat& format) const = 0;
+  /// What its recurrent layers keep instead of rows. The state after a number of tokens has the same bits (kKernels)
+  /// however the tokens were cut into passes, and whatever ran beside them. Empty: all layers have rows.
+  virtual StateLayout state_layout() const { return {}; }
 
   /// Evaluated f32 logits [rows, vocab]: per sequence its last token's row, all of them or none. Long inputs are
   /// computed in chunks inside. On an error no sequence has advanced on kKernels. On kMlx one may have, by whole chunks

@@ -231,7 +231,7 @@ void check_state(const std::vector<KvState>& state) {
 
 void check_states(const KvSnapshot& snapshot) {
   const StateLayout& layout = snapshot.state_layout;
-  if (layout.empty() != snapshot.states.empty()) inconsistent("its states and their layout don't fit each other");
+  if (layout.empty() && !snapshot.states.empty()) inconsistent("it has states without a layout of them");
   int64_t before = 0;
   for (const auto& state : snapshot.states) {
     if (state == nullptr || state->position() <= before) inconsistent("its states are not in the order of their tokens");

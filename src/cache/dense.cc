@@ -73,7 +73,7 @@ int DenseKvCache::capacity_for(size_t t, int rows) const {
   return round_up(length_ + rows) - (tensors_.empty() ? 0 : first_[t]);  // first_ is where a segment begins
 }
 
-size_t DenseKvCache::growth(int rows) const {
+size_t DenseKvCache::row_growth(int rows) const {
   size_t bytes = 0;
   for (size_t t = 0; t < layout_.tensors.size() && rows > 0; ++t) {
     // An array that a clone has too is copied by whoever appends first.
@@ -84,7 +84,7 @@ size_t DenseKvCache::growth(int rows) const {
   return bytes;
 }
 
-void DenseKvCache::grow(int rows) {
+void DenseKvCache::grow_rows(int rows) {
   if (rows <= 0) return;
   make_tensors();
   for (size_t t = 0; t < tensors_.size(); ++t) grow_tensor(t, rows);
@@ -133,7 +133,8 @@ std::pair<mx::array, mx::array> DenseKvCache::update_and_fetch(int layer, const 
 }
 
 std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot, const KvFormat& format) {
-  auto cache = std::make_unique<DenseKvCache>(snapshot.layout, format, snapshot.tokens);
+  auto cache = std::make_unique<DenseKvCache>(snapshot.layout, format, snapshot.state_layout, snapshot.tokens,
+                                             snapshot.states);
   if (cache->length_ == 0) return cache;
   // Memory that is no mapping would be held twice. But rows that were not read can't be copied.
   for (const auto& run : snapshot.sealed) {
@@ -163,13 +164,12 @@ std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot, 
 
 std::unique_ptr<KvCache> DenseKvCache::clone() const {
   // Arrays are values: the first append of either copy makes its own buffer.
-  auto copy = std::make_unique<DenseKvCache>(layout_, format_, tokens_);
-  copy->length_ = length_;
+  auto copy = std::make_unique<DenseKvCache>(layout_, format_, state_layout(), tokens_);
   copy->tensors_ = tensors_;
   copy->storage_ = storage_;
   copy->first_ = first_;
   copy->sealed_ = sealed_;
-  count_like(*copy);
+  share_with(*copy);
   return copy;
 }
 
@@ -182,8 +182,7 @@ int DenseKvCache::first_needed(size_t t) const {
   return int(run) * kSegmentTokens;
 }
 
-bool DenseKvCache::can_truncate(int n_tokens) const {
-  if (n_tokens > length_) return false;
+bool DenseKvCache::can_keep_rows(int n_tokens) const {
   for (size_t t = 0; t < tensors_.size(); ++t) {
     if (first_[t] > std::max(0, n_tokens - layout_.tensors[t].window)) return false;
   }
@@ -214,7 +213,8 @@ void DenseKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) {
 KvCache::HeldBuffer DenseKvCache::buffer(size_t i) const { return {storage_[i].get(), tensors_[i].nbytes(), false}; }
 
 KvSnapshot DenseKvCache::snapshot(const Identity& identity, bool) const {
-  KvSnapshot snapshot{.identity = identity, .layout = layout_, .tokens = tokens_};
+  KvSnapshot snapshot{.identity = identity, .layout = layout_, .tokens = tokens_, .state_layout = state_layout(),
+                      .states = {states().begin(), states().end()}};
   if (length_ > 0) mx::eval(tensors_);
   for (int first = 0; first < length_; first += kSegmentTokens) {
     if (const size_t i = size_t(first / kSegmentTokens); i < sealed_.size() && sealed_[i] != nullptr) {

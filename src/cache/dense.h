@@ -13,22 +13,23 @@ namespace torpor {
 
 class DenseKvCache : public KvCache {
  public:
-  DenseKvCache(KvLayout layout, const KvFormat& format, std::vector<int32_t> tokens = {})
-      : KvCache(std::move(layout), format, std::move(tokens)) {}
+  DenseKvCache(KvLayout layout, const KvFormat& format, StateLayout state_layout, std::vector<int32_t> tokens = {},
+               std::vector<std::shared_ptr<const StateCheckpoint>> states = {})
+      : KvCache(std::move(layout), format, std::move(state_layout), std::move(tokens), std::move(states)) {}
   static std::unique_ptr<DenseKvCache> restore(const KvSnapshot& snapshot, const KvFormat& format);
 
   std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
 
-  size_t growth(int rows) const override;
-  void grow(int rows) override;
   size_t cut_cost(int) const override { return 0; }  // rows past the length are overwritten
-  bool can_truncate(int n_tokens) const override;
   std::unique_ptr<KvCache> clone() const override;
   void replace_run(int i, std::shared_ptr<const SealedRun> run) override;
   KvSnapshot snapshot(const Identity& identity, bool copy_tail = true) const override;
 
  private:
+  bool can_keep_rows(int n_tokens) const override;
+  size_t row_growth(int rows) const override;
+  void grow_rows(int rows) override;
   void drop_rows(int n_tokens) override;
   size_t n_buffers() const override { return tensors_.size(); }
   HeldBuffer buffer(size_t i) const override;

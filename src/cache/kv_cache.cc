@@ -12,18 +12,20 @@
 namespace torpor {
 
 struct KvCache::Shares {
-  std::vector<KvLedger::Share> of_buffers;
+  std::vector<KvLedger::Share> of_buffers, of_states;
 };
 
-KvCache::KvCache(KvLayout layout, const KvFormat& format, std::vector<int32_t> tokens)
+KvCache::KvCache(KvLayout layout, const KvFormat& format, StateLayout state_layout, std::vector<int32_t> tokens,
+                 std::vector<std::shared_ptr<const StateCheckpoint>> states)
     : layout_(std::move(layout)), format_(format), tokens_(std::move(tokens)), length_(int(tokens_.size())),
-      shares_(std::make_unique<Shares>()) {}
+      state_layout_(std::move(state_layout)), states_(std::move(states)), shares_(std::make_unique<Shares>()) {}
 
 KvCache::~KvCache() = default;
 
-std::unique_ptr<KvCache> KvCache::create(const KvLayout& layout, const KvFormat& format, Backend backend) {
-  if (backend == Backend::kKernels) return std::make_unique<SegmentedKvCache>(layout, format);
-  return std::make_unique<DenseKvCache>(layout, format);
+std::unique_ptr<KvCache> KvCache::create(const KvLayout& layout, const KvFormat& format, Backend backend,
+                                         const StateLayout& state_layout) {
+  if (backend == Backend::kKernels) return std::make_unique<SegmentedKvCache>(layout, format, state_layout);
+  return std::make_unique<DenseKvCache>(layout, format, state_layout);
 }
 
 std::unique_ptr<KvCache> KvCache::restore(const KvSnapshot& snapshot, Backend backend) {
@@ -44,22 +46,52 @@ void KvCache::truncate(int n_tokens) {
     throw Error(ErrorCode::kInvalidArgument, "Can't cut a KV cache of " + std::to_string(length_) + " tokens to " +
                                                  std::to_string(n_tokens) + ".");
   }
+  if (resumable(n_tokens) != n_tokens) {
+    throw Error(ErrorCode::kInvalidArgument, "Can't cut a KV cache to " + std::to_string(n_tokens) +
+                                                 " tokens: no state of that position is held; cut it to " +
+                                                 std::to_string(resumable(n_tokens)) + " and compute the rest again.");
+  }
   drop_rows(n_tokens);
+  cut_states(n_tokens);
   length_ = n_tokens;
   if (int(tokens_.size()) > n_tokens) tokens_.resize(size_t(n_tokens));
   recount();
 }
 
+bool KvCache::can_truncate(int n_tokens) const {
+  return n_tokens <= length_ && resumable(n_tokens) == n_tokens && can_keep_rows(n_tokens);
+}
+
+size_t KvCache::growth(int rows) const {
+  return row_growth(rows) + (rows > 0 && spare_ == nullptr ? state_layout_.bytes() : 0);
+}
+
+void KvCache::grow(int rows) {
+  grow_rows(rows);
+  if (rows > 0) take_spare();
+}
+
 std::vector<KvCache::HeldBuffer> KvCache::buffers() const {
   std::vector<HeldBuffer> held;
   for (size_t i = 0; i < n_buffers(); ++i) held.push_back(buffer(i));
+  for (const void* state : state_buffers()) held.push_back({state, state_layout_.bytes(), false});
   return held;
 }
 
 void KvCache::count_in(std::shared_ptr<KvLedger> ledger) {
   shares_->of_buffers.clear();
+  shares_->of_states.clear();
   ledger_ = std::move(ledger);
   recount();
+  recount_states();
+}
+
+void KvCache::share_with(KvCache& copy) const {
+  copy.length_ = length_;
+  copy.states_ = states_;
+  copy.live_kept_ = live_kept_;
+  copy.live_buffer_ = live_buffer_;
+  copy.count_in(ledger_);
 }
 
 void KvCache::recount(size_t first, size_t end) {
@@ -73,6 +105,14 @@ void KvCache::recount(size_t first, size_t end) {
   }
 }
 
+void KvCache::recount_states() {
+  if (ledger_ == nullptr) return;
+  // What was counted is let go of last, so that nothing is counted as gone in between.
+  std::vector<KvLedger::Share> shares;
+  for (const void* state : state_buffers()) shares.emplace_back(ledger_, state, state_layout_.bytes(), false);
+  shares_->of_states = std::move(shares);
+}
+
 size_t KvCache::nbytes() const {
   size_t bytes = 0;
   for (const HeldBuffer& buffer : buffers()) bytes += buffer.bytes;
@@ -83,6 +123,9 @@ CacheValidation KvCache::validate() const {
   if (int(tokens_.size()) != length_) {
     return {false, "it has rows for " + std::to_string(length_) + " tokens but " + std::to_string(tokens_.size()) +
                        " token ids"};
+  }
+  if (!state_layout_.empty() && (states_.empty() ? 0 : states_.back()->position()) != length_) {
+    return {false, "it has no state after its " + std::to_string(length_) + " tokens"};
   }
   return validate_buffers();
 }

@@ -30,7 +30,8 @@ void SegmentedKvCache::copy_rows(const std::byte* from, int from_tokens, std::by
 }
 
 std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& snapshot, const KvFormat& format) {
-  auto cache = std::make_unique<SegmentedKvCache>(snapshot.layout, format, snapshot.tokens);
+  auto cache = std::make_unique<SegmentedKvCache>(snapshot.layout, format, snapshot.state_layout, snapshot.tokens,
+                                                 snapshot.states);
   cache->sealed_ = snapshot.sealed;
   for (const auto& run : snapshot.sealed) cache->runs_.push_back(buffer_of(run));
   if (const KvTail& tail = snapshot.tail; tail.run != nullptr) {
@@ -49,14 +50,14 @@ bool SegmentedKvCache::open_shared() const {
   return length_ % kSegmentTokens != 0 && runs_[open].owner.use_count() > 1;
 }
 
-size_t SegmentedKvCache::growth(int rows) const {
+size_t SegmentedKvCache::row_growth(int rows) const {
   const size_t needed = size_t(length_ + rows + kSegmentTokens - 1) / kSegmentTokens;
   const size_t added = needed > runs_.size() ? needed - runs_.size() : 0;
   const size_t runs = added + (rows > 0 && open_shared() ? 1 : 0);
   return runs == 0 ? 0 : runs * run_bytes();
 }
 
-void SegmentedKvCache::grow(int rows) {
+void SegmentedKvCache::grow_rows(int rows) {
   if (rows > 0 && open_shared()) {
     const int open = length_ / kSegmentTokens;
     own_run(open, length_ % kSegmentTokens);
@@ -101,8 +102,7 @@ void SegmentedKvCache::own_run(int i, int open) {
   runs_[size_t(i)] = std::move(buffer);
 }
 
-bool SegmentedKvCache::can_truncate(int n_tokens) const {
-  if (n_tokens > length_) return false;
+bool SegmentedKvCache::can_keep_rows(int n_tokens) const {
   for (size_t i = 0; i < sealed_.size() && int(i) * kSegmentTokens < n_tokens; ++i) {
     const TensorMask& checked = sealed_[i]->checked();
     for (size_t t = 0; t < checked.size(); ++t) {
@@ -124,6 +124,7 @@ size_t SegmentedKvCache::cut_cost(int n_tokens) const {
 }
 
 int SegmentedKvCache::spare_rows() const {
+  if (!state_layout().empty()) return 0;
   const auto left_in_run = [](int row) { return kSegmentTokens - 1 - row % kSegmentTokens; };
   int rows = left_in_run(length_);
   for (const KvTensorSpec& tensor : layout_.tensors) {
@@ -133,12 +134,11 @@ int SegmentedKvCache::spare_rows() const {
 }
 
 std::unique_ptr<KvCache> SegmentedKvCache::clone() const {
-  auto copy = std::make_unique<SegmentedKvCache>(layout_, format_, tokens_);
-  copy->length_ = length_;
+  auto copy = std::make_unique<SegmentedKvCache>(layout_, format_, state_layout(), tokens_);
   const int held = (length_ + kSegmentTokens - 1) / kSegmentTokens;
   copy->runs_.assign(runs_.begin(), runs_.begin() + held);
   copy->sealed_ = sealed_;
-  count_like(*copy);
+  share_with(*copy);
   return copy;
 }
 
@@ -176,7 +176,8 @@ void SegmentedKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) 
 }
 
 KvSnapshot SegmentedKvCache::snapshot(const Identity& identity, bool copy_tail) const {
-  KvSnapshot snapshot{.identity = identity, .layout = layout_, .tokens = tokens_, .sealed = sealed_};
+  KvSnapshot snapshot{.identity = identity, .layout = layout_, .tokens = tokens_, .sealed = sealed_,
+                      .state_layout = state_layout(), .states = {states().begin(), states().end()}};
   const int open = length_ % kSegmentTokens;
   if (open > 0 && !copy_tail) {
     const KvBuffer& run = runs_[sealed_.size()];

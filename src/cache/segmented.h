@@ -12,16 +12,14 @@ namespace torpor {
 
 class SegmentedKvCache : public KvCache {
  public:
-  SegmentedKvCache(KvLayout layout, const KvFormat& format, std::vector<int32_t> tokens = {})
-      : KvCache(std::move(layout), format, std::move(tokens)) {}
+  SegmentedKvCache(KvLayout layout, const KvFormat& format, StateLayout state_layout, std::vector<int32_t> tokens = {},
+                   std::vector<std::shared_ptr<const StateCheckpoint>> states = {})
+      : KvCache(std::move(layout), format, std::move(state_layout), std::move(tokens), std::move(states)) {}
   static std::unique_ptr<SegmentedKvCache> restore(const KvSnapshot& snapshot, const KvFormat& format);
 
   std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
 
-  bool can_truncate(int n_tokens) const override;
-  size_t growth(int rows) const override;
-  void grow(int rows) override;
   size_t cut_cost(int n_tokens) const override;
   int spare_rows() const override;
   std::unique_ptr<KvCache> clone() const override;
@@ -31,6 +29,9 @@ class SegmentedKvCache : public KvCache {
   KvSnapshot snapshot(const Identity& identity, bool copy_tail = true) const override;
 
  private:
+  bool can_keep_rows(int n_tokens) const override;
+  size_t row_growth(int rows) const override;
+  void grow_rows(int rows) override;
   void drop_rows(int n_tokens) override;
   size_t n_buffers() const override { return runs_.size(); }
   HeldBuffer buffer(size_t i) const override;

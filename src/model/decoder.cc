@@ -14,6 +14,15 @@
 #include "model/modules.h"
 #include "torpor/error.h"
 
+namespace torpor {
+
+const StateLayout& KvAccess::state_layout() const noexcept {
+  static const StateLayout none;
+  return none;
+}
+
+}  // namespace torpor
+
 namespace torpor::model {
 namespace {
 
