@@ -8,6 +8,7 @@
 #include <fstream>
 #include <map>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include <mlx/mlx.h>
@@ -32,7 +33,8 @@ inline json read_json(const fs::path& path) {
 /// The least a cache has to do, for both backends.
 class TestCache : public KvAccess {
  public:
-  TestCache(const Model& model, KvDtype dtype) : format_(dtype), layout_(model.kv_layout(dtype)) {}
+  TestCache(const Model& model, KvDtype dtype)
+      : format_(dtype), layout_(model.kv_layout(dtype)), state_layout_(model.state_layout()) {}
 
   int length() const override { return length_; }
   const KvFormat& format() const noexcept override { return format_; }
@@ -48,7 +50,16 @@ class TestCache : public KvAccess {
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override {
     return {append(2 * layer, k), append(2 * layer + 1, v)};
   }
-  void advance(int n) override { length_ += n; }
+  void advance(int n) override {
+    length_ += n;
+    state_ = std::exchange(next_state_, {});
+  }
+  const StateLayout& state_layout() const noexcept override { return state_layout_; }
+  std::span<const std::byte> state() const override { return state_; }
+  std::span<std::byte> next_state() override {
+    next_state_.resize(state_layout_.bytes(), std::byte{0xff});  // NaNs
+    return next_state_;
+  }
 
   /// The rows held, tensor by tensor and head by head (kernels backend).
   std::vector<std::byte> rows() const {
@@ -80,6 +91,8 @@ class TestCache : public KvAccess {
 
   KvFormat format_;
   KvLayout layout_;
+  StateLayout state_layout_;
+  std::vector<std::byte> state_, next_state_;
   int length_ = 0;
   std::vector<KvBuffer> runs_;
   std::map<int, mx::array> tensors_;

@@ -157,6 +157,35 @@ class MixtureOfExperts final : public Kernel {
   std::shared_ptr<const Moe> w_;
 };
 
+class RecurrentLayer final : public Kernel {
+ public:
+  RecurrentLayer(mx::Stream stream, std::shared_ptr<const Recurrent> w, std::vector<RecurrentSequence> sequences)
+      : Kernel(stream), w_(std::move(w)), sequences_(std::move(sequences)) {}
+  const char* name() const override { return "TorporRecurrent"; }
+
+  void run(const std::vector<mx::array>& inputs, mx::array& out) override {
+    dispatch([given = inputs[0].data<float>(), m = out.shape(0), w = w_, sequences = sequences_, y = allocate(out)] {
+      kernels::recurrent(given, m, *w, sequences, y);
+    });
+  }
+
+ private:
+  std::shared_ptr<const Recurrent> w_;
+  std::vector<RecurrentSequence> sequences_;
+};
+
+class Gate final : public Kernel {
+ public:
+  explicit Gate(mx::Stream stream) : Kernel(stream) {}
+  const char* name() const override { return "TorporGate"; }
+
+  void run(const std::vector<mx::array>& inputs, mx::array& out) override {
+    dispatch([x = inputs[0].data<float>(), gates = inputs[1].data<float>(), n = out.size(), y = allocate(out)] {
+      kernels::gate(x, gates, n, y);
+    });
+  }
+};
+
 class RmsNorm final : public Kernel {
  public:
   RmsNorm(mx::Stream stream, float eps) : Kernel(stream), eps_(eps) {}
@@ -272,6 +301,27 @@ mx::array moe(const mx::array& x, const mx::array& logits, std::shared_ptr<const
   const mx::Shape shape{x.shape(0), w->experts[0].down->n()};
   return node(shape, std::make_shared<MixtureOfExperts>(stream, std::move(w)),
               {prepared(x, mx::float32, stream), prepared(logits, mx::float32, stream)});
+}
+
+mx::array recurrent(const mx::array& given, std::shared_ptr<const Recurrent> w, std::vector<RecurrentSequence> sequences) {
+  check_columns(given, w->shape.given(), "recurrent");
+  for (const RecurrentSequence& s : sequences) {
+    if (s.row < 0 || s.n <= 0 || s.n > given.shape(0) - s.row || s.next == nullptr) {
+      invalid("recurrent: a sequence lies outside the input's " + std::to_string(given.shape(0)) + " rows.");
+    }
+  }
+  const mx::Stream stream = cpu_stream();
+  const mx::Shape shape{given.shape(0), w->shape.output()};
+  return node(shape, std::make_shared<RecurrentLayer>(stream, std::move(w), std::move(sequences)),
+              {prepared(given, mx::float32, stream)});
+}
+
+mx::array gate(const mx::array& x, const mx::array& gates) {
+  check_matrix(x, "gate");
+  if (gates.shape() != x.shape()) invalid("gate: there is not one gate for each value.");
+  const mx::Stream stream = cpu_stream();
+  return node(x.shape(), std::make_shared<Gate>(stream),
+              {prepared(x, mx::float32, stream), prepared(gates, mx::float32, stream)});
 }
 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {

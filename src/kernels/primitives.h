@@ -10,6 +10,7 @@
 
 #include "kernels/compute.h"
 #include "kernels/moe.h"
+#include "kernels/recurrent.h"
 
 namespace torpor::kernels {
 
@@ -23,6 +24,10 @@ mx::array embedding(const mx::array& tokens, std::shared_ptr<const PackedLinear>
 
 /// `logits` [M, E] are the router's. [M, N]
 mx::array moe(const mx::array& x, const mx::array& logits, std::shared_ptr<const Moe> w);
+
+/// `given` [M, given()]. The sequences' states must outlive evaluation. [M, output()]
+mx::array recurrent(const mx::array& given, std::shared_ptr<const Recurrent> w, std::vector<RecurrentSequence> sequences);
+mx::array gate(const mx::array& x, const mx::array& gates);                                            // [M, K]
 
 /// One agent's part of a batch; `runs` are buffers of the layout's size for kSegmentTokens tokens, kept alive by the node.
 /// One that a window has left behind may be empty.

@@ -160,7 +160,8 @@ ModelConfig parse_config(const json& file) {
   const int n_layers = count_field(config, "num_hidden_layers");
   LayerSpec layer;
   layer.mlp.activation = parse_activation(config);
-  layer.mlp.size = count_field(config, "intermediate_size");
+  const bool hybrid = text.family->hybrid;
+  layer.mlp.size = hybrid ? optional_count(config, "intermediate_size").value_or(0) : count_field(config, "intermediate_size");
   Attention& attention = layer.attention;
   attention.n_heads = count_field(config, "num_attention_heads");
   attention.n_kv_heads = optional_count(config, "num_key_value_heads").value_or(attention.n_heads);
@@ -198,7 +199,8 @@ ModelConfig parse_config(const json& file) {
   };
   attention.softcap = cap("attn_logit_softcapping");
   model.logit_softcap = cap("final_logit_softcapping");
-  for (const int window : parse_windows(config, size_t(n_layers), text.family->slides_everywhere)) {
+  const std::vector<int> none(size_t(n_layers), 0);
+  for (const int window : hybrid ? none : parse_windows(config, size_t(n_layers), text.family->slides_everywhere)) {
     attention.window = window;
     model.layers.push_back(layer);
   }
@@ -207,6 +209,7 @@ ModelConfig parse_config(const json& file) {
   for (const LayerSpec& of : model.layers) {
     const int64_t width = int64_t(of.attention.n_heads) * std::max(of.attention.key_dim, of.attention.value_dim);
     if (width > kLimit) bad_field("num_attention_heads", "such that all heads together have at most 2^24 dims");
+    if (!of.experts && of.mlp.size == 0) count_field(config, "intermediate_size");
   }
   model.family_fields = fields.values();
   refuse_what_is_not_computed(fields);

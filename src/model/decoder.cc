@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cmath>
+#include <cstring>
 #include <numbers>
 #include <set>
 
@@ -75,6 +76,7 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
     const Attention& attention = layer.attention;
     if (attention.reads_rows_of) continue;
     ++i;
+    if (layer.recurrent) continue;
     const auto add_rows = [&](const char* part, int dim, int bits) {
       if (format.quantized() && dim % format.group != 0) {
         throw Error(ErrorCode::kInvalidArgument, "The model's heads of " + std::to_string(dim) +
@@ -100,12 +102,27 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
   return layout;
 }
 
+StateLayout state_layout_of(const ModelConfig& config) {
+  StateLayout layout;
+  int i = -1;
+  for (const LayerSpec& layer : config.layers) {
+    i += layer.attention.reads_rows_of ? 0 : 1;
+    if (!layer.recurrent) continue;
+    const kernels::RecurrentShape& shape = layer.recurrent->shape;
+    const std::string name = "layer_" + std::to_string(i);
+    layout.tensors.push_back({name + "_conv", KvDtype::kF32, {shape.taps - 1, shape.channels()}});
+    if (shape.n_heads == 0) continue;
+    layout.tensors.push_back({name + "_recurrent", KvDtype::kF32, {shape.n_heads, shape.key_dim, shape.value_dim}});
+  }
+  return layout;
+}
+
 std::vector<int> cache_layers_of(const ModelConfig& config) {
   std::vector<int> of;
   int own = 0;
   for (const LayerSpec& layer : config.layers) {
     const Attention& attention = layer.attention;
-    of.push_back(attention.reads_rows_of ? of[size_t(*attention.reads_rows_of)] : own++);
+    of.push_back(attention.reads_rows_of ? of[size_t(*attention.reads_rows_of)] : layer.recurrent ? -1 : own++);
   }
   return of;
 }
@@ -145,18 +162,23 @@ Decoder::Decoder(const Checkpoint& checkpoint)
       info_(info_of(checkpoint)),
       identity_(identity_of(checkpoint)) {
   cache_layers_ = cache_layers_of(config_);
+  state_layout_ = state_layout_of(config_);
+  for (size_t offset = 0; const LayerSpec& layer : config_.layers) {
+    state_offsets_.push_back(offset);
+    if (layer.recurrent) offset += layer.recurrent->shape.state() * sizeof(float);
+  }
   const Modules modules(checkpoint, *ops_);
   if (config_.layer_inputs) inputs_ = modules.shared_inputs();
   embedding_ = modules.embedding();
   for (int i = 0; i < info_.n_layers; ++i) layers_.push_back(modules.layer(i));
-  final_norm_ = modules.norm("model.norm", config_.hidden_size);
+  final_norm_ = modules.norm("model." + config_.final_norm, config_.hidden_size);
   head_ = modules.head(embedding_);
 }
 
 const KvLayout& Decoder::layout_of(const KvAccess& cache) {
   auto known = layouts_.find(cache.format());
   if (known == layouts_.end()) known = layouts_.emplace(cache.format(), kv_layout(cache.format())).first;
-  if (known->second != cache.layout()) {
+  if (known->second != cache.layout() || state_layout_ != cache.state_layout()) {
     throw Error(ErrorCode::kInvalidArgument, "A KV cache of the batch was not made for this model.");
   }
   return known->second;
@@ -223,6 +245,13 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
       chunk.tokens.insert(chunk.tokens.end(), tokens.begin(), tokens.end());
       chunk.sequences.push_back({.kv = next->sequence->kv, .runs = next->runs, .row = row, .n = n,
                                  .position = next->start + next->done});
+      if (!state_layout_.empty()) {
+        BatchSequence& sequence = chunk.sequences.back();
+        sequence.next_state = sequence.kv->next_state().data();
+        // Of the chunk before, where the cache has not advanced.
+        const bool goes_on = next->done > 0 && !ops_->advances_per_chunk();
+        sequence.state = goes_on ? sequence.next_state : sequence.kv->state().data();
+      }
       next->done += n;
       const bool last = next->left() == 0 && !next->sequence->no_logits;
       const int first_logit = next->sequence->all_logits ? row : last ? row + n - 1 : row + n;
@@ -233,8 +262,13 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
     }
 
     mx::array hidden = run_layers(chunk);
+    const auto evaluate = [&](const mx::array& wanted) {
+      std::vector<mx::array> all{wanted};
+      for (const auto& [at, part] : chunk.states) all.push_back(part);
+      mx::eval(all);
+    };
     if (logit_rows.empty()) {
-      mx::eval({hidden});
+      evaluate(hidden);
     } else {
       if (logit_rows.size() < chunk.tokens.size()) {
         const mx::array rows(logit_rows.data(), {int(logit_rows.size())}, mx::int32);
@@ -242,8 +276,9 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
         hidden = mx::take(hidden, rows, 0, ops_->device());
       }
       results.push_back(logits(hidden));
-      mx::eval({results.back()});
+      evaluate(results.back());
     }
+    for (const auto& [at, part] : chunk.states) std::memcpy(at, part.data<float>(), part.nbytes());
     for (const auto& [kv, n] : advances) kv->advance(n);
   }
   mx::array result = results.size() == 1 ? results.front()
@@ -267,8 +302,7 @@ mx::array Decoder::run_layers(Batch& batch) const {
   for (int i = 0; i < info_.n_layers; ++i) {
     const DecoderLayer& layer = layers_[size_t(i)];
     const mx::array read = normed(x, layer.attention_norm);
-    const mx::array attended = ops_->attention(read, layer.attention, cache_layers_[size_t(i)], batch);
-    x = add_part(x, attended, layer.output, layer.attention_post_norm);
+    x = add_part(x, mix(read, size_t(i), batch), layer.output, layer.attention_post_norm);
     const mx::array mlp_input = config_.names.parallel ? read : normed(x, layer.mlp_norm);
     if (layer.experts != nullptr) {
       x = ops_->add(x, normed(ops_->experts(mlp_input, layer.experts), layer.mlp_post_norm));
@@ -279,6 +313,13 @@ mx::array Decoder::run_layers(Batch& batch) const {
     if (layer.scalar != 1) x = ops_->scale(x, layer.scalar);
   }
   return x;
+}
+
+mx::array Decoder::mix(const mx::array& x, size_t layer, Batch& batch) const {
+  const DecoderLayer& w = layers_[layer];
+  if (w.recurrent != nullptr) return ops_->recurrent(x, w.recurrent, state_offsets_[layer], batch);
+  const mx::array attended = ops_->attention(x, w.attention, cache_layers_[layer], batch);
+  return w.attention_gate == nullptr ? attended : ops_->gate(attended, ops_->linear(x, w.attention_gate));
 }
 
 mx::array Decoder::layer_inputs(const std::vector<int32_t>& tokens, const mx::array& x) const {

@@ -33,6 +33,8 @@ ModelInfo info_of(const Checkpoint& checkpoint);
 Identity identity_of(const Checkpoint& checkpoint);
 /// Model::kv_layout.
 KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format);
+/// Model::state_layout.
+StateLayout state_layout_of(const ModelConfig& config);
 /// Of each layer, which of the caches' layers has its rows: those that read another's have none.
 std::vector<int> cache_layers_of(const ModelConfig& config);
 /// Model::refined.
@@ -53,6 +55,8 @@ struct SharedInputWeights {
 /// The weights of one layer. A norm that it does not have is nullptr.
 struct DecoderLayer {
   Ops::Weight attention_norm, attention, output, attention_post_norm;
+  Ops::Weight attention_gate;  ///< or nullptr
+  Ops::Weight recurrent;       ///< in place of attention; or nullptr
   Ops::Weight mlp_norm, gate_up, down, mlp_post_norm;
   Ops::Weight experts;  ///< in place of gate_up and down; or nullptr
   std::optional<LayerInputWeights> inputs;
@@ -71,6 +75,7 @@ class Decoder final : public Model {
   KvFormat default_kv_format() const override { return dtype_; }
   KvFormat refined(const KvFormat& asked) const override { return refined_format(config_, asked); }
   KvLayout kv_layout(const KvFormat& format) const override { return kv_layout_of(config_, format); }
+  StateLayout state_layout() const override { return state_layout_; }
   mx::array forward(std::span<const ForwardSequence> batch) override;
 
  private:
@@ -78,6 +83,8 @@ class Decoder final : public Model {
   mx::array compute(std::span<const ForwardSequence> batch);
   /// The last layer's output [M, hidden], all caches written (when evaluated).
   mx::array run_layers(Batch& batch) const;
+  /// What the attention of a layer, or what is in its place, makes of `x`.
+  mx::array mix(const mx::array& x, size_t layer, Batch& batch) const;
   /// What the layers add at their ends, [M, layers, size], of the scaled embedding `x`.
   mx::array layer_inputs(const std::vector<int32_t>& tokens, const mx::array& x) const;
   /// The layer's end where it has inputs: `inputs` is [M, size].
@@ -97,6 +104,8 @@ class Decoder final : public Model {
   Ops::Weight embedding_, final_norm_, head_;
   std::vector<DecoderLayer> layers_;
   std::vector<int> cache_layers_;  // of each layer: which of the caches' layers has its rows
+  StateLayout state_layout_;
+  std::vector<size_t> state_offsets_;  // of each layer: where a state has what is its own
   std::optional<SharedInputWeights> inputs_;
   ModelInfo info_;
   Identity identity_;

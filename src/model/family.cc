@@ -290,6 +290,7 @@ constexpr Family kFamilies[] = {
     {"gemma4_unified", "gemma4", "language_model.", R"({"model_type": "gemma4_text"})", gemma4, false, /*mlx_lm_rotates=*/true},
     {"gemma4_unified_text", "gemma4", "", kGemma4Text, gemma4, false, /*mlx_lm_rotates=*/true},
     {"granite", "granite", "", R"({"tie_word_embeddings": true})", granite},
+    {"lfm2", "lfm2", "", R"({"rope_theta": 1e6, "tie_word_embeddings": true})", lfm2, false, false, /*hybrid=*/true},
     {"llama", "llama", "", "{}", llama},
     {"ministral3", "ministral3", "", "{}", ministral3, false, /*mlx_lm_rotates=*/true},
     {"mistral", "llama", "", "{}", llama, /*slides_everywhere=*/true},
@@ -351,6 +352,16 @@ std::vector<int> FamilyFields::indices(const char* key) {
   read_.insert(key);
   values_.emplace_back(key, value == nullptr ? "[]" : value->dump());
   return value == nullptr ? std::vector<int>() : value->get<std::vector<int>>();
+}
+
+std::vector<std::string> FamilyFields::kinds(const char* key) {
+  const json* value = field(config_, key);
+  read_.insert(key);
+  if (value == nullptr) return {};
+  const auto is_kind = [](const json& one) { return one.is_string(); };
+  if (!value->is_array() || !std::ranges::all_of(*value, is_kind)) bad_field(key, "a list of kinds of layers");
+  values_.emplace_back(key, value->dump());
+  return value->get<std::vector<std::string>>();
 }
 
 bool FamilyFields::flag(const char* key, bool absent) {

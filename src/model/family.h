@@ -26,6 +26,8 @@ class FamilyFields {
   int count(const char* key);
   /// Indices of layers; absent: none.
   std::vector<int> indices(const char* key);
+  /// Kinds of layers, one each; absent: none.
+  std::vector<std::string> kinds(const char* key);
   bool flag(const char* key, bool absent);
   /// The family computes what the field says; another part of the identity says it, too.
   void accept(const char* key) { read_.insert(key); }
@@ -49,7 +51,11 @@ struct Family {
   void (*page)(ModelConfig& model, FamilyFields& fields);
   bool slides_everywhere = false;  ///< a sliding_window counts for every layer, where no field says for which
   bool mlx_lm_rotates = false;     ///< mlx_lm_rotates_windows
+  bool hybrid = false;             ///< the page says what kinds of layers there are, and how large their MLPs
 };
+
+// Pages of hybrids (family_hybrid.cc).
+void lfm2(ModelConfig& model, FamilyFields& fields);
 
 struct TextModel {
   const Family* family;       ///< of the text model

@@ -48,21 +48,21 @@ RestoreKeys restore_keys_of(const Checkpoint& checkpoint) {
   std::vector<LayerKeys> layers;
   for (size_t i = 0; i < c.layers.size(); ++i) {
     const Attention& attention = c.layers[i].attention;
-    if (attention.reads_rows_of) continue;
-    const std::string name = c.weight_prefix + layer_name(int(i)) + ".self_attn";
+    if (attention.reads_rows_of || c.layers[i].recurrent) continue;
+    const std::string name = c.weight_prefix + layer_name(int(i)) + "." + c.names.attention + ".";
     LayerKeys& layer = layers.emplace_back();
     layer.rope = attention.rope;
     layer.dim = size_t(attention.key_dim);
     if (attention.key_bias()) {
-      layer.bias = to_floats(checkpoint.weights.get(name + ".k_proj.bias", {attention.keys_size()}));
+      layer.bias = to_floats(checkpoint.weights.get(name + "k_proj.bias", {attention.keys_size()}));
     }
     if (!attention.evens_keys()) continue;
-    const auto norm = [&](const char* part) {
+    const auto norm = [&](const std::string& part) {
       std::vector<float> values = to_floats(find_norm(checkpoint.weights, name + part, attention.key_dim));
       for (float& value : values) value += c.norm_plus;
       return values;
     };
-    layer.factors = pair_factors(*attention.rope, norm(".q_norm"), norm(".k_norm"));
+    layer.factors = pair_factors(*attention.rope, norm(c.names.q_norm), norm(c.names.k_norm));
   }
   return [layers = std::move(layers)](const KvFormat& format, int layer, int64_t position, std::span<float> keys) {
     const LayerKeys& own = layers[size_t(layer)];

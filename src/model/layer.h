@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kernels/moe.h"
+#include "kernels/recurrent.h"
 #include "model/rope.h"
 
 namespace torpor::model {
@@ -46,6 +47,7 @@ struct Attention {
   std::optional<int> reads_rows_of;  ///< a lower layer, whose keys and values it attends to; it has none of its own
   bool lends_rows = false;           ///< upper layers read its rows
   bool qkv_bias = false, output_bias = false;
+  bool gated = false;                ///< q_proj gives each head a gate, too, whose sigmoid its output is multiplied by
 
   int query_size() const { return n_heads * key_dim; }
   int keys_size() const { return n_kv_heads * key_dim; }
@@ -55,6 +57,12 @@ struct Attention {
   bool evens_keys() const { return qk_norm == QkNorm::kHeads && !reads_rows_of && !lends_rows; }
   /// Keys have a bias, and no norm after it.
   bool key_bias() const { return qkv_bias && qk_norm == QkNorm::kNone; }
+};
+
+/// A mixer in attention's place, which keeps a state instead of rows.
+struct Recurrent {
+  kernels::RecurrentShape shape;
+  bool conv_bias = false, bias = false;  ///< of the convolution; of the projections
 };
 
 /// down(act(gate(x)) ⊙ up(x))
@@ -73,7 +81,8 @@ struct Experts {
 };
 
 struct LayerSpec {
-  Attention attention;
+  Attention attention;             ///< unless there is
+  std::optional<Recurrent> recurrent;
   Mlp mlp;                         ///< unless there are
   std::optional<Experts> experts;
 };
@@ -87,7 +96,10 @@ struct LayerNames {
   std::string mlp_post_norm;                            ///< of what it adds
   std::string scalar;     ///< a number that the layer's output is multiplied by; empty: there is none
   bool parallel = false;  ///< the MLP reads what attention reads
+  std::string attention = "self_attn", recurrent;
+  const char *output = "o_proj", *q_norm = "q_norm", *k_norm = "k_norm";  ///< attention's
   std::string mlp = "mlp";
+  const char* mlp_parts[3] = {"gate_proj", "up_proj", "down_proj"};
   const char* expert_parts[3] = {"gate_proj", "up_proj", "down_proj"};  ///< where a checkpoint keeps each expert apart
   bool fused = false;     ///< q, k and v are one tensor, qkv_proj, and so are gate and up, gate_up_proj
 };

@@ -21,14 +21,15 @@ Ops::Weight Modules::head(const Ops::Weight& embedding) const {
 Ops::Weight Modules::attention(int index) const {
   const ModelConfig& c = checkpoint_.config;
   const Attention& spec = c.layers[size_t(index)].attention;
-  const std::string name = layer_name(index) + ".self_attn";
+  const std::string name = layer_name(index) + "." + c.names.attention;
   const int q = spec.query_size(), k = spec.keys_size(), v = spec.values_size();
   Ops::Weight q_norm, k_norm;
   if (spec.qk_norm != QkNorm::kNone) {
     const bool whole = spec.qk_norm == QkNorm::kWhole;
-    q_norm = norm(name + ".q_norm", whole ? q : spec.key_dim);
+    q_norm = norm(name + "." + c.names.q_norm, whole ? q : spec.key_dim);
     // Of the layer that has the rows.
-    k_norm = norm(layer_name(spec.reads_rows_of.value_or(index)) + ".self_attn.k_norm", whole ? k : spec.key_dim);
+    const std::string owner = layer_name(spec.reads_rows_of.value_or(index)) + "." + c.names.attention + ".";
+    k_norm = norm(owner + c.names.k_norm, whole ? k : spec.key_dim);
   }
   const auto packed = [&](const Projection& queries, const Projection& keys, const Projection& values) {
     return ops_.pack_attention(spec, queries, &keys, &values, q_norm, k_norm);
@@ -52,8 +53,10 @@ Ops::Weight Modules::gated(const std::string& name, const Mlp& spec) const {
     const Projection both = projection(name + ".gate_up_proj", 2 * spec.size, c.hidden_size, spec.bias);
     return ops_.pack_gated(rows_of(both, 0, spec.size), rows_of(both, spec.size, spec.size), spec.activation);
   }
-  const auto part = [&](const char* part) { return projection(name + part, spec.size, c.hidden_size, spec.bias); };
-  return ops_.pack_gated(part(".gate_proj"), part(".up_proj"), spec.activation);
+  const auto part = [&](int i) {
+    return projection(name + "." + c.names.mlp_parts[i], spec.size, c.hidden_size, spec.bias);
+  };
+  return ops_.pack_gated(part(0), part(1), spec.activation);
 }
 
 Ops::Weight Modules::experts(const std::string& name, const Experts& spec) const {
@@ -96,8 +99,9 @@ SharedInputWeights Modules::shared_inputs() const {
 
 DecoderLayer Modules::layer(int index) const {
   const ModelConfig& c = checkpoint_.config;
-  const auto& [attention_spec, mlp_spec, experts_spec] = c.layers[size_t(index)];
-  const std::string layer = layer_name(index), attention_name = layer + ".self_attn", mlp_name = layer + "." + c.names.mlp;
+  const auto& [attention_spec, recurrent_spec, mlp_spec, experts_spec] = c.layers[size_t(index)];
+  const std::string layer = layer_name(index), mlp_name = layer + "." + c.names.mlp;
+  const std::string attention_name = layer + "." + c.names.attention + ".";
   const auto norm_of = [&](const std::string& name) {
     return name.empty() ? nullptr : norm(layer + "." + name, c.hidden_size);
   };
@@ -105,18 +109,23 @@ DecoderLayer Modules::layer(int index) const {
     return ops_.pack_linear(projection(name, c.hidden_size, k, bias));
   };
   DecoderLayer parts{.attention_norm = norm_of(c.names.attention_norm),
-                     .attention = attention(index),
-                     .output = back(attention_name + ".o_proj", attention_spec.output_size(), attention_spec.output_bias),
                      .attention_post_norm = norm_of(c.names.attention_post_norm),
                      .mlp_norm = norm_of(c.names.mlp_norm),
                      .mlp_post_norm = norm_of(c.names.mlp_post_norm),
                      .inputs = c.layer_inputs ? std::optional(inputs(layer)) : std::nullopt,
                      .scalar = c.names.scalar.empty() ? 1 : number(layer + "." + c.names.scalar)};
+  if (recurrent_spec) {
+    parts.recurrent = recurrent(index);
+    parts.output = back(layer + "." + c.names.recurrent + ".out_proj", recurrent_spec->shape.output(), recurrent_spec->bias);
+  } else {
+    parts.attention = attention(index);
+    parts.output = back(attention_name + c.names.output, attention_spec.output_size(), attention_spec.output_bias);
+  }
   if (experts_spec) {
     parts.experts = experts(mlp_name, *experts_spec);
   } else {
     parts.gate_up = gated(mlp_name, mlp_spec);
-    parts.down = back(mlp_name + ".down_proj", mlp_spec.size, mlp_spec.bias);
+    parts.down = back(mlp_name + "." + c.names.mlp_parts[2], mlp_spec.size, mlp_spec.bias);
   }
   return parts;
 }

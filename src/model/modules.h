@@ -25,6 +25,7 @@ class Modules {
   /// The weight [n, k] of `name`; kCorruption, kInvalidArgument as find_projection.
   Projection projection(const std::string& name, int n, int k, bool bias = false) const;
   Ops::Weight attention(int index) const;
+  Ops::Weight recurrent(int index) const;
   Ops::Weight gated(const std::string& name, const Mlp& spec) const;
   Ops::Weight experts(const std::string& name, const Experts& spec) const;
   LayerInputWeights inputs(const std::string& layer) const;

@@ -23,6 +23,8 @@ struct BatchSequence {
   KvAccess* kv = nullptr;
   std::span<const KvBuffer> runs;  ///< kernels only: the cache's buffers, with room for the new rows
   int row = 0, n = 0, position = 0;
+  const std::byte* state = nullptr;  ///< of recurrent layers, before the rows; nullptr: all zeros
+  std::byte* next_state = nullptr;   ///< where that after them is written; kernels only: may be `state`
 };
 
 /// What is computed at once: one chunk of a forward pass.
@@ -31,6 +33,7 @@ struct Batch {
   std::vector<BatchSequence> sequences;
   const KvLayout* kv_layout = nullptr;  ///< of all its caches
   KvFormat kv_format;                   ///< likewise
+  std::vector<std::pair<std::byte*, mx::array>> states;  ///< MLX only: parts of states, to be evaluated and then copied there
   std::map<int, std::vector<mx::array>> lent;  ///< layer of the caches -> what layers that read its rows need, in the backend's form
 };
 
@@ -50,6 +53,8 @@ class Ops {
   /// are values.
   virtual Weight pack_attention(const Attention& spec, const Projection& q, const Projection* k, const Projection* v,
                                 Weight q_norm, Weight k_norm) = 0;
+  /// `projections` give, side by side, what kernels::RecurrentShape::given says.
+  virtual Weight pack_recurrent(kernels::Recurrent cell, const std::vector<Projection>& projections) = 0;
   virtual Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) = 0;
   /// Projections of each expert, in their order. The router is not rounded to 16-bit activations.
   virtual Weight pack_experts(const Experts& spec, const Projection& router, const std::vector<Projection>& gates,
@@ -65,6 +70,10 @@ class Ops {
   /// `layer`,
   /// unless another layer of the model has, and attends. [M, H_q D_v]
   virtual mx::array attention(const mx::array& x, const Weight& w, int layer, Batch& batch) = 0;
+  /// Projects, and goes on from the sequences' states, whose bytes for this layer begin at `offset`. [M, output()]
+  virtual mx::array recurrent(const mx::array& x, const Weight& w, size_t offset, Batch& batch) = 0;
+  /// x ⊙ sigmoid(gates)
+  virtual mx::array gate(const mx::array& x, const mx::array& gates) = 0;
   /// residual + x · Wᵀ
   virtual mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) = 0;
   virtual mx::array linear(const mx::array& x, const Weight& w) = 0;

@@ -88,6 +88,11 @@ struct Mixture final : Ops::Packed {
   std::shared_ptr<const kernels::Moe> experts;
 };
 
+struct Recurring final : Ops::Packed {
+  std::shared_ptr<const PackedLinear> projection;
+  std::shared_ptr<const kernels::Recurrent> cell;
+};
+
 struct Attending final : Ops::Packed {
   Attention spec;
   // q, k and v side by side; or those that there are, apart, where something comes between.
@@ -140,6 +145,15 @@ class KernelOps final : public Ops {
     for (const Projection* p : {k, v}) {
       if (p != nullptr) release({p});
     }
+    return weight;
+  }
+  Weight pack_recurrent(kernels::Recurrent cell, const std::vector<Projection>& projections) override {
+    std::vector<WeightSource> sources;
+    for (const Projection& p : projections) sources.push_back(source(p));
+    auto weight = std::make_shared<Recurring>();
+    weight->projection = PackedLinear::pack(sources, activations_);
+    weight->cell = std::make_shared<const kernels::Recurrent>(std::move(cell));
+    for (const Projection& p : projections) release({&p});
     return weight;
   }
   Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
@@ -205,6 +219,17 @@ class KernelOps final : public Ops {
     const auto& w = static_cast<const Attending&>(*weight);
     return kernels::attention(project(x, w, layer, batch), spec_for(w, batch.kv_format), std::move(sequences));
   }
+  mx::array recurrent(const mx::array& x, const Weight& weight, size_t offset, Batch& batch) override {
+    const auto& w = static_cast<const Recurring&>(*weight);
+    std::vector<kernels::RecurrentSequence> sequences;
+    for (const BatchSequence& s : batch.sequences) {
+      const std::byte* state = s.state == nullptr ? nullptr : s.state + offset;
+      sequences.push_back({.row = s.row, .n = s.n, .state = reinterpret_cast<const float*>(state),
+                           .next = reinterpret_cast<float*>(s.next_state + offset)});
+    }
+    return kernels::recurrent(kernels::linear(x, w.projection), w.cell, std::move(sequences));
+  }
+  mx::array gate(const mx::array& x, const mx::array& gates) override { return kernels::gate(x, gates); }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
     return kernels::linear_add(x, packed(w), residual);
   }

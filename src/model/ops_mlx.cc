@@ -13,6 +13,7 @@
 
 #include "model/key_rows.h"
 #include "model/ops.h"
+#include "model/recurrent_mlx.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -122,6 +123,11 @@ struct Mixture final : Ops::Packed {
   Linear router, gate, up, down;  // but for the router's, of all experts
 };
 
+struct Recurring final : Ops::Packed {
+  std::vector<Linear> projections;
+  kernels::Recurrent cell;
+};
+
 /// As fast::rope wants them: 1 / inv_freq; and what a head's dims are multiplied by.
 struct Angles {
   mx::array periods;
@@ -160,6 +166,12 @@ class MlxOps final : public Ops {
     if (v != nullptr) weight->v.emplace(*v, dtype_);
     weight->q_norm = std::move(q_norm);
     weight->k_norm = std::move(k_norm);
+    return weight;
+  }
+  Weight pack_recurrent(kernels::Recurrent cell, const std::vector<Projection>& projections) override {
+    auto weight = std::make_shared<Recurring>();
+    for (const Projection& p : projections) weight->projections.emplace_back(p, dtype_);
+    weight->cell = std::move(cell);
     return weight;
   }
   Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
@@ -209,6 +221,13 @@ class MlxOps final : public Ops {
     }
     return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0);
   }
+  mx::array recurrent(const mx::array& x, const Weight& weight, size_t offset, Batch& batch) override {
+    const auto& w = static_cast<const Recurring&>(*weight);
+    std::vector<mx::array> parts;
+    for (const Linear& projection : w.projections) parts.push_back(projection.apply(x));
+    return mx::astype(recurrent_on_mlx(mx::concatenate(parts, 1), w.cell, offset, batch), dtype_);
+  }
+  mx::array gate(const mx::array& x, const mx::array& gates) override { return mx::multiply(x, mx::sigmoid(gates)); }
   mx::array linear_add(const mx::array& x, const Weight& w, const mx::array& residual) override {
     return mx::add(residual, single(w).apply(x));
   }

@@ -1,0 +1,143 @@
+/// What hybrids keep in place of rows: its bits depend on neither chunks nor what runs beside (kernels), and a pass that
+/// fails leaves it.
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "model_fixture.h"
+#include "torpor/error.h"
+
+namespace torpor {
+namespace {
+
+class Hybrids : public testing::TestWithParam<const char*> {
+ protected:
+  std::unique_ptr<Model> load(Backend backend) const {
+    return Model::load((kGoldens / GetParam()).string(), {.backend = backend, .activations = Activations::kF32});
+  }
+  static std::vector<int32_t> random_tokens(const Model& model, int n, unsigned seed) {
+    std::mt19937 random(seed);
+    std::vector<int32_t> tokens;
+    for (int i = 0; i < n; ++i) tokens.push_back(int32_t(random() % unsigned(model.info().vocab_size)));
+    return tokens;
+  }
+  /// All that a sequence has after its tokens.
+  struct Held {
+    std::vector<float> logits;
+    std::vector<std::byte> state, rows;
+    bool operator==(const Held&) const = default;
+  };
+  static Held held(const TestCache& cache, std::vector<float> logits) {
+    const auto state = cache.state();
+    return {std::move(logits), {state.begin(), state.end()}, cache.rows()};
+  }
+  static Held in_chunks(Model& model, std::span<const int32_t> tokens, size_t step) {
+    TestCache cache(model, KvDtype::kF16);
+    std::vector<float> logits;
+    for (size_t at = 0; at < tokens.size(); at += step) {
+      logits = forward(model, cache, tokens.subspan(at, std::min(step, tokens.size() - at)));
+    }
+    return held(cache, std::move(logits));
+  }
+};
+
+TEST_P(Hybrids, TheStateHasTheSizeOfItsLayoutWhateverTheLength) {
+  const auto model = load(Backend::kKernels);
+  const StateLayout layout = model->state_layout();
+  ASSERT_FALSE(layout.empty());
+  ASSERT_FALSE(model->kv_layout(KvDtype::kF16).tensors.empty());
+  for (const StateTensorSpec& tensor : layout.tensors) EXPECT_EQ(tensor.dtype, KvDtype::kF32) << tensor.name;
+  for (const int n : {1, 2, 300}) {
+    EXPECT_EQ(in_chunks(*model, random_tokens(*model, n, 1), 512).state.size(), layout.bytes());
+  }
+}
+
+TEST_P(Hybrids, BitsDependOnNeitherChunksNorNeighbours) {
+  const auto model = load(Backend::kKernels);
+  const std::vector<int32_t> tokens = random_tokens(*model, 600, 1);
+  const Held expected = in_chunks(*model, tokens, tokens.size());
+  for (const size_t step : {1, 7, 64, 512}) EXPECT_TRUE(in_chunks(*model, tokens, step) == expected) << step;
+
+  // Beside seven others of other lengths, each step with all of them: the chunks of a pass then begin anywhere.
+  for (const size_t step : {1, 7, 64, 512}) {
+    std::vector<std::vector<int32_t>> prompts;
+    std::vector<TestCache> caches;
+    for (unsigned i = 0; i < 8; ++i) {
+      prompts.push_back(i == 4 ? tokens : random_tokens(*model, int(tokens.size()) + int(i) * 5 - 20, 10 + i));
+      caches.emplace_back(*model, KvDtype::kF16);
+    }
+    std::vector<float> logits;
+    for (size_t at = 0; at < tokens.size(); at += step) {
+      std::vector<ForwardSequence> batch;
+      size_t row = 0;
+      for (size_t i = 0; i < 8; ++i) {
+        if (at >= prompts[i].size()) continue;
+        if (i == 4) row = batch.size();
+        const size_t n = std::min(step, prompts[i].size() - at);
+        batch.push_back({.tokens = std::span(prompts[i]).subspan(at, n), .kv = &caches[i]});
+      }
+      const mx::array all = model->forward(batch);
+      const size_t vocabulary = size_t(model->info().vocab_size);
+      const float* const own = all.data<float>() + row * vocabulary;
+      logits.assign(own, own + vocabulary);
+    }
+    EXPECT_TRUE(held(caches[4], logits) == expected) << "in steps of " << step;
+  }
+}
+
+TEST_P(Hybrids, BackendsAgreeOnTheState) {
+  const auto kernels = load(Backend::kKernels), mlx = load(Backend::kMlx);
+  EXPECT_EQ(kernels->state_layout(), mlx->state_layout());
+  EXPECT_EQ(kernels->identity(), mlx->identity());
+  const std::vector<int32_t> tokens = random_tokens(*kernels, 60, 3);
+  TestCache a(*kernels, KvDtype::kF32), b(*mlx, KvDtype::kF32);
+  for (const size_t n : {1, 2, 57}) {
+    const auto part = std::span(tokens).subspan(size_t(a.length()), n);
+    forward(*kernels, a, part);
+    forward(*mlx, b, part);
+  }
+  const auto floats = [](std::span<const std::byte> state) {
+    return std::span(reinterpret_cast<const float*>(state.data()), state.size() / sizeof(float));
+  };
+  const auto x = floats(a.state()), y = floats(b.state());
+  ASSERT_EQ(x.size(), y.size());
+  for (size_t i = 0; i < x.size(); ++i) ASSERT_NEAR(x[i], y[i], 1e-3f * (1 + std::abs(x[i]))) << i;
+}
+
+TEST_P(Hybrids, APassThatFailsLeavesTheState) {
+  const auto model = load(Backend::kKernels);
+  const std::vector<int32_t> tokens = random_tokens(*model, 30, 5);
+  /// Whose rows can't be written.
+  class Full : public TestCache {
+   public:
+    using TestCache::TestCache;
+    std::span<const KvBuffer> reserve(int) override { throw Error(ErrorCode::kResourceExhausted, "full"); }
+  };
+  TestCache cache(*model, KvDtype::kF16);
+  Full full(*model, KvDtype::kF16);
+  forward(*model, cache, tokens);
+  const Held before = held(cache, {});
+  const std::vector<ForwardSequence> batch{{.tokens = tokens, .kv = &cache}, {.tokens = tokens, .kv = &full}};
+  EXPECT_THROW(model->forward(batch), Error);
+  EXPECT_TRUE(held(cache, {}) == before);
+}
+
+TEST_P(Hybrids, ACacheWithoutItsStatesIsRefused) {
+  const auto model = load(Backend::kKernels);
+  /// As a model without recurrent layers has them.
+  class Stateless : public TestCache {
+   public:
+    using TestCache::TestCache;
+    const StateLayout& state_layout() const noexcept override { return KvAccess::state_layout(); }
+  };
+  Stateless cache(*model, KvDtype::kF16);
+  const std::vector<int32_t> tokens{1};
+  const ForwardSequence sequence{.tokens = tokens, .kv = &cache};
+  EXPECT_THROW(model->forward({&sequence, 1}), Error);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, Hybrids, testing::Values("tiny-lfm2"));
+
+}  // namespace
+}  // namespace torpor
