@@ -1,5 +1,5 @@
-/// What hybrids keep in place of rows: its bits depend on neither chunks nor what runs beside (kernels), and a pass that
-/// fails leaves it.
+/// What hybrids keep in place of rows: its bits depend on neither chunks nor what runs beside (kernels), and a pass
+/// that fails leaves it.
 
 #include <gtest/gtest.h>
 
@@ -137,7 +137,7 @@ TEST_P(Hybrids, ACacheWithoutItsStatesIsRefused) {
   EXPECT_THROW(model->forward({&sequence, 1}), Error);
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, Hybrids, testing::Values("tiny-lfm2"));
+INSTANTIATE_TEST_SUITE_P(Models, Hybrids, testing::Values("tiny-lfm2", "tiny-qwen3-5", "tiny-qwen3-next"));
 
 }  // namespace
 }  // namespace torpor

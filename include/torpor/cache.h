@@ -31,8 +31,8 @@ struct CacheValidation {
 /// calls `growth` for all of them, makes room, and then `grow`: computing the rows then takes none.
 ///
 /// Of a model with recurrent layers it has states, too. A state is never changed: a pass makes another one. The live
-/// state is that after length() tokens. Earlier ones are held where keep_state or add_state says so, and the cache can be
-/// cut to them alone.
+/// state is that after length() tokens. Earlier ones are held where keep_state or add_state says so, and the cache can
+/// be cut to them alone.
 class KvCache : public KvAccess {
  public:
   ~KvCache() override;

@@ -64,8 +64,9 @@ void KvCache::add_state(std::shared_ptr<const StateCheckpoint> state) {
   const int64_t position = state->position();
   if (state->bytes().size() != state_layout_.bytes() || position <= 0 || position > length_) {
     throw Error(ErrorCode::kInvalidArgument, "The state after " + std::to_string(position) + " tokens, of " +
-                                                 std::to_string(state->bytes().size()) + " bytes, is none of a cache of " +
-                                                 std::to_string(length_) + " tokens whose states have " +
+                                                 std::to_string(state->bytes().size()) +
+                                                 " bytes, is none of a cache of " + std::to_string(length_) +
+                                                 " tokens whose states have " +
                                                  std::to_string(state_layout_.bytes()) + ".");
   }
   if (position == length_) live_kept_ = true;

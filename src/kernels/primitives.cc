@@ -303,7 +303,8 @@ mx::array moe(const mx::array& x, const mx::array& logits, std::shared_ptr<const
               {prepared(x, mx::float32, stream), prepared(logits, mx::float32, stream)});
 }
 
-mx::array recurrent(const mx::array& given, std::shared_ptr<const Recurrent> w, std::vector<RecurrentSequence> sequences) {
+mx::array recurrent(const mx::array& given, std::shared_ptr<const Recurrent> w,
+                    std::vector<RecurrentSequence> sequences) {
   check_columns(given, w->shape.given(), "recurrent");
   for (const RecurrentSequence& s : sequences) {
     if (s.row < 0 || s.n <= 0 || s.n > given.shape(0) - s.row || s.next == nullptr) {

@@ -26,7 +26,8 @@ mx::array embedding(const mx::array& tokens, std::shared_ptr<const PackedLinear>
 mx::array moe(const mx::array& x, const mx::array& logits, std::shared_ptr<const Moe> w);
 
 /// `given` [M, given()]. The sequences' states must outlive evaluation. [M, output()]
-mx::array recurrent(const mx::array& given, std::shared_ptr<const Recurrent> w, std::vector<RecurrentSequence> sequences);
+mx::array recurrent(const mx::array& given, std::shared_ptr<const Recurrent> w,
+                    std::vector<RecurrentSequence> sequences);
 mx::array gate(const mx::array& x, const mx::array& gates);                                            // [M, K]
 
 /// One agent's part of a batch; `runs` are buffers of the layout's size for kSegmentTokens tokens, kept alive by the node.

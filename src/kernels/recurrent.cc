@@ -1,6 +1,6 @@
 // A layer is three passes. Over rows: the convolution, and what each head needs of its result. Over columns of each
-// head's state: the tokens one after the other. A column of S depends on no other, so columns are a task's, and its part
-// of the state stays in a core's L1. Over rows again: the output's gate and norm.
+// head's state: the tokens one after the other. A column of S depends on no other, so columns are a task's, and its
+// part of the state stays in a core's L1. Over rows again: the output's gate and norm.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/recurrent.cc"
@@ -82,7 +82,8 @@ void SiluRow(const float* x, const float* z, size_t n, float* y) {
 }
 
 /// y = Σ taps[t] ⊙ inputs[t] + bias, oldest first; then silu if asked.
-void ConvolveRow(const float* const* inputs, int n_taps, const float* taps, const float* bias, size_t n, bool silu, float* y) {
+void ConvolveRow(const float* const* inputs, int n_taps, const float* taps, const float* bias, size_t n, bool silu,
+                 float* y) {
   const auto sum = [&](auto d, size_t i) HWY_ATTR {
     auto acc = bias != nullptr ? hn::LoadU(d, bias + i) : hn::Zero(d);
     for (int t = 0; t < n_taps; ++t) {
@@ -98,8 +99,9 @@ void ConvolveRow(const float* const* inputs, int n_taps, const float* taps, cons
 
 /// NV vectors of columns of one head, from `src` to `dst`, both [key_dim, value_dim].
 template <class D, int NV, bool kDelta>
-HWY_INLINE void StepColumns(D d, const float* HWY_RESTRICT k, const float* HWY_RESTRICT q, const float* v, HeadStep step,
-                            float skip, int key_dim, size_t stride, const float* src, float* dst, float* y) {
+HWY_INLINE void StepColumns(D d, const float* HWY_RESTRICT k, const float* HWY_RESTRICT q, const float* v,
+                            HeadStep step, float skip, int key_dim, size_t stride, const float* src, float* dst,
+                            float* y) {
   constexpr size_t kWidth = hn::MaxLanes(D());
   using V = hn::Vec<D>;
   const V decay = hn::Set(d, step.decay), strength = hn::Set(d, step.strength);
@@ -155,7 +157,8 @@ HWY_INLINE void RunHeadOf(const HeadPass& p) {
     const auto columns = [&]<class D, int NV>(D d, std::integral_constant<int, NV>) HWY_ATTR {
       constexpr int kWidth = NV * int(hn::MaxLanes(D()));
       for (; column + kWidth <= p.last; column += kWidth) {
-        StepColumns<D, NV, kDelta>(d, k, q, v + column, step, p.skip, s.key_dim, stride, src + column, next + column, y + column);
+        StepColumns<D, NV, kDelta>(d, k, q, v + column, step, p.skip, s.key_dim, stride, src + column, next + column,
+                                   y + column);
       }
     };
     constexpr int kMost = std::min(8, std::max(1, kColumns / int(kLanes)));
@@ -197,8 +200,9 @@ template <class Body>
 void over_rows(int m, int width, const Body& body) {
   const int rows = std::max(1, 8 * 1024 / std::max(1, width)), tasks = (m + rows - 1) / rows;
   if (tasks <= 1) return body(0, m);
-  ThreadPool::shared().parallel_for(size_t(tasks),
-                                    [&](size_t task, int) { body(int(task) * rows, std::min(m, int(task + 1) * rows)); });
+  ThreadPool::shared().parallel_for(size_t(tasks), [&](size_t task, int) {
+    body(int(task) * rows, std::min(m, int(task + 1) * rows));
+  });
 }
 
 float softplus(float x) { return std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x))); }
@@ -208,13 +212,15 @@ void check(const Recurrent& w) {
   const RecurrentShape& s = w.shape;
   const size_t channels = size_t(s.channels()), heads = size_t(s.n_heads);
   const bool delta = s.kind == Recurrence::kGatedDelta, mamba = s.kind == Recurrence::kMamba2;
-  const bool fits =
-      s.taps > 1 && s.value_dim > 0 && w.conv.size() == size_t(s.taps) * channels &&
-      (w.conv_bias.empty() || w.conv_bias.size() == channels) && (delta || mamba) == (s.n_heads > 0) &&
-      (s.n_heads == 0 || (s.n_groups > 0 && s.n_heads % s.n_groups == 0 && s.key_dim > 0 && w.log_decay.size() == heads &&
-                          w.step_bias.size() == heads && w.skip.size() == (mamba ? heads : 0) && s.norm.size > 0 &&
-                          s.output() % s.norm.size == 0 &&
-                          w.norm.size() == size_t(s.norm.size == s.value_dim && delta ? s.value_dim : s.output())));
+  const auto heads_fit = [&] {
+    return s.n_groups > 0 && s.n_heads % s.n_groups == 0 && s.key_dim > 0 && w.log_decay.size() == heads &&
+           w.step_bias.size() == heads && w.skip.size() == (mamba ? heads : 0) && s.norm.size > 0 &&
+           s.output() % s.norm.size == 0 && w.norm.size() == size_t(delta ? s.value_dim : s.output()) &&
+           (!delta || s.norm.size == s.value_dim);
+  };
+  const bool fits = s.taps > 1 && s.value_dim > 0 && w.conv.size() == size_t(s.taps) * channels &&
+                    (w.conv_bias.empty() || w.conv_bias.size() == channels) && (delta || mamba) == (s.n_heads > 0) &&
+                    (s.n_heads == 0 || heads_fit());
   if (!fits) throw Error(ErrorCode::kInvalidArgument, "A recurrent layer's weights don't fit its shape.");
 }
 
@@ -231,8 +237,9 @@ Scratch& scratch_of_this_thread() {
 class Layer {
  public:
   Layer(const float* given, int m, const Recurrent& w, std::span<const RecurrentSequence> sequences, float* y)
-      : given_(given), m_(m), w_(w), shape_(w.shape), sequences_(sequences), y_(y), channels_(size_t(shape_.channels())),
-        delta_(shape_.kind == Recurrence::kGatedDelta), short_(shape_.kind == Recurrence::kShortConv),
+      : given_(given), m_(m), w_(w), shape_(w.shape), sequences_(sequences), y_(y),
+        channels_(size_t(shape_.channels())), delta_(shape_.kind == Recurrence::kGatedDelta),
+        short_(shape_.kind == Recurrence::kShortConv),
         scratch_(scratch_of_this_thread()) {}
 
   void run() {

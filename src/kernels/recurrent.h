@@ -2,8 +2,8 @@
 /// Mixers that keep a state of fixed size instead of rows: a short convolution (LFM2), the gated delta rule (Qwen 3.5)
 /// and Mamba-2. Like the other kernels (compute.h): f32 in plain memory, ThreadPool::shared(), blocking.
 ///
-/// A sequence's tokens are taken one after the other, in each head, and sums go over the state's keys in index order. So
-/// the bits of outputs and state depend on neither chunks nor the other sequences. Formulas: mlx-lm's lfm2.py,
+/// A sequence's tokens are taken one after the other, in each head, and sums go over the state's keys in index order.
+/// So the bits of outputs and state depend on neither chunks nor the other sequences. Formulas: mlx-lm's lfm2.py,
 /// gated_delta.py and ssm.py, in their sequential form.
 
 #include <span>
@@ -56,7 +56,7 @@ struct Recurrent {
   std::vector<float> log_decay;  ///< [n_heads]: A_log
   std::vector<float> step_bias;  ///< [n_heads]: dt_bias
   std::vector<float> skip;       ///< [n_heads]: D of kMamba2
-  std::vector<float> norm;       ///< [value_dim], or [output] if the norm is of more than a head
+  std::vector<float> norm;       ///< [value_dim], of each head of kGatedDelta; [output] of kMamba2
 };
 
 /// One agent's part of a batch: rows [row, row + n), n > 0, go on from `state` (nullptr: all zeros) and leave `next`,

@@ -161,7 +161,8 @@ ModelConfig parse_config(const json& file) {
   LayerSpec layer;
   layer.mlp.activation = parse_activation(config);
   const bool hybrid = text.family->hybrid;
-  layer.mlp.size = hybrid ? optional_count(config, "intermediate_size").value_or(0) : count_field(config, "intermediate_size");
+  layer.mlp.size = optional_count(config, "intermediate_size").value_or(0);
+  if (layer.mlp.size == 0 && !hybrid) count_field(config, "intermediate_size");  // says that there is none
   Attention& attention = layer.attention;
   attention.n_heads = count_field(config, "num_attention_heads");
   attention.n_kv_heads = optional_count(config, "num_key_value_heads").value_or(attention.n_heads);

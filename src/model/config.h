@@ -43,9 +43,7 @@ struct ModelConfig {
   std::optional<LayerInputs> layer_inputs;
   LayerNames names;
   std::string final_norm = "norm";  ///< of what the last layer gives: its name, within "model."
-  /// Checkpoints as they were published keep their norms less one, those that mlx-lm has converted do not. The shape of
-  /// the convolutions' weights tells which this is.
-  bool converted_norms = false;
+  float published_norm_plus = 0;    ///< norm_plus, unless mlx-lm has converted the checkpoint
   std::vector<LayerSpec> layers;  ///< at least one
   std::string rope_description;   ///< of all layers, for the identity
   bool attention_bias = false, mlp_bias = false;  ///< as config.json has them; which layers have one, their specs say

@@ -266,6 +266,12 @@ constexpr const char* kGemma4Text =
                             "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}},
         "tie_word_embeddings": true, "hidden_act": "gelu_pytorch_tanh"})";
 
+// As mlx-lm has them, but for sizes that every config has.
+constexpr const char* kQwen35Text =
+    R"({"linear_num_value_heads": 64, "linear_num_key_heads": 16, "linear_key_head_dim": 192,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "max_position_embeddings": 131072,
+        "partial_rotary_factor": 0.25, "rope_theta": 100000})";
+
 constexpr Family kFamilies[] = {
     {"cohere2", "cohere2", "",
      R"({"head_dim": 128, "rope_theta": 50000, "rope_traditional": true, "sliding_window": 4096, "sliding_window_pattern": 4,
@@ -304,7 +310,12 @@ constexpr Family kFamilies[] = {
      /*slides_everywhere=*/true},
     {"qwen2", "qwen2", "", R"({"rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": true})", qwen2},
     {"qwen3", "qwen3", "", "{}", qwen3},
+    {"qwen3_5", "qwen3_5", "language_model.", R"({"model_type": "qwen3_5_text"})", qwen3_5, false, false,
+     /*hybrid=*/true},
+    {"qwen3_5_text", "qwen3_5", "", kQwen35Text, qwen3_5, false, false, /*hybrid=*/true},
     {"qwen3_moe", "qwen3_moe", "", R"({"tie_word_embeddings": false})", qwen3_moe},
+    {"qwen3_next", "qwen3_next", "", R"({"tie_word_embeddings": false, "partial_rotary_factor": 0.25})", qwen3_next,
+     false, false, /*hybrid=*/true},
     {"seed_oss", "seed_oss", "", "{}", seed_oss},
     {"smollm3", "smollm3", "", "{}", smollm3},
 };

@@ -56,6 +56,8 @@ struct Family {
 
 // Pages of hybrids (family_hybrid.cc).
 void lfm2(ModelConfig& model, FamilyFields& fields);
+void qwen3_5(ModelConfig& model, FamilyFields& fields);
+void qwen3_next(ModelConfig& model, FamilyFields& fields);
 
 struct TextModel {
   const Family* family;       ///< of the text model

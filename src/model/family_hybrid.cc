@@ -15,16 +15,11 @@ using kernels::Recurrence;
 
 constexpr int kLimit = 1 << 24;
 
-/// A count that the identity keeps, from 1 to `most`.
-int count_of(FamilyFields& fields, const char* key, int most) {
-  if (count_field(fields.config(), key) > most) bad_field(key, ("at most " + std::to_string(most)).c_str());
+/// A count that the identity keeps, from `least` to 4,096: far beyond any model.
+int size_of(FamilyFields& fields, const char* key, int least = 1) {
+  const int size = count_field(fields.config(), key);
+  if (size < least || size > 4096) bad_field(key, least > 1 ? "from 2 to 4096" : "at most 4096");
   return fields.count(key);
-}
-
-int convolution_taps(FamilyFields& fields, const char* key) {
-  const int taps = count_of(fields, key, 1024);
-  if (taps < 2) bad_field(key, "at least 2");
-  return taps;
 }
 
 /// Layers of which `attends` is false have `recurrent` in attention's place.
@@ -48,8 +43,8 @@ std::vector<bool> of_kind(const ModelConfig& model, const std::vector<std::strin
   std::vector<bool> is;
   for (const std::string& kind : kinds) {
     if (std::ranges::find(known, kind) == known.end()) {
-      throw Error(ErrorCode::kInvalidArgument, "config.json: " + std::string(key) + " has a layer of the kind '" + kind +
-                                                   "', which is not supported.");
+      throw Error(ErrorCode::kInvalidArgument, "config.json: " + std::string(key) + " has a layer of the kind '" +
+                                                   kind + "', which is not supported.");
     }
     is.push_back(kind == name);
   }
@@ -64,7 +59,8 @@ void lfm2(ModelConfig& model, FamilyFields& fields) {
   model.norm_eps = fields.number("norm_eps", 1e-5);
   model.final_norm = "embedding_norm";
   model.names = {.attention_norm = "operator_norm", .mlp_norm = "ffn_norm", .recurrent = "conv", .output = "out_proj",
-                 .q_norm = "q_layernorm", .k_norm = "k_layernorm", .mlp = "feed_forward", .mlp_parts = {"w1", "w3", "w2"}};
+                 .q_norm = "q_layernorm", .k_norm = "k_layernorm", .mlp = "feed_forward",
+                 .mlp_parts = {"w1", "w3", "w2"}};
 
   int64_t size = optional_count(config, "block_ff_dim").value_or(model.layers.front().mlp.size);
   if (fields.flag("block_auto_adjust_ff_dim", true)) {
@@ -75,7 +71,7 @@ void lfm2(ModelConfig& model, FamilyFields& fields) {
   }
   if (size > kLimit) bad_field("block_ff_dim", "such that an MLP has at most 2^24 features");
 
-  Recurrent conv{.shape = {.kind = Recurrence::kShortConv, .taps = convolution_taps(fields, "conv_L_cache"),
+  Recurrent conv{.shape = {.kind = Recurrence::kShortConv, .taps = size_of(fields, "conv_L_cache", 2),
                            .value_dim = model.hidden_size}};
   conv.conv_bias = conv.bias = fields.flag("conv_bias", false);
   for (LayerSpec& layer : model.layers) {
@@ -87,8 +83,46 @@ void lfm2(ModelConfig& model, FamilyFields& fields) {
   if (!attending.empty()) {
     put_in_place(model, conv, [&](size_t i) { return std::ranges::find(attending, int(i)) != attending.end(); });
   } else {
-    const std::vector<bool> attends = of_kind(model, kinds, "layer_types", {"conv", "full_attention"}, "full_attention");
+    const auto attends = of_kind(model, kinds, "layer_types", {"conv", "full_attention"}, "full_attention");
     put_in_place(model, conv, [&](size_t i) { return attends[i]; });
+  }
+}
+
+/// Gated delta rules, and a gated attention whose heads rotate in part; norms on heads of q and k.
+void qwen3_5(ModelConfig& model, FamilyFields& fields) {
+  model.published_norm_plus = 1;
+  model.names.recurrent = "linear_attn";
+  Recurrent delta{.shape = {.kind = Recurrence::kGatedDelta, .taps = size_of(fields, "linear_conv_kernel_dim", 2),
+                            .n_heads = size_of(fields, "linear_num_value_heads"),
+                            .n_groups = size_of(fields, "linear_num_key_heads"),
+                            .key_dim = size_of(fields, "linear_key_head_dim"),
+                            .value_dim = size_of(fields, "linear_value_head_dim")}};
+  delta.shape.norm = {.size = delta.shape.value_dim, .eps = model.norm_eps};
+  if (delta.shape.n_heads % delta.shape.n_groups != 0) {
+    bad_field("linear_num_value_heads", "a multiple of linear_num_key_heads");
+  }
+  const bool gated = fields.flag("attn_output_gate", true);
+  for (LayerSpec& layer : model.layers) {
+    layer.attention.qk_norm = QkNorm::kHeads;
+    layer.attention.qkv_bias = layer.attention.output_bias = model.attention_bias;
+    layer.attention.gated = gated;
+  }
+  const size_t interval = size_t(optional_count(fields.config(), "full_attention_interval").value_or(4));
+  std::vector<std::string> kinds = fields.kinds("layer_types");
+  if (kinds.empty()) {
+    for (size_t i = 0; i < model.layers.size(); ++i) {
+      kinds.push_back((i + 1) % interval == 0 ? "full_attention" : "linear_attention");
+    }
+  }
+  const auto attends = of_kind(model, kinds, "layer_types", {"linear_attention", "full_attention"}, "full_attention");
+  put_in_place(model, delta, [&](size_t i) { return attends[i]; });
+}
+
+/// The same; each head of keys has the projections of its queries, values and gates beside it.
+void qwen3_next(ModelConfig& model, FamilyFields& fields) {
+  qwen3_5(model, fields);
+  for (LayerSpec& layer : model.layers) {
+    if (layer.recurrent) layer.recurrent->interleaved = true;
   }
 }
 

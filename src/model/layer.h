@@ -63,6 +63,7 @@ struct Attention {
 struct Recurrent {
   kernels::RecurrentShape shape;
   bool conv_bias = false, bias = false;  ///< of the convolution; of the projections
+  bool interleaved = false;              ///< kGatedDelta: q, k, v, z are one projection, b, a another, head by head
 };
 
 /// down(act(gate(x)) ⊙ up(x))

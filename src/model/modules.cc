@@ -18,6 +18,15 @@ Ops::Weight Modules::head(const Ops::Weight& embedding) const {
   return *c.tied_head ? embedding : ops_.pack_linear(projection("lm_head", c.vocab_size, c.hidden_size));
 }
 
+Projection Modules::queries(const std::string& attention, const Attention& spec, bool gates) const {
+  const int n = spec.query_size(), hidden = checkpoint_.config.hidden_size;
+  const Projection all = projection(attention + ".q_proj", spec.gated ? 2 * n : n, hidden, spec.qkv_bias);
+  if (!spec.gated) return all;
+  std::vector<RowRange> heads;
+  for (int h = 0; h < spec.n_heads; ++h) heads.push_back({(2 * h + (gates ? 1 : 0)) * spec.key_dim, spec.key_dim});
+  return gathered_rows_of(all, heads);
+}
+
 Ops::Weight Modules::attention(int index) const {
   const ModelConfig& c = checkpoint_.config;
   const Attention& spec = c.layers[size_t(index)].attention;
@@ -39,12 +48,13 @@ Ops::Weight Modules::attention(int index) const {
     return packed(rows_of(qkv, 0, q), rows_of(qkv, q, k), rows_of(qkv, q + k, v));
   }
   const auto part = [&](const char* part, int n) { return projection(name + part, n, c.hidden_size, spec.qkv_bias); };
-  if (spec.reads_rows_of) return ops_.pack_attention(spec, part(".q_proj", q), nullptr, nullptr, q_norm, k_norm);
+  const Projection query = queries(name, spec, /*gates=*/false);
+  if (spec.reads_rows_of) return ops_.pack_attention(spec, query, nullptr, nullptr, q_norm, k_norm);
   if (spec.keys_are_values) {
     const Projection keys = part(".k_proj", k);
-    return ops_.pack_attention(spec, part(".q_proj", q), &keys, nullptr, q_norm, k_norm);
+    return ops_.pack_attention(spec, query, &keys, nullptr, q_norm, k_norm);
   }
-  return packed(part(".q_proj", q), part(".k_proj", k), part(".v_proj", v));
+  return packed(query, part(".k_proj", k), part(".v_proj", v));
 }
 
 Ops::Weight Modules::gated(const std::string& name, const Mlp& spec) const {
@@ -116,9 +126,13 @@ DecoderLayer Modules::layer(int index) const {
                      .scalar = c.names.scalar.empty() ? 1 : number(layer + "." + c.names.scalar)};
   if (recurrent_spec) {
     parts.recurrent = recurrent(index);
-    parts.output = back(layer + "." + c.names.recurrent + ".out_proj", recurrent_spec->shape.output(), recurrent_spec->bias);
+    const std::string output = layer + "." + c.names.recurrent + ".out_proj";
+    parts.output = back(output, recurrent_spec->shape.output(), recurrent_spec->bias);
   } else {
     parts.attention = attention(index);
+    if (attention_spec.gated) {
+      parts.attention_gate = ops_.pack_linear(queries(layer + "." + c.names.attention, attention_spec, /*gates=*/true));
+    }
     parts.output = back(attention_name + c.names.output, attention_spec.output_size(), attention_spec.output_bias);
   }
   if (experts_spec) {

@@ -22,6 +22,10 @@ class Modules {
   SharedInputWeights shared_inputs() const;
 
  private:
+  /// What a layer's queries are made by, or their gates.
+  Projection queries(const std::string& attention, const Attention& spec, bool gates) const;
+  /// What a recurrent mixer reads, side by side.
+  std::vector<Projection> given(const std::string& name, const Recurrent& spec) const;
   /// The weight [n, k] of `name`; kCorruption, kInvalidArgument as find_projection.
   Projection projection(const std::string& name, int n, int k, bool bias = false) const;
   Ops::Weight attention(int index) const;
@@ -34,6 +38,9 @@ class Modules {
   const Checkpoint& checkpoint_;
   Ops& ops_;
 };
+
+/// Whether the weights of convolutions have the shape in which models are published, not mlx-lm's.
+bool has_published_convolutions(const ModelConfig& config, const Weights& weights);
 
 /// Of the layer's parts: "model.layers.3".
 std::string layer_name(int layer);

@@ -22,21 +22,67 @@ std::vector<float> find_taps(const Weights& weights, const std::string& name, in
   return transposed;
 }
 
+const char* convolution(const kernels::RecurrentShape& shape) {
+  return shape.kind == Recurrence::kShortConv ? ".conv" : ".conv1d";
+}
+
 }  // namespace
+
+bool has_published_convolutions(const ModelConfig& config, const Weights& weights) {
+  for (size_t i = 0; i < config.layers.size(); ++i) {
+    if (!config.layers[i].recurrent) continue;
+    const std::string name = config.weight_prefix + layer_name(int(i)) + "." + config.names.recurrent;
+    const TensorView* conv = weights.find(name + convolution(config.layers[i].recurrent->shape) + ".weight");
+    return conv != nullptr && !conv->shape.empty() && conv->shape.back() != 1;
+  }
+  return false;
+}
+
+std::vector<Projection> Modules::given(const std::string& name, const Recurrent& spec) const {
+  const kernels::RecurrentShape& shape = spec.shape;
+  const auto part = [&](const char* part, int n) {
+    return projection(name + part, n, checkpoint_.config.hidden_size, spec.bias);
+  };
+  if (shape.kind != Recurrence::kGatedDelta) return {part(".in_proj", shape.given())};
+  const int heads = shape.n_heads, output = shape.output();
+  if (!spec.interleaved) {
+    return {part(".in_proj_qkv", shape.channels()), part(".in_proj_z", output), part(".in_proj_b", heads),
+            part(".in_proj_a", heads)};
+  }
+  // Each head of keys has its queries, keys, values and gates side by side, and so b and a.
+  const int groups = shape.n_groups, keys = shape.key_dim, values = output / groups;
+  const auto gathered = [&](const Projection& p, std::initializer_list<std::pair<int, int>> parts) {
+    std::vector<RowRange> ranges;
+    for (const auto& [first, n] : parts) {
+      for (int g = 0; g < groups; ++g) ranges.push_back({g * (p.n / groups) + first, n});
+    }
+    return gathered_rows_of(p, ranges);
+  };
+  const int of_group = heads / groups;
+  return {gathered(part(".in_proj_qkvz", shape.channels() + output),
+                   {{0, keys}, {keys, keys}, {2 * keys, values}, {2 * keys + values, values}}),
+          gathered(part(".in_proj_ba", 2 * heads), {{0, of_group}, {of_group, of_group}})};
+}
 
 Ops::Weight Modules::recurrent(int index) const {
   const ModelConfig& c = checkpoint_.config;
   const Recurrent& spec = *c.layers[size_t(index)].recurrent;
   const kernels::RecurrentShape& shape = spec.shape;
-  const std::string name = layer_name(index) + "." + c.names.recurrent;
+  const std::string name = layer_name(index) + "." + c.names.recurrent, own = c.weight_prefix + name;
   const auto floats = [&](const std::string& part, int n) {
-    return to_floats(checkpoint_.weights.get(c.weight_prefix + name + part, {n}));
+    return to_floats(checkpoint_.weights.get(own + part, {n}));
   };
-  const std::string conv = name + ".conv";
   kernels::Recurrent cell{.shape = shape};
-  cell.conv = find_taps(checkpoint_.weights, c.weight_prefix + conv + ".weight", shape.channels(), shape.taps);
-  if (spec.conv_bias) cell.conv_bias = floats(".conv.bias", shape.channels());
-  return ops_.pack_recurrent(std::move(cell), {projection(name + ".in_proj", shape.given(), c.hidden_size, spec.bias)});
+  const std::string conv = convolution(shape);
+  cell.conv = find_taps(checkpoint_.weights, own + conv + ".weight", shape.channels(), shape.taps);
+  if (spec.conv_bias) cell.conv_bias = floats(conv + ".bias", shape.channels());
+  if (shape.n_heads > 0) {
+    cell.log_decay = floats(".A_log", shape.n_heads);
+    cell.step_bias = floats(".dt_bias", shape.n_heads);
+    if (shape.kind == Recurrence::kMamba2) cell.skip = floats(".D", shape.n_heads);
+    cell.norm = floats(".norm.weight", shape.kind == Recurrence::kMamba2 ? shape.output() : shape.value_dim);
+  }
+  return ops_.pack_recurrent(std::move(cell), given(name, spec));
 }
 
 }  // namespace torpor::model

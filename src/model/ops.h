@@ -33,7 +33,7 @@ struct Batch {
   std::vector<BatchSequence> sequences;
   const KvLayout* kv_layout = nullptr;  ///< of all its caches
   KvFormat kv_format;                   ///< likewise
-  std::vector<std::pair<std::byte*, mx::array>> states;  ///< MLX only: parts of states, to be evaluated and then copied there
+  std::vector<std::pair<std::byte*, mx::array>> states;  ///< MLX only: evaluated, they are copied there
   std::map<int, std::vector<mx::array>> lent;  ///< layer of the caches -> what layers that read its rows need, in the backend's form
 };
 

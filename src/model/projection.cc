@@ -1,6 +1,8 @@
 #include "model/projection.h"
 
+#include <cstring>
 #include <limits>
+#include <utility>
 
 #include "torpor/error.h"
 
@@ -123,7 +125,34 @@ Projection rows_of(const Projection& p, int first, int n) {
     return tensor ? std::optional(cut(*tensor)) : std::nullopt;
   };
   return {.n = n, .k = p.k, .weight = cut(p.weight), .quantization = p.quantization, .scales = cut_if(p.scales),
-          .biases = cut_if(p.biases), .bias = cut_if(p.bias)};
+          .biases = cut_if(p.biases), .bias = cut_if(p.bias), .memory = p.memory};
+}
+
+Projection gathered_rows_of(const Projection& p, std::span<const RowRange> ranges) {
+  Projection out = p;
+  out.n = 0;
+  for (const RowRange& range : ranges) out.n += range.n;
+  const auto row_bytes = [&](const TensorView& tensor) { return tensor.nbytes / size_t(p.n); };
+  std::vector<TensorView*> tensors{&out.weight};
+  for (auto* tensor : {&out.scales, &out.biases, &out.bias}) {
+    if (*tensor) tensors.push_back(&**tensor);
+  }
+  size_t size = 0;
+  for (const TensorView* tensor : tensors) size += row_bytes(*tensor) * size_t(out.n);
+  const std::shared_ptr<std::byte[]> memory(new std::byte[size]);
+  std::byte* to = memory.get();
+  for (TensorView* tensor : tensors) {
+    const size_t row = row_bytes(*tensor);
+    const std::byte* const from = std::exchange(tensor->data, to);
+    for (const RowRange& range : ranges) {
+      std::memcpy(to, from + size_t(range.first) * row, size_t(range.n) * row);
+      to += size_t(range.n) * row;
+    }
+    tensor->nbytes = size_t(out.n) * row;
+    tensor->shape[0] = out.n;
+  }
+  out.memory = {memory, memory.get()};
+  return out;
 }
 
 const TensorView& find_norm(const Weights& weights, const std::string& name, int k) {

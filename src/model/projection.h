@@ -1,7 +1,10 @@
 #pragma once
 /// The weights of one linear layer as they stand in the checkpoint, looked up and checked against the config.
 
+#include <cstddef>
+#include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -16,6 +19,7 @@ struct Projection {
   std::optional<Quantization> quantization;  ///< then weight is packed u32, with scales and, if affine, biases
   std::optional<TensorView> scales, biases;
   std::optional<TensorView> bias;            ///< additive [N]
+  std::shared_ptr<const std::byte> memory;   ///< keeps tensors that are not where the checkpoint has them; or nullptr
 };
 
 /// The module `name` ("model.layers.0.mlp.up_proj"); kCorruption when a tensor is missing or misshapen,
@@ -29,6 +33,12 @@ std::vector<Projection> find_stacked(const Weights& weights, const ModelConfig& 
 
 /// Rows [first, first + n) of a projection: one part of several that the checkpoint keeps as one.
 Projection rows_of(const Projection& p, int first, int n);
+
+/// A copy of some of its rows, in the order that is asked for: where the rows of several parts take turns.
+struct RowRange {
+  int first = 0, n = 0;
+};
+Projection gathered_rows_of(const Projection& p, std::span<const RowRange> ranges);
 
 /// The weight of the norm `name`, [K], in a float dtype.
 const TensorView& find_norm(const Weights& weights, const std::string& name, int k);

@@ -62,7 +62,8 @@ class Rows {
   mx::array convolved(const mx::array& inputs, mx::array& tail) const {
     const int n = inputs.shape(0), width = inputs.shape(1), kept = shape_.taps - 1;
     const mx::array all = mx::concatenate({tail, inputs}, 0), taps = to_array(cell_.conv, {shape_.taps, width});
-    mx::array sum = cell_.conv_bias.empty() ? mx::zeros({n, width}, mx::float32) : to_array(cell_.conv_bias, {1, width});
+    const bool biased = !cell_.conv_bias.empty();
+    mx::array sum = biased ? to_array(cell_.conv_bias, {1, width}) : mx::zeros({1, width}, mx::float32);
     for (int t = 0; t < shape_.taps; ++t) {
       sum = mx::add(sum, mx::multiply(mx::slice(all, {t, 0}, {t + n, width}), row(taps, t)));
     }
@@ -98,8 +99,8 @@ class Rows {
   }
   Steps mamba_steps(const mx::array& mixed) const {
     const int keys = shape_.n_groups * shape_.key_dim, output = shape_.output();
-    const mx::array step = mx::clip(softplus(mx::add(scalars(0), of_heads(cell_.step_bias))), mx::array(shape_.min_step),
-                                    mx::array(shape_.max_step));
+    const mx::array step = mx::clip(softplus(mx::add(scalars(0), of_heads(cell_.step_bias))),
+                                    mx::array(shape_.min_step), mx::array(shape_.max_step));
     return {.decay = expanded(decay(step), {-1, -2}), .strength = expanded(step, {-1, -2}),
             .keys = expanded(heads_of(mixed, output, keys, shape_.n_groups), {-1}),
             .queries = expanded(heads_of(mixed, output + keys, keys, shape_.n_groups), {-1}),
@@ -113,8 +114,9 @@ class Rows {
     for (int t = 0; t < given_.shape(0); ++t) {
       const mx::array key = row(steps.keys, t), value = row(steps.values, t);
       state = mx::multiply(state, row(steps.decay, t));
-      const mx::array missing = delta ? mx::subtract(value, mx::sum(mx::multiply(state, key), 1, /*keepdims=*/true)) : value;
-      state = mx::add(state, mx::multiply(key, mx::multiply(missing, row(steps.strength, t))));
+      mx::array added = value;
+      if (delta) added = mx::subtract(value, mx::sum(mx::multiply(state, key), 1, /*keepdims=*/true));
+      state = mx::add(state, mx::multiply(key, mx::multiply(added, row(steps.strength, t))));
       mx::array y = mx::sum(mx::multiply(state, row(steps.queries, t)), 1);
       if (!delta) y = mx::add(y, mx::multiply(mx::squeeze(value, 1), to_array(cell_.skip, {shape_.n_heads, 1})));
       outputs.push_back(std::move(y));
@@ -123,7 +125,7 @@ class Rows {
   }
   mx::array normed(const mx::array& y) const {
     const mx::array parts = mx::reshape(y, {y.shape(0), -1, shape_.norm.size});
-    const mx::array weight = to_array(cell_.norm, {1, -1, shape_.norm.size});
+    const mx::array weight = to_array(cell_.norm, {1, int(cell_.norm.size()) / shape_.norm.size, shape_.norm.size});
     return mx::reshape(mx::multiply(mx::fast::rms_norm(parts, std::nullopt, shape_.norm.eps), weight), y.shape());
   }
 

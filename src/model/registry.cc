@@ -9,6 +9,7 @@
 #include "model/decoder.h"
 #include "model/family.h"
 #include "model/key_rows.h"
+#include "model/modules.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -84,6 +85,9 @@ auto with_checkpoint(const std::string& name, const ComputeOptions& given, Use u
     model::Weights weights = model::Weights::open(dir);
     weights.find_layers_as(config.weight_prefix + "model.");
     if (!config.tied_head) config.tied_head = weights.find(config.weight_prefix + "lm_head.weight") == nullptr;
+    if (config.published_norm_plus != 0 && model::has_published_convolutions(config, weights)) {
+      config.norm_plus = config.published_norm_plus;
+    }
     model::Checkpoint checkpoint{.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir,
                                  .backend = compute.backend.value_or(backend_of_device()),
                                  .activations = compute.activations.value_or(Activations::kF32)};
