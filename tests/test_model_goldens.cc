@@ -191,7 +191,7 @@ INSTANTIATE_TEST_SUITE_P(
                                      "tiny-gemma3-vision", "tiny-phi3", "tiny-phi4-mini", "tiny-proportional",
                                      "tiny-smollm3", "tiny-seed-oss", "tiny-granite", "tiny-olmo3", "tiny-mistral3", "tiny-cohere2",
                                      "tiny-gemma4", "tiny-gemma4-q8", "tiny-gemma4-vision", "tiny-lfm2",
-                                     "tiny-qwen3-5", "tiny-qwen3-next"),
+                                     "tiny-qwen3-5", "tiny-qwen3-next", "tiny-nemotron-h"),
                      testing::Values(std::nullopt, Backend::kKernels, Backend::kMlx)),
     [](const auto& info) {
       const std::optional<Backend> backend = std::get<1>(info.param);

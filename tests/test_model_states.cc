@@ -137,7 +137,8 @@ TEST_P(Hybrids, ACacheWithoutItsStatesIsRefused) {
   EXPECT_THROW(model->forward({&sequence, 1}), Error);
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, Hybrids, testing::Values("tiny-lfm2", "tiny-qwen3-5", "tiny-qwen3-next"));
+INSTANTIATE_TEST_SUITE_P(Models, Hybrids,
+                         testing::Values("tiny-lfm2", "tiny-qwen3-5", "tiny-qwen3-next", "tiny-nemotron-h"));
 
 }  // namespace
 }  // namespace torpor

@@ -210,7 +210,7 @@ ModelConfig parse_config(const json& file) {
   for (const LayerSpec& of : model.layers) {
     const int64_t width = int64_t(of.attention.n_heads) * std::max(of.attention.key_dim, of.attention.value_dim);
     if (width > kLimit) bad_field("num_attention_heads", "such that all heads together have at most 2^24 dims");
-    if (!of.experts && of.mlp.size == 0) count_field(config, "intermediate_size");
+    if (of.feeds && !of.experts && of.mlp.size == 0) count_field(config, "intermediate_size");
   }
   model.family_fields = fields.values();
   refuse_what_is_not_computed(fields);

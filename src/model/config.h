@@ -42,7 +42,7 @@ struct ModelConfig {
   };
   std::optional<LayerInputs> layer_inputs;
   LayerNames names;
-  std::string final_norm = "norm";  ///< of what the last layer gives: its name, within "model."
+  std::string embedding = "embed_tokens", final_norm = "norm";  ///< their names, within "model."
   float published_norm_plus = 0;    ///< norm_plus, unless mlx-lm has converted the checkpoint
   std::vector<LayerSpec> layers;  ///< at least one
   std::string rope_description;   ///< of all layers, for the identity

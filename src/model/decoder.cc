@@ -74,7 +74,7 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
   int i = -1;
   for (const LayerSpec& layer : config.layers) {
     const Attention& attention = layer.attention;
-    if (attention.reads_rows_of) continue;
+    if (attention.reads_rows_of || !layer.mixes) continue;
     ++i;
     if (layer.recurrent) continue;
     const auto add_rows = [&](const char* part, int dim, int bits) {
@@ -106,7 +106,7 @@ StateLayout state_layout_of(const ModelConfig& config) {
   StateLayout layout;
   int i = -1;
   for (const LayerSpec& layer : config.layers) {
-    i += layer.attention.reads_rows_of ? 0 : 1;
+    i += layer.attention.reads_rows_of || !layer.mixes ? 0 : 1;
     if (!layer.recurrent) continue;
     const kernels::RecurrentShape& shape = layer.recurrent->shape;
     const std::string name = "layer_" + std::to_string(i);
@@ -122,7 +122,8 @@ std::vector<int> cache_layers_of(const ModelConfig& config) {
   int own = 0;
   for (const LayerSpec& layer : config.layers) {
     const Attention& attention = layer.attention;
-    of.push_back(attention.reads_rows_of ? of[size_t(*attention.reads_rows_of)] : layer.recurrent ? -1 : own++);
+    const bool has_rows = layer.mixes && !layer.recurrent;
+    of.push_back(attention.reads_rows_of ? of[size_t(*attention.reads_rows_of)] : has_rows ? own++ : -1);
   }
   return of;
 }
@@ -136,7 +137,8 @@ KvFormat refined_format(const ModelConfig& config, const KvFormat& asked) {
 
 Projection find_embedding(const Checkpoint& checkpoint) {
   const ModelConfig& c = checkpoint.config;
-  return find_projection(checkpoint.weights, c, c.weight_prefix + "model.embed_tokens", c.vocab_size, c.hidden_size, false);
+  return find_projection(checkpoint.weights, c, c.weight_prefix + "model." + c.embedding, c.vocab_size, c.hidden_size,
+                         false);
 }
 
 std::string Decoder::numerics() const {
@@ -302,11 +304,13 @@ mx::array Decoder::run_layers(Batch& batch) const {
   for (int i = 0; i < info_.n_layers; ++i) {
     const DecoderLayer& layer = layers_[size_t(i)];
     const mx::array read = normed(x, layer.attention_norm);
-    x = add_part(x, mix(read, size_t(i), batch), layer.output, layer.attention_post_norm);
+    if (layer.output != nullptr) x = add_part(x, mix(read, size_t(i), batch), layer.output, layer.attention_post_norm);
     const mx::array mlp_input = config_.names.parallel ? read : normed(x, layer.mlp_norm);
     if (layer.experts != nullptr) {
       x = ops_->add(x, normed(ops_->experts(mlp_input, layer.experts), layer.mlp_post_norm));
-    } else {
+    } else if (layer.up != nullptr) {
+      x = add_part(x, ops_->relu_squared(ops_->linear(mlp_input, layer.up)), layer.down, layer.mlp_post_norm);
+    } else if (layer.down != nullptr) {
       x = add_part(x, ops_->gated(mlp_input, layer.gate_up), layer.down, layer.mlp_post_norm);
     }
     if (layer.inputs) x = add_inputs(x, mx::take(*inputs, i, 1, ops_->device()), *layer.inputs);

@@ -54,10 +54,11 @@ struct SharedInputWeights {
 
 /// The weights of one layer. A norm that it does not have is nullptr.
 struct DecoderLayer {
-  Ops::Weight attention_norm, attention, output, attention_post_norm;
+  Ops::Weight attention_norm, attention, output, attention_post_norm;  ///< no output: it does not mix
   Ops::Weight attention_gate;  ///< or nullptr
   Ops::Weight recurrent;       ///< in place of attention; or nullptr
   Ops::Weight mlp_norm, gate_up, down, mlp_post_norm;
+  Ops::Weight up;       ///< in place of gate_up: of kRelu2; or nullptr
   Ops::Weight experts;  ///< in place of gate_up and down; or nullptr
   std::optional<LayerInputWeights> inputs;
   float scalar = 1;

@@ -304,6 +304,7 @@ constexpr Family kFamilies[] = {
     {"mixtral", "mixtral", "",
      R"({"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": false})",
      mixtral, /*slides_everywhere=*/true},
+    {"nemotron_h", "nemotron_h", "", R"({"tie_word_embeddings": false})", nemotron_h, false, false, /*hybrid=*/true},
     {"olmo3", "olmo3", "", R"({"sliding_window": 4096, "sliding_window_pattern": 4, "tie_word_embeddings": false})", olmo3,
      false, /*mlx_lm_rotates=*/true},
     {"phi3", "phi3", "", R"({"max_position_embeddings": 131072, "tie_word_embeddings": false})", phi3,
@@ -380,6 +381,20 @@ bool FamilyFields::flag(const char* key, bool absent) {
   read_.insert(key);
   values_.emplace_back(key, value ? "true" : "false");
   return value;
+}
+
+std::pair<float, float> FamilyFields::limits(const char* key, std::pair<float, float> absent) {
+  read_.insert(key);
+  const json* value = field(config_, key);
+  values_.emplace_back(key, value == nullptr ? "absent" : value->dump());
+  if (value == nullptr) return absent;
+  const auto bound = [&](size_t i, float otherwise) {
+    return (*value)[i].is_null() ? otherwise : (*value)[i].is_number() ? (*value)[i].get<float>() : -1.0f;
+  };
+  const bool two = value->is_array() && value->size() == 2;
+  const float low = two ? bound(0, 0) : -1, high = two ? bound(1, std::numeric_limits<float>::infinity()) : -1;
+  if (!(low >= 0 && low <= high)) bad_field(key, "two numbers from 0 on, the lower one first");
+  return {low, high};
 }
 
 bool rotates_windows_in_mlx_lm(const std::string& architecture) {

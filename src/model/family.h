@@ -29,8 +29,12 @@ class FamilyFields {
   /// Kinds of layers, one each; absent: none.
   std::vector<std::string> kinds(const char* key);
   bool flag(const char* key, bool absent);
+  /// Two numbers, the lower one first; the last one may be infinite, which JSON writes as null.
+  std::pair<float, float> limits(const char* key, std::pair<float, float> absent);
   /// The family computes what the field says; another part of the identity says it, too.
   void accept(const char* key) { read_.insert(key); }
+  /// What a page has read by itself, for the identity.
+  void says(const char* key, const std::string& value) { values_.emplace_back(key, value); }
 
   bool was_read(const char* key) const { return read_.contains(key); }
   /// ModelConfig::family_fields.
@@ -58,6 +62,7 @@ struct Family {
 void lfm2(ModelConfig& model, FamilyFields& fields);
 void qwen3_5(ModelConfig& model, FamilyFields& fields);
 void qwen3_next(ModelConfig& model, FamilyFields& fields);
+void nemotron_h(ModelConfig& model, FamilyFields& fields);
 
 struct TextModel {
   const Family* family;       ///< of the text model

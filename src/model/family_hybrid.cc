@@ -1,7 +1,8 @@
 /// Families in which layers that keep a state take turns with attention.
 
 #include <algorithm>
-#include <array>
+#include <limits>
+#include <tuple>
 
 #include "model/config_field.h"
 #include "model/family.h"
@@ -49,6 +50,28 @@ std::vector<bool> of_kind(const ModelConfig& model, const std::vector<std::strin
     is.push_back(kind == name);
   }
   return is;
+}
+
+/// Its fields by the names that the family gives them.
+Recurrent mamba2(const ModelConfig& model, FamilyFields& fields, const char* taps, const char* heads,
+                 const char* head_dim, const char* groups, const char* state) {
+  Recurrent mamba{.shape = {.kind = Recurrence::kMamba2, .taps = size_of(fields, taps, 2),
+                            .n_heads = size_of(fields, heads), .n_groups = size_of(fields, groups),
+                            .key_dim = size_of(fields, state), .value_dim = size_of(fields, head_dim)}};
+  kernels::RecurrentShape& shape = mamba.shape;
+  if (shape.n_heads % shape.n_groups != 0) bad_field(heads, "a multiple of the number of groups");
+  // mlx-lm's default of Granite's, [0.001, 100], is not what transformers has.
+  const std::pair none{0.0f, std::numeric_limits<float>::infinity()};
+  std::tie(shape.min_step, shape.max_step) = fields.limits("time_step_limit", none);
+  shape.norm = {.size = shape.output(), .eps = model.norm_eps, .gate_before = true};
+  return mamba;
+}
+
+/// Layers don't rotate.
+void rotate_none(ModelConfig& model) {
+  const auto none = std::make_shared<const Rope>();
+  model.rope_description = "none";
+  for (LayerSpec& layer : model.layers) layer.attention.rope = none;
 }
 
 }  // namespace
@@ -124,6 +147,52 @@ void qwen3_next(ModelConfig& model, FamilyFields& fields) {
   for (LayerSpec& layer : model.layers) {
     if (layer.recurrent) layer.recurrent->interleaved = true;
   }
+}
+
+/// Each layer is one part: Mamba-2, attention without RoPE, or an MLP without a gate.
+void nemotron_h(ModelConfig& model, FamilyFields& fields) {
+  const json& config = fields.config();
+  model.norm_eps = fields.number("layer_norm_epsilon", 1e-5);
+  model.embedding = "embeddings";
+  model.final_norm = "norm_f";
+  model.names = {.attention_norm = "norm", .mlp_norm = "norm", .attention = "mixer", .recurrent = "mixer",
+                 .mlp = "mixer"};
+  rotate_none(model);
+  if (string_field(config, "mlp_hidden_act", "relu2") != "relu2") bad_field("mlp_hidden_act", "relu2");
+  Recurrent mamba =
+      mamba2(model, fields, "conv_kernel", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size");
+  mamba.shape.norm.size /= mamba.shape.n_groups;
+  mamba.conv_bias = fields.flag("use_conv_bias", true);
+  mamba.bias = fields.flag("mamba_proj_bias", false);
+
+  // A letter for each layer; lists of words are later configs'.
+  std::string pattern;
+  fields.accept("hybrid_override_pattern");
+  if (const json* letters = field(config, "hybrid_override_pattern"); letters != nullptr && letters->is_string()) {
+    pattern = letters->get<std::string>();
+    fields.says("hybrid_override_pattern", pattern);
+  } else {
+    for (const char* key : {"hybrid_override_pattern", "layers_block_type", "layer_types"}) {
+      if (!pattern.empty()) break;
+      for (const std::string& kind : fields.kinds(key)) {
+        const bool attends = kind == "*" || kind == "attention" || kind == "full_attention";
+        const bool recurs = kind == "M" || kind == "mamba" || kind == "linear_attention";
+        pattern += attends ? '*' : recurs ? 'M' : kind == "-" || kind == "mlp" ? '-' : '?';
+      }
+    }
+  }
+  if (pattern.size() != model.layers.size()) bad_field("hybrid_override_pattern", "one letter per layer");
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    LayerSpec& layer = model.layers[i];
+    layer.mixes = pattern[i] == 'M' || pattern[i] == '*';
+    layer.feeds = !layer.mixes;
+    if (pattern[i] == 'M') layer.recurrent = mamba;
+    if (layer.feeds && pattern[i] != '-') bad_field("hybrid_override_pattern", "of M, * and -");
+    layer.attention.qkv_bias = layer.attention.output_bias = model.attention_bias;
+    layer.mlp.activation = Activation::kRelu2;
+    layer.mlp.bias = model.mlp_bias;
+  }
+  if (pattern.find('*') == std::string::npos) bad_field("hybrid_override_pattern", "with a layer that attends");
 }
 
 }  // namespace torpor::model

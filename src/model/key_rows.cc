@@ -48,7 +48,7 @@ RestoreKeys restore_keys_of(const Checkpoint& checkpoint) {
   std::vector<LayerKeys> layers;
   for (size_t i = 0; i < c.layers.size(); ++i) {
     const Attention& attention = c.layers[i].attention;
-    if (attention.reads_rows_of || c.layers[i].recurrent) continue;
+    if (attention.reads_rows_of || c.layers[i].recurrent || !c.layers[i].mixes) continue;
     const std::string name = c.weight_prefix + layer_name(int(i)) + "." + c.names.attention + ".";
     LayerKeys& layer = layers.emplace_back();
     layer.rope = attention.rope;

@@ -14,8 +14,8 @@
 
 namespace torpor::model {
 
-/// Of the gated MLP.
-enum class Activation { kSilu, kGeluTanh };
+/// Of the MLP, which is gated; but kRelu2 is down(relu(up(x))²).
+enum class Activation { kSilu, kGeluTanh, kRelu2 };
 
 /// RMS norms of queries and keys, before they rotate.
 enum class QkNorm {
@@ -82,6 +82,7 @@ struct Experts {
 };
 
 struct LayerSpec {
+  bool mixes = true, feeds = true;  ///< it has attention or what is in its place; it has an MLP or experts
   Attention attention;             ///< unless there is
   std::optional<Recurrent> recurrent;
   Mlp mlp;                         ///< unless there are

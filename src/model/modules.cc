@@ -109,7 +109,7 @@ SharedInputWeights Modules::shared_inputs() const {
 
 DecoderLayer Modules::layer(int index) const {
   const ModelConfig& c = checkpoint_.config;
-  const auto& [attention_spec, recurrent_spec, mlp_spec, experts_spec] = c.layers[size_t(index)];
+  const auto& [mixes, feeds, attention_spec, recurrent_spec, mlp_spec, experts_spec] = c.layers[size_t(index)];
   const std::string layer = layer_name(index), mlp_name = layer + "." + c.names.mlp;
   const std::string attention_name = layer + "." + c.names.attention + ".";
   const auto norm_of = [&](const std::string& name) {
@@ -118,13 +118,15 @@ DecoderLayer Modules::layer(int index) const {
   const auto back = [&](const std::string& name, int k, bool bias) {
     return ops_.pack_linear(projection(name, c.hidden_size, k, bias));
   };
-  DecoderLayer parts{.attention_norm = norm_of(c.names.attention_norm),
+  DecoderLayer parts{.attention_norm = mixes ? norm_of(c.names.attention_norm) : nullptr,
                      .attention_post_norm = norm_of(c.names.attention_post_norm),
-                     .mlp_norm = norm_of(c.names.mlp_norm),
+                     .mlp_norm = feeds ? norm_of(c.names.mlp_norm) : nullptr,
                      .mlp_post_norm = norm_of(c.names.mlp_post_norm),
                      .inputs = c.layer_inputs ? std::optional(inputs(layer)) : std::nullopt,
                      .scalar = c.names.scalar.empty() ? 1 : number(layer + "." + c.names.scalar)};
-  if (recurrent_spec) {
+  if (!mixes) {
+    // Nothing is in attention's place.
+  } else if (recurrent_spec) {
     parts.recurrent = recurrent(index);
     const std::string output = layer + "." + c.names.recurrent + ".out_proj";
     parts.output = back(output, recurrent_spec->shape.output(), recurrent_spec->bias);
@@ -135,10 +137,16 @@ DecoderLayer Modules::layer(int index) const {
     }
     parts.output = back(attention_name + c.names.output, attention_spec.output_size(), attention_spec.output_bias);
   }
+  if (!feeds) return parts;
   if (experts_spec) {
     parts.experts = experts(mlp_name, *experts_spec);
   } else {
-    parts.gate_up = gated(mlp_name, mlp_spec);
+    if (mlp_spec.activation == Activation::kRelu2) {
+      const std::string up = mlp_name + "." + c.names.mlp_parts[1];
+      parts.up = ops_.pack_linear(projection(up, mlp_spec.size, c.hidden_size, mlp_spec.bias));
+    } else {
+      parts.gate_up = gated(mlp_name, mlp_spec);
+    }
     parts.down = back(mlp_name + "." + c.names.mlp_parts[2], mlp_spec.size, mlp_spec.bias);
   }
   return parts;

@@ -88,6 +88,7 @@ class Ops {
   mx::array multiply(const mx::array& x, const mx::array& y) const;
   /// The approximation with a tanh.
   mx::array gelu(const mx::array& x) const;
+  mx::array relu_squared(const mx::array& x) const;
   /// cap · tanh(x / cap); x itself if the cap is 0.
   mx::array soft_cap(const mx::array& x, float cap) const;
 

@@ -404,6 +404,11 @@ mx::array Ops::gelu(const mx::array& x) const {
   return multiply(scale(x, 0.5f), mx::add(one, mx::tanh(inner, device()), device()));
 }
 
+mx::array Ops::relu_squared(const mx::array& x) const {
+  const mx::array positive = mx::maximum(x, mx::array(0.0f, x.dtype()), device());
+  return multiply(positive, positive);
+}
+
 mx::array Ops::soft_cap(const mx::array& x, float cap) const {
   return cap == 0 ? x : scale(mx::tanh(scale(x, 1 / cap), device()), cap);
 }

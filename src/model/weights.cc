@@ -153,10 +153,10 @@ void Weights::add_file(const std::filesystem::path& path) {
 }
 
 void Weights::find_layers_as(const std::string& prefix) {
-  constexpr const char* kEmbedding = "embed_tokens.weight";
-  // transformers from 4.52 on, mlx-lm and older transformers, and text models.
-  for (const char* own : {prefix.c_str(), "model.language_model.", "language_model.model.", "model."}) {
-    if (find(own + std::string(kEmbedding)) == nullptr) continue;
+  // transformers from 4.52 on, mlx-lm and older transformers, text models; and Nemotron-H.
+  for (const std::string own :
+       {prefix.c_str(), "model.language_model.", "language_model.model.", "model.", "backbone."}) {
+    if (find(own + "embed_tokens.weight") == nullptr && find(own + "embeddings.weight") == nullptr) continue;
     asked_prefix_ = prefix;
     own_prefix_ = own;
     return;
