@@ -832,6 +832,23 @@ TEST(KernelsMoe, OfEqualScoresTheLowerIndexIsChosenAndANaNShows) {
   }
 }
 
+TEST(KernelsMoe, ExpertsComeFromTheBestGroups) {
+  // The largest of all is in the group that is worst as a pair.
+  const float logits[2][6] = {{9, 0, 5, 5, 6, 4}, {1, 1, 1, 1, 1, 1}};
+  const auto chosen = [&](Routing::GroupScore score, int groups) {
+    int32_t experts[4];
+    float weights[4];
+    route(logits[0], 2, 6, {.scores = Routing::Scores::kLinear, .chosen = 2, .groups = 3, .chosen_groups = groups,
+                            .group_score = score}, experts, weights);
+    return std::vector(experts, experts + 4);
+  };
+  using Score = Routing::GroupScore;
+  EXPECT_EQ(chosen(Score::kTwoLargest, 1), (std::vector<int32_t>{2, 3, 0, 1}));
+  EXPECT_EQ(chosen(Score::kTwoLargest, 2), (std::vector<int32_t>{2, 4, 0, 1}));
+  EXPECT_EQ(chosen(Score::kLargest, 1), (std::vector<int32_t>{0, 1, 0, 1}));
+  EXPECT_EQ(chosen(Score::kLargest, 2), (std::vector<int32_t>{0, 4, 0, 1}));
+}
+
 TEST(KernelsMoe, ExpertsAreSummedInTheOrderOfTheirIndices) {
   std::mt19937 rng(18);
   constexpr int kExperts = 5, kWide = 64;

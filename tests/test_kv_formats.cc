@@ -254,6 +254,27 @@ TEST_P(Backends, KeysOf4BitsAreMoreExactThanPlainOnesWhereNormsLieFarApart) {
   EXPECT_LT(error_of(model->refined(plain)), 0.6 * error_of(plain));
 }
 
+// mlx-lm refuses quantized rows beside sinks; MLX's attention to the same rows, dequantized, doesn't.
+TEST(Sinks, CountAsInMlxsAttentionWhateverTheFormatOfTheRows) {
+  const std::vector<int32_t> tokens = test_tokens(90);
+  for (const KvBits bits : {KvBits(), KvBits(8), KvBits(8, 4), KvBits(4)}) {
+    std::vector<float> logits[2];
+    for (const Backend backend : {Backend::kKernels, Backend::kMlx}) {
+      const auto model = Model::load(TORPOR_SOURCE_DIR "/tests/goldens/model/tiny-gpt-oss", {.backend = backend});
+      const KvFormat format = model->refined(KvFormat(KvDtype::kF16, bits, 32));
+      const auto cache = KvCache::create(model->kv_layout(format), format, backend);
+      feed(*model, *cache, std::span(tokens).first(80));
+      logits[backend == Backend::kMlx] = feed(*model, *cache, std::span(tokens).subspan(80));
+    }
+    double error = 0, size = 0;
+    for (size_t i = 0; i < logits[0].size(); ++i) {
+      error += std::pow(double(logits[0][i]) - double(logits[1][i]), 2);
+      size += std::pow(double(logits[1][i]), 2);
+    }
+    EXPECT_LT(std::sqrt(error / size), 0.01) << bits.keys << ", " << bits.values;
+  }
+}
+
 TEST_P(Backends, CachesOfOtherMethodsAreNotComputedTogether) {
   const auto model = Model::load(kBiased, {.backend = GetParam()});
   const KvFormat plain(KvDtype::kF16, 4, 32), refined = model->refined(plain);

@@ -81,9 +81,9 @@ TEST_F(Directory, BadConfig) {
   edit([](json& c) { c["model_type"] = "mamba"; });
   expect(ErrorCode::kInvalidArgument,
          "unsupported architecture mamba, supported: cohere2, gemma2, gemma3, gemma3_text, gemma4, gemma4_text, "
-         "gemma4_unified, gemma4_unified_text, granite, lfm2, llama, ministral3, mistral, "
-         "mistral3, mixtral, nemotron_h, olmo3, phi3, qwen2, qwen3, qwen3_5, qwen3_5_text, qwen3_moe, qwen3_next, "
-         "seed_oss, smollm3.");
+         "gemma4_unified, gemma4_unified_text, glm4_moe, gpt_oss, granite, granitemoe, lfm2, llama, minimax_m2, "
+         "ministral3, mistral, mistral3, mixtral, nemotron_h, olmo3, olmoe, phi3, qwen2, qwen3, qwen3_5, qwen3_5_text, "
+         "qwen3_moe, qwen3_next, seed_oss, smollm3.");
   copy("tiny-q4-g64");
   edit([](json& c) { c["rope_scaling"] = {{"rope_type", "dynamic"}, {"factor", 4}}; });
   expect(ErrorCode::kInvalidArgument, "unsupported RoPE type dynamic");
@@ -139,6 +139,12 @@ TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
                                          {"tiny-gemma4", "final_logit_softcapping", nullptr}, {"tiny-gemma4", "sliding_window", 9},
                                          {"tiny-mixtral", "num_experts_per_tok", 1}, {"tiny-qwen3-moe", "num_experts_per_tok", 2},
                                          {"tiny-qwen3-moe", "norm_topk_prob", false},
+                                         {"tiny-glm4-moe", "routed_scaling_factor", 1}, {"tiny-glm4-moe", "n_group", 2},
+                                         {"tiny-glm4-moe", "norm_topk_prob", false},
+                                         {"tiny-glm4-moe", "scoring_func", "sigmoid"},
+                                         {"tiny-minimax", "rotary_dim", 8}, {"tiny-gpt-oss", "swiglu_limit", 6},
+                                         {"tiny-granitemoe", "num_experts_per_tok", 3},
+                                         {"tiny-olmoe", "norm_topk_prob", true},
                                          {"tiny-lfm2", "norm_eps", 1e-6},
                                          {"tiny-qwen3-next", "partial_rotary_factor", 0.5},
                                          {"tiny-nemotron-h", "time_step_limit", {0, nullptr}},
@@ -147,7 +153,8 @@ TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
     SCOPED_TRACE(std::string(name) + " " + key + " " + value.dump());
     // Every fourth layer of SmolLM3 has no RoPE anyway, and pictures can't be given.
     const bool equal = read_json(kGoldens / name / "config.json").value(key, json()) == value ||
-                       (value.is_null() && std::string(key) == "no_rope_layers") || value == "vision";
+                       (value.is_null() && std::string(key) == "no_rope_layers") || value == "vision" ||
+                       value == "sigmoid";
     EXPECT_EQ(identity(name, same) == identity(name, [&](json& c) { c[key] = value; }), equal);
   }
 
@@ -251,7 +258,20 @@ TEST_F(Directory, FamiliesConfigsThatMakeNoSense) {
   }
   copy("tiny-gemma4");
   edit([](json& c) { c["enable_moe_block"] = true; });
-  expect(ErrorCode::kInvalidArgument, "enable_moe_block");
+  expect(ErrorCode::kInvalidArgument, "no num_experts");
+  for (const auto& [key, value] : {std::pair{"n_group", 4}, {"topk_group", 2}, {"num_experts_per_tok", 7},
+                                   {"n_shared_experts", 1 << 20}}) {
+    copy("tiny-glm4-moe");
+    edit([&](json& c) { c[key] = value; });
+    const bool too_wide = std::string(key) == "n_shared_experts";
+    expect(ErrorCode::kInvalidArgument, too_wide ? "moe_intermediate_size" : "which can't be");
+  }
+  copy("tiny-glm4-moe");
+  edit([](json& c) { c["scoring_func"] = "sqrtsoftplus"; });
+  expect(ErrorCode::kInvalidArgument, "scoring_func must be sigmoid or softmax");
+  copy("tiny-gpt-oss-hf");
+  edit([](json& c) { c["hidden_size"] = 48; });
+  expect(ErrorCode::kCorruption, "with shape");
   copy("tiny-gemma4");
   edit([](json& c) { c["use_bidirectional_attention"] = "all"; });
   expect(ErrorCode::kInvalidArgument, "use_bidirectional_attention");

@@ -190,7 +190,10 @@ INSTANTIATE_TEST_SUITE_P(
                                      "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe", "tiny-gemma2", "tiny-gemma3",
                                      "tiny-gemma3-vision", "tiny-phi3", "tiny-phi4-mini", "tiny-proportional",
                                      "tiny-smollm3", "tiny-seed-oss", "tiny-granite", "tiny-olmo3", "tiny-mistral3", "tiny-cohere2",
-                                     "tiny-gemma4", "tiny-gemma4-q8", "tiny-gemma4-vision", "tiny-lfm2",
+                                     "tiny-gemma4", "tiny-gemma4-q8", "tiny-gemma4-vision", "tiny-gemma4-moe",
+                                     "tiny-olmoe", "tiny-granitemoe", "tiny-glm4-moe", "tiny-glm4-moe-air",
+                                     "tiny-minimax", "tiny-gpt-oss",
+                                     "tiny-gpt-oss-hf", "tiny-granitemoe-hf", "tiny-gemma4-moe-hf", "tiny-lfm2",
                                      "tiny-qwen3-5", "tiny-qwen3-next", "tiny-nemotron-h"),
                      testing::Values(std::nullopt, Backend::kKernels, Backend::kMlx)),
     [](const auto& info) {

@@ -37,6 +37,26 @@ int largest(const float* scores, const std::vector<char>& taken) {
   return best;
 }
 
+/// Takes the experts of all groups but the best, so that none of them is chosen.
+void take_other_groups(const float* ranked, const Routing& r, std::vector<char>& taken) {
+  const size_t size = taken.size() / size_t(r.groups);
+  std::vector<float> scores;
+  for (size_t first = 0; first < taken.size(); first += size) {
+    float top = -std::numeric_limits<float>::infinity(), second = top;
+    bool poisoned = false;
+    for (size_t i = first; i < first + size; ++i) {
+      poisoned = poisoned || std::isnan(ranked[i]);
+      second = std::max(second, std::min(top, ranked[i]));
+      top = std::max(top, ranked[i]);
+    }
+    const bool both = r.group_score == Routing::GroupScore::kTwoLargest && size > 1;
+    scores.push_back(poisoned ? std::numeric_limits<float>::quiet_NaN() : both ? top + second : top);
+  }
+  std::vector<char> kept(scores.size(), 0);
+  for (int i = 0; i < r.chosen_groups; ++i) kept[size_t(largest(scores.data(), kept))] = 1;
+  for (size_t i = 0; i < taken.size(); ++i) taken[i] = char(kept[i / size] == 0);
+}
+
 void route_row(const float* logits, int n_experts, const Routing& r, int32_t* experts, float* weights) {
   std::vector<float> scores(logits, logits + n_experts);
   if (r.scores == Routing::Scores::kSoftmax) softmax(scores.data(), n_experts);
@@ -44,12 +64,13 @@ void route_row(const float* logits, int n_experts, const Routing& r, int32_t* ex
   std::vector<float> ranked = scores;
   for (size_t i = 0; i < r.selection_bias.size(); ++i) ranked[i] += r.selection_bias[i];
   std::vector<char> taken(size_t(n_experts), 0);
-  for (int i = 0; i < r.chosen; ++i) taken[size_t(largest(ranked.data(), taken))] = 1;
-  for (int e = 0, i = 0; e < n_experts; ++e) {
-    if (!taken[size_t(e)]) continue;
-    experts[i] = e;
-    weights[i++] = scores[size_t(e)];
+  if (r.groups > 1) take_other_groups(ranked.data(), r, taken);
+  for (int i = 0; i < r.chosen; ++i) {
+    experts[i] = largest(ranked.data(), taken);
+    taken[size_t(experts[i])] = 1;
   }
+  std::sort(experts, experts + r.chosen);
+  for (int i = 0; i < r.chosen; ++i) weights[i] = scores[size_t(experts[i])];
   if (r.weights == Routing::Weights::kSoftmax) softmax(weights, r.chosen);
   if (r.weights == Routing::Weights::kNormalised) {
     const float sum = std::accumulate(weights, weights + r.chosen, 0.0f) + r.epsilon;
@@ -120,6 +141,11 @@ void check(const Moe& w) {
   const int n_experts = int(w.experts.size());
   if (w.routing.chosen < 1 || w.routing.chosen > n_experts) {
     invalid("A row goes to " + std::to_string(w.routing.chosen) + " experts, but there are " + std::to_string(n_experts) + ".");
+  }
+  const int groups = w.routing.groups, kept = w.routing.chosen_groups;
+  if (groups < 1 || n_experts % groups != 0 || kept < 1 || kept > groups ||
+      w.routing.chosen > n_experts / groups * kept) {
+    invalid("A router's groups don't fit its experts.");
   }
   for (const auto* per_expert : {&w.routing.selection_bias, &w.routing.expert_scale}) {
     if (!per_expert->empty() && int(per_expert->size()) != n_experts) invalid("A router's bias or scale is not one per expert.");

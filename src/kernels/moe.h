@@ -30,6 +30,11 @@ struct Routing {
   float scale = 1;                   ///< what all weights are multiplied by
   std::vector<float> selection_bias; ///< [E] added to scores for the choice, not in the weights; or empty
   std::vector<float> expert_scale;   ///< [E] what an expert's weights are multiplied by; or empty
+  /// Experts are in so many groups of equal size, and come from those with the largest score. That is the sum of the
+  /// two largest ranks in it, or the largest.
+  enum class GroupScore { kTwoLargest, kLargest };
+  int groups = 1, chosen_groups = 1;
+  GroupScore group_score = GroupScore::kTwoLargest;
 };
 
 /// logits [M, E] -> the chosen experts of each row in ascending order, and their weights, both [M, chosen]. A row

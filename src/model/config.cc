@@ -68,6 +68,8 @@ void parse_quantizations(const json& config, ModelConfig& out) {
     const json* foreign = field(config, "quantization_config");
     if (foreign == nullptr) return;
     const std::string method = string_field(*foreign, "quant_method", "");
+    // OpenAI's own: the experts are mxfp4, and found by other names.
+    if (method == "mxfp4" && out.architecture == "gpt_oss") return;
     if (!method.empty() && method != "mlx") {
       throw Error(ErrorCode::kInvalidArgument, "unsupported quantization " + method +
                                                    ", supported: MLX's own (convert the model with mlx_lm.convert).");

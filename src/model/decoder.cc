@@ -306,8 +306,10 @@ mx::array Decoder::run_layers(Batch& batch) const {
     const mx::array read = normed(x, layer.attention_norm);
     if (layer.output != nullptr) x = add_part(x, mix(read, size_t(i), batch), layer.output, layer.attention_post_norm);
     const mx::array mlp_input = config_.names.parallel ? read : normed(x, layer.mlp_norm);
-    if (layer.experts != nullptr) {
-      x = ops_->add(x, normed(ops_->experts(mlp_input, layer.experts), layer.mlp_post_norm));
+    if (layer.beside) {
+      x = add_output(x, mlp_and_experts(x, layer), layer.mlp_post_norm);
+    } else if (layer.experts != nullptr) {
+      x = add_output(x, ops_->experts(mlp_input, mlp_input, layer.experts), layer.mlp_post_norm);
     } else if (layer.up != nullptr) {
       x = add_part(x, ops_->relu_squared(ops_->linear(mlp_input, layer.up)), layer.down, layer.mlp_post_norm);
     } else if (layer.down != nullptr) {
@@ -344,10 +346,20 @@ mx::array Decoder::add_inputs(const mx::array& x, const mx::array& inputs, const
 mx::array Decoder::add_part(const mx::array& x, const mx::array& inner, const Ops::Weight& w,
                             const Ops::Weight& post_norm) const {
   if (post_norm == nullptr && config_.residual_scale == 1) return ops_->linear_add(inner, w, x);
-  mx::array part = ops_->linear(inner, w);
-  if (post_norm != nullptr) part = ops_->norm(part, post_norm);
-  if (config_.residual_scale != 1) part = ops_->scale(part, config_.residual_scale);
-  return ops_->add(x, part);
+  return add_output(x, ops_->linear(inner, w), post_norm);
+}
+
+mx::array Decoder::add_output(const mx::array& x, const mx::array& part, const Ops::Weight& post_norm) const {
+  const mx::array output = post_norm == nullptr ? part : ops_->norm(part, post_norm);
+  return ops_->add(x, config_.residual_scale == 1 ? output : ops_->scale(output, config_.residual_scale));
+}
+
+mx::array Decoder::mlp_and_experts(const mx::array& x, const DecoderLayer& layer) const {
+  const mx::array mlp = ops_->linear(ops_->gated(ops_->norm(x, layer.mlp_norm), layer.gate_up), layer.down);
+  const float root = std::sqrt(float(config_.hidden_size));
+  const mx::array routed = ops_->scale(ops_->norm(x, layer.beside->router_norm), 1 / root);
+  const mx::array experts = ops_->experts(ops_->norm(x, layer.beside->norm), routed, layer.experts);
+  return ops_->add(ops_->norm(mlp, layer.beside->mlp_post_norm), ops_->norm(experts, layer.beside->post_norm));
 }
 
 mx::array Decoder::logits(const mx::array& hidden) const {

@@ -52,6 +52,11 @@ struct SharedInputWeights {
   Ops::Weight projection, norm;
 };
 
+/// Of Experts::beside_mlp: norms of what the MLP gives, of what experts read and give, and of what the router reads.
+struct BesideMlpWeights {
+  Ops::Weight mlp_post_norm, norm, post_norm, router_norm;
+};
+
 /// The weights of one layer. A norm that it does not have is nullptr.
 struct DecoderLayer {
   Ops::Weight attention_norm, attention, output, attention_post_norm;  ///< no output: it does not mix
@@ -59,7 +64,8 @@ struct DecoderLayer {
   Ops::Weight recurrent;       ///< in place of attention; or nullptr
   Ops::Weight mlp_norm, gate_up, down, mlp_post_norm;
   Ops::Weight up;       ///< in place of gate_up: of kRelu2; or nullptr
-  Ops::Weight experts;  ///< in place of gate_up and down; or nullptr
+  Ops::Weight experts;  ///< in place of gate_up and down, or beside them; or nullptr
+  std::optional<BesideMlpWeights> beside;
   std::optional<LayerInputWeights> inputs;
   float scalar = 1;
 };
@@ -92,6 +98,9 @@ class Decoder final : public Model {
   mx::array add_inputs(const mx::array& x, const mx::array& inputs, const LayerInputWeights& w) const;
   /// x plus what a part of a layer gives: `inner` projected by `w`, normalised if there is a norm, and scaled.
   mx::array add_part(const mx::array& x, const mx::array& inner, const Ops::Weight& w, const Ops::Weight& post_norm) const;
+  mx::array add_output(const mx::array& x, const mx::array& part, const Ops::Weight& post_norm) const;
+  /// What the MLP and the experts beside it give for the residual `x`.
+  mx::array mlp_and_experts(const mx::array& x, const DecoderLayer& layer) const;
   /// f32 logits of some of its rows.
   mx::array logits(const mx::array& hidden) const;
   /// The layout of a cache, which is kv_layout of its format. kInvalidArgument when it is another.

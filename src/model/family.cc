@@ -1,259 +1,16 @@
 #include "model/family.h"
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <iterator>
 
-#include <mlx/types/half_types.h>
-
 #include "model/config_field.h"
+#include "model/family_pages.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
 namespace {
 
 using nlohmann::json;
-
-/// Sliding layers have a RoPE of their own.
-void rotate_sliding_layers(ModelConfig& model, Rope rope) {
-  const auto shared = std::make_shared<const Rope>(std::move(rope));
-  model.rope_description += "; in sliding layers " + shared->description;
-  for (LayerSpec& layer : model.layers) {
-    if (layer.attention.window != 0) layer.attention.rope = shared;
-  }
-}
-
-/// Layers of which `rotates` is false have no RoPE.
-template <typename Rotates>
-void rotate_some_layers(ModelConfig& model, Rotates rotates) {
-  const auto none = std::make_shared<const Rope>();
-  std::string which;
-  for (size_t i = 0; i < model.layers.size(); ++i) {
-    if (rotates(i)) continue;
-    model.layers[i].attention.rope = none;
-    which.append(" ").append(std::to_string(i));
-  }
-  if (!which.empty()) model.rope_description += "; none in layers" + which;
-}
-
-// ---- pages
-
-/// Llama 2 and 3.x, SmolLM2, Mistral: the plain pre-norm layer; biases where the config says so.
-void llama(ModelConfig& model, FamilyFields&) {
-  for (LayerSpec& layer : model.layers) {
-    layer.attention.qkv_bias = layer.attention.output_bias = model.attention_bias;
-    layer.mlp.bias = model.mlp_bias;
-  }
-}
-
-/// Biases on q, k and v.
-void qwen2(ModelConfig& model, FamilyFields&) {
-  for (LayerSpec& layer : model.layers) layer.attention.qkv_bias = true;
-}
-
-/// A norm on every head of q and k.
-void qwen3(ModelConfig& model, FamilyFields& fields) {
-  fields.accept("use_qk_norm");
-  for (LayerSpec& layer : model.layers) {
-    layer.attention.qk_norm = QkNorm::kHeads;
-    layer.attention.qkv_bias = layer.attention.output_bias = model.attention_bias;
-  }
-}
-
-/// Experts in place of the MLP in the layers that `has` them.
-template <typename Has>
-void mix(ModelConfig& model, Experts experts, Has has) {
-  constexpr int kMost = 1 << 12, kLargest = 1 << 24;
-  if (experts.size > kLargest) bad_field("moe_intermediate_size", "at most 2^24");
-  if (experts.n > kMost || experts.routing.chosen > experts.n) {
-    throw Error(ErrorCode::kInvalidArgument, "config.json: a token goes to " + std::to_string(experts.routing.chosen) + " of " +
-                                                 std::to_string(experts.n) + " experts, which can't be.");
-  }
-  for (size_t i = 0; i < model.layers.size(); ++i) {
-    experts.activation = model.layers[i].mlp.activation;
-    if (has(int(i))) model.layers[i].experts = experts;
-  }
-}
-
-/// A count that the identity keeps.
-int count_of(FamilyFields& fields, const char* key) {
-  count_field(fields.config(), key);
-  return fields.count(key);
-}
-
-/// Qwen 3 with experts in most layers.
-void qwen3_moe(ModelConfig& model, FamilyFields& fields) {
-  qwen3(model, fields);
-  const int step = std::max(1, fields.count("decoder_sparse_step"));
-  const std::vector<int> dense = fields.indices("mlp_only_layers");
-  Experts experts{.n = count_of(fields, "num_experts"), .size = count_of(fields, "moe_intermediate_size")};
-  experts.routing = {.weights = fields.flag("norm_topk_prob", false) ? kernels::Routing::Weights::kNormalised
-                                                                     : kernels::Routing::Weights::kScores,
-                     .chosen = count_of(fields, "num_experts_per_tok")};
-  mix(model, experts, [&](int layer) {
-    return std::ranges::find(dense, layer) == dense.end() && (layer + 1) % step == 0;
-  });
-}
-
-/// Llama's attention, and experts in every layer.
-void mixtral(ModelConfig& model, FamilyFields& fields) {
-  model.names.mlp = "block_sparse_moe";
-  std::ranges::copy(std::array{"w1", "w3", "w2"}, model.names.expert_parts);
-  Experts experts{.n = count_of(fields, "num_local_experts"), .size = model.layers.front().mlp.size};
-  experts.routing = {.scores = kernels::Routing::Scores::kLinear,
-                     .weights = kernels::Routing::Weights::kSoftmax,
-                     .chosen = count_of(fields, "num_experts_per_tok")};
-  mix(model, experts, [](int) { return true; });
-}
-
-/// q, k and v are one projection in the checkpoint, as are gate and up.
-void phi3(ModelConfig& model, FamilyFields&) { model.names.fused = true; }
-
-/// Norms before and after each part, of weights less one; a scaled embedding.
-void gemma(ModelConfig& model, float embedding_scale) {
-  model.norm_plus = 1;
-  model.embedding_scale = embedding_scale;
-  model.names = {.attention_norm = "input_layernorm", .attention_post_norm = "post_attention_layernorm",
-                 .mlp_norm = "pre_feedforward_layernorm", .mlp_post_norm = "post_feedforward_layernorm"};
-}
-
-/// Soft caps on scores and logits; layers with a window and without take turns. (mlx-lm leaves the window out.)
-void gemma2(ModelConfig& model, FamilyFields&) { gemma(model, std::sqrt(float(model.hidden_size))); }
-
-/// A norm on every head of q and k; five layers with a window and a RoPE of their own to one without.
-void gemma3(ModelConfig& model, FamilyFields& fields) {
-  fields.accept("use_qk_norm");
-  // The scale was rounded to bf16 in training.
-  gemma(model, float(mlx::core::bfloat16_t(std::sqrt(float(model.hidden_size)))));
-  rotate_sliding_layers(model, parse_local_rope(fields.config(), model.layers.front().attention.key_dim, 10000));
-  for (LayerSpec& layer : model.layers) layer.attention.qk_norm = QkNorm::kHeads;
-  // It has the factor of its linear RoPE in it already.
-  if (const auto context = optional_count(fields.config(), "max_position_embeddings")) model.max_context = *context;
-}
-
-/// Attention and the MLP read one layer norm; layers without a window don't rotate.
-void cohere2(ModelConfig& model, FamilyFields& fields) {
-  model.norm_eps = fields.number("layer_norm_eps", 1e-5);
-  model.centred_norms = true;
-  model.logit_scale = fields.number("logit_scale", 0.0625);
-  model.names.parallel = true;
-  model.names.mlp_norm.clear();
-  rotate_some_layers(model, [&](size_t i) { return model.layers[i].attention.window != 0; });
-  for (LayerSpec& layer : model.layers) {
-    layer.attention.qkv_bias = layer.attention.output_bias = model.attention_bias;
-  }
-}
-
-/// Layers without a window have wider heads, kv heads of their own and another RoPE. Upper layers read the rows of
-/// the last layer
-/// of their kind below. Values are normalised. The small models have embeddings for each layer.
-void gemma4(ModelConfig& model, FamilyFields& fields) {
-  const json& config = fields.config();
-  const json* bidirectional = field(config, "use_bidirectional_attention");
-  if (bidirectional != nullptr && *bidirectional == "vision") fields.accept("use_bidirectional_attention");  // of images alone
-  const size_t n = model.layers.size(), n_shared = size_t(fields.count("num_kv_shared_layers"));
-  const int wide = fields.count("global_head_dim"), kv_heads = fields.count("num_global_key_value_heads");
-  const bool keys_are_values = fields.flag("attention_k_eq_v", false);
-  const bool double_wide = fields.flag("use_double_wide_mlp", false);
-  if (n_shared >= n) bad_field("num_kv_shared_layers", "less than num_hidden_layers");
-  if (wide > 4096 || wide % 2 != 0) bad_field("global_head_dim", "an even number up to 4096");
-
-  // As its embeddings multiply it in bf16.
-  const auto root = [](int size) { return float(mlx::core::bfloat16_t(std::sqrt(float(size)))); };
-  gemma(model, root(model.hidden_size));
-  model.norm_plus = 0;
-  model.names.scalar = "layer_scalar";
-  if (const int size = fields.count("hidden_size_per_layer_input"); size != 0) {
-    const int vocabulary = fields.count("vocab_size_per_layer_input");
-    if (size > (1 << 16)) bad_field("hidden_size_per_layer_input", "at most 2^16");
-    if (vocabulary == 0) bad_field("vocab_size_per_layer_input", "a positive integer");
-    model.layer_inputs = {.size = size, .vocab_size = vocabulary, .scale = root(size)};
-  }
-  const int narrow = model.layers.front().attention.key_dim;
-  const auto rope = std::make_shared<const Rope>(parse_rope(config, wide != 0 ? wide : narrow));
-  model.rope_description = rope->description;
-  rotate_sliding_layers(model, parse_local_rope(config, narrow, 10000));
-  for (size_t i = 0; i < n; ++i) {
-    Attention& attention = model.layers[i].attention;
-    attention.scale = 1;
-    attention.qk_norm = QkNorm::kHeads;
-    attention.value_norm = true;
-    if (attention.window == 0) {
-      attention.rope = rope;
-      if (wide != 0) attention.key_dim = attention.value_dim = wide;
-      attention.keys_are_values = keys_are_values;
-      if (keys_are_values && kv_heads != 0) attention.n_kv_heads = kv_heads;
-      if (attention.n_heads % attention.n_kv_heads != 0) {
-        bad_field("num_attention_heads", "a multiple of num_global_key_value_heads");
-      }
-    }
-    if (i < n - n_shared) continue;
-    if (double_wide) model.layers[i].mlp.size *= 2;
-    size_t lender = n - n_shared;
-    while (lender > 0 && (model.layers[lender - 1].attention.window != 0) != (attention.window != 0)) --lender;
-    if (lender == 0) bad_field("num_kv_shared_layers", "such that each kind of layer has rows below");
-    attention.reads_rows_of = int(lender - 1);
-    model.layers[lender - 1].attention.lends_rows = true;
-  }
-}
-
-/// Llama's, with multipliers.
-void granite(ModelConfig& model, FamilyFields& fields) {
-  llama(model, fields);
-  model.embedding_scale = fields.number("embedding_multiplier", 1);
-  model.residual_scale = fields.number("residual_multiplier", 1);
-  model.logit_scale = 1 / fields.number("logits_scaling", 1);
-  const float scale = fields.number("attention_multiplier", 1);
-  for (LayerSpec& layer : model.layers) layer.attention.scale = scale;
-}
-
-/// Llama's, and queries are scaled by their position. (Its RoPE is yarn.)
-void ministral3(ModelConfig& model, FamilyFields& fields) {
-  const json parameters = rope_fields(fields.config());
-  const double beta = number_field(parameters, "llama_4_scaling_beta", 0);
-  const int period = optional_count(parameters, "original_max_position_embeddings").value_or(16384);
-  if (beta == 0) return;
-  model.rope_description += "; queries scaled by " + number_text(beta) + " after " + std::to_string(period);
-  for (LayerSpec& layer : model.layers) layer.attention.query_scale = QueryScale{.beta = float(beta), .period = period};
-}
-
-/// Norms of what the parts add, none before them; norms of q and k over all heads; sliding layers have the plain RoPE.
-void olmo3(ModelConfig& model, FamilyFields& fields) {
-  model.names = {.attention_norm = "", .attention_post_norm = "post_attention_layernorm", .mlp_norm = "",
-                 .mlp_post_norm = "post_feedforward_layernorm"};
-  const Attention& first = model.layers.front().attention;
-  rotate_sliding_layers(model, parse_local_rope(fields.config(), first.key_dim, first.rope->theta));
-  for (LayerSpec& layer : model.layers) {
-    layer.attention.qk_norm = QkNorm::kWhole;
-    layer.attention.qkv_bias = layer.attention.output_bias = model.attention_bias;
-  }
-}
-
-/// Llama's, with biases of their own for what attention reads and what it gives.
-void seed_oss(ModelConfig& model, FamilyFields& fields) {
-  llama(model, fields);
-  const bool bias = fields.flag("attention_out_bias", false);
-  for (LayerSpec& layer : model.layers) layer.attention.output_bias = bias;
-}
-
-/// Llama's, but some layers don't rotate: every fourth, where no list says which.
-void smollm3(ModelConfig& model, FamilyFields& fields) {
-  llama(model, fields);
-  fields.accept("no_rope_layers");
-  const json* rotates = field(fields.config(), "no_rope_layers");
-  const auto is_flag = [](const json& one) { return one.is_boolean() || one == 0 || one == 1; };
-  if (rotates != nullptr && (!rotates->is_array() || rotates->size() != model.layers.size() ||
-                             !std::ranges::all_of(*rotates, is_flag))) {
-    bad_field("no_rope_layers", "a list of 0 or 1, one per layer");
-  }
-  const size_t interval = size_t(optional_count(fields.config(), "no_rope_layer_interval").value_or(4));
-  rotate_some_layers(model, [&](size_t i) {
-    if (rotates == nullptr) return (i + 1) % interval != 0;
-    const json& one = (*rotates)[i];
-    return one == 1 || one == true;
-  });
-}
 
 // ---- the table
 
@@ -295,9 +52,18 @@ constexpr Family kFamilies[] = {
     {"gemma4_text", "gemma4", "", kGemma4Text, gemma4, false, /*mlx_lm_rotates=*/true},
     {"gemma4_unified", "gemma4", "language_model.", R"({"model_type": "gemma4_text"})", gemma4, false, /*mlx_lm_rotates=*/true},
     {"gemma4_unified_text", "gemma4", "", kGemma4Text, gemma4, false, /*mlx_lm_rotates=*/true},
+    {"glm4_moe", "glm4_moe", "", R"({"partial_rotary_factor": 0.5, "tie_word_embeddings": false})", glm4_moe},
+    {"gpt_oss", "gpt_oss", "",
+     R"({"num_hidden_layers": 36, "num_local_experts": 128, "num_experts_per_tok": 4, "vocab_size": 201088,
+         "rms_norm_eps": 1e-5, "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64,
+         "num_attention_heads": 64, "num_key_value_heads": 8, "sliding_window": 128, "sliding_window_pattern": 2,
+         "rope_theta": 150000, "max_position_embeddings": 131072, "tie_word_embeddings": false})",
+     gpt_oss, false, /*mlx_lm_rotates=*/true},
     {"granite", "granite", "", R"({"tie_word_embeddings": true})", granite},
+    {"granitemoe", "granitemoe", "", R"({"tie_word_embeddings": true})", granitemoe},
     {"lfm2", "lfm2", "", R"({"rope_theta": 1e6, "tie_word_embeddings": true})", lfm2, false, false, /*hybrid=*/true},
     {"llama", "llama", "", "{}", llama},
+    {"minimax_m2", "minimax_m2", "", R"({"tie_word_embeddings": false})", minimax},
     {"ministral3", "ministral3", "", "{}", ministral3, false, /*mlx_lm_rotates=*/true},
     {"mistral", "llama", "", "{}", llama, /*slides_everywhere=*/true},
     {"mistral3", "llama", "language_model.", R"({"model_type": "mistral", "tie_word_embeddings": false})", llama},
@@ -307,6 +73,7 @@ constexpr Family kFamilies[] = {
     {"nemotron_h", "nemotron_h", "", R"({"tie_word_embeddings": false})", nemotron_h, false, false, /*hybrid=*/true},
     {"olmo3", "olmo3", "", R"({"sliding_window": 4096, "sliding_window_pattern": 4, "tie_word_embeddings": false})", olmo3,
      false, /*mlx_lm_rotates=*/true},
+    {"olmoe", "olmoe", "", R"({"tie_word_embeddings": true})", olmoe},
     {"phi3", "phi3", "", R"({"max_position_embeddings": 131072, "tie_word_embeddings": false})", phi3,
      /*slides_everywhere=*/true},
     {"qwen2", "qwen2", "", R"({"rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": true})", qwen2},
@@ -339,6 +106,20 @@ void fill(json& config, const Family& family) {
 }
 
 }  // namespace
+
+void rotate_sliding_layers(ModelConfig& model, Rope rope) {
+  const auto shared = std::make_shared<const Rope>(std::move(rope));
+  model.rope_description += "; in sliding layers " + shared->description;
+  for (LayerSpec& layer : model.layers) {
+    if (layer.attention.window != 0) layer.attention.rope = shared;
+  }
+}
+
+void rotate_all_layers(ModelConfig& model, Rope rope) {
+  const auto shared = std::make_shared<const Rope>(std::move(rope));
+  model.rope_description = shared->description;
+  for (LayerSpec& layer : model.layers) layer.attention.rope = shared;
+}
 
 float FamilyFields::number(const char* key, double absent) {
   const double value = positive_field(config_, key, absent);
@@ -395,6 +176,13 @@ std::pair<float, float> FamilyFields::limits(const char* key, std::pair<float, f
   const float low = two ? bound(0, 0) : -1, high = two ? bound(1, std::numeric_limits<float>::infinity()) : -1;
   if (!(low >= 0 && low <= high)) bad_field(key, "two numbers from 0 on, the lower one first");
   return {low, high};
+}
+
+std::string FamilyFields::text(const char* key, const std::string& absent) {
+  const std::string value = string_field(config_, key, absent);
+  read_.insert(key);
+  values_.emplace_back(key, value);
+  return value;
 }
 
 bool rotates_windows_in_mlx_lm(const std::string& architecture) {

@@ -29,6 +29,7 @@ class FamilyFields {
   /// Kinds of layers, one each; absent: none.
   std::vector<std::string> kinds(const char* key);
   bool flag(const char* key, bool absent);
+  std::string text(const char* key, const std::string& absent);
   /// Two numbers, the lower one first; the last one may be infinite, which JSON writes as null.
   std::pair<float, float> limits(const char* key, std::pair<float, float> absent);
   /// The family computes what the field says; another part of the identity says it, too.
@@ -57,12 +58,6 @@ struct Family {
   bool mlx_lm_rotates = false;     ///< mlx_lm_rotates_windows
   bool hybrid = false;             ///< the page says what kinds of layers there are, and how large their MLPs
 };
-
-// Pages of hybrids (family_hybrid.cc).
-void lfm2(ModelConfig& model, FamilyFields& fields);
-void qwen3_5(ModelConfig& model, FamilyFields& fields);
-void qwen3_next(ModelConfig& model, FamilyFields& fields);
-void nemotron_h(ModelConfig& model, FamilyFields& fields);
 
 struct TextModel {
   const Family* family;       ///< of the text model

@@ -5,8 +5,7 @@
 #include <tuple>
 
 #include "model/config_field.h"
-#include "model/family.h"
-#include "torpor/error.h"
+#include "model/family_pages.h"
 
 namespace torpor::model {
 namespace {

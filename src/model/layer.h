@@ -1,7 +1,6 @@
 #pragma once
-/// What a layer is: plain data that a family's page fills in (family.cc) and that both backends compute by. A layer
-/// is attention
-/// and an MLP, each a residual; which norms it has, its names say.
+/// What a layer is: plain data that a family's page fills in (family_pages.h) and that both backends compute by. A
+/// layer is attention and an MLP, each a residual; which norms it has, its names say.
 
 #include <cmath>
 #include <memory>
@@ -46,6 +45,7 @@ struct Attention {
   bool keys_are_values = false;      ///< v is k as projected; there is no v_proj
   std::optional<int> reads_rows_of;  ///< a lower layer, whose keys and values it attends to; it has none of its own
   bool lends_rows = false;           ///< upper layers read its rows
+  bool sinks = false;                ///< each head has a logit of its own in the softmax's denominator
   bool qkv_bias = false, output_bias = false;
   bool gated = false;                ///< q_proj gives each head a gate, too, whose sigmoid its output is multiplied by
 
@@ -73,20 +73,41 @@ struct Mlp {
   bool bias = false;
 };
 
-/// A mixture of experts in the MLP's place: a router chooses some for each token.
+/// A mixture of experts: a router chooses some for each token. Its biases and scales are read with the weights.
 struct Experts {
-  int n = 0;     ///< experts
-  int size = 0;  ///< features within one
+  int n = 0;            ///< experts
+  int size = 0;         ///< features within one
+  int shared_size = 0;  ///< features within an expert that every token goes through; 0: there is none
   kernels::Routing routing;
-  Activation activation = Activation::kSilu;
+  kernels::ExpertActivation activation = kernels::ExpertActivation::kSilu;  ///< kClampedSwiGlu is gpt-oss's
+  float limit = 7;               ///< of kClampedSwiGlu
+  bool selection_bias = false;   ///< the router adds a bias to its scores for the choice
+  bool expert_scale = false;     ///< each expert's weight is multiplied by a number
+  bool shared_gate = false;      ///< the shared expert is multiplied by the sigmoid of a gate
+  bool bias = false;             ///< of the router and of all projections
+  bool beside_mlp = false;       ///< the layer has its MLP, too; each has norms of its own, and their sum another
 };
 
 struct LayerSpec {
   bool mixes = true, feeds = true;  ///< it has attention or what is in its place; it has an MLP or experts
-  Attention attention;             ///< unless there is
+  Attention attention;              ///< unless there is
   std::optional<Recurrent> recurrent;
-  Mlp mlp;                         ///< unless there are
+  Mlp mlp;                          ///< unless there are experts alone
   std::optional<Experts> experts;
+};
+
+/// The tensors of a mixture, within the layer.
+struct ExpertNames {
+  std::string module = "mlp";
+  std::string router = "gate";                                  ///< within `module`, as all that follow
+  std::string selection_bias = "gate.e_score_correction_bias";
+  std::string expert_scale = "router.per_expert_scale";
+  std::string shared = "shared_experts", shared_gate = "shared_expert_gate";
+  std::string stacked = "switch_mlp";           ///< mlx-lm's tensors of all experts
+  std::string each = "experts";                 ///< Hugging Face's, one module for each expert, ...
+  const char* parts[3] = {"gate_proj", "up_proj", "down_proj"};  ///< ... with these
+  /// ... or all in one, gate's rows and up's together. Empty: there is no such form.
+  std::string fused_gate_up = "experts.gate_up_proj", fused_down = "experts.down_proj";
 };
 
 /// How a layer is put together, and how its tensors are called, within "model.layers.0.". An empty name is a norm
@@ -102,7 +123,7 @@ struct LayerNames {
   const char *output = "o_proj", *q_norm = "q_norm", *k_norm = "k_norm";  ///< attention's
   std::string mlp = "mlp";
   const char* mlp_parts[3] = {"gate_proj", "up_proj", "down_proj"};
-  const char* expert_parts[3] = {"gate_proj", "up_proj", "down_proj"};  ///< where a checkpoint keeps each expert apart
+  ExpertNames experts;
   bool fused = false;     ///< q, k and v are one tensor, qkv_proj, and so are gate and up, gate_up_proj
 };
 

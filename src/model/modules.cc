@@ -40,8 +40,9 @@ Ops::Weight Modules::attention(int index) const {
     const std::string owner = layer_name(spec.reads_rows_of.value_or(index)) + "." + c.names.attention + ".";
     k_norm = norm(owner + c.names.k_norm, whole ? k : spec.key_dim);
   }
+  const std::vector<float> sinks = spec.sinks ? numbers(name + ".sinks", spec.n_heads) : std::vector<float>();
   const auto packed = [&](const Projection& queries, const Projection& keys, const Projection& values) {
-    return ops_.pack_attention(spec, queries, &keys, &values, q_norm, k_norm);
+    return ops_.pack_attention(spec, queries, &keys, &values, q_norm, k_norm, sinks);
   };
   if (c.names.fused) {
     const Projection qkv = projection(name + ".qkv_proj", q + k + v, c.hidden_size, spec.qkv_bias);
@@ -49,10 +50,10 @@ Ops::Weight Modules::attention(int index) const {
   }
   const auto part = [&](const char* part, int n) { return projection(name + part, n, c.hidden_size, spec.qkv_bias); };
   const Projection query = queries(name, spec, /*gates=*/false);
-  if (spec.reads_rows_of) return ops_.pack_attention(spec, query, nullptr, nullptr, q_norm, k_norm);
+  if (spec.reads_rows_of) return ops_.pack_attention(spec, query, nullptr, nullptr, q_norm, k_norm, sinks);
   if (spec.keys_are_values) {
     const Projection keys = part(".k_proj", k);
-    return ops_.pack_attention(spec, query, &keys, nullptr, q_norm, k_norm);
+    return ops_.pack_attention(spec, query, &keys, nullptr, q_norm, k_norm, sinks);
   }
   return packed(query, part(".k_proj", k), part(".v_proj", v));
 }
@@ -69,27 +70,8 @@ Ops::Weight Modules::gated(const std::string& name, const Mlp& spec) const {
   return ops_.pack_gated(part(0), part(1), spec.activation);
 }
 
-Ops::Weight Modules::experts(const std::string& name, const Experts& spec) const {
-  const ModelConfig& c = checkpoint_.config;
-  const std::string stacked = c.weight_prefix + name + ".switch_mlp.";
-  // mlx-lm keeps all experts' in one tensor, Hugging Face each in its own.
-  const auto part = [&](const char* part, int i, int n, int k) {
-    if (checkpoint_.weights.find(stacked + part + ".weight") != nullptr) {
-      return find_stacked(checkpoint_.weights, c, stacked + part, spec.n, n, k);
-    }
-    std::vector<Projection> all;
-    for (int e = 0; e < spec.n; ++e) {
-      all.push_back(projection(name + ".experts." + std::to_string(e) + "." + c.names.expert_parts[i], n, k));
-    }
-    return all;
-  };
-  return ops_.pack_experts(spec, projection(name + ".gate", spec.n, c.hidden_size),
-                           part("gate_proj", 0, spec.size, c.hidden_size), part("up_proj", 1, spec.size, c.hidden_size),
-                           part("down_proj", 2, c.hidden_size, spec.size));
-}
-
-float Modules::number(const std::string& name) const {
-  return to_floats(checkpoint_.weights.get(checkpoint_.config.weight_prefix + name, {1})).front();
+std::vector<float> Modules::numbers(const std::string& name, int n) const {
+  return to_floats(checkpoint_.weights.get(checkpoint_.config.weight_prefix + name, {n}));
 }
 
 LayerInputWeights Modules::inputs(const std::string& layer) const {
@@ -123,7 +105,7 @@ DecoderLayer Modules::layer(int index) const {
                      .mlp_norm = feeds ? norm_of(c.names.mlp_norm) : nullptr,
                      .mlp_post_norm = norm_of(c.names.mlp_post_norm),
                      .inputs = c.layer_inputs ? std::optional(inputs(layer)) : std::nullopt,
-                     .scalar = c.names.scalar.empty() ? 1 : number(layer + "." + c.names.scalar)};
+                     .scalar = c.names.scalar.empty() ? 1 : numbers(layer + "." + c.names.scalar, 1).front()};
   if (!mixes) {
     // Nothing is in attention's place.
   } else if (recurrent_spec) {
@@ -138,9 +120,9 @@ DecoderLayer Modules::layer(int index) const {
     parts.output = back(attention_name + c.names.output, attention_spec.output_size(), attention_spec.output_bias);
   }
   if (!feeds) return parts;
-  if (experts_spec) {
-    parts.experts = experts(mlp_name, *experts_spec);
-  } else {
+  if (experts_spec) parts.experts = experts(layer, *experts_spec);
+  if (experts_spec && experts_spec->beside_mlp) parts.beside = beside_mlp(layer);
+  if (!experts_spec || experts_spec->beside_mlp) {
     if (mlp_spec.activation == Activation::kRelu2) {
       const std::string up = mlp_name + "." + c.names.mlp_parts[1];
       parts.up = ops_.pack_linear(projection(up, mlp_spec.size, c.hidden_size, mlp_spec.bias));

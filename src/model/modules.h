@@ -2,6 +2,7 @@
 /// The modules of a checkpoint by their names in Hugging Face's files, packed for a backend.
 
 #include <string>
+#include <vector>
 
 #include "model/decoder.h"
 
@@ -31,9 +32,12 @@ class Modules {
   Ops::Weight attention(int index) const;
   Ops::Weight recurrent(int index) const;
   Ops::Weight gated(const std::string& name, const Mlp& spec) const;
-  Ops::Weight experts(const std::string& name, const Experts& spec) const;
+  /// Of the layer `layer` ("model.layers.0").
+  Ops::Weight experts(const std::string& layer, const Experts& spec) const;
+  BesideMlpWeights beside_mlp(const std::string& layer) const;
   LayerInputWeights inputs(const std::string& layer) const;
-  float number(const std::string& name) const;
+  /// A tensor of `n` numbers.
+  std::vector<float> numbers(const std::string& name, int n) const;
 
   const Checkpoint& checkpoint_;
   Ops& ops_;

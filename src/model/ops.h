@@ -37,6 +37,14 @@ struct Batch {
   std::map<int, std::vector<mx::array>> lent;  ///< layer of the caches -> what layers that read its rows need, in the backend's form
 };
 
+/// The projections of a mixture: of each expert, in their order, and what else its spec says that there is.
+struct ExpertProjections {
+  Projection router;
+  std::vector<Projection> gates, ups, downs;  ///< no gates for ExpertActivation::kRelu2
+  std::vector<Projection> shared;             ///< gate (or none), up and down of the shared expert
+  std::optional<Projection> shared_gate;
+};
+
 class Ops {
  public:
   /// A weight in the backend's own form.
@@ -49,16 +57,15 @@ class Ops {
 
   // Loading: the checkpoint may be unmapped afterwards.
   virtual Weight pack_linear(const Projection& projection) = 0;
-  /// The norms are nullptr unless `spec` has them. k and v are nullptr if it reads another layer's rows; v is if keys
-  /// are values.
+  /// The norms are nullptr and the sinks empty unless `spec` has them. k and v are nullptr if it reads another layer's
+  /// rows; v is if keys are values.
   virtual Weight pack_attention(const Attention& spec, const Projection& q, const Projection* k, const Projection* v,
-                                Weight q_norm, Weight k_norm) = 0;
+                                Weight q_norm, Weight k_norm, std::vector<float> sinks) = 0;
   /// `projections` give, side by side, what kernels::RecurrentShape::given says.
   virtual Weight pack_recurrent(kernels::Recurrent cell, const std::vector<Projection>& projections) = 0;
   virtual Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) = 0;
-  /// Projections of each expert, in their order. The router is not rounded to 16-bit activations.
-  virtual Weight pack_experts(const Experts& spec, const Projection& router, const std::vector<Projection>& gates,
-                              const std::vector<Projection>& ups, const std::vector<Projection>& downs) = 0;
+  /// `spec` has its routing's biases and scales. The router is not rounded to 16-bit activations.
+  virtual Weight pack_experts(const Experts& spec, const ExpertProjections& projections) = 0;
   /// What rows are multiplied by is weight + plus (Gemma keeps its norms less one). If `centred`, their mean is taken
   /// off before.
   virtual Weight pack_norm(const TensorView& weight, float plus, bool centred) = 0;
@@ -79,8 +86,8 @@ class Ops {
   virtual mx::array linear(const mx::array& x, const Weight& w) = 0;
   /// act(x · W_gateᵀ) ⊙ (x · W_upᵀ)
   virtual mx::array gated(const mx::array& x, const Weight& w) = 0;
-  /// The weighted sum of each row's experts. [M, hidden]
-  virtual mx::array experts(const mx::array& x, const Weight& w) = 0;
+  /// The weighted sum of each row's experts, chosen by the router's reading of `routed` [M, hidden]. [M, hidden]
+  virtual mx::array experts(const mx::array& x, const mx::array& routed, const Weight& w) = 0;
   /// f32 logits, of an lm_head or a tied embedding.
   virtual mx::array head(const mx::array& x, const Weight& w) = 0;
   mx::array add(const mx::array& x, const mx::array& y) const;

@@ -100,6 +100,7 @@ struct Attending final : Ops::Packed {
   bool apart = false;
   std::vector<float> key_bias;  // as projected, for formats that leave it out of the rows
   Ops::Weight q_norm, k_norm;
+  std::vector<float> sinks;
   std::optional<mx::array> ones;  // the weight of the values' norm
   // Made when first needed: the kernel's spec for each format of rows, and for those that rotate keys, norms with
   // pair_factors.
@@ -120,7 +121,7 @@ class KernelOps final : public Ops {
     return weight;
   }
   Weight pack_attention(const Attention& spec, const Projection& q, const Projection* k, const Projection* v,
-                        Weight q_norm, Weight k_norm) override {
+                        Weight q_norm, Weight k_norm, std::vector<float> sinks) override {
     if (spec.key_dim != spec.value_dim) {
       throw Error(ErrorCode::kInternal, "The kernels attend to keys and values of one size.");
     }
@@ -141,6 +142,7 @@ class KernelOps final : public Ops {
     }
     weight->q_norm = std::move(q_norm);
     weight->k_norm = std::move(k_norm);
+    weight->sinks = std::move(sinks);
     release({&q});
     for (const Projection* p : {k, v}) {
       if (p != nullptr) release({p});
@@ -163,16 +165,30 @@ class KernelOps final : public Ops {
     release({&gate, &up});
     return weight;
   }
-  Weight pack_experts(const Experts& spec, const Projection& router, const std::vector<Projection>& gates,
-                      const std::vector<Projection>& ups, const std::vector<Projection>& downs) override {
-    kernels::Moe moe{.routing = spec.routing, .activation = spec.activation == Activation::kSilu
-                                                                ? kernels::ExpertActivation::kSilu
-                                                                : kernels::ExpertActivation::kGeluTanh};
-    for (size_t e = 0; e < gates.size(); ++e) {
-      moe.experts.push_back({PackedLinear::pack_gated(source(gates[e]), source(ups[e]), activations_),
-                             PackedLinear::pack({source(downs[e])}, activations_)});
-      release({&gates[e], &ups[e], &downs[e]});
+  Weight pack_experts(const Experts& spec, const ExpertProjections& projections) override {
+    using Activation = kernels::ExpertActivation;
+    const auto packed = [&](const Projection* gate, const Projection& up, const Projection& down) {
+      std::shared_ptr<const PackedLinear> first;
+      if (gate == nullptr) {
+        first = PackedLinear::pack({source(up)}, activations_);
+      } else if (spec.activation == Activation::kClampedSwiGlu) {
+        first = PackedLinear::pack({source(*gate), source(up)}, activations_);
+      } else {
+        first = PackedLinear::pack_gated(source(*gate), source(up), activations_);
+      }
+      kernels::Expert expert{std::move(first), PackedLinear::pack({source(down)}, activations_)};
+      release({&up, &down});
+      if (gate != nullptr) release({gate});
+      return expert;
+    };
+    const bool gated = spec.activation != Activation::kRelu2;
+    const auto& [router, gates, ups, downs, shared, shared_gate] = projections;
+    kernels::Moe moe{.routing = spec.routing, .activation = spec.activation, .limit = spec.limit};
+    for (size_t e = 0; e < ups.size(); ++e) {
+      moe.experts.push_back(packed(gated ? &gates[e] : nullptr, ups[e], downs[e]));
     }
+    if (!shared.empty()) moe.shared = packed(gated ? &shared[0] : nullptr, shared[shared.size() - 2], shared.back());
+    if (shared_gate) moe.shared_gate = PackedLinear::pack({source(*shared_gate)});
     auto weight = std::make_shared<Mixture>();
     weight->router = PackedLinear::pack({source(router)});
     weight->experts = std::make_shared<const kernels::Moe>(std::move(moe));
@@ -238,9 +254,9 @@ class KernelOps final : public Ops {
     const auto& gated = static_cast<const Gated&>(*w);
     return kernels::gated_linear(x, gated.w, gated.activation);
   }
-  mx::array experts(const mx::array& x, const Weight& w) override {
+  mx::array experts(const mx::array& x, const mx::array& routed, const Weight& w) override {
     const auto& mixture = static_cast<const Mixture&>(*w);
-    return kernels::moe(x, kernels::linear(x, mixture.router), mixture.experts);
+    return kernels::moe(x, kernels::linear(routed, mixture.router), mixture.experts);
   }
   mx::array head(const mx::array& x, const Weight& w) override { return kernels::linear(x, packed(w)); }
 
@@ -305,6 +321,7 @@ class KernelOps final : public Ops {
     made->scale = w.spec.scale;
     made->window = w.spec.window;
     made->softcap = w.spec.softcap;
+    made->sinks = w.sinks.empty() ? nullptr : w.sinks.data();
     if (w.spec.qk_norm == QkNorm::kHeads) {
       const bool even = format.rotates_keys() && w.spec.evens_keys();
       if (even) even_norms(rope, w);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <numbers>
 
@@ -12,6 +11,7 @@
 #include <mlx/transforms.h>
 
 #include "model/key_rows.h"
+#include "model/mlx_linear.h"
 #include "model/ops.h"
 #include "model/recurrent_mlx.h"
 #include "torpor/error.h"
@@ -19,17 +19,9 @@
 namespace torpor::model {
 namespace {
 
-/// A copy of the tensor's bytes.
-mx::array to_array(const TensorView& tensor) {
-  const mx::Dtype dtype = tensor.dtype == "U32"    ? mx::uint32
-                          : tensor.dtype == "U8"   ? mx::uint8
-                          : tensor.dtype == "F16"  ? mx::float16
-                          : tensor.dtype == "BF16" ? mx::bfloat16
-                                                   : mx::float32;
-  mx::array copy(mx::allocator::malloc(tensor.nbytes), mx::Shape(tensor.shape.begin(), tensor.shape.end()), dtype);
-  std::memcpy(copy.data<uint8_t>(), tensor.data, tensor.nbytes);
-  return copy;
-}
+using on_mlx::Linear;
+using on_mlx::silu;
+using on_mlx::to_array;
 
 mx::Dtype to_mlx(KvDtype dtype) {
   switch (dtype) {
@@ -45,82 +37,11 @@ struct Norm final : Ops::Packed {
   bool centred;
 };
 
-struct Linear final : Ops::Packed {
-  Linear(const Projection& p, mx::Dtype dtype)
-      : dtype(dtype), weight(to_array(p.weight)), quantization(p.quantization) {
-    const auto load = [&](const TensorView& tensor) { return mx::astype(to_array(tensor), dtype); };
-    if (quantization) {
-      scales = p.biases ? load(*p.scales) : to_array(*p.scales);
-      if (p.biases) biases = load(*p.biases);
-      mx::eval({weight, *scales, biases.value_or(*scales)});
-    } else {
-      weight = mx::astype(weight, dtype);
-      mx::eval({weight});
-    }
-    if (p.bias) {
-      bias = load(*p.bias);
-      mx::eval({*bias});
-    }
-  }
-
-  mx::array apply(const mx::array& x) const {
-    mx::array y = quantization ? mx::quantized_matmul(x, weight, *scales, biases, /*transpose=*/true, quantization->group,
-                                                      quantization->bits, mode_name(quantization->mode))
-                               : mx::matmul(x, mx::transpose(weight));
-    return bias ? mx::add(y, *bias) : y;
-  }
-  mx::array rows(const mx::array& indices) const {
-    const auto take = [&](const mx::array& a) { return mx::take(a, indices, 0); };
-    if (!quantization) return take(weight);
-    const std::optional<mx::array> of_rows = biases ? std::optional(take(*biases)) : std::nullopt;
-    return mx::dequantize(take(weight), take(*scales), of_rows, quantization->group, quantization->bits,
-                          mode_name(quantization->mode), std::nullopt, dtype);
-  }
-
-  mx::Dtype dtype;
-  /// Of several of one shape, stacked: each row of x [M, chosen, 1, K] by the expert of `indices` [M, chosen].
-  mx::array apply(const mx::array& x, const mx::array& indices) const {
-    if (!quantization) return mx::gather_mm(x, mx::swapaxes(weight, -1, -2), std::nullopt, indices);
-    return mx::gather_qmm(x, weight, *scales, biases, std::nullopt, indices, /*transpose=*/true, quantization->group,
-                          quantization->bits, mode_name(quantization->mode));
-  }
-  static Linear stacked(const std::vector<Projection>& parts, mx::Dtype dtype) {
-    std::vector<mx::array> weights, scales, biases;
-    Linear all(parts.front(), dtype);
-    for (const Projection& part : parts) {
-      Linear one(part, dtype);
-      weights.push_back(one.weight);
-      if (one.scales) scales.push_back(*one.scales);
-      if (one.biases) biases.push_back(*one.biases);
-    }
-    const auto stack = [](const std::vector<mx::array>& arrays) {
-      mx::array stack = mx::stack(arrays);
-      mx::eval({stack});
-      return stack;
-    };
-    all.weight = stack(weights);
-    if (!scales.empty()) all.scales = stack(scales);
-    if (!biases.empty()) all.biases = stack(biases);
-    return all;
-  }
-
-  mx::array weight;
-  std::optional<Quantization> quantization;
-  std::optional<mx::array> scales, biases, bias;
-};
-
 struct Gated final : Ops::Packed {
   Gated(Linear gate, Linear up, Activation activation)
       : gate(std::move(gate)), up(std::move(up)), activation(activation) {}
   Linear gate, up;
   Activation activation;
-};
-
-struct Mixture final : Ops::Packed {
-  Mixture(const Experts& spec, Linear router, Linear gate, Linear up, Linear down)
-      : spec(spec), router(std::move(router)), gate(std::move(gate)), up(std::move(up)), down(std::move(down)) {}
-  Experts spec;
-  Linear router, gate, up, down;  // but for the router's, of all experts
 };
 
 struct Recurring final : Ops::Packed {
@@ -141,9 +62,8 @@ struct Attending final : Ops::Packed {
   std::optional<Linear> k, v;
   Angles angles;
   Ops::Weight q_norm, k_norm;
+  std::optional<mx::array> sinks;
 };
-
-mx::array silu(const mx::array& x) { return mx::multiply(x, mx::sigmoid(x)); }
 
 /// As kernels::AttentionSpec::rotate_keys has it.
 mx::array hadamard(const mx::array& x) {
@@ -160,12 +80,13 @@ class MlxOps final : public Ops {
 
   Weight pack_linear(const Projection& p) override { return std::make_shared<Linear>(p, dtype_); }
   Weight pack_attention(const Attention& spec, const Projection& q, const Projection* k, const Projection* v,
-                        Weight q_norm, Weight k_norm) override {
+                        Weight q_norm, Weight k_norm, std::vector<float> sinks) override {
     auto weight = std::make_shared<Attending>(spec, Linear(q, dtype_), angles(spec));
     if (k != nullptr) weight->k.emplace(*k, dtype_);
     if (v != nullptr) weight->v.emplace(*v, dtype_);
     weight->q_norm = std::move(q_norm);
     weight->k_norm = std::move(k_norm);
+    if (!sinks.empty()) weight->sinks = mx::astype(mx::array(sinks.data(), {int(sinks.size())}, mx::float32), dtype_);
     return weight;
   }
   Weight pack_recurrent(kernels::Recurrent cell, const std::vector<Projection>& projections) override {
@@ -177,10 +98,8 @@ class MlxOps final : public Ops {
   Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
     return std::make_shared<Gated>(Linear(gate, dtype_), Linear(up, dtype_), activation);
   }
-  Weight pack_experts(const Experts& spec, const Projection& router, const std::vector<Projection>& gates,
-                      const std::vector<Projection>& ups, const std::vector<Projection>& downs) override {
-    const auto stacked = [&](const std::vector<Projection>& parts) { return Linear::stacked(parts, dtype_); };
-    return std::make_shared<Mixture>(spec, Linear(router, dtype_), stacked(gates), stacked(ups), stacked(downs));
+  Weight pack_experts(const Experts& spec, const ExpertProjections& projections) override {
+    return on_mlx::pack_experts(spec, projections, dtype_);
   }
   Weight pack_norm(const TensorView& weight, float plus, bool centred) override {
     mx::array w = mx::astype(to_array(weight), dtype_);
@@ -216,7 +135,7 @@ class MlxOps final : public Ops {
       } else {
         queries = turned(queries, format.rotates_keys());
       }
-      const mx::array out = turned(attend(queries, keys, values, s, spec), format.rotates_values());
+      const mx::array out = turned(attend(queries, keys, values, s, w), format.rotates_values());
       outputs.push_back(mx::reshape(mx::transpose(out, {0, 2, 1, 3}), {s.n, spec.output_size()}));
     }
     return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0);
@@ -237,35 +156,8 @@ class MlxOps final : public Ops {
     const mx::array gate = gated.gate.apply(x);
     return mx::multiply(gated.activation == Activation::kSilu ? silu(gate) : gelu(gate), gated.up.apply(x));
   }
-  mx::array experts(const mx::array& x, const Weight& w) override {
-    using Scores = kernels::Routing::Scores;
-    using Weights = kernels::Routing::Weights;
-    const auto& mixture = static_cast<const Mixture&>(*w);
-    const kernels::Routing& routing = mixture.spec.routing;
-    const mx::array logits = mx::astype(mixture.router.apply(x), mx::float32);
-    const mx::array scores = routing.scores == Scores::kSoftmax   ? mx::softmax(logits, -1, /*precise=*/true)
-                             : routing.scores == Scores::kSigmoid ? mx::sigmoid(logits)
-                                                                  : logits;
-    const auto of_experts = [](const std::vector<float>& values) {
-      return mx::array(values.data(), {int(values.size())}, mx::float32);
-    };
-    const mx::array ranked = routing.selection_bias.empty() ? scores : mx::add(scores, of_experts(routing.selection_bias));
-    const mx::array best = mx::slice(mx::argsort(mx::negative(ranked), -1), {0, 0}, {x.shape(0), routing.chosen});
-    const mx::array chosen = mx::sort(best, -1);
-    mx::array weights = mx::take_along_axis(scores, chosen, -1);
-    if (routing.weights == Weights::kSoftmax) weights = mx::softmax(weights, -1, /*precise=*/true);
-    if (routing.weights == Weights::kNormalised) {
-      weights = mx::divide(weights, mx::add(mx::sum(weights, -1, /*keepdims=*/true), mx::array(routing.epsilon)));
-    }
-    weights = mx::multiply(weights, mx::array(routing.scale));
-    if (!routing.expert_scale.empty()) {
-      weights = mx::multiply(weights, mx::take(of_experts(routing.expert_scale), chosen));
-    }
-    const mx::array rows = mx::expand_dims(x, {-2, -3});
-    const mx::array gate = mixture.gate.apply(rows, chosen), up = mixture.up.apply(rows, chosen);
-    const mx::array hidden = mx::multiply(mixture.spec.activation == Activation::kSilu ? silu(gate) : gelu(gate), up);
-    const mx::array out = mx::squeeze(mixture.down.apply(hidden, chosen), -2);
-    return mx::sum(mx::multiply(out, mx::astype(mx::expand_dims(weights, -1), out.dtype())), -2);
+  mx::array experts(const mx::array& x, const mx::array& routed, const Weight& w) override {
+    return on_mlx::experts(*this, x, routed, w);
   }
   mx::array head(const mx::array& x, const Weight& w) override { return mx::astype(single(w).apply(x), mx::float32); }
 
@@ -346,17 +238,19 @@ class MlxOps final : public Ops {
     return mx::astype(mx::array(factors.data(), {s.n, 1}, mx::float32), dtype_);
   }
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const BatchSequence& s,
-                   const Attention& spec) const {
+                   const Attending& w) const {
+    const Attention& spec = w.spec;
     const int window = spec.window, length = s.position + s.n;
     if (spec.softcap == 0 && (window == 0 || length <= window)) {
-      return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, s.n > 1 ? "causal" : "");
+      return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, s.n > 1 ? "causal" : "", std::nullopt,
+                                                    w.sinks);
     }
     const mx::array at = mx::expand_dims(mx::arange(s.position, length, mx::int32), 1);
     const mx::array key = mx::expand_dims(mx::arange(length - k.shape(2), length, mx::int32), 0);
     mx::array mask = mx::less_equal(key, at);
     if (window != 0) mask = mx::logical_and(mask, mx::greater(key, mx::subtract(at, mx::array(window))));
     if (spec.softcap != 0) return attend_capped(q, k, v, mask, spec);
-    return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, "array", mask);
+    return mx::fast::scaled_dot_product_attention(q, k, v, spec.scale, "array", mask, w.sinks);
   }
 
   /// MLX has no attention with a soft cap, so it is spelled out.

@@ -89,7 +89,8 @@ Projection find(const Weights& weights, const ModelConfig& config, const std::st
     require_float(p.weight);
   }
   if (with_bias) {
-    p.bias = weights.get(name + ".bias", {n});
+    p.bias = weights.get(name + ".bias", count == 0 ? std::vector<int64_t>{n} : std::vector<int64_t>{count, n / count});
+    p.bias->shape = {n};
     require_float(*p.bias);
   }
   return p;
@@ -103,11 +104,11 @@ Projection find_projection(const Weights& weights, const ModelConfig& config, co
 }
 
 std::vector<Projection> find_stacked(const Weights& weights, const ModelConfig& config, const std::string& name, int count,
-                                     int n, int k) {
+                                     int n, int k, bool with_bias) {
   if (int64_t(count) * n > std::numeric_limits<int>::max()) {
     throw Error(ErrorCode::kInvalidArgument, "The experts' weight " + name + " has more rows than can be counted.");
   }
-  const Projection all = find(weights, config, name, count, count * n, k, false);
+  const Projection all = find(weights, config, name, count, count * n, k, with_bias);
   std::vector<Projection> parts;
   for (int i = 0; i < count; ++i) parts.push_back(rows_of(all, i * n, n));
   return parts;

@@ -27,9 +27,9 @@ struct Projection {
 Projection find_projection(const Weights& weights, const ModelConfig& config, const std::string& name, int n, int k,
                            bool with_bias);
 
-/// `count` modules [n, k] that a checkpoint keeps in one tensor [count, n, k].
+/// `count` modules [n, k] that a checkpoint keeps in one tensor [count, n, k]; biases [count, n].
 std::vector<Projection> find_stacked(const Weights& weights, const ModelConfig& config, const std::string& name, int count,
-                                     int n, int k);
+                                     int n, int k, bool with_bias);
 
 /// Rows [first, first + n) of a projection: one part of several that the checkpoint keeps as one.
 Projection rows_of(const Projection& p, int first, int n);
