@@ -1,0 +1,213 @@
+/// GGUF files: the container, and the blocks of its tensors against the package gguf (scripts/make-goldens-gguf).
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <string>
+
+#include "base/gguf.h"
+#include "kernels/gguf_blocks.h"
+#include "torpor/error.h"
+
+namespace torpor::testing {
+namespace {
+
+namespace fs = std::filesystem;
+
+const fs::path kBlocks = TORPOR_SOURCE_DIR "/tests/goldens/gguf/blocks.gguf";
+
+/// Parsed from memory that ends where the file does, so that a sanitizer sees a read past it.
+std::string error_of(const std::string& bytes) {
+  const std::vector<std::byte> exact(reinterpret_cast<const std::byte*>(bytes.data()),
+                                     reinterpret_cast<const std::byte*>(bytes.data()) + bytes.size());
+  try {
+    GgufFile::parse(exact, "f.gguf");
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+/// A file put together by hand.
+class Writer {
+ public:
+  template <typename T>
+  Writer& put(T value) {
+    bytes_.append(reinterpret_cast<const char*>(&value), sizeof(T));
+    return *this;
+  }
+  Writer& text(const std::string& text) {
+    put(uint64_t(text.size()));
+    bytes_ += text;
+    return *this;
+  }
+  Writer& head(uint64_t tensors, uint64_t values, uint32_t version = 3) {
+    bytes_ = "GGUF";
+    return put(version).put(tensors).put(values);
+  }
+  Writer& tensor(const std::string& name, std::vector<uint64_t> dims, uint32_t type, uint64_t offset) {
+    text(name).put(uint32_t(dims.size()));
+    for (const uint64_t dim : dims) put(dim);
+    return put(type).put(offset);
+  }
+  std::string padded(size_t data) const {
+    std::string file = bytes_;
+    file.resize((file.size() + 31) / 32 * 32 + data);
+    return file;
+  }
+  const std::string& bytes() const { return bytes_; }
+
+ private:
+  std::string bytes_;
+};
+
+TEST(Gguf, MetadataAreReadAsTheyWereWritten) {
+  const GgufModel model = GgufModel::open(kBlocks);
+  const GgufFile& file = model.metadata();
+  EXPECT_EQ(file.text("general.architecture"), "llama");
+  EXPECT_EQ(file.text("text"), "ein Wörtchen");
+  EXPECT_EQ(file.integer("numbers.u16"), 65535);
+  EXPECT_EQ(file.integer("numbers.i8"), -3);
+  EXPECT_EQ(file.number("numbers.f64"), 0.1);
+  EXPECT_EQ(file.number("numbers.u64"), 0x1p63);
+  EXPECT_EQ(file.flag("flag"), true);
+  EXPECT_EQ(file.texts("texts"), (std::vector<std::string_view>{"a", "", "ü"}));
+  EXPECT_EQ(file.numbers("numbers"), (std::vector<double>{1, -2, 3}));
+  EXPECT_EQ(file.numbers("numbers.i8"), (std::vector<double>{-3}));
+  EXPECT_TRUE(file.has("nested"));
+  EXPECT_EQ(file.text("absent"), std::nullopt);
+  EXPECT_TRUE(file.texts("absent").empty());
+  EXPECT_THROW(file.integer("numbers.u64"), Error);  // past 2^63
+  EXPECT_THROW(file.integer("numbers.f64"), Error);
+  EXPECT_THROW(file.text("flag"), Error);
+  EXPECT_THROW(file.flag("text"), Error);
+  EXPECT_THROW(file.number("numbers"), Error);
+  EXPECT_THROW(file.numbers("nested"), Error);
+  EXPECT_THROW(file.texts("numbers"), Error);
+}
+
+TEST(Gguf, BlocksOfEveryTypeStandForWhatThePackageGgufSays) {
+  const GgufModel model = GgufModel::open(kBlocks);
+  int seen = 0;
+  for (const GgufTensor& tensor : model.metadata().tensors()) {
+    const GgufTensor* expected = model.find(tensor.name + ".values");
+    if (expected == nullptr) continue;
+    ++seen;
+    ASSERT_EQ(tensor.shape, (std::vector<int64_t>{2, 512}));
+    std::vector<float> values(1024), want(1024);
+    std::memcpy(want.data(), expected->data.data(), expected->data.size());
+    kernels::dequantize_blocks(tensor.type->type, tensor.data.data(), 1024, values.data());
+    for (size_t i = 0; i < values.size(); ++i) ASSERT_EQ(values[i], want[i]) << tensor.name << " " << i;
+  }
+  EXPECT_EQ(seen, 26);
+}
+
+TEST(Gguf, AFileCutAnywhereIsDamaged) {
+  Writer writer;
+  writer.head(2, 3).text("a").put(uint32_t(4)).put(uint32_t(7));
+  writer.text("b").put(uint32_t(9)).put(uint32_t(8)).put(uint64_t(2)).text("x").text("yz");
+  writer.text("c").put(uint32_t(9)).put(uint32_t(9)).put(uint64_t(1)).put(uint32_t(0)).put(uint64_t(3));
+  writer.put('1').put('2').put('3');
+  writer.tensor("t", {32, 2}, 8, 0).tensor("u", {8}, 0, 96);
+  const std::string file = writer.padded(128);
+  ASSERT_EQ(error_of(file), "");
+  for (size_t size = 0; size < file.size(); ++size) {
+    const std::string error = error_of(file.substr(0, size));
+    EXPECT_TRUE(error.starts_with("'f.gguf' is damaged: ")) << size << ": " << error;
+  }
+}
+
+TEST(Gguf, EachLieHasASentence) {
+  const uint64_t huge = uint64_t(1) << 62;
+  const auto value = [&](uint32_t kind) { return Writer().head(0, 1).text("k").put(kind); };
+  const std::vector<std::pair<const char*, std::string>> cases = {
+      {"it does not begin with GGUF", "GGML" + std::string(20, '\0')},
+      {"version 1", Writer().head(0, 0, 1).bytes()},
+      {"version 4", Writer().head(0, 0, 4).bytes()},
+      {"big-endian", Writer().head(0, 0, 0x03000000).bytes()},
+      {"it ends within its metadata", Writer().head(0, huge).bytes()},
+      {"it ends within the list of its tensors", Writer().head(huge, 0).bytes()},
+      {"it ends within its metadata", Writer().head(0, 1).put(huge).bytes()},
+      {"it ends within its metadata", value(8).put(~uint64_t(0)).bytes()},
+      {"a value of type 13", value(13).bytes()},
+      {"a list of 18446744073709551615 values", value(9).put(uint32_t(4)).put(~uint64_t(0)).bytes()},
+      {"it ends within its metadata", value(9).put(uint32_t(8)).put(huge).bytes()},
+      {"it ends within its metadata", value(9).put(uint32_t(0)).put(huge).bytes()},
+      {"'k' twice", Writer().head(0, 2).text("k").put(uint32_t(0)).put('x').text("k").put(uint32_t(0)).put('x').bytes()},
+      {"has 5 dimensions", Writer().head(1, 0).tensor("t", {1, 1, 1, 1, 1}, 0, 0).padded(64)},
+      {"more elements than can be counted", Writer().head(1, 0).tensor("t", {huge, huge}, 0, 0).padded(64)},
+      {"more elements than can be counted", Writer().head(1, 0).tensor("t", {huge * 3}, 0, 0).padded(64)},
+      {"ggml's type 16", Writer().head(1, 0).tensor("t", {256}, 16, 0).padded(256)},
+      {"not whole blocks of Q4_K", Writer().head(1, 0).tensor("t", {32}, 12, 0).padded(256)},
+      {"ends past the end of the file", Writer().head(1, 0).tensor("t", {17}, 0, 0).padded(64)},
+      {"ends past the end of the file", Writer().head(1, 0).tensor("t", {1}, 0, ~uint64_t(31)).padded(64)},
+      {"begins at byte 4,", Writer().head(1, 0).tensor("t", {1}, 0, 4).padded(64)},
+      {"t is there twice", Writer().head(2, 0).tensor("t", {1}, 0, 0).tensor("t", {1}, 0, 32).padded(64)},
+      {"general.alignment is 3", Writer().head(1, 1).text("general.alignment").put(uint32_t(4)).put(uint32_t(3))
+                                     .tensor("t", {1}, 0, 0).padded(64)},
+  };
+  for (const auto& [says, file] : cases) {
+    EXPECT_NE(error_of(file).find(says), std::string::npos) << says << ": " << error_of(file);
+  }
+  std::string deep = value(9).bytes();
+  for (int i = 0; i < 9; ++i) {
+    const uint32_t list = 9;
+    const uint64_t one = 1;
+    deep.append(reinterpret_cast<const char*>(&list), 4).append(reinterpret_cast<const char*>(&one), 8);
+  }
+  EXPECT_NE(error_of(deep).find("too deep"), std::string::npos) << error_of(deep);
+}
+
+class Pieces : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    dir_ = fs::temp_directory_path() / ("torpor-gguf-" + std::to_string(getpid()));
+    fs::create_directory(dir_);
+  }
+  void TearDown() override { fs::remove_all(dir_); }
+  void write(const std::string& name, uint16_t piece, uint16_t count, const std::string& tensor) {
+    Writer writer;
+    writer.head(1, 2).text("split.no").put(uint32_t(2)).put(piece).text("split.count").put(uint32_t(2)).put(count);
+    const std::string bytes = writer.tensor(tensor, {8}, 0, 0).padded(32);
+    std::ofstream(dir_ / name, std::ios::binary) << bytes;
+  }
+  std::string error(const std::string& name) {
+    try {
+      GgufModel::open(dir_ / name);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  }
+  fs::path dir_;
+};
+
+TEST_F(Pieces, OfASplitModelAreOne) {
+  write("m-00001-of-00002.gguf", 0, 2, "a");
+  write("m-00002-of-00002.gguf", 1, 2, "b");
+  const GgufModel model = GgufModel::open(dir_ / "m-00001-of-00002.gguf");
+  EXPECT_NE(model.find("a"), nullptr);
+  EXPECT_NE(model.find("b"), nullptr);
+  EXPECT_EQ(model.find("c"), nullptr);
+  const std::string first = "name the first, which ends in -00001-of-00002.gguf";
+  EXPECT_NE(error("m-00002-of-00002.gguf").find(first), std::string::npos);
+  write("m-00002-of-00002.gguf", 1, 2, "a");
+  EXPECT_NE(error("m-00001-of-00002.gguf").find("which is in another file too"), std::string::npos);
+  fs::remove(dir_ / "m-00002-of-00002.gguf");
+  EXPECT_NE(error("m-00001-of-00002.gguf").find("There is no "), std::string::npos);
+  write("other.gguf", 0, 2, "a");
+  EXPECT_NE(error("other.gguf").find("its name must end in -00001-of-00002.gguf"), std::string::npos);
+}
+
+TEST(Gguf, IsKnownByItsBeginning) {
+  EXPECT_TRUE(is_gguf(kBlocks));
+  EXPECT_FALSE(is_gguf(kBlocks.parent_path()));
+  EXPECT_FALSE(is_gguf(__FILE__));
+  EXPECT_NE(error_of("").find("does not begin with GGUF"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace torpor::testing
