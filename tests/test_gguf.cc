@@ -6,10 +6,13 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <random>
 #include <string>
 
 #include "base/gguf.h"
+#include "kernels/compute.h"
 #include "kernels/gguf_blocks.h"
+#include "kernels/packed_linear.h"
 #include "torpor/error.h"
 
 namespace torpor::testing {
@@ -136,7 +139,7 @@ TEST(Gguf, EachLieHasASentence) {
       {"a list of 18446744073709551615 values", value(9).put(uint32_t(4)).put(~uint64_t(0)).bytes()},
       {"it ends within its metadata", value(9).put(uint32_t(8)).put(huge).bytes()},
       {"it ends within its metadata", value(9).put(uint32_t(0)).put(huge).bytes()},
-      {"'k' twice", Writer().head(0, 2).text("k").put(uint32_t(0)).put('x').text("k").put(uint32_t(0)).put('x').bytes()},
+      {"'k' twice", Writer().head(0, 2).text("k").put(7u).put('x').text("k").put(7u).put('x').bytes()},
       {"has 5 dimensions", Writer().head(1, 0).tensor("t", {1, 1, 1, 1, 1}, 0, 0).padded(64)},
       {"more elements than can be counted", Writer().head(1, 0).tensor("t", {huge, huge}, 0, 0).padded(64)},
       {"more elements than can be counted", Writer().head(1, 0).tensor("t", {huge * 3}, 0, 0).padded(64)},
@@ -159,6 +162,112 @@ TEST(Gguf, EachLieHasASentence) {
     deep.append(reinterpret_cast<const char*>(&list), 4).append(reinterpret_cast<const char*>(&one), 8);
   }
   EXPECT_NE(error_of(deep).find("too deep"), std::string::npos) << error_of(deep);
+}
+
+using kernels::PackedLinear;
+using kernels::WeightSource;
+
+/// Blocks of the golden file in random order, [n, k], and the same weight as plain bytes with scales of f32.
+struct BlockWeight {
+  BlockWeight(const GgufTensor& tensor, int n, int k, std::mt19937& rng) {
+    const GgmlTypeInfo& info = *tensor.type;
+    const kernels::BlockShape& shape = kernels::block_shape(info.type);
+    const size_t n_blocks = tensor.data.size() / size_t(info.bytes);
+    for (int i = 0; i < n * k / info.columns; ++i) {
+      const std::byte* block = tensor.data.data() + rng() % n_blocks * size_t(info.bytes);
+      blocks.insert(blocks.end(), block, block + info.bytes);
+      for (int g = 0; g < info.columns / shape.group; ++g) {
+        uint8_t codes[32];
+        kernels::read_block_codes(info.type, block, g, codes);
+        const kernels::GroupAffine of = kernels::read_block_affine(info.type, block, g);
+        scales.push_back(of.scale);
+        biases.push_back(of.bias);
+        for (int c = 0; c < shape.group; ++c) {
+          const bool plain = shape.codebook == kernels::Codebook::kNone;
+          bytes.push_back(plain ? codes[c] : kernels::codebook_levels(shape.codebook)[codes[c]]);
+        }
+      }
+    }
+    values.resize(size_t(n) * k);
+    kernels::dequantize_blocks(info.type, blocks.data(), n * k, values.data());
+    source = {.n = n, .k = k, .weight = blocks.data(), .blocks = info.type};
+    plain = {.type = WeightSource::Type::kAffine, .n = n, .k = k, .weight = bytes.data(), .bits = 8,
+             .group = shape.group, .scale_type = WeightSource::Type::kF32, .scales = scales.data(),
+             .biases = biases.data()};
+  }
+  std::vector<std::byte> blocks;
+  std::vector<uint8_t> bytes;
+  std::vector<float> scales, biases, values;
+  WeightSource source, plain;
+};
+
+std::vector<float> product(const PackedLinear& w, int m, const std::vector<float>& x) {
+  std::vector<float> y(size_t(m) * w.n());
+  kernels::linear(x.data(), m, w, nullptr, y.data());
+  return y;
+}
+
+TEST(Gguf, BlocksArePackedExactlyAndMultiplyAsTheSameWeightInBytes) {
+  const GgufModel model = GgufModel::open(kBlocks);
+  std::mt19937 rng(5);
+  std::normal_distribution<float> normal;
+  constexpr int kN = 37, kK = 512, kRows = 21;
+  std::vector<float> x(kRows * kK);
+  for (float& value : x) value = normal(rng);
+  for (const GgufTensor& tensor : model.metadata().tensors()) {
+    if (tensor.type->columns == 1) continue;
+    SCOPED_TRACE(tensor.name);
+    const BlockWeight w(tensor, kN, kK, rng);
+    for (const Activations activations : {Activations::kF32, Activations::kInt16}) {
+      const auto packed = PackedLinear::pack({w.source}, activations);
+      const auto plain = PackedLinear::pack({w.plain}, activations);
+      std::vector<float> row(kK);
+      for (int i = 0; i < kN; ++i) {
+        packed->dequantize_row(i, row.data());
+        for (int c = 0; c < kK; ++c) ASSERT_EQ(row[size_t(c)], w.values[size_t(i * kK + c)]) << i << " " << c;
+      }
+      if (tensor.name.ends_with(".wide")) continue;  // sums that are no numbers
+      for (const int m : {1, 2, 8, kRows}) ASSERT_EQ(product(*packed, m, x), product(*plain, m, x)) << m << " rows";
+    }
+  }
+}
+
+TEST(Gguf, PackedBlocksTakeTheRoomOfTheFile) {
+  const GgufModel model = GgufModel::open(kBlocks);
+  std::mt19937 rng(6);
+  const auto bits = [&](const char* type) {
+    const BlockWeight w(*model.find(type), 32, 1024, rng);
+    return double(PackedLinear::pack({w.source})->nbytes()) * 8 / (32 * 1024);
+  };
+  EXPECT_EQ(bits("Q4_K"), 4.5);
+  EXPECT_EQ(bits("Q5_K"), 5.5);
+  EXPECT_EQ(bits("Q6_K"), 6.625);
+  EXPECT_EQ(bits("Q2_K"), 2.625);
+  EXPECT_EQ(bits("Q3_K"), 4.5);  // a line of single bits would be half empty
+  EXPECT_EQ(bits("IQ4_XS"), 4.375);
+  EXPECT_EQ(bits("MXFP4"), 4.25);
+  EXPECT_EQ(bits("Q8_0"), 9);
+}
+
+TEST(Gguf, RowsThatRotateWithTheirNeighboursArePackedAsHalvesDo) {
+  const GgufModel model = GgufModel::open(kBlocks);
+  std::mt19937 rng(7);
+  constexpr int kN = 24, kK = 256, kHeads = 3, kDim = kN / kHeads;
+  const BlockWeight w(*model.find("Q4_K"), kN, kK, rng);
+  std::vector<float> bias(kN), x(kK, 0.0f), row(kK);
+  for (int i = 0; i < kN; ++i) bias[size_t(i)] = float(i);
+  WeightSource source = w.source;
+  source.neighbour_heads = kHeads;
+  source.bias = bias.data();
+  const auto packed = PackedLinear::pack({source});
+  const std::vector<float> biases = product(*packed, 1, x);
+  for (int i = 0; i < kN; ++i) {
+    const int head = i / kDim, at = i % kDim;
+    const int from = head * kDim + (at < kDim / 2 ? 2 * at : 2 * (at - kDim / 2) + 1);
+    EXPECT_EQ(biases[size_t(i)], float(from));
+    packed->dequantize_row(i, row.data());
+    for (int c = 0; c < kK; ++c) ASSERT_EQ(row[size_t(c)], w.values[size_t(from * kK + c)]);
+  }
 }
 
 class Pieces : public ::testing::Test {

@@ -22,7 +22,7 @@ enum class Codebook {
   kE2m1,  ///< 12 plus twice the number: MXFP4
   kIq4,   ///< 128 plus the number: IQ4_NL, IQ4_XS
 };
-/// [16]; not of kNone.
+/// [16], aligned for a vector of them; not of kNone.
 const uint8_t* codebook_levels(Codebook codebook);
 
 struct BlockShape {

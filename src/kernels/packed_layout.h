@@ -14,6 +14,14 @@
 /// Rows past the end are zero. A panel of mxfp4, mxfp8 or nvfp4 has all its scales first, a byte each:
 ///
 ///     [groups][16 scales], up to a whole line, then per group its lines: nibbles are E2M1 codes, bytes E4M3 ones
+///
+/// A panel of GGUF's blocks of 256 columns keeps their two levels of scales. Per block it is
+///
+///     [16 d][16 dmin]  f16, then lines of the groups' integers, then the groups' lines
+///
+/// where a row's integers, those of the scales and then those of the minima, are again two planes: the low 4 bits, 8
+/// to a u32, then the bits above (`integer_planes`). Codes of such a panel, or of one with scales of f16, may stand for
+/// the levels of a codebook (gguf_blocks.h).
 
 #include <algorithm>
 #include <cstddef>
@@ -22,6 +30,7 @@
 #include <new>
 #include <vector>
 
+#include "kernels/gguf_blocks.h"
 #include "kernels/packed_linear.h"
 
 namespace torpor::kernels {
@@ -32,6 +41,8 @@ inline constexpr int kGatedPanel = 8;
 inline constexpr size_t kAlignment = 64;
 /// Columns of the largest group.
 inline constexpr int kLargestGroup = 128;
+/// Columns of a block whose scales have two levels.
+inline constexpr int kTwoLevelColumns = 256;
 
 /// Uninitialised memory aligned for any vector.
 template <class T>
@@ -73,10 +84,13 @@ struct PackedPart {
   int group = 0;   ///< of quantized weights; 0 = float weights
   Planes planes;
   Type scale_type = Type::kF32;  ///< of affine weights
+  Codebook codebook = Codebook::kNone;    ///< of affine weights
+  const BlockShape* two_level = nullptr;  ///< of affine weights whose scales have two levels
   int first = 0;   ///< output column of the first panel
   int n = 0;       ///< output columns
   int panels = 0;
-  size_t group_bytes = 0;  ///< of quantized weights: scales, biases and lines; without biases lines alone
+  size_t group_bytes = 0;  ///< of quantized weights: scales, biases and lines; lines alone where scales lie elsewhere
+  size_t block_bytes = 0;  ///< of two levels: a block's scales and lines
   size_t byte_scales = 0;  ///< without biases: the bytes before the first line
   size_t panel_bytes = 0;
   std::shared_ptr<std::byte> data;  ///< [panels][panel_bytes]
@@ -84,17 +98,38 @@ struct PackedPart {
 
   const std::byte* panel(int i) const { return data.get() + size_t(i) * panel_bytes; }
   /// Whether kernels read the weights where they lie: floats, 4 and 8 bits. Else they read bytes made of them.
-  bool read_in_place() const { return group == 0 || (type == Type::kAffine && planes.low >= 4 && planes.high == 0); }
+  bool read_in_place() const {
+    if (group == 0) return true;
+    return type == Type::kAffine && planes.low >= 4 && planes.high == 0 && codebook == Codebook::kNone && !two_level;
+  }
   /// Whether a weight is an integer times its group's scale, plus a bias.
   bool integers() const { return group > 0 && type != Type::kMxfp8; }
   /// The bits of an integer in the words that kernels read.
   int word_bits() const { return read_in_place() ? planes.low : 8; }
-  /// Group `g` of a panel.
+  /// Group `g` of a panel. Of two levels the scales are those of its block.
   const std::byte* scales(const std::byte* panel, int g) const {
+    if (two_level != nullptr) return panel + size_t(g / groups_of_block()) * block_bytes;
     return panel + size_t(g) * (byte_scales > 0 ? size_t(kPanel) : group_bytes);
   }
   const std::byte* lines(const std::byte* panel, int g) const {
+    if (two_level != nullptr) {
+      return scales(panel, g) + two_level_bytes() + size_t(g % groups_of_block()) * group_bytes;
+    }
     return panel + size_t(g) * group_bytes + (byte_scales > 0 ? byte_scales : 2 * kPanel * type_size(scale_type));
+  }
+  /// Of two levels.
+  int groups_of_block() const { return kTwoLevelColumns / group; }
+  struct IntegerPlanes {
+    int high_bits, low_lines, high_lines;
+  };
+  IntegerPlanes integer_planes() const {
+    const int count = groups_of_block() * (two_level->minima ? 2 : 1), high = two_level->scale_bits - 4;
+    return {high, (count + 7) / 8, (count * high + 31) / 32};
+  }
+  /// A block's bytes before its first group.
+  size_t two_level_bytes() const {
+    const IntegerPlanes integers = integer_planes();
+    return size_t(1 + integers.low_lines + integers.high_lines) * kAlignment;
   }
   /// A group's lines of one plane.
   size_t plane_bytes(int width) const { return size_t(group * width / 32) * kAlignment; }

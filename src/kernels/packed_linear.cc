@@ -1,6 +1,9 @@
 #include "kernels/packed_linear.h"
 
 #include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -22,6 +25,18 @@ void check(const WeightSource& s) {
   if (s.n < 1 || s.k < 1) invalid("A weight must have at least one row and one column.");
   if (s.weight == nullptr) invalid("A weight has no data.");
   if (s.bias != nullptr && !is_float(s.bias_type)) invalid("An additive bias can't be quantized.");
+  if (s.neighbour_heads != 0 && (s.neighbour_heads < 0 || s.n % (2 * s.neighbour_heads) != 0)) {
+    invalid("A weight of " + std::to_string(s.n) + " rows is not " + std::to_string(s.neighbour_heads) +
+            " heads of pairs.");
+  }
+  if (s.blocks) {
+    const GgmlTypeInfo& info = ggml_type_info(*s.blocks);
+    if (block_shape(*s.blocks).bits == 0) invalid(std::string("Weights of ") + info.name + " are no blocks.");
+    if (s.k % info.columns != 0) {
+      invalid("A weight of " + std::to_string(s.k) + " columns is not whole blocks of " + info.name + ".");
+    }
+    return;
+  }
   if (is_float(s.type)) return;
   check_format(s);
   if (!is_float(s.scale_type)) invalid("Scales can't be quantized.");
@@ -29,16 +44,132 @@ void check(const WeightSource& s) {
 }
 
 bool same_format(const WeightSource& a, const WeightSource& b) {
+  if (a.blocks || b.blocks) return a.blocks == b.blocks;
   if (a.type != b.type) return false;
   return is_float(a.type) || (a.bits == b.bits && a.group == b.group && a.scale_type == b.scale_type);
 }
 
 struct RowRef {
   const WeightSource* source = nullptr;
-  int row = 0;
+  int row = 0;  // in the source
 };
 
-void write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref) {
+/// Where the source has what is row `row` of the packed weight.
+RowRef row_ref(const WeightSource& source, int row) {
+  if (source.neighbour_heads == 0) return {&source, row};
+  const int dim = source.n / source.neighbour_heads, i = row % dim;
+  return {&source, row - i + (i < dim / 2 ? 2 * i : 2 * (i - dim / 2) + 1)};
+}
+
+/// Of a row's blocks.
+const std::byte* blocks_of(const WeightSource& source, int row) {
+  const GgmlTypeInfo& info = ggml_type_info(*source.blocks);
+  const size_t row_bytes = size_t(source.k / info.columns) * size_t(info.bytes);
+  return static_cast<const std::byte*>(source.weight) + size_t(row) * row_bytes;
+}
+
+/// An f16 that is `value`; nullopt where none is.
+std::optional<uint16_t> exact_half(float value) {
+  const auto sign = uint16_t(std::signbit(value) ? 0x8000 : 0);
+  const float magnitude = std::abs(value);
+  if (!(magnitude <= 65504)) return std::nullopt;
+  if (magnitude < 0x1p-14f) {
+    const float steps = magnitude * 0x1p24f;
+    return steps == std::floor(steps) ? std::optional(uint16_t(sign | uint16_t(steps))) : std::nullopt;
+  }
+  const auto bits = std::bit_cast<uint32_t>(magnitude);
+  return (bits & 0x1fff) == 0 ? std::optional(uint16_t(sign | uint16_t((bits >> 13) - (112 << 10)))) : std::nullopt;
+}
+
+/// Ors the 4 low bits of integer `i` of a row, and those above, to its words in a block's lines.
+void write_integer(const PackedPart::IntegerPlanes& planes, std::byte* lines, int lane, int i, uint8_t integer) {
+  const auto add = [&](int line, int shift, uint32_t bits) {
+    std::byte* at = lines + size_t(line) * kAlignment + size_t(lane) * 4;
+    uint32_t word;
+    std::memcpy(&word, at, 4);
+    word |= bits << shift;
+    std::memcpy(at, &word, 4);
+  };
+  add(i / 8, i % 8 * 4, integer & 15);
+  if (planes.high_bits == 0) return;
+  const int per_line = 32 / planes.high_bits;
+  add(planes.low_lines + i / per_line, i % per_line * planes.high_bits, integer >> 4);
+}
+
+uint8_t read_integer(const PackedPart::IntegerPlanes& planes, const std::byte* lines, int lane, int i) {
+  const auto word = [&](int line) {
+    uint32_t bits;
+    std::memcpy(&bits, lines + size_t(line) * kAlignment + size_t(lane) * 4, 4);
+    return bits;
+  };
+  const uint32_t low = word(i / 8) >> (i % 8 * 4) & 15;
+  if (planes.high_bits == 0) return uint8_t(low);
+  const int per_line = 32 / planes.high_bits;
+  const uint32_t high = word(planes.low_lines + i / per_line) >> (i % per_line * planes.high_bits);
+  return uint8_t(low | (high & ((1u << planes.high_bits) - 1)) << 4);
+}
+
+/// The scales of group `g` of a row, of the block that holds it.
+void write_two_level(const PackedPart& part, std::byte* block, int lane, int g, const BlockScales& scales) {
+  const PackedPart::IntegerPlanes planes = part.integer_planes();
+  std::byte* integers = block + kAlignment;
+  const int groups = part.groups_of_block();
+  if (g % groups == 0) {
+    std::memcpy(block + size_t(lane) * 2, &scales.d, 2);
+    std::memcpy(block + size_t(kPanel + lane) * 2, &scales.dmin, 2);
+    for (int line = 0; line < planes.low_lines + planes.high_lines; ++line) {
+      std::memset(integers + size_t(line) * kAlignment + size_t(lane) * 4, 0, 4);
+    }
+  }
+  write_integer(planes, integers, lane, g % groups, scales.scale);
+  if (part.two_level->minima) write_integer(planes, integers, lane, groups + g % groups, scales.min);
+}
+
+GroupAffine read_two_level(const PackedPart& part, const std::byte* block, int lane, int g) {
+  const PackedPart::IntegerPlanes planes = part.integer_planes();
+  const BlockShape& shape = *part.two_level;
+  const int groups = part.groups_of_block();
+  const float d = load_float(block, Type::kF16, size_t(lane));
+  const float dmin = load_float(block, Type::kF16, size_t(kPanel + lane));
+  const auto integer = [&](int i) { return int(read_integer(planes, block + kAlignment, lane, i)); };
+  const float scale = d * float(integer(g % groups) - shape.scale_zero);
+  if (!shape.minima) return {scale, -float(shape.zero) * scale};
+  return {scale, -(dmin * float(integer(groups + g % groups)))};
+}
+
+/// A row of blocks. False when a bias of its groups is no f16, and the part has such.
+bool write_blocks(const PackedPart& part, std::byte* panel, int lane, int k, const RowRef& ref) {
+  const GgmlType type = *ref.source->blocks;
+  const int per_block = ggml_type_info(type).columns / part.group;
+  const std::byte* block = blocks_of(*ref.source, ref.row);
+  uint8_t codes[kLargestGroup] = {};
+  bool exact = true;
+  for (int g = 0; g < k / part.group; ++g) {
+    std::byte* scales = const_cast<std::byte*>(part.scales(panel, g));
+    const GroupAffine affine = read_block_affine(type, block, g % per_block);
+    if (part.two_level != nullptr) {
+      write_two_level(part, scales, lane, g, read_block_scales(type, block, g % per_block));
+    } else if (part.byte_scales > 0) {
+      scales[lane] = block[0];
+    } else if (part.scale_type == Type::kF32) {
+      std::memcpy(scales + size_t(lane) * 4, &affine.scale, 4);
+      std::memcpy(scales + size_t(kPanel + lane) * 4, &affine.bias, 4);
+    } else {
+      const std::optional<uint16_t> scale = exact_half(affine.scale), bias = exact_half(affine.bias);
+      exact &= scale && bias;
+      const uint16_t halves[] = {scale.value_or(0), bias.value_or(0)};
+      std::memcpy(scales + size_t(lane) * 2, &halves[0], 2);
+      std::memcpy(scales + size_t(kPanel + lane) * 2, &halves[1], 2);
+    }
+    read_block_codes(type, block, g % per_block, codes);
+    write_planes(part, lane, codes, const_cast<std::byte*>(part.lines(panel, g)));
+    if ((g + 1) % per_block == 0) block += ggml_type_info(type).bytes;
+  }
+  return exact;
+}
+
+/// False as write_blocks.
+bool write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref) {
   std::byte* panel = part.data.get() + size_t(packed_row / kPanel) * part.panel_bytes;
   const int lane = packed_row % kPanel;
   if (part.group == 0) {
@@ -52,15 +183,17 @@ void write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref)
         std::memset(to, 0, size);
       }
     }
-    return;
+    return true;
   }
+  if (ref.source != nullptr && ref.source->blocks) return write_blocks(part, panel, lane, k, ref);
   // Of a group: an affine one's scale and bias, floats; else a scale of one byte.
   const size_t size = part.byte_scales > 0 ? 1 : type_size(part.scale_type);
   const int groups = k / part.group, numbers = part.byte_scales > 0 ? 1 : 2;
   uint8_t codes[kLargestGroup] = {};
   for (int g = 0; g < groups; ++g) {
+    if (part.two_level != nullptr) write_two_level(part, const_cast<std::byte*>(part.scales(panel, g)), lane, g, {});
     const size_t of_source = size_t(ref.row) * groups + g;
-    for (int i = 0; i < numbers; ++i) {
+    for (int i = 0; i < numbers && part.two_level == nullptr; ++i) {
       std::byte* to = const_cast<std::byte*>(part.scales(panel, g)) + size_t(i * kPanel + lane) * size;
       if (ref.source == nullptr) {
         std::memset(to, 0, size);
@@ -72,40 +205,66 @@ void write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref)
     if (ref.source != nullptr) read_codes(*ref.source, of_source, codes);
     write_planes(part, lane, codes, const_cast<std::byte*>(part.lines(panel, g)));
   }
+  return true;
+}
+
+/// How a part keeps the source's weights.
+void set_format(PackedPart& part, const WeightSource& source) {
+  part.type = source.type;
+  if (source.blocks) {
+    const BlockShape& shape = block_shape(*source.blocks);
+    part.type = shape.codebook == Codebook::kE2m1 ? Type::kMxfp4 : Type::kAffine;
+    part.group = shape.group;
+    part.planes = planes_of(shape.bits, shape.group);
+    part.scale_type = Type::kF16;
+    if (shape.codebook != Codebook::kE2m1) part.codebook = shape.codebook;
+    if (shape.scale_bits != 0) part.two_level = &shape;
+  } else if (!is_float(part.type)) {
+    part.group = source.group;
+    part.planes = planes_of(source.bits, source.group);
+    part.scale_type = source.scale_type;
+  }
 }
 
 /// Packs rows given in packed order (a RowRef without source is padding); size a multiple of 16.
-void pack_part(PackedPart& part, int k, const std::vector<RowRef>& rows) {
-  const WeightSource& format = *rows.front().source;
-  part.type = format.type;
+void pack_rows(PackedPart& part, int k, const std::vector<RowRef>& rows) {
   part.panels = int(rows.size()) / kPanel;
-  if (!is_float(part.type)) {
-    part.group = format.group;
-    part.planes = planes_of(format.bits, format.group);
-    part.scale_type = format.scale_type;
+  if (part.group != 0) {
     const size_t groups = size_t(k / part.group);
     part.group_bytes = part.plane_bytes(part.planes.low + part.planes.high);
-    if (part.type == Type::kAffine) {
+    if (part.two_level != nullptr) {
+      part.block_bytes = part.two_level_bytes() + part.group_bytes * size_t(part.groups_of_block());
+    } else if (part.type == Type::kAffine) {
       part.group_bytes += 2 * kPanel * type_size(part.scale_type);
     } else {
       part.byte_scales = (groups * kPanel + kAlignment - 1) / kAlignment * kAlignment;
     }
-    part.panel_bytes = part.byte_scales + part.group_bytes * groups;
+    part.panel_bytes = part.two_level != nullptr ? part.block_bytes * size_t(k / kTwoLevelColumns)
+                                                 : part.byte_scales + part.group_bytes * groups;
   } else {
     part.panel_bytes = size_t(k) * kPanel * type_size(part.type);
   }
   part.data = allocate_weights(part.panel_bytes * size_t(part.panels));
   const bool with_bias = std::any_of(rows.begin(), rows.end(), [](const RowRef& r) { return r.source && r.source->bias; });
   if (with_bias) part.bias = AlignedBuffer<float>(rows.size());
+  std::atomic<bool> exact = true;
   ThreadPool::shared().parallel_for(size_t(part.panels), [&](size_t panel, int) {
     for (size_t row = panel * kPanel; row < (panel + 1) * kPanel; ++row) {
-      write_row(part, k, int(row), rows[row]);
+      if (!write_row(part, k, int(row), rows[row])) exact = false;
       if (with_bias) {
         const WeightSource* s = rows[row].source;
         part.bias.data()[row] = s && s->bias ? load_float(s->bias, s->bias_type, size_t(rows[row].row)) : 0.0f;
       }
     }
   });
+  if (exact) return;
+  part.scale_type = Type::kF32;  // of scales that no model has
+  pack_rows(part, k, rows);
+}
+
+void pack_part(PackedPart& part, int k, const std::vector<RowRef>& rows) {
+  set_format(part, *rows.front().source);
+  pack_rows(part, k, rows);
 }
 
 void read_row(const PackedPart& part, int k, int packed_row, float* out) {
@@ -118,10 +277,18 @@ void read_row(const PackedPart& part, int k, int packed_row, float* out) {
   uint8_t codes[kLargestGroup];
   for (int g = 0; g < k / part.group; ++g, out += part.group) {
     const std::byte* scales = part.scales(panel, g);
-    const float scale = load_scale(part.type, part.scale_type, scales, size_t(lane));
-    const float bias = part.type == Type::kAffine ? load_float(scales, part.scale_type, kPanel + lane) : 0;
+    GroupAffine of;
+    if (part.two_level != nullptr) {
+      of = read_two_level(part, scales, lane, g);
+    } else {
+      of.scale = load_scale(part.type, part.scale_type, scales, size_t(lane));
+      if (part.type == Type::kAffine) of.bias = load_float(scales, part.scale_type, size_t(kPanel + lane));
+    }
     read_planes(part, lane, part.lines(panel, g), codes);
-    dequantize(part.type, codes, part.group, scale, bias, out);
+    if (part.codebook != Codebook::kNone) {
+      for (int i = 0; i < part.group; ++i) codes[i] = codebook_levels(part.codebook)[codes[i]];
+    }
+    dequantize(part.type, codes, part.group, of.scale, of.bias, out);
   }
 }
 
@@ -130,6 +297,7 @@ std::vector<float> to_f32(const WeightSource& s) {
   std::vector<float> out(size_t(s.n) * s.k);
   ThreadPool::shared().parallel_for(size_t(s.n), [&](size_t row, int) {
     float* to = out.data() + row * s.k;
+    if (s.blocks) return dequantize_blocks(*s.blocks, blocks_of(s, int(row)), s.k, to);
     if (is_float(s.type)) {
       for (int i = 0; i < s.k; ++i) to[i] = load_float(s.weight, s.type, row * s.k + i);
       return;
@@ -150,6 +318,7 @@ WeightSource as_f32(const WeightSource& s, const std::vector<float>& values) {
   out.weight = values.data();
   out.bits = out.group = 0;
   out.scales = out.biases = nullptr;
+  out.blocks.reset();
   return out;
 }
 
@@ -173,7 +342,7 @@ std::shared_ptr<const PackedLinear> PackedLinear::pack(const std::vector<WeightS
     std::vector<RowRef> rows;
     size_t j = i;
     for (; j < sources.size() && same_format(sources[i], sources[j]); ++j) {
-      for (int row = 0; row < sources[j].n; ++row) rows.push_back({&sources[j], row});
+      for (int row = 0; row < sources[j].n; ++row) rows.push_back(row_ref(sources[j], row));
     }
     part.n = int(rows.size());
     rows.resize((rows.size() + kPanel - 1) / kPanel * kPanel);
@@ -202,7 +371,7 @@ std::shared_ptr<const PackedLinear> PackedLinear::pack_gated(const WeightSource&
   std::vector<RowRef> rows;
   for (int first = 0; first < gate.n; first += kGatedPanel) {
     for (const WeightSource* s : {&gate, &up}) {
-      for (int row = first; row < first + kGatedPanel; ++row) rows.push_back(row < gate.n ? RowRef{s, row} : RowRef{});
+      for (int row = first; row < first + kGatedPanel; ++row) rows.push_back(row < gate.n ? row_ref(*s, row) : RowRef{});
     }
   }
   PackedPart part;

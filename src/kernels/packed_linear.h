@@ -4,8 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "base/gguf.h"
 #include "torpor/compute_options.h"
 
 namespace torpor::kernels {
@@ -13,7 +15,8 @@ namespace torpor::kernels {
 /// One projection as it stands in a checkpoint: `[N, K]` row-major, or MLX affine: `w = scale * q + bias` per group
 /// along K, a row's q a stream of `bits` each, low bits first, in u32 words `[N, K * bits / 32]`, scales and biases
 /// `[N, K / group]`. Or floats of fewer bits: `w = scale * code`, codes E2M1 of 4 bits (mxfp4, nvfp4) or E4M3 of 8
-/// (mxfp8), scales of a byte each, E8M0 (mxfp4, mxfp8) or E4M3 (nvfp4), and no biases.
+/// (mxfp8), scales of a byte each, E8M0 (mxfp4, mxfp8) or E4M3 (nvfp4), and no biases. Or rows of GGUF's blocks
+/// (gguf_blocks.h), which have all of that in themselves.
 struct WeightSource {
   enum class Type { kF32, kF16, kBF16, kAffine, kMxfp4, kMxfp8, kNvfp4 };
   Type type = Type::kF32;
@@ -25,6 +28,10 @@ struct WeightSource {
   const void* biases = nullptr;
   const void* bias = nullptr;                            ///< optional additive bias [N], of `bias_type`
   Type bias_type = Type::kF32;
+  std::optional<GgmlType> blocks;  ///< a quantized type: in place of `type`, and of bits, group and scales
+  /// Not 0: rows, and `bias`, are of so many heads, and come as neighbours rotate, 2i and 2i + 1. They are packed as i
+  /// and i + half a head rotate.
+  int neighbour_heads = 0;
 };
 
 class PackedLinear {

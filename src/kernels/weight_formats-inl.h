@@ -38,26 +38,26 @@ HWY_INLINE VU PlaneBytes(const std::byte* plane, int vector) {
   }
 }
 
-// E2M1 codes become 12 + 2 * what they stand for: bytes without a sign, whose group has half its scale, and -12 times
-// that
-// as its bias.
+// The levels of codes: bytes without a sign. Those of E2M1 are 12 + 2 * the number; such a group has half its scale,
+// and -12 times that as its bias.
 constexpr int kE2m1Zero = 12;
-HWY_INLINE VU E2m1Levels(VU codes) {
-  HWY_ALIGN static constexpr uint8_t kLevels[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+HWY_INLINE VU LevelsOf(const uint8_t* levels, VU codes) {
 #if HWY_TARGET == HWY_SCALAR
   const uint32_t four = hn::GetLane(codes);
-  uint32_t levels = 0;
-  for (int i = 0; i < 32; i += 8) levels |= uint32_t(kLevels[(four >> i) & 15]) << i;
-  return hn::Set(DU(), levels);
+  uint32_t out = 0;
+  for (int i = 0; i < 32; i += 8) out |= uint32_t(levels[(four >> i) & 15]) << i;
+  return hn::Set(DU(), out);
 #else
   const hn::Repartition<uint8_t, DU> d8;
-  return hn::BitCast(DU(), hn::TableLookupBytes(hn::LoadDup128(d8, kLevels), hn::BitCast(d8, codes)));
+  return hn::BitCast(DU(), hn::TableLookupBytes(hn::LoadDup128(d8, levels), hn::BitCast(d8, codes)));
 #endif
 }
 
 // As much of the next panel, `ahead` bytes on, is brought into the cache as is read of this one.
-template <int kLow, int kHigh, bool kE2m1 = false>
-void JoinPlanes(const PackedPart& part, const std::byte* lines, ptrdiff_t ahead, uint32_t* HWY_RESTRICT out) {
+// Where there are `levels`, codes become these.
+template <int kLow, int kHigh, bool kLevels = false>
+void JoinPlanes(const PackedPart& part, const std::byte* lines, ptrdiff_t ahead, uint32_t* HWY_RESTRICT out,
+                const uint8_t* levels = nullptr) {
   // Words of 4 columns that fill whole lines of both planes.
   constexpr int kWords = kHigh == 0 ? 8 / kLow : 8 / std::min(kLow, kHigh);
   const std::byte* high = lines + part.plane_bytes(kLow);
@@ -67,7 +67,7 @@ void JoinPlanes(const PackedPart& part, const std::byte* lines, ptrdiff_t ahead,
         const auto join = [&]<int kWord>() HWY_ATTR {
           VU bytes = PlaneBytes<kLow, 0, kWord>(lines, v);
           if constexpr (kHigh != 0) bytes = hn::Or(bytes, PlaneBytes<kHigh, kLow, kWord>(high, v));
-          if constexpr (kE2m1) bytes = E2m1Levels(bytes);
+          if constexpr (kLevels) bytes = LevelsOf(levels, bytes);
           hn::Store(bytes, DU(), out + kWord * kPanel + v * kLanes);
         };
         (join.template operator()<int(kI)>(), ...);
@@ -101,11 +101,46 @@ HWY_INLINE VF ByteScales(Type type, const std::byte* scales, int i) {
   return hn::BitCast(DF(), hn::Max(hn::ShiftLeft<23>(bytes), hn::Set(DU(), 0x00400000u)));
 }
 
+// The scales and biases of group `g`, of a block at `block` whose scales have two levels: read_block_affine's.
+void TwoLevelScales(const PackedPart& part, const std::byte* block, int g, ptrdiff_t ahead, float* HWY_RESTRICT out) {
+  const BlockShape& shape = *part.two_level;
+  const auto planes = part.integer_planes();
+  const std::byte* lines = block + kAlignment;
+  const int groups = part.groups_of_block(), of_block = g % groups;
+  if (of_block == 0) {
+    for (int i = 0; i <= planes.low_lines + planes.high_lines; ++i) hwy::Prefetch(block + ahead + i * int(kAlignment));
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    const auto integer = [&](int i) HWY_ATTR {
+      VU value = hn::And(hn::ShiftRightSame(LoadLine(lines + i / 8 * kAlignment, v), i % 8 * 4), hn::Set(DU(), 15));
+      if (planes.high_bits != 0) {
+        const int per_line = 32 / planes.high_bits;
+        const std::byte* line = lines + size_t(planes.low_lines + i / per_line) * kAlignment;
+        const VU above = hn::ShiftRightSame(LoadLine(line, v), i % per_line * planes.high_bits);
+        value = hn::Or(value, hn::ShiftLeft<4>(hn::And(above, hn::Set(DU(), (1u << planes.high_bits) - 1))));
+      }
+      return hn::BitCast(DI(), value);
+    };
+    const VF d = LoadFloats<Type::kF16>(block, size_t(v * kLanes));
+    const auto centred = hn::Sub(integer(of_block), hn::Set(DI(), shape.scale_zero));
+    const VF scale = hn::Mul(d, hn::ConvertTo(DF(), centred));
+    VF bias;
+    if (shape.minima) {
+      const VF dmin = LoadFloats<Type::kF16>(block, size_t(kPanel + v * kLanes));
+      bias = hn::Neg(hn::Mul(dmin, hn::ConvertTo(DF(), integer(groups + of_block))));
+    } else {
+      bias = hn::Mul(hn::Set(DF(), -float(shape.zero)), scale);
+    }
+    hn::Store(scale, DF(), out + v * kLanes);
+    hn::Store(bias, DF(), out + kPanel + v * kLanes);
+  }
+}
+
 // Group `g` of a panel.
 void GroupAsBytes(const PackedPart& part, const std::byte* panel, int g, ptrdiff_t ahead, uint32_t* lines, float* scales) {
   const std::byte *group = part.scales(panel, g), *from = part.lines(panel, g);
   if (part.type != Type::kAffine) {
-    JoinPlanes<4, 0, true>(part, from, ahead, lines);
+    JoinPlanes<4, 0, true>(part, from, ahead, lines, codebook_levels(Codebook::kE2m1));
     for (int i = 0; i < kPanel; i += kLanes) {
       const VF half = hn::Mul(ByteScales(part.type, group, i), hn::Set(DF(), 0.5f));
       hn::Store(half, DF(), scales + i);
@@ -114,10 +149,16 @@ void GroupAsBytes(const PackedPart& part, const std::byte* panel, int g, ptrdiff
     return;
   }
   const auto [low, high] = part.planes;
+  if (part.codebook != Codebook::kNone) {
+    JoinPlanes<4, 0, true>(part, from, ahead, lines, codebook_levels(part.codebook));
+  } else if (low == 4 && high == 0) {
+    JoinPlanes<4, 0>(part, from, ahead, lines);
+  }
   if (low == 2 && high == 0) JoinPlanes<2, 0>(part, from, ahead, lines);
   if (low == 2 && high == 1) JoinPlanes<2, 1>(part, from, ahead, lines);
   if (low == 4 && high == 1) JoinPlanes<4, 1>(part, from, ahead, lines);
   if (low == 4 && high == 2) JoinPlanes<4, 2>(part, from, ahead, lines);
+  if (part.two_level != nullptr) return TwoLevelScales(part, group, g, ahead, scales);
   if (part.scale_type == Type::kF32) StoreScales<Type::kF32>(group, scales);
   if (part.scale_type == Type::kF16) StoreScales<Type::kF16>(group, scales);
   if (part.scale_type == Type::kBF16) StoreScales<Type::kBF16>(group, scales);
