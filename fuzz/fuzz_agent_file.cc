@@ -1,4 +1,4 @@
-/// Agent files, parts, exports, segments and messages: any bytes give a file whose parts agree with each other, or kCorruption
+/// Agent files, parts, exports, segments, states and messages: any bytes give a file whose parts agree with each other, or kCorruption
 /// (kIncompatible for a format version to come).
 
 #include <cstddef>
@@ -12,6 +12,7 @@
 #include "store/agent_file.h"
 #include "store/messages.h"
 #include "store/segment.h"
+#include "store/state_file.h"
 #include "torpor/error.h"
 
 namespace {
@@ -55,6 +56,12 @@ void check_agent(const torpor::AgentFile& agent, uint64_t file_size, bool is_exp
     rows += part.rows;
   }
   require(end == agent.first);
+  int64_t before = 0;
+  for (const torpor::StateRef& state : torpor::states_of(agent.info)) {
+    require(state.position > before && state.position <= agent.info.cache_size);
+    require(is_export ? state.file.empty() && agent.file.state_tensors > 0 : torpor::is_hex_digest(state.file));
+    before = state.position;
+  }
   require(is_export ? agent.info.segments.empty()
                     : int64_t(agent.info.segments.size()) * torpor::kSegmentTokens + rows == agent.info.cache_size);
 }
@@ -64,6 +71,13 @@ void check_all(std::span<const std::byte> bytes) {
   attempt([&] { check_agent(torpor::parse_agent_file(bytes, size, "fuzzed"), size, false); });
   attempt([&] { check_agent(torpor::parse_export_file(bytes, size, "fuzzed"), size, true); }, true);
   attempt([&] { check(torpor::parse_segment_file(bytes, size, "fuzzed").file, size); });
+  attempt([&] {
+    const torpor::StateFile state = torpor::parse_state_file(bytes, size, "fuzzed");
+    check(state.file, size);
+    uint64_t state_bytes = 0;
+    for (const auto& tensor : state.file.state()) state_bytes += tensor.size();
+    require(state.layout.bytes() == state_bytes && state.file.n_tokens < torpor::kSegmentTokens);
+  });
   static const torpor::KnownLayout layout{"layer_0_keys:F16:1:2:0:rows,layer_0_values:F16:1:2:0:rows", 8};
   attempt([&] {
     const torpor::PartFile part = torpor::parse_part_file(bytes, size, "fuzzed", layout);

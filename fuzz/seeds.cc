@@ -37,6 +37,19 @@ torpor::KvSnapshot with_state(torpor::KvSnapshot snapshot) {
   return snapshot;
 }
 
+/// Of a model with recurrent layers: with the state after `n` tokens, and after the last.
+torpor::KvSnapshot with_states(torpor::KvSnapshot snapshot, int64_t n) {
+  snapshot.state_layout.tensors = {{"layer_1_conv", torpor::KvDtype::kF32, {2}},
+                                   {"layer_1_recurrent", torpor::KvDtype::kF16, {1, 2}}};
+  const auto buffer = torpor::allocate_heap_buffer(12);
+  std::fill_n(buffer.get(), 12, std::byte{3});
+  for (const int64_t position : {n, int64_t(snapshot.tokens.size())}) {
+    snapshot.states.push_back(std::make_shared<const torpor::StateCheckpoint>(
+        position, std::span<const std::byte>(buffer.get(), 12), buffer));
+  }
+  return snapshot;
+}
+
 /// Of one layer whose heads have 32 dims, 4 of which are seen behind.
 torpor::KvSnapshot make_prompt_cache(const torpor::KvFormat& format, const char* architecture) {
   torpor::KvSnapshot snapshot = make(6, format.dtype);
@@ -82,6 +95,8 @@ int main(int argc, char** argv) {
     save("state", with_state(make(3, torpor::KvDtype::kF16)));
     save("state-alone", with_state({}));
     store.export_agent("short", directory / "export.safetensors");
+    save("states", with_states(make(5, torpor::KvDtype::kF16), 3));
+    store.export_agent("states", directory / "export-states.safetensors");
     std::filesystem::create_directory(directory / "prompt_cache");
     torpor::Store prompt_caches(directory / "prompt_cache_store");
     const auto write = [&](const std::string& name, const torpor::KvFormat& format, const char* architecture) {

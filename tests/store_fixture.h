@@ -113,6 +113,26 @@ inline KvSnapshot with_state(KvSnapshot snapshot, uint32_t seed = 7) {
   return snapshot;
 }
 
+inline StateLayout small_state_layout() {
+  return {{{"layer_2_conv", KvDtype::kF32, {3, 2}}, {"layer_2_recurrent", KvDtype::kF16, {2, 2, 3}}}};
+}
+
+/// The state after `position` tokens, whose bytes depend on (seed, position) alone.
+inline std::shared_ptr<const StateCheckpoint> make_state(int64_t position, uint32_t seed = 1) {
+  const size_t size = small_state_layout().bytes();
+  const auto buffer = allocate_heap_buffer(size);
+  for (size_t i = 0; i < size; ++i) buffer.get()[i] = std::byte(seed * 131 + size_t(position) * 7 + i);
+  return std::make_shared<const StateCheckpoint>(position, std::span<const std::byte>(buffer.get(), size), buffer);
+}
+
+/// `snapshot` of a model with recurrent layers: with states after these numbers of tokens, and after its last.
+inline KvSnapshot with_states(KvSnapshot snapshot, std::vector<int64_t> positions = {}, uint32_t seed = 1) {
+  snapshot.state_layout = small_state_layout();
+  if (!snapshot.tokens.empty()) positions.push_back(int64_t(snapshot.tokens.size()));
+  for (const int64_t position : positions) snapshot.states.push_back(make_state(position, seed));
+  return snapshot;
+}
+
 /// A snapshot whose rows are in pieces that lie apart in memory, in no order.
 struct Scattered {
   explicit Scattered(const KvSnapshot& whole, size_t piece = 300) : snapshot(whole) {
@@ -184,6 +204,15 @@ inline ::testing::AssertionResult same(const KvSnapshot& a, const KvSnapshot& b)
     const KvState &x = a.state[i], &y = b.state[i];
     if (x.name != y.name || x.dtype != y.dtype || x.shape != y.shape || !std::ranges::equal(x.bytes, y.bytes)) {
       return ::testing::AssertionFailure() << "state " << i << " differs";
+    }
+  }
+  if (a.states.empty() != b.states.empty()) return ::testing::AssertionFailure() << "one has no state";
+  if (!a.states.empty()) {
+    // Of states the last one counts: a load gives no other.
+    const StateCheckpoint &x = *a.states.back(), &y = *b.states.back();
+    if (!(a.state_layout == b.state_layout)) return ::testing::AssertionFailure() << "layouts of states differ";
+    if (x.position() != y.position() || !std::ranges::equal(x.bytes(), y.bytes())) {
+      return ::testing::AssertionFailure() << "states after " << x.position() << " and " << y.position() << " differ";
     }
   }
   return ::testing::AssertionSuccess();

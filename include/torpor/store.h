@@ -49,10 +49,18 @@ struct StoredMessage {
   bool operator==(const StoredMessage&) const = default;
 };
 
+/// A state that a conversation can go on from: that after its first `position` tokens.
+struct StateRef {
+  int64_t position = 0;
+  std::string file;  ///< name of its state file, 32 hex digits
+  bool operator==(const StateRef&) const = default;
+};
+
 /// What an agent's owner keeps with it that is not the caller's metadata.
 struct AgentNotes {
   std::vector<StoredMessage> messages;  ///< in order; what was saved before is not written again
   RecordMetadata record;
+  std::vector<StateRef> states;         ///< of the agent on disk, to be kept beside those of the snapshot
 };
 
 /// What people and programs read about an agent without opening its tensors. Mirrored in the sidecar JSON.
@@ -66,10 +74,14 @@ struct AgentInfo {
   int64_t cache_size = 0;       ///< tokens
   std::string created_at;       ///< RFC 3339, UTC
   std::string updated_at;
-  int64_t bytes = 0;            ///< agent file and parts plus the segments it names
+  int64_t bytes = 0;            ///< agent file and parts plus the segments and states it names
   int64_t tail_bytes = 0;       ///< agent file and parts alone
   std::vector<std::string> segments;
   std::vector<std::string> parts;  ///< its own in `parts/`, UID-NAME each, first to last
+  /// Of a model with recurrent layers: the states on disk that it can go on from, first to last. Rows behind the last
+  /// one are of no use before that state is computed again. nullopt: it has no such layers.
+  std::optional<std::vector<StateRef>> states;
+  int64_t state_bytes = 0;      ///< of their files, which `bytes` has too
   UserMetadata user;
   RecordMetadata record;
 };
@@ -79,7 +91,12 @@ struct SaveResult {
   int segments_written = 0;
   int segments_shared = 0;  ///< already on disk, by this agent's last save or another's
   std::vector<std::string> segments;  ///< the names of all, first to last
+  int states_written = 0;
+  std::vector<StateRef> states;       ///< all, first to last
 };
+
+/// From how many of its first `n_tokens` tokens an agent on disk can go on: all of them, or those up to a state.
+int64_t resumable_tokens(const AgentInfo& info, int64_t n_tokens);
 
 struct LoadedAgent {
   AgentInfo info;
@@ -107,6 +124,12 @@ class RowSink {
   virtual Place place(size_t tensor, int64_t first, int n) = 0;
 };
 
+/// Which states a prefix may end at: those at segments' ends, and others whose positions are known.
+struct StatesSought {
+  StateLayout layout;
+  std::vector<int64_t> positions;
+};
+
 struct LoadOptions {
   /// When set, the first differing field is kIncompatible before any tensor is read.
   const Identity* expected = nullptr;
@@ -120,11 +143,14 @@ struct LoadOptions {
   /// process.
   bool map_rows = false;
   /// Only the first so many tokens (or all, when the agent has fewer), as if it had been rewound to there.
-  /// LoadedAgent::info stays that of the whole agent.
+  /// LoadedAgent::info stays that of the whole agent. Of an agent with states the snapshot always ends at one, the last
+  /// that is at or before them; LoadedAgent::tokens does not. It holds that state alone.
   std::optional<int64_t> n_tokens;
   /// Of a layer with a window only runs that can still be attended (KvLayout::attended) are read, and their checksums
   /// checked. The other runs' bytes are unspecified. For waking, not for looking at rows.
   bool window_rows_only = false;
+  /// Of a prefix: where a model with recurrent layers may go on from. nullptr: it has none.
+  const StatesSought* states = nullptr;
   /// The tail comes in a buffer in which a cache can go on (KvTail::run): KvCache::restore then copies nothing.
   bool tail_in_run = false;
 };
@@ -134,6 +160,7 @@ struct LoadedPrefix {
   KvSnapshot snapshot;                ///< a multiple of kSegmentTokens tokens; none when nothing fits
   std::vector<std::string> segments;  ///< their names
   int64_t bytes_read = 0;
+  int64_t rows = 0;                   ///< tokens that have rows; the snapshot ends at the last state before
 };
 
 /// What Store::copy_agent_cache changes on the way.
@@ -164,6 +191,8 @@ struct DiskUsage {
   int64_t agents = 0, agent_bytes = 0;  ///< agent files, sidecars and parts; a part that forks share counts once
   int64_t segments = 0, segment_bytes = 0;    ///< all segment files, each once
   int64_t orphan_segments = 0;  ///< named by no agent
+  int64_t states = 0, state_bytes = 0;        ///< all state files, each once
+  int64_t orphan_states = 0;                  ///< named by no agent; `orphan_bytes` has theirs too
   int64_t orphan_bytes = 0;     ///< of these, of parts that no agent names, and of records that expired: what gc would free
   int64_t records = 0, record_bytes = 0;  ///< Store::keep_record
   int64_t temporary_files = 0, temporary_bytes = 0;  ///< of saves under way, and of killed ones, which gc would free too
@@ -238,17 +267,25 @@ class Store {
   /// Its messages, likewise.
   std::vector<StoredMessage> agent_messages(const std::string& agent_id) const;
 
-  /// Writes the snapshot's sealed segments, for anyone whose prompt begins so, and names them in no agent: `gc` and the
-  /// disk limits may remove them. Its tail is not kept.
+  /// Writes the snapshot's sealed segments, and its states up to their end, for anyone whose prompt begins so. It names
+  /// them in no agent: `gc` and the disk limits may remove them. Its tail is not kept. None of its states need be that
+  /// after its last token.
   SaveResult save_prefix(const KvSnapshot& snapshot, Durability durability = Durability::kFull);
 
   /// How many of `tokens`, a multiple of kSegmentTokens, have their rows in segments of this identity, lineage and
   /// layout. Looks at names only. Of rows that were computed twice, with other bits, those that reach furthest count.
+  /// With `states` the number up to the last state file among these; it need not be such a multiple then.
   int64_t find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
-                      std::span<const int32_t> tokens) const;
-  /// Their rows, up to the first segment that is damaged. Of `options`: `allocate`, `map_rows`, `window_rows_only`.
+                      std::span<const int32_t> tokens, const StatesSought* states = nullptr) const;
+  /// Their rows, up to the first segment that is damaged, and the state there. Of `options`: `allocate`, `map_rows`,
+  /// `window_rows_only`, `states`, `tail_in_run`.
   LoadedPrefix load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                            std::span<const int32_t> tokens, const LoadOptions& options = {}) const;
+
+  /// Reads a state file of a conversation whose first tokens are in `segments`. kNotFound, kCorruption naming it.
+  std::shared_ptr<const StateCheckpoint> load_state(const KvSnapshot& conversation,
+                                                    std::span<const std::string> segments, const StateRef& ref,
+                                                    const BufferAllocator& allocate = allocate_heap_buffer) const;
 
   /// The rows of a segment that this process has saved or loaded, mapped read-only. nullptr where mapping can't be had,
   /// or when the file is another one now.
@@ -260,7 +297,8 @@ class Store {
   bool recheck(const KvLayout& layout, const SealedRun& run, const TensorMask& wanted = {}) const;
 
   /// Makes agent `dst` of `src` without reading a sealed row: the same segments, tokens and tail, cut as asked. Writes
-  /// one agent file, in which only the tail's rows are tensor bytes; that rename is the commit. `dst` may be `src`. The
+  /// one agent file, in which only the tail's rows are tensor bytes; that rename is the commit. No state is read either:
+  /// a copy has those of its tokens. `dst` may be `src`. The
   /// caller holds the lock of `dst`; what is copied of `src` is its last save.
   SaveResult copy_agent_cache(const std::string& src, const std::string& dst, const CopyOptions& options = {});
   /// The agent under another id, which must be free; takes both locks itself. A crash may leave it under both.
@@ -313,15 +351,16 @@ class Store {
   /// One report per agent (all of them when `agent_id` is nullopt), segments included. Changes nothing.
   std::vector<VerifyReport> verify(const std::optional<std::string>& agent_id = std::nullopt) const;
 
-  /// Removes temporary files and segments that no agent names. Waits for the saves that are under way, at most a
+  /// Removes temporary files, segments and states that no agent names. Waits for the saves that are under way, at most a
   /// minute, else kBusy; saves that begin meanwhile do not wait for it. kCorruption naming the agent file that can't be
   /// read, and then no segment is removed: which ones it needs is not known. With `dry_run` nothing is removed, and the
   /// result says
   /// what would be.
   GcResult gc(bool dry_run = false);
 
-  /// One self-contained safetensors file (all layers whole, plus `tokens`) and `path` with .json beside it. It calls
-  /// the agent `as`, unless that is empty, and does not have its salt.
+  /// One self-contained safetensors file (all layers whole, the last state, `tokens`) and `path` with .json beside it.
+  /// It calls the agent `as`, unless that is empty, and has neither its salt nor its earlier states. kInvalidArgument
+  /// while tokens behind its last state have to be computed again.
   void export_agent(const std::string& agent_id, const std::filesystem::path& path, const std::string& as = {}) const;
   /// The inverse: a new agent. kInvalidArgument when the id is taken or the file is no export; kCorruption when it is
   /// damaged.

@@ -314,6 +314,8 @@ void bind_store(nb::module_& module) {
         out["agent_bytes"] = usage.agent_bytes;
         out["segments"] = usage.segments;
         out["segment_bytes"] = usage.segment_bytes;
+        out["states"] = usage.states;
+        out["state_bytes"] = usage.state_bytes;
         out["orphan_bytes"] = usage.orphan_bytes;
         out["total_bytes"] = usage.total_bytes;
         return out;

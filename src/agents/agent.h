@@ -1,6 +1,7 @@
 #pragma once
 /// An awake agent.
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -43,6 +44,7 @@ struct Agent {
   uint64_t queued_version = 0;       ///< handed to the writer
   uint64_t saved_version = 0;        ///< on disk
   std::vector<std::string> segments; ///< on disk, of the first runs of the cache
+  std::vector<StateRef> states;      ///< on disk, of its tokens; the cache need not hold them
   std::optional<Error> save_error;   ///< of a save behind the turn; said at the next occasion
   int64_t bytes_read = 0;            ///< by the wake
   std::optional<std::string> damage; ///< the store's file was damaged; this is its longest intact prefix
@@ -51,6 +53,11 @@ struct Agent {
   bool dirty() const { return version != saved_version; }
   /// Until every row that a salvage lost is computed again, the damaged file is the better one: it has all the tokens.
   bool whole() const { return cache->tokens().size() >= history.size(); }
+  /// Only what the disk has of the first `n_tokens` tokens is the agent's any more.
+  void cut_files(int64_t n_tokens) {
+    segments.resize(std::min(segments.size(), size_t(n_tokens / kSegmentTokens)));
+    std::erase_if(states, [&](const StateRef& state) { return state.position > n_tokens; });
+  }
   AgentRecord record() const { return {messages, variables, history.size(), shortest_cut, pinned}; }
 };
 

@@ -61,6 +61,7 @@ struct ManagerOptions {
   std::string numerics;        ///< Model::numerics
   ConversationIdentity conversation;
   KvLayout layout;
+  StateLayout state_layout;    ///< of the model's recurrent layers
   /// The layout of an agent's own format. Where it is set, an agent on disk may go on in a format of its own. That
   /// has the same size as `identity.kv`, unless `any_kv_format`. Else another format is kIncompatible.
   std::function<KvLayout(const KvFormat&)> layout_of;
@@ -121,7 +122,11 @@ class AgentManager {
   /// Gives the agent, whose rows are those of the first `tokens`, the longest prefix of `tokens` that there is. Agents
   /// in memory and turns that were given up have prefixes to the token, the disk has segments. One token at least is
   /// left to compute. Returns how many rows it has then; 0, and nothing has changed, when nobody has more than it has.
-  int reuse_prefix(Agent& agent, std::span<const int32_t> tokens);
+  ///
+  /// With recurrent layers the prefix ends at a state. `positions` are those after which somebody may have one on disk,
+  /// beside the ends of segments. `known` receives how many tokens somebody has rows of.
+  int reuse_prefix(Agent& agent, std::span<const int32_t> tokens, std::span<const int64_t> positions = {},
+                   int64_t* known = nullptr);
   /// Gives the agent the first `n_tokens` rows of another one, which may be in its turn. Where there is no room for a
   /// cut it gets whole runs of them. False, and nothing has changed, when that is no more than it has, or they can't be
   /// had.
@@ -132,7 +137,8 @@ class AgentManager {
   /// rows.
   void keep_for_retry(const Agent& agent, std::shared_ptr<const RowsAside> aside, int reused, bool on_disk, int n_tokens) noexcept;
   /// Cuts the cache to `n_tokens`. If rows that a sliding window needs are neither in memory nor on disk, it cuts
-  /// further: check length() and compute those rows again. An error leaves the agent as it was.
+  /// further, and so it does to the last state before: check length() and compute those rows again. An error leaves the
+  /// agent as it was.
   void truncate(Agent& agent, int n_tokens);
   /// Puts the agent's rows into a file and lets go of their memory. kIo, kResourceExhausted; then nothing has changed.
   std::unique_ptr<RowsAside> put_aside(Agent& agent);
@@ -197,7 +203,9 @@ class AgentManager {
     std::unique_ptr<KvCache> cache;
     Lineage lineage;
     std::vector<std::string> segments;
+    std::vector<StateRef> states;
     int64_t bytes_read = 0;
+    int64_t known = 0;  ///< tokens that somebody has rows of
   };
   /// Rows of turns that were given up or had no agent, as nameless agents.
   struct Kept {

@@ -86,7 +86,8 @@ std::map<std::string, int64_t> shared_bytes(const std::vector<AgentInfo>& agents
   for (const AgentInfo& info : agents) {
     const auto n = std::count_if(info.segments.begin(), info.segments.end(), [&](const auto& segment) { return named[segment] > 1; });
     // Wide: `bytes` is what a sidecar claims.
-    if (n > 0) shared[info.agent_id] = int64_t(__int128(info.bytes - info.tail_bytes) * n / ssize(info.segments));
+    if (n > 0) shared[info.agent_id] = int64_t(__int128(info.bytes - info.tail_bytes - info.state_bytes) * n /
+                                                       ssize(info.segments));
   }
   return shared;
 }
@@ -261,6 +262,9 @@ int disk_usage(const std::filesystem::path& root, bool json) {
                     {"segments", usage.segments},
                     {"segment_bytes", usage.segment_bytes},
                     {"orphan_segments", usage.orphan_segments},
+                    {"states", usage.states},
+                    {"state_bytes", usage.state_bytes},
+                    {"orphan_states", usage.orphan_states},
                     {"orphan_bytes", usage.orphan_bytes},
                     {"records", usage.records},
                     {"record_bytes", usage.record_bytes},
@@ -273,7 +277,9 @@ int disk_usage(const std::filesystem::path& root, bool json) {
   print(table({{"", "FILES", "SIZE"},
                {"agents", std::to_string(usage.agents), human_bytes(usage.agent_bytes)},
                {"segments", std::to_string(usage.segments), human_bytes(usage.segment_bytes)},
-               {"  of no agent (gc frees them)", std::to_string(usage.orphan_segments), human_bytes(usage.orphan_bytes)},
+               {"states", std::to_string(usage.states), human_bytes(usage.state_bytes)},
+               {"  of no agent (gc frees them)", std::to_string(usage.orphan_segments + usage.orphan_states),
+                human_bytes(usage.orphan_bytes)},
                {"records (answers that a server keeps)", std::to_string(usage.records), human_bytes(usage.record_bytes)},
                {"unfinished (gc frees those of killed saves)", std::to_string(usage.temporary_files),
                 human_bytes(usage.temporary_bytes)},

@@ -158,6 +158,11 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
     throw Error(ErrorCode::kInvalidArgument,
                 "The agent '" + id + "' holds no tokens yet, which no prompt-cache file can say.");
   }
+  if (!snapshot.states.empty()) {
+    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' has recurrent layers, whose state Torpor writes to no "
+                                          "prompt-cache file; export it as Torpor's own.")
+        .with_agent(id);
+  }
   const auto format = KvFormat::parse(snapshot.identity.kv);
   if (!format || !is_of_engine(snapshot.layout, *format) || !snapshot.state.empty()) {
     throw Error(ErrorCode::kIncompatible, "The agent '" + id +

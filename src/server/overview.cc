@@ -102,6 +102,8 @@ Json memory_json(ModelPool& pool, const std::string& tenant) {
                             {"agent_bytes", disk.agent_bytes},
                             {"segments", disk.segments},
                             {"segment_bytes", disk.segment_bytes},
+                            {"states", disk.states},
+                            {"state_bytes", disk.state_bytes},
                             {"orphan_segments", disk.orphan_segments},
                             {"orphan_bytes", disk.orphan_bytes},
                             {"budget_bytes", limits.budget},

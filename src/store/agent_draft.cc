@@ -181,6 +181,7 @@ int64_t bytes_to_write(const AgentDraft& draft) {
 
 std::vector<std::string> claims_of(const AgentDraft& draft) {
   std::vector<std::string> claims = draft.info.segments;
+  for (const std::string& state : state_names(draft.info)) claims.push_back(state);
   for (const OwnFile& part : draft.kept) claims.push_back(part_claim(draft.uid, part.ref.name));
   if (draft.history) claims.push_back(part_claim(draft.uid, draft.history->ref.name));
   return claims;

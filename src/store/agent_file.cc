@@ -7,6 +7,7 @@
 #include <unordered_set>
 
 #include "store/messages.h"
+#include "store/state_file.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -15,6 +16,7 @@ namespace {
 constexpr std::string_view kIdentityPrefix = "identity.", kUserPrefix = "user.", kRecordPrefix = "torpor.";
 constexpr std::string_view kOldInt8Suffix = "+int8";
 constexpr const char* kOldNames = "1";
+constexpr std::string_view kStatesKey = "states";  // of the record
 
 [[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
   throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".").with_path(file_name);
@@ -135,6 +137,21 @@ void take_fields(AgentFile& agent, const std::string& file_name) {
   info.cache_size += agent.first;
 }
 
+void take_states(AgentFile& agent, const std::string& file_name) {
+  AgentInfo& info = agent.info;
+  const auto entry = std::ranges::find(info.record, kStatesKey, &RecordMetadata::value_type::first);
+  if (entry == info.record.end()) return;
+  const bool in_export = agent.file.kind == "export";
+  info.states = decode_states(entry->second, info.cache_size, in_export);
+  if (!info.states) corrupt(file_name, "its list of states can't be understood");
+  // Of an export the only one is that after the last token, in the file itself.
+  const bool has_own = agent.file.state_tensors > 0;
+  if (in_export ? has_own != (info.cache_size > 0) || info.states->size() != size_t(has_own) : has_own) {
+    corrupt(file_name, "its list of states and its state don't fit each other");
+  }
+  info.record.erase(entry);
+}
+
 AgentFile parse_fields(TorporFile parsed, uint64_t file_size, const std::string& file_name) {
   AgentFile agent;
   agent.file = std::move(parsed);
@@ -164,6 +181,7 @@ AgentFile parse_fields(TorporFile parsed, uint64_t file_size, const std::string&
     take_fields(agent, file_name);
   }
   info.identity = Identity::from_fields(identity);
+  take_states(agent, file_name);
   if (file.required("cache_size", file_name) != std::to_string(info.cache_size)) {
     corrupt(file_name, "its cache_size is not the number of its tokens");
   }
@@ -285,9 +303,17 @@ Metadata agent_metadata(const AgentFile& file) {
       metadata.emplace_back(std::string(prefix) + name, value);
     }
   };
-  add(kRecordPrefix, info.record);
+  RecordMetadata record = info.record;
+  if (info.states) record.emplace_back(kStatesKey, encode_states(*info.states));
+  add(kRecordPrefix, record);
   add(kUserPrefix, info.user);
   return metadata;
+}
+
+std::vector<std::string> state_names(const AgentInfo& info) {
+  std::vector<std::string> names;
+  for (const StateRef& state : states_of(info)) names.push_back(state.file);
+  return names;
 }
 
 std::string format_time(std::chrono::system_clock::time_point time) {

@@ -52,6 +52,14 @@ PartFile parse_part_file(std::span<const std::byte> prefix, uint64_t file_size, 
 /// RFC 3339 in UTC with microseconds.
 std::string format_time(std::chrono::system_clock::time_point time);
 
+/// AgentInfo::states, or none.
+inline std::span<const StateRef> states_of(const AgentInfo& info) {
+  return info.states ? std::span<const StateRef>(*info.states) : std::span<const StateRef>();
+}
+
+/// Names of their files.
+std::vector<std::string> state_names(const AgentInfo& info);
+
 bool is_agent_id(std::string_view id);
 
 }  // namespace torpor

@@ -66,7 +66,10 @@ void Catalogue::add_file_sizes(AgentInfo& info, const AgentFile& agent) const {
     const auto stat = env_.stat(part_path(agent.uid, part.name));
     info.tail_bytes = saturating_add(info.tail_bytes, int64_t(stat.value_or(FileStat{}).size));
   }
-  info.bytes = info.tail_bytes;
+  for (const StateRef& state : states_of(info)) {
+    info.state_bytes = saturating_add(info.state_bytes, int64_t(states_.find(state.file).value_or(FileStat{}).size));
+  }
+  info.bytes = saturating_add(info.tail_bytes, info.state_bytes);
   for (const auto& stat : segments_.find(info.segments)) {
     info.bytes = saturating_add(info.bytes, int64_t(stat.value_or(FileStat{}).size));
   }
@@ -116,18 +119,26 @@ std::vector<AgentInfo> Catalogue::list(bool rebuild_sidecars) {
 }
 
 std::vector<int64_t> Catalogue::count_missing(std::span<const AgentInfo> agents) const {
-  // Agents share segments: each is asked for once.
-  std::unordered_set<std::string> named;
-  for (const AgentInfo& info : agents) named.insert(info.segments.begin(), info.segments.end());
-  const std::vector<std::string> names(named.begin(), named.end());
-  const auto found = segments_.find(names);
-  for (size_t i = 0; i < names.size(); ++i) {
-    if (found[i]) named.erase(names[i]);
+  // Agents share them: each is asked for once.
+  std::unordered_set<std::string> named, named_states;
+  for (const AgentInfo& info : agents) {
+    named.insert(info.segments.begin(), info.segments.end());
+    for (const StateRef& state : states_of(info)) named_states.insert(state.file);
   }
+  const auto keep_missing = [](const FilePool& pool, std::unordered_set<std::string>& wanted) {
+    const std::vector<std::string> names(wanted.begin(), wanted.end());
+    const auto found = pool.find(names);
+    for (size_t i = 0; i < names.size(); ++i) {
+      if (found[i]) wanted.erase(names[i]);
+    }
+  };
+  keep_missing(segments_, named);
+  keep_missing(states_, named_states);
   std::vector<int64_t> missing;
   for (const AgentInfo& info : agents) {
     int64_t& n = missing.emplace_back(0);
     for (const std::string& segment : info.segments) n += named.contains(segment);
+    for (const StateRef& state : states_of(info)) n += named_states.contains(state.file);
     for (const std::string& part : info.parts) n += !env_.is_file(parts_path() / (part + std::string(kExtension)));
   }
   return missing;
@@ -140,6 +151,7 @@ std::unordered_set<std::string> Catalogue::live_files() const {
       const OpenedAgent opened = open(id);
       opened.handle.sync();
       live.insert(opened.agent.info.segments.begin(), opened.agent.info.segments.end());
+      for (const StateRef& state : states_of(opened.agent.info)) live.insert(state.file);
       for (const PartRef& part : opened.agent.parts) live.insert(part_path(opened.agent.uid, part.name).string());
     } catch (const Error& error) {
       if (error.code() == ErrorCode::kNotFound) continue;  // deleted meanwhile

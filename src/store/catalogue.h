@@ -16,7 +16,7 @@
 #include "base/mutex.h"
 #include "store/agent_draft.h"
 #include "store/marker.h"
-#include "store/segment_pool.h"
+#include "store/file_pool.h"
 #include "store/usage.h"
 #include "torpor/error.h"
 
@@ -38,8 +38,9 @@ struct StoredPart {
 class Catalogue {
  public:
   /// All must outlive it.
-  Catalogue(Env& env, std::filesystem::path root, const SegmentPool& segments, WrittenBytes& written)
-      : env_(env), root_(std::move(root)), segments_(segments), written_(written) {}
+  Catalogue(Env& env, std::filesystem::path root, const FilePool& segments, const FilePool& states,
+            WrittenBytes& written)
+      : env_(env), root_(std::move(root)), segments_(segments), states_(states), written_(written) {}
 
   // ---- whose it is
   /// The marker as it is on disk now; nullopt when there is none. kCorruption, kIncompatible.
@@ -90,9 +91,9 @@ class Catalogue {
   AgentInfo info(const std::string& id) const;
   /// All agents, from sidecars where these can be believed. `rebuild_sidecars`: where not, they are written anew.
   std::vector<AgentInfo> list(bool rebuild_sidecars);
-  /// Of each agent, how many of the segments and parts that it names are not there.
+  /// Of each agent, how many of the segments, states and parts that it names are not there.
   std::vector<int64_t> count_missing(std::span<const AgentInfo> agents) const;
-  /// Names of segments, and paths of parts, that some agent needs, read from the agent files, which are flushed.
+  /// Names of segments and states, and paths of parts, that some agent needs, read from the agent files, which are flushed.
   /// kCorruption when one can't be read.
   std::unordered_set<std::string> live_files() const;
 
@@ -156,7 +157,7 @@ class Catalogue {
   std::vector<std::string> names() const;
   /// nullopt when there is no such agent any more.
   std::optional<AgentInfo> list_one(const std::string& id, bool rebuild_sidecar);
-  /// To `info.bytes` and `tail_bytes`, which are the agent file's, those of its parts and segments.
+  /// To `info.bytes`, `tail_bytes` and `state_bytes`, which are the agent file's, those of its parts, states and segments.
   void add_file_sizes(AgentInfo& info, const AgentFile& agent) const;
   /// Best effort: a read-only or full store still lists. Bytes written.
   int64_t write_sidecar(const AgentInfo& info, const FileStat& agent_file) noexcept;
@@ -175,7 +176,7 @@ class Catalogue {
 
   Env& env_;
   const std::filesystem::path root_;
-  const SegmentPool& segments_;
+  const FilePool &segments_, &states_;
   WrittenBytes& written_;
   DurableFiles durable_;  ///< agent files and parts, by their checksums
   std::atomic<bool> parts_durable_ = false;  ///< the root names their directory on the disk

@@ -113,7 +113,7 @@ void Catalogue::commit(AgentDraft& draft, Durability durability, SaveResult& res
   }
   draft.file.digests.path = agent_path(id);
   draft.file.digests.stat = stat;
-  OwnFiles files{stat, draft.uid, draft.info.created_at, draft.layout, {}, draft.kept};
+  OwnFiles files{stat, draft.uid, draft.info.created_at, draft.layout, {}, state_names(draft.info), draft.kept};
   if (draft.history) files.files.push_back(draft.history->digests);
   for (const OwnFile& part : files.files) files.parts.push_back(part.ref.name);
   files.files.push_back(draft.file.digests);

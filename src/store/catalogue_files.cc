@@ -52,7 +52,8 @@ std::vector<OpenedFile> Catalogue::open_files(const OpenedAgent& opened) const {
 void Catalogue::know(const std::string& id, const OpenedAgent& opened, std::vector<OwnFile> files) {
   if (opened.agent.file.version < kFormatVersion) files.clear();  // none can be a part
   know(id, {opened.stat, opened.agent.uid, opened.agent.info.created_at,
-            layout_digest(opened.agent.file.layout, kFormatVersion), part_names(opened.agent.parts), std::move(files)});
+            layout_digest(opened.agent.file.layout, kFormatVersion), part_names(opened.agent.parts),
+            state_names(opened.agent.info), std::move(files)});
 }
 
 void Catalogue::know(const std::string& id, OwnFiles files) {
@@ -76,7 +77,8 @@ std::shared_ptr<const OwnFiles> Catalogue::files(const std::string& id) {
     const OpenedAgent opened = open(id);
     // All of it, before anything is built on it.
     OwnFiles found{opened.stat, opened.agent.uid, opened.agent.info.created_at,
-                   layout_digest(opened.agent.file.layout, kFormatVersion), part_names(opened.agent.parts), {}};
+                   layout_digest(opened.agent.file.layout, kFormatVersion), part_names(opened.agent.parts),
+                   state_names(opened.agent.info), {}};
     if (opened.agent.file.version == kFormatVersion) {
       RowBuffer rows;
       for (const OpenedFile& file : open_files(opened)) {

@@ -86,7 +86,7 @@ std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, 
   const std::vector<std::string> all_segments = info.segments;
   info.segments.resize(size_t(sealed / kSegmentTokens));
   info.lineage.cut(n);
-  std::vector<StoredSegment> found;
+  std::vector<StoredFile> found;
   info.bytes = 0;
   const auto stats = store.segments.find(info.segments);
   for (size_t i = 0; i < stats.size(); ++i) {
@@ -98,6 +98,19 @@ std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, 
     }
     found.push_back({name, *stats[i]});
     info.bytes += int64_t(stats[i]->size);
+  }
+  std::vector<StoredFile> found_states;
+  info.state_bytes = 0;
+  if (info.states) {
+    std::erase_if(*info.states, [&](const StateRef& state) {
+      const auto stat = state.position <= n ? store.states.find(state.file) : std::nullopt;
+      // One that is gone is computed again by whoever needs it.
+      if (!stat) return true;
+      found_states.push_back({state.file, *stat});
+      info.state_bytes += int64_t(stat->size);
+      return false;
+    });
+    info.bytes += info.state_bytes;
   }
   info.agent_id = dst;
   if (options.user) info.user = *options.user;
@@ -114,7 +127,7 @@ std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, 
     const SegmentChain chain(info.identity, opened.agent.info.lineage, file.layout, all_segments, own.ids);
     const size_t i = size_t(sealed / kSegmentTokens);
     SegmentHeaders headers;
-    agent.tail = first_rows(store.segments.open(all_segments[i], chain.place(i), headers), int(n - sealed));
+    agent.tail = first_rows(open_segment(store.segments, all_segments[i], chain.place(i), headers), int(n - sealed));
   } else if (n > sealed && rows_to_write(kept, agent) > 0) {
     agent.tail = read_own_state(files, file.layout, {.sealed = all_sealed, .length = n}).tail;
     if (agent.tail.n_tokens != n - sealed) {
@@ -129,12 +142,16 @@ std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, 
       draft_agent(std::move(info), in_place ? opened.agent.uid : store.env.random_id(), agent, std::move(kept));
   draft.digests_known = draft.kept.empty();
   if (replaced) store.agents.find_obsolete(replaced->uid, part_names(replaced->parts), draft);
-  writing.make_room("Copying the agent '" + src + "' to '" + dst + "'", bytes_to_write(draft), draft.info.segments);
-  if (!writing.claim(claims_of(draft), found)) return std::nullopt;
+  writing.make_room("Copying the agent '" + src + "' to '" + dst + "'", bytes_to_write(draft), claims_of(draft));
+  if (!writing.claim(claims_of(draft), found, found_states)) return std::nullopt;
   SaveResult result;
   result.segments = draft.info.segments;
   result.segments_shared = int(result.segments.size());
-  if (options.durability == Durability::kFull) store.segments.flush(found);
+  if (draft.info.states) result.states = *draft.info.states;
+  if (options.durability == Durability::kFull) {
+    store.segments.flush(found);
+    store.states.flush(found_states);
+  }
   store.agents.commit(draft, options.durability, result);
   return result;
 }

@@ -5,6 +5,7 @@
 #include "base/hash.h"
 #include "store/messages.h"
 #include "store/sidecar.h"
+#include "store/state_file.h"
 #include "store/store_impl.h"
 #include "store/temporary_file.h"
 
@@ -42,6 +43,14 @@ void export_agent(Store::Impl& store, const std::string& id, const std::filesyst
   const LoadedAgent loaded = load(store, id, {.map_rows = true});
   const KvSnapshot& snapshot = loaded.snapshot;
   const auto n_tokens = int64_t(snapshot.tokens.size());
+  if (n_tokens < int64_t(loaded.tokens.size())) {
+    throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' has a state after " + std::to_string(n_tokens) +
+                                                 " of its " + std::to_string(loaded.tokens.size()) +
+                                                 " tokens only, so it can't be exported; let it take a turn first.")
+        .with_agent(id);
+  }
+  std::vector<KvState> states = snapshot.state;
+  if (!snapshot.states.empty()) states = state_tensors(snapshot.state_layout, *snapshot.states.back());
 
   std::vector<std::string> checksums;
   std::vector<std::span<const std::byte>> pieces(1);
@@ -53,7 +62,7 @@ void export_agent(Store::Impl& store, const std::string& id, const std::filesyst
     });
     checksums.push_back(hasher.hex());
   }
-  for (const KvState& tensor : snapshot.state) {
+  for (const KvState& tensor : states) {
     pieces.push_back(tensor.bytes);
     checksums.push_back(hash_hex(tensor.bytes));
   }
@@ -68,12 +77,15 @@ void export_agent(Store::Impl& store, const std::string& id, const std::filesyst
   exported.info = loaded.info;
   AgentInfo& info = exported.info;
   info.segments.clear();
+  info.state_bytes = 0;
+  if (info.states) info.states->clear();
+  if (!snapshot.states.empty()) info.states = {{n_tokens, ""}};  // the last one alone: it is in the file
   info.lineage.salt.clear();  // whose it was is nobody else's business
   if (!as.empty()) info.agent_id = as;
   const std::string header = encode_torpor_header({.kind = "export",
                                                    .metadata = agent_metadata(exported),
                                                    .rows = snapshot.tokens.size(),
-                                                   .state = snapshot.state,
+                                                   .state = states,
                                                    .message_bytes = messages.size(),
                                                    .n_tokens = snapshot.tokens.size(),
                                                    .checksums = std::move(checksums)},
@@ -128,7 +140,16 @@ SaveResult import_agent(Store::Impl& store, const std::filesystem::path& path, c
                                               file.header.tensors[t].name + "' does not match its checksum.");
     }
   }
-  snapshot.state = read_state(handle, file);
+  if (agent.info.states && !agent.info.states->empty()) {
+    snapshot.state_layout = state_layout_of(file, path.string());
+    const size_t size = snapshot.state_layout.bytes();
+    const auto buffer = allocate_heap_buffer(size);
+    read_state_bytes(handle, file, {buffer.get(), size});
+    snapshot.states = {std::make_shared<const StateCheckpoint>(
+        int64_t(file.n_tokens), std::span<const std::byte>(buffer.get(), size), buffer)};
+  } else {
+    snapshot.state = read_state(handle, file);
+  }
   AgentNotes notes{agent.old_messages, agent.info.record};
   if (file.has_messages) notes.messages = decode_messages(read_messages(handle, file), path.string());
   return save(store, id, snapshot, nullptr, agent.info.model, agent.info.user, Durability::kFull, notes);

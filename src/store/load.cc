@@ -1,7 +1,9 @@
 #include <algorithm>
 #include <cstring>
+#include <ranges>
 
 #include "store/run_loader.h"
+#include "store/states.h"
 
 namespace torpor {
 namespace {
@@ -69,6 +71,42 @@ void place_tail(RowSink& sink, const KvLayout& layout, int64_t first, const KvTa
   }
 }
 
+/// The first `n` rows of a tail.
+KvTail first_of(const KvTail& tail, const KvLayout& layout, int64_t n, const BufferAllocator& allocate) {
+  if (n >= tail.n_tokens) return tail;
+  if (n <= 0) return {};
+  KvTail first = tail;
+  first.n_tokens = int(n);
+  if (tail.run != nullptr) return first;
+  const size_t size = layout.offset(layout.tensors.size(), int(n));
+  const std::shared_ptr<std::byte> rows = allocate(size);
+  copy_rows(layout, {tail.bytes.data(), tail.n_tokens, 0}, {rows.get(), int(n), 0}, int(n));
+  first.bytes = {rows.get(), size};
+  first.owner = rows;
+  return first;
+}
+
+/// Gives `snapshot` the last state of the first `held` tokens that can be read, and says after how many of them it is: 0
+/// when there is none. `damaged` hears of others; a negative number stands for one that is missing where `replaced`.
+int64_t load_last_state(Store::Impl& store, const StateChain& chain, std::span<const StateRef> states, int64_t held,
+                        const LoadOptions& options, KvSnapshot& snapshot, const std::function<bool()>& replaced,
+                        const std::function<void(const std::string&)>& damaged) {
+  snapshot.states.clear();
+  snapshot.state_layout = {};
+  for (const StateRef& ref : states | std::views::reverse) {
+    if (ref.position > held) continue;
+    try {
+      snapshot.states = {load_state(store, chain, ref, options.allocate, snapshot.state_layout)};
+      return ref.position;
+    } catch (const Error& error) {
+      if (!is_damage(error)) throw;
+      if (error.code() == ErrorCode::kNotFound && replaced()) return -1;
+      damaged(error.code() == ErrorCode::kNotFound ? missing_state(store, ref) : error.what());
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& options, RowSink* sink) {
@@ -103,6 +141,10 @@ LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& o
     };
     const std::vector<OpenedFile> files = store.agents.open_files(opened);
     OwnStateOptions own_options{.sealed = int64_t(agent.info.segments.size()) * kSegmentTokens, .length = length};
+    // Ids of the segment that the end falls into are needed whole.
+    if (length < own_options.sealed) {
+      own_options.length = std::min(own_options.sealed, (length + kSegmentTokens - 1) / kSegmentTokens * kSegmentTokens);
+    }
     own_options.map = options.map_rows || sink != nullptr;  // a sink has the rows copied
     own_options.tail_in_run = options.tail_in_run && sink == nullptr;
     if (sink == nullptr) own_options.allocate = options.allocate;
@@ -123,47 +165,70 @@ LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& o
     std::erase_if(loaded.messages,
                   [&](const StoredMessage& message) { return length < agent.info.cache_size && message.end > length; });
     const int64_t sealed = std::min({own_options.sealed, length, int64_t(loaded.tokens.size())});
-    const int64_t held = std::min<int64_t>(sealed + own.tail.n_tokens, length);
+    int64_t held = std::min<int64_t>(sealed + own.tail.n_tokens, length);
+    const auto damaged = [&](const std::string& problem) {
+      if (!options.salvage) throw Error(ErrorCode::kCorruption, problem).with_agent(id);
+      loaded.damage = problem;
+    };
 
     const SegmentChain chain(snapshot.identity, snapshot.lineage, snapshot.layout, agent.info.segments, loaded.tokens);
-    RunLoader loader(store, snapshot.layout, chain, options);
-    // Everything but the rows, before a byte is allocated for them.
-    loader.open(held, /*share_held=*/sink == nullptr);
-    if (loader.missing() && replaced()) continue;
+    const StateChain state_chain(snapshot.identity, snapshot.lineage, snapshot.layout, agent.info.segments,
+                                 loaded.tokens);
+    std::optional<RunLoader> loader;
+    bool again = false;
+    for (;;) {
+      if (agent.info.states) {
+        held = load_last_state(store, state_chain, *agent.info.states, held, options, snapshot, replaced, damaged);
+        if (held < 0) again = true;
+      }
+      if (again) break;
+      loader.emplace(store, snapshot.layout, chain, options);
+      // Everything but the rows, before a byte is allocated for them.
+      loader->open(held, /*share_held=*/sink == nullptr);
+      if (loader->missing() && replaced()) again = true;
+      if (again || sink != nullptr) break;
+      if (loader->complete() || options.salvage) loader->read();
+      if (loader->complete()) break;
+      damaged(loader->problem());
+      if (!agent.info.states) break;
+      held = loader->usable_tokens();  // rows that end behind a state are of no use
+    }
+    if (again) continue;
     try {
       snapshot.state = read_state(opened.handle, agent.file, options.allocate);
     } catch (const Error& error) {
       if (!options.salvage || !is_damage(error)) throw;
       loaded.damage = error.what();
     }
-    if (sink != nullptr && loader.complete()) {
-      snapshot.tokens = loaded.tokens;
+    own.tail = first_of(own.tail, snapshot.layout, held - sealed, options.allocate);
+    if (sink != nullptr && loader->complete()) {
+      snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + held);
       sink->begin(loaded.info, snapshot);
-      loader.read_into(*sink);
+      loader->read_into(*sink);
       place_tail(*sink, snapshot.layout, sealed, own.tail);
-    } else if (loader.complete() || options.salvage) {
-      loader.read();
     }
-    if (!loader.complete()) {
-      if (!options.salvage) throw Error(ErrorCode::kCorruption, loader.problem()).with_agent(id);
-      loaded.damage = loader.problem();
-    }
+    if (sink != nullptr && !loader->complete()) damaged(loader->problem());
     // State is that after the last token: none of a prefix.
     if (loaded.damage) snapshot.state.clear();
-    int64_t usable = loader.usable_tokens();
-    if (sink == nullptr) loader.take(snapshot);
-    if (loader.complete() && own.tail.n_tokens > 0) {
+    int64_t usable = loader->usable_tokens();
+    if (sink == nullptr) loader->take(snapshot);
+    if (loader->complete() && own.tail.n_tokens > 0) {
       if (sink == nullptr) snapshot.tail = own.tail;
       usable += own.tail.n_tokens;
     }
     snapshot.tokens.assign(loaded.tokens.begin(), loaded.tokens.begin() + usable);
-    loaded.bytes_read = loader.bytes_read() + own.bytes_read +
+    loaded.tokens.resize(size_t(std::min(length, int64_t(loaded.tokens.size()))));
+    loaded.bytes_read = loader->bytes_read() + own.bytes_read +
                         int64_t(snapshot.layout.offset(snapshot.layout.tensors.size(), own.tail.n_tokens));
+    for (const auto& state : snapshot.states) loaded.bytes_read += int64_t(state->bytes().size());
     if (own.problem.empty() && length == agent.info.cache_size) store.agents.know(id, opened, std::move(own.files));
     for (size_t i = 0; i + 1 < files.size(); ++i) loaded.info.tail_bytes += int64_t(files[i].stat.size);
-    loaded.info.bytes = loaded.info.tail_bytes;
+    for (const StateRef& state : states_of(agent.info)) {
+      loaded.info.state_bytes += int64_t(store.states.find(state.file).value_or(FileStat{}).size);
+    }
+    loaded.info.bytes = loaded.info.tail_bytes + loaded.info.state_bytes;
     for (size_t i = 0; i < agent.info.segments.size(); ++i) {
-      auto size = loader.segment_size(i);
+      auto size = loader->segment_size(i);
       if (!size) {
         if (const auto stat = store.segments.find(agent.info.segments[i])) size = stat->size;
       }

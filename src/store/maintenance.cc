@@ -1,11 +1,37 @@
 /// Removal: of agents, and of what no agent needs. Nothing is removed that a power cut could bring back a need for: the
 /// agent files that decide are flushed first.
 
+#include <algorithm>
+#include <utility>
+
 #include "base/checked.h"
 #include "store/store_impl.h"
 #include "torpor/log.h"
 
 namespace torpor {
+
+namespace {
+
+/// Those of the segments and states that no agent names. Without waiting long: what is not removed now is left to gc.
+void remove_unneeded(Store::Impl& store, const std::vector<std::string>& segments,
+                     const std::vector<std::string>& states) {
+  if (segments.empty() && states.empty()) return;
+  auto sweep = begin_sweep(store, std::chrono::milliseconds(100));
+  if (!sweep) return;
+  const auto live = store.agents.live_files();
+  std::vector<Removable> unneeded;
+  const auto add = [&](const FilePool& pool, const std::vector<std::string>& names) {
+    for (const auto& name : names) {
+      const auto stat = pool.find(name);
+      if (stat && !live.contains(name)) unneeded.push_back(pool.removable({name, *stat}));
+    }
+  };
+  add(store.states, states);
+  add(store.segments, segments);
+  sweep->remove(unneeded);
+}
+
+}  // namespace
 
 void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is) {
   check_agent_id(id);
@@ -13,26 +39,18 @@ void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is
   store.agents.require_removable(id, whatever_it_is);
   const AgentFileLock agent_lock = store.locks.agent(id, store.agents.agent_path(id));
   store.agents.require_removable(id, whatever_it_is);
-  std::vector<std::string> candidates;
+  std::vector<std::string> segments, states;
   try {
-    candidates = store.agents.open(id).agent.info.segments;
+    const AgentInfo info = store.agents.open(id).agent.info;
+    segments = info.segments;
+    states = state_names(info);
   } catch (const Error& error) {
     // Damaged, and to be deleted all the same; its segments are left to gc.
     log(LogLevel::kInfo, "The segments of agent '" + id + "' are left to garbage collection: " + error.what());
   }
   store.agents.remove(id);
   try {
-    // Without waiting long: what is not removed now is left to gc.
-    auto sweep = candidates.empty() ? std::nullopt : begin_sweep(store, std::chrono::milliseconds(100));
-    if (sweep) {
-      const auto live = store.agents.live_files();
-      std::vector<Removable> unneeded;
-      for (const auto& name : candidates) {
-        const auto stat = store.segments.find(name);
-        if (stat && !live.contains(name)) unneeded.push_back(store.segments.removable({name, *stat}));
-      }
-      sweep->remove(unneeded);
-    }
+    remove_unneeded(store, segments, states);
   } catch (const Error& error) {
     // gc makes up for it.
     log(LogLevel::kInfo, "The segments of agent '" + id + "' are left to garbage collection: " + error.what());
@@ -40,10 +58,29 @@ void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is
   store.agents.remove_sidecar(id);
 }
 
+void drop_states(Store::Impl& store, const std::vector<std::string>& before, const std::vector<StateRef>& now) {
+  // To find out what other agents need costs a look at each of them, so it is done for many states at once.
+  constexpr size_t kAtOnce = 16;
+  std::vector<std::string> dropped;
+  {
+    const MutexLock lock(store.dropped_mutex);
+    for (const std::string& name : before) {
+      if (std::ranges::find(now, name, &StateRef::file) == now.end()) store.dropped.push_back(name);
+    }
+    if (store.dropped.size() < kAtOnce) return;
+    dropped = std::exchange(store.dropped, {});
+  }
+  try {
+    remove_unneeded(store, {}, dropped);
+  } catch (const std::exception& error) {
+    log(LogLevel::kInfo, std::string("States of no agent are left to garbage collection: ") + error.what());
+  }
+}
+
 std::optional<Sweep> begin_sweep(Store::Impl& store, std::chrono::milliseconds timeout) {
   const auto temporary_files = [&store] {
     auto found = store.agents.temporary_files();
-    for (const auto& others : {store.segments.temporary_files(), store.records.temporary_files()}) {
+    for (const auto& others : {store.segments.temporary_files(), store.states.temporary_files(), store.records.temporary_files()}) {
       found.insert(found.end(), others.begin(), others.end());
     }
     return found;
@@ -77,8 +114,10 @@ GcResult gc(Store::Impl& store, bool dry_run) {
   Sweep::Removed removed = remove(unneeded);
   unneeded.clear();
   const auto live = store.agents.live_files();
-  for (const auto& segment : store.segments.list()) {
-    if (!live.contains(segment.name)) unneeded.push_back(store.segments.removable(segment));
+  for (const FilePool* pool : {&store.segments, &store.states}) {
+    for (const auto& file : pool->list()) {
+      if (!live.contains(file.name)) unneeded.push_back(pool->removable(file));
+    }
   }
   for (const auto& part : store.agents.stored_parts()) {
     const Removable removable = store.agents.removable(part);

@@ -27,6 +27,7 @@ struct OwnFiles {
   std::string uid, created_at;
   std::string layout;          ///< its digest
   std::vector<std::string> parts;  ///< names of all that the agent file lists
+  std::vector<std::string> states; ///< names of the state files that it lists
   std::vector<OwnFile> files;  ///< those that are intact, first to last, then the agent file; none before version 3
 };
 

@@ -4,6 +4,8 @@
 
 #include "store/run_loader.h"
 #include "store/segment_writer.h"
+#include "store/state_writer.h"
+#include "store/states.h"
 #include "store/writing.h"
 
 namespace torpor {
@@ -12,7 +14,7 @@ namespace {
 /// Looks for segments that hold the rows of some tokens, by name alone.
 class PrefixSearch {
  public:
-  PrefixSearch(const SegmentPool& segments, const SegmentChain& chain)
+  PrefixSearch(const FilePool& segments, const SegmentChain& chain)
       : segments_(segments),
         chain_(chain),
         length_(chain.tokens.size() / kSegmentTokens),
@@ -43,7 +45,7 @@ class PrefixSearch {
   }
 
  private:
-  const SegmentPool& segments_;
+  const FilePool& segments_;
   const SegmentChain& chain_;
   const size_t length_;
   const std::unordered_multimap<std::string, std::string> variants_;
@@ -51,43 +53,110 @@ class PrefixSearch {
 
 }  // namespace
 
-std::vector<std::string> find_prefix(Store::Impl& store, const Identity& identity, const Lineage& lineage,
-                                     const KvLayout& layout, std::span<const int32_t> tokens) {
+std::vector<std::string> find_segments(Store::Impl& store, const Identity& identity, const Lineage& lineage,
+                                       const KvLayout& layout, std::span<const int32_t> tokens) {
   if (layout.tensors.empty()) return {};
   const SegmentChain chain(identity, lineage, layout, {}, tokens);
   return PrefixSearch(store.segments, chain).longest({});
 }
 
+int64_t find_prefix(Store::Impl& store, const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                    std::span<const int32_t> tokens, const StatesSought* states) {
+  const auto segments = find_segments(store, identity, lineage, layout, tokens);
+  if (states == nullptr) return int64_t(segments.size()) * kSegmentTokens;
+  const auto found = find_states(store, StateChain(identity, lineage, layout, segments, tokens), *states);
+  return found.empty() ? 0 : found.front().position;
+}
+
 LoadedPrefix load_prefix(Store::Impl& store, const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                          std::span<const int32_t> tokens, const LoadOptions& options) {
   LoadedPrefix loaded;
-  loaded.segments = find_prefix(store, identity, lineage, layout, tokens);
+  KvSnapshot& snapshot = loaded.snapshot;
+  loaded.segments = find_segments(store, identity, lineage, layout, tokens);
+  loaded.rows = int64_t(loaded.segments.size()) * kSegmentTokens;
   const SegmentChain chain(identity, lineage, layout, loaded.segments, tokens);
-  RunLoader loader(store, layout, chain, options);
-  loader.open(int64_t(loaded.segments.size()) * kSegmentTokens, /*share_held=*/true);
-  loader.read();
-  const auto n = size_t(loader.usable_tokens());
-  loaded.snapshot.identity = identity;
-  loaded.snapshot.lineage = lineage;
-  loaded.snapshot.layout = layout;
-  loaded.snapshot.tokens.assign(tokens.begin(), tokens.begin() + ptrdiff_t(n));
-  loader.take(loaded.snapshot);
+  std::optional<RunLoader> loader;
+  for (int64_t held = loaded.rows;;) {
+    snapshot.states.clear();
+    snapshot.state_layout = {};
+    if (options.states != nullptr) {
+      const StateChain states(identity, lineage, layout, loaded.segments, tokens);
+      const auto found = find_states(store, states, *options.states);
+      const auto usable = std::ranges::find_if(found, [&](const StateRef& ref) {
+        if (ref.position > held) return false;
+        try {
+          snapshot.states = {load_state(store, states, ref, options.allocate, snapshot.state_layout)};
+          return true;
+        } catch (const Error& error) {
+          if (!is_damage(error)) throw;
+          return false;
+        }
+      });
+      held = usable != found.end() ? usable->position : 0;
+    }
+    loader.emplace(store, layout, chain, options);
+    loader->open(held, /*share_held=*/true);
+    loader->read();
+    if (options.states == nullptr || loader->complete()) break;
+    held = loader->usable_tokens();
+  }
+  const auto n = size_t(loader->usable_tokens());
+  snapshot.identity = identity;
+  snapshot.lineage = lineage;
+  snapshot.layout = layout;
+  snapshot.tokens.assign(tokens.begin(), tokens.begin() + ptrdiff_t(n));
+  loader->take(snapshot);
   loaded.segments.resize(n / kSegmentTokens);
-  loaded.bytes_read = loader.bytes_read();
+  loaded.bytes_read = loader->bytes_read();
+  for (const auto& state : snapshot.states) loaded.bytes_read += int64_t(state->bytes().size());
   return loaded;
 }
 
-SaveResult save_prefix(Store::Impl& store, const KvSnapshot& snapshot, Durability durability) {
-  check_storable(snapshot, nullptr);
+namespace {
+
+/// Of states that need not be that after the last token.
+void check_prefix_states(const KvSnapshot& snapshot) {
+  int64_t before = 0;
+  for (const auto& state : snapshot.states) {
+    if (state->position() <= before || state->bytes().size() != snapshot.state_layout.bytes()) {
+      throw Error(ErrorCode::kInvalidArgument, "The states of the prefix are not in order, or not of their layout.");
+    }
+    before = state->position();
+  }
+}
+
+}  // namespace
+
+SaveResult save_prefix(Store::Impl& store, const KvSnapshot& given, Durability durability) {
+  KvSnapshot snapshot = given;
+  const int64_t sealed = int64_t(snapshot.sealed.size()) * kSegmentTokens;
+  std::erase_if(snapshot.states, [&](const auto& state) { return state == nullptr || state->position() > sealed; });
+  check_prefix_states(snapshot);
+  KvSnapshot rows = given;
+  rows.states.clear();
+  rows.state_layout = {};
+  check_storable(rows, nullptr);
+  check_state_layout(snapshot.state_layout, snapshot.layout);
   Writing writing(store);
   SegmentWriter writer(store, snapshot, nullptr);
-  const auto make_room = [&] {
-    writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens",
-                      writer.bytes_to_write(), writer.names());
+  StateWriter states(store, snapshot, {});
+  const auto names = [&] {
+    std::vector<std::string> names = writer.names();
+    for (const StateRef& state : states.refs().value_or(std::vector<StateRef>())) names.push_back(state.file);
+    return names;
   };
-  for (make_room(); !writing.claim(writer.names(), writer.found()); make_room()) writer.plan();
+  const auto make_room = [&] {
+    states.plan(writer.tokens(), writer.names());
+    writing.make_room("Keeping a prefix of " + std::to_string(snapshot.tokens.size()) + " tokens",
+                      writer.bytes_to_write() + states.bytes_to_write(), names());
+  };
+  for (make_room(); !writing.claim(names(), writer.found(), states.found()); make_room()) writer.plan();
   SaveResult result;
-  writer.write_missing(durability == Durability::kFull, writing, result);
+  const bool durable = durability == Durability::kFull;
+  writer.write_missing(durable, writing, result);
+  do states.plan(writer.tokens(), writer.names());
+  while (!writing.claim(names(), {}, states.found()));
+  states.write_missing(durable, writing, result);
   return result;
 }
 

@@ -74,7 +74,7 @@ bool RunLoader::take_held(size_t i) {
 void RunLoader::open_segment_file(size_t i) {
   Run& run = runs_[i];
   try {
-    run.opened = store_.segments.open(chain_.names[i], chain_.place(i), headers_);
+    run.opened = open_segment(store_.segments, chain_.names[i], chain_.place(i), headers_);
     run.stat = run.opened->stat;
     const TorporFile& file = run.opened->segment.file;
     bytes_read_ += int64_t(file.header.data_start + (file.tokens_tensor().end - file.tokens_tensor().begin));

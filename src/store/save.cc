@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "store/segment_writer.h"
+#include "store/state_writer.h"
 #include "store/writing.h"
 
 namespace torpor {
@@ -19,6 +20,10 @@ KvTail gather_rows(const KvLayout& layout, int n, Pieces pieces) {
 
 void check_storable(const KvSnapshot& snapshot, const BorrowedRows* rows) {
   check_layout(snapshot.layout, snapshot.state);
+  check_state_layout(snapshot.state_layout, snapshot.layout);
+  if (!snapshot.state.empty() && !snapshot.states.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "The snapshot can't be stored: it has state of two kinds.");
+  }
   if (rows != nullptr) {
     snapshot.validate(*rows);
   } else {
@@ -29,10 +34,12 @@ void check_storable(const KvSnapshot& snapshot, const BorrowedRows* rows) {
   }
 }
 
-SaveResult save(Store::Impl& store, const std::string& id, const KvSnapshot& snapshot, const BorrowedRows* rows,
-                const std::string& model, const UserMetadata& user, Durability durability, const AgentNotes& notes) {
-  check_agent_id(id);
-  check_storable(snapshot, rows);
+namespace {
+
+/// `states_before` receives the names of the states that the agent had.
+SaveResult write_agent(Store::Impl& store, const std::string& id, const KvSnapshot& snapshot, const BorrowedRows* rows,
+                       const std::string& model, const UserMetadata& user, Durability durability,
+                       const AgentNotes& notes, std::vector<std::string>& states_before) {
   AgentInfo info;
   info.agent_id = id;
   info.model = model;
@@ -46,8 +53,13 @@ SaveResult save(Store::Impl& store, const std::string& id, const KvSnapshot& sna
   store.agents.require_replaceable(id);
   Writing writing(store);
   const std::shared_ptr<const OwnFiles> replaced = store.agents.files(id);
-  if (replaced != nullptr) info.created_at = replaced->created_at;
+  if (replaced != nullptr) {
+    info.created_at = replaced->created_at;
+    states_before = replaced->states;
+  }
   SegmentWriter writer(store, snapshot, rows);
+  StateWriter states(store, snapshot, notes.states);
+  states.plan(writer.tokens(), writer.names());
   AgentState agent{.layout = snapshot.layout, .tokens = writer.tokens(), .tail = snapshot.tail, .state = snapshot.state,
                    .messages = notes.messages};
   agent.sealed = int64_t(snapshot.tokens.size()) / kSegmentTokens * kSegmentTokens;
@@ -59,24 +71,45 @@ SaveResult save(Store::Impl& store, const std::string& id, const KvSnapshot& sna
   const std::vector<OwnFile> held = has_uid ? held_files(store.env, *replaced, agent) : std::vector<OwnFile>();
   const auto draft_now = [&] {
     info.segments = writer.names();
-    info.bytes = writer.bytes();
+    info.states = states.refs();
+    info.state_bytes = states.bytes();
+    info.bytes = writer.bytes() + info.state_bytes;
     AgentDraft draft = draft_agent(info, uid, agent, held);
     if (has_uid) store.agents.find_obsolete(uid, replaced->parts, draft);
     return draft;
   };
   AgentDraft draft = draft_now();
   const auto make_room = [&] {
-    writing.make_room("Saving the agent '" + id + "'", writer.bytes_to_write() + bytes_to_write(draft),
-                      draft.info.segments);
+    writing.make_room("Saving the agent '" + id + "'",
+                      writer.bytes_to_write() + states.bytes_to_write() + bytes_to_write(draft), claims_of(draft));
   };
-  for (make_room(); !writing.claim(claims_of(draft), writer.found()); make_room()) {
+  for (make_room(); !writing.claim(claims_of(draft), writer.found(), states.found()); make_room()) {
     writer.plan();
+    states.plan(writer.tokens(), writer.names());
     draft = draft_now();
   }
   SaveResult result;
-  writer.write_missing(durability == Durability::kFull, writing, result);
-  if (result.segments != draft.info.segments) draft = draft_now();
+  const bool durable = durability == Durability::kFull;
+  writer.write_missing(durable, writing, result);
+  if (result.segments != draft.info.segments) {
+    do states.plan(writer.tokens(), writer.names());
+    while (!writing.claim(claims_of(draft = draft_now()), {}, states.found()));
+  }
+  states.write_missing(durable, writing, result);
+  if (states.refs() != draft.info.states) draft = draft_now();
   store.agents.commit(draft, durability, result);
+  return result;
+}
+
+}  // namespace
+
+SaveResult save(Store::Impl& store, const std::string& id, const KvSnapshot& snapshot, const BorrowedRows* rows,
+                const std::string& model, const UserMetadata& user, Durability durability, const AgentNotes& notes) {
+  check_agent_id(id);
+  check_storable(snapshot, rows);
+  std::vector<std::string> states_before;
+  SaveResult result = write_agent(store, id, snapshot, rows, model, user, durability, notes, states_before);
+  drop_states(store, states_before, result.states);
   return result;
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/mutex.h"
+#include "store/file_pool.h"
 #include "store/segment.h"
 
 namespace torpor {
@@ -36,5 +37,10 @@ class SegmentHeaders {
   Mutex mutex_;
   std::shared_ptr<const Parsed> parsed_ TORPOR_GUARDED_BY(mutex_);
 };
+
+/// Opens a segment and checks all of it but its rows: header, name, place, tokens. `headers`: one for all of a chain.
+/// kNotFound, kCorruption.
+OpenedSegment open_segment(const FilePool& pool, const std::string& name, const SegmentPlace& place,
+                           SegmentHeaders& headers);
 
 }  // namespace torpor

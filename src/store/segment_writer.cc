@@ -157,7 +157,7 @@ SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
     // Not seen whole by this process: read it before anything is built on it. A damaged one is written again, for the
     // good bytes are here.
     try {
-      const OpenedSegment opened = store_.segments.open(segment.name, segment.place, headers_);
+      const OpenedSegment opened = open_segment(store_.segments, segment.name, segment.place, headers_);
       if (opened.segment.content() != content) return Found::kOther;
       check_rows(opened.handle, opened.segment.file);
       segment.stat = opened.stat;
@@ -178,8 +178,8 @@ void SegmentWriter::remember(const Planned& segment, const std::string& content)
   store_.known.add_run(segment.run);
 }
 
-std::vector<StoredSegment> SegmentWriter::found() const {
-  std::vector<StoredSegment> found;
+std::vector<StoredFile> SegmentWriter::found() const {
+  std::vector<StoredFile> found;
   for (const Planned& segment : segments_) {
     if (!segment.write) found.push_back({segment.name, segment.stat});
   }
@@ -194,7 +194,7 @@ void SegmentWriter::write_missing(bool durable, Writing& writing, SaveResult& re
   result.segments_shared = int(segments_.size()) - result.segments_written;
   result.segments = names();
   if (!durable) return;
-  std::vector<StoredSegment> all;
+  std::vector<StoredFile> all;
   for (const auto& segment : segments_) all.push_back({segment.name, segment.stat});
   store_.segments.flush(all);
 }
@@ -209,7 +209,7 @@ bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
   std::vector<std::optional<TemporaryFile>> files(missing.size());
   parallel_for(missing.size(), 2, [&](size_t i) { files[i].emplace(write(*missing[i], durable)); });
   // In order: a segment's name says which rows come before it, so none may be there before those are.
-  std::vector<StoredSegment> put;
+  std::vector<StoredFile> put;
   for (size_t i = 0; i < missing.size(); ++i) {
     Planned& segment = *missing[i];
     if (!put_in_place(segment, *files[i])) break;

@@ -20,7 +20,7 @@ class SegmentWriter {
   /// Looks again what is on disk.
   void plan();
   /// Those that are, as they were when they were looked at.
-  std::vector<StoredSegment> found() const;
+  std::vector<StoredFile> found() const;
   /// Bytes of the files that are missing.
   int64_t bytes_to_write() const;
   /// Bytes of all of them, those to be written included.

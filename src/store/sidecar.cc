@@ -34,7 +34,7 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
   for (const auto& [first, numerics] : info.lineage.ranges) lineage["numerics"].push_back({first, numerics});
   if (const auto& old = info.lineage.old_names) lineage["old_names"] = {old->tokenizer, old->chat_template};
   if (!info.lineage.salt.empty()) lineage["salt"] = info.lineage.salt;
-  const Json json = {
+  Json json = {
       {"sidecar_checksum", kZeros},
       {"agent_id", info.agent_id},
       {"model", info.model},
@@ -52,8 +52,13 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
       {"tail_bytes", info.tail_bytes},
       {"segment_count", info.segments.size()},
       {"segments", info.segments},
-      {"parts", info.parts},
-      {"agent_file", {{"size", agent_file.size}, {"mtime_ns", agent_file.mtime_ns}, {"inode", agent_file.inode}}}};
+      {"parts", info.parts}};
+  if (info.states) {
+    json["state_bytes"] = info.state_bytes;
+    json["states"] = Json::array();
+    for (const auto& [position, state] : *info.states) json["states"].push_back({position, state});
+  }
+  json["agent_file"] = {{"size", agent_file.size}, {"mtime_ns", agent_file.mtime_ns}, {"inode", agent_file.inode}};
   // The texts come from a file or call that has been checked for UTF-8; `replace` keeps this from ever throwing.
   std::string text = json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
   return text.replace(kPrefix.size(), kZeros.size(), hash_hex(text));
@@ -93,8 +98,16 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
     info.tail_bytes = count_of(json.at("tail_bytes"));
     info.segments = json.at("segments").get<std::vector<std::string>>();
     info.parts = json.at("parts").get<std::vector<std::string>>();
+    if (const auto states = json.find("states"); states != json.end()) {
+      info.state_bytes = count_of(json.at("state_bytes"));
+      info.states.emplace();
+      for (const Json& state : *states) {
+        info.states->push_back({count_of(state.at(0)), state.at(1).get<std::string>()});
+      }
+    }
     // Of its own are the agent file and its parts.
     if (info.tail_bytes < int64_t(agent_file.size) || info.bytes < info.tail_bytes) return std::nullopt;
+    if (info.state_bytes > info.bytes - info.tail_bytes) return std::nullopt;
     std::vector<std::pair<std::string, std::string>> identity;
     for (const auto& [name, value] : json.at("identity").items()) identity.emplace_back(name, value.get<std::string>());
     info.identity = Identity::from_fields(identity);

@@ -118,12 +118,17 @@ SaveResult Store::save_prefix(const KvSnapshot& snapshot, Durability durability)
   return torpor::save_prefix(*impl_, snapshot, durability);
 }
 int64_t Store::find_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
-                           std::span<const int32_t> tokens) const {
-  return int64_t(torpor::find_prefix(*impl_, identity, lineage, layout, tokens).size()) * kSegmentTokens;
+                           std::span<const int32_t> tokens, const StatesSought* states) const {
+  return torpor::find_prefix(*impl_, identity, lineage, layout, tokens, states);
 }
 LoadedPrefix Store::load_prefix(const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                                 std::span<const int32_t> tokens, const LoadOptions& options) const {
   return torpor::load_prefix(*impl_, identity, lineage, layout, tokens, options);
+}
+std::shared_ptr<const StateCheckpoint> Store::load_state(const KvSnapshot& conversation,
+                                                         std::span<const std::string> segments, const StateRef& ref,
+                                                         const BufferAllocator& allocate) const {
+  return torpor::load_state(*impl_, conversation, segments, ref, allocate);
 }
 std::shared_ptr<const SealedRun> Store::map_segment(const std::string& name) const {
   return torpor::map_segment(*impl_, name);

@@ -12,7 +12,7 @@
 #include "store/catalogue.h"
 #include "store/known.h"
 #include "store/records.h"
-#include "store/segment_pool.h"
+#include "store/file_pool.h"
 #include "store/store_locks.h"
 #include "store/sweep.h"
 #include "store/usage.h"
@@ -27,11 +27,14 @@ struct Store::Impl {
   const std::filesystem::path root;
   Env& env;
   StoreLocks locks{env, root};
-  SegmentPool segments{env, root};
+  FilePool segments{env, root, "segments", "segment"};
+  FilePool states{env, root, "states", "state"};
   Records records{env, root};
   WrittenBytes written{env, locks.counter_path()};
-  Catalogue agents{env, root, segments, written};
+  Catalogue agents{env, root, segments, states, written};
   KnownSegments known;
+  Mutex dropped_mutex;
+  std::vector<std::string> dropped TORPOR_GUARDED_BY(dropped_mutex);  ///< names of state files (drop_states)
 
   DiskLimits own_limits() {
     const MutexLock lock(limits_mutex_);
@@ -64,16 +67,24 @@ void rename_agent(Store::Impl& store, const std::string& id, const std::string& 
 SaveResult upgrade_agent(Store::Impl& store, const std::string& id);
 
 SaveResult save_prefix(Store::Impl& store, const KvSnapshot& snapshot, Durability durability);
+int64_t find_prefix(Store::Impl& store, const Identity& identity, const Lineage& lineage, const KvLayout& layout,
+                    std::span<const int32_t> tokens, const StatesSought* states);
 /// Names of the segments.
-std::vector<std::string> find_prefix(Store::Impl& store, const Identity& identity, const Lineage& lineage,
-                                     const KvLayout& layout, std::span<const int32_t> tokens);
+std::vector<std::string> find_segments(Store::Impl& store, const Identity& identity, const Lineage& lineage,
+                                       const KvLayout& layout, std::span<const int32_t> tokens);
 LoadedPrefix load_prefix(Store::Impl& store, const Identity& identity, const Lineage& lineage, const KvLayout& layout,
                          std::span<const int32_t> tokens, const LoadOptions& options);
+std::shared_ptr<const StateCheckpoint> load_state(Store::Impl& store, const KvSnapshot& conversation,
+                                                  std::span<const std::string> segments, const StateRef& ref,
+                                                  const BufferAllocator& allocate);
 std::shared_ptr<const SealedRun> map_segment(Store::Impl& store, const std::string& name);
 
 void keep_record(Store::Impl& store, const Record& record, std::string_view bytes, Durability durability);
 
 void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is);
+/// After a commit by which an agent has the states `now` in place of those `before`: the others' files go when no agent
+/// names them, several at a time. What is not removed is left to gc.
+void drop_states(Store::Impl& store, const std::vector<std::string>& before, const std::vector<StateRef>& now);
 GcResult gc(Store::Impl& store, bool dry_run = false);
 /// nullopt when saves under way, or somebody else who removes, take longer than `timeout`.
 std::optional<Sweep> begin_sweep(Store::Impl& store, std::chrono::milliseconds timeout);

@@ -35,7 +35,7 @@ struct KnownLayout {
 struct TorporFile {
   SafetensorsHeader header;
   int version = 0;                     ///< 1 to 3
-  std::string kind;                    ///< "agent", "part", "segment", "export"
+  std::string kind;                    ///< "agent", "part", "segment", "state", "export"
   std::string checksum;                ///< over the header
   KvLayout layout;                     ///< empty where it is a KnownLayout
   std::vector<std::string> checksums;  ///< one per tensor, in the order of header.tensors
@@ -103,6 +103,8 @@ void check_mapped_rows(std::span<const std::byte> rows, const TorporFile& parsed
 void check_rows(const File& file, const TorporFile& parsed, const TensorMask& wanted = {});
 /// Reads what is in the file beside the rows, and checks it.
 std::vector<KvState> read_state(const File& file, const TorporFile& parsed, const BufferAllocator& allocate = allocate_heap_buffer);
+/// Reads the state's tensors, one after the other, to `out`, and checks them. It has as many bytes as they have.
+void read_state_bytes(const File& file, const TorporFile& parsed, std::span<std::byte> out);
 
 /// Bytes in order, in one piece or several.
 using Pieces = std::span<const std::span<const std::byte>>;

@@ -152,6 +152,13 @@ std::vector<KvState> read_state(const File& file, const TorporFile& parsed, cons
   return state;
 }
 
+void read_state_bytes(const File& file, const TorporFile& parsed, std::span<std::byte> out) {
+  if (parsed.state_tensors == 0) return;
+  const uint64_t begin = parsed.state().front().begin;
+  read_and_check_rows(file, parsed, parsed.row_tensors, parsed.row_tensors + parsed.state_tensors,
+                      [&](uint64_t position, size_t size) { return out.subspan(size_t(position - begin), size); });
+}
+
 void copy_rows(const KvLayout& layout, const RowsIn<const std::byte>& from, const RowsIn<std::byte>& to, int n) {
   const std::byte* source = from.bytes;
   std::byte* target = to.bytes;

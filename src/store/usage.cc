@@ -52,8 +52,11 @@ int64_t stored_bytes(Store::Impl& store, int64_t* reserved) {
   add_files(store.root, names);
   add_files(store.agents.parts_path(), store.env.list_own(store.agents.parts_path()));
   add_files(store.records.directory(), store.records.files());
-  const auto& pool = store.segments.directory();
-  for (const auto& directory : add_files(pool, store.env.list_own(pool))) add_files(directory, store.env.list_own(directory));
+  for (const FilePool* pool : {&store.segments, &store.states}) {
+    for (const auto& directory : add_files(pool->directory(), store.env.list_own(pool->directory()))) {
+      add_files(directory, store.env.list_own(directory));
+    }
+  }
   return bytes;
 }
 
@@ -71,6 +74,7 @@ DiskUsage usage(Store::Impl& store) {
       if (stat && stat->is_file && counted.insert(stat->inode).second) add(usage.agent_bytes, stat->size);
     }
     live.insert(agent.segments.begin(), agent.segments.end());
+    for (const std::string& state : state_names(agent)) live.insert(state);
     live_parts.insert(agent.parts.begin(), agent.parts.end());
     all_readable = all_readable && !agent.hash.empty();
   }
@@ -82,20 +86,24 @@ DiskUsage usage(Store::Impl& store) {
       add(live_ones ? usage.agent_bytes : usage.orphan_bytes, stat.size);
     }
   }
-  for (const auto& segment : store.segments.list()) {
-    ++usage.segments;
-    add(usage.segment_bytes, segment.stat.size);
-    if (all_readable && !live.contains(segment.name)) {
-      ++usage.orphan_segments;
-      add(usage.orphan_bytes, segment.stat.size);
+  const auto add_pool = [&](const FilePool& pool, int64_t& files, int64_t& bytes, int64_t& orphans) {
+    for (const auto& file : pool.list()) {
+      ++files;
+      add(bytes, file.stat.size);
+      if (!all_readable || live.contains(file.name)) continue;
+      ++orphans;
+      add(usage.orphan_bytes, file.stat.size);
     }
-  }
+  };
+  add_pool(store.segments, usage.segments, usage.segment_bytes, usage.orphan_segments);
+  add_pool(store.states, usage.states, usage.state_bytes, usage.orphan_states);
   for (const Record& record : store.records.list()) {
     ++usage.records;
     add(usage.record_bytes, uint64_t(record.bytes));
   }
   for (const Removable& record : store.records.expired()) add(usage.orphan_bytes, record.stat.size);
-  for (const auto& files : {store.agents.temporary_files(), store.segments.temporary_files(), store.records.temporary_files()}) {
+  for (const auto& files : {store.agents.temporary_files(), store.segments.temporary_files(), store.states.temporary_files(),
+                            store.records.temporary_files()}) {
     for (const auto& path : files) {
       const auto stat = store.env.stat(path);
       if (!stat || !stat->is_file) continue;

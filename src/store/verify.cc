@@ -1,6 +1,7 @@
 /// Looking again: verify, at all of an agent and its segments; recheck, at mapped rows that the system let go of.
 
 #include "store/segment_headers.h"
+#include "store/states.h"
 #include "store/store_impl.h"
 
 namespace torpor {
@@ -51,7 +52,7 @@ VerifyReport verify_once(Store::Impl& store, const std::string& id,
     std::string problem;
     try {
       if ((i + 1) * kSegmentTokens > tokens.size()) break;  // what they belong to is damaged, and said
-      const OpenedSegment segment = store.segments.open(name, chain.place(i), headers);
+      const OpenedSegment segment = open_segment(store.segments, name, chain.place(i), headers);
       // Agents share segments: the rows of each are read once.
       auto [entry, is_new] = checked_rows.try_emplace(name);
       if (is_new) {
@@ -73,9 +74,33 @@ VerifyReport verify_once(Store::Impl& store, const std::string& id,
       report.problems.push_back(problem);
     }
   }
+  const StateChain state_chain(info.identity, info.lineage, layout, info.segments, tokens);
+  std::vector<StateRef> intact_states;
+  for (const StateRef& state : states_of(info)) {
+    if (state.position > int64_t(tokens.size())) break;  // what they belong to is damaged, and said
+    auto [entry, is_new] = checked_rows.try_emplace(state.file);
+    try {
+      const OpenedState file = open_state(store.states, state_chain, state);
+      if (is_new) read_state(file, state, allocate_heap_buffer);
+    } catch (const Error& error) {
+      entry->second = error.code() == ErrorCode::kNotFound ? missing_state(store, state) : error.what();
+      if (error.code() == ErrorCode::kIo) report.readable = false;
+    }
+    if (!entry->second.empty()) {
+      report.problems.push_back(entry->second);
+    } else {
+      intact_states.push_back(state);
+    }
+  }
   try {
     if (intact && report.intact_tokens == int64_t(info.segments.size()) * kSegmentTokens) {
       report.intact_tokens = std::max(report.intact_tokens, own_intact);
+    }
+    // Rows behind the last intact state are computed again.
+    if (info.states) {
+      AgentInfo left = info;
+      left.states = intact_states;
+      report.intact_tokens = resumable_tokens(left, report.intact_tokens);
     }
     read_state(opened->handle, opened->agent.file);
   } catch (const Error& error) {

@@ -11,24 +11,25 @@ namespace {
 
 /// A file that may go, and what has to go before it.
 struct Evictable {
-  StoredSegment segment;
-  std::string parent;
+  Removable file;
+  std::string parent;  ///< a segment
   int children = 0;
 };
 
-std::string parent_of(const SegmentPool& segments, const StoredSegment& segment) {
+std::string parent_of(const FilePool& pool, const StoredFile& stored) {
   try {
-    const File file = segments.open(segment.name);
-    const uint64_t size = segment.stat.size;
-    return parse_segment_file(read_header_bytes(file, size), size, file.path().string()).parent;
+    const File file = pool.open(stored.name);
+    const uint64_t size = stored.stat.size;
+    const std::string name = file.path().string();
+    return parse_torpor_file(read_header_bytes(file, size), size, name).required("parent", name);
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kIo) throw;
     return {};  // damaged: of use to nobody, so in nobody's way
   }
 }
 
-/// Files in the order in which they may be removed: what crashes left behind, expired records, then unnamed segments,
-/// oldest leaf first.
+/// Files in the order in which they may be removed: what crashes left behind, expired records, then unnamed segments
+/// and states, oldest leaf first. Nothing follows a state, so it goes before the segments that lead to it.
 std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, const std::unordered_set<std::string>& live) {
   std::vector<Removable> order;
   for (const auto& path : sweep.temporary_files()) {
@@ -40,8 +41,10 @@ std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, co
     if (!live.contains(removable.path.string())) order.push_back(removable);
   }
   std::unordered_map<std::string, Evictable> unnamed;
-  for (const StoredSegment& segment : store.segments.list()) {
-    if (!live.contains(segment.name)) unnamed[segment.name] = {segment, parent_of(store.segments, segment)};
+  for (const FilePool* pool : {&store.segments, &store.states}) {
+    for (const StoredFile& file : pool->list()) {
+      if (!live.contains(file.name)) unnamed[file.name] = {pool->removable(file), parent_of(*pool, file)};
+    }
   }
   for (const auto& [name, evictable] : unnamed) {
     if (const auto parent = unnamed.find(evictable.parent); parent != unnamed.end()) ++parent->second.children;
@@ -49,16 +52,16 @@ std::vector<Removable> eviction_order(Store::Impl& store, const Sweep& sweep, co
   using Leaf = std::pair<int64_t, std::string>;  // age first
   std::priority_queue<Leaf, std::vector<Leaf>, std::greater<>> leaves;
   for (const auto& [name, evictable] : unnamed) {
-    if (evictable.children == 0) leaves.emplace(evictable.segment.stat.mtime_ns, name);
+    if (evictable.children == 0) leaves.emplace(evictable.file.stat.mtime_ns, name);
   }
   for (; !leaves.empty();) {
     const std::string name = leaves.top().second;
     const Evictable& leaf = unnamed.at(name);
     leaves.pop();
-    order.push_back(store.segments.removable(leaf.segment));
+    order.push_back(leaf.file);
     const auto parent = unnamed.find(leaf.parent);
     if (parent != unnamed.end() && --parent->second.children == 0) {
-      leaves.emplace(parent->second.segment.stat.mtime_ns, parent->first);
+      leaves.emplace(parent->second.file.stat.mtime_ns, parent->first);
     }
   }
   return order;
@@ -73,13 +76,17 @@ void check_limits(const DiskLimits& limits) {
 
 }  // namespace
 
-bool Writing::claim(const std::vector<std::string>& names, const std::vector<StoredSegment>& found) {
+bool Writing::claim(const std::vector<std::string>& names, const std::vector<StoredFile>& segments,
+                    const std::vector<StoredFile>& states) {
   store_.agents.make_store();
   if (!saving_) saving_ = store_.locks.saving();
   if (names.empty()) return true;
   const StoreLock hold = store_.locks.claiming();
-  for (const auto& [name, stat] : found) {
+  for (const auto& [name, stat] : segments) {
     if (store_.segments.find(name) != stat) return false;
+  }
+  for (const auto& [name, stat] : states) {
+    if (store_.states.find(name) != stat) return false;
   }
   // A sweep that begins later waits for this operation; one that is under way reads what it needs.
   if (!store_.locks.is_swept()) return true;

@@ -15,13 +15,15 @@ class Writing {
   explicit Writing(Store::Impl& store) : store_(store), limits_(disk_limits(store)) {}
   ~Writing() { store_.written.record(); }
 
-  /// With limits: gives the operation room for `needed` bytes more. Evicts for it segments that no agent names and `keep` does
-  /// not have, oldest leaf first. kResourceExhausted beginning with `what` when that is not enough, and then nothing was evicted.
+  /// With limits: gives the operation room for `needed` bytes more. Evicts for it segments and states that no agent names and `keep`
+  /// does not have, oldest leaf first. kResourceExhausted beginning with `what` when that is not enough, and then nothing was evicted.
   /// kBusy.
   void make_room(const std::string& what, int64_t needed, const std::vector<std::string>& keep);
 
-  /// True: the files of `found` are as they were, and until this object is gone nobody removes a segment of `names`.
-  bool claim(const std::vector<std::string>& names, const std::vector<StoredSegment>& found);
+  /// True: segments and states that were found are as they were, and until this object is gone nobody removes a file of
+  /// `names`.
+  bool claim(const std::vector<std::string>& names, const std::vector<StoredFile>& segments,
+             const std::vector<StoredFile>& states = {});
 
  private:
   bool limited() const { return limits_.budget > 0 || limits_.min_free > 0; }
