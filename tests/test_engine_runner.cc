@@ -94,6 +94,19 @@ TEST_F(EngineRunnerTest, AHistoryThatIsSentBackIsNotComputedAgain) {
   EXPECT_EQ(agents(), std::set<std::string>{"ada"});
 }
 
+TEST_F(EngineRunnerTest, AHistoryWhoseToolsComeInAnotherOrderIsNotComputedAgain) {
+  const auto tool = [](const char* name) { return Json{{"type", "function"}, {"function", {{"name", name}}}}; };
+  Json body{{"model", "tiny@ada"}, {"messages", user("One.")}, {"max_tokens", 8}, {"tool_choice", "auto"}};
+  body["tools"] = Json::array({tool("to_keeper"), tool("to_clerk")});
+  const Json first = ask("/v1/chat/completions", body);
+  body["messages"].push_back(first["choices"][0]["message"]);
+  body["messages"].push_back({{"role", "user"}, {"content", "Two."}});
+  body["tools"] = Json::array({tool("to_clerk"), tool("to_keeper")});
+  const Json second = ask("/v1/chat/completions", body);
+  EXPECT_EQ(header("x-torpor-why"), "");
+  EXPECT_GE(cached(second), int(first["usage"]["prompt_tokens"]));
+}
+
 TEST_F(EngineRunnerTest, TheSameIsSaidStreamedAndWholeInEachDialect) {
   const std::string whole = chat(user("Hi."))["choices"][0]["message"]["content"];
   const Json message = ask("/v1/messages", {{"model", "tiny"}, {"messages", user("Hi.")}, {"max_tokens", 8}});

@@ -132,8 +132,9 @@ torpor::Message TemplateFit::fit_answer(const Message& answer) const {
   return fitted;
 }
 
-FittedConversation TemplateFit::fit(const std::vector<Message>& messages, const std::vector<Tool>& tools) const {
+FittedConversation TemplateFit::fit(const std::vector<Message>& messages, std::vector<Tool> tools) const {
   FittedConversation fitted;
+  std::stable_sort(tools.begin(), tools.end(), [](const Tool& a, const Tool& b) { return a.name < b.name; });
   const bool in_text = !tools_ && !tools.empty();
   if (!in_text) fitted.tools = tools_json(tools);
   int calls = 0;  // so far, for their ids

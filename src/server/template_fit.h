@@ -28,7 +28,8 @@ class TemplateFit {
   /// Tries the template out. `source` is its text.
   TemplateFit(std::shared_ptr<const ChatTemplate> chat_template, const std::string& source);
 
-  FittedConversation fit(const std::vector<Message>& messages, const std::vector<Tool>& tools) const;
+  /// Tools are told of in the order of their names: some programs have them in another one whenever they start.
+  FittedConversation fit(const std::vector<Message>& messages, std::vector<Tool> tools) const;
   /// An answer as fit would give it in a later request.
   torpor::Message fit_answer(const Message& answer) const;
   /// How the model writes thinking and calls.
