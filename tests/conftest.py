@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ BIN = Path(os.environ.get("TORPOR_BIN", ROOT / "build" / "torpor")).resolve()
 BUILD = BIN.parent
 MODEL = ROOT / ".models" / "smollm2-135m"
 sys.path.insert(0, str(BUILD / "python"))
+# The user's own has nothing to do with these tests.
+CACHE = tempfile.TemporaryDirectory(prefix="torpor-cache-")
+os.environ["TORPOR_CACHE"] = CACHE.name
 
 EXIT = {"usage": 2, "not_found": 3, "corruption": 4, "incompatible": 5, "invalid": 6, "io": 7, "busy": 8, "exhausted": 9}
 

@@ -27,6 +27,9 @@ struct ComputeOptions {
   int threads = 0;                         ///< of the kernels, 1 to 256; 0: TORPOR_THREADS, else one per core that may be used
   /// Instruction set of the kernels: portable, sse4, avx2, avx512, amx or neon. Empty: TORPOR_CPU_TARGET, else the CPU's best.
   std::string cpu_target;
+  /// Whether packed weights are kept on disk for the next start, below TORPOR_CACHE, else the system's directory for
+  /// caches. nullopt: TORPOR_PACK_CACHE ("0", "1"), else they are; of kKernels alone.
+  std::optional<bool> pack_cache;
 };
 
 /// `options` with what is not set taken from the environment, where that says it. kInvalidArgument for a variable that can't be

@@ -52,4 +52,16 @@ struct ModelOutline {
 /// Reads every weight byte, for their digest, and keeps none. Errors are those of Model::load; any thread.
 ModelOutline outline_model(const std::string& name, const ComputeOptions& compute = {});
 
+/// The packed weights that are kept for the next start (ComputeOptions::pack_cache), of all models together.
+struct ModelCacheUsage {
+  int64_t files = 0, bytes = 0;              ///< with the stale ones
+  int64_t stale_files = 0, stale_bytes = 0;  ///< of models that are not where they were, or left by a killed process
+};
+/// What they take of the disk; with `remove` the stale ones are gone when it returns. kIo. Any thread.
+ModelCacheUsage clean_model_cache(bool remove = false);
+
+/// Reads a model's weights and what is kept of them for the next start, and compares. A sentence for each thing that is
+/// not as it should be. Errors are those of Model::load. Any thread.
+std::vector<std::string> verify_model(const std::string& name);
+
 }  // namespace torpor

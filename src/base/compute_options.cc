@@ -37,6 +37,10 @@ ComputeOptions with_environment(ComputeOptions options) {
       refuse("TORPOR_THREADS", "a number from 1 to 256", value);
     }
   }
+  if (const std::string value = environment("TORPOR_PACK_CACHE"); !options.pack_cache && !value.empty()) {
+    if (value != "0" && value != "1") refuse("TORPOR_PACK_CACHE", "0 or 1", value);
+    options.pack_cache = value == "1";
+  }
   if (options.cpu_target.empty()) options.cpu_target = environment("TORPOR_CPU_TARGET");
   return options;
 }

@@ -23,6 +23,7 @@ class Env;
 struct FileStat {
   uint64_t size = 0;
   int64_t mtime_ns = 0;
+  int64_t ctime_ns = 0;  ///< when contents, names or mode last changed; nobody can set it back
   uint64_t inode = 0;
   bool is_directory = false;
   bool is_file = false;  ///< a regular one

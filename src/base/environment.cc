@@ -27,6 +27,17 @@ std::string home_directory() {
   return home.empty() ? listed_home("") : home;
 }
 
+std::string cache_directory() {
+  if (const std::string given = environment("TORPOR_CACHE"); !given.empty()) return expand_home(given);
+  const std::string home = home_directory();
+#ifdef __APPLE__
+  return home.empty() ? "" : home + "/Library/Caches/torpor";
+#else
+  if (const std::string caches = environment("XDG_CACHE_HOME"); !caches.empty()) return caches + "/torpor";
+  return home.empty() ? "" : home + "/.cache/torpor";
+#endif
+}
+
 std::string expand_home(const std::string& path) {
   if (!path.starts_with('~')) return path;
   const size_t end = std::min(path.find('/'), path.size());

@@ -16,6 +16,9 @@ inline std::string environment(const char* name) {
 std::string home_directory();
 /// `~` and `~NAME` at the beginning become home directories, as Python's os.path.expanduser has it. Others stay.
 std::string expand_home(const std::string& path);
+/// Where Torpor keeps what it can make again: `TORPOR_CACHE`, else `torpor` in the system's directory for such files
+/// (`XDG_CACHE_HOME`, `~/.cache`; on a Mac `~/Library/Caches`). Empty when there is no home directory.
+std::string cache_directory();
 /// $NAME and ${NAME} become the variables' values, as os.path.expandvars makes them; what is not set stays.
 std::string expand_variables(const std::string& text);
 

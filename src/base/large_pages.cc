@@ -3,6 +3,7 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#include <unistd.h>
 
 #include <cstdint>
 #include <new>
@@ -33,6 +34,8 @@ void prefer_large_pages([[maybe_unused]] std::span<std::byte> buffer) {
                [&](size_t page) { ::madvise(pages.data() + page * kLargePage, kLargePage, kCollapse); });
 #endif
 }
+
+uint64_t physical_memory() { return uint64_t(::sysconf(_SC_PHYS_PAGES)) * uint64_t(::sysconf(_SC_PAGESIZE)); }
 
 std::shared_ptr<std::byte> allocate_large_pages(size_t size) {
   constexpr std::align_val_t alignment{kLargePage};

@@ -2,6 +2,7 @@
 /// Fresh memory costs more in page faults than what is read into it; 2 MiB pages make that one fault in 512.
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 
@@ -11,6 +12,9 @@ namespace torpor {
 void prefer_large_pages(std::span<std::byte> buffer);
 
 inline constexpr size_t kLargePage = size_t(2) << 20;
+
+/// Bytes of memory that the machine has.
+uint64_t physical_memory();
 
 /// Uninitialised memory that begins with a large page; `size` is a multiple of kLargePage. Pages come when they are
 /// first touched: what never is takes no memory. Throws std::bad_alloc.

@@ -32,12 +32,14 @@ int or_errno(int result) { return result < 0 ? -errno : result; }
 
 FileStat convert(const struct stat& from) {
 #ifdef __APPLE__
-  const timespec& time = from.st_mtimespec;
+  const timespec &modified = from.st_mtimespec, &changed = from.st_ctimespec;
 #else
-  const timespec& time = from.st_mtim;
+  const timespec &modified = from.st_mtim, &changed = from.st_ctim;
 #endif
+  const auto nanoseconds = [](const timespec& time) { return int64_t(time.tv_sec) * 1'000'000'000 + time.tv_nsec; };
   return {.size = uint64_t(from.st_size),
-          .mtime_ns = int64_t(time.tv_sec) * 1'000'000'000 + time.tv_nsec,
+          .mtime_ns = nanoseconds(modified),
+          .ctime_ns = nanoseconds(changed),
           .inode = uint64_t(from.st_ino),
           .is_directory = S_ISDIR(from.st_mode),
           .is_file = S_ISREG(from.st_mode),

@@ -12,6 +12,7 @@
 #include "cli/server_notes.h"
 #include "torpor/agents.h"
 #include "torpor/error.h"
+#include "torpor/model_info.h"
 
 namespace torpor::cli {
 namespace {
@@ -256,6 +257,7 @@ int prune(const std::filesystem::path& root, const std::string& older_than, bool
 int disk_usage(const std::filesystem::path& root, bool json) {
   const auto store = open_existing_store(root);
   const DiskUsage usage = store ? store->get_cache_disk_usage() : DiskUsage{};
+  const ModelCacheUsage packed = clean_model_cache();
   if (json) {
     print_json(Json{{"agents", usage.agents},
                     {"agent_bytes", usage.agent_bytes},
@@ -271,7 +273,9 @@ int disk_usage(const std::filesystem::path& root, bool json) {
                     {"temporary_files", usage.temporary_files},
                     {"temporary_bytes", usage.temporary_bytes},
                     {"total_bytes", usage.total_bytes},
-                    {"bytes_written", usage.bytes_written}});
+                    {"bytes_written", usage.bytes_written},
+                    {"packed_files", packed.files},
+                    {"packed_bytes", packed.bytes}});
     return 0;
   }
   print(table({{"", "FILES", "SIZE"},
@@ -284,7 +288,8 @@ int disk_usage(const std::filesystem::path& root, bool json) {
                {"unfinished (gc frees those of killed saves)", std::to_string(usage.temporary_files),
                 human_bytes(usage.temporary_bytes)},
                {"total", "", human_bytes(usage.total_bytes)},
-               {"written since it was made", "", human_bytes(usage.bytes_written)}},
+               {"written since it was made", "", human_bytes(usage.bytes_written)},
+               {"packed weights, outside the store", std::to_string(packed.files), human_bytes(packed.bytes)}},
               {false, true, true}));
   return 0;
 }

@@ -48,6 +48,19 @@ int verify(const std::filesystem::path& root, const std::optional<std::string>& 
   return ok ? 0 : faces::error_mapping(damaged ? ErrorCode::kCorruption : ErrorCode::kIo).exit_code;
 }
 
+/// The same of a model, and of what is kept of it to start sooner.
+int verify_model_files(const std::string& model, bool json) {
+  const std::vector<std::string> problems = verify_model(model);
+  if (json) {
+    print_json(Json{{"ok", problems.empty()}, {"model", model}, {"problems", problems}});
+  } else {
+    std::string text = model + ": " + (problems.empty() ? "intact" : "damaged") + "\n";
+    for (const std::string& problem : problems) text += "  " + problem + "\n";
+    print(text);
+  }
+  return problems.empty() ? 0 : faces::error_mapping(ErrorCode::kCorruption).exit_code;
+}
+
 /// Cuts a damaged agent to its longest intact prefix, without its model.
 int repair(const std::filesystem::path& root, const std::string& id, bool json) {
   const auto store = open_store_of(root, id);
@@ -73,11 +86,20 @@ int repair(const std::filesystem::path& root, const std::string& id, bool json) 
 int collect_garbage(const std::filesystem::path& root, bool dry_run, bool json) {
   const auto store = open_existing_store(root);
   const GcResult result = store ? store->gc(dry_run) : GcResult{};
+  const ModelCacheUsage packed = clean_model_cache(!dry_run);
   if (json) {
-    print_json(Json{{"files_removed", result.files_removed}, {"bytes_freed", result.bytes_freed}, {"dry_run", dry_run}});
-  } else {
-    print((dry_run ? "would remove " : "removed ") + std::to_string(result.files_removed) + " files, " +
-          human_bytes(result.bytes_freed) + "\n");
+    print_json(Json{{"files_removed", result.files_removed},
+                    {"bytes_freed", result.bytes_freed},
+                    {"packed_files_removed", packed.stale_files},
+                    {"packed_bytes_freed", packed.stale_bytes},
+                    {"dry_run", dry_run}});
+    return 0;
+  }
+  const std::string verb = dry_run ? "would remove " : "removed ";
+  print(verb + std::to_string(result.files_removed) + " files, " + human_bytes(result.bytes_freed) + "\n");
+  if (packed.stale_files > 0) {
+    print(verb + "packed weights of models that are gone: " + std::to_string(packed.stale_files) + " files, " +
+          human_bytes(packed.stale_bytes) + "\n");
   }
   return 0;
 }
@@ -178,9 +200,13 @@ void add_store_commands(CLI::App& app, Invocation& invocation) {
 
   CLI::App* verify_app = app.add_subcommand("verify", "Check every byte of an agent, or of all of them");
   CLI::Option* id = verify_app->add_option("ID", options->id, "The agent (default: all)")->type_name("");
+  verify_app->add_option("--model", options->model, "A model instead: its weights, and what is kept of them to start sooner")
+      ->excludes(id)
+      ->type_name("M");
   verify_app->add_flag("--json", options->json, "Print a JSON object");
   verify_app->callback([&invocation, options, id] {
     invocation.run = [&invocation, options, given = id->count() > 0] {
+      if (!options->model.empty()) return verify_model_files(options->model, options->json);
       return verify(invocation.store, given ? std::optional(options->id) : std::nullopt, options->json);
     };
   });

@@ -52,7 +52,7 @@ const std::map<std::string, std::vector<const char*>> kExamplesOf{
     {"rename", {"ada eve"}},
     {"upgrade", {"ada"}},
     {"why", {"ada eve", "ada --prompt-file messages.json --messages"}},
-    {"verify", {"", "ada"}},
+    {"verify", {"", "ada", "--model .models/smollm2-135m"}},
     {"repair", {"ada"}},
     {"gc", {"--dry-run"}},
     {"limits", {"--disk-budget 20GB --min-free 5GB"}},

@@ -128,6 +128,8 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
                  "What rows are rounded to: f32 or int16 (default: $TORPOR_ACTIVATIONS, else the faster one)")
       ->check(CLI::IsMember(keys(kActivations)))
       ->type_name("TYPE");
+  app.add_flag_callback("--no-pack-cache", [&options] { options.compute_given.pack_cache = false; },
+                        "Keep no packed weights on disk for the next start (default: $TORPOR_PACK_CACHE, else they are)");
   app.add_option("--cpu-target", options.compute_given.cpu_target,
                  "portable, sse4, avx2, avx512, amx or neon (default: $TORPOR_CPU_TARGET, else the CPU's best)")
       ->check(CLI::IsMember({"portable", "sse4", "avx2", "avx512", "amx", "neon"}))

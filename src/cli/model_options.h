@@ -26,7 +26,7 @@ struct ModelOptions {
   std::string kv_bits;  ///< empty, "8", or of keys and values apart "8,4"
   int kv_group = 64;
   std::string backend_name, activations_name;
-  ComputeOptions compute_given;  ///< threads and cpu_target
+  ComputeOptions compute_given;  ///< threads, cpu_target and pack_cache
 
   /// nullopt: not said, so an agent's own, else the model's. With --kv-bits but no dtype, scales and biases are f16.
   std::optional<KvFormat> kv_format() const;

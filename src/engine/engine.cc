@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <future>
 #include <map>
 
 #include <unistd.h>
@@ -100,9 +101,11 @@ struct Engine::Impl {
   void load() {
     const auto start = std::chrono::steady_clock::now();
     parts.model_name = options.model;
+    // The tokenizer takes about as long as the weights, and needs nothing of them.
+    auto tokenizer = std::async(std::launch::async, [&] { return Tokenizer::load(resolve_model(options.model)); });
     parts.model = Model::load(options.model, options.compute);
     const Model& model = *parts.model;
-    parts.tokenizer = Tokenizer::load(model.info().dir);
+    parts.tokenizer = tokenizer.get();
     parts.chat_template = ChatTemplate::load(model.info().dir);
     parts.pace.emplace(model.backend(), options.max_stall_ms / 1000.0);
     const KvFormat format = model.refined(options.kv_format.value_or(model.default_kv_format()));

@@ -8,10 +8,10 @@
 #include <string>
 #include <utility>
 
+#include "base/hash.h"
 #include "kernels/packed_layout.h"
 #include "kernels/thread_pool.h"
 #include "kernels/weight_formats.h"
-#include "kernels/weight_memory.h"
 #include "torpor/error.h"
 
 namespace torpor::kernels {
@@ -226,8 +226,31 @@ void set_format(PackedPart& part, const WeightSource& source) {
   }
 }
 
+size_t source_bytes(const WeightSource& s) {
+  if (s.blocks) return size_t(s.n) * size_t(s.k / ggml_type_info(*s.blocks).columns) * size_t(ggml_type_info(*s.blocks).bytes);
+  return size_t(s.n) * s.k * (is_float(s.type) ? 8 * type_size(s.type) : size_t(s.bits)) / 8;
+}
+
+/// Tells what is packed here from what else may be: by formats, shapes, and some bytes of each source.
+std::string fingerprint_of(const std::vector<const WeightSource*>& sources, bool gated) {
+  constexpr size_t kSample = 64;
+  Hasher hasher;
+  hasher.update_field(gated ? "gated" : "stacked");
+  for (const WeightSource* s : sources) {
+    for (const int number : {int(s->type), s->n, s->k, s->bits, s->group, int(s->scale_type), s->neighbour_heads,
+                             s->blocks ? int(*s->blocks) : -1}) {
+      hasher.update_field(std::to_string(number));
+    }
+    const size_t bytes = source_bytes(*s);
+    const auto* const weight = static_cast<const std::byte*>(s->weight);
+    for (const size_t at : {size_t(0), bytes / 2}) hasher.update({weight + at, std::min(kSample, bytes - at)});
+  }
+  return hasher.hex();
+}
+
 /// Packs rows given in packed order (a RowRef without source is padding); size a multiple of 16.
-void pack_rows(PackedPart& part, int k, const std::vector<RowRef>& rows) {
+void pack_rows(PackedPart& part, int k, const std::vector<RowRef>& rows, const std::string& fingerprint,
+               WeightMemory& memory) {
   part.panels = int(rows.size()) / kPanel;
   if (part.group != 0) {
     const size_t groups = size_t(k / part.group);
@@ -244,27 +267,34 @@ void pack_rows(PackedPart& part, int k, const std::vector<RowRef>& rows) {
   } else {
     part.panel_bytes = size_t(k) * kPanel * type_size(part.type);
   }
-  part.data = allocate_weights(part.panel_bytes * size_t(part.panels));
-  const bool with_bias = std::any_of(rows.begin(), rows.end(), [](const RowRef& r) { return r.source && r.source->bias; });
-  if (with_bias) part.bias = AlignedBuffer<float>(rows.size());
+  if (std::ranges::any_of(rows, [](const RowRef& r) { return r.source && r.source->bias; })) {
+    part.bias = AlignedBuffer<float>(rows.size());
+    for (size_t row = 0; row < rows.size(); ++row) {
+      const WeightSource* s = rows[row].source;
+      part.bias.data()[row] = s && s->bias ? load_float(s->bias, s->bias_type, size_t(rows[row].row)) : 0.0f;
+    }
+  }
+  const size_t bytes = part.panel_bytes * size_t(part.panels);
+  const WeightMemory::Place place = memory.take(bytes, fingerprint);
+  part.data = place.data;
+  if (place.filled) return;
   std::atomic<bool> exact = true;
   ThreadPool::shared().parallel_for(size_t(part.panels), [&](size_t panel, int) {
     for (size_t row = panel * kPanel; row < (panel + 1) * kPanel; ++row) {
       if (!write_row(part, k, int(row), rows[row])) exact = false;
-      if (with_bias) {
-        const WeightSource* s = rows[row].source;
-        part.bias.data()[row] = s && s->bias ? load_float(s->bias, s->bias_type, size_t(rows[row].row)) : 0.0f;
-      }
     }
   });
-  if (exact) return;
-  part.scale_type = Type::kF32;  // of scales that no model has
-  pack_rows(part, k, rows);
+  if (!exact) {
+    part.scale_type = Type::kF32;  // of scales that no model has
+    return pack_rows(part, k, rows, fingerprint, memory);
+  }
+  memory.filled(place, bytes);
 }
 
-void pack_part(PackedPart& part, int k, const std::vector<RowRef>& rows) {
+void pack_part(PackedPart& part, int k, const std::vector<RowRef>& rows, const std::string& fingerprint,
+               WeightMemory& memory) {
   set_format(part, *rows.front().source);
-  pack_rows(part, k, rows);
+  pack_rows(part, k, rows, fingerprint, memory);
 }
 
 void read_row(const PackedPart& part, int k, int packed_row, float* out) {
@@ -327,7 +357,8 @@ WeightSource as_f32(const WeightSource& s, const std::vector<float>& values) {
 PackedLinear::PackedLinear(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 PackedLinear::~PackedLinear() = default;
 
-std::shared_ptr<const PackedLinear> PackedLinear::pack(const std::vector<WeightSource>& sources, Activations activations) {
+std::shared_ptr<const PackedLinear> PackedLinear::pack(const std::vector<WeightSource>& sources, Activations activations,
+                                                       WeightMemory& memory) {
   if (sources.empty()) invalid("No weights to pack.");
   auto impl = std::make_unique<Impl>();
   impl->k = sources.front().k;
@@ -340,13 +371,15 @@ std::shared_ptr<const PackedLinear> PackedLinear::pack(const std::vector<WeightS
     PackedPart part;
     part.first = impl->n;
     std::vector<RowRef> rows;
+    std::vector<const WeightSource*> alike;
     size_t j = i;
     for (; j < sources.size() && same_format(sources[i], sources[j]); ++j) {
+      alike.push_back(&sources[j]);
       for (int row = 0; row < sources[j].n; ++row) rows.push_back(row_ref(sources[j], row));
     }
     part.n = int(rows.size());
     rows.resize((rows.size() + kPanel - 1) / kPanel * kPanel);
-    pack_part(part, impl->k, rows);
+    pack_part(part, impl->k, rows, fingerprint_of(alike, false), memory);
     impl->n += part.n;
     impl->parts.push_back(std::move(part));
     i = j;
@@ -355,13 +388,13 @@ std::shared_ptr<const PackedLinear> PackedLinear::pack(const std::vector<WeightS
 }
 
 std::shared_ptr<const PackedLinear> PackedLinear::pack_gated(const WeightSource& gate, const WeightSource& up,
-                                                             Activations activations) {
+                                                             Activations activations, WeightMemory& memory) {
   check(gate);
   check(up);
   if (gate.n != up.n || gate.k != up.k) invalid("Gate and up projections must have the same shape.");
   if (!same_format(gate, up)) {
     const std::vector<float> gate_values = to_f32(gate), up_values = to_f32(up);
-    return pack_gated(as_f32(gate, gate_values), as_f32(up, up_values), activations);
+    return pack_gated(as_f32(gate, gate_values), as_f32(up, up_values), activations, memory);
   }
   auto impl = std::make_unique<Impl>();
   impl->n = gate.n;
@@ -376,7 +409,7 @@ std::shared_ptr<const PackedLinear> PackedLinear::pack_gated(const WeightSource&
   }
   PackedPart part;
   part.n = gate.n;
-  pack_part(part, impl->k, rows);
+  pack_part(part, impl->k, rows, fingerprint_of({&gate, &up}, true), memory);
   impl->parts.push_back(std::move(part));
   return std::shared_ptr<const PackedLinear>(new PackedLinear(std::move(impl)));
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/gguf.h"
+#include "kernels/weight_memory.h"
 #include "torpor/compute_options.h"
 
 namespace torpor::kernels {
@@ -37,12 +38,14 @@ struct WeightSource {
 class PackedLinear {
  public:
   /// Several projections of one input, stacked along N in the given order (q, k, v). Packs in parallel; the sources may be freed
-  /// afterwards. `activations` is what their inputs' rows are rounded to.
+  /// afterwards. `activations` is what their inputs' rows are rounded to. Where `memory` has them filled nothing is packed.
   static std::shared_ptr<const PackedLinear> pack(const std::vector<WeightSource>& sources,
-                                                  Activations activations = Activations::kF32);
+                                                  Activations activations = Activations::kF32,
+                                                  WeightMemory& memory = WeightMemory::plain());
   /// gate and up, interleaved so that `gated_linear` finds both rows of an output together; n() is that of one.
   static std::shared_ptr<const PackedLinear> pack_gated(const WeightSource& gate, const WeightSource& up,
-                                                        Activations activations = Activations::kF32);
+                                                        Activations activations = Activations::kF32,
+                                                        WeightMemory& memory = WeightMemory::plain());
   ~PackedLinear();
 
   int n() const noexcept;

@@ -10,6 +10,8 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
+#include "base/hash.h"
+#include "base/large_pages.h"
 #include "kernels/compute.h"
 #include "kernels/cpu_target.h"
 #include "model/modules.h"
@@ -34,6 +36,24 @@ KvDtype checkpoint_dtype(const Projection& embedding) {
   return parse_kv_dtype(activation_dtype(embedding)).value_or(KvDtype::kF32);
 }
 
+/// Changes whenever packed weights lie otherwise in memory, or are packed in another order.
+constexpr const char* kPackVersion = "1";
+
+std::unique_ptr<PackFile> open_pack(const Checkpoint& checkpoint, const Identity& identity) {
+  if (!checkpoint.pack_cache || checkpoint.backend != Backend::kKernels) return nullptr;
+  return PackFile::open(pack_key(identity), checkpoint.weights.files(), uint64_t(checkpoint.weights.nbytes()));
+}
+
+/// Experts are mapped where the model would take a large part of the memory: of these a token reads few.
+std::unique_ptr<Ops> make_ops(const Checkpoint& checkpoint, KvDtype dtype, PackFile* pack) {
+  const float eps = checkpoint.config.norm_eps;
+  if (checkpoint.backend == Backend::kMlx) return make_mlx_ops(eps, dtype);
+  kernels::WeightMemory& plain = kernels::WeightMemory::plain();
+  if (pack == nullptr) return make_kernel_ops(eps, checkpoint.activations, plain, plain);
+  const bool large = uint64_t(checkpoint.weights.nbytes()) > physical_memory() / 4;
+  return make_kernel_ops(eps, checkpoint.activations, pack->resident(), large ? pack->mapped() : pack->resident());
+}
+
 /// How far one sequence has come.
 struct Progress {
   const ForwardSequence* sequence;
@@ -51,6 +71,14 @@ ModelInfo info_of(const Checkpoint& checkpoint) {
   return {.name = checkpoint.name, .dir = checkpoint.dir, .architecture = c.architecture, .n_layers = int(c.layers.size()),
           .n_heads = first.n_heads, .n_kv_heads = first.n_kv_heads, .head_dim = first.key_dim, .vocab_size = c.vocab_size,
           .max_context = c.max_context, .weight_bytes = checkpoint.weights.nbytes(), .eos_token_ids = c.eos_token_ids};
+}
+
+std::string pack_key(const Identity& identity) {
+  Hasher key;
+  for (const std::string& field : {std::string(kPackVersion), identity.architecture, identity.config, identity.weights}) {
+    key.update_field(field);
+  }
+  return key.hex();
 }
 
 Identity identity_of(const Checkpoint& checkpoint) {
@@ -159,10 +187,10 @@ std::string Decoder::numerics() const {
 Decoder::Decoder(const Checkpoint& checkpoint)
     : config_(checkpoint.config), backend_(checkpoint.backend), activations_(checkpoint.activations),
       dtype_(checkpoint_dtype(find_embedding(checkpoint))),
-      ops_(backend_ == Backend::kKernels ? make_kernel_ops(config_.norm_eps, activations_)
-                                         : make_mlx_ops(config_.norm_eps, dtype_)),
       info_(info_of(checkpoint)),
-      identity_(identity_of(checkpoint)) {
+      identity_(identity_of(checkpoint)),
+      pack_(open_pack(checkpoint, identity_)),
+      ops_(make_ops(checkpoint, dtype_, pack_.get())) {
   cache_layers_ = cache_layers_of(config_);
   state_layout_ = state_layout_of(config_);
   for (size_t offset = 0; const LayerSpec& layer : config_.layers) {
@@ -175,6 +203,7 @@ Decoder::Decoder(const Checkpoint& checkpoint)
   for (int i = 0; i < info_.n_layers; ++i) layers_.push_back(modules.layer(i));
   final_norm_ = modules.norm("model." + config_.final_norm, config_.hidden_size);
   head_ = modules.head(embedding_);
+  if (pack_ != nullptr) pack_->finish();
 }
 
 const KvLayout& Decoder::layout_of(const KvAccess& cache) {

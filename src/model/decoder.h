@@ -13,6 +13,7 @@
 #include "model/config.h"
 #include "model/mapped_rows.h"
 #include "model/ops.h"
+#include "model/pack_file.h"
 #include "model/weights.h"
 #include "torpor/model.h"
 
@@ -26,11 +27,14 @@ struct Checkpoint {
   std::filesystem::path dir;
   Backend backend = Backend::kKernels;
   Activations activations = Activations::kF32;
+  bool pack_cache = false;  ///< packed weights may be kept on disk (PackFile)
 };
 
 ModelInfo info_of(const Checkpoint& checkpoint);
 /// Model::identity. Reads every weight byte.
 Identity identity_of(const Checkpoint& checkpoint);
+/// PackFile's, of a model with this identity.
+std::string pack_key(const Identity& identity);
 /// Model::kv_layout.
 KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format);
 /// Model::state_layout.
@@ -110,6 +114,9 @@ class Decoder final : public Model {
   const Backend backend_;
   const Activations activations_;
   const KvDtype dtype_;
+  const ModelInfo info_;
+  const Identity identity_;
+  const std::unique_ptr<PackFile> pack_;  // or nullptr
   const std::unique_ptr<Ops> ops_;
   Ops::Weight embedding_, final_norm_, head_;
   std::vector<DecoderLayer> layers_;
@@ -117,8 +124,6 @@ class Decoder final : public Model {
   StateLayout state_layout_;
   std::vector<size_t> state_offsets_;  // of each layer: where a state has what is its own
   std::optional<SharedInputWeights> inputs_;
-  ModelInfo info_;
-  Identity identity_;
   std::map<KvFormat, KvLayout> layouts_;  // kv_layout, made once: every token asks for it
 };
 

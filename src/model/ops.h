@@ -11,6 +11,7 @@
 #include <mlx/array.h>
 #include <mlx/device.h>
 
+#include "kernels/weight_memory.h"
 #include "model/layer.h"
 #include "model/projection.h"
 #include "model/weights.h"
@@ -107,8 +108,10 @@ class Ops {
   virtual bool advances_per_chunk() const = 0;
 };
 
-/// `eps` is that of all norms.
-std::unique_ptr<Ops> make_kernel_ops(float eps, Activations activations);
+/// `eps` is that of all norms. Weights that every token reads are packed into `resident`, experts into `experts`; both
+/// are used while weights are packed.
+std::unique_ptr<Ops> make_kernel_ops(float eps, Activations activations, kernels::WeightMemory& resident,
+                                     kernels::WeightMemory& experts);
 /// `dtype` is that of the checkpoint's activations.
 std::unique_ptr<Ops> make_mlx_ops(float eps, KvDtype dtype);
 

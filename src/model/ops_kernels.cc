@@ -113,10 +113,11 @@ const std::shared_ptr<const PackedLinear>& packed(const Ops::Weight& w) { return
 
 class KernelOps final : public Ops {
  public:
-  KernelOps(float eps, Activations activations) : eps_(eps), activations_(activations) {}
+  KernelOps(float eps, Activations activations, kernels::WeightMemory& resident, kernels::WeightMemory& experts)
+      : eps_(eps), activations_(activations), resident_(resident), experts_(experts) {}
 
   Weight pack_linear(const Projection& p) override {
-    auto weight = std::make_shared<Linear>(PackedLinear::pack({source(p)}, activations_));
+    auto weight = std::make_shared<Linear>(PackedLinear::pack({source(p)}, activations_, resident_));
     release({&p});
     return weight;
   }
@@ -130,10 +131,10 @@ class KernelOps final : public Ops {
     weight->apart = spec.qk_norm == QkNorm::kWhole || spec.value_norm || v == nullptr;
     if (weight->apart) {
       for (const Projection* p : {&q, k, v}) {
-        if (p != nullptr) weight->projections.push_back(PackedLinear::pack({source(*p)}, activations_));
+        if (p != nullptr) weight->projections.push_back(PackedLinear::pack({source(*p)}, activations_, resident_));
       }
     } else {
-      weight->projections = {PackedLinear::pack({source(q), source(*k), source(*v)}, activations_)};
+      weight->projections = {PackedLinear::pack({source(q), source(*k), source(*v)}, activations_, resident_)};
     }
     if (k != nullptr && k->bias) weight->key_bias = to_floats(*k->bias);
     if (spec.value_norm) {
@@ -153,30 +154,30 @@ class KernelOps final : public Ops {
     std::vector<WeightSource> sources;
     for (const Projection& p : projections) sources.push_back(source(p));
     auto weight = std::make_shared<Recurring>();
-    weight->projection = PackedLinear::pack(sources, activations_);
+    weight->projection = PackedLinear::pack(sources, activations_, resident_);
     weight->cell = std::make_shared<const kernels::Recurrent>(std::move(cell));
     for (const Projection& p : projections) release({&p});
     return weight;
   }
   Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
     auto weight = std::make_shared<Gated>(
-        PackedLinear::pack_gated(source(gate), source(up), activations_),
+        PackedLinear::pack_gated(source(gate), source(up), activations_, resident_),
         activation == Activation::kSilu ? kernels::Activation::kSilu : kernels::Activation::kGeluTanh);
     release({&gate, &up});
     return weight;
   }
   Weight pack_experts(const Experts& spec, const ExpertProjections& projections) override {
     using Activation = kernels::ExpertActivation;
-    const auto packed = [&](const Projection* gate, const Projection& up, const Projection& down) {
+    const auto packed = [&](const Projection* gate, const Projection& up, const Projection& down, kernels::WeightMemory& memory) {
       std::shared_ptr<const PackedLinear> first;
       if (gate == nullptr) {
-        first = PackedLinear::pack({source(up)}, activations_);
+        first = PackedLinear::pack({source(up)}, activations_, memory);
       } else if (spec.activation == Activation::kClampedSwiGlu) {
-        first = PackedLinear::pack({source(*gate), source(up)}, activations_);
+        first = PackedLinear::pack({source(*gate), source(up)}, activations_, memory);
       } else {
-        first = PackedLinear::pack_gated(source(*gate), source(up), activations_);
+        first = PackedLinear::pack_gated(source(*gate), source(up), activations_, memory);
       }
-      kernels::Expert expert{std::move(first), PackedLinear::pack({source(down)}, activations_)};
+      kernels::Expert expert{std::move(first), PackedLinear::pack({source(down)}, activations_, memory)};
       release({&up, &down});
       if (gate != nullptr) release({gate});
       return expert;
@@ -185,12 +186,12 @@ class KernelOps final : public Ops {
     const auto& [router, gates, ups, downs, shared, shared_gate] = projections;
     kernels::Moe moe{.routing = spec.routing, .activation = spec.activation, .limit = spec.limit};
     for (size_t e = 0; e < ups.size(); ++e) {
-      moe.experts.push_back(packed(gated ? &gates[e] : nullptr, ups[e], downs[e]));
+      moe.experts.push_back(packed(gated ? &gates[e] : nullptr, ups[e], downs[e], experts_));
     }
-    if (!shared.empty()) moe.shared = packed(gated ? &shared[0] : nullptr, shared[shared.size() - 2], shared.back());
-    if (shared_gate) moe.shared_gate = PackedLinear::pack({source(*shared_gate)});
+    if (!shared.empty()) moe.shared = packed(gated ? &shared[0] : nullptr, shared[shared.size() - 2], shared.back(), resident_);
+    if (shared_gate) moe.shared_gate = PackedLinear::pack({source(*shared_gate)}, Activations::kF32, resident_);
     auto weight = std::make_shared<Mixture>();
-    weight->router = PackedLinear::pack({source(router)});
+    weight->router = PackedLinear::pack({source(router)}, Activations::kF32, resident_);
     weight->experts = std::make_shared<const kernels::Moe>(std::move(moe));
     release({&router});
     return weight;
@@ -357,12 +358,14 @@ class KernelOps final : public Ops {
 
   const float eps_;
   const Activations activations_;
+  kernels::WeightMemory &resident_, &experts_;
 };
 
 }  // namespace
 
-std::unique_ptr<Ops> make_kernel_ops(float eps, Activations activations) {
-  return std::make_unique<KernelOps>(eps, activations);
+std::unique_ptr<Ops> make_kernel_ops(float eps, Activations activations, kernels::WeightMemory& resident,
+                                     kernels::WeightMemory& experts) {
+  return std::make_unique<KernelOps>(eps, activations, resident, experts);
 }
 
 }  // namespace torpor::model

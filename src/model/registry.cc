@@ -9,7 +9,9 @@
 #include "model/decoder.h"
 #include "model/family.h"
 #include "model/key_rows.h"
+#include "model/known_digests.h"
 #include "model/modules.h"
+#include "model/pack_file.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -90,7 +92,8 @@ auto with_checkpoint(const std::string& name, const ComputeOptions& given, Use u
     }
     model::Checkpoint checkpoint{.config = std::move(config), .weights = std::move(weights), .name = name, .dir = dir,
                                  .backend = compute.backend.value_or(backend_of_device()),
-                                 .activations = compute.activations.value_or(Activations::kF32)};
+                                 .activations = compute.activations.value_or(Activations::kF32),
+                                 .pack_cache = compute.pack_cache.value_or(true)};
     return use(checkpoint);
   } catch (...) {
     throw to_error(std::current_exception(), "Loading the model " + name);
@@ -118,6 +121,22 @@ ModelOutline outline_model(const std::string& name, const ComputeOptions& comput
                           return model::kv_layout_of(config, format);
                         },
                         model::restore_keys_of(checkpoint)};
+  });
+}
+
+std::vector<std::string> verify_model(const std::string& name) {
+  return with_checkpoint(name, {}, [](const model::Checkpoint& checkpoint) {
+    std::vector<std::string> problems;
+    fs::path note;
+    const std::string known = model::known_digest(checkpoint.weights.files(), note);
+    if (!known.empty() && known != checkpoint.weights.compute_digest()) {
+      problems.push_back("The weights in '" + checkpoint.dir.string() +
+                         "' are not what they were, though size and times of their files are; remove '" + note.string() +
+                         "', or fetch the model again.");
+    }
+    const std::string packed = model::PackFile::check(model::pack_key(model::identity_of(checkpoint)));
+    if (!packed.empty()) problems.push_back(packed);
+    return problems;
   });
 }
 

@@ -18,6 +18,7 @@
 #include "base/model_file.h"
 #include "base/safetensors.h"
 #include "kernels/thread_pool.h"
+#include "model/known_digests.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -149,6 +150,7 @@ void Weights::add_file(const std::filesystem::path& path) {
       damaged(path, "tensor " + entry.name + " is in another file too");
     }
   }
+  paths_.push_back(path);
   files_.push_back(std::move(memory));
 }
 
@@ -197,6 +199,10 @@ int64_t Weights::nbytes() const noexcept {
 }
 
 std::string Weights::digest() const {
+  return digest_of_files(paths_, [this] { return compute_digest(); });
+}
+
+std::string Weights::compute_digest() const {
   // In pieces, so that one huge embedding does not keep a single core busy while the others idle.
   std::vector<std::span<const std::byte>> pieces;
   for (const auto& [name, tensor] : tensors_) {

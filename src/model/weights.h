@@ -40,13 +40,19 @@ class Weights {
   const TensorView& get(const std::string& name, const std::vector<int64_t>& shape) const;
 
   int64_t nbytes() const noexcept;
-  /// Over the names, dtypes, shapes and bytes of all tensors; independent of how they are spread over files. Reads everything.
+  /// Those that were opened.
+  const std::vector<std::filesystem::path>& files() const noexcept { return paths_; }
+  /// Over the names, dtypes, shapes and bytes of all tensors; independent of how they are spread over files. Reads
+  /// everything, unless the digest of these files is known (digest_of_files).
   std::string digest() const;
+  /// The same, and reads everything.
+  std::string compute_digest() const;
 
  private:
   void add_file(const std::filesystem::path& path);
 
   std::filesystem::path dir_;
+  std::vector<std::filesystem::path> paths_;
   std::vector<std::shared_ptr<const std::byte>> files_;  // mapped whole
   std::map<std::string, TensorView> tensors_;
   std::string asked_prefix_, own_prefix_;  // of the layers; equal unless find_layers_as found others
