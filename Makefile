@@ -69,10 +69,12 @@ load: build model
 	  TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -s tests/test_serve_load.py tests/test_serve_mutations.py \
 	  tests/test_serve_sockets.py
 
-# All SDKs against the server without a model; `make test` runs those for JavaScript.
-clients: build
-	scripts/fetch-sdks js python
-	TORPOR_CLIENTS=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_sdk_clients.py
+# All SDKs against the server without a model; `make test` runs those for JavaScript. Then coding agents, and the
+# examples with frameworks for agents, on a model whose answers are scripted.
+clients: build model
+	scripts/fetch-sdks js python clients
+	TORPOR_CLIENTS=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -rs tests/test_sdk_clients.py \
+	  tests/test_clients.py
 
 # Each fuzz target for FUZZ_S seconds; needs clang++.
 FUZZ_S ?= 60

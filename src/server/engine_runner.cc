@@ -11,7 +11,6 @@
 #include "base/hash.h"
 #include "base/mutex.h"
 #include "server/answer_grammar.h"
-#include "server/answer_parser.h"
 #include "server/grammar.h"
 #include "server/keys.h"
 #include "server/models.h"
@@ -234,20 +233,6 @@ struct EngineRunner::Impl {
     return turn;
   }
 
-  /// nullptr: any answer will do. Failure kInvalid for what can't be held to.
-  std::shared_ptr<TokenFilter> filter_of(const ChatRequest& request, const AnswerParser::Options& parsing) {
-    const auto grammar = answer_grammar(request, parsing, *engine.tokenizer());
-    if (!grammar) return nullptr;
-    try {
-      return grammars.lark(*grammar);
-    } catch (const Error& error) {
-      const bool format = request.response_format.kind != ResponseFormat::Kind::kText;
-      throw Failure(Failure::Kind::kInvalid, std::string("No answer can be held to ") + (format ? "'response_format'" : "the tools") + ": " +
-                                                 error.what() + ".",
-                    format ? "response_format" : "tools");
-    }
-  }
-
   /// Tokens of the prompt. Failure kContextTooLong when no room is left for an answer.
   int measured(const TurnRequest& turn) const {
     const int tokens = int(engine.prompt_tokens(turn).size());
@@ -289,7 +274,7 @@ void EngineRunner::run(const ChatRequest& request, AnswerSink& sink, const std::
       return impl_->fit.fit_answer(reader.message);
     };
   }
-  turn.generate.filter = impl_->filter_of(request, parsing);
+  turn.generate.filter = filter_of(request, parsing);
   // All of a completion is text, and special tokens are part of it. Of an answer to messages only some is.
   if (request.prompt) {
     turn.generate.stop = request.stop;
@@ -345,6 +330,19 @@ void EngineRunner::run(const ChatRequest& request, AnswerSink& sink, const std::
                   "The model answered without the call that 'tool_choice' demands; ask again, or let it choose.");
   }
   filter.finish(end);
+}
+
+std::shared_ptr<TokenFilter> EngineRunner::filter_of(const ChatRequest& request, const AnswerParser::Options& parsing) {
+  const auto grammar = answer_grammar(request, parsing, *impl_->engine.tokenizer());
+  if (!grammar) return nullptr;
+  try {
+    return impl_->grammars.lark(*grammar);
+  } catch (const Error& error) {
+    const bool format = request.response_format.kind != ResponseFormat::Kind::kText;
+    const std::string what = format ? "'response_format'" : "the tools";
+    throw Failure(Failure::Kind::kInvalid, "No answer can be held to " + what + ": " + error.what() + ".",
+                  format ? "response_format" : "tools");
+  }
 }
 
 int EngineRunner::count_tokens(const ChatRequest& request) {

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "server/answer_parser.h"
 #include "server/chat.h"
 #include "torpor/engine.h"
 
@@ -30,6 +31,11 @@ class EngineRunner : public TurnRunner {
   void run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) override;
   int count_tokens(const ChatRequest& request) override;
   std::vector<ModelEntry> models() override;
+
+ protected:
+  /// Tokens that an answer may have; nullptr: any. `parsing`: how the answer is written. Failure kInvalid for what
+  /// can't be held to.
+  virtual std::shared_ptr<TokenFilter> filter_of(const ChatRequest& request, const AnswerParser::Options& parsing);
 
  private:
   struct Impl;

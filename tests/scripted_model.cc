@@ -1,0 +1,162 @@
+/// A server whose model says what a script wants, for the coding agents of tests/test_clients.py. All else is the
+/// program's: keys, dialects, template, agents, and an engine that computes each token.
+///
+///     scripted_model MODEL STORE KEYS RECORD
+///
+/// It makes the key file KEYS unless it is there, prints its port, and ends with its standard input. MODEL is a
+/// directory; its weights don't matter. The last message that is one of these says what is answered:
+///
+///     a result of a tool         "The tool says: " and its first words
+///     ... call NAME JSON ...     a call of the tool NAME, where the request has one
+///
+/// Else it says "Hello there." RECORD gets a JSON object a line for each answer.
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <sstream>
+
+#include "base/mutex.h"
+#include "server/dialects.h"
+#include "server/engine_runner.h"
+#include "server/http_edge.h"
+#include "server/keys.h"
+#include "server/service.h"
+
+namespace torpor::server {
+namespace {
+
+/// The call that a message asks for; empty: none, or of a tool that isn't there.
+std::string call_in(const std::string& text, const std::vector<Tool>& tools) {
+  static constexpr std::string_view kWord = "call ";
+  for (size_t at = 0; (at = text.find(kWord, at)) != std::string::npos;) {
+    at += kWord.size();
+    std::istringstream rest(text.substr(at));
+    std::string name;
+    rest >> name;
+    if (std::none_of(tools.begin(), tools.end(), [&](const Tool& tool) { return tool.name == name; })) continue;
+    try {
+      Json arguments;
+      rest >> arguments;
+      return "<tool_call>\n" + to_text(Json{{"name", name}, {"arguments", arguments}}) + "\n</tool_call>";
+    } catch (const Json::exception&) {
+      continue;
+    }
+  }
+  return {};
+}
+
+std::string answer_to(const ChatRequest& request) {
+  constexpr int kWords = 60;
+  for (auto message = request.messages.rbegin(); message != request.messages.rend(); ++message) {
+    if (message->role == Role::kTool) {
+      std::istringstream words(message->text);
+      std::string answer = "The tool says:", word;
+      for (int i = 0; i < kWords && words >> word; ++i) answer += " " + word;
+      return answer;
+    }
+    if (message->role != Role::kUser) continue;
+    if (std::string call = call_in(message->text, request.tools); !call.empty()) return call;
+  }
+  return "Hello there.";
+}
+
+/// These tokens, then one that ends the answer.
+class Script : public TokenFilter {
+ public:
+  Script(std::vector<int32_t> tokens, std::vector<int32_t> ends) : tokens_(std::move(tokens)), ends_(std::move(ends)) {}
+  void allow(std::span<uint32_t> words) override {
+    std::fill(words.begin(), words.end(), 0);
+    const auto set = [&](int32_t token) { words[size_t(token) / 32] |= 1u << (token % 32); };
+    if (said_ < tokens_.size()) set(tokens_[said_]);
+    else std::for_each(ends_.begin(), ends_.end(), set);
+  }
+  void accept(int32_t) override { ++said_; }
+
+ private:
+  const std::vector<int32_t> tokens_, ends_;
+  size_t said_ = 0;
+};
+
+/// Passes an answer on, and keeps its numbers.
+class Recorder : public AnswerSink {
+ public:
+  explicit Recorder(AnswerSink& sink) : sink_(sink) {}
+  AnswerEnd end;
+  void start(const AnswerStart& start) override { sink_.start(start); }
+  void progress(int done, int total) override { sink_.progress(done, total); }
+  void thinking(std::string_view delta) override { sink_.thinking(delta); }
+  void text(std::string_view delta) override { sink_.text(delta); }
+  void tool_call(const std::string& name) override { sink_.tool_call(name); }
+  void arguments(std::string_view delta) override { sink_.arguments(delta); }
+  void finish(const AnswerEnd& told) override {
+    end = told;
+    sink_.finish(told);
+  }
+
+ private:
+  AnswerSink& sink_;
+};
+
+class ScriptedModel : public EngineRunner {
+ public:
+  ScriptedModel(Engine& engine, const std::string& record)
+      : EngineRunner(engine, "scripted"), engine_(engine), record_(record, std::ios::app) {}
+
+  void run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) override {
+    Recorder recorder(sink);
+    EngineRunner::run(request, recorder, gone);
+    // What a conversation begins with, whatever is asked in it.
+    ChatRequest beginning = request;
+    const auto first = std::find_if(beginning.messages.begin(), beginning.messages.end(),
+                                    [](const Message& message) { return message.role != Role::kSystem; });
+    const bool begins = first != beginning.messages.begin();
+    beginning.messages.erase(first, beginning.messages.end());
+    const Json line{{"agent", recorder.end.agent},
+                    {"tools", request.tools.size()},
+                    {"messages", request.messages.size()},
+                    {"last", int(request.messages.back().role)},
+                    {"beginning", begins ? count_tokens(beginning) : 0},
+                    {"prompt", recorder.end.prompt_tokens},
+                    {"cached", recorder.end.cached_tokens},
+                    {"generated", recorder.end.generated_tokens},
+                    {"why", recorder.end.why}};
+    const MutexLock lock(mutex_);
+    record_ << to_text(line) << std::endl;
+  }
+
+ protected:
+  std::shared_ptr<TokenFilter> filter_of(const ChatRequest& request, const AnswerParser::Options&) override {
+    return std::make_shared<Script>(engine_.tokenizer()->encode(answer_to(request), false),
+                                    engine_.model().eos_token_ids);
+  }
+
+ private:
+  Engine& engine_;
+  Mutex mutex_;
+  std::ofstream record_ TORPOR_GUARDED_BY(mutex_);
+};
+
+}  // namespace
+}  // namespace torpor::server
+
+int main(int, char** words) {
+  using namespace torpor::server;
+  torpor::EngineOptions options;
+  options.model = words[1];
+  options.store = words[2];
+  torpor::Engine engine(options);
+  ScriptedModel model(engine, words[4]);
+  Dialects dialects(model, {&engine.store()});
+  Metrics metrics;
+  Service service({}, dialects, dialects, metrics);
+  if (!std::filesystem::exists(words[3])) make_key_file(words[3]);
+  service.set_keys(ApiKeys::read(words[3]));
+  HttpEdgeOptions edge_options;
+  edge_options.port = 0;
+  HttpEdge edge(edge_options, service);
+  std::cout << edge.port() << std::endl;
+  while (std::cin.get() != EOF) {
+  }
+}
