@@ -21,6 +21,10 @@ models: model
 	scripts/fetch-model qwen2.5-coder-0.5b
 	scripts/fetch-model gemma3-270m
 	scripts/fetch-model families
+	scripts/fetch-model vocabularies
+	scripts/fetch-model smollm2-135m.gguf
+	scripts/fetch-model qwen2.5-coder-0.5b.gguf
+	scripts/fetch-model gemma3-270m.gguf
 
 # TEST_FLAGS=--times prints each stage's seconds and the ten slowest tests.
 test: build models

@@ -5,6 +5,10 @@
 
 makes OUT_DIR/FAMILY with the tokenizer's files where there is a vocabulary, chat_template.jinja where there is a template,
 and llama-cpp.json: the token ids that llama.cpp's own tests expect.
+
+    scripts/family_texts.py llama_cpp_python.tar.gz .../vocabularies
+
+makes NAME.gguf there of each vocabulary of VOCABULARIES, as it is, and NAME.json: the same ids.
 """
 
 import json
@@ -27,6 +31,9 @@ FAMILIES = {
     "gemma-2": (None, "google-gemma-2-2b-it", ("<bos>", "<eos>")),
     "mistral-nemo": (None, "mistralai-Mistral-Nemo-Instruct-2407", ("<s>", "</s>")),
 }
+# Of the kinds that Torpor reads from GGUF.
+VOCABULARIES = ["command-r", "gemma-4", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "qwen35", "refact",
+                "starcoder"]
 
 
 def samples(inputs, outputs):
@@ -36,11 +43,22 @@ def samples(inputs, outputs):
     return [{"input": text, "ids": [int(token) for token in line.split()]} for text, line in zip(texts, lines)]
 
 
+def unpack_vocabularies(files, out_dir):
+    out_dir.mkdir()
+    for name in VOCABULARIES:
+        file = f"ggml-vocab-{name}.gguf"
+        (out_dir / f"{name}.gguf").write_bytes(files[file])
+        cases = samples(files[f"{file}.inp"], files[f"{file}.out"])
+        (out_dir / f"{name}.json").write_text(json.dumps(cases, ensure_ascii=False) + "\n")
+
+
 def main(package, out_dir):
     with tarfile.open(package) as archive:
         # In the order of the archive, which is compressed as a whole.
         files = {Path(member.name).name: archive.extractfile(member).read() for member in archive
                  if "/llama.cpp/models/" in member.name and member.isfile()}
+    if out_dir.name == "vocabularies":
+        return unpack_vocabularies(files, out_dir)
     for family, (vocabulary, template, special) in FAMILIES.items():
         directory = out_dir / family
         directory.mkdir(parents=True)

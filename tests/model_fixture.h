@@ -111,7 +111,7 @@ inline int argmax(std::span<const float> row) { return int(std::ranges::max_elem
 /// A model of scripts/fetch-model, computed in f32 unless told otherwise.
 inline std::unique_ptr<Model> load_fetched(const std::string& name, Activations activations = Activations::kF32) {
   const fs::path dir = kSource / ".models" / name;
-  if (!fs::is_directory(dir)) throw std::runtime_error("no .models/" + name + "; run scripts/fetch-model " + name);
+  if (!fs::exists(dir)) throw std::runtime_error("no .models/" + name + "; run scripts/fetch-model " + name);
   return Model::load(dir.string(), {.backend = Backend::kKernels, .activations = activations});
 }
 

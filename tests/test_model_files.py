@@ -200,9 +200,9 @@ def test_a_missing_tokenizer_is_told_before_the_weights_are_read(cli, model, oth
 
 
 def test_a_file_is_no_model_directory(cli, tmp_path):
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    cli.model = tmp_path / "x.gguf"
-    cli.run("ada", "Hello").fails("invalid", "is a file", "GGUF")
+    (tmp_path / "x.bin").write_bytes(b"GGML")
+    cli.model = tmp_path / "x.bin"
+    cli.run("ada", "Hello").fails("invalid", "is neither a GGUF file nor a model directory")
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "model.", "language_model.model."])

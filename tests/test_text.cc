@@ -108,6 +108,62 @@ TEST(Tokenizer, IdsEqualHuggingFaces) {
   });
 }
 
+/// The same tokenizers from GGUF, which brings them as llama.cpp keeps them.
+template <typename Check>
+void for_each_gguf_tokenizer(Check&& check) {
+  for (const auto& golden : json::parse(read(kGoldens / "tokenizers.json"))) {
+    const std::string file = golden.at("dir").get<std::string>() + ".gguf";
+    SCOPED_TRACE(file);
+    if (!fs::exists(kRoot / file)) continue;
+    static std::map<std::string, std::shared_ptr<const Tokenizer>> loaded;
+    auto& tokenizer = loaded[file];
+    if (!tokenizer) tokenizer = Tokenizer::load(kRoot / file);
+    check(tokenizer, golden);
+  }
+}
+
+TEST(GgufTokenizer, IdsEqualHuggingFaces) {
+  int files = 0;
+  for_each_gguf_tokenizer([&](const auto& tokenizer, const json& golden) {
+    ++files;
+    for (const auto& sample : golden.at("cases")) {
+      const std::string input = sample.at("input");
+      EXPECT_EQ(json(tokenizer->encode(input, false)), sample.at("ids")) << sample.at("input");
+    }
+  });
+  EXPECT_GE(files, 1);
+}
+
+TEST(GgufTokenizer, DecodesAsHuggingFaceDoes) {
+  for_each_gguf_tokenizer([](const auto& tokenizer, const json& golden) {
+    for (const char* list : {"cases", "sequences"}) {
+      for (const auto& sample : golden.at(list)) {
+        const std::vector<int32_t> ids = sample.at("ids");
+        EXPECT_EQ(tokenizer->decode(ids), sample.at("text")) << sample.at("ids");
+        EXPECT_EQ(tokenizer->decode(ids, true), sample.at("text_without_special")) << sample.at("ids");
+      }
+    }
+  });
+}
+
+// The vocabularies of llama.cpp's own tests, and what these expect (scripts/fetch-model vocabularies).
+TEST(GgufTokenizer, IdsEqualLlamaCpps) {
+  const fs::path directory = kRoot / ".models/vocabularies";
+  if (!fs::exists(directory)) GTEST_SKIP() << "no .models/vocabularies";
+  int files = 0;
+  for (const auto& file : fs::directory_iterator(directory)) {
+    if (file.path().extension() != ".gguf") continue;
+    SCOPED_TRACE(file.path().filename().string());
+    ++files;
+    const auto tokenizer = Tokenizer::load(file.path());
+    for (const auto& sample : json::parse(read(fs::path(file.path()).replace_extension(".json")))) {
+      const std::string input = sample.at("input");
+      EXPECT_EQ(json(tokenizer->encode(input, false)), sample.at("ids")) << sample.at("input");
+    }
+  }
+  EXPECT_GE(files, 10);
+}
+
 // The families' vocabularies and what llama.cpp's tests expect of them (scripts/fetch-model families).
 TEST(Tokenizer, IdsEqualLlamaCpps) {
   int families = 0;

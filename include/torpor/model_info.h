@@ -22,7 +22,7 @@ inline constexpr const char* kContextFull = "ModelInfo::max_context";
 
 struct ModelInfo {
   std::string name;          ///< as given: directory or repo id
-  std::filesystem::path dir;
+  std::filesystem::path dir;  ///< or the GGUF file
   std::string architecture;  ///< "llama"
   int n_layers = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, vocab_size = 0;
   int max_context = 0;       ///< max_position_embeddings
@@ -30,8 +30,8 @@ struct ModelInfo {
   std::vector<int32_t> eos_token_ids;  ///< config.json's, generation_config.json's and the tokenizer's, together
 };
 
-/// A directory as it is, else the snapshot of a repo id in the local Hugging Face cache (`HF_HUB_CACHE`, `HF_HOME`,
-/// `~/.cache/huggingface`). kNotFound names the `hf download` command.
+/// A directory or a GGUF file as it is, else the snapshot of a repo id in the local Hugging Face cache (`HF_HUB_CACHE`,
+/// `HF_HOME`, `~/.cache/huggingface`), or with ORG/NAME:FILE a GGUF file in it. kNotFound names the `hf download` command.
 std::filesystem::path resolve_model(const std::string& name);
 
 /// Whether mlx-lm keeps the layers with a window of this architecture ("gemma3") in a RotatingKVCache, which forgets

@@ -1,6 +1,6 @@
 #pragma once
-/// Tokenizer, incremental detokenizer and chat template of a model directory, over the Hugging Face `tokenizers` crate
-/// and `minijinja`. Tokenizer and ChatTemplate are immutable and may be used from many threads at once;
+/// Tokenizer, incremental detokenizer and chat template of a model directory or a GGUF file, over the Hugging Face
+/// `tokenizers` crate and `minijinja`. Tokenizer and ChatTemplate are immutable and may be used from many threads at once;
 /// Detokenizer belongs to one thread.
 
 #include <cstdint>

@@ -359,6 +359,7 @@ void GgufModel::add(const std::filesystem::path& path) {
   }
   pieces_.push_back(GgufFile::parse({memory.get(), size_t(size)}, path.string()));
   memory_.push_back(std::move(memory));
+  paths_.push_back(path);
 }
 
 const GgufTensor* GgufModel::find(std::string_view name) const {

@@ -88,6 +88,7 @@ class GgufModel {
   /// The first piece has the model's metadata.
   const GgufFile& metadata() const { return pieces_.front(); }
   const std::vector<GgufFile>& pieces() const { return pieces_; }
+  const std::vector<std::filesystem::path>& paths() const { return paths_; }
   /// What the pieces' views point into.
   const std::vector<std::shared_ptr<const std::byte>>& memory() const { return memory_; }
   /// The tensor of that name; nullptr when there is none.
@@ -96,6 +97,7 @@ class GgufModel {
  private:
   void add(const std::filesystem::path& path);
 
+  std::vector<std::filesystem::path> paths_;
   std::vector<std::shared_ptr<const std::byte>> memory_;
   std::vector<GgufFile> pieces_;
 };

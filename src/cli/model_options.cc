@@ -97,7 +97,8 @@ void settle_model(ModelOptions& options, const std::filesystem::path& root, cons
 
 void add_model_options(CLI::App& app, ModelOptions& options) {
   app.add_option("--model", options.model,
-                 "Model directory, or a repo id in the local Hugging Face cache (default: an agent's own, else $TORPOR_MODEL)")
+                 "Model directory, GGUF file, or ORG/NAME[:FILE] in the local Hugging Face cache (default: an agent's "
+                 "own, else $TORPOR_MODEL)")
       ->type_name("M");
   app.add_option("--kv-dtype", options.kv_dtype_name, "What the cache is kept in (quantized: its scales and biases): auto, f32, f16 or bf16")
       ->capture_default_str()

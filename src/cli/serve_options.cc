@@ -52,7 +52,8 @@ void add_serve_options(CLI::App& app, ServeOptions& options) {
   add_model_options(app, options);
   app.remove_option(app.get_option("--model"));
   app.add_option("--model", options.models,
-                 "Model directory, or a repo id in the local Hugging Face cache; several are loaded when requests name them")
+                 "Model directory, GGUF file, or ORG/NAME[:FILE] in the local Hugging Face cache; several are loaded "
+                 "when requests name them")
       ->type_name("M");
   app.add_option("--session-ttl", options.session_ttl,
                  "Seconds without use after which a client's session is forgotten; 0: never")

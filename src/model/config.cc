@@ -7,10 +7,12 @@
 
 #include <nlohmann/json.hpp>
 
+#include "base/gguf.h"
 #include "base/hash.h"
 #include "base/model_file.h"
 #include "model/config_field.h"
 #include "model/family.h"
+#include "model/gguf_config.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -261,9 +263,35 @@ std::string ModelConfig::digest() const {
   return hasher.hex();
 }
 
+namespace {
+
+ModelConfig read_gguf_config(const std::filesystem::path& path) {
+  const GgufModel model = GgufModel::open(path);
+  const json file = gguf_config(model);
+  try {
+    ModelConfig config = parse_config(file);
+    config.norm_plus = 0;  // llama.cpp keeps all norms as what rows are multiplied by
+    config.names.neighbours = gguf_neighbour_rows(model.metadata());
+    config.eos_token_ids = gguf_eos_tokens(model.metadata());
+    return config;
+  } catch (const json::exception& e) {
+    throw Error(ErrorCode::kCorruption, path.string() + ": " + e.what());
+  } catch (const Error& e) {
+    throw Error(e.code(), path.string() + ", read as a " + e.what());
+  }
+}
+
+}  // namespace
+
 ModelConfig read_config(const std::filesystem::path& dir) {
+  if (is_gguf(dir)) return read_gguf_config(dir);
   if (!std::filesystem::exists(dir / "config.json")) {
-    throw Error(ErrorCode::kNotFound, dir.string() + " is not a model directory: it has no config.json.");
+    std::string gguf;
+    std::error_code ignored;
+    for (const auto& file : std::filesystem::directory_iterator(dir, ignored)) {
+      if (is_gguf(file.path())) gguf = "; name a GGUF file in it, such as " + file.path().filename().string();
+    }
+    throw Error(ErrorCode::kNotFound, dir.string() + " is not a model directory: it has no config.json" + gguf + ".");
   }
   try {
     ModelConfig config = parse_config(read_json(dir / "config.json"));

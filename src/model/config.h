@@ -58,7 +58,8 @@ struct ModelConfig {
   std::string digest() const;
 };
 
-/// kNotFound without config.json, kCorruption when it is no JSON, kInvalidArgument for what is not supported.
+/// kNotFound without config.json, kCorruption when it is no JSON, kInvalidArgument for what is not supported. `dir` may be a
+/// GGUF file, whose metadata say the same.
 ModelConfig read_config(const std::filesystem::path& dir);
 
 /// The id of the tokenizer's `eos_token`, which configs often lack; nullopt where no file says it. The name is that of

@@ -125,6 +125,7 @@ struct LayerNames {
   const char* mlp_parts[3] = {"gate_proj", "up_proj", "down_proj"};
   ExpertNames experts;
   bool fused = false;     ///< q, k and v are one tensor, qkv_proj, and so are gate and up, gate_up_proj
+  bool neighbours = false;  ///< rows of q and k are in the order in which neighbours rotate, and packed in halves'
 };
 
 }  // namespace torpor::model

@@ -4,6 +4,7 @@
 
 #include <mlx/ops.h>
 
+#include "kernels/gguf_blocks.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -16,6 +17,16 @@ MappedRows::MappedRows(const Weights& weights, Projection table) : weights_(weig
 
 mx::array MappedRows::rows(const std::vector<int32_t>& tokens) const {
   const auto device = mx::Device::cpu;
+  if (table_.blocks) {
+    const size_t row = table_.weight.nbytes / size_t(table_.n);
+    mx::array rows(mx::allocator::malloc(tokens.size() * size_t(table_.k) * 4), {int(tokens.size()), table_.k}, mx::float32);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const size_t at = tokens[i] < table_.n ? size_t(tokens[i]) : 0;
+      float* out = rows.data<float>() + i * size_t(table_.k);
+      kernels::dequantize_blocks(*table_.blocks, table_.weight.data + at * row, table_.k, out);
+    }
+    return rows;
+  }
   const auto gather = [&](const TensorView& tensor) {
     const size_t row = tensor.nbytes / size_t(table_.n);
     const mx::Dtype dtype = tensor.dtype == "U32"    ? mx::uint32

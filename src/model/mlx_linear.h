@@ -8,6 +8,7 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
+#include "model/block_arrays.h"
 #include "model/ops.h"
 
 namespace torpor::model::on_mlx {
@@ -26,21 +27,30 @@ inline mx::array to_array(const TensorView& tensor) {
 
 /// A projection, or several of one shape, stacked.
 struct Linear final : Ops::Packed {
-  Linear(const Projection& p, mx::Dtype dtype)
-      : dtype(dtype), weight(to_array(p.weight)), quantization(p.quantization) {
-    const auto load = [&](const TensorView& tensor) { return mx::astype(to_array(tensor), dtype); };
-    if (quantization) {
-      scales = p.biases ? load(*p.scales) : to_array(*p.scales);
-      if (p.biases) biases = load(*p.biases);
-      mx::eval({weight, *scales, biases.value_or(*scales)});
-    } else {
-      weight = mx::astype(weight, dtype);
-      mx::eval({weight});
-    }
-    if (p.bias) {
-      bias = load(*p.bias);
-      mx::eval({*bias});
-    }
+  Linear(const Projection& p, mx::Dtype dtype) : Linear(p, p.blocks ? block_arrays(p) : arrays(p), dtype) {}
+  Linear(const Projection& p, BlockArrays arrays, mx::Dtype dtype)
+      : dtype(dtype), weight(std::move(arrays.weight)), quantization(arrays.quantization), scales(std::move(arrays.scales)),
+        biases(std::move(arrays.biases)) {
+    if (p.bias) bias = to_array(*p.bias);
+    const auto settle = [&](mx::array& a, bool floats) {
+      if (p.neighbour_heads != 0) {
+        const std::vector<int32_t> rows = rows_of_halves(p.n, p.neighbour_heads);
+        a = mx::take(a, mx::array(rows.data(), {p.n}, mx::int32), 0);
+      }
+      if (floats) a = mx::astype(a, dtype);
+      mx::eval({a});
+    };
+    settle(weight, !quantization);
+    if (scales) settle(*scales, biases.has_value());
+    if (biases) settle(*biases, true);
+    if (bias) settle(*bias, true);
+  }
+  static BlockArrays arrays(const Projection& p) {
+    const auto load = [](const std::optional<TensorView>& tensor) {
+      return tensor ? std::optional(to_array(*tensor)) : std::nullopt;
+    };
+    return {.weight = to_array(p.weight), .quantization = p.quantization, .scales = load(p.scales),
+            .biases = load(p.biases)};
   }
 
   mx::array apply(const mx::array& x) const {

@@ -49,13 +49,17 @@ Ops::Weight Modules::attention(int index) const {
     return packed(rows_of(qkv, 0, q), rows_of(qkv, q, k), rows_of(qkv, q + k, v));
   }
   const auto part = [&](const char* part, int n) { return projection(name + part, n, c.hidden_size, spec.qkv_bias); };
-  const Projection query = queries(name, spec, /*gates=*/false);
+  const auto rotated = [&](Projection p) {
+    if (c.names.neighbours) p.neighbour_heads = p.n / spec.key_dim;
+    return p;
+  };
+  const Projection query = rotated(queries(name, spec, /*gates=*/false));
   if (spec.reads_rows_of) return ops_.pack_attention(spec, query, nullptr, nullptr, q_norm, k_norm, sinks);
   if (spec.keys_are_values) {
-    const Projection keys = part(".k_proj", k);
+    const Projection keys = rotated(part(".k_proj", k));
     return ops_.pack_attention(spec, query, &keys, nullptr, q_norm, k_norm, sinks);
   }
-  return packed(query, part(".k_proj", k), part(".v_proj", v));
+  return packed(query, rotated(part(".k_proj", k)), part(".v_proj", v));
 }
 
 Ops::Weight Modules::gated(const std::string& name, const Mlp& spec) const {

@@ -38,7 +38,11 @@ WeightSource source(const Projection& p) {
   source.n = p.n;
   source.k = p.k;
   source.weight = p.weight.data;
-  if (p.quantization) {
+  source.blocks = p.blocks;
+  source.neighbour_heads = p.neighbour_heads;
+  if (p.blocks) {
+    // What they are, blocks say.
+  } else if (p.quantization) {
     source.type = source_type(p.quantization->mode);
     source.bits = p.quantization->bits;
     source.group = p.quantization->group;

@@ -10,6 +10,7 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
+#include "model/block_arrays.h"
 #include "model/key_rows.h"
 #include "model/mlx_linear.h"
 #include "model/ops.h"

@@ -86,7 +86,12 @@ Projection find(const Weights& weights, const ModelConfig& config, const std::st
     }
   } else {
     p.weight = matrix(weights, name + ".weight", count, n, k);
-    require_float(p.weight);
+    const GgmlTypeInfo* type = find_ggml_type(p.weight.dtype);
+    if (type != nullptr && type->columns > 1) {
+      p.blocks = type->type;
+    } else {
+      require_float(p.weight);
+    }
   }
   if (with_bias) {
     p.bias = weights.get(name + ".bias", count == 0 ? std::vector<int64_t>{n} : std::vector<int64_t>{count, n / count});
@@ -126,7 +131,7 @@ Projection rows_of(const Projection& p, int first, int n) {
     return tensor ? std::optional(cut(*tensor)) : std::nullopt;
   };
   return {.n = n, .k = p.k, .weight = cut(p.weight), .quantization = p.quantization, .scales = cut_if(p.scales),
-          .biases = cut_if(p.biases), .bias = cut_if(p.bias), .memory = p.memory};
+          .biases = cut_if(p.biases), .bias = cut_if(p.bias), .blocks = p.blocks, .memory = p.memory};
 }
 
 Projection gathered_rows_of(const Projection& p, std::span<const RowRange> ranges) {
@@ -164,6 +169,8 @@ const TensorView& find_norm(const Weights& weights, const std::string& name, int
 
 const std::string& activation_dtype(const Projection& embedding) {
   static const std::string bf16 = "BF16";  // as mx.dequantize has it where scales are bytes
+  static const std::string f16 = "F16";    // as llama.cpp keeps its cache
+  if (embedding.blocks) return f16;
   if (!embedding.quantization) return embedding.weight.dtype;
   return embedding.quantization->mode == Mode::kAffine ? embedding.scales->dtype : bf16;
 }

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "base/gguf.h"
 #include "model/config.h"
 #include "model/weights.h"
 
@@ -19,6 +20,8 @@ struct Projection {
   std::optional<Quantization> quantization;  ///< then weight is packed u32, with scales and, if affine, biases
   std::optional<TensorView> scales, biases;
   std::optional<TensorView> bias;            ///< additive [N]
+  std::optional<GgmlType> blocks;            ///< weight is rows of GGUF's blocks
+  int neighbour_heads = 0;                   ///< as kernels::WeightSource has it
   std::shared_ptr<const std::byte> memory;   ///< keeps tensors that are not where the checkpoint has them; or nullptr
 };
 

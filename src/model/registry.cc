@@ -1,9 +1,11 @@
 /// Where a model is, and how it is opened.
 
+#include <algorithm>
 #include <fstream>
 
 #include "base/environment.h"
 #include "base/foreign_error.h"
+#include "base/gguf.h"
 #include "kernels/cpu_target.h"
 #include "kernels/thread_pool.h"
 #include "model/decoder.h"
@@ -53,10 +55,20 @@ fs::path resolve_model(const std::string& given) {
   std::error_code ignored;
   const std::string name = expand_home(given);
   if (fs::is_directory(name, ignored)) return name;
+  if (is_gguf(name)) return name;
   if (fs::exists(name, ignored)) {
-    throw Error(ErrorCode::kInvalidArgument, "'" + name + "' is a file, and a model is a directory with config.json, "
-                                             "tokenizer.json and *.safetensors; GGUF files are not read, fetch the model's "
-                                             "original repository.");
+    throw Error(ErrorCode::kInvalidArgument, "'" + name + "' is neither a GGUF file nor a model directory, which has "
+                                             "config.json, tokenizer.json and *.safetensors.");
+  }
+  // ORG/NAME:FILE
+  if (const size_t colon = name.find(':'); colon != std::string::npos && is_repo_id(name.substr(0, colon))) {
+    const fs::path file = name.substr(colon + 1);
+    const bool inside = file.is_relative() && std::ranges::find(file, fs::path("..")) == file.end();
+    const fs::path path = resolve_model(name.substr(0, colon)) / file;
+    if (inside && is_gguf(path)) return path;
+    throw Error(ErrorCode::kNotFound, "There is no GGUF file '" + file.string() + "' of " + name.substr(0, colon) +
+                                          " in the Hugging Face cache; fetch it with `hf download " +
+                                          name.substr(0, colon) + " " + file.string() + "`.");
   }
   if (!is_repo_id(name)) {
     throw Error(ErrorCode::kNotFound, "There is no model directory '" + name +
@@ -86,6 +98,7 @@ auto with_checkpoint(const std::string& name, const ComputeOptions& given, Use u
     model::ModelConfig config = model::read_config(dir);
     model::Weights weights = model::Weights::open(dir);
     weights.find_layers_as(config.weight_prefix + "model.");
+    config.quantized |= weights.has_blocks();
     if (!config.tied_head) config.tied_head = weights.find(config.weight_prefix + "lm_head.weight") == nullptr;
     if (config.published_norm_plus != 0 && model::has_published_convolutions(config, weights)) {
       config.norm_plus = config.published_norm_plus;

@@ -14,10 +14,12 @@
 #include <nlohmann/json.hpp>
 
 #include "base/env.h"
+#include "base/gguf.h"
 #include "base/hash.h"
 #include "base/model_file.h"
 #include "base/safetensors.h"
 #include "kernels/thread_pool.h"
+#include "model/gguf_config.h"
 #include "model/known_digests.h"
 #include "torpor/error.h"
 
@@ -43,13 +45,13 @@ std::vector<std::string> files_without_index(const std::filesystem::path& dir) {
   }
   if (names.contains("model.safetensors")) return {"model.safetensors"};
   if (names.empty()) {
-    throw Error(
-        ErrorCode::kNotFound,
-        dir.string() + " has no model*.safetensors" +
-            (others.empty() ? "; fetch the model again."
-                            : ", and " + others +
-                                  " is not read; convert "
-                                  "the model to safetensors (mlx_lm.convert), or fetch a repository that has them."));
+    const std::string what_to_do =
+        others.empty()              ? "; fetch the model again."
+        : others.ends_with(".gguf") ? "; name the file " + others + " in it as the model."
+                                    : ", and " + others +
+                                          " is not read; convert the model to safetensors (mlx_lm.convert), or fetch a "
+                                          "repository that has them.";
+    throw Error(ErrorCode::kNotFound, dir.string() + " has no model*.safetensors" + what_to_do);
   }
   for (const std::string& name : names) {
     int at = 0, of = 0;
@@ -123,6 +125,10 @@ void release_pages(const TensorView& tensor) { release(tensor.data, tensor.nbyte
 Weights Weights::open(const std::filesystem::path& dir) {
   Weights weights;
   weights.dir_ = dir;
+  if (is_gguf(dir)) {
+    weights.add_gguf(dir);
+    return weights;
+  }
   for (const std::string& name : weight_files(dir)) weights.add_file(dir / name);
   return weights;
 }
@@ -152,6 +158,19 @@ void Weights::add_file(const std::filesystem::path& path) {
   }
   paths_.push_back(path);
   files_.push_back(std::move(memory));
+}
+
+void Weights::add_gguf(const std::filesystem::path& path) {
+  const GgufModel model = GgufModel::open(path);
+  for (const GgufFile& piece : model.pieces()) {
+    for (const GgufTensor& entry : piece.tensors()) {
+      TensorView tensor{.name = entry.name, .dtype = entry.type->name, .shape = entry.shape, .data = entry.data.data(),
+                        .nbytes = entry.data.size()};
+      tensors_.emplace(gguf_tensor_name(model.metadata(), entry.name).value_or(entry.name), std::move(tensor));
+    }
+  }
+  files_ = model.memory();
+  paths_ = model.paths();
 }
 
 void Weights::find_layers_as(const std::string& prefix) {
@@ -192,6 +211,13 @@ const TensorView& Weights::get(const std::string& name, const std::vector<int64_
   return *tensor;
 }
 
+bool Weights::has_blocks() const {
+  return std::ranges::any_of(tensors_, [](const auto& entry) {
+    const GgmlTypeInfo* type = find_ggml_type(entry.second.dtype);
+    return type != nullptr && type->columns > 1;
+  });
+}
+
 int64_t Weights::nbytes() const noexcept {
   int64_t total = 0;
   for (const auto& [name, tensor] : tensors_) total += int64_t(tensor.nbytes);
@@ -219,7 +245,7 @@ std::string Weights::compute_digest() const {
   Hasher hasher;
   size_t piece = 0;
   for (const auto& [name, tensor] : tensors_) {
-    hasher.update_field(name).update_field(tensor.dtype).update_field(shape_text(tensor.shape));
+    hasher.update_field(tensor.name).update_field(tensor.dtype).update_field(shape_text(tensor.shape));
     for (size_t at = 0; at < tensor.nbytes; at += kDigestPiece) hasher.update_field(hashes[piece++]);
   }
   return hasher.hex();

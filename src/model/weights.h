@@ -1,5 +1,5 @@
 #pragma once
-/// The tensors of a checkpoint, mapped from one or many safetensors files and checked against the files' headers.
+/// The tensors of a checkpoint, mapped from one or many files, safetensors or GGUF, and checked against their headers.
 
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace torpor::model {
 
 struct TensorView {
   std::string name;
-  std::string dtype;  ///< as safetensors writes it: "F32", "F16", "BF16", "U32", ...
+  std::string dtype;  ///< as safetensors writes it: "F32", "F16", "BF16", "U32", ...; of GGUF's blocks: "Q4_K", ...
   std::vector<int64_t> shape;
   const std::byte* data = nullptr;  ///< where its file is mapped, aligned to nothing; lives as long as the Weights
   size_t nbytes = 0;
@@ -29,6 +29,7 @@ class Weights {
  public:
   /// The files that the index names, or all `model*.safetensors` where there is none or it is of other files. kNotFound when `dir`
   /// has no safetensors or only some of the files, kCorruption naming the damaged file, kIo.
+  /// Or those of the GGUF file `dir`, by their names in Hugging Face's files.
   static Weights open(const std::filesystem::path& dir);
 
   /// Names that begin with `prefix` ("language_model.model.") find the text model's tensors, whatever a writer put before their
@@ -39,6 +40,8 @@ class Weights {
   /// kCorruption naming the tensor when it is missing or has another shape.
   const TensorView& get(const std::string& name, const std::vector<int64_t>& shape) const;
 
+  /// Some tensor is of GGUF's blocks.
+  bool has_blocks() const;
   int64_t nbytes() const noexcept;
   /// Those that were opened.
   const std::vector<std::filesystem::path>& files() const noexcept { return paths_; }
@@ -50,6 +53,7 @@ class Weights {
 
  private:
   void add_file(const std::filesystem::path& path);
+  void add_gguf(const std::filesystem::path& path);
 
   std::filesystem::path dir_;
   std::vector<std::filesystem::path> paths_;

@@ -6,6 +6,7 @@
 #include <map>
 #include <utility>
 
+#include "base/gguf.h"
 #include "server/keys.h"
 #include "server/models.h"
 #include "torpor/agents.h"
@@ -26,6 +27,15 @@ ModelEntry entry_of(const ServedModel& model) {
   entry.name = model.name;
   const std::filesystem::path dir = resolve_model(model.source);
   entry.created = model_time(dir);
+  if (is_gguf(dir)) {
+    const GgufModel gguf = GgufModel::open(dir);
+    for (const GgufFile& piece : gguf.pieces()) {
+      for (const GgufTensor& tensor : piece.tensors()) entry.bytes += int64_t(tensor.data.size());
+    }
+    entry.family = gguf.metadata().text("general.architecture").value_or("");
+    entry.context = gguf.metadata().integer(entry.family + ".context_length").value_or(0);
+    return entry;
+  }
   std::error_code ignored;
   for (const auto& file : std::filesystem::directory_iterator(dir, ignored)) {
     if (file.path().extension() == ".safetensors") entry.bytes += int64_t(file.file_size(ignored));

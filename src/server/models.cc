@@ -33,7 +33,8 @@ std::string utc_time(int64_t seconds) {
 
 int64_t model_time(const std::filesystem::path& dir) {
   std::error_code error;
-  const auto time = std::filesystem::last_write_time(dir / "config.json", error);
+  const bool file = std::filesystem::is_regular_file(dir, error);
+  const auto time = std::filesystem::last_write_time(file ? dir : dir / "config.json", error);
   if (error) return 0;
   return std::chrono::duration_cast<std::chrono::seconds>(std::chrono::file_clock::to_sys(time).time_since_epoch()).count();
 }

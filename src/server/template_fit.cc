@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 
+#include "base/gguf.h"
 #include "torpor/error.h"
 
 namespace torpor::server {
@@ -62,6 +63,10 @@ std::optional<std::string> read_file(const std::filesystem::path& path) {
 }  // namespace
 
 std::string template_source(const std::filesystem::path& dir) {
+  if (is_gguf(dir)) {
+    const GgufModel model = GgufModel::open(dir);
+    return std::string(model.metadata().text("tokenizer.chat_template").value_or(""));
+  }
   if (auto jinja = read_file(dir / "chat_template.jinja")) return *jinja;
   const auto config = read_file(dir / "tokenizer_config.json");
   const Json json = config ? Json::parse(*config, nullptr, false) : Json();

@@ -5,7 +5,9 @@
 #include <sstream>
 #include <system_error>
 
+#include "base/gguf.h"
 #include "base/model_file.h"
+#include "text/gguf_tokenizer.h"
 
 namespace torpor::text {
 
@@ -45,13 +47,19 @@ torpor_text_file view_of(const std::optional<std::string>& text) {
 
 }  // namespace
 
-ModelFiles::ModelFiles(const std::filesystem::path& dir, bool tokenizer)
-    : tokenizer_config_(read_json(dir / "tokenizer_config.json")),
-      special_tokens_map_(read_json(dir / "special_tokens_map.json")),
-      added_tokens_(read_json(dir / "added_tokens.json")),
-      jinja_(read_file(dir / "chat_template.jinja")),
-      tool_use_(read_file(dir / "additional_chat_templates" / "tool_use.jinja")),
-      chat_template_(read_json(dir / "chat_template.json")) {
+ModelFiles::ModelFiles(const std::filesystem::path& dir, bool tokenizer) {
+  if (is_gguf(dir)) {
+    const GgufModel model = GgufModel::open(dir);
+    tokenizer_config_ = gguf_tokenizer_config(model.metadata());
+    if (tokenizer) tokenizer_ = gguf_tokenizer(model.metadata());
+    return;
+  }
+  tokenizer_config_ = read_json(dir / "tokenizer_config.json");
+  special_tokens_map_ = read_json(dir / "special_tokens_map.json");
+  added_tokens_ = read_json(dir / "added_tokens.json");
+  jinja_ = read_file(dir / "chat_template.jinja");
+  tool_use_ = read_file(dir / "additional_chat_templates" / "tool_use.jinja");
+  chat_template_ = read_json(dir / "chat_template.json");
   if (tokenizer) tokenizer_ = read_file(dir / "tokenizer.json");
 }
 

@@ -30,8 +30,8 @@ class ShimText {
 /// Throws what `status` says, unless it is TORPOR_TEXT_OK; `prefix` names the file or the input at fault.
 void check(torpor_text_status status, const ShimText& error, std::string_view prefix = {});
 
-/// The files of a model directory that the shim reads, as far as they are there. kIo when one can't be read, kNotFound when one
-/// is a Git LFS pointer.
+/// The files of a model directory that the shim reads, as far as they are there; or what a GGUF file has of them. kIo when
+/// one can't be read, kNotFound when one is a Git LFS pointer.
 class ModelFiles {
  public:
   /// With `tokenizer` also tokenizer.json.

@@ -1,3 +1,4 @@
+#include "base/gguf.h"
 #include "base/hash.h"
 #include "text/tokenizer_impl.h"
 
@@ -11,7 +12,7 @@ Tokenizer::~Tokenizer() = default;
 void Tokenizer::require(const std::filesystem::path& dir) {
   const auto path = dir / "tokenizer.json";
   std::error_code ignored;
-  if (std::filesystem::exists(path, ignored)) return;
+  if (std::filesystem::exists(path, ignored) || is_gguf(dir)) return;
   std::string other;
   for (const char* name : {"tokenizer.model", "tekken.json", "vocab.json"}) {
     if (std::filesystem::exists(dir / name, ignored)) other = name;
@@ -30,8 +31,8 @@ std::shared_ptr<const Tokenizer> Tokenizer::load(const std::filesystem::path& di
   const torpor_text_files view = files.view();
   torpor_text_tokenizer* handle = nullptr;
   ShimText changes, error;
-  text::check(torpor_text_tokenizer_new(&view, &handle, changes.out(), error.out()), error,
-              "can't use " + (dir / "tokenizer.json").string() + ": ");
+  const std::string from = is_gguf(dir) ? "the tokenizer of " + dir.string() : (dir / "tokenizer.json").string();
+  text::check(torpor_text_tokenizer_new(&view, &handle, changes.out(), error.out()), error, "can't use " + from + ": ");
   auto impl = std::make_unique<Impl>();
   impl->handle.reset(handle);
   impl->digest = hash_hex(*files.tokenizer() + changes.str());

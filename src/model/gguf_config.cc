@@ -1,0 +1,306 @@
+#include "model/gguf_config.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <map>
+#include <set>
+#include <string_view>
+
+#include <nlohmann/json.hpp>
+
+#include "torpor/error.h"
+
+namespace torpor::model {
+namespace {
+
+using nlohmann::json;
+using Names = std::map<std::string, std::string, std::less<>>;
+
+/// The metadata of an architecture, by what follows its name in their keys.
+class Fields {
+ public:
+  explicit Fields(const GgufModel& model) : model_(model), file_(model.metadata()) {
+    for (const char c : file_.text("general.architecture").value_or("").substr(0, 64)) {
+      architecture_ += c > ' ' && c < 127 ? c : '?';  // it is part of sentences
+    }
+  }
+  const std::string& architecture() const { return architecture_; }
+  const GgufModel& model() const { return model_; }
+
+  [[noreturn]] void refuse(const std::string& what) const {
+    throw Error(ErrorCode::kInvalidArgument, "'" + file_.file_name() + "' " + what);
+  }
+  std::string key(const char* name) const { return architecture_ + "." + name; }
+  std::optional<double> number(const char* name) const { return file_.number(key(name)); }
+  std::optional<int64_t> integer(const char* name) const { return file_.integer(key(name)); }
+  std::optional<std::string_view> text(const char* name) const { return file_.text(key(name)); }
+  std::vector<double> numbers(const char* name) const { return file_.numbers(key(name)); }
+  /// A number that all layers have, or a list with one for each.
+  std::optional<int64_t> count(const char* name) const {
+    const std::vector<double> all = numbers(name);
+    if (all.empty()) return std::nullopt;
+    if (std::ranges::any_of(all, [&](double one) { return one != all.front(); })) {
+      refuse("has layers that differ in " + key(name) + ", which is not supported for its architecture.");
+    }
+    return whole(name, all.front());
+  }
+  int64_t need(const char* name) const {
+    const std::optional<int64_t> value = count(name);
+    if (!value) refuse("lacks " + key(name) + "; fetch a newer file of the model.");
+    return *value;
+  }
+  int64_t whole(const char* name, double value) const {
+    if (!(value >= 0 && value <= 0x1p31) || value != std::floor(value)) refuse("has no count in " + key(name) + ".");
+    return int64_t(value);
+  }
+  bool has_tensor(const std::string& name) const { return model_.find(name) != nullptr; }
+  /// A list of numbers that are a tensor of f32; empty when there is none.
+  std::vector<float> floats(const char* name) const {
+    const GgufTensor* tensor = model_.find(name);
+    if (tensor == nullptr) return {};
+    if (tensor->type->type != GgmlType::kF32) refuse(std::string("has ") + name + ", which is not F32.");
+    std::vector<float> values(tensor->data.size() / sizeof(float));
+    std::memcpy(values.data(), tensor->data.data(), tensor->data.size());
+    return values;
+  }
+
+ private:
+  const GgufModel& model_;
+  const GgufFile& file_;
+  std::string architecture_;
+};
+
+/// What all architectures have.
+json common(const Fields& fields) {
+  json config;
+  const int64_t heads = fields.need("attention.head_count"), hidden = fields.need("embedding_length");
+  config["hidden_size"] = hidden;
+  config["num_hidden_layers"] = fields.need("block_count");
+  config["num_attention_heads"] = heads;
+  if (const auto length = fields.integer("context_length")) config["max_position_embeddings"] = *length;
+  if (const auto eps = fields.number("attention.layer_norm_rms_epsilon")) config["rms_norm_eps"] = float(*eps);
+  if (const auto base = fields.number("rope.freq_base")) config["rope_theta"] = *base;
+  const GgufTensor* embedding = fields.model().find("token_embd.weight");
+  if (embedding == nullptr || embedding->shape.size() != 2) fields.refuse("has no tensor token_embd.weight.");
+  config["vocab_size"] = embedding->shape.front();
+  config["tie_word_embeddings"] = !fields.has_tensor("output.weight");
+  config["hidden_act"] = "silu";
+  return config;
+}
+
+/// The fields of layers that are all alike.
+void alike(const Fields& fields, json& config) {
+  config["intermediate_size"] = fields.need("feed_forward_length");
+  if (const auto heads = fields.count("attention.head_count_kv")) config["num_key_value_heads"] = *heads;
+  const int64_t n_heads = config["num_attention_heads"], hidden = config["hidden_size"];
+  const int64_t dim = fields.integer("attention.key_length").value_or(hidden / std::max<int64_t>(n_heads, 1));
+  if (fields.integer("attention.value_length").value_or(dim) != dim) {
+    fields.refuse("has keys and values of different sizes, which is not supported for its architecture.");
+  }
+  config["head_dim"] = dim;
+  const int64_t rotated = fields.integer("rope.dimension_count").value_or(dim);
+  if (rotated != dim && dim > 0) config["partial_rotary_factor"] = double(rotated) / double(dim);
+}
+
+void rope_scaling(const Fields& fields, json& config) {
+  // Frequencies divided by a factor each: of Llama 3's, and the long ones of Phi's.
+  for (const char* name : {"rope_freqs.weight", "rope_factors_long.weight"}) {
+    const std::vector<float> factors = fields.floats(name);
+    if (factors.empty()) continue;
+    config["rope_scaling"] = {{"type", "longrope"}, {"long_factor", factors},
+                              {"attention_factor", fields.number("rope.scaling.attn_factor").value_or(1)},
+                              {"original_max_position_embeddings",
+                               fields.integer("rope.scaling.original_context_length").value_or(4096)}};
+    return;
+  }
+  const std::string type(fields.text("rope.scaling.type").value_or("none"));
+  if (type == "none") return;
+  json scaling = {{"type", type}};
+  if (const auto factor = fields.number("rope.scaling.factor")) scaling["factor"] = *factor;
+  if (const auto original = fields.integer("rope.scaling.original_context_length")) {
+    scaling["original_max_position_embeddings"] = *original;
+  }
+  for (const auto& [key, name] : {std::pair{"rope.scaling.yarn_beta_fast", "beta_fast"},
+                                  std::pair{"rope.scaling.yarn_beta_slow", "beta_slow"}}) {
+    if (const auto value = fields.number(key)) scaling[name] = *value;
+  }
+  if (fields.number("rope.scaling.yarn_log_multiplier").value_or(0) != 0) {
+    fields.refuse("has a " + fields.key("rope.scaling.yarn_log_multiplier") + ", which is not supported.");
+  }
+  config["rope_scaling"] = scaling;
+}
+
+// ---- architectures: what their config.json has beyond that
+
+void llama(const Fields& fields, json& config) {
+  config["attention_bias"] = fields.has_tensor("blk.0.attn_q.bias");
+  config["mlp_bias"] = fields.has_tensor("blk.0.ffn_gate.bias");
+  if (const auto window = fields.integer("attention.sliding_window"); window && *window > 0) {
+    config["model_type"] = "mistral";
+    config["sliding_window"] = *window;
+  }
+  if (const int64_t experts = fields.integer("expert_count").value_or(0); experts > 0) {
+    config["model_type"] = "mixtral";
+    config["num_local_experts"] = experts;
+    config["num_experts_per_tok"] = fields.need("expert_used_count");
+  }
+}
+
+void plain(const Fields&, json&) {}
+
+void qwen3moe(const Fields& fields, json& config) {
+  config["num_experts"] = fields.need("expert_count");
+  config["num_experts_per_tok"] = fields.need("expert_used_count");
+  config["moe_intermediate_size"] = fields.need("expert_feed_forward_length");
+  config["norm_topk_prob"] = true;  // llama.cpp has it so for all
+  config["decoder_sparse_step"] = 1;
+  config["mlp_only_layers"] = json::array();
+  for (int64_t i = 0; i < std::min<int64_t>(fields.need("block_count"), 1 << 16); ++i) {
+    const bool dense = !fields.has_tensor("blk." + std::to_string(i) + ".ffn_gate_inp.weight");
+    if (dense) config["mlp_only_layers"].push_back(i);
+  }
+}
+
+/// Of the largest model scores are scaled by another size than a head's, which no metadata say.
+void scale_of_gemma(json& config, int64_t layers_of_largest) {
+  const bool largest = config["num_hidden_layers"] == layers_of_largest;
+  const int64_t hidden = config["hidden_size"], heads = config["num_attention_heads"];
+  config["query_pre_attn_scalar"] = largest && heads > 0 ? json(hidden / heads) : config["head_dim"];
+}
+
+void gemma2(const Fields& fields, json& config) {
+  config["hidden_act"] = "gelu_pytorch_tanh";
+  config["attn_logit_softcapping"] = fields.number("attn_logit_softcapping").value_or(50);
+  config["final_logit_softcapping"] = fields.number("final_logit_softcapping").value_or(30);
+  config["sliding_window"] = fields.need("attention.sliding_window");
+  scale_of_gemma(config, 46);
+}
+
+void gemma3(const Fields& fields, json& config) {
+  config["hidden_act"] = "gelu_pytorch_tanh";
+  config["sliding_window"] = fields.need("attention.sliding_window");
+  config["sliding_window_pattern"] = 6;  // llama.cpp too takes it for granted
+  config["rope_local_base_freq"] = fields.number("rope.freq_base_swa").value_or(10000);
+  if (const auto cap = fields.number("final_logit_softcapping")) config["final_logit_softcapping"] = *cap;
+  scale_of_gemma(config, 62);
+}
+
+void phi3(const Fields& fields, json& config) {
+  if (const auto window = fields.integer("attention.sliding_window"); window && *window > 0) {
+    config["sliding_window"] = *window;
+  }
+}
+
+const Names kLayer = {{"attn_norm", "input_layernorm"}, {"attn_q", "self_attn.q_proj"}, {"attn_k", "self_attn.k_proj"},
+                      {"attn_v", "self_attn.v_proj"}, {"attn_qkv", "self_attn.qkv_proj"},
+                      {"attn_q_norm", "self_attn.q_norm"}, {"attn_k_norm", "self_attn.k_norm"},
+                      {"attn_output", "self_attn.o_proj"}, {"ffn_norm", "post_attention_layernorm"},
+                      {"ffn_gate", "mlp.gate_proj"}, {"ffn_up", "mlp.up_proj"}, {"ffn_down", "mlp.down_proj"},
+                      {"ffn_gate_inp", "mlp.gate"}, {"ffn_gate_exps", "mlp.switch_mlp.gate_proj"},
+                      {"ffn_up_exps", "mlp.switch_mlp.up_proj"}, {"ffn_down_exps", "mlp.switch_mlp.down_proj"}};
+const Names kMixtralLayer = {{"ffn_gate_inp", "block_sparse_moe.gate"},
+                             {"ffn_gate_exps", "block_sparse_moe.switch_mlp.gate_proj"},
+                             {"ffn_up_exps", "block_sparse_moe.switch_mlp.up_proj"},
+                             {"ffn_down_exps", "block_sparse_moe.switch_mlp.down_proj"}};
+const Names kGemmaLayer = {{"post_attention_norm", "post_attention_layernorm"},
+                           {"ffn_norm", "pre_feedforward_layernorm"},
+                           {"post_ffw_norm", "post_feedforward_layernorm"}};
+const Names kPhi3Layer = {{"ffn_up", "mlp.gate_up_proj"}};
+const Names kNone;
+const Names kModel = {{"token_embd", "model.embed_tokens"}, {"output_norm", "model.norm"}, {"output", "lm_head"}};
+
+struct Architecture {
+  const char* name;        ///< of GGUF
+  const char* model_type;  ///< of config.json, unless `fields` say another
+  void (*fields)(const Fields& fields, json& config);
+  const Names& names;      ///< of a layer's tensors, where they are not those of most
+  bool neighbours = false;
+};
+
+const Architecture kArchitectures[] = {
+    {"gemma2", "gemma2", gemma2, kGemmaLayer},
+    {"gemma3", "gemma3_text", gemma3, kGemmaLayer},
+    {"llama", "llama", llama, kMixtralLayer, /*neighbours=*/true},
+    {"phi3", "phi3", phi3, kPhi3Layer},
+    {"qwen2", "qwen2", plain, kNone},
+    {"qwen3", "qwen3", plain, kNone},
+    {"qwen3moe", "qwen3_moe", qwen3moe, kNone},
+    {"smollm3", "smollm3", plain, kNone, /*neighbours=*/true},
+};
+
+const Architecture* find_architecture(const GgufFile& metadata) {
+  const auto name = metadata.text("general.architecture");
+  const auto it = std::ranges::find_if(kArchitectures, [&](const Architecture& known) { return name == known.name; });
+  return it == std::end(kArchitectures) ? nullptr : it;
+}
+
+/// Texts of tokens that end a turn in one family or another, as llama.cpp knows them.
+constexpr std::string_view kEnds[] = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>",
+                                      "<turn|>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "<EOT>", "_<EOT>"};
+
+}  // namespace
+
+json gguf_config(const GgufModel& model) {
+  const Fields fields(model);
+  const Architecture* architecture = find_architecture(model.metadata());
+  if (architecture == nullptr) {
+    std::string supported;
+    for (const Architecture& known : kArchitectures) supported += std::string(supported.empty() ? "" : ", ") + known.name;
+    fields.refuse("is of the unsupported architecture " + fields.architecture() + ", supported of GGUF: " + supported + ".");
+  }
+  json config = common(fields);
+  config["model_type"] = architecture->model_type;
+  alike(fields, config);
+  rope_scaling(fields, config);
+  architecture->fields(fields, config);
+  return config;
+}
+
+bool gguf_neighbour_rows(const GgufFile& metadata) {
+  const Architecture* architecture = find_architecture(metadata);
+  return architecture != nullptr && architecture->neighbours;
+}
+
+std::optional<std::string> gguf_tensor_name(const GgufFile& metadata, const std::string& name) {
+  const Architecture* architecture = find_architecture(metadata);
+  const size_t dot = name.rfind('.');
+  if (architecture == nullptr || dot == std::string::npos) return std::nullopt;
+  const std::string stem = name.substr(0, dot), kind = name.substr(dot);
+  if (const auto known = kModel.find(stem); known != kModel.end()) return known->second + kind;
+  if (!stem.starts_with("blk.")) return std::nullopt;
+  const size_t end = stem.find('.', 4);
+  if (end == std::string::npos) return std::nullopt;
+  const std::string part = stem.substr(end + 1);
+  for (const Names* names : {&architecture->names, &kLayer}) {
+    const auto known = names->find(part);
+    if (known != names->end()) return "model.layers." + stem.substr(4, end - 4) + "." + known->second + kind;
+  }
+  return std::nullopt;
+}
+
+std::vector<int32_t> gguf_eos_tokens(const GgufFile& metadata) {
+  std::set<int32_t> ends;
+  for (const char* which : {"eos", "eot", "eom"}) {
+    const int64_t id = metadata.integer(std::string("tokenizer.ggml.") + which + "_token_id").value_or(-1);
+    if (id >= 0 && id <= std::numeric_limits<int32_t>::max()) ends.insert(int32_t(id));
+  }
+  constexpr double kControl = 3, kUserDefined = 4;
+  const std::vector<std::string_view> tokens = metadata.texts("tokenizer.ggml.tokens");
+  const std::vector<double> types = metadata.numbers("tokenizer.ggml.token_type");
+  std::map<std::string_view, int32_t> known;
+  for (size_t i = 0; i < std::min(tokens.size(), types.size()); ++i) {
+    if (types[i] != kControl && types[i] != kUserDefined) continue;
+    if (std::ranges::find(kEnds, tokens[i]) != std::end(kEnds)) known.emplace(tokens[i], int32_t(i));
+  }
+  // Harmony's messages end with <|end|>, and its turns with these.
+  if (known.contains("<|return|>") && known.contains("<|call|>")) {
+    if (const auto end = known.find("<|end|>"); end != known.end()) ends.erase(end->second), known.erase(end);
+  }
+  for (const auto& [text, id] : known) ends.insert(id);
+  return {ends.begin(), ends.end()};
+}
+
+}  // namespace torpor::model

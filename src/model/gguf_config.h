@@ -1,0 +1,30 @@
+#pragma once
+/// What a GGUF file says of a model, as a model directory of Hugging Face's would say it: so a family's page, what is
+/// refused and a config's digest are the same for both.
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json_fwd.hpp>
+
+#include "base/gguf.h"
+
+namespace torpor::model {
+
+/// The config.json of the model. kInvalidArgument ("unsupported architecture X, supported: ...") for an architecture
+/// that is not known, and for one whose metadata lack what the config needs.
+nlohmann::json gguf_config(const GgufModel& model);
+
+/// Rows of q and k are in the order in which neighbours rotate, as llama.cpp keeps those of Llama's kin.
+bool gguf_neighbour_rows(const GgufFile& metadata);
+
+/// The name in Hugging Face's files, or mlx-lm's of stacked experts, of the tensor `name` of a GGUF file; nullopt for
+/// one that the config says, or nobody knows.
+std::optional<std::string> gguf_tensor_name(const GgufFile& metadata, const std::string& name);
+
+/// The tokens that end a turn: those that the metadata name, and the control tokens that are known for it.
+std::vector<int32_t> gguf_eos_tokens(const GgufFile& metadata);
+
+}  // namespace torpor::model

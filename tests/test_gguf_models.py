@@ -1,0 +1,303 @@
+"""Models in GGUF files through the command line: against the directories that they were made of."""
+
+import json
+import math
+import shutil
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from conftest import ROOT, Torpor, make_tiny_model
+
+GOLDENS = ROOT / "tests/goldens/model"
+TEXT = (GOLDENS / "long.txt").read_text()
+TEMPLATE = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}")
+
+def byte_tokenizer(directory):
+    """A tokenizer.json of 128 tokens: the ASCII characters, as ByteLevel writes them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=ord)[:128]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return alphabet
+
+
+def tensors_of(directory):
+    return {name: np.array(value.astype(mx.float32))
+            for path in sorted(directory.glob("*.safetensors")) for name, value in mx.load(str(path)).items()}
+
+
+def neighbours(rows, heads):
+    """As llama.cpp's converter permutes Llama's q and k."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def llama3_factors(config):
+    """As llama.cpp's converter computes them."""
+    scaling, dim = config["rope_scaling"], config["hidden_size"] // config["num_attention_heads"]
+    frequencies = 1.0 / config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
+    original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    factors = []
+    for frequency in frequencies:
+        length = 2 * math.pi / frequency
+        if length < original / high:
+            factors.append(1)
+        elif length > original / low:
+            factors.append(factor)
+        else:
+            smooth = (original / length - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, dtype=np.float32)
+
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+                 "qwen3_moe": "qwen3moe", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3",
+                 "smollm3": "smollm3"}
+
+
+def write_metadata(writer, config):
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config.get("rope_theta", 1e6 if config["model_type"] == "gemma3_text" else 10000.0))
+    writer.add_rope_dimension_count(int(head_dim * config.get("partial_rotary_factor", 1)))
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    if "final_logit_softcapping" in config:
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("type", scaling.get("rope_type")) == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+
+
+def write_gguf(directory, path, change=None, **options):
+    """The model of a directory of floats as GGUF: names by the package gguf, order of rows by llama.cpp's converter.
+    `change(name, value)` may give another value and its type."""
+    config = json.loads((directory / "config.json").read_text())
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(path, architecture, **options)
+    write_metadata(writer, config)
+    vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    of_dense = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    for name, value in tensors_of(directory).items():
+        stem, _, suffix = name.rpartition(".")
+        stem = stem.replace("mlp.switch_mlp.", "mlp.experts.").replace("block_sparse_moe.switch_mlp.", "mlp.experts.")
+        if architecture in ("llama", "smollm3") and stem.endswith(("q_proj", "k_proj")):
+            value = neighbours(value, heads if stem.endswith("q_proj") else kv_heads)
+        if architecture.startswith("gemma") and stem.endswith("norm"):
+            value = value + np.float32(1)
+        name = f"{names.get_name(stem) or of_dense.get_name(stem)}.{suffix}"
+        value, kind = change(name, value) if change else (value, None)
+        writer.add_tensor(name, np.ascontiguousarray(value), raw_dtype=kind)
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_factors(config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def tiny_of(tmp_path):
+    """A copy of a golden model, with a tokenizer."""
+    def made(name):
+        directory = shutil.copytree(GOLDENS / f"tiny-{name}", tmp_path / name)
+        byte_tokenizer(directory)
+        config = json.loads((directory / "config.json").read_text())
+        if "query_pre_attn_scalar" in config:  # GGUF says it of one size of models alone
+            config["query_pre_attn_scalar"] = config["head_dim"]
+            (directory / "config.json").write_text(json.dumps(config))
+        return directory
+    return made
+
+
+def perplexity(tmp_path, model, backend="kernels", activations="f32", tokens=60):
+    torpor = Torpor(tmp_path / "store", model)
+    env = {"TORPOR_BACKEND": backend, "TORPOR_ACTIVATIONS": activations}
+    return torpor("perplexity", "--model", model, "--file", "-", "--tokens", tokens, "--kv-dtype", "f32", "--json",
+                  stdin=TEXT, env=env).ok().json["perplexity"]
+
+
+@pytest.mark.parametrize("name, close", [
+    ("f16", 0), ("bf16-llama3", 1e-6), ("f32-linear", 0), ("mistral", 0), ("qwen2", 0), ("qwen3", 0), ("qwen3-moe", 0),
+    ("gemma2", 0), ("gemma3", 1e-6), ("phi3", 0), ("smollm3", 0)])
+def test_a_file_of_floats_computes_what_its_directory_does(tmp_path, tiny_of, name, close):
+    directory = tiny_of(name)
+    file = write_gguf(directory, tmp_path / "model.gguf")
+    for backend in ("kernels", "mlx"):
+        expected = perplexity(tmp_path, directory, backend)
+        assert abs(perplexity(tmp_path, file, backend) / expected - 1) <= close, backend
+
+
+# Where in a block f16 numbers are, and what the second is of the first for weights around zero.
+BLOCKS = {"Q2_K": ([80, 82], 1.5), "Q3_K": ([108], 0), "Q4_K": ([0, 2], 7.5), "Q5_K": ([0, 2], 15.5),
+          "Q6_K": ([208], 0), "IQ4_NL": ([0], 0), "IQ4_XS": ([0], 0), "MXFP4": ([], 0)}
+
+
+def random_blocks(rng, kind, rows, columns):
+    """Bytes of weights whose deviation is about that of a trained model's."""
+    width, size = gguf.GGML_QUANT_SIZES[kind]
+    data = rng.integers(0, 256, (rows * columns // width, size), dtype=np.uint8)
+    places, second = BLOCKS[kind.name]
+
+    def filled(d):
+        for at, value in zip(places, (d, d * second)):
+            data[:, at:at + 2] = np.array([value], dtype=np.float16).view(np.uint8)
+        if kind.name == "MXFP4":
+            data[:, 0] = 123
+        return data.reshape(rows, -1)
+
+    deviation = gguf.quants.dequantize(filled(1.0), kind).std()
+    return filled(columns ** -0.5 / deviation)
+
+
+def wide(config, weights):
+    """Columns in whole blocks of 256."""
+    config |= {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config["vocab_size"] = 128
+    random = np.random.default_rng(5)
+    shapes = {"q_proj": (256, 256), "k_proj": (128, 256), "v_proj": (128, 256), "o_proj": (256, 256),
+              "gate_proj": (512, 256), "up_proj": (512, 256), "down_proj": (256, 512), "embed_tokens": (128, 256),
+              "lm_head": (128, 256)}
+    for name in weights:
+        shape = next((shape for part, shape in shapes.items() if part in name), (256,))
+        weights[name] = (random.normal(0, 0.06, shape) if len(shape) > 1 else np.ones(shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *BLOCKS])
+def test_blocks_of_a_type_compute_what_the_same_floats_do(tmp_path, kind):
+    directory = make_tiny_model(tmp_path / "model", wide)
+    byte_tokenizer(directory)
+    kind = gguf.GGMLQuantizationType[kind]
+    rng, raw = np.random.default_rng(9), {}
+
+    def as_blocks(name, value):
+        if value.ndim == 1:
+            return value, None
+        if kind.name in BLOCKS:
+            raw[name] = random_blocks(rng, kind, *value.shape)
+        else:
+            raw[name] = gguf.quants.quantize(value, kind)
+        return raw[name], kind
+
+    def as_floats(name, value):
+        return gguf.quants.dequantize(raw[name], kind) if name in raw else value, None
+
+    blocks = write_gguf(directory, tmp_path / "blocks.gguf", as_blocks)
+    floats = write_gguf(directory, tmp_path / "floats.gguf", as_floats)
+    for backend in ("kernels", "mlx"):
+        expected = perplexity(tmp_path, floats, backend)
+        assert abs(perplexity(tmp_path, blocks, backend) / expected - 1) < 1e-5, backend
+    assert abs(perplexity(tmp_path, blocks, activations="int16") / expected - 1) < 1e-3
+
+
+def test_a_file_has_all_that_a_turn_needs(tmp_path, tiny_of):
+    directory = tiny_of("f16")
+    file = write_gguf(directory, tmp_path / "model.gguf")
+    torpor = Torpor(tmp_path / "store", file)
+    first = torpor.run("ada", "Hello", "--json").ok().json
+    second = torpor.run("ada", "Go on", "--json").ok().json
+    assert second["tokens"]["cached"] >= first["tokens"]["prompt"]
+    # Another file of the same model is another model.
+    def halves(name, value):
+        return (gguf.quants.quantize(value, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0) \
+            if value.ndim > 1 else (value, None)
+    torpor.model = write_gguf(directory, tmp_path / "other.gguf", halves)
+    torpor.run("ada", "Go on").fails("incompatible", "weights")
+
+
+def test_an_ollama_blob_and_a_file_in_the_hugging_face_cache_are_found(tmp_path, tiny_of):
+    directory = tiny_of("f16")
+    blob = write_gguf(directory, tmp_path / "sha256-0a1b")
+    expected = perplexity(tmp_path, blob)
+    repository = tmp_path / "hub/models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("abc")
+    (repository / "snapshots/abc/Q8").mkdir(parents=True)
+    shutil.copy(blob, repository / "snapshots/abc/Q8/m.gguf")
+    torpor = Torpor(tmp_path / "store", blob)
+    env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "TORPOR_BACKEND": "kernels", "TORPOR_ACTIVATIONS": "f32"}
+    arguments = ("--file", "-", "--tokens", 60, "--kv-dtype", "f32", "--json")
+    found = torpor("perplexity", "--model", "org/name:Q8/m.gguf", *arguments, stdin=TEXT, env=env).ok().json
+    assert found["perplexity"] == expected
+    for name in ("org/name:other.gguf", "org/name:../../../../sha256-0a1b"):
+        refused = torpor("perplexity", "--model", name, *arguments, stdin=TEXT, env=env)
+        refused.fails("not_found", "There is no GGUF file")
+    torpor("perplexity", "--model", "org/name", *arguments, stdin=TEXT, env=env).fails("not_found", "no config.json")
+
+
+def test_a_split_model_is_read_whole(tmp_path, tiny_of):
+    directory = tiny_of("f16")
+    whole = write_gguf(directory, tmp_path / "whole.gguf")
+    write_gguf(directory, tmp_path / "part.gguf", split_max_tensors=9)
+    pieces = sorted(tmp_path.glob("part-*.gguf"))
+    assert len(pieces) > 1
+    assert perplexity(tmp_path, pieces[0]) == perplexity(tmp_path, whole)
+    torpor = Torpor(tmp_path / "store", pieces[1])
+    torpor.run("ada", "Hello").fails("invalid", "name the first")
+    pieces[1].unlink()
+    torpor.model = pieces[0]
+    torpor.run("ada", "Hello").fails("not_found", pieces[1].name, "fetch the model again")
+
+
+def test_what_is_not_read_is_one_sentence(tmp_path, tiny_of):
+    directory = tiny_of("f16")
+    file = write_gguf(directory, tmp_path / "model.gguf")
+    torpor = Torpor(tmp_path / "store", tmp_path / "bad.gguf")
+
+    def refused(data, name, *words):
+        (tmp_path / "bad.gguf").write_bytes(data)
+        torpor.run("ada", "Hello").fails(name, *words)
+
+    data = file.read_bytes()
+    refused(data[:len(data) // 2], "corruption", "is damaged", "ends past the end of the file")
+    refused(data[:100], "corruption", "is damaged", "ends within its metadata")
+    refused(data.replace(b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama",
+                         b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0mamba"),
+            "invalid", "unsupported architecture mamba, supported of GGUF: gemma2,")
+    refused(data.replace(b"llama.embedding_length", b"llama.embedding_lengtX"), "invalid",
+            "lacks llama.embedding_length")
+    refused(data.replace(b"blk.1.attn_k.weight", b"blk.1.attn_X.weight"), "corruption",
+            "lack the tensor model.layers.1.self_attn.k_proj.weight")
+    refused(data.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenX"), "not_found", "has no tokenizer")
+    refused(data.replace(b"gpt-2", b"gpt-9"), "invalid", "splits texts as gpt-9 does, supported: default,")
+
+
+def test_smollm2_computes_bit_for_bit_what_its_mlx_directory_does(tmp_path):
+    file = ROOT / ".models/smollm2-135m.gguf"
+    if not file.exists():
+        pytest.skip("no .models/smollm2-135m.gguf (scripts/fetch-model)")
+    assert perplexity(tmp_path, file) == perplexity(tmp_path, ROOT / ".models/smollm2-135m")
