@@ -57,8 +57,28 @@ def llama3_factors(config):
 
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-                 "qwen3_moe": "qwen3moe", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3",
-                 "smollm3": "smollm3"}
+                 "qwen3_moe": "qwen3moe", "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma4_text": "gemma4",
+                 "phi3": "phi3", "smollm3": "smollm3"}
+
+
+def write_gemma4_metadata(writer, config):
+    """As llama.cpp's converter does, beyond what all have."""
+    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    shared, size, layers = config["num_kv_shared_layers"], config["intermediate_size"], len(slides)
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_sliding_window_pattern(slides)
+    writer.add_key_length(config["global_head_dim"])
+    writer.add_value_length(config["global_head_dim"])
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_value_length_swa(config["head_dim"])
+    writer.add_feed_forward_length([size if i < layers - shared else 2 * size for i in range(layers)])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_dimension_count(config["global_head_dim"])
+    writer.add_rope_dimension_count_swa(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
 def write_metadata(writer, config):
@@ -67,16 +87,18 @@ def write_metadata(writer, config):
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(hidden)
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    if config["model_type"] == "gemma4_text":
+        return write_gemma4_metadata(writer, config)
+    writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config.get("rope_theta", 1e6 if config["model_type"] == "gemma3_text" else 10000.0))
     writer.add_rope_dimension_count(int(head_dim * config.get("partial_rotary_factor", 1)))
-    if config.get("sliding_window"):
-        writer.add_sliding_window(config["sliding_window"])
     if "final_logit_softcapping" in config:
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
@@ -111,11 +133,11 @@ def write_gguf(directory, path, change=None, **options):
     of_dense = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     for name, value in tensors_of(directory).items():
-        stem, _, suffix = name.rpartition(".")
+        stem, _, suffix = (name if not name.endswith("layer_scalar") else f"{name}.weight").rpartition(".")
         stem = stem.replace("mlp.switch_mlp.", "mlp.experts.").replace("block_sparse_moe.switch_mlp.", "mlp.experts.")
         if architecture in ("llama", "smollm3") and stem.endswith(("q_proj", "k_proj")):
             value = neighbours(value, heads if stem.endswith("q_proj") else kv_heads)
-        if architecture.startswith("gemma") and stem.endswith("norm"):
+        if architecture in ("gemma2", "gemma3") and stem.endswith("norm"):
             value = value + np.float32(1)
         name = f"{names.get_name(stem) or of_dense.get_name(stem)}.{suffix}"
         value, kind = change(name, value) if change else (value, None)
@@ -123,6 +145,10 @@ def write_gguf(directory, path, change=None, **options):
     scaling = config.get("rope_scaling") or {}
     if scaling.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(config))
+    if architecture == "gemma4":
+        pairs = config["global_head_dim"] // 2
+        rotated = int(pairs * config["rope_parameters"]["full_attention"]["partial_rotary_factor"])
+        writer.add_tensor("rope_freqs.weight", np.array([1.0] * rotated + [1e30] * (pairs - rotated), dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -153,7 +179,7 @@ def perplexity(tmp_path, model, backend="kernels", activations="f32", tokens=60)
 
 @pytest.mark.parametrize("name, close", [
     ("f16", 0), ("bf16-llama3", 1e-6), ("f32-linear", 0), ("mistral", 0), ("qwen2", 0), ("qwen3", 0), ("qwen3-moe", 0),
-    ("gemma2", 0), ("gemma3", 1e-6), ("phi3", 0), ("smollm3", 0)])
+    ("gemma2", 0), ("gemma3", 1e-6), ("gemma4", 0), ("phi3", 0), ("smollm3", 0)])
 def test_a_file_of_floats_computes_what_its_directory_does(tmp_path, tiny_of, name, close):
     directory = tiny_of(name)
     file = write_gguf(directory, tmp_path / "model.gguf")

@@ -102,7 +102,7 @@ std::string identifier(std::string name) {
 
 INSTANTIATE_TEST_SUITE_P(Models, Real,
                          testing::Values("smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m", "smollm2-135m.gguf",
-                                         "gemma3-270m.gguf"),
+                                         "qwen2.5-coder-0.5b.gguf", "gemma3-270m.gguf"),
                          [](const auto& info) { return identifier(info.param); });
 
 /// Random models of a few layers, in the shape of each family's published config: dtypes, biases, RoPE scalings, windows,

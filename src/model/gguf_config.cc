@@ -194,6 +194,53 @@ void phi3(const Fields& fields, json& config) {
   }
 }
 
+/// Layers with a window and without differ in nearly all.
+void gemma4(const Fields& fields, json& config) {
+  const std::vector<double> slides = fields.numbers("attention.sliding_window_pattern");
+  const std::vector<double> kv_heads = fields.numbers("attention.head_count_kv");
+  const std::vector<double> sizes = fields.numbers("feed_forward_length");
+  const size_t n = slides.size();
+  if (config["num_hidden_layers"] != n || n == 0 || kv_heads.empty() || sizes.empty() ||
+      (kv_heads.size() != 1 && kv_heads.size() != n) || (sizes.size() != 1 && sizes.size() != n)) {
+    fields.refuse("has lists of layers that differ in length.");
+  }
+  config["layer_types"] = json::array();
+  bool values = true;  // a layer without a window has projections of its own for them
+  for (size_t i = 0; i < n; ++i) {
+    config["layer_types"].push_back(slides[i] != 0 ? "sliding_attention" : "full_attention");
+    const int64_t heads = fields.whole("attention.head_count_kv", kv_heads[kv_heads.size() == 1 ? 0 : i]);
+    config[slides[i] != 0 ? "num_key_value_heads" : "num_global_key_value_heads"] = heads;
+    const std::string layer = "blk." + std::to_string(i);
+    const bool own = slides[i] == 0 && fields.has_tensor(layer + ".attn_k.weight");
+    if (own) values &= fields.has_tensor(layer + ".attn_v.weight");
+  }
+  config["attention_k_eq_v"] = !values;
+  config["head_dim"] = fields.need("attention.key_length_swa");
+  config["global_head_dim"] = fields.need("attention.key_length");
+  config["intermediate_size"] = fields.whole("feed_forward_length", sizes.front());
+  config["use_double_wide_mlp"] = sizes.back() == 2 * sizes.front();
+  config["num_kv_shared_layers"] = fields.integer("attention.shared_kv_layers").value_or(0);
+  config["sliding_window"] = fields.need("attention.sliding_window");
+  config["enable_moe_block"] = fields.integer("expert_count").value_or(0) > 0;
+  config["hidden_act"] = "gelu_pytorch_tanh";
+  if (const auto cap = fields.number("final_logit_softcapping")) config["final_logit_softcapping"] = *cap;
+  const int64_t of_layer = fields.integer("embedding_length_per_layer_input").value_or(0);
+  config["hidden_size_per_layer_input"] = of_layer;
+  if (const GgufTensor* table = fields.model().find("per_layer_token_embd.weight"); of_layer > 0 && table != nullptr) {
+    config["vocab_size_per_layer_input"] = table->shape.front();
+  }
+  // Pairs that don't rotate are divided by something huge.
+  const std::vector<float> factors = fields.floats("rope_freqs.weight");
+  const auto rotated = std::ranges::count_if(factors, [](float factor) { return factor < 1e20f; });
+  json full = {{"rope_type", "default"}, {"rope_theta", fields.number("rope.freq_base").value_or(1e6)}};
+  if (!factors.empty()) {
+    full["rope_type"] = "proportional";
+    full["partial_rotary_factor"] = double(rotated) / double(factors.size());
+  }
+  const json sliding = {{"rope_type", "default"}, {"rope_theta", fields.number("rope.freq_base_swa").value_or(10000)}};
+  config["rope_parameters"] = {{"full_attention", full}, {"sliding_attention", sliding}};
+}
+
 const Names kLayer = {{"attn_norm", "input_layernorm"}, {"attn_q", "self_attn.q_proj"}, {"attn_k", "self_attn.k_proj"},
                       {"attn_v", "self_attn.v_proj"}, {"attn_qkv", "self_attn.qkv_proj"},
                       {"attn_q_norm", "self_attn.q_norm"}, {"attn_k_norm", "self_attn.k_norm"},
@@ -208,21 +255,33 @@ const Names kMixtralLayer = {{"ffn_gate_inp", "block_sparse_moe.gate"},
 const Names kGemmaLayer = {{"post_attention_norm", "post_attention_layernorm"},
                            {"ffn_norm", "pre_feedforward_layernorm"},
                            {"post_ffw_norm", "post_feedforward_layernorm"}};
+const Names kGemma4Layer = {{"post_attention_norm", "post_attention_layernorm"},
+                            {"ffn_norm", "pre_feedforward_layernorm"},
+                            {"post_ffw_norm", "post_feedforward_layernorm"},
+                            {"inp_gate", "per_layer_input_gate"},
+                            {"proj", "per_layer_projection"},
+                            {"post_norm", "post_per_layer_input_norm"},
+                            {"layer_output_scale", "layer_scalar"}};
 const Names kPhi3Layer = {{"ffn_up", "mlp.gate_up_proj"}};
 const Names kNone;
-const Names kModel = {{"token_embd", "model.embed_tokens"}, {"output_norm", "model.norm"}, {"output", "lm_head"}};
+const Names kModel = {{"token_embd", "model.embed_tokens"}, {"output_norm", "model.norm"}, {"output", "lm_head"},
+                      {"per_layer_token_embd", "model.embed_tokens_per_layer"},
+                      {"per_layer_model_proj", "model.per_layer_model_projection"},
+                      {"per_layer_proj_norm", "model.per_layer_projection_norm"}};
 
 struct Architecture {
   const char* name;        ///< of GGUF
   const char* model_type;  ///< of config.json, unless `fields` say another
   void (*fields)(const Fields& fields, json& config);
   const Names& names;      ///< of a layer's tensors, where they are not those of most
-  bool neighbours = false;
+  bool neighbours = false;   ///< gguf_neighbour_rows
+  bool apart = false;        ///< `fields` say all of layers and their RoPE
 };
 
 const Architecture kArchitectures[] = {
     {"gemma2", "gemma2", gemma2, kGemmaLayer},
     {"gemma3", "gemma3_text", gemma3, kGemmaLayer},
+    {"gemma4", "gemma4_text", gemma4, kGemma4Layer, false, /*apart=*/true},
     {"llama", "llama", llama, kMixtralLayer, /*neighbours=*/true},
     {"phi3", "phi3", phi3, kPhi3Layer},
     {"qwen2", "qwen2", plain, kNone},
@@ -248,13 +307,16 @@ json gguf_config(const GgufModel& model) {
   const Architecture* architecture = find_architecture(model.metadata());
   if (architecture == nullptr) {
     std::string supported;
-    for (const Architecture& known : kArchitectures) supported += std::string(supported.empty() ? "" : ", ") + known.name;
-    fields.refuse("is of the unsupported architecture " + fields.architecture() + ", supported of GGUF: " + supported + ".");
+    for (const Architecture& known : kArchitectures) supported.append(supported.empty() ? "" : ", ").append(known.name);
+    fields.refuse("is of the unsupported architecture " + fields.architecture() + ", supported of GGUF: " + supported +
+                  ".");
   }
   json config = common(fields);
   config["model_type"] = architecture->model_type;
-  alike(fields, config);
-  rope_scaling(fields, config);
+  if (!architecture->apart) {
+    alike(fields, config);
+    rope_scaling(fields, config);
+  }
   architecture->fields(fields, config);
   return config;
 }
@@ -276,7 +338,9 @@ std::optional<std::string> gguf_tensor_name(const GgufFile& metadata, const std:
   const std::string part = stem.substr(end + 1);
   for (const Names* names : {&architecture->names, &kLayer}) {
     const auto known = names->find(part);
-    if (known != names->end()) return "model.layers." + stem.substr(4, end - 4) + "." + known->second + kind;
+    if (known == names->end()) continue;
+    const std::string layer = "model.layers." + stem.substr(4, end - 4) + ".";
+    return layer + known->second + (part == "layer_output_scale" ? "" : kind);
   }
   return std::nullopt;
 }

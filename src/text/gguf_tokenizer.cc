@@ -32,7 +32,8 @@ constexpr const char* kLlama3 = TORPOR_CONTRACTIONS R"(|[^\r\n\p{L}\p{N}]?\p{L}+
 constexpr const char* kQwen35 = TORPOR_CONTRACTIONS
     R"(|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kTekken = R"([^\r\n\p{L}\p{N}]?)" TORPOR_UPPER "*" TORPOR_LOWER
-    R"(+|[^\r\n\p{L}\p{N}]?)" TORPOR_UPPER "+" TORPOR_LOWER R"(*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+    R"(+|[^\r\n\p{L}\p{N}]?)" TORPOR_UPPER "+" TORPOR_LOWER
+    R"(*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kGpt4o = R"([^\r\n\p{L}\p{N}]?)" TORPOR_UPPER "*" TORPOR_LOWER "+" TORPOR_CONTRACTIONS
     R"(?|[^\r\n\p{L}\p{N}]?)" TORPOR_UPPER "+" TORPOR_LOWER "*" TORPOR_CONTRACTIONS
     R"(?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
