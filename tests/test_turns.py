@@ -17,7 +17,7 @@ def check_object(turn, agent, model):
     assert list(turn) == ["agent", "model", "text", "finish_reason", "tokens", "timing_ms", "bytes"]
     assert (turn["agent"], turn["model"]) == (agent, str(model))
     assert turn["finish_reason"] in ("stop", "length")
-    assert list(turn["tokens"]) == ["prompt", "cached", "prefilled", "generated", "proposed", "accepted", "context"]
+    assert list(turn["tokens"]) == ["prompt", "cached", "again", "prefilled", "generated", "proposed", "accepted", "context"]
     assert list(turn["timing_ms"]) == ["load", "wake", "ttft", "decode", "save"]
     assert list(turn["bytes"]) == ["read", "written"]
     assert turn["tokens"]["cached"] + turn["tokens"]["prefilled"] == turn["tokens"]["prompt"]

@@ -140,6 +140,7 @@ void bind_turn(nb::module_& module) {
   nb::class_<TurnResult::Tokens>(module, "TurnTokens")
       .def_ro("prompt", &TurnResult::Tokens::prompt)
       .def_ro("cached", &TurnResult::Tokens::cached)
+      .def_ro("again", &TurnResult::Tokens::again)
       .def_ro("prefilled", &TurnResult::Tokens::prefilled)
       .def_ro("generated", &TurnResult::Tokens::generated)
       .def_ro("proposed", &TurnResult::Tokens::proposed)

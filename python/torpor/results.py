@@ -23,6 +23,7 @@ class TurnTokens(_Result):
 
     prompt: int  #: before generation, the whole conversation: cached + prefilled
     cached: int  #: of those, reused from the agent or from whoever has begun alike
+    again: int  #: computed now though known: they lay behind the last state of recurrent layers
     prefilled: int  #: of those, computed now
     generated: int  #: sampled, one that ends the turn included
     proposed: int  #: guessed before they were sampled

@@ -21,11 +21,13 @@ void AgentManager::take_back(Agent& agent, int n_tokens) {
   // The copy of a run that this makes is of the turn's own rows, and the run goes: less is held afterwards, whatever fits.
   const auto room = try_room(agent.cache->cut_cost(n_tokens));
   agent.cache->truncate(n_tokens);
-  agent.segments.resize(std::min(agent.segments.size(), size_t(n_tokens / kSegmentTokens)));
+  agent.cut_files(n_tokens);
 }
 
 void AgentManager::truncate(Agent& agent, int n_tokens) {
   finish_writes(agent);
+  const KvLayout& layout = agent.cache->layout();
+  if (!options_.state_layout.empty() && !layout.has_windows()) n_tokens = hold_state(agent, *agent.cache, n_tokens);
   if (!agent.cache->can_truncate(n_tokens)) {
     const auto open = std::span(agent.cache->tokens())
                           .first(size_t(n_tokens))
@@ -43,11 +45,12 @@ void AgentManager::truncate(Agent& agent, int n_tokens) {
     own(agent, std::move(prefix.cache));
     agent.lineage = std::move(prefix.lineage);
     agent.segments = std::move(prefix.segments);
+    agent.states = std::move(prefix.states);
     agent.bytes_read += prefix.bytes_read;
   } else {
     const KvLedger::Room room = make_room(agent.cache->cut_cost(n_tokens));
     agent.cache->truncate(n_tokens);
-    agent.segments.resize(std::min(agent.segments.size(), size_t(n_tokens / kSegmentTokens)));
+    agent.cut_files(n_tokens);
   }
   agent.lineage.cut(agent.cache->length());
   agent.changed();
@@ -99,8 +102,9 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   agent.shortest_cut = record.shortest_cut;
   agent.history.assign(source->history.begin(), source->history.begin() + ptrdiff_t(record.history));
   agent.user = source->user;
-  agent.segments.assign(source->segments.begin(),
-                        source->segments.begin() + std::min<ptrdiff_t>(ssize(source->segments), keep / kSegmentTokens));
+  agent.segments = source->segments;
+  agent.states = source->states;
+  agent.cut_files(keep);
   agent.changed();
   prefetcher_.set_awake(dst, true);
   save_behind(awake_.emplace(dst, std::move(agent)).first->second);

@@ -140,6 +140,45 @@ std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing
   return added;
 }
 
+size_t count_asking(const Phrasing& phrasing, std::span<const int32_t> tokens) {
+  try {
+    const std::string json = rendered_json(std::vector<Message>{{"user", "x"}});
+    RenderedText asking = phrasing.render(json);
+    const std::string before =
+        phrasing.chat_template.render(json, false, phrasing.variables, phrasing.special ? nullptr : &phrasing.tokenizer)
+            .text;
+    if (!asking.text.starts_with(before) || asking.text.size() == before.size()) return 0;
+    asking.text.erase(0, before.size());
+    // What comes before may be one token with it, so that the ids are compared.
+    const std::vector<int32_t> ids = phrasing.tokenizer.encode(asking, -1);
+    const bool same = ids.size() < tokens.size() && std::equal(ids.begin(), ids.end(), tokens.end() - ssize(ids));
+    return same ? ids.size() : 0;
+  } catch (const Error&) {
+    return 0;  // the template wants another conversation
+  }
+}
+
+size_t count_system(const Phrasing& phrasing, std::span<const Message> messages, std::span<const int32_t> tokens) {
+  std::vector<Message> some;
+  for (const Message& message : messages) {
+    if (message.role != "system" && message.role != "developer") break;
+    some.push_back(message);
+  }
+  if (some.empty() && phrasing.variables.empty()) return 0;
+  try {
+    // Where two questions part is where the system's part is over.
+    some.push_back({"user", draw_placeholder(rendered_json(some), phrasing.variables)});
+    RenderedText system = phrasing.render(rendered_json(some));
+    const size_t at = system.text.find(some.back().content);
+    if (at == std::string::npos) return 0;
+    system.text.erase(at);
+    const std::vector<int32_t> ids = phrasing.tokenizer.encode(system, std::nullopt);
+    return size_t(std::ranges::mismatch(ids, tokens).in1 - ids.begin());
+  } catch (const Error&) {
+    return 0;
+  }
+}
+
 std::vector<int32_t> encode_history(const Phrasing& phrasing, std::span<HeldMessage> messages) {
   std::vector<int32_t> tokens;
   const auto last = [&] { return tokens.empty() ? -1 : tokens.back(); };

@@ -1,8 +1,13 @@
 #include "agents/manager.h"
 
 #include <algorithm>
+#include <iterator>
 #include <new>
+#include <set>
 #include <utility>
+
+#include "agents/checkpoints.h"
+#include "torpor/log.h"
 
 namespace torpor {
 namespace {
@@ -88,7 +93,20 @@ void AgentManager::own(Agent& agent, std::unique_ptr<KvCache> cache) {
 }
 
 void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
-  std::unique_ptr<KvCache> cache = KvCache::restore(loaded.snapshot, options_.backend);
+  KvSnapshot& snapshot = loaded.snapshot;
+  if (!options_.state_layout.empty() && snapshot.states.empty()) {
+    // Rows are of no use without a state: all of it is computed again.
+    snapshot.sealed.clear();
+    snapshot.tail = {};
+    snapshot.tokens.clear();
+    snapshot.state_layout = options_.state_layout;
+  }
+  if (!(snapshot.state_layout == options_.state_layout)) {
+    throw Error(ErrorCode::kIncompatible, "The states of agent '" + agent.id + "' are not of the model's layout.")
+        .with_agent(agent.id)
+        .with_field("state");
+  }
+  std::unique_ptr<KvCache> cache = KvCache::restore(snapshot, options_.backend);
   const KvLayout layout = layout_of(loaded.info.identity);
   if (const CacheValidation sound = validate_cache_structure(*cache, &layout); !sound) {
     throw Error(ErrorCode::kIncompatible, "The cache of agent '" + agent.id + "' does not fit the model: " + sound.reason + ".")
@@ -108,7 +126,8 @@ void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
   agent.pinned = record.pinned;
   agent.user = std::move(loaded.info.user);
   agent.segments = std::move(loaded.info.segments);
-  agent.segments.resize(std::min(agent.segments.size(), size_t(agent.cache->length() / kSegmentTokens)));
+  if (loaded.info.states) agent.states = std::move(*loaded.info.states);
+  agent.cut_files(agent.cache->length());
   agent.bytes_read = loaded.bytes_read;
   agent.damage = std::move(loaded.damage);
   if (agent.damage) agent.changed();
@@ -182,7 +201,7 @@ Agent AgentManager::load_or_make(const std::string& id, const std::string& salt)
       const KvLedger::Room room = make_room(bytes_to_wake(id));
       adopt(agent, load(id));
     } else {
-      own(agent, KvCache::create(options_.layout, format_, options_.backend));
+      own(agent, KvCache::create(options_.layout, format_, options_.backend, options_.state_layout));
     }
   }
   return agent;
@@ -196,7 +215,7 @@ void AgentManager::require(const std::string& id) const {
 AgentHold AgentManager::stateless(const std::string& salt) {
   nameless_.push_back(make_agent("", salt));
   AgentHold hold(*this, nameless_.back(), true);
-  own(*hold, KvCache::create(options_.layout, format_, options_.backend));
+  own(*hold, KvCache::create(options_.layout, format_, options_.backend, options_.state_layout));
   return hold;
 }
 
@@ -205,11 +224,77 @@ bool AgentManager::prefetch(const std::string& id) {
   return store_.contains(id) && prefetcher_.begin(id);
 }
 
-AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<const int32_t> tokens, int64_t least) {
+int64_t AgentManager::last_state(const Agent& agent, int64_t n_tokens) const {
+  if (options_.state_layout.empty()) return n_tokens;
+  int64_t last = agent.cache->resumable(int(n_tokens));
+  for (const StateRef& state : agent.states) {
+    if (state.position <= n_tokens) last = std::max(last, state.position);
+  }
+  return last;
+}
+
+int AgentManager::hold_state(const Agent& agent, KvCache& cache, int n_tokens) {
+  for (auto ref = agent.states.rbegin(); ref != agent.states.rend(); ++ref) {
+    if (ref->position > n_tokens) continue;
+    if (ref->position <= cache.resumable(n_tokens)) break;
+    if (ref->position / kSegmentTokens > ssize(agent.segments)) continue;
+    const auto room = try_room(options_.state_layout.bytes());
+    if (!room) break;
+    try {
+      const KvSnapshot conversation{.identity = agent.identity, .lineage = agent.lineage, .layout = cache.layout(),
+                                    .tokens = cache.tokens(), .state_layout = options_.state_layout};
+      cache.add_state(store_.load_state(conversation, agent.segments, *ref, mlx_buffer));
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kCorruption && error.code() != ErrorCode::kNotFound) throw;
+      log(LogLevel::kWarning, "Tokens of agent '" + agent.id + "' are computed again: " + error.what());
+    }
+  }
+  return cache.resumable(n_tokens);
+}
+
+void AgentManager::let_saved_states_go(Agent& agent) {
+  std::vector<int64_t> saved;
+  for (const auto& state : agent.cache->states()) {
+    if (state->position() < agent.cache->length() &&
+        std::ranges::find(agent.states, state->position(), &StateRef::position) != agent.states.end()) {
+      saved.push_back(state->position());
+    }
+  }
+  for (const int64_t position : saved) agent.cache->drop_state(position);
+}
+
+int64_t AgentManager::stride_of(const Agent& agent) const {
+  return checkpoint_stride(options_.state_layout, agent.cache->layout());
+}
+
+void AgentManager::thin_states(Agent& agent, int64_t history) {
+  if (!has_states()) return;
+  std::set<int64_t> positions;
+  for (const auto& state : agent.cache->states()) positions.insert(state->position());
+  for (const StateRef& state : agent.states) positions.insert(state.position);
+  std::vector<int64_t> turn_ends = {history};
+  for (const HeldMessage& message : agent.messages) {
+    if (message.role == "assistant") turn_ends.push_back(message.end);
+  }
+  std::ranges::sort(turn_ends);
+  const std::vector<int64_t> all(positions.begin(), positions.end());
+  const auto kept = thin_checkpoints(all, turn_ends, agent.cache->length(), stride_of(agent));
+  for (const int64_t position : all) {
+    if (!std::ranges::binary_search(kept, position)) agent.cache->drop_state(position);
+  }
+  std::erase_if(agent.states, [&](const StateRef& ref) { return !std::ranges::binary_search(kept, ref.position); });
+  let_saved_states_go(agent);
+}
+
+AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<const int32_t> tokens, int64_t least,
+                                                  std::span<const int64_t> positions) {
   const KvLayout& layout = agent.cache->layout();
   Prefix prefix;
   prefix.lineage = agent.lineage;
-  const auto nothing = [&] { prefix.cache = KvCache::create(layout, agent.cache->format(), options_.backend); };
+  const bool has_states = !options_.state_layout.empty();
+  const auto nothing = [&] {
+    prefix.cache = KvCache::create(layout, agent.cache->format(), options_.backend, options_.state_layout);
+  };
   if (tokens.size() < 2) return nothing(), std::move(prefix);
   const std::span<const int32_t> wanted = tokens.first(tokens.size() - 1);
   AgentHold best;
@@ -219,7 +304,10 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
     if (&other == &agent || common <= in_memory || !may_share(other, agent)) return;
     std::optional<std::string> damage;
     common = std::min(common, intact_tokens(other, damage));
-    if (common <= in_memory || !other.cache->can_truncate(int(common))) return;
+    prefix.known = std::max(prefix.known, common);
+    common = last_state(other, common);
+    const bool can_cut = other.cache->can_truncate(int(common)) || (has_states && !layout.has_windows());
+    if (common <= in_memory || !can_cut) return;
     best = AgentHold(*this, other, false);  // it may not go while room is made for its copy
     in_memory = common;
   };
@@ -230,8 +318,13 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
     if (longer && bring_kept_back(other)) consider(other.agent);
   }
   Lineage names = agent.lineage;
-  int64_t on_disk = store_.find_prefix(agent.identity, names, layout, wanted);
-  if (agent.cache->length() == 0 && names.salt.empty()) {
+  if (has_states) {
+    prefix.known = std::max(prefix.known, store_.find_prefix(agent.identity, agent.lineage, layout, wanted));
+  }
+  const StatesSought sought{options_.state_layout, {positions.begin(), positions.end()}};
+  const StatesSought* const states = has_states ? &sought : nullptr;
+  int64_t on_disk = store_.find_prefix(agent.identity, names, layout, wanted, states);
+  if (agent.cache->length() == 0 && names.salt.empty() && !has_states) {
     // Under the names of versions 1 and 2, which did not say on what f32 was computed.
     const Lineage old{.ranges = {{0, options_.numerics.substr(0, options_.numerics.find('/'))}}, .old_names = options_.conversation};
     if (const int64_t found = store_.find_prefix(agent.identity, old, layout, wanted); found > on_disk) {
@@ -244,22 +337,30 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
   if (best && options_.backend == Backend::kKernels) {
     shared = {std::min<int64_t>(ssize(best->segments), in_memory / kSegmentTokens), best->cache->length()};
   }
-  const auto room = on_disk > in_memory ? try_room(bytes_of_runs(layout, on_disk, shared)) : std::nullopt;
+  const size_t room_needed = bytes_of_runs(layout, on_disk, shared) + options_.state_layout.bytes();
+  const auto room = on_disk > in_memory ? try_room(room_needed) : std::nullopt;
   if (room) {
     LoadOptions options;
     options.allocate = mlx_buffer;
     options.map_rows = options_.map_rows;
     options.window_rows_only = options_.map_rows;
+    options.states = states;
+    options.tail_in_run = options_.backend == Backend::kKernels;
     LoadedPrefix loaded = store_.load_prefix(agent.identity, names, layout, wanted, options);
     if (int64_t(loaded.snapshot.tokens.size()) > in_memory) {
       prefix.cache = KvCache::restore(loaded.snapshot, options_.backend);
       prefix.lineage = names;
       prefix.segments = std::move(loaded.segments);
+      for (const auto& state : loaded.snapshot.states) prefix.states.push_back({state->position(), state->file()});
       prefix.bytes_read = loaded.bytes_read;
       return prefix;
     }
   }
-  return best ? cut_of(*best, int(in_memory)) : (nothing(), std::move(prefix));
+  if (!best) return nothing(), std::move(prefix);
+  const int64_t known = prefix.known;
+  prefix = cut_of(*best, int(in_memory));
+  prefix.known = known;
+  return prefix;
 }
 
 bool AgentManager::may_share(const Agent& from, const Agent& to) const {
@@ -271,13 +372,18 @@ bool AgentManager::may_share(const Agent& from, const Agent& to) const {
 AgentManager::Prefix AgentManager::cut_of(const Agent& agent, int n_tokens) {
   Prefix prefix;
   prefix.cache = agent.cache->clone();
+  n_tokens = hold_state(agent, *prefix.cache, n_tokens);
   // A cut inside a sealed run copies it. Where there is no room for that, the whole runs before it are had for nothing.
   const auto room_to_cut = try_room(prefix.cache->cut_cost(n_tokens));
-  if (!room_to_cut) n_tokens = n_tokens / kSegmentTokens * kSegmentTokens;
+  while (!room_to_cut && n_tokens % kSegmentTokens != 0) {
+    n_tokens = prefix.cache->resumable(n_tokens / kSegmentTokens * kSegmentTokens);
+  }
   prefix.cache->truncate(n_tokens);
   prefix.lineage = agent.lineage;  // its rows keep the names that they have
   prefix.segments.assign(agent.segments.begin(),
                          agent.segments.begin() + std::min<ptrdiff_t>(ssize(agent.segments), n_tokens / kSegmentTokens));
+  std::ranges::copy_if(agent.states, std::back_inserter(prefix.states),
+                       [&](const StateRef& state) { return state.position <= n_tokens; });
   return prefix;
 }
 
@@ -286,19 +392,25 @@ void AgentManager::give(Agent& agent, Prefix prefix) {
   agent.lineage = std::move(prefix.lineage);
   agent.lineage.cut(agent.cache->length());
   agent.segments = std::move(prefix.segments);
+  agent.states = std::move(prefix.states);
   agent.bytes_read += prefix.bytes_read;
 }
 
-int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens) {
+int AgentManager::reuse_prefix(Agent& agent, std::span<const int32_t> tokens, std::span<const int64_t> positions,
+                               int64_t* known) {
   const int held = agent.cache->length();
-  Prefix prefix = longest_prefix(agent, tokens, held);
+  Prefix prefix = longest_prefix(agent, tokens, held, positions);
+  if (known != nullptr) *known = std::max(*known, prefix.known);
   if (prefix.cache->length() <= held) return 0;
   give(agent, std::move(prefix));
   return agent.cache->length();
 }
 
 bool AgentManager::share_rows(Agent& agent, const Agent& other, int n_tokens) {
-  if (n_tokens <= agent.cache->length() || !may_share(other, agent) || !other.cache->can_truncate(n_tokens)) return false;
+  if (!may_share(other, agent)) return false;
+  n_tokens = int(last_state(other, n_tokens));
+  const bool has_states = !options_.state_layout.empty() && !other.cache->layout().has_windows();
+  if (n_tokens <= agent.cache->length() || (!other.cache->can_truncate(n_tokens) && !has_states)) return false;
   Prefix prefix = cut_of(other, n_tokens);
   if (prefix.cache->length() <= agent.cache->length()) return false;
   give(agent, std::move(prefix));
@@ -316,6 +428,7 @@ void AgentManager::keep_for_retry(const Agent& agent, std::shared_ptr<const Rows
     kept.agent.lineage = agent.lineage;
     kept.agent.lineage.go_on_with(options_.numerics, reused);
     kept.agent.segments = agent.segments;
+    kept.agent.states = agent.states;
     own(kept.agent, agent.cache->clone());
     // What is a part of the new rows goes, unless a sliding window keeps them from being cut to it.
     kept_.remove_if([&](const Kept& other) {

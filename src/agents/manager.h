@@ -147,6 +147,12 @@ class AgentManager {
   /// Gives the agent these rows again. kResourceExhausted when the budget has no room and they are not wanted
   /// `at_once`, which may exceed it until room is needed next. kCorruption. After an error they are still aside.
   void bring_back(Agent& agent, const RowsAside& aside, bool at_once = false);
+  /// After a turn: of the agent's states those stay that thin_checkpoints names. `history` is where the turn's prompt ended but
+  /// for the asking for an answer; it counts as the end of a turn.
+  void thin_states(Agent& agent, int64_t history);
+  bool has_states() const noexcept { return !options_.state_layout.empty(); }
+  /// checkpoint_stride of the agent's rows.
+  int64_t stride_of(const Agent& agent) const;
   /// Takes back rows that were computed since the agent was held. It always does: the cut may exceed the budget by a
   /// run while it is made. The agent's version stays.
   void take_back(Agent& agent, int n_tokens);
@@ -230,12 +236,20 @@ class AgentManager {
   void own(Agent& agent, std::unique_ptr<KvCache> cache);
   /// What reuse_prefix gives an agent like `agent`, from anyone but itself. Its cache is empty when nobody has more
   /// than `least`.
-  Prefix longest_prefix(const Agent& agent, std::span<const int32_t> tokens, int64_t least = 0);
+  Prefix longest_prefix(const Agent& agent, std::span<const int32_t> tokens, int64_t least = 0,
+                        std::span<const int64_t> positions = {});
+  /// The last state of the agent's first `n_tokens` tokens, in memory or on disk; without recurrent layers `n_tokens`.
+  int64_t last_state(const Agent& agent, int64_t n_tokens) const;
+  /// Reads that state into `cache`, the agent's or a clone, unless it is there. How many tokens that can then go on from:
+  /// fewer where a file is damaged.
+  int hold_state(const Agent& agent, KvCache& cache, int n_tokens);
   /// Whether rows of the one may be the other's, tokens apart.
   bool may_share(const Agent& from, const Agent& to) const;
   /// The first rows of an agent that somebody holds: `n_tokens`, or whole runs of them where there is no room for a
   /// cut.
   Prefix cut_of(const Agent& agent, int n_tokens);
+  /// Lets go of states in memory that the disk has, but for the live one.
+  static void let_saved_states_go(Agent& agent);
   void give(Agent& agent, Prefix prefix);
   /// Takes rows that were put aside into memory again. False where that can't be: they are computed again.
   bool bring_kept_back(Kept& kept);

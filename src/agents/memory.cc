@@ -86,7 +86,7 @@ std::unique_ptr<RowsAside> AgentManager::put_aside(const KvCache& cache) {
 
 std::unique_ptr<RowsAside> AgentManager::put_aside(Agent& agent) {
   auto aside = put_aside(*agent.cache);
-  own(agent, KvCache::create(agent.cache->layout(), agent.cache->format(), options_.backend));
+  own(agent, KvCache::create(agent.cache->layout(), agent.cache->format(), options_.backend, options_.state_layout));
   agent.aside = aside->length();
   return aside;
 }
@@ -123,7 +123,7 @@ size_t AgentManager::bytes_to_wake(const std::string& id) const {
         std::mismatch(info.segments.begin(), info.segments.end(), other.segments.begin(), other.segments.end());
     if (end - info.segments.begin() > shared.runs) shared = {end - info.segments.begin(), other.cache->length()};
   }
-  return bytes_of_runs(layout_of(expected(info.identity)), info.cache_size, shared);
+  return bytes_of_runs(layout_of(expected(info.identity)), info.cache_size, shared) + options_.state_layout.bytes();
 }
 
 MemoryUsage AgentManager::memory_usage() {

@@ -27,6 +27,11 @@ RowsAside::RowsAside(Env& env, const std::filesystem::path& directory, const KvC
     pieces.push_back(bytes);
     size += bytes.size();
   }
+  for (const auto& state : snapshot_.states) {
+    states_.push_back({state->position(), {.offset = size, .checksum = hash_hex(state->bytes())}, state, state->file()});
+    pieces.push_back(state->bytes());
+    size += state->bytes().size();
+  }
   if (!pieces.empty()) {
     env.make_directory(directory);
     const std::filesystem::path path = directory / temporary_name();
@@ -40,6 +45,7 @@ RowsAside::RowsAside(Env& env, const std::filesystem::path& directory, const KvC
   }
   tail_bytes_ = snapshot_.tail.bytes.size();
   snapshot_.tail = {.n_tokens = snapshot_.tail.n_tokens};
+  snapshot_.states.clear();
 }
 
 size_t RowsAside::bytes(const KvLedger& ledger, Backend backend) const {
@@ -54,6 +60,10 @@ size_t RowsAside::bytes(const KvLedger& ledger, Backend backend) const {
       const bool attended = KvLayout::attended(tensor, int64_t(i) * kSegmentTokens, kSegmentTokens, length());
       if (whole || attended) bytes += tensor.bytes_per_token() * kSegmentTokens;
     }
+  }
+  for (const State& stored : states_) {
+    const auto state = stored.state.lock();
+    if (state == nullptr || ledger.holders(state->bytes().data()) == 0) bytes += snapshot_.state_layout.bytes();
   }
   return bytes;
 }
@@ -83,6 +93,16 @@ std::unique_ptr<KvCache> RowsAside::restore(Backend backend) const {
     const std::shared_ptr<std::byte> bytes = read(runs_.back(), tail_bytes_, allocate_heap_buffer);
     whole.tail.bytes = {bytes.get(), tail_bytes_};
     whole.tail.owner = bytes;
+  }
+  for (const State& stored : states_) {
+    std::shared_ptr<const StateCheckpoint> state = stored.state.lock();
+    if (state == nullptr) {
+      const std::shared_ptr<std::byte> bytes = read(stored.stored, whole.state_layout.bytes(), mlx_buffer);
+      state = std::make_shared<const StateCheckpoint>(
+          stored.position, std::span<const std::byte>(bytes.get(), whole.state_layout.bytes()), bytes);
+      if (!stored.file.empty()) state->set_file(stored.file);
+    }
+    whole.states.push_back(std::move(state));
   }
   return KvCache::restore(whole, backend);
 }

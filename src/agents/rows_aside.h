@@ -38,7 +38,15 @@ class RowsAside {
 
   std::shared_ptr<std::byte> read(const Run& run, size_t size, const BufferAllocator& allocate) const;
 
-  KvSnapshot snapshot_;     ///< runs that are in the file are nullptr
+  struct State {
+    int64_t position = 0;
+    Run stored;
+    std::weak_ptr<const StateCheckpoint> state;  ///< likewise
+    std::string file;
+  };
+
+  KvSnapshot snapshot_;     ///< runs that are in the file are nullptr, and no states
+  std::vector<State> states_;
   std::vector<Run> runs_;   ///< one per run of the snapshot, the tail last; of no meaning for mapped ones
   size_t tail_bytes_ = 0;
   std::unique_ptr<File> file_;

@@ -29,10 +29,14 @@ void AgentManager::hand_to_writer(Agent& agent, bool copy_tail) {
                     .notes = encode_record(agent.record(), agent.cache->tokens().size())};
     job.snapshot.lineage = agent.lineage;
     job.snapshot.conversation = agent.conversation;
+    job.notes.states = agent.states;
     const KvLayout& layout = job.snapshot.layout;
     job.new_bytes = layout.offset(layout.tensors.size(), job.snapshot.tail.n_tokens);
     for (const auto& run : job.snapshot.sealed) {
       if (run->segment() == nullptr) job.new_bytes += run->bytes().size();
+    }
+    for (const auto& state : job.snapshot.states) {
+      if (state->file().empty()) job.new_bytes += state->bytes().size();
     }
     writer_.submit(std::move(job));
   } catch (const std::bad_alloc&) {
@@ -52,6 +56,9 @@ void AgentManager::submit_prefix(const Agent& agent, int n_tokens) {
   snapshot.conversation = agent.conversation;
   for (const auto& run : snapshot.sealed) {
     if (run->segment() == nullptr) job.new_bytes += run->bytes().size();
+  }
+  for (const auto& state : snapshot.states) {
+    if (state->file().empty()) job.new_bytes += state->bytes().size();
   }
   if (job.new_bytes == 0 || writer_.queued_bytes() + job.new_bytes > options_.write_queue_bytes) return;
   writer_.submit(std::move(job));
@@ -114,6 +121,8 @@ void AgentManager::settle() {
     }
     agent->saved_version = outcome.version;
     agent->segments = outcome.result.segments;
+    agent->states = outcome.result.states;
+    if (!agent->in_turn) let_saved_states_go(*agent);  // else it may have to take rows back
     agent->damage.reset();
     agent->save_error.reset();
     // Whoever holds it may be computing with its rows, so they stay where they are until then.

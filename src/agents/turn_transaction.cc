@@ -4,6 +4,7 @@
 #include <new>
 #include <utility>
 
+#include "agents/checkpoints.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -48,6 +49,9 @@ void TurnTransaction::begin(const TurnInput& input) {
 
   input.messages.empty() ? plan_prompt(input) : plan_messages(input);
 
+  const std::span<const int32_t> wanted = std::span(tokens_).first(tokens_.empty() ? 0 : tokens_.size() - 1);
+  int64_t known = std::ranges::mismatch(wanted, agent.history).in1 - wanted.begin();
+  if (held_ > 0) agent.cache->keep_state();
   const std::vector<int32_t>& held = agent.cache->tokens();
   if (!held.empty()) {
     const auto agree = std::mismatch(held.begin(), held.end(), tokens_.begin(), tokens_.end());
@@ -56,20 +60,36 @@ void TurnTransaction::begin(const TurnInput& input) {
       if (size_t(common) < agent.history.size()) agent.record().cut(size_t(common));  // throws where that can't be
       cut_ = agent.cache->clone();
       cut_segments_ = agent.segments;
+      cut_states_ = agent.states;
       cut_lineage_ = agent.lineage;
       manager_.truncate(agent, common);
     }
   }
   if (agent.cache->length() == 0) {
-    manager_.reuse_prefix(agent, tokens_);
+    manager_.reuse_prefix(agent, tokens_, checkpoints_, &known);
   } else if (tokens_.size() > size_t(agent.cache->length()) + kSegmentTokens) {
     reuse_longer_prefix();
   }
   reused_ = agent.cache->length();
+  if (manager_.has_states()) {
+    if (reused_ > 0) agent.cache->keep_state();
+    again_ = int(std::max<int64_t>(0, known - reused_));
+    // The prompt parts from what is known there, and others may part there, too.
+    if (again_ > 0) checkpoints_.push_back(known);
+    stops_ = checkpoint_stops(reused_, ssize(tokens_), manager_.stride_of(agent), checkpoints_);
+  }
   if (has_unknown_tokens(pending())) {
     throw Error(ErrorCode::kCorruption, "The agent '" + agent.id + "' is damaged, and can't be computed again: it was imported "
                                         "without its token ids. Import it once more.");
   }
+}
+
+void TurnTransaction::plan_checkpoints(const Phrasing& phrasing, std::span<const Message> messages) {
+  if (!manager_.has_states()) return;
+  asked_at_ = ssize(tokens_) - int64_t(count_asking(phrasing, tokens_));
+  const int64_t system = int64_t(count_system(phrasing, messages, tokens_));
+  // Who has no more in common than the system's part finds it on disk at the end of a segment.
+  checkpoints_ = {system / kSegmentTokens * kSegmentTokens, system, asked_at_};
 }
 
 void TurnTransaction::plan_prompt(const TurnInput& input) {
@@ -107,6 +127,14 @@ void TurnTransaction::plan_prompt(const TurnInput& input) {
   said_.push_back({"user", input.prompt});
   tokens_ = agent.history;
   tokens_.insert(tokens_.end(), added.begin(), added.end());
+  if (input.raw) {
+    asked_at_ = ssize(tokens_) - 1;  // the same text may come again
+    checkpoints_ = {asked_at_};
+  } else {
+    std::vector<Message> all(messages_.begin(), messages_.end());
+    all.insert(all.end(), said_.begin(), said_.end());
+    plan_checkpoints({*input.tokenizer, *input.chat_template, variables_, input.special}, all);
+  }
 }
 
 void TurnTransaction::plan_messages(const TurnInput& input) {
@@ -150,6 +178,7 @@ void TurnTransaction::plan_messages(const TurnInput& input) {
   messages_.assign(std::make_move_iterator(held.messages.begin()),
                    std::make_move_iterator(held.messages.begin() + ptrdiff_t(answered)));
   said_.assign(given.begin() + ptrdiff_t(answered), given.end());
+  plan_checkpoints(phrasing, given);
 }
 
 std::span<const int32_t> TurnTransaction::pending() const noexcept {
@@ -161,10 +190,12 @@ void TurnTransaction::reuse_longer_prefix() {
   Agent& agent = *hold_;
   auto before = agent.cache->clone();
   std::vector<std::string> segments = agent.segments;
+  std::vector<StateRef> states = agent.states;
   Lineage lineage = agent.lineage;
-  if (manager_.reuse_prefix(agent, tokens_) == 0 || cut_ != nullptr) return;
+  if (manager_.reuse_prefix(agent, tokens_, checkpoints_) == 0 || cut_ != nullptr) return;
   cut_ = std::move(before);
   cut_segments_ = std::move(segments);
+  cut_states_ = std::move(states);
   cut_lineage_ = std::move(lineage);
 }
 
@@ -173,7 +204,7 @@ void TurnTransaction::share_rows(const TurnTransaction& other, int n_tokens) {
 }
 
 void TurnTransaction::reuse_prefix() {
-  if (is_new() && manager_.reuse_prefix(*hold_, tokens_) > 0) reused_ = hold_->cache->length();
+  if (is_new() && manager_.reuse_prefix(*hold_, tokens_, checkpoints_) > 0) reused_ = hold_->cache->length();
 }
 
 void TurnTransaction::keep_for_retry(bool on_disk) noexcept {
@@ -207,7 +238,12 @@ void TurnTransaction::commit(Message answer, bool complete) {
     agent.history = std::move(history);
     if (size_t(reused_) < agent.shortest_cut) agent.shortest_cut = 0;  // the rows that it was for are gone
   }
+  manager_.thin_states(agent, asked_at_);
   notices_ = manager_.adapt(agent, reused_);
+  if (again_ > 0) {
+    notices_.push_back(std::to_string(again_) + " tokens that were known are computed again: there is no state between " +
+                       std::to_string(reused_) + " and " + std::to_string(reused_ + again_) + " tokens.");
+  }
   agent.changed();
   committed_ = true;
   cut_.reset();
@@ -250,6 +286,7 @@ void TurnTransaction::roll_back() noexcept {
       if (cut_ != nullptr) agent.cache = std::move(cut_);
       if (was_cut) {
         agent.segments = std::move(cut_segments_);
+        agent.states = std::move(cut_states_);
         agent.lineage = std::move(cut_lineage_);
       } else if (agent.cache->length() > held_) {
         manager_.take_back(agent, held_);

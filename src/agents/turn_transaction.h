@@ -56,6 +56,11 @@ class TurnTransaction {
   /// How many of them had their rows when the turn began.
   int reused() const noexcept { return reused_; }
   KvCache& cache() noexcept { return *hold_->cache; }
+  /// How many of the prompt's tokens somebody has rows of, though they are computed again for want of a state between
+  /// reused() and them.
+  int again() const noexcept { return again_; }
+  /// Of a model with recurrent layers: after which tokens of the prompt a state is to be kept (KvCache::keep_state).
+  const std::vector<int64_t>& stops() const noexcept { return stops_; }
   /// Takes back the rows from `n_tokens` on.
   void take_back(int n_tokens) { manager_.take_back(*hold_, n_tokens); }
   /// Whether the agent had no rows before the turn, so that others' may take the place of those that it has by now.
@@ -92,6 +97,8 @@ class TurnTransaction {
   void begin(const TurnInput& input);
   void plan_prompt(const TurnInput& input);
   void plan_messages(const TurnInput& input);
+  /// Where states of the prompt are worth keeping.
+  void plan_checkpoints(const Phrasing& phrasing, std::span<const Message> messages);
   /// Takes a longer prefix than the agent's own rows, where somebody has one.
   void reuse_longer_prefix();
   void roll_back() noexcept;
@@ -105,7 +112,9 @@ class TurnTransaction {
   std::string variables_;
   std::optional<MessageDivergence> divergence_;
   std::vector<int32_t> tokens_;
-  int reused_ = 0;
+  int reused_ = 0, again_ = 0;
+  std::vector<int64_t> checkpoints_, stops_;
+  int64_t asked_at_ = 0;                // where the prompt is over but for the asking for an answer
   std::optional<Error> save_error_;
   std::vector<std::string> notices_;
 
@@ -115,6 +124,7 @@ class TurnTransaction {
   std::unique_ptr<KvCache> cut_;        // the rows, where the turn began by cutting them
   std::shared_ptr<const RowsAside> aside_, cut_aside_;  // the agent's rows, and those of `cut_`, while they are in files
   std::vector<std::string> cut_segments_;
+  std::vector<StateRef> cut_states_;
   Lineage cut_lineage_;
 };
 

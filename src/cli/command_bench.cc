@@ -162,7 +162,7 @@ class Bench {
       std::unique_ptr<KvCache> cache;
       const double ms = median_ms([&] {
         cache.reset();  // before the next one takes memory
-        cache = KvCache::create(layout_, format_, model_.backend());
+        cache = KvCache::create(layout_, format_, model_.backend(), model_.state_layout());
         const auto tokens = random_tokens(n, model_.info().vocab_size);
         return timed([&] { forward(*cache, tokens); });
       });
@@ -171,7 +171,7 @@ class Bench {
     }
     for (const int depth : options_.decode > 0 ? depths : std::vector<int>{}) {
       status("decode at depth " + std::to_string(depth));
-      auto cache = KvCache::create(layout_, format_, model_.backend());
+      auto cache = KvCache::create(layout_, format_, model_.backend(), model_.state_layout());
       if (depth > 0) forward(*cache, random_tokens(depth, model_.info().vocab_size));
       for (const int n : agents) {
         status("decode by " + std::to_string(n) + " at depth " + std::to_string(depth));

@@ -127,18 +127,30 @@ void tell(const BranchOptions& options, const std::string& line, const Json& obj
   }
 }
 
+/// Of the agent's tokens, those that its next turn computes again for want of a state of its recurrent layers, and a
+/// sentence on them.
+std::pair<int64_t, std::string> again(const Store& store, const std::string& id) {
+  const AgentInfo info = store.agent_info(id);
+  const int64_t from = resumable_tokens(info, info.cache_size), n = info.cache_size - from;
+  if (n == 0) return {0, ""};
+  return {n, "; its next turn computes " + std::to_string(n) + " of them again, for there is no state between " +
+                 std::to_string(from) + " and " + std::to_string(info.cache_size)};
+}
+
 void fork(Store& store, const BranchOptions& o, std::optional<int64_t> at) {
   const SaveResult saved = fork_agent(store, o.id, o.other, at);
   const int64_t tokens = store.agent_info(o.other).cache_size;
-  tell(o, o.other + " begins with " + std::to_string(tokens) + " tokens of " + o.id + ", " + human_bytes(saved.bytes_written) + " written",
-       {{"agent", o.other}, {"source", o.id}, {"tokens", tokens}, {"bytes_written", saved.bytes_written}});
+  const auto [computed, why] = again(store, o.other);
+  tell(o, o.other + " begins with " + std::to_string(tokens) + " tokens of " + o.id + ", " + human_bytes(saved.bytes_written) + " written" + why,
+       {{"agent", o.other}, {"source", o.id}, {"tokens", tokens}, {"again", computed}, {"bytes_written", saved.bytes_written}});
 }
 
 void rewind(Store& store, const BranchOptions& o, int64_t keep) {
   const int64_t before = store.agent_info(o.id).cache_size;
   const SaveResult saved = rewind_agent(store, o.id, keep);
-  tell(o, o.id + " keeps " + std::to_string(keep) + " of " + std::to_string(before) + " tokens",
-       {{"agent", o.id}, {"tokens", keep}, {"tokens_before", before}, {"bytes_written", saved.bytes_written}});
+  const auto [computed, why] = again(store, o.id);
+  tell(o, o.id + " keeps " + std::to_string(keep) + " of " + std::to_string(before) + " tokens" + why,
+       {{"agent", o.id}, {"tokens", keep}, {"tokens_before", before}, {"again", computed}, {"bytes_written", saved.bytes_written}});
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ int perplexity(const PerplexityOptions& options) {
   }
 
   const KvFormat format = model->refined(options.kv_format().value_or(model->default_kv_format()));
-  const auto cache = KvCache::create(model->kv_layout(format), format, model->backend());
+  const auto cache = KvCache::create(model->kv_layout(format), format, model->backend(), model->state_layout());
   const size_t vocab = size_t(model->info().vocab_size);
   InterruptScope interrupt;
   double sum = 0;

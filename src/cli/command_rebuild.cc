@@ -29,7 +29,7 @@ struct RebuildOptions : ModelOptions {
 
 /// nullopt: a signal came.
 std::optional<KvSnapshot> compute(Model& model, const KvFormat& format, const std::vector<int32_t>& tokens) {
-  const auto cache = KvCache::create(model.kv_layout(format), format, model.backend());
+  const auto cache = KvCache::create(model.kv_layout(format), format, model.backend(), model.state_layout());
   ProgressBar progress;
   InterruptScope interrupt;
   for (size_t first = 0; first < tokens.size(); first += kChunk) {

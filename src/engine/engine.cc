@@ -114,7 +114,7 @@ struct Engine::Impl {
     parts.agents = std::make_unique<AgentManager>(
         store, ManagerOptions{.model_name = options.model, .identity = std::move(identity), .numerics = model.numerics(),
                               .conversation = conversation_of(*parts.tokenizer, parts.chat_template.get()),
-                              .layout = model.kv_layout(format),
+                              .layout = model.kv_layout(format), .state_layout = model.state_layout(),
                               .layout_of = [&model](const KvFormat& own) { return model.kv_layout(own); },
                               .any_kv_format = !options.kv_format,
                               .backend = model.backend(), .durability = options.durability,
@@ -394,17 +394,24 @@ std::vector<float> Engine::next_logits(const std::string& id) {
     AgentManager& agents = *impl_->parts.agents;
     agents.require(id);
     const bool was_awake = agents.is_awake(id);
-    const std::unique_ptr<KvCache> copy = agents.wake(id)->cache->clone();
+    std::unique_ptr<KvCache> copy;
+    std::vector<int32_t> tokens;
+    {
+      const AgentHold agent = agents.wake(id);
+      copy = agent->cache->clone();
+      // Those behind the last state of recurrent layers have no rows yet.
+      tokens = agent->whole() ? copy->tokens() : agent->history;
+    }
     if (!was_awake) agents.drop(id);
-    if (copy->length() == 0) throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds no tokens yet.");
-    const int32_t last = copy->tokens().back();
-    if (last < 0) {
+    if (tokens.empty()) throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds no tokens yet.");
+    if (tokens.back() < 0) {
       throw Error(ErrorCode::kInvalidArgument, "The last token of agent '" + id + "' is not known; say something to it.");
     }
-    copy->truncate(copy->length() - 1);
-    const Growth growth{copy.get(), 1};
+    copy->truncate(copy->resumable(std::min(copy->length(), int(tokens.size()) - 1)));
+    const std::span<const int32_t> rest = std::span(tokens).subspan(size_t(copy->length()));
+    const Growth growth{copy.get(), int(rest.size())};
     agents.reserve({&growth, 1});
-    const ForwardSequence sequence{{&last, 1}, copy.get(), false};
+    const ForwardSequence sequence{rest, copy.get(), false};
     const mx::array logits = impl_->parts.model->forward({&sequence, 1});
     return std::vector<float>(logits.data<float>(), logits.data<float>() + logits.size());
   });

@@ -22,6 +22,7 @@ GenerateResult generate(Model& model, std::shared_ptr<const Tokenizer> tokenizer
   using Clock = std::chrono::steady_clock;
   Generation generation(model.info(), std::move(tokenizer), cache.length(), {prompt.begin(), prompt.end()}, options,
                         cache.tokens());
+  cache.keep_state();  // for a stop string's tokens, which are taken back
   PrefillPace pace(model.backend());
   RowCost cost;
   while (true) {
@@ -36,7 +37,15 @@ GenerateResult generate(Model& model, std::shared_ptr<const Tokenizer> tokenizer
     const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
     reads ? pace.took(int(rows.size()), seconds) : cost.took(1, guesses, seconds);
     generation.take({logits.data<float>(), logits.size()});
-    if (cache.length() > generation.position()) cache.truncate(generation.position());
+    if (const int kept = generation.position(); cache.length() > kept) {
+      const std::vector<int32_t> tokens(cache.tokens().begin(), cache.tokens().begin() + kept);
+      cache.truncate(cache.resumable(kept));
+      if (cache.length() == kept) continue;
+      // Recurrent layers go on from the state that is held.
+      const ForwardSequence again{.tokens = std::span(tokens).subspan(size_t(cache.length())), .kv = &cache, .no_logits = true};
+      model.forward({&again, 1});
+      cache.record_tokens(again.tokens);
+    }
   }
 }
 
@@ -49,7 +58,9 @@ CacheExtractor::CacheExtractor(std::shared_ptr<Model> model, std::shared_ptr<con
 CacheExtractor::Output CacheExtractor::generate(const std::string& prompt, std::unique_ptr<KvCache> cache,
                                                 const GenerateOptions& options) {
   const KvLayout layout = model_->kv_layout(kv_format_);
-  if (cache == nullptr) cache = KvCache::create(layout, kv_format_, model_->backend());
+  if (cache == nullptr) {
+    cache = KvCache::create(layout, kv_format_, model_->backend(), model_->state_layout());
+  }
   if (const CacheValidation sound = validate_cache_structure(*cache, &layout); !sound) {
     throw Error(ErrorCode::kIncompatible, "The cache given does not fit the model: " + sound.reason + ".").with_field("layout");
   }

@@ -54,6 +54,7 @@ EngineTurn::EngineTurn(EngineParts& parts, const TurnRequest& request, std::stri
                   {transaction_.tokens().begin(), transaction_.tokens().begin() + transaction_.reused()}) {
   result_.tokens.prompt = int(transaction_.tokens().size());
   result_.tokens.cached = transaction_.reused();
+  result_.tokens.again = transaction_.again();
   result_.divergence = transaction_.divergence();
 }
 
@@ -182,6 +183,10 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
     row += own.size();
     step->rows = int64_t(tokens.size());
     turn->transaction_.cache().record_tokens(tokens);
+    const auto& stops = turn->transaction_.stops();
+    if (std::ranges::binary_search(stops, int64_t(turn->transaction_.cache().length()))) {
+      turn->transaction_.cache().keep_state();
+    }
     try {
       turn->take(own, turn->transaction_.cache().length() - int(tokens.size()));
       step->computed = turn->generation_.over();
@@ -205,11 +210,34 @@ void EngineTurn::take(std::span<const float> logits, int before) {
     return;
   }
   // Those of a stop string.
+  if (!transaction_.cache().state_layout().empty() && !transaction_.cache().layout().has_windows()) {
+    return cut_again(kept);
+  }
   if (!transaction_.cache().can_truncate(kept)) {
     throw Error(ErrorCode::kInternal,
                 "The stop string's tokens can't be taken back: a sliding window has left rows behind; ask again.");
   }
   transaction_.take_back(kept);
+}
+
+int EngineTurn::up_to_stop(int rows) const {
+  if (generation_.prompt_left() == 0) return rows;
+  const int64_t length = transaction_.agent().cache->length();
+  const auto stop = std::ranges::upper_bound(transaction_.stops(), length);
+  return stop == transaction_.stops().end() ? rows : int(std::min<int64_t>(rows, *stop - length));
+}
+
+void EngineTurn::cut_again(int n_tokens) {
+  KvCache& cache = transaction_.cache();
+  const std::vector<int32_t> tokens(cache.tokens().begin(), cache.tokens().begin() + n_tokens);
+  const int from = cache.resumable(n_tokens);
+  transaction_.take_back(from);
+  if (from == n_tokens) return;
+  const Growth growth{&cache, n_tokens - from};
+  parts_.agents->reserve({&growth, 1});
+  const ForwardSequence again{.tokens = std::span(tokens).subspan(size_t(from)), .kv = &cache, .no_logits = true};
+  parts_.model->forward({&again, 1});
+  cache.record_tokens(again.tokens);
 }
 
 void EngineTurn::step(std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting) {
@@ -270,7 +298,7 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> step
   std::map<std::string, std::vector<Computing>> batches;  // by KV format
   for (size_t i = 0; i < turns.size(); ++i) {
     auto& [turn, step, rows] = turns[i];
-    rows = turn->generation_.next_rows(shares[i]);  // also of a prompt that has to wait: it may be cancelled
+    rows = turn->generation_.next_rows(turn->up_to_stop(shares[i]));  // also of a prompt that has to wait: it may be cancelled
     step->computed = turn->generation_.over();
     if (rows.empty() || shares[i] == 0) continue;
     const Growth growth{&turn->transaction_.cache(), int(rows.size())};

@@ -72,6 +72,10 @@ class EngineTurn final : public Scheduler::Turn {
   /// Takes the rows of its prompt that one of `others` has, itself among them, or has left. Whether it waits for more, which one
   /// of `earlier` turns computes.
   bool waits_for(std::span<const Computing> earlier, std::span<EngineTurn* const> others);
+  /// At most `rows` of the prompt, up to where a state is kept next.
+  int up_to_stop(int rows) const;
+  /// Cuts the cache to `n_tokens`, of which rows behind the last state are computed again.
+  void cut_again(int n_tokens);
   /// Generation::take, and the rows that it no longer wants go. `before`: rows that were there before the step.
   void take(std::span<const float> logits, int before);
   /// PrefillPace::share by the ranks of their steps.

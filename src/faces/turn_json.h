@@ -22,6 +22,7 @@ inline nlohmann::ordered_json turn_json(const TurnResult& result, std::optional<
       {"finish_reason", finish_reason_name(result.finish_reason)},
       {"tokens", Json{{"prompt", result.tokens.prompt},
                       {"cached", result.tokens.cached},
+                      {"again", result.tokens.again},
                       {"prefilled", result.tokens.prefilled},
                       {"generated", result.tokens.generated},
                       {"proposed", result.tokens.proposed},

@@ -1,0 +1,233 @@
+/// Agents of a model with recurrent layers sleep, wake, fork and rewind, and go on as if they had never stopped.
+
+#include <atomic>
+#include <cstdlib>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "tiny_lfm2.h"
+#include "torpor/agents.h"
+#include "torpor/cache.h"
+#include "torpor/engine.h"
+#include "torpor/model.h"
+
+namespace torpor {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string words(int n, int seed) {
+  std::string text;
+  for (int i = 0; i < n; ++i) text += "w" + std::to_string((i * 7919 + seed * 31) % 97) + " ";
+  return text;
+}
+
+class EngineStates : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    char pattern[] = "/tmp/torpor-test-XXXXXX";
+    root_ = mkdtemp(pattern);
+    testing::write_tiny_lfm2(root_ / "model");
+  }
+  void TearDown() override { fs::remove_all(root_); }
+
+  Engine make(const std::string& store = "store", size_t budget = 0) const {
+    EngineOptions options;
+    options.model = (root_ / "model").string();
+    options.store = root_ / store;
+    options.memory_budget = budget;
+    return Engine(options);
+  }
+  static TurnRequest say(const std::string& agent, const std::string& prompt, int max_tokens = 6) {
+    TurnRequest turn;
+    turn.agent = agent;
+    turn.prompt = prompt;
+    turn.raw = true;
+    turn.generate.max_tokens = max_tokens;
+    return turn;
+  }
+  /// What follows these tokens, computed at once.
+  std::vector<float> oracle(const std::vector<int32_t>& tokens) {
+    const auto model = Model::load((root_ / "model").string());
+    const KvFormat format = model->refined(model->default_kv_format());
+    const auto cache = KvCache::create(model->kv_layout(format), format, model->backend(), model->state_layout());
+    const ForwardSequence sequence{.tokens = tokens, .kv = cache.get()};
+    const mx::array logits = model->forward({&sequence, 1});
+    return {logits.data<float>(), logits.data<float>() + logits.size()};
+  }
+  std::vector<float> oracle(std::vector<int32_t> tokens, int64_t n) {
+    tokens.resize(size_t(n));
+    return oracle(tokens);
+  }
+  int state_files(const std::string& store = "store") const {
+    int n = 0;
+    if (!fs::exists(root_ / store / "states")) return 0;
+    for (const auto& entry : fs::recursive_directory_iterator(root_ / store / "states")) n += entry.is_regular_file();
+    return n;
+  }
+
+  fs::path root_;
+};
+
+TEST_F(EngineStates, WakingForkingAndRewindingGoOnAsIfNothingHadBeen) {
+  std::vector<int32_t> tokens;
+  {
+    Engine engine = make();
+    for (int i = 0; i < 3; ++i) engine.turn(say("a", words(i == 1 ? 400 : 60, i)));
+    tokens = engine.tokens("a");
+    ASSERT_GT(tokens.size(), 1400u);
+    EXPECT_EQ(engine.next_logits("a"), oracle(tokens)) << "awake";
+  }
+  EXPECT_EQ(make().next_logits("a"), oracle(tokens)) << "woken";
+  const auto info = Store(root_ / "store").agent_info("a");
+  ASSERT_TRUE(info.states);
+  for (const int64_t n : {int64_t(1), int64_t(255), int64_t(256), int64_t(257), int64_t(1300), int64_t(tokens.size()) - 3}) {
+    const std::vector<float> expected = oracle(tokens, n);
+    const std::string id = "fork-" + std::to_string(n);
+    {
+      Store store(root_ / "store");
+      fork_agent(store, "a", id, n);  // without a model
+    }
+    Engine engine = make();
+    EXPECT_EQ(engine.next_logits(id), expected) << "forked asleep at " << n;
+    engine.next_logits("a");
+    engine.fork("a", "awake-" + id, n);
+    EXPECT_EQ(engine.next_logits("awake-" + id), expected) << "forked at " << n;
+    // The next turn computes what is behind the last state, says so, and the agent is as if it had never had more.
+    const TurnResult result = engine.turn(say(id, words(3, 9)));
+    const int64_t from = resumable_tokens(info, n);
+    EXPECT_EQ(result.tokens.again, n - from) << n;
+    EXPECT_EQ(result.notices.size(), n > from ? 1u : 0u);
+    if (n > from) {
+      EXPECT_NE(result.notices.at(0).find("no state between " + std::to_string(from)), std::string::npos)
+          << result.notices[0];
+    }
+    EXPECT_EQ(engine.next_logits(id), oracle(engine.tokens(id)));
+    const std::vector<int32_t> held = engine.tokens(id);
+    EXPECT_TRUE(std::equal(tokens.begin(), tokens.begin() + n, held.begin()));
+    engine.rewind("awake-" + id, n - n / 3);
+    EXPECT_EQ(engine.next_logits("awake-" + id), oracle(tokens, n - n / 3)) << "rewound to " << n - n / 3;
+    engine.turn(say("awake-" + id, words(3, 9)));
+    EXPECT_EQ(engine.next_logits("awake-" + id), oracle(engine.tokens("awake-" + id)));
+    for (const VerifyReport& report : engine.store().verify()) EXPECT_TRUE(report.problems.empty());
+  }
+}
+
+TEST_F(EngineStates, ASaveAfterATurnWritesItsRowsAndOneState) {
+  Engine engine = make();
+  engine.turn(say("a", words(60, 1)));
+  const TurnResult result = engine.turn(say("a", words(4, 2)));
+  EXPECT_EQ(result.tokens.again, 0);
+  const AgentInfo info = engine.store().agent_info("a");
+  const int64_t new_tokens = result.tokens.prefilled + result.tokens.generated;
+  const int64_t row = 2 * 2 * 32 * 4;  // layers, keys and values, width, f32
+  // The state after the answer, and that before its asking, which the next prompt may go on from.
+  const int64_t state = info.state_bytes / int64_t(info.states->size());
+  EXPECT_LE(result.bytes.written, (new_tokens + 256) * row + 2 * state + 8192);
+  EXPECT_LE(info.states->size(), 8u);
+}
+
+TEST_F(EngineStates, ATurnThatFailsOrIsGivenUpLeavesTheAgentAsItWas) {
+  Engine engine = make();
+  engine.turn(say("a", words(100, 1)));
+  const auto tokens = engine.tokens("a");
+  for (const bool cut : {false, true}) {
+    TurnRequest request = say("a", words(200, 2));
+    if (cut) {  // it begins with other messages, so rows are cut first
+      request.raw = false;
+      request.prompt.clear();
+      request.messages = {{"user", words(200, 3)}};
+    }
+    std::atomic<bool> give_up = false;
+    request.give_up = &give_up;
+    request.generate.on_prefill = [&](int done, int) { give_up = done > 100; };
+    EXPECT_THROW(engine.turn(request), Error);
+    EXPECT_EQ(engine.tokens("a"), tokens);
+    EXPECT_EQ(engine.next_logits("a"), oracle(tokens)) << cut;
+  }
+  engine.turn(say("a", words(5, 4)));
+  EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a")));
+}
+
+TEST_F(EngineStates, AStopStringsTokensAreTakenBack) {
+  Engine engine = make();
+  TurnRequest request = say("a", words(40, 1), 40);
+  const std::string whole = engine.turn(say("b", words(40, 1), 40)).text;
+  ASSERT_GT(whole.size(), 12u);
+  request.generate.stop = {whole.substr(8, 3)};
+  const TurnResult result = engine.turn(request);
+  EXPECT_FALSE(result.stop.empty());
+  EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a")));
+  engine.turn(say("a", words(5, 4)));
+  EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a")));
+}
+
+TEST_F(EngineStates, APromptGoesOnFromWhatOthersHaveInMemoryAndOnDisk) {
+  const auto chat = [](const std::string& agent, const std::string& question) {
+    TurnRequest request;
+    request.agent = agent;
+    request.messages = {{"system", words(250, 5)}, {"user", question}};
+    request.generate.max_tokens = 4;
+    return request;
+  };
+  int system = 0;
+  {
+    Engine engine = make();
+    const TurnResult first = engine.turn(chat("", "one two three"));
+    EXPECT_EQ(first.tokens.cached, 0);
+    const TurnResult second = engine.turn(chat("b", "another question"));
+    system = second.tokens.cached;
+    EXPECT_GT(system, 500) << "to the end of the system's part, in memory";
+    EXPECT_EQ(engine.next_logits("b"), oracle(engine.tokens("b")));
+    const TurnResult again = engine.turn(chat("", "one two three"));
+    EXPECT_GT(again.tokens.cached, system) << "the same prompt again";
+  }
+  EXPECT_GT(state_files(), 0);
+  Engine engine = make();
+  const TurnResult third = engine.turn(chat("c", "a third one"));
+  EXPECT_EQ(third.tokens.cached, system / kSegmentTokens * kSegmentTokens) << "on disk, to the end of a segment";
+  EXPECT_EQ(engine.next_logits("c"), oracle(engine.tokens("c")));
+}
+
+TEST_F(EngineStates, ManyAgentsUnderASmallBudgetAreAsIfEachWereAlone) {
+  const int kAgents = 5;
+  Engine engine = make("store", 700'000);
+  for (int round = 0; round < 3; ++round) {
+    for (int i = 0; i < kAgents; ++i) engine.turn(say("agent-" + std::to_string(i), words(30 + 10 * i, round * 7 + i)));
+  }
+  EXPECT_GT(engine.memory_usage().evictions, 0);
+  for (int i = 0; i < kAgents; ++i) {
+    const std::string id = "agent-" + std::to_string(i);
+    EXPECT_EQ(engine.next_logits(id), oracle(engine.tokens(id))) << id;
+  }
+  for (const VerifyReport& report : engine.store().verify()) EXPECT_TRUE(report.problems.empty());
+  engine.finish_saves();
+}
+
+TEST_F(EngineStates, ADamagedStateCostsTheTokensBehindTheOneBefore) {
+  std::vector<int32_t> tokens;
+  {
+    Engine engine = make();
+    for (int i = 0; i < 2; ++i) engine.turn(say("a", words(60, i)));
+    tokens = engine.tokens("a");
+  }
+  const auto info = Store(root_ / "store").agent_info("a");
+  const std::string last = info.states->back().file;
+  fs::resize_file(root_ / "store/states" / last.substr(0, 2) / (last + ".safetensors"), 100);
+  Engine engine = make();
+  EXPECT_EQ(engine.next_logits("a"), oracle(tokens));
+  const TurnResult result = engine.turn(say("a", words(4, 2)));
+  ASSERT_TRUE(result.damage);
+  EXPECT_NE(result.damage->find(last), std::string::npos);
+  EXPECT_GT(result.tokens.again, 0);
+  EXPECT_GT(result.tokens.cached, 0) << "from the state before";
+  EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a")));
+  EXPECT_TRUE(engine.store().verify("a")[0].problems.empty());
+}
+
+}  // namespace
+}  // namespace torpor
