@@ -52,6 +52,21 @@ struct ModelOutline {
 /// Reads every weight byte, for their digest, and keeps none. Errors are those of Model::load; any thread.
 ModelOutline outline_model(const std::string& name, const ComputeOptions& compute = {});
 
+/// A model that another program has fetched, by its files' headers.
+struct LocalModel {
+  std::string name;            ///< what Model::load takes: a repo id, ORG/NAME:FILE, or a path
+  std::string place;           ///< "Hugging Face", "LM Studio", "Ollama NAME:TAG"
+  std::filesystem::path path;  ///< a directory, or a GGUF file
+  int64_t bytes = 0;           ///< on disk
+  std::string problem;         ///< why Torpor does not run it, a sentence; empty: it does, and what follows is known
+  ModelInfo info;
+  KvFormat kv_format;                                  ///< Model::default_kv_format
+  std::function<KvLayout(const KvFormat&)> kv_layout;  ///< Model::kv_layout
+  int64_t state_bytes = 0;                             ///< of recurrent layers
+};
+/// What lies in the caches of Hugging Face, LM Studio and Ollama. Reads headers alone. Any thread.
+std::vector<LocalModel> find_local_models();
+
 /// The packed weights that are kept for the next start (ComputeOptions::pack_cache), of all models together.
 struct ModelCacheUsage {
   int64_t files = 0, bytes = 0;              ///< with the stale ones

@@ -6,7 +6,9 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <fstream>
 #include <new>
+#include <string>
 
 #include "base/parallel.h"
 
@@ -36,6 +38,14 @@ void prefer_large_pages([[maybe_unused]] std::span<std::byte> buffer) {
 }
 
 uint64_t physical_memory() { return uint64_t(::sysconf(_SC_PHYS_PAGES)) * uint64_t(::sysconf(_SC_PAGESIZE)); }
+
+uint64_t available_memory() {
+  std::ifstream in("/proc/meminfo");
+  for (std::string key, rest; in >> key; std::getline(in, rest)) {
+    if (uint64_t kib = 0; key == "MemAvailable:" && in >> kib) return kib * 1024;
+  }
+  return physical_memory();
+}
 
 std::shared_ptr<std::byte> allocate_large_pages(size_t size) {
   constexpr std::align_val_t alignment{kLargePage};

@@ -15,6 +15,8 @@ inline constexpr size_t kLargePage = size_t(2) << 20;
 
 /// Bytes of memory that the machine has.
 uint64_t physical_memory();
+/// Of these, bytes that programs could take now without others being swapped out; all where the system does not say.
+uint64_t available_memory();
 
 /// Uninitialised memory that begins with a large page; `size` is a multiple of kLargePage. Pages come when they are
 /// first touched: what never is takes no memory. Throws std::bad_alloc.

@@ -62,6 +62,7 @@ const std::map<std::string, std::vector<const char*>> kExamplesOf{
     {"ps", {"", "--json"}},
     {"launch", {"claude", "codex --model qwen2.5-coder-0.5b", "opencode --print"}},
     {"bench", {"--model .models/smollm2-135m --prefill 512 --decode 64"}},
+    {"models", {"", "--json"}},
     {"perplexity", {"--model .models/smollm2-135m --file examples/lighthouse-log.txt"}},
     {"rebuild", {"ada", "ada --model .models/qwen2.5-coder-0.5b"}},
     {"completions", {"bash > ~/.local/share/bash-completion/completions/torpor"}},
@@ -125,6 +126,7 @@ int dispatch(int argc, char** argv) {
   add_launch_command(app, invocation);
 #endif
   add_bench_command(app, invocation);
+  add_models_command(app, invocation);
   add_perplexity_command(app, invocation);
   add_rebuild_command(app, invocation);
   add_completions_command(app, invocation);

@@ -32,10 +32,6 @@ namespace {
 /// Rows computed at once: enough to amortise reading the weights, few enough that activations stay small.
 constexpr int kChunkRows = 512;
 
-KvDtype checkpoint_dtype(const Projection& embedding) {
-  return parse_kv_dtype(activation_dtype(embedding)).value_or(KvDtype::kF32);
-}
-
 /// Changes whenever packed weights lie otherwise in memory, or are packed in another order.
 constexpr const char* kPackVersion = "1";
 
@@ -64,6 +60,10 @@ struct Progress {
 };
 
 }  // namespace
+
+KvDtype checkpoint_dtype(const Projection& embedding) {
+  return parse_kv_dtype(activation_dtype(embedding)).value_or(KvDtype::kF32);
+}
 
 ModelInfo info_of(const Checkpoint& checkpoint) {
   const ModelConfig& c = checkpoint.config;

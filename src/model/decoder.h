@@ -44,6 +44,9 @@ std::vector<int> cache_layers_of(const ModelConfig& config);
 /// Model::refined.
 KvFormat refined_format(const ModelConfig& config, const KvFormat& asked);
 
+/// The float dtype of the checkpoint's activations.
+KvDtype checkpoint_dtype(const Projection& embedding);
+
 /// The embedding, whose dtype is that of the checkpoint's activations.
 Projection find_embedding(const Checkpoint& checkpoint);
 

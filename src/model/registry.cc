@@ -1,7 +1,6 @@
 /// Where a model is, and how it is opened.
 
 #include <algorithm>
-#include <fstream>
 
 #include "base/environment.h"
 #include "base/foreign_error.h"
@@ -12,6 +11,7 @@
 #include "model/family.h"
 #include "model/key_rows.h"
 #include "model/known_digests.h"
+#include "model/local_models.h"
 #include "model/modules.h"
 #include "model/pack_file.h"
 #include "torpor/error.h"
@@ -22,17 +22,6 @@ namespace {
 namespace fs = std::filesystem;
 
 Backend backend_of_device() { return mx::default_device() == mx::Device::gpu ? Backend::kMlx : Backend::kKernels; }
-
-/// Where Hugging Face's tools keep repositories, by their own rules.
-fs::path hub_cache() {
-  const auto expanded = [](const std::string& path) { return fs::path(expand_variables(expand_home(path))); };
-  for (const char* name : {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"}) {
-    if (const std::string cache = environment(name); !cache.empty()) return expanded(cache);
-  }
-  if (const std::string home = environment("HF_HOME"); !home.empty()) return expanded(home) / "hub";
-  if (const std::string cache = environment("XDG_CACHE_HOME"); !cache.empty()) return expanded(cache) / "huggingface/hub";
-  return fs::path(home_directory()) / ".cache/huggingface/hub";
-}
 
 /// ORG/NAME, or the NAME of one of the first models, which have no organization.
 bool is_repo_id(const std::string& name) {
@@ -77,12 +66,7 @@ fs::path resolve_model(const std::string& given) {
   }
   std::string folder = "models--" + name;
   if (const size_t slash = folder.find('/'); slash != std::string::npos) folder.replace(slash, 1, "--");
-  const fs::path repo = hub_cache() / folder;
-  std::string revision;
-  std::ifstream(repo / "refs/main") >> revision;
-  if (!revision.empty() && revision.find('/') == std::string::npos && revision.front() != '.') {
-    if (fs::path snapshot = repo / "snapshots" / revision; fs::is_directory(snapshot, ignored)) return snapshot;
-  }
+  if (fs::path snapshot = hub_snapshot(hub_cache() / folder); !snapshot.empty()) return snapshot;
   throw Error(ErrorCode::kNotFound, "The model " + name + " is neither a directory nor in the Hugging Face cache " +
                                         hub_cache().string() + "; fetch it with `hf download " + name + "`.");
 }
@@ -135,6 +119,19 @@ ModelOutline outline_model(const std::string& name, const ComputeOptions& comput
                         },
                         model::restore_keys_of(checkpoint)};
   });
+}
+
+void describe_headers(LocalModel& found) {
+  try {
+    with_checkpoint(found.path.string(), {}, [&](const model::Checkpoint& checkpoint) {
+      found.info = model::info_of(checkpoint);
+      found.kv_format = model::checkpoint_dtype(model::find_embedding(checkpoint));
+      found.kv_layout = [config = checkpoint.config](const KvFormat& format) { return model::kv_layout_of(config, format); };
+      found.state_bytes = int64_t(model::state_layout_of(checkpoint.config).bytes());
+    });
+  } catch (const Error& error) {
+    found.problem = error.what();
+  }
 }
 
 std::vector<std::string> verify_model(const std::string& name) {
