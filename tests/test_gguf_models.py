@@ -250,6 +250,27 @@ def test_blocks_of_a_type_compute_what_the_same_floats_do(tmp_path, kind):
     assert abs(perplexity(tmp_path, blocks, activations="int16") / expected - 1) < 1e-3
 
 
+def test_experts_of_blocks_compute_what_the_same_floats_do(tmp_path, tiny_of):
+    directory = tiny_of("qwen3-moe")
+    kind, raw = gguf.GGMLQuantizationType.Q5_0, {}
+
+    def as_blocks(name, value):
+        if value.ndim == 1 or value.shape[-1] % 32 != 0:
+            return value, None
+        raw[name] = gguf.quants.quantize(value, kind)
+        return raw[name], kind
+
+    def as_floats(name, value):
+        return gguf.quants.dequantize(raw[name], kind) if name in raw else value, None
+
+    blocks = write_gguf(directory, tmp_path / "blocks.gguf", as_blocks)
+    floats = write_gguf(directory, tmp_path / "floats.gguf", as_floats)
+    assert any("exps" in name for name in raw)
+    for backend in ("kernels", "mlx"):
+        expected = perplexity(tmp_path, floats, backend)
+        assert abs(perplexity(tmp_path, blocks, backend) / expected - 1) < 1e-5, backend
+
+
 def test_a_file_has_all_that_a_turn_needs(tmp_path, tiny_of):
     directory = tiny_of("f16")
     file = write_gguf(directory, tmp_path / "model.gguf")
