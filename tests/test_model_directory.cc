@@ -81,9 +81,9 @@ TEST_F(Directory, BadConfig) {
   edit([](json& c) { c["model_type"] = "mamba"; });
   expect(ErrorCode::kInvalidArgument,
          "unsupported architecture mamba, supported: cohere2, gemma2, gemma3, gemma3_text, gemma4, gemma4_text, "
-         "gemma4_unified, gemma4_unified_text, glm4_moe, gpt_oss, granite, granitemoe, lfm2, llama, minimax_m2, "
-         "ministral3, mistral, mistral3, mixtral, nemotron_h, olmo3, olmoe, phi3, qwen2, qwen3, qwen3_5, qwen3_5_text, "
-         "qwen3_moe, qwen3_next, seed_oss, smollm3.");
+         "gemma4_unified, gemma4_unified_text, glm4_moe, gpt_oss, granite, granitemoe, granitemoehybrid, lfm2, "
+         "lfm2_moe, llama, minimax_m2, ministral3, mistral, mistral3, mixtral, nemotron_h, olmo3, olmoe, phi3, qwen2, "
+         "qwen3, qwen3_5, qwen3_5_moe, qwen3_5_moe_text, qwen3_5_text, qwen3_moe, qwen3_next, seed_oss, smollm3.");
   copy("tiny-q4-g64");
   edit([](json& c) { c["rope_scaling"] = {{"rope_type", "dynamic"}, {"factor", 4}}; });
   expect(ErrorCode::kInvalidArgument, "unsupported RoPE type dynamic");
@@ -149,6 +149,9 @@ TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
                                          {"tiny-qwen3-next", "partial_rotary_factor", 0.5},
                                          {"tiny-nemotron-h", "time_step_limit", {0, nullptr}},
                                          {"tiny-nemotron-h", "layer_norm_epsilon", 1e-6},
+                                         {"tiny-granite-hybrid", "position_embedding_type", "rope"},
+                                         {"tiny-lfm2-moe", "routed_scaling_factor", 1},
+                                         {"tiny-nemotron-h-moe", "num_experts_per_tok", 3},
                                          {"tiny-olmo3", "rope_scaling", nullptr}, {"tiny-olmo3", "rope_theta", 1e6}}) {
     SCOPED_TRACE(std::string(name) + " " + key + " " + value.dump());
     // Every fourth layer of SmolLM3 has no RoPE anyway, and pictures can't be given.

@@ -138,7 +138,9 @@ TEST_P(Hybrids, ACacheWithoutItsStatesIsRefused) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, Hybrids,
-                         testing::Values("tiny-lfm2", "tiny-qwen3-5", "tiny-qwen3-next", "tiny-nemotron-h"));
+                         testing::Values("tiny-lfm2", "tiny-qwen3-5", "tiny-qwen3-next", "tiny-nemotron-h",
+                                         "tiny-nemotron-h-moe", "tiny-qwen3-5-moe", "tiny-lfm2-moe",
+                                         "tiny-granite-hybrid", "tiny-granite-hybrid-moe"));
 
 }  // namespace
 }  // namespace torpor

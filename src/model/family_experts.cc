@@ -82,11 +82,15 @@ void olmoe(ModelConfig& model, FamilyFields& fields) {
 /// Granite's, with experts in every layer.
 void granitemoe(ModelConfig& model, FamilyFields& fields) {
   granite(model, fields);
+  granite_experts(model, fields, {});
+}
+
+void granite_experts(ModelConfig& model, FamilyFields& fields, Experts experts) {
   model.names.experts.module = "block_sparse_moe";
   model.names.experts.router = "router.layer";
   model.names.experts.fused_gate_up = "input_linear.weight";
   model.names.experts.fused_down = "output_linear.weight";
-  mix_everywhere(model, fields);
+  mix_everywhere(model, fields, experts);
 }
 
 void deepseek_experts(ModelConfig& model, FamilyFields& fields) {

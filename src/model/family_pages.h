@@ -34,6 +34,8 @@ void granitemoe(ModelConfig& model, FamilyFields& fields);
 void glm4_moe(ModelConfig& model, FamilyFields& fields);
 void minimax(ModelConfig& model, FamilyFields& fields);
 void gpt_oss(ModelConfig& model, FamilyFields& fields);
+/// The experts of Granite's page, in every layer.
+void granite_experts(ModelConfig& model, FamilyFields& fields, Experts experts);
 /// What Gemma 4's 26B-A4B has beside its MLPs; nothing where the config has no experts.
 void gemma4_experts(ModelConfig& model, FamilyFields& fields);
 
@@ -42,6 +44,8 @@ void lfm2(ModelConfig& model, FamilyFields& fields);
 void qwen3_5(ModelConfig& model, FamilyFields& fields);
 void qwen3_next(ModelConfig& model, FamilyFields& fields);
 void nemotron_h(ModelConfig& model, FamilyFields& fields);
+void lfm2_moe(ModelConfig& model, FamilyFields& fields);
+void granitemoehybrid(ModelConfig& model, FamilyFields& fields);
 
 /// Sliding layers have a RoPE of their own.
 void rotate_sliding_layers(ModelConfig& model, Rope rope);

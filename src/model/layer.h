@@ -103,11 +103,14 @@ struct ExpertNames {
   std::string selection_bias = "gate.e_score_correction_bias";
   std::string expert_scale = "router.per_expert_scale";
   std::string shared = "shared_experts", shared_gate = "shared_expert_gate";
-  std::string stacked = "switch_mlp";           ///< mlx-lm's tensors of all experts
+  std::string stacked = "switch_mlp";           ///< mlx-lm's tensors of all experts, with these parts
+  const char* stacked_parts[3] = {"gate_proj", "up_proj", "down_proj"};
   std::string each = "experts";                 ///< Hugging Face's, one module for each expert, ...
   const char* parts[3] = {"gate_proj", "up_proj", "down_proj"};  ///< ... with these
   /// ... or all in one, gate's rows and up's together. Empty: there is no such form.
   std::string fused_gate_up = "experts.gate_up_proj", fused_down = "experts.down_proj";
+  /// Where the shared expert, or the MLP of a layer without experts, has gate and up in one; within the layer.
+  std::string shared_gate_up, shared_down;
 };
 
 /// How a layer is put together, and how its tensors are called, within "model.layers.0.". An empty name is a norm

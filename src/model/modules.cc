@@ -62,15 +62,22 @@ Ops::Weight Modules::attention(int index) const {
   return packed(query, rotated(part(".k_proj", k)), part(".v_proj", v));
 }
 
+bool Modules::has(const std::string& module) const {
+  return checkpoint_.weights.find(checkpoint_.config.weight_prefix + module + ".weight") != nullptr;
+}
+
+std::string Modules::mlp_part(const std::string& name, int i) const {
+  const std::string own = name + "." + checkpoint_.config.names.mlp_parts[i];
+  return has(own) ? own : name + "." + LayerNames().mlp_parts[i];
+}
+
 Ops::Weight Modules::gated(const std::string& name, const Mlp& spec) const {
   const ModelConfig& c = checkpoint_.config;
   if (c.names.fused) {
     const Projection both = projection(name + ".gate_up_proj", 2 * spec.size, c.hidden_size, spec.bias);
     return ops_.pack_gated(rows_of(both, 0, spec.size), rows_of(both, spec.size, spec.size), spec.activation);
   }
-  const auto part = [&](int i) {
-    return projection(name + "." + c.names.mlp_parts[i], spec.size, c.hidden_size, spec.bias);
-  };
+  const auto part = [&](int i) { return projection(mlp_part(name, i), spec.size, c.hidden_size, spec.bias); };
   return ops_.pack_gated(part(0), part(1), spec.activation);
 }
 
@@ -96,7 +103,7 @@ SharedInputWeights Modules::shared_inputs() const {
 DecoderLayer Modules::layer(int index) const {
   const ModelConfig& c = checkpoint_.config;
   const auto& [mixes, feeds, attention_spec, recurrent_spec, mlp_spec, experts_spec] = c.layers[size_t(index)];
-  const std::string layer = layer_name(index), mlp_name = layer + "." + c.names.mlp;
+  const std::string layer = layer_name(index);
   const std::string attention_name = layer + "." + c.names.attention + ".";
   const auto norm_of = [&](const std::string& name) {
     return name.empty() ? nullptr : norm(layer + "." + name, c.hidden_size);
@@ -127,15 +134,30 @@ DecoderLayer Modules::layer(int index) const {
   if (experts_spec) parts.experts = experts(layer, *experts_spec);
   if (experts_spec && experts_spec->beside_mlp) parts.beside = beside_mlp(layer);
   if (!experts_spec || experts_spec->beside_mlp) {
-    if (mlp_spec.activation == Activation::kRelu2) {
-      const std::string up = mlp_name + "." + c.names.mlp_parts[1];
-      parts.up = ops_.pack_linear(projection(up, mlp_spec.size, c.hidden_size, mlp_spec.bias));
-    } else {
-      parts.gate_up = gated(mlp_name, mlp_spec);
-    }
-    parts.down = back(mlp_name + "." + c.names.mlp_parts[2], mlp_spec.size, mlp_spec.bias);
+    add_mlp(layer, mlp_spec, parts);
   }
   return parts;
+}
+
+void Modules::add_mlp(const std::string& layer, const Mlp& spec, DecoderLayer& parts) const {
+  const ModelConfig& c = checkpoint_.config;
+  const std::string name = layer + "." + c.names.mlp, both = layer + "." + c.names.experts.shared_gate_up;
+  const auto back = [&](const std::string& of) {
+    return ops_.pack_linear(projection(of, c.hidden_size, spec.size, spec.bias));
+  };
+  if (!c.names.experts.shared_gate_up.empty() && has(both)) {
+    const Projection gate_up = projection(both, 2 * spec.size, c.hidden_size, spec.bias);
+    const Projection gate = rows_of(gate_up, 0, spec.size), up = rows_of(gate_up, spec.size, spec.size);
+    parts.gate_up = ops_.pack_gated(gate, up, spec.activation);
+    parts.down = back(layer + "." + c.names.experts.shared_down);
+    return;
+  }
+  if (spec.activation == Activation::kRelu2) {
+    parts.up = ops_.pack_linear(projection(mlp_part(name, 1), spec.size, c.hidden_size, spec.bias));
+  } else {
+    parts.gate_up = gated(name, spec);
+  }
+  parts.down = back(mlp_part(name, 2));
 }
 
 std::string layer_name(int layer) { return "model.layers." + std::to_string(layer); }

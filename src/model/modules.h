@@ -32,6 +32,11 @@ class Modules {
   Ops::Weight attention(int index) const;
   Ops::Weight recurrent(int index) const;
   Ops::Weight gated(const std::string& name, const Mlp& spec) const;
+  /// The MLP of `layer`, in `parts`.
+  void add_mlp(const std::string& layer, const Mlp& spec, DecoderLayer& parts) const;
+  bool has(const std::string& module) const;
+  /// Part `i` of the MLP `name`, which mlx-lm gives the usual names where it converts a checkpoint.
+  std::string mlp_part(const std::string& name, int i) const;
   /// Of the layer `layer` ("model.layers.0").
   Ops::Weight experts(const std::string& layer, const Experts& spec) const;
   BesideMlpWeights beside_mlp(const std::string& layer) const;

@@ -58,13 +58,13 @@ Ops::Weight Modules::experts(const std::string& layer, const Experts& spec) cons
   const std::string at = c.weight_prefix + name, stacked = at + names.stacked + ".";
   const std::string blocks = at + "experts.gate_up_proj";
   ExpertProjections parts{.router = projection(name + names.router, n, hidden, spec.bias)};
-  if (weights.find(stacked + "up_proj.weight") != nullptr) {
+  if (weights.find(stacked + names.stacked_parts[1] + ".weight") != nullptr) {
     const auto all = [&](const char* part, int rows, int columns) {
       return find_stacked(weights, c, stacked + part, n, rows, columns, spec.bias);
     };
-    if (gated) parts.gates = all("gate_proj", size, hidden);
-    parts.ups = all("up_proj", size, hidden);
-    parts.downs = all("down_proj", hidden, size);
+    if (gated) parts.gates = all(names.stacked_parts[0], size, hidden);
+    parts.ups = all(names.stacked_parts[1], size, hidden);
+    parts.downs = all(names.stacked_parts[2], hidden, size);
   } else if (weights.find(blocks + "_blocks") != nullptr) {
     const Projection both = stacked_blocks(weights, blocks, n, 2 * size, hidden);
     const Projection down = stacked_blocks(weights, at + "experts.down_proj", n, hidden, size);
@@ -94,7 +94,11 @@ Ops::Weight Modules::experts(const std::string& layer, const Experts& spec) cons
       parts.downs.push_back(projection(one + names.parts[2], hidden, size, spec.bias));
     }
   }
-  if (spec.shared_size != 0) {
+  if (spec.shared_size != 0 && !names.shared_gate_up.empty()) {
+    const Projection both = projection(layer + "." + names.shared_gate_up, 2 * spec.shared_size, hidden);
+    parts.shared = {rows_of(both, 0, spec.shared_size), rows_of(both, spec.shared_size, spec.shared_size),
+                    projection(layer + "." + names.shared_down, hidden, spec.shared_size)};
+  } else if (spec.shared_size != 0) {
     const std::string shared = name + names.shared + ".";
     if (gated) parts.shared.push_back(projection(shared + "gate_proj", spec.shared_size, hidden, spec.bias));
     parts.shared.push_back(projection(shared + "up_proj", spec.shared_size, hidden, spec.bias));
