@@ -254,6 +254,31 @@ TEST_F(Directory, FamiliesConfigsThatMakeNoSense) {
   copy("tiny-granite");
   edit([](json& c) { c["logits_scaling"] = 0; });
   expect(ErrorCode::kInvalidArgument, "logits_scaling");
+  struct Hybrid {
+    const char *model, *key;
+    json value;
+    const char* says = nullptr;
+  };
+  for (const auto& [model, key, value, says] :
+       {Hybrid{"tiny-lfm2", "conv_L_cache", 1}, {"tiny-lfm2", "conv_L_cache", 1 << 20},
+        {"tiny-lfm2", "block_ff_dim", 1 << 30}, {"tiny-lfm2", "full_attn_idxs", {-1}},
+        {"tiny-lfm2", "full_attn_idxs", {7}, "no layer attends"},
+        {"tiny-lfm2-moe", "layer_types", {"conv", "conv", "full_attention", "rnn"}, "'rnn'"},
+        {"tiny-lfm2-moe", "layer_types", {"conv"}}, {"tiny-qwen3-next", "linear_num_value_heads", 3},
+        {"tiny-qwen3-next", "linear_key_head_dim", 1 << 20}, {"tiny-qwen3-next", "linear_num_key_heads", nullptr},
+        {"tiny-qwen3-next", "full_attention_interval", 9, "no layer attends"},
+        {"tiny-nemotron-h", "hybrid_override_pattern", "M-M"},
+        {"tiny-nemotron-h", "hybrid_override_pattern", "M-MXXM-"},
+        {"tiny-nemotron-h", "hybrid_override_pattern", "M-M-M-M"}, {"tiny-nemotron-h", "time_step_limit", {1, 0}},
+        {"tiny-nemotron-h", "time_step_limit", {0, "x"}}, {"tiny-nemotron-h", "mlp_hidden_act", "silu"},
+        {"tiny-nemotron-h-moe", "moe_latent_size", 64}, {"tiny-nemotron-h-moe", "mlp_bias", true},
+        {"tiny-granite-hybrid", "mamba_n_groups", 3, "mamba_n_heads"},
+        {"tiny-granite-hybrid", "layer_types", nullptr}}) {
+    SCOPED_TRACE(std::string(model) + " " + key + " " + value.dump());
+    copy(model);
+    edit([&](json& c) { c[key] = value; });
+    expect(ErrorCode::kInvalidArgument, says != nullptr ? says : key);
+  }
   for (const int shared : {4, 5, 6, -1}) {  // two sliding layers are below, no global one
     copy("tiny-gemma4");
     edit([&](json& c) { c["num_kv_shared_layers"] = shared; });

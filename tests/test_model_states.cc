@@ -6,6 +6,7 @@
 #include <random>
 
 #include "model_fixture.h"
+#include "torpor/cache.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -121,6 +122,46 @@ TEST_P(Hybrids, APassThatFailsLeavesTheState) {
   const std::vector<ForwardSequence> batch{{.tokens = tokens, .kv = &cache}, {.tokens = tokens, .kv = &full}};
   EXPECT_THROW(model->forward(batch), Error);
   EXPECT_TRUE(held(cache, {}) == before);
+}
+
+/// With the caches that the engine has: cut to a state that was kept, slept, and gone on from.
+TEST_P(Hybrids, GoingOnFromAHeldStateGivesTheBitsOfOneNeverCut) {
+  const auto model = load(Backend::kKernels);
+  const std::vector<int32_t> tokens = random_tokens(*model, 600, 1);
+  std::vector<KvFormat> formats{KvDtype::kF16};
+  if (model->info().head_dim % 32 == 0) {
+    for (const int bits : {8, 4}) formats.push_back(model->refined(KvFormat(KvDtype::kF16, bits, 32)));
+  }
+  for (const KvFormat& format : formats) {
+    Identity identity = model->identity();
+    identity.kv = format.name();
+    const auto run = [&](KvCache& cache, size_t end) {
+      const auto part = std::span(tokens).subspan(size_t(cache.length()), end - size_t(cache.length()));
+      const ForwardSequence sequence{.tokens = part, .kv = &cache};
+      const mx::array logits = model->forward({&sequence, 1});
+      cache.record_tokens(part);
+      return std::vector<float>(logits.data<float>(), logits.data<float>() + logits.size());
+    };
+    const auto make = [&] {
+      return KvCache::create(model->kv_layout(format), format, Backend::kKernels, model->state_layout());
+    };
+    const auto whole = make(), cut = make();
+    const std::vector<float> expected = run(*whole, 600);
+    run(*cut, 257);
+    cut->keep_state();
+    run(*cut, 500);
+    ASSERT_EQ(cut->resumable(499), 257);
+    cut->truncate(257);
+    run(*cut, 300);
+    const KvSnapshot slept = cut->snapshot(identity);
+    const auto woken = KvCache::restore(slept, Backend::kKernels);
+    ASSERT_EQ(woken->states().size(), 2u);
+    EXPECT_EQ(run(*woken, 600), expected) << format.name();
+    EXPECT_TRUE(std::ranges::equal(woken->state(), whole->state())) << format.name();
+    const KvSnapshot a = woken->snapshot(identity), b = whole->snapshot(identity);
+    for (size_t i = 0; i + 1 < a.n_runs(); ++i) EXPECT_TRUE(std::ranges::equal(a.run_bytes(i), b.run_bytes(i))) << i;
+    EXPECT_TRUE(std::ranges::equal(a.tail.bytes, b.tail.bytes));
+  }
 }
 
 TEST_P(Hybrids, ACacheWithoutItsStatesIsRefused) {

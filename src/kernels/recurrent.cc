@@ -139,10 +139,11 @@ HWY_INLINE void RunHeadOf(const HeadPass& p) {
   const size_t keys = size_t(s.n_groups) * size_t(s.key_dim), values = size_t(p.head) * stride;
   const size_t own = s.tail() + size_t(p.head) * size_t(s.key_dim) * stride;
   float* const next = p.sequence->next + own;
-  const float* src = p.sequence->state + own;
-  if (p.sequence->state == nullptr) {
+  const float* src = next;
+  if (p.sequence->state != nullptr) {
+    src = p.sequence->state + own;
+  } else {
     for (int i = 0; i < s.key_dim; ++i) std::fill(next + i * stride + p.first, next + i * stride + p.last, 0.0f);
-    src = next;
   }
   for (int t = 0; t < p.sequence->n; ++t, src = next) {
     const size_t row = size_t(p.sequence->row + t);

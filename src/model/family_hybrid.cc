@@ -105,7 +105,7 @@ void lfm2(ModelConfig& model, FamilyFields& fields) {
   if (fields.flag("block_auto_adjust_ff_dim", true)) {
     const double factor = positive_field(config, "block_ffn_dim_multiplier", 1);
     const int multiple = optional_count(config, "block_multiple_of").value_or(256);
-    size = int64_t(std::min(factor * double(2 * size / 3), double(kLimit)));
+    size = int64_t(std::min(factor * double(2 * size / 3), 2.0 * kLimit));
     size = (size + multiple - 1) / multiple * multiple;
   }
   if (size > kLimit) bad_field("block_ff_dim", "such that an MLP has at most 2^24 features");
