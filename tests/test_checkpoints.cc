@@ -55,9 +55,8 @@ TEST(Checkpoints, AConversationOf64KTokensKeepsAtMostEight) {
     std::vector<int64_t> kept, ends;
     for (int64_t begin = 0; begin < 65536; begin += turn) {
       const int64_t end = std::min<int64_t>(begin + turn, 65536), asked = end - turn / 4;
-      for (const int64_t stop : checkpoint_stops(begin, asked, stride, std::vector<int64_t>{begin == 0 ? 48 : 0, asked - 5})) {
-        kept.push_back(stop);
-      }
+      const std::vector<int64_t> wanted{begin == 0 ? 48 : 0, asked - 5};
+      for (const int64_t stop : checkpoint_stops(begin, asked, stride, wanted)) kept.push_back(stop);
       kept.push_back(end);
       ends.push_back(end);
       std::vector<int64_t> counted = ends;
@@ -69,14 +68,16 @@ TEST(Checkpoints, AConversationOf64KTokensKeepsAtMostEight) {
       // What is computed again for a cut is in proportion to how far back it goes.
       for (int64_t cut = end - 1; cut > stride; cut -= 997) {
         const int64_t from = *(std::ranges::upper_bound(kept, cut) - 1);
-        ASSERT_LE(cut - from, std::max(4 * (end - cut), 8 * stride) + turn) << cut << " of " << end << ", turns of " << turn;
+        ASSERT_LE(cut - from, std::max(4 * (end - cut), 8 * stride) + turn)
+            << cut << " of " << end << ", turns of " << turn;
       }
     }
   }
 }
 
 TEST(Checkpoints, TheLastFourTurnsAndTheSystemPromptStay) {
-  const std::vector<int64_t> positions{40, 1024, 2048, 3000, 3100, 3200, 3300, 3400, 3500}, ends{3000, 3100, 3200, 3300, 3400};
+  const std::vector<int64_t> positions{40, 1024, 2048, 3000, 3100, 3200, 3300, 3400, 3500};
+  const std::vector<int64_t> ends{3000, 3100, 3200, 3300, 3400};
   const auto kept = thin_checkpoints(positions, ends, 3500, 1024);
   for (const int64_t position : {40, 3200, 3300, 3400, 3500}) EXPECT_TRUE(std::ranges::binary_search(kept, position));
   EXPECT_FALSE(std::ranges::binary_search(kept, 3100));

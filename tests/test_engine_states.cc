@@ -9,6 +9,8 @@
 
 #include <gtest/gtest.h>
 
+#include "agents/rows_aside.h"
+#include "store_fixture.h"
 #include "tiny_lfm2.h"
 #include "torpor/agents.h"
 #include "torpor/cache.h"
@@ -85,7 +87,7 @@ TEST_F(EngineStates, WakingForkingAndRewindingGoOnAsIfNothingHadBeen) {
   EXPECT_EQ(make().next_logits("a"), oracle(tokens)) << "woken";
   const auto info = Store(root_ / "store").agent_info("a");
   ASSERT_TRUE(info.states);
-  for (const int64_t n : {int64_t(1), int64_t(255), int64_t(256), int64_t(257), int64_t(1300), int64_t(tokens.size()) - 3}) {
+  for (const int64_t n : {1, 255, 256, 257, 1300, int(tokens.size()) - 3}) {
     const std::vector<float> expected = oracle(tokens, n);
     const std::string id = "fork-" + std::to_string(n);
     {
@@ -206,6 +208,22 @@ TEST_F(EngineStates, ManyAgentsUnderASmallBudgetAreAsIfEachWereAlone) {
   }
   for (const VerifyReport& report : engine.store().verify()) EXPECT_TRUE(report.problems.empty());
   engine.finish_saves();
+}
+
+TEST_F(EngineStates, RowsThatWaitInAFileComeBackWithTheirStates) {
+  using namespace testing;
+  const KvSnapshot whole = with_states(make_snapshot(300, small_layout(KvDtype::kF16, 2, 2, 32)), {200, 256});
+  auto cache = KvCache::restore(whole, Backend::kKernels);
+  const RowsAside aside(Env::posix(), root_, *cache);
+  cache.reset();
+  EXPECT_GT(aside.bytes(*std::make_shared<KvLedger>(0), Backend::kKernels), 3 * small_state_layout().bytes());
+  const auto back = aside.restore(Backend::kKernels)->snapshot(whole.identity);
+  EXPECT_TRUE(same(back, whole));
+  ASSERT_EQ(back.states.size(), 3u);
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(back.states[i]->position(), whole.states[i]->position());
+    EXPECT_TRUE(std::ranges::equal(back.states[i]->bytes(), whole.states[i]->bytes()));
+  }
 }
 
 TEST_F(EngineStates, ADamagedStateCostsTheTokensBehindTheOneBefore) {

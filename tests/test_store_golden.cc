@@ -200,6 +200,35 @@ TEST_F(StoreGolden, TurnsOfVersion3) {
   for (const auto& report : ours.verify()) EXPECT_TRUE(report.problems.empty()) << report.agent_id;
 }
 
+/// Agents of a model with recurrent layers: turns, a cut between two states, and a prefix of nobody's.
+TEST_F(StoreGolden, StatesOfVersion3) {
+  const fs::path golden = fs::path(TORPOR_SOURCE_DIR) / "tests/goldens/store-v3-states";
+  const auto before = tree(golden);
+  GoldenEnv env;
+  const Store store(golden / "store", &env);
+  for (const auto& report : store.verify()) EXPECT_TRUE(report.problems.empty()) << report.problems[0];
+  const AgentInfo info = store.agent_info("turns");
+  ASSERT_TRUE(info.states);
+  ASSERT_EQ(info.states->size(), 4u);
+  for (const StateRef& state : *info.states) {
+    EXPECT_TRUE(same(store.load_agent_cache("turns", {.n_tokens = state.position}).snapshot,
+                     with_states(make_snapshot(int(state.position)))));
+  }
+  const auto cut = store.load_agent_cache("cut");
+  EXPECT_EQ(cut.tokens.size(), 310u);
+  EXPECT_TRUE(same(cut.snapshot, with_states(make_snapshot(300))));
+  const StatesSought sought{small_state_layout(), {400}};
+  const KvSnapshot& prefix = golden_prefix();
+  EXPECT_EQ(store.find_prefix(prefix.identity, prefix.lineage, prefix.layout, prefix.tokens, &sought), 512);
+  EXPECT_EQ(tree(golden), before) << "reading wrote";
+  TemporaryDirectory directory;
+  fs::copy(golden / "store", directory.path() / "store", fs::copy_options::recursive);
+  Store ours(directory.path() / "store");
+  EXPECT_EQ(ours.save_agent_cache("new", with_states(make_snapshot(600), {256, 300}), "m").states_written, 0);
+  ours.import_agent(golden / "export.safetensors", "imported");
+  EXPECT_TRUE(same(ours.load_agent_cache("imported").snapshot, with_states(make_snapshot(600))));
+}
+
 /// An agent of version 1 goes on under its old names, until it is upgraded.
 TEST_F(StoreGolden, AnUpgradeGivesNewNames) {
   TemporaryDirectory directory;
@@ -256,6 +285,26 @@ TEST_F(StoreGolden, DISABLED_WriteVersion3) {
   store.copy_agent_cache("rewound", "rewound", {.n_tokens = 330, .replace = true});
   store.copy_agent_cache("turns", "fork", {.n_tokens = 320});
   store.save_agent_cache("ring", with_state(make_snapshot(300)), "golden/tiny");
+  store.export_agent("turns", fs::path(target) / "export.safetensors");
+  for (const auto& info : store.list_cached_agents()) fs::remove(root / (info.agent_id + ".json"));
+  fs::remove_all(root / ".locks");
+}
+
+TEST_F(StoreGolden, DISABLED_WriteVersion3States) {
+  const char* target = std::getenv("TORPOR_GOLDEN");
+  ASSERT_NE(target, nullptr);
+  GoldenEnv env;
+  env.read_only = false;
+  const fs::path root = fs::path(target) / "store";
+  Store store(root, &env);
+  AgentNotes notes;
+  for (const auto& [n, kept] : {std::pair(300, 256), std::pair(560, 400), std::pair(600, 400)}) {
+    const KvSnapshot snapshot = with_states(make_snapshot(n), n == 600 ? std::vector<int64_t>{} : std::vector<int64_t>{kept});
+    notes.states = store.save_agent_cache("turns", snapshot, "golden/tiny", {}, Durability::kFull, notes).states;
+    if (n == 560) std::erase_if(notes.states, [](const StateRef& state) { return state.position == 560; });
+  }
+  store.copy_agent_cache("turns", "cut", {.n_tokens = 310});
+  store.save_prefix(with_states(golden_prefix(), {400}));
   store.export_agent("turns", fs::path(target) / "export.safetensors");
   for (const auto& info : store.list_cached_agents()) fs::remove(root / (info.agent_id + ".json"));
   fs::remove_all(root / ".locks");

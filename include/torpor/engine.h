@@ -138,7 +138,7 @@ struct TurnResult {
     int prompt = 0;     ///< before generation; cached + prefilled
     int cached = 0;     ///< of those, reused from the agent, or from whoever has begun alike
     int prefilled = 0;  ///< computed now
-    int again = 0;      ///< of those, known already, but behind the last state of recurrent layers; `notices` says where
+    int again = 0;      ///< of those, known already, but behind the last recurrent state; `notices` says where
     int generated = 0;  ///< sampled
     int proposed = 0;   ///< guessed before they were sampled (GenerateOptions::speculate)
     int accepted = 0;   ///< of those, the ones that were right

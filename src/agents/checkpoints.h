@@ -17,9 +17,9 @@ int64_t checkpoint_stride(const StateLayout& state, const KvLayout& rows);
 /// and at each multiple of `stride`.
 std::vector<int64_t> checkpoint_stops(int64_t begin, int64_t end, int64_t stride, std::span<const int64_t> wanted);
 
-/// Which of the states at `positions` (ascending, at most `length`) stay, of a conversation of `length` tokens. These are
-/// the first one, which the system prompt ends with, and the last four of `turn_ends` (ascending) or of `length`. So does
-/// the first in each stretch of tokens. Stretches have five strides up to twice that distance from the end, and twice as
+/// Which of the states at `positions` (ascending, at most `length`) stay, of a conversation of `length` tokens. The first
+/// one does, which the system prompt ends with, and the last four of `turn_ends` (ascending) or `length`. So does the
+/// first in each stretch of tokens. Stretches have five strides up to twice that distance from the end, and twice as
 /// many for each doubling of the distance.
 std::vector<int64_t> thin_checkpoints(std::span<const int64_t> positions, std::span<const int64_t> turn_ends,
                                       int64_t length, int64_t stride);

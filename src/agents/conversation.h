@@ -56,8 +56,8 @@ std::vector<int32_t> encode_conversation(const Phrasing& phrasing, std::span<con
 std::optional<std::vector<int32_t>> encode_after_answer(const Phrasing& phrasing, std::vector<Message> messages, size_t answered,
                                                         int32_t last, const std::string& began_with);
 
-/// How many of the last `tokens`, which a prompt ends with, are the template's way to ask for an answer. The next prompt
-/// of the same conversation may go on otherwise there. 0 where that can't be told.
+/// How many tokens at the end of a prompt's `tokens` are the template's way to ask for an answer. The next prompt of the
+/// same conversation may go on otherwise there. 0 where that can't be told.
 size_t count_asking(const Phrasing& phrasing, std::span<const int32_t> tokens);
 /// After how many of a prompt's tokens its system messages, and with them the tools, are over. 0: it has none.
 size_t count_system(const Phrasing& phrasing, std::span<const Message> messages, std::span<const int32_t> tokens);

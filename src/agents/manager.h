@@ -147,8 +147,8 @@ class AgentManager {
   /// Gives the agent these rows again. kResourceExhausted when the budget has no room and they are not wanted
   /// `at_once`, which may exceed it until room is needed next. kCorruption. After an error they are still aside.
   void bring_back(Agent& agent, const RowsAside& aside, bool at_once = false);
-  /// After a turn: of the agent's states those stay that thin_checkpoints names. `history` is where the turn's prompt ended but
-  /// for the asking for an answer; it counts as the end of a turn.
+  /// After a turn: of the agent's states those stay that thin_checkpoints names. `history` is where the turn's prompt
+  /// ended but for the asking for an answer; it counts as the end of a turn.
   void thin_states(Agent& agent, int64_t history);
   bool has_states() const noexcept { return !options_.state_layout.empty(); }
   /// checkpoint_stride of the agent's rows.
@@ -240,8 +240,8 @@ class AgentManager {
                         std::span<const int64_t> positions = {});
   /// The last state of the agent's first `n_tokens` tokens, in memory or on disk; without recurrent layers `n_tokens`.
   int64_t last_state(const Agent& agent, int64_t n_tokens) const;
-  /// Reads that state into `cache`, the agent's or a clone, unless it is there. How many tokens that can then go on from:
-  /// fewer where a file is damaged.
+  /// Reads that state into `cache`, the agent's or a clone, unless it is there. How many tokens that can then go on
+  /// from: fewer where a file is damaged.
   int hold_state(const Agent& agent, KvCache& cache, int n_tokens);
   /// Whether rows of the one may be the other's, tokens apart.
   bool may_share(const Agent& from, const Agent& to) const;

@@ -28,7 +28,8 @@ RowsAside::RowsAside(Env& env, const std::filesystem::path& directory, const KvC
     size += bytes.size();
   }
   for (const auto& state : snapshot_.states) {
-    states_.push_back({state->position(), {.offset = size, .checksum = hash_hex(state->bytes())}, state, state->file()});
+    const Run stored{.offset = size, .checksum = hash_hex(state->bytes())};
+    states_.push_back({state->position(), stored, state, state->file()});
     pieces.push_back(state->bytes());
     size += state->bytes().size();
   }

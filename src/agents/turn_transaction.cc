@@ -241,8 +241,9 @@ void TurnTransaction::commit(Message answer, bool complete) {
   manager_.thin_states(agent, asked_at_);
   notices_ = manager_.adapt(agent, reused_);
   if (again_ > 0) {
+    const std::string from = std::to_string(reused_), to = std::to_string(reused_ + again_);
     notices_.push_back(std::to_string(again_) + " tokens that were known are computed again: there is no state between " +
-                       std::to_string(reused_) + " and " + std::to_string(reused_ + again_) + " tokens.");
+                       from + " and " + to + " tokens.");
   }
   agent.changed();
   committed_ = true;

@@ -154,6 +154,10 @@ int show(const std::filesystem::path& root, const std::string& id, bool json) {
     object["tail_bytes"] = info.tail_bytes;
     object["segments"] = info.segments;
     object["parts"] = info.parts;
+    if (info.states) {
+      object["states"] = Json::array();
+      for (const auto& [position, file] : *info.states) object["states"].push_back({{"position", position}, {"file", file}});
+    }
     Json identity = Json::object();
     for (const auto& [name, value] : info.identity.fields()) identity[name] = value;
     object["identity"] = identity;

@@ -81,12 +81,13 @@ int why(const WhyOptions& options, const std::filesystem::path& root) {
   require_known(held, options.id);
   const Divergence found = find_divergence(ids, held);
   const int64_t common = found.common, sealed = common / kSegmentTokens * kSegmentTokens;
+  const int64_t resumable = resumable_tokens(store->agent_info(options.id), common);
   const bool diverges = common < found.prompt && common < found.held;
   const Json before = text_of(*tokenizer, ids, common - kNeighbours, common);
   const Json in_prompt = side_json(*tokenizer, ids, common), in_agent = side_json(*tokenizer, held, common);
   if (options.json) {
     print_json(Json{{"agent", options.id}, {"prompt_tokens", found.prompt}, {"held_tokens", found.held},
-                    {"common_tokens", common}, {"sealed_tokens", sealed},
+                    {"common_tokens", common}, {"sealed_tokens", sealed}, {"resumable_tokens", resumable},
                     {"diverges_at", diverges ? Json(common) : Json(nullptr)}, {"before", before},
                     {"prompt", in_prompt}, {"held", in_agent}});
     return 0;
@@ -95,6 +96,10 @@ int why(const WhyOptions& options, const std::filesystem::path& root) {
   std::string text = side + ": " + std::to_string(found.prompt) + " tokens; agent " + options.id + ": " +
                      std::to_string(found.held) + "; equal: the first " + std::to_string(common) + " (" +
                      std::to_string(sealed) + " in whole segments)\n";
+  if (resumable < common) {
+    text += "no state between " + std::to_string(resumable) + " and " + std::to_string(common) + ": " +
+            std::to_string(common - resumable) + " of these tokens are computed again\n";
+  }
   if (diverges) {
     text += "they part at token " + std::to_string(common) + ", after " + before.dump() + ":\n";
     const std::string agent = options.other.empty() ? "agent" : "agent " + options.id;
