@@ -1,5 +1,7 @@
 /// Requests that a client repeats with the same Idempotency-Key.
 
+#include <thread>
+
 #include "dialect_fixture.h"
 #include "server/answer_replay.h"
 #include "server/response_store.h"
@@ -219,30 +221,92 @@ TEST(AnswerShelf, TheOldestGoesFirstAlsoOfFilesAndEachKindHasItsOwn) {
   const AnswerShelf::Limits limits{std::chrono::hours(1), 2, 1000};
   {
     AnswerShelf shelf("a", limits, files), other("b", limits, files);
-    for (const char* key : {"1", "2", "3"}) shelf.put(key, key);
-    other.put("1", "other");
-    shelf.put("2", "again");
-    EXPECT_FALSE(shelf.find("1"));
-    EXPECT_EQ(shelf.find("2"), "again");
-    EXPECT_EQ(other.find("1"), "other");
+    for (const char* key : {"1", "2", "3"}) shelf.put("acme", key, key);
+    other.put("acme", "1", "other");
+    shelf.put("acme", "2", "again");
+    EXPECT_FALSE(shelf.find("acme", "1"));
+    EXPECT_EQ(shelf.find("acme", "2"), "again");
+    EXPECT_EQ(other.find("acme", "1"), "other");
   }
   EXPECT_EQ(store.records().size(), 3u);
   AnswerShelf shelf("a", {std::chrono::hours(1), 1, 1000}, files);
-  EXPECT_FALSE(shelf.find("3"));
-  EXPECT_EQ(shelf.find("2"), "again");
-  EXPECT_TRUE(shelf.remove("2"));
-  EXPECT_FALSE(shelf.remove("2"));
+  EXPECT_FALSE(shelf.find("acme", "3"));
+  EXPECT_EQ(shelf.find("acme", "2"), "again");
+  EXPECT_TRUE(shelf.remove("acme", "2"));
+  EXPECT_FALSE(shelf.remove("acme", "2"));
   EXPECT_EQ(store.records().size(), 1u);
-  shelf.put("3", "three");
-  EXPECT_THROW(shelf.put("4", std::string(2000, 'x')), Error);  // more than there is room for, and no reason to drop others
-  EXPECT_FALSE(shelf.find("4"));
-  EXPECT_EQ(shelf.find("3"), "three");
-  EXPECT_EQ(AnswerShelf("b", {std::chrono::seconds(0), 9, 9999}, files).find("1"), "other");  // it keeps its own time
+  shelf.put("acme", "3", "three");
+  // More than there is room for, and no reason to drop others.
+  EXPECT_THROW(shelf.put("acme", "4", std::string(2000, 'x')), Error);
+  EXPECT_FALSE(shelf.find("acme", "4"));
+  EXPECT_EQ(shelf.find("acme", "3"), "three");
+  EXPECT_EQ(AnswerShelf("b", {std::chrono::seconds(0), 9, 9999}, files).find("acme", "1"), "other");  // its own time
+}
+
+TEST(AnswerShelf, ATenantsLimitsAreItsOwnAlsoAfterARestart) {
+  const torpor::testing::TemporaryDirectory directory{torpor::testing::TemporaryDirectory::in_memory()};
+  Store store(directory.path());
+  const AnswerFiles files{&store, Durability::kNone};
+  const AnswerShelf::Limits limits{std::chrono::hours(1), 2, 120};
+  for (const bool bytes : {false, true}) {
+    AnswerShelf shelf("a", limits, files);
+    shelf.put("acme", "first", "kept");
+    for (const char* key : {"1", "2", "3", "4"}) shelf.put("other", key, bytes ? std::string(40, 'x') : key);
+    EXPECT_EQ(shelf.find("acme", "first"), "kept");
+    EXPECT_FALSE(shelf.find("other", "first"));
+    EXPECT_EQ(shelf.find("other", "3").has_value(), !bytes);
+    EXPECT_TRUE(shelf.find("other", "4"));
+    AnswerShelf again("a", limits, files);
+    EXPECT_EQ(again.find("acme", "first"), "kept");
+    again.put("other", "5", "five");
+    EXPECT_EQ(again.find("acme", "first"), "kept");
+    EXPECT_EQ(again.find("other", "4").has_value(), !bytes);
+    EXPECT_FALSE(again.find("other", "3"));
+  }
+}
+
+TEST_F(Replay, AKeyIsNotRunTwiceAtATimeAndIsFreeOnceItsEndIsTold) {
+  std::atomic<bool> running{false}, go_on{false};
+  script([&](const ChatRequest&, Say& say) {
+    say.start().text("Hel");
+    running = true;
+    while (!go_on) std::this_thread::yield();
+    say.text("lo.").finish();
+  });
+  /// Asks again from within the call that ends the first answer.
+  struct Asking : RecordingResponse {
+    void whole(int status, HttpHeaders headers, std::string body) override {
+      RecordingResponse::whole(status, std::move(headers), std::move(body));
+      then();
+    }
+    std::function<void()> then;
+  };
+  Asking first;
+  std::string again;
+  first.then = [&] { again = repeat("a").body; };
+  HttpRequest request;
+  request.method = "POST";
+  request.path = kChat;
+  request.body = kBody;
+  request.headers = {{"idempotency-key", "a"}};
+  request.tenant = "tenant";
+  std::thread thread([&] { dialects.handle(request, first); });
+  while (!running) std::this_thread::yield();
+  RecordingResponse& busy = repeat("a");
+  EXPECT_EQ(busy.status, 409);
+  EXPECT_EQ(busy.header("retry-after"), "1");
+  EXPECT_EQ(busy.header("x-should-retry"), "");
+  EXPECT_EQ(repeat("a", kStream).status, 400);
+  go_on = true;
+  thread.join();
+  EXPECT_EQ(runner.heard.size(), 1u);
+  EXPECT_EQ(first.status, 200);
+  EXPECT_EQ(again, first.body);
 }
 
 TEST(AnswerReplay, TheOldestGoesFirst) {
-  // Each is an empty body's digest, a key and some 45 bytes.
-  AnswerReplay replay({}, {std::chrono::hours(1), 100, 300});
+  // Each is an empty body's digest, a key, a record's head and some 45 bytes.
+  AnswerReplay replay({}, {std::chrono::hours(1), 100, 450});
   int asked = 0;
   const auto ask = [&](const std::string& key) {
     HttpRequest request;

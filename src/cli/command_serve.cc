@@ -255,7 +255,7 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   server::Metrics metrics(options.metrics_alias == "vllm");
   server::MeteredRunner metered(models, metrics);
   server::Dialects dialects(metered, {&models.model("").engine().store()});  // the first model stays
-  server::AgentsApi agents(models, metrics);
+  server::AgentsApi agents(models, metrics, dialects.replay());
   server::ServiceOptions service_options;
   service_options.authenticate = !options.no_auth;
   service_options.max_turns = options.queue;

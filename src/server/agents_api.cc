@@ -435,26 +435,43 @@ Answer answer(ModelPool& models, Metrics& metrics, const HttpRequest& request, H
   throw Error(ErrorCode::kNotFound, "there is no " + request.path + " here");
 }
 
+/// What is told of a failure, in the words of torpor::Error.
+Answer failed(const Failure& failure, const std::string& tenant, HttpHeaders& headers) {
+  ErrorCode code = ErrorCode::kInvalidArgument;
+  if (failure.kind == Failure::Kind::kNotFound) code = ErrorCode::kNotFound;
+  if (failure.kind == Failure::Kind::kBusy) code = ErrorCode::kBusy;
+  if (failure.retry_after > 0) headers.emplace_back("retry-after", std::to_string(failure.retry_after));
+  const Error error = Error(code, failure.what()).with_field(failure.param);
+  const int status = code == ErrorCode::kBusy ? 409 : faces::http_status(error);  // of a key, not of an agent
+  return {status, error_json(error, tenant)};
+}
+
 }  // namespace
 
-void AgentsApi::handle(const HttpRequest& request, HttpResponse& response) {
-  Answer said;
-  std::string allow;
+void AgentsApi::handle(const HttpRequest& request, HttpResponse& plain) {
+  const auto answer_with = [&](HttpResponse& response) {
+    Answer said;
+    HttpHeaders headers;
+    std::string allow;
+    try {
+      said = answer(models_, metrics_, request, response, allow);
+    } catch (const Error& error) {
+      said = {faces::http_status(error), error_json(error, request.tenant)};
+    } catch (const Failure& failure) {
+      said = failed(failure, request.tenant, headers);
+    }
+    if (said.said) return;
+    if (!said.body.is_null()) headers.emplace_back("content-type", "application/json");
+    if (said.status == 405) headers.emplace_back("allow", allow);
+    response.whole(said.status, std::move(headers), said.body.is_null() ? "" : to_text(said.body));
+  };
   try {
-    said = answer(models_, metrics_, request, response, allow);
-  } catch (const Error& error) {
-    said = {faces::http_status(error), error_json(error, request.tenant)};
-  } catch (const Failure& failure) {
-    const bool absent = failure.kind == Failure::Kind::kNotFound;
-    const Error error =
-        Error(absent ? ErrorCode::kNotFound : ErrorCode::kInvalidArgument, failure.what()).with_field(failure.param);
-    said = {absent ? 404 : 400, error_json(error, request.tenant)};
+    replay_.handle(request, plain, answer_with);
+  } catch (const Failure& failure) {  // of the key
+    HttpHeaders headers{{"content-type", "application/json"}};
+    const Answer said = failed(failure, request.tenant, headers);
+    plain.whole(said.status, std::move(headers), to_text(said.body));
   }
-  if (said.said) return;
-  HttpHeaders headers;
-  if (!said.body.is_null()) headers.emplace_back("content-type", "application/json");
-  if (said.status == 405) headers.emplace_back("allow", allow);
-  response.whole(said.status, std::move(headers), said.body.is_null() ? "" : to_text(said.body));
 }
 
 }  // namespace torpor::server

@@ -5,6 +5,7 @@
 /// A tenant sees and names its own agents alone (server/keys.h). A failure is {"error": {"code", "message", ...}} with
 /// the code of torpor::Error and the status of faces/error_table.h.
 
+#include "server/answer_replay.h"
 #include "server/http.h"
 #include "server/metrics.h"
 #include "server/model_pool.h"
@@ -14,13 +15,15 @@ namespace torpor::server {
 /// Several threads call `handle` at a time.
 class AgentsApi : public HttpHandler {
  public:
-  /// Both must live longer.
-  AgentsApi(ModelPool& models, Metrics& metrics) : models_(models), metrics_(metrics) {}
+  /// All must live longer. `replay`: of requests with an Idempotency-Key.
+  AgentsApi(ModelPool& models, Metrics& metrics, AnswerReplay& replay)
+      : models_(models), metrics_(metrics), replay_(replay) {}
   void handle(const HttpRequest& request, HttpResponse& response) override;
 
  private:
   ModelPool& models_;
   Metrics& metrics_;
+  AnswerReplay& replay_;
 };
 
 }  // namespace torpor::server

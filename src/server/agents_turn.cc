@@ -160,6 +160,7 @@ Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, Tu
   }
   if (!stream) return result;
   counted.reset();  // before the client hears the end, who may look at the counts
+  response.ending(true);
   events.send("result", result);
   response.end();
   return nullptr;

@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <deque>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,36 +19,42 @@ struct AnswerFiles {
   Durability durability = Durability::kFull;
 };
 
-/// Texts under keys, until they are `lifetime` old, or until newer ones have used up `count` or `bytes`: the oldest
-/// goes
-/// first. With a store each is a file, which is there before `put` returns, and a new shelf of the same kind finds it.
-/// Any thread may call.
+/// Texts of tenants under keys, until they are `lifetime` old, or until newer ones of the same tenant have used up its
+/// `count` or `bytes`: the oldest goes first. With a store each is a file, which is there before `put` returns, and a
+/// new shelf of the same kind finds it. Any thread may call.
 class AnswerShelf {
  public:
   struct Limits {
     std::chrono::seconds lifetime;
-    size_t count, bytes;
+    size_t count, bytes;  ///< of each tenant
   };
   /// `kind`: letters a to z, another one for each shelf of a store. Throws what the store says.
   AnswerShelf(std::string kind, Limits limits, AnswerFiles files);
 
-  /// In place of what the key had. kResourceExhausted for what is larger than all may be together; else throws what the
-  /// store says, and then the key has the old answer or this one.
-  void put(const std::string& key, const std::string& text);
+  /// In place of what the key had. kResourceExhausted for what is larger than all of the tenant may be together; else
+  /// throws what the store says, and then the key has the old answer or this one.
+  void put(const std::string& tenant, const std::string& key, const std::string& text);
   /// nullopt when there is none, or what there was is damaged.
-  std::optional<std::string> find(const std::string& key);
+  std::optional<std::string> find(const std::string& tenant, const std::string& key);
   /// False when there is none. It is gone when this returns. Throws what the store says; then it may be gone or there.
-  bool remove(const std::string& key);
+  bool remove(const std::string& tenant, const std::string& key);
 
  private:
   struct Entry {
     Record record;
-    std::string text;  ///< with its key; empty where it is in a file
+    std::string text;  ///< with its head; empty where it is in a file
   };
-  std::string name_of(const std::string& key) const;
-  std::deque<Entry>::iterator locate(const std::string& key) TORPOR_REQUIRES(mutex_);
+  /// What the entries of one owner take.
+  struct Used {
+    size_t count = 0, bytes = 0;
+  };
+  std::string name_of(const std::string& tenant, const std::string& key) const;
+  /// What a record's name says of its tenant, after any restart.
+  std::string owner_of(const Record& record) const;
+  std::deque<Entry>::iterator locate(const std::string& name) TORPOR_REQUIRES(mutex_);
+  void add(Entry entry) TORPOR_REQUIRES(mutex_);
   void erase(std::deque<Entry>::iterator entry, std::vector<Entry>& dropped) TORPOR_REQUIRES(mutex_);
-  /// Takes out what has expired, and of what is too much the oldest.
+  /// Takes out what has expired, and of what is too much of an owner the oldest.
   void drop_old(std::vector<Entry>& dropped) TORPOR_REQUIRES(mutex_);
   void remove_files(const std::vector<Entry>& entries);
 
@@ -56,7 +63,7 @@ class AnswerShelf {
   const AnswerFiles files_;
   Mutex mutex_;
   std::deque<Entry> entries_ TORPOR_GUARDED_BY(mutex_);  // oldest first
-  size_t bytes_ TORPOR_GUARDED_BY(mutex_) = 0;
+  std::map<std::string, Used> used_ TORPOR_GUARDED_BY(mutex_);  // by owner
 };
 
 }  // namespace torpor::server

@@ -133,6 +133,7 @@ struct Dialects::Impl {
 
 Dialects::Dialects(TurnRunner& runner, AnswerFiles files) : impl_(std::make_unique<Impl>(runner, files)) {}
 Dialects::~Dialects() = default;
+AnswerReplay& Dialects::replay() { return impl_->replay; }
 
 void Dialects::handle(const HttpRequest& request, HttpResponse& response) {
   try {

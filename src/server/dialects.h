@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "server/answer_replay.h"
 #include "server/answer_shelf.h"
 #include "server/chat.h"
 #include "server/failure.h"
@@ -20,6 +21,8 @@ class Dialects : public HttpHandler {
   /// says.
   explicit Dialects(TurnRunner& runner, AnswerFiles files = {});
   ~Dialects() override;
+  /// What others answer with keys, too: a key is one for all paths.
+  AnswerReplay& replay();
 
   void handle(const HttpRequest& request, HttpResponse& response) override;
 

@@ -101,7 +101,7 @@ int failure_status(Dialect dialect, const Failure& failure) {
 
 HttpHeaders failure_headers(Dialect dialect, const Failure& failure) {
   HttpHeaders headers{{"content-type", "application/json"}};
-  if (!form_of(failure.kind).again) headers.emplace_back("x-should-retry", "false");
+  if (!form_of(failure.kind).again && failure.retry_after == 0) headers.emplace_back("x-should-retry", "false");
   if (failure.retry_after > 0) headers.emplace_back("retry-after", std::to_string(failure.retry_after));
   return headers;
 }

@@ -60,9 +60,8 @@ class HttpResponse {
   /// From now to `end` the edge sends `bytes` whenever it has sent nothing for `idle`: always between two writes, never within
   /// one. A later call replaces them. Only after `begin`.
   virtual void keep_alive(std::string bytes, std::chrono::milliseconds idle) = 0;
-  /// Of a stream: with `whole`, what is written from now to `end` completes the answer. Who keeps answers does so
-  /// before
-  /// that is sent. Without, it has failed after all.
+  /// Of a stream: with `whole`, what is written from now to `end` completes the answer. Who keeps answers does so before
+  /// that is sent. Without, it has failed after all. Of another answer, without: it is not one to be kept.
   virtual void ending(bool /*whole*/) {}
   /// Ends a stream. Does not wait for the reader.
   virtual void end() = 0;

@@ -1,19 +1,13 @@
 #include "server/response_store.h"
 
 namespace torpor::server {
-namespace {
-
-std::string key_of(const std::string& tenant, const std::string& id) { return to_text(Json::array({tenant, id})); }
-
-}  // namespace
-
 void ResponseStore::put(const StoredResponse& stored) {
   const Json json{{"response", stored.response}, {"items", stored.items}, {"input", stored.input}};
-  shelf_.put(key_of(stored.tenant, stored.id), to_text(json));
+  shelf_.put(stored.tenant, stored.id, to_text(json));
 }
 
 std::optional<StoredResponse> ResponseStore::find(const std::string& tenant, const std::string& id) {
-  const auto text = shelf_.find(key_of(tenant, id));
+  const auto text = shelf_.find(tenant, id);
   if (!text) return std::nullopt;
   try {
     const Json json = Json::parse(*text);
@@ -23,6 +17,6 @@ std::optional<StoredResponse> ResponseStore::find(const std::string& tenant, con
   }
 }
 
-bool ResponseStore::remove(const std::string& tenant, const std::string& id) { return shelf_.remove(key_of(tenant, id)); }
+bool ResponseStore::remove(const std::string& tenant, const std::string& id) { return shelf_.remove(tenant, id); }
 
 }  // namespace torpor::server
