@@ -15,14 +15,16 @@ DIRECT = {
     "model": ["kernels"], "cache": ["model"],
     "agents": ["exchange", "cache", "text"],
     "engine": ["agents"],
+    "teams": ["engine"],
     "faces": ["engine"],
-    "server": ["engine", "faces"],
-    "cli": ["server"], "python": ["engine", "faces"],
+    "server": ["engine", "teams", "faces"],
+    "cli": ["server"], "python": ["engine", "teams", "faces"],
 }
 PUBLIC = {"error": "base", "log": "base", "version": "base", "compute_options": "base", "kv_snapshot": "base",
           "store": "store", "exchange": "exchange", "text": "text", "message": "text", "model_info": "model", "model": "model", "cache": "cache",
-          "agents": "agents", "memory_usage": "agents", "generate_options": "engine", "generate": "engine", "engine": "engine"}
-NO_MLX = {"base", "store", "exchange", "text", "server"}
+          "agents": "agents", "memory_usage": "agents", "generate_options": "engine", "generate": "engine", "engine": "engine",
+          "teams": "teams"}
+NO_MLX = {"base", "store", "exchange", "text", "teams", "server"}
 
 
 def may_know(room):
@@ -100,7 +102,7 @@ def included(name, seen):
 
 
 def test_engine_and_store_need_no_header_of_mlx():
-    for name in ("torpor/engine.h", "torpor/store.h", "torpor/exchange.h", "torpor/agents.h"):
+    for name in ("torpor/engine.h", "torpor/store.h", "torpor/exchange.h", "torpor/agents.h", "torpor/teams.h"):
         assert not [other for other in included(name, set()) if other.startswith("mlx")], name
     assert "mlx/array.h" in included("torpor/cache.h", set())
 

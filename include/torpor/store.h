@@ -29,6 +29,8 @@ std::filesystem::path default_store_root();
 void check_agent_id(const std::string& id);
 /// Error::field of the kInvalidArgument that a name is given which an agent has already.
 inline constexpr const char* kAgentTaken = "agent_id";
+/// The same of a team's name.
+inline constexpr const char* kTeamTaken = "team";
 
 /// What a save means for a machine that loses power.
 enum class Durability {
@@ -195,12 +197,13 @@ struct DiskUsage {
   int64_t orphan_states = 0;                  ///< named by no agent; `orphan_bytes` has theirs too
   int64_t orphan_bytes = 0;     ///< of these, of parts that no agent names, and of records that expired: what gc would free
   int64_t records = 0, record_bytes = 0;  ///< Store::keep_record
+  int64_t teams = 0, team_bytes = 0;          ///< Store::make_team
   int64_t temporary_files = 0, temporary_bytes = 0;  ///< of saves under way, and of killed ones, which gc would free too
   int64_t total_bytes = 0;
   int64_t bytes_written = 0;  ///< by all saves of all processes since the store was made
 };
 
-/// Bytes that a program keeps beside the agents, as one file: a server's stored answers, a team.
+/// Bytes that a program keeps beside the agents, as one file: a server's stored answers.
 struct Record {
   std::string name;     ///< 1 to 32 letters a to z, '-' and 32 hex digits
   int64_t expires = 0;  ///< seconds since the epoch, when gc or who needs room may remove it; 0: never
@@ -211,7 +214,13 @@ struct GcResult {
   int64_t files_removed = 0, bytes_freed = 0;
 };
 
-/// Exclusive ownership of an awake agent, across processes; released by the destructor (and by the kernel when the
+/// What Store::verify_teams finds.
+struct TeamReport {
+  std::string team;
+  std::string problem;  ///< one sentence; empty = intact
+};
+
+/// Exclusive ownership of an awake agent, or of a team in a step, across processes; released by the destructor (and by the kernel when the
 /// process dies).
 class AgentLock {
  public:
@@ -328,6 +337,23 @@ class Store {
   bool drop_record(const Record& record, Durability durability = Durability::kFull);
   /// All of them, the oldest first.
   std::vector<Record> records() const;
+
+  // Files of teams (torpor/teams.h), whose names are of the form of agents'. `json`: an object that begins "{\n", at most
+  // 16 MiB. The disk limits count them. kResourceExhausted; kInvalidArgument for what is no name or object.
+  /// kInvalidArgument, with kTeamTaken, when there is such a team. Of several makers at once one succeeds.
+  void make_team(const std::string& id, std::string_view json, Durability durability = Durability::kFull);
+  /// In place of what was there. After an error the old text or the new one is, whole. The caller holds the team's lock.
+  void save_team(const std::string& id, std::string_view json, Durability durability = Durability::kFull);
+  /// The object, with one member more. kNotFound, kCorruption.
+  std::string read_team(const std::string& id) const;
+  /// False when there is none. It is gone when this returns. The caller holds the team's lock.
+  bool remove_team(const std::string& id, Durability durability = Durability::kFull);
+  /// kBusy at once when another process, or another lock in this one, has it.
+  [[nodiscard]] std::unique_ptr<AgentLock> lock_team(const std::string& id);
+  /// Ids, sorted.
+  std::vector<std::string> teams() const;
+  /// Checks every byte of their files. Changes nothing.
+  std::vector<TeamReport> verify_teams() const;
 
   /// Reads the agent file's header alone. kNotFound, kCorruption.
   AgentInfo agent_info(const std::string& agent_id) const;

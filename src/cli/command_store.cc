@@ -18,10 +18,16 @@ namespace {
 int verify(const std::filesystem::path& root, const std::optional<std::string>& id, bool json) {
   const auto store = id ? open_store_of(root, *id) : open_existing_store(root);
   const std::vector<VerifyReport> reports = store ? store->verify(id) : std::vector<VerifyReport>{};
+  const std::vector<TeamReport> teams = store && !id ? store->verify_teams() : std::vector<TeamReport>{};
   bool ok = true, damaged = false;
   for (const VerifyReport& report : reports) {
     ok = ok && report.problems.empty();
     damaged = damaged || (report.readable && !report.problems.empty());
+  }
+  for (const TeamReport& report : teams) {
+    if (report.problem.empty()) continue;
+    ok = false;
+    damaged = true;
   }
   if (json) {
     Json agents = Json::array();
@@ -31,7 +37,14 @@ int verify(const std::filesystem::path& root, const std::optional<std::string>& 
                             {"intact_tokens", report.intact_tokens},
                             {"problems", report.problems}});
     }
-    print_json(Json{{"ok", ok}, {"agents", agents}});
+    Json object{{"ok", ok}, {"agents", agents}};
+    if (!id) {
+      object["teams"] = Json::array();
+      for (const TeamReport& report : teams) {
+        object["teams"].push_back(Json{{"team", report.team}, {"problem", report.problem}});
+      }
+    }
+    print_json(object);
   } else {
     std::string text;
     for (const VerifyReport& report : reports) {
@@ -42,6 +55,9 @@ int verify(const std::filesystem::path& root, const std::optional<std::string>& 
                                        : std::string("not readable")) +
               "\n";
       for (const std::string& problem : report.problems) text += "  " + problem + "\n";
+    }
+    for (const TeamReport& report : teams) {
+      text += "team " + report.team + ": " + (report.problem.empty() ? "intact\n" : "damaged\n  " + report.problem + "\n");
     }
     print(text.empty() ? "no agents in " + root.string() + "\n" : text);
   }

@@ -39,7 +39,7 @@ constexpr const ErrorMapping& error_mapping(ErrorCode code) noexcept {
 
 /// The HTTP status of `error`: its code's, but for mistakes of the client's that share a code with others.
 inline int http_status(const Error& error) noexcept {
-  if (error.field() == kAgentTaken) return 409;
+  if (error.field() == kAgentTaken || error.field() == kTeamTaken) return 409;
   if (error.field() == kContextFull) return 400;
   return error_mapping(error.code()).http_status;
 }

@@ -80,7 +80,8 @@ void drop_states(Store::Impl& store, const std::vector<std::string>& before, con
 std::optional<Sweep> begin_sweep(Store::Impl& store, std::chrono::milliseconds timeout) {
   const auto temporary_files = [&store] {
     auto found = store.agents.temporary_files();
-    for (const auto& others : {store.segments.temporary_files(), store.states.temporary_files(), store.records.temporary_files()}) {
+    for (const auto& others : {store.segments.temporary_files(), store.states.temporary_files(),
+                               store.records.temporary_files(), store.teams.temporary_files()}) {
       found.insert(found.end(), others.begin(), others.end());
     }
     return found;

@@ -151,6 +151,37 @@ bool Store::drop_record(const Record& record, Durability durability) {
   return impl_->records.remove(record, durability == Durability::kFull);
 }
 std::vector<Record> Store::records() const { return impl_->records.list(); }
+void Store::make_team(const std::string& id, std::string_view json, Durability durability) {
+  keep_team(*impl_, id, json, true, durability);
+}
+void Store::save_team(const std::string& id, std::string_view json, Durability durability) {
+  keep_team(*impl_, id, json, false, durability);
+}
+std::string Store::read_team(const std::string& id) const { return impl_->teams.read(id); }
+bool Store::remove_team(const std::string& id, Durability durability) {
+  return impl_->teams.remove(id, durability == Durability::kFull);
+}
+std::unique_ptr<AgentLock> Store::lock_team(const std::string& id) {
+  return std::make_unique<HeldAgentLock>(impl_->locks.team(id, impl_->teams.path(id)));
+}
+std::vector<std::string> Store::teams() const { return impl_->teams.list(); }
+std::vector<TeamReport> Store::verify_teams() const {
+  std::vector<TeamReport> reports;
+  for (const std::string& id : impl_->teams.list()) {
+    TeamReport& report = reports.emplace_back();
+    report.team = id;
+    try {
+      impl_->teams.read(id);
+    } catch (const Error& error) {
+      if (error.code() == ErrorCode::kNotFound) {
+        reports.pop_back();  // removed meanwhile
+        continue;
+      }
+      report.problem = error.what();
+    }
+  }
+  return reports;
+}
 void Store::set_disk_limits(const DiskLimits& limits) { impl_->set_disk_limits(limits); }
 DiskLimits Store::kept_disk_limits() const { return kept_limits(*impl_); }
 void Store::keep_disk_limits(const DiskLimits& limits) { keep_limits(*impl_, limits); }

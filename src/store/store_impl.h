@@ -15,6 +15,7 @@
 #include "store/file_pool.h"
 #include "store/store_locks.h"
 #include "store/sweep.h"
+#include "store/team_files.h"
 #include "store/usage.h"
 #include "torpor/error.h"
 #include "torpor/store.h"
@@ -30,6 +31,7 @@ struct Store::Impl {
   FilePool segments{env, root, "segments", "segment"};
   FilePool states{env, root, "states", "state"};
   Records records{env, root};
+  TeamFiles teams{env, root};
   WrittenBytes written{env, locks.counter_path()};
   Catalogue agents{env, root, segments, states, written};
   KnownSegments known;
@@ -80,6 +82,9 @@ std::shared_ptr<const StateCheckpoint> load_state(Store::Impl& store, const KvSn
 std::shared_ptr<const SealedRun> map_segment(Store::Impl& store, const std::string& name);
 
 void keep_record(Store::Impl& store, const Record& record, std::string_view bytes, Durability durability);
+
+/// Makes a team's file, or puts one in place of another.
+void keep_team(Store::Impl& store, const std::string& id, std::string_view json, bool is_new, Durability durability);
 
 void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is);
 /// After a commit by which an agent has the states `now` in place of those `before`: the others' files go when no agent

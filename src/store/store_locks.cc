@@ -17,6 +17,7 @@ constexpr const char* kSaving = ".saving";
 constexpr const char* kSavingBefore = ".saving-before";
 constexpr const char* kSweeping = ".sweeping";
 constexpr const char* kLimits = ".limits";
+const std::string kTeam = ".team-";  // and its id
 
 bool is_unwritable(const Error& error) {
   return error.field() == "errno" &&
@@ -81,6 +82,12 @@ AgentFileLock StoreLocks::agent(const std::string& id, const std::filesystem::pa
         .with_agent(id);
   }
   return {env_, std::move(*lock), agent_file};
+}
+
+AgentFileLock StoreLocks::team(const std::string& id, const std::filesystem::path& team_file) {
+  auto lock = env_.lock(path(kTeam + id), LockMode::kExclusive, milliseconds(0));
+  if (!lock) throw Error(ErrorCode::kBusy, "The team '" + id + "' is being asked already; ask again when that is over.");
+  return {env_, std::move(*lock), team_file};
 }
 
 std::vector<std::string> StoreLocks::agents() const {

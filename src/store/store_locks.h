@@ -62,6 +62,8 @@ class StoreLocks {
 
   /// At once, or kBusy: the agent is awake elsewhere.
   AgentFileLock agent(const std::string& id, const std::filesystem::path& agent_file);
+  /// At once, or kBusy: another step of the team is under way.
+  AgentFileLock team(const std::string& id, const std::filesystem::path& team_file);
   /// Whether someone has the agent's lock.
   bool is_awake(const std::string& id) const;
 

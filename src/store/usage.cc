@@ -52,6 +52,7 @@ int64_t stored_bytes(Store::Impl& store, int64_t* reserved) {
   add_files(store.root, names);
   add_files(store.agents.parts_path(), store.env.list_own(store.agents.parts_path()));
   add_files(store.records.directory(), store.records.files());
+  add_files(store.teams.directory(), store.teams.files());
   for (const FilePool* pool : {&store.segments, &store.states}) {
     for (const auto& directory : add_files(pool->directory(), store.env.list_own(pool->directory()))) {
       add_files(directory, store.env.list_own(directory));
@@ -102,8 +103,15 @@ DiskUsage usage(Store::Impl& store) {
     add(usage.record_bytes, uint64_t(record.bytes));
   }
   for (const Removable& record : store.records.expired()) add(usage.orphan_bytes, record.stat.size);
-  for (const auto& files : {store.agents.temporary_files(), store.segments.temporary_files(), store.states.temporary_files(),
-                            store.records.temporary_files()}) {
+  for (const std::string& id : store.teams.list()) {
+    const auto stat = store.env.stat(store.teams.path(id));
+    if (!stat || !stat->is_file) continue;
+    ++usage.teams;
+    add(usage.team_bytes, stat->size);
+  }
+  for (const auto& files : {store.agents.temporary_files(), store.segments.temporary_files(),
+                            store.states.temporary_files(), store.records.temporary_files(),
+                            store.teams.temporary_files()}) {
     for (const auto& path : files) {
       const auto stat = store.env.stat(path);
       if (!stat || !stat->is_file) continue;

@@ -1,0 +1,123 @@
+#include "store/team_files.h"
+
+#include <algorithm>
+
+#include "base/hash.h"
+#include "store/agent_file.h"
+#include "store/store_impl.h"
+#include "store/temporary_file.h"
+#include "store/writing.h"
+
+namespace torpor {
+namespace {
+
+constexpr size_t kMostBytes = size_t(16) << 20;
+constexpr std::string_view kExtension = ".json";
+constexpr std::string_view kBegin = "{\n";
+constexpr std::string_view kPrefix = "{\n  \"team_checksum\": \"";
+const std::string kZeros(32, '0');
+
+/// The id that a file of this name is of; empty when it is no team's.
+std::string id_of(const std::string& file) {
+  if (!file.ends_with(kExtension)) return {};
+  std::string id = file.substr(0, file.size() - kExtension.size());
+  return is_agent_id(id) ? id : std::string();
+}
+
+/// The file of an object that begins "{\n".
+std::string with_checksum(std::string_view json) {
+  std::string text = std::string(kPrefix) + kZeros + "\",\n" + std::string(json.substr(kBegin.size()));
+  return text.replace(kPrefix.size(), kZeros.size(), hash_hex(text));
+}
+
+bool is_intact(const std::string& text) {
+  if (!text.starts_with(kPrefix) || text.size() < kPrefix.size() + kZeros.size()) return false;
+  std::string zeroed = text;
+  zeroed.replace(kPrefix.size(), kZeros.size(), kZeros);
+  return text.compare(kPrefix.size(), kZeros.size(), hash_hex(zeroed)) == 0;
+}
+
+}  // namespace
+
+std::filesystem::path TeamFiles::path(const std::string& id) const {
+  check_agent_id(id);
+  return directory_ / (id + std::string(kExtension));
+}
+
+FileStat TeamFiles::write(const std::string& id, std::string_view json, bool is_new, bool durable) {
+  const std::filesystem::path to = path(id);
+  // Another process may have made the directory and not flushed it yet.
+  env_.make_directory(directory_);
+  if (durable) env_.sync_directory(directory_.parent_path());
+  const std::string text = with_checksum(json);
+  TemporaryFile file(env_, directory_, {as_bytes_of(text)}, durable);
+  if (!is_new) {
+    file.replace(to);
+  } else if (!file.put_new(to)) {
+    throw Error(ErrorCode::kInvalidArgument, "There is a team '" + id + "' already; choose another name.")
+        .with_field(kTeamTaken);
+  }
+  if (durable) env_.sync_directory(directory_);
+  return file.stat();
+}
+
+std::string TeamFiles::read(const std::string& id) const {
+  const std::filesystem::path from = path(id);
+  if (!env_.is_own_directory(directory_) || !env_.is_file(from))
+    throw Error(ErrorCode::kNotFound, "There is no team '" + id + "'.");
+  std::string text = env_.read_file(from, kMostBytes);
+  if (!is_intact(text)) {
+    throw Error(ErrorCode::kCorruption, "The team's file '" + from.string() +
+                                            "' is damaged; remove the team. Its members' agents stay.")
+        .with_path(from.string());
+  }
+  return text;
+}
+
+bool TeamFiles::remove(const std::string& id, bool durable) {
+  const std::filesystem::path gone = path(id);
+  if (!env_.is_own_directory(directory_) || !env_.remove(gone)) return false;
+  if (durable) env_.sync_directory(directory_);
+  return true;
+}
+
+std::vector<std::string> TeamFiles::files() const {
+  std::vector<std::string> files = env_.list_own(directory_);
+  std::erase_if(files, [](const std::string& file) { return id_of(file).empty() && !is_temporary_name(file); });
+  return files;
+}
+
+std::vector<std::string> TeamFiles::list() const {
+  std::vector<std::string> ids;
+  for (const std::string& file : files()) {
+    if (std::string id = id_of(file); !id.empty() && env_.is_file(directory_ / file)) ids.push_back(std::move(id));
+  }
+  std::sort(ids.begin(), ids.end());
+  return ids;
+}
+
+std::vector<std::filesystem::path> TeamFiles::temporary_files() const {
+  std::vector<std::filesystem::path> found;
+  for (const std::string& file : files()) {
+    if (is_temporary_name(file) && env_.is_file(directory_ / file)) found.push_back(directory_ / file);
+  }
+  return found;
+}
+
+void keep_team(Store::Impl& store, const std::string& id, std::string_view json, bool is_new, Durability durability) {
+  store.teams.path(id);
+  if (!json.starts_with(kBegin) || json.size() > kMostBytes - kPrefix.size() - kZeros.size()) {
+    throw Error(ErrorCode::kInvalidArgument, "What is to be kept of the team '" + id +
+                                                 "' is no JSON object of at most " + std::to_string(kMostBytes) +
+                                                 " bytes.");
+  }
+  store.agents.require_store();
+  Writing writing(store);
+  writing.make_room("Keeping a team", int64_t(json.size()) + int64_t(kPrefix.size() + kZeros.size()) + 2, {});
+  writing.claim({}, {});  // no sweep takes the file for one that a crash left
+  const bool durable = durability == Durability::kFull;
+  if (durable) store.agents.flush_marker();
+  store.written.add(store.teams.write(id, json, is_new, durable));
+}
+
+}  // namespace torpor
