@@ -34,6 +34,7 @@ class ScriptedTeam : public TeamEngine {
     return result;
   }
   std::vector<Message> messages(const std::string& agent) override {
+    if (agent == damaged) throw Error(ErrorCode::kCorruption, "The agent is damaged.");
     const std::lock_guard lock(mutex_);
     const auto found = agents.find(agent);
     if (found == agents.end()) throw Error(ErrorCode::kNotFound, "There is no agent '" + agent + "'.");
@@ -55,6 +56,7 @@ class ScriptedTeam : public TeamEngine {
   }
 
   Script script;
+  std::string damaged;  ///< whose messages can't be read
   std::vector<TurnRequest> heard;
   std::map<std::string, std::vector<Message>> agents;
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import Torpor
 from serving import Server
 
-AGENTS = "/torpor/v1/agents"
+AGENTS, TEAMS = "/torpor/v1/agents", "/torpor/v1/teams"
 
 
 @pytest.fixture
@@ -265,19 +265,26 @@ def test_the_description_is_what_is_served(server):
     bodies = {"forkAgent": {"as": "bea"}, "rewindAgent": {"tokens": 2}, "renameAgent": {"to": "ada2"},
               "pinAgent": {"pinned": False}, "turnAgent": {"prompt": "And?", "max_tokens": 2},
               "createAgent": {"agent": "zoe", "prompt": "Hi.", "max_tokens": 2},
-              "whyAgent": {"messages": [{"role": "user", "content": "Hi."}]}}
+              "whyAgent": {"messages": [{"role": "user", "content": "Hi."}]},
+              "makeTeam": {"team": "other", "coordinator": "eve", "members": [{"name": "ada"}, {"name": "eve"}]},
+              "turnTeam": {"message": "Hi.", "max_tokens": 2}, "askTeam": {"message": "Hi.", "max_tokens": 2},
+              "roundTeam": {"max_tokens": 2}, "handOffTeam": {"to": "ada", "message": "Go.", "max_tokens": 2},
+              "concludeTeam": {"max_tokens": 2}}
     seen = set()
     for path, methods in paths.items():
         for method, operation in methods.items():
             assert operation["operationId"] not in seen
             seen.add(operation["operationId"])
             server.chat("Hi.", agent="ada")  # an agent for each operation
+            server.ask("POST", TEAMS, {**bodies["makeTeam"], "team": "crew"})  # and a team that has said something
+            server.ask("POST", f"{TEAMS}/crew/handoff", {"to": "eve", "from": "ada", "message": "Go.", "max_tokens": 2})
+            server.ask("POST", f"{TEAMS}/crew/ask", {"message": "Hi.", "max_tokens": 2})
             content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
             members = resolve(content.get("schema", {}))
             body = bodies.get(operation["operationId"])
             assert set(body or {}) <= set(members.get("properties", {}))
             assert bool(body) == ("requestBody" in operation)
-            answer = server.ask(method.upper(), path.replace("{agent}", "ada"), body)
+            answer = server.ask(method.upper(), path.replace("{agent}", "ada").replace("{team}", "crew"), body)
             # One that can be streamed too is 200 then, whatever it is when it is answered whole.
             status = next(status for status in operation["responses"] if status != "default")
             assert answer.status == int(status), (path, answer.text)
@@ -287,8 +294,8 @@ def test_the_description_is_what_is_served(server):
                 assert answer.headers["content-type"] == kind
                 if kind == "application/json":
                     check(answer.json(), content[kind]["schema"])
-            failed = server.ask(method.upper(), path.replace("{agent}", "absent"), body)
-            if "{agent}" in path:
+            failed = server.ask(method.upper(), path.replace("{agent}", "absent").replace("{team}", "absent"), body)
+            if "{" in path:
                 assert failed.status == 404, failed.text
                 assert operation["responses"]["default"] == {"$ref": "#/components/responses/AgentsError"}
                 check(failed.json(), {"$ref": "#/components/schemas/AgentsError"})

@@ -32,7 +32,7 @@ def server(tmp_path_factory):
 
 
 def filled(path):
-    return path.replace("{agent}", "ada").replace("{model}", "tiny").replace("{response_id}", "resp_1")
+    return path.replace("{agent}", "ada").replace("{team}", "crew").replace("{model}", "tiny").replace("{response_id}", "resp_1")
 
 
 def test_what_is_described_is_served_by_the_methods_that_are_described_and_no_others(server):
@@ -52,7 +52,7 @@ def test_all_routes_are_described(server):
     ids = [operation["operationId"] for methods in server.description["paths"].values() for operation in methods.values()]
     assert len(ids) == len(set(ids))
     for path in ("/v1", "/v1/", "/v1/embeddings", "/v1/chat", "/v1/models/", "/v1/responses/a/b", "/api", "/api/pull", "/torpor/v1",
-                 "/torpor/v1/agents/ada/what", "/torpor/v2/agents", "/openapi.json", "/health/what", "/metrics/"):
+                 "/torpor/v1/agents/ada/what", "/torpor/v1/teams/crew/what", "/torpor/v2/agents", "/openapi.json", "/health/what", "/metrics/"):
         answer = server.ask("GET", path)
         assert answer.status == 404 or path == "/v1/models/" and answer.status == 200, path
 
@@ -64,7 +64,8 @@ def test_schemathesis_finds_no_failure_of_the_servers_and_no_answer_that_is_not_
     assert operations
 
     bounds = {"/v1/responses": "max_output_tokens", "/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens",
-              "/v1/messages": "max_tokens", "/torpor/v1/agents": "max_tokens", "/torpor/v1/agents/{agent}/turn": "max_tokens"}
+              "/v1/messages": "max_tokens", "/torpor/v1/agents": "max_tokens", "/torpor/v1/agents/{agent}/turn": "max_tokens",
+              **{f"/torpor/v1/teams/{{team}}/{step}": "max_tokens" for step in ("turn", "ask", "round", "handoff", "conclude")}}
 
     def limited(path, body):
         """Answers end soon, however long the request would have them."""
@@ -77,8 +78,9 @@ def test_schemathesis_finds_no_failure_of_the_servers_and_no_answer_that_is_not_
         return body
 
     def check(case, there):
-        if there and "agent" in (case.path_parameters or {}):
-            case.path_parameters["agent"] = "ada"
+        for name, own in (("agent", "ada"), ("team", "crew")):
+            if there and name in (case.path_parameters or {}):
+                case.path_parameters[name] = own
         case.body = limited(case.operation.path, case.body)
         response = case.call(base_url=f"http://127.0.0.1:{server.port}", headers={"authorization": f"Bearer {server.key}"},
                              timeout=300)
@@ -86,6 +88,8 @@ def test_schemathesis_finds_no_failure_of_the_servers_and_no_answer_that_is_not_
 
     for operation in operations:
         server.ask("POST", "/torpor/v1/agents", {"agent": "ada", "prompt": "Hi.", "max_tokens": 2})  # unless it is there
+        server.ask("POST", "/torpor/v1/teams", {"team": "crew", "coordinator": "eve",
+                                                "members": [{"name": "ada"}, {"name": "eve"}]})
         takes_any = "requestBody" in operation.definition.raw or "parameters" in operation.definition.raw
         for mode in [schemathesis.GenerationMode.POSITIVE] + [schemathesis.GenerationMode.NEGATIVE] * takes_any:
             settings = hypothesis.settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True,

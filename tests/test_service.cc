@@ -41,11 +41,12 @@ struct Agents : HttpHandler {
 };
 
 struct Server {
-  explicit Server(ServiceOptions options = {}, ScriptedRunner::Script script = nullptr)
+  explicit Server(ServiceOptions options = {}, ScriptedRunner::Script script = nullptr, int places = 64)
       : runner(std::move(script)),
         metered(runner, metrics),
         dialects(metered),
-        service(with_log(options), dialects, agents, metrics) {
+        queue(places),
+        service(with_log(options), queue, dialects, agents, metrics) {
     service.set_keys(ApiKeys::read(written(std::string("acme:first:") + kHash + "\n")));
   }
   ServiceOptions with_log(ServiceOptions options) {
@@ -84,6 +85,7 @@ struct Server {
   Agents agents;
   std::mutex log_mutex;
   std::vector<Json> log;
+  TurnQueue queue;
   Service service;
   std::list<RecordingResponse> responses;
 };
@@ -208,15 +210,13 @@ TEST(Service, ATurnTooManyIsToldWhenToComeAgain) {
   std::mutex mutex;
   std::condition_variable changed;
   bool begun = false, over = false;
-  ServiceOptions options;
-  options.max_turns = 1;
-  Server server(options, [&](const ChatRequest&, Say& say) {
+  Server server({}, [&](const ChatRequest&, Say& say) {
     std::unique_lock lock(mutex);
     begun = true;
     changed.notify_all();
     changed.wait(lock, [&] { return over; });
     say.start().text("done").finish();
-  });
+  }, 1);
   RecordingResponse first;
   std::thread worker([&] {
     HttpRequest request = Server::chat();
@@ -251,15 +251,13 @@ TEST(Service, AKeyThatHoldsManyPlacesLeavesSomeToOthers) {
   std::condition_variable changed;
   int begun = 0;
   bool over = false;
-  ServiceOptions options;
-  options.max_turns = 8;
-  Server server(options, [&](const ChatRequest&, Say& say) {
+  Server server({}, [&](const ChatRequest&, Say& say) {
     std::unique_lock lock(mutex);
     ++begun;
     changed.notify_all();
     changed.wait(lock, [&] { return over; });
     say.start().text("done").finish();
-  });
+  }, 8);
   std::list<RecordingResponse> answers;
   std::vector<std::thread> threads;
   /// Whether a turn with this key gets a place, which it keeps.
@@ -304,9 +302,7 @@ TEST(Service, AKeyThatHoldsManyPlacesLeavesSomeToOthers) {
 }
 
 TEST(Service, AClientThatHasHeardTheEndFindsItsPlaceFree) {
-  ServiceOptions options;
-  options.max_turns = 1;
-  Server server(options, [](const ChatRequest&, Say& say) { say.start().text("done").finish(); });
+  Server server({}, [](const ChatRequest&, Say& say) { say.start().text("done").finish(); }, 1);
   /// Asks again in the moment in which it hears the end.
   struct Again : RecordingResponse {
     explicit Again(Server& server) : server(server) {}

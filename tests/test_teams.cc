@@ -125,6 +125,16 @@ TEST_F(TeamsTest, OnesErrorStandsBesideTheOthersAnswersAndIsMadeUpForAlone) {
   EXPECT_EQ(engine_.heard.size(), 3u);
 }
 
+TEST_F(TeamsTest, AnAgentThatCantBeReadStopsNobodyElse) {
+  ask("Is it?");
+  engine_.damaged = "crew.bob";
+  const StepResult result = step(words(StepKind::kRound, "Go on.", {"ada", "bob", "eve"}));
+  EXPECT_EQ(members(result), (Names{"ada", "bob", "eve"}));
+  EXPECT_EQ(engine_.prompt("crew.ada"), "Go on.");  // nobody else has said anything
+  EXPECT_EQ(engine_.prompt("crew.eve"), "ada said:\nI am crew.ada.\n\nGo on.");
+  EXPECT_EQ(engine_.prompt("crew.bob"), "ada said:\nI am crew.ada.\n\nGo on.");
+}
+
 TEST_F(TeamsTest, WhenNobodyAnswersTheErrorIsThrown) {
   engine_.script = [](const TurnRequest&) -> std::string { throw Error(ErrorCode::kIo, "The disk is full."); };
   EXPECT_EQ(code_of_step(words(StepKind::kAsk, "Is it?")), ErrorCode::kIo);

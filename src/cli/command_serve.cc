@@ -255,12 +255,12 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   server::Metrics metrics(options.metrics_alias == "vllm");
   server::MeteredRunner metered(models, metrics);
   server::Dialects dialects(metered, {&models.model("").engine().store()});  // the first model stays
-  server::AgentsApi agents(models, metrics, dialects.replay());
+  server::TurnQueue queue(options.queue);
+  server::AgentsApi agents(models, metrics, dialects.replay(), queue);
   server::ServiceOptions service_options;
   service_options.authenticate = !options.no_auth;
-  service_options.max_turns = options.queue;
   service_options.log = [&](const std::string& line) { log_file.line(line); };
-  server::Service service(std::move(service_options), dialects, agents, metrics);
+  server::Service service(std::move(service_options), queue, dialects, agents, metrics);
   take_up(options, log_file, service, models);
   metrics.add_source([&](std::string& out) { add_engine_samples(out, models); });
   std::optional<server::HttpEdge> edge(std::in_place, edge_options(options), service);

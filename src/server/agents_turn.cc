@@ -34,63 +34,9 @@ TurnRequest turn_of(const AgentName& agent, const Json& body) {
   turn.salt = agent.salt;
   turn.prompt = body.at("prompt");
   if (body.contains("system")) turn.system = body["system"].get<std::string>();
-  GenerateOptions& generate = turn.generate;
-  if (body.contains("max_tokens"))
-    generate.max_tokens = int(std::clamp<int64_t>(body["max_tokens"].get<int64_t>(), INT_MIN, INT_MAX));
-  generate.sampling.temperature = body.value("temperature", generate.sampling.temperature);
-  generate.sampling.top_p = body.value("top_p", generate.sampling.top_p);
-  // 32 bits: a number that every reader of JSON keeps.
-  generate.sampling.seed = body.contains("seed") ? uint64_t(body["seed"].get<int64_t>()) : random_bits() & 0xFFFFFFFFu;
+  turn.generate = generate_options(body);
   return turn;
 }
-
-/// The events of one turn. The stream begins with the first, so that what fails before has a status of its own.
-class TurnEvents {
- public:
-  explicit TurnEvents(HttpResponse& response) : response_(response) {}
-  bool begun() const { return begun_; }
-  void send(const char* event, const Json& data) {
-    if (!std::exchange(begun_, true)) {
-      response_.begin(200, {{"content-type", "text/event-stream; charset=utf-8"}});
-      response_.keep_alive(": still here\n\n", std::chrono::seconds(10));
-    }
-    response_.write(std::string("event: ") + event + "\ndata: " + to_text(data) + "\n\n");
-  }
-
- private:
-  HttpResponse& response_;
-  bool begun_ = false;
-};
-
-/// A turn that metrics count from its construction to its destruction.
-class CountedTurn {
- public:
-  CountedTurn(Metrics& metrics, const AgentName& agent)
-      : turn(metrics.turns(), agent.tenant, agent.name), metrics_(metrics) {
-    metrics_.turn_begins();
-  }
-  ~CountedTurn() {
-    metrics_.turn_ends(reason, generated);
-    turn.end(reason, generated);
-  }
-  CountedTurn(const CountedTurn&) = delete;
-  CountedTurn& operator=(const CountedTurn&) = delete;
-
-  void complete(const TurnResult& result) {
-    metrics_.turn_starts(result.tokens.prompt, result.tokens.cached);
-    metrics_.first_token(result.timing_ms.ttft / 1000);
-    turn.starts(result.tokens.prompt, result.tokens.cached);
-    reason = finish_reason_name(result.finish_reason);
-    generated = result.tokens.generated;
-  }
-
-  TurnLog::Turn turn;
-  std::string reason = "error";
-  int generated = 0;
-
- private:
-  Metrics& metrics_;
-};
 
 /// A directory for one file, which goes with this.
 class ScratchDirectory {
@@ -114,6 +60,17 @@ class ScratchDirectory {
 };
 
 }  // namespace
+
+GenerateOptions generate_options(const Json& body) {
+  GenerateOptions generate;
+  if (body.contains("max_tokens"))
+    generate.max_tokens = int(std::clamp<int64_t>(body["max_tokens"].get<int64_t>(), INT_MIN, INT_MAX));
+  generate.sampling.temperature = body.value("temperature", generate.sampling.temperature);
+  generate.sampling.top_p = body.value("top_p", generate.sampling.top_p);
+  // 32 bits: a number that every reader of JSON keeps.
+  generate.sampling.seed = body.contains("seed") ? uint64_t(body["seed"].get<int64_t>()) : random_bits() & 0xFFFFFFFFu;
+  return generate;
+}
 
 Json error_json(const Error& error, const std::string& tenant) {
   Json said{{"code", faces::error_mapping(error.code()).name}, {"message", own_words(error.what(), tenant)}};

@@ -1,7 +1,9 @@
 #pragma once
 /// What /torpor/v1/agents computes or sends in pieces: turns, comparisons, exports; and how it words errors.
 
+#include <chrono>
 #include <string>
+#include <utility>
 
 #include "server/chat.h"
 #include "server/http.h"
@@ -14,6 +16,54 @@ namespace torpor::server {
 struct AgentName {
   std::string id, name, tenant;
   std::string salt;  ///< TurnRequest::salt
+};
+
+/// The events of turns. The stream begins with the first, so that what fails before has a status of its own.
+class TurnEvents {
+ public:
+  explicit TurnEvents(HttpResponse& response) : response_(response) {}
+  bool begun() const { return begun_; }
+  void send(const char* event, const Json& data) {
+    if (!std::exchange(begun_, true)) {
+      response_.begin(200, {{"content-type", "text/event-stream; charset=utf-8"}});
+      response_.keep_alive(": still here\n\n", std::chrono::seconds(10));
+    }
+    response_.write(std::string("event: ") + event + "\ndata: " + to_text(data) + "\n\n");
+  }
+
+ private:
+  HttpResponse& response_;
+  bool begun_ = false;
+};
+
+/// A turn that metrics count from its construction to its destruction.
+class CountedTurn {
+ public:
+  CountedTurn(Metrics& metrics, const AgentName& agent)
+      : turn(metrics.turns(), agent.tenant, agent.name), metrics_(metrics) {
+    metrics_.turn_begins();
+  }
+  ~CountedTurn() {
+    metrics_.turn_ends(reason, generated);
+    turn.end(reason, generated);
+  }
+  CountedTurn(const CountedTurn&) = delete;
+  CountedTurn& operator=(const CountedTurn&) = delete;
+
+  void complete(const TurnResult& result) {
+    metrics_.turn_starts(result.tokens.prompt, result.tokens.cached);
+    metrics_.first_token(result.timing_ms.ttft / 1000);
+    turn.starts(result.tokens.prompt, result.tokens.cached);
+    reason = finish_reason_name(result.finish_reason);
+    generated = result.tokens.generated;
+  }
+
+  TurnLog::Turn turn;
+  std::string reason = "error";
+  int generated = 0;
+
+ private:
+  Metrics& metrics_;
 };
 
 /// One turn, as the members `prompt`, `system`, `max_tokens`, `temperature`, `top_p`, `seed` and `stream` of `body` ask
@@ -29,6 +79,9 @@ Json compare_messages(Engine& engine, const AgentName& agent, const Json& messag
 
 /// Saves the agent if it has changed, and sends it as Store::export_agent writes it.
 void send_export(Engine& engine, const AgentName& agent, HttpResponse& response);
+
+/// What `max_tokens`, `temperature`, `top_p` and `seed` of `body` say; a seed is drawn where there is none.
+GenerateOptions generate_options(const Json& body);
 
 /// {"error": {"code", "message", ...}}, in the tenant's own names for its agents.
 Json error_json(const Error& error, const std::string& tenant);

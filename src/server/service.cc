@@ -6,7 +6,6 @@
 #include <chrono>
 #include <cmath>
 #include <ctime>
-#include <numeric>
 #include <utility>
 
 #include "server/dashboard.h"
@@ -20,7 +19,8 @@ enum class Kind { kOpen, kMetrics, kDialect, kAgents, kUnknown };
 struct Service::Route {
   const char* path;  ///< whole, or what it begins with where it ends with '/'
   Kind kind;
-  bool turn = false;  ///< POST computes
+  /// What a POST computes: nothing, one turn, or turns whose places its handler takes.
+  enum class Turns { kNone, kOne, kOwn } turns = Turns::kNone;
   /// What metrics call it: a closed set.
   std::string name() const { return path; }
 };
@@ -106,55 +106,33 @@ void require_get(const HttpRequest& request) {
 
 }  // namespace
 
-/// Counts a turn of its share until its client hears the end, who may ask again at once.
+/// Has a place of the queue until its client hears the end, who may ask again at once.
 class Service::TurnPlace final : public HttpResponse {
  public:
-  TurnPlace(Service& service, const std::string& share, HttpResponse& response)
-      : service_(service), share_(share), response_(response) {
-    const MutexLock lock(service_.mutex_);
-    const int free = service_.options_.max_turns - service_.taken();
-    const bool alone = !service_.options_.authenticate || service_.keys_->size() <= 1;
-    const auto own = service_.turns_.find(share_);
-    if (free <= 0 || (!alone && own != service_.turns_.end() && own->second >= free)) {
-      Failure full(Failure::Kind::kOverloaded, "The server's queue is full; try again later.");
-      full.retry_after = 5;
-      throw full;
-    }
-    ++service_.turns_[share_];
-  }
-  ~TurnPlace() override { leave(); }
-  TurnPlace(const TurnPlace&) = delete;
-  TurnPlace& operator=(const TurnPlace&) = delete;
+  TurnPlace(TurnQueue& queue, const std::string& share, HttpResponse& response)
+      : place_(queue, share, 1), response_(response) {}
 
   void whole(int status, HttpHeaders headers, std::string body) override {
-    leave();
+    place_.leave_all();
     response_.whole(status, std::move(headers), std::move(body));
   }
   void begin(int status, HttpHeaders headers) override { response_.begin(status, std::move(headers)); }
   bool write(std::string_view bytes) override { return response_.write(bytes); }
   void keep_alive(std::string bytes, std::chrono::milliseconds idle) override { response_.keep_alive(std::move(bytes), idle); }
   void end() override {
-    leave();
+    place_.leave_all();
     response_.end();
   }
   const std::atomic<bool>& gone() const override { return response_.gone(); }
 
  private:
-  void leave() {
-    const MutexLock lock(service_.mutex_);
-    if (std::exchange(left_, true)) return;
-    const auto own = service_.turns_.find(share_);
-    if (--own->second == 0) service_.turns_.erase(own);
-  }
-
-  Service& service_;
-  const std::string share_;
+  TurnQueue::Places place_;
   HttpResponse& response_;
-  bool left_ = false;
 };
 
-Service::Service(ServiceOptions options, HttpHandler& dialects, HttpHandler& agents, Metrics& metrics)
+Service::Service(ServiceOptions options, TurnQueue& queue, HttpHandler& dialects, HttpHandler& agents, Metrics& metrics)
     : options_(std::move(options)),
+      queue_(queue),
       dialects_(dialects),
       agents_(agents),
       metrics_(metrics),
@@ -163,6 +141,7 @@ Service::Service(ServiceOptions options, HttpHandler& dialects, HttpHandler& age
 
 void Service::set_keys(ApiKeys keys) {
   auto fresh = std::make_shared<const ApiKeys>(std::move(keys));
+  queue_.set_alone(!options_.authenticate || fresh->size() <= 1);
   const MutexLock lock(mutex_);
   keys_ = std::move(fresh);
 }
@@ -174,6 +153,7 @@ void Service::set_hosts(std::vector<std::string> hosts) {
 }
 
 const Service::Route& Service::route_of(const HttpRequest& request) const {
+  constexpr auto kOne = Route::Turns::kOne, kOwn = Route::Turns::kOwn;
   // The first that fits.
   static const Route kRoutes[] = {
       {"/", Kind::kOpen},
@@ -182,19 +162,22 @@ const Service::Route& Service::route_of(const HttpRequest& request) const {
       {"/health/live", Kind::kOpen},
       {"/health/ready", Kind::kOpen},
       {"/metrics", Kind::kMetrics},
-      {"/v1/chat/completions", Kind::kDialect, true},
-      {"/v1/completions", Kind::kDialect, true},
-      {"/v1/responses", Kind::kDialect, true},
-      {"/v1/messages", Kind::kDialect, true},
-      {"/api/chat", Kind::kDialect, true},
-      {"/api/generate", Kind::kDialect, true},
+      {"/v1/chat/completions", Kind::kDialect, kOne},
+      {"/v1/completions", Kind::kDialect, kOne},
+      {"/v1/responses", Kind::kDialect, kOne},
+      {"/v1/messages", Kind::kDialect, kOne},
+      {"/api/chat", Kind::kDialect, kOne},
+      {"/api/generate", Kind::kDialect, kOne},
       {"/v1/", Kind::kDialect},
       {"/api/", Kind::kDialect},
-      {"/torpor/v1/agents", Kind::kAgents, true},
+      {"/torpor/v1/agents", Kind::kAgents, kOne},
+      {"/torpor/v1/teams", Kind::kAgents},
       {"/torpor/v1/", Kind::kAgents},
   };
-  static const Route kUnknown{"unknown", Kind::kUnknown}, kAgentsTurn{"/torpor/v1/agents/turn", Kind::kAgents, true};
+  static const Route kUnknown{"unknown", Kind::kUnknown}, kAgentsTurn{"/torpor/v1/agents/turn", Kind::kAgents, kOne};
+  static const Route kTeamsStep{"/torpor/v1/teams/step", Kind::kAgents, kOwn};
   const std::string_view path = request.path;
+  if (path.starts_with("/torpor/v1/teams/") && request.path_parts().size() == 5) return kTeamsStep;
   if (path.starts_with("/torpor/v1/agents/")) {
     const std::vector<std::string> parts = request.path_parts();
     if (parts.size() == 5 && parts[4] == "turn") return kAgentsTurn;
@@ -229,15 +212,6 @@ void Service::check_source(const HttpRequest& request) const {
       throw Failure(Failure::Kind::kForbidden, "Pages of other origins may not use this server.", "origin");
     }
   }
-}
-
-int Service::taken() const {
-  return std::accumulate(turns_.begin(), turns_.end(), 0, [](int sum, const auto& own) { return sum + own.second; });
-}
-
-int Service::turns() const {
-  const MutexLock lock(mutex_);
-  return taken();
 }
 
 KeyOwner Service::owner_of(const HttpRequest& request) const {
@@ -298,13 +272,14 @@ void Service::answer(const Route& route, HttpRequest& request, HttpResponse& res
     default: throw Failure(Failure::Kind::kNotFound, "There is no " + request.path + " here.");
   }
   HttpHandler& handler = route.kind == Kind::kAgents ? agents_ : dialects_;
-  if (!route.turn || request.method != "POST") return handler.handle(request, response);
+  if (route.turns == Route::Turns::kNone || request.method != "POST") return handler.handle(request, response);
   if (draining_) {
     Failure leaving(Failure::Kind::kUnavailable, "The server is about to stop.");
     leaving.retry_after = 5;
     throw leaving;
   }
-  TurnPlace place(*this, request.share, response);
+  if (route.turns == Route::Turns::kOwn) return handler.handle(request, response);
+  TurnPlace place(queue_, request.share, response);
   handler.handle(request, place);
 }
 

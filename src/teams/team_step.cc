@@ -42,10 +42,14 @@ TeamStep::Plan::Plan(Store& store, Durability durability, std::unique_ptr<AgentL
   keep_answers(0, in_order ? 1 : turns_.size());
   if (in_order && turns_.size() > 1 && turns_[0].done) keep_answers(1, 2);
   if (turns_[0].done) return;
-  if (!prompt_of(0).empty()) return;
-  const std::string& from = team_.step->from;
-  if (in_order) refuse("There is no message, and nothing that '" + from + "' has said and could hand over.", "message");
-  refuse("Nobody has said anything that the others could hear; ask the team first.", "message");
+  const StepKind kind = team_.step->words.kind;
+  const bool hears = kind == StepKind::kRound || kind == StepKind::kConclude;
+  const auto hears_nobody = [&](const Turn& turn) { return heard_by(turn.member).empty(); };
+  if (hears && std::all_of(turns_.begin(), turns_.end(), hears_nobody))
+    refuse("Nobody has said anything that the others could hear; ask the team first.", "message");
+  if (in_order && prompt_of(0).empty()) {
+    refuse("There is no message, and nothing that '" + team_.step->from + "' has said and could hand over.", "message");
+  }
 }
 
 StepState TeamStep::Plan::state_of_request() const {
@@ -108,9 +112,8 @@ void TeamStep::Plan::look_at_agents() {
   for (const TeamMember& member : team_.spec.members) {
     try {
       messages_[member.name] = engine_.messages(team_.agent(member.name));
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::kNotFound) throw;  // it has had no turn
-      messages_[member.name] = {};
+    } catch (const Error&) {
+      messages_[member.name] = {};  // it has had no turn; or it is damaged or busy, and its own turn will say so
     }
     if (is_new) step.held[member.name] = int64_t(messages_[member.name].size());
   }
@@ -153,14 +156,8 @@ std::string TeamStep::Plan::prompt_of(size_t turn) const {
   switch (step.words.kind) {
     case StepKind::kTurn:
     case StepKind::kAsk: return message;
-    case StepKind::kRound: {
-      const std::string heard = heard_by(member);
-      return heard.empty() ? heard : heard + (message.empty() ? "What do you say now?" : message);
-    }
-    case StepKind::kConclude: {
-      const std::string heard = heard_by(member);
-      return heard.empty() ? heard : heard + (message.empty() ? "Sum up what was said." : message);
-    }
+    case StepKind::kRound: return heard_by(member) + (message.empty() ? "What do you say now?" : message);
+    case StepKind::kConclude: return heard_by(member) + (message.empty() ? "Sum up what was said." : message);
     case StepKind::kHandOff: break;
   }
   if (step.words.summary && turn == 0) {

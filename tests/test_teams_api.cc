@@ -1,0 +1,217 @@
+/// /torpor/v1/teams on a tiny model: places of the queue, tenants, retries, and readers that read nothing.
+
+#include <condition_variable>
+#include <list>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include <gtest/gtest.h>
+
+#include "recording_response.h"
+#include "server/agents_api.h"
+#include "store_fixture.h"
+#include "tiny_model.h"
+
+namespace torpor::server {
+namespace {
+
+using torpor::testing::TemporaryDirectory;
+
+constexpr const char* kTeams = "/torpor/v1/teams";
+
+class TeamsApiTest : public ::testing::Test {
+ protected:
+  TeamsApiTest() {
+    ModelPoolOptions options;
+    torpor::testing::write_tiny_model((directory_.path() / "tiny").string(), torpor::testing::TinyAttention::kPlain);
+    options.models = {{"tiny", (directory_.path() / "tiny").string()}};
+    options.engine.store = directory_.path() / "store";
+    options.engine.durability = Durability::kRename;
+    options.engine.text_queue_bytes = 1;
+    models_.emplace(std::move(options));
+    serve(64);
+  }
+  void serve(int places) {
+    queue_.emplace(places);
+    replay_.emplace(AnswerFiles{});
+    api_.emplace(*models_, metrics_, *replay_, *queue_);
+  }
+  static HttpRequest request(const std::string& path, const Json& body, const std::string& tenant = "local") {
+    HttpRequest request;
+    request.method = "POST";
+    request.path = path;
+    request.body = to_text(body);
+    request.tenant = tenant;
+    request.share = tenant + ":key";
+    return request;
+  }
+  RecordingResponse& ask(HttpRequest request) {
+    const std::lock_guard lock(mutex_);
+    RecordingResponse& response = responses_.emplace_back();
+    api_->handle(request, response);
+    return response;
+  }
+  RecordingResponse& ask(const std::string& path, const Json& body, const std::string& tenant = "local") {
+    return ask(request(path, body, tenant));
+  }
+  RecordingResponse& get(const std::string& path, const std::string& tenant = "local") {
+    HttpRequest asked = request(path, Json());
+    asked.method = "GET";
+    asked.body.clear();
+    asked.tenant = tenant;
+    return ask(asked);
+  }
+  RecordingResponse& make(const std::string& name = "crew", const std::string& tenant = "local") {
+    return ask(kTeams, of_team(name), tenant);
+  }
+  static Json of_team(const std::string& name) {
+    return {{"team", name},
+            {"members", {{{"name", "ada"}, {"role", "You doubt."}}, {{"name", "bob"}}, {{"name", "eve"}}}},
+            {"coordinator", "eve"}};
+  }
+  static Json message(const std::string& text = "Hi.") { return {{"message", text}, {"max_tokens", 4}}; }
+
+  const TemporaryDirectory directory_{TemporaryDirectory::in_memory()};
+  Metrics metrics_{false};
+  std::optional<AnswerReplay> replay_;
+  std::optional<ModelPool> models_;
+  std::optional<TurnQueue> queue_;
+  std::optional<AgentsApi> api_;
+  std::mutex mutex_;
+  std::list<RecordingResponse> responses_;
+};
+
+TEST_F(TeamsApiTest, OfTwoMakersOfOneNameOneWins) {
+  std::vector<RecordingResponse> made(6);
+  std::vector<std::thread> makers;
+  for (RecordingResponse& response : made)
+    makers.emplace_back([&] { api_->handle(request(kTeams, of_team("crew")), response); });
+  for (std::thread& maker : makers) maker.join();
+  int won = 0;
+  for (const RecordingResponse& response : made) {
+    won += response.status == 201;
+    EXPECT_TRUE(response.status == 201 || response.status == 409) << response.body;
+  }
+  EXPECT_EQ(won, 1);
+}
+
+TEST_F(TeamsApiTest, AStepTakesAPlaceForEachTurnOrNothingBegins) {
+  make();
+  serve(2);
+  TurnQueue::Places other(*queue_, "local:key", 1);
+  EXPECT_THROW(ask("/torpor/v1/teams/crew/ask", message()), Failure);  // which the service tells as 429
+  EXPECT_FALSE(Json::parse(get("/torpor/v1/teams/crew").body).contains("step"));
+  EXPECT_TRUE(models_->agents().empty());
+  EXPECT_EQ(queue_->taken(), 1);
+  other.leave_all();
+  const RecordingResponse& answered = ask("/torpor/v1/teams/crew/ask", message());
+  EXPECT_EQ(answered.status, 200) << answered.body;
+  EXPECT_EQ(queue_->taken(), 0);
+  serve(1);
+  EXPECT_EQ(ask("/torpor/v1/teams/crew/ask", message()).status, 400);  // there never is room for it
+}
+
+TEST_F(TeamsApiTest, ATenantsTeamIsItsOwn) {
+  EXPECT_EQ(make("crew", "acme").status, 201);
+  EXPECT_EQ(ask("/torpor/v1/teams/crew/ask", message(), "acme").status, 200);
+  EXPECT_EQ(get("/torpor/v1/teams/crew").status, 404);
+  EXPECT_EQ(get("/torpor/v1/teams/t.acme.crew").status, 400);
+  EXPECT_EQ(ask("/torpor/v1/teams/crew/ask", message()).status, 404);
+  EXPECT_EQ(Json::parse(get(kTeams).body)["teams"].size(), 0u);
+  EXPECT_EQ(make().status, 201);
+  EXPECT_EQ(Json::parse(get(kTeams, "acme").body)["teams"].size(), 1u);
+  const Json taken = Json::parse(make("crew", "acme").body);
+  EXPECT_EQ(taken["error"]["message"].get<std::string>().find("t.acme"), std::string::npos) << taken;
+  const Json answers = Json::parse(ask("/torpor/v1/teams/crew/round", message(), "acme").body);
+  EXPECT_EQ(answers["answers"][0]["agent"], "crew.ada");
+}
+
+TEST_F(TeamsApiTest, ARetryWithTheSameKeyGetsTheSameAnswers) {
+  make();
+  HttpRequest keyed = request("/torpor/v1/teams/crew/ask", message());
+  keyed.headers = {{"idempotency-key", "k"}};
+  const std::string first = ask(keyed).body;
+  EXPECT_EQ(ask(keyed).body, first);
+  serve(64);  // as a crash between the last save and the answer's end leaves it
+  const Json again = Json::parse(ask(keyed).body);
+  EXPECT_TRUE(again["answers"][0]["kept"]);
+  EXPECT_EQ(again["answers"][0]["text"], Json::parse(first)["answers"][0]["text"]);
+  HttpRequest create = request("/torpor/v1/agents", {{"agent", "zoe"}, {"prompt", "Hi."}, {"max_tokens", 4}});
+  create.headers = keyed.headers;
+  const std::string made = ask(create).body;
+  EXPECT_EQ(ask(create).status, 201);
+  EXPECT_EQ(responses_.back().body, made);
+}
+
+/// A reader that takes nothing after the first text, until it is cut off.
+class Unread : public RecordingResponse {
+ public:
+  bool write(std::string_view bytes) override {
+    std::unique_lock lock(mutex_);
+    if (bytes.find("event: text") == std::string_view::npos) return RecordingResponse::write(bytes);
+    stuck = true;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return left.load(); });
+    return false;
+  }
+  void wait() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return stuck; });
+  }
+  void cut() {
+    const std::lock_guard lock(mutex_);
+    left = true;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool stuck = false;
+};
+
+TEST_F(TeamsApiTest, AnUnreadStreamHoldsUpItsOwnTurnsAndEndsWhenItsReaderIsCutOff) {
+  make();
+  make("other");
+  Unread unread;
+  Json body = message();
+  body["stream"] = true;
+  body["max_tokens"] = 200;
+  std::thread reader([&] { api_->handle(request("/torpor/v1/teams/crew/ask", body), unread); });
+  unread.wait();
+  EXPECT_EQ(ask("/torpor/v1/teams/other/ask", message()).status, 200);  // others go on
+  EXPECT_EQ(ask("/torpor/v1/teams/crew/ask", message()).status, 423);   // this one is in a step
+  EXPECT_EQ(queue_->taken(), 2);
+  unread.cut();
+  reader.join();
+  EXPECT_EQ(queue_->taken(), 0);
+  const Json again = Json::parse(ask("/torpor/v1/teams/crew/ask", message()).body);
+  EXPECT_EQ(again["complete"], true) << again;
+}
+
+TEST(TurnQueue, SeveralPlacesAreTakenAsOneAfterTheOther) {
+  TurnQueue queue(8);
+  {
+    const TurnQueue::Places all(queue, "a", 8);
+    EXPECT_EQ(queue.taken(), 8);
+    EXPECT_THROW(TurnQueue::Places(queue, "b", 1), Failure);
+    EXPECT_EQ(queue.taken(), 8);
+  }
+  queue.set_alone(false);
+  EXPECT_THROW(TurnQueue::Places(queue, "a", 5), Failure);  // half is left to others
+  TurnQueue::Places four(queue, "a", 4);
+  EXPECT_THROW(TurnQueue::Places(queue, "a", 1), Failure);
+  const TurnQueue::Places two(queue, "b", 2);
+  EXPECT_THROW(TurnQueue::Places(queue, "b", 1), Failure);
+  four.leave_one();
+  four.leave_one();
+  EXPECT_EQ(queue.taken(), 4);
+  four.leave_all();
+  four.leave_all();
+  four.leave_one();
+  EXPECT_EQ(queue.taken(), 2);
+}
+
+}  // namespace
+}  // namespace torpor::server
