@@ -45,6 +45,19 @@ def test_ten_agents_in_the_memory_of_three(tiny_model, tmp_path):
     assert "is new" not in run()  # another process wakes them all
 
 
+def test_a_team_asks_hears_and_concludes_and_is_there_again(tiny_model, tmp_path):
+    def run():
+        return example("team.py", tiny_model, "Shall we sail today?", "--max-tokens", 4, store=tmp_path).stdout.splitlines()
+
+    first, second = run(), run()
+    for lines in (first, second):
+        turns = [re.match(r"(\w+) (\w+): .*\[\d+ tokens reused, \d+ read\]$", line).groups() for line in lines[:-1] if "[" in line]
+        assert turns == [("ask", "ada"), ("ask", "bob"), ("round", "ada"), ("round", "bob"), ("conclude", "eve"), ("handoff", "bob")]
+        assert lines[-1].startswith("bob has the conversation")
+    held = [list(map(int, re.findall(r"(\d+) tokens \(", lines[-1]))) for lines in (first, second)]
+    assert len(held[0]) == 3 and all(more > less for less, more in zip(*held))
+
+
 def test_the_plot_of_first_tokens(tiny_model, tmp_path):
     pytest.importorskip("matplotlib")
     said = example("plot_first_token.py", tiny_model, "--tokens", "64,128", "--runs", 1, "--output", tmp_path / "plot.png",

@@ -78,4 +78,5 @@ NB_MODULE(_core, module) {
   torpor::python::bind_store(module);
   torpor::python::bind_turn(module);
   torpor::python::bind_engine(module);
+  torpor::python::bind_team(module);
 }

@@ -1,8 +1,5 @@
 #include "turn.h"
 
-#include <chrono>
-#include <system_error>
-
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -13,127 +10,14 @@ namespace nb = nanobind;
 
 namespace torpor::python {
 
-RunningTurn::RunningTurn(std::shared_ptr<Engine> engine, TurnRequest request) : state_(std::make_unique<State>()) {
-  State& state = *state_;
-  state.engine = std::move(engine);
-  state.request = std::move(request);
-  state.request.generate.cancel = &state.cancelled;
-  state.request.give_up = &state.undone;
-  state.request.generate.on_text = [&state](std::string_view text) { state.say(text); };
-  try {
-    state.thread = std::thread([&state] { state.run(); });
-  } catch (const std::system_error&) {
-    throw Error(ErrorCode::kResourceExhausted,
-                "The system refuses another thread; raise its limit or end some processes.");
-  }
-}
-
-RunningTurn::~RunningTurn() {
-  if (getpid() != state_->process) {
-    static_cast<void>(state_.release());  // its thread is in the process that was forked
-    return;
-  }
-  cancel();
-  const nb::gil_scoped_release release;
-  state_->thread.join();
-  state_.reset();  // perhaps the last to hold the engine, which waits for its saves
-}
-
-void RunningTurn::State::say(std::string_view text) {
-  MutexLock lock(mutex);
-  while (!pieces.empty() && has_reader()) changed.wait(lock);
-  pieces.emplace_back(text);
-  changed.notify_all();
-}
-
-void RunningTurn::State::run() {
-  std::optional<TurnResult> answer;
-  std::exception_ptr failed;
-  try {
-    answer = engine->turn(request);
-  } catch (...) {
-    failed = std::current_exception();
-  }
-  const MutexLock lock(mutex);
-  result = std::move(answer);
-  error = failed;
-  changed.notify_all();
-}
-
-void RunningTurn::check_process() const {
-  if (getpid() == state_->process) return;
-  throw Error(ErrorCode::kInvalidArgument, "The turn is in the process that this one was forked from.");
-}
-
-void RunningTurn::set(std::atomic<bool>& flag) {
-  const MutexLock lock(state_->mutex);
-  flag = true;
-  state_->changed.notify_all();
-}
-
-void RunningTurn::cancel() {
-  check_process();
-  set(state_->cancelled);
-}
-
-bool RunningTurn::wait(std::optional<std::string>* piece) {
-  // How soon a signal is seen.
-  constexpr auto kPatience = std::chrono::milliseconds(50);
-  check_process();
-  State& state = *state_;
-  while (true) {
-    {
-      const nb::gil_scoped_release release;
-      MutexLock lock(state.mutex);
-      const bool has_text = piece != nullptr && !state.pieces.empty();
-      if (!state.over() && !has_text) state.changed.wait_for(lock, kPatience);
-      if (piece != nullptr && !state.pieces.empty()) {
-        *piece = std::move(state.pieces.front());
-        state.pieces.pop_front();
-        state.changed.notify_all();
-        return true;
-      }
-      if (state.over()) return false;
-    }
-    if (PyErr_CheckSignals() != 0) throw nb::python_error();
-  }
-}
-
-std::optional<std::string> RunningTurn::next() {
-  std::optional<std::string> piece;
-  if (wait(&piece)) return piece;
-  const MutexLock lock(state_->mutex);
-  if (state_->error) std::rethrow_exception(state_->error);
-  return std::nullopt;
-}
-
-void RunningTurn::undo() {
-  check_process();
-  set(state_->undone);
-  const nb::gil_scoped_release release;
-  MutexLock lock(state_->mutex);
-  while (!state_->over()) state_->changed.wait(lock);
-}
-
-TurnResult RunningTurn::result() {
-  check_process();
-  const auto await = [this](int by) {
-    const MutexLock lock(state_->mutex);
-    state_->awaited += by;
-    state_->changed.notify_all();
-  };
-  await(1);
-  try {
-    wait(nullptr);
-  } catch (...) {
-    await(-1);
-    throw;
-  }
-  await(-1);
-  const MutexLock lock(state_->mutex);
-  if (state_->error) std::rethrow_exception(state_->error);
-  return *state_->result;
-}
+RunningTurn::RunningTurn(std::shared_ptr<Engine> engine, TurnRequest request)
+    : Running([engine = std::move(engine), request = std::move(request)](Control& control) {
+        TurnRequest turn = request;
+        turn.generate.cancel = &control.cancelled;
+        turn.give_up = &control.undone;
+        turn.generate.on_text = [&control](std::string_view text) { control.say(std::string(text)); };
+        return engine->turn(turn);
+      }) {}
 
 // What each field means is said where programs see it: torpor/results.py.
 void bind_turn(nb::module_& module) {

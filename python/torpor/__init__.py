@@ -33,12 +33,13 @@ from .extractor import Generation, MLXCacheExtractor
 from .persistence import CachePersistence
 from .results import (AgentMemory, EngineWork, MemoryUsage, MessageDivergence, SaveResult, TokenLogprob,
                       TokenLogprobs, TurnBytes, TurnResult, TurnTiming, TurnTokens)
+from .team import StepOptions, Team, TeamAnswer, TeamResult
 
 __all__ = [
     "Agent", "AgentMemory", "AgentStatus", "BusyError", "CachePersistence", "CancelledError", "CorruptionError",
     "Engine", "EngineWork", "Error", "Generation", "IncompatibleError", "InternalError", "InvalidArgumentError",
     "IoError", "MLXCacheExtractor", "MemoryUsage", "MessageDivergence", "NotFoundError", "ResourceExhaustedError",
-    "SaveResult", "TextStream", "TokenLogprob", "TokenLogprobs", "TurnBytes", "TurnOptions", "TurnResult", "TurnTiming",
+    "SaveResult", "StepOptions", "Team", "TeamAnswer", "TeamResult", "TextStream", "TokenLogprob", "TokenLogprobs", "TurnBytes", "TurnOptions", "TurnResult", "TurnTiming",
     "TurnTokens", "common_prefix",
     "delete_agent_cache", "get_cache_disk_usage", "get_cache_memory", "get_cache_size", "list_cached_agents",
     "load_agent_cache", "load_prompt_cache", "save_agent_cache", "save_prompt_cache", "set_log_handler",
