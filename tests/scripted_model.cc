@@ -62,6 +62,21 @@ std::string answer_to(const ChatRequest& request) {
   return "Hello there.";
 }
 
+/// Tokens of a text as no tokenizer would choose them: short pieces of it. Read again, that text has others, so a
+/// history goes on from its agent only by the ids that were generated.
+std::vector<int32_t> odd_tokens(const Tokenizer& tokenizer, std::string_view text) {
+  constexpr size_t kBytes = 3;
+  std::vector<int32_t> tokens;
+  while (!text.empty()) {
+    size_t end = std::min(kBytes, text.size());
+    while (end < text.size() && (text[end] & 0xC0) == 0x80) ++end;  // inside a character
+    const std::vector<int32_t> piece = tokenizer.encode(text.substr(0, end), false);
+    tokens.insert(tokens.end(), piece.begin(), piece.end());
+    text.remove_prefix(end);
+  }
+  return tokens;
+}
+
 /// These tokens, then one that ends the answer.
 class Script : public TokenFilter {
  public:
@@ -128,8 +143,12 @@ class ScriptedModel : public EngineRunner {
 
  protected:
   std::shared_ptr<TokenFilter> filter_of(const ChatRequest& request, const AnswerParser::Options&) override {
-    return std::make_shared<Script>(engine_.tokenizer()->encode(answer_to(request), false),
-                                    engine_.model().eos_token_ids);
+    const std::string answer = answer_to(request);
+    // Without an agent a history is looked for by its text's own tokens.
+    const bool has_agent = !request.agent.empty() || !request.session.empty();
+    return std::make_shared<Script>(
+        has_agent ? odd_tokens(*engine_.tokenizer(), answer) : engine_.tokenizer()->encode(answer, false),
+        engine_.model().eos_token_ids);
   }
 
  private:

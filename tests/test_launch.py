@@ -103,6 +103,7 @@ def test_pi_gets_its_provider_from_an_extension(server, home):
     provider = json.loads(env["TORPOR_PI_PROVIDER"])
     assert (provider["baseUrl"], provider["api"]) == (f"{server.url}/v1", "openai-completions")
     assert [(model["id"], model["contextWindow"]) for model in provider["models"]] == [("tiny", context_of(server))]
+    assert provider["models"][0]["compat"]["sendSessionAffinityHeaders"] is True
     assert env["TORPOR_API_KEY"] == server.key
     text = open(args[1]).read()
     assert args[1].startswith(f"{home}/.cache/torpor/") and server.key not in text

@@ -114,7 +114,9 @@ Start start_pi(const ServerClient& server, const Model& model) {
                        {"input", Json::array({"text"})},
                        {"cost", {{"input", 0}, {"output", 0}, {"cacheRead", 0}, {"cacheWrite", 0}}},
                        {"contextWindow", model.context},
-                       {"maxTokens", answer_tokens(model)}};
+                       {"maxTokens", answer_tokens(model)},
+                       // The id of its session, as x-session-id: an agent for each conversation.
+                       {"compat", {{"sendSessionAffinityHeaders", true}, {"sessionAffinityFormat", "openrouter"}}}};
   const Json provider{{"name", "Torpor"},
                       {"baseUrl", server.url() + "/v1"},
                       {"api", "openai-completions"},
