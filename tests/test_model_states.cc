@@ -3,8 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <cstring>
 #include <random>
 
+#include "kernels/recurrent.h"
+#include "model/recurrent_mlx.h"
 #include "model_fixture.h"
 #include "torpor/cache.h"
 #include "torpor/error.h"
@@ -176,6 +180,83 @@ TEST_P(Hybrids, ACacheWithoutItsStatesIsRefused) {
   const std::vector<int32_t> tokens{1};
   const ForwardSequence sequence{.tokens = tokens, .kv = &cache};
   EXPECT_THROW(model->forward({&sequence, 1}), Error);
+}
+
+/// One pass of more than a chunk, and passes cut elsewhere. MLX's sums are not the same bits, but near.
+TEST_P(Hybrids, StatesOfMlxGoThroughChunksAndPasses) {
+  const auto model = load(Backend::kMlx);
+  const std::vector<int32_t> tokens = random_tokens(*model, 530, 1);
+  const auto run = [&](std::initializer_list<size_t> ends) {
+    const KvFormat format(KvDtype::kF32);
+    auto cache = KvCache::create(model->kv_layout(format), format, Backend::kMlx, model->state_layout());
+    for (size_t begin = 0; const size_t end : ends) {
+      const auto part = std::span(tokens).subspan(begin, end - begin);
+      const ForwardSequence sequence{.tokens = part, .kv = cache.get()};
+      model->forward({&sequence, 1});
+      cache->record_tokens(part);
+      begin = end;
+    }
+    EXPECT_TRUE(cache->validate()) << cache->validate().reason;
+    return cache;
+  };
+  const auto whole = run({530}), parts = run({1, 300, 530});
+  const auto* a = reinterpret_cast<const float*>(whole->state().data());
+  const auto* b = reinterpret_cast<const float*>(parts->state().data());
+  for (size_t i = 0; i < whole->state().size() / sizeof(float); ++i) {
+    ASSERT_NEAR(a[i], b[i], 1e-3f * (1 + std::abs(a[i]))) << i;
+  }
+}
+
+/// The sizes of published models, where a head is more than one task's.
+TEST(Recurrent, KernelsAgreeWithMlxsOperationsAtPublishedSizes) {
+  using kernels::Recurrence;
+  const kernels::RecurrentShape qwen{.kind = Recurrence::kGatedDelta, .taps = 4, .n_heads = 32, .n_groups = 16,
+                                     .key_dim = 128, .value_dim = 128, .norm = {.size = 128, .eps = 1e-6f}};
+  const kernels::RecurrentShape nemotron{.kind = Recurrence::kMamba2, .taps = 4, .n_heads = 64, .n_groups = 8,
+                                         .key_dim = 128, .value_dim = 64, .max_step = 1e30f,
+                                         .norm = {.size = 512, .eps = 1e-5f, .gate_before = true}};
+  kernels::RecurrentShape odd = qwen;
+  odd.n_heads = 2, odd.n_groups = 1, odd.key_dim = 7, odd.value_dim = odd.norm.size = 107;
+  const kernels::RecurrentShape conv{.taps = 3, .value_dim = 2048};
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  const auto values = [&](size_t n, float scale) {
+    std::vector<float> all(n);
+    for (float& value : all) value = scale * normal(random);
+    return all;
+  };
+  for (const kernels::RecurrentShape& shape : {qwen, nemotron, odd, conv}) {
+    SCOPED_TRACE(shape.given());
+    kernels::Recurrent cell{.shape = shape};
+    const size_t heads = size_t(shape.n_heads), output = size_t(shape.output());
+    cell.conv = values(size_t(shape.taps) * size_t(shape.channels()), 0.5f);
+    cell.log_decay = values(heads, 1), cell.step_bias = values(heads, 1);
+    if (shape.kind == Recurrence::kMamba2) cell.skip = values(heads, 1), cell.norm = values(output, 1);
+    if (shape.kind == Recurrence::kGatedDelta) cell.norm = values(size_t(shape.value_dim), 1);
+    constexpr int kTokens = 9;
+    const std::vector<float> given = values(size_t(kTokens) * size_t(shape.given()), 1);
+    const std::vector<float> before = values(shape.state(), 0.3f);
+    std::vector<float> y(kTokens * output), state(shape.state()), expected_state(shape.state());
+    const kernels::RecurrentSequence sequence{.row = 0, .n = kTokens, .state = before.data(), .next = state.data()};
+    kernels::recurrent(given.data(), kTokens, cell, {&sequence, 1}, y.data());
+
+    model::Batch batch;
+    batch.sequences.push_back({.row = 0, .n = kTokens, .state = reinterpret_cast<const std::byte*>(before.data()),
+                               .next_state = reinterpret_cast<std::byte*>(expected_state.data())});
+    const mx::array rows(given.data(), {kTokens, shape.given()}, mx::float32);
+    mx::array expected = mx::contiguous(model::recurrent_on_mlx(rows, cell, 0, batch));
+    mx::eval({expected});
+    for (auto& [at, part] : batch.states) {
+      mx::eval({part});
+      std::memcpy(at, part.data<float>(), part.nbytes());
+    }
+    for (size_t i = 0; i < y.size(); ++i) {
+      ASSERT_NEAR(y[i], expected.data<float>()[i], 1e-4f * (1 + std::abs(y[i]))) << i;
+    }
+    for (size_t i = 0; i < state.size(); ++i) {
+      ASSERT_NEAR(state[i], expected_state[i], 1e-4f * (1 + std::abs(state[i]))) << i;
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, Hybrids,
