@@ -28,8 +28,16 @@ def byte_tokenizer(directory):
 
 
 def tensors_of(directory):
-    return {name: np.array(value.astype(mx.float32))
-            for path in sorted(directory.glob("*.safetensors")) for name, value in mx.load(str(path)).items()}
+    given = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        given |= mx.load(str(path))
+    tensors = {}
+    for name, value in given.items():
+        if (scales := given.get(f"{name.removesuffix('.weight')}.scales")) is not None:
+            value = mx.dequantize(value, scales, mode="mxfp4", group_size=32, bits=4)
+        if not name.endswith(".scales"):
+            tensors[name] = np.array(value.astype(mx.float32))
+    return tensors
 
 
 def neighbours(rows, heads):
@@ -58,6 +66,7 @@ def llama3_factors(config):
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
                  "qwen3_moe": "qwen3moe", "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma4_text": "gemma4",
+                 "gpt_oss": "gpt-oss",
                  "phi3": "phi3", "smollm3": "smollm3"}
 
 
@@ -106,6 +115,11 @@ def write_metadata(writer, config):
     if scaling.get("type", scaling.get("rope_type")) == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])
+    if config["model_type"] == "gpt_oss":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
     experts = config.get("num_experts") or config.get("num_local_experts")
     if experts:
         writer.add_expert_count(experts)
@@ -133,7 +147,8 @@ def write_gguf(directory, path, change=None, **options):
     of_dense = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     for name, value in tensors_of(directory).items():
-        stem, _, suffix = (name if not name.endswith("layer_scalar") else f"{name}.weight").rpartition(".")
+        bare = name.endswith(("layer_scalar", "sinks"))
+        stem, _, suffix = (f"{name}.weight" if bare else name).rpartition(".")
         stem = stem.replace("mlp.switch_mlp.", "mlp.experts.").replace("block_sparse_moe.switch_mlp.", "mlp.experts.")
         if architecture in ("llama", "smollm3") and stem.endswith(("q_proj", "k_proj")):
             value = neighbours(value, heads if stem.endswith("q_proj") else kv_heads)
@@ -179,7 +194,8 @@ def perplexity(tmp_path, model, backend="kernels", activations="f32", tokens=60)
 
 @pytest.mark.parametrize("name, close", [
     ("f16", 0), ("bf16-llama3", 1e-6), ("f32-linear", 0), ("mistral", 0), ("qwen2", 0), ("qwen3", 0), ("qwen3-moe", 0),
-    ("gemma2", 0), ("gemma3", 1e-6), ("gemma4", 0), ("phi3", 0), ("smollm3", 0)])
+    ("gemma2", 0), ("gemma3", 1e-6), ("gemma4", 0), ("gpt-oss", 1e-5),
+    ("phi3", 0), ("smollm3", 0)])
 def test_a_file_of_floats_computes_what_its_directory_does(tmp_path, tiny_of, name, close):
     directory = tiny_of(name)
     file = write_gguf(directory, tmp_path / "model.gguf")

@@ -194,6 +194,14 @@ void phi3(const Fields& fields, json& config) {
   }
 }
 
+void gpt_oss(const Fields& fields, json& config) {
+  config["intermediate_size"] = fields.need("expert_feed_forward_length");
+  config["num_local_experts"] = fields.need("expert_count");
+  config["num_experts_per_tok"] = fields.need("expert_used_count");
+  config["sliding_window"] = fields.need("attention.sliding_window");
+  if (config.contains("rope_scaling")) config["rope_scaling"]["truncate"] = false;  // which no metadata say
+}
+
 /// Layers with a window and without differ in nearly all.
 void gemma4(const Fields& fields, json& config) {
   const std::vector<double> slides = fields.numbers("attention.sliding_window_pattern");
@@ -221,7 +229,10 @@ void gemma4(const Fields& fields, json& config) {
   config["use_double_wide_mlp"] = sizes.back() == 2 * sizes.front();
   config["num_kv_shared_layers"] = fields.integer("attention.shared_kv_layers").value_or(0);
   config["sliding_window"] = fields.need("attention.sliding_window");
-  config["enable_moe_block"] = fields.integer("expert_count").value_or(0) > 0;
+  if (fields.integer("expert_count").value_or(0) > 0) {
+    fields.refuse("has a mixture of experts, which is not read from GGUF for its architecture; fetch the model's "
+                  "original repository.");
+  }
   config["hidden_act"] = "gelu_pytorch_tanh";
   if (const auto cap = fields.number("final_logit_softcapping")) config["final_logit_softcapping"] = *cap;
   const int64_t of_layer = fields.integer("embedding_length_per_layer_input").value_or(0);
@@ -262,6 +273,12 @@ const Names kGemma4Layer = {{"post_attention_norm", "post_attention_layernorm"},
                             {"proj", "per_layer_projection"},
                             {"post_norm", "post_per_layer_input_norm"},
                             {"layer_output_scale", "layer_scalar"}};
+const Names kGptOssLayer = {{"post_attention_norm", "post_attention_layernorm"},
+                            {"attn_sinks", "self_attn.sinks"},
+                            {"ffn_gate_inp", "mlp.router"},
+                            {"ffn_gate_exps", "mlp.experts.gate_proj"},
+                            {"ffn_up_exps", "mlp.experts.up_proj"},
+                            {"ffn_down_exps", "mlp.experts.down_proj"}};
 const Names kPhi3Layer = {{"ffn_up", "mlp.gate_up_proj"}};
 const Names kNone;
 const Names kModel = {{"token_embd", "model.embed_tokens"}, {"output_norm", "model.norm"}, {"output", "lm_head"},
@@ -282,6 +299,7 @@ const Architecture kArchitectures[] = {
     {"gemma2", "gemma2", gemma2, kGemmaLayer},
     {"gemma3", "gemma3_text", gemma3, kGemmaLayer},
     {"gemma4", "gemma4_text", gemma4, kGemma4Layer, false, /*apart=*/true},
+    {"gpt-oss", "gpt_oss", gpt_oss, kGptOssLayer},
     {"llama", "llama", llama, kMixtralLayer, /*neighbours=*/true},
     {"phi3", "phi3", phi3, kPhi3Layer},
     {"qwen2", "qwen2", plain, kNone},
@@ -340,7 +358,8 @@ std::optional<std::string> gguf_tensor_name(const GgufFile& metadata, const std:
     const auto known = names->find(part);
     if (known == names->end()) continue;
     const std::string layer = "model.layers." + stem.substr(4, end - 4) + ".";
-    return layer + known->second + (part == "layer_output_scale" ? "" : kind);
+    const bool bare = part == "layer_output_scale" || part == "attn_sinks";
+    return layer + known->second + (bare ? "" : kind);
   }
   return std::nullopt;
 }
