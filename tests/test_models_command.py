@@ -74,6 +74,7 @@ def test_models_of_lm_studio_and_ollama_are_listed_by_their_paths(caches, tiny_m
         {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:4567"},
         {"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:0123"}]}))
     (manifest.parent / "broken").write_text("{")
+    (manifest.parent / "odd").write_text(json.dumps({"layers": [{"mediaType": 1, "digest": []}, "x", None]}))
     studio, ollama = caches.list()
     assert (studio["place"], studio["runs"]) == ("LM Studio", True)
     assert studio["model"] == str(caches.studio / "org" / "tiny")
@@ -87,9 +88,11 @@ def test_of_a_gguf_file_in_pieces_the_first_is_listed(caches):
     snapshot.mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc")
-    for name in ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "mmproj-m.gguf"]:
+    (snapshot / "config.json").write_text("{}")  # beside GGUF files alone it is of no model here
+    for name in ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "mmproj-m.gguf", "Mixture-of-Experts.gguf"]:
         (snapshot / name).write_bytes(b"GGUF")
-    assert [found["model"] for found in caches.list()] == ["org/pieces:m-00001-of-00002.gguf"]
+    assert {found["model"]: found["bytes"] for found in caches.list()} == {
+        "org/pieces:m-00001-of-00002.gguf": 8, "org/pieces:Mixture-of-Experts.gguf": 4}
 
 
 def test_without_caches_it_says_how_to_fetch_a_model(caches):

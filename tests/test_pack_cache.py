@@ -104,9 +104,11 @@ def test_weights_changed_in_place_are_another_models_whatever_their_times_say(ke
 
 def test_verify_reads_a_model_and_what_is_kept_of_it(kept):
     env = {"TORPOR_CACHE": str(kept.cache)}
+    assert "nothing is known" in kept("verify", "--model", kept.model, env=env).ok().out
     time.sleep(3.2)
     kept.answer().ok()
-    assert kept("verify", "--model", kept.model, "--json", env=env).ok().json["ok"] is True
+    report = kept("verify", "--model", kept.model, "--json", env=env).ok().json
+    assert (report["ok"], report["weights_known"], report["packed"]) == (True, True, True)
     [file] = packed(kept)
     data = bytearray(file.read_bytes())
     data[100] ^= 1

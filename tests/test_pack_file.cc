@@ -3,11 +3,14 @@
 #include "model/pack_file.h"
 
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
-#include <cstring>
 #include <fstream>
-#include <numeric>
+#include <thread>
 
 #include <gtest/gtest.h>
 
@@ -41,7 +44,8 @@ class PackFileTest : public testing::Test {
   static size_t size(size_t piece) { return piece == 2 ? (size_t(4) << 20) + 77 : 1000 * piece + 64; }
 
   /// What a model does with a file: takes each piece, and packs what is not filled. Which were filled.
-  std::vector<bool> load(PackFile& pack, size_t pieces = 4, const std::string& fingerprint = "piece") {
+  std::vector<bool> load(std::unique_ptr<PackFile> file, size_t pieces = 4, const std::string& fingerprint = "piece") {
+    PackFile& pack = *file;
     std::vector<bool> filled;
     for (size_t p = 0; p < pieces; ++p) {
       kernels::WeightMemory& memory = p % 2 == 0 ? pack.resident() : pack.mapped();
@@ -54,14 +58,24 @@ class PackFileTest : public testing::Test {
       }
       kept_.push_back(place);
     }
-    pack.finish();
+    PackFile::finish(std::move(file));
+    wait();
     return filled;
+  }
+  /// Until what is being written is in place.
+  void wait() const {
+    const auto writing = [&] {
+      if (!fs::is_directory(dir_ / "cache" / "packed")) return false;
+      return std::ranges::any_of(fs::directory_iterator(dir_ / "cache" / "packed"), [](const auto& entry) {
+        return entry.path().filename().string().starts_with(".torpor-tmp-" + std::to_string(::getpid()));
+      });
+    };
+    while (writing()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   /// Loads once more, and compares every byte.
   std::vector<bool> load_again() {
     kept_.clear();
-    const auto pack = open();
-    std::vector<bool> filled = load(*pack);
+    std::vector<bool> filled = load(open());
     for (size_t p = 0; p < kept_.size(); ++p) {
       bool equal = true;
       for (size_t i = 0; i < size(p); ++i) equal &= kept_[p].data.get()[i] == value(p, i);
@@ -69,7 +83,7 @@ class PackFileTest : public testing::Test {
     }
     return filled;
   }
-  void write() { load(*open()); }
+  void write() { load(open()); }
   std::string bytes() const {
     std::ifstream in(file(), std::ios::binary);
     return {std::istreambuf_iterator<char>(in), {}};
@@ -82,7 +96,7 @@ class PackFileTest : public testing::Test {
 };
 
 TEST_F(PackFileTest, WhatOneProcessPacksTheNextOneFinds) {
-  EXPECT_EQ(load(*open()), none_);
+  EXPECT_EQ(load(open()), none_);
   ASSERT_TRUE(fs::exists(file()));
   struct stat stat;
   ASSERT_EQ(::stat(file().c_str(), &stat), 0);
@@ -109,10 +123,10 @@ TEST_F(PackFileTest, ALoadThatFailsLeavesNoFile) {
 
 TEST_F(PackFileTest, WeightsOfAnotherModelAreNotTaken) {
   write();
-  EXPECT_EQ(load(*open(), 4, "other"), none_);
+  EXPECT_EQ(load(open(), 4, "other"), none_);
   EXPECT_FALSE(fs::exists(file())) << "it is made anew the next time";
   write();
-  EXPECT_EQ(load(*open(), 5), (std::vector<bool>{true, true, true, true, false}));
+  EXPECT_EQ(load(open(), 5), (std::vector<bool>{true, true, true, true, false}));
 }
 
 TEST_F(PackFileTest, AFlippedByteIsFoundWhereverItIs) {
@@ -153,15 +167,43 @@ TEST_F(PackFileTest, WhatBelongsToNoModelAnyMoreIsStale) {
   EXPECT_EQ(usage.files, 1);
   EXPECT_EQ(usage.bytes, int64_t(fs::file_size(file())));
   EXPECT_EQ(usage.stale_files, 0);
-  const fs::path left = dir_ / "cache" / "packed" / ".torpor-tmp-0123";
-  std::ofstream(left) << "young";
-  EXPECT_EQ(clean_model_cache().stale_files, 0) << "somebody may be writing it";
+  const fs::path left = dir_ / "cache" / "packed" / (".torpor-tmp-" + std::to_string(::getpid()) + "-0123");
+  std::ofstream(left) << "being written";
+  EXPECT_EQ(clean_model_cache().stale_files, 0);
   fs::remove(model_);
   EXPECT_EQ(clean_model_cache().stale_files, 1);
   EXPECT_TRUE(fs::exists(file()));
   EXPECT_EQ(clean_model_cache(/*remove=*/true).stale_bytes, usage.bytes);
   EXPECT_FALSE(fs::exists(file()));
   EXPECT_TRUE(fs::exists(left));
+}
+
+TEST_F(PackFileTest, WhatAKilledProcessHasLeftIsRemovedByTheNext) {
+  write();
+  const pid_t child = ::fork();
+  if (child == 0) ::_exit(0);
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  const fs::path left = dir_ / "cache" / "packed" / (".torpor-tmp-" + std::to_string(child) + "-0123");
+  std::ofstream(left) << "half";
+  EXPECT_EQ(clean_model_cache().stale_files, 1);
+  fs::remove(file());
+  write();
+  EXPECT_FALSE(fs::exists(left));
+}
+
+TEST_F(PackFileTest, AModelHasOneFileWhateverItsKeyBecomes) {
+  write();
+  const fs::path other = dir_ / "cache" / "packed" / (std::string(32, 'b') + ".weights");
+  load(PackFile::open(std::string(32, 'b'), {model_}, 1 << 20));
+  while (fs::exists(file())) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  EXPECT_TRUE(fs::exists(other));
+}
+
+TEST_F(PackFileTest, AModelThatWasWrittenAnewMakesItsFileStale) {
+  write();
+  std::ofstream(model_) << "other weights";
+  EXPECT_EQ(clean_model_cache().stale_files, 1);
 }
 
 TEST_F(PackFileTest, ADigestIsAskedForAgainOnlyWhenTheFileHasChanged) {
@@ -175,7 +217,7 @@ TEST_F(PackFileTest, ADigestIsAskedForAgainOnlyWhenTheFileHasChanged) {
   EXPECT_EQ(digest(), "1");
   EXPECT_EQ(digest(), "2") << "it is too young to be remembered";
   // Files that have been there for long.
-  const fs::path old = fs::canonical("/proc/self/exe");
+  const fs::path old = fs::path(TORPOR_SOURCE_DIR) / "LICENSE";
   const auto digest_of_old = [&](const std::string& says) {
     return digest_of_files({&old, 1}, [&] { return says; });
   };

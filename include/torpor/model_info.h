@@ -75,8 +75,13 @@ struct ModelCacheUsage {
 /// What they take of the disk; with `remove` the stale ones are gone when it returns. kIo. Any thread.
 ModelCacheUsage clean_model_cache(bool remove = false);
 
-/// Reads a model's weights and what is kept of them for the next start, and compares. A sentence for each thing that is
-/// not as it should be. Errors are those of Model::load. Any thread.
-std::vector<std::string> verify_model(const std::string& name);
+struct ModelReport {
+  bool weights_known = false;  ///< a digest of the weights was kept from when they were last read
+  bool packed = false;         ///< there are packed weights
+  std::vector<std::string> problems;  ///< a sentence for each thing that is not as it was
+};
+/// Reads a model's weights and what is kept of them for the next start, and compares what there is. Errors are those of
+/// Model::load. Any thread.
+ModelReport verify_model(const std::string& name);
 
 }  // namespace torpor

@@ -66,15 +66,21 @@ int verify(const std::filesystem::path& root, const std::optional<std::string>& 
 
 /// The same of a model, and of what is kept of it to start sooner.
 int verify_model_files(const std::string& model, bool json) {
-  const std::vector<std::string> problems = verify_model(model);
+  const ModelReport report = verify_model(model);
+  const bool ok = report.problems.empty();
   if (json) {
-    print_json(Json{{"ok", problems.empty()}, {"model", model}, {"problems", problems}});
+    print_json(Json{{"ok", ok},
+                    {"model", model},
+                    {"weights_known", report.weights_known},
+                    {"packed", report.packed},
+                    {"problems", report.problems}});
   } else {
-    std::string text = model + ": " + (problems.empty() ? "intact" : "damaged") + "\n";
-    for (const std::string& problem : problems) text += "  " + problem + "\n";
+    const bool nothing = !report.weights_known && !report.packed;
+    std::string text = model + ": " + (!ok ? "damaged" : nothing ? "nothing is known to compare with" : "intact") + "\n";
+    for (const std::string& problem : report.problems) text += "  " + problem + "\n";
     print(text);
   }
-  return problems.empty() ? 0 : faces::error_mapping(ErrorCode::kCorruption).exit_code;
+  return ok ? 0 : faces::error_mapping(ErrorCode::kCorruption).exit_code;
 }
 
 /// Cuts a damaged agent to its longest intact prefix, without its model.

@@ -203,7 +203,7 @@ Decoder::Decoder(const Checkpoint& checkpoint)
   for (int i = 0; i < info_.n_layers; ++i) layers_.push_back(modules.layer(i));
   final_norm_ = modules.norm("model." + config_.final_norm, config_.hidden_size);
   head_ = modules.head(embedding_);
-  if (pack_ != nullptr) pack_->finish();
+  PackFile::finish(std::move(pack_));
 }
 
 const KvLayout& Decoder::layout_of(const KvAccess& cache) {

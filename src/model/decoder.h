@@ -119,7 +119,7 @@ class Decoder final : public Model {
   const KvDtype dtype_;
   const ModelInfo info_;
   const Identity identity_;
-  const std::unique_ptr<PackFile> pack_;  // or nullptr
+  std::unique_ptr<PackFile> pack_;  // while weights are packed; or nullptr
   const std::unique_ptr<Ops> ops_;
   Ops::Weight embedding_, final_norm_, head_;
   std::vector<DecoderLayer> layers_;

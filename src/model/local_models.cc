@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <fstream>
-#include <functional>
+#include <regex>
 #include <set>
 
 #include <nlohmann/json.hpp>
@@ -27,7 +27,10 @@ std::vector<fs::path> entries(const fs::path& directory) {
 /// Of files, and of all in a directory. A file that has two names there counts once.
 int64_t bytes_of(const fs::path& path) {
   std::error_code error;
-  if (!fs::is_directory(path, error)) return int64_t(std::max<uintmax_t>(fs::file_size(path, error), 0));
+  if (!fs::is_directory(path, error)) {
+    const uintmax_t size = fs::file_size(path, error);
+    return error ? 0 : int64_t(size);
+  }
   int64_t bytes = 0;
   std::set<fs::path> seen;
   for (fs::recursive_directory_iterator it(path, error), end; !error && it != end; it.increment(error)) {
@@ -70,8 +73,8 @@ class Finder {
       const auto manifest = nlohmann::json::parse(in, nullptr, false);
       if (!manifest.is_object() || !manifest.value("layers", nlohmann::json()).is_array()) continue;
       for (const auto& layer : manifest["layers"]) {
-        if (!layer.is_object() || layer.value("mediaType", "") != "application/vnd.ollama.image.model") continue;
-        std::string blob = layer.value("digest", "");
+        std::string blob = text(layer, "digest");
+        if (text(layer, "mediaType") != "application/vnd.ollama.image.model") continue;
         if (const size_t colon = blob.find(':'); colon != std::string::npos) blob[colon] = '-';
         if (blob.empty() || blob.find('/') != std::string::npos) continue;
         const fs::path path = root / "blobs" / blob;
@@ -81,22 +84,47 @@ class Finder {
   }
 
  private:
+  static std::string text(const nlohmann::json& object, const char* key) {
+    const auto found = object.is_object() ? object.find(key) : object.end();
+    return object.is_object() && found != object.end() && found->is_string() ? found->get<std::string>() : "";
+  }
+  /// The digits of a piece: "m-00002-of-00003.gguf" gives "00002"; empty for a file that is no piece.
+  static std::string piece_of(const std::string& file) {
+    static const std::regex pattern(".*-([0-9]{5})-of-[0-9]{5}\\.gguf");
+    std::smatch match;
+    return std::regex_match(file, match, pattern) ? match[1].str() : "";
+  }
   /// A model of safetensors, and each GGUF file; the first of those that a model is split into stands for all.
   void add_directory(const std::string& place, const std::string& name, const fs::path& directory, const std::string& prefix) {
+    std::vector<fs::path> files;
     std::error_code error;
-    if (fs::exists(directory / "config.json", error)) add(place, name, directory);
     for (fs::recursive_directory_iterator it(directory, error), end; !error && it != end; it.increment(error)) {
       const std::string file = it->path().filename().string();
-      const size_t part = file.rfind("-of-");
-      const bool later = part != std::string::npos && part >= 5 && file.substr(part - 5, 5) != "00001";
-      if (!file.ends_with(".gguf") || file.starts_with("mmproj") || later) continue;
-      add(place, prefix + it->path().lexically_relative(directory).string(), it->path());
+      if (file.ends_with(".gguf") && !file.starts_with("mmproj")) files.push_back(it->path());
+    }
+    std::ranges::sort(files);
+    // Files beside a config.json are often its GGUF versions alone.
+    const auto has_safetensors = [&] {
+      return std::ranges::any_of(entries(directory), [](const fs::path& path) { return path.extension() == ".safetensors"; });
+    };
+    if (fs::exists(directory / "config.json", error) && (files.empty() || has_safetensors())) add(place, name, directory);
+    for (const fs::path& file : files) {
+      const std::string piece = piece_of(file.filename().string());
+      if (!piece.empty() && piece != "00001") continue;
+      const std::string stem = file.filename().string().substr(0, file.filename().string().find("-00001-of-"));
+      LocalModel& added = add(place, prefix + file.lexically_relative(directory).string(), file);
+      for (const fs::path& other : files) {
+        const bool of_it = !piece.empty() && other != file && other.parent_path() == file.parent_path() &&
+                           !piece_of(other.filename().string()).empty() && other.filename().string().starts_with(stem + "-");
+        if (of_it) added.bytes += bytes_of(other);
+      }
     }
   }
-  void add(const std::string& place, const std::string& name, const fs::path& path) {
+  LocalModel& add(const std::string& place, const std::string& name, const fs::path& path) {
     LocalModel found{.name = name, .place = place, .path = path, .bytes = bytes_of(path)};
     describe_headers(found);
     models.push_back(std::move(found));
+    return models.back();
   }
 };
 

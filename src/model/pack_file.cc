@@ -1,7 +1,11 @@
 #include "model/pack_file.h"
 
+#include <signal.h>
+#include <unistd.h>
+
 #include <algorithm>
-#include <chrono>
+#include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <optional>
@@ -73,6 +77,22 @@ std::optional<json> read_index(const File& file, uint64_t size, std::string_view
   return json::parse(text, nullptr, false);
 }
 
+json stamps_of(const std::vector<fs::path>& files) {
+  json stamps = json::array();
+  for (const fs::path& file : files) {
+    const fs::path path = fs::canonical(file);
+    const auto stat = Env::posix().stat(path);
+    stamps.push_back({path.string(), stat ? stat->size : 0, stat ? stat->mtime_ns : 0});
+  }
+  return stamps;
+}
+
+/// Whether a temporary file is of a process that is gone.
+bool is_left(const std::string& name) {
+  const int pid = std::atoi(name.substr(std::string_view(kTemporary).size()).c_str());
+  return pid <= 0 || (::kill(pid, 0) != 0 && errno == ESRCH);
+}
+
 /// A file that an earlier process has written.
 class Reader final : public PackFile {
  public:
@@ -84,18 +104,9 @@ class Reader final : public PackFile {
       }
     }
   }
-  ~Reader() override {
-    if (!useless_) return;
-    try {
-      Env::posix().remove(file_.path());
-    } catch (const Error&) {
-      // The next process finds out the same.
-    }
-  }
 
   WeightMemory& resident() override { return resident_; }
   WeightMemory& mapped() override { return mapped_; }
-  void finish() override {}
   /// Reads every piece.
   bool intact() {
     std::vector<std::byte> memory;
@@ -156,9 +167,17 @@ class Reader final : public PackFile {
     return *sound_;
   }
 
+  void complete() override {}
+
+  /// The file is removed at once: what is packed in its place may not fit the memory, and end the process.
   void give_up(const char* why) {
-    if (!std::exchange(useless_, true)) {
-      log(LogLevel::kWarning, "The packed weights '" + file_.path().string() + "' are not used: " + why + ".");
+    if (std::exchange(useless_, true)) return;
+    log(LogLevel::kWarning, "The packed weights '" + file_.path().string() + "' are not used: " + why + ".");
+    try {
+      const auto there = Env::posix().stat(file_.path());
+      if (there && there->is_same_file(file_.stat())) Env::posix().remove(file_.path());
+    } catch (const Error&) {
+      // The next process finds out the same.
     }
   }
 
@@ -177,7 +196,8 @@ class Writer final : public PackFile {
  public:
   Writer(std::string key, std::vector<fs::path> of)
       : key_(std::move(key)), of_(std::move(of)),
-        temporary_(directory() / (kTemporary + Env::posix().random_id())), output_(temporary_),
+        temporary_(directory() / (kTemporary + std::to_string(::getpid()) + "-" + Env::posix().random_id())),
+        output_(temporary_),
         thread_([this] { work(); }) {}
   ~Writer() override {
     {
@@ -190,13 +210,18 @@ class Writer final : public PackFile {
 
   WeightMemory& resident() override { return resident_; }
   WeightMemory& mapped() override { return mapped_; }
-  void finish() override {
+  bool over() {
+    const MutexLock lock(mutex_);
+    return over_;
+  }
+
+ private:
+  void complete() override {
     const MutexLock lock(mutex_);
     complete_ = ended_ = true;
     wake_.notify_one();
   }
 
- private:
   /// A piece that is packed: where it goes in the file, and from where, unless it was packed there.
   struct Job {
     std::string fingerprint;
@@ -231,11 +256,17 @@ class Writer final : public PackFile {
       while (const auto job = next()) write(*job);
       if (whole()) {
         commit();
-        return;
+      } else {
+        throw Error(ErrorCode::kResourceExhausted, full_ ? "the disk is full." : "the model was not loaded.");
       }
     } catch (const std::exception& error) {
       log(LogLevel::kWarning, std::string("Packed weights are not kept: ") + error.what());
     }
+    remove_temporary();
+    const MutexLock lock(mutex_);
+    over_ = true;
+  }
+  void remove_temporary() {
     try {
       Env::posix().remove(temporary_);
     } catch (const Error&) {
@@ -266,7 +297,7 @@ class Writer final : public PackFile {
     for (const Piece& piece : pieces_) {
       index["pieces"].push_back({piece.fingerprint, piece.offset, piece.size, piece.checksum});
     }
-    for (const fs::path& file : of_) index["of"].push_back(fs::canonical(file).string());
+    index["of"] = stamps_of(of_);
     const std::string text = index.dump(), checksum = hash_hex(text);
     const MappedOutput::Place place = output_.take(text.size() + sizeof(Footer));
     if (place.data == nullptr) throw Error(ErrorCode::kResourceExhausted, "the disk is full.");
@@ -276,7 +307,20 @@ class Writer final : public PackFile {
     std::memcpy(place.data.get(), text.data(), text.size());
     std::memcpy(place.data.get() + text.size(), &footer, sizeof footer);
     output_.finish();
-    Env::posix().rename(temporary_, directory() / (key_ + kSuffix));
+    Env& env = Env::posix();
+    env.rename(temporary_, directory() / (key_ + kSuffix));
+    // What another version has packed of the same files is of no use any more.
+    for (const std::string& name : env.list_own(directory())) {
+      const fs::path other = directory() / name;
+      const std::string key = other.stem().string();
+      if (other.extension() != kSuffix || key == key_) continue;
+      try {
+        const File file = env.open(other, OpenMode::kRead);
+        if (const auto of = read_index(file, file.stat().size, key); of && of->at("of") == index["of"]) env.remove(other);
+      } catch (const std::exception&) {
+        // gc removes what is none.
+      }
+    }
   }
 
   const std::string key_;
@@ -291,10 +335,42 @@ class Writer final : public PackFile {
   CondVar wake_;
   std::deque<Job> jobs_ TORPOR_GUARDED_BY(mutex_);
   bool complete_ TORPOR_GUARDED_BY(mutex_) = false, ended_ TORPOR_GUARDED_BY(mutex_) = false;
+  bool over_ TORPOR_GUARDED_BY(mutex_) = false;
   std::thread thread_;  // the last member: it uses all others
 };
 
+/// Files that are still being written when their model's load is over.
+class Finishing {
+ public:
+  ~Finishing() {
+    // A forked child has no such threads.
+    if (process_ != ::getpid()) {
+      for (auto& writer : writers_) static_cast<void>(writer.release());
+    }
+  }
+  void add(std::unique_ptr<Writer> writer) {
+    const MutexLock lock(mutex_);
+    std::erase_if(writers_, [](const auto& one) { return one->over(); });
+    writers_.push_back(std::move(writer));
+  }
+
+ private:
+  const pid_t process_ = ::getpid();
+  Mutex mutex_;
+  std::vector<std::unique_ptr<Writer>> writers_;
+};
+
 }  // namespace
+
+void PackFile::finish(std::unique_ptr<PackFile> file) {
+  if (file == nullptr) return;
+  file->complete();
+  static Finishing finishing;
+  if (auto* const writer = dynamic_cast<Writer*>(file.get())) {
+    static_cast<void>(file.release());
+    finishing.add(std::unique_ptr<Writer>(writer));
+  }
+}
 
 std::unique_ptr<PackFile> PackFile::open(const std::string& key, const std::vector<fs::path>& of, uint64_t bytes) {
   if (cache_directory().empty()) return nullptr;
@@ -315,23 +391,26 @@ std::unique_ptr<PackFile> PackFile::open(const std::string& key, const std::vect
   try {
     std::error_code ignored;
     fs::create_directories(directory(), ignored);
+    for (const std::string& name : env.list_own(directory())) {
+      if (name.starts_with(kTemporary) && is_left(name)) env.remove(directory() / name);
+    }
     if (bytes > env.free_space(directory()) / 2) {
       log(LogLevel::kInfo, "Packed weights are not kept: they would take more than half of what is free in '" +
                                directory().string() + "'.");
       return nullptr;
     }
     return std::make_unique<Writer>(key, of);
-  } catch (const Error& error) {
+  } catch (const std::exception& error) {
     log(LogLevel::kInfo, std::string("Packed weights are not kept: ") + error.what());
     return nullptr;
   }
 }
 
-std::string PackFile::check(const std::string& key) {
-  if (cache_directory().empty()) return "";
+std::optional<std::string> PackFile::check(const std::string& key) {
+  if (cache_directory().empty()) return std::nullopt;
   Env& env = Env::posix();
   const fs::path path = directory() / (key + kSuffix);
-  if (!env.is_file(path)) return "";
+  if (!env.is_file(path)) return std::nullopt;
   File file = env.open(path, OpenMode::kRead);
   const uint64_t size = file.stat().size;
   try {
@@ -353,7 +432,8 @@ bool is_stale(const std::filesystem::path& path, uint64_t size) {
   try {
     const auto index = model::read_index(Env::posix().open(path, OpenMode::kRead), size, path.stem().string());
     return !index || std::ranges::any_of(index->at("of"), [](const nlohmann::json& file) {
-      return !Env::posix().is_file(file.get<std::string>());
+      const auto stat = Env::posix().stat(file.at(0).get<std::string>());
+      return !stat || stat->size != file.at(1) || stat->mtime_ns != file.at(2);
     });
   } catch (const std::exception&) {
     return true;
@@ -367,7 +447,6 @@ ModelCacheUsage clean_model_cache(bool remove) {
   if (cache_directory().empty()) return usage;
   Env& env = Env::posix();
   if (remove) model::forget_digests_of_gone_files();
-  const auto day_ago = (env.now() - std::chrono::hours(24)).time_since_epoch();
   for (const std::string& name : env.list_own(model::directory())) {
     const std::filesystem::path path = model::directory() / name;
     const auto stat = env.stat_link(path);
@@ -375,8 +454,7 @@ ModelCacheUsage clean_model_cache(bool remove) {
     if (!stat || !stat->is_file || (!temporary && path.extension() != model::kSuffix)) continue;
     ++usage.files;
     usage.bytes += int64_t(stat->size);
-    // A young one is being written.
-    const bool stale = temporary ? std::chrono::nanoseconds(stat->mtime_ns) < day_ago : is_stale(path, stat->size);
+    const bool stale = temporary ? model::is_left(name) : is_stale(path, stat->size);
     if (!stale || (remove && !env.remove(path))) continue;
     ++usage.stale_files;
     usage.stale_bytes += int64_t(stat->size);

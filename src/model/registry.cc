@@ -134,19 +134,21 @@ void describe_headers(LocalModel& found) {
   }
 }
 
-std::vector<std::string> verify_model(const std::string& name) {
+ModelReport verify_model(const std::string& name) {
   return with_checkpoint(name, {}, [](const model::Checkpoint& checkpoint) {
-    std::vector<std::string> problems;
+    ModelReport report;
     fs::path note;
     const std::string known = model::known_digest(checkpoint.weights.files(), note);
-    if (!known.empty() && known != checkpoint.weights.compute_digest()) {
-      problems.push_back("The weights in '" + checkpoint.dir.string() +
-                         "' are not what they were, though size and times of their files are; remove '" + note.string() +
-                         "', or fetch the model again.");
+    report.weights_known = !known.empty();
+    if (report.weights_known && known != checkpoint.weights.compute_digest()) {
+      report.problems.push_back("The weights in '" + checkpoint.dir.string() +
+                                "' are not what they were, though size and times of their files are; remove '" +
+                                note.string() + "', or fetch the model again.");
     }
-    const std::string packed = model::PackFile::check(model::pack_key(model::identity_of(checkpoint)));
-    if (!packed.empty()) problems.push_back(packed);
-    return problems;
+    const auto packed = model::PackFile::check(model::pack_key(model::identity_of(checkpoint)));
+    report.packed = packed.has_value();
+    if (packed && !packed->empty()) report.problems.push_back(*packed);
+    return report;
   });
 }
 
