@@ -144,12 +144,13 @@ TEST_F(TeamsApiTest, ARetryWithTheSameKeyGetsTheSameAnswers) {
   EXPECT_EQ(responses_.back().body, made);
 }
 
-/// A reader that takes nothing after the first text, until it is cut off.
+/// A reader that takes nothing from the first such event on, until it is cut off.
 class Unread : public RecordingResponse {
  public:
+  explicit Unread(std::string event) : event_("event: " + std::move(event) + "\n") {}
   bool write(std::string_view bytes) override {
     std::unique_lock lock(mutex_);
-    if (bytes.find("event: text") == std::string_view::npos) return RecordingResponse::write(bytes);
+    if (!stuck && bytes.find(event_) == std::string_view::npos) return RecordingResponse::write(bytes);
     stuck = true;
     changed_.notify_all();
     changed_.wait(lock, [&] { return left.load(); });
@@ -166,6 +167,7 @@ class Unread : public RecordingResponse {
   }
 
  private:
+  const std::string event_;
   std::mutex mutex_;
   std::condition_variable changed_;
   bool stuck = false;
@@ -174,7 +176,7 @@ class Unread : public RecordingResponse {
 TEST_F(TeamsApiTest, AnUnreadStreamHoldsUpItsOwnTurnsAndEndsWhenItsReaderIsCutOff) {
   make();
   make("other");
-  Unread unread;
+  Unread unread("text");
   Json body = message();
   body["stream"] = true;
   body["max_tokens"] = 200;
@@ -188,6 +190,18 @@ TEST_F(TeamsApiTest, AnUnreadStreamHoldsUpItsOwnTurnsAndEndsWhenItsReaderIsCutOf
   EXPECT_EQ(queue_->taken(), 0);
   const Json again = Json::parse(ask("/torpor/v1/teams/crew/ask", message()).body);
   EXPECT_EQ(again["complete"], true) << again;
+}
+
+TEST_F(TeamsApiTest, ATurnThatIsOverLeavesItsPlaceToOthers) {
+  make();
+  Unread unread("answer");
+  Json body = message();
+  body["stream"] = true;
+  std::thread reader([&] { api_->handle(request("/torpor/v1/teams/crew/ask", body), unread); });
+  unread.wait();
+  EXPECT_LT(queue_->taken(), 2);
+  unread.cut();
+  reader.join();
 }
 
 TEST(TurnQueue, SeveralPlacesAreTakenAsOneAfterTheOther) {
