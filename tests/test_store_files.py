@@ -142,7 +142,7 @@ def test_the_listings(ada):
     assert usage["agents"] == 1 and usage["segments"] == 2 and usage["orphan_segments"] == 0
     assert usage["total_bytes"] >= usage["agent_bytes"] + usage["segment_bytes"]
     assert ada("verify", "--json").ok().json == {
-        "ok": True, "agents": [{"agent": "ada", "readable": True, "intact_tokens": 608, "problems": []}]}
+        "ok": True, "agents": [{"agent": "ada", "readable": True, "intact_tokens": 608, "problems": []}], "teams": []}
 
 
 def test_show_prints_the_conversation(tiny):
