@@ -24,6 +24,8 @@ const std::string kWindowed = TORPOR_SOURCE_DIR "/tests/goldens/model/tiny-windo
 // Heads of 32, and a bias on keys.
 const std::string kBiased = TORPOR_SOURCE_DIR "/tests/goldens/model/tiny-mixed-g128";
 
+const std::string kGoldens = TORPOR_SOURCE_DIR "/tests/goldens/model/";
+
 std::vector<int32_t> test_tokens(int n) {
   std::mt19937 random(5);
   std::vector<int32_t> tokens;
@@ -254,24 +256,63 @@ TEST_P(Backends, KeysOf4BitsAreMoreExactThanPlainOnesWhereNormsLieFarApart) {
   EXPECT_LT(error_of(model->refined(plain)), 0.6 * error_of(plain));
 }
 
-// mlx-lm refuses quantized rows beside sinks; MLX's attention to the same rows, dequantized, doesn't.
-TEST(Sinks, CountAsInMlxsAttentionWhateverTheFormatOfTheRows) {
+// mlx-lm refuses quantized rows of these; MLX's attention to the same rows, dequantized, doesn't.
+TEST(Formats, SinksAndLatentsAreAttendedAsInMlxsAttentionWhateverTheFormat) {
   const std::vector<int32_t> tokens = test_tokens(90);
-  for (const KvBits bits : {KvBits(), KvBits(8), KvBits(8, 4), KvBits(4)}) {
-    std::vector<float> logits[2];
-    for (const Backend backend : {Backend::kKernels, Backend::kMlx}) {
-      const auto model = Model::load(TORPOR_SOURCE_DIR "/tests/goldens/model/tiny-gpt-oss", {.backend = backend});
-      const KvFormat format = model->refined(KvFormat(KvDtype::kF16, bits, 32));
-      const auto cache = KvCache::create(model->kv_layout(format), format, backend);
-      feed(*model, *cache, std::span(tokens).first(80));
-      logits[backend == Backend::kMlx] = feed(*model, *cache, std::span(tokens).subspan(80));
+  for (const char* name : {"tiny-gpt-oss", "tiny-glm4-moe-lite"}) {
+    for (const KvBits bits : {KvBits(), KvBits(8), KvBits(8, 4), KvBits(4)}) {
+      std::vector<float> logits[2];
+      for (const Backend backend : {Backend::kKernels, Backend::kMlx}) {
+        const auto model = Model::load(kGoldens + name, {.backend = backend, .activations = Activations::kF32});
+        const KvFormat format = model->refined(KvFormat(KvDtype::kF16, bits, 32));
+        const auto cache = KvCache::create(model->kv_layout(format), format, backend);
+        feed(*model, *cache, std::span(tokens).first(80));
+        logits[backend == Backend::kMlx] = feed(*model, *cache, std::span(tokens).subspan(80));
+      }
+      double error = 0, size = 0;
+      for (size_t i = 0; i < logits[0].size(); ++i) {
+        error += std::pow(double(logits[0][i]) - double(logits[1][i]), 2);
+        size += std::pow(double(logits[1][i]), 2);
+      }
+      EXPECT_LT(std::sqrt(error / size), 0.01) << name << " " << bits.keys << ", " << bits.values;
     }
-    double error = 0, size = 0;
-    for (size_t i = 0; i < logits[0].size(); ++i) {
-      error += std::pow(double(logits[0][i]) - double(logits[1][i]), 2);
-      size += std::pow(double(logits[1][i]), 2);
+  }
+}
+
+// The latents, and the dims that rotate, of one head, as mlx-lm has them.
+TEST(Latents, AreKeptOnceAndWakeToTheSameBitsInChunksAndBesideOthers) {
+  const auto model = Model::load(kGoldens + "tiny-glm4-moe-lite", {.backend = Backend::kKernels});
+  const KvLayout plain = model->kv_layout(KvDtype::kF16);
+  ASSERT_EQ(plain.tensors.size(), 6u);
+  EXPECT_EQ(plain.tensors[2].name, "layer_1_keys");
+  EXPECT_EQ(std::pair(plain.tensors[2].n_kv_heads, plain.tensors[2].dim), std::pair(1, 64));
+  EXPECT_EQ(std::pair(plain.tensors[3].n_kv_heads, plain.tensors[3].dim), std::pair(1, 32));
+  EXPECT_THROW(model->kv_layout(KvFormat(KvDtype::kF16, 8, 64)), Error);  // groups that the dims that rotate don't fill
+
+  const std::vector<int32_t> tokens = test_tokens(1310);
+  for (const KvBits bits : {KvBits(), KvBits(8), KvBits(4, 8), KvBits(4)}) {
+    const KvFormat format = model->refined(KvFormat(KvDtype::kF16, bits, 32));
+    SCOPED_TRACE(format.name());
+    const auto create = [&] { return KvCache::create(model->kv_layout(format), format, Backend::kKernels); };
+    Identity identity = model->identity();
+    identity.kv = format.name();
+    for (const size_t n : {size_t(1), size_t(256), size_t(257), size_t(1300)}) {
+      const auto cache = create(), chunks = create();
+      feed(*model, *cache, std::span(tokens).first(n));
+      const auto woken = KvCache::restore(cache->snapshot(identity), Backend::kKernels);
+      const auto copy = cache->clone();
+      const std::vector<float> expected = feed(*model, *cache, std::span(tokens).subspan(n, 5));
+      EXPECT_EQ(feed(*model, *woken, std::span(tokens).subspan(n, 5)), expected) << n;
+      for (size_t i = 0; i < n; i += 7) {
+        feed(*model, *chunks, std::span(tokens).subspan(i, std::min<size_t>(7, n - i)));
+      }
+      // Beside one that holds the same rows, and computed again in chunks.
+      const std::vector<ForwardSequence> batch = {{std::span(tokens).subspan(n, 2), copy.get()},
+                                                  {std::span(tokens).subspan(n, 5), chunks.get()}};
+      const mx::array logits = model->forward(batch);
+      const auto* last = logits.data<float>() + expected.size();
+      EXPECT_EQ(std::vector<float>(last, last + expected.size()), expected) << n;
     }
-    EXPECT_LT(std::sqrt(error / size), 0.01) << bits.keys << ", " << bits.values;
   }
 }
 

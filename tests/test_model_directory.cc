@@ -80,10 +80,11 @@ TEST_F(Directory, Missing) {
 TEST_F(Directory, BadConfig) {
   edit([](json& c) { c["model_type"] = "mamba"; });
   expect(ErrorCode::kInvalidArgument,
-         "unsupported architecture mamba, supported: cohere2, gemma2, gemma3, gemma3_text, gemma4, gemma4_text, "
-         "gemma4_unified, gemma4_unified_text, glm4_moe, gpt_oss, granite, granitemoe, granitemoehybrid, lfm2, "
-         "lfm2_moe, llama, minimax_m2, ministral3, mistral, mistral3, mixtral, nemotron_h, olmo3, olmoe, phi3, qwen2, "
-         "qwen3, qwen3_5, qwen3_5_moe, qwen3_5_moe_text, qwen3_5_text, qwen3_moe, qwen3_next, seed_oss, smollm3.");
+         "unsupported architecture mamba, supported: cohere2, deepseek_v2, deepseek_v3, gemma2, gemma3, gemma3_text, "
+         "gemma4, gemma4_text, gemma4_unified, gemma4_unified_text, glm4_moe, glm4_moe_lite, gpt_oss, granite, "
+         "granitemoe, granitemoehybrid, lfm2, lfm2_moe, llama, minimax_m2, ministral3, mistral, mistral3, mistral4, "
+         "mixtral, nemotron_h, olmo3, olmoe, phi3, qwen2, qwen3, qwen3_5, qwen3_5_moe, qwen3_5_moe_text, "
+         "qwen3_5_text, qwen3_moe, qwen3_next, seed_oss, smollm3.");
   copy("tiny-q4-g64");
   edit([](json& c) { c["rope_scaling"] = {{"rope_type", "dynamic"}, {"factor", 4}}; });
   expect(ErrorCode::kInvalidArgument, "unsupported RoPE type dynamic");
@@ -142,6 +143,10 @@ TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
                                          {"tiny-glm4-moe", "routed_scaling_factor", 1}, {"tiny-glm4-moe", "n_group", 2},
                                          {"tiny-glm4-moe", "norm_topk_prob", false},
                                          {"tiny-glm4-moe", "scoring_func", "sigmoid"},
+                                         {"tiny-deepseek-v3", "first_k_dense_replace", 1},
+                                         {"tiny-deepseek-v3", "rope_scaling", nullptr},
+                                         {"tiny-deepseek-v3", "topk_method", "group_limited_greedy"},
+                                         {"tiny-mistral4", "rope_interleave", false},
                                          {"tiny-minimax", "rotary_dim", 8}, {"tiny-gpt-oss", "swiglu_limit", 6},
                                          {"tiny-granitemoe", "num_experts_per_tok", 3},
                                          {"tiny-olmoe", "norm_topk_prob", true},
@@ -293,6 +298,12 @@ TEST_F(Directory, FamiliesConfigsThatMakeNoSense) {
     edit([&](json& c) { c[key] = value; });
     const bool too_wide = std::string(key) == "n_shared_experts";
     expect(ErrorCode::kInvalidArgument, too_wide ? "moe_intermediate_size" : "which can't be");
+  }
+  for (const auto& [key, value] : {std::pair{"kv_lora_rank", 24}, {"kv_lora_rank", 1 << 20}, {"qk_rope_head_dim", 15},
+                                   {"v_head_dim", 1 << 15}, {"qk_nope_head_dim", 0}}) {
+    copy("tiny-deepseek-v3");
+    edit([&](json& c) { c[key] = value; });
+    expect(ErrorCode::kInvalidArgument, key);
   }
   copy("tiny-glm4-moe");
   edit([](json& c) { c["scoring_func"] = "sqrtsoftplus"; });

@@ -194,10 +194,11 @@ INSTANTIATE_TEST_SUITE_P(
                                      "tiny-gemma4", "tiny-gemma4-q8", "tiny-gemma4-vision", "tiny-gemma4-moe",
                                      "tiny-olmoe", "tiny-granitemoe", "tiny-glm4-moe", "tiny-glm4-moe-air",
                                      "tiny-minimax", "tiny-gpt-oss",
-                                     "tiny-gpt-oss-hf", "tiny-granitemoe-hf", "tiny-gemma4-moe-hf", "tiny-lfm2",
-                                     "tiny-qwen3-5", "tiny-qwen3-next", "tiny-nemotron-h",
-                                     "tiny-nemotron-h-moe", "tiny-qwen3-5-moe", "tiny-lfm2-moe", "tiny-granite-hybrid",
-                                     "tiny-granite-hybrid-moe"),
+                                      "tiny-gpt-oss-hf", "tiny-granitemoe-hf", "tiny-gemma4-moe-hf", "tiny-lfm2",
+                                      "tiny-qwen3-5", "tiny-qwen3-next", "tiny-nemotron-h",
+                                      "tiny-nemotron-h-moe", "tiny-qwen3-5-moe", "tiny-lfm2-moe", "tiny-granite-hybrid",
+                                      "tiny-granite-hybrid-moe", "tiny-deepseek-v2", "tiny-deepseek-v2-q4",
+                                      "tiny-deepseek-v3", "tiny-glm4-moe-lite", "tiny-mistral4"),
                      testing::Values(std::nullopt, Backend::kKernels, Backend::kMlx)),
     [](const auto& info) {
       const std::optional<Backend> backend = std::get<1>(info.param);

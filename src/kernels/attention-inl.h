@@ -24,6 +24,7 @@
 
 #include "kernels/attention_affine-inl.h"
 #include "kernels/attention_hadamard-inl.h"
+#include "kernels/attention_latent-inl.h"
 #include "kernels/attention_math-inl.h"
 #include "kernels/attention_rows-inl.h"
 
@@ -48,30 +49,6 @@ HWY_INLINE void normalise_head(float* x, size_t n, const float* weight, float ep
   for (size_t j = 0; j < n; ++j) x[j] = x[j] * factor * weight[j];
 }
 
-HWY_INLINE void rotate_head(float* x, const float* cosines, const float* sines, size_t half, bool traditional) {
-  if (traditional) {
-    for (size_t i = 0; i < half; ++i) {
-      const float a = x[2 * i], b = x[2 * i + 1];
-      x[2 * i] = a * cosines[i] - b * sines[i];
-      x[2 * i + 1] = b * cosines[i] + a * sines[i];
-    }
-    return;
-  }
-  const DF d;
-  size_t i = 0;
-  for (; i + kLanes <= half; i += kLanes) {
-    const VF a = hn::LoadU(d, x + i), b = hn::LoadU(d, x + half + i);
-    const VF c = hn::LoadU(d, cosines + i), s = hn::LoadU(d, sines + i);
-    hn::StoreU(hn::Sub(hn::Mul(a, c), hn::Mul(b, s)), d, x + i);
-    hn::StoreU(hn::Add(hn::Mul(b, c), hn::Mul(a, s)), d, x + half + i);
-  }
-  for (; i < half; ++i) {
-    const float a = x[i], b = x[half + i];
-    x[i] = a * cosines[i] - b * sines[i];
-    x[half + i] = b * cosines[i] + a * sines[i];
-  }
-}
-
 template <class Rows>
 HWY_INLINE void append_row(const AttentionJob& job, const AttentionSequence& sequence, int position, const float* k,
                            const float* v) {
@@ -90,12 +67,13 @@ HWY_INLINE void append_row(const AttentionJob& job, const AttentionSequence& seq
 /// Tokens [first, last) of one sequence.
 void PrepareRows(const AttentionJob& job, const PrepareTask& task) {
   const AttentionSpec& spec = *job.spec;
+  if (spec.latent > 0) return prepare_latents(job, task);
   const AttentionSequence& sequence = job.sequences[size_t(task.sequence)];
   const size_t dim = size_t(spec.head_dim), n_heads = size_t(spec.n_heads), n_kv = size_t(spec.n_kv_heads);
   const size_t half = size_t(spec.rope.dims) / 2;
   const bool rotate_queries = spec.rotate_keys && spec.key_bias == nullptr;
   for (int t = task.first; t < task.last; ++t) {
-    float* row = job.qkv + size_t(sequence.row + t) * (n_heads + 2 * n_kv) * dim;
+    float* row = job.qkv + size_t(sequence.row + t) * job.stride;
     const float* cosines = job.rope + (size_t(task.rope_row) + size_t(t - task.first)) * 2 * half;
     for (size_t h = 0; h < n_heads + n_kv; ++h) {
       float* x = row + h * dim;
@@ -256,7 +234,7 @@ HWY_NOINLINE void attend_packed(const AttentionJob& job, const TileTask& task, i
                                 const Scratch& s) {
   const AttentionSpec& spec = *job.spec;
   const AttentionSequence& sequence = job.sequences[size_t(task.sequence)];
-  const size_t dim = size_t(spec.head_dim), head = size_t(task.kv_head);
+  const size_t dim = size_t(spec.head_dim), head = size_t(task.group);
   const Affine keys =
       load_keys<kKeyBits>(spec, sequence, head, block, here.keys, zeros, begin, end, s.narrow_keys, s.scales);
   const Affine values = load_values(spec, sequence, head, block, begin, end, s.scales);
@@ -305,7 +283,7 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
   const size_t value_width = kAffine ? size_t(spec.head_dim * spec.kv_bits.values / 32) : dim;
   const auto block_of = [&](const TileTask& of, int block) {
     const KvRunView& run = job.sequences[size_t(of.sequence)].runs[size_t(block / kSegmentTokens)];
-    const size_t at = size_t(of.kv_head) * kSegmentTokens + size_t(block % kSegmentTokens);
+    const size_t at = size_t(of.group) * kSegmentTokens + size_t(block % kSegmentTokens);
     return Block<Element>{reinterpret_cast<const Element*>(run.keys) + at * key_width,
                           reinterpret_cast<const Element*>(run.values) + at * value_width};
   };
@@ -314,16 +292,22 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
     // The part of the block that any row sees; positions past it may hold anything.
     const size_t begin = size_t(std::max(0, first_key(spec, position) - block));
     const size_t end = size_t(std::min(int(kBlock), last + 1 - block));
+    const FloatProducts<RowsWidened> widened{dim, padded, {s.keys, s.values}, {s.keys, s.values}};
+    if (spec.latent > 0) {
+      const KvRunView& run = sequence.runs[size_t(block / kSegmentTokens)];
+      load_latents<Rows>(spec, run, block, begin, end, s.zeros, s.scales, s.narrow_keys, s.keys, s.values);
+      attend_block(job, task, block, widened, s);
+      continue;
+    }
     const bool more = block + kBlock < to || super + 1 < task.super_end;
     const TileTask& then = more ? task : next;
     const int then_block = more ? block + kBlock : first_block(job, next, next.super_begin);
     const Block<Element> here = block_of(task, block), ahead = block_of(then, then_block);
     const Element* zeros = reinterpret_cast<const Element*>(s.zeros);
-    const FloatProducts<RowsWidened> widened{dim, padded, {s.keys, s.values}, {s.keys, s.values}};
     // So few rows that dequantizing or widening while multiplying is cheaper than a block of floats.
     const bool few = rows <= (kAffine ? 1 : 2) * kMaxRows;
     if constexpr (kAffine) {
-      fetch_scales(spec, job.sequences[size_t(then.sequence)], size_t(then.kv_head), then_block);
+      fetch_scales(spec, job.sequences[size_t(then.sequence)], size_t(then.group), then_block);
       if (few && spec.key_bias == nullptr) {
         const auto attend = spec.kv_bits.keys == 8 ? attend_packed<8> : attend_packed<4>;
         attend(job, task, block, here, ahead, zeros, begin, end, s);
@@ -332,7 +316,7 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
       const auto eight = spec.kv_bits.values == 8 ? dequantize_block<8, 8> : dequantize_block<8, 4>;
       const auto four = spec.kv_bits.values == 8 ? dequantize_block<4, 8> : dequantize_block<4, 4>;
       const auto dequantize = spec.kv_bits.keys == 8 ? eight : four;
-      dequantize(job, sequence, size_t(task.kv_head), block, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
+      dequantize(job, sequence, size_t(task.group), block, here, ahead, zeros, begin, end, s.narrow_keys, s.scales,
                  s.keys, s.values);
       attend_block(job, task, block, widened, s);
     } else if constexpr (Rows::kIsFloat) {
@@ -383,9 +367,9 @@ HWY_NOINLINE void merge(const Scratch& s, size_t rows, size_t padded, const floa
 HWY_NOINLINE void finish(const AttentionJob& job, const TileTask& task, const Scratch& s) {
   const AttentionSpec& spec = *job.spec;
   const DF d;
-  const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
+  const size_t dim = job.value_dim, padded = job.padded, group = job.group;
   for (size_t r = 0; r < size_t(task.count) * group; ++r) {
-    const size_t head = size_t(task.kv_head) * group + r % group;
+    const size_t head = size_t(task.group) * group + r % group;
     const size_t row = size_t(job.queries[size_t(task.first) + r / group].row);
     float factor = 1.0f, sum = s.total_sum[r];
     if (spec.sinks != nullptr) {
@@ -400,7 +384,7 @@ HWY_NOINLINE void finish(const AttentionJob& job, const TileTask& task, const Sc
     size_t i = 0;
     for (; i + kLanes <= dim; i += kLanes) hn::StoreU(hn::Mul(hn::LoadU(d, acc + i), hn::Set(d, scale)), d, out + i);
     for (; i < dim; ++i) out[i] = acc[i] * scale;
-    if (spec.rotate_values) rotate_row(out, dim);
+    if (spec.latent > 0 ? spec.rotate_keys : spec.rotate_values) rotate_row(out, dim);
   }
 }
 
@@ -410,10 +394,10 @@ void run_tile(const AttentionJob& job, const TileTask& task, const TileTask& nex
   const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
   const size_t rows = size_t(task.count) * group;
   const Scratch s(rows, spec, padded);
-  const size_t stride = size_t(spec.n_heads + 2 * spec.n_kv_heads) * dim;
   for (size_t t = 0; t < size_t(task.count); ++t) {
     std::memcpy(s.q + t * group * dim,
-                job.qkv + size_t(job.queries[size_t(task.first) + t].row) * stride + size_t(task.kv_head) * group * dim,
+                job.qkv + size_t(job.queries[size_t(task.first) + t].row) * job.stride +
+                    size_t(task.group) * group * dim,
                 group * dim * sizeof(float));
   }
   if (task.partial >= 0) {

@@ -6,10 +6,12 @@
 //        rotate_row         attention_hadamard-inl.h: the Hadamard rotation, where the spec asks for it
 //        Rows::store        attention_rows-inl.h: rows of f32, f16 or bf16
 //        append_affine      attention_affine-inl.h: rows of 8 or 4 bits, with scales and biases
+//        prepare_latents    attention_latent-inl.h: in place of all these, where heads share latents
 //   2. RunTile            attention-inl.h: rows [rows, D] of one kv head; run_super makes the partial of kSuper keys
 //        transpose_keys, widen    attention_rows-inl.h: a block of keys as [D][kBlock], of values as [kBlock][D]
 //        dequantize_block         attention_affine-inl.h: the same of rows of 8 or 4 bits
 //        add_key_bias             attention_hadamard-inl.h: keys are turned back, and get their bias
+//        load_latents             attention_latent-inl.h: a block of latents, as keys and as values
 //        attend_block             attention-inl.h: for a block, kMaxRows rows at a time:
 //          product, weigh         attention_math-inl.h: scores [rows][kBlock], their softmax, outputs [rows][D]
 //          score_affine, output_affine    attention_affine-inl.h: products of few rows, without a dequantized block
@@ -63,8 +65,11 @@ struct AttentionJob {
   // For a key bias, which every block of keys needs: of each block's first position, and of each position in a block.
   const float* block_angles;   // [blocks][2][dims / 2]: cosines, sines
   const float* angles_within;  // [dims / 2][2][kBlock]: cosines, sines
-  size_t group;        // query heads per kv head
-  size_t padded;       // head_dim rounded up to 16
+  size_t groups;       // a tile is of one of them: kv heads; of latents, any share of the query heads
+  size_t group;        // query heads in one
+  size_t stride;       // floats of a row of qkv
+  size_t value_dim;    // of a head of the output
+  size_t padded;       // that rounded up to 16
   float q_scale;       // scores come out in log2 units, or divided by the soft cap
   float cap;           // soft cap in log2 units
 };
@@ -75,10 +80,10 @@ struct PrepareTask {
   size_t rope_row;
 };
 
-/// AttentionJob::queries [first, first + count), in one kv head's group, over superblocks [super_begin, super_end) of
+/// AttentionJob::queries [first, first + count), of one group of heads, over superblocks [super_begin, super_end) of
 /// the runs of `sequence`, which all of the queries hold.
 struct TileTask {
-  int sequence, kv_head, first, count, super_begin, super_end;
+  int sequence, group, first, count, super_begin, super_end;
   ptrdiff_t partial;  // in AttentionJob::partials: maximum [rows], sum [rows], acc [rows][padded]; -1: write out
 };
 
@@ -241,6 +246,16 @@ void check(const AttentionSpec& spec, std::span<const AttentionSequence> sequenc
   require(spec.kv_bits != 0 || (spec.key_bias == nullptr && !spec.rotate_keys && !spec.rotate_values),
           "only quantized KV is rotated, or lacks a bias");
   require(spec.key_bias == nullptr || spec.k_norm == nullptr, "keys that are normalised have no bias");
+  if (spec.latent > 0) {
+    require(spec.n_kv_heads == 1 && spec.latent < spec.head_dim && spec.rope.dims == spec.head_dim - spec.latent,
+            "beside one row of latents there are dims that rotate, and no others");
+    require(spec.latent % 16 == 0 && 2 * spec.latent >= spec.head_dim,
+            "latents have a multiple of 16 dims, and at least as many as rotate");
+    require(spec.q_norm == nullptr && spec.k_norm == nullptr && spec.key_bias == nullptr,
+            "latents have no norms or biases");
+    require(spec.kv_bits == 0 || spec.kv_group <= 0 || spec.latent % spec.kv_group == 0,
+            "the group of quantized KV must divide the latents' dims");
+  }
   if (spec.kv_bits != 0) {
     require(spec.kv_group == 32 || spec.kv_group == 64 || spec.kv_group == 128, "quantized KV has groups of 32, 64 or 128");
     if (spec.head_dim % spec.kv_group != 0) {
@@ -260,6 +275,13 @@ void check(const AttentionSpec& spec, std::span<const AttentionSequence> sequenc
               "a run of quantized KV lacks its scales or biases");
     }
   }
+}
+
+/// All heads read one row of latents, so any share of them may be a tile's: few enough for a core's cache.
+int heads_at_once(int n_heads) {
+  int share = 16;
+  while (n_heads % share != 0) --share;
+  return share;
 }
 
 /// A superblock whose keys several sequences hold in the same runs, as agents of one prompt do.
@@ -331,8 +353,11 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
     for (const AttentionSequence& sequence : sequences) longest = std::max(longest, sequence.position + sequence.n);
     block_angles.get(spec.rope, size_t(longest + kBlock - 1) / kBlock, job);
   }
-  job.group = size_t(spec.n_heads / spec.n_kv_heads);
-  job.padded = (size_t(spec.head_dim) + 15) / 16 * 16;
+  job.group = size_t(spec.latent > 0 ? heads_at_once(spec.n_heads) : spec.n_heads / spec.n_kv_heads);
+  job.groups = size_t(spec.n_heads) / job.group;
+  job.stride = size_t(spec.n_heads + (spec.latent > 0 ? 1 : 2 * spec.n_kv_heads)) * size_t(spec.head_dim);
+  job.value_dim = size_t(spec.latent > 0 ? spec.latent : spec.head_dim);
+  job.padded = (job.value_dim + 15) / 16 * 16;
   constexpr double kLog2E = 1.4426950408889634;
   job.cap = float(double(spec.softcap) * kLog2E);
   job.q_scale = float(spec.softcap > 0 ? double(spec.scale) / double(spec.softcap) : double(spec.scale) * kLog2E);
@@ -365,8 +390,8 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
     for (int first = 0; first < sequences[i].n; first += tile) {
       const int count = std::min(tile, sequences[i].n - first);
       const int position = sequences[i].position + first;
-      for (int head = 0; head < spec.n_kv_heads; ++head) {
-        tiles.push_back({int(i), head, int(queries.size()), count, first_key(spec, position) / kSuper,
+      for (int group = 0; group < int(job.groups); ++group) {
+        tiles.push_back({int(i), group, int(queries.size()), count, first_key(spec, position) / kSuper,
                          (position + count - 1) / kSuper + 1, -1});
       }
       for (int t = 0; t < count; ++t) queries.push_back({sequences[i].row + first + t, position + t});
@@ -390,12 +415,12 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
   // Each tile's partials lie in order of its superblocks.
   std::vector<size_t> first_partial;
   size_t n_partials = 0;
-  std::vector<size_t> tile_of(sequences.size() * size_t(spec.n_kv_heads));  // of those that have one
+  std::vector<size_t> tile_of(sequences.size() * job.groups);  // of those that have one
   for (size_t i = 0; i < tiles.size(); ++i) {
     const TileTask& t = tiles[i];
     first_partial.push_back(n_partials);
     n_partials += size_t(t.super_end - t.super_begin);
-    tile_of[size_t(t.sequence) * size_t(spec.n_kv_heads) + size_t(t.kv_head)] = i;
+    tile_of[size_t(t.sequence) * job.groups + size_t(t.group)] = i;
   }
   std::vector<Partial> found(n_partials);
   std::vector<TileTask> tasks;
@@ -416,11 +441,11 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
         queries.push_back({sequences[size_t(i)].row + t, sequences[size_t(i)].position + t});
       }
     }
-    for (int head = 0; head < spec.n_kv_heads; ++head) {
-      add_task({s.sequences[0], head, first, int(queries.size()) - first, s.super, s.super + 1, -1});
+    for (int group = 0; group < int(job.groups); ++group) {
+      add_task({s.sequences[0], group, first, int(queries.size()) - first, s.super, s.super + 1, -1});
       int query = 0;
       for (const int i : s.sequences) {
-        const size_t of = tile_of[size_t(i) * size_t(spec.n_kv_heads) + size_t(head)];
+        const size_t of = tile_of[size_t(i) * job.groups + size_t(group)];
         found[first_partial[of] + size_t(s.super - tiles[of].super_begin)] = partial_at(tasks.back(), query);
         query += sequences[size_t(i)].n;
       }
@@ -437,7 +462,7 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
     for (int super = t.super_begin; super < t.super_end; ++super) {
       Partial& partial = found[first_partial[i] + size_t(super - t.super_begin)];
       if (partial.acc >= 0) continue;
-      add_task({t.sequence, t.kv_head, t.first, t.count, super, super + 1, -1});
+      add_task({t.sequence, t.group, t.first, t.count, super, super + 1, -1});
       partial = partial_at(tasks.back(), 0);
     }
   }

@@ -157,10 +157,10 @@ HWY_NOINLINE void quantize_rotated_group(KvDtype dtype, const float* x, size_t n
 }
 
 /// One head's row, whose groups begin at `at`.
-HWY_INLINE void quantize_row(const AttentionSpec& spec, int bits, bool rotated, const float* x, std::byte* words,
-                             std::byte* scales, std::byte* biases, size_t at) {
+HWY_INLINE void quantize_row(const AttentionSpec& spec, int bits, bool rotated, const float* x, size_t dim,
+                             std::byte* words, std::byte* scales, std::byte* biases, size_t at) {
   const size_t group = size_t(spec.kv_group), bytes = group * size_t(bits) / 8;
-  for (size_t g = 0; g < size_t(spec.head_dim) / group; ++g) {
+  for (size_t g = 0; g < dim / group; ++g) {
     float scale, bias;
     uint8_t* const to = reinterpret_cast<uint8_t*>(words) + (at + g) * bytes;
     if (rotated && bits == 4) {
@@ -180,8 +180,9 @@ HWY_NOINLINE void append_affine(const AttentionJob& job, const AttentionSequence
   const KvRunView& run = sequence.runs[size_t(position / kSegmentTokens)];
   for (size_t h = 0; h < size_t(spec.n_kv_heads); ++h) {
     const size_t at = first_group(spec, h, position);
-    quantize_row(spec, spec.kv_bits.keys, spec.rotate_keys, k + h * dim, run.keys, run.key_scales, run.key_biases, at);
-    quantize_row(spec, spec.kv_bits.values, spec.rotate_values, v + h * dim, run.values, run.value_scales,
+    quantize_row(spec, spec.kv_bits.keys, spec.rotate_keys, k + h * dim, dim, run.keys, run.key_scales, run.key_biases,
+                 at);
+    quantize_row(spec, spec.kv_bits.values, spec.rotate_values, v + h * dim, dim, run.values, run.value_scales,
                  run.value_biases, at);
   }
 }

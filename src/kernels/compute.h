@@ -55,6 +55,10 @@ struct AttentionSpec {
   /// such stretch of a head, divided by the root of its size.
   bool rotate_keys = false, rotate_values = false;
   RopeSpec rope;
+  /// Multi-head latent attention: all heads share one row of `latent` dims, which is key and value, and of head_dim -
+  /// latent dims more, which are of the key alone and rotate. The cache has the former as keys, the latter as values,
+  /// and n_kv_heads is 1. 0: keys and values are apart.
+  int latent = 0;
 };
 
 /// Rows [first, first + kSegmentTokens) of one layer: keys and values `[H_kv, kSegmentTokens, D]`, read and written in place.
@@ -78,7 +82,8 @@ struct AttentionSequence {
 };
 
 /// qkv [M, (H_q + 2 H_kv) D]: normalises (if asked), rotates q and k, appends k and v to the cache in its dtype or
-/// quantized, and attends causally over the rows as stored. out [M, H_q D]. qkv is scratch afterwards.
+/// quantized, and attends causally over the rows as stored. out [M, H_q D]. qkv is scratch afterwards. With `latent`
+/// qkv is [M, (H_q + 1) D], a query's latent dims first, and out [M, H_q latent].
 void attention(float* qkv, const AttentionSpec& spec, std::span<const AttentionSequence> sequences, float* out);
 
 }  // namespace torpor::kernels

@@ -157,6 +157,21 @@ class MixtureOfExperts final : public Kernel {
   std::shared_ptr<const Moe> w_;
 };
 
+class HeadsLinear final : public Kernel {
+ public:
+  HeadsLinear(mx::Stream stream, std::shared_ptr<const HeadWeights> heads) : Kernel(stream), heads_(std::move(heads)) {}
+  const char* name() const override { return "TorporHeadsLinear"; }
+
+  void run(const std::vector<mx::array>& inputs, mx::array& out) override {
+    dispatch([x = inputs[0].data<float>(), m = out.shape(0), heads = heads_, y = allocate(out)] {
+      kernels::heads_linear(x, m, *heads, y);
+    });
+  }
+
+ private:
+  std::shared_ptr<const HeadWeights> heads_;
+};
+
 class RecurrentLayer final : public Kernel {
  public:
   RecurrentLayer(mx::Stream stream, std::shared_ptr<const Recurrent> w, std::vector<RecurrentSequence> sequences)
@@ -292,6 +307,14 @@ mx::array gated_linear(const mx::array& x, std::shared_ptr<const PackedLinear> w
                    {prepared(x, mx::float32, stream)});
 }
 
+mx::array heads_linear(const mx::array& x, std::shared_ptr<const HeadWeights> heads) {
+  if (heads->empty()) invalid("heads_linear: there are no heads.");
+  check_columns(x, heads->front()->k() * int(heads->size()), "heads_linear");
+  const mx::Stream stream = cpu_stream();
+  const mx::Shape shape{x.shape(0), heads->front()->n() * int(heads->size())};
+  return node(shape, std::make_shared<HeadsLinear>(stream, std::move(heads)), {prepared(x, mx::float32, stream)});
+}
+
 mx::array moe(const mx::array& x, const mx::array& logits, std::shared_ptr<const Moe> w) {
   if (w->experts.empty()) invalid("moe: there are no experts.");
   check_columns(x, w->experts[0].up->k(), "moe");
@@ -344,33 +367,38 @@ mx::array embedding(const mx::array& tokens, std::shared_ptr<const PackedLinear>
 }
 
 mx::array attention(mx::array qkv, std::shared_ptr<const AttentionSpec> spec, std::vector<SequenceRuns> sequences) {
-  check_columns(qkv, (spec->n_heads + 2 * spec->n_kv_heads) * spec->head_dim, "attention");
+  const int latent = spec->latent, width = spec->head_dim, value_width = latent > 0 ? width - latent : width;
+  check_columns(qkv, (spec->n_heads + (latent > 0 ? 1 : 2 * spec->n_kv_heads)) * width, "attention");
   const mx::Stream stream = cpu_stream();
   const bool quantized = spec->kv_bits != 0;
   if (quantized && (spec->kv_bits.keys <= 0 || spec->kv_bits.values <= 0 || spec->kv_group <= 0)) {
     invalid("attention: quantized KV needs its bits and group.");
   }
-  const size_t elements = size_t(spec->n_kv_heads) * kSegmentTokens * size_t(spec->head_dim);
-  const size_t element_size = kv_dtype_size(spec->kv_dtype);
-  const auto row_bytes = [&](int bits) { return quantized ? elements * size_t(bits) / 8 : elements * element_size; };
-  const size_t scale_bytes = quantized ? elements / size_t(spec->kv_group) * element_size : 0;
+  const size_t rows = size_t(spec->n_kv_heads) * kSegmentTokens, element_size = kv_dtype_size(spec->kv_dtype);
+  const size_t keys = rows * size_t(latent > 0 ? latent : width), values = rows * size_t(value_width);
+  const auto row_bytes = [&](size_t elements, int bits) {
+    return quantized ? elements * size_t(bits) / 8 : elements * element_size;
+  };
+  const auto scale_bytes = [&](size_t elements) {
+    return quantized ? elements / size_t(spec->kv_group) * element_size : 0;
+  };
   for (const SequenceRuns& s : sequences) {
     if (s.row < 0 || s.n < 0 || s.position < 0 || s.n > qkv.shape(0) - s.row) {
       invalid("attention: a sequence lies outside the input's " + std::to_string(qkv.shape(0)) + " rows.");
     }
     const size_t needed = (size_t(s.position) + size_t(s.n) + kSegmentTokens - 1) / kSegmentTokens;
     if (s.runs.size() < needed) invalid("attention: the runs end before the sequence does.");
-    const size_t scales_end =
-        std::max({s.key_scale_offset, s.key_bias_offset, s.value_scale_offset, s.value_bias_offset}) + scale_bytes;
-    const size_t end = std::max({s.key_offset + row_bytes(spec->kv_bits.keys),
-                                 s.value_offset + row_bytes(spec->kv_bits.values), scales_end});
+    const size_t end = std::max({s.key_offset + row_bytes(keys, spec->kv_bits.keys),
+                                 s.value_offset + row_bytes(values, spec->kv_bits.values),
+                                 std::max(s.key_scale_offset, s.key_bias_offset) + scale_bytes(keys),
+                                 std::max(s.value_scale_offset, s.value_bias_offset) + scale_bytes(values)});
     for (const KvBuffer& run : s.runs) {
       if (run.data != nullptr && run.size < end) {
         invalid("attention: a run of " + std::to_string(run.size) + " bytes is too small for its layer.");
       }
     }
   }
-  const mx::Shape shape{qkv.shape(0), spec->n_heads * spec->head_dim};
+  const mx::Shape shape{qkv.shape(0), spec->n_heads * (latent > 0 ? latent : width)};
   std::vector<mx::array> inputs;
   inputs.push_back(prepared(std::move(qkv), mx::float32, stream));
   return node(shape, std::make_shared<Attention>(stream, std::move(spec), std::move(sequences)), std::move(inputs));

@@ -9,6 +9,7 @@
 #include <mlx/array.h>
 
 #include "kernels/compute.h"
+#include "kernels/heads_linear.h"
 #include "kernels/moe.h"
 #include "kernels/recurrent.h"
 
@@ -21,6 +22,9 @@ mx::array linear_add(const mx::array& x, std::shared_ptr<const PackedLinear> w, 
 mx::array gated_linear(const mx::array& x, std::shared_ptr<const PackedLinear> w, Activation activation);  // [M, N]
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);                            // [M, K]
 mx::array embedding(const mx::array& tokens, std::shared_ptr<const PackedLinear> w);                   // [M] i32 -> [M, K]
+
+/// [M, H K] -> [M, H N]
+mx::array heads_linear(const mx::array& x, std::shared_ptr<const HeadWeights> heads);
 
 /// `logits` [M, E] are the router's. [M, N]
 mx::array moe(const mx::array& x, const mx::array& logits, std::shared_ptr<const Moe> w);

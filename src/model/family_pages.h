@@ -47,6 +47,11 @@ void nemotron_h(ModelConfig& model, FamilyFields& fields);
 void lfm2_moe(ModelConfig& model, FamilyFields& fields);
 void granitemoehybrid(ModelConfig& model, FamilyFields& fields);
 
+// family_latent.cc
+void deepseek(ModelConfig& model, FamilyFields& fields);
+void glm4_moe_lite(ModelConfig& model, FamilyFields& fields);
+void mistral4(ModelConfig& model, FamilyFields& fields);
+
 /// Sliding layers have a RoPE of their own.
 void rotate_sliding_layers(ModelConfig& model, Rope rope);
 /// All layers have this RoPE.

@@ -31,6 +31,18 @@ struct QueryScale {
   float at(int position) const { return 1 + beta * std::log(1 + float(position / period)); }
 };
 
+/// Multi-head latent attention (DeepSeek's): all heads share one row of latents, which is key and value, and of dims
+/// that rotate. The cache has the latents as keys and those dims as values, of one head; Attention's key_dim and
+/// value_dim are their numbers. What would make keys and values of latents is absorbed into queries and outputs,
+/// always.
+struct Latent {
+  int query_rank = 0;   ///< queries are projected to so many features first, and these normalised; 0: they are not
+  int plain_dim = 0;    ///< dims of a projected query that meet the latents; value_dim more rotate
+  int output_dim = 0;   ///< of a head
+  float norm_eps = 0;   ///< of the norms of latents and of queries' features
+  bool bias = false;    ///< of the projections to them
+};
+
 /// Causal attention with a KV cache.
 struct Attention {
   int n_heads = 0, n_kv_heads = 0;
@@ -48,11 +60,12 @@ struct Attention {
   bool sinks = false;                ///< each head has a logit of its own in the softmax's denominator
   bool qkv_bias = false, output_bias = false;
   bool gated = false;                ///< q_proj gives each head a gate, too, whose sigmoid its output is multiplied by
+  std::optional<Latent> latent;
 
   int query_size() const { return n_heads * key_dim; }
   int keys_size() const { return n_kv_heads * key_dim; }
   int values_size() const { return n_kv_heads * value_dim; }
-  int output_size() const { return n_heads * value_dim; }
+  int output_size() const { return n_heads * (latent ? latent->output_dim : value_dim); }
   /// Rotated keys are divided by pair_factors: of what one layer knows alone.
   bool evens_keys() const { return qk_norm == QkNorm::kHeads && !reads_rows_of && !lends_rows; }
   /// Keys have a bias, and no norm after it.

@@ -76,6 +76,12 @@ struct Linear final : Ops::Packed {
                      : mx::gather_mm(x, mx::swapaxes(weight, -1, -2), std::nullopt, indices);
     return bias ? mx::add(y, mx::expand_dims(mx::take(*bias, indices, 0), -2)) : y;
   }
+  /// Of several of one shape, stacked: each head of x [1, H, n, K] by its own.
+  mx::array apply_each(const mx::array& x) const {
+    return quantization ? mx::quantized_matmul(x, weight, *scales, biases, /*transpose=*/true, quantization->group,
+                                               quantization->bits, mode_name(quantization->mode))
+                        : mx::matmul(x, mx::swapaxes(weight, -1, -2));
+  }
   static Linear stacked(const std::vector<Projection>& parts, mx::Dtype dtype) {
     std::vector<mx::array> weights, scales, biases, additive;
     Linear all(parts.front(), dtype);

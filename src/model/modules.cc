@@ -30,6 +30,7 @@ Projection Modules::queries(const std::string& attention, const Attention& spec,
 Ops::Weight Modules::attention(int index) const {
   const ModelConfig& c = checkpoint_.config;
   const Attention& spec = c.layers[size_t(index)].attention;
+  if (spec.latent) return latent_attention(index);
   const std::string name = layer_name(index) + "." + c.names.attention;
   const int q = spec.query_size(), k = spec.keys_size(), v = spec.values_size();
   Ops::Weight q_norm, k_norm;

@@ -31,6 +31,7 @@ class Modules {
   Projection projection(const std::string& name, int n, int k, bool bias = false) const;
   Ops::Weight attention(int index) const;
   Ops::Weight recurrent(int index) const;
+  Ops::Weight latent_attention(int index) const;
   Ops::Weight gated(const std::string& name, const Mlp& spec) const;
   /// The MLP of `layer`, in `parts`.
   void add_mlp(const std::string& layer, const Mlp& spec, DecoderLayer& parts) const;

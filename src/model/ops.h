@@ -46,6 +46,14 @@ struct ExpertProjections {
   std::optional<Projection> shared_gate;
 };
 
+/// The projections of latent attention (layer.h): of each head, [latents, plain dims] into a query and [output dims,
+/// latents] out.
+struct LatentProjections {
+  std::optional<Projection> query_features;
+  Projection query, latents;
+  std::vector<Projection> into, out;
+};
+
 class Ops {
  public:
   /// A weight in the backend's own form.
@@ -64,6 +72,9 @@ class Ops {
                                 Weight q_norm, Weight k_norm, std::vector<float> sinks) = 0;
   /// `projections` give, side by side, what kernels::RecurrentShape::given says.
   virtual Weight pack_recurrent(kernels::Recurrent cell, const std::vector<Projection>& projections) = 0;
+  /// Of an Attention that is latent. The norms are of the latents and, unless nullptr, of the queries' features.
+  virtual Weight pack_latent_attention(const Attention& spec, const LatentProjections& projections, Weight norm,
+                                       Weight query_norm) = 0;
   virtual Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) = 0;
   /// `spec` has its routing's biases and scales. The router is not rounded to 16-bit activations.
   virtual Weight pack_experts(const Experts& spec, const ExpertProjections& projections) = 0;

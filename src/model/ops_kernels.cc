@@ -10,6 +10,7 @@
 #include "kernels/primitives.h"
 #include "model/key_rows.h"
 #include "model/ops.h"
+#include "model/weight_source.h"
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -18,52 +19,10 @@ namespace {
 using kernels::PackedLinear;
 using kernels::WeightSource;
 
-WeightSource::Type source_type(const TensorView& tensor) {
-  if (tensor.dtype == "F32") return WeightSource::Type::kF32;
-  if (tensor.dtype == "F16") return WeightSource::Type::kF16;
-  return WeightSource::Type::kBF16;
-}
-
-WeightSource::Type source_type(Quantization::Mode mode) {
-  switch (mode) {
-    case Quantization::Mode::kMxfp4: return WeightSource::Type::kMxfp4;
-    case Quantization::Mode::kMxfp8: return WeightSource::Type::kMxfp8;
-    case Quantization::Mode::kNvfp4: return WeightSource::Type::kNvfp4;
-    default: return WeightSource::Type::kAffine;
-  }
-}
-
-WeightSource source(const Projection& p) {
-  WeightSource source;
-  source.n = p.n;
-  source.k = p.k;
-  source.weight = p.weight.data;
-  source.blocks = p.blocks;
-  source.neighbour_heads = p.neighbour_heads;
-  if (p.blocks) {
-    // What they are, blocks say.
-  } else if (p.quantization) {
-    source.type = source_type(p.quantization->mode);
-    source.bits = p.quantization->bits;
-    source.group = p.quantization->group;
-    source.scales = p.scales->data;
-    if (p.biases) {
-      source.scale_type = source_type(*p.scales);
-      source.biases = p.biases->data;
-    }
-  } else {
-    source.type = source_type(p.weight);
-  }
-  if (p.bias) {
-    source.bias = p.bias->data;
-    source.bias_type = source_type(*p.bias);
-  }
-  return source;
-}
-
 /// What is packed is not read again.
 void release(std::initializer_list<const Projection*> projections) {
   for (const Projection* p : projections) {
+    if (p->memory != nullptr) continue;
     release_pages(p->weight);
     if (p->scales) release_pages(*p->scales);
     if (p->biases) release_pages(*p->biases);
@@ -97,8 +56,16 @@ struct Recurring final : Ops::Packed {
   std::shared_ptr<const kernels::Recurrent> cell;
 };
 
+/// Of latent attention. `projections` are the queries' and the latents'.
+struct LatentParts {
+  std::shared_ptr<const PackedLinear> query_features;
+  Ops::Weight norm, query_norm;
+  std::shared_ptr<const kernels::HeadWeights> into, out;
+};
+
 struct Attending final : Ops::Packed {
   Attention spec;
+  std::optional<LatentParts> latent;
   // q, k and v side by side; or those that there are, apart, where something comes between.
   std::vector<std::shared_ptr<const PackedLinear>> projections;
   bool apart = false;
@@ -161,6 +128,27 @@ class KernelOps final : public Ops {
     weight->projection = PackedLinear::pack(sources, activations_, resident_);
     weight->cell = std::make_shared<const kernels::Recurrent>(std::move(cell));
     for (const Projection& p : projections) release({&p});
+    return weight;
+  }
+  Weight pack_latent_attention(const Attention& spec, const LatentProjections& projections, Weight norm,
+                               Weight query_norm) override {
+    const auto packed = [&](const Projection& p) {
+      auto weight = PackedLinear::pack({source(p)}, activations_, resident_);
+      release({&p});
+      return weight;
+    };
+    const auto heads = [&](const std::vector<Projection>& of_heads) {
+      kernels::HeadWeights all;
+      for (const Projection& p : of_heads) all.push_back(packed(p));
+      return std::make_shared<const kernels::HeadWeights>(std::move(all));
+    };
+    auto weight = std::make_shared<Attending>();
+    weight->spec = spec;
+    weight->projections = {packed(projections.query), packed(projections.latents)};
+    weight->latent = LatentParts{.query_features = nullptr,
+                                 .norm = std::move(norm), .query_norm = std::move(query_norm),
+                                 .into = heads(projections.into), .out = heads(projections.out)};
+    if (projections.query_features) weight->latent->query_features = packed(*projections.query_features);
     return weight;
   }
   Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
@@ -238,7 +226,9 @@ class KernelOps final : public Ops {
       sequences.push_back(at);
     }
     const auto& w = static_cast<const Attending&>(*weight);
-    return kernels::attention(project(x, w, layer, batch), spec_for(w, batch.kv_format), std::move(sequences));
+    const mx::array rows = w.latent ? latent_rows(x, w, batch) : project(x, w, layer, batch);
+    const mx::array out = kernels::attention(rows, spec_for(w, batch.kv_format), std::move(sequences));
+    return w.latent ? kernels::heads_linear(out, w.latent->out) : out;
   }
   mx::array recurrent(const mx::array& x, const Weight& weight, size_t offset, Batch& batch) override {
     const auto& w = static_cast<const Recurring&>(*weight);
@@ -302,16 +292,43 @@ class KernelOps final : public Ops {
     }
     return mx::concatenate({keys, values}, 1, mx::Device::cpu);
   }
+  /// Queries, absorbed, and the row that all heads share: [M, (H + 1) (latents + rotating dims)].
+  mx::array latent_rows(const mx::array& x, const Attending& w, const Batch& batch) {
+    const mx::Device cpu = mx::Device::cpu;
+    const Attention& spec = w.spec;
+    const int m = x.shape(0), heads = spec.n_heads, plain = spec.latent->plain_dim, rest = spec.value_dim;
+    const auto normed = [&](const mx::array& rows, const Weight& norm) {
+      return kernels::rms_norm(rows, static_cast<const Norm&>(*norm).w, spec.latent->norm_eps);
+    };
+    const LatentParts& parts = *w.latent;
+    mx::array queries = parts.query_features == nullptr
+                            ? kernels::linear(x, w.projections[0])
+                            : kernels::linear(normed(kernels::linear(x, parts.query_features), parts.query_norm),
+                                              w.projections[0]);
+    if (spec.query_scale) queries = scale_rows(queries, *spec.query_scale, batch);
+    queries = mx::reshape(queries, {m, heads, plain + rest}, cpu);
+    mx::array meeting = mx::slice(queries, {0, 0, 0}, {m, heads, plain}, cpu);
+    meeting = mx::reshape(meeting, {m, heads * plain}, cpu);
+    const mx::array rotating = mx::slice(queries, {0, 0, plain}, {m, heads, plain + rest}, cpu);
+    const mx::array absorbed = mx::reshape(kernels::heads_linear(meeting, parts.into), {m, heads, spec.key_dim}, cpu);
+    const mx::array whole = mx::reshape(mx::concatenate({absorbed, rotating}, 2, cpu), {m, -1}, cpu);
+    const mx::array shared = kernels::linear(x, w.projections[1]);
+    const mx::array latents = normed(mx::slice(shared, {0, 0}, {m, spec.key_dim}, cpu), parts.norm);
+    const mx::array turning = mx::slice(shared, {0, spec.key_dim}, {m, spec.key_dim + rest}, cpu);
+    return mx::concatenate({whole, latents, turning}, 1, cpu);
+  }
   /// RoPE is linear, so what scales queries may do so before it.
-  static mx::array scale_queries(const mx::array& rows, const Attention& spec, const Batch& batch) {
+  static mx::array scale_rows(const mx::array& rows, const QueryScale& scale, const Batch& batch) {
     std::vector<float> factors(batch.tokens.size());
     for (const BatchSequence& s : batch.sequences) {
-      for (int t = 0; t < s.n; ++t) factors[size_t(s.row + t)] = spec.query_scale->at(s.position + t);
+      for (int t = 0; t < s.n; ++t) factors[size_t(s.row + t)] = scale.at(s.position + t);
     }
     if (std::ranges::all_of(factors, [](float factor) { return factor == 1; })) return rows;
+    return mx::multiply(rows, mx::array(factors.data(), {rows.shape(0), 1}, mx::float32), mx::Device::cpu);
+  }
+  static mx::array scale_queries(const mx::array& rows, const Attention& spec, const Batch& batch) {
     const int m = rows.shape(0), q = spec.query_size();
-    const mx::array queries = mx::multiply(mx::slice(rows, {0, 0}, {m, q}, mx::Device::cpu),
-                                           mx::array(factors.data(), {m, 1}, mx::float32), mx::Device::cpu);
+    const mx::array queries = scale_rows(mx::slice(rows, {0, 0}, {m, q}, mx::Device::cpu), *spec.query_scale, batch);
     return mx::concatenate({queries, mx::slice(rows, {0, q}, {m, rows.shape(1)}, mx::Device::cpu)}, 1, mx::Device::cpu);
   }
   std::shared_ptr<const kernels::AttentionSpec> spec_for(const Attending& w, const KvFormat& format) const {
@@ -322,7 +339,8 @@ class KernelOps final : public Ops {
     const Rope& rope = *w.spec.rope;
     made->n_heads = w.spec.n_heads;
     made->n_kv_heads = w.spec.n_kv_heads;
-    made->head_dim = w.spec.key_dim;
+    made->head_dim = w.latent ? w.spec.key_dim + w.spec.value_dim : w.spec.key_dim;
+    made->latent = w.latent ? w.spec.key_dim : 0;
     made->scale = w.spec.scale;
     made->window = w.spec.window;
     made->softcap = w.spec.softcap;

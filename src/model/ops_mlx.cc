@@ -56,6 +56,14 @@ struct Angles {
   std::optional<mx::array> magnitudes;
 };
 
+/// Of latent attention; Attending's q and k are the projections to queries and to latents.
+struct LatentParts {
+  std::optional<Linear> query_features;
+  mx::array norm;
+  std::optional<mx::array> query_norm;
+  Linear into, out;  // of all heads, stacked
+};
+
 struct Attending final : Ops::Packed {
   Attending(const Attention& spec, Linear q, Angles angles) : spec(spec), q(std::move(q)), angles(std::move(angles)) {}
   Attention spec;
@@ -64,6 +72,7 @@ struct Attending final : Ops::Packed {
   Angles angles;
   Ops::Weight q_norm, k_norm;
   std::optional<mx::array> sinks;
+  std::optional<LatentParts> latent;
 };
 
 /// As kernels::AttentionSpec::rotate_keys has it.
@@ -96,6 +105,18 @@ class MlxOps final : public Ops {
     weight->cell = std::move(cell);
     return weight;
   }
+  Weight pack_latent_attention(const Attention& spec, const LatentProjections& projections, Weight norm,
+                               Weight query_norm) override {
+    const auto weight_of = [](const Weight& norm) { return static_cast<const Norm&>(*norm).w; };
+    auto weight = std::make_shared<Attending>(spec, Linear(projections.query, dtype_), angles(spec));
+    weight->k.emplace(projections.latents, dtype_);
+    weight->latent = LatentParts{.query_features = std::nullopt, .norm = weight_of(norm), .query_norm = std::nullopt,
+                                 .into = Linear::stacked(projections.into, dtype_),
+                                 .out = Linear::stacked(projections.out, dtype_)};
+    if (projections.query_features) weight->latent->query_features.emplace(*projections.query_features, dtype_);
+    if (query_norm != nullptr) weight->latent->query_norm = weight_of(query_norm);
+    return weight;
+  }
   Weight pack_gated(const Projection& gate, const Projection& up, Activation activation) override {
     return std::make_shared<Gated>(Linear(gate, dtype_), Linear(up, dtype_), activation);
   }
@@ -115,6 +136,7 @@ class MlxOps final : public Ops {
   mx::array norm(const mx::array& x, const Weight& w) override { return normed(x, w, true); }
   mx::array attention(const mx::array& x, const Weight& weight, int layer, Batch& batch) override {
     const auto& w = static_cast<const Attending&>(*weight);
+    if (w.latent) return latent_attention(x, w, layer, batch);
     const Attention& spec = w.spec;
     const KvFormat& format = batch.kv_format;
     const mx::array q = normed(w.q.apply(x), w.q_norm, spec.qk_norm == QkNorm::kWhole);
@@ -169,6 +191,35 @@ class MlxOps final : public Ops {
  private:
   static bool bias_free(const Attention& spec, const KvFormat& format) { return format.bias_free && spec.key_bias(); }
   static mx::array turned(const mx::array& x, bool turn) { return turn ? hadamard(x) : x; }
+  mx::array latent_attention(const mx::array& x, const Attending& w, int layer, const Batch& batch) const {
+    const Attention& spec = w.spec;
+    const int plain = spec.latent->plain_dim, rest = spec.value_dim;
+    const bool turn = batch.kv_format.rotates_keys(), turn_rest = batch.kv_format.rotates_values();
+    const auto part = [](const mx::array& rows, int first, int last) {
+      return mx::slice(rows, {0, 0, 0, first}, {1, rows.shape(1), rows.shape(2), last});
+    };
+    const auto& [query_features, norm, query_norm, into, out] = *w.latent;
+    const mx::array features =
+        query_features ? mx::fast::rms_norm(query_features->apply(x), query_norm, spec.latent->norm_eps) : x;
+    const mx::array q = w.q.apply(features), shared = w.k->apply(x);
+    std::vector<mx::array> outputs;
+    for (const BatchSequence& s : batch.sequences) {
+      mx::array queries = heads(q, s, spec.n_heads, plain + rest);
+      if (spec.query_scale) queries = mx::multiply(queries, query_factors(*spec.query_scale, s));
+      const mx::array row = heads(shared, s, 1, spec.key_dim + rest);
+      const mx::array latents = mx::fast::rms_norm(part(row, 0, spec.key_dim), norm, spec.latent->norm_eps);
+      const mx::array rotating = rotate(part(row, spec.key_dim, spec.key_dim + rest), s.position, w);
+      const auto [held, held_rest] = s.kv->update_and_fetch(layer, turned(latents, turn), turned(rotating, turn_rest));
+      const mx::array values = mx::astype(held, dtype_);
+      const mx::array keys = mx::concatenate({values, mx::astype(held_rest, dtype_)}, -1);
+      const mx::array absorbed = turned(into.apply_each(part(queries, 0, plain)), turn);
+      const mx::array turning = turned(rotate(part(queries, plain, plain + rest), s.position, w), turn_rest);
+      const mx::array whole = mx::concatenate({absorbed, turning}, -1);
+      const mx::array found = out.apply_each(turned(attend(whole, keys, values, s, w), turn));
+      outputs.push_back(mx::reshape(mx::transpose(found, {0, 2, 1, 3}), {s.n, spec.output_size()}));
+    }
+    return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0);
+  }
   /// Appends the new rows to the caches. Of each sequence all keys and all values, as they are kept.
   std::vector<mx::array> append(const mx::array& x, const Attending& w, int layer, const Batch& batch) const {
     const Attention& spec = w.spec;
@@ -195,9 +246,10 @@ class MlxOps final : public Ops {
     for (float f : rope.inv_freq) periods.push_back(1 / f);
     Angles angles{.periods = mx::array(periods.data(), {int(periods.size())}, mx::float32), .magnitudes = std::nullopt};
     if (rope.magnitude != 1) {
-      std::vector<float> magnitudes(size_t(spec.key_dim), 1);
+      const int dims = spec.latent ? spec.value_dim : spec.key_dim;
+      std::vector<float> magnitudes(size_t(dims), 1);
       std::fill_n(magnitudes.begin(), rope.dims, rope.magnitude);
-      angles.magnitudes = mx::astype(mx::array(magnitudes.data(), {spec.key_dim}, mx::float32), dtype_);
+      angles.magnitudes = mx::astype(mx::array(magnitudes.data(), {dims}, mx::float32), dtype_);
     }
     return angles;
   }
