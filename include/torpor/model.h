@@ -81,7 +81,7 @@ class Model {
 
   /// Evaluated f32 logits [rows, vocab]: per sequence its last token's row, all of them or none. Long inputs are
   /// computed in chunks inside. On an error no sequence has advanced on kKernels. On kMlx one may have, by whole chunks
-  /// of 512 tokens of the batch; the caller cuts it back.
+  /// of 512 tokens of the batch; the caller cuts it back (with recurrent layers, to a state that it has kept).
   virtual mx::array forward(std::span<const ForwardSequence> batch) = 0;
 };
 

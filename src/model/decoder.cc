@@ -281,7 +281,8 @@ mx::array Decoder::compute(std::span<const ForwardSequence> batch) {
         sequence.next_state = sequence.kv->next_state().data();
         // Of the chunk before, where the cache has not advanced.
         const bool goes_on = next->done > 0 && !ops_->advances_per_chunk();
-        sequence.state = goes_on ? sequence.next_state : sequence.kv->state().data();
+        const std::span<const std::byte> live = sequence.kv->state();
+        sequence.state = goes_on ? sequence.next_state : live.empty() ? nullptr : live.data();
       }
       next->done += n;
       const bool last = next->left() == 0 && !next->sequence->no_logits;
