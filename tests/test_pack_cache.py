@@ -20,7 +20,7 @@ def kept(tiny, tmp_path):
     torpor = Torpor(tmp_path / "store", model)
     torpor.cache = cache
     torpor.answer = lambda *args, **env: torpor(
-        "run", "--model", model, "--prompt", "Who keeps the lamp?", "--max-tokens", 8, "--temp", 0, *args,
+        "run", "--model", model, "--prompt", "Who keeps the lamp?", "--max-tokens", 8, "--temperature", 0, *args,
         env={"TORPOR_CACHE": str(cache), **env})
     return torpor
 
@@ -65,7 +65,7 @@ def test_a_cache_that_can_not_be_written_costs_no_answer(kept):
 
 def test_two_processes_may_pack_at_once(kept):
     env = {**os.environ, "TORPOR_CACHE": str(kept.cache)}
-    command = kept.command("run", "--model", kept.model, "--prompt", "Who?", "--max-tokens", 4, "--temp", 0)
+    command = kept.command("run", "--model", kept.model, "--prompt", "Who?", "--max-tokens", 4, "--temperature", 0)
     both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     answers = {process.communicate(timeout=300)[0] for process in both}
     assert len(answers) == 1 and len(packed(kept)) == 1
