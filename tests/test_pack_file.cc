@@ -218,9 +218,7 @@ TEST_F(PackFileTest, ADigestIsAskedForAgainOnlyWhenTheFileHasChanged) {
   EXPECT_EQ(digest(), "2") << "it is too young to be remembered";
   // Files that have been there for long.
   const fs::path old = fs::path(TORPOR_SOURCE_DIR) / "LICENSE";
-  const auto digest_of_old = [&](const std::string& says) {
-    return digest_of_files({&old, 1}, [&] { return says; });
-  };
+  const auto digest_of_old = [&](const std::string& says) { return digest_of_files({&old, 1}, [&] { return says; }); };
   EXPECT_EQ(digest_of_old("first"), "first");
   EXPECT_EQ(digest_of_old("second"), "first");
 }

@@ -41,7 +41,11 @@ int list_models(bool json) {
   if (json) {
     Json list = Json::array();
     for (const LocalModel& model : models) {
-      Json entry{{"model", model.name}, {"place", model.place}, {"path", model.path.string()}, {"bytes", model.bytes}, {"runs", model.problem.empty()}};
+      Json entry{{"model", model.name},
+                 {"place", model.place},
+                 {"path", model.path.string()},
+                 {"bytes", model.bytes},
+                 {"runs", model.problem.empty()}};
       if (!model.problem.empty()) {
         entry["problem"] = model.problem;
         list.push_back(std::move(entry));
@@ -53,7 +57,8 @@ int list_models(bool json) {
       entry["state_bytes"] = model.state_bytes;
       Json formats = Json::array();
       for (const Format& format : formats_of(model, memory)) {
-        formats.push_back({{"kv", format.name}, {"bytes_per_token", format.bytes_per_token}, {"tokens_in_memory", format.tokens}});
+        formats.push_back(
+            {{"kv", format.name}, {"bytes_per_token", format.bytes_per_token}, {"tokens_in_memory", format.tokens}});
       }
       entry["kv_formats"] = std::move(formats);
       list.push_back(std::move(entry));
@@ -65,7 +70,8 @@ int list_models(bool json) {
     print("no models in the caches of Hugging Face, LM Studio or Ollama; fetch one with `hf download ORG/NAME`\n");
     return 0;
   }
-  std::vector<std::vector<std::string>> rows{{"MODEL", "SIZE", "FAMILY", "CONTEXT", "KV/TOKEN", "FITS", "4 BITS", "FITS"}};
+  std::vector<std::vector<std::string>> rows{
+      {"MODEL", "SIZE", "FAMILY", "CONTEXT", "KV/TOKEN", "FITS", "4 BITS", "FITS"}};
   std::string others;
   for (const LocalModel& model : models) {
     const std::string name = model.place.starts_with("Ollama ") ? model.place + " (" + model.name + ")" : model.name;
@@ -74,11 +80,16 @@ int list_models(bool json) {
       continue;
     }
     const std::vector<Format> formats = formats_of(model, memory);
-    const auto bytes = [&](size_t i) { return formats[i].bytes_per_token == 0 ? "-" : human_bytes(formats[i].bytes_per_token); };
-    const auto tokens = [&](size_t i) { return std::to_string(std::min<int64_t>(formats[i].tokens, model.info.max_context)); };
+    const auto bytes = [&](size_t i) {
+      return formats[i].bytes_per_token == 0 ? "-" : human_bytes(formats[i].bytes_per_token);
+    };
+    const auto tokens = [&](size_t i) {
+      return std::to_string(std::min<int64_t>(formats[i].tokens, model.info.max_context));
+    };
     const bool quantizes = formats.back().name != formats.front().name;
-    rows.push_back({name, human_bytes(model.bytes), model.info.architecture, std::to_string(model.info.max_context), bytes(0), tokens(0),
-                    quantizes ? bytes(formats.size() - 1) : "-", quantizes ? tokens(formats.size() - 1) : "-"});
+    rows.push_back({name, human_bytes(model.bytes), model.info.architecture, std::to_string(model.info.max_context),
+                    bytes(0), tokens(0), quantizes ? bytes(formats.size() - 1) : "-",
+                    quantizes ? tokens(formats.size() - 1) : "-"});
   }
   std::string text = rows.size() > 1 ? table(rows, {false, true, false, true, true, true, true, true}) : "";
   if (!others.empty()) text += (text.empty() ? "" : "\n") + std::string("not run here:\n") + others;
@@ -90,7 +101,8 @@ int list_models(bool json) {
 
 void add_models_command(CLI::App& app, Invocation& invocation) {
   const auto json = std::make_shared<bool>(false);
-  CLI::App* models = app.add_subcommand("models", "List the models in the local caches: what runs here, and how many tokens fit");
+  CLI::App* models =
+      app.add_subcommand("models", "List the models in the local caches: what runs here, and how many tokens fit");
   models->add_flag("--json", *json, "Print a JSON object");
   models->callback([&invocation, json] { invocation.run = [json] { return list_models(*json); }; });
 }

@@ -30,7 +30,8 @@ std::optional<json> stamps_of(std::span<const fs::path> files) {
     std::error_code error;
     const fs::path path = fs::canonical(file, error);
     const auto stat = error ? std::nullopt : Env::posix().stat(path);
-    if (!stat || std::chrono::nanoseconds(std::max(stat->mtime_ns, stat->ctime_ns)) > now - kSettled) return std::nullopt;
+    if (!stat || std::chrono::nanoseconds(std::max(stat->mtime_ns, stat->ctime_ns)) > now - kSettled)
+      return std::nullopt;
     stamps.push_back({path.string(), stat->size, stat->mtime_ns, stat->ctime_ns, stat->inode, stat->device});
   }
   return stamps;
@@ -97,7 +98,8 @@ void forget_digests_of_gone_files() {
     try {
       const json known = json::parse(env.read_file(note, kMaxBytes), nullptr, false);
       const json files = known.is_object() ? known.value("files", json::array()) : json::array();
-      const bool gone = std::ranges::any_of(files, [&](const json& file) { return !env.is_file(file.at(0).get<std::string>()); });
+      const bool gone =
+          std::ranges::any_of(files, [&](const json& file) { return !env.is_file(file.at(0).get<std::string>()); });
       if (gone) env.remove(note);
     } catch (const std::exception&) {
       // It is nobody's, and small.

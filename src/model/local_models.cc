@@ -19,7 +19,8 @@ namespace fs = std::filesystem;
 std::vector<fs::path> entries(const fs::path& directory) {
   std::vector<fs::path> paths;
   std::error_code error;
-  for (fs::directory_iterator it(directory, error), end; !error && it != end; it.increment(error)) paths.push_back(it->path());
+  for (fs::directory_iterator it(directory, error), end; !error && it != end; it.increment(error))
+    paths.push_back(it->path());
   std::ranges::sort(paths);
   return paths;
 }
@@ -36,7 +37,8 @@ int64_t bytes_of(const fs::path& path) {
   for (fs::recursive_directory_iterator it(path, error), end; !error && it != end; it.increment(error)) {
     std::error_code ignored;
     const fs::path real = fs::canonical(it->path(), ignored);
-    if (!ignored && fs::is_regular_file(real, ignored) && seen.insert(real).second) bytes += int64_t(fs::file_size(real, ignored));
+    if (!ignored && fs::is_regular_file(real, ignored) && seen.insert(real).second)
+      bytes += int64_t(fs::file_size(real, ignored));
   }
   return bytes;
 }
@@ -51,13 +53,15 @@ class Finder {
       if (!name.starts_with("models--")) continue;
       name.erase(0, std::string_view("models--").size());
       if (const size_t dashes = name.find("--"); dashes != std::string::npos) name.replace(dashes, 2, "/");
-      if (const fs::path snapshot = hub_snapshot(repo); !snapshot.empty()) add_directory("Hugging Face", name, snapshot, name + ":");
+      if (const fs::path snapshot = hub_snapshot(repo); !snapshot.empty())
+        add_directory("Hugging Face", name, snapshot, name + ":");
     }
   }
   void lm_studio() {
     for (const char* root : {"~/.lmstudio/models", "~/.cache/lm-studio/models"}) {
       for (const fs::path& owner : entries(expand_home(root))) {
-        for (const fs::path& model : entries(owner)) add_directory("LM Studio", model.string(), model, model.string() + "/");
+        for (const fs::path& model : entries(owner))
+          add_directory("LM Studio", model.string(), model, model.string() + "/");
       }
     }
   }
@@ -66,7 +70,8 @@ class Finder {
     const std::string given = environment("OLLAMA_MODELS");
     const fs::path root = given.empty() ? fs::path(expand_home("~/.ollama/models")) : fs::path(given);
     std::error_code error;
-    for (fs::recursive_directory_iterator it(root / "manifests", error), end; !error && it != end; it.increment(error)) {
+    for (fs::recursive_directory_iterator it(root / "manifests", error), end; !error && it != end;
+         it.increment(error)) {
       std::error_code ignored;
       if (!it->is_regular_file(ignored)) continue;
       std::ifstream in(it->path());
@@ -78,7 +83,8 @@ class Finder {
         if (const size_t colon = blob.find(':'); colon != std::string::npos) blob[colon] = '-';
         if (blob.empty() || blob.find('/') != std::string::npos) continue;
         const fs::path path = root / "blobs" / blob;
-        add("Ollama " + it->path().parent_path().filename().string() + ":" + it->path().filename().string(), path.string(), path);
+        add("Ollama " + it->path().parent_path().filename().string() + ":" + it->path().filename().string(),
+            path.string(), path);
       }
     }
   }
@@ -95,7 +101,8 @@ class Finder {
     return std::regex_match(file, match, pattern) ? match[1].str() : "";
   }
   /// A model of safetensors, and each GGUF file; the first of those that a model is split into stands for all.
-  void add_directory(const std::string& place, const std::string& name, const fs::path& directory, const std::string& prefix) {
+  void add_directory(const std::string& place, const std::string& name, const fs::path& directory,
+                     const std::string& prefix) {
     std::vector<fs::path> files;
     std::error_code error;
     for (fs::recursive_directory_iterator it(directory, error), end; !error && it != end; it.increment(error)) {
@@ -105,9 +112,11 @@ class Finder {
     std::ranges::sort(files);
     // Files beside a config.json are often its GGUF versions alone.
     const auto has_safetensors = [&] {
-      return std::ranges::any_of(entries(directory), [](const fs::path& path) { return path.extension() == ".safetensors"; });
+      return std::ranges::any_of(entries(directory),
+                                 [](const fs::path& path) { return path.extension() == ".safetensors"; });
     };
-    if (fs::exists(directory / "config.json", error) && (files.empty() || has_safetensors())) add(place, name, directory);
+    if (fs::exists(directory / "config.json", error) && (files.empty() || has_safetensors()))
+      add(place, name, directory);
     for (const fs::path& file : files) {
       const std::string piece = piece_of(file.filename().string());
       if (!piece.empty() && piece != "00001") continue;
@@ -115,7 +124,8 @@ class Finder {
       LocalModel& added = add(place, prefix + file.lexically_relative(directory).string(), file);
       for (const fs::path& other : files) {
         const bool of_it = !piece.empty() && other != file && other.parent_path() == file.parent_path() &&
-                           !piece_of(other.filename().string()).empty() && other.filename().string().starts_with(stem + "-");
+                           !piece_of(other.filename().string()).empty() &&
+                           other.filename().string().starts_with(stem + "-");
         if (of_it) added.bytes += bytes_of(other);
       }
     }
@@ -136,7 +146,8 @@ fs::path hub_cache() {
     if (const std::string cache = environment(name); !cache.empty()) return expanded(cache);
   }
   if (const std::string home = environment("HF_HOME"); !home.empty()) return expanded(home) / "hub";
-  if (const std::string cache = environment("XDG_CACHE_HOME"); !cache.empty()) return expanded(cache) / "huggingface/hub";
+  if (const std::string cache = environment("XDG_CACHE_HOME"); !cache.empty())
+    return expanded(cache) / "huggingface/hub";
   return fs::path(home_directory()) / ".cache/huggingface/hub";
 }
 

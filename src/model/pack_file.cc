@@ -195,7 +195,8 @@ class Reader final : public PackFile {
 class Writer final : public PackFile {
  public:
   Writer(std::string key, std::vector<fs::path> of)
-      : key_(std::move(key)), of_(std::move(of)),
+      : key_(std::move(key)),
+        of_(std::move(of)),
         temporary_(directory() / (kTemporary + std::to_string(::getpid()) + "-" + Env::posix().random_id())),
         output_(temporary_),
         thread_([this] { work(); }) {}
@@ -238,7 +239,8 @@ class Writer final : public PackFile {
   };
 
   WeightMemory::Place take(size_t size, const std::string& fingerprint, bool maps) {
-    taken_ = {.fingerprint = fingerprint, .from = {}, .to = full_ ? MappedOutput::Place{} : output_.take(size), .size = size};
+    taken_ = {
+        .fingerprint = fingerprint, .from = {}, .to = full_ ? MappedOutput::Place{} : output_.take(size), .size = size};
     full_ |= taken_.to.data == nullptr;
     if (maps && !full_) return {taken_.to.data, false};
     return {kernels::allocate_weights(size), false};
@@ -316,7 +318,8 @@ class Writer final : public PackFile {
       if (other.extension() != kSuffix || key == key_) continue;
       try {
         const File file = env.open(other, OpenMode::kRead);
-        if (const auto of = read_index(file, file.stat().size, key); of && of->at("of") == index["of"]) env.remove(other);
+        if (const auto of = read_index(file, file.stat().size, key); of && of->at("of") == index["of"])
+          env.remove(other);
       } catch (const std::exception&) {
         // gc removes what is none.
       }
