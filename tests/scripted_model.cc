@@ -23,6 +23,7 @@
 #include "server/http_edge.h"
 #include "server/keys.h"
 #include "server/service.h"
+#include "server/turn_queue.h"
 
 namespace torpor::server {
 namespace {
@@ -169,7 +170,8 @@ int main(int, char** words) {
   ScriptedModel model(engine, words[4]);
   Dialects dialects(model, {&engine.store()});
   Metrics metrics;
-  Service service({}, dialects, dialects, metrics);
+  TurnQueue queue(64);
+  Service service({}, queue, dialects, dialects, metrics);
   if (!std::filesystem::exists(words[3])) make_key_file(words[3]);
   service.set_keys(ApiKeys::read(words[3]));
   HttpEdgeOptions edge_options;
