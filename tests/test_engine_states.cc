@@ -119,6 +119,32 @@ TEST_F(EngineStates, WakingForkingAndRewindingGoOnAsIfNothingHadBeen) {
   }
 }
 
+TEST_F(EngineStates, AnAgentThatIsAwakeWithTheRowsUpToAStateIsForkedRewoundAndPinnedWhole) {
+  Engine engine = make();
+  for (int i = 0; i < 2; ++i) engine.turn(say("a", words(120, i)));
+  const std::vector<int32_t> tokens = engine.tokens("a");
+  const int64_t first = ssize(tokens) - 100, second = first - 30, third = second - 30;
+  engine.rewind("a", first);
+  const auto held = [&](const std::string& id, int64_t n) {
+    EXPECT_EQ(engine.tokens(id), std::vector<int32_t>(tokens.begin(), tokens.begin() + n)) << id;
+    EXPECT_EQ(engine.next_logits(id), oracle(tokens, n)) << id;
+  };
+  held("a", first);
+  engine.fork("a", "b", std::nullopt);
+  held("b", first);
+  engine.fork("a", "c", second);
+  held("c", second);
+  EXPECT_THROW(engine.fork("a", "d", first + 1), Error);
+  engine.rewind("a", third);
+  held("a", third);
+  engine.pin("a", true);
+  engine.sleep("a");
+  EXPECT_TRUE(is_pinned(engine.store().agent_info("a")));
+  held("a", third);
+  engine.turn(say("b", words(3, 9)));
+  EXPECT_EQ(engine.next_logits("b"), oracle(engine.tokens("b")));
+}
+
 TEST_F(EngineStates, ASaveAfterATurnWritesItsRowsAndOneState) {
   Engine engine = make();
   engine.turn(say("a", words(60, 1)));

@@ -118,6 +118,45 @@ TEST_P(Turns, RowsThatATurnBeganByCuttingComeBack) {
   expect_sound(*agent->cache);
 }
 
+TEST_P(Turns, ACancelledTurnThatPartsFromTheHistoryChangesNothing) {
+  auto manager = make();
+  const auto by_messages = [&](const std::vector<Message>& messages) {
+    TurnInput given = input("", false);
+    given.messages = messages;
+    return given;
+  };
+  const std::vector<Message> first = {{"user", words(300)}}, other = {{"user", words(100) + words(700, " sea")}};
+  answer(*manager, "a", by_messages(first));
+  EXPECT_GT(manager->begin_save(*manager->wake("a")).get().bytes_written, 0);
+  manager->wait_for_writes();
+  std::vector<int32_t> tokens;
+  int computed = 0;
+  for (const int rows : {0, 50, 400}) {  // fewer than the history has, and more
+    const AgentHold agent = manager->wake("a");
+    tokens = agent->cache->tokens();
+    const uint64_t version = agent->version;
+    {
+      TurnTransaction turn(*manager, manager->wake("a"), by_messages(other));
+      computed = turn.reused() + rows;
+      append(*manager, turn, turn.pending().first(size_t(rows)));
+      turn.commit({"assistant", ""}, false);
+      turn.save(SaveMode::kNo);
+    }
+    EXPECT_EQ(agent->cache->tokens(), tokens) << rows;
+    EXPECT_EQ(agent->history, tokens);
+    EXPECT_EQ(agent->messages.size(), 2u);
+    EXPECT_EQ(agent->version, version);
+    EXPECT_FALSE(agent->in_turn);
+    expect_sound(*agent->cache);
+  }
+  {
+    TurnTransaction again(*manager, manager->wake("a"), by_messages(other));
+    EXPECT_EQ(again.reused(), computed) << "its rows are kept a while";
+  }
+  manager->sleep("a");
+  EXPECT_EQ(manager->wake("a")->cache->tokens(), tokens);
+}
+
 TEST_P(Turns, OfAPromptThatIsCutAfterEachChunkNoRowIsComputedTwice) {
   constexpr int kFirst = 250, kChunk = 16, kCuts = 10;
   int which = 0;

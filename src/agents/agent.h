@@ -52,7 +52,15 @@ struct Agent {
   void changed() { ++version; }
   bool dirty() const { return version != saved_version; }
   /// Until every row that a salvage lost is computed again, the damaged file is the better one: it has all the tokens.
-  bool whole() const { return cache->tokens().size() >= history.size(); }
+  bool whole() const { return cache->tokens().size() >= history.size() && agrees(); }
+  /// Whether its rows are those of its history, or of the history's beginning.
+  bool agrees() const {
+    const std::vector<int32_t>& held = cache->tokens();
+    const auto end = history.begin() + std::min(ssize(history), ssize(held));
+    return std::equal(history.begin(), end, held.begin());
+  }
+  /// It woke with the rows up to a state, and its file has all that it holds: what changes it changes the file.
+  bool behind() const { return !whole() && !damage; }
   /// Only what the disk has of the first `n_tokens` tokens is the agent's any more.
   void cut_files(int64_t n_tokens) {
     segments.resize(std::min(segments.size(), size_t(n_tokens / kSegmentTokens)));

@@ -8,10 +8,10 @@ namespace torpor {
 namespace {
 
 void require_length(const Agent& agent, int64_t n_tokens, const char* verb) {
-  if (n_tokens >= 0 && n_tokens <= agent.cache->length()) return;
-  throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' holds " +
-                                               std::to_string(agent.cache->length()) + " tokens, so it can't be " +
-                                               verb + " " + std::to_string(n_tokens) + ".");
+  const int64_t length = agent.behind() ? ssize(agent.history) : agent.cache->length();
+  if (n_tokens >= 0 && n_tokens <= length) return;
+  throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' holds " + std::to_string(length) +
+                                               " tokens, so it can't be " + verb + " " + std::to_string(n_tokens) + ".");
 }
 
 }  // namespace
@@ -74,12 +74,13 @@ void AgentManager::require_free(const std::string& id) const {
 
 void AgentManager::fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token) {
   const AgentHold source = existing(src);
+  if (source) finish_writes(*source);  // a save under way may let go of states that the fork would name
   if (source) require_length(*source, at_token.value_or(0), "forked at");
   const int keep = source ? int(at_token.value_or(source->cache->length())) : 0;
   // A window may have left rows behind that are needed again, and a budget no room for the run that the cut copies: the files
-  // have the rows, and a fork of those needs no memory.
-  const auto room =
-      source && source->cache->can_truncate(keep) ? try_room(source->cache->cut_cost(keep)) : std::nullopt;
+  // have the rows, and a fork of those needs no memory. So have they the tokens that are behind the last state.
+  const bool in_memory = source && !source->behind() && source->cache->can_truncate(keep);
+  const auto room = in_memory ? try_room(source->cache->cut_cost(keep)) : std::nullopt;
   if (!room) {
     if (source) save(*source);
     fork_agent(store_, src, dst, at_token, options_.durability);
@@ -119,7 +120,8 @@ void AgentManager::rewind(const std::string& id, int64_t n_tokens) {
   Agent& agent = *hold;
   require_length(agent, n_tokens, "rewound to");
   finish_writes(agent);
-  const bool fits = agent.cache->can_truncate(int(n_tokens)) && try_room(agent.cache->cut_cost(int(n_tokens)));
+  const bool fits = !agent.behind() && agent.cache->can_truncate(int(n_tokens)) &&
+                    try_room(agent.cache->cut_cost(int(n_tokens)));
   if (!fits) {
     hold.release();
     sleep(id);
@@ -178,12 +180,18 @@ void AgentManager::wake_again(const std::string& id) noexcept {
 }
 
 void AgentManager::pin(const std::string& id, bool pinned) {
-  const AgentHold agent = existing(id);
+  AgentHold agent = existing(id);
   if (!agent) {
     pin_agent(store_, id, pinned, options_.durability);
     return;
   }
   if (agent->pinned == pinned) return;
+  if (agent->behind()) {  // it isn't saved before its rows are computed again
+    agent.release();
+    sleep(id);
+    pin_agent(store_, id, pinned, options_.durability);
+    return wake_again(id);
+  }
   agent->pinned = pinned;
   agent->changed();
   save_behind(*agent);

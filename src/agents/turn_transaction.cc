@@ -229,6 +229,13 @@ void TurnTransaction::bring_back() {
 
 void TurnTransaction::commit(Message answer, bool complete) {
   Agent& agent = *hold_;
+  if (!complete && !agent.whole() && (was_cut() || !agent.agrees())) {
+    // The agent has none of these rows: in its file they would stand under its messages.
+    keep_for_retry(false);
+    restore(false);
+    committed_ = true;
+    return;
+  }
   if (complete) {
     for (Message& message : said_) messages_.push_back({std::move(message), int(tokens_.size())});
     messages_.push_back({std::move(answer), agent.cache->length()});
@@ -272,31 +279,37 @@ Error TurnTransaction::save_failed(const std::string& agent, const Error& error)
       .with_field(error.field(), error.expected(), error.found());
 }
 
+void TurnTransaction::restore(bool may_sleep) noexcept {
+  Agent& agent = *hold_;
+  const bool queued = agent.queued_version != queued_version_;  // somebody saved it meanwhile, rows of this turn with it
+  const bool cut = was_cut();
+  const RowsAside* const before = cut_aside_ != nullptr ? cut_aside_.get() : aside_.get();
+  // One that goes back to sleep needs no rows.
+  const bool rowless = may_sleep && before != nullptr && hold_.woke() && version_ == agent.saved_version &&
+                       agent.holds == 1 && !queued;
+  try {
+    if (before != nullptr && !rowless) manager_.bring_back(agent, *before, true);
+    if (cut_ != nullptr) agent.cache = std::move(cut_);
+    if (cut) {
+      agent.segments = std::move(cut_segments_);
+      agent.states = std::move(cut_states_);
+      agent.lineage = std::move(cut_lineage_);
+    } else if (agent.cache->length() > held_) {
+      manager_.take_back(agent, held_);
+    }
+  } catch (...) {
+    // The rows stay: those of the history, and of a prompt that may be asked again.
+  }
+  const bool as_before = rowless || (agent.cache->length() == held_ && !queued);
+  as_before ? void(agent.version = version_) : agent.changed();
+}
+
 void TurnTransaction::roll_back() noexcept {
   Agent& agent = *hold_;
   const std::string id = agent.id;
   if (begun_) {
     agent.in_turn = false;
-    const bool queued = agent.queued_version != queued_version_;  // somebody saved it meanwhile, rows of this turn with it
-    const bool was_cut = cut_ != nullptr || cut_aside_ != nullptr;
-    const RowsAside* const before = cut_aside_ != nullptr ? cut_aside_.get() : aside_.get();
-    // One that goes back to sleep needs no rows.
-    const bool rowless = before != nullptr && hold_.woke() && version_ == agent.saved_version && agent.holds == 1 && !queued;
-    try {
-      if (before != nullptr && !rowless) manager_.bring_back(agent, *before, true);
-      if (cut_ != nullptr) agent.cache = std::move(cut_);
-      if (was_cut) {
-        agent.segments = std::move(cut_segments_);
-        agent.states = std::move(cut_states_);
-        agent.lineage = std::move(cut_lineage_);
-      } else if (agent.cache->length() > held_) {
-        manager_.take_back(agent, held_);
-      }
-    } catch (...) {
-      // The rows stay: those of the history, and of a prompt that may be asked again.
-    }
-    const bool as_before = rowless || (agent.cache->length() == held_ && !queued);
-    as_before ? void(agent.version = version_) : agent.changed();
+    restore(true);
   }
   const bool sleeps = hold_.woke() && !agent.dirty() && agent.holds == 1;
   hold_.release();

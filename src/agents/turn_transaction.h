@@ -82,7 +82,8 @@ class TurnTransaction {
   std::span<const int32_t> pending() const noexcept;
 
   /// Ends the turn with this answer, whose rows follow those of `tokens()`. Without `complete` the turn was cancelled
-  /// before all of the prompt's rows were computed. It did not happen, but they stay for when it is asked again.
+  /// before all of the prompt's rows were computed. It did not happen, but they stay for when it is asked again. Where they
+  /// take the place of rows that the agent's history has, they are kept as by keep_for_retry, in memory alone.
   void commit(Message answer, bool complete);
   /// After commit. With kWait the future is what the save comes to; else it is not valid. An error is not thrown, for
   /// the answer stands: it is in save_error, as is one of a save behind an earlier turn.
@@ -101,6 +102,9 @@ class TurnTransaction {
   void plan_checkpoints(const Phrasing& phrasing, std::span<const Message> messages);
   /// Takes a longer prefix than the agent's own rows, where somebody has one.
   void reuse_longer_prefix();
+  bool was_cut() const noexcept { return cut_ != nullptr || cut_aside_ != nullptr; }
+  /// Rows and version are what they were before. With `may_sleep` an agent that roll_back lets go of may be without rows.
+  void restore(bool may_sleep) noexcept;
   void roll_back() noexcept;
 
   AgentManager& manager_;
