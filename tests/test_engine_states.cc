@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -192,6 +193,23 @@ TEST_F(EngineStates, AStopStringsTokensAreTakenBack) {
   EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a")));
   engine.turn(say("a", words(5, 4)));
   EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a")));
+}
+
+TEST_F(EngineStates, APromptThatWaitsForAnotherOnesRowsGetsThemToTheToken) {
+  Engine engine = make();
+  TurnRequest first = say("a", words(700, 1)), second = say("b", words(400, 1) + words(60, 9));
+  TurnResult result;
+  std::thread other;
+  first.generate.on_prefill = [&](int, int) {
+    if (!other.joinable()) other = std::thread([&] { result = engine.turn(second); });
+  };
+  engine.turn(first);
+  other.join();
+  const std::vector<int32_t> a = engine.tokens("a"), b = engine.tokens("b");
+  const auto common = std::ranges::mismatch(a, b).in1 - a.begin();
+  EXPECT_EQ(result.tokens.cached, common);
+  EXPECT_EQ(result.tokens.again, 0);
+  EXPECT_EQ(engine.next_logits("b"), oracle(b));
 }
 
 TEST_F(EngineStates, APromptGoesOnFromWhatOthersHaveInMemoryAndOnDisk) {

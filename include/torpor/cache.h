@@ -65,8 +65,12 @@ class KvCache : public KvAccess {
   std::span<const std::shared_ptr<const StateCheckpoint>> states() const noexcept { return states_; }
   /// The live state will be held when the cache goes on.
   void keep_state() { live_kept_ = true; }
+  /// Whether it will.
+  bool keeps_state() const noexcept { return live_kept_ && !states_.empty(); }
   /// No longer holds the state of `position`; the live one it does until the cache goes on.
   void drop_state(int64_t position);
+  /// Lets go of the memory that the next pass would write its state to. That pass takes it again.
+  void drop_spare();
   /// Holds a state of an earlier position, which came from elsewhere. If there is one already, that stays.
   /// kInvalidArgument when it is of another size, or of a position past length().
   void add_state(std::shared_ptr<const StateCheckpoint> state);

@@ -116,7 +116,8 @@ class AgentManager {
 
   /// Takes the memory that computing these rows needs, for all sequences of a step at once; their agents are held.
   /// kResourceExhausted, before anything is taken, when it does not fit.
-  void reserve(std::span<const Growth> growths);
+  /// With `at_once` they exceed the budget instead, until room is needed next: of rows that were held a moment ago.
+  void reserve(std::span<const Growth> growths, bool at_once = false);
 
   // The caller holds `agent`, and nobody else changes its rows meanwhile.
   /// Gives the agent, whose rows are those of the first `tokens`, the longest prefix of `tokens` that there is. Agents
@@ -147,9 +148,15 @@ class AgentManager {
   /// Gives the agent these rows again. kResourceExhausted when the budget has no room and they are not wanted
   /// `at_once`, which may exceed it until room is needed next. kCorruption. After an error they are still aside.
   void bring_back(Agent& agent, const RowsAside& aside, bool at_once = false);
+  /// Reads the last state of the first `n_tokens` tokens into `cache`, the agent's or a clone, unless it is there. How many
+  /// tokens that can then go on from: fewer where a file is damaged. Without recurrent layers it is `n_tokens` itself.
+  int hold_state(const Agent& agent, KvCache& cache, int n_tokens);
   /// After a turn: of the agent's states those stay that thin_checkpoints names. `history` is where the turn's prompt
   /// ended but for the asking for an answer; it counts as the end of a turn.
   void thin_states(Agent& agent, int64_t history);
+  /// The same in a turn that began with `reused` tokens, so that a long prompt keeps no more states than it will leave.
+  /// Those go that it has computed, but for the live one and those at `wanted` positions.
+  void thin_states_of_turn(Agent& agent, int64_t reused, std::span<const int64_t> wanted);
   bool has_states() const noexcept { return !options_.state_layout.empty(); }
   /// checkpoint_stride of the agent's rows.
   int64_t stride_of(const Agent& agent) const;
@@ -240,14 +247,13 @@ class AgentManager {
                         std::span<const int64_t> positions = {});
   /// The last state of the agent's first `n_tokens` tokens, in memory or on disk; without recurrent layers `n_tokens`.
   int64_t last_state(const Agent& agent, int64_t n_tokens) const;
-  /// Reads that state into `cache`, the agent's or a clone, unless it is there. How many tokens that can then go on
-  /// from: fewer where a file is damaged.
-  int hold_state(const Agent& agent, KvCache& cache, int n_tokens);
   /// Whether rows of the one may be the other's, tokens apart.
   bool may_share(const Agent& from, const Agent& to) const;
   /// The first rows of an agent that somebody holds: `n_tokens`, or whole runs of them where there is no room for a
   /// cut.
   Prefix cut_of(const Agent& agent, int n_tokens);
+  /// Positions of states that thin_checkpoints doesn't name, ascending. `history` as in thin_states.
+  std::vector<int64_t> surplus_states(const Agent& agent, int64_t history) const;
   /// Lets go of states in memory that the disk has, but for the live one.
   static void let_saved_states_go(Agent& agent);
   void give(Agent& agent, Prefix prefix);

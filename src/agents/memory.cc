@@ -26,11 +26,11 @@ bool is_lack_of_room(const Error& error) {
 
 std::unique_ptr<EvictionPolicy> make_lru() { return std::make_unique<Lru>(); }
 
-void AgentManager::reserve(std::span<const Growth> growths) {
+void AgentManager::reserve(std::span<const Growth> growths, bool at_once) {
   size_t bytes = 0;
   for (const Growth& growth : growths) bytes += growth.cache->growth(growth.rows);
   if (bytes == 0) return;
-  const KvLedger::Room room = make_room(bytes);
+  const auto room = at_once ? try_room(bytes) : std::optional(make_room(bytes));
   for (const Growth& growth : growths) growth.cache->grow(growth.rows);
 }
 

@@ -7,7 +7,7 @@
 namespace torpor {
 
 RowsAside::RowsAside(Env& env, const std::filesystem::path& directory, const KvCache& cache)
-    : snapshot_(cache.snapshot({.kv = cache.format().name()})) {
+    : snapshot_(cache.snapshot({.kv = cache.format().name()})), keeps_state_(cache.keeps_state()) {
   std::vector<std::span<const std::byte>> pieces;
   uint64_t size = 0;
   for (size_t i = 0; i < snapshot_.n_runs(); ++i) {
@@ -105,7 +105,9 @@ std::unique_ptr<KvCache> RowsAside::restore(Backend backend) const {
     }
     whole.states.push_back(std::move(state));
   }
-  return KvCache::restore(whole, backend);
+  auto cache = KvCache::restore(whole, backend);
+  if (keeps_state_) cache->keep_state();
+  return cache;
 }
 
 }  // namespace torpor

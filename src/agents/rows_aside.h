@@ -46,6 +46,7 @@ class RowsAside {
   };
 
   KvSnapshot snapshot_;     ///< runs that are in the file are nullptr, and no states
+  bool keeps_state_ = false;  ///< KvCache::keeps_state
   std::vector<State> states_;
   std::vector<Run> runs_;   ///< one per run of the snapshot, the tail last; of no meaning for mapped ones
   size_t tail_bytes_ = 0;

@@ -50,7 +50,7 @@ void TurnTransaction::begin(const TurnInput& input) {
   input.messages.empty() ? plan_prompt(input) : plan_messages(input);
 
   const std::span<const int32_t> wanted = std::span(tokens_).first(tokens_.empty() ? 0 : tokens_.size() - 1);
-  int64_t known = std::ranges::mismatch(wanted, agent.history).in1 - wanted.begin();
+  known_ = std::ranges::mismatch(wanted, agent.history).in1 - wanted.begin();
   if (held_ > 0) agent.cache->keep_state();
   const std::vector<int32_t>& held = agent.cache->tokens();
   if (!held.empty()) {
@@ -66,16 +66,14 @@ void TurnTransaction::begin(const TurnInput& input) {
     }
   }
   if (agent.cache->length() == 0) {
-    manager_.reuse_prefix(agent, tokens_, checkpoints_, &known);
+    manager_.reuse_prefix(agent, tokens_, checkpoints_, &known_);
   } else if (tokens_.size() > size_t(agent.cache->length()) + kSegmentTokens) {
     reuse_longer_prefix();
   }
-  reused_ = agent.cache->length();
+  goes_on_here();
   if (manager_.has_states()) {
-    if (reused_ > 0) agent.cache->keep_state();
-    again_ = int(std::max<int64_t>(0, known - reused_));
     // The prompt parts from what is known there, and others may part there, too.
-    if (again_ > 0) checkpoints_.push_back(known);
+    if (again() > 0) checkpoints_.push_back(known_);
     stops_ = checkpoint_stops(reused_, ssize(tokens_), manager_.stride_of(agent), checkpoints_);
   }
   if (has_unknown_tokens(pending())) {
@@ -200,11 +198,36 @@ void TurnTransaction::reuse_longer_prefix() {
 }
 
 void TurnTransaction::share_rows(const TurnTransaction& other, int n_tokens) {
-  if (is_new() && manager_.share_rows(*hold_, *other.hold_, n_tokens)) reused_ = hold_->cache->length();
+  if (!is_new()) return;
+  known_ = std::max<int64_t>(known_, n_tokens);
+  if (manager_.share_rows(*hold_, *other.hold_, n_tokens)) goes_on_here();
 }
 
 void TurnTransaction::reuse_prefix() {
-  if (is_new() && manager_.reuse_prefix(*hold_, tokens_, checkpoints_) > 0) reused_ = hold_->cache->length();
+  if (is_new() && manager_.reuse_prefix(*hold_, tokens_, checkpoints_, &known_) > 0) goes_on_here();
+}
+
+int TurnTransaction::again() const noexcept {
+  return manager_.has_states() ? int(std::max<int64_t>(0, known_ - reused_)) : 0;
+}
+
+void TurnTransaction::stop_at(int64_t position) {
+  const auto next = std::ranges::lower_bound(stops_, position);
+  const bool is_there = next != stops_.end() && *next == position;
+  if (!manager_.has_states() || is_there || position <= hold_->cache->length() || position >= ssize(tokens_)) return;
+  checkpoints_.push_back(position);
+  stops_.insert(next, position);
+}
+
+void TurnTransaction::keep_due_state() {
+  if (!std::ranges::binary_search(stops_, int64_t(hold_->cache->length()))) return;
+  hold_->cache->keep_state();
+  manager_.thin_states_of_turn(*hold_, reused_, checkpoints_);
+}
+
+void TurnTransaction::goes_on_here() {
+  reused_ = hold_->cache->length();
+  if (reused_ > 0) hold_->cache->keep_state();
 }
 
 void TurnTransaction::keep_for_retry(bool on_disk) noexcept {
@@ -247,9 +270,9 @@ void TurnTransaction::commit(Message answer, bool complete) {
   }
   manager_.thin_states(agent, asked_at_);
   notices_ = manager_.adapt(agent, reused_);
-  if (again_ > 0) {
-    const std::string from = std::to_string(reused_), to = std::to_string(reused_ + again_);
-    notices_.push_back(std::to_string(again_) + " tokens that were known are computed again: there is no state between " +
+  if (again() > 0) {
+    const std::string from = std::to_string(reused_), to = std::to_string(known_);
+    notices_.push_back(std::to_string(again()) + " tokens that were known are computed again: there is no state between " +
                        from + " and " + to + " tokens.");
   }
   agent.changed();

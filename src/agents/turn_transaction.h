@@ -58,9 +58,13 @@ class TurnTransaction {
   KvCache& cache() noexcept { return *hold_->cache; }
   /// How many of the prompt's tokens somebody has rows of, though they are computed again for want of a state between
   /// reused() and them.
-  int again() const noexcept { return again_; }
+  int again() const noexcept;
   /// Of a model with recurrent layers: after which tokens of the prompt a state is to be kept (KvCache::keep_state).
   const std::vector<int64_t>& stops() const noexcept { return stops_; }
+  /// Another turn waits for the rows of the first `position` tokens: it can go on from a state alone, so one is kept there.
+  void stop_at(int64_t position);
+  /// After rows were computed: keeps the live state if it is one of stops(). Earlier ones that a commit would not leave go.
+  void keep_due_state();
   /// Takes back the rows from `n_tokens` on.
   void take_back(int n_tokens) { manager_.take_back(*hold_, n_tokens); }
   /// Whether the agent had no rows before the turn, so that others' may take the place of those that it has by now.
@@ -100,6 +104,8 @@ class TurnTransaction {
   void plan_messages(const TurnInput& input);
   /// Where states of the prompt are worth keeping.
   void plan_checkpoints(const Phrasing& phrasing, std::span<const Message> messages);
+  /// The turn computes what follows the rows that the agent has now.
+  void goes_on_here();
   /// Takes a longer prefix than the agent's own rows, where somebody has one.
   void reuse_longer_prefix();
   bool was_cut() const noexcept { return cut_ != nullptr || cut_aside_ != nullptr; }
@@ -116,7 +122,8 @@ class TurnTransaction {
   std::string variables_;
   std::optional<MessageDivergence> divergence_;
   std::vector<int32_t> tokens_;
-  int reused_ = 0, again_ = 0;
+  int reused_ = 0;
+  int64_t known_ = 0;                   // tokens of the prompt that somebody has rows of
   std::vector<int64_t> checkpoints_, stops_;
   int64_t asked_at_ = 0;                // where the prompt is over but for the asking for an answer
   std::optional<Error> save_error_;

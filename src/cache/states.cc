@@ -49,6 +49,12 @@ void KvCache::advance(int n) {
   length_ += n;
 }
 
+void KvCache::drop_spare() {
+  if (spare_ == nullptr) return;
+  spare_.reset();
+  recount_states();
+}
+
 void KvCache::drop_state(int64_t position) {
   const auto found = std::ranges::lower_bound(states_, position, {}, position_of);
   if (found == states_.end() || (*found)->position() != position) return;

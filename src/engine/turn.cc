@@ -85,10 +85,13 @@ bool EngineTurn::waits_for(std::span<const Computing> earlier, std::span<EngineT
   const int before = transaction_.cache().length();
   if (std::exchange(ended_, parts_.ended) != parts_.ended) transaction_.reuse_prefix();  // what one of those has left
   const int held = transaction_.cache().length();
-  const bool waits = std::any_of(earlier.begin(), earlier.end(), [&](const Computing& computing) {
+  bool waits = false;
+  for (const Computing& computing : earlier) {
     const int common = alike(*computing.turn);
-    return common > held + kWorthWaiting && computing.turn->transaction_.cache().length() < common;
-  });
+    if (common <= held + kWorthWaiting || computing.turn->transaction_.cache().length() >= common) continue;
+    computing.turn->transaction_.stop_at(common);
+    waits = true;
+  }
   EngineTurn* has_most = nullptr;
   int takes = held;
   for (EngineTurn* other : others) {
@@ -105,6 +108,7 @@ bool EngineTurn::waits_for(std::span<const Computing> earlier, std::span<EngineT
   if (const int more = transaction_.cache().length() - before; more > 0) {
     generation_.skip(more);
     result_.tokens.cached += more;
+    result_.tokens.again = transaction_.again();
   }
   return waits;
 }
@@ -183,10 +187,7 @@ void EngineTurn::compute(EngineParts& parts, std::span<const Computing> batch) {
     row += own.size();
     step->rows = int64_t(tokens.size());
     turn->transaction_.cache().record_tokens(tokens);
-    const auto& stops = turn->transaction_.stops();
-    if (std::ranges::binary_search(stops, int64_t(turn->transaction_.cache().length()))) {
-      turn->transaction_.cache().keep_state();
-    }
+    turn->transaction_.keep_due_state();
     try {
       turn->take(own, turn->transaction_.cache().length() - int(tokens.size()));
       step->computed = turn->generation_.over();

@@ -1,0 +1,87 @@
+/// Which states of recurrent layers an agent holds, in memory and on disk.
+
+#include <algorithm>
+#include <iterator>
+#include <set>
+
+#include "agents/checkpoints.h"
+#include "agents/manager.h"
+#include "torpor/log.h"
+
+namespace torpor {
+
+int64_t AgentManager::last_state(const Agent& agent, int64_t n_tokens) const {
+  if (options_.state_layout.empty()) return n_tokens;
+  int64_t last = agent.cache->resumable(int(n_tokens));
+  for (const StateRef& state : agent.states) {
+    if (state.position <= n_tokens) last = std::max(last, state.position);
+  }
+  return last;
+}
+
+int AgentManager::hold_state(const Agent& agent, KvCache& cache, int n_tokens) {
+  for (auto ref = agent.states.rbegin(); ref != agent.states.rend(); ++ref) {
+    if (ref->position > n_tokens) continue;
+    if (ref->position <= cache.resumable(n_tokens)) break;
+    if (ref->position / kSegmentTokens > ssize(agent.segments)) continue;
+    const auto room = try_room(options_.state_layout.bytes());
+    if (!room) break;
+    try {
+      const KvSnapshot conversation{.identity = agent.identity, .lineage = agent.lineage, .layout = cache.layout(),
+                                    .tokens = cache.tokens(), .state_layout = options_.state_layout};
+      cache.add_state(store_.load_state(conversation, agent.segments, *ref, mlx_buffer));
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kCorruption && error.code() != ErrorCode::kNotFound) throw;
+      log(LogLevel::kWarning, "Tokens of agent '" + agent.id + "' are computed again: " + error.what());
+    }
+  }
+  return cache.resumable(n_tokens);
+}
+
+void AgentManager::let_saved_states_go(Agent& agent) {
+  std::vector<int64_t> saved;
+  for (const auto& state : agent.cache->states()) {
+    if (state->position() < agent.cache->length() &&
+        std::ranges::find(agent.states, state->position(), &StateRef::position) != agent.states.end()) {
+      saved.push_back(state->position());
+    }
+  }
+  for (const int64_t position : saved) agent.cache->drop_state(position);
+}
+
+int64_t AgentManager::stride_of(const Agent& agent) const {
+  return checkpoint_stride(options_.state_layout, agent.cache->layout());
+}
+
+std::vector<int64_t> AgentManager::surplus_states(const Agent& agent, int64_t history) const {
+  std::set<int64_t> positions;
+  for (const auto& state : agent.cache->states()) positions.insert(state->position());
+  for (const StateRef& state : agent.states) positions.insert(state.position);
+  std::vector<int64_t> turn_ends = {history};
+  for (const HeldMessage& message : agent.messages) {
+    if (message.role == "assistant") turn_ends.push_back(message.end);
+  }
+  std::ranges::sort(turn_ends);
+  const std::vector<int64_t> all(positions.begin(), positions.end());
+  const auto kept = thin_checkpoints(all, turn_ends, agent.cache->length(), stride_of(agent));
+  std::vector<int64_t> surplus;
+  std::ranges::set_difference(all, kept, std::back_inserter(surplus));
+  return surplus;
+}
+
+void AgentManager::thin_states(Agent& agent, int64_t history) {
+  if (!has_states()) return;
+  const std::vector<int64_t> surplus = surplus_states(agent, history);
+  for (const int64_t position : surplus) agent.cache->drop_state(position);
+  std::erase_if(agent.states, [&](const StateRef& ref) { return std::ranges::binary_search(surplus, ref.position); });
+  let_saved_states_go(agent);
+  agent.cache->drop_spare();
+}
+
+void AgentManager::thin_states_of_turn(Agent& agent, int64_t reused, std::span<const int64_t> wanted) {
+  for (const int64_t position : surplus_states(agent, agent.cache->length())) {
+    if (position > reused && std::ranges::find(wanted, position) == wanted.end()) agent.cache->drop_state(position);
+  }
+}
+
+}  // namespace torpor
