@@ -16,6 +16,7 @@
 #include "torpor/agents.h"
 #include "torpor/cache.h"
 #include "torpor/engine.h"
+#include "torpor/generate.h"
 #include "torpor/model.h"
 
 namespace torpor {
@@ -193,6 +194,72 @@ TEST_F(EngineStates, AStopStringsTokensAreTakenBack) {
   EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a")));
   engine.turn(say("a", words(5, 4)));
   EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a")));
+}
+
+TEST_F(EngineStates, AStopStringCostsNoMoreThanAFewTokensComputedAgain) {
+  Engine engine = make();
+  const std::string whole = engine.turn(say("b", words(40, 1), 300)).text;
+  const size_t at = whole.size() * 3 / 4;
+  ASSERT_GT(at, 200u);
+  const std::string stop = whole.substr(at, 12);
+  const size_t first = whole.find(stop);
+  for (const bool found : {false, true}) {
+    const std::string id = found ? "found" : "given";
+    TurnRequest request = say(id, words(40, 1), 300);
+    std::string heard;
+    if (found) {
+      request.generate.find_stop = [&](std::string_view piece) -> std::optional<StopFound> {
+        heard += piece;
+        const size_t begin = heard.find(stop);
+        return begin == std::string::npos ? std::nullopt : std::optional<StopFound>({begin, stop});
+      };
+    } else {
+      request.generate.stop = {stop};
+    }
+    const EngineWork before = engine.work();
+    const TurnResult result = engine.turn(request);
+    EXPECT_EQ(result.stop, stop);
+    EXPECT_EQ(result.text, whole.substr(0, first));
+    const int64_t computed = engine.work().answer_tokens - before.answer_tokens;
+    EXPECT_LE(computed, result.tokens.generated + 40) << id;
+    EXPECT_EQ(engine.next_logits(id), oracle(engine.tokens(id)));
+    EXPECT_LE(engine.store().agent_info(id).states->size(), 3u) << "none of them stays";
+  }
+}
+
+TEST_F(EngineStates, AStopStringAtAnyBudgetThatTheTurnFitsIsAsWithoutOne) {
+  const std::string whole = [&] { return make("unbounded").turn(say("a", words(60, 1), 100)).text; }();
+  TurnRequest request = say("a", words(60, 1), 100);
+  request.generate.stop = {whole.substr(whole.size() / 2, 8)};
+  int fitted = 0;
+  for (size_t budget = 100'000; fitted < 6 && budget < 500'000; budget += 7'000) {
+    Engine engine = make("store-" + std::to_string(budget), budget);
+    try {
+      const TurnResult result = engine.turn(request);
+      EXPECT_EQ(result.stop, request.generate.stop[0]) << budget;
+      EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a"))) << budget;
+      ++fitted;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kResourceExhausted) << error.what();
+    }
+  }
+  EXPECT_EQ(fitted, 6);
+}
+
+TEST_F(EngineStates, GeneratingOverACacheLeavesNoStatesBehind) {
+  const std::shared_ptr<Model> model = Model::load((root_ / "model").string());
+  CacheExtractor extractor(model, Tokenizer::load((root_ / "model").string()));
+  GenerateOptions options;
+  options.max_tokens = 60;
+  options.stop = {"never to be said"};
+  std::unique_ptr<KvCache> cache;
+  for (int i = 0; i < 3; ++i) cache = extractor.generate(words(20, i), std::move(cache), options).cache;
+  EXPECT_EQ(cache->states().size(), 1u) << "the live one";
+  const int kept = cache->length();
+  cache->keep_state();
+  cache = extractor.generate(words(20, 4), std::move(cache), options).cache;
+  EXPECT_EQ(cache->states().size(), 2u);
+  EXPECT_EQ(cache->resumable(cache->length() - 1), kept);
 }
 
 TEST_F(EngineStates, APromptThatWaitsForAnotherOnesRowsGetsThemToTheToken) {

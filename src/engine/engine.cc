@@ -401,6 +401,7 @@ std::vector<float> Engine::next_logits(const std::string& id) {
       copy = agent->cache->clone();
       // Those behind the last state of recurrent layers have no rows yet.
       tokens = agent->whole() ? copy->tokens() : agent->history;
+      agents.hold_state(*agent, *copy, std::min(copy->length(), int(tokens.size()) - 1));
     }
     if (!was_awake) agents.drop(id);
     if (tokens.empty()) throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' holds no tokens yet.");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "engine/answer_states.h"
 #include "engine/generation.h"
 #include "torpor/error.h"
 
@@ -22,14 +23,22 @@ GenerateResult generate(Model& model, std::shared_ptr<const Tokenizer> tokenizer
   using Clock = std::chrono::steady_clock;
   Generation generation(model.info(), std::move(tokenizer), cache.length(), {prompt.begin(), prompt.end()}, options,
                         cache.tokens());
-  cache.keep_state();  // for a stop string's tokens, which are taken back
+  // For a stop string's tokens, which are taken back.
+  const int begun = cache.length();
+  const bool was_kept = cache.keeps_state();
+  cache.keep_state();
+  AnswerStates states;
   PrefillPace pace(model.backend());
   RowCost cost;
   while (true) {
     const bool reads = generation.prompt_left() > 0;
     const int guesses = reads ? 0 : generation.guess(cache.spare_rows() - 1, cost.of(1));
     const std::span<const int32_t> rows = generation.next_rows(std::max(pace.rows(), 1 + guesses));
-    if (rows.empty()) return generation.finish();
+    if (rows.empty()) {
+      states.drop(cache);
+      if (!was_kept) cache.drop_state(begun);
+      return generation.finish();
+    }
     const auto start = Clock::now();
     const ForwardSequence sequence{.tokens = rows, .kv = &cache, .all_logits = guesses > 0, .no_logits = !generation.wants_logits()};
     const mx::array logits = model.forward({&sequence, 1});
@@ -40,11 +49,9 @@ GenerateResult generate(Model& model, std::shared_ptr<const Tokenizer> tokenizer
     if (const int kept = generation.position(); cache.length() > kept) {
       const std::vector<int32_t> tokens(cache.tokens().begin(), cache.tokens().begin() + kept);
       cache.truncate(cache.resumable(kept));
-      if (cache.length() == kept) continue;
-      // Recurrent layers go on from the state that is held.
-      const ForwardSequence again{.tokens = std::span(tokens).subspan(size_t(cache.length())), .kv = &cache, .no_logits = true};
-      model.forward({&again, 1});
-      cache.record_tokens(again.tokens);
+      compute_again(model, cache, tokens);
+    } else if (generation.may_be_cut()) {
+      states.keep(cache);
     }
   }
 }

@@ -31,6 +31,8 @@ class StopFilter {
   std::string finish() { return release(held_.size()); }
   bool watches() const noexcept { return !stops_.empty(); }
   bool stopped() const noexcept { return !stop_.empty(); }
+  /// Whether text that was pushed may be the beginning of a stop string.
+  bool holds_back() const noexcept { return !held_.empty(); }
   /// Once it has stopped: at which string, and bytes of all that was pushed before that.
   const std::string& stop() const noexcept { return stop_; }
   size_t cut() const noexcept { return released_; }
@@ -97,6 +99,10 @@ class Generation {
   /// empty where none are wanted. Calls the options' callbacks. kInternal when the logits hold no number.
   void take(std::span<const float> logits);
   bool over() const noexcept { return over_; }
+  /// Whether a stop string may yet take tokens of the answer back, and as far as is known not from before these rows.
+  bool may_be_cut() const noexcept {
+    return (filter_.watches() || options_.find_stop) && !filter_.holds_back() && prompt_left() == 0 && !over_ && !last_;
+  }
   /// Tokens of the prompt whose rows are not in the cache yet.
   int prompt_left() const noexcept { return int(prompt_.size()) - given_ - result_.prefilled; }
   /// The next `rows` of them have come into the cache without being computed. At least one is left.

@@ -205,7 +205,10 @@ void EngineTurn::take(std::span<const float> logits, int before) {
   parts_.work.rejected_tokens += wrong;
   parts_.work.answer_tokens -= wrong;
   const int kept = generation_.position();
-  if (transaction_.cache().length() == kept) return;
+  if (transaction_.cache().length() == kept) {
+    if (generation_.may_be_cut()) answer_states_.keep(transaction_.cache());
+    return;
+  }
   if (kept > before) {  // guesses that were wrong: nobody else has seen their rows
     transaction_.cache().truncate(kept);
     return;
@@ -235,10 +238,11 @@ void EngineTurn::cut_again(int n_tokens) {
   transaction_.take_back(from);
   if (from == n_tokens) return;
   const Growth growth{&cache, n_tokens - from};
-  parts_.agents->reserve({&growth, 1});
-  const ForwardSequence again{.tokens = std::span(tokens).subspan(size_t(from)), .kv = &cache, .no_logits = true};
-  parts_.model->forward({&again, 1});
-  cache.record_tokens(again.tokens);
+  parts_.agents->reserve({&growth, 1}, true);  // a turn that is refused here would not be as it was
+  compute_again(*parts_.model, cache, tokens);
+  ++parts_.work.passes;
+  ++parts_.work.turns;
+  parts_.work.answer_tokens += n_tokens - from;
 }
 
 void EngineTurn::step(std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting) {
@@ -329,6 +333,7 @@ void EngineTurn::commit() {
       result_.message = {.role = "assistant", .content = generated.text};
     }
   }
+  answer_states_.drop(transaction_.cache());
   transaction_.commit(result_.message, whole);
   committed_ = true;
   result_.text = generated.text;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "agents/turn_transaction.h"
+#include "engine/answer_states.h"
 #include "engine/generation.h"
 #include "engine/scheduler.h"
 #include "torpor/engine.h"
@@ -95,6 +96,7 @@ class EngineTurn final : public Scheduler::Turn {
   uint64_t ended_ = parts_.ended;  // when rows were last looked for among all that there are
   bool committed_ = false;
   Generation generation_;
+  AnswerStates answer_states_;
 };
 
 }  // namespace torpor
