@@ -344,7 +344,10 @@ TEST_F(StoreStates, WhatCantBeStoredIsRefused) {
   const auto refused = [&](auto change) {
     KvSnapshot snapshot = make(300, {200});
     change(snapshot);
-    return code_of([&] { store_.save_agent_cache("a", snapshot, "m"); }) == ErrorCode::kInvalidArgument;
+    const Scattered scattered(snapshot);
+    const auto code = code_of([&] { store_.save_agent_cache("a", snapshot, "m"); });
+    EXPECT_EQ(code_of([&] { scattered.save(store_, "borrowed"); }), code);
+    return code == ErrorCode::kInvalidArgument;
   };
   EXPECT_FALSE(refused([](KvSnapshot&) {}));
   EXPECT_TRUE(refused([](KvSnapshot& s) { s.states.pop_back(); }));

@@ -275,6 +275,7 @@ void KvSnapshot::validate(const BorrowedRows& rows) const {
                  " tokens");
   }
   check_state(state);
+  check_states(*this);
 }
 
 void KvSnapshot::add_run(int n_tokens, std::span<const std::byte> bytes, std::shared_ptr<const void> owner) {
