@@ -340,6 +340,18 @@ TEST_F(StoreStates, DifferentBitsAfterTheSameTokensAreKeptApart) {
   EXPECT_TRUE(store_.verify("b")[0].problems.empty());
 }
 
+TEST_F(StoreStates, OneThatCameFromAnotherStoreIsNotTakenForThatOfItsName) {
+  store_.save_agent_cache("a", make(300), "m");
+  Store other(directory_.path() / "other");
+  const KvSnapshot theirs = with_states(make_snapshot(300), {}, 9);
+  const SaveResult held = other.save_agent_cache("theirs", theirs, "m");
+  const KvSnapshot ours = store_.load_agent_cache("a").snapshot;
+  ASSERT_EQ(ours.states.back()->file(), held.states.back().file) << "the same name, other bits";
+  EXPECT_EQ(other.save_agent_cache("ours", ours, "m").states_written, 1);
+  EXPECT_TRUE(same(other.load_agent_cache("ours").snapshot, make(300)));
+  EXPECT_TRUE(same(other.load_agent_cache("theirs").snapshot, theirs));
+}
+
 TEST_F(StoreStates, WhatCantBeStoredIsRefused) {
   const auto refused = [&](auto change) {
     KvSnapshot snapshot = make(300, {200});

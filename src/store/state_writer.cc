@@ -73,15 +73,14 @@ StateWriter::Found StateWriter::look_up(Planned& planned, const StateChain& chai
   const auto stat = store_.states.find(planned.name);
   if (!stat) return Found::kNothing;
   planned.stat = *stat;
+  // The file's name alone says nothing: another store, or a computation with other bits, has other ones under it.
+  const std::string content = content_digest(checksums_of(planned));
   const auto known = store_.known.file(planned.name);
   if (known && known->stat == *stat && known->whole) {
-    // What came from that file, or went to it, has its bytes.
-    if (planned.state->file() == planned.name) return Found::kSame;
-    if (known->content != content_digest(checksums_of(planned))) return Found::kOther;
+    if (known->content != content) return Found::kOther;
   } else {
     // Not seen whole by this process: read it before anything is built on it. A damaged one is written again, for the
     // good bytes are here.
-    const std::string content = content_digest(checksums_of(planned));
     try {
       const StateRef ref{planned.position, planned.name};
       const OpenedState opened = open_state(store_.states, chain, ref);
