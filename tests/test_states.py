@@ -127,3 +127,11 @@ def test_a_damaged_state_costs_the_tokens_behind_the_one_before(make_store, word
     assert last["file"] in turn["damage"] and 0 < turn["tokens"]["again"] < len(ids)
     assert conftest.held_ids(store.store, "ada")[:len(ids)] == ids
     store("verify").ok()
+
+
+def test_what_turns_no_longer_need_goes_with_each_of_them(make_store, words):
+    store = make_store("store")
+    for n in (300, 40, 40, 40, 40, 40):
+        store.run("ada", words(n), "--raw").ok()
+        usage = store("du", "--json").ok().json
+        assert usage["orphan_states"] == 0 and usage["states"] == len(states_of(store, "ada"))

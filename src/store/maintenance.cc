@@ -12,12 +12,12 @@ namespace torpor {
 
 namespace {
 
-/// Those of the segments and states that no agent names. Without waiting long: what is not removed now is left to gc.
-void remove_unneeded(Store::Impl& store, const std::vector<std::string>& segments,
+/// Those of the segments and states that no agent names. False when others save or remove just now: nobody waits long.
+bool remove_unneeded(Store::Impl& store, const std::vector<std::string>& segments,
                      const std::vector<std::string>& states) {
-  if (segments.empty() && states.empty()) return;
+  if (segments.empty() && states.empty()) return true;
   auto sweep = begin_sweep(store, std::chrono::milliseconds(100));
-  if (!sweep) return;
+  if (!sweep) return false;
   const auto live = store.agents.live_files();
   std::vector<Removable> unneeded;
   const auto add = [&](const FilePool& pool, const std::vector<std::string>& names) {
@@ -29,9 +29,35 @@ void remove_unneeded(Store::Impl& store, const std::vector<std::string>& segment
   add(store.states, states);
   add(store.segments, segments);
   sweep->remove(unneeded);
+  return true;
+}
+
+/// The files of all names in `dropped`. Those stay there that others are in the way of.
+void remove_dropped(Store::Impl& store) {
+  std::vector<std::string> names;
+  {
+    const MutexLock lock(store.dropped_mutex);
+    names = std::exchange(store.dropped, {});
+  }
+  if (remove_unneeded(store, {}, names)) return;
+  const MutexLock lock(store.dropped_mutex);
+  store.dropped.insert(store.dropped.end(), names.begin(), names.end());
+}
+
+template <typename Act>
+void or_leave_to_gc(Act act) {
+  try {
+    act();
+  } catch (const std::exception& error) {
+    log(LogLevel::kInfo, std::string("States of no agent are left to garbage collection: ") + error.what());
+  }
 }
 
 }  // namespace
+
+Store::~Store() {
+  or_leave_to_gc([this] { remove_dropped(*impl_); });
+}
 
 void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is) {
   check_agent_id(id);
@@ -59,22 +85,23 @@ void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is
 }
 
 void drop_states(Store::Impl& store, const std::vector<std::string>& before, const std::vector<StateRef>& now) {
-  // To find out what other agents need costs a look at each of them, so it is done for many states at once.
-  constexpr size_t kAtOnce = 16;
-  std::vector<std::string> dropped;
+  // A sweep looks at each agent: at about eight for a state that goes.
+  constexpr size_t kLeast = 4, kAgentsOfOne = 8;
+  size_t held = 0, dropped = 0;
   {
     const MutexLock lock(store.dropped_mutex);
+    held = store.dropped.size();
     for (const std::string& name : before) {
       if (std::ranges::find(now, name, &StateRef::file) == now.end()) store.dropped.push_back(name);
     }
-    if (store.dropped.size() < kAtOnce) return;
-    dropped = std::exchange(store.dropped, {});
+    dropped = store.dropped.size();
   }
-  try {
-    remove_unneeded(store, {}, dropped);
-  } catch (const std::exception& error) {
-    log(LogLevel::kInfo, std::string("States of no agent are left to garbage collection: ") + error.what());
-  }
+  if (dropped == held || dropped < kLeast) return;
+  or_leave_to_gc([&] {
+    const size_t at_once = std::max(kLeast, store.agents.ids().size() / kAgentsOfOne);
+    // When others were in the way, it is tried again after as many more.
+    if (dropped / at_once > held / at_once) remove_dropped(store);
+  });
 }
 
 std::optional<Sweep> begin_sweep(Store::Impl& store, std::chrono::milliseconds timeout) {

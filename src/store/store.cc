@@ -82,7 +82,6 @@ AgentFileLock lock_agent(Store::Impl& store, const std::string& id) {
 
 Store::Store(std::filesystem::path root, Env* env)
     : impl_(std::make_unique<Impl>(std::move(root), env != nullptr ? *env : Env::posix())) {}
-Store::~Store() = default;
 const std::filesystem::path& Store::root() const { return impl_->root; }
 Env& Store::env() const { return impl_->env; }
 
