@@ -2,6 +2,7 @@
 /// Agents without a model: "computing" a token writes rows that its position and id determine, so every row that comes back
 /// can be checked.
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -33,6 +34,9 @@ inline KvLayout layout_of(int window) {
 inline uint8_t row_byte(size_t tensor, int head, int position, int32_t token) {
   return uint8_t((tensor * 7 + size_t(head) * 13 + size_t(position) * 31 + size_t(token) * 101) >> 1);
 }
+
+/// Each byte of the state after `length` tokens, of a model that has any.
+inline std::byte state_byte(int64_t length) { return std::byte(uint8_t(length * 37 + 11)); }
 
 /// Likewise for a cache of MLX's arrays.
 inline void compute_dense(KvCache& cache, std::span<const int32_t> tokens) {
@@ -69,13 +73,18 @@ inline void compute(KvCache& cache, std::span<const int32_t> tokens) {
       }
     }
   }
+  std::ranges::fill(cache.next_state(), state_byte(cache.length() + int(tokens.size())));
   cache.record_tokens(tokens);
   cache.advance(int(tokens.size()));
 }
 
-/// Every row that the next token attends is that of its token.
+/// Every row that the next token attends is that of its token, and every state that of its position.
 inline void expect_sound(const KvCache& cache) {
   ASSERT_TRUE(cache.validate()) << cache.validate().reason;
+  for (const auto& state : cache.states()) {
+    const auto is_its = [&](std::byte byte) { return byte == state_byte(state->position()); };
+    ASSERT_TRUE(std::ranges::all_of(state->bytes(), is_its)) << "state after " << state->position() << " tokens";
+  }
   const KvSnapshot snapshot = cache.snapshot({});
   for (size_t r = 0; r < snapshot.n_runs(); ++r) {
     const int n = snapshot.run_tokens(r);

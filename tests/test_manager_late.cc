@@ -142,6 +142,24 @@ TEST_P(Late, WhatWasPrefetchedCountsAndGoesWhenNobodyElseCan) {
   EXPECT_NO_THROW(store_.lock_agent("a"));
 }
 
+TEST_P(Late, WhatWasPrefetchedCountsWithItsState) {
+  ManagerOptions of_states = options();
+  of_states.state_layout = {{{"layer_2_recurrent", KvDtype::kF32, {100, 100}}}};
+  AgentManager manager(store_, of_states);
+  say(manager, "a", ids(300, 1));
+  manager.sleep("a");
+  EXPECT_TRUE(manager.prefetch("a"));
+  int64_t held = 0;
+  for (int i = 0; i < 10000 && held == 0; ++i) {
+    held = manager.memory_usage().kv_bytes;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  const AgentHold agent = manager.wake("a");
+  EXPECT_EQ(held, manager.memory_usage().kv_bytes);
+  EXPECT_GT(held, int64_t(of_states.state_layout.bytes()));
+  expect_sound(*agent->cache);
+}
+
 TEST_P(Late, APrefetchTakesFreeRoomAlone) {
   auto manager = make(8 * run_bytes());
   say(*manager, "a", ids(1000, 1));

@@ -62,6 +62,9 @@ bool Prefetcher::begin(const std::string& id) {
                                    buffers.push_back(
                                        {snapshot.run_bytes(i).data(), attended_bytes(snapshot, i), mapped});
                                  }
+                                 for (const auto& state : snapshot.states) {
+                                   buffers.push_back({state->bytes().data(), state->bytes().size(), false});
+                                 }
                                  auto shares = ledger_->share_within_budget(buffers);
                                  if (!shares) {
                                    throw Error(ErrorCode::kResourceExhausted,
