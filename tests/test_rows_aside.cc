@@ -137,6 +137,54 @@ TEST_P(Aside, RunsThatAnotherAgentHoldsAreSharedAgain) {
   expect_sound(turn.cache());
 }
 
+TEST_P(Aside, StatesWaitWithTheRowsAndAreThereForWhatTheTurnGoesBackTo) {
+  ManagerOptions of_states = options();
+  of_states.state_layout = testing::small_state_layout();
+  AgentManager manager(store_, of_states);
+  const auto positions = [](const KvCache& cache) {
+    std::vector<int64_t> all;
+    for (const auto& state : cache.states()) all.push_back(state->position());
+    return all;
+  };
+  answer(manager, "a", input("lamp", 700));
+  const AgentHold agent = manager.wake("a");
+  const std::vector<int32_t> tokens = agent->cache->tokens();
+  for (const bool commits : {false, true}) {
+    {
+      TurnTransaction turn(manager, manager.wake("a"), input("sea", 500));
+      append(manager, turn, turn.pending().first(200));
+      turn.cache().keep_state();
+      append(manager, turn, turn.pending().first(100));
+      const auto before = positions(turn.cache());
+      const auto begun = int64_t(tokens.size());
+      EXPECT_EQ(before, (std::vector<int64_t>{begun, begun + 200, begun + 300}));
+      const int64_t in_memory = held(manager);
+      turn.put_aside();
+      EXPECT_EQ(held(manager), 0);
+      turn.bring_back();
+      EXPECT_LE(held(manager), in_memory);
+      EXPECT_EQ(positions(turn.cache()), before);
+      expect_sound(turn.cache());
+      turn.take_back(int(before[1]));
+      EXPECT_EQ(turn.cache().length(), before[1]);
+      append(manager, turn, turn.pending());
+      append(manager, turn, ids(5, 4));
+      expect_sound(turn.cache());
+      if (commits) {
+        turn.commit({"assistant", "answer"}, true);
+        turn.save(SaveMode::kWait).get();
+      } else {
+        turn.put_aside();
+      }
+    }
+    expect_sound(*agent->cache);
+    if (!commits) EXPECT_EQ(agent->cache->tokens(), tokens);
+  }
+  const LoadedAgent saved = store_.load_agent_cache("a");
+  EXPECT_EQ(saved.snapshot.tokens, agent->cache->tokens());
+  expect_sound(*KvCache::restore(saved.snapshot, Backend::kKernels));
+}
+
 TEST_P(Aside, WithoutRoomTheyStayAside) {
   auto manager = make(4 * run_bytes());
   TurnTransaction turn(*manager, manager->wake("a"), input("lamp", 700));
