@@ -6,6 +6,7 @@
 #include <atomic>
 #include <barrier>
 #include <cmath>
+#include <functional>
 #include <future>
 #include <memory>
 #include <optional>
@@ -18,6 +19,7 @@
 
 #include "engine/generation.h"
 #include "store_fixture.h"
+#include "tiny_lfm2.h"
 #include "tiny_model.h"
 #include "torpor/engine.h"
 #include "torpor/error.h"
@@ -41,9 +43,9 @@ std::string words(std::mt19937& random, int n) {
 
 class EngineBatch : public ::testing::Test {
  protected:
-  explicit EngineBatch(testing::TinyAttention kind = testing::TinyAttention::kPlain) {
-    testing::write_tiny_model(model_, kind);
-  }
+  explicit EngineBatch(testing::TinyAttention kind = testing::TinyAttention::kPlain)
+      : EngineBatch([kind](const fs::path& model) { testing::write_tiny_model(model, kind); }) {}
+  explicit EngineBatch(const std::function<void(const fs::path&)>& write_model) { write_model(model_); }
 
   EngineOptions options(const std::string& store, const std::string& kv = "") {
     EngineOptions made;
@@ -265,6 +267,41 @@ TEST_P(OfFormat, TurnsThatGiveTheirMemoryToOthersComputeNothingTwice) {
     EXPECT_EQ(work.answer_tokens, answers);
   }
   Engine alone(options("alone", GetParam()));
+  expect_same_alone(alone, said);
+}
+
+/// Of a model with recurrent layers, whose states go with the rows.
+class OfStates : public EngineBatch {
+ protected:
+  OfStates() : EngineBatch(testing::write_tiny_lfm2) {}
+};
+
+TEST_F(OfStates, ConcurrentTurnsHaveTheTokensAndLogitsOfSingleOnes) {
+  EngineOptions together = options("together");
+  together.max_stall_ms = 1;
+  Engine engine(together);
+  const auto said = talk_at_once(engine, 6, 3, 11);
+  EXPECT_GE(engine.work().most_turns, 2);
+  EXPECT_GT(stopped(said), 0);
+  Engine alone(options("alone"));
+  expect_same_alone(alone, said);
+}
+
+TEST_F(OfStates, TurnsThatGiveTheirMemoryToOthersHaveTheTokensAndLogitsOfSingleOnes) {
+  EngineOptions tight = options("tight");
+  tight.max_stall_ms = 1;
+  {
+    Engine engine(options("size"));
+    engine.turn(request("one", "the quick fox", 1, 1));
+    tight.memory_budget = size_t(engine.memory_usage().kv_bytes) * 7;
+  }
+  std::vector<std::vector<Said>> said;
+  {
+    Engine engine(tight);
+    said = talk_at_once(engine, 6, 4, 23, false, false);
+    EXPECT_GT(engine.work().put_aside, 0);
+  }
+  Engine alone(options("alone"));
   expect_same_alone(alone, said);
 }
 
