@@ -1,5 +1,6 @@
 /// Agents of a model with recurrent layers sleep, wake, fork and rewind, and go on as if they had never stopped.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <filesystem>
@@ -147,18 +148,32 @@ TEST_F(EngineStates, AnAgentThatIsAwakeWithTheRowsUpToAStateIsForkedRewoundAndPi
   EXPECT_EQ(engine.next_logits("b"), oracle(engine.tokens("b")));
 }
 
-TEST_F(EngineStates, ASaveAfterATurnWritesItsRowsAndOneState) {
+TEST_F(EngineStates, ASaveAfterATurnWritesItsRowsAndTwoStatesOfWhichOneStays) {
   Engine engine = make();
   engine.turn(say("a", words(60, 1)));
-  const TurnResult result = engine.turn(say("a", words(4, 2)));
-  EXPECT_EQ(result.tokens.again, 0);
-  const AgentInfo info = engine.store().agent_info("a");
-  const int64_t new_tokens = result.tokens.prefilled + result.tokens.generated;
-  const int64_t row = 2 * 2 * 32 * 4;  // layers, keys and values, width, f32
-  // The state after the answer, and that before its asking, which the next prompt may go on from.
-  const int64_t state = info.state_bytes / int64_t(info.states->size());
-  EXPECT_LE(result.bytes.written, (new_tokens + 256) * row + 2 * state + 8192);
-  EXPECT_LE(info.states->size(), 8u);
+  int64_t asked_before = engine.turn(say("a", words(4, 2))).tokens.prompt - 1;
+  std::vector<StateRef> before = engine.store().agent_info("a").states.value();
+  for (int turn = 3; turn < 12; ++turn) {
+    const TurnResult result = engine.turn(say("a", words(4, turn)));
+    EXPECT_EQ(result.tokens.again, 0);
+    const AgentInfo info = engine.store().agent_info("a");
+    std::vector<int64_t> written;
+    int kept = 0;
+    for (const StateRef& ref : *info.states) {
+      if (std::ranges::find(before, ref) == before.end()) written.push_back(ref.position);
+      kept += std::ranges::find(before, ref) != before.end() ? 1 : 0;
+    }
+    // That before the asking, for the next prompt may part there, and that after the answer.
+    EXPECT_EQ(written, (std::vector<int64_t>{result.tokens.prompt - 1, info.cache_size})) << turn;
+    EXPECT_EQ(std::ranges::find(*info.states, asked_before, &StateRef::position), info.states->end()) << turn;
+    EXPECT_LE(kept, 5) << turn;
+    const int64_t new_tokens = result.tokens.prefilled + result.tokens.generated;
+    const int64_t row = 2 * 2 * 32 * 4;  // layers, keys and values, width, f32
+    const int64_t state = info.state_bytes / int64_t(info.states->size());
+    EXPECT_LE(result.bytes.written, (new_tokens + 256) * row + 2 * state + 8192);
+    asked_before = result.tokens.prompt - 1;
+    before = *info.states;
+  }
 }
 
 TEST_F(EngineStates, ATurnThatFailsOrIsGivenUpLeavesTheAgentAsItWas) {
