@@ -10,6 +10,7 @@
 #include <string>
 
 #include "base/gguf.h"
+#include "base/gguf_ends.h"
 #include "kernels/compute.h"
 #include "kernels/gguf_blocks.h"
 #include "kernels/packed_linear.h"
@@ -162,6 +163,45 @@ TEST(Gguf, EachLieHasASentence) {
     deep.append(reinterpret_cast<const char*>(&list), 4).append(reinterpret_cast<const char*>(&one), 8);
   }
   EXPECT_NE(error_of(deep).find("too deep"), std::string::npos) << error_of(deep);
+}
+
+/// Of a file that has these tokens and types, and the id of one key.
+std::vector<std::string> ends_of(const std::vector<std::pair<std::string, int32_t>>& tokens,
+                                 const std::string& key = "eos", uint32_t id = 0) {
+  Writer writer;
+  writer.head(0, 3).text("tokenizer.ggml." + key + "_token_id").put(uint32_t(4)).put(id);
+  writer.text("tokenizer.ggml.tokens").put(uint32_t(9)).put(uint32_t(8)).put(uint64_t(tokens.size()));
+  for (const auto& [text, type] : tokens) writer.text(text);
+  writer.text("tokenizer.ggml.token_type").put(uint32_t(9)).put(uint32_t(5)).put(uint64_t(tokens.size()));
+  for (const auto& [text, type] : tokens) writer.put(type);
+  const std::string bytes = writer.padded(0);
+  const auto file = GgufFile::parse(std::as_bytes(std::span(bytes)), "f.gguf");
+  std::vector<std::string> texts;
+  for (const int32_t end : gguf_ends(file).ids) texts.push_back(tokens.at(size_t(end)).first);
+  return texts;
+}
+
+TEST(Gguf, TurnsEndWhereLlamaCppEndsThem) {
+  constexpr int32_t kNormal = 1, kControl = 3, kUserDefined = 4;
+  using Texts = std::vector<std::string>;
+  // Gemma 4, with the types of its file.
+  EXPECT_EQ(ends_of({{"<pad>", kControl}, {"<eos>", kControl}, {"<|tool_response>", kUserDefined},
+                     {"<turn|>", kControl}, {"</s>", kNormal}, {"<|turn>", kControl}}, "eos", 1),
+            (Texts{"<eos>", "<|tool_response>", "<turn|>"}));
+  EXPECT_EQ(ends_of({{"a", kNormal}, {"<|tool_response>", kUserDefined}, {"</s>", kControl}}, "bos"),
+            (Texts{"<|tool_response>"}));
+  // A type says nothing but of </s>, which HTML has too.
+  EXPECT_EQ(ends_of({{"a", kNormal}, {"<end_of_turn>", kNormal}, {"</s>", kNormal}}),
+            (Texts{"a", "<end_of_turn>"}));
+  EXPECT_EQ(ends_of({{"a", kNormal}, {"</s>", kControl}}), (Texts{"a", "</s>"}));
+  // Harmony's messages end with <|end|>.
+  EXPECT_EQ(ends_of({{"<|end|>", kControl}, {"<|return|>", kControl}, {"<|call|>", kControl}}, "eot"),
+            (Texts{"<|return|>", "<|call|>"}));
+  EXPECT_EQ(ends_of({{"<|end|>", kControl}, {"<|return|>", kControl}}), (Texts{"<|end|>", "<|return|>"}));
+  // Between files: by text unless the metadata name one.
+  EXPECT_EQ(ends_of({{"a", kNormal}, {"<|repo_name|>", kControl}, {"<|file_sep|>", kControl}}, "bos"),
+            (Texts{"<|repo_name|>", "<|file_sep|>"}));
+  EXPECT_EQ(ends_of({{"a", kNormal}, {"<|fim_pad|>", kControl}}, "fim_pad"), (Texts{"a"}));
 }
 
 using kernels::PackedLinear;

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/gguf.h"
+#include "base/gguf_ends.h"
 #include "base/hash.h"
 #include "base/model_file.h"
 #include "model/config_field.h"
@@ -272,7 +273,8 @@ ModelConfig read_gguf_config(const std::filesystem::path& path) {
     ModelConfig config = parse_config(file);
     config.norm_plus = 0;  // llama.cpp keeps all norms as what rows are multiplied by
     config.names.neighbours = gguf_neighbour_rows(model.metadata());
-    config.eos_token_ids = gguf_eos_tokens(model.metadata());
+    const GgufEnds ends = gguf_ends(model.metadata());
+    config.eos_token_ids.assign(ends.ids.begin(), ends.ids.end());
     return config;
   } catch (const json::exception& e) {
     throw Error(ErrorCode::kCorruption, path.string() + ": " + e.what());

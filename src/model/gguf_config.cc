@@ -4,9 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <iterator>
-#include <limits>
 #include <map>
-#include <set>
 #include <string_view>
 
 #include <nlohmann/json.hpp>
@@ -314,10 +312,6 @@ const Architecture* find_architecture(const GgufFile& metadata) {
   return it == std::end(kArchitectures) ? nullptr : it;
 }
 
-/// Texts of tokens that end a turn in one family or another, as llama.cpp knows them.
-constexpr std::string_view kEnds[] = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>",
-                                      "<turn|>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "<EOT>", "_<EOT>"};
-
 }  // namespace
 
 json gguf_config(const GgufModel& model) {
@@ -362,28 +356,6 @@ std::optional<std::string> gguf_tensor_name(const GgufFile& metadata, const std:
     return layer + known->second + (bare ? "" : kind);
   }
   return std::nullopt;
-}
-
-std::vector<int32_t> gguf_eos_tokens(const GgufFile& metadata) {
-  std::set<int32_t> ends;
-  for (const char* which : {"eos", "eot", "eom"}) {
-    const int64_t id = metadata.integer(std::string("tokenizer.ggml.") + which + "_token_id").value_or(-1);
-    if (id >= 0 && id <= std::numeric_limits<int32_t>::max()) ends.insert(int32_t(id));
-  }
-  constexpr double kControl = 3, kUserDefined = 4;
-  const std::vector<std::string_view> tokens = metadata.texts("tokenizer.ggml.tokens");
-  const std::vector<double> types = metadata.numbers("tokenizer.ggml.token_type");
-  std::map<std::string_view, int32_t> known;
-  for (size_t i = 0; i < std::min(tokens.size(), types.size()); ++i) {
-    if (types[i] != kControl && types[i] != kUserDefined) continue;
-    if (std::ranges::find(kEnds, tokens[i]) != std::end(kEnds)) known.emplace(tokens[i], int32_t(i));
-  }
-  // Harmony's messages end with <|end|>, and its turns with these.
-  if (known.contains("<|return|>") && known.contains("<|call|>")) {
-    if (const auto end = known.find("<|end|>"); end != known.end()) ends.erase(end->second), known.erase(end);
-  }
-  for (const auto& [text, id] : known) ends.insert(id);
-  return {ends.begin(), ends.end()};
 }
 
 }  // namespace torpor::model

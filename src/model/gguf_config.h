@@ -24,7 +24,4 @@ bool gguf_neighbour_rows(const GgufFile& metadata);
 /// one that the config says, or nobody knows.
 std::optional<std::string> gguf_tensor_name(const GgufFile& metadata, const std::string& name);
 
-/// The tokens that end a turn: those that the metadata name, and the control tokens that are known for it.
-std::vector<int32_t> gguf_eos_tokens(const GgufFile& metadata);
-
 }  // namespace torpor::model

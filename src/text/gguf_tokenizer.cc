@@ -9,6 +9,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "base/gguf_ends.h"
 #include "base/safetensors.h"
 #include "torpor/error.h"
 
@@ -89,6 +90,7 @@ class Vocabulary {
     if (types_.size() != given.size() || (model_ == "llama" && scores_.size() != given.size())) {
       refuse("a tokenizer whose lists differ in length");
     }
+    for (const int32_t end : gguf_ends(file).by_text) types_[size_t(end)] = kControl;
     for (size_t i = 0; i < given.size(); ++i) {
       // GGUF writes the runs of spaces that are pieces of their own as spaces.
       tokens.push_back(pieces() && is(i, kUserDefined) ? with_spaces(given[i]) : std::string(given[i]));
