@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -340,6 +341,29 @@ TEST_F(Directory, ConfigThatDoesNotFitTheWeights) {
   copy("tiny-q4-g64");
   edit([](json& c) { c["tie_word_embeddings"] = false; });
   expect(ErrorCode::kCorruption, "lack the tensor lm_head.weight");
+}
+
+TEST_F(Directory, BiasesOfExpertsThatAreBytesAreRefused) {
+  copy("tiny-gpt-oss-hf");
+  const fs::path path = dir_ / "model.safetensors";
+  std::ifstream in(path, std::ios::binary);
+  std::string file((std::istreambuf_iterator<char>(in)), {});
+  uint64_t size = 0;
+  std::memcpy(&size, file.data(), sizeof(size));
+  json header = json::parse(file.substr(8, size));
+  json& bias = header["model.layers.0.mlp.experts.gate_up_proj_bias"];
+  const uint64_t begin = bias["data_offsets"][0], end = bias["data_offsets"][1], half = (end - begin) / 2;
+  file.erase(8 + size + begin + half, half);
+  for (auto& [name, tensor] : header.items()) {
+    if (name == "__metadata__") continue;
+    for (json& at : tensor["data_offsets"]) at = at > begin ? at.get<uint64_t>() - half : at.get<uint64_t>();
+  }
+  bias["dtype"] = "U8";
+  const std::string text = header.dump();
+  const uint64_t length = text.size();
+  file.replace(0, 8 + size, std::string(reinterpret_cast<const char*>(&length), 8) + text);
+  std::ofstream(path, std::ios::binary) << file;
+  expect(ErrorCode::kInvalidArgument, "unsupported dtype U8 of model.layers.0.mlp.experts.gate_up_proj_bias");
 }
 
 TEST_F(Directory, DamagedWeights) {

@@ -13,10 +13,7 @@ namespace {
 Projection stacked_floats(const Weights& weights, const std::string& name, int count, int n, int k) {
   Projection all{.n = count * n, .k = k, .weight = weights.get(name, {count, n, k})};
   all.weight.shape = {all.n, k};
-  if (all.weight.dtype != "F32" && all.weight.dtype != "F16" && all.weight.dtype != "BF16") {
-    throw Error(ErrorCode::kInvalidArgument, "unsupported dtype " + all.weight.dtype + " of " + name +
-                                                 ", supported: F32, F16, BF16.");
-  }
+  require_float(all.weight);
   return all;
 }
 
@@ -36,6 +33,7 @@ Projection stacked_blocks(const Weights& weights, const std::string& name, int c
       throw Error(ErrorCode::kCorruption, "The tensor " + bytes->name + " has the dtype " + bytes->dtype + ", not U8.");
     }
   }
+  require_float(*all.bias);
   all.weight.dtype = "U32";
   all.weight.shape = {all.n, k / 8};
   all.scales->shape = {all.n, k / 32};

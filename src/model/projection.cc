@@ -11,13 +11,6 @@ namespace {
 
 using Mode = Quantization::Mode;
 
-void require_float(const TensorView& tensor) {
-  if (tensor.dtype != "F32" && tensor.dtype != "F16" && tensor.dtype != "BF16") {
-    throw Error(ErrorCode::kInvalidArgument,
-                "unsupported dtype " + tensor.dtype + " of " + tensor.name + ", supported: F32, F16, BF16.");
-  }
-}
-
 /// As mlx-lm has it: what the config says of this module, else what the shapes say.
 Quantization quantization_of(const ModelConfig& config, const std::string& name, int k, const TensorView& weight,
                              const TensorView& scales) {
@@ -159,6 +152,13 @@ Projection gathered_rows_of(const Projection& p, std::span<const RowRange> range
   }
   out.memory = {memory, memory.get()};
   return out;
+}
+
+void require_float(const TensorView& tensor) {
+  if (tensor.dtype != "F32" && tensor.dtype != "F16" && tensor.dtype != "BF16") {
+    throw Error(ErrorCode::kInvalidArgument,
+                "unsupported dtype " + tensor.dtype + " of " + tensor.name + ", supported: F32, F16, BF16.");
+  }
 }
 
 const TensorView& find_norm(const Weights& weights, const std::string& name, int k) {

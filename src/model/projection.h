@@ -43,6 +43,9 @@ struct RowRange {
 };
 Projection gathered_rows_of(const Projection& p, std::span<const RowRange> ranges);
 
+/// kInvalidArgument for a tensor that is neither F32, F16 nor BF16: its bytes can't be read as floats.
+void require_float(const TensorView& tensor);
+
 /// The weight of the norm `name`, [K], in a float dtype.
 const TensorView& find_norm(const Weights& weights, const std::string& name, int k);
 
