@@ -201,9 +201,11 @@ def test_du_and_a_dry_run_count_what_killed_saves_left(ada):
     usage = ada("du", "--json").ok().json
     assert (usage["temporary_files"], usage["temporary_bytes"]) == (1, 5000)
     assert "unfinished" in ada("du").ok().out
-    dry = ada("gc", "--dry-run", "--json").ok().json
-    assert dry == {"files_removed": 1, "bytes_freed": 5000, "dry_run": True} and left.exists()
-    assert ada("gc", "--json").ok().json == dry | {"dry_run": False} and not left.exists()
+    cache = {"TORPOR_CACHE": str(ada.store.parent / "cache")}
+    dry = ada("gc", "--dry-run", "--json", env=cache).ok().json
+    assert dry == {"files_removed": 1, "bytes_freed": 5000, "packed_files_removed": 0, "packed_bytes_freed": 0,
+                   "dry_run": True} and left.exists()
+    assert ada("gc", "--json", env=cache).ok().json == dry | {"dry_run": False} and not left.exists()
 
 
 # ---- damage
