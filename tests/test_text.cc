@@ -164,6 +164,21 @@ TEST(GgufTokenizer, IdsEqualLlamaCpps) {
   EXPECT_GE(files, 10);
 }
 
+TEST(GgufTokenizer, Phi3sTokensTakeTheSpacesAfterThemAsInLlamaCpp) {
+  const fs::path file = kRoot / ".models/vocabularies/phi-3.gguf";
+  if (!fs::exists(file)) GTEST_SKIP() << "no .models/vocabularies";
+  const auto tokenizer = Tokenizer::load(file);
+  const auto id = [&](const char* token) { return tokenizer->token_to_id(token).value(); };
+  const std::vector<int32_t> hi = tokenizer->encode("Hi", false);
+  ASSERT_EQ(hi.size(), 1u);
+  EXPECT_EQ(tokenizer->encode("<|user|>\nHi<|end|>\n<|assistant|>\n", false),
+            (std::vector<int32_t>{id("<|user|>"), hi[0], id("<|end|>"), id("<|assistant|>")}));
+  EXPECT_EQ(tokenizer->encode("</s> \n Hi", false), (std::vector<int32_t>{id("</s>"), hi[0]}));
+  for (const char* token : {"<s>", "<unk>", "<|endoftext|>"}) {
+    EXPECT_GT(tokenizer->encode(std::string(token) + "\nHi", false).size(), 2u) << token;
+  }
+}
+
 // The families' vocabularies and what llama.cpp's tests expect of them (scripts/fetch-model families).
 TEST(Tokenizer, IdsEqualLlamaCpps) {
   int families = 0;

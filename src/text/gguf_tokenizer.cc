@@ -109,6 +109,11 @@ class Vocabulary {
   bool scored() const { return model_ == "llama"; }
   double score(size_t id) const { return scores_[id]; }
 
+  /// Whitespace after the token is part of it: no metadata say so, and llama.cpp has it so for Phi-3's.
+  bool takes_spaces(size_t id) const {
+    if (!scored() || file_.text("general.architecture") != "phi3") return false;
+    return tokens[id] != "<unk>" && tokens[id] != "<s>" && tokens[id] != "<|endoftext|>";
+  }
   /// The token that the metadata name so, or "".
   std::string special(const char* name) const {
     const int64_t id = file_.integer(std::string("tokenizer.ggml.") + name + "_token_id").value_or(-1);
@@ -278,7 +283,7 @@ std::string tokenizer_json(const Vocabulary& v) {
     if (!v.is(id, kUnused)) vocab.next() += json_quote(v.tokens[id]) + ":" + std::to_string(id);
     if (!v.added(id)) continue;
     const json token = {{"id", id}, {"content", v.tokens[id]}, {"single_word", false}, {"lstrip", false},
-                        {"rstrip", false}, {"normalized", false}, {"special", v.is(id, kControl)}};
+                        {"rstrip", v.takes_spaces(id)}, {"normalized", false}, {"special", v.is(id, kControl)}};
     added.next() += token.dump();
   }
   const bool space_before = v.file().flag("tokenizer.ggml.add_space_prefix").value_or(v.scored());
