@@ -128,7 +128,7 @@ def write_metadata(writer, config):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
-def write_gguf(directory, path, change=None, **options):
+def write_gguf(directory, path, change=None, pre="gpt-2", **options):
     """The model of a directory of floats as GGUF: names by the package gguf, order of rows by llama.cpp's converter.
     `change(name, value)` may give another value and its type."""
     config = json.loads((directory / "config.json").read_text())
@@ -137,7 +137,7 @@ def write_gguf(directory, path, change=None, **options):
     write_metadata(writer, config)
     vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
     writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
     writer.add_eos_token_id(2)
@@ -356,7 +356,10 @@ def test_what_is_not_read_is_one_sentence(tmp_path, tiny_of):
     refused(data.replace(b"blk.1.attn_k.weight", b"blk.1.attn_X.weight"), "corruption",
             "lack the tensor model.layers.1.self_attn.k_proj.weight")
     refused(data.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenX"), "not_found", "has no tokenizer")
-    refused(data.replace(b"gpt-2", b"gpt-9"), "invalid", "splits texts as gpt-9 does, supported: default,")
+    refused(data.replace(b"gpt-2", b"gpt-9"), "invalid", "splits texts as gpt-9 does, supported: gpt-2,")
+    refused(data.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.prX"), "invalid", "does not say how it splits texts")
+    default = write_gguf(directory, tmp_path / "default.gguf", pre="default")
+    refused(default.read_bytes(), "invalid", "does not say how it splits texts")
 
 
 def test_smollm2_computes_bit_for_bit_what_its_mlx_directory_does(tmp_path):

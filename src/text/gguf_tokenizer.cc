@@ -53,7 +53,6 @@ struct PreTokenizer {
   bool begins = false;         ///< texts begin with BOS, where the file does not say
 };
 constexpr PreTokenizer kPreTokenizers[] = {
-    {.name = "default"},
     {.name = "gpt-2"},
     {.name = "olmo"},
     {.name = "smollm", .digits = true},
@@ -126,7 +125,10 @@ class Vocabulary {
     return is(id, kUserDefined) && !(pieces() && only_spaces(tokens[id]));
   }
   const PreTokenizer& pre() const {
-    const std::string name(file_.text("tokenizer.ggml.pre").value_or("default"));
+    const std::string_view name = file_.text("tokenizer.ggml.pre").value_or("");
+    if (name.empty() || name == "default") {
+      refuse("a tokenizer that does not say how it splits texts (tokenizer.ggml.pre); fetch a newer file of the model");
+    }
     std::string supported;
     for (const PreTokenizer& known : kPreTokenizers) {
       if (name == known.name) return known;
