@@ -128,13 +128,15 @@ def write_metadata(writer, config):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
-def write_gguf(directory, path, change=None, pre="gpt-2", **options):
+def write_gguf(directory, path, change=None, pre="gpt-2", metadata=None, **options):
     """The model of a directory of floats as GGUF: names by the package gguf, order of rows by llama.cpp's converter.
-    `change(name, value)` may give another value and its type."""
+    `change(name, value)` may give another value and its type, `metadata(writer)` other metadata."""
     config = json.loads((directory / "config.json").read_text())
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, architecture, **options)
     write_metadata(writer, config)
+    if metadata:
+        metadata(writer)
     vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -202,6 +204,65 @@ def test_a_file_of_floats_computes_what_its_directory_does(tmp_path, tiny_of, na
     for backend in ("kernels", "mlx"):
         expected = perplexity(tmp_path, directory, backend)
         assert abs(perplexity(tmp_path, file, backend) / expected - 1) <= close, backend
+
+
+def without(*keys, **floats):
+    """Metadata without some keys of their architecture, and with numbers under others."""
+    def change(writer):
+        values = writer.kv_data[0]
+        architecture = writer.arch
+        for key in keys:
+            del values[f"{architecture}.{key}"]
+        for key, value in floats.items():
+            values.pop(f"{architecture}.{key.replace('__', '.')}", None)
+            writer.add_float32(f"{architecture}.{key.replace('__', '.')}", value)
+    return change
+
+
+def test_metadata_of_rope_count_as_they_do_in_llama_cpp(tmp_path, tiny_of):
+    directory = tiny_of("f32-linear")
+    expected = perplexity(tmp_path, directory)
+    kind, factor = "rope.scaling.type", "rope.scaling.factor"
+    for metadata in (without(kind), without(kind, factor, rope__scale_linear=2.0)):
+        assert perplexity(tmp_path, write_gguf(directory, tmp_path / "m.gguf", metadata=metadata)) == expected
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
+    plain = perplexity(tmp_path, directory)
+    assert plain != expected
+
+    def none(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(2.0)
+    assert perplexity(tmp_path, write_gguf(directory, tmp_path / "none.gguf", metadata=none)) == plain
+
+
+def test_metadata_of_windows_count_as_they_do_in_llama_cpp(tmp_path, tiny_of):
+    directory = tiny_of("gemma3")
+    usual = perplexity(tmp_path, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"sliding_window_pattern": 2}))
+    expected = perplexity(tmp_path, directory)
+    assert abs(usual / expected - 1) > 1e-5
+    slides = [i % 2 == 0 for i in range(config["num_hidden_layers"])]
+    for metadata in (lambda writer: writer.add_sliding_window_pattern(slides),
+                     lambda writer: writer.add_uint32("gemma3.attention.sliding_window_pattern", 2)):
+        file = write_gguf(directory, tmp_path / "m.gguf", metadata=metadata)
+        assert abs(perplexity(tmp_path, file) / expected - 1) <= 1e-6
+
+
+def test_metadata_that_are_not_computed_are_refused_by_name(tmp_path, tiny_of):
+    for name, metadata, says in (
+            ("f16", without(rope__scaling__attn_factor=1.5), "llama.rope.scaling.attn_factor"),
+            ("f16", without(rope__scaling__yarn_log_multiplier=0.5), "llama.rope.scaling.yarn_log_multiplier"),
+            ("f16", lambda writer: writer.add_string("llama.rope.scaling.type", "longrope"), "llama.rope.scaling.type"),
+            ("bf16-llama3", without(rope__scaling__factor=8.0), "rope_freqs.weight and a factor"),
+            ("gemma4", without(rope__scaling__factor=8.0), "a factor of all RoPE's frequencies"),
+            ("f16", lambda writer: writer.kv_data[0].update(
+                {"llama.rope.dimension_count": gguf.GGUFValue(8, gguf.GGUFValueType.UINT32)}),
+             "rotates 8 of the 16 dims of a head")):
+        file = write_gguf(tiny_of(name), tmp_path / "m.gguf", metadata=metadata)
+        shutil.rmtree(tmp_path / name)
+        Torpor(tmp_path / "store", file).run("ada", "Hello").fails("invalid", says)
 
 
 # Where in a block f16 numbers are, and what the second is of the first for weights around zero.

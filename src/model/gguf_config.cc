@@ -89,8 +89,8 @@ json common(const Fields& fields) {
   return config;
 }
 
-/// The fields of layers that are all alike.
-void alike(const Fields& fields, json& config) {
+/// The fields of layers that are all alike. Rows that lie as `neighbours` rotate are of heads that rotate whole.
+void alike(const Fields& fields, json& config, bool neighbours) {
   config["intermediate_size"] = fields.need("feed_forward_length");
   if (const auto heads = fields.count("attention.head_count_kv")) config["num_key_value_heads"] = *heads;
   const int64_t n_heads = config["num_attention_heads"], hidden = config["hidden_size"];
@@ -100,24 +100,48 @@ void alike(const Fields& fields, json& config) {
   }
   config["head_dim"] = dim;
   const int64_t rotated = fields.integer("rope.dimension_count").value_or(dim);
-  if (rotated != dim && dim > 0) config["partial_rotary_factor"] = double(rotated) / double(dim);
+  if (rotated == dim || dim <= 0) return;
+  if (neighbours) {
+    fields.refuse("rotates " + std::to_string(rotated) + " of the " + std::to_string(dim) +
+                  " dims of a head, which is not supported for its architecture.");
+  }
+  config["partial_rotary_factor"] = double(rotated) / double(dim);
+}
+
+/// What all frequencies are divided by: whatever names it counts, unless the type says that none does.
+double rope_factor(const Fields& fields) {
+  const auto old = fields.number("rope.scale_linear");
+  const double factor = fields.number("rope.scaling.factor").value_or(old.value_or(0));
+  return factor == 0 || fields.text("rope.scaling.type") == "none" ? 1 : factor;
 }
 
 void rope_scaling(const Fields& fields, json& config) {
+  const double factor = rope_factor(fields), magnitude = fields.number("rope.scaling.attn_factor").value_or(1);
   // Frequencies divided by a factor each: of Llama 3's, and the long ones of Phi's.
   for (const char* name : {"rope_freqs.weight", "rope_factors_long.weight"}) {
     const std::vector<float> factors = fields.floats(name);
     if (factors.empty()) continue;
-    config["rope_scaling"] = {{"type", "longrope"}, {"long_factor", factors},
-                              {"attention_factor", fields.number("rope.scaling.attn_factor").value_or(1)},
+    if (factor != 1) {
+      fields.refuse(std::string("has both ") + name + " and a factor of all frequencies, which is not supported.");
+    }
+    config["rope_scaling"] = {{"type", "longrope"}, {"long_factor", factors}, {"attention_factor", magnitude},
                               {"original_max_position_embeddings",
                                fields.integer("rope.scaling.original_context_length").value_or(4096)}};
     return;
   }
-  const std::string type(fields.text("rope.scaling.type").value_or("none"));
-  if (type == "none") return;
-  json scaling = {{"type", type}};
-  if (const auto factor = fields.number("rope.scaling.factor")) scaling["factor"] = *factor;
+  if (magnitude != 1) {
+    fields.refuse("has a " + fields.key("rope.scaling.attn_factor") + " without factors of frequencies, which is not "
+                  "supported.");
+  }
+  if (fields.number("rope.scaling.yarn_log_multiplier").value_or(0) != 0) {
+    fields.refuse("has a " + fields.key("rope.scaling.yarn_log_multiplier") + ", which is not supported.");
+  }
+  const std::string_view type = fields.text("rope.scaling.type").value_or("linear");
+  if (type == "none" || (type == "linear" && factor == 1)) return;
+  if (type != "linear" && type != "yarn") {
+    fields.refuse("has an unsupported " + fields.key("rope.scaling.type") + ", supported: none, linear, yarn.");
+  }
+  json scaling = {{"type", type}, {"factor", factor}};
   if (const auto original = fields.integer("rope.scaling.original_context_length")) {
     scaling["original_max_position_embeddings"] = *original;
   }
@@ -125,10 +149,20 @@ void rope_scaling(const Fields& fields, json& config) {
                                   std::pair{"rope.scaling.yarn_beta_slow", "beta_slow"}}) {
     if (const auto value = fields.number(key)) scaling[name] = *value;
   }
-  if (fields.number("rope.scaling.yarn_log_multiplier").value_or(0) != 0) {
-    fields.refuse("has a " + fields.key("rope.scaling.yarn_log_multiplier") + ", which is not supported.");
-  }
   config["rope_scaling"] = scaling;
+}
+
+/// Which layers have a window, where the metadata say so: all but each n-th, or a list.
+void window_pattern(const Fields& fields, json& config) {
+  const std::vector<double> slides = fields.numbers("attention.sliding_window_pattern");
+  if (slides.empty()) return;
+  if (slides.size() == 1) {
+    config["sliding_window_pattern"] = fields.whole("attention.sliding_window_pattern", slides.front());
+    return;
+  }
+  config.erase("sliding_window_pattern");
+  config["layer_types"] = json::array();
+  for (const double one : slides) config["layer_types"].push_back(one != 0 ? "sliding_attention" : "full_attention");
 }
 
 // ---- architectures: what their config.json has beyond that
@@ -174,6 +208,7 @@ void gemma2(const Fields& fields, json& config) {
   config["attn_logit_softcapping"] = fields.number("attn_logit_softcapping").value_or(50);
   config["final_logit_softcapping"] = fields.number("final_logit_softcapping").value_or(30);
   config["sliding_window"] = fields.need("attention.sliding_window");
+  window_pattern(fields, config);
   scale_of_gemma(config, 46);
 }
 
@@ -181,6 +216,7 @@ void gemma3(const Fields& fields, json& config) {
   config["hidden_act"] = "gelu_pytorch_tanh";
   config["sliding_window"] = fields.need("attention.sliding_window");
   config["sliding_window_pattern"] = 6;  // llama.cpp too takes it for granted
+  window_pattern(fields, config);
   config["rope_local_base_freq"] = fields.number("rope.freq_base_swa").value_or(10000);
   if (const auto cap = fields.number("final_logit_softcapping")) config["final_logit_softcapping"] = *cap;
   scale_of_gemma(config, 62);
@@ -197,6 +233,7 @@ void gpt_oss(const Fields& fields, json& config) {
   config["num_local_experts"] = fields.need("expert_count");
   config["num_experts_per_tok"] = fields.need("expert_used_count");
   config["sliding_window"] = fields.need("attention.sliding_window");
+  window_pattern(fields, config);
   if (config.contains("rope_scaling")) config["rope_scaling"]["truncate"] = false;  // which no metadata say
 }
 
@@ -237,6 +274,9 @@ void gemma4(const Fields& fields, json& config) {
   config["hidden_size_per_layer_input"] = of_layer;
   if (const GgufTensor* table = fields.model().find("per_layer_token_embd.weight"); of_layer > 0 && table != nullptr) {
     config["vocab_size_per_layer_input"] = table->shape.front();
+  }
+  if (rope_factor(fields) != 1) {
+    fields.refuse("has a factor of all RoPE's frequencies, which is not supported for its architecture.");
   }
   // Pairs that don't rotate are divided by something huge.
   const std::vector<float> factors = fields.floats("rope_freqs.weight");
@@ -326,7 +366,7 @@ json gguf_config(const GgufModel& model) {
   json config = common(fields);
   config["model_type"] = architecture->model_type;
   if (!architecture->apart) {
-    alike(fields, config);
+    alike(fields, config, architecture->neighbours);
     rope_scaling(fields, config);
   }
   architecture->fields(fields, config);
