@@ -128,9 +128,10 @@ def write_metadata(writer, config):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
-def write_gguf(directory, path, change=None, pre="gpt-2", metadata=None, **options):
+def write_gguf(directory, path, change=None, pre="gpt-2", metadata=None, leave_out=" ", **options):
     """The model of a directory of floats as GGUF: names by the package gguf, order of rows by llama.cpp's converter.
-    `change(name, value)` may give another value and its type, `metadata(writer)` other metadata."""
+    `change(name, value)` may give another value and its type, `metadata(writer)` other metadata. Tensors named
+    as `leave_out` are not written."""
     config = json.loads((directory / "config.json").read_text())
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, architecture, **options)
@@ -157,6 +158,8 @@ def write_gguf(directory, path, change=None, pre="gpt-2", metadata=None, **optio
         if architecture in ("gemma2", "gemma3") and stem.endswith("norm"):
             value = value + np.float32(1)
         name = f"{names.get_name(stem) or of_dense.get_name(stem)}.{suffix}"
+        if leave_out in name:
+            continue
         value, kind = change(name, value) if change else (value, None)
         writer.add_tensor(name, np.ascontiguousarray(value), raw_dtype=kind)
     scaling = config.get("rope_scaling") or {}
@@ -187,11 +190,11 @@ def tiny_of(tmp_path):
     return made
 
 
-def perplexity(tmp_path, model, backend="kernels", activations="f32", tokens=60):
+def perplexity(tmp_path, model, backend="kernels", activations="f32", tokens=60, options=()):
     torpor = Torpor(tmp_path / "store", model)
     env = {"TORPOR_BACKEND": backend, "TORPOR_ACTIVATIONS": activations}
     return torpor("perplexity", "--model", model, "--file", "-", "--tokens", tokens, "--kv-dtype", "f32", "--json",
-                  stdin=TEXT, env=env).ok().json["perplexity"]
+                  *options, stdin=TEXT, env=env).ok().json["perplexity"]
 
 
 @pytest.mark.parametrize("name, close", [
@@ -263,6 +266,51 @@ def test_metadata_that_are_not_computed_are_refused_by_name(tmp_path, tiny_of):
         file = write_gguf(tiny_of(name), tmp_path / "m.gguf", metadata=metadata)
         shutil.rmtree(tmp_path / name)
         Torpor(tmp_path / "store", file).run("ada", "Hello").fails("invalid", says)
+
+
+def model_with_biases(directory, output_bias):
+    def biased(config, weights):
+        random = np.random.default_rng(11)
+        config |= {"attention_bias": True, "vocab_size": 128}
+        for name, value in weights.items():
+            weights[name] = value[:128 if "embed" in name or "lm_head" in name else None].astype(np.float32)
+        for name in [name for name in weights if "self_attn" in name]:
+            rows = weights[name].shape[0]
+            bias = random.normal(0, 2, rows) if output_bias or "o_proj" not in name else np.zeros(rows)
+            weights[name.replace("weight", "bias")] = bias.astype(np.float32)
+
+    make_tiny_model(directory, biased)
+    byte_tokenizer(directory)
+    return directory
+
+
+@pytest.mark.parametrize("output_bias", [False, True])
+def test_biases_of_rows_that_rotate_as_neighbours_are_found_in_every_format(tmp_path, output_bias):
+    directory = model_with_biases(tmp_path / "model", output_bias)
+    file = write_gguf(directory, tmp_path / "all.gguf")
+    if not output_bias:
+        whole = gguf.GGUFReader(file)
+        assert any("attn_output.bias" in tensor.name for tensor in whole.tensors)
+        file = write_gguf(directory, tmp_path / "some.gguf", leave_out="attn_output.bias")
+    for backend in ("kernels", "mlx"):
+        for bits in ((), ("--kv-bits", 8, "--kv-group", 32)):
+            expected = perplexity(tmp_path, directory, backend, options=bits)
+            assert abs(perplexity(tmp_path, file, backend, options=bits) / expected - 1) <= 1e-6, (backend, bits)
+
+
+def test_quantized_keys_without_their_biases_are_exported_with_them(tmp_path):
+    file = write_gguf(model_with_biases(tmp_path / "model", True), tmp_path / "model.gguf")
+    torpor, exported = Torpor(tmp_path / "store", file), []
+    for agent, bits in (("floats", ()), ("bits", ("--kv-bits", 8, "--kv-group", 32))):
+        torpor.run(agent, "Hello", "--kv-dtype", "f32", *bits, max_tokens=1).ok()
+        torpor("export", "--format", "mlx-lm", "--model", file, agent, tmp_path / f"{agent}.safetensors").ok()
+        exported.append(mx.load(str(tmp_path / f"{agent}.safetensors")))
+    floats, bits = exported
+    names = [name for name, value in floats.items() if value.ndim == 4]
+    assert len(names) == 4
+    for name in names:
+        rows = min(floats[name].shape[2], bits[name].shape[2])
+        assert mx.abs(floats[name][:, :, :rows] - bits[name][:, :, :rows]).max() < 0.5, name
 
 
 # Where in a block f16 numbers are, and what the second is of the first for weights around zero.

@@ -168,7 +168,8 @@ void window_pattern(const Fields& fields, json& config) {
 // ---- architectures: what their config.json has beyond that
 
 void llama(const Fields& fields, json& config) {
-  config["attention_bias"] = fields.has_tensor("blk.0.attn_q.bias");
+  const bool bias = fields.has_tensor("blk.0.attn_q.bias"), output_bias = fields.has_tensor("blk.0.attn_output.bias");
+  config["attention_bias"] = bias;
   config["mlp_bias"] = fields.has_tensor("blk.0.ffn_gate.bias");
   if (const auto window = fields.integer("attention.sliding_window"); window && *window > 0) {
     config["model_type"] = "mistral";
@@ -178,7 +179,14 @@ void llama(const Fields& fields, json& config) {
     config["model_type"] = "mixtral";
     config["num_local_experts"] = experts;
     config["num_experts_per_tok"] = fields.need("expert_used_count");
+    if (bias || output_bias) fields.refuse("has experts and biases of attention, which is not supported.");
   }
+  if (bias == output_bias) return;
+  if (config["model_type"] != "llama") {
+    fields.refuse("has a window, and biases in a part of attention, which is not supported.");
+  }
+  config["model_type"] = "seed_oss";  // Llama's layer, with biases of their own
+  config["attention_out_bias"] = output_bias;
 }
 
 void plain(const Fields&, json&) {}

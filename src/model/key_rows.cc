@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "model/block_arrays.h"
 #include "model/modules.h"
 
 namespace torpor::model {
@@ -43,6 +44,14 @@ std::vector<float> pair_factors(const Rope& rope, std::span<const float> q_norm,
   return factors;
 }
 
+std::vector<float> key_bias_of(const TensorView& bias, int neighbour_heads) {
+  const std::vector<float> values = to_floats(bias);
+  if (neighbour_heads == 0) return values;
+  std::vector<float> rows;
+  for (const int32_t row : rows_of_halves(int(values.size()), neighbour_heads)) rows.push_back(values[size_t(row)]);
+  return rows;
+}
+
 RestoreKeys restore_keys_of(const Checkpoint& checkpoint) {
   const ModelConfig& c = checkpoint.config;
   std::vector<LayerKeys> layers;
@@ -54,7 +63,8 @@ RestoreKeys restore_keys_of(const Checkpoint& checkpoint) {
     layer.rope = attention.rope;
     layer.dim = size_t(attention.key_dim);
     if (attention.key_bias()) {
-      layer.bias = to_floats(checkpoint.weights.get(name + "k_proj.bias", {attention.keys_size()}));
+      const TensorView& bias = checkpoint.weights.get(name + "k_proj.bias", {attention.keys_size()});
+      layer.bias = key_bias_of(bias, c.names.neighbours ? attention.n_kv_heads : 0);
     }
     if (!attention.evens_keys()) continue;
     const auto norm = [&](const std::string& part) {

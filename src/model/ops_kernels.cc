@@ -107,7 +107,7 @@ class KernelOps final : public Ops {
     } else {
       weight->projections = {PackedLinear::pack({source(q), source(*k), source(*v)}, activations_, resident_)};
     }
-    if (k != nullptr && k->bias) weight->key_bias = to_floats(*k->bias);
+    if (k != nullptr && k->bias) weight->key_bias = key_bias_of(*k->bias, k->neighbour_heads);
     if (spec.value_norm) {
       const std::vector<float> ones(size_t(spec.value_dim), 1);
       weight->ones = mx::array(ones.data(), {spec.value_dim}, mx::float32);
