@@ -179,6 +179,23 @@ TEST(GgufTokenizer, Phi3sTokensTakeTheSpacesAfterThemAsInLlamaCpp) {
   }
 }
 
+TEST(GgufTokenizer, Gemma4BeginsWithBosWhateverTheFileSays) {
+  const fs::path path = kRoot / ".models/vocabularies/gemma-4.gguf";
+  if (!fs::exists(path)) GTEST_SKIP() << "no .models/vocabularies";
+  std::string file = read(path);
+  const std::string key = "tokenizer.ggml.add_bos_token";
+  const size_t at = file.find(key);
+  ASSERT_NE(at, std::string::npos);
+  char& flag = file[at + key.size() + sizeof(uint32_t)];
+  ASSERT_EQ(flag, 1);
+  flag = 0;
+  ScratchDir dir;
+  write(dir.path() / "gemma-4.gguf", file);
+  const std::vector<int32_t> ids = Tokenizer::load(dir.path() / "gemma-4.gguf")->encode("Hi", true);
+  ASSERT_EQ(ids.size(), 2u);
+  EXPECT_EQ(ids[0], 2);
+}
+
 // The families' vocabularies and what llama.cpp's tests expect of them (scripts/fetch-model families).
 TEST(Tokenizer, IdsEqualLlamaCpps) {
   int families = 0;

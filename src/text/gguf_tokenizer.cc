@@ -137,6 +137,7 @@ class Vocabulary {
     refuse("a tokenizer that splits texts as " + printable(name) + " does, supported: " + supported);
   }
   bool begins() const {
+    if (model_ == "gemma4") return true;  // some files say that it does not, and llama.cpp too does not believe them
     const std::optional<bool> said = file_.flag("tokenizer.ggml.add_bos_token");
     return said.value_or(pieces() || pre().begins);
   }
