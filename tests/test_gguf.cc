@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <random>
+#include <span>
 #include <string>
 
 #include "base/gguf.h"
@@ -107,6 +108,19 @@ TEST(Gguf, BlocksOfEveryTypeStandForWhatThePackageGgufSays) {
     for (size_t i = 0; i < values.size(); ++i) ASSERT_EQ(values[i], want[i]) << tensor.name << " " << i;
   }
   EXPECT_EQ(seen, 26);
+}
+
+TEST(Gguf, TensorsAreFoundByNameInWhateverOrderTheyAre) {
+  Writer writer;
+  writer.head(3, 0).tensor("b", {8}, 0, 0).tensor("c", {4}, 0, 64).tensor("a", {2}, 0, 32);
+  const std::string bytes = writer.padded(96);
+  const auto file = GgufFile::parse(std::as_bytes(std::span(bytes)), "f.gguf");
+  std::string names;
+  for (const GgufTensor& tensor : file.tensors()) {
+    names += tensor.name;
+    EXPECT_EQ(tensor.data.size(), tensor.name == "a" ? 8u : tensor.name == "b" ? 32u : 16u);
+  }
+  EXPECT_EQ(names, "abc");
 }
 
 TEST(Gguf, AFileCutAnywhereIsDamaged) {

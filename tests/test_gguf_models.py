@@ -262,7 +262,10 @@ def test_metadata_that_are_not_computed_are_refused_by_name(tmp_path, tiny_of):
             ("gemma4", without(rope__scaling__factor=8.0), "a factor of all RoPE's frequencies"),
             ("f16", lambda writer: writer.kv_data[0].update(
                 {"llama.rope.dimension_count": gguf.GGUFValue(8, gguf.GGUFValueType.UINT32)}),
-             "rotates 8 of the 16 dims of a head")):
+             "rotates 8 of the 16 dims of a head"),
+            ("qwen3-moe", lambda writer: writer.kv_data[0].update(
+                {"qwen3moe.block_count": gguf.GGUFValue(1 << 30, gguf.GGUFValueType.UINT32)}),
+             "has 1073741824 layers, of which at most 4096 are supported")):
         file = write_gguf(tiny_of(name), tmp_path / "m.gguf", metadata=metadata)
         shutil.rmtree(tmp_path / name)
         Torpor(tmp_path / "store", file).run("ada", "Hello").fails("invalid", says)

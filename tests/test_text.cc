@@ -196,6 +196,34 @@ TEST(GgufTokenizer, Gemma4BeginsWithBosWhateverTheFileSays) {
   EXPECT_EQ(ids[0], 2);
 }
 
+/// A file of pieces with scores, and nothing else.
+std::string pieces_as_gguf(const std::vector<std::string>& pieces) {
+  std::string out = "GGUF";
+  const auto number = [&](auto value) { out.append(reinterpret_cast<const char*>(&value), sizeof(value)); };
+  const auto text = [&](const std::string& value) { number(uint64_t(value.size())), out += value; };
+  const auto list = [&](const char* key, uint32_t kind) {
+    text(key), number(uint32_t(9)), number(kind), number(uint64_t(pieces.size()));
+  };
+  number(uint32_t(3)), number(uint64_t(0)), number(uint64_t(3));
+  text("tokenizer.ggml.model"), number(uint32_t(8)), text("llama");
+  list("tokenizer.ggml.tokens", 8);
+  for (const std::string& piece : pieces) text(piece);
+  list("tokenizer.ggml.scores", 6);
+  for (size_t i = 0; i < pieces.size(); ++i) number(-float(i));
+  return out;
+}
+
+TEST(GgufTokenizer, PiecesThatWouldTakeLongToCutAreRefused) {
+  ScratchDir dir;
+  const fs::path file = dir.path() / "pieces.gguf";
+  write(file, pieces_as_gguf({"a", std::string(256, 'a')}));
+  EXPECT_EQ(Tokenizer::load(file)->vocab_size(), 2);
+  write(file, pieces_as_gguf({"a", std::string(257, 'a')}));
+  const Error error = error_of([&] { Tokenizer::load(file); });
+  EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+  EXPECT_NE(std::string(error.what()).find("a token of 257 bytes"), std::string::npos) << error.what();
+}
+
 // The families' vocabularies and what llama.cpp's tests expect of them (scripts/fetch-model families).
 TEST(Tokenizer, IdsEqualLlamaCpps) {
   int families = 0;

@@ -83,6 +83,7 @@ class GgufFile::Reader {
     for (uint64_t i = 0; i < n_values; ++i) value();
     for (uint64_t i = 0; i < n_tensors; ++i) tensor();
     place();
+    std::ranges::sort(file_.tensors_, {}, &GgufTensor::name);
   }
 
  private:
@@ -364,8 +365,8 @@ void GgufModel::add(const std::filesystem::path& path) {
 
 const GgufTensor* GgufModel::find(std::string_view name) const {
   for (const GgufFile& file : pieces_) {
-    const auto it = std::ranges::find(file.tensors(), name, &GgufTensor::name);
-    if (it != file.tensors().end()) return &*it;
+    const auto it = std::ranges::lower_bound(file.tensors(), name, {}, &GgufTensor::name);
+    if (it != file.tensors().end() && it->name == name) return &*it;
   }
   return nullptr;
 }

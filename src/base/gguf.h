@@ -47,7 +47,7 @@ class GgufFile {
   /// of another version or with types of tensors that are not read. `file_name` is for these sentences.
   static GgufFile parse(std::span<const std::byte> bytes, std::string file_name);
 
-  const std::vector<GgufTensor>& tensors() const { return tensors_; }
+  const std::vector<GgufTensor>& tensors() const { return tensors_; }  ///< in the order of their names
   const std::string& file_name() const { return file_name_; }
   bool has(std::string_view key) const { return values_.contains(key); }
   /// As the file has it, UTF-8 or not.

@@ -76,7 +76,9 @@ json common(const Fields& fields) {
   json config;
   const int64_t heads = fields.need("attention.head_count"), hidden = fields.need("embedding_length");
   config["hidden_size"] = hidden;
-  config["num_hidden_layers"] = fields.need("block_count");
+  const int64_t layers = fields.need("block_count");
+  if (layers > 4096) fields.refuse("has " + std::to_string(layers) + " layers, of which at most 4096 are supported.");
+  config["num_hidden_layers"] = layers;
   config["num_attention_heads"] = heads;
   if (const auto length = fields.integer("context_length")) config["max_position_embeddings"] = *length;
   if (const auto eps = fields.number("attention.layer_norm_rms_epsilon")) config["rms_norm_eps"] = float(*eps);
@@ -198,7 +200,8 @@ void qwen3moe(const Fields& fields, json& config) {
   config["norm_topk_prob"] = true;  // llama.cpp has it so for all
   config["decoder_sparse_step"] = 1;
   config["mlp_only_layers"] = json::array();
-  for (int64_t i = 0; i < std::min<int64_t>(fields.need("block_count"), 1 << 16); ++i) {
+  const int64_t layers = config["num_hidden_layers"];
+  for (int64_t i = 0; i < layers; ++i) {
     const bool dense = !fields.has_tensor("blk." + std::to_string(i) + ".ffn_gate_inp.weight");
     if (dense) config["mlp_only_layers"].push_back(i);
   }

@@ -207,7 +207,7 @@ std::string scored_merges(const Vocabulary& v) {
     const auto it = v.ids.find(text);
     return it != v.ids.end() && mergeable(it->second) ? std::optional(it->second) : std::nullopt;
   };
-  constexpr size_t kLongest = 1024;  // of pieces; cutting one takes the square of its length
+  constexpr size_t kLongest = 256;  // bytes; cutting a piece takes the square of its length
   std::vector<Merge> merges;
   for (size_t id = 0; id < v.tokens.size(); ++id) {
     const std::string_view text = v.tokens[id];
