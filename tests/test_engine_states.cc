@@ -242,25 +242,6 @@ TEST_F(EngineStates, AStopStringCostsNoMoreThanAFewTokensComputedAgain) {
   }
 }
 
-TEST_F(EngineStates, AStopStringAtAnyBudgetThatTheTurnFitsIsAsWithoutOne) {
-  const std::string whole = [&] { return make("unbounded").turn(say("a", words(60, 1), 100)).text; }();
-  TurnRequest request = say("a", words(60, 1), 100);
-  request.generate.stop = {whole.substr(whole.size() / 2, 8)};
-  int fitted = 0;
-  for (size_t budget = 100'000; fitted < 6 && budget < 500'000; budget += 7'000) {
-    Engine engine = make("store-" + std::to_string(budget), budget);
-    try {
-      const TurnResult result = engine.turn(request);
-      EXPECT_EQ(result.stop, request.generate.stop[0]) << budget;
-      EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a"))) << budget;
-      ++fitted;
-    } catch (const Error& error) {
-      EXPECT_EQ(error.code(), ErrorCode::kResourceExhausted) << error.what();
-    }
-  }
-  EXPECT_EQ(fitted, 6);
-}
-
 TEST_F(EngineStates, GeneratingOverACacheLeavesNoStatesBehind) {
   const std::shared_ptr<Model> model = Model::load((root_ / "model").string());
   CacheExtractor extractor(model, Tokenizer::load((root_ / "model").string()));

@@ -11,7 +11,8 @@ void require_length(const Agent& agent, int64_t n_tokens, const char* verb) {
   const int64_t length = agent.behind() ? ssize(agent.history) : agent.cache->length();
   if (n_tokens >= 0 && n_tokens <= length) return;
   throw Error(ErrorCode::kInvalidArgument, "The agent '" + agent.id + "' holds " + std::to_string(length) +
-                                               " tokens, so it can't be " + verb + " " + std::to_string(n_tokens) + ".");
+                                               " tokens, so it can't be " + verb + " " + std::to_string(n_tokens) +
+                                               ".");
 }
 
 }  // namespace

@@ -148,8 +148,8 @@ class AgentManager {
   /// Gives the agent these rows again. kResourceExhausted when the budget has no room and they are not wanted
   /// `at_once`, which may exceed it until room is needed next. kCorruption. After an error they are still aside.
   void bring_back(Agent& agent, const RowsAside& aside, bool at_once = false);
-  /// Reads the last state of the first `n_tokens` tokens into `cache`, the agent's or a clone, unless it is there. How many
-  /// tokens that can then go on from: fewer where a file is damaged. Without recurrent layers it is `n_tokens` itself.
+  /// Reads the last state of the first `n_tokens` tokens into `cache`, the agent's or a clone, unless it is there. How
+  /// many tokens that can then go on from: fewer where a file is damaged. Without recurrent layers it is `n_tokens`.
   int hold_state(const Agent& agent, KvCache& cache, int n_tokens);
   /// After a turn: of the agent's states those stay that thin_checkpoints names. `history` is where the turn's prompt
   /// ended but for the asking for an answer; it counts as the end of a turn.

@@ -304,7 +304,8 @@ Error TurnTransaction::save_failed(const std::string& agent, const Error& error)
 
 void TurnTransaction::restore(bool may_sleep) noexcept {
   Agent& agent = *hold_;
-  const bool queued = agent.queued_version != queued_version_;  // somebody saved it meanwhile, rows of this turn with it
+  // Somebody saved it meanwhile, rows of this turn with it.
+  const bool queued = agent.queued_version != queued_version_;
   const bool cut = was_cut();
   const RowsAside* const before = cut_aside_ != nullptr ? cut_aside_.get() : aside_.get();
   // One that goes back to sleep needs no rows.

@@ -61,9 +61,10 @@ class TurnTransaction {
   int again() const noexcept;
   /// Of a model with recurrent layers: after which tokens of the prompt a state is to be kept (KvCache::keep_state).
   const std::vector<int64_t>& stops() const noexcept { return stops_; }
-  /// Another turn waits for the rows of the first `position` tokens: it can go on from a state alone, so one is kept there.
+  /// Another turn waits for the rows of the first `position` tokens. It can go on from a state alone, so one is kept.
   void stop_at(int64_t position);
-  /// After rows were computed: keeps the live state if it is one of stops(). Earlier ones that a commit would not leave go.
+  /// After rows were computed: keeps the live state if it is one of stops(). Earlier ones go that a commit would not
+  /// leave.
   void keep_due_state();
   /// Takes back the rows from `n_tokens` on.
   void take_back(int n_tokens) { manager_.take_back(*hold_, n_tokens); }
@@ -86,8 +87,8 @@ class TurnTransaction {
   std::span<const int32_t> pending() const noexcept;
 
   /// Ends the turn with this answer, whose rows follow those of `tokens()`. Without `complete` the turn was cancelled
-  /// before all of the prompt's rows were computed. It did not happen, but they stay for when it is asked again. Where they
-  /// take the place of rows that the agent's history has, they are kept as by keep_for_retry, in memory alone.
+  /// before all of the prompt's rows were computed. It did not happen, but they stay for when it is asked again. Where
+  /// they take the place of rows that the agent's history has, they are kept as by keep_for_retry, in memory alone.
   void commit(Message answer, bool complete);
   /// After commit. With kWait the future is what the save comes to; else it is not valid. An error is not thrown, for
   /// the answer stands: it is in save_error, as is one of a save behind an earlier turn.
@@ -109,7 +110,7 @@ class TurnTransaction {
   /// Takes a longer prefix than the agent's own rows, where somebody has one.
   void reuse_longer_prefix();
   bool was_cut() const noexcept { return cut_ != nullptr || cut_aside_ != nullptr; }
-  /// Rows and version are what they were before. With `may_sleep` an agent that roll_back lets go of may be without rows.
+  /// Rows and version are what they were before. With `may_sleep` an agent that is to go to sleep may be without rows.
   void restore(bool may_sleep) noexcept;
   void roll_back() noexcept;
 

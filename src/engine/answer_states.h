@@ -10,8 +10,8 @@ namespace torpor {
 class AnswerStates {
  public:
   static constexpr int kStride = 16;
-  /// After each step of an answer that may be cut (Generation::may_be_cut): keeps the live state when it is due, and lets go of
-  /// the one before the last. Nothing without recurrent layers.
+  /// After each step of an answer that may be cut (Generation::may_be_cut): keeps the live state when it is due, and
+  /// lets go of the one before the last. Nothing without recurrent layers.
   void keep(KvCache& cache);
   /// The answer is over.
   void drop(KvCache& cache);
@@ -20,7 +20,7 @@ class AnswerStates {
   int last_ = 0, before_ = 0;  // positions; 0: none
 };
 
-/// Computes the rows of those of `tokens` that are behind the cache's own: recurrent layers go on from the state they have.
+/// Computes the rows of those of `tokens` that are behind the cache's own. Recurrent layers go on from the live state.
 void compute_again(Model& model, KvCache& cache, std::span<const int32_t> tokens);
 
 }  // namespace torpor
