@@ -19,6 +19,7 @@
 
 #include "faces/error_table.h"
 #include "store_fixture.h"
+#include "tiny_lfm2.h"
 #include "tiny_model.h"
 #include "torpor/engine.h"
 #include "torpor/error.h"
@@ -85,9 +86,10 @@ struct Slot {
   }
 };
 
-class Stress : public ::testing::Test {
+/// The parameter: whether the model has recurrent layers.
+class Stress : public ::testing::TestWithParam<bool> {
  protected:
-  Stress() { testing::write_tiny_model(model_); }
+  Stress() { GetParam() ? testing::write_tiny_lfm2(model_) : testing::write_tiny_model(model_); }
 
   EngineOptions options(const char* store) {
     EngineOptions made;
@@ -307,14 +309,14 @@ void Stress::replay(Engine& engine, const History& history, const std::string& n
   engine.remove(name);
 }
 
-TEST_F(Stress, AgentsAreWhatTheirHistoriesMakeOfThem) {
+TEST_P(Stress, AgentsAreWhatTheirHistoriesMakeOfThem) {
   const char* given = std::getenv("TORPOR_STRESS_SEED");
   const unsigned seed = given != nullptr ? unsigned(std::strtoul(given, nullptr, 10)) : std::random_device()();
   std::printf("TORPOR_STRESS_SEED=%u\n", seed);
   std::fflush(stdout);
 
   EngineOptions bounded = options("store");
-  // Two layers with keys and values, of one head of 32 floats.
+  // Two layers with keys and values, of one head of 32 floats or two of 16.
   const size_t run_bytes = size_t(kSegmentTokens) * 2 * 2 * 32 * sizeof(float);
   bounded.memory_budget = 3 * kRunsOfAnAgent * run_bytes;
   engine_ = std::make_unique<Engine>(bounded);
@@ -358,6 +360,10 @@ TEST_F(Stress, AgentsAreWhatTheirHistoriesMakeOfThem) {
   }
   for (const History& prompt : nameless_) replay(undisturbed, prompt, "nameless-" + std::to_string(++replayed));
 }
+
+INSTANTIATE_TEST_SUITE_P(Models, Stress, ::testing::Bool(), [](const ::testing::TestParamInfo<bool>& recurrent) {
+  return recurrent.param ? "WithStates" : "OfRowsAlone";
+});
 
 }  // namespace
 }  // namespace torpor
