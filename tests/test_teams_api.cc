@@ -11,6 +11,7 @@
 #include "recording_response.h"
 #include "server/agents_api.h"
 #include "store_fixture.h"
+#include "teams/team_file.h"
 #include "tiny_model.h"
 
 namespace torpor::server {
@@ -125,6 +126,27 @@ TEST_F(TeamsApiTest, ATenantsTeamIsItsOwn) {
   EXPECT_EQ(taken["error"]["message"].get<std::string>().find("t.acme"), std::string::npos) << taken;
   const Json answers = Json::parse(ask("/torpor/v1/teams/crew/round", message(), "acme").body);
   EXPECT_EQ(answers["answers"][0]["agent"], "crew.ada");
+}
+
+TEST_F(TeamsApiTest, NoTeamReachesAnotherTenantsAgents) {
+  EXPECT_EQ(make("acme", "acme").status, 201);
+  EXPECT_EQ(ask("/torpor/v1/teams/acme/ask", message("A secret."), "acme").status, 200);
+  Json body = of_team("t");
+  body["members"] = {{{"name", "acme.acme.ada"}}, {{"name", "acme.acme.eve"}}};
+  body["coordinator"] = "acme.acme.eve";
+  EXPECT_EQ(ask(kTeams, body).status, 400);
+  // A program that shares the store calls its teams as it likes.
+  Store& store = models_->model("").engine().store();
+  TeamSpec spec{.id = "t", .members = {{"acme.acme.bob", ""}, {"acme.acme.eve", ""}}, .coordinator = "acme.acme.eve"};
+  store.make_team("t", encode_team({.spec = spec, .speaker = spec.coordinator}));
+  const auto held = [&] { return get("/torpor/v1/agents/acme.bob", "acme").body; };
+  const std::string before = held();
+  for (const char* step : {"ask", "turn", "conclude"})
+    EXPECT_EQ(ask("/torpor/v1/teams/t/" + std::string(step), message()).status, 400) << step;
+  HttpRequest removal = request("/torpor/v1/teams/t", Json());
+  removal.method = "DELETE";
+  EXPECT_EQ(ask(removal).status, 400);
+  EXPECT_EQ(held(), before);
 }
 
 TEST_F(TeamsApiTest, ARetryWithTheSameKeyGetsTheSameAnswers) {

@@ -40,6 +40,8 @@ Reply make(const Call& call) {
                 .coordinator = call.body.at("coordinator"),
                 .system = call.body.value("system", ""),
                 .model = model.name()};
+  // A team `t` of the tenant `local` would have agents of all others.
+  for (const TeamMember& member : spec.members) call.id_of(name + "." + member.name);
   if (call.body.contains("tools")) spec.tools = to_text(call.body["tools"]);
   return {201, team_json(Teams(call.engine.store()).make(spec), name)};
 }

@@ -6,6 +6,11 @@
 
 namespace torpor::server {
 
+std::string ServedTeam::name_of(const std::string& agent) const {
+  if (auto name = agent_name_of(tenant_, agent)) return *std::move(name);
+  throw Error(ErrorCode::kInvalidArgument, "A member of this team has an agent of another tenant's; use another team.");
+}
+
 TurnResult ServedTeam::turn(const TurnRequest& given) {
   /// The turn's place is free however it ends.
   struct Leaving {
@@ -14,7 +19,7 @@ TurnResult ServedTeam::turn(const TurnRequest& given) {
       if (places != nullptr) places->leave_one();
     }
   } leaving{places_};
-  const AgentName agent{given.agent, agent_name_of(tenant_, given.agent).value_or(given.agent), tenant_, given.salt};
+  const AgentName agent{given.agent, name_of(given.agent), tenant_, given.salt};
   CountedTurn counted(metrics_, agent);
   TurnRequest request = given;
   request.generate.on_prefill = [&](int done, int total) {

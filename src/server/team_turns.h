@@ -11,7 +11,8 @@
 
 namespace torpor::server {
 
-/// All must live longer than it.
+/// All must live longer than it. Agents that the tenant has no name for are kInvalidArgument: a team `t` that Python
+/// made has them.
 class ServedTeam : public TeamEngine {
  public:
   ServedTeam(ModelPool& models, Engine& engine, Metrics& metrics, std::string tenant)
@@ -20,12 +21,24 @@ class ServedTeam : public TeamEngine {
   void take(TurnQueue::Places& places) { places_ = &places; }
 
   TurnResult turn(const TurnRequest& request) override;
-  std::vector<torpor::Message> messages(const std::string& agent) override { return engine_.messages(agent); }
-  void save(const std::string& agent) override { engine_.save(agent); }
+  std::vector<torpor::Message> messages(const std::string& agent) override {
+    name_of(agent);
+    return engine_.messages(agent);
+  }
+  void save(const std::string& agent) override {
+    name_of(agent);
+    engine_.save(agent);
+  }
   /// Whichever model has it awake.
-  void remove(const std::string& agent) override { models_.of_agent(agent, true).engine().remove(agent); }
+  void remove(const std::string& agent) override {
+    name_of(agent);
+    models_.of_agent(agent, true).engine().remove(agent);
+  }
 
  private:
+  /// As the tenant knows it.
+  std::string name_of(const std::string& agent) const;
+
   ModelPool& models_;
   Engine& engine_;
   Metrics& metrics_;
