@@ -9,6 +9,7 @@
 #include <list>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 #include "recording_response.h"
 #include "scripted_runner.h"
@@ -24,6 +25,11 @@ namespace fs = std::filesystem;
 constexpr const char* kKey = "sk-torpor-test";
 // printf sk-torpor-test | sha256sum, of coreutils
 constexpr const char* kHash = "f434f6380dd9ea405fd72dcffbc848369b774f7250a19d2b966022a2a8c17551";
+
+/// Of paths whose handlers compute.
+constexpr const char* kOtherSpellings[] = {"/v1/chat/completions/", "/v1/chat/%63ompletions",
+                                           "/torpor/v1/%61gents/ada/turn", "/torpor/v1/agents/ada/turn/",
+                                           "/torpor/v1/%61gents"};
 
 fs::path fresh_directory() {
   std::string name = (fs::temp_directory_path() / "torpor-service-XXXXXX").string();
@@ -71,8 +77,8 @@ struct Server {
     request.headers = std::move(headers);
     return request;
   }
-  static HttpRequest chat(const std::string& text = "Hi.") {
-    HttpRequest request = get("/v1/chat/completions");
+  static HttpRequest chat(const std::string& text = "Hi.", const std::string& path = "/v1/chat/completions") {
+    HttpRequest request = get(path);
     request.method = "POST";
     request.body = to_text(Json{{"model", "scripted"}, {"messages", {{{"role", "user"}, {"content", text}}}}});
     return request;
@@ -212,9 +218,10 @@ TEST(Service, ATurnTooManyIsToldWhenToComeAgain) {
   bool begun = false, over = false;
   Server server({}, [&](const ChatRequest&, Say& say) {
     std::unique_lock lock(mutex);
-    begun = true;
-    changed.notify_all();
-    changed.wait(lock, [&] { return over; });
+    if (!std::exchange(begun, true)) {
+      changed.notify_all();
+      changed.wait(lock, [&] { return over; });
+    }
     say.start().text("done").finish();
   }, 1);
   RecordingResponse first;
@@ -231,6 +238,7 @@ TEST(Service, ATurnTooManyIsToldWhenToComeAgain) {
   const auto& second = server.ask(Server::chat());
   EXPECT_EQ(second.status, 429);
   EXPECT_EQ(second.header("retry-after"), "5");
+  for (const char* path : kOtherSpellings) EXPECT_EQ(server.ask(Server::chat("Hi.", path)).status, 429) << path;
   EXPECT_EQ(server.ask(Server::get("/v1/models")).status, 200);  // what computes nothing is answered
   {
     const std::lock_guard lock(mutex);
@@ -333,6 +341,7 @@ TEST(Service, TakesNoTurnWhileItDrains) {
   Server server;
   server.service.drain();
   EXPECT_EQ(server.ask(Server::chat()).status, 503);
+  for (const char* path : kOtherSpellings) EXPECT_EQ(server.ask(Server::chat("Hi.", path)).status, 503) << path;
   EXPECT_EQ(server.ask(Server::get("/v1/models")).status, 200);
 }
 

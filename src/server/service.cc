@@ -176,14 +176,15 @@ const Service::Route& Service::route_of(const HttpRequest& request) const {
   };
   static const Route kUnknown{"unknown", Kind::kUnknown}, kAgentsTurn{"/torpor/v1/agents/turn", Kind::kAgents, kOne};
   static const Route kTeamsStep{"/torpor/v1/teams/step", Kind::kAgents, kOwn};
-  const std::string_view path = request.path;
-  if (path.starts_with("/torpor/v1/teams/") && request.path_parts().size() == 5) return kTeamsStep;
-  if (path.starts_with("/torpor/v1/agents/")) {
-    const std::vector<std::string> parts = request.path_parts();
-    if (parts.size() == 5 && parts[4] == "turn") return kAgentsTurn;
-  }
+  // Handlers go by the path's parts: escapes and a slash at the end make no other route. What is open goes by its name.
+  const std::vector<std::string> parts = request.path_parts();
+  std::string plain;
+  for (const std::string& part : parts) plain += "/" + part;
+  if (plain.starts_with("/torpor/v1/teams/") && parts.size() == 5) return kTeamsStep;
+  if (plain.starts_with("/torpor/v1/agents/") && parts.size() == 5 && parts[4] == "turn") return kAgentsTurn;
   for (const Route& route : kRoutes) {
     const std::string_view own = route.path;
+    const std::string_view path = route.kind == Kind::kOpen ? request.path : plain;
     if (own == path || (own.size() > 1 && own.ends_with('/') && path.starts_with(own))) return route;
   }
   return kUnknown;
