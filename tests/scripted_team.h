@@ -34,6 +34,7 @@ class ScriptedTeam : public TeamEngine {
     return result;
   }
   std::vector<Message> messages(const std::string& agent) override {
+    if (agent == busy) throw Error(ErrorCode::kBusy, "The agent is awake elsewhere.");
     if (agent == damaged) throw Error(ErrorCode::kCorruption, "The agent is damaged.");
     const std::lock_guard lock(mutex_);
     const auto found = agents.find(agent);
@@ -56,7 +57,7 @@ class ScriptedTeam : public TeamEngine {
   }
 
   Script script;
-  std::string damaged;  ///< whose messages can't be read
+  std::string damaged, busy;  ///< whose messages can't be read
   std::vector<TurnRequest> heard;
   std::map<std::string, std::vector<Message>> agents;
 

@@ -135,6 +135,26 @@ TEST_F(TeamsTest, AnAgentThatCantBeReadStopsNobodyElse) {
   EXPECT_EQ(engine_.prompt("crew.bob"), "ada said:\nI am crew.ada.\n\nGo on.");
 }
 
+TEST_F(TeamsTest, AMendedAgentsOldAnswerIsNotTakenForANewOne) {
+  ask("Is it?");
+  engine_.damaged = "crew.bob";
+  engine_.script = [](const TurnRequest&) -> std::string { throw Error(ErrorCode::kCancelled, "Killed."); };
+  EXPECT_EQ(code_of_step(words(StepKind::kAsk, "Is it?")), ErrorCode::kCancelled);
+  engine_.damaged.clear();
+  engine_.script = nullptr;
+  engine_.heard.clear();
+  const StepResult result = ask("Is it?");
+  EXPECT_FALSE(result.answers[1].kept);
+  EXPECT_EQ(engine_.heard.size(), 2u);
+}
+
+TEST_F(TeamsTest, AnAgentThatIsBusyElsewhereBeginsNoStep) {
+  ask("Is it?");
+  engine_.busy = "crew.eve";
+  EXPECT_EQ(code_of_step(words(StepKind::kAsk, "And now?")), ErrorCode::kBusy);
+  EXPECT_EQ(teams_.find("crew").step->words.message, "Is it?");
+}
+
 TEST_F(TeamsTest, WhenNobodyAnswersTheErrorIsThrown) {
   engine_.script = [](const TurnRequest&) -> std::string { throw Error(ErrorCode::kIo, "The disk is full."); };
   EXPECT_EQ(code_of_step(words(StepKind::kAsk, "Is it?")), ErrorCode::kIo);

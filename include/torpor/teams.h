@@ -72,7 +72,7 @@ struct StepState {
   std::string key;                   ///< StepRequest::key
   std::string from;                  ///< of kHandOff, as found
   std::vector<std::string> turns;    ///< who answers, in the order of turns
-  std::map<std::string, int64_t> held;  ///< messages that each member's agent held before it; absent: none
+  std::map<std::string, int64_t> held;  ///< messages that each member's agent held before it; absent: unknown
   bool open = true;                  ///< somebody has not answered
 };
 

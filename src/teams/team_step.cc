@@ -52,13 +52,14 @@ TeamStep::Plan::Plan(Store& store, Durability durability, std::unique_ptr<AgentL
   }
 }
 
-StepState TeamStep::Plan::state_of_request() const {
+StepState TeamStep::Plan::state_of_request() {
   const StepWords& words = request_.words;
   if (const auto& last = team_.step) {
     const bool same_words = last->words == words;
     const bool same_key = !request_.key.empty() && last->key == request_.key;
     if (same_key && !same_words) refuse("The last step with this key had other words; use a new one.", "key");
     if (same_key || (same_words && last->open)) {
+      is_new_ = false;
       StepState state = *last;
       if (!request_.key.empty()) state.key = request_.key;
       return state;
@@ -108,14 +109,17 @@ std::vector<std::string> TeamStep::Plan::find_turns(std::string& from) const {
 
 void TeamStep::Plan::look_at_agents() {
   StepState& step = *team_.step;
-  const bool is_new = step.held.empty();
   for (const TeamMember& member : team_.spec.members) {
+    std::vector<Message>& messages = messages_[member.name];
+    bool is_known = true;
     try {
-      messages_[member.name] = engine_.messages(team_.agent(member.name));
-    } catch (const Error&) {
-      messages_[member.name] = {};  // it has had no turn; or it is damaged or busy, and its own turn will say so
+      messages = engine_.messages(team_.agent(member.name));
+    } catch (const Error& error) {
+      is_known = error.code() == ErrorCode::kNotFound;  // it has had no turn
+      // What it held is not known, now and when it is mended; its own turn says so.
+      if (!is_known && error.code() != ErrorCode::kCorruption) throw;
     }
-    if (is_new) step.held[member.name] = int64_t(messages_[member.name].size());
+    if (is_new_ && is_known) step.held[member.name] = int64_t(messages.size());
   }
 }
 
@@ -132,7 +136,8 @@ std::string TeamStep::Plan::said(const std::string& member) const {
 std::optional<std::string> TeamStep::Plan::answered(const std::string& member, const std::string& prompt) const {
   const std::vector<Message>& messages = messages_.at(member);
   const auto held = team_.step->held.find(member);
-  size_t i = held == team_.step->held.end() ? 0 : size_t(std::max<int64_t>(held->second, 0));
+  if (held == team_.step->held.end()) return std::nullopt;
+  size_t i = size_t(std::max<int64_t>(held->second, 0));
   while (i < messages.size() && messages[i].role == "system") ++i;
   const bool is_there = i + 1 < messages.size() && messages[i].role == "user" && messages[i].content == prompt &&
                         messages[i + 1].role == "assistant";

@@ -28,7 +28,7 @@ struct TeamStep::Plan {
   };
 
   /// The step that is asked for: the team's last one, where this goes on with it.
-  StepState state_of_request() const;
+  StepState state_of_request();
   std::vector<std::string> find_turns(std::string& from) const;
   void look_at_agents();
   /// What a member's agent said last before the step; empty: nothing.
@@ -55,6 +55,7 @@ struct TeamStep::Plan {
   const StepRequest request_;
   TeamEngine& engine_;
   bool is_over_ = false;  // the step was complete before
+  bool is_new_ = true;    // else it goes on
   std::map<std::string, std::vector<Message>> messages_;  // of members' agents, as the plan found them
   std::vector<Turn> turns_;
 
