@@ -70,6 +70,15 @@ def test_text_is_told_by_member_and_what_on_text_raises_takes_turns_back(engine,
     assert team.round(max_tokens=4).complete
 
 
+def test_on_text_that_would_wait_for_a_member_is_refused(engine, team):
+    team.ask("Who?", max_tokens=4)
+    for wait in (lambda: team.agent("ada").messages, lambda: team.agent("bob").tokens,
+                 lambda: team.agent("eve").turn("Hi."), engine.save_all):
+        with pytest.raises(torpor.InvalidArgumentError):
+            team.round(max_tokens=8, on_text=lambda member, text: wait())
+    assert len(team.agent("ada").messages) == 3  # all callbacks are over
+
+
 def test_members_differ_by_their_seeds(engine):
     team = torpor.Team.make(engine, "twins", {"a": "", "b": "", "c": ""}, "c")
     result = team.ask("Who?", temperature=1.0, seed=7, max_tokens=8)

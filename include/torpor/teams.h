@@ -112,7 +112,8 @@ struct StepRequest {
   /// Of each turn. Turn number i has the seed plus i. Its callbacks are not used.
   GenerateOptions generate;
   // Called on the turns' threads, by one at a time. What one throws takes all turns back that are not complete, and
-  // comes out of `run`. A callback that waits makes this team's turns wait, and no others.
+  // comes out of `run`. A callback that waits makes this team's turns wait, and no others. So none
+  // may ask the Engine about an agent of the team's: it would wait for a turn that waits for it.
   std::function<void(const std::string& member, std::string_view text)> on_text;
   std::function<void(const std::string& member, int done, int total)> on_prefill;
   std::function<void(const TeamAnswer& answer)> on_answer;

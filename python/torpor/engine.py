@@ -228,9 +228,9 @@ class Engine:
                                            "make it when that turn is over.")
 
     @contextmanager
-    def _in_callback(self, agent_id: str) -> Iterator[None]:
+    def _in_callback(self, *agent_ids: str) -> Iterator[None]:
         before = getattr(self._talking, "to", ())
-        self._talking.to = (*before, agent_id)
+        self._talking.to = (*before, *agent_ids)
         try:
             yield
         finally:

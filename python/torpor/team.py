@@ -125,7 +125,8 @@ class Team:
         """The speaker answers.
 
         on_text: of every step: called with a member's name and a piece of its text, on this thread. What it raises
-            gives the step's turns up that are not complete, and is raised.
+            gives the step's turns up that are not complete, and is raised. Calls there that would wait for an agent of
+            the team's are InvalidArgumentError.
         """
         return self._step("turn", message, on_text=on_text, **options)
 
@@ -177,9 +178,12 @@ class Team:
             real(top_p, "top_p", 1.0), drawn, whole(top_k, "top_k", 0), real(min_p, "min_p", 0.0),
             [_arguments.text(one, "A stop string") for one in stops])
         try:
+            # Each member's turn waits for the callbacks of the others'.
+            agents = [] if on_text is None else [f"{self.name}.{member}" for member in self.members]
             while (piece := running.next()) is not None:
                 if on_text is not None:
-                    on_text(*piece)
+                    with self.engine._in_callback(*agents):
+                        on_text(*piece)
             return self._result(running.result(), drawn)
         except BaseException:  # a signal's, or on_text's; when it is the step's own, there is nothing to undo
             running.undo()
