@@ -176,7 +176,7 @@ const Service::Route& Service::route_of(const HttpRequest& request) const {
   };
   static const Route kUnknown{"unknown", Kind::kUnknown}, kAgentsTurn{"/torpor/v1/agents/turn", Kind::kAgents, kOne};
   static const Route kTeamsStep{"/torpor/v1/teams/step", Kind::kAgents, kOwn};
-  // Handlers go by the path's parts: escapes and a slash at the end make no other route. What is open goes by its name.
+  // Handlers go by the path's parts: escapes and a slash at the end make no other route. The others go by their names.
   const std::vector<std::string> parts = request.path_parts();
   std::string plain;
   for (const std::string& part : parts) plain += "/" + part;
@@ -184,7 +184,8 @@ const Service::Route& Service::route_of(const HttpRequest& request) const {
   if (plain.starts_with("/torpor/v1/agents/") && parts.size() == 5 && parts[4] == "turn") return kAgentsTurn;
   for (const Route& route : kRoutes) {
     const std::string_view own = route.path;
-    const std::string_view path = route.kind == Kind::kOpen ? request.path : plain;
+    const bool by_name = route.kind == Kind::kOpen || route.kind == Kind::kMetrics;
+    const std::string_view path = by_name ? request.path : plain;
     if (own == path || (own.size() > 1 && own.ends_with('/') && path.starts_with(own))) return route;
   }
   return kUnknown;
