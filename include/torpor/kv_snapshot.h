@@ -270,8 +270,8 @@ struct KvTail {
   int capacity() const noexcept { return run != nullptr ? kSegmentTokens : n_tokens; }
 };
 
-/// A tensor that is not one row per token: what a layer of another kind (a ring, a recurrent state) holds after the
-/// last token. An agent that has any can't be cut to fewer tokens.
+/// A tensor that is not one row per token: what a layer of another engine's kind (an mlx-lm ring) holds after the
+/// last token. Torpor's recurrent layers have StateCheckpoints. An agent that has any can't be cut to fewer tokens.
 struct KvState {
   std::string name;             ///< `A-Za-z0-9_.-`; another than the layout's names and "tokens"
   std::string dtype;            ///< as safetensors calls it: "F16", "U8"
