@@ -23,7 +23,7 @@ class Told : public AnswerSink {
     told += "\x01" + name + "\x02";
   }
   void arguments(std::string_view delta) override {
-    require(Json::parse(delta).is_object());
+    require(torpor::parse_json<Json>(delta).is_object());
     told += delta;
   }
   void finish(const AnswerEnd&) override {}

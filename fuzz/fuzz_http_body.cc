@@ -30,6 +30,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   RecordingResponse response;
   dialects.handle(request, response);
   require(response.ended && response.status != 500);
-  if (!response.streamed) require(Json::parse(response.body).is_object());
+  if (!response.streamed) require(torpor::parse_json<Json>(response.body).is_object());
   return 0;
 }

@@ -19,7 +19,7 @@ namespace torpor::server {
 struct Event {
   std::string name;  // of its "event:" line; empty without one
   std::string data;
-  Json json() const { return Json::parse(data); }
+  Json json() const { return parse_json<Json>(data); }
 };
 
 /// The events of a stream's bytes.
@@ -55,14 +55,14 @@ class DialectTest : public ::testing::Test {
     return *responses_.back();
   }
   Json ask_json(const std::string& path, const Json& body, int status = 200, HttpHeaders headers = {}) {
-    RecordingResponse& response = ask("POST", path, body.dump(), std::move(headers));
+    RecordingResponse& response = ask("POST", path, dump_json(body), std::move(headers));
     EXPECT_EQ(response.status, status) << response.body;
     EXPECT_EQ(response.header("content-type"), "application/json");
-    return Json::parse(response.body);
+    return parse_json<Json>(response.body);
   }
   std::vector<Event> ask_stream(const std::string& path, Json body, HttpHeaders headers = {}) {
     body["stream"] = true;
-    RecordingResponse& response = ask("POST", path, body.dump(), std::move(headers));
+    RecordingResponse& response = ask("POST", path, dump_json(body), std::move(headers));
     EXPECT_EQ(response.status, 200) << response.body;
     EXPECT_TRUE(response.streamed);
     return events(response.body);

@@ -12,8 +12,8 @@
 #include <vector>
 
 #include <mlx/mlx.h>
-#include <nlohmann/json.hpp>
 
+#include "base/json.h"
 #include "torpor/model.h"
 
 namespace torpor {

@@ -26,7 +26,7 @@ class Told : public AnswerSink {
     kind_ = '{';
   }
   void arguments(std::string_view delta) override {
-    EXPECT_TRUE(Json::parse(delta).is_object());
+    EXPECT_TRUE(parse_json<Json>(delta).is_object());
     told += delta;
   }
   std::string all() {
@@ -55,7 +55,7 @@ class Told : public AnswerSink {
 };
 
 Tool tool(const char* name, const char* properties) {
-  return {name, "", {{"type", "object"}, {"properties", Json::parse(properties)}}, false};
+  return {name, "", {{"type", "object"}, {"properties", parse_json<Json>(properties)}}, false};
 }
 
 AnswerParser::Options options(CallFormat calls) {

@@ -141,7 +141,7 @@ TEST_F(Replay, ARestartLosesNoAnswer) {
   {
     Dialects dialects(runner, files);
     first[0] = ask_of(dialects, kChat, kBody).body;
-    id = Json::parse(ask_of(dialects, "/v1/responses", R"({"model":"scripted","input":"Hi"})", "acme").body)["id"];
+    id = parse_json<Json>(ask_of(dialects, "/v1/responses", R"({"model":"scripted","input":"Hi"})", "acme").body)["id"];
   }
   EXPECT_EQ(runner.heard.size(), 2u);
   Dialects dialects(runner, files);

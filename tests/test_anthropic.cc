@@ -10,7 +10,7 @@ constexpr const char* kMessages = "/v1/messages";
 class Anthropic : public DialectTest {
  protected:
   static Json body_of(const char* members = "{}") {
-    Json body = Json::parse(members);
+    Json body = parse_json<Json>(members);
     if (!body.contains("messages")) body["messages"] = user("Hi");
     if (!body.contains("max_tokens")) body["max_tokens"] = 100;
     return body;
@@ -46,12 +46,12 @@ TEST_F(Anthropic, AWholeAnswerHasItsBlocksInOrderAndInputTokensWithoutCachedOnes
   ASSERT_EQ(answer["content"].size(), 3u);
   EXPECT_EQ(answer["content"][0]["thinking"], "Hm");
   EXPECT_NE(answer["content"][0]["signature"], "");
-  EXPECT_EQ(answer["content"][1], Json::parse(R"({"type":"text","text":"I look."})"));
-  EXPECT_EQ(answer["content"][2]["input"], Json::parse(R"({"path":"a"})"));
+  EXPECT_EQ(answer["content"][1], parse_json<Json>(R"({"type":"text","text":"I look."})"));
+  EXPECT_EQ(answer["content"][2]["input"], parse_json<Json>(R"({"path":"a"})"));
   EXPECT_TRUE(std::string(answer["content"][2]["id"]).starts_with("toolu_"));
   EXPECT_EQ(answer["stop_reason"], "tool_use");
   EXPECT_TRUE(answer["stop_sequence"].is_null());
-  EXPECT_EQ(answer["usage"], Json::parse(R"({"input_tokens":6,"cache_creation_input_tokens":0,
+  EXPECT_EQ(answer["usage"], parse_json<Json>(R"({"input_tokens":6,"cache_creation_input_tokens":0,
     "cache_read_input_tokens":4,"output_tokens":7})"));
 }
 
@@ -86,9 +86,9 @@ TEST_F(Anthropic, AStreamHasOneBlockOpenAtATimeAndOneStart_litellm_33224_32357_1
   EXPECT_TRUE(start["stop_reason"].is_null());
   EXPECT_EQ(start["usage"]["input_tokens"], 6);
   EXPECT_EQ(start["usage"]["cache_read_input_tokens"], 4);
-  EXPECT_EQ(events[3].json()["delta"], Json::parse(R"({"type":"thinking_delta","thinking":"H"})"));
+  EXPECT_EQ(events[3].json()["delta"], parse_json<Json>(R"({"type":"thinking_delta","thinking":"H"})"));
   EXPECT_EQ(events[5].json()["delta"]["type"], "signature_delta");
-  EXPECT_EQ(events[8].json()["delta"], Json::parse(R"({"type":"text_delta","text":"Look."})"));
+  EXPECT_EQ(events[8].json()["delta"], parse_json<Json>(R"({"type":"text_delta","text":"Look."})"));
   const Json delta = events[17].json();
   EXPECT_EQ(delta["delta"]["stop_reason"], "tool_use");
   EXPECT_EQ(delta["usage"]["output_tokens"], 7);
@@ -114,7 +114,7 @@ TEST_F(Anthropic, AToolUseStartsWithAnEmptyInputAndStreamsItsJson_litellm_25561)
 }
 
 TEST_F(Anthropic, SilenceIsFilledByPingEvents_Router_Maestro_61_llmtrim_221) {
-  RecordingResponse& response = ask("POST", kMessages, body_of(R"({"stream":true})").dump());
+  RecordingResponse& response = ask("POST", kMessages, dump_json(body_of(R"({"stream":true})")));
   EXPECT_EQ(response.ping, "event: ping\ndata: {\"type\": \"ping\"}\n\n");
 }
 
@@ -125,7 +125,7 @@ TEST_F(Anthropic, AnErrorAfterTheStartIsAnEvent) {
   });
   const auto events = ask_stream(kMessages, body_of());
   EXPECT_EQ(events.back().name, "error");
-  EXPECT_EQ(events.back().json()["error"], Json::parse(R"({"type":"api_error","message":"The disk is full."})"));
+  EXPECT_EQ(events.back().json()["error"], parse_json<Json>(R"({"type":"api_error","message":"The disk is full."})"));
 }
 
 TEST_F(Anthropic, ATooLongPromptIsSaidInTheWordsThatClaudeCodeKnows_claude_code_820_12556) {
@@ -165,7 +165,7 @@ TEST_F(Anthropic, SystemMessagesInMidConversationAreTheSameAsAStringAndAsBlocks)
                           R"([{"type":"text","text":"Now be long.","cache_control":{"type":"ephemeral"}}])"};
   for (const char* shape : shapes) {
     Json body = body_of();
-    body["messages"].push_back({{"role", "system"}, {"content", Json::parse(shape)}});
+    body["messages"].push_back({{"role", "system"}, {"content", parse_json<Json>(shape)}});
     ask_json(kMessages, body);
     ASSERT_EQ(heard().messages.size(), 2u);
     EXPECT_EQ(heard().messages[1].role, Role::kSystem);
@@ -181,7 +181,7 @@ TEST_F(Anthropic, ATurnThatIsSentBackIsTheMessageThatWasSaid) {
   for (const char* thinking : {R"({"type":"adaptive","display":"omitted"})",
                                R"({"type":"enabled","budget_tokens":1024})"}) {
     Json body = body_of();
-    body["thinking"] = Json::parse(thinking);
+    body["thinking"] = parse_json<Json>(thinking);
     const Json answer = ask_json(kMessages, body);
     EXPECT_EQ(answer["content"][0]["thinking"] == "", std::string(thinking).find("omitted") != std::string::npos);
     body["messages"].push_back({{"role", "assistant"}, {"content", answer["content"]}});
@@ -242,7 +242,7 @@ TEST_F(Anthropic, ARequestOfClaudeCodesShapeIsRead) {
   EXPECT_EQ(request.max_tokens, 32000);
   EXPECT_EQ(request.stop, std::vector<std::string>{"END"});
   EXPECT_EQ(request.sampling.top_k, 5);
-  EXPECT_EQ(request.template_arguments, Json::parse(R"({"enable_thinking":true,"reasoning_effort":"high"})"));
+  EXPECT_EQ(request.template_arguments, parse_json<Json>(R"({"enable_thinking":true,"reasoning_effort":"high"})"));
   ASSERT_EQ(request.tools.size(), 1u);
   EXPECT_EQ(request.tools[0].parameters["type"], "object");
   EXPECT_FALSE(request.parallel_tool_calls);
@@ -289,19 +289,19 @@ TEST_F(Anthropic, WhatIsNotServedIsRefused) {
 TEST_F(Anthropic, TokensAreCountedAsTheTurnWouldHaveThem) {
   Json body = body_of(R"({"system":"You help."})");
   body.erase("max_tokens");
-  EXPECT_EQ(ask_json("/v1/messages/count_tokens", body), Json::parse(R"({"input_tokens":42})"));
+  EXPECT_EQ(ask_json("/v1/messages/count_tokens", body), parse_json<Json>(R"({"input_tokens":42})"));
   EXPECT_EQ(heard().messages.size(), 2u);
 }
 
 TEST_F(Anthropic, ErrorsAndModelsHaveAnthropicsForm) {
   EXPECT_EQ(ask_json("/v1/messages/what", Json::object(), 404)["error"]["type"], "not_found_error");
   const HttpHeaders version{{"anthropic-version", "2023-06-01"}};
-  const Json list = Json::parse(ask("GET", "/v1/models", "", version).body);
+  const Json list = parse_json<Json>(ask("GET", "/v1/models", "", version).body);
   EXPECT_EQ(list["data"][0]["type"], "model");
   EXPECT_EQ(list["data"][0]["created_at"], "2023-11-14T22:13:20Z");
   EXPECT_EQ(list["has_more"], false);
   EXPECT_EQ(list["last_id"], "scripted");
-  EXPECT_EQ(Json::parse(ask("GET", "/v1/models/none", "", version).body)["type"], "error");
+  EXPECT_EQ(parse_json<Json>(ask("GET", "/v1/models/none", "", version).body)["type"], "error");
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 #include <map>
 
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
+#include "base/json.h"
 #include "engine/generation.h"
 #include "torpor/error.h"
 
@@ -83,7 +83,7 @@ TEST(Sampler, ChangesLogitsAndKeepsTokensAsMlxLmDoes) {
   const auto tokens = golden["tokens"].get<std::vector<int32_t>>();
   const std::span<const int32_t> all = tokens;
   for (const auto& one : golden["cases"]) {
-    SCOPED_TRACE(one["options"].dump());
+    SCOPED_TRACE(dump_json(one["options"]));
     const auto& given = one["options"];
     SamplingOptions options{.temperature = given.value("temperature", 1.0f), .top_p = given.value("top_p", 1.0f),
                             .top_k = given.value("top_k", 0), .min_p = given.value("min_p", 0.0f),

@@ -48,14 +48,14 @@ class EngineRunnerTest : public ::testing::Test {
     HttpRequest request;
     request.method = "POST";
     request.path = path;
-    request.body = body.dump();
+    request.body = dump_json(body);
     request.headers = std::move(headers);
     request.tenant = tenant;
     RecordingResponse response;
     dialects_->handle(request, response);
     EXPECT_EQ(response.status, status) << response.body;
     headers_ = response.headers;
-    return Json::parse(response.body);
+    return parse_json<Json>(response.body);
   }
   Json chat(const Json& messages, HttpHeaders headers = {}, int status = 200, const std::string& tenant = "local") {
     return ask("/v1/chat/completions", {{"model", "tiny"}, {"messages", messages}, {"max_tokens", 8}},
@@ -120,14 +120,14 @@ TEST_F(EngineRunnerTest, TheSameIsSaidStreamedAndWholeInEachDialect) {
   HttpRequest request;
   request.method = "POST";
   request.path = "/v1/chat/completions";
-  request.body = Json{{"messages", user("Hi.")}, {"max_tokens", 8}, {"stream", true}}.dump();
+  request.body = dump_json(Json{{"messages", user("Hi.")}, {"max_tokens", 8}, {"stream", true}});
   RecordingResponse streamed;
   dialects_->handle(request, streamed);
   std::string text;
   std::istringstream lines(streamed.body);
   for (std::string line; std::getline(lines, line);) {
     if (!line.starts_with("data: {")) continue;
-    const Json choices = Json::parse(line.substr(6))["choices"];
+    const Json choices = parse_json<Json>(line.substr(6))["choices"];
     if (!choices.empty() && choices[0]["delta"].contains("content")) text += choices[0]["delta"]["content"];
   }
   EXPECT_EQ(text, whole);
@@ -199,10 +199,11 @@ TEST_F(EngineRunnerTest, ACallThatIsDemandedAndDoesNotComeIsAnErrorAndNoText_mlx
 }
 
 TEST_F(EngineRunnerTest, AnAnswerIsHeldToItsFormatAndACallToItsSchema) {
-  const Json port = Json::parse(R"({"type": "object", "properties": {"port": {"enum": [7, 8]}}, "required": ["port"],
+  const Json port = parse_json<Json>(
+      R"({"type": "object", "properties": {"port": {"enum": [7, 8]}}, "required": ["port"],
                                     "additionalProperties": false})");
   const auto holds = [](const std::string& text) {
-    const Json json = Json::parse(text);
+    const Json json = parse_json<Json>(text);
     return json == Json{{"port", 7}} || json == Json{{"port", 8}};
   };
   for (const int seed : {1, 2, 3}) {
@@ -226,7 +227,7 @@ TEST_F(EngineRunnerTest, AClientThatHasGoneLeavesTheAgentAsItWas) {
   request.method = "POST";
   request.path = "/v1/chat/completions";
   request.headers = {{"x-torpor-agent", "ada"}};
-  request.body = Json{{"messages", user("Hi.")}, {"max_tokens", 8}}.dump();
+  request.body = dump_json(Json{{"messages", user("Hi.")}, {"max_tokens", 8}});
   RecordingResponse response;
   response.left = true;
   dialects_->handle(request, response);
@@ -249,7 +250,7 @@ TEST_F(EngineRunnerTest, OfAnAnswerThatAStopStringEndedNothingIsComputedAgain) {
   for (const bool tools : {false, true}) {
     const std::string agent = tools ? "with-tools" : "without";
     Json body{{"model", "tiny"}, {"messages", user("Hi.")}, {"max_tokens", 8}};
-    if (tools) body["tools"] = Json::parse(R"([{"type":"function","function":{"name":"read","parameters":{}}}])");
+    if (tools) body["tools"] = parse_json<Json>(R"([{"type":"function","function":{"name":"read","parameters":{}}}])");
     const std::string whole = ask("/v1/chat/completions", body)["choices"][0]["message"]["content"];
     const std::string stop = second_character(whole);
     body["stop"] = Json::array({"never", stop});
@@ -273,7 +274,7 @@ TEST_F(EngineRunnerTest, AStopStringEndsAStreamAndEachDialectsAnswer) {
   HttpRequest request;
   request.method = "POST";
   request.path = "/v1/chat/completions";
-  request.body = Json{{"messages", user("Hi.")}, {"max_tokens", 8}, {"stream", true}, {"stop", stop}}.dump();
+  request.body = dump_json(Json{{"messages", user("Hi.")}, {"max_tokens", 8}, {"stream", true}, {"stop", stop}});
   RecordingResponse streamed;
   dialects_->handle(request, streamed);
   std::string text, reason;

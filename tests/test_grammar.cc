@@ -7,8 +7,8 @@
 #include <unistd.h>
 
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
+#include "base/json.h"
 #include "server/answer_grammar.h"
 #include "server/grammar.h"
 #include "tiny_model.h"
@@ -58,7 +58,7 @@ TEST_F(GrammarTest, AnAnswerIsJsonOfItsSchema) {
     const TurnResult result = answer(grammars_->lark("start: %json " + schema), seed);
     if (result.finish_reason != FinishReason::kStop) continue;  // white space without end is JSON, too
     ++whole;
-    const auto json = nlohmann::json::parse(result.text);
+    const auto json = parse_json<nlohmann::json>(result.text);
     EXPECT_EQ(json.size(), 2u) << result.text;
     EXPECT_TRUE(json.at("kind") == "lamp" || json.at("kind") == "keeper") << result.text;
     ASSERT_GE(json.at("ports").size(), 1u);
@@ -127,7 +127,8 @@ class AnswerGrammarTest : public GrammarTest {
  protected:
   AnswerGrammarTest() {
     parsing_.format = {CallFormat::kTagged, "<think>", "</think>"};
-    parsing_.tools = {{"look", "", Json::parse(R"({"type": "object", "additionalProperties": false, "required": ["room"],
+    parsing_.tools = {{"look", "",
+                       parse_json<Json>(R"({"type": "object", "additionalProperties": false, "required": ["room"],
                         "properties": {"room": {"type": "integer", "minimum": 0, "maximum": 9}}})"), true}};
     request_.tools = parsing_.tools;
   }
@@ -180,7 +181,8 @@ TEST_F(AnswerGrammarTest, ACallThatMustComeComes) {
 }
 
 TEST_F(AnswerGrammarTest, AResponseFormatHoldsBesideToolsAndAfterThinking) {
-  request_.response_format = {ResponseFormat::Kind::kJsonSchema, Json::parse(R"({"type": "object", "properties": {"a": {"type": "null"}},
+  request_.response_format = {ResponseFormat::Kind::kJsonSchema,
+                              parse_json<Json>(R"({"type": "object", "properties": {"a": {"type": "null"}},
                               "required": ["a"], "additionalProperties": false})"), {}, true};
   EXPECT_TRUE(takes(R"({"a": null})"));
   EXPECT_TRUE(takes("<think>Null?</think>\n{\"a\": null}"));
@@ -273,7 +275,7 @@ TEST_F(AnswerGrammarTest, CallsOfGemmaAreHeldToTheirSchemas) {
   EXPECT_TRUE(takes("Let me look. " + call("{room:3}") + call("{room:9}")));
   for (const char* wrong : {"{}", "{room:10}", "{room:<|\"|>3<|\"|>}", "{room:3,more:1}", "{\"room\":3}"}) EXPECT_FALSE(takes(call(wrong))) << wrong;
   EXPECT_FALSE(takes(call("{room:3}", "jump")));
-  parsing_.tools[0].parameters = Json::parse(R"({"type": "object", "required": ["to", "many"], "properties": {
+  parsing_.tools[0].parameters = parse_json<Json>(R"({"type": "object", "required": ["to", "many"], "properties": {
     "note": {"type": "string"}, "to": {"enum": ["lamp", 7, {"a b": [true]}]}, "deep": {"$ref": "#/$defs/node"},
     "many": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "minItems": 1, "maxItems": 2},
     "free": {}, "two words": {"type": ["boolean", "number"]}},
@@ -289,7 +291,7 @@ TEST_F(AnswerGrammarTest, CallsOfGemmaAreHeldToTheirSchemas) {
       void thinking(std::string_view) override {}
       void text(std::string_view) override {}
       void tool_call(const std::string& name) override { called = name; }
-      void arguments(std::string_view delta) override { EXPECT_TRUE(Json::parse(delta).contains("many")); }
+      void arguments(std::string_view delta) override { EXPECT_TRUE(parse_json<Json>(delta).contains("many")); }
       void finish(const AnswerEnd&) override {}
       std::string called;
     } reader;
@@ -323,7 +325,7 @@ TEST_F(AnswerGrammarTest, AKeywordThatNothingHoldsGemmasCallsToIsNamedWhereTheSc
                                         {R"({"properties": {"a": {"$ref": "#/nothing"}}})", "$ref"},
                                         {R"({"properties": {"a": {"$ref": "#/properties/a"}}, "required": ["b"]})", "required"},
                                         {R"({"additionalProperties": false, "required": ["b"]})", "required"}}) {
-    parsing_.tools[0] = {"look", "", Json::parse(schema), true};
+    parsing_.tools[0] = {"look", "", parse_json<Json>(schema), true};
     try {
       grammar();
       ADD_FAILURE() << schema;

@@ -10,8 +10,7 @@
 #include <fstream>
 #include <functional>
 
-#include <nlohmann/json.hpp>
-
+#include "base/json.h"
 #include "model/config.h"
 #include "model/weights.h"
 #include "torpor/error.h"
@@ -159,7 +158,7 @@ TEST_F(Directory, FamiliesConfigsAreTheIdentity) {
                                          {"tiny-lfm2-moe", "routed_scaling_factor", 1},
                                          {"tiny-nemotron-h-moe", "num_experts_per_tok", 3},
                                          {"tiny-olmo3", "rope_scaling", nullptr}, {"tiny-olmo3", "rope_theta", 1e6}}) {
-    SCOPED_TRACE(std::string(name) + " " + key + " " + value.dump());
+    SCOPED_TRACE(std::string(name) + " " + key + " " + dump_json(value));
     // Every fourth layer of SmolLM3 has no RoPE anyway, and pictures can't be given.
     const bool equal = read_json(kGoldens / name / "config.json").value(key, json()) == value ||
                        (value.is_null() && std::string(key) == "no_rope_layers") || value == "vision" ||
@@ -280,7 +279,7 @@ TEST_F(Directory, FamiliesConfigsThatMakeNoSense) {
         {"tiny-nemotron-h-moe", "moe_latent_size", 64}, {"tiny-nemotron-h-moe", "mlp_bias", true},
         {"tiny-granite-hybrid", "mamba_n_groups", 3, "mamba_n_heads"},
         {"tiny-granite-hybrid", "layer_types", nullptr}}) {
-    SCOPED_TRACE(std::string(model) + " " + key + " " + value.dump());
+    SCOPED_TRACE(std::string(model) + " " + key + " " + dump_json(value));
     copy(model);
     edit([&](json& c) { c[key] = value; });
     expect(ErrorCode::kInvalidArgument, says != nullptr ? says : key);
@@ -350,7 +349,7 @@ TEST_F(Directory, BiasesOfExpertsThatAreBytesAreRefused) {
   std::string file((std::istreambuf_iterator<char>(in)), {});
   uint64_t size = 0;
   std::memcpy(&size, file.data(), sizeof(size));
-  json header = json::parse(file.substr(8, size));
+  json header = parse_json<json>(file.substr(8, size));
   json& bias = header["model.layers.0.mlp.experts.gate_up_proj_bias"];
   const uint64_t begin = bias["data_offsets"][0], end = bias["data_offsets"][1], half = (end - begin) / 2;
   file.erase(8 + size + begin + half, half);
@@ -359,7 +358,7 @@ TEST_F(Directory, BiasesOfExpertsThatAreBytesAreRefused) {
     for (json& at : tensor["data_offsets"]) at = at > begin ? at.get<uint64_t>() - half : at.get<uint64_t>();
   }
   bias["dtype"] = "U8";
-  const std::string text = header.dump();
+  const std::string text = dump_json(header);
   const uint64_t length = text.size();
   file.replace(0, 8 + size, std::string(reinterpret_cast<const char*>(&length), 8) + text);
   std::ofstream(path, std::ios::binary) << file;

@@ -8,7 +8,7 @@ namespace {
 class Ollama : public DialectTest {
  protected:
   static Json body_of(const char* members = "{}") {
-    Json body = Json::parse(members);
+    Json body = parse_json<Json>(members);
     body["model"] = "scripted";
     if (!body.contains("messages")) body["messages"] = user("Hi");
     return body;
@@ -19,14 +19,14 @@ class Ollama : public DialectTest {
   }
   /// Without "stream" an answer is streamed.
   std::vector<Json> ask_lines(const std::string& path, const Json& body) {
-    RecordingResponse& response = ask("POST", path, body.dump());
+    RecordingResponse& response = ask("POST", path, dump_json(body));
     EXPECT_EQ(response.status, 200) << response.body;
     EXPECT_EQ(response.header("content-type"), "application/x-ndjson");
-    EXPECT_FALSE(Json::parse(response.ping)["done"]);
+    EXPECT_FALSE(parse_json<Json>(response.ping)["done"]);
     EXPECT_TRUE(response.ping.ends_with("\n"));
     std::vector<Json> lines;
     std::istringstream stream(response.body);
-    for (std::string line; std::getline(stream, line);) lines.push_back(Json::parse(line));
+    for (std::string line; std::getline(stream, line);) lines.push_back(parse_json<Json>(line));
     return lines;
   }
 };
@@ -41,7 +41,7 @@ TEST_F(Ollama, AWholeChatHasMessageAndCounts) {
   EXPECT_EQ(answer["message"]["content"], "Look.");
   EXPECT_EQ(answer["message"]["thinking"], "Hm");
   EXPECT_EQ(answer["message"]["tool_calls"][0]["function"]["name"], "read");
-  EXPECT_EQ(answer["message"]["tool_calls"][0]["function"]["arguments"], Json::parse(R"({"path":"a"})"));
+  EXPECT_EQ(answer["message"]["tool_calls"][0]["function"]["arguments"], parse_json<Json>(R"({"path":"a"})"));
   EXPECT_EQ(answer["done"], true);
   EXPECT_EQ(answer["done_reason"], "stop");
   EXPECT_EQ(answer["prompt_eval_count"], 10);
@@ -60,7 +60,7 @@ TEST_F(Ollama, AChatIsStreamedAsLinesWithWholeCalls) {
   EXPECT_EQ(lines[0]["message"]["content"], "");
   EXPECT_EQ(lines[1]["message"]["content"], "Lo");
   EXPECT_FALSE(lines[1]["message"].contains("thinking"));
-  EXPECT_EQ(lines[3]["message"]["tool_calls"][0]["function"]["arguments"], Json::parse(R"({"path":"a"})"));
+  EXPECT_EQ(lines[3]["message"]["tool_calls"][0]["function"]["arguments"], parse_json<Json>(R"({"path":"a"})"));
   EXPECT_EQ(lines[4]["message"]["tool_calls"][0]["function"]["index"], 1);
   for (int i = 0; i < 5; ++i) EXPECT_EQ(lines[i]["done"], false);
   EXPECT_EQ(lines[5]["done"], true);
@@ -71,7 +71,7 @@ TEST_F(Ollama, AnErrorAfterTheStartIsALine) {
     say.start().text("Hel");
     throw Error(ErrorCode::kIo, "The disk is full.");
   });
-  EXPECT_EQ(ask_lines("/api/chat", body_of()).back(), Json::parse(R"({"error":"The disk is full."})"));
+  EXPECT_EQ(ask_lines("/api/chat", body_of()).back(), parse_json<Json>(R"({"error":"The disk is full."})"));
 }
 
 TEST_F(Ollama, AChatsMessagesToolsAndOptionsAreRead) {
@@ -89,7 +89,7 @@ TEST_F(Ollama, AChatsMessagesToolsAndOptionsAreRead) {
   EXPECT_EQ(request.messages[2].tool_calls[0].arguments, R"({"path":"a"})");
   EXPECT_EQ(request.messages[3].tool_name, "read");
   EXPECT_EQ(request.tools[0].name, "read");
-  EXPECT_EQ(request.template_arguments, Json::parse(R"({"enable_thinking":false})"));
+  EXPECT_EQ(request.template_arguments, parse_json<Json>(R"({"enable_thinking":false})"));
   EXPECT_EQ(request.response_format.kind, ResponseFormat::Kind::kJsonSchema);
   EXPECT_EQ(request.sampling.temperature, 0.5);
   EXPECT_EQ(request.sampling.top_k, 3);
@@ -141,17 +141,17 @@ TEST_F(Ollama, GenerateAnswersAPromptAndContinuesARawOne) {
   EXPECT_FALSE(answer.contains("message"));
   ASSERT_EQ(heard().messages.size(), 2u);
   EXPECT_EQ(heard().messages[0].text, "You help.");
-  const auto lines = ask_lines("/api/generate", Json::parse(R"({"model":"scripted","prompt":"Once","raw":true})"));
+  const auto lines = ask_lines("/api/generate", parse_json<Json>(R"({"model":"scripted","prompt":"Once","raw":true})"));
   EXPECT_EQ(heard().prompt, "Once");
   EXPECT_EQ(lines[0]["response"], "Hel");
   EXPECT_EQ(lines.back()["done"], true);
 }
 
 TEST_F(Ollama, ARequestWithoutAPromptAsksForTheModelAlone) {
-  EXPECT_EQ(ask_whole("/api/generate", Json::parse(R"({"model":"scripted"})"))["done_reason"], "load");
-  EXPECT_EQ(ask_whole("/api/chat", Json::parse(R"({"model":"scripted","messages":[]})"))["done_reason"], "load");
+  EXPECT_EQ(ask_whole("/api/generate", parse_json<Json>(R"({"model":"scripted"})"))["done_reason"], "load");
+  EXPECT_EQ(ask_whole("/api/chat", parse_json<Json>(R"({"model":"scripted","messages":[]})"))["done_reason"], "load");
   EXPECT_TRUE(runner.heard.empty());
-  EXPECT_EQ(ask_json("/api/generate", Json::parse(R"({"model":"none"})"), 404).size(), 1u);
+  EXPECT_EQ(ask_json("/api/generate", parse_json<Json>(R"({"model":"none"})"), 404).size(), 1u);
 }
 
 TEST_F(Ollama, WhatIsNotServedIsRefused) {
@@ -169,19 +169,19 @@ TEST_F(Ollama, WhatIsNotServedIsRefused) {
 
 TEST_F(Ollama, ModelsAreListedShownAndLoaded) {
   runner.entries.push_back({"asleep", 1, 10});
-  const Json tags = Json::parse(ask("GET", "/api/tags").body);
+  const Json tags = parse_json<Json>(ask("GET", "/api/tags").body);
   EXPECT_EQ(tags["models"].size(), 2u);
   EXPECT_EQ(tags["models"][0]["name"], "scripted");
   EXPECT_EQ(tags["models"][0]["details"]["quantization_level"], "F16");
-  const Json ps = Json::parse(ask("GET", "/api/ps").body);
+  const Json ps = parse_json<Json>(ask("GET", "/api/ps").body);
   ASSERT_EQ(ps["models"].size(), 1u);
   EXPECT_EQ(ps["models"][0]["context_length"], 4096);
   const Json show = ask_json("/api/show", {{"model", "scripted"}});
-  EXPECT_EQ(show["capabilities"], Json::parse(R"(["completion","tools","thinking"])"));
+  EXPECT_EQ(show["capabilities"], parse_json<Json>(R"(["completion","tools","thinking"])"));
   EXPECT_EQ(show["model_info"]["scripted.context_length"], 4096);
   EXPECT_EQ(ask_json("/api/show", {{"name", "scripted:latest"}})["details"]["family"], "scripted");
   EXPECT_EQ(ask_json("/api/show", {{"model", "none"}}, 404).size(), 1u);
-  EXPECT_TRUE(Json::parse(ask("GET", "/api/version").body)["version"].is_string());
+  EXPECT_TRUE(parse_json<Json>(ask("GET", "/api/version").body)["version"].is_string());
 }
 
 }  // namespace

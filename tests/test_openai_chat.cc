@@ -35,7 +35,7 @@ TEST_F(OpenAiChat, AWholeAnswerHasTextUsageAndTheHeadersOfItsAgent) {
   EXPECT_EQ(response.header("x-torpor-agent"), "ada");
   EXPECT_EQ(response.header("x-torpor-cached"), "4");
   EXPECT_EQ(response.header("x-torpor-why"), "message 2: \"caf???\"");
-  const Json answer = Json::parse(response.body);
+  const Json answer = parse_json<Json>(response.body);
   EXPECT_EQ(answer["object"], "chat.completion");
   EXPECT_EQ(answer["model"], "scripted");
   EXPECT_TRUE(std::string(answer["id"]).starts_with("chatcmpl-"));
@@ -44,14 +44,14 @@ TEST_F(OpenAiChat, AWholeAnswerHasTextUsageAndTheHeadersOfItsAgent) {
   EXPECT_EQ(choice["message"]["role"], "assistant");
   EXPECT_EQ(choice["message"]["content"], "Hello.");
   EXPECT_EQ(choice["message"]["reasoning_content"], "Hm");
-  EXPECT_EQ(answer["usage"], Json::parse(R"({"prompt_tokens":10,"completion_tokens":7,"total_tokens":17,
+  EXPECT_EQ(answer["usage"], parse_json<Json>(R"({"prompt_tokens":10,"completion_tokens":7,"total_tokens":17,
     "prompt_tokens_details":{"cached_tokens":4},"completion_tokens_details":{"reasoning_tokens":2}})"));
 }
 
 TEST_F(OpenAiChat, AStreamBeginsWithTheRoleAndEndsWithTheReasonAndDone) {
   const auto events = ask_stream(kChat, {{"messages", user("Hi")}});
   ASSERT_EQ(events.size(), 5u);
-  EXPECT_EQ(events[0].json()["choices"][0]["delta"], Json::parse(R"({"role":"assistant","content":""})"));
+  EXPECT_EQ(events[0].json()["choices"][0]["delta"], parse_json<Json>(R"({"role":"assistant","content":""})"));
   EXPECT_EQ(events[1].json()["choices"][0]["delta"]["content"], "Hel");
   EXPECT_EQ(events[2].json()["choices"][0]["delta"]["content"], "lo.");
   EXPECT_TRUE(events[2].json()["choices"][0]["finish_reason"].is_null());
@@ -86,8 +86,8 @@ TEST_F(OpenAiChat, StreamedCallsHaveIndexAndIdAndTheirArgumentsTheIndexAlone_oll
   EXPECT_EQ(calls[0]["index"], 0);
   EXPECT_EQ(calls[0]["type"], "function");
   EXPECT_TRUE(std::string(calls[0]["id"]).starts_with("call_"));
-  EXPECT_EQ(calls[0]["function"], Json::parse(R"({"name":"read","arguments":""})"));
-  EXPECT_EQ(calls[1], Json::parse(R"({"index":0,"function":{"arguments":"{\"path\":"}})"));
+  EXPECT_EQ(calls[0]["function"], parse_json<Json>(R"({"name":"read","arguments":""})"));
+  EXPECT_EQ(calls[1], parse_json<Json>(R"({"index":0,"function":{"arguments":"{\"path\":"}})"));
   EXPECT_EQ(calls[2]["index"], 0);
   EXPECT_EQ(calls[3]["index"], 1);
   EXPECT_NE(calls[3]["id"], calls[0]["id"]);
@@ -119,8 +119,8 @@ TEST_F(OpenAiChat, StreamedAndWholeAnswersHaveTheSameCalls_litellm_35663_37792_m
 TEST_F(OpenAiChat, ReasoningIsStreamedBesideTheText) {
   script([](const ChatRequest&, Say& say) { say.start().thinking("Hm").text("Yes").finish(); });
   const auto events = ask_stream(kChat, {{"messages", user("Hi")}});
-  EXPECT_EQ(events[1].json()["choices"][0]["delta"], Json::parse(R"({"reasoning_content":"Hm"})"));
-  EXPECT_EQ(events[2].json()["choices"][0]["delta"], Json::parse(R"({"content":"Yes"})"));
+  EXPECT_EQ(events[1].json()["choices"][0]["delta"], parse_json<Json>(R"({"reasoning_content":"Hm"})"));
+  EXPECT_EQ(events[2].json()["choices"][0]["delta"], parse_json<Json>(R"({"content":"Yes"})"));
 }
 
 TEST_F(OpenAiChat, AStreamIsKeptAliveByComments_omlx_839) {
@@ -133,7 +133,7 @@ TEST_F(OpenAiChat, AnErrorBeforeTheStartIsAnHttpStatusAlsoOfAStream_lmstudio_232
   RecordingResponse& response = ask("POST", kChat, R"({"stream":true,"messages":[{"role":"user","content":"Hi"}]})");
   EXPECT_EQ(response.status, 404);
   EXPECT_EQ(response.header("x-should-retry"), "false");
-  EXPECT_EQ(Json::parse(response.body)["error"]["param"], "model");
+  EXPECT_EQ(parse_json<Json>(response.body)["error"]["param"], "model");
 }
 
 TEST_F(OpenAiChat, AnErrorAfterTheStartIsSaidInTheStreamWhichThenEndsWithoutDone) {
@@ -192,20 +192,21 @@ TEST_F(OpenAiChat, AClientThatGoesIsSeenInEachShape_mlx_serve) {
 }
 
 TEST_F(OpenAiChat, AllTextPartsOfAMessageAreUsed_mlx_serve_195) {
-  ask_about({{"messages", user(Json::parse(R"([{"type":"text","text":"One"},{"type":"text","text":"two"}])"))}});
+  ask_about({{"messages", user(parse_json<Json>(R"([{"type":"text","text":"One"},{"type":"text","text":"two"}])"))}});
   EXPECT_EQ(heard().messages[0].text, "One\ntwo");
-  ask_about({{"messages", user(Json::parse(R"([{"type":"text","text":"One"}])"))}});
+  ask_about({{"messages", user(parse_json<Json>(R"([{"type":"text","text":"One"}])"))}});
   EXPECT_EQ(heard().messages[0].text, "One");
 }
 
 TEST_F(OpenAiChat, AnImageIsRefusedByItsPlace) {
-  const Json error = refused({{"messages", user(Json::parse(
+  const Json error = refused({{"messages", user(parse_json<Json>(
       R"([{"type":"text","text":"One"},{"type":"image_url","image_url":{"url":"data:"}}])"))}});
   EXPECT_EQ(error["param"], "messages[0].content[1]");
 }
 
 TEST_F(OpenAiChat, DeveloperAndSystemMessagesStandWhereTheyWere_ollama_17774) {
-  ask_about({{"messages", Json::parse(R"([{"role":"developer","content":"Be short."},{"role":"user","content":"Hi"},
+  ask_about({{"messages",
+              parse_json<Json>(R"([{"role":"developer","content":"Be short."},{"role":"user","content":"Hi"},
     {"role":"assistant","content":"Yes?"},{"role":"system","content":"Now be long."},
     {"role":"user","content":"Go"}])")}});
   const auto& messages = heard().messages;
@@ -216,7 +217,7 @@ TEST_F(OpenAiChat, DeveloperAndSystemMessagesStandWhereTheyWere_ollama_17774) {
 }
 
 TEST_F(OpenAiChat, AHistoryWithCallsAndThinkingIsRead) {
-  ask_about({{"messages", Json::parse(R"([{"role":"user","content":"Hi"},
+  ask_about({{"messages", parse_json<Json>(R"([{"role":"user","content":"Hi"},
     {"role":"assistant","content":null,"reasoning_content":"Hm","tool_calls":[{"id":"c1","type":"function",
       "function":{"name":"read","arguments":"{\"path\": \"a\"}"}}]},
     {"role":"tool","tool_call_id":"c1","content":"text of a"}])")}});
@@ -230,13 +231,13 @@ TEST_F(OpenAiChat, AHistoryWithCallsAndThinkingIsRead) {
 }
 
 TEST_F(OpenAiChat, ArgumentsThatAreNoJsonAreRefused) {
-  const Json error = refused({{"messages", Json::parse(R"([{"role":"assistant","tool_calls":[{"id":"c1",
+  const Json error = refused({{"messages", parse_json<Json>(R"([{"role":"assistant","tool_calls":[{"id":"c1",
     "function":{"name":"read","arguments":"{\"path\""}}]}])")}});
   EXPECT_EQ(error["param"], "messages[0].tool_calls[0].function.arguments");
 }
 
 TEST_F(OpenAiChat, OptionsAreRead) {
-  ask_about(Json::parse(R"({"model":"scripted@ada","temperature":0.5,"top_p":0.9,"top_k":40,"min_p":0.05,"seed":7,
+  ask_about(parse_json<Json>(R"({"model":"scripted@ada","temperature":0.5,"top_p":0.9,"top_k":40,"min_p":0.05,"seed":7,
     "presence_penalty":0.5,"frequency_penalty":-0.5,"repetition_penalty":1.1,"logit_bias":{"12":-100},
     "max_tokens":5,"max_completion_tokens":6,"stop":["a","b"],"reasoning_effort":"low","prompt_cache_key":"s1",
     "chat_template_kwargs":{"enable_thinking":false},"metadata":{"x":"y"},"unknown":{"deep":[1]},
@@ -259,7 +260,7 @@ TEST_F(OpenAiChat, OptionsAreRead) {
   EXPECT_EQ(request.sampling.logit_bias, (std::vector<std::pair<int, double>>{{12, -100}}));
   EXPECT_EQ(request.max_tokens, 6);
   EXPECT_EQ(request.stop, (std::vector<std::string>{"a", "b"}));
-  EXPECT_EQ(request.template_arguments, Json::parse(R"({"reasoning_effort":"low","enable_thinking":false})"));
+  EXPECT_EQ(request.template_arguments, parse_json<Json>(R"({"reasoning_effort":"low","enable_thinking":false})"));
   ASSERT_EQ(request.tools.size(), 1u);
   EXPECT_EQ(request.tools[0].name, "read");
   EXPECT_TRUE(request.tools[0].strict);
@@ -283,7 +284,7 @@ TEST_F(OpenAiChat, WhatIsNotServedIsRefusedByName_vllm_4795_llama_cpp_11346_olla
            {R"({"functions":[]})", "functions"},
            {R"({"web_search_options":{}})", "web_search_options"},
            {R"({"tool_choice":{"type":"allowed_tools"}})", "tool_choice.type"}}) {
-    EXPECT_EQ(refused(Json::parse(body))["param"], param) << body;
+    EXPECT_EQ(refused(parse_json<Json>(body))["param"], param) << body;
   }
 }
 
@@ -318,7 +319,7 @@ TEST_F(OpenAiChat, ValuesOfTheWrongTypeOrRangeAreRefusedByName) {
            {R"({"tool_choice":"required"})", "tool_choice"},
            {R"({"tool_choice":"maybe"})", "tool_choice"},
            {R"({"tool_choice":{"type":"function","function":{"name":"x"}}})", "tool_choice"}}) {
-    EXPECT_EQ(refused(Json::parse(body))["param"], param) << body;
+    EXPECT_EQ(refused(parse_json<Json>(body))["param"], param) << body;
   }
 }
 
@@ -331,7 +332,7 @@ TEST_F(OpenAiChat, LogprobsAreToldWithTheTextOfTheirTokensStreamedAndWhole_vllm_
   const Json request{{"messages", user("Hi")}, {"logprobs", true}, {"top_logprobs", 2}};
   const Json whole = ask_json(kChat, request)["choices"][0]["logprobs"]["content"];
   ASSERT_EQ(whole.size(), 4u);
-  EXPECT_EQ(whole[0], Json::parse(R"({"token":"He","logprob":-0.5,"bytes":[72,101],"top_logprobs":[
+  EXPECT_EQ(whole[0], parse_json<Json>(R"({"token":"He","logprob":-0.5,"bytes":[72,101],"top_logprobs":[
     {"token":"He","logprob":-0.5,"bytes":[72,101]},{"token":"other","logprob":-9999.0,"bytes":[111,116,104,101,114]}]})"));
   EXPECT_TRUE(whole[2]["bytes"].is_null());  // a part of a character
   EXPECT_EQ(whole[3]["bytes"], (std::vector<int>{0xC3, 0xB6}));
@@ -347,7 +348,7 @@ TEST_F(OpenAiChat, LogprobsAreToldWithTheTextOfTheirTokensStreamedAndWhole_vllm_
 }
 
 TEST_F(OpenAiChat, WithoutBeingAskedForLogprobsAreNull) {
-  ask_about(Json::parse(R"({"logprobs":false,"top_logprobs":0})"));
+  ask_about(parse_json<Json>(R"({"logprobs":false,"top_logprobs":0})"));
   EXPECT_FALSE(heard().logprobs);
   EXPECT_TRUE(ask_json(kChat, {{"messages", user("Hi")}})["choices"][0]["logprobs"].is_null());
 }
@@ -357,21 +358,21 @@ TEST_F(OpenAiChat, BodiesThatAreNoObjectOrTooDeepAreRefused) {
                                   "{\"a\":" + std::string(100000, '[') + std::string(100000, ']') + "}"}) {
     RecordingResponse& response = ask("POST", kChat, body);
     EXPECT_EQ(response.status, 400) << body.substr(0, 10);
-    EXPECT_EQ(Json::parse(response.body)["error"]["type"], "invalid_request_error");
+    EXPECT_EQ(parse_json<Json>(response.body)["error"]["type"], "invalid_request_error");
   }
 }
 
 TEST_F(OpenAiChat, NullsCountAsAbsent) {
-  ask_about(Json::parse(R"({"model":"scripted","temperature":null,"stop":null,"tools":null,"tool_choice":null,
+  ask_about(parse_json<Json>(R"({"model":"scripted","temperature":null,"stop":null,"tools":null,"tool_choice":null,
     "stream":null,"response_format":null,"stream_options":null,"max_tokens":null,"n":null,"logprobs":null})"));
   EXPECT_FALSE(heard().sampling.temperature);
 }
 
 TEST_F(OpenAiChat, AResponseFormatIsRead) {
-  ask_about(Json::parse(R"({"response_format":{"type":"json_schema",
+  ask_about(parse_json<Json>(R"({"response_format":{"type":"json_schema",
     "json_schema":{"name":"x","schema":{"type":"object"},"strict":true}}})"));
   EXPECT_EQ(heard().response_format.kind, ResponseFormat::Kind::kJsonSchema);
-  EXPECT_EQ(heard().response_format.schema, Json::parse(R"({"type":"object"})"));
+  EXPECT_EQ(heard().response_format.schema, parse_json<Json>(R"({"type":"object"})"));
   EXPECT_TRUE(heard().response_format.strict);
 }
 
@@ -382,16 +383,16 @@ TEST_F(OpenAiChat, APathIsLookedAtBeforeABody_mlx_serve_gotchas) {
 
 TEST_F(OpenAiChat, ModelsAreListedAndFoundByName) {
   runner.entries.push_back({"org/model", 1, 10});
-  const Json list = Json::parse(ask("GET", "/v1/models").body);
+  const Json list = parse_json<Json>(ask("GET", "/v1/models").body);
   EXPECT_EQ(list["object"], "list");
   EXPECT_EQ(list["data"][0]["id"], "scripted");
   EXPECT_EQ(list["data"][0]["object"], "model");
-  EXPECT_EQ(Json::parse(ask("GET", "/v1/models/scripted").body)["id"], "scripted");
-  EXPECT_EQ(Json::parse(ask("GET", "/v1/models/org/model").body)["id"], "org/model");
-  EXPECT_EQ(Json::parse(ask("GET", "/v1/models/org%2Fmodel").body)["id"], "org/model");
+  EXPECT_EQ(parse_json<Json>(ask("GET", "/v1/models/scripted").body)["id"], "scripted");
+  EXPECT_EQ(parse_json<Json>(ask("GET", "/v1/models/org/model").body)["id"], "org/model");
+  EXPECT_EQ(parse_json<Json>(ask("GET", "/v1/models/org%2Fmodel").body)["id"], "org/model");
   RecordingResponse& missing = ask("GET", "/v1/models/none");
   EXPECT_EQ(missing.status, 404);
-  EXPECT_EQ(Json::parse(missing.body)["error"]["param"], "model");
+  EXPECT_EQ(parse_json<Json>(missing.body)["error"]["param"], "model");
 }
 
 TEST_F(OpenAiChat, CompletionsContinueTheirPrompt) {
@@ -410,11 +411,11 @@ TEST_F(OpenAiChat, CompletionsContinueTheirPrompt) {
   });
   const Json weighed{{"prompt", "Once"}, {"logprobs", 1}};
   const Json logprobs = ask_json("/v1/completions", weighed)["choices"][0]["logprobs"];
-  EXPECT_EQ(logprobs, Json::parse(R"({"tokens":["é","a","b"],"token_logprobs":[-0.5,-0.5,-0.5],
+  EXPECT_EQ(logprobs, parse_json<Json>(R"({"tokens":["é","a","b"],"token_logprobs":[-0.5,-0.5,-0.5],
     "top_logprobs":[{"é":-0.5},{"a":-0.5},{"b":-0.5}],"text_offset":[0,1,2]})"));
   const auto pieces = ask_stream("/v1/completions", weighed);
-  EXPECT_EQ(pieces[0].json()["choices"][0]["logprobs"]["text_offset"], Json::parse("[0]"));
-  EXPECT_EQ(pieces[1].json()["choices"][0]["logprobs"]["text_offset"], Json::parse("[1,2]"));
+  EXPECT_EQ(pieces[0].json()["choices"][0]["logprobs"]["text_offset"], parse_json<Json>("[0]"));
+  EXPECT_EQ(pieces[1].json()["choices"][0]["logprobs"]["text_offset"], parse_json<Json>("[1,2]"));
   for (const char* body : {R"({"prompt":"x","n":2})", R"({"prompt":"x","best_of":2})", R"({"prompt":"x","logprobs":21})",
                            R"({"prompt":"x","echo":true})", R"({"prompt":"x","suffix":"y"})", R"({"prompt":[1,2]})",
                            R"({"prompt":["x","y"]})", R"({})"}) {

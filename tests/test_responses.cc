@@ -13,7 +13,7 @@ constexpr const char* kResponses = "/v1/responses";
 class Responses : public DialectTest {
  protected:
   static Json body_of(const char* members = "{}") {
-    Json body = Json::parse(members);
+    Json body = parse_json<Json>(members);
     if (!body.contains("input")) body["input"] = "Hi";
     return body;
   }
@@ -45,7 +45,7 @@ TEST_F(Responses, AWholeAnswerHasItsItemsAndUsage) {
   EXPECT_EQ(answer["output"][1]["content"][0]["text"], "I look.");
   EXPECT_EQ(answer["output"][2]["type"], "function_call");
   EXPECT_EQ(answer["output"][2]["arguments"], R"({"path":"a"})");
-  EXPECT_EQ(answer["usage"], Json::parse(R"({"input_tokens":10,"input_tokens_details":{"cached_tokens":4},
+  EXPECT_EQ(answer["usage"], parse_json<Json>(R"({"input_tokens":10,"input_tokens_details":{"cached_tokens":4},
     "output_tokens":7,"output_tokens_details":{"reasoning_tokens":2},"total_tokens":17})"));
 }
 
@@ -144,7 +144,7 @@ TEST_F(Responses, ARequestOfCodexsShapeIsRead_llama_cpp_20156_23041_codex_10635_
   EXPECT_EQ(answer["output"][0]["namespace"], "mcp__files");
   const ChatRequest& request = heard();
   EXPECT_EQ(request.session, "s-1");
-  EXPECT_EQ(request.template_arguments, Json::parse(R"({"reasoning_effort":"high"})"));
+  EXPECT_EQ(request.template_arguments, parse_json<Json>(R"({"reasoning_effort":"high"})"));
   ASSERT_EQ(request.tools.size(), 2u);
   EXPECT_EQ(request.tools[1].name, "mcp__files__read");
   ASSERT_EQ(request.messages.size(), 7u);
@@ -191,9 +191,9 @@ TEST_F(Responses, APreviousResponseIsGoneOnFrom) {
   ask_json(kResponses, body);
   EXPECT_EQ(heard().messages.size(), 7u);
   const std::string path = std::string(kResponses) + "/" + std::string(first["id"]);
-  EXPECT_EQ(Json::parse(ask("GET", path).body), first);
-  EXPECT_EQ(Json::parse(ask("GET", path + "/input_items").body)["data"][0]["content"], "Hi");
-  EXPECT_EQ(Json::parse(ask("DELETE", path).body)["deleted"], true);
+  EXPECT_EQ(parse_json<Json>(ask("GET", path).body), first);
+  EXPECT_EQ(parse_json<Json>(ask("GET", path + "/input_items").body)["data"][0]["content"], "Hi");
+  EXPECT_EQ(parse_json<Json>(ask("DELETE", path).body)["deleted"], true);
   EXPECT_EQ(ask("GET", path).status, 404);
   EXPECT_EQ(ask("DELETE", path).status, 404);
   body["previous_response_id"] = first["id"];

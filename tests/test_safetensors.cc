@@ -2,8 +2,7 @@
 
 #include <set>
 
-#include <nlohmann/json.hpp>
-
+#include "base/json.h"
 #include "store_fixture.h"
 
 namespace torpor::testing {
@@ -135,7 +134,7 @@ TEST(Safetensors, ItsJsonIsThatOfAnotherParser) {
         const SafetensorsHeader header = parse(json, 22);
         ++taken;
         ASSERT_TRUE(valid) << json;
-        const nlohmann::json other = nlohmann::json::parse(json);
+        const nlohmann::json other = parse_json<nlohmann::json>(json);
         ASSERT_EQ(header.metadata.size(), other.contains("__metadata__") ? other["__metadata__"].size() : 0) << json;
         for (const auto& [key, value] : header.metadata) ASSERT_EQ(other["__metadata__"].at(key), value) << json;
         for (const auto& tensor : header.tensors) {

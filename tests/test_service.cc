@@ -58,7 +58,7 @@ struct Server {
   ServiceOptions with_log(ServiceOptions options) {
     options.log = [this](const std::string& line) {
       const std::lock_guard lock(log_mutex);
-      log.push_back(Json::parse(line));
+      log.push_back(parse_json<Json>(line));
     };
     return options;
   }
@@ -100,7 +100,7 @@ TEST(Service, AnswersHealthToAnybody) {
   Server server;
   const auto& response = server.ask(Server::get("/health", {}));
   EXPECT_EQ(response.status, 200);
-  EXPECT_EQ(Json::parse(response.body)["ready"], true);
+  EXPECT_EQ(parse_json<Json>(response.body)["ready"], true);
   server.service.drain();
   EXPECT_EQ(server.ask(Server::get("/health", {})).status, 503);
   EXPECT_EQ(server.ask(Server::get("/health/live", {})).status, 200);
@@ -118,7 +118,8 @@ TEST(Service, LetsNobodyInWithoutAKey) {
     EXPECT_EQ(wrong.status, 401) << path;
     EXPECT_EQ(none.body, wrong.body) << path;
   }
-  EXPECT_EQ(Json::parse(server.ask(Server::get("/v1/messages", host)).body)["error"]["type"], "authentication_error");
+  EXPECT_EQ(parse_json<Json>(server.ask(Server::get("/v1/messages", host)).body)["error"]["type"],
+            "authentication_error");
 }
 
 TEST(Service, TakesAKeyInEitherHeader) {
@@ -146,7 +147,7 @@ TEST(Service, TellsTheRunnerWhichKeyItWasAndWhetherTheClientCanWait) {
   const auto heard = [&](const std::string& header, const std::string& tier) -> const ChatRequest& {
     HttpRequest request = Server::chat();
     if (!header.empty()) request.headers.emplace_back("x-torpor-background", header);
-    Json body = Json::parse(request.body);
+    Json body = parse_json<Json>(request.body);
     if (!tier.empty()) body["service_tier"] = tier;
     request.body = to_text(body);
     EXPECT_EQ(server.ask(request).status, 200);
@@ -206,7 +207,7 @@ TEST(Service, RefusesWhatTheEdgeRefusesInTheDialectsForm) {
   request.refused = 413;
   const auto& response = server.ask(request);
   EXPECT_EQ(response.status, 413);
-  EXPECT_EQ(Json::parse(response.body)["error"]["type"], "request_too_large");
+  EXPECT_EQ(parse_json<Json>(response.body)["error"]["type"], "request_too_large");
   request.refused = 503;
   EXPECT_EQ(server.ask(request).status, 529);
   EXPECT_NE(server.responses.back().header("retry-after"), "");

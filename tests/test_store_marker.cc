@@ -3,8 +3,7 @@
 #include <functional>
 #include <thread>
 
-#include <nlohmann/json.hpp>
-
+#include "base/json.h"
 #include "fault_env.h"
 #include "store_fixture.h"
 
@@ -209,7 +208,7 @@ TEST_F(StoreMarker, WhatElseTheMarkerSaysIsKept) {
   write_all(root_ / "torpor.json", "{\"torpor_store\": 2, \"later\": [1, {\"x\": null}], \"limits\": {\"other\": 5, \"min_free\": 7}}");
   EXPECT_EQ(store.kept_disk_limits().min_free, 7);
   store.keep_disk_limits({.budget = 1000});
-  EXPECT_EQ(nlohmann::json::parse(marker()), nlohmann::json::parse(
+  EXPECT_EQ(parse_json<nlohmann::json>(marker()), parse_json<nlohmann::json>(
       "{\"torpor_store\": 2, \"later\": [1, {\"x\": null}], \"limits\": {\"other\": 5, \"disk_budget\": 1000}}"));
 }
 

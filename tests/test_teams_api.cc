@@ -102,7 +102,7 @@ TEST_F(TeamsApiTest, AStepTakesAPlaceForEachTurnOrNothingBegins) {
   serve(2);
   TurnQueue::Places other(*queue_, "local:key", 1);
   EXPECT_THROW(ask("/torpor/v1/teams/crew/ask", message()), Failure);  // which the service tells as 429
-  EXPECT_FALSE(Json::parse(get("/torpor/v1/teams/crew").body).contains("step"));
+  EXPECT_FALSE(parse_json<Json>(get("/torpor/v1/teams/crew").body).contains("step"));
   EXPECT_TRUE(models_->agents().empty());
   EXPECT_EQ(queue_->taken(), 1);
   other.leave_all();
@@ -119,12 +119,12 @@ TEST_F(TeamsApiTest, ATenantsTeamIsItsOwn) {
   EXPECT_EQ(get("/torpor/v1/teams/crew").status, 404);
   EXPECT_EQ(get("/torpor/v1/teams/t.acme.crew").status, 400);
   EXPECT_EQ(ask("/torpor/v1/teams/crew/ask", message()).status, 404);
-  EXPECT_EQ(Json::parse(get(kTeams).body)["teams"].size(), 0u);
+  EXPECT_EQ(parse_json<Json>(get(kTeams).body)["teams"].size(), 0u);
   EXPECT_EQ(make().status, 201);
-  EXPECT_EQ(Json::parse(get(kTeams, "acme").body)["teams"].size(), 1u);
-  const Json taken = Json::parse(make("crew", "acme").body);
+  EXPECT_EQ(parse_json<Json>(get(kTeams, "acme").body)["teams"].size(), 1u);
+  const Json taken = parse_json<Json>(make("crew", "acme").body);
   EXPECT_EQ(taken["error"]["message"].get<std::string>().find("t.acme"), std::string::npos) << taken;
-  const Json answers = Json::parse(ask("/torpor/v1/teams/crew/round", message(), "acme").body);
+  const Json answers = parse_json<Json>(ask("/torpor/v1/teams/crew/round", message(), "acme").body);
   EXPECT_EQ(answers["answers"][0]["agent"], "crew.ada");
 }
 
@@ -156,9 +156,9 @@ TEST_F(TeamsApiTest, ARetryWithTheSameKeyGetsTheSameAnswers) {
   const std::string first = ask(keyed).body;
   EXPECT_EQ(ask(keyed).body, first);
   serve(64);  // as a crash between the last save and the answer's end leaves it
-  const Json again = Json::parse(ask(keyed).body);
+  const Json again = parse_json<Json>(ask(keyed).body);
   EXPECT_TRUE(again["answers"][0]["kept"]);
-  EXPECT_EQ(again["answers"][0]["text"], Json::parse(first)["answers"][0]["text"]);
+  EXPECT_EQ(again["answers"][0]["text"], parse_json<Json>(first)["answers"][0]["text"]);
   HttpRequest create = request("/torpor/v1/agents", {{"agent", "zoe"}, {"prompt", "Hi."}, {"max_tokens", 4}});
   create.headers = keyed.headers;
   const std::string made = ask(create).body;
@@ -210,7 +210,7 @@ TEST_F(TeamsApiTest, AnUnreadStreamHoldsUpItsOwnTurnsAndEndsWhenItsReaderIsCutOf
   unread.cut();
   reader.join();
   EXPECT_EQ(queue_->taken(), 0);
-  const Json again = Json::parse(ask("/torpor/v1/teams/crew/ask", message()).body);
+  const Json again = parse_json<Json>(ask("/torpor/v1/teams/crew/ask", message()).body);
   EXPECT_EQ(again["complete"], true) << again;
 }
 

@@ -35,17 +35,18 @@ class TemplateFitTest : public ::testing::Test {
     const FittedConversation fitted = fit_->fit(messages, tools);
     Json list = Json::array();
     for (const torpor::Message& message : fitted.messages) {
-      Json json = Json::parse(message_to_json(message));
+      Json json = parse_json<Json>(message_to_json(message));
       for (Json& call : json["tool_calls"]) {
         Json function{{"name", call["name"]}, {"arguments", call["arguments"]}};
-        if (function["arguments"].is_string()) function["arguments"] = Json::parse(std::string(function["arguments"]));
+        Json& arguments = function["arguments"];
+        if (arguments.is_string()) arguments = parse_json<Json>(std::string(arguments));
         call = {{"id", call["id"]}, {"type", "function"}, {"function", function}};
       }
       if (json["tool_calls"].empty()) json.erase("tool_calls");
       list.push_back(json);
     }
     Json variables = Json::object();
-    if (!fitted.tools.empty()) variables["tools"] = Json::parse(fitted.tools);
+    if (!fitted.tools.empty()) variables["tools"] = parse_json<Json>(fitted.tools);
     return chat_template_->render(to_text(list), true, to_text(variables));
   }
 

@@ -7,10 +7,10 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <random>
 #include <thread>
 
+#include "base/json.h"
 #include "torpor/error.h"
 #include "torpor/text.h"
 
@@ -58,7 +58,7 @@ Error error_of(Call&& call) {
 
 bool is_utf8(std::string_view text) {
   try {
-    (void)json(std::string(text)).dump();
+    (void)dump_json(json(std::string(text)));
     return true;
   } catch (const json::exception&) {
     return false;
@@ -79,7 +79,7 @@ std::string stream(const std::shared_ptr<const Tokenizer>& tokenizer, const std:
 /// Calls `check(tokenizer, golden)` for each tokenizer whose files are here; the model's are fetched, not committed.
 template <typename Check>
 void for_each_tokenizer(Check&& check) {
-  for (const auto& golden : json::parse(read(kGoldens / "tokenizers.json"))) {
+  for (const auto& golden : parse_json<json>(read(kGoldens / "tokenizers.json"))) {
     const std::string dir = golden.at("dir");
     SCOPED_TRACE(dir);
     if (!fs::exists(kRoot / dir / "tokenizer.json")) {
@@ -111,7 +111,7 @@ TEST(Tokenizer, IdsEqualHuggingFaces) {
 /// The same tokenizers from GGUF, which brings them as llama.cpp keeps them.
 template <typename Check>
 void for_each_gguf_tokenizer(Check&& check) {
-  for (const auto& golden : json::parse(read(kGoldens / "tokenizers.json"))) {
+  for (const auto& golden : parse_json<json>(read(kGoldens / "tokenizers.json"))) {
     const std::string file = golden.at("dir").get<std::string>() + ".gguf";
     SCOPED_TRACE(file);
     if (!fs::exists(kRoot / file)) continue;
@@ -156,7 +156,7 @@ TEST(GgufTokenizer, IdsEqualLlamaCpps) {
     SCOPED_TRACE(file.path().filename().string());
     ++files;
     const auto tokenizer = Tokenizer::load(file.path());
-    for (const auto& sample : json::parse(read(fs::path(file.path()).replace_extension(".json")))) {
+    for (const auto& sample : parse_json<json>(read(fs::path(file.path()).replace_extension(".json")))) {
       const std::string input = sample.at("input");
       EXPECT_EQ(json(tokenizer->encode(input, false)), sample.at("ids")) << sample.at("input");
     }
@@ -231,7 +231,7 @@ TEST(Tokenizer, IdsEqualLlamaCpps) {
     const fs::path cases = kRoot / golden.at("dir").get<std::string>() / "llama-cpp.json";
     if (!fs::exists(cases)) return;
     ++families;
-    for (const auto& sample : json::parse(read(cases))) {
+    for (const auto& sample : parse_json<json>(read(cases))) {
       EXPECT_EQ(json(tokenizer->encode(sample.at("input").get<std::string>(), false)), sample.at("ids")) << sample.at("input");
     }
   });
@@ -344,7 +344,7 @@ TEST(Tokenizer, ServesManyThreads) {
 }
 
 TEST(ChatTemplate, RendersAsHuggingFaceDoes) {
-  for (const auto& golden : json::parse(read(kGoldens / "templates.json"))) {
+  for (const auto& golden : parse_json<json>(read(kGoldens / "templates.json"))) {
     const ScratchDir scratch;
     fs::path dir = scratch.path();
     if (golden.contains("dir")) {

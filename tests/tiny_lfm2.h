@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include <nlohmann/json.hpp>
+#include "base/json.h"
 
 namespace torpor::testing {
 
@@ -62,7 +62,7 @@ inline void write_tiny_lfm2(const std::filesystem::path& directory) {
     linear(layer + "feed_forward.w3", kInner, kHidden);
     linear(layer + "feed_forward.w2", kHidden, kInner);
   }
-  std::string json = header.dump();
+  std::string json = dump_json(header);
   json.resize((json.size() + 7) / 8 * 8, ' ');
   const uint64_t length = json.size();
   std::ofstream file(directory / "model.safetensors", std::ios::binary);

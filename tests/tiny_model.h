@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include <nlohmann/json.hpp>
+#include "base/json.h"
 
 namespace torpor::testing {
 
@@ -81,7 +81,7 @@ inline void write_tiny_model(const std::filesystem::path& directory, TinyAttenti
     linear("mlp.up_proj", kInner, kHidden);
     linear("mlp.down_proj", kHidden, kInner);
   }
-  std::string json = header.dump();
+  std::string json = dump_json(header);
   json.resize((json.size() + 7) / 8 * 8, ' ');
   const uint64_t length = json.size();
   std::ofstream file(directory / "model.safetensors", std::ios::binary);

@@ -2,9 +2,8 @@
 
 #include <algorithm>
 
-#include <nlohmann/json.hpp>
-
 #include "base/env.h"
+#include "base/json.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -18,7 +17,7 @@ constexpr const char* kArguments = "TurnRequest::template_arguments";
 std::string rendered_json(std::span<const Message> messages) {
   Json array = Json::array();
   for (const Message& message : messages) {
-    Json json = Json::parse(message_to_json(message));
+    Json json = parse_json<Json>(message_to_json(message));
     if (const auto calls = json.find("tool_calls"); calls != json.end()) {
       for (Json& call : *calls) {
         Json as_template{{"type", "function"},
@@ -29,7 +28,7 @@ std::string rendered_json(std::span<const Message> messages) {
     }
     array.push_back(std::move(json));
   }
-  return array.dump();
+  return dump_json(array);
 }
 
 // Stands for an answer whose tokens are held already. It is drawn anew for every turn and is in none of the messages:
@@ -78,7 +77,7 @@ std::string template_variables(const std::string& tools, const std::string& argu
       if (depth > 200) throw Error(ErrorCode::kInvalidArgument, "Tools or template arguments are nested too deeply.");
       return true;
     };
-    Json json = Json::parse(text, too_deep, false);
+    Json json = parse_json<Json>(text, too_deep, false);
     if (kind == json.type()) return json;
     throw Error(ErrorCode::kInvalidArgument, sentence).with_field(field);
   };
@@ -96,11 +95,11 @@ std::string template_variables(const std::string& tools, const std::string& argu
     Json listed = parse(tools, Json::value_t::array, "TurnRequest::tools", "The tools are not a JSON array.");
     if (!listed.empty()) variables["tools"] = std::move(listed);
   }
-  return variables.empty() ? std::string() : variables.dump();
+  return variables.empty() ? std::string() : dump_json(variables);
 }
 
 bool same_variables(const std::string& a, const std::string& b) {
-  return a == b || (!a.empty() && !b.empty() && nlohmann::json::parse(a) == nlohmann::json::parse(b));
+  return a == b || (!a.empty() && !b.empty() && parse_json<nlohmann::json>(a) == parse_json<nlohmann::json>(b));
 }
 
 size_t count_equal(std::span<const HeldMessage> held, std::span<const Message> given) {

@@ -4,8 +4,7 @@
 #include <charconv>
 #include <limits>
 
-#include <nlohmann/json.hpp>
-
+#include "base/json.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -30,7 +29,7 @@ size_t parse_count(std::string_view text, size_t limit) {
 HeldMessage read_message(const std::string& json, std::string* variables) {
   try {
     if (variables != nullptr && json.find(kVariables) != std::string::npos) {
-      const auto parsed = nlohmann::ordered_json::parse(json);
+      const auto parsed = parse_json<nlohmann::ordered_json>(json);
       if (const auto found = parsed.find(kVariables); found != parsed.end() && found->is_object())
         *variables = found->dump();
     }

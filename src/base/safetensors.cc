@@ -5,9 +5,8 @@
 #include <optional>
 #include <unordered_set>
 
-#include <nlohmann/json.hpp>
-
 #include "base/checked.h"
+#include "base/json.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -173,7 +172,7 @@ class HeaderParser {
     ++at_;
     if (plain) return std::string(json_.substr(begin + 1, at_ - begin - 2));
     try {
-      return nlohmann::json::parse(json_.substr(begin, at_ - begin)).get<std::string>();
+      return parse_json<nlohmann::json>(json_.substr(begin, at_ - begin)).get<std::string>();
     } catch (const nlohmann::json::exception&) {
       invalid();
     }
@@ -306,7 +305,7 @@ std::string json_quote(std::string_view text) {
   const auto plain = [](char c) { return c >= ' ' && c < 0x7f && c != '"' && c != '\\'; };
   if (std::all_of(text.begin(), text.end(), plain)) return std::string(1, '"').append(text).append(1, '"');
   try {
-    return nlohmann::json(text).dump();
+    return dump_json(nlohmann::json(text));
   } catch (const nlohmann::json::exception&) {
     throw Error(ErrorCode::kInvalidArgument, "A text to be stored is not valid UTF-8.");
   }

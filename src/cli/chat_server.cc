@@ -80,7 +80,7 @@ class ServerAgents : public ChatAgents {
     const Json map = get_if_there(id, "/map");
     if (map.is_null()) return messages;
     for (const Json& one : map.at("messages")) {
-      messages.push_back({one.at("message").dump(-1, ' ', false, Json::error_handler_t::replace), one.at("begin"),
+      messages.push_back({dump_json(one.at("message"), -1, Json::error_handler_t::replace), one.at("begin"),
                           one.at("end")});
     }
     return messages;

@@ -43,7 +43,8 @@ Json side_json(const Tokenizer& tokenizer, const std::vector<int32_t>& ids, int6
 
 std::string side_text(const Json& side) {
   if (side.is_null()) return "ends here";
-  return "token " + std::to_string(side["token"].get<int32_t>()) + " " + side["text"].dump() + ", then " + side["after"].dump();
+  return "token " + std::to_string(side["token"].get<int32_t>()) + " " + dump_json(side["text"]) + ", then " +
+         dump_json(side["after"]);
 }
 
 void require_known(const std::vector<int32_t>& ids, const std::string& agent) {
@@ -101,7 +102,7 @@ int why(const WhyOptions& options, const std::filesystem::path& root) {
             std::to_string(common - resumable) + " of these tokens are computed again\n";
   }
   if (diverges) {
-    text += "they part at token " + std::to_string(common) + ", after " + before.dump() + ":\n";
+    text += "they part at token " + std::to_string(common) + ", after " + dump_json(before) + ":\n";
     const std::string agent = options.other.empty() ? "agent" : "agent " + options.id;
     const size_t width = std::max(side.size(), agent.size());
     text += "  " + side + ": " + std::string(width - side.size(), ' ') + side_text(in_prompt) + "\n";

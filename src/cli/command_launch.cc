@@ -73,7 +73,7 @@ Start start_claude(const ServerClient& server, const Model& model) {
 Start start_codex(const ServerClient& server, const Model& model) {
   Start start;
   start.variables = {{kKeyVariable, server.key()}};
-  const auto text = [](const std::string& value) { return Json(value).dump(); };
+  const auto text = [](const std::string& value) { return dump_json(Json(value)); };
   start.command = {"codex",
                    "-c", "model=" + text(model.name),
                    "-c", "model_provider=\"torpor\"",
@@ -97,11 +97,11 @@ Start start_opencode(const ServerClient& server, const Model& model) {
           {"models",
            {{model.name,
              {{"name", model.name}, {"limit", {{"context", model.context}, {"output", answer_tokens(model)}}}}}}}}}}}};
-  Json config = Json::parse(environment(kVariable), nullptr, false, true);
+  Json config = parse_json<Json>(environment(kVariable), nullptr, false, true);
   if (!config.is_object()) config = Json::object();
   config.merge_patch(ours);
   Start start;
-  start.variables = {{kVariable, config.dump()}, {kKeyVariable, server.key()}};
+  start.variables = {{kVariable, dump_json(config)}, {kKeyVariable, server.key()}};
   start.command = {"opencode"};
   return start;
 }
@@ -129,7 +129,7 @@ Start start_pi(const ServerClient& server, const Model& model) {
       "  const provider = JSON.parse(process.env.TORPOR_PI_PROVIDER);\n"
       "  pi.registerProvider(\"torpor\", { ...provider, apiKey: process.env.TORPOR_API_KEY });\n"
       "}\n";
-  start.variables = {{"TORPOR_PI_PROVIDER", provider.dump()}, {kKeyVariable, server.key()}};
+  start.variables = {{"TORPOR_PI_PROVIDER", dump_json(provider)}, {kKeyVariable, server.key()}};
   start.command = {"pi", "--extension", start.file.string(), "--provider", "torpor", "--model", model.name};
   return start;
 }

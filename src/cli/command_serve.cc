@@ -176,10 +176,9 @@ void greet(const ServeOptions& options, uint16_t port, const std::string& first_
     const std::string own = options.no_auth ? std::string() : server::local_key(key_file);
     const std::string bearer = options.no_auth ? std::string() : " -H \"authorization: Bearer " + key + "\"";
     text += "  curl -s " + url + "/v1/chat/completions" + bearer + " -d '" +
-            Json{{"model", model_name(options.model)},
-                 {"max_tokens", 40},
-                 {"messages", Json::array({Json{{"role", "user"}, {"content", "Who keeps the lamp?"}}})}}
-                .dump() +
+            dump_json(Json{{"model", model_name(options.model)},
+                           {"max_tokens", 40},
+                           {"messages", Json::array({Json{{"role", "user"}, {"content", "Who keeps the lamp?"}}})}}) +
             "'\n";
     text += "Dashboard, signed in: " + url + "/" + (own.empty() ? "" : "#key=" + own) + "\n";
   }
@@ -244,8 +243,8 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   const SignalSet signals;
   LogFile log_file(options.log);
   set_log_handler([&](LogLevel level, std::string_view sentence) {
-    log_file.line(Json{{"level", log_level_name(level)}, {"message", sentence}}.dump(-1, ' ', false,
-                                                                                     Json::error_handler_t::replace));
+    log_file.line(dump_json(Json{{"level", log_level_name(level)}, {"message", sentence}}, -1,
+                            Json::error_handler_t::replace));
   });
   struct NoLog {
     ~NoLog() { set_log_handler(nullptr); }

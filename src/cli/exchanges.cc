@@ -9,7 +9,7 @@ namespace {
 Json parse_message(const StoredMessage& message) {
   constexpr int kDeepest = 64;
   const auto shallow = [](int depth, Json::parse_event_t, Json&) { return depth <= kDeepest; };
-  return Json::parse(message.json, shallow, false);
+  return parse_json<Json>(message.json, shallow, false);
 }
 
 }  // namespace

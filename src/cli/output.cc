@@ -55,7 +55,7 @@ void print(std::string_view text) { write_out(printable(text)); }
 
 void print_json(const Json& value) {
   // In JSON control characters stand in strings alone, where their escapes mean the same.
-  write_out(printable(value.dump(-1, ' ', false, Json::error_handler_t::replace)) + "\n");
+  write_out(printable(dump_json(value, -1, Json::error_handler_t::replace)) + "\n");
 }
 
 void complain(std::string_view message) {

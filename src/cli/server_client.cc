@@ -210,26 +210,26 @@ void ServerClient::refuse(int status, const std::string& body) const {
                                                  "; name its own file by --api-key-file")
         .with_field("api-key-file");
   }
-  if (const auto told = server_error(Json::parse(body, nullptr, false))) throw *told;
+  if (const auto told = server_error(parse_json<Json>(body, nullptr, false))) throw *told;
   throw Error(ErrorCode::kIo, "what answers at " + address_.url + " is no server of Torpor's" +
                                   (status == 0 ? "" : " (status " + std::to_string(status) + ")"));
 }
 
 Json ServerClient::ask(std::string_view method, const std::string& path, const Json& body) const {
-  const std::string text = body.is_null() ? "" : body.dump();
+  const std::string text = body.is_null() ? "" : dump_json(body);
   const Connection connection(address_);
   connection.send_all(head(method, path, text) + text);
   Answer answer(connection, timeout_, nullptr);
   const std::string said = answer.rest();
   if (answer.status() == 204) return nullptr;
-  const Json parsed = Json::parse(said, nullptr, false);
+  const Json parsed = parse_json<Json>(said, nullptr, false);
   if (answer.status() < 200 || answer.status() > 299 || !parsed.is_object()) refuse(answer.status(), said);
   return parsed;
 }
 
 void ServerClient::stream(const std::string& path, const Json& body, const std::atomic<bool>& cancel,
                           const OnEvent& on_event) const {
-  const std::string text = body.dump();
+  const std::string text = dump_json(body);
   const Connection connection(address_);
   connection.send_all(head("POST", path, text) + text);
   Answer answer(connection, milliseconds(-1), &cancel);
@@ -250,7 +250,7 @@ void ServerClient::stream(const std::string& path, const Json& body, const std::
         if (line.starts_with("data: ")) data += line.substr(6);
         at = line_end + 1;
       }
-      if (!event.empty()) on_event(event, Json::parse(data, nullptr, false));  // else a comment, which keeps alive
+      if (!event.empty()) on_event(event, parse_json<Json>(data, nullptr, false));  // else a comment, which keeps alive
     }
   }
   check();

@@ -38,7 +38,7 @@ FileLock make_note(const std::filesystem::path& root) {
 ServerNote::ServerNote(const std::filesystem::path& root, const std::string& url,
                        const std::filesystem::path& api_key_file)
     : lock_(make_note(root)) {
-  const std::string text = Json{{"url", url}, {"api_key_file", api_key_file.string()}}.dump();
+  const std::string text = dump_json(Json{{"url", url}, {"api_key_file", api_key_file.string()}});
   lock_.file().write_all({std::as_bytes(std::span(text))});
 }
 
@@ -56,7 +56,7 @@ std::map<std::string, std::string> agents_in_servers(const std::filesystem::path
   for (const auto& note : notes_of(root)) {
     try {
       if (env.lock(note, LockMode::kShared, {}, OpenMode::kRead)) continue;  // its server was killed
-      const Json written = Json::parse(env.read_file(note, kLongest), nullptr, false);
+      const Json written = parse_json<Json>(env.read_file(note, kLongest), nullptr, false);
       if (!written.is_object()) continue;
       ServerOptions options;
       options.server = written.at("url");

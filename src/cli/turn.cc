@@ -45,7 +45,7 @@ void check_writable(const std::filesystem::path& root) {
 std::vector<std::pair<int32_t, float>> parse_bias(const std::string& text) {
   std::vector<std::pair<int32_t, float>> bias;
   if (text.empty()) return bias;
-  const Json json = Json::parse(text, nullptr, false);
+  const Json json = parse_json<Json>(text, nullptr, false);
   const auto refuse = [] {
     throw Error(ErrorCode::kInvalidArgument,
                 "--logit-bias is not a JSON object of numbers by token id, as {\"42\": -1.5}");
@@ -73,7 +73,7 @@ void print_summary(const Json& result, bool saved) {
     std::fprintf(stderr, "; %s saved in %s", human_bytes(result.at("bytes").at("written")).c_str(),
                  human_ms(ms.at("save")).c_str());
   }
-  if (result.contains("seed")) std::fprintf(stderr, "; seed %s", result["seed"].dump().c_str());
+  if (result.contains("seed")) std::fprintf(stderr, "; seed %s", dump_json(result["seed"]).c_str());
   std::fputs("]\n", stderr);
 }
 

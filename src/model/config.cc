@@ -5,11 +5,10 @@
 #include <fstream>
 #include <sstream>
 
-#include <nlohmann/json.hpp>
-
 #include "base/gguf.h"
 #include "base/gguf_ends.h"
 #include "base/hash.h"
+#include "base/json.h"
 #include "base/model_file.h"
 #include "model/config_field.h"
 #include "model/family.h"
@@ -27,7 +26,7 @@ json read_json(const std::filesystem::path& path) {
   std::ostringstream text;
   text << in.rdbuf();
   refuse_lfs_pointer(text.str(), path);
-  json value = json::parse(plain_json(text.str()), nullptr, false);
+  json value = parse_json<json>(plain_json(text.str()), nullptr, false);
   if (value.is_object()) return value;
   throw Error(ErrorCode::kCorruption, path.string() + " is not a JSON object.");
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "base/json.h"
 #include "model/config_field.h"
 #include "model/family_pages.h"
 #include "torpor/error.h"
@@ -120,7 +121,7 @@ const Family& find_family(const std::string& model_type) {
 
 /// A null says that there is no such thing (a soft cap, a window), so it is not filled in.
 void fill(json& config, const Family& family) {
-  const json filled = json::parse(family.defaults);
+  const json filled = parse_json<json>(family.defaults);
   for (const auto& [key, value] : filled.items()) config.emplace(key, value);
 }
 

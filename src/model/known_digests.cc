@@ -4,11 +4,10 @@
 #include <chrono>
 #include <optional>
 
-#include <nlohmann/json.hpp>
-
 #include "base/env.h"
 #include "base/environment.h"
 #include "base/hash.h"
+#include "base/json.h"
 #include "torpor/error.h"
 #include "torpor/log.h"
 
@@ -43,7 +42,7 @@ void remember(const fs::path& note, const json& stamps, const std::string& diges
     std::error_code ignored;
     fs::create_directories(note.parent_path(), ignored);
     const fs::path temporary = note.string() + "." + env.random_id();
-    const std::string text = json{{"files", stamps}, {"digest", digest}}.dump();
+    const std::string text = dump_json(json{{"files", stamps}, {"digest", digest}});
     File file = env.open(temporary, OpenMode::kCreateNew);
     file.write_all({std::as_bytes(std::span(text))});
     file.close();
@@ -64,7 +63,7 @@ fs::path note_of(const json& stamps) {
 /// Empty when it is not known.
 std::string read_note(const fs::path& note, const json& stamps) {
   try {
-    const json known = json::parse(Env::posix().read_file(note, kMaxBytes), nullptr, false);
+    const json known = parse_json<json>(Env::posix().read_file(note, kMaxBytes), nullptr, false);
     if (known.is_object() && known.value("files", json()) == stamps) return known.at("digest").get<std::string>();
   } catch (const std::exception&) {
     // There is none, or none of ours.
@@ -96,7 +95,7 @@ void forget_digests_of_gone_files() {
   for (const std::string& name : env.list_own(directory())) {
     const fs::path note = directory() / name;
     try {
-      const json known = json::parse(env.read_file(note, kMaxBytes), nullptr, false);
+      const json known = parse_json<json>(env.read_file(note, kMaxBytes), nullptr, false);
       const json files = known.is_object() ? known.value("files", json::array()) : json::array();
       const bool gone =
           std::ranges::any_of(files, [&](const json& file) { return !env.is_file(file.at(0).get<std::string>()); });

@@ -5,9 +5,8 @@
 #include <regex>
 #include <set>
 
-#include <nlohmann/json.hpp>
-
 #include "base/environment.h"
+#include "base/json.h"
 #include "model/local_models.h"
 
 namespace torpor {
@@ -75,7 +74,7 @@ class Finder {
       std::error_code ignored;
       if (!it->is_regular_file(ignored)) continue;
       std::ifstream in(it->path());
-      const auto manifest = nlohmann::json::parse(in, nullptr, false);
+      const auto manifest = parse_json<nlohmann::json>(std::string(std::istreambuf_iterator<char>(in), {}), nullptr, false);
       if (!manifest.is_object() || !manifest.value("layers", nlohmann::json()).is_array()) continue;
       for (const auto& layer : manifest["layers"]) {
         std::string blob = text(layer, "digest");

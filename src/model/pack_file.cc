@@ -11,11 +11,10 @@
 #include <optional>
 #include <thread>
 
-#include <nlohmann/json.hpp>
-
 #include "base/env.h"
 #include "base/environment.h"
 #include "base/hash.h"
+#include "base/json.h"
 #include "base/mapped_output.h"
 #include "base/mutex.h"
 #include "kernels/thread_pool.h"
@@ -74,7 +73,7 @@ std::optional<json> read_index(const File& file, uint64_t size, std::string_view
   std::string text(footer.size, '\0');
   file.read_at(std::as_writable_bytes(std::span(text)), footer.offset);
   if (hash_hex(text) != std::string_view(footer.checksum, kDigits)) return std::nullopt;
-  return json::parse(text, nullptr, false);
+  return parse_json<json>(text, nullptr, false);
 }
 
 json stamps_of(const std::vector<fs::path>& files) {
@@ -300,7 +299,7 @@ class Writer final : public PackFile {
       index["pieces"].push_back({piece.fingerprint, piece.offset, piece.size, piece.checksum});
     }
     index["of"] = stamps_of(of_);
-    const std::string text = index.dump(), checksum = hash_hex(text);
+    const std::string text = dump_json(index), checksum = hash_hex(text);
     const MappedOutput::Place place = output_.take(text.size() + sizeof(Footer));
     if (place.data == nullptr) throw Error(ErrorCode::kResourceExhausted, "the disk is full.");
     Footer footer{.key = {}, .offset = place.offset, .size = text.size(), .checksum = {}};

@@ -5,8 +5,7 @@
 #include <sstream>
 #include <string>
 
-#include <nlohmann/json.hpp>
-
+#include "base/json.h"
 #include "base/model_file.h"
 #include "model/config.h"
 
@@ -19,7 +18,7 @@ json read_object(const std::filesystem::path& path) {
   std::ifstream in(path, std::ios::binary);
   std::ostringstream text;
   text << in.rdbuf();
-  json value = json::parse(plain_json(text.str()), nullptr, false);
+  json value = parse_json<json>(plain_json(text.str()), nullptr, false);
   return value.is_object() ? value : json::object();
 }
 

@@ -11,11 +11,11 @@
 #include <sstream>
 
 #include <mlx/types/half_types.h>
-#include <nlohmann/json.hpp>
 
 #include "base/env.h"
 #include "base/gguf.h"
 #include "base/hash.h"
+#include "base/json.h"
 #include "base/model_file.h"
 #include "base/safetensors.h"
 #include "kernels/thread_pool.h"
@@ -73,7 +73,7 @@ std::vector<std::string> weight_files(const std::filesystem::path& dir) {
   text << in.rdbuf();
   refuse_lfs_pointer(text.str(), index);
   try {
-    const json parsed = json::parse(plain_json(text.str()));
+    const json parsed = parse_json<json>(plain_json(text.str()));
     for (const auto& [tensor, file] : parsed.at("weight_map").items()) names.insert(file.get<std::string>());
   } catch (const json::exception&) {
     damaged(index, "it has no readable weight_map");

@@ -140,8 +140,8 @@ Json compare_messages(Engine& engine, const AgentName& agent, const Json& messag
              {"common_tokens", common == 0 ? 0 : held[common - 1].end}};
   // Where one side has no more, nothing differs.
   const bool part = common < held.size() && common < turn.messages.size();
-  found["held"] = part ? Json::parse(held[common].json) : Json();
-  found["given"] = part ? Json::parse(message_to_json(turn.messages[common])) : Json();
+  found["held"] = part ? parse_json<Json>(held[common].json) : Json();
+  found["given"] = part ? parse_json<Json>(message_to_json(turn.messages[common])) : Json();
   return found;
 }
 

@@ -254,7 +254,7 @@ struct AnswerParser::Impl {
     if (body == Body::kCall) {
       if (!ended && !last) return false;
       const std::string_view content = std::string_view(pending).substr(0, end);
-      Json arguments = Json::parse(trimmed(content) == 0 ? "{}" : content, nullptr, false);
+      Json arguments = parse_json<Json>(trimmed(content) == 0 ? "{}" : content, nullptr, false);
       const Tool* tool = find_tool(options.tools, recipient);
       if (arguments.is_object()) call({recipient, conform(std::move(arguments), tool->parameters)});
       else text(content);

@@ -85,7 +85,7 @@ struct Kept {
     const size_t end = text.find('\n');
     if (end == std::string::npos) return std::nullopt;
     try {
-      const Json json = Json::parse(text.substr(0, end));
+      const Json json = parse_json<Json>(text.substr(0, end));
       return Kept{json.at("digest"), json.value("status", 200), json.at("streamed"),
                   json.at("headers").get<HttpHeaders>(), text.substr(end + 1)};
     } catch (const Json::exception&) {

@@ -231,7 +231,7 @@ Json block_json(const AnswerPart& part, bool omit) {
     case AnswerPart::Kind::kToolCall: break;
   }
   Json block{{"type", "tool_use"}, {"id", part.call.id}, {"name", part.call.name}};
-  block["input"] = Json::parse(part.call.arguments);
+  block["input"] = parse_json<Json>(part.call.arguments);
   return block;
 }
 

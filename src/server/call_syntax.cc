@@ -31,7 +31,7 @@ std::optional<ReadCall> call_of(const Json& object, const Tools& tools) {
   if (arguments == object.end()) arguments = object.find("parameters");
   if (arguments == object.end() || arguments->is_null()) return call;
   call.arguments = *arguments;
-  if (call.arguments.is_string()) call.arguments = Json::parse(call.arguments.get<std::string>(), nullptr, false);
+  if (call.arguments.is_string()) call.arguments = parse_json<Json>(call.arguments.get<std::string>(), nullptr, false);
   if (!call.arguments.is_object()) return std::nullopt;
   call.arguments = conform(std::move(call.arguments), tool->parameters);
   return call;
@@ -91,7 +91,7 @@ Json conform_value(Json value, const Json& schema) {
     return type->is_array() && std::find(type->begin(), type->end(), Json(name)) != type->end();
   };
   if (value.is_string() && !allows("string")) {
-    Json parsed = Json::parse(value.get_ref<const std::string&>(), nullptr, false);
+    Json parsed = parse_json<Json>(value.get_ref<const std::string&>(), nullptr, false);
     if (parsed.is_discarded()) {  // Python's spelling
       const std::string& word = value.get_ref<const std::string&>();
       if (word == "True") parsed = true;
@@ -141,7 +141,7 @@ CallReading read_tagged_call(std::string_view text, const Tools& tools, bool las
     if (scan.may_become({"<function="}) && !last) return kMore;
     if (scan.peek() != '{') return text_of(opening);
     if (!scan.json(object)) return last ? text_of(opening) : kMore;
-    const auto call = call_of(Json::parse(object, nullptr, false), tools);
+    const auto call = call_of(parse_json<Json>(object, nullptr, false), tools);
     if (!call) return text_of(opening);
     reading.calls.push_back(*call);
     reading.length = scan.position();
@@ -178,7 +178,7 @@ CallReading read_llama_call(std::string_view text, const Tools& tools, bool last
       return reading.calls.empty() ? text_of(opening) : reading;
     }
     if (!scan.json(object)) return last ? (reading.calls.empty() ? text_of(opening) : reading) : kMore;
-    const auto call = call_of(Json::parse(object, nullptr, false), tools);
+    const auto call = call_of(parse_json<Json>(object, nullptr, false), tools);
     if (!call) return reading.calls.empty() ? text_of(opening) : reading;
     reading.calls.push_back(*call);
     reading.length = scan.position();
@@ -209,7 +209,7 @@ CallReading read_mistral_call(std::string_view text, const Tools& tools, bool la
     ahead.skip_space();
     if (!ahead.at_end() && ahead.peek() != '{') return text_of(opening);
     if (!scan.json(array)) return last ? text_of(opening) : kMore;
-    const Json calls = Json::parse(array, nullptr, false);
+    const Json calls = parse_json<Json>(array, nullptr, false);
     if (!calls.is_array() || calls.empty()) return text_of(opening);
     for (const Json& object : calls) {
       const auto call = call_of(object, tools);
@@ -242,7 +242,7 @@ CallReading read_mistral_call(std::string_view text, const Tools& tools, bool la
   std::string_view object;
   if (scan.peek() != '{') return text_of(opening);
   if (!scan.json(object)) return last ? text_of(opening) : kMore;
-  Json arguments = Json::parse(object, nullptr, false);
+  Json arguments = parse_json<Json>(object, nullptr, false);
   if (!arguments.is_object()) return text_of(opening);
   reading.calls.push_back({tool->name, conform(std::move(arguments), tool->parameters)});
   reading.length = scan.position();

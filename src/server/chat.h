@@ -11,8 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include <nlohmann/json.hpp>
-
+#include "base/json.h"
 #include "torpor/generate_options.h"
 
 namespace torpor::server {
@@ -21,7 +20,7 @@ namespace torpor::server {
 using Json = nlohmann::ordered_json;
 
 /// JSON text. Bytes that are no UTF-8 become U+FFFD.
-inline std::string to_text(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
+inline std::string to_text(const Json& json) { return dump_json(json, -1, Json::error_handler_t::replace); }
 
 enum class Role { kSystem, kUser, kAssistant, kTool };
 

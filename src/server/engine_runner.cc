@@ -26,7 +26,7 @@ SamplingOptions default_sampling(const std::filesystem::path& dir) {
   SamplingOptions sampling;
   std::ifstream file(dir / "generation_config.json", std::ios::binary);
   const std::string text{std::istreambuf_iterator<char>(file), {}};
-  const Json config = Json::parse(text, nullptr, false);
+  const Json config = parse_json<Json>(text, nullptr, false);
   if (!config.is_object() || config.value("do_sample", Json(false)) != Json(true)) return sampling;
   const auto number = [&](const char* key, float otherwise) {
     const auto value = config.find(key);

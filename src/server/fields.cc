@@ -12,7 +12,7 @@ constexpr int kDeepest = 100;  // dump and compare recurse: a deeper body could 
 Json parse_body(const HttpRequest& request) {
   bool too_deep = false;
   try {
-    Json body = Json::parse(request.body, [&](int depth, Json::parse_event_t, Json&) {
+    Json body = parse_json<Json>(request.body, [&](int depth, Json::parse_event_t, Json&) {
       if (depth > kDeepest) too_deep = true;
       return !too_deep;
     });
@@ -73,8 +73,8 @@ std::optional<double> Field::number(double least, double most) const {
   const double number = value_->get<double>();
   if (!std::isfinite(number) || number < least || number > most) {
     std::string bounds = "a number";
-    if (least != std::numeric_limits<double>::lowest()) bounds += " of at least " + Json(least).dump();
-    if (most != std::numeric_limits<double>::max()) bounds += " and at most " + Json(most).dump();
+    if (least != std::numeric_limits<double>::lowest()) bounds += " of at least " + dump_json(Json(least));
+    if (most != std::numeric_limits<double>::max()) bounds += " and at most " + dump_json(Json(most));
     throw wrong(bounds);
   }
   return number;

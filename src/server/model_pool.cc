@@ -42,7 +42,7 @@ ModelEntry entry_of(const ServedModel& model) {
   }
   std::ifstream file(dir / "config.json", std::ios::binary);
   const std::string text{std::istreambuf_iterator<char>(file), {}};
-  const Json config = Json::parse(text, nullptr, false);
+  const Json config = parse_json<Json>(text, nullptr, false);
   if (!config.is_object()) return entry;
   if (const auto family = config.find("model_type"); family != config.end() && family->is_string()) entry.family = *family;
   if (const auto context = config.find("max_position_embeddings"); context != config.end() && context->is_number_integer())

@@ -152,7 +152,7 @@ class Lines {
   }
 
   static Json call_json(const ToolCall& call, int index) {
-    Json function{{"index", index}, {"name", call.name}, {"arguments", Json::parse(call.arguments)}};
+    Json function{{"index", index}, {"name", call.name}, {"arguments", parse_json<Json>(call.arguments)}};
     return {{"id", call.id}, {"function", function}};
   }
 

@@ -3,7 +3,7 @@
 namespace torpor::server {
 
 const Json& described_routes() {
-  static const Json kRoutes = Json::parse(openapi_file("openapi.json"));
+  static const Json kRoutes = parse_json<Json>(openapi_file("openapi.json"));
   return kRoutes;
 }
 

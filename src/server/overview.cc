@@ -115,8 +115,9 @@ Json map_json(Engine& engine, const AgentName& agent) {
   const AgentInfo info = store.agent_info(agent.id);
   Json messages = Json::array();
   for (const StoredMessage& message : store.agent_messages(agent.id)) {
-    messages.push_back(
-        Json{{"begin", message.begin}, {"end", message.end}, {"message", Json::parse(message.json, nullptr, false)}});
+    messages.push_back(Json{{"begin", message.begin},
+                            {"end", message.end},
+                            {"message", parse_json<Json>(message.json, nullptr, false)}});
   }
   // Segments are named by all that comes before them: who shares one shares those before it, too.
   std::vector<Json> shared(info.segments.size(), Json::array());

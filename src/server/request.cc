@@ -17,7 +17,7 @@ std::string session_of(const HttpRequest& http, Field body) {
   if (const Field metadata = body["metadata"]; metadata.is_object()) {
     // Claude Code's user_id is JSON text, with the session among other ids.
     if (const Field user = metadata["user_id"]; user.is_string()) {
-      const Json ids = Json::parse(*user.string(), nullptr, false);
+      const Json ids = parse_json<Json>(*user.string(), nullptr, false);
       if (ids.is_object() && ids.contains("session_id") && ids["session_id"].is_string()) return ids["session_id"];
     }
   }
@@ -71,7 +71,7 @@ std::string call_arguments(Field arguments) {
   if (arguments.is_object()) return to_text(arguments.json());
   const std::string text = *arguments.string();
   if (text.find_first_not_of(" \t\r\n") == std::string::npos) return "{}";
-  const Json parsed = Json::parse(text, nullptr, false);
+  const Json parsed = parse_json<Json>(text, nullptr, false);
   if (!parsed.is_object()) throw arguments.wrong("JSON text of an object");
   return text;
 }

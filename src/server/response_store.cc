@@ -10,7 +10,7 @@ std::optional<StoredResponse> ResponseStore::find(const std::string& tenant, con
   const auto text = shelf_.find(tenant, id);
   if (!text) return std::nullopt;
   try {
-    const Json json = Json::parse(*text);
+    const Json json = parse_json<Json>(*text);
     return StoredResponse{id, tenant, json.at("response"), json.at("items"), json.at("input")};
   } catch (const Json::exception&) {
     return std::nullopt;  // this version did not write it

@@ -47,7 +47,7 @@ Json team_json(const Team& team, const std::string& name) {
   Json json{{"team", name},
             {"model", team.spec.model},
             {"system", team.spec.system},
-            {"tools", team.spec.tools.empty() ? Json::array() : Json::parse(team.spec.tools)},
+            {"tools", team.spec.tools.empty() ? Json::array() : parse_json<Json>(team.spec.tools)},
             {"members", std::move(members)},
             {"coordinator", team.spec.coordinator},
             {"speaker", team.speaker}};

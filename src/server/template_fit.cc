@@ -46,7 +46,7 @@ std::string tools_section(const std::vector<Tool>& tools) {
 std::string calls_text(const std::vector<ToolCall>& calls) {
   std::string text;
   for (const ToolCall& call : calls) {
-    const Json json{{"name", call.name}, {"arguments", Json::parse(call.arguments, nullptr, false)}};
+    const Json json{{"name", call.name}, {"arguments", parse_json<Json>(call.arguments, nullptr, false)}};
     text += "<tool_call>\n" + to_text(json) + "\n</tool_call>";
   }
   return text;
@@ -69,7 +69,7 @@ std::string template_source(const std::filesystem::path& dir) {
   }
   if (auto jinja = read_file(dir / "chat_template.jinja")) return *jinja;
   const auto config = read_file(dir / "tokenizer_config.json");
-  const Json json = config ? Json::parse(*config, nullptr, false) : Json();
+  const Json json = config ? parse_json<Json>(*config, nullptr, false) : Json();
   if (!json.is_object() || !json.contains("chat_template")) return {};
   const Json& templates = json["chat_template"];
   if (templates.is_string()) return templates;
@@ -86,7 +86,7 @@ TemplateFit::TemplateFit(std::shared_ptr<const ChatTemplate> chat_template, cons
   mid_system_ = renders(Json::array({said("system", "sys1"), user, assistant, said("system", "sys2"), user}),
                         Json::object(), "sys2");
   repeats_ = renders(Json::array({user, said("user", "again")}), Json::object(), "again");
-  const Json tools = Json::parse(tools_json({{"probe_tool", "Probes.", Json::object(), false}}));
+  const Json tools = parse_json<Json>(tools_json({{"probe_tool", "Probes.", Json::object(), false}}));
   const Json call{{"id", "callprobe"}, {"type", "function"},
                   {"function", {{"name", "probe_tool"}, {"arguments", Json::object()}}}};
   const Json calling{{"role", "assistant"}, {"content", ""}, {"tool_calls", Json::array({call})}};

@@ -137,7 +137,7 @@ Scanner::Read Scanner::bare(Json& value) {
   if (word == "True" || word == "true") value = true;
   else if (word == "False" || word == "false") value = false;
   else if (word == "None" || word == "null") value = nullptr;
-  else value = Json::parse(word, nullptr, false);
+  else value = parse_json<Json>(word, nullptr, false);
   if (value.is_discarded()) return Read::kNo;
   position_ = end;
   return Read::kYes;
@@ -196,7 +196,7 @@ Scanner::Read Scanner::gemma_value(std::string_view quote, Json& value, int dept
     while (end < text_.size() && text_[end] != '"') end += text_[end] == '\\' ? 2 : 1;
     if (end >= text_.size()) return Read::kMore;
     string = text_.substr(position_, end + 1 - position_);
-    value = Json::parse(string, nullptr, false);
+    value = parse_json<Json>(string, nullptr, false);
     position_ = end + 1;
     return value.is_discarded() ? Read::kNo : Read::kYes;
   }

@@ -1,7 +1,6 @@
 #include "store/marker.h"
 
-#include <nlohmann/json.hpp>
-
+#include "base/json.h"
 #include "store/sidecar.h"
 #include "torpor/error.h"
 #include "torpor/version.h"
@@ -24,7 +23,7 @@ int64_t bytes_of(const Json& limits, const char* key) {
 }  // namespace
 
 std::string encode_marker(const DiskLimits& limits, const Marker& before) {
-  Json json = before.text.empty() ? Json{{kVersion, kNewestFormat}} : Json::parse(before.text);
+  Json json = before.text.empty() ? Json{{kVersion, kNewestFormat}} : parse_json<Json>(before.text);
   Json& kept = json["limits"];
   for (const auto& [key, bytes] : {std::pair{"disk_budget", limits.budget}, {"min_free", limits.min_free}}) {
     if (bytes > 0) {
@@ -34,7 +33,7 @@ std::string encode_marker(const DiskLimits& limits, const Marker& before) {
     }
   }
   if (kept.empty()) json.erase("limits");
-  return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+  return dump_json(json, 2, Json::error_handler_t::replace) + "\n";
 }
 
 std::optional<Marker> decode_marker(const std::string& text, const std::string& file_name) {
@@ -43,7 +42,7 @@ std::optional<Marker> decode_marker(const std::string& text, const std::string& 
   if (text.find_first_not_of('\0') == std::string::npos) return Marker{};
   std::string problem;
   try {
-    const Json json = Json::parse(text);
+    const Json json = parse_json<Json>(text);
     const auto version = json.is_object() ? json.find(kVersion) : json.end();
     if (!json.is_object() || version == json.end() || !version->is_number_unsigned() || version->get<uint64_t>() < 1) {
       throw std::invalid_argument(std::string("it has no '") + kVersion + "'");

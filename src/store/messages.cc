@@ -2,8 +2,7 @@
 
 #include <charconv>
 
-#include <nlohmann/json.hpp>
-
+#include "base/json.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -88,7 +87,7 @@ std::vector<StoredMessage> decode_messages(std::string_view text, const std::str
 bool decode_old_messages(std::string_view text, std::string_view ends, int64_t n_tokens,
                          std::vector<StoredMessage>& messages) {
   // Of any depth: objects that keep their order would copy what they hold as they grow, which recurses.
-  const auto json = nlohmann::json::parse(text, nullptr, false);
+  const auto json = parse_json<nlohmann::json>(text, nullptr, false);
   if (!json.is_array()) return false;
   std::vector<StoredMessage> found;
   int64_t begin = 0;
@@ -108,7 +107,7 @@ bool decode_old_messages(std::string_view text, std::string_view ends, int64_t n
     begin = std::min(begin, end);
     const Json canonical = {{"role", message["role"].get<std::string>()},
                             {"content", message["content"].get<std::string>()}};
-    found.push_back({canonical.dump(-1, ' ', false, Json::error_handler_t::replace), begin, end});
+    found.push_back({dump_json(canonical, -1, Json::error_handler_t::replace), begin, end});
     begin = end;
   }
   messages.insert(messages.end(), found.begin(), found.end());

@@ -2,9 +2,8 @@
 
 #include <algorithm>
 
-#include <nlohmann/json.hpp>
-
 #include "base/hash.h"
+#include "base/json.h"
 #include "store/agent_file.h"
 #include "torpor/error.h"
 
@@ -60,7 +59,7 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
   }
   json["agent_file"] = {{"size", agent_file.size}, {"mtime_ns", agent_file.mtime_ns}, {"inode", agent_file.inode}};
   // The texts come from a file or call that has been checked for UTF-8; `replace` keeps this from ever throwing.
-  std::string text = json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+  std::string text = dump_json(json, 2, Json::error_handler_t::replace) + "\n";
   return text.replace(kPrefix.size(), kZeros.size(), hash_hex(text));
 }
 
@@ -80,7 +79,7 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
     // Deeper than any sidecar is: not looked at, for copying it recurses.
     constexpr int kDeepest = 8;
     const auto shallow = [](int depth, Json::parse_event_t, Json&) { return depth <= kDeepest; };
-    const Json json = Json::parse(text, shallow);
+    const Json json = parse_json<Json>(text, shallow);
     const Json& file = json.at("agent_file");
     // As JSON, for a number of another kind is another number.
     if (file.at("size") != agent_file.size || file.at("mtime_ns") != agent_file.mtime_ns ||

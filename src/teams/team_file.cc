@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <set>
 
-#include <nlohmann/json.hpp>
+#include "base/json.h"
 
 namespace torpor {
 namespace {
@@ -60,7 +60,7 @@ void check_team(const TeamSpec& spec) {
   if (!has_member(spec, spec.coordinator)) {
     refuse("The coordinator '" + spec.coordinator + "' is no member; name one of the members.", "coordinator");
   }
-  if (!spec.tools.empty() && !Json::parse(spec.tools, nullptr, false).is_array()) {
+  if (!spec.tools.empty() && !parse_json<Json>(spec.tools, nullptr, false).is_array()) {
     refuse("The tools are no JSON array.", "tools");
   }
 }
@@ -73,7 +73,7 @@ std::string encode_team(const Team& team) {
             {"team", spec.id},
             {"model", spec.model},
             {"system", spec.system},
-            {"tools", spec.tools.empty() ? Json::array() : Json::parse(spec.tools)},
+            {"tools", spec.tools.empty() ? Json::array() : parse_json<Json>(spec.tools)},
             {"members", std::move(members)},
             {"coordinator", spec.coordinator},
             {"speaker", team.speaker}};
@@ -91,7 +91,7 @@ std::string encode_team(const Team& team) {
                         {"open", step->open}};
   }
   try {
-    return json.dump(2) + "\n";
+    return dump_json(json, 2) + "\n";
   } catch (const Json::exception&) {
     throw Error(ErrorCode::kInvalidArgument, "A text of the team '" + spec.id + "' is not UTF-8.");
   }
@@ -107,11 +107,11 @@ Team decode_team(const std::string& text, const std::string& id) {
     constexpr int kDeepest = 256;
     bool deep = false;
     const auto shallow = [&](int depth, Json::parse_event_t, Json&) { return !(deep = deep || depth > kDeepest); };
-    const Json json = Json::parse(text, shallow);
+    const Json json = parse_json<Json>(text, shallow);
     if (deep || !json.is_object()) throw damaged("is no JSON object, or a very deep one");
     if (json.at("team_version") != kVersion) {
       throw Error(ErrorCode::kIncompatible, "The team '" + id + "' is of a newer version of Torpor; use that one.")
-          .with_field("team_version", std::to_string(kVersion), json.at("team_version").dump());
+          .with_field("team_version", std::to_string(kVersion), dump_json(json.at("team_version")));
     }
     TeamSpec& spec = team.spec;
     spec.id = json.at("team").get<std::string>();
@@ -121,7 +121,7 @@ Team decode_team(const std::string& text, const std::string& id) {
     spec.system = json.at("system").get<std::string>();
     const Json& tools = json.at("tools");
     if (!tools.is_array()) throw damaged("has tools that are no list");
-    if (!tools.empty()) spec.tools = tools.dump();
+    if (!tools.empty()) spec.tools = dump_json(tools);
     for (const Json& member : json.at("members"))
       spec.members.push_back({member.at("name").get<std::string>(), member.at("role").get<std::string>()});
     spec.coordinator = json.at("coordinator").get<std::string>();

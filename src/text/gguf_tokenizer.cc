@@ -7,9 +7,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include <nlohmann/json.hpp>
-
 #include "base/gguf_ends.h"
+#include "base/json.h"
 #include "base/safetensors.h"
 #include "torpor/error.h"
 
@@ -287,7 +286,7 @@ std::string tokenizer_json(const Vocabulary& v) {
     if (!v.added(id)) continue;
     const json token = {{"id", id}, {"content", v.tokens[id]}, {"single_word", false}, {"lstrip", false},
                         {"rstrip", v.takes_spaces(id)}, {"normalized", false}, {"special", v.is(id, kControl)}};
-    added.next() += token.dump();
+    added.next() += dump_json(token);
   }
   const bool space_before = v.file().flag("tokenizer.ggml.add_space_prefix").value_or(v.scored());
   const Steps steps = v.pieces() ? piece_steps(space_before) : byte_level_steps(v.pre());
@@ -300,9 +299,9 @@ std::string tokenizer_json(const Vocabulary& v) {
   if (const auto id = v.ids.find(bos); v.begins() && id != v.ids.end()) post = begin_with(bos, id->second);
 
   std::string out = "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":";
-  out += std::move(added).closed(']') + ",\"normalizer\":" + steps.normalizer.dump();
-  out += ",\"pre_tokenizer\":" + steps.pre_tokenizer.dump() + ",\"post_processor\":" + post.dump();
-  out += ",\"decoder\":" + steps.decoder.dump() + ",\"model\":" + model.dump();
+  out += std::move(added).closed(']') + ",\"normalizer\":" + dump_json(steps.normalizer);
+  out += ",\"pre_tokenizer\":" + dump_json(steps.pre_tokenizer) + ",\"post_processor\":" + dump_json(post);
+  out += ",\"decoder\":" + dump_json(steps.decoder) + ",\"model\":" + dump_json(model);
   out.pop_back();  // the model's lists are long
   out += ",\"vocab\":" + std::move(vocab).closed('}');
   out += ",\"merges\":" + (v.scored() ? scored_merges(v) : listed_merges(v)) + "}}";
@@ -341,7 +340,7 @@ std::string gguf_tokenizer_config(const GgufFile& metadata) {
     } else if (plain) {
       config["chat_template"] = *plain;
     }
-    return config.dump();
+    return dump_json(config);
   });
 }
 

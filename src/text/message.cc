@@ -4,8 +4,7 @@
 #include <array>
 #include <string_view>
 
-#include <nlohmann/json.hpp>
-
+#include "base/json.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -23,7 +22,7 @@ constexpr std::array<std::string_view, 7> kMembers = {
 Json parse(const std::string& text, int messages = 0) {
   constexpr int kDeepest = 200;
   bool left_out = false;
-  return Json::parse(text, [&](int depth, Json::parse_event_t event, Json& value) {
+  return parse_json<Json>(text, [&](int depth, Json::parse_event_t event, Json& value) {
     if (event == Json::parse_event_t::key && depth == messages) {
       left_out = std::find(kMembers.begin(), kMembers.end(), value.get_ref<const std::string&>()) == kMembers.end();
     } else if (event == Json::parse_event_t::object_end && depth == messages - 1) {
@@ -134,7 +133,7 @@ std::string message_to_json(const Message& message) {
   }
   if (!message.tool_call_id.empty()) json["tool_call_id"] = message.tool_call_id;
   try {
-    return json.dump();
+    return dump_json(json);
   } catch (const nlohmann::json::exception&) {
     refuse("A message is not valid UTF-8; convert it and try again.");
   }
