@@ -31,6 +31,7 @@ class ScriptedTeam : public TeamEngine {
     TurnResult result;
     result.agent = request.agent;
     result.text = text;
+    if (request.agent == cancelled) result.finish_reason = FinishReason::kCancelled;
     return result;
   }
   std::vector<Message> messages(const std::string& agent) override {
@@ -58,6 +59,7 @@ class ScriptedTeam : public TeamEngine {
 
   Script script;
   std::string damaged, busy;  ///< whose messages can't be read
+  std::string cancelled;        ///< whose turns end so
   std::vector<TurnRequest> heard;
   std::map<std::string, std::vector<Message>> agents;
 

@@ -79,6 +79,14 @@ def test_on_text_that_would_wait_for_a_member_is_refused(engine, team):
     assert len(team.agent("ada").messages) == 3  # all callbacks are over
 
 
+def test_a_step_that_is_dropped_is_given_up(engine, team):
+    running = torpor._core.start_step(engine._core, "crew", "ask", "Who?", [], "", False, "", 2000, 0.0, 1.0, 1, 0, 0.0,
+                                      [])
+    assert running.next() is not None
+    del running
+    assert not any(answer.kept for answer in team.ask("Who?", max_tokens=4).answers.values())
+
+
 def test_members_differ_by_their_seeds(engine):
     team = torpor.Team.make(engine, "twins", {"a": "", "b": "", "c": ""}, "c")
     result = team.ask("Who?", temperature=1.0, seed=7, max_tokens=8)

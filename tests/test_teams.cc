@@ -267,6 +267,28 @@ TEST_F(TeamsTest, GivingUpKeepsWhatWasAnswered) {
   EXPECT_TRUE(teams_.find("crew").step->open);
 }
 
+TEST_F(TeamsTest, ACancelledTurnIsNoAnswer) {
+  engine_.cancelled = "crew.bob";
+  const StepResult result = ask("Who?");
+  EXPECT_FALSE(result.complete);
+  ASSERT_TRUE(result.answers[1].error);
+  EXPECT_EQ(result.answers[1].error->code(), ErrorCode::kCancelled);
+  EXPECT_TRUE(teams_.find("crew").step->open);
+}
+
+TEST_F(TeamsTest, OptionsOfOneAnswerAreRefused) {
+  struct Any : TokenFilter {
+    void allow(std::span<uint32_t>) override {}
+    void accept(int32_t) override {}
+  };
+  const std::atomic<bool> cancel{false};
+  StepRequest filtered{.words = words(StepKind::kAsk, "Who?")}, cut = filtered;
+  filtered.generate.filter = std::make_shared<Any>();
+  cut.generate.cancel = &cancel;
+  for (const StepRequest& request : {filtered, cut})
+    EXPECT_EQ(code_of([&] { teams_.begin("crew", request, engine_); }), ErrorCode::kInvalidArgument);
+}
+
 TEST_F(TeamsTest, WordsThatFitNoStepAreRefusedAndWriteNothing) {
   StepWords from = words(StepKind::kAsk, "Who?");
   from.from = "ada";

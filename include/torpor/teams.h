@@ -109,7 +109,8 @@ struct StepRequest {
   std::string key;
   std::string salt, share;           ///< of each turn, as in TurnRequest
   bool background = false;
-  /// Of each turn. Turn number i has the seed plus i. Its callbacks are not used.
+  /// Of each turn. Turn number i has the seed plus i. Its callbacks are not used. It has no `filter`, which one
+  /// answer uses up, and no `cancel`, which would leave half an answer (`give_up`): else kInvalidArgument.
   GenerateOptions generate;
   // Called on the turns' threads, by one at a time. What one throws takes all turns back that are not complete, and
   // comes out of `run`. A callback that waits makes this team's turns wait, and no others. So none

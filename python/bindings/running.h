@@ -93,7 +93,11 @@ class Running {
     check_process();
     set(state_->control.cancelled);
   }
-  /// Gives the work up, unless it is over, and waits until agents are as they were. It then throws kCancelled.
+  /// Gives the work up, unless it is over. Does not wait. Nothing in a process that was forked.
+  void give_up() {
+    if (getpid() == state_->process) set(state_->control.undone);
+  }
+  /// The same, and waits until agents are as they were. It then throws kCancelled.
   void undo() {
     check_process();
     Control& control = state_->control;

@@ -77,7 +77,6 @@ std::unique_ptr<RunningStep> start(const SharedEngine& shared, const std::string
 RunningStep::RunningStep(std::shared_ptr<Engine> engine, std::string team, StepRequest request)
     : Running([engine = std::move(engine), team = std::move(team), request = std::move(request)](Control& control) {
         StepRequest step = request;
-        step.generate.cancel = &control.cancelled;
         step.give_up = &control.undone;
         step.on_text = [&control](const std::string& member, std::string_view text) {
           control.say({member, std::string(text)});
@@ -85,6 +84,8 @@ RunningStep::RunningStep(std::shared_ptr<Engine> engine, std::string team, StepR
         const std::unique_ptr<TeamEngine> turns = team_engine(*engine);
         return Teams(engine->store()).begin(team, std::move(step), *turns).run();
       }) {}
+
+RunningStep::~RunningStep() { give_up(); }
 
 void bind_team(nb::module_& module) {
   using namespace nb::literals;

@@ -14,6 +14,8 @@ namespace torpor::python {
 class RunningStep : public Running<StepResult, std::pair<std::string, std::string>> {
  public:
   RunningStep(std::shared_ptr<Engine> engine, std::string team, StepRequest request);
+  /// Half an answer would count as one: an unfinished step is given up.
+  ~RunningStep();
 };
 
 }  // namespace torpor::python

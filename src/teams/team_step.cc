@@ -29,6 +29,8 @@ TeamStep::Plan::Plan(Store& store, Durability durability, std::unique_ptr<AgentL
                      StepRequest request, TeamEngine& engine)
     : store_(store), durability_(durability), lock_(std::move(lock)), team_(std::move(team)),
       request_(std::move(request)), engine_(engine) {
+  if (request_.generate.filter || request_.generate.cancel != nullptr)
+    refuse("A filter is one answer's, and a cut answer is none; leave 'filter' and 'cancel' out.", "generate");
   StepState state = state_of_request();
   is_over_ = !state.open;
   team_.step = std::move(state);
@@ -233,9 +235,10 @@ void TeamStep::Plan::compute(size_t index) {
       TurnResult result = engine_.turn(request);
       answer.text = result.text;
       answer.error = result.save_error;
+      turn.done = result.finish_reason != FinishReason::kCancelled;
+      if (!turn.done) answer.error = Error(ErrorCode::kCancelled, "The turn of '" + turn.member + "' was cancelled.");
       if (request.generate.sampling.temperature > 0) answer.seed = request.generate.sampling.seed;
       answer.turn = std::move(result);
-      turn.done = true;
     }
   } catch (const StepAbandoned&) {
     return;
