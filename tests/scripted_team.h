@@ -35,6 +35,7 @@ class ScriptedTeam : public TeamEngine {
     return result;
   }
   std::vector<Message> messages(const std::string& agent) override {
+    if (read) read();
     if (agent == busy) throw Error(ErrorCode::kBusy, "The agent is awake elsewhere.");
     if (agent == damaged) throw Error(ErrorCode::kCorruption, "The agent is damaged.");
     const std::lock_guard lock(mutex_);
@@ -58,6 +59,7 @@ class ScriptedTeam : public TeamEngine {
   }
 
   Script script;
+  std::function<void()> read;  ///< called before messages are read
   std::string damaged, busy;  ///< whose messages can't be read
   std::string cancelled;        ///< whose turns end so
   std::vector<TurnRequest> heard;

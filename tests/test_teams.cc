@@ -242,6 +242,31 @@ TEST_F(TeamsTest, WhatACallbackThrowsComesOutAndTakesTheOthersBack) {
   EXPECT_TRUE(teams_.find("crew").step->open);
 }
 
+TEST_F(TeamsTest, WhatIsThrownAtAnAnswerTakesTheOthersBackToo) {
+  std::atomic<bool> thrown{false};
+  engine_.script = [&](const TurnRequest& turn) -> std::string {
+    while (turn.agent == "crew.bob" && !thrown) std::this_thread::yield();
+    return "Yes.";
+  };
+  StepRequest request{.words = words(StepKind::kAsk, "Who?")};
+  request.on_answer = [&](const TeamAnswer&) {
+    thrown = true;
+    throw std::runtime_error("stop");
+  };
+  EXPECT_THROW(teams_.begin("crew", std::move(request), engine_).run(), std::runtime_error);
+  EXPECT_TRUE(engine_.agents.contains("crew.ada"));
+  EXPECT_FALSE(engine_.agents.contains("crew.bob"));
+}
+
+TEST_F(TeamsTest, AStepThatIsGivenUpWhileItIsPlannedLetsItsTeamGo) {
+  std::atomic<bool> give_up{false};
+  engine_.read = [&] { give_up = true; };
+  const StepRequest request{.words = words(StepKind::kAsk, "Who?"), .give_up = &give_up};
+  EXPECT_EQ(code_of([&] { teams_.begin("crew", request, engine_); }), ErrorCode::kCancelled);
+  engine_.read = nullptr;
+  EXPECT_TRUE(ask("Who?").complete);
+}
+
 TEST_F(TeamsTest, ATeamIsInOneStepAtATime) {
   std::optional<TeamStep> planned = teams_.begin("crew", {.words = words(StepKind::kAsk, "Who?")}, engine_);
   EXPECT_EQ(code_of_step(words(StepKind::kAsk, "Who?")), ErrorCode::kBusy);

@@ -112,6 +112,9 @@ std::vector<std::string> TeamStep::Plan::find_turns(std::string& from) const {
 void TeamStep::Plan::look_at_agents() {
   StepState& step = *team_.step;
   for (const TeamMember& member : team_.spec.members) {
+    // An agent's messages wait for its turn, and the team with them.
+    if (request_.give_up != nullptr && *request_.give_up)
+      throw Error(ErrorCode::kCancelled, "The step was given up; nothing has begun.");
     std::vector<Message>& messages = messages_[member.name];
     bool is_known = true;
     try {
@@ -202,12 +205,12 @@ int TeamStep::Plan::turns() const {
 
 void TeamStep::Plan::save_team() const { store_.save_team(team_.spec.id, encode_team(team_), durability_); }
 
-template <typename Call>
-void TeamStep::Plan::tell(const Call& call) {
+template <typename Callback, typename... Words>
+void TeamStep::Plan::tell(const Callback& callback, const Words&... words) {
   const MutexLock lock(mutex_);
   if (thrown_) throw StepAbandoned();
   try {
-    call();
+    if (callback) callback(words...);
   } catch (...) {
     thrown_ = std::current_exception();
     throw StepAbandoned();
@@ -227,10 +230,10 @@ void TeamStep::Plan::compute(size_t index) {
       request.generate = request_.generate;
       request.generate.sampling.seed += index;
       request.generate.on_text = [&](std::string_view text) {
-        if (request_.on_text) tell([&] { request_.on_text(turn.member, text); });
+        tell(request_.on_text, turn.member, text);
       };
       request.generate.on_prefill = [&](int done, int total) {
-        if (request_.on_prefill) tell([&] { request_.on_prefill(turn.member, done, total); });
+        tell(request_.on_prefill, turn.member, done, total);
       };
       TurnResult result = engine_.turn(request);
       answer.text = result.text;
@@ -248,23 +251,28 @@ void TeamStep::Plan::compute(size_t index) {
     answer.error = Error(ErrorCode::kInternal, "The turn of '" + turn.member + "' failed: " + error.what());
   }
   try {
-    if (request_.on_answer) tell([&] { request_.on_answer(answer); });
+    tell(request_.on_answer, answer);
   } catch (const StepAbandoned&) {
   }
 }
 
 void TeamStep::Plan::compute_together(size_t first, size_t last) {
-  std::vector<std::thread> threads;
+  /// Whatever is thrown, no thread outlives what it works on.
+  struct Threads : std::vector<std::thread> {
+    ~Threads() {
+      for (std::thread& thread : *this) thread.join();
+    }
+  } threads;
+  threads.reserve(last - first);
   for (size_t i = first; i + 1 < last; ++i) {
     try {
       threads.emplace_back([this, i] { compute(i); });
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {  // of the system, or there is no memory
       turns_[i].answer.error = Error(ErrorCode::kResourceExhausted,
                                      "The system refuses another thread; raise its limit or end some processes.");
     }
   }
   compute(last - 1);
-  for (std::thread& thread : threads) thread.join();
 }
 
 StepResult TeamStep::Plan::run() {

@@ -44,9 +44,9 @@ struct TeamStep::Plan {
   void compute_together(size_t first, size_t last);
   void save_team() const;
 
-  /// A callback, and what it throws.
-  template <typename Call>
-  void tell(const Call& call);
+  /// Calls what may be empty, and keeps what it throws. Ends this turn where that has happened before.
+  template <typename Callback, typename... Words>
+  void tell(const Callback& callback, const Words&... words);
 
   Store& store_;
   const Durability durability_;
