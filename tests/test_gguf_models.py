@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from conftest import ROOT, Torpor, make_tiny_model
+from serving import Server
 
 GOLDENS = ROOT / "tests/goldens/model"
 TEXT = (GOLDENS / "long.txt").read_text()
@@ -412,6 +413,17 @@ def test_a_file_has_all_that_a_turn_needs(tmp_path, tiny_of):
             if value.ndim > 1 else (value, None)
     torpor.model = write_gguf(directory, tmp_path / "other.gguf", halves)
     torpor.run("ada", "Go on").fails("incompatible", "weights")
+
+
+def test_ollamas_clients_are_told_that_a_file_is_gguf(tmp_path, tiny_of):
+    directory = tiny_of("f16")
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    file = write_gguf(directory, tmp_path / "m.gguf")
+    for loaded, other, expected in ((directory, file, ["safetensors", "gguf"]),
+                                    (file, directory, ["gguf", "safetensors"])):
+        with Server(Torpor(tmp_path / "store", loaded), tmp_path, "--model", other) as server:
+            listed = server.ask("GET", "/api/tags").json()["models"]
+            assert [one["details"]["format"] for one in listed] == expected
 
 
 def test_an_ollama_blob_and_a_file_in_the_hugging_face_cache_are_found(tmp_path, tiny_of):

@@ -171,6 +171,7 @@ struct ModelEntry {
   std::string parameter_size;   ///< "494M"; empty: unknown
   std::string quantization;     ///< "Q4_1", "F16"; empty: unknown
   bool tools = false, thinking = false;  ///< its template knows them
+  std::string format = "safetensors";    ///< of its files; or "gguf"
 };
 
 /// Computes turns. Any thread may call it, several at once.

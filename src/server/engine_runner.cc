@@ -8,6 +8,7 @@
 #include <regex>
 
 #include "base/env.h"
+#include "base/gguf.h"
 #include "base/hash.h"
 #include "base/mutex.h"
 #include "server/answer_grammar.h"
@@ -358,6 +359,7 @@ std::vector<ModelEntry> EngineRunner::models() {
   entry.loaded = true;
   entry.bytes = info.weight_bytes;
   entry.family = info.architecture;
+  if (is_gguf(info.dir)) entry.format = "gguf";
   entry.tools = true;
   entry.thinking = !impl_->fit.format().think_open.empty();
   return {entry};

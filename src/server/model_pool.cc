@@ -29,6 +29,7 @@ ModelEntry entry_of(const ServedModel& model) {
   entry.created = model_time(dir);
   if (is_gguf(dir)) {
     const GgufModel gguf = GgufModel::open(dir);
+    entry.format = "gguf";
     for (const GgufFile& piece : gguf.pieces()) {
       for (const GgufTensor& tensor : piece.tensors()) entry.bytes += int64_t(tensor.data.size());
     }

@@ -228,7 +228,7 @@ void answer_turn(const ChatRequest& request, Field body, bool chat, TurnRunner& 
 }
 
 Json details(const ModelEntry& model) {
-  return {{"parent_model", ""}, {"format", "safetensors"}, {"family", model.family},
+  return {{"parent_model", ""}, {"format", model.format}, {"family", model.family},
           {"families", Json::array({model.family})}, {"parameter_size", model.parameter_size},
           {"quantization_level", model.quantization}};
 }
