@@ -64,6 +64,17 @@ TEST_F(StoreTeams, DamageOfATeamIsFound) {
   EXPECT_EQ(store_.verify_teams().front().problem, "");
 }
 
+TEST_F(StoreTeams, WhatIsKeptOfATeamCanBeReadAndWhatIsLargerIsDamage) {
+  const auto of_size = [](size_t size) { return "{\n" + std::string(size - 4, ' ') + "}\n"; };
+  constexpr size_t kMost = size_t(16) << 20;
+  const size_t head = std::string("{\n  \"team_checksum\": \"\",\n").size() + 32 - 2;
+  store_.make_team("crew", of_size(kMost - head), Durability::kNone);
+  EXPECT_EQ(store_.read_team("crew").size(), kMost);
+  EXPECT_EQ(code_of([&] { store_.save_team("crew", of_size(kMost - head + 1)); }), ErrorCode::kInvalidArgument);
+  fs::resize_file(root_ / "teams" / "crew.json", kMost + 1);
+  EXPECT_EQ(code_of([&] { store_.read_team("crew"); }), ErrorCode::kCorruption);
+}
+
 TEST_F(StoreTeams, OfManyMakersOfATeamOneSucceeds) {
   std::atomic<int> made{0};
   std::vector<std::thread> makers;

@@ -1,6 +1,7 @@
 #include "store/team_files.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "base/hash.h"
 #include "store/agent_file.h"
@@ -16,6 +17,9 @@ constexpr std::string_view kExtension = ".json";
 constexpr std::string_view kBegin = "{\n";
 constexpr std::string_view kPrefix = "{\n  \"team_checksum\": \"";
 const std::string kZeros(32, '0');
+constexpr std::string_view kSuffix = "\",\n";
+/// What a file has beside its object, which begins with kBegin.
+const size_t kHead = kPrefix.size() + kZeros.size() + kSuffix.size() - kBegin.size();
 
 /// The id that a file of this name is of; empty when it is no team's.
 std::string id_of(const std::string& file) {
@@ -26,7 +30,7 @@ std::string id_of(const std::string& file) {
 
 /// The file of an object that begins "{\n".
 std::string with_checksum(std::string_view json) {
-  std::string text = std::string(kPrefix) + kZeros + "\",\n" + std::string(json.substr(kBegin.size()));
+  std::string text = std::string(kPrefix) + kZeros + std::string(kSuffix) + std::string(json.substr(kBegin.size()));
   return text.replace(kPrefix.size(), kZeros.size(), hash_hex(text));
 }
 
@@ -65,13 +69,18 @@ std::string TeamFiles::read(const std::string& id) const {
   const std::filesystem::path from = path(id);
   if (!env_.is_own_directory(directory_) || !env_.is_file(from))
     throw Error(ErrorCode::kNotFound, "There is no team '" + id + "'.");
-  std::string text = env_.read_file(from, kMostBytes);
-  if (!is_intact(text)) {
+  std::optional<std::string> text;
+  try {
+    text = env_.read_file(from, kMostBytes);
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kResourceExhausted) throw;  // else it is larger than any that is written
+  }
+  if (!text || !is_intact(*text)) {
     throw Error(ErrorCode::kCorruption, "The team's file '" + from.string() +
                                             "' is damaged; remove the team. Its members' agents stay.")
         .with_path(from.string());
   }
-  return text;
+  return *std::move(text);
 }
 
 bool TeamFiles::remove(const std::string& id, bool durable) {
@@ -106,14 +115,14 @@ std::vector<std::filesystem::path> TeamFiles::temporary_files() const {
 
 void keep_team(Store::Impl& store, const std::string& id, std::string_view json, bool is_new, Durability durability) {
   store.teams.path(id);
-  if (!json.starts_with(kBegin) || json.size() > kMostBytes - kPrefix.size() - kZeros.size()) {
+  if (!json.starts_with(kBegin) || json.size() > kMostBytes - kHead) {
     throw Error(ErrorCode::kInvalidArgument, "What is to be kept of the team '" + id +
-                                                 "' is no JSON object of at most " + std::to_string(kMostBytes) +
+                                                 "' is no JSON object of at most " + std::to_string(kMostBytes - kHead) +
                                                  " bytes.");
   }
   store.agents.require_store();
   Writing writing(store);
-  writing.make_room("Keeping a team", int64_t(json.size()) + int64_t(kPrefix.size() + kZeros.size()) + 2, {});
+  writing.make_room("Keeping a team", int64_t(json.size() + kHead), {});
   writing.claim({}, {});  // no sweep takes the file for one that a crash left
   const bool durable = durability == Durability::kFull;
   if (durable) store.agents.flush_marker();
