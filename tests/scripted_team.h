@@ -27,10 +27,11 @@ class ScriptedTeam : public TeamEngine {
     std::vector<Message>& messages = agents[request.agent];
     if (messages.empty() && request.system) messages.push_back({"system", *request.system});
     messages.push_back({"user", request.prompt});
-    messages.push_back({"assistant", text});
     TurnResult result;
     result.agent = request.agent;
     result.text = text;
+    result.message = read_answer ? read_answer(text) : Message{"assistant", text};
+    messages.push_back(result.message);
     if (request.agent == cancelled) result.finish_reason = FinishReason::kCancelled;
     return result;
   }
@@ -44,6 +45,7 @@ class ScriptedTeam : public TeamEngine {
     return found->second;
   }
   void save(const std::string& agent) override { messages(agent); }
+  bool holds(const std::string& agent) override { return agents.contains(agent); }
   void remove(const std::string& agent) override {
     messages(agent);
     agents.erase(agent);
@@ -59,9 +61,10 @@ class ScriptedTeam : public TeamEngine {
   }
 
   Script script;
-  std::function<void()> read;  ///< called before messages are read
-  std::string damaged, busy;  ///< whose messages can't be read
-  std::string cancelled;        ///< whose turns end so
+  std::function<void()> read;                            ///< called before messages are read
+  std::function<Message(const std::string&)> read_answer;  ///< as in TurnRequest
+  std::string damaged, busy;                             ///< whose messages can't be read
+  std::string cancelled;                                 ///< whose turns end so
   std::vector<TurnRequest> heard;
   std::map<std::string, std::vector<Message>> agents;
 

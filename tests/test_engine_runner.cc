@@ -165,6 +165,17 @@ TEST_F(EngineRunnerTest, ATenantsAgentsAreItsOwn) {
   EXPECT_NE(session_agent("acme", "tiny", "s"), session_agent("evil", "tiny", "s"));
 }
 
+TEST_F(EngineRunnerTest, CallsOfToolsThatAreDeclaredArePartedFromTheTextOfAnAnswer) {
+  const std::string text = "So.\n<tool_call>\n{\"name\": \"look\", \"arguments\": {\"at\": 3}}\n</tool_call>";
+  for (const char* tools : {R"([{"type":"function","function":{"name":"look"}}])", R"([7, {"name":"look"}])"}) {
+    // The tests' template has no place for calls, so they are kept as text of one form.
+    EXPECT_EQ(runner_->answer_reader(tools)(text).content,
+              "So.\n<tool_call>\n{\"name\":\"look\",\"arguments\":{\"at\":3}}\n</tool_call>");
+  }
+  for (const char* tools : {"", "[]", R"([{"name":"listen"}])"})
+    EXPECT_EQ(runner_->answer_reader(tools)(text).content, text);
+}
+
 TEST_F(EngineRunnerTest, WithoutAnAgentOrASessionNoNameIsLeft) {
   chat(user("Hi."));
   EXPECT_TRUE(agents().empty());

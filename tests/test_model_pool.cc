@@ -73,6 +73,14 @@ class ModelPoolTest : public ::testing::Test {
   const std::atomic<bool> gone_{false};
 };
 
+TEST_F(ModelPoolTest, AProgramsModelIsFoundByAnotherPathToIt) {
+  ModelPool pool(options());
+  EXPECT_EQ(pool.of_source(path("x/../biased/")).name(), "plain");  // there is no such path
+  EXPECT_EQ(pool.of_source(path("plain/../biased/")).name(), "biased");
+  EXPECT_EQ(pool.of_source("biased").name(), "biased");
+  EXPECT_EQ(pool.of_source("their/model").name(), "plain");
+}
+
 TEST_F(ModelPoolTest, AModelIsLoadedWhenARequestNamesItByNamePathOrAlias) {
   ModelPool pool(options());
   EXPECT_EQ(loaded(pool), Names{"plain"});

@@ -102,8 +102,13 @@ def test_what_is_wrong_raises(engine, team):
             torpor.Team.make(engine, "other", members, coordinator)
     for wrong in (lambda: team.round(), lambda: team.ask(""), lambda: team.ask("Hi.", to=["zoe"]),
                   lambda: team.hand_off("eve"), lambda: team.ask("Hi.", max_tokens=0), lambda: team.ask(7),
-                  lambda: team.ask("Hi.", top_p=2)):
+                  lambda: team.ask("Hi.", top_p=2), lambda: team.ask("Hi.", to="ada"), lambda: team.ask("Hi.", to=[]),
+                  lambda: team.round("Hi.", to=iter(())), lambda: team.hand_off("")):
         with pytest.raises(torpor.InvalidArgumentError):
             wrong()
+    engine.agent("other.bob").turn("Hi.", max_tokens=2, save="no")  # in memory alone
+    with pytest.raises(torpor.InvalidArgumentError) as taken:
+        torpor.Team.make(engine, "other", ROLES, "eve")
+    assert taken.value.agent == "other.bob"
     with pytest.raises(torpor.BusyError):
         team.ask("Who?", max_tokens=2000, on_text=lambda member, text: team.ask("And?"))

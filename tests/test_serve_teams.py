@@ -235,7 +235,7 @@ def test_what_is_wrong_is_told(server):
     for path, body in (("ask", {}), ("ask", {"message": ""}), ("ask", {"message": "Hi.", "to": ["zoe"]}), ("round", {}),
                        ("conclude", {}), ("handoff", {"to": "eve", "message": "Hi."}),
                        ("turn", {"message": "Hi.", "to": ["ada"]}), ("ask", {"message": "Hi.", "max_tokens": 0}),
-                       ("ask", {"message": "Hi.", "to": "ada"})):
+                       ("ask", {"message": "Hi.", "to": "ada"}), ("ask", {"message": "Hi.", "to": []})):
         fails(400, "kInvalidArgument", "POST", f"/crew/{path}", body)
     fails(404, "kNotFound", "POST", "/none/ask", {"message": "Hi."})
     fails(404, "kNotFound", "POST", "/crew/what", {"message": "Hi."})

@@ -15,7 +15,7 @@ namespace {
 
 class TeamsTest : public ::testing::Test {
  protected:
-  TeamsTest() { teams_.make(crew()); }
+  TeamsTest() { teams_.make(crew(), engine_); }
 
   static TeamSpec crew() {
     return {.id = "crew",
@@ -100,6 +100,29 @@ TEST_F(TeamsTest, AConversationIsHandedToAnotherMemberWhoGoesOn) {
   EXPECT_EQ(engine_.prompt("crew.ada"), "bob hands the conversation to you, and said:\nIn short.");
   EXPECT_EQ(teams_.find("crew").speaker, "ada");
   EXPECT_EQ(code_of_step(words(StepKind::kHandOff, {}, {"ada"})), ErrorCode::kInvalidArgument);  // she has it
+}
+
+TEST_F(TeamsTest, MembersHearWhatIsKeptOfAnAnswerWithoutThinkingAndCalls) {
+  engine_.read_answer = [](const std::string& text) {
+    return Message{.role = "assistant", .content = "So " + text, .thinking = "Hm.", .tool_calls = {{"look", "{}"}}};
+  };
+  step(words(StepKind::kTurn, "Hello."));
+  StepWords summed = words(StepKind::kHandOff, {}, {"ada"});
+  summed.summary = true;
+  engine_.script = [](const TurnRequest& turn) -> std::string {
+    if (turn.agent == "crew.ada") throw Error(ErrorCode::kCancelled, "Killed.");
+    return "be it.";
+  };
+  const StepResult cut = step(summed);
+  EXPECT_EQ(cut.answers[0].text, "So be it.");
+  ASSERT_EQ(cut.answers[0].tool_calls.size(), 1u);
+  EXPECT_EQ(engine_.prompt("crew.ada"), "eve hands the conversation to you, and said:\nSo be it.");
+  engine_.script = nullptr;
+  const StepResult result = step(summed);
+  EXPECT_TRUE(result.answers[0].kept);
+  EXPECT_EQ(result.answers[0].text, "So be it.");
+  EXPECT_EQ(result.answers[0].tool_calls, cut.answers[0].tool_calls);
+  EXPECT_EQ(engine_.prompt("crew.ada"), "eve hands the conversation to you, and said:\nSo be it.");
 }
 
 TEST_F(TeamsTest, OnesErrorStandsBesideTheOthersAnswersAndIsMadeUpForAlone) {
@@ -335,7 +358,7 @@ TEST_F(TeamsTest, WhatIsNoTeamIsNotMade) {
     TeamSpec spec = crew();
     spec.id = "other";
     change(spec);
-    EXPECT_EQ(code_of([&] { teams_.make(spec); }), ErrorCode::kInvalidArgument);
+    EXPECT_EQ(code_of([&] { teams_.make(spec, engine_); }), ErrorCode::kInvalidArgument);
   };
   refused([](TeamSpec& spec) { spec.id = "crew"; });
   refused([](TeamSpec& spec) { spec.id = "../crew"; });
@@ -348,9 +371,26 @@ TEST_F(TeamsTest, WhatIsNoTeamIsNotMade) {
   refused([](TeamSpec& spec) { spec.members[1].name = std::string(125, 'x'); });
   refused([](TeamSpec& spec) { spec.coordinator = "zoe"; });
   refused([](TeamSpec& spec) { spec.tools = "{}"; });
-  refused([](TeamSpec& spec) { spec.tools = std::string(1000, '[') + std::string(1000, ']'); });
+  refused([](TeamSpec& spec) { spec.tools = std::string(1'000'000, '[') + std::string(1'000'000, ']'); });
   refused([](TeamSpec& spec) { spec.system = "\xff"; });
   EXPECT_EQ(teams_.list(), Names{"crew"});
+}
+
+TEST_F(TeamsTest, ATeamTakesNoAgentOverThatOnlyTheEngineKnows) {
+  engine_.agents["other.bob"] = {};
+  TeamSpec spec = crew();
+  spec.id = "other";
+  EXPECT_EQ(code_of([&] { teams_.make(spec, engine_); }), ErrorCode::kInvalidArgument);
+  EXPECT_EQ(teams_.list(), Names{"crew"});
+}
+
+TEST_F(TeamsTest, WordsTooLongForTheFileAreRefusedAndTheTeamStays) {
+  EXPECT_EQ(code_of_step(words(StepKind::kAsk, std::string(kMostTeamBytes, 'x'))), ErrorCode::kInvalidArgument);
+  EXPECT_TRUE(engine_.heard.empty());
+  const size_t rest = kMostTeamBytes - encode_team(teams_.find("crew")).size() - 512;
+  EXPECT_TRUE(ask(std::string(rest, 'x')).complete);
+  EXPECT_FALSE(teams_.find("crew").step->open);
+  teams_.remove("crew", engine_);
 }
 
 TEST_F(TeamsTest, ARemovedTeamTakesItsAgentsAlong) {
@@ -360,7 +400,7 @@ TEST_F(TeamsTest, ARemovedTeamTakesItsAgentsAlong) {
   EXPECT_EQ(engine_.agents.size(), 1u);
   EXPECT_EQ(code_of([&] { teams_.find("crew"); }), ErrorCode::kNotFound);
   EXPECT_EQ(code_of([&] { teams_.remove("crew", engine_); }), ErrorCode::kNotFound);
-  teams_.make(crew());
+  teams_.make(crew(), engine_);
 }
 
 TEST_F(TeamsTest, AFileIsAsThePageOnTheFormatHasIt) {

@@ -17,6 +17,7 @@
 namespace torpor::server {
 namespace {
 
+namespace fs = std::filesystem;
 using torpor::testing::TemporaryDirectory;
 
 constexpr const char* kTeams = "/torpor/v1/teams";
@@ -24,8 +25,11 @@ constexpr const char* kTeams = "/torpor/v1/teams";
 class TeamsApiTest : public ::testing::Test {
  protected:
   TeamsApiTest() {
-    ModelPoolOptions options;
     torpor::testing::write_tiny_model((directory_.path() / "tiny").string(), torpor::testing::TinyAttention::kPlain);
+    load();
+  }
+  void load() {
+    ModelPoolOptions options;
     options.models = {{"tiny", (directory_.path() / "tiny").string()}};
     options.engine.store = directory_.path() / "store";
     options.engine.durability = Durability::kRename;
@@ -147,6 +151,41 @@ TEST_F(TeamsApiTest, NoTeamReachesAnotherTenantsAgents) {
   removal.method = "DELETE";
   EXPECT_EQ(ask(removal).status, 400);
   EXPECT_EQ(held(), before);
+}
+
+TEST_F(TeamsApiTest, ATeamTakesNoAgentOverThatIsInMemoryAlone) {
+  Engine& engine = models_->model("").engine();
+  TurnRequest turn{.agent = "crew.bob", .prompt = "Hi.", .save = SaveMode::kNo};
+  turn.generate.max_tokens = 2;
+  engine.turn(turn);
+  ASSERT_FALSE(engine.store().contains("crew.bob"));
+  const RecordingResponse& refused = make();
+  EXPECT_EQ(refused.status, 409) << refused.body;
+  EXPECT_TRUE(engine.store().teams().empty());
+}
+
+TEST_F(TeamsApiTest, MembersHearNoneOfTheOthersThinking) {
+  const fs::path file = directory_.path() / "tiny" / "chat_template.jinja";
+  std::string text = torpor::testing::read_all(file);
+  const std::string mark = "assistant\\n'";
+  text.replace(text.rfind(mark), mark.size(), "assistant\\n<think>\\n'");
+  torpor::testing::write_all(file, text);
+  load();
+  make();
+  const Json asked = parse_json<Json>(ask("/torpor/v1/teams/crew/ask", message()).body);
+  EXPECT_EQ(asked["complete"], true) << asked;
+  const torpor::Message kept = models_->model("").engine().messages("crew.ada").back();
+  EXPECT_NE(kept.thinking, "");  // random tokens never close it
+  EXPECT_EQ(kept.content, "");
+  EXPECT_EQ(asked["answers"][0]["text"], "");
+  EXPECT_EQ(ask("/torpor/v1/teams/crew/conclude", message()).status, 400);  // nobody has said anything
+}
+
+TEST_F(TeamsApiTest, ATeamOfAProgramIsComputedWhateverItCallsTheModel) {
+  TeamSpec spec{.id = "crew", .members = {{"ada", ""}, {"eve", ""}}, .coordinator = "eve", .model = "their/tiny"};
+  models_->model("").engine().store().make_team("crew", encode_team({.spec = spec, .speaker = "eve"}));
+  const RecordingResponse& asked = ask("/torpor/v1/teams/crew/ask", message());
+  EXPECT_EQ(asked.status, 200) << asked.body;
 }
 
 TEST_F(TeamsApiTest, ARetryWithTheSameKeyGetsTheSameAnswers) {

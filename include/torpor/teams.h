@@ -88,7 +88,8 @@ struct Team {
 /// What one member answered.
 struct TeamAnswer {
   std::string member, agent;
-  std::string text;                  ///< empty when there is none
+  std::string text;                  ///< what the others hear: the content of its message (TurnResult::message)
+  std::vector<ToolCall> tool_calls;  ///< of that message; no step takes their results
   bool kept = false;                 ///< it had answered before; nothing was computed
   std::optional<TurnResult> turn;    ///< of a turn that was computed
   std::optional<uint64_t> seed;      ///< of that turn
@@ -130,6 +131,8 @@ class TeamEngine {
   virtual std::vector<Message> messages(const std::string& agent) = 0;
   virtual void save(const std::string& agent) = 0;
   virtual void remove(const std::string& agent) = 0;
+  /// Whether there is such an agent, on disk or in memory alone. Waits for no turn.
+  virtual bool holds(const std::string& agent) = 0;
 };
 
 /// An Engine as it is. It must live longer.
@@ -160,8 +163,8 @@ class Teams {
   explicit Teams(Store& store, Durability durability = Durability::kFull) : store_(store), durability_(durability) {}
 
   /// Computes nothing. kInvalidArgument: what is no team, a name that is taken (field kTeamTaken), or an agent of a
-  /// member's that is there already (kAgentTaken). Of several makers of one name one succeeds.
-  Team make(const TeamSpec& spec);
+  /// member's that `engine` holds already (kAgentTaken). Of several makers of one name one succeeds.
+  Team make(const TeamSpec& spec, TeamEngine& engine);
   /// kNotFound, kCorruption; kIncompatible: a newer version's.
   Team find(const std::string& id) const;
   /// Ids, sorted.

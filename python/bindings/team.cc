@@ -34,7 +34,7 @@ void make(const SharedEngine& shared, const std::string& id, const Members& memb
   const nb::gil_scoped_release release;
   TeamSpec spec{.id = id, .coordinator = coordinator, .system = system, .tools = tools, .model = engine->model().name};
   for (const auto& [name, role] : members) spec.members.push_back({name, role});
-  Teams(engine->store()).make(spec);
+  Teams(engine->store()).make(spec, *team_engine(*engine));
 }
 
 /// Members with their roles, the coordinator, the speaker.

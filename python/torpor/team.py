@@ -7,6 +7,7 @@ from typing import Any, TypedDict, Unpack
 
 from . import _arguments, _core
 from .engine import Agent, Engine, _json
+from .errors import InvalidArgumentError
 from .results import TurnResult
 
 
@@ -172,8 +173,13 @@ class Team:
         def real(value: float | None, name: str, otherwise: float) -> float:
             return _arguments.real(otherwise if value is None else value, name)
 
+        if isinstance(to, str):
+            raise InvalidArgumentError(f"'to' is one text; give a list of members, [{to!r}].")
+        names = None if to is None else [_arguments.text(name, "A member's name") for name in to]
+        if names == []:
+            raise InvalidArgumentError("'to' names nobody; name a member, or leave it out.")
         running = _core.start_step(
-            self.engine._core, self.name, kind, _arguments.text(message, "The message"), list(to or ()), from_, summary,
+            self.engine._core, self.name, kind, _arguments.text(message, "The message"), names or [], from_, summary,
             key or "", whole(max_tokens, "max_tokens", 256), real(temperature, "temperature", 0.0),
             real(top_p, "top_p", 1.0), drawn, whole(top_k, "top_k", 0), real(min_p, "min_p", 0.0),
             [_arguments.text(one, "A stop string") for one in stops])

@@ -126,6 +126,18 @@ std::string why(const MessageDivergence& parted) {
   return "message " + std::to_string(parted.message) + ": held " + shown(parted.held) + ", given " + shown(parted.given);
 }
 
+/// Of a JSON array for the template: those that have a name.
+std::vector<Tool> declared_tools(const std::string& json) {
+  std::vector<Tool> tools;
+  for (const Json& item : json.empty() ? Json::array() : parse_json<Json>(json)) {
+    const Json& tool = item.is_object() && item.contains("function") ? item["function"] : item;
+    const auto name = tool.is_object() ? tool.find("name") : tool.end();
+    if (name == tool.end() || !name->is_string()) continue;
+    tools.push_back({.name = *name, .parameters = tool.value("parameters", Json::object())});
+  }
+  return tools;
+}
+
 bool must_call(const ChatRequest& request) {
   const ToolChoice::Kind kind = request.tool_choice.kind;
   return kind == ToolChoice::Kind::kRequired || kind == ToolChoice::Kind::kNamed;
@@ -234,6 +246,23 @@ struct EngineRunner::Impl {
     return turn;
   }
 
+  /// How answers are written where nothing but the tools is known of the request.
+  AnswerParser::Options parsing_of(std::vector<Tool> tools, const Json& template_arguments, bool parallel) const {
+    return {.format = fit.format(),
+            .tools = std::move(tools),
+            .in_thinking = fit.opens_thinking(template_arguments),
+            .one_call = !parallel || !fit.parallel_calls()};
+  }
+
+  /// An answer as the agent keeps it.
+  torpor::Message kept(const AnswerParser::Options& parsing, const std::string& text) const {
+    AnswerReader reader;
+    AnswerParser parser(parsing, reader);
+    parser.push(text);
+    parser.finish();
+    return fit.fit_answer(reader.message);
+  }
+
   /// Tokens of the prompt. Failure kContextTooLong when no room is left for an answer.
   int measured(const TurnRequest& turn) const {
     const int tokens = int(engine.prompt_tokens(turn).size());
@@ -263,17 +292,8 @@ void EngineRunner::run(const ChatRequest& request, AnswerSink& sink, const std::
 
   AnswerParser::Options parsing;
   if (!request.prompt) {
-    parsing.format = impl_->fit.format();
-    parsing.tools = impl_->tools_of(request);
-    parsing.in_thinking = impl_->fit.opens_thinking(request.template_arguments);
-    parsing.one_call = !request.parallel_tool_calls || !impl_->fit.parallel_calls();
-    turn.read_answer = [this, parsing](const std::string& text) {
-      AnswerReader reader;
-      AnswerParser parser(parsing, reader);
-      parser.push(text);
-      parser.finish();
-      return impl_->fit.fit_answer(reader.message);
-    };
+    parsing = impl_->parsing_of(impl_->tools_of(request), request.template_arguments, request.parallel_tool_calls);
+    turn.read_answer = [this, parsing](const std::string& text) { return impl_->kept(parsing, text); };
   }
   turn.generate.filter = filter_of(request, parsing);
   // All of a completion is text, and special tokens are part of it. Of an answer to messages only some is.
@@ -344,6 +364,12 @@ std::shared_ptr<TokenFilter> EngineRunner::filter_of(const ChatRequest& request,
     throw Failure(Failure::Kind::kInvalid, "No answer can be held to " + what + ": " + error.what() + ".",
                   format ? "response_format" : "tools");
   }
+}
+
+std::function<torpor::Message(const std::string&)> EngineRunner::answer_reader(const std::string& tools) const {
+  return [this, parsing = impl_->parsing_of(declared_tools(tools), Json::object(), true)](const std::string& text) {
+    return impl_->kept(parsing, text);
+  };
 }
 
 int EngineRunner::count_tokens(const ChatRequest& request) {

@@ -1,6 +1,7 @@
 #pragma once
 /// Answers with an Engine: the TurnRunner of the server.
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -31,6 +32,11 @@ class EngineRunner : public TurnRunner {
   void run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) override;
   int count_tokens(const ChatRequest& request) override;
   std::vector<ModelEntry> models() override;
+
+  /// Parts thinking and calls from the text of answers to a prompt (TurnRequest::read_answer), as `run` does of those to
+  /// messages. `tools`: JSON array of those that the agent has, as the template takes them; empty: none. This must
+  /// outlive it.
+  std::function<torpor::Message(const std::string& text)> answer_reader(const std::string& tools) const;
 
  protected:
   /// Tokens that an answer may have; nullptr: any. `parsing`: how the answer is written. Failure kInvalid for what

@@ -182,9 +182,26 @@ ModelPool::Lease ModelPool::of_agent(const std::string& id, bool looks) {
   }
   Lease first = lease(*slots_.front());
   if (looks || !first.engine().store().contains(id)) return first;
-  const std::string source = first.engine().store().agent_info(id).model;
-  const auto own = std::find_if(slots_.begin(), slots_.end(), [&](const auto& slot) { return slot->model.source == source; });
-  return own == slots_.end() ? std::move(first) : lease(**own);
+  return of_source(first.engine().store().agent_info(id).model);
+}
+
+ModelPool::Lease ModelPool::of_source(const std::string& source) {
+  const auto find = [&](auto is) {
+    const auto found = std::find_if(slots_.begin(), slots_.end(), is);
+    return found == slots_.end() ? nullptr : found->get();
+  };
+  Slot* own = find([&](const auto& slot) { return slot->model.name == source || slot->model.source == source; });
+  if (own == nullptr) {
+    try {
+      own = find([dir = resolve_model(source)](const auto& slot) {
+        std::error_code ignored;
+        return std::filesystem::equivalent(dir, resolve_model(slot->model.source), ignored);
+      });
+    } catch (const Error&) {
+      // There is no such model, or no longer.
+    }
+  }
+  return lease(own == nullptr ? *slots_.front() : *own);
 }
 
 std::vector<ModelPool::Lease> ModelPool::loaded() { return loaded(nullptr); }

@@ -74,6 +74,8 @@ class ModelPool : public TurnRunner {
   /// The model that a request names, loaded if need be: the caller waits. Empty: the first. Failure kNotFound; what Engine
   /// throws.
   Lease model(const std::string& name);
+  /// The model that a program calls so, by name or source, or by another path to the same directory; else the first.
+  Lease of_source(const std::string& source);
   /// The one that has the agent awake, else that it was last saved by, else the first. With `looks` no model is loaded: the
   /// first does for an agent that is asleep.
   Lease of_agent(const std::string& id, bool looks);

@@ -43,7 +43,8 @@ Reply make(const Call& call) {
   // A team `t` of the tenant `local` would have agents of all others.
   for (const TeamMember& member : spec.members) call.id_of(name + "." + member.name);
   if (call.body.contains("tools")) spec.tools = to_text(call.body["tools"]);
-  return {201, team_json(Teams(call.engine.store()).make(spec), name)};
+  ServedTeam engine(call.models, model, call.metrics, call.request.tenant);
+  return {201, team_json(Teams(call.engine.store()).make(spec, engine), name)};
 }
 
 Reply list(const Call& call) {
@@ -65,7 +66,8 @@ Reply list(const Call& call) {
 Reply show(const Call& call) { return {200, team_json(Teams(call.engine.store()).find(call.id), call.name)}; }
 
 Reply remove(const Call& call) {
-  ServedTeam engine(call.models, call.engine, call.metrics, call.request.tenant);
+  const ModelPool::Lease model = call.models.model("");
+  ServedTeam engine(call.models, model, call.metrics, call.request.tenant);
   Teams(call.engine.store()).remove(call.id, engine);
   return {204, nullptr};
 }
@@ -81,6 +83,7 @@ StepRequest request_of(const Call& call, StepKind kind) {
     request.words.summary = body.value("summary", false);
   } else if (body.contains("to")) {
     request.words.to = body["to"].get<std::vector<std::string>>();
+    if (request.words.to.empty()) refuse("'to' names nobody; name a member, or leave it out.", "to");
   }
   // Of any length, and each path's own.
   if (const auto key = call.request.header("idempotency-key"))
@@ -96,8 +99,8 @@ StepRequest request_of(const Call& call, StepKind kind) {
 /// Places are taken before anything is written or computed.
 Reply step(const Call& call, StepKind kind) {
   Teams teams(call.engine.store());
-  const ModelPool::Lease model = call.models.model(teams.find(call.id).spec.model);
-  ServedTeam engine(call.models, model.engine(), call.metrics, call.request.tenant);
+  const ModelPool::Lease model = call.models.of_source(teams.find(call.id).spec.model);
+  ServedTeam engine(call.models, model, call.metrics, call.request.tenant);
   StepRequest request = request_of(call, kind);
   TurnEvents events(call.response);
   const bool stream = call.body.value("stream", false);

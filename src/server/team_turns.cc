@@ -1,5 +1,7 @@
 #include "server/team_turns.h"
 
+#include <algorithm>
+
 #include "faces/turn_json.h"
 #include "server/agents_turn.h"
 #include "server/keys.h"
@@ -9,6 +11,12 @@ namespace torpor::server {
 std::string ServedTeam::name_of(const std::string& agent) const {
   if (auto name = agent_name_of(tenant_, agent)) return *std::move(name);
   throw Error(ErrorCode::kInvalidArgument, "A member of this team has an agent of another tenant's; use another team.");
+}
+
+bool ServedTeam::holds(const std::string& agent) {
+  if (model_.engine().store().contains(agent)) return true;
+  const std::vector<AgentMemory> awake = models_.memory_usage().agents;
+  return std::any_of(awake.begin(), awake.end(), [&](const AgentMemory& one) { return one.agent == agent; });
 }
 
 TurnResult ServedTeam::turn(const TurnRequest& given) {
@@ -22,6 +30,7 @@ TurnResult ServedTeam::turn(const TurnRequest& given) {
   const AgentName agent{given.agent, name_of(given.agent), tenant_, given.salt};
   CountedTurn counted(metrics_, agent);
   TurnRequest request = given;
+  request.read_answer = model_.runner().answer_reader(given.tools);
   request.generate.on_prefill = [&](int done, int total) {
     counted.turn.reads(done, total);
     given.generate.on_prefill(done, total);
@@ -31,7 +40,7 @@ TurnResult ServedTeam::turn(const TurnRequest& given) {
     given.generate.on_text(text);
   };
   try {
-    TurnResult result = engine_.turn(request);
+    TurnResult result = model_.engine().turn(request);
     counted.complete(result);
     return result;
   } catch (...) {
@@ -59,10 +68,11 @@ Json team_json(const Team& team, const std::string& name) {
 
 Json answer_json(const TeamAnswer& answer, const std::string& tenant) {
   Json json{{"member", answer.member}};
-  if (answer.turn) {
-    json.update(faces::turn_json(*answer.turn, answer.seed));
-  } else if (answer.kept) {
-    json["text"] = answer.text;
+  if (answer.turn) json.update(faces::turn_json(*answer.turn, answer.seed));
+  if (answer.turn || answer.kept) json["text"] = answer.text;
+  for (const torpor::ToolCall& call : answer.tool_calls) {
+    const std::string arguments = call.arguments.empty() ? "{}" : call.arguments;
+    json["tool_calls"].push_back(Json{{"name", call.name}, {"arguments", parse_json<Json>(arguments)}});
   }
   json["agent"] = agent_name_of(tenant, answer.agent).value_or(answer.agent);
   json["kept"] = answer.kept;

@@ -11,36 +11,37 @@
 
 namespace torpor::server {
 
-/// All must live longer than it. Agents that the tenant has no name for are kInvalidArgument: a team `t` that Python
-/// made has them.
+/// All must live longer than it. `model` computes the turns. Agents that the tenant has no name for are
+/// kInvalidArgument: a team `t` that Python made has them.
 class ServedTeam : public TeamEngine {
  public:
-  ServedTeam(ModelPool& models, Engine& engine, Metrics& metrics, std::string tenant)
-      : models_(models), engine_(engine), metrics_(metrics), tenant_(std::move(tenant)) {}
+  ServedTeam(ModelPool& models, const ModelPool::Lease& model, Metrics& metrics, std::string tenant)
+      : models_(models), model_(model), metrics_(metrics), tenant_(std::move(tenant)) {}
   /// Each turn leaves one of these places when it is over.
   void take(TurnQueue::Places& places) { places_ = &places; }
 
   TurnResult turn(const TurnRequest& request) override;
   std::vector<torpor::Message> messages(const std::string& agent) override {
     name_of(agent);
-    return engine_.messages(agent);
+    return model_.engine().messages(agent);
   }
   void save(const std::string& agent) override {
     name_of(agent);
-    engine_.save(agent);
+    model_.engine().save(agent);
   }
   /// Whichever model has it awake.
   void remove(const std::string& agent) override {
     name_of(agent);
     models_.of_agent(agent, true).engine().remove(agent);
   }
+  bool holds(const std::string& agent) override;
 
  private:
   /// As the tenant knows it.
   std::string name_of(const std::string& agent) const;
 
   ModelPool& models_;
-  Engine& engine_;
+  const ModelPool::Lease& model_;
   Metrics& metrics_;
   const std::string tenant_;
   TurnQueue::Places* places_ = nullptr;

@@ -12,11 +12,21 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int kVersion = 1;
+constexpr int kDeepest = 256;
 constexpr StepKind kKinds[] = {StepKind::kTurn, StepKind::kAsk, StepKind::kRound, StepKind::kHandOff,
                                StepKind::kConclude};
 
 [[noreturn]] void refuse(const std::string& what, const std::string& field) {
   throw Error(ErrorCode::kInvalidArgument, what).with_field(field);
+}
+
+/// JSON text; of tools that a client thinks of, too. What is deeper than `deepest`, or none, is discarded: copying and
+/// writing JSON recurse.
+Json parse_shallow(const std::string& text, int deepest) {
+  bool deep = false;
+  const auto shallow = [&](int depth, Json::parse_event_t, Json&) { return !(deep = deep || depth > deepest); };
+  Json json = parse_json<Json>(text, shallow, false);
+  return deep ? Json(Json::value_t::discarded) : json;
 }
 
 bool has_member(const TeamSpec& spec, const std::string& name) {
@@ -60,8 +70,8 @@ void check_team(const TeamSpec& spec) {
   if (!has_member(spec, spec.coordinator)) {
     refuse("The coordinator '" + spec.coordinator + "' is no member; name one of the members.", "coordinator");
   }
-  if (!spec.tools.empty() && !parse_json<Json>(spec.tools, nullptr, false).is_array()) {
-    refuse("The tools are no JSON array.", "tools");
+  if (!spec.tools.empty() && !parse_shallow(spec.tools, kDeepest - 1).is_array()) {
+    refuse("The tools are no JSON array, or nested deeper than " + std::to_string(kDeepest - 1) + " levels.", "tools");
   }
 }
 
@@ -103,12 +113,8 @@ Team decode_team(const std::string& text, const std::string& id) {
   };
   Team team;
   try {
-    // Tools are schemas, of any depth that a client thinks of; copying JSON recurses.
-    constexpr int kDeepest = 256;
-    bool deep = false;
-    const auto shallow = [&](int depth, Json::parse_event_t, Json&) { return !(deep = deep || depth > kDeepest); };
-    const Json json = parse_json<Json>(text, shallow);
-    if (deep || !json.is_object()) throw damaged("is no JSON object, or a very deep one");
+    const Json json = parse_shallow(text, kDeepest);
+    if (!json.is_object()) throw damaged("is no JSON object, or a very deep one");
     if (json.at("team_version") != kVersion) {
       throw Error(ErrorCode::kIncompatible, "The team '" + id + "' is of a newer version of Torpor; use that one.")
           .with_field("team_version", std::to_string(kVersion), dump_json(json.at("team_version")));

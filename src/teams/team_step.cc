@@ -13,6 +13,11 @@ namespace {
 /// Ends a turn whose step another one's callback has ended.
 struct StepAbandoned {};
 
+void say(TeamAnswer& answer, Message message) {
+  answer.text = std::move(message.content);
+  answer.tool_calls = std::move(message.tool_calls);
+}
+
 [[noreturn]] void refuse(const std::string& what, const std::string& field) {
   throw Error(ErrorCode::kInvalidArgument, what).with_field(field);
 }
@@ -52,6 +57,7 @@ TeamStep::Plan::Plan(Store& store, Durability durability, std::unique_ptr<AgentL
   if (in_order && prompt_of(0).empty()) {
     refuse("There is no message, and nothing that '" + team_.step->from + "' has said and could hand over.", "message");
   }
+  if (encode_team(team_).size() > kMostTeamBytes) refuse("The message is too long for the team's file.", "message");
 }
 
 StepState TeamStep::Plan::state_of_request() {
@@ -138,7 +144,7 @@ std::string TeamStep::Plan::said(const std::string& member) const {
   return {};
 }
 
-std::optional<std::string> TeamStep::Plan::answered(const std::string& member, const std::string& prompt) const {
+std::optional<Message> TeamStep::Plan::answered(const std::string& member, const std::string& prompt) const {
   const std::vector<Message>& messages = messages_.at(member);
   const auto held = team_.step->held.find(member);
   if (held == team_.step->held.end()) return std::nullopt;
@@ -146,7 +152,7 @@ std::optional<std::string> TeamStep::Plan::answered(const std::string& member, c
   while (i < messages.size() && messages[i].role == "system") ++i;
   const bool is_there = i + 1 < messages.size() && messages[i].role == "user" && messages[i].content == prompt &&
                         messages[i + 1].role == "assistant";
-  return is_there ? std::optional(messages[i + 1].content) : std::nullopt;
+  return is_there ? std::optional(messages[i + 1]) : std::nullopt;
 }
 
 std::string TeamStep::Plan::heard_by(const std::string& member) const {
@@ -192,9 +198,9 @@ std::string TeamStep::Plan::system_of(const std::string& member) const {
 void TeamStep::Plan::keep_answers(size_t first, size_t last) {
   for (size_t i = first; i < last; ++i) {
     Turn& turn = turns_[i];
-    auto text = answered(turn.member, prompt_of(i));
-    if (!text) continue;
-    turn.answer.text = std::move(*text);
+    std::optional<Message> message = answered(turn.member, prompt_of(i));
+    if (!message) continue;
+    say(turn.answer, *std::move(message));
     turn.answer.kept = turn.done = true;
   }
 }
@@ -236,7 +242,7 @@ void TeamStep::Plan::compute(size_t index) {
         tell(request_.on_prefill, turn.member, done, total);
       };
       TurnResult result = engine_.turn(request);
-      answer.text = result.text;
+      say(answer, result.message);
       answer.error = result.save_error;
       turn.done = result.finish_reason != FinishReason::kCancelled;
       if (!turn.done) answer.error = Error(ErrorCode::kCancelled, "The turn of '" + turn.member + "' was cancelled.");

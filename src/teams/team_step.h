@@ -34,7 +34,7 @@ struct TeamStep::Plan {
   /// What a member's agent said last before the step; empty: nothing.
   std::string said(const std::string& member) const;
   /// The answer to `prompt`, where the member's agent has it.
-  std::optional<std::string> answered(const std::string& member, const std::string& prompt) const;
+  std::optional<Message> answered(const std::string& member, const std::string& prompt) const;
   std::string prompt_of(size_t turn) const;
   std::string heard_by(const std::string& member) const;
   std::string system_of(const std::string& member) const;

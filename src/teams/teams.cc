@@ -1,5 +1,7 @@
 #include "torpor/teams.h"
 
+#include <algorithm>
+
 #include "teams/team_file.h"
 #include "teams/team_step.h"
 #include "torpor/log.h"
@@ -14,6 +16,11 @@ class OwnEngine : public TeamEngine {
   std::vector<Message> messages(const std::string& agent) override { return engine_.messages(agent); }
   void save(const std::string& agent) override { engine_.save(agent); }
   void remove(const std::string& agent) override { engine_.remove(agent); }
+  bool holds(const std::string& agent) override {
+    if (engine_.store().contains(agent)) return true;
+    const std::vector<AgentMemory> awake = engine_.memory_usage().agents;
+    return std::any_of(awake.begin(), awake.end(), [&](const AgentMemory& one) { return one.agent == agent; });
+  }
 
  private:
   Engine& engine_;
@@ -23,19 +30,13 @@ class OwnEngine : public TeamEngine {
 
 std::unique_ptr<TeamEngine> team_engine(Engine& engine) { return std::make_unique<OwnEngine>(engine); }
 
-Team Teams::make(const TeamSpec& spec) {
+Team Teams::make(const TeamSpec& spec, TeamEngine& engine) {
   check_team(spec);
-  Team team{.spec = spec, .speaker = spec.coordinator};
-  const std::string json = encode_team(team);
-  try {
-    team = decode_team(json, spec.id);
-  } catch (const Error&) {
-    throw Error(ErrorCode::kInvalidArgument, "The tools nest too deep for a team's file; make them flatter.")
-        .with_field("tools");
-  }
+  const std::string json = encode_team({.spec = spec, .speaker = spec.coordinator});
+  Team team = decode_team(json, spec.id);
   for (const TeamMember& member : spec.members) {
     const std::string agent = team.agent(member.name);
-    if (!store_.contains(agent)) continue;
+    if (!engine.holds(agent)) continue;
     throw Error(ErrorCode::kInvalidArgument,
                 "There is an agent '" + agent + "' already; call team or member otherwise.")
         .with_agent(agent)
