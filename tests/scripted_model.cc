@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <sstream>
 
@@ -95,24 +96,25 @@ class Script : public TokenFilter {
   size_t said_ = 0;
 };
 
-/// Passes an answer on, and keeps its numbers.
+/// Passes an answer on, and has its numbers kept before its end is heard.
 class Recorder : public AnswerSink {
  public:
-  explicit Recorder(AnswerSink& sink) : sink_(sink) {}
-  AnswerEnd end;
+  using Keep = std::function<void(const AnswerEnd&)>;
+  Recorder(AnswerSink& sink, Keep keep) : sink_(sink), keep_(std::move(keep)) {}
   void start(const AnswerStart& start) override { sink_.start(start); }
   void progress(int done, int total) override { sink_.progress(done, total); }
   void thinking(std::string_view delta) override { sink_.thinking(delta); }
   void text(std::string_view delta) override { sink_.text(delta); }
   void tool_call(const std::string& name) override { sink_.tool_call(name); }
   void arguments(std::string_view delta) override { sink_.arguments(delta); }
-  void finish(const AnswerEnd& told) override {
-    end = told;
-    sink_.finish(told);
+  void finish(const AnswerEnd& end) override {
+    keep_(end);
+    sink_.finish(end);
   }
 
  private:
   AnswerSink& sink_;
+  const Keep keep_;
 };
 
 class ScriptedModel : public EngineRunner {
@@ -121,25 +123,8 @@ class ScriptedModel : public EngineRunner {
       : EngineRunner(engine, "scripted"), engine_(engine), record_(record, std::ios::app) {}
 
   void run(const ChatRequest& request, AnswerSink& sink, const std::atomic<bool>& gone) override {
-    Recorder recorder(sink);
+    Recorder recorder(sink, [&](const AnswerEnd& end) { record(request, end); });
     EngineRunner::run(request, recorder, gone);
-    // What a conversation begins with, whatever is asked in it.
-    ChatRequest beginning = request;
-    const auto first = std::find_if(beginning.messages.begin(), beginning.messages.end(),
-                                    [](const Message& message) { return message.role != Role::kSystem; });
-    const bool begins = first != beginning.messages.begin();
-    beginning.messages.erase(first, beginning.messages.end());
-    const Json line{{"agent", recorder.end.agent},
-                    {"tools", request.tools.size()},
-                    {"messages", request.messages.size()},
-                    {"last", int(request.messages.back().role)},
-                    {"beginning", begins ? count_tokens(beginning) : 0},
-                    {"prompt", recorder.end.prompt_tokens},
-                    {"cached", recorder.end.cached_tokens},
-                    {"generated", recorder.end.generated_tokens},
-                    {"why", recorder.end.why}};
-    const MutexLock lock(mutex_);
-    record_ << to_text(line) << std::endl;
   }
 
  protected:
@@ -153,6 +138,26 @@ class ScriptedModel : public EngineRunner {
   }
 
  private:
+  void record(const ChatRequest& request, const AnswerEnd& end) {
+    // What a conversation begins with, whatever is asked in it.
+    ChatRequest beginning = request;
+    const auto first = std::find_if(beginning.messages.begin(), beginning.messages.end(),
+                                    [](const Message& message) { return message.role != Role::kSystem; });
+    const bool begins = first != beginning.messages.begin();
+    beginning.messages.erase(first, beginning.messages.end());
+    const Json line{{"agent", end.agent},
+                    {"tools", request.tools.size()},
+                    {"messages", request.messages.size()},
+                    {"last", int(request.messages.back().role)},
+                    {"beginning", begins ? count_tokens(beginning) : 0},
+                    {"prompt", end.prompt_tokens},
+                    {"cached", end.cached_tokens},
+                    {"generated", end.generated_tokens},
+                    {"why", end.why}};
+    const MutexLock lock(mutex_);
+    record_ << to_text(line) << std::endl;
+  }
+
   Engine& engine_;
   Mutex mutex_;
   std::ofstream record_ TORPOR_GUARDED_BY(mutex_);
