@@ -1,10 +1,13 @@
 /// Requests that a client repeats with the same Idempotency-Key.
 
+#include <limits>
 #include <thread>
 
+#include "base/hash.h"
 #include "dialect_fixture.h"
 #include "server/answer_replay.h"
 #include "server/response_store.h"
+#include "store/records.h"
 #include "store_fixture.h"
 
 namespace torpor::server {
@@ -262,6 +265,45 @@ TEST(AnswerShelf, ATenantsLimitsAreItsOwnAlsoAfterARestart) {
     EXPECT_EQ(again.find("acme", "first"), "kept");
     EXPECT_EQ(again.find("other", "4").has_value(), !bytes);
     EXPECT_FALSE(again.find("other", "3"));
+  }
+}
+
+TEST(AnswerShelf, ATextThatFillsWhatATenantMayHavePushesNothingOut) {
+  AnswerShelf shelf("a", {std::chrono::hours(1), 9, 120}, {});
+  const size_t head = std::string("[\"acme\",\"1\"]\n").size() + size_t(Records::kHeader);
+  shelf.put("acme", "0", "kept");
+  EXPECT_THROW(shelf.put("acme", "1", std::string(120 - head + 1, 'x')), Error);
+  EXPECT_EQ(shelf.find("acme", "0"), "kept");
+  shelf.put("acme", "1", std::string(120 - head, 'x'));
+  EXPECT_TRUE(shelf.find("acme", "1"));
+}
+
+TEST(AnswerShelf, WhenAllTogetherHaveTooMuchTheOldestOfTheTenantGoesThatHasMost) {
+  AnswerShelf shelf("a", {std::chrono::hours(1), 2, 1000}, {});
+  for (const char* key : {"1", "2"}) shelf.put("many", key, key);
+  const int others = 2 * int(AnswerShelf::kMostTenants) - 1;
+  for (int i = 0; i < others; ++i) shelf.put("few" + std::to_string(i), "1", "one");
+  EXPECT_FALSE(shelf.find("many", "1"));
+  EXPECT_EQ(shelf.find("many", "2"), "2");
+  for (int i = 0; i < others; ++i) EXPECT_TRUE(shelf.find("few" + std::to_string(i), "1")) << i;
+}
+
+TEST(AnswerShelf, AnAnswerUnderTheNameThatItHadBeforeIsFoundReplacedAndRemoved) {
+  const torpor::testing::TemporaryDirectory directory{torpor::testing::TemporaryDirectory::in_memory()};
+  Store store(directory.path());
+  const std::string head = "[\"acme\",\"1\"]\n", whole = head + "old";
+  const Record record{"a-" + hash_hex(head), std::numeric_limits<int32_t>::max()};
+  for (const bool replaced : {false, true}) {
+    store.keep_record(record, whole, Durability::kNone);
+    AnswerShelf shelf("a", {std::chrono::hours(1), 2, 1000}, {&store, Durability::kNone});
+    EXPECT_EQ(shelf.find("acme", "1"), "old");
+    EXPECT_FALSE(shelf.find("other", "1"));
+    if (replaced) shelf.put("acme", "1", "new");
+    EXPECT_EQ(store.records().size(), 1u);
+    EXPECT_EQ(shelf.find("acme", "1"), replaced ? "new" : "old");
+    EXPECT_TRUE(shelf.remove("acme", "1"));
+    EXPECT_TRUE(store.records().empty());
+    EXPECT_FALSE(shelf.find("acme", "1"));
   }
 }
 

@@ -1,6 +1,7 @@
 #include "server/answer_shelf.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "base/hash.h"
@@ -35,8 +36,7 @@ AnswerShelf::AnswerShelf(std::string kind, Limits limits, AnswerFiles files)
     for (Record& record : files_.store->records()) {
       if (!record.name.starts_with(kind_ + "-")) continue;
       // Of two of one name, which a crash leaves between them, the newer counts.
-      const auto before = locate(record.name);
-      if (before != entries_.end()) erase(before, dropped);
+      if (auto before = take(record.name)) dropped.push_back(*std::move(before));
       add({std::move(record), {}});
     }
     drop_old(dropped);
@@ -44,43 +44,70 @@ AnswerShelf::AnswerShelf(std::string kind, Limits limits, AnswerFiles files)
   remove_files(dropped);
 }
 
-std::string AnswerShelf::name_of(const std::string& tenant, const std::string& key) const {
+std::array<std::string, 2> AnswerShelf::names_of(const std::string& tenant, const std::string& key) const {
   const std::string digits = hash_hex(head_of(tenant, key));
-  return kind_ + "-" + hash_hex(tenant).substr(0, kOwnerDigits) + digits.substr(kOwnerDigits);
+  return {kind_ + "-" + hash_hex(tenant).substr(0, kOwnerDigits) + digits.substr(kOwnerDigits), kind_ + "-" + digits};
 }
 
-std::string AnswerShelf::owner_of(const Record& record) const {
-  return record.name.substr(kind_.size() + 1, kOwnerDigits);
+std::string AnswerShelf::owner_of(const std::string& name) const {
+  return name.substr(kind_.size() + 1, kOwnerDigits);
 }
 
-std::deque<AnswerShelf::Entry>::iterator AnswerShelf::locate(const std::string& name) {
-  return std::ranges::find(entries_, name, [](const Entry& entry) { return entry.record.name; });
+AnswerShelf::Entry AnswerShelf::Owned::take(std::deque<Entry>::iterator entry) {
+  Entry taken = std::move(*entry);
+  entries.erase(entry);
+  bytes -= size_t(taken.record.bytes);
+  return taken;
+}
+
+double AnswerShelf::Owned::part_of(const Limits& limits) const {
+  return std::max(double(entries.size()) / double(limits.count), double(bytes) / double(limits.bytes));
+}
+
+const AnswerShelf::Entry* AnswerShelf::locate(const std::string& name) {
+  const auto owner = owners_.find(owner_of(name));
+  if (owner == owners_.end()) return nullptr;
+  const auto& entries = owner->second.entries;
+  const auto found = std::ranges::find(entries, name, [](const Entry& entry) { return entry.record.name; });
+  return found == entries.end() ? nullptr : &*found;
+}
+
+std::optional<AnswerShelf::Entry> AnswerShelf::take(const std::string& name) {
+  const Entry* found = locate(name);
+  if (found == nullptr) return std::nullopt;
+  const auto owner = owners_.find(owner_of(name));
+  Owned& own = owner->second;
+  const auto is_found = [&](const Entry& entry) { return &entry == found; };
+  Entry taken = own.take(std::ranges::find_if(own.entries, is_found));
+  if (own.entries.empty()) owners_.erase(owner);
+  return taken;
 }
 
 void AnswerShelf::add(Entry entry) {
-  Used& used = used_[owner_of(entry.record)];
-  ++used.count;
-  used.bytes += size_t(entry.record.bytes);
-  entries_.push_back(std::move(entry));
-}
-
-void AnswerShelf::erase(std::deque<Entry>::iterator entry, std::vector<Entry>& dropped) {
-  const auto used = used_.find(owner_of(entry->record));
-  used->second.bytes -= size_t(entry->record.bytes);
-  if (--used->second.count == 0) used_.erase(used);
-  dropped.push_back(std::move(*entry));
-  entries_.erase(entry);
+  Owned& own = owners_[owner_of(entry.record.name)];
+  own.bytes += size_t(entry.record.bytes);
+  own.entries.push_back(std::move(entry));
 }
 
 void AnswerShelf::drop_old(std::vector<Entry>& dropped) {
-  // All lives are of one length, but for those of another version.
-  for (size_t i = 0; i < entries_.size();) {
-    const auto used = used_.find(owner_of(entries_[i].record));
-    const bool too_much = used->second.count > limits_.count || used->second.bytes > limits_.bytes;
-    if (too_much || entries_[i].record.expires <= now())
-      erase(entries_.begin() + ptrdiff_t(i), dropped);
-    else
-      ++i;
+  const int64_t time = now();
+  double parts = 0;
+  for (auto owner = owners_.begin(); owner != owners_.end();) {
+    Owned& own = owner->second;
+    // All lives are of one length, but for those of another version.
+    while (!own.entries.empty() && (own.entries.front().record.expires <= time || own.part_of(limits_) > 1))
+      dropped.push_back(own.take(own.entries.begin()));
+    parts += own.part_of(limits_);
+    owner = own.entries.empty() ? owners_.erase(owner) : std::next(owner);
+  }
+  while (parts > double(kMostTenants)) {
+    const auto most = std::ranges::max_element(
+        owners_, {}, [&](const auto& owner) { return owner.second.part_of(limits_); });
+    Owned& own = most->second;
+    parts -= own.part_of(limits_);
+    dropped.push_back(own.take(own.entries.begin()));
+    parts += own.part_of(limits_);
+    if (own.entries.empty()) owners_.erase(most);
   }
 }
 
@@ -98,13 +125,14 @@ void AnswerShelf::remove_files(const std::vector<Entry>& entries) {
 
 void AnswerShelf::put(const std::string& tenant, const std::string& key, const std::string& text) {
   std::string whole = head_of(tenant, key) + text;
-  if (whole.size() > limits_.bytes) {
-    throw Error(ErrorCode::kResourceExhausted, "An answer of " + std::to_string(whole.size()) +
+  const int64_t bytes = int64_t(whole.size()) + Records::kHeader;
+  if (size_t(bytes) > limits_.bytes) {
+    throw Error(ErrorCode::kResourceExhausted, "An answer of " + std::to_string(bytes) +
                                                    " bytes can't be kept; all of a tenant's together have " +
                                                    std::to_string(limits_.bytes) + ".");
   }
-  const int64_t bytes = int64_t(whole.size()) + Records::kHeader;
-  Entry entry{{name_of(tenant, key), now() + limits_.lifetime.count(), bytes}, {}};
+  const auto names = names_of(tenant, key);
+  Entry entry{{names.front(), now() + limits_.lifetime.count(), bytes}, {}};
   if (files_.store != nullptr) {
     files_.store->keep_record(entry.record, whole, files_.durability);
   } else {
@@ -113,9 +141,10 @@ void AnswerShelf::put(const std::string& tenant, const std::string& key, const s
   std::vector<Entry> dropped;
   {
     const MutexLock lock(mutex_);
-    if (const auto before = locate(entry.record.name); before != entries_.end()) {
-      erase(before, dropped);
-      if (dropped.back().record.expires == entry.record.expires) dropped.clear();  // the same file
+    for (const std::string& name : names) {
+      auto before = take(name);
+      const bool same_file = before && name == entry.record.name && before->record.expires == entry.record.expires;
+      if (before && !same_file) dropped.push_back(*std::move(before));
     }
     add(std::move(entry));
     drop_old(dropped);
@@ -124,14 +153,14 @@ void AnswerShelf::put(const std::string& tenant, const std::string& key, const s
 }
 
 std::optional<std::string> AnswerShelf::find(const std::string& tenant, const std::string& key) {
-  std::vector<Entry> dropped;
   std::optional<Entry> found;
   {
     const MutexLock lock(mutex_);
-    drop_old(dropped);
-    if (const auto entry = locate(name_of(tenant, key)); entry != entries_.end()) found = *entry;
+    for (const std::string& name : names_of(tenant, key)) {
+      const Entry* entry = locate(name);
+      if (entry != nullptr && !found && entry->record.expires > now()) found = *entry;
+    }
   }
-  remove_files(dropped);
   if (!found) return std::nullopt;
   std::string whole = std::move(found->text);
   if (files_.store != nullptr) {
@@ -149,19 +178,20 @@ std::optional<std::string> AnswerShelf::find(const std::string& tenant, const st
 }
 
 bool AnswerShelf::remove(const std::string& tenant, const std::string& key) {
-  std::optional<Record> found;
-  {
+  bool removed = false;
+  for (const std::string& name : names_of(tenant, key)) {
+    std::optional<Record> found;
+    {
+      const MutexLock lock(mutex_);
+      if (const Entry* entry = locate(name)) found = entry->record;
+    }
+    if (!found) continue;
+    if (files_.store != nullptr) files_.store->drop_record(*found, files_.durability);
     const MutexLock lock(mutex_);
-    if (const auto entry = locate(name_of(tenant, key)); entry != entries_.end()) found = entry->record;
+    if (const Entry* entry = locate(name); entry != nullptr && entry->record.expires == found->expires) take(name);
+    removed = true;
   }
-  if (!found) return false;
-  if (files_.store != nullptr) files_.store->drop_record(*found, files_.durability);
-  const MutexLock lock(mutex_);
-  std::vector<Entry> removed;
-  const auto entry = locate(found->name);
-  if (entry != entries_.end() && entry->record.expires == found->expires)
-    erase(entry, removed);
-  return true;
+  return removed;
 }
 
 }  // namespace torpor::server

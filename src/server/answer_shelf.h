@@ -1,6 +1,7 @@
 #pragma once
 /// Answers that clients may ask for again.
 
+#include <array>
 #include <chrono>
 #include <deque>
 #include <map>
@@ -20,7 +21,8 @@ struct AnswerFiles {
 };
 
 /// Texts of tenants under keys, until they are `lifetime` old, or until newer ones of the same tenant have used up its
-/// `count` or `bytes`: the oldest goes first. With a store each is a file, which is there before `put` returns, and a
+/// `count` or `bytes`: the oldest goes first. When all tenants together have kMostTenants times as much, the oldest of
+/// the tenant that has most goes. With a store each is a file, which is there before `put` returns, and a
 /// new shelf of the same kind finds it. Any thread may call.
 class AnswerShelf {
  public:
@@ -28,6 +30,7 @@ class AnswerShelf {
     std::chrono::seconds lifetime;
     size_t count, bytes;  ///< of each tenant
   };
+  static constexpr size_t kMostTenants = 16;
   /// `kind`: letters a to z, another one for each shelf of a store. Throws what the store says.
   AnswerShelf(std::string kind, Limits limits, AnswerFiles files);
 
@@ -44,17 +47,24 @@ class AnswerShelf {
     Record record;
     std::string text;  ///< with its head; empty where it is in a file
   };
-  /// What the entries of one owner take.
-  struct Used {
-    size_t count = 0, bytes = 0;
+  /// What one owner has.
+  struct Owned {
+    std::deque<Entry> entries;  ///< the oldest first
+    size_t bytes = 0;
+
+    Entry take(std::deque<Entry>::iterator entry);
+    /// How much it is of what one may have.
+    double part_of(const Limits& limits) const;
   };
-  std::string name_of(const std::string& tenant, const std::string& key) const;
+  /// Names that the record of a key may have: this version's, and that of stores from before it.
+  std::array<std::string, 2> names_of(const std::string& tenant, const std::string& key) const;
   /// What a record's name says of its tenant, after any restart.
-  std::string owner_of(const Record& record) const;
-  std::deque<Entry>::iterator locate(const std::string& name) TORPOR_REQUIRES(mutex_);
+  std::string owner_of(const std::string& name) const;
+  /// nullptr when there is none.
+  const Entry* locate(const std::string& name) TORPOR_REQUIRES(mutex_);
+  std::optional<Entry> take(const std::string& name) TORPOR_REQUIRES(mutex_);
   void add(Entry entry) TORPOR_REQUIRES(mutex_);
-  void erase(std::deque<Entry>::iterator entry, std::vector<Entry>& dropped) TORPOR_REQUIRES(mutex_);
-  /// Takes out what has expired, and of what is too much of an owner the oldest.
+  /// Takes out what has expired, and the oldest of what is too much.
   void drop_old(std::vector<Entry>& dropped) TORPOR_REQUIRES(mutex_);
   void remove_files(const std::vector<Entry>& entries);
 
@@ -62,8 +72,7 @@ class AnswerShelf {
   const Limits limits_;
   const AnswerFiles files_;
   Mutex mutex_;
-  std::deque<Entry> entries_ TORPOR_GUARDED_BY(mutex_);  // oldest first
-  std::map<std::string, Used> used_ TORPOR_GUARDED_BY(mutex_);  // by owner
+  std::map<std::string, Owned> owners_ TORPOR_GUARDED_BY(mutex_);  // those that have something
 };
 
 }  // namespace torpor::server
