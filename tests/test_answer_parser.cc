@@ -187,6 +187,20 @@ TEST(AnswerParser, QwenCoderValuesHaveTheirSchemasTypes_llama_cpp_15019_16377_16
          "{read {\"path\":\"\\n  two\\n lines \\n\"}}</tool_call>\nDone");
 }
 
+TEST(AnswerParser, GlmCallsAreNamesWithKeysAndValues_GLM_4_5_146) {
+  const auto tagged = options(CallFormat::kTagged);
+  expect(tagged, "I look.\n<tool_call>read\n<arg_key>path</arg_key>\n<arg_value>12</arg_value>\n"
+                 "<arg_key>lines</arg_key>\n<arg_value>3</arg_value>\n</tool_call>\n"
+                 "<tool_call>add<arg_key>o</arg_key><arg_value>{\"k\": [1]}</arg_value></tool_call>",
+         R"(I look.{read {"path":"12","lines":3}}{add {"o":{"k":[1]}}})");
+  expect(tagged, "<tool_call>weather.now\n</tool_call>", "{weather.now {}}");
+  for (const char* text : {"<tool_call>rm\n<arg_key>path</arg_key>\n<arg_value>/</arg_value>\n</tool_call>",
+                           "<tool_call>reads\n</tool_call>", "<tool_call>read\n<arg_key>path</arg_key>",
+                           "<tool_call>read\n<arg_key>path</arg_key>\n<arg_value>a"}) {
+    expect(tagged, text, text);
+  }
+}
+
 TEST(AnswerParser, LlamaCallsAreJsonAtTheBeginning_vllm_46863_47612) {
   const auto llama = options(CallFormat::kLlama);
   expect(llama, R"({"name": "read", "parameters": {"path": "a", "lines": "3"}})", R"({read {"path":"a","lines":3}})");

@@ -42,3 +42,16 @@ def test_make_targets_scripts_and_links_exist(path):
 def test_the_program_of_the_page_on_embedding_is_the_one_that_is_compiled():
     [program] = re.findall(r"```cpp\n(.*?)```", (ROOT / "docs" / "embedding.md").read_text(), re.DOTALL)
     assert program == (ROOT / "tests" / "consumer" / "turns.cc").read_text()
+
+
+def test_every_test_that_the_table_of_others_faults_names_exists():
+    rows = [line.strip("|").split("|") for line in (ROOT / "tests/server_acceptance.md").read_text().splitlines()
+            if line.startswith("| ") and "#" in line]
+    assert len(rows) > 45
+    for report, _, tests in rows:
+        files = re.findall(r"`(test_\w+(?:\.py)?)`(?:: ([^;|]*))?", tests)
+        assert files or "the same" in tests, report
+        for file, names in files:
+            source = (ROOT / "tests" / (file if file.endswith(".py") else file + ".cc")).read_text()
+            for name in re.findall(r"\b(?:test_\w+|[A-Z]\w+[a-z][A-Z]\w*)", names):
+                assert name in source, f"{file} has no {name}"

@@ -46,7 +46,10 @@ CallReading read_xml_function(Scanner& scan, const Tools& tools, bool last, size
   ReadCall call{tool->name, Json::object()};
   for (;;) {
     scan.skip_space();
-    if (scan.take("</function>")) return {State::kCalls, scan.position(), {call}};
+    if (scan.take("</function>")) {
+      call.arguments = conform(std::move(call.arguments), tool->parameters);
+      return {State::kCalls, scan.position(), {call}};
+    }
     if (!scan.take("<parameter=")) {
       return scan.may_become({"</function>", "<parameter="}) && !last ? kMore : text_of(opening);
     }
@@ -66,13 +69,45 @@ CallReading read_xml_function(Scanner& scan, const Tools& tools, bool last, size
     }
     if (value.starts_with('\n')) value.erase(0, 1);
     if (value.ends_with('\n')) value.pop_back();
-    const auto& schema = tool->parameters;
-    const Json* property = nullptr;
-    if (schema.contains("properties") && schema["properties"].is_object() && schema["properties"].contains(key)) {
-      property = &schema["properties"][key];
-    }
-    call.arguments[key] = property ? conform_value(Json(value), *property) : Json(value);
+    call.arguments[key] = value;
   }
+}
+
+/// The declared tool with the longest name that stands here; nullptr: none. `more`: a longer one may still be coming.
+const Tool* take_name(Scanner& scan, const Tools& tools, bool& more) {
+  const Tool* tool = nullptr;
+  std::vector<std::string> names;
+  for (const Tool& known : tools) {
+    names.push_back(known.name);
+    Scanner ahead = scan;
+    if (ahead.take(known.name) && (!tool || known.name.size() > tool->name.size())) tool = &known;
+  }
+  more = scan.may_become(names);
+  if (tool) scan.take(tool->name);
+  return tool;
+}
+
+/// A name, then keys and values between tags, after `<tool_call>`.
+CallReading read_glm_call(Scanner& scan, const Tools& tools, bool last, size_t opening) {
+  bool more = false;
+  const Tool* tool = take_name(scan, tools, more);
+  if (more && !last) return kMore;
+  if (!tool) return text_of(opening);
+  ReadCall call{tool->name, Json::object()};
+  for (;;) {
+    scan.skip_space();
+    if (scan.take("</tool_call>")) break;
+    if (!scan.take("<arg_key>"))
+      return scan.may_become({"</tool_call>", "<arg_key>"}) && !last ? kMore : text_of(opening);
+    std::string key, value;
+    if (!scan.until("</arg_key>", key)) return last ? text_of(opening) : kMore;
+    scan.skip_space();
+    if (!scan.take("<arg_value>")) return scan.may_become({"<arg_value>"}) && !last ? kMore : text_of(opening);
+    if (!scan.until("</arg_value>", value)) return last ? text_of(opening) : kMore;
+    call.arguments[key] = value;
+  }
+  call.arguments = conform(std::move(call.arguments), tool->parameters);
+  return {State::kCalls, scan.position(), {call}};
 }
 
 }  // namespace
@@ -133,6 +168,8 @@ CallReading read_tagged_call(std::string_view text, const Tools& tools, bool las
     reading.length = scan.position();
     return reading;
   }
+  if (!scan.at_end() && scan.peek() != '{' && !scan.may_become({"<function="}))
+    return read_glm_call(scan, tools, last, opening);
   CallReading reading{State::kCalls, 0, {}};
   // One object, as a rule; some models put several between the tags.
   for (;;) {
@@ -219,17 +256,10 @@ CallReading read_mistral_call(std::string_view text, const Tools& tools, bool la
     reading.length = scan.position();
     return reading;
   }
-  const Tool* tool = nullptr;
-  std::vector<std::string> names;
-  for (const Tool& known : tools) names.push_back(known.name);
-  // The longest declared name that stands here; a longer one may still be coming.
-  for (const Tool& known : tools) {
-    Scanner ahead = scan;
-    if (ahead.take(known.name) && (!tool || known.name.size() > tool->name.size())) tool = &known;
-  }
-  if (!last && scan.may_become(names)) return kMore;
+  bool more = false;
+  const Tool* tool = take_name(scan, tools, more);
+  if (more && !last) return kMore;
   if (!tool) return text_of(opening);
-  scan.take(tool->name);
   scan.skip_space();
   if (scan.take("[CALL_ID]")) {
     std::string id;

@@ -28,8 +28,8 @@ struct CallReading {
 using Tools = std::vector<Tool>;
 
 // `last`: no more text will come, so a closing tag may be missing.
-/// `<tool_call>` with JSON (Hermes, Qwen) or with `<function=NAME><parameter=KEY>` (Qwen3-Coder); the latter also
-/// without it.
+/// `<tool_call>` with JSON (Hermes, Qwen), with NAME and `<arg_key>` (GLM), or with `<function=NAME><parameter=KEY>`
+/// (Qwen3-Coder); the latter also without it.
 CallReading read_tagged_call(std::string_view text, const Tools& tools, bool last);
 /// `{"name": ..., "parameters": {...}}`, several with ';' between them (Llama 3), or `[name(key=value), ...]` in
 /// Python's syntax (Llama 3.2, 4). `<|python_tag|>` may stand before either.
