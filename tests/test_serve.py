@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from conftest import MODEL, ROOT, Torpor
+from conftest import BIN, MODEL, ROOT, Torpor
 from serving import Server, UnixConnection
 
 
@@ -404,6 +404,7 @@ def test_the_commands_of_the_document_work(tiny_model, tmp_path):
     # An error ends the script.
     (tools / "curl").write_text(f'#!/bin/sh\nexec {shutil.which("curl")} --fail-with-body "$@"\n')
     (tools / "curl").chmod(0o755)
+    (tools / "torpor").symlink_to(BIN)
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/server.md").read_text(), re.DOTALL)
     assert len(blocks) >= 3 and sum(block.count("curl ") for block in blocks) >= 12
     keys = home / ".config" / "torpor"
