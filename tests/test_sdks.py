@@ -7,6 +7,7 @@ import anthropic
 import httpx
 import ollama
 import openai
+import pydantic
 import pytest
 
 from conftest import BIN
@@ -235,11 +236,33 @@ def test_ollama_calls_a_tool_and_hears_its_result(llama):
     assert message.tool_calls[0].function.arguments == {"path": "a"}
     messages += [message, {"role": "tool", "tool_name": "read", "content": "hello"}]
     assert llama.chat(model="scripted", messages=messages, tools=tools).message.content == "read says hello"
-    with pytest.raises(ollama.ResponseError, match="no such model"):
-        llama.chat(model="scripted", messages=user("missing"))
+
+
+def test_ollama_errors_have_their_status(llama):
+    for text, status in (("full", 429), ("long", 400), ("missing", 404)):
+        for stream in (False, True):
+            with pytest.raises(ollama.ResponseError) as error:
+                list(llama.chat(model="scripted", messages=user(text), stream=stream))
+            assert error.value.status_code == status
+    with pytest.raises(ollama.ResponseError, match="The disk is full."):
+        list(llama.chat(model="scripted", messages=user("fail"), stream=True))
 
 
 # Every dialect
+
+
+def test_structured_output_comes_back_as_what_each_sdk_makes_of_it(gpt, claude, llama):
+    class Read(pydantic.BaseModel):
+        path: str
+
+    asked, read = user('say {"path":"a"}'), Read(path="a")
+    chat = gpt.chat.completions.parse(model="scripted", messages=asked, response_format=Read)
+    assert chat.choices[0].message.parsed == read
+    assert gpt.responses.parse(model="scripted", input=asked[0]["content"], text_format=Read).output_parsed == read
+    message = claude.messages.parse(model="scripted", max_tokens=100, messages=asked, output_format=Read)
+    assert message.parsed_output == read
+    answer = llama.chat(model="scripted", messages=asked, format=Read.model_json_schema())
+    assert Read.model_validate_json(answer.message.content) == read
 
 
 @pytest.mark.parametrize("stream", [False, True])
