@@ -5,12 +5,15 @@
 Both save and load the same caches (KVCache, f16, random rows) on the same file system ($TMPDIR), from and to the page cache, in
 alternating pairs. It needs up to 30 GB of disk, and on ext4 a disk on which few files were deleted in the last five minutes.
 Torpor saves with durability="rename", computes a checksum of every tensor and checks all of them when it loads; mlx-lm has none and
-flushes nothing either. Loads end with evaluated arrays. What is measured:
+flushes nothing either. Loads end with evaluated arrays. The first token is a row that each layer's `update_and_fetch`
+appends, evaluated. What is measured:
 
 - first save: into an empty store, beside a file that is not there yet; with `tokens=`, and without.
 - second save: 64 tokens later, over what was saved.
 - load, new process: the first thing that a process does after its imports, as when an agent wakes.
 - load, same process: over and over, into memory that the load before has let go of.
+- load and first token: the same with the first token, and by how much the new process grew at most. The cache has
+  spare rows. Of a full one mlx-lm copies all rows for the next token.
 
 Pages that a virtual machine's host has yet to provide cost both sides up to 1 ns a byte, whoever comes first: memory is touched
 and let go of before each measurement. So is the disk left to finish before a first save: what earlier ones left in the page cache
@@ -39,7 +42,11 @@ SHAPES = {47: (30, 3, 64, 2048), 189: (30, 3, 64, 8192), 805: (32, 8, 128, 6144)
 NEW_TOKENS = 64
 KEPT_BYTES = 12 << 30
 PROVIDED_BYTES = 2 << 30
-TARGETS = {"first save": 2, "first save, no tokens=": 2, "second save": 20, "load, new process": 3, "load, same process": 3}
+TARGETS = {"first save": 2, "first save, no tokens=": 2, "second save": 20,
+           "load, new process": 3, "load, same process": 3,
+           "load and first token, new process": 3, "load and first token, same process": 3, "peak memory": 1,
+           "full: load and first token, new process": 3, "full: load and first token, same process": 3,
+           "full: peak memory": 1}
 
 
 def provide_memory(size):
@@ -111,8 +118,15 @@ class Caches:
         return ours, theirs
 
 
+def memory_mb(field):
+    """Of this process, in MB; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith(field)), 0)
+
+
 def load(size, side, file, root, times):
-    """In a process of its own: milliseconds of each of so many loads."""
+    """In a process of its own: milliseconds of each of so many loads and first tokens, and the MB of the first ones."""
     import mlx.core as mx
     import torpor
     from mlx_lm.models.cache import load_prompt_cache
@@ -123,15 +137,29 @@ def load(size, side, file, root, times):
         mx.eval([(layer.keys, layer.values) for layer in cache])
         return cache
 
+    def first_token(cache):
+        for layer in cache:
+            layer.update_and_fetch(row, row)
+        mx.eval([(layer.keys, layer.values) for layer in cache])
+
     work = theirs if side == "mlx-lm" else lambda: torpor.CachePersistence(root).load_agent_cache("ada")[0]
-    provide_memory(PROVIDED_BYTES + int(1.2 * layers * 2 * heads * dim * tokens * 2))
-    milliseconds = []
+    row = mx.random.normal((1, heads, 1, dim)).astype(mx.float16)
+    mx.eval(row)
+    provide_memory(PROVIDED_BYTES + int(2.4 * layers * 2 * heads * dim * tokens * 2))
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before, peak = memory_mb("VmRSS"), None
+    loads, both = [], []
     for _ in range(times):
         ms, cache = timed(work)
         assert cache[0].offset == tokens
+        token_ms, _ = timed(lambda: first_token(cache))
+        assert cache[0].offset == tokens + 1
+        peak = peak or memory_mb("VmHWM") - before
         del cache
-        milliseconds.append(ms)
-    print(json.dumps(milliseconds))
+        loads.append(ms)
+        both.append(ms + token_ms)
+    print(json.dumps({"loads": loads, "both": both, "peak": peak}))
 
 
 def load_in_a_process(caches, size, side, times):
@@ -154,13 +182,23 @@ def measure(size, directory, runs):
         return {"first save, no tokens=": caches.first_save(False), "first save": caches.first_save(True),
                 "second save": caches.second_save()}
 
-    def loads():
+    def loads(name=""):
         ours, theirs = (load_in_a_process(caches, size, side, 6) for side in ("torpor", "mlx-lm"))
-        return {"load, new process": (ours[0], theirs[0]), "load, same process": (ours[-1], theirs[-1])}
+        pairs = {} if name else {"load, new process": (ours["loads"][0], theirs["loads"][0]),
+                                 "load, same process": (ours["loads"][-1], theirs["loads"][-1])}
+        for process, i in (("new", 0), ("same", -1)):
+            pairs[f"{name}load and first token, {process} process"] = ours["both"][i], theirs["both"][i]
+        if ours["peak"]:
+            pairs[f"{name}peak memory"] = ours["peak"], theirs["peak"]
+        return pairs
 
     results = by_key(least_disturbed(lambda: attempt(saves), runs))
     caches.first_save(True)
-    return by_key(least_disturbed(lambda: attempt(loads), runs), results)
+    by_key(least_disturbed(lambda: attempt(loads), runs), results)
+    for layer in caches.cache:
+        layer.keys, layer.values = layer.keys_and_values()
+    caches.first_save(True)
+    return by_key(least_disturbed(lambda: attempt(lambda: loads("full: ")), runs), results)
 
 
 def main():
@@ -183,8 +221,9 @@ def main():
             for key, pairs in measure(size, Path(directory) / str(size), arguments.runs).items():
                 ours, theirs, ratio, low, high = summary(pairs, less_is_better=True)
                 share = max(share for _, _, share in pairs)
-                print(f"| {key} | {size} | {ours:.1f} ms | {theirs:.1f} ms | {ratio:.1f} | {low:.1f}, {high:.1f} | {share:.0%} | {TARGETS[key]} |",
-                      flush=True)
+                unit = "MB" if "memory" in key else "ms"
+                print(f"| {key} | {size} | {ours:.1f} {unit} | {theirs:.1f} {unit} | {ratio:.1f} | {low:.1f}, {high:.1f} | "
+                      f"{share:.0%} | {TARGETS[key]} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -234,13 +234,13 @@ def test_ids_of_any_kind(store):
 
 
 def test_a_loaded_cache_is_let_go_of_when_nobody_has_it_any_more(store):
-    store.save_agent_cache("ada", [fill(mlx_cache.KVCache(), 300) for _ in range(2)])
+    store.save_agent_cache("ada", large_cache())
     gc.collect()
     gc.disable()  # whoever sleeps and wakes agents can't wait for it
     try:
         before = mx.get_active_memory()
         cache, _ = store.load_agent_cache("ada")
-        assert mx.get_active_memory() > before
+        assert mx.get_active_memory() >= before + 6 * 2 * 1100 * 8 * 128 * 2
         del cache
         assert mx.get_active_memory() == before
     finally:
@@ -268,7 +268,7 @@ def in_threads(n, work):
 
 
 def large_cache(n=1100):
-    """Large enough that its arrays are loaded into one block: 6 layers of 2.6 MB of keys and as much of values."""
+    """Large enough that its arrays share large pages: 6 layers of 2.6 MB of keys and as much of values."""
     return [fill(mlx_cache.KVCache(), n, heads=8, dim=128) for _ in range(6)]
 
 
@@ -310,6 +310,54 @@ def test_large_caches_loaded_by_four_threads_at_once(store):
             assert same(store.load_agent_cache(str(i))[0], caches[i])
 
     in_threads(4, work)
+
+
+def rows(n, dtype=mx.float16):
+    made = [mx.random.normal((1, 8, n, 128)).astype(dtype) for _ in range(2)]
+    mx.eval(made)
+    return made
+
+
+@pytest.mark.parametrize("make", [mlx_cache.KVCache, mlx_cache.QuantizedKVCache], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("n", [512, 600], ids=["full", "not full"])
+def test_what_is_appended_to_a_loaded_cache_is_written_in_place(store, make, n):
+    cache = [fill(make(), n, heads=8, dim=128) for _ in range(3)]
+    store.save_agent_cache("ada", cache)
+    loaded, again = (store.load_agent_cache("ada")[0] for _ in range(2))
+    for step in (1, 100, 60):
+        new = [rows(step) for _ in cache]
+        for layer, appended in zip(cache, new):
+            mx.eval(layer.update_and_fetch(*appended))
+        held_before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        for layer, appended in zip(loaded, new):
+            layer.update_and_fetch(*appended)
+            mx.eval(layer.keys, layer.values)
+        whole = sum(array.nbytes for array in _codec._row_arrays(loaded[0]))
+        assert mx.get_peak_memory() - held_before < whole / 2, "a layer was copied"
+    assert all(same(held(a), held(b)) for a, b in zip(cache, loaded, strict=True))
+    # Neither the other load nor the file knows of it.
+    for other in (again, store.load_agent_cache("ada")[0]):
+        for a, b in zip(cache, other, strict=True):
+            assert b.offset == n
+            assert same([x[..., :n, :] for x in _codec._row_arrays(a)], [x[..., :n, :] for x in _codec._row_arrays(b)])
+            assert all(mx.all(x[..., n:, :] == 0).item() for x in _codec._row_arrays(b))
+
+
+def test_copies_of_a_loaded_cache_do_not_see_what_is_written_to_each_other(store):
+    store.save_agent_cache("ada", [fill(mlx_cache.KVCache(), 600, heads=8, dim=128)])
+    one = store.load_agent_cache("ada")[0][0]
+    view, before = one.keys[..., :600, :], mx.array(one.keys[..., :600, :] + 0)
+    other = copy.deepcopy(one)
+    mx.eval(view, before)
+    new = rows(1), rows(1)
+    for layer, appended in zip((one, other), new):
+        mx.eval(layer.update_and_fetch(*appended))
+    one.keys[..., :1, :] = 7
+    mx.eval(one.keys)
+    for layer, appended in zip((one, other), new):
+        assert layer.offset == 601 and same(layer.keys[..., 600:601, :], appended[0])
+    assert same(view, before) and same(other.keys[..., :600, :], before)
 
 
 def resident_bytes():

@@ -18,7 +18,7 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
-#include "array_block.h"
+#include "array_memory.h"
 #include "base/safetensors.h"
 #include "bindings.h"
 #include "torpor/cache.h"
@@ -150,7 +150,7 @@ class ArraySink : public RowSink {
       tensors_.push_back({spec, size_t(capacity->second)});
     }
     try {
-      block_.emplace(std::move(shapes));
+      memory_.emplace(std::move(shapes));
     } catch (const std::bad_alloc&) {
       throw Error(ErrorCode::kResourceExhausted, "Out of memory for the cache of the agent '" + info.agent_id + "'.");
     }
@@ -159,7 +159,7 @@ class ArraySink : public RowSink {
   Place place(size_t tensor, int64_t first, int n) override {
     const Tensor& to = tensors_[tensor];
     const size_t row = row_bytes(to.spec), stride = to.capacity * row;
-    std::byte* rows = block_->bytes(tensor) + size_t(first) * row;
+    std::byte* rows = memory_->bytes(tensor) + size_t(first) * row;
     if (first + n == n_tokens_) {
       for (size_t head = 0; head < size_t(to.spec.n_kv_heads); ++head) {
         std::memset(rows + head * stride + size_t(n) * row, 0, (to.capacity - size_t(n_tokens_)) * row);
@@ -170,9 +170,9 @@ class ArraySink : public RowSink {
 
   NamedArrays arrays() {
     NamedArrays named;
-    if (!block_) return named;
+    if (!memory_) return named;
     for (size_t t = 0; t < tensors_.size() && n_tokens_ == 0; ++t) place(t, 0, 0);
-    std::vector<mx::array> arrays = block_->arrays();
+    std::vector<mx::array> arrays = memory_->arrays();
     for (size_t t = 0; t < arrays.size(); ++t) named.emplace_back(tensors_[t].spec.name, std::move(arrays[t]));
     return named;
   }
@@ -187,7 +187,7 @@ class ArraySink : public RowSink {
   nb::callable capacities_;
   int64_t n_tokens_ = 0;
   std::vector<Tensor> tensors_;
-  std::optional<ArrayBlock> block_;
+  std::optional<ArrayMemory> memory_;
 };
 
 /// What `work` gives, which takes its time, without the GIL.

@@ -112,17 +112,25 @@ def parse(description):
     return described
 
 
-def capacities(described):
-    """{name: third dimension} of the arrays that `Store.load` may have to make for rows."""
-    return {v["array"]: v["shape"][2] for v in _references(described) if len(v["shape"]) == 4}
+def capacities(described, n_rows):
+    """{name: third dimension} of the arrays that `Store.load` may have to make for `n_rows` rows. Full ones of a cache
+    that grows in steps get a step's more: for the next token mlx-lm would copy them whole."""
+    return {array["array"]: array["shape"][2] + (step if array["shape"][2] == n_rows else 0)
+            for array, step in _references(described, 0) if len(array["shape"]) == 4}
 
 
-def _references(described):
+def _references(described, step):
+    """(description, rows in which its cache grows) of each array."""
     if isinstance(described, dict) and "array" in described:
-        yield described
-    elif isinstance(described, (dict, list)):
-        for inner in described.values() if isinstance(described, dict) else described:
-            yield from _references(inner)
+        yield described, step
+    elif isinstance(described, dict):
+        if "class" in described:
+            step = getattr(cache_class(described["class"]), "step", 0)
+        for inner in described.values():
+            yield from _references(inner, step)
+    elif isinstance(described, list):
+        for inner in described:
+            yield from _references(inner, step)
 
 
 def _layer(described, arrays):

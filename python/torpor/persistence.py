@@ -82,7 +82,9 @@ class CachePersistence:
         return SaveResult.of(result)
 
     def load_agent_cache(self, agent_id: str) -> tuple[list[Any], dict[str, str]]:
-        """(cache, metadata) of the agent: arrays of the shapes and dtypes that were saved, evaluated, and the caller's own.
+        """(cache, metadata) of the agent: arrays of the shapes and dtypes that were saved, evaluated, and the caller's
+        own. A KVCache or QuantizedKVCache that was full has room for a step of 256 rows more. The next token is written in
+        place.
 
         Every byte is checked: damage raises CorruptionError. NotFoundError; IncompatibleError: of another model, or not saved
         from an mlx-lm cache.
@@ -93,7 +95,7 @@ class CachePersistence:
             if _DESCRIPTION not in info["user"]:
                 raise IncompatibleError(f"The agent '{agent_id}' was not saved from an mlx-lm cache; use torpor.Engine.")
             described.update(_codec.parse(info["user"][_DESCRIPTION]))
-            return _codec.capacities(described)
+            return _codec.capacities(described, info["cache_size"])
 
         info, tokens, arrays = self._store.load(agent_id, self._identity, capacities)
         metadata = info["user"]

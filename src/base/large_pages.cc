@@ -25,12 +25,18 @@ namespace {
 
 }  // namespace
 
+void expect_large_pages([[maybe_unused]] std::span<std::byte> memory) {
+#ifdef MADV_HUGEPAGE
+  if (const auto pages = whole_pages(memory); !pages.empty()) ::madvise(pages.data(), pages.size(), MADV_HUGEPAGE);
+#endif
+}
+
 void prefer_large_pages([[maybe_unused]] std::span<std::byte> buffer) {
 #ifdef MADV_HUGEPAGE
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, which Debian 12's headers lack
   const auto pages = whole_pages(buffer);
   if (pages.empty()) return;
-  ::madvise(pages.data(), pages.size(), MADV_HUGEPAGE);
+  expect_large_pages(pages);
   // Where an allocator has used the memory there are small pages already, and large ones do not come by themselves.
   parallel_for(pages.size() / kLargePage, reader_threads(),
                [&](size_t page) { ::madvise(pages.data() + page * kLargePage, kLargePage, kCollapse); });
@@ -51,9 +57,7 @@ std::shared_ptr<std::byte> allocate_large_pages(size_t size) {
   constexpr std::align_val_t alignment{kLargePage};
   std::shared_ptr<std::byte> memory(static_cast<std::byte*>(::operator new(size, alignment)),
                                     [](std::byte* p) { ::operator delete(p, alignment); });
-#ifdef MADV_HUGEPAGE
-  ::madvise(memory.get(), size, MADV_HUGEPAGE);
-#endif
+  expect_large_pages({memory.get(), size});
   return memory;
 }
 

@@ -8,6 +8,9 @@
 
 namespace torpor {
 
+/// Asks for large pages where `memory` has no pages yet: they come as it is written. A hint, as the next one.
+void expect_large_pages(std::span<std::byte> memory);
+
 /// Asks for large pages under a buffer that is about to be filled. A hint: memory it does not suit ignores it.
 void prefer_large_pages(std::span<std::byte> buffer);
 
