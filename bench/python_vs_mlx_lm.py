@@ -222,8 +222,8 @@ def main():
                 ours, theirs, ratio, low, high = summary(pairs, less_is_better=True)
                 share = max(share for _, _, share in pairs)
                 unit = "MB" if "memory" in key else "ms"
-                print(f"| {key} | {size} | {ours:.1f} {unit} | {theirs:.1f} {unit} | {ratio:.1f} | {low:.1f}, {high:.1f} | "
-                      f"{share:.0%} | {TARGETS[key]} |", flush=True)
+                print(f"| {key} | {size} | {ours:.1f} {unit} | {theirs:.1f} {unit} | {ratio:.1f} | "
+                      f"{low:.1f}, {high:.1f} | {share:.0%} | {TARGETS[key]} |", flush=True)
 
 
 if __name__ == "__main__":

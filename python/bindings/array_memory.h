@@ -15,8 +15,8 @@ struct ArrayShape {
 };
 
 /// Memory for row-contiguous arrays of these shapes, to be written before the arrays are made. It is MLX's own, and
-/// belongs to its array alone: MLX writes further rows into it, and copies none. Arrays that follow each other in memory
-/// share large pages, which come as they are written.
+/// belongs to its array alone: MLX writes further rows into it, and copies none. Arrays that follow each other in
+/// memory share large pages, which come as they are written.
 class ArrayMemory {
  public:
   /// Throws std::bad_alloc.

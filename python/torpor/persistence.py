@@ -83,8 +83,8 @@ class CachePersistence:
 
     def load_agent_cache(self, agent_id: str) -> tuple[list[Any], dict[str, str]]:
         """(cache, metadata) of the agent: arrays of the shapes and dtypes that were saved, evaluated, and the caller's
-        own. A KVCache or QuantizedKVCache that was full has room for a step of 256 rows more. The next token is written in
-        place.
+        own. A KVCache or QuantizedKVCache that was full has room for a step of 256 rows more. The next token is written
+        in place.
 
         Every byte is checked: damage raises CorruptionError. NotFoundError; IncompatibleError: of another model, or not saved
         from an mlx-lm cache.
