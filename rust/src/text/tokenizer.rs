@@ -5,7 +5,20 @@ use std::sync::OnceLock;
 use super::encode::{without_prefix_space, Steps};
 use super::settings::Settings;
 use crate::abi::{invalid, Result};
-use tokenizers::{AddedToken, Decoder, DecoderWrapper};
+use tokenizers::models::bpe::BPE;
+use tokenizers::{
+    AddedToken, Decoder, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl,
+};
+
+/// A tokenizer.json as the crate reads it, but sooner where its model is a BPE, which is read from the text itself. The
+/// crate makes a tree of values of a model first, to see of which kind it is. It has the last word on what is no BPE.
+fn parse(json: &str) -> tokenizers::Result<tokenizers::Tokenizer> {
+    type Bpe = TokenizerImpl<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
+    match serde_json::from_str::<Bpe>(json) {
+        Ok(tokenizer) => Ok(tokenizer.into()),
+        Err(_) => json.parse(),
+    }
+}
 
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -16,7 +29,7 @@ impl Tokenizer {
     /// Also gives what `settings` changed, for the digest; empty where tokenizer.json had it all.
     pub fn new(json: &str, settings: &Settings) -> Result<(Self, String)> {
         let mut inner: tokenizers::Tokenizer =
-            json.parse().or_else(|e| invalid(format!("not a usable tokenizer: {e}")))?;
+            parse(json).or_else(|e| invalid(format!("not a usable tokenizer: {e}")))?;
         // Files saved after a training run keep its limits; a prompt is never cut or padded.
         inner.with_padding(None);
         inner.with_truncation(None).or_else(|e| invalid(e.to_string()))?;
