@@ -591,6 +591,9 @@ TEST(PrefillPaceTest, AStepComputesATokenOfEveryAnswerAndAChunkOfTheFirstAndTheS
   EXPECT_EQ(pace.share(Rows{0, 1000, 0}, Rows{3, 0, 7}), (Rows{4, 276, 8}));  // guesses take room of the prompt's chunk
   pace.took(1, 100);
   EXPECT_EQ(pace.rows(), PrefillPace::kLeast);
+  PrefillPace even(Backend::kMlx);  // where bits depend on the pass
+  EXPECT_EQ(even.share(Rows{0, 1000, 20, 0}, Rows{0, 0, 0, 0}), (Rows{1, PrefillPace::kMost, 0, 1}));
+  EXPECT_EQ(even.share(Rows{-1, 0, 20}, Rows{0, 0, 0}), (Rows{0, 1, 20}));
   PrefillPace hasty(Backend::kKernels, 0.125);
   hasty.took(100, 0.25 * 100 / 288);
   EXPECT_EQ(hasty.rows(), 144);

@@ -37,6 +37,9 @@ class KvAccess {
   virtual std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) = 0;
   /// After evaluation: the `n` rows now count, and next_state() is the state.
   virtual void advance(int n) = 0;
+  /// The pass failed. What it has appended and not evaluated is forgotten: a later pass would compute it again, with
+  /// what failed in it.
+  virtual void abandon() {}
 
   /// What the recurrent layers leave behind; equal to Model::state_layout. Empty: there are none.
   virtual const StateLayout& state_layout() const noexcept;

@@ -1,8 +1,10 @@
 #include "cache/dense.h"
 
 #include <cstring>
+#include <string_view>
 
 #include <mlx/mlx.h>
+#include <mlx/primitives.h>
 
 #include "torpor/error.h"
 
@@ -130,6 +132,23 @@ std::pair<mx::array, mx::array> DenseKvCache::update_and_fetch(int layer, const 
   mx::array keys = append(2 * size_t(layer) * parts, k);
   mx::array values = append((2 * size_t(layer) + 1) * parts, v);
   return {std::move(keys), std::move(values)};
+}
+
+// An array that was evaluated has the rows held in their places, whatever is behind them. One that was not is a graph
+// over an earlier one, its first input; or it is new rows alone, where none were held.
+void DenseKvCache::abandon() {
+  for (size_t t = 0; t < tensors_.size(); ++t) {
+    while (tensors_[t].status() == mx::array::Status::unscheduled) {
+      const std::string_view made_by = tensors_[t].has_primitive() ? tensors_[t].primitive().name() : "";
+      if (made_by == "SliceUpdate" || made_by == "Concatenate") {
+        tensors_[t] = mx::array(tensors_[t].inputs().front());
+      } else {
+        tensors_[t] = mx::zeros({1, layout_.tensors[t].n_kv_heads, 0, layout_.tensors[t].dim}, tensors_[t].dtype());
+        mx::eval({tensors_[t]});
+      }
+    }
+  }
+  recount();
 }
 
 std::unique_ptr<DenseKvCache> DenseKvCache::restore(const KvSnapshot& snapshot, const KvFormat& format) {

@@ -20,6 +20,7 @@ class DenseKvCache : public KvCache {
 
   std::span<const KvBuffer> reserve(int n) override;
   std::pair<mx::array, mx::array> update_and_fetch(int layer, const mx::array& k, const mx::array& v) override;
+  void abandon() override;
 
   size_t cut_cost(int) const override { return 0; }  // rows past the length are overwritten
   std::unique_ptr<KvCache> clone() const override;

@@ -83,8 +83,8 @@ std::vector<int> PrefillPace::share(std::span<const int> left, std::span<const i
     }
   }
   if (first == left.size()) return rows;
-  const int chunk = std::max(rows_ - decoding, kLeast);
-  if (second == left.size()) {
+  const int chunk = adapts_ ? std::max(rows_ - decoding, kLeast) : rows_;
+  if (second == left.size() || !adapts_) {
     rows[first] = std::min(left[first], chunk);
     return rows;
   }

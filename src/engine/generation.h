@@ -49,7 +49,7 @@ class StopFilter {
 
 /// How many rows a step with tokens of a prompt computes: as many as take `seconds` at the speed measured last, so that a
 /// cancellation, or the next token of another's answer, waits no longer. Chunks change no bit where kernels are batch invariant;
-/// other backends get chunks of one size.
+/// other backends get chunks of one size, of one prompt at a time.
 class PrefillPace {
  public:
   static constexpr int kMost = 512, kLeast = 16;

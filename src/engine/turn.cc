@@ -92,13 +92,16 @@ bool EngineTurn::waits_for(std::span<const Computing> earlier, std::span<EngineT
     computing.turn->transaction_.stop_at(common);
     waits = true;
   }
+  const bool has_runs = parts_.model->backend() == Backend::kKernels;
   EngineTurn* has_most = nullptr;
   int takes = held;
   for (EngineTurn* other : others) {
     if (other == this) continue;
     const int common = alike(*other), there = other->transaction_.cache().length();
     // Whole runs cost nothing to share. A cut is made once: of a turn that computes no more of what is common, or to go on.
-    const int here = there < common && waits ? there / kSegmentTokens * kSegmentTokens : std::min(there, common);
+    // Nor are arrays taken that grow yet: whoever appends first would copy them.
+    const int runs = has_runs ? there / kSegmentTokens * kSegmentTokens : 0;
+    const int here = there < common && waits ? runs : std::min(there, common);
     if (common > held + kWorthWaiting && here > takes) {
       takes = here;
       has_most = other;
@@ -270,10 +273,6 @@ void EngineTurn::step(std::span<Scheduler::Step> steps, std::span<Scheduler::Tur
 
 void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> steps, std::span<EngineTurn* const> others,
                       bool& room) {
-  if (parts.model->backend() == Backend::kMlx) {
-    const auto rank = [](const Scheduler::Step* step) { return step->rank; };
-    steps = steps.subspan(size_t(std::ranges::min_element(steps, {}, rank) - steps.begin()), 1);
-  }
   std::vector<Computing> turns;
   std::vector<int> left;  // of their prompts
   for (Scheduler::Step* const step : steps) {
@@ -300,7 +299,9 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> step
     return turn.generation_.guess(std::min(most, turn.transaction_.cache().spare_rows() - 1), cost);
   });
   const std::vector<int> shares = share(*parts.pace, turns, left, guesses);
-  std::map<std::string, std::vector<Computing>> batches;  // by KV format
+  // By KV format. On MLX's backend rows have the bits of their pass: a prompt's have those that they would have alone.
+  const bool parts_prompts = parts.model->backend() == Backend::kMlx;
+  std::map<std::pair<bool, std::string>, std::vector<Computing>> batches;
   for (size_t i = 0; i < turns.size(); ++i) {
     auto& [turn, step, rows] = turns[i];
     rows = turn->generation_.next_rows(turn->up_to_stop(shares[i]));  // also of a prompt that has to wait: it may be cancelled
@@ -315,9 +316,16 @@ void EngineTurn::step(EngineParts& parts, std::span<Scheduler::Step* const> step
       room = false;
       continue;
     }
-    batches[turn->transaction_.agent().identity.kv].push_back(turns[i]);
+    batches[{parts_prompts && left[i] > 0, turn->transaction_.agent().identity.kv}].push_back(turns[i]);
   }
-  for (const auto& [format, batch] : batches) compute(parts, batch);
+  for (const auto& [kind, batch] : batches) {
+    // In one chunk of MLX's backend at most, so that none has advanced when a pass fails.
+    for (std::span<const Computing> rest = batch; !rest.empty();) {
+      const std::span<const Computing> pass = rest.first(std::min(rest.size(), size_t(PrefillPace::kMost)));
+      compute(parts, pass);
+      rest = rest.subspan(pass.size());
+    }
+  }
 }
 
 void EngineTurn::commit() {

@@ -47,7 +47,7 @@ class EngineTurn final : public Scheduler::Turn {
              TurnOutcome& outcome);
 
   /// Computes the next rows of several turns, all of one engine in one forward pass per KV format: of each that decodes a token,
-  /// of prompts what the pace gives (PrefillPace::share). With MLX's kernels only the turn of the lowest rank is stepped.
+  /// of prompts what the pace gives (PrefillPace::share). On MLX's backend a prompt's chunk has a pass of its own.
   static void step(std::span<Scheduler::Step> steps, std::span<Scheduler::Turn* const> resting);
   /// Rows of a turn that is not committed are kept for when its prompt is asked again.
   ~EngineTurn() override;

@@ -238,7 +238,12 @@ void Decoder::check(std::span<const ForwardSequence> batch) const {
 mx::array Decoder::forward(std::span<const ForwardSequence> batch) {
   check(batch);
   try {
-    return compute(batch);
+    try {
+      return compute(batch);
+    } catch (...) {
+      for (const ForwardSequence& sequence : batch) sequence.kv->abandon();
+      throw;
+    }
   } catch (const Error&) {
     throw;
   } catch (const std::bad_alloc&) {

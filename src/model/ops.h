@@ -38,6 +38,10 @@ struct Batch {
   std::map<int, std::vector<mx::array>> lent;  ///< layer of the caches -> what layers that read its rows need, in the backend's form
 };
 
+/// MLX only: the batch's sequences, cut where arrays can have an entry for each. Those that follow one another with one
+/// row each are together; any other one is alone.
+std::vector<std::span<const BatchSequence>> blocks_of(const Batch& batch);
+
 /// The projections of a mixture: of each expert, in their order, and what else its spec says that there is.
 struct ExpertProjections {
   Projection router;

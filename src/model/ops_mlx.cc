@@ -81,6 +81,24 @@ mx::array hadamard(const mx::array& x) {
   return mx::flatten(mx::hadamard_transform(mx::unflatten(x, -1, {dim / block, block})), -2, -1);
 }
 
+using Block = std::span<const BatchSequence>;
+
+/// Entry `i` of `x`, an array with one for each sequence of a block.
+mx::array entry(const mx::array& x, size_t i) {
+  return x.shape(0) == 1 ? x : mx::slice(x, {int(i), 0, 0, 0}, {int(i) + 1, x.shape(1), x.shape(2), x.shape(3)});
+}
+
+mx::array joined(std::vector<mx::array> parts) {
+  return parts.size() == 1 ? parts[0] : mx::concatenate(std::move(parts), 0);
+}
+
+/// [B], as fast::rope takes them.
+mx::array positions_of(const Block& block) {
+  std::vector<int32_t> positions;
+  for (const BatchSequence& s : block) positions.push_back(s.position);
+  return mx::array(positions.data(), {int(positions.size())}, mx::int32);
+}
+
 const Linear& single(const Ops::Weight& w) { return static_cast<const Linear&>(*w); }
 
 class MlxOps final : public Ops {
@@ -143,25 +161,23 @@ class MlxOps final : public Ops {
     const std::vector<mx::array> lent = spec.reads_rows_of ? batch.lent.at(layer) : append(x, w, layer, batch);
     if (spec.lends_rows) batch.lent.insert_or_assign(layer, lent);
     std::vector<mx::array> outputs;
-    for (size_t i = 0; i < batch.sequences.size(); ++i) {
-      const BatchSequence& s = batch.sequences[i];
-      mx::array keys = mx::astype(lent[2 * i], dtype_);
-      const mx::array values = mx::astype(lent[2 * i + 1], dtype_);
-      mx::array queries = normed(heads(q, s, spec.n_heads, spec.key_dim), w.q_norm, spec.qk_norm == QkNorm::kHeads);
+    auto held = lent.begin();
+    for (const Block& block : blocks_of(batch)) {
+      mx::array queries = normed(heads(q, block, spec.n_heads, spec.key_dim), w.q_norm, spec.qk_norm == QkNorm::kHeads);
       if (format.rotates_keys() && spec.evens_keys()) queries = mx::multiply(queries, factors_of(w));
-      queries = rotate(queries, s.position, w);
-      if (spec.query_scale) queries = mx::multiply(queries, query_factors(*spec.query_scale, s));
-      if (bias_free(spec, format)) {
-        const int held = keys.shape(2);
-        const mx::array biases = mx::broadcast_to(key_bias(w), {1, spec.n_kv_heads, held, spec.key_dim});
-        keys = mx::add(turned(keys, format.rotates_keys()), rotate(biases, s.position + s.n - held, w));
-      } else {
-        queries = turned(queries, format.rotates_keys());
+      queries = rotate(queries, positions_of(block), w);
+      if (spec.query_scale) queries = mx::multiply(queries, query_factors(*spec.query_scale, block));
+      if (!bias_free(spec, format)) queries = turned(queries, format.rotates_keys());
+      std::vector<mx::array> attended;
+      for (size_t i = 0; i < block.size(); ++i) {
+        mx::array keys = mx::astype(*held++, dtype_);
+        const mx::array values = mx::astype(*held++, dtype_);
+        if (bias_free(spec, format)) keys = biased(keys, block[i], w, format);
+        attended.push_back(attend(entry(queries, i), keys, values, block[i], w));
       }
-      const mx::array out = turned(attend(queries, keys, values, s, w), format.rotates_values());
-      outputs.push_back(mx::reshape(mx::transpose(out, {0, 2, 1, 3}), {s.n, spec.output_size()}));
+      outputs.push_back(rows_of(turned(joined(std::move(attended)), format.rotates_values()), spec));
     }
-    return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0);
+    return joined(std::move(outputs));
   }
   mx::array recurrent(const mx::array& x, const Weight& weight, size_t offset, Batch& batch) override {
     const auto& w = static_cast<const Recurring&>(*weight);
@@ -196,29 +212,34 @@ class MlxOps final : public Ops {
     const int plain = spec.latent->plain_dim, rest = spec.value_dim;
     const bool turn = batch.kv_format.rotates_keys(), turn_rest = batch.kv_format.rotates_values();
     const auto part = [](const mx::array& rows, int first, int last) {
-      return mx::slice(rows, {0, 0, 0, first}, {1, rows.shape(1), rows.shape(2), last});
+      return mx::slice(rows, {0, 0, 0, first}, {rows.shape(0), rows.shape(1), rows.shape(2), last});
     };
     const auto& [query_features, norm, query_norm, into, out] = *w.latent;
     const mx::array features =
         query_features ? mx::fast::rms_norm(query_features->apply(x), query_norm, spec.latent->norm_eps) : x;
     const mx::array q = w.q.apply(features), shared = w.k->apply(x);
     std::vector<mx::array> outputs;
-    for (const BatchSequence& s : batch.sequences) {
-      mx::array queries = heads(q, s, spec.n_heads, plain + rest);
-      if (spec.query_scale) queries = mx::multiply(queries, query_factors(*spec.query_scale, s));
-      const mx::array row = heads(shared, s, 1, spec.key_dim + rest);
-      const mx::array latents = mx::fast::rms_norm(part(row, 0, spec.key_dim), norm, spec.latent->norm_eps);
-      const mx::array rotating = rotate(part(row, spec.key_dim, spec.key_dim + rest), s.position, w);
-      const auto [held, held_rest] = s.kv->update_and_fetch(layer, turned(latents, turn), turned(rotating, turn_rest));
-      const mx::array values = mx::astype(held, dtype_);
-      const mx::array keys = mx::concatenate({values, mx::astype(held_rest, dtype_)}, -1);
+    for (const Block& block : blocks_of(batch)) {
+      const mx::array positions = positions_of(block);
+      mx::array queries = heads(q, block, spec.n_heads, plain + rest);
+      if (spec.query_scale) queries = mx::multiply(queries, query_factors(*spec.query_scale, block));
+      const mx::array row = heads(shared, block, 1, spec.key_dim + rest);
+      const mx::array normed = mx::fast::rms_norm(part(row, 0, spec.key_dim), norm, spec.latent->norm_eps);
+      const mx::array latents = turned(normed, turn);
+      const mx::array rotating = turned(rotate(part(row, spec.key_dim, spec.key_dim + rest), positions, w), turn_rest);
       const mx::array absorbed = turned(into.apply_each(part(queries, 0, plain)), turn);
-      const mx::array turning = turned(rotate(part(queries, plain, plain + rest), s.position, w), turn_rest);
+      const mx::array turning = turned(rotate(part(queries, plain, plain + rest), positions, w), turn_rest);
       const mx::array whole = mx::concatenate({absorbed, turning}, -1);
-      const mx::array found = out.apply_each(turned(attend(whole, keys, values, s, w), turn));
-      outputs.push_back(mx::reshape(mx::transpose(found, {0, 2, 1, 3}), {s.n, spec.output_size()}));
+      std::vector<mx::array> attended;
+      for (size_t i = 0; i < block.size(); ++i) {
+        const auto [held, held_rest] = block[i].kv->update_and_fetch(layer, entry(latents, i), entry(rotating, i));
+        const mx::array values = mx::astype(held, dtype_);
+        const mx::array keys = mx::concatenate({values, mx::astype(held_rest, dtype_)}, -1);
+        attended.push_back(attend(entry(whole, i), keys, values, block[i], w));
+      }
+      outputs.push_back(rows_of(out.apply_each(turned(joined(std::move(attended)), turn)), spec));
     }
-    return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0);
+    return joined(std::move(outputs));
   }
   /// Appends the new rows to the caches. Of each sequence all keys and all values, as they are kept.
   std::vector<mx::array> append(const mx::array& x, const Attending& w, int layer, const Batch& batch) const {
@@ -227,16 +248,19 @@ class MlxOps final : public Ops {
     const mx::array projected = w.k->apply(x), k = normed(projected, w.k_norm, spec.qk_norm == QkNorm::kWhole);
     const mx::array v = spec.keys_are_values ? projected : w.v->apply(x);
     std::vector<mx::array> all;
-    for (const BatchSequence& s : batch.sequences) {
-      mx::array keys = normed(heads(k, s, spec.n_kv_heads, spec.key_dim), w.k_norm, spec.qk_norm == QkNorm::kHeads);
+    for (const Block& block : blocks_of(batch)) {
+      mx::array keys = normed(heads(k, block, spec.n_kv_heads, spec.key_dim), w.k_norm, spec.qk_norm == QkNorm::kHeads);
       if (format.rotates_keys() && spec.evens_keys()) keys = mx::divide(keys, factors_of(w));
       if (bias_free(spec, format)) keys = mx::subtract(keys, key_bias(w));
-      keys = turned(rotate(keys, s.position, w), format.rotates_keys());
-      mx::array values = heads(v, s, spec.n_kv_heads, spec.value_dim);
+      keys = turned(rotate(keys, positions_of(block), w), format.rotates_keys());
+      mx::array values = heads(v, block, spec.n_kv_heads, spec.value_dim);
       if (spec.value_norm) values = mx::fast::rms_norm(values, std::nullopt, eps_);
-      const auto [held_keys, held_values] = s.kv->update_and_fetch(layer, keys, turned(values, format.rotates_values()));
-      all.push_back(held_keys);
-      all.push_back(held_values);
+      values = turned(values, format.rotates_values());
+      for (size_t i = 0; i < block.size(); ++i) {
+        const auto [held_keys, held_values] = block[i].kv->update_and_fetch(layer, entry(keys, i), entry(values, i));
+        all.push_back(held_keys);
+        all.push_back(held_values);
+      }
     }
     return all;
   }
@@ -253,10 +277,21 @@ class MlxOps final : public Ops {
     }
     return angles;
   }
-  /// The sequence's rows of `x` [M, H D] as [1, H, n, D].
-  static mx::array heads(const mx::array& x, const BatchSequence& s, int n_heads, int dim) {
-    const mx::array rows = mx::slice(x, {s.row, 0}, {s.row + s.n, n_heads * dim});
-    return mx::transpose(mx::reshape(rows, {1, s.n, n_heads, dim}), {0, 2, 1, 3});
+  /// The block's rows of `x` [M, H D] as [B, H, n, D].
+  static mx::array heads(const mx::array& x, const Block& block, int n_heads, int dim) {
+    const int first = block.front().row, n = block.front().n, entries = int(block.size());
+    const mx::array rows = mx::slice(x, {first, 0}, {first + entries * n, n_heads * dim});
+    return mx::transpose(mx::reshape(rows, {entries, n, n_heads, dim}), {0, 2, 1, 3});
+  }
+  /// The opposite, of what attention gives.
+  static mx::array rows_of(const mx::array& x, const Attention& spec) {
+    return mx::reshape(mx::transpose(x, {0, 2, 1, 3}), {x.shape(0) * x.shape(2), spec.output_size()});
+  }
+  /// A sequence's keys, kept without their projection's bias, with it.
+  mx::array biased(const mx::array& keys, const BatchSequence& s, const Attending& w, const KvFormat& format) const {
+    const int held = keys.shape(2);
+    const mx::array biases = mx::broadcast_to(key_bias(w), {1, w.spec.n_kv_heads, held, w.spec.key_dim});
+    return mx::add(turned(keys, format.rotates_keys()), rotate(biases, mx::array(s.position + s.n - held), w));
   }
   /// [1, H_kv, 1, D]
   static mx::array key_bias(const Attending& w) {
@@ -277,18 +312,21 @@ class MlxOps final : public Ops {
     const auto& own = static_cast<const Norm&>(*norm);
     return own.centred ? mx::fast::layer_norm(x, own.w, std::nullopt, eps_) : mx::fast::rms_norm(x, own.w, eps_);
   }
-  static mx::array rotate(const mx::array& x, int position, const Attending& w) {
+  /// `positions`: of the first row of each of x's entries.
+  static mx::array rotate(const mx::array& x, const mx::array& positions, const Attending& w) {
     const Rope& rope = *w.spec.rope;
     const auto& [periods, magnitudes] = w.angles;
     if (rope.dims == 0) return x;
     return mx::fast::rope(magnitudes ? mx::multiply(x, *magnitudes) : x, rope.dims, rope.traditional, std::nullopt, 1.0f,
-                          position, periods);
+                          positions, periods);
   }
-  /// [n, 1]
-  mx::array query_factors(const QueryScale& scale, const BatchSequence& s) const {
+  /// [B, 1, n, 1]
+  mx::array query_factors(const QueryScale& scale, const Block& block) const {
     std::vector<float> factors;
-    for (int t = 0; t < s.n; ++t) factors.push_back(scale.at(s.position + t));
-    return mx::astype(mx::array(factors.data(), {s.n, 1}, mx::float32), dtype_);
+    for (const BatchSequence& s : block) {
+      for (int t = 0; t < s.n; ++t) factors.push_back(scale.at(s.position + t));
+    }
+    return mx::astype(mx::array(factors.data(), {int(block.size()), 1, block.front().n, 1}, mx::float32), dtype_);
   }
   mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, const BatchSequence& s,
                    const Attending& w) const {
@@ -326,6 +364,15 @@ class MlxOps final : public Ops {
 }  // namespace
 
 std::unique_ptr<Ops> make_mlx_ops(float eps, KvDtype dtype) { return std::make_unique<MlxOps>(eps, dtype); }
+
+std::vector<Block> blocks_of(const Batch& batch) {
+  std::vector<Block> blocks;
+  for (Block rest = batch.sequences; !rest.empty(); rest = rest.subspan(blocks.back().size())) {
+    const auto longer = std::ranges::find_if(rest, [](const BatchSequence& s) { return s.n > 1; });
+    blocks.push_back(rest.first(size_t(std::max<ptrdiff_t>(longer - rest.begin(), 1))));
+  }
+  return blocks;
+}
 
 // ---- of either backend
 

@@ -23,27 +23,28 @@ mx::array from_state(const std::byte* state, mx::Shape shape) {
 }
 
 mx::array columns(const mx::array& rows, int first, int n) {
-  return mx::slice(rows, {0, first}, {rows.shape(0), first + n});
+  return mx::slice(rows, {0, 0, first}, {rows.shape(0), rows.shape(1), first + n});
 }
 
-mx::array row(const mx::array& rows, int i) { return mx::take(rows, i, 0); }
+/// Of every sequence.
+mx::array row(const mx::array& rows, int i) { return mx::take(rows, i, 1); }
 
 mx::array silu(const mx::array& x) { return mx::multiply(x, mx::sigmoid(x)); }
 mx::array softplus(const mx::array& x) { return mx::logaddexp(x, mx::array(0.0f)); }
 
-/// What all heads do with a token: S [H, K, V] is multiplied, and added to.
+/// What all heads do with a token: S [B, H, K, V] is multiplied, and added to.
 struct Steps {
-  mx::array decay, strength;  // [n, H, 1, 1]
-  mx::array keys, queries;    // [n, H, K, 1]
-  mx::array values;           // [n, H, 1, V]
+  mx::array decay, strength;  // [B, n, H, 1, 1]
+  mx::array keys, queries;    // [B, n, H, K, 1]
+  mx::array values;           // [B, n, H, 1, V]
 };
 
-/// One sequence's rows.
+/// Rows of B sequences, n of each: given [B, n, given()].
 class Rows {
  public:
   Rows(const kernels::Recurrent& cell, mx::array given) : cell_(cell), shape_(cell.shape), given_(std::move(given)) {}
 
-  /// y [n, output()]. `tail` and `heads` become those of the next state.
+  /// y [B, n, output()]. `tail` and `heads` become those of the next state.
   mx::array run(mx::array& tail, mx::array& heads) const {
     const int width = shape_.channels(), output = shape_.output();
     if (shape_.kind == Recurrence::kShortConv) {
@@ -54,25 +55,26 @@ class Rows {
     const mx::array mixed = silu(convolved(columns(given_, delta ? 0 : output, width), tail));
     const mx::array gates = silu(columns(given_, delta ? width : 0, output));
     const mx::array y = mx::reshape(delta ? through(delta_steps(mixed), heads) : through(mamba_steps(mixed), heads),
-                                    {given_.shape(0), output});
+                                    {given_.shape(0), given_.shape(1), output});
     return shape_.norm.gate_before ? normed(mx::multiply(y, gates)) : mx::multiply(normed(y), gates);
   }
 
  private:
   mx::array convolved(const mx::array& inputs, mx::array& tail) const {
-    const int n = inputs.shape(0), width = inputs.shape(1), kept = shape_.taps - 1;
-    const mx::array all = mx::concatenate({tail, inputs}, 0), taps = to_array(cell_.conv, {shape_.taps, width});
+    const int sequences = inputs.shape(0), n = inputs.shape(1), width = inputs.shape(2), kept = shape_.taps - 1;
+    const mx::array all = mx::concatenate({tail, inputs}, 1), taps = to_array(cell_.conv, {1, shape_.taps, width});
     const bool biased = !cell_.conv_bias.empty();
     mx::array sum = biased ? to_array(cell_.conv_bias, {1, width}) : mx::zeros({1, width}, mx::float32);
     for (int t = 0; t < shape_.taps; ++t) {
-      sum = mx::add(sum, mx::multiply(mx::slice(all, {t, 0}, {t + n, width}), row(taps, t)));
+      sum = mx::add(sum, mx::multiply(mx::slice(all, {0, t, 0}, {sequences, t + n, width}), row(taps, t)));
     }
-    tail = mx::slice(all, {n, 0}, {n + kept, width});
+    tail = mx::slice(all, {0, n, 0}, {sequences, n + kept, width});
     return sum;
   }
-  /// Columns [first, first + n) as heads, those of a group repeated: [rows, H, -1].
+  /// Columns [first, first + n) as heads, those of a group repeated: [B, n, H, -1].
   mx::array heads_of(const mx::array& rows, int first, int n, int own) const {
-    return mx::repeat(mx::reshape(columns(rows, first, n), {rows.shape(0), own, -1}), shape_.n_heads / own, 1);
+    const mx::array heads = mx::reshape(columns(rows, first, n), {rows.shape(0), rows.shape(1), own, -1});
+    return mx::repeat(heads, shape_.n_heads / own, 2);
   }
   mx::array scalars(int which) const {
     return columns(given_, shape_.channels() + shape_.output() + which * shape_.n_heads, shape_.n_heads);
@@ -107,24 +109,24 @@ class Rows {
             .values = expanded(heads_of(mixed, 0, output, shape_.n_heads), {-2})};
   }
 
-  /// Token after token. [n, H, V]
+  /// Token after token. [B, n, H, V]
   mx::array through(const Steps& steps, mx::array& state) const {
     const bool delta = shape_.kind == Recurrence::kGatedDelta;
     std::vector<mx::array> outputs;
-    for (int t = 0; t < given_.shape(0); ++t) {
+    for (int t = 0; t < given_.shape(1); ++t) {
       const mx::array key = row(steps.keys, t), value = row(steps.values, t);
       state = mx::multiply(state, row(steps.decay, t));
       mx::array added = value;
-      if (delta) added = mx::subtract(value, mx::sum(mx::multiply(state, key), 1, /*keepdims=*/true));
+      if (delta) added = mx::subtract(value, mx::sum(mx::multiply(state, key), 2, /*keepdims=*/true));
       state = mx::add(state, mx::multiply(key, mx::multiply(added, row(steps.strength, t))));
-      mx::array y = mx::sum(mx::multiply(state, row(steps.queries, t)), 1);
-      if (!delta) y = mx::add(y, mx::multiply(mx::squeeze(value, 1), to_array(cell_.skip, {shape_.n_heads, 1})));
+      mx::array y = mx::sum(mx::multiply(state, row(steps.queries, t)), 2);
+      if (!delta) y = mx::add(y, mx::multiply(mx::squeeze(value, 2), to_array(cell_.skip, {shape_.n_heads, 1})));
       outputs.push_back(std::move(y));
     }
-    return mx::stack(outputs);
+    return mx::stack(outputs, 1);
   }
   mx::array normed(const mx::array& y) const {
-    const mx::array parts = mx::reshape(y, {y.shape(0), -1, shape_.norm.size});
+    const mx::array parts = mx::reshape(y, {y.shape(0), y.shape(1), -1, shape_.norm.size});
     const mx::array weight = to_array(cell_.norm, {1, int(cell_.norm.size()) / shape_.norm.size, shape_.norm.size});
     return mx::reshape(mx::multiply(mx::fast::rms_norm(parts, std::nullopt, shape_.norm.eps), weight), y.shape());
   }
@@ -138,16 +140,32 @@ class Rows {
 
 mx::array recurrent_on_mlx(const mx::array& given, const kernels::Recurrent& cell, size_t offset, Batch& batch) {
   const RecurrentShape& shape = cell.shape;
-  const mx::Shape of_tail{shape.taps - 1, shape.channels()}, of_heads{shape.n_heads, shape.key_dim, shape.value_dim};
+  const mx::Shape of_tail{1, shape.taps - 1, shape.channels()};
+  const mx::Shape of_heads{1, shape.n_heads, shape.key_dim, shape.value_dim};
   const size_t tail_bytes = shape.tail() * sizeof(float);
+  const mx::array floats = mx::astype(given, mx::float32);
   std::vector<mx::array> outputs;
-  for (const BatchSequence& s : batch.sequences) {
-    const auto at = [&](size_t bytes) { return s.state == nullptr ? nullptr : s.state + offset + bytes; };
-    mx::array tail = from_state(at(0), of_tail), heads = from_state(at(tail_bytes), of_heads);
-    const mx::array rows = mx::slice(mx::astype(given, mx::float32), {s.row, 0}, {s.row + s.n, given.shape(1)});
-    outputs.push_back(Rows(cell, rows).run(tail, heads));
-    batch.states.emplace_back(s.next_state + offset, mx::contiguous(tail));
-    if (shape.n_heads > 0) batch.states.emplace_back(s.next_state + offset + tail_bytes, mx::contiguous(heads));
+  for (const std::span<const BatchSequence> block : blocks_of(batch)) {
+    const int first = block.front().row, n = block.front().n, sequences = int(block.size());
+    const auto read = [&](size_t bytes, const mx::Shape& of_one) {
+      std::vector<mx::array> all;
+      for (const BatchSequence& s : block) {
+        all.push_back(from_state(s.state == nullptr ? nullptr : s.state + offset + bytes, of_one));
+      }
+      return mx::concatenate(all, 0);
+    };
+    const auto write = [&](size_t bytes, const mx::array& state) {
+      const std::vector<mx::array> all = mx::split(state, sequences, 0);
+      for (size_t i = 0; i < block.size(); ++i) {
+        batch.states.emplace_back(block[i].next_state + offset + bytes, mx::contiguous(all[i]));
+      }
+    };
+    mx::array tail = read(0, of_tail), heads = read(tail_bytes, of_heads);
+    const mx::array rows = mx::slice(floats, {first, 0}, {first + sequences * n, given.shape(1)});
+    const mx::array y = Rows(cell, mx::reshape(rows, {sequences, n, given.shape(1)})).run(tail, heads);
+    outputs.push_back(mx::reshape(y, {sequences * n, shape.output()}));
+    write(0, tail);
+    if (shape.n_heads > 0) write(tail_bytes, heads);
   }
   return outputs.size() == 1 ? outputs[0] : mx::concatenate(outputs, 0);
 }
