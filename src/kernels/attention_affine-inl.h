@@ -19,7 +19,6 @@
 #include <limits>
 #include <utility>
 
-#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include "kernels/attention_hadamard-inl.h"
@@ -226,7 +225,7 @@ HWY_INLINE void dequantize_keys(const float* words, const float* scales, const f
       VF v[kFirstRotated];
       for (size_t w = 0; w < kFirstRotated; w += kPerWord) {
         const size_t at = (i + w) / kPerWord * kBlock + j;
-        hwy::Prefetch(ahead + at);
+        fetch(ahead + at);
         auto word = hn::BitCast(du, hn::LoadU(d, words + at));
         for (size_t e = 0; e < kPerWord; ++e) {
           const VF level = hn::ConvertTo(d, hn::BitCast(di, hn::And(word, mask)));
@@ -268,7 +267,7 @@ HWY_INLINE void dequantize_values(const float* words, const float* scales, const
   uint8_t spread[128];
   for (size_t at = begin * groups; at < end * groups; ++at) {
     const uint8_t* levels = reinterpret_cast<const uint8_t*>(words) + at * bytes;
-    for (size_t i = 0; i < bytes; i += 64) hwy::Prefetch(reinterpret_cast<const uint8_t*>(ahead) + at * bytes + i);
+    for (size_t i = 0; i < bytes; i += 64) fetch(reinterpret_cast<const uint8_t*>(ahead) + at * bytes + i);
     if constexpr (kBits == 4) {
       spread_nibbles(levels, group, spread);
       levels = spread;
@@ -284,7 +283,7 @@ HWY_INLINE void dequantize_values(const float* words, const float* scales, const
 /// Rows [begin, end) of values of 4 bits to bytes, as dequantize_values reads them.
 HWY_INLINE void spread_values(const uint8_t* from, size_t dim, size_t begin, size_t end, const uint8_t* ahead,
                               uint8_t* HWY_RESTRICT to) {
-  for (size_t i = begin * dim; i < end * dim; i += 128) hwy::Prefetch(ahead + i / 2);
+  for (size_t i = begin * dim; i < end * dim; i += 128) fetch(ahead + i / 2);
   spread_nibbles(from + begin * dim / 2, (end - begin) * dim, to + begin * dim);
 }
 
@@ -294,7 +293,7 @@ HWY_INLINE void fetch_scales(const AttentionSpec& spec, const AttentionSequence&
   const size_t size = kv_dtype_size(spec.kv_dtype), at = first_group(spec, head, position) * size;
   const size_t bytes = size_t(spec.head_dim / spec.kv_group) * kBlock * size;
   for (const std::byte* part : {run.key_scales, run.key_biases, run.value_scales, run.value_biases}) {
-    for (size_t i = 0; i < bytes; i += 64) hwy::Prefetch(part + at + i);
+    for (size_t i = 0; i < bytes; i += 64) fetch(part + at + i);
   }
 }
 
@@ -385,7 +384,7 @@ HWY_INLINE void score_micro(const float* HWY_RESTRICT q, const float* HWY_RESTRI
       hn::Vec<decltype(du)> word[NV];
       for (int n = 0; n < NV; ++n) {
         const size_t at = i / kPerWord * kBlock + size_t(n) * kLanes;
-        hwy::Prefetch(ahead + at);
+        fetch(ahead + at);
         word[n] = hn::BitCast(du, hn::LoadU(d, words + at));
       }
       for (size_t e = 0; e < kPerWord; ++e) {
@@ -443,7 +442,7 @@ HWY_INLINE void output_micro(const float* HWY_RESTRICT weights, const uint8_t* H
     }
   }
   for (size_t j = 0; j < n_keys; ++j) {
-    hwy::Prefetch(ahead + j * dim + first_dim);
+    fetch(ahead + j * dim + first_dim);
     VF weight[MR];
     for (int r = 0; r < MR; ++r) weight[r] = hn::Set(d, weights[size_t(r) * kBlock + j]);
     for (int n = 0; n < NV; ++n) {

@@ -12,7 +12,6 @@
 #include <limits>
 #include <type_traits>
 
-#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include "kernels/attention_rows-inl.h"
@@ -44,7 +43,7 @@ HWY_INLINE void micro(const float* HWY_RESTRICT a, size_t lda, const Element* HW
   constexpr size_t kStep = NV * kLanes, kLine = 64 / sizeof(Element);
   for (size_t i = 0; i < k; ++i) {
     if constexpr (!std::is_same_v<Rows, RowsWidened>) {
-      for (size_t at = 0; at < kStep; at += kLine) hwy::Prefetch(ahead + i * kStep + at);
+      for (size_t at = 0; at < kStep; at += kLine) fetch(ahead + i * kStep + at);
     }
     if constexpr (MR <= NV) {
       VF av[MR];

@@ -8,7 +8,6 @@
 #define TORPOR_KERNELS_LINEAR_F32_INL
 #endif
 
-#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 HWY_BEFORE_NAMESPACE();
@@ -368,7 +367,7 @@ HWY_NOINLINE void VectorQuantized(const PackedPart& part, const std::byte* panel
       const std::byte* line = panel + 2 * kPanel * type_size(part.scale_type) + size_t(first * kLanes) * 4;
       const float* at = x;
       for (int i = 0; i < lines; ++i) {
-        for (int p = 0; p < kPanels; ++p) hwy::Prefetch(line + ahead + p * panel_bytes);
+        for (int p = 0; p < kPanels; ++p) fetch(line + ahead + p * panel_bytes);
         Step<kBits, 0>(line, panel_bytes, at, dot);
         Step<kBits, 1>(line, panel_bytes, at, dot);
         Step<kBits, 2>(line, panel_bytes, at, dot);
@@ -401,7 +400,7 @@ HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, ptr
   for (int i = 0; i < k; ++i) {
     const VF xk = hn::Set(d, x[i]);
     for (int p = 0; p < kPanels; ++p) {
-      hwy::Prefetch(panel + ahead + p * part.panel_bytes + size_t(i) * kPanel * type_size(kType));
+      fetch(panel + ahead + p * part.panel_bytes + size_t(i) * kPanel * type_size(kType));
       for (int v = 0; v < kVectors; ++v) {
         acc[p][v] =
             hn::MulAdd(xk, LoadFloats<kType>(panel + p * part.panel_bytes, size_t(i) * kPanel + v * kLanes), acc[p][v]);

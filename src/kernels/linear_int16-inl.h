@@ -175,7 +175,7 @@ HWY_NOINLINE void PairPanels(const PackedPart& part, const std::byte* panel, ptr
       const std::byte* line = panel + 2 * kPanel * type_size(part.scale_type) + size_t(first * kLanes) * 4;
       const int32_t* at = x;
       for (int i = 0; i < lines; ++i) {
-        for (int p = 0; p < kPanels; ++p) hwy::Prefetch(line + ahead + p * panel_bytes);
+        for (int p = 0; p < kPanels; ++p) fetch(line + ahead + p * panel_bytes);
         PairStep<kBits, 0>(line, panel_bytes, at, dot);
         PairStep<kBits, 1>(line, panel_bytes, at, dot);
         if constexpr (kBits == 4) {

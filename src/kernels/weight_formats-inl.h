@@ -10,7 +10,6 @@
 #define TORPOR_KERNELS_WEIGHT_FORMATS_INL
 #endif
 
-#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include <utility>
@@ -74,8 +73,8 @@ void JoinPlanes(const PackedPart& part, const std::byte* lines, ptrdiff_t ahead,
       }(std::make_index_sequence<kWords>());
     }
     out += kWords * kPanel;
-    for (int i = 0; i < kWords * kLow / 8; ++i, lines += kAlignment) hwy::Prefetch(lines + ahead);
-    for (int i = 0; i < kWords * kHigh / 8; ++i, high += kAlignment) hwy::Prefetch(high + ahead);
+    for (int i = 0; i < kWords * kLow / 8; ++i, lines += kAlignment) fetch(lines + ahead);
+    for (int i = 0; i < kWords * kHigh / 8; ++i, high += kAlignment) fetch(high + ahead);
   }
 }
 
@@ -108,7 +107,7 @@ void TwoLevelScales(const PackedPart& part, const std::byte* block, int g, ptrdi
   const std::byte* lines = block + kAlignment;
   const int groups = part.groups_of_block(), of_block = g % groups;
   if (of_block == 0) {
-    for (int i = 0; i <= planes.low_lines + planes.high_lines; ++i) hwy::Prefetch(block + ahead + i * int(kAlignment));
+    for (int i = 0; i <= planes.low_lines + planes.high_lines; ++i) fetch(block + ahead + i * int(kAlignment));
   }
   for (int v = 0; v < kVectors; ++v) {
     const auto integer = [&](int i) HWY_ATTR {
