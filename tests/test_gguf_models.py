@@ -1,180 +1,19 @@
 """Models in GGUF files through the command line: against the directories that they were made of."""
 
 import json
-import math
 import shutil
 
 import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from conftest import ROOT, Torpor, make_tiny_model
+from gguf_files import byte_tokenizer, write_gguf
 from serving import Server
 
 GOLDENS = ROOT / "tests/goldens/model"
 TEXT = (GOLDENS / "long.txt").read_text()
-TEMPLATE = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-            "{% if add_generation_prompt %}assistant:{% endif %}")
-
-def byte_tokenizer(directory):
-    """A tokenizer.json of 128 tokens: the ASCII characters, as ByteLevel writes them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=ord)[:128]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return alphabet
-
-
-def tensors_of(directory):
-    given = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        given |= mx.load(str(path))
-    tensors = {}
-    for name, value in given.items():
-        if (scales := given.get(f"{name.removesuffix('.weight')}.scales")) is not None:
-            value = mx.dequantize(value, scales, mode="mxfp4", group_size=32, bits=4)
-        if not name.endswith(".scales"):
-            tensors[name] = np.array(value.astype(mx.float32))
-    return tensors
-
-
-def neighbours(rows, heads):
-    """As llama.cpp's converter permutes Llama's q and k."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def llama3_factors(config):
-    """As llama.cpp's converter computes them."""
-    scaling, dim = config["rope_scaling"], config["hidden_size"] // config["num_attention_heads"]
-    frequencies = 1.0 / config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
-    original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    factors = []
-    for frequency in frequencies:
-        length = 2 * math.pi / frequency
-        if length < original / high:
-            factors.append(1)
-        elif length > original / low:
-            factors.append(factor)
-        else:
-            smooth = (original / length - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(factors, dtype=np.float32)
-
-
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-                 "qwen3_moe": "qwen3moe", "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma4_text": "gemma4",
-                 "gpt_oss": "gpt-oss",
-                 "phi3": "phi3", "smollm3": "smollm3"}
-
-
-def write_gemma4_metadata(writer, config):
-    """As llama.cpp's converter does, beyond what all have."""
-    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
-    shared, size, layers = config["num_kv_shared_layers"], config["intermediate_size"], len(slides)
-    writer.add_shared_kv_layers(shared)
-    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
-    writer.add_sliding_window_pattern(slides)
-    writer.add_key_length(config["global_head_dim"])
-    writer.add_value_length(config["global_head_dim"])
-    writer.add_key_length_swa(config["head_dim"])
-    writer.add_value_length_swa(config["head_dim"])
-    writer.add_feed_forward_length([size if i < layers - shared else 2 * size for i in range(layers)])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_dimension_count(config["global_head_dim"])
-    writer.add_rope_dimension_count_swa(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
-    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
-    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-
-
-def write_metadata(writer, config):
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_head_count(heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if config.get("sliding_window"):
-        writer.add_sliding_window(config["sliding_window"])
-    if config["model_type"] == "gemma4_text":
-        return write_gemma4_metadata(writer, config)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_freq_base(config.get("rope_theta", 1e6 if config["model_type"] == "gemma3_text" else 10000.0))
-    writer.add_rope_dimension_count(int(head_dim * config.get("partial_rotary_factor", 1)))
-    if "final_logit_softcapping" in config:
-        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
-        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-    scaling = config.get("rope_scaling") or {}
-    if scaling.get("type", scaling.get("rope_type")) == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(scaling["factor"])
-    if config["model_type"] == "gpt_oss":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(scaling["factor"])
-        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-        writer.add_expert_feed_forward_length(config["intermediate_size"])
-    experts = config.get("num_experts") or config.get("num_local_experts")
-    if experts:
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(config["num_experts_per_tok"])
-    if "moe_intermediate_size" in config:
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-
-
-def write_gguf(directory, path, change=None, pre="gpt-2", metadata=None, leave_out=" ", **options):
-    """The model of a directory of floats as GGUF: names by the package gguf, order of rows by llama.cpp's converter.
-    `change(name, value)` may give another value and its type, `metadata(writer)` other metadata. Tensors named
-    as `leave_out` are not written."""
-    config = json.loads((directory / "config.json").read_text())
-    architecture = ARCHITECTURES[config["model_type"]]
-    writer = gguf.GGUFWriter(path, architecture, **options)
-    write_metadata(writer, config)
-    if metadata:
-        metadata(writer)
-    vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(TEMPLATE)
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    of_dense = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    for name, value in tensors_of(directory).items():
-        bare = name.endswith(("layer_scalar", "sinks"))
-        stem, _, suffix = (f"{name}.weight" if bare else name).rpartition(".")
-        stem = stem.replace("mlp.switch_mlp.", "mlp.experts.").replace("block_sparse_moe.switch_mlp.", "mlp.experts.")
-        if architecture in ("llama", "smollm3") and stem.endswith(("q_proj", "k_proj")):
-            value = neighbours(value, heads if stem.endswith("q_proj") else kv_heads)
-        if architecture in ("gemma2", "gemma3") and stem.endswith("norm"):
-            value = value + np.float32(1)
-        name = f"{names.get_name(stem) or of_dense.get_name(stem)}.{suffix}"
-        if leave_out in name:
-            continue
-        value, kind = change(name, value) if change else (value, None)
-        writer.add_tensor(name, np.ascontiguousarray(value), raw_dtype=kind)
-    scaling = config.get("rope_scaling") or {}
-    if scaling.get("rope_type") == "llama3":
-        writer.add_tensor("rope_freqs.weight", llama3_factors(config))
-    if architecture == "gemma4":
-        pairs = config["global_head_dim"] // 2
-        rotated = int(pairs * config["rope_parameters"]["full_attention"]["partial_rotary_factor"])
-        writer.add_tensor("rope_freqs.weight", np.array([1.0] * rotated + [1e30] * (pairs - rotated), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture
@@ -186,7 +25,13 @@ def tiny_of(tmp_path):
         config = json.loads((directory / "config.json").read_text())
         if "query_pre_attn_scalar" in config:  # GGUF says it of one size of models alone
             config["query_pre_attn_scalar"] = config["head_dim"]
-            (directory / "config.json").write_text(json.dumps(config))
+        if name == "lfm2-moe":  # llama.cpp has neither
+            config |= {"conv_bias": False, "routed_scaling_factor": 1.0}
+            weights = mx.load(str(directory / "model.safetensors"))
+            weights = {key: value for key, value in weights.items() if not key.endswith(".bias")}
+            mx.eval(weights)  # of the file that is written now
+            mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
+        (directory / "config.json").write_text(json.dumps(config))
         return directory
     return made
 
@@ -200,8 +45,8 @@ def perplexity(tmp_path, model, backend="kernels", activations="f32", tokens=60,
 
 @pytest.mark.parametrize("name, close", [
     ("f16", 0), ("bf16-llama3", 1e-6), ("f32-linear", 0), ("mistral", 0), ("qwen2", 0), ("qwen3", 0), ("qwen3-moe", 0),
-    ("gemma2", 0), ("gemma3", 1e-6), ("gemma4", 0), ("gpt-oss", 1e-5),
-    ("phi3", 0), ("smollm3", 0)])
+    ("gemma2", 0), ("gemma3", 1e-6), ("gemma4", 0), ("gemma4-moe", 0), ("gemma4-moe-hf", 0), ("gpt-oss", 1e-5),
+    ("lfm2", 0), ("lfm2-moe", 1e-5), ("phi3", 0), ("qwen3-5", 1e-6), ("qwen3-5-moe", 1e-6), ("smollm3", 0)])
 def test_a_file_of_floats_computes_what_its_directory_does(tmp_path, tiny_of, name, close):
     directory = tiny_of(name)
     file = write_gguf(directory, tmp_path / "model.gguf")

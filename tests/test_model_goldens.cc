@@ -1,4 +1,5 @@
-/// The forward passes against mlx-lm's on the same weights, in f32 (goldens of scripts/make-goldens-model).
+/// The forward passes against mlx-lm's on the same weights, in f32 (goldens of scripts/make-goldens-model); those of
+/// GGUF files against llama.cpp's on the file expanded to f32 (scripts/make-goldens-gguf).
 
 #include <gtest/gtest.h>
 
@@ -36,7 +37,7 @@ class Real : public testing::TestWithParam<const char*> {
   }
 };
 
-TEST_P(Real, LogitsAgreeWithMlxLm) {
+TEST_P(Real, LogitsAgreeWithTheReferences) {
   const size_t vocab = size_t(model_->info().vocab_size);
   for (const auto& [name, golden] : prompts_.items()) {
     SCOPED_TRACE(name);
@@ -80,7 +81,7 @@ TEST_P(Real, LogitsAgreeWithMlxLm) {
   }
 }
 
-TEST_P(Real, GreedyTokensEqualMlxLms) {
+TEST_P(Real, GreedyTokensEqualTheReferences) {
   for (const auto& [name, golden] : prompts_.items()) {
     SCOPED_TRACE(name);
     TestCache cache(*model_, KvDtype::kF32);
@@ -115,7 +116,8 @@ class Tiny : public testing::TestWithParam<std::tuple<const char*, std::optional
   const std::vector<int32_t> tokens_ = golden_.at("tokens");
 
   std::unique_ptr<Model> load(Activations activations) const {
-    return Model::load(dir_.string(), {.backend = backend_, .activations = activations});
+    const fs::path file = dir_ / "model.gguf", model = fs::exists(file) ? file : dir_;
+    return Model::load(model.string(), {.backend = backend_, .activations = activations});
   }
   /// The largest difference from the kept logits, which reach 25, when so many tokens are computed at a time.
   float difference(Model& model, size_t step) const {
@@ -138,7 +140,7 @@ class Tiny : public testing::TestWithParam<std::tuple<const char*, std::optional
   }
 };
 
-TEST_P(Tiny, LogitsAgreeWithMlxLm) {
+TEST_P(Tiny, LogitsAgreeWithTheReferences) {
   const auto model = load(Activations::kF32);
   const float whole = difference(*model, tokens_.size()), one_by_one = difference(*model, 1);
   EXPECT_LT(std::max(whole, one_by_one), 1e-3f);
@@ -169,7 +171,7 @@ TEST_P(Tiny, ChunksDoNotChangeABitOfTheKernels) {
   }
 }
 
-TEST_P(Tiny, GreedyTokensEqualMlxLms) {
+TEST_P(Tiny, GreedyTokensEqualTheReferences) {
   const auto model = load(Activations::kF32);
   for (const auto& [length, expected] : golden_.at("greedy").items()) {
     SCOPED_TRACE(length);
@@ -198,7 +200,9 @@ INSTANTIATE_TEST_SUITE_P(
                                       "tiny-qwen3-5", "tiny-qwen3-next", "tiny-nemotron-h",
                                       "tiny-nemotron-h-moe", "tiny-qwen3-5-moe", "tiny-lfm2-moe", "tiny-granite-hybrid",
                                       "tiny-granite-hybrid-moe", "tiny-deepseek-v2", "tiny-deepseek-v2-q4",
-                                      "tiny-deepseek-v3", "tiny-glm4-moe-lite", "tiny-mistral4"),
+                                      "tiny-deepseek-v3", "tiny-glm4-moe-lite", "tiny-mistral4",
+                                      "tiny-gguf-gemma4", "tiny-gguf-lfm2", "tiny-gguf-lfm2moe", "tiny-gguf-qwen35",
+                                      "tiny-gguf-qwen35moe"),
                      testing::Values(std::nullopt, Backend::kKernels, Backend::kMlx)),
     [](const auto& info) {
       const std::optional<Backend> backend = std::get<1>(info.param);

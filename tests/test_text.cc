@@ -122,14 +122,21 @@ void for_each_gguf_tokenizer(Check&& check) {
   }
 }
 
-TEST(GgufTokenizer, IdsEqualHuggingFaces) {
+/// And those of llama.cpp on the models' files, where there are models.
+TEST(GgufTokenizer, IdsEqualHuggingFacesAndLlamaCpps) {
   int files = 0;
-  for_each_gguf_tokenizer([&](const auto& tokenizer, const json& golden) {
-    ++files;
-    for (const auto& sample : golden.at("cases")) {
+  const auto compare = [](const auto& tokenizer, const json& samples) {
+    for (const auto& sample : samples) {
       const std::string input = sample.at("input");
       EXPECT_EQ(json(tokenizer->encode(input, false)), sample.at("ids")) << sample.at("input");
     }
+  };
+  for_each_gguf_tokenizer([&](const auto& tokenizer, const json& golden) {
+    ++files;
+    compare(tokenizer, golden.at("cases"));
+    const fs::path name = fs::path(golden.at("dir")).filename() += ".gguf.json";
+    const fs::path of_model = kRoot / "tests/goldens/model" / name;
+    if (fs::exists(of_model)) compare(tokenizer, parse_json<json>(read(of_model)).at("texts"));
   });
   EXPECT_GE(files, 1);
 }

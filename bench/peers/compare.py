@@ -1,7 +1,7 @@
 """Torpor beside llama.cpp at its best, and mlx-lm: the same models, the same machine, alternating runs.
 
     bench/peers/prepare [MODEL...]
-    .venv/bin/python bench/peers/compare.py [--model MODEL]... [--quick] [--torpor build/torpor] [--runs 5]
+    .venv/bin/python bench/peers/compare.py [--model MODEL]... [--quick] [--gguf] [--torpor build/torpor] [--runs 5]
 
 A round runs each case once with Torpor, then once with every setting of llama.cpp: weights in Q4_0, Q4_K_M and Q8_0 (and as the
 GGUF came), with flash attention off and on, its repacking on. So whatever else the machine does meets all of them. A round that
@@ -11,6 +11,8 @@ Per figure the table has the medians of Torpor and of llama.cpp's best setting w
 ratio of the medians, the lowest and highest ratio of one round, and beside them the best of all settings, whatever its bits.
 The smallest ratio comes first. --quick leaves out Q8_0 and the longest prompts and depths, and takes three rounds: under 30
 minutes for the three small models on 2 cores.
+
+--gguf gives both the same file: .models/MODEL.gguf, as it came.
 
 Each round goes to bench/out/compare-MODEL.json as soon as it is there. A run that was interrupted goes on where it stopped;
 --fresh begins anew, as does another Torpor or another machine. The ratios are drawn to bench/out/compare-MODEL.png.
@@ -27,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -93,10 +95,11 @@ class Model:
     title: str
     directory: str
     cases: list[Case]
+    on_gguf: bool = False  # Torpor too runs .models/`name`.gguf
 
     @property
     def path(self):
-        return ROOT / ".models" / self.directory
+        return self.gguf if self.on_gguf else ROOT / ".models" / self.directory
 
     @property
     def gguf(self):
@@ -105,7 +108,17 @@ class Model:
     @property
     def weights(self):
         """Their file."""
-        return self.path / "model.safetensors"
+        return self.gguf if self.on_gguf else self.path / "model.safetensors"
+
+    def of_gguf(self):
+        """The same on its GGUF file."""
+        cases = [prefill(512, 1.5), decode(0, 1.3), decode(4096, slow=True)]
+        return replace(self, title=f"{self.title}'s GGUF file", cases=cases, on_gguf=True)
+
+    @property
+    def results(self):
+        """Name of what is kept of its runs."""
+        return f"compare-{self.name}" + ("-gguf" if self.on_gguf else "")
 
 
 MODELS = {model.name: model for model in [
@@ -157,6 +170,8 @@ def bits_each(path):
 
 
 def settings(model, quick):
+    if model.on_gguf:
+        return [Setting("as it came", model.gguf, flash) for flash in (False, True)]
     files = {"as it came": model.gguf} | {kind: GGUF / f"{model.name}-{kind}.gguf" for kind in TYPES if not (quick and kind == "Q8_0")}
     return [Setting(kind, path, flash) for kind, path in files.items() for flash in (False, True)]
 
@@ -215,7 +230,7 @@ class Rounds:
     """What has been measured of a model: per case a list of rounds, each {"share", "tok_s": {who: {key: tokens/s}}, "peak"}."""
 
     def __init__(self, model, torpor, threads, fresh):
-        self.path = OUT / f"compare-{model.name}.json"
+        self.path = OUT / f"{model.results}.json"
         self.of = {"machine": f"{os.cpu_count()} cores, {cpu_name()}", "threads": threads,
                    "torpor": hashlib.sha256(torpor.read_bytes()).hexdigest(), "weights": model.weights.stat().st_size}
         self.cases = {}
@@ -339,6 +354,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, action="append", help="may be given several times; all without it")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--gguf", action="store_true", help="both on the very GGUF file, as it came")
     parser.add_argument("--fresh", action="store_true", help="forget what an interrupted run measured")
     parser.add_argument("--torpor", type=Path, default=ROOT / "build" / "torpor")
     parser.add_argument("--runs", type=int, help="rounds; 5, or 3 with --quick")
@@ -348,6 +364,8 @@ def main():
     arguments = parser.parse_args()
     torpor, runs = arguments.torpor.resolve(), arguments.runs or (3 if arguments.quick else 5)
     models = [MODELS[name] for name in arguments.model or (QUICK_MODELS if arguments.quick else MODELS)]
+    if arguments.gguf:
+        models = [model.of_gguf() for model in models]
     for model in models:
         for needed in (torpor, LLAMA / "llama-batched-bench", model.path, *(s.path for s in settings(model, arguments.quick))):
             if not needed.exists():
@@ -365,11 +383,11 @@ def main():
         found = rows(model, cases, rounds, runs, arguments.quick)
         if found:
             report(model, found, arguments.quick)
-            png = OUT / f"compare-{model.name}.png"
+            png = OUT / f"{model.results}.png"
             plot([(row.label, row.ratio, row.low, row.high, row.target or 1) for row in found], png,
                  f"{model.title}; {os.cpu_count()} cores, {cpu_name()}", "speed relative to llama.cpp's best of no more bits (tokens/s)")
             print(f"\nPlot: {png.relative_to(ROOT)}", flush=True)
-    if arguments.mlx_lm_runs and MODELS["smollm2-135m"] in models:
+    if not arguments.gguf and arguments.mlx_lm_runs and MODELS["smollm2-135m"] in models:
         mlx_lm = measure_mlx_lm(torpor, MODELS["smollm2-135m"], arguments.mlx_lm_runs)
         if mlx_lm:
             report_mlx_lm(mlx_lm)

@@ -152,7 +152,7 @@ HWY_INLINE void RunHeadOf(const HeadPass& p) {
     const float* q = mixed + (kDelta ? group : output + keys + group);
     const float* k = mixed + (kDelta ? keys + group : output + group);
     const float* v = mixed + (kDelta ? 2 * keys : 0) + values;
-    float* y = p.y + row * output + values;
+    float* y = p.y + row * output + size_t(s.place(p.head)) * stride;
     const HeadStep step = p.steps[row * size_t(s.n_heads) + size_t(p.head)];
     int column = p.first;
     const auto columns = [&]<class D, int NV>(D d, std::integral_constant<int, NV>) HWY_ATTR {

@@ -31,8 +31,15 @@ struct RecurrentShape {
   int n_groups = 0;                ///< heads of q and k, or of B and C, each for n_heads / n_groups heads
   int key_dim = 0, value_dim = 0;  ///< of a head's state; kShortConv: value_dim features in all
   float min_step = 0, max_step = 0;  ///< kMamba2: dt is clamped to them
+  /// kGatedDelta: z and y have the first heads of all groups first, then the second ones, as llama.cpp's files do.
+  bool tiled = false;
   OutputNorm norm;                 ///< not of kShortConv
 
+  /// Where among y's heads head `head` is.
+  int place(int head) const {
+    const int of_group = tiled ? n_heads / n_groups : n_heads;
+    return head % of_group * (n_heads / of_group) + head / of_group;
+  }
   /// Features of y.
   int output() const { return n_heads == 0 ? value_dim : n_heads * value_dim; }
   /// Features that are convolved.

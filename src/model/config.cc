@@ -270,8 +270,7 @@ ModelConfig read_gguf_config(const std::filesystem::path& path) {
   const json file = gguf_config(model);
   try {
     ModelConfig config = parse_config(file);
-    config.norm_plus = 0;  // llama.cpp keeps all norms as what rows are multiplied by
-    config.names.neighbours = gguf_neighbour_rows(model.metadata());
+    adopt_gguf(model.metadata(), config);
     const GgufEnds ends = gguf_ends(model.metadata());
     config.eos_token_ids.assign(ends.ids.begin(), ends.ids.end());
     return config;

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <iterator>
-#include <map>
 #include <string_view>
+#include <vector>
 
 #include <nlohmann/json.hpp>
 
@@ -15,7 +15,6 @@ namespace torpor::model {
 namespace {
 
 using nlohmann::json;
-using Names = std::map<std::string, std::string, std::less<>>;
 
 /// The metadata of an architecture, by what follows its name in their keys.
 class Fields {
@@ -44,6 +43,17 @@ class Fields {
       refuse("has layers that differ in " + key(name) + ", which is not supported for its architecture.");
     }
     return whole(name, all.front());
+  }
+  /// Those of the layers that attend: the others of a hybrid have none.
+  std::optional<int64_t> kv_heads() const {
+    std::vector<double> all = numbers("attention.head_count_kv");
+    if (all.size() > 1) std::erase(all, 0);
+    if (std::ranges::any_of(all, [&](double one) { return one != all.front(); })) {
+      refuse("has layers that differ in " + key("attention.head_count_kv") +
+             ", which is not supported for its architecture.");
+    }
+    if (all.empty()) return std::nullopt;
+    return whole("attention.head_count_kv", all.front());
   }
   int64_t need(const char* name) const {
     const std::optional<int64_t> value = count(name);
@@ -93,8 +103,9 @@ json common(const Fields& fields) {
 
 /// The fields of layers that are all alike. Rows that lie as `neighbours` rotate are of heads that rotate whole.
 void alike(const Fields& fields, json& config, bool neighbours) {
-  config["intermediate_size"] = fields.need("feed_forward_length");
-  if (const auto heads = fields.count("attention.head_count_kv")) config["num_key_value_heads"] = *heads;
+  const auto size = fields.count("feed_forward_length");  // which a model has not whose layers all have experts
+  config["intermediate_size"] = size ? *size : fields.need("expert_feed_forward_length");
+  if (const auto heads = fields.kv_heads()) config["num_key_value_heads"] = *heads;
   const int64_t n_heads = config["num_attention_heads"], hidden = config["hidden_size"];
   const int64_t dim = fields.integer("attention.key_length").value_or(hidden / std::max<int64_t>(n_heads, 1));
   if (fields.integer("attention.value_length").value_or(dim) != dim) {
@@ -275,9 +286,11 @@ void gemma4(const Fields& fields, json& config) {
   config["use_double_wide_mlp"] = sizes.back() == 2 * sizes.front();
   config["num_kv_shared_layers"] = fields.integer("attention.shared_kv_layers").value_or(0);
   config["sliding_window"] = fields.need("attention.sliding_window");
-  if (fields.integer("expert_count").value_or(0) > 0) {
-    fields.refuse("has a mixture of experts, which is not read from GGUF for its architecture; fetch the model's "
-                  "original repository.");
+  if (const int64_t experts = fields.integer("expert_count").value_or(0); experts > 0) {
+    config["enable_moe_block"] = true;
+    config["num_experts"] = experts;
+    config["top_k_experts"] = fields.need("expert_used_count");
+    config["moe_intermediate_size"] = fields.need("expert_feed_forward_length");
   }
   config["hidden_act"] = "gelu_pytorch_tanh";
   if (const auto cap = fields.number("final_logit_softcapping")) config["final_logit_softcapping"] = *cap;
@@ -301,60 +314,98 @@ void gemma4(const Fields& fields, json& config) {
   config["rope_parameters"] = {{"full_attention", full}, {"sliding_attention", sliding}};
 }
 
-const Names kLayer = {{"attn_norm", "input_layernorm"}, {"attn_q", "self_attn.q_proj"}, {"attn_k", "self_attn.k_proj"},
-                      {"attn_v", "self_attn.v_proj"}, {"attn_qkv", "self_attn.qkv_proj"},
-                      {"attn_q_norm", "self_attn.q_norm"}, {"attn_k_norm", "self_attn.k_norm"},
-                      {"attn_output", "self_attn.o_proj"}, {"ffn_norm", "post_attention_layernorm"},
-                      {"ffn_gate", "mlp.gate_proj"}, {"ffn_up", "mlp.up_proj"}, {"ffn_down", "mlp.down_proj"},
-                      {"ffn_gate_inp", "mlp.gate"}, {"ffn_gate_exps", "mlp.switch_mlp.gate_proj"},
-                      {"ffn_up_exps", "mlp.switch_mlp.up_proj"}, {"ffn_down_exps", "mlp.switch_mlp.down_proj"}};
-const Names kMixtralLayer = {{"ffn_gate_inp", "block_sparse_moe.gate"},
-                             {"ffn_gate_exps", "block_sparse_moe.switch_mlp.gate_proj"},
-                             {"ffn_up_exps", "block_sparse_moe.switch_mlp.up_proj"},
-                             {"ffn_down_exps", "block_sparse_moe.switch_mlp.down_proj"}};
-const Names kGemmaLayer = {{"post_attention_norm", "post_attention_layernorm"},
-                           {"ffn_norm", "pre_feedforward_layernorm"},
-                           {"post_ffw_norm", "post_feedforward_layernorm"}};
-const Names kGemma4Layer = {{"post_attention_norm", "post_attention_layernorm"},
-                            {"ffn_norm", "pre_feedforward_layernorm"},
-                            {"post_ffw_norm", "post_feedforward_layernorm"},
-                            {"inp_gate", "per_layer_input_gate"},
-                            {"proj", "per_layer_projection"},
-                            {"post_norm", "post_per_layer_input_norm"},
-                            {"layer_output_scale", "layer_scalar"}};
-const Names kGptOssLayer = {{"post_attention_norm", "post_attention_layernorm"},
-                            {"attn_sinks", "self_attn.sinks"},
-                            {"ffn_gate_inp", "mlp.router"},
-                            {"ffn_gate_exps", "mlp.experts.gate_proj"},
-                            {"ffn_up_exps", "mlp.experts.up_proj"},
-                            {"ffn_down_exps", "mlp.experts.down_proj"}};
-const Names kPhi3Layer = {{"ffn_up", "mlp.gate_up_proj"}};
-const Names kNone;
-const Names kModel = {{"token_embd", "model.embed_tokens"}, {"output_norm", "model.norm"}, {"output", "lm_head"},
-                      {"per_layer_token_embd", "model.embed_tokens_per_layer"},
-                      {"per_layer_model_proj", "model.per_layer_model_projection"},
-                      {"per_layer_proj_norm", "model.per_layer_projection_norm"}};
+/// Layers without heads of keys and values are convolutions.
+void lfm2(const Fields& fields, json& config) {
+  const std::vector<double> heads = fields.numbers("attention.head_count_kv");
+  if (config["num_hidden_layers"] != heads.size()) {
+    fields.refuse("does not say which layers attend (" + fields.key("attention.head_count_kv") +
+                  "); fetch a newer file of the model.");
+  }
+  config["layer_types"] = json::array();
+  for (const double n : heads) config["layer_types"].push_back(n != 0 ? "full_attention" : "conv");
+  config["conv_L_cache"] = fields.need("shortconv.l_cache");
+  config["norm_eps"] = config["rms_norm_eps"];
+  config["block_auto_adjust_ff_dim"] = false;
+  if (fields.integer("attention.sliding_window").value_or(0) > 0) {
+    fields.refuse("has a window, which is not supported for its architecture.");
+  }
+}
+
+void lfm2moe(const Fields& fields, json& config) {
+  lfm2(fields, config);
+  config["num_experts"] = fields.need("expert_count");
+  config["num_experts_per_tok"] = fields.need("expert_used_count");
+  config["moe_intermediate_size"] = fields.need("expert_feed_forward_length");
+  config["num_dense_layers"] = fields.integer("leading_dense_block_count").value_or(0);
+  config["norm_topk_prob"] = config["use_expert_bias"] = true;  // llama.cpp has it so for all
+  if (const auto scale = fields.number("expert_weights_scale")) config["routed_scaling_factor"] = *scale;
+  constexpr int64_t kSigmoid = 2;
+  if (fields.integer("expert_gating_func") != kSigmoid) {
+    fields.refuse("chooses experts otherwise than by sigmoids, which is not supported for its architecture.");
+  }
+}
+
+/// Three layers of four keep a state.
+void qwen35(const Fields& fields, json& config) {
+  // Those that guess further tokens come last, and are not computed.
+  int64_t layers = config["num_hidden_layers"];
+  layers -= fields.count("nextn_predict_layers").value_or(0);
+  config["num_hidden_layers"] = layers;
+  const std::vector<double> recurrent = fields.numbers("attention.recurrent_layers");
+  if (!recurrent.empty() && int64_t(recurrent.size()) < layers) {
+    fields.refuse("has too short a list in " + fields.key("attention.recurrent_layers") + ".");
+  }
+  const int64_t interval = fields.integer("full_attention_interval").value_or(4);
+  config["layer_types"] = json::array();
+  for (int64_t i = 0; i < layers; ++i) {
+    const bool attends = recurrent.empty() ? interval > 0 && (i + 1) % interval == 0 : recurrent[size_t(i)] == 0;
+    config["layer_types"].push_back(attends ? "full_attention" : "linear_attention");
+  }
+  const int64_t inner = fields.need("ssm.inner_size"), heads = fields.need("ssm.time_step_rank");
+  if (heads == 0 || inner % heads != 0) {
+    fields.refuse("has a " + fields.key("ssm.inner_size") + " that is no whole number of heads.");
+  }
+  config["linear_num_value_heads"] = heads;
+  config["linear_value_head_dim"] = inner / heads;
+  config["linear_num_key_heads"] = fields.need("ssm.group_count");
+  config["linear_key_head_dim"] = fields.need("ssm.state_size");
+  config["linear_conv_kernel_dim"] = fields.need("ssm.conv_kernel");
+}
+
+void qwen35moe(const Fields& fields, json& config) {
+  qwen35(fields, config);
+  config["num_experts"] = fields.need("expert_count");
+  config["num_experts_per_tok"] = fields.need("expert_used_count");
+  config["moe_intermediate_size"] = fields.need("expert_feed_forward_length");
+  config["shared_expert_intermediate_size"] = fields.need("expert_shared_feed_forward_length");
+  if (const double scale = fields.number("expert_weights_scale").value_or(1); scale != 1 && scale != 0) {
+    fields.refuse("scales the weights of experts, which is not supported for its architecture.");
+  }
+}
 
 struct Architecture {
   const char* name;        ///< of GGUF
   const char* model_type;  ///< of config.json, unless `fields` say another
   void (*fields)(const Fields& fields, json& config);
-  const Names& names;      ///< of a layer's tensors, where they are not those of most
-  bool neighbours = false;   ///< gguf_neighbour_rows
+  bool neighbours = false;   ///< rows of q and k are in the order in which neighbours rotate
   bool apart = false;        ///< `fields` say all of layers and their RoPE
 };
 
 const Architecture kArchitectures[] = {
-    {"gemma2", "gemma2", gemma2, kGemmaLayer},
-    {"gemma3", "gemma3_text", gemma3, kGemmaLayer},
-    {"gemma4", "gemma4_text", gemma4, kGemma4Layer, false, /*apart=*/true},
-    {"gpt-oss", "gpt_oss", gpt_oss, kGptOssLayer},
-    {"llama", "llama", llama, kMixtralLayer, /*neighbours=*/true},
-    {"phi3", "phi3", phi3, kPhi3Layer},
-    {"qwen2", "qwen2", plain, kNone},
-    {"qwen3", "qwen3", plain, kNone},
-    {"qwen3moe", "qwen3_moe", qwen3moe, kNone},
-    {"smollm3", "smollm3", plain, kNone, /*neighbours=*/true},
+    {"gemma2", "gemma2", gemma2},
+    {"gemma3", "gemma3_text", gemma3},
+    {"gemma4", "gemma4_text", gemma4, false, /*apart=*/true},
+    {"gpt-oss", "gpt_oss", gpt_oss},
+    {"lfm2", "lfm2", lfm2},
+    {"lfm2moe", "lfm2_moe", lfm2moe},
+    {"llama", "llama", llama, /*neighbours=*/true},
+    {"phi3", "phi3", phi3},
+    {"qwen2", "qwen2", plain},
+    {"qwen3", "qwen3", plain},
+    {"qwen35", "qwen3_5_text", qwen35},
+    {"qwen35moe", "qwen3_5_moe_text", qwen35moe},
+    {"qwen3moe", "qwen3_moe", qwen3moe},
+    {"smollm3", "smollm3", plain, /*neighbours=*/true},
 };
 
 const Architecture* find_architecture(const GgufFile& metadata) {
@@ -384,29 +435,16 @@ json gguf_config(const GgufModel& model) {
   return config;
 }
 
-bool gguf_neighbour_rows(const GgufFile& metadata) {
+void adopt_gguf(const GgufFile& metadata, ModelConfig& config) {
   const Architecture* architecture = find_architecture(metadata);
-  return architecture != nullptr && architecture->neighbours;
-}
-
-std::optional<std::string> gguf_tensor_name(const GgufFile& metadata, const std::string& name) {
-  const Architecture* architecture = find_architecture(metadata);
-  const size_t dot = name.rfind('.');
-  if (architecture == nullptr || dot == std::string::npos) return std::nullopt;
-  const std::string stem = name.substr(0, dot), kind = name.substr(dot);
-  if (const auto known = kModel.find(stem); known != kModel.end()) return known->second + kind;
-  if (!stem.starts_with("blk.")) return std::nullopt;
-  const size_t end = stem.find('.', 4);
-  if (end == std::string::npos) return std::nullopt;
-  const std::string part = stem.substr(end + 1);
-  for (const Names* names : {&architecture->names, &kLayer}) {
-    const auto known = names->find(part);
-    if (known == names->end()) continue;
-    const std::string layer = "model.layers." + stem.substr(4, end - 4) + ".";
-    const bool bare = part == "layer_output_scale" || part == "attn_sinks";
-    return layer + known->second + (bare ? "" : kind);
+  config.names.neighbours = architecture != nullptr && architecture->neighbours;
+  config.norm_plus = config.published_norm_plus = 0;
+  // Gemma's. Hugging Face's models round the root to bf16.
+  if (config.embedding_scale != 1) config.embedding_scale = std::sqrt(float(config.hidden_size));
+  if (config.layer_inputs) config.layer_inputs->scale = std::sqrt(float(config.layer_inputs->size));
+  for (LayerSpec& layer : config.layers) {
+    if (layer.recurrent) layer.recurrent->shape.tiled = layer.recurrent->shape.kind == kernels::Recurrence::kGatedDelta;
   }
-  return std::nullopt;
 }
 
 }  // namespace torpor::model

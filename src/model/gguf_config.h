@@ -10,6 +10,7 @@
 #include <nlohmann/json_fwd.hpp>
 
 #include "base/gguf.h"
+#include "model/config.h"
 
 namespace torpor::model {
 
@@ -17,8 +18,8 @@ namespace torpor::model {
 /// that is not known, and for one whose metadata lack what the config needs.
 nlohmann::json gguf_config(const GgufModel& model);
 
-/// Rows of q and k are in the order in which neighbours rotate, as llama.cpp keeps those of Llama's kin.
-bool gguf_neighbour_rows(const GgufFile& metadata);
+/// What llama.cpp's tensors have otherwise than the directory's of that config, and how it scales embeddings.
+void adopt_gguf(const GgufFile& metadata, ModelConfig& config);
 
 /// The name in Hugging Face's files, or mlx-lm's of stacked experts, of the tensor `name` of a GGUF file; nullopt for
 /// one that the config says, or nobody knows.

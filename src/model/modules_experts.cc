@@ -56,12 +56,20 @@ Ops::Weight Modules::experts(const std::string& layer, const Experts& spec) cons
   const std::string at = c.weight_prefix + name, stacked = at + names.stacked + ".";
   const std::string blocks = at + "experts.gate_up_proj";
   ExpertProjections parts{.router = projection(name + names.router, n, hidden, spec.bias)};
-  if (weights.find(stacked + names.stacked_parts[1] + ".weight") != nullptr) {
+  const char* const both_stacked = "gate_up_proj";  // as llama.cpp may have them
+  if (weights.find(stacked + names.stacked_parts[2] + ".weight") != nullptr) {
     const auto all = [&](const char* part, int rows, int columns) {
       return find_stacked(weights, c, stacked + part, n, rows, columns, spec.bias);
     };
-    if (gated) parts.gates = all(names.stacked_parts[0], size, hidden);
-    parts.ups = all(names.stacked_parts[1], size, hidden);
+    if (gated && weights.find(stacked + both_stacked + ".weight") != nullptr) {
+      for (const Projection& both : all(both_stacked, 2 * size, hidden)) {
+        parts.gates.push_back(rows_of(both, 0, size));
+        parts.ups.push_back(rows_of(both, size, size));
+      }
+    } else {
+      if (gated) parts.gates = all(names.stacked_parts[0], size, hidden);
+      parts.ups = all(names.stacked_parts[1], size, hidden);
+    }
     parts.downs = all(names.stacked_parts[2], hidden, size);
   } else if (weights.find(blocks + "_blocks") != nullptr) {
     const Projection both = stacked_blocks(weights, blocks, n, 2 * size, hidden);

@@ -1,5 +1,7 @@
 /// The modules of layers that keep a state.
 
+#include <cmath>
+
 #include "model/modules.h"
 #include "torpor/error.h"
 
@@ -7,22 +9,33 @@ namespace torpor::model {
 namespace {
 
 using kernels::Recurrence;
+using kernels::RecurrentShape;
 
-/// [taps, channels] of a depthwise convolution, which mlx-lm keeps as [channels, taps, 1] and others as
-/// [channels, 1, taps].
-std::vector<float> find_taps(const Weights& weights, const std::string& name, int channels, int taps) {
+/// Where a checkpoint has channel `c` of a convolution. Those of values are tiled with their heads.
+int channel_of(const RecurrentShape& shape, int c) {
+  const int values = c - (shape.channels() - shape.output()), size = shape.value_dim;
+  return !shape.tiled || values < 0 ? c : c - values + shape.place(values / size) * size + values % size;
+}
+
+/// [taps, channels] of a depthwise convolution, which mlx-lm keeps as [channels, taps, 1], others as
+/// [channels, 1, taps], and llama.cpp as [channels, taps].
+std::vector<float> find_taps(const Weights& weights, const std::string& name, const RecurrentShape& shape) {
+  using Dims = std::vector<int64_t>;
+  const int channels = shape.channels(), taps = shape.taps;
   const TensorView* found = weights.find(name);
-  const bool published = found != nullptr && found->shape == std::vector<int64_t>{channels, 1, taps};
+  const bool published = found != nullptr && found->shape == Dims{channels, 1, taps};
+  const bool flat = found != nullptr && found->shape == Dims{channels, taps};
   const std::vector<float> values =
-      to_floats(weights.get(name, published ? found->shape : std::vector<int64_t>{channels, taps, 1}));
+      to_floats(weights.get(name, published || flat ? found->shape : Dims{channels, taps, 1}));
   std::vector<float> transposed(values.size());
   for (int c = 0; c < channels; ++c) {
-    for (int t = 0; t < taps; ++t) transposed[size_t(t) * channels + c] = values[size_t(c) * taps + t];
+    const float* const from = values.data() + size_t(channel_of(shape, c)) * taps;
+    for (int t = 0; t < taps; ++t) transposed[size_t(t) * channels + c] = from[t];
   }
   return transposed;
 }
 
-const char* convolution(const kernels::RecurrentShape& shape) {
+const char* convolution(const RecurrentShape& shape) {
   return shape.kind == Recurrence::kShortConv ? ".conv" : ".conv1d";
 }
 
@@ -33,18 +46,29 @@ bool has_published_convolutions(const ModelConfig& config, const Weights& weight
     if (!config.layers[i].recurrent) continue;
     const std::string name = config.weight_prefix + layer_name(int(i)) + "." + config.names.recurrent;
     const TensorView* conv = weights.find(name + convolution(config.layers[i].recurrent->shape) + ".weight");
-    return conv != nullptr && !conv->shape.empty() && conv->shape.back() != 1;
+    return conv != nullptr && conv->shape.size() == 3 && conv->shape.back() != 1;
   }
   return false;
 }
 
 std::vector<Projection> Modules::given(const std::string& name, const Recurrent& spec) const {
-  const kernels::RecurrentShape& shape = spec.shape;
+  const RecurrentShape& shape = spec.shape;
   const auto part = [&](const char* part, int n) {
     return projection(name + part, n, checkpoint_.config.hidden_size, spec.bias);
   };
   if (shape.kind != Recurrence::kGatedDelta) return {part(".in_proj", shape.given())};
   const int heads = shape.n_heads, output = shape.output();
+  if (shape.tiled) {
+    // z stays as it is: the columns that read what it multiplies are in that order, and may share a block.
+    const int first = shape.channels() - output;
+    std::vector<RowRange> rows{{0, first}}, scalars;
+    for (int h = 0; h < heads; ++h) {
+      rows.push_back({first + shape.place(h) * shape.value_dim, shape.value_dim});
+      scalars.push_back({shape.place(h), 1});
+    }
+    return {gathered_rows_of(part(".in_proj_qkv", shape.channels()), rows), part(".in_proj_z", output),
+            gathered_rows_of(part(".in_proj_b", heads), scalars), gathered_rows_of(part(".in_proj_a", heads), scalars)};
+  }
   if (!spec.interleaved) {
     return {part(".in_proj_qkv", shape.channels()), part(".in_proj_z", output), part(".in_proj_b", heads),
             part(".in_proj_a", heads)};
@@ -67,20 +91,32 @@ std::vector<Projection> Modules::given(const std::string& name, const Recurrent&
 Ops::Weight Modules::recurrent(int index) const {
   const ModelConfig& c = checkpoint_.config;
   const Recurrent& spec = *c.layers[size_t(index)].recurrent;
-  const kernels::RecurrentShape& shape = spec.shape;
+  const RecurrentShape& shape = spec.shape;
   const std::string name = layer_name(index) + "." + c.names.recurrent, own = c.weight_prefix + name;
   const auto floats = [&](const std::string& part, int n) {
     return to_floats(checkpoint_.weights.get(own + part, {n}));
   };
+  const auto of_heads = [&](const char* part) {
+    const std::vector<float> given = floats(part, shape.n_heads);
+    std::vector<float> values;
+    for (int h = 0; h < shape.n_heads; ++h) values.push_back(given[size_t(shape.place(h))]);
+    return values;
+  };
   kernels::Recurrent cell{.shape = shape};
   const std::string conv = convolution(shape);
-  cell.conv = find_taps(checkpoint_.weights, own + conv + ".weight", shape.channels(), shape.taps);
+  cell.conv = find_taps(checkpoint_.weights, own + conv + ".weight", shape);
   if (spec.conv_bias) cell.conv_bias = floats(conv + ".bias", shape.channels());
   if (shape.n_heads > 0) {
-    cell.log_decay = floats(".A_log", shape.n_heads);
-    cell.step_bias = floats(".dt_bias", shape.n_heads);
+    cell.log_decay = of_heads(".A_log");
+    cell.step_bias = of_heads(".dt_bias");
     if (shape.kind == Recurrence::kMamba2) cell.skip = floats(".D", shape.n_heads);
     cell.norm = floats(".norm.weight", shape.kind == Recurrence::kMamba2 ? shape.output() : shape.value_dim);
+  }
+  if (shape.tiled) {  // llama.cpp keeps -exp(A_log)
+    for (float& decay : cell.log_decay) {
+      if (!(decay < 0)) throw Error(ErrorCode::kCorruption, "The weights have a decay in " + name + " that grows.");
+      decay = std::log(-decay);
+    }
   }
   return ops_.pack_recurrent(std::move(cell), given(name, spec));
 }

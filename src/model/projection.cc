@@ -49,7 +49,14 @@ Quantization quantization_of(const ModelConfig& config, const std::string& name,
 
 /// A matrix [n, columns], of `count` stacked ones one below the other.
 TensorView matrix(const Weights& weights, const std::string& name, int count, int n, int64_t columns) {
-  if (count == 0) return weights.get(name, {n, columns});
+  if (count == 0) {
+    // llama.cpp writes a single row as a list.
+    const TensorView* found = weights.find(name);
+    const bool list = n == 1 && found != nullptr && found->shape == std::vector<int64_t>{columns};
+    TensorView tensor = weights.get(name, list ? found->shape : std::vector<int64_t>{n, columns});
+    tensor.shape = {n, columns};
+    return tensor;
+  }
   TensorView tensor = weights.get(name, {count, n / count, columns});
   tensor.shape = {n, columns};
   return tensor;

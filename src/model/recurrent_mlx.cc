@@ -54,8 +54,9 @@ class Rows {
     const bool delta = shape_.kind == Recurrence::kGatedDelta;
     const mx::array mixed = silu(convolved(columns(given_, delta ? 0 : output, width), tail));
     const mx::array gates = silu(columns(given_, delta ? width : 0, output));
-    const mx::array y = mx::reshape(delta ? through(delta_steps(mixed), heads) : through(mamba_steps(mixed), heads),
-                                    {given_.shape(0), given_.shape(1), output});
+    mx::array y = delta ? through(delta_steps(mixed), heads) : through(mamba_steps(mixed), heads);
+    if (shape_.tiled) y = mx::swapaxes(mx::unflatten(y, 2, {shape_.n_groups, -1}), 2, 3);
+    y = mx::reshape(y, {given_.shape(0), given_.shape(1), output});
     return shape_.norm.gate_before ? normed(mx::multiply(y, gates)) : mx::multiply(normed(y), gates);
   }
 
