@@ -122,7 +122,7 @@ void for_each_gguf_tokenizer(Check&& check) {
   }
 }
 
-/// And those of llama.cpp on the models' files, where there are models.
+/// And those of llama.cpp on the models' files, but for texts in which the two differ.
 TEST(GgufTokenizer, IdsEqualHuggingFacesAndLlamaCpps) {
   int files = 0;
   const auto compare = [](const auto& tokenizer, const json& samples) {
