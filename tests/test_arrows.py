@@ -11,7 +11,7 @@ from conftest import ROOT
 
 DIRECT = {
     "base": [],
-    "store": ["base"], "exchange": ["store"], "text": ["base"], "kernels": ["base"],
+    "store": ["base"], "remote": ["base"], "exchange": ["store"], "text": ["base"], "kernels": ["base"],
     "model": ["kernels"], "cache": ["model"],
     "agents": ["exchange", "cache", "text"],
     "engine": ["agents"],
@@ -24,7 +24,7 @@ PUBLIC = {"error": "base", "log": "base", "version": "base", "compute_options": 
           "store": "store", "exchange": "exchange", "text": "text", "message": "text", "model_info": "model", "model": "model", "cache": "cache",
           "agents": "agents", "memory_usage": "agents", "generate_options": "engine", "generate": "engine", "engine": "engine",
           "teams": "teams"}
-NO_MLX = {"base", "store", "exchange", "text", "teams", "server"}
+NO_MLX = {"base", "store", "remote", "exchange", "text", "teams", "server"}
 
 
 def may_know(room):

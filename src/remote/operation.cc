@@ -1,0 +1,120 @@
+#include "remote/operation.h"
+
+#include <algorithm>
+
+namespace torpor::remote {
+namespace {
+
+constexpr int kAttempts = 4;
+constexpr size_t kBatch = 64;  ///< requests made side by side
+
+}  // namespace
+
+Request put_request(std::string key, std::string text, Condition condition, std::optional<size_t> blob) {
+  Request request;
+  request.kind = Request::Kind::kPut;
+  request.key = std::move(key);
+  request.text = std::move(text);
+  request.condition = std::move(condition);
+  request.blob = blob;
+  return request;
+}
+
+Request get_request(std::string key) {
+  Request request;
+  request.key = std::move(key);
+  return request;
+}
+
+Request read_request(std::string key, uint64_t offset, uint64_t bytes) {
+  Request request;
+  request.kind = Request::Kind::kRead;
+  request.key = std::move(key);
+  request.offset = offset;
+  request.bytes = bytes;
+  return request;
+}
+
+Request list_request(std::string prefix) {
+  Request request;
+  request.kind = Request::Kind::kList;
+  request.key = std::move(prefix);
+  return request;
+}
+
+Request remove_request(std::string key) {
+  Request request;
+  request.kind = Request::Kind::kRemove;
+  request.key = std::move(key);
+  return request;
+}
+
+Request wait_request(Instant time) {
+  Request request;
+  request.kind = Request::Kind::kWait;
+  request.wait = time;
+  return request;
+}
+
+Operation<Swap> swap(Exchange& exchange, std::string key, Condition condition, std::string text) {
+  Swap result;
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    Answer put = co_await exchange.ask(put_request(key, text, condition));
+    if (put.status == Answer::Status::kRefused) std::rethrow_exception(put.error);
+    if (put.done()) {
+      result.outcome = Swap::Outcome::kDone;
+      result.tag = std::move(put.tag);
+      co_return result;
+    }
+    Answer found = co_await exchange.ask(get_request(key));
+    if (found.status == Answer::Status::kRefused) std::rethrow_exception(found.error);
+    if (found.status == Answer::Status::kLost) continue;
+    const bool absent = found.status == Answer::Status::kAbsent;
+    if (!absent && found.text == text) {
+      result.outcome = Swap::Outcome::kDone;
+      result.tag = std::move(found.tag);
+      co_return result;
+    }
+    const bool as_before = absent ? condition.kind == Condition::Kind::kAbsent
+                                  : condition.kind == Condition::Kind::kTag && condition.tag == found.tag;
+    if (as_before) continue;  // not applied yet: the same text again does no harm
+    result.outcome = Swap::Outcome::kOther;
+    result.tag = std::move(found.tag);
+    if (!absent) result.text = std::move(found.text);
+    co_return result;
+  }
+  co_return result;
+}
+
+Operation<std::vector<Answer>> ask_all_firmly(Exchange& exchange, std::vector<Request> requests) {
+  std::vector<Answer> all(requests.size());
+  for (size_t first = 0; first < requests.size(); first += kBatch) {
+    std::vector<size_t> open;
+    for (size_t i = first; i < std::min(requests.size(), first + kBatch); ++i) open.push_back(i);
+    for (int attempt = 1; !open.empty(); ++attempt) {
+      std::vector<Request> asked;
+      for (size_t i : open) asked.push_back(requests[i]);
+      std::vector<Answer> answers = co_await exchange.ask_all(std::move(asked));
+      std::vector<size_t> lost;
+      for (size_t k = 0; k < open.size(); ++k) {
+        const bool is_lost = answers[k].status == Answer::Status::kLost;
+        if (answers[k].status == Answer::Status::kRefused || (is_lost && attempt == kAttempts)) {
+          std::rethrow_exception(answers[k].error);
+        }
+        if (is_lost) lost.push_back(open[k]);
+        all[open[k]] = std::move(answers[k]);
+      }
+      open = std::move(lost);
+    }
+  }
+  co_return all;
+}
+
+Operation<Answer> ask_firmly(Exchange& exchange, Request request) {
+  std::vector<Request> one;
+  one.push_back(std::move(request));
+  std::vector<Answer> answers = co_await ask_all_firmly(exchange, std::move(one));
+  co_return std::move(answers.front());
+}
+
+}  // namespace torpor::remote
