@@ -57,10 +57,13 @@ dashboard: build model
 
 # Ten agents, three processes on one store, each killed over and over: `make test` kills 300, this KILLS. Then 64 savers
 # beside a gc loop and a disk limit, with 10,000 segments; then conversations (`torpor chat`) and commands.
+# At last SEEDS stories of workers that share a simulated bucket.
 KILLS ?= 20000
+SEEDS ?= 100000
 soak: build model
 	TORPOR_SOAK_KILLS=$(KILLS) $(BUILD)/tests/test_store_soak
 	TORPOR_SOAK=1 $(BUILD)/tests/test_store_many_savers
+	TORPOR_SEEDS=$(SEEDS) $(BUILD)/tests/test_remote_simulation
 	TORPOR_KILLS=$$(($(KILLS) / 50)) TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_kill.py
 
 # The server under load for LOAD_SECONDS: 1,000 connections, 200 streams that hardly move, 20 turns at once. Then

@@ -9,8 +9,8 @@
 ///     while (!operation.done()) exchange.answer(make_all(exchange.requests()));
 ///     Saved saved = operation.result();
 ///
-/// The requests of one exchange may be made in any order, or side by side. An Operation may be destroyed between any two
-/// of them: that is a crash. Not thread-safe.
+/// The requests of one exchange may be made in any order, or side by side. An Operation may be destroyed between any
+/// two of them: that is a crash. Not thread-safe.
 
 #include <chrono>
 #include <coroutine>
@@ -184,8 +184,8 @@ struct Swap {
   std::optional<std::string> text;
 };
 
-/// Puts `text` under `key` if `condition` holds. No two calls have one text: each holds a save id, or a count, of its own.
-/// So a precondition that failed, and an answer that was lost, are resolved by reading what is there.
+/// Puts `text` under `key` if `condition` holds. No two calls have one text: each holds a save id, or a count, of its
+/// own. So a precondition that failed, and an answer that was lost, are resolved by reading what is there.
 Operation<Swap> swap(Exchange& exchange, std::string key, Condition condition, std::string text);
 
 /// Asks again while answers are lost, a few times. Never kLost; throws what was refused, and the last LostAnswer.
