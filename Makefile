@@ -2,7 +2,8 @@
 BUILD   ?= build
 PYTHON  := .venv/bin/python
 
-.PHONY: all setup build model models test wheel demo serve-demo dashboard soak load clients libcxx fuzz goldens prove clean
+.PHONY: all setup build model models test wheel demo serve-demo dashboard
+.PHONY: soak load clients fleet libcxx fuzz goldens prove clean
 all: build
 
 setup: .venv/.ready
@@ -10,8 +11,8 @@ setup: .venv/.ready
 	scripts/bootstrap
 
 build: setup
-	@grep -qs TORPOR_SERVER:BOOL=ON $(BUILD)/CMakeCache.txt || \
-	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=ON
+	@grep -qs TORPOR_REMOTE:BOOL=ON $(BUILD)/CMakeCache.txt || \
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=ON -DTORPOR_REMOTE=ON
 	cmake --build $(BUILD)
 
 model: setup
@@ -46,7 +47,7 @@ demo: setup model
 PORT ?= 8080
 serve-demo: setup model
 	@grep -qs TORPOR_SERVER:BOOL=ON $(BUILD)/CMakeCache.txt || \
-	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=ON
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=ON -DTORPOR_REMOTE=OFF
 	cmake --build $(BUILD) --target torpor_cli
 	exec $(BUILD)/torpor serve --model .models/smollm2-135m --port $(PORT) --store $(BUILD)/serve-demo/store \
 	  --api-key-file $(BUILD)/serve-demo/api-keys --log $(BUILD)/serve-demo/log
@@ -82,6 +83,11 @@ clients: build model
 	scripts/fetch-sdks js python clients
 	TORPOR_CLIENTS=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -rs tests/test_sdk_clients.py \
 	  tests/test_clients.py
+
+# Stores of objects: all checks on gofakes3 and versitygw, and 64 writers at a time for 1,000 rounds.
+fleet: build model
+	scripts/fetch-sdks gofakes3 versitygw
+	TORPOR_FLEET=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_remote.py
 
 # Each fuzz target for FUZZ_S seconds; needs clang++.
 FUZZ_S ?= 60

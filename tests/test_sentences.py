@@ -5,7 +5,7 @@ from functools import cache
 
 from conftest import ROOT
 
-LIBRARY = ("base", "store", "text", "kernels", "model", "cache", "agents", "engine")
+LIBRARY = ("base", "store", "remote", "text", "kernels", "model", "cache", "agents", "engine")
 
 
 @cache

@@ -1,5 +1,6 @@
 //! Torpor's Rust half: one static library, since two of them in one program clash over Rust's runtime. The text shim is always
-//! in it, the HTTP edge with the feature `http`, grammars with `grammar`, a terminal's lines with `line`. The headers of include/ are
+//! in it, the HTTP edge with the feature `http`, grammars with `grammar`, a terminal's lines with `line`, object
+//! stores with `remote`. The headers of include/ are
 //! the contract.
 
 // The safety rules of all functions are the headers'.
@@ -12,4 +13,8 @@ mod grammar;
 mod http;
 #[cfg(feature = "line")]
 mod line;
+#[cfg(feature = "remote")]
+mod remote;
+#[cfg(any(feature = "http", feature = "remote"))]
+mod runtime;
 mod text;

@@ -1,5 +1,7 @@
 /// completions: what a shell offers after Tab, made from the commands' own descriptions.
 
+#include <algorithm>
+
 #include <CLI/CLI.hpp>
 
 #include "cli/commands.h"
@@ -14,13 +16,16 @@ std::string joined(const std::vector<std::string>& words) {
   return text;
 }
 
+/// Those of its own commands, as `remote` has, among them.
 std::vector<std::string> options_of(const CLI::App& command) {
   std::vector<std::string> names;
   for (const CLI::Option* option : command.get_options()) {
     for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
   }
-  for (const CLI::App* group : command.get_subcommands([](const CLI::App* app) { return app->get_name().empty(); })) {
-    for (const std::string& name : options_of(*group)) names.push_back(name);
+  for (const CLI::App* below : command.get_subcommands([](const CLI::App*) { return true; })) {
+    for (const std::string& name : options_of(*below)) {
+      if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+    }
   }
   return names;
 }
@@ -39,9 +44,10 @@ bool takes_agents(const CLI::App& command) {
   return first != nullptr && command.get_name() != "import";
 }
 
-/// The words that arguments may be: what an IsMember check describes as "{bash,zsh,fish}".
+/// The words that arguments may be: its own commands, and what an IsMember check describes as "{bash,zsh,fish}".
 std::string choices_of(const CLI::App& command) {
   std::string choices;
+  for (const CLI::App* own : commands_of(command)) choices += (choices.empty() ? "" : " ") + own->get_name();
   for (const CLI::Option* option : command.get_options()) {
     const std::string type = option->get_type_name();
     const size_t begin = type.find('{');

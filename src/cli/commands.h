@@ -41,6 +41,8 @@ void add_serve_command(CLI::App& app, Invocation& invocation);
 void add_ps_command(CLI::App& app, Invocation& invocation);
 /// launch: a coding agent on a running server. Likewise.
 void add_launch_command(CLI::App& app, Invocation& invocation);
+/// remote: stores of objects. Only where their client is built (TORPOR_REMOTE).
+void add_remote_command(CLI::App& app, Invocation& invocation);
 /// models: what lies in the local caches.
 void add_models_command(CLI::App& app, Invocation& invocation);
 /// perplexity.

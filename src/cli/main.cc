@@ -61,6 +61,7 @@ const std::map<std::string, std::vector<const char*>> kExamplesOf{
     {"serve", {"--model .models/smollm2-135m --port 8080"}},
     {"ps", {"", "--json"}},
     {"launch", {"claude", "codex --model qwen2.5-coder-0.5b", "opencode --print"}},
+    {"remote", {"check s3://my-bucket/torpor", "check s3://my-bucket/torpor --race 64", "ls s3://my-bucket/torpor"}},
     {"bench", {"--model .models/smollm2-135m --prefill 512 --decode 64"}},
     {"models", {"", "--json"}},
     {"perplexity", {"--model .models/smollm2-135m --file examples/lighthouse-log.txt"}},
@@ -125,12 +126,18 @@ int dispatch(int argc, char** argv) {
   add_ps_command(app, invocation);
   add_launch_command(app, invocation);
 #endif
+#ifdef TORPOR_REMOTE
+  add_remote_command(app, invocation);
+#endif
   add_bench_command(app, invocation);
   add_models_command(app, invocation);
   add_perplexity_command(app, invocation);
   add_rebuild_command(app, invocation);
   add_completions_command(app, invocation);
-  for (CLI::App* command : app.get_subcommands({})) command->footer(footer_of(command->get_name()));
+  for (CLI::App* command : app.get_subcommands({})) {
+    command->footer(footer_of(command->get_name()));
+    for (CLI::App* own : command->get_subcommands({})) own->footer(command->get_footer());
+  }
 
   try {
     app.parse(argc, argv);

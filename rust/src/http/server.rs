@@ -10,18 +10,18 @@ use std::os::unix::net as unix;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
-use std::sync::{mpsc, Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::task::{ready, Context, Poll};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use std::{fs, net, process, thread};
+use std::{fs, net};
 
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
 use super::connection::{serve, Socket};
 use super::Callbacks;
 use crate::abi::{invalid, Invalid, Result};
+use crate::runtime::Runtime;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
@@ -205,9 +205,7 @@ async fn accept(shared: Arc<Shared>, listener: Listener, _file: Option<SocketFil
 
 pub struct Server {
     shared: Arc<Shared>,
-    stop: oneshot::Sender<()>,
-    thread: JoinHandle<()>,
-    pid: u32,
+    runtime: Runtime,
     pub port: u16,
 }
 
@@ -225,43 +223,20 @@ impl Server {
             connections: Mutex::new(0),
             closed: Condvar::new(),
         });
-        let (stop, stopped) = oneshot::channel();
-        let (started, start) = mpsc::channel();
-        let of_thread = shared.clone();
-        let run = move || {
-            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                Ok(runtime) => runtime,
-                Err(e) => return drop(started.send(Err(e))),
-            };
+        let failed = |e: io::Error| Invalid(format!("can't start the HTTP thread: {e}"));
+        let runtime = Runtime::start("torpor-http").map_err(failed)?;
+        {
             let _entered = runtime.enter();
-            let listeners = || -> io::Result<Vec<(Listener, Option<SocketFile>)>> {
-                let mut listeners = Vec::new();
-                if let Some(tcp) = tcp {
-                    listeners.push((Listener::Tcp(TcpListener::from_std(tcp)?), None));
-                }
-                if let Some((unix, file)) = unix {
-                    listeners.push((Listener::Unix(UnixListener::from_std(unix)?), Some(file)));
-                }
-                Ok(listeners)
-            };
-            match listeners() {
-                Ok(listeners) => {
-                    for (listener, file) in listeners {
-                        runtime.spawn(accept(of_thread.clone(), listener, file));
-                    }
-                }
-                Err(e) => return drop(started.send(Err(e))),
+            if let Some(tcp) = tcp {
+                let listener = Listener::Tcp(TcpListener::from_std(tcp).map_err(failed)?);
+                runtime.spawn(accept(shared.clone(), listener, None));
             }
-            let _ = started.send(Ok(()));
-            let _ = runtime.block_on(stopped);
-        };
-        let thread = with_signals_blocked(|| thread::Builder::new().name("torpor-http".into()).spawn(run))
-            .or_else(|e| invalid(format!("can't start the HTTP thread: {e}")))?;
-        match start.recv() {
-            Ok(Ok(())) => Ok(Self { shared, stop, thread, pid: process::id(), port }),
-            Ok(Err(e)) => invalid(format!("can't start the HTTP thread: {e}")),
-            Err(_) => invalid("can't start the HTTP thread"),
+            if let Some((unix, file)) = unix {
+                let listener = Listener::Unix(UnixListener::from_std(unix).map_err(failed)?);
+                runtime.spawn(accept(shared.clone(), listener, Some(file)));
+            }
         }
+        Ok(Self { shared, runtime, port })
     }
 
     pub fn connections(&self) -> usize {
@@ -287,24 +262,8 @@ impl Server {
     }
 
     pub fn stop(self) {
-        if process::id() != self.pid {
+        if !self.runtime.is_ours() {
             std::mem::forget(self); // its thread stayed with the parent
-            return;
         }
-        let _ = self.stop.send(());
-        let _ = self.thread.join();
-    }
-}
-
-/// Signals are for the threads of the program.
-fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
-    unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        let mut before: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let value = body();
-        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
-        value
     }
 }

@@ -1,0 +1,253 @@
+//! One store: blocking calls over object_store's client.
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, Weak};
+
+use futures_util::StreamExt;
+use object_store::path::Path;
+use object_store::{
+    Attribute, Attributes, GetOptions, GetRange, GetResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode,
+    PutOptions, UpdateVersion,
+};
+use serde_json::{json, Map, Value};
+use tokio::sync::watch;
+
+use super::failure::{self, Failure, Result, CANCELLED, NOT_FOUND, NO_BUCKET, SHORT, UNKNOWN};
+use super::settings::{client, hidden, Address, Kind, Options};
+use crate::runtime::Runtime;
+
+pub enum Condition<'a> {
+    Always,
+    IfAbsent,
+    IfTag(&'a str),
+}
+
+pub struct Store {
+    client: Arc<dyn ObjectStore>, // before the runtime, which its connections need
+    prefix: Path,
+    url: String,
+    by_generation: bool,
+    secrets: Vec<String>,
+    cancelled: watch::Sender<bool>,
+    runtime: Arc<Runtime>,
+}
+
+/// The runtime of all stores; the last one that is closed ends it.
+fn runtime() -> Result<Arc<Runtime>> {
+    static SHARED: Mutex<Weak<Runtime>> = Mutex::new(Weak::new());
+    let mut shared = SHARED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some(runtime) = shared.upgrade().filter(|runtime| runtime.is_ours()) {
+        return Ok(runtime);
+    }
+    let started = Runtime::start("torpor-remote");
+    let started =
+        Arc::new(started.map_err(|e| Failure::invalid(format!("can't start the thread of remote stores: {e}")))?);
+    *shared = Arc::downgrade(&started);
+    Ok(started)
+}
+
+impl Store {
+    pub fn open(url: &str, options: &str) -> Result<Self> {
+        let address = Address::parse(url)?;
+        let options = Options::parse(options)?;
+        let runtime = runtime()?;
+        let (client, secrets) = {
+            let _entered = runtime.enter();
+            client(&address, &options)?
+        };
+        Ok(Self {
+            client,
+            prefix: address.prefix,
+            url: url.trim_end_matches('/').into(),
+            by_generation: address.kind == Kind::Google,
+            secrets,
+            cancelled: watch::Sender::new(false),
+            runtime,
+        })
+    }
+
+    pub fn is_ours(&self) -> bool {
+        self.runtime.is_ours()
+    }
+
+    pub fn cancel(&self) {
+        self.cancelled.send_replace(true);
+    }
+
+    /// Waits for `request`, whose failure's sentence is its reason alone. `doing`: "write 'agents/ada/head'".
+    fn wait<T>(&self, doing: &str, request: impl Future<Output = Result<T>>) -> Result<T> {
+        if !self.is_ours() {
+            return Err(Failure::invalid(
+                "a remote store of the parent process can't be used in a forked one; open it again",
+            ));
+        }
+        let mut cancelled = self.cancelled.subscribe();
+        let done = self.runtime.block_on(async {
+            tokio::select! {
+                biased;
+                _ = cancelled.wait_for(|&yes| yes) => {
+                    Err(Failure { status: CANCELLED, sentence: "it was cancelled".into() })
+                }
+                done = request => done,
+            }
+        });
+        done.map_err(|failure| Failure {
+            status: failure.status,
+            sentence: hidden(&format!("can't {doing} in {}: {}", self.url, failure.sentence), &self.secrets),
+        })
+    }
+
+    fn path(&self, key: &str) -> Result<Path> {
+        let bad = || Failure::invalid(format!("'{key}' is no key of an object"));
+        if key.is_empty() || key.starts_with('/') || key.ends_with('/') {
+            return Err(bad());
+        }
+        self.below(key).map_err(|_| bad())
+    }
+
+    fn below(&self, key: &str) -> std::result::Result<Path, object_store::path::Error> {
+        let prefix = self.prefix.as_ref();
+        Path::parse(if prefix.is_empty() || key.is_empty() {
+            format!("{prefix}{key}")
+        } else {
+            format!("{prefix}/{key}")
+        })
+    }
+
+    fn tag(&self, e_tag: Option<String>, version: Option<String>) -> String {
+        if self.by_generation { version.or(e_tag) } else { e_tag }.unwrap_or_default()
+    }
+
+    fn described(&self, object: &ObjectMeta) -> Map<String, Value> {
+        let whole = object.location.as_ref();
+        let key = whole.strip_prefix(self.prefix.as_ref()).map_or(whole, |key| key.trim_start_matches('/'));
+        let tag = self.tag(object.e_tag.clone(), object.version.clone());
+        let Value::Object(map) = json!({"key": key, "bytes": object.size, "tag": tag,
+                                        "modified_ms": object.last_modified.timestamp_millis()})
+        else {
+            unreachable!()
+        };
+        map
+    }
+
+    pub fn put(&self, key: &str, data: &[u8], condition: Condition, metadata: &[(&str, &str)]) -> Result<String> {
+        let path = self.path(key)?;
+        let conditional = !matches!(condition, Condition::Always);
+        let mode = match condition {
+            Condition::Always => PutMode::Overwrite,
+            Condition::IfAbsent => PutMode::Create,
+            Condition::IfTag("") => return Err(Failure::invalid("an empty tag names no version of an object")),
+            Condition::IfTag(tag) => {
+                PutMode::Update(UpdateVersion { e_tag: Some(tag.into()), version: Some(tag.into()) })
+            }
+        };
+        let mut attributes = Attributes::new();
+        for (name, value) in metadata {
+            attributes.insert(Attribute::Metadata(name.to_string().into()), value.to_string().into());
+        }
+        let payload = bytes::Bytes::copy_from_slice(data).into();
+        let options = PutOptions { mode, attributes, ..PutOptions::default() };
+        self.wait(&format!("write '{key}'"), async {
+            match self.client.put_opts(&path, payload, options).await {
+                Ok(put) => Ok(self.tag(put.e_tag, put.version)),
+                Err(e) => Err(match failure::of(&e, conditional) {
+                    gone if gone.status == NOT_FOUND => Failure { status: NO_BUCKET, ..gone },
+                    other => other,
+                }),
+            }
+        })
+    }
+
+    async fn ask(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
+        self.client.get_opts(path, options).await.map_err(|e| failure::of(&e, false))
+    }
+
+    pub fn get(&self, key: &str) -> Result<(Vec<u8>, String)> {
+        let path = self.path(key)?;
+        self.wait(&format!("read '{key}'"), async {
+            let result = self.ask(&path, GetOptions::default()).await?;
+            let mut about = self.described(&result.meta);
+            let mut metadata = Map::new();
+            for (name, value) in &result.attributes {
+                if let Attribute::Metadata(name) = name {
+                    metadata.insert(name.to_string(), value.as_ref().into());
+                }
+            }
+            about.insert("metadata".into(), metadata.into());
+            let size = result.meta.size;
+            let mut stream = result.into_stream();
+            let mut bytes = Vec::new(); // grows as bytes arrive
+            while let Some(chunk) = stream.next().await {
+                bytes.extend_from_slice(&chunk.map_err(|e| failure::of(&e, false))?);
+            }
+            if bytes.len() as u64 != size {
+                return Err(unfinished());
+            }
+            Ok((bytes, Value::Object(about).to_string()))
+        })
+    }
+
+    pub fn head(&self, key: &str) -> Result<String> {
+        let path = self.path(key)?;
+        self.wait(&format!("look for '{key}'"), async {
+            let object = self.client.head(&path).await.map_err(|e| failure::of(&e, false))?;
+            Ok(Value::Object(self.described(&object)).to_string())
+        })
+    }
+
+    pub fn read(&self, key: &str, offset: u64, out: &mut [u8]) -> Result<()> {
+        let path = self.path(key)?;
+        let Some(end) = offset.checked_add(out.len() as u64) else {
+            return Err(Failure::invalid(format!("'{key}' has no bytes so far behind its beginning")));
+        };
+        self.wait(&format!("read '{key}'"), async {
+            let options = GetOptions { range: Some(GetRange::Bounded(offset..end)), ..GetOptions::default() };
+            let result = self.ask(&path, options).await?;
+            if result.range != (offset..end) {
+                let sentence = format!("it has {} bytes, and was to have {end}", result.meta.size);
+                return Err(Failure { status: SHORT, sentence });
+            }
+            let mut filled = 0;
+            let mut stream = result.into_stream();
+            while let Some(chunk) = stream.next().await {
+                let chunk = chunk.map_err(|e| failure::of(&e, false))?;
+                let Some(room) = out.get_mut(filled..filled + chunk.len()) else { return Err(unfinished()) };
+                room.copy_from_slice(&chunk);
+                filled += chunk.len();
+            }
+            if filled == out.len() {
+                Ok(())
+            } else {
+                Err(unfinished())
+            }
+        })
+    }
+
+    pub fn list(&self, directory: &str) -> Result<String> {
+        let bad = |_| Failure::invalid(format!("'{directory}' is no directory of objects"));
+        let path = self.below(directory).map_err(bad)?;
+        self.wait(&format!("list '{directory}'"), async {
+            let mut objects = Vec::new();
+            let mut stream = self.client.list(Some(&path));
+            while let Some(object) = stream.next().await {
+                let object = object.map_err(|e| failure::of(&e, false))?;
+                objects.push(Value::Object(self.described(&object)));
+            }
+            Ok(Value::Array(objects).to_string())
+        })
+    }
+
+    pub fn remove(&self, key: &str) -> Result<()> {
+        let path = self.path(key)?;
+        self.wait(&format!("remove '{key}'"), async {
+            match self.client.delete(&path).await.map_err(|e| failure::of(&e, false)) {
+                Err(gone) if gone.status == NOT_FOUND => Ok(()),
+                done => done,
+            }
+        })
+    }
+}
+
+fn unfinished() -> Failure {
+    Failure { status: UNKNOWN, sentence: "the store sent another number of bytes than it had said; try again".into() }
+}
