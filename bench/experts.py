@@ -37,8 +37,8 @@ TOKENIZER = ROOT / ".models" / "qwen2.5-coder-0.5b"
 COMMON = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "attention_bias": False,
     "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 40960,
-    "vocab_size": 151936, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "norm_topk_prob": True, "decoder_sparse_step": 1,
-    "mlp_only_layers": [], "bos_token_id": 151643, "eos_token_id": 151645,
+    "vocab_size": 151936, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "bos_token_id": 151643, "eos_token_id": 151645,
     "quantization": {"group_size": GROUP, "bits": BITS},
 }
 SHAPES = {

@@ -13,7 +13,8 @@ namespace torpor {
 /// out what it is shown; without `throws`, what is no JSON is a discarded value; `comments` are skipped where allowed.
 /// Throws J::parse_error, and what `look` throws.
 template <class J>
-J parse_json(std::string_view text, typename J::parser_callback_t look = nullptr, bool throws = true, bool comments = false);
+J parse_json(std::string_view text, typename J::parser_callback_t look = nullptr, bool throws = true,
+             bool comments = false);
 
 /// `value` as JSON; on one line when `indent` is -1. Throws J::type_error when a string is no UTF-8, unless `utf8` says
 /// otherwise.
@@ -21,7 +22,8 @@ template <class J>
 std::string dump_json(const J& value, int indent = -1, typename J::error_handler_t utf8 = J::error_handler_t::strict);
 
 extern template nlohmann::json parse_json(std::string_view, nlohmann::json::parser_callback_t, bool, bool);
-extern template nlohmann::ordered_json parse_json(std::string_view, nlohmann::ordered_json::parser_callback_t, bool, bool);
+extern template nlohmann::ordered_json parse_json(std::string_view, nlohmann::ordered_json::parser_callback_t, bool,
+                                                  bool);
 extern template std::string dump_json(const nlohmann::json&, int, nlohmann::json::error_handler_t);
 extern template std::string dump_json(const nlohmann::ordered_json&, int, nlohmann::ordered_json::error_handler_t);
 

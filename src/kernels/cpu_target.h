@@ -28,9 +28,9 @@ Activations fastest_activations();
 /// ("l8-fma", "l4").
 std::string lane_class();
 
-/// Has the line at `p` brought into a core's second-level cache. Not the first: its few buffers for lines under way would
-/// fill up, and loads would wait for the memory as if nothing had been fetched. (Inlined always: GCC drops calls of a
-/// function that does nothing else.)
+/// Has the line at `p` brought into a core's second-level cache. Not the first: its few buffers for lines under way
+/// would fill up, and loads would wait for the memory as if nothing had been fetched. (Inlined always: GCC drops calls
+/// of a function that does nothing else.)
 [[gnu::always_inline]] inline void fetch(const void* p) { __builtin_prefetch(p, /*write=*/0, /*locality=*/2); }
 
 }  // namespace torpor::kernels

@@ -74,7 +74,8 @@ class Finder {
       std::error_code ignored;
       if (!it->is_regular_file(ignored)) continue;
       std::ifstream in(it->path());
-      const auto manifest = parse_json<nlohmann::json>(std::string(std::istreambuf_iterator<char>(in), {}), nullptr, false);
+      const std::string said(std::istreambuf_iterator<char>(in), {});
+      const auto manifest = parse_json<nlohmann::json>(said, nullptr, false);
       if (!manifest.is_object() || !manifest.value("layers", nlohmann::json()).is_array()) continue;
       for (const auto& layer : manifest["layers"]) {
         std::string blob = text(layer, "digest");

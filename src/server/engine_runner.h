@@ -33,8 +33,8 @@ class EngineRunner : public TurnRunner {
   int count_tokens(const ChatRequest& request) override;
   std::vector<ModelEntry> models() override;
 
-  /// Parts thinking and calls from the text of answers to a prompt (TurnRequest::read_answer), as `run` does of those to
-  /// messages. `tools`: JSON array of those that the agent has, as the template takes them; empty: none. This must
+  /// Parts thinking and calls from the text of answers to a prompt (TurnRequest::read_answer), as `run` does of those
+  /// to messages. `tools`: JSON array of those that the agent has, as the template takes them; empty: none. This must
   /// outlive it.
   std::function<torpor::Message(const std::string& text)> answer_reader(const std::string& tools) const;
 

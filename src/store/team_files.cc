@@ -116,9 +116,9 @@ std::vector<std::filesystem::path> TeamFiles::temporary_files() const {
 void keep_team(Store::Impl& store, const std::string& id, std::string_view json, bool is_new, Durability durability) {
   store.teams.path(id);
   if (!json.starts_with(kBegin) || json.size() > kMostBytes - kHead) {
-    throw Error(ErrorCode::kInvalidArgument, "What is to be kept of the team '" + id +
-                                                 "' is no JSON object of at most " + std::to_string(kMostBytes - kHead) +
-                                                 " bytes.");
+    const std::string most = std::to_string(kMostBytes - kHead);
+    throw Error(ErrorCode::kInvalidArgument,
+                "What is to be kept of the team '" + id + "' is no JSON object of at most " + most + " bytes.");
   }
   store.agents.require_store();
   Writing writing(store);
