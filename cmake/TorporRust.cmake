@@ -69,9 +69,14 @@ add_custom_command(
   VERBATIM)
 add_custom_target(torpor_shim_build DEPENDS "${TORPOR_RUST_LIBRARY}")
 
+set(_links Threads::Threads ${CMAKE_DL_LIBS} m)
+if(APPLE AND TORPOR_REMOTE)
+  list(APPEND _links "-framework Security" "-framework CoreFoundation") # the system's certificates
+endif()
+set(TORPOR_RUST_LINKS "${_links}" CACHE INTERNAL "What the Rust half needs beside it")
 add_library(torpor_shim STATIC IMPORTED GLOBAL)
 set_target_properties(torpor_shim PROPERTIES
   IMPORTED_LOCATION "${TORPOR_RUST_LIBRARY}"
   INTERFACE_INCLUDE_DIRECTORIES "${_rust}/include"
-  INTERFACE_LINK_LIBRARIES "Threads::Threads;${CMAKE_DL_LIBS};m")
+  INTERFACE_LINK_LIBRARIES "${TORPOR_RUST_LINKS}")
 add_dependencies(torpor_shim torpor_shim_build)

@@ -220,7 +220,7 @@ SaveRequest Process::save_of(Errand& errand, const std::string& agent, const Tur
   for (const std::string& key : kept) paths.insert(parse_pool_key(key)->path);
   for (const auto& [path, content] : segments_of(turns)) {
     if (paths.count(path) > 0) continue;
-    errand.blobs.push_back(std::string(36, '-') + content);
+    errand.blobs.push_back(std::string(kChecksumAt, '-') + content);
     request.uploads.push_back({path, content, errand.blobs.size() - 1});
   }
   request.kept = std::move(kept);

@@ -61,7 +61,8 @@ def test_objects_are_listed_below_the_prefix_alone(server, proxy):
 def test_many_writers_at_a_time_have_one_winner_each(server):
     report = remote("check", URL, "--race", 16, "--rounds", 20, "--json", env=server.env()).ok().json
     assert report["holds"] and report["race"] == {
-        "writers": 16, "rounds": 20, "without_winner": 0, "with_several_winners": 0, "of_another": 0}
+        "writers": 16, "rounds": 20, "without_winner": 0, "with_several_winners": 0, "of_another": 0,
+        "lost": 0}
 
 
 def test_a_store_that_ignores_conditions_is_refused(server, proxy):

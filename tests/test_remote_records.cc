@@ -1,7 +1,12 @@
 /// The records of a bucket: what is written is read, and nothing else is.
 
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+
 #include <gtest/gtest.h>
 
+#include "base/json.h"
 #include "remote/ownership.h"
 #include "remote/records.h"
 #include "torpor/error.h"
@@ -97,12 +102,52 @@ TEST(RemoteRecords, NamesThatMeanSomethingElseAreNone) {
   EXPECT_EQ(parse_save_name("1-2-" + kId)->sequence, 2);
 }
 
+TEST(RemoteRecords, ASegmentsChecksumStandsWhereASaveReadsIt) {
+  const std::filesystem::path store = std::string(TORPOR_SOURCE_DIR) + "/tests/goldens/store-v3/store/segments";
+  int seen = 0;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(store)) {
+    if (!entry.is_regular_file()) continue;
+    std::ifstream in(entry.path(), std::ios::binary);
+    const std::string file(std::istreambuf_iterator<char>(in), {});
+    const size_t length = size_t(uint8_t(file[0])) | size_t(uint8_t(file[1])) << 8;
+    const auto whole = parse_json<nlohmann::json>(file.substr(8, length));
+    EXPECT_EQ(file.substr(kChecksumAt, 32), whole["__metadata__"]["checksum"]);
+    ++seen;
+  }
+  EXPECT_GT(seen, 0);
+}
+
 TEST(RemoteRecords, ANameThatIsNoUtf8OrTooLongIsRefusedBeforeItIsWritten) {
   Head head = some_head();
   head.turn->id = "\xff";
   EXPECT_THROW(encode(head), Error);
   head.turn->id = std::string(257, 'a');
   EXPECT_THROW(encode(head), Error);
+}
+
+Answer answer_of(Answer::Status status) {
+  Answer answer;
+  answer.status = status;
+  answer.error = std::make_exception_ptr(Error(ErrorCode::kIo, "The credentials are refused."));
+  return answer;
+}
+
+/// What a swap comes to whose requests are answered so, one after the other.
+Swap::Outcome outcome_of(const std::vector<Answer::Status>& answers) {
+  Exchange exchange;
+  Operation<Swap> operation = swap(exchange, "agents/ada/head", Condition::of_tag("1"), "text");
+  operation.start();
+  for (const Answer::Status status : answers) exchange.answer({answer_of(status)});
+  EXPECT_TRUE(operation.done());
+  return operation.result().outcome;
+}
+
+TEST(RemoteRecords, ASwapThatMayHaveBeenAppliedIsNotToldAsRefused) {
+  using enum Answer::Status;
+  EXPECT_EQ(outcome_of({kLost, kRefused}), Swap::Outcome::kUnknown);
+  EXPECT_EQ(outcome_of({kLost, kLost, kRefused}), Swap::Outcome::kUnknown);
+  EXPECT_EQ(outcome_of({kPrecondition, kRefused}), Swap::Outcome::kUnknown);
+  EXPECT_THROW(outcome_of({kRefused}), Error);
 }
 
 TEST(RemoteRecords, ATurnThatWasCommittedIsNotRunAgain) {

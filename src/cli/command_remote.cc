@@ -51,7 +51,8 @@ int check(const RemoteOptions& options) {
                             {"rounds", race->rounds},
                             {"without_winner", race->without_winner},
                             {"with_several_winners", race->with_several},
-                            {"of_another", race->of_another}};
+                            {"of_another", race->of_another},
+                            {"lost", race->lost}};
     }
     print_json(object);
   } else {
@@ -64,7 +65,7 @@ int check(const RemoteOptions& options) {
       text += (race->holds() ? "holds   " : "FAILS   ") + std::to_string(options.writers) + " writers at a time, " +
               std::to_string(race->rounds) + " rounds: ";
       if (race->holds()) {
-        text += "one winner each\n";
+        text += "one winner each" + (race->lost == 0 ? "" : ", " + std::to_string(race->lost) + " answers lost") + "\n";
       } else {
         text += std::to_string(race->with_several) + " steps with several winners, " +
                 std::to_string(race->without_winner) + " with none, " + std::to_string(race->of_another) +

@@ -67,7 +67,7 @@ Operation<bool> LeaseWatch::look(Exchange& exchange, bool read_all) {
     if (!is_name(session)) continue;
     const auto known = seen_.find(session);
     const bool same = known != seen_.end() && known->second.tag == object.tag;
-    if (known == seen_.end() || (read_all && !same)) {
+    if (known == seen_.end() || (read_all && known->second.read_tag != object.tag)) {
       reads.push_back(get_request(object.key));
       read.push_back(session);
       tags.push_back(object.tag);
@@ -83,7 +83,10 @@ Operation<bool> LeaseWatch::look(Exchange& exchange, bool read_all) {
   for (size_t i = 0; i < reads.size(); ++i) {
     if (answers[i].status == Answer::Status::kAbsent) continue;
     if (!answers[i].done()) co_return false;
-    seen[read[i]] = {lease_of(answers[i], read[i], reads[i].key), tags[i], answers[i].received, listed.sent};
+    const auto known = seen_.find(read[i]);
+    const bool same = known != seen_.end() && known->second.tag == tags[i];
+    seen[read[i]] = {.lease = lease_of(answers[i], read[i], reads[i].key), .tag = tags[i], .read_tag = tags[i],
+                     .since = same ? known->second.since : answers[i].received, .asked = listed.sent};
   }
   seen_ = std::move(seen);
   for (const std::string& session : sought) {

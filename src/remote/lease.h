@@ -59,7 +59,7 @@ class LeaseWatch {
   const Lease* lease(const std::string& session) const;
   struct Seen {
     Lease lease;        ///< as read last
-    std::string tag;
+    std::string tag, read_tag;  ///< listed last; listed when the lease was read
     Instant since{0};   ///< when an answer first had this tag
     Instant asked{0};   ///< when the last look was sent that had it
     bool is_gone() const { return asked - since >= std::chrono::milliseconds(lease.ttl_ms) * 5 / 4; }

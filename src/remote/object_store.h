@@ -12,6 +12,7 @@
 /// Thread-safe. Every call blocks. Errors:
 /// - LostAnswer: no answer came, or one that leaves open what happened (a timeout, a cut connection, a status of 5xx).
 ///   The call may have been applied, may not have been, and may still be applied later.
+/// - kCancelled: it was given up. What a put or a removal did is as unknown.
 /// - any other Error: the store refused, and nothing was changed. kNotFound: no such bucket. kInvalidArgument: a key or
 ///   a setting that can't be. kIo: the rest, credentials that are refused among it.
 

@@ -60,14 +60,17 @@ Operation<Swap> swap(Exchange& exchange, std::string key, Condition condition, s
   Swap result;
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     Answer put = co_await exchange.ask(put_request(key, text, condition));
-    if (put.status == Answer::Status::kRefused) std::rethrow_exception(put.error);
+    if (put.status == Answer::Status::kRefused) {
+      if (attempt == 0) std::rethrow_exception(put.error);
+      co_return result;  // an earlier put may be applied still
+    }
     if (put.done()) {
       result.outcome = Swap::Outcome::kDone;
       result.tag = std::move(put.tag);
       co_return result;
     }
     Answer found = co_await exchange.ask(get_request(key));
-    if (found.status == Answer::Status::kRefused) std::rethrow_exception(found.error);
+    if (found.status == Answer::Status::kRefused) co_return result;  // what the put did is not known
     if (found.status == Answer::Status::kLost) continue;
     const bool absent = found.status == Answer::Status::kAbsent;
     if (!absent && found.text == text) {

@@ -177,7 +177,7 @@ struct Swap {
   enum class Outcome {
     kDone,     ///< the text stands, or stood: its tag is `tag`
     kOther,    ///< something else is there: `tag` and `text`; nullopt: nothing is
-    kUnknown,  ///< no answers came; the text may stand, or may yet come to stand
+    kUnknown,  ///< no answer told; the text may stand, or may yet come to stand
   };
   Outcome outcome = Outcome::kUnknown;
   std::string tag;

@@ -5,8 +5,7 @@
 namespace torpor::remote {
 namespace {
 
-constexpr int kRaces = 4;              ///< that an acquisition loses before it gives up
-constexpr uint64_t kChecksumAt = 36;   ///< of a file's checksum: after the length and {"__metadata__":{"checksum":"
+constexpr int kRaces = 4;  ///< that an acquisition loses before it gives up
 
 /// Swaps the head of an agent that is one's own.
 Operation<Saved> swap_head(Exchange& exchange, std::string agent, std::string tag, Head next) {

@@ -25,6 +25,9 @@
 
 namespace torpor::remote {
 
+/// Where the 32 digits of a store file's checksum begin: after the length, and `{"__metadata__":{"checksum":"`.
+inline constexpr uint64_t kChecksumAt = 37;
+
 /// A head, and the tag of the version that this is.
 struct HeadVersion {
   Head head;

@@ -36,6 +36,7 @@ struct RaceReport {
   size_t without_winner = 0;  ///< steps that nobody won; a round has two
   size_t with_several = 0;    ///< steps that several writers won: the store checks its conditions too late
   size_t of_another = 0;      ///< steps after which the object is not the winner's
+  size_t lost = 0;            ///< writers that got no answer, or an error
   bool holds() const { return without_winner == 0 && with_several == 0 && of_another == 0; }
 };
 
