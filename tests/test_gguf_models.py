@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, Torpor, make_tiny_model
-from gguf_files import byte_tokenizer, write_gguf
+from gguf_files import TEMPLATE, byte_tokenizer, write_gguf
 from serving import Server
 
 GOLDENS = ROOT / "tests/goldens/model"

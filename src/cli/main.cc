@@ -61,7 +61,7 @@ const std::map<std::string, std::vector<const char*>> kExamplesOf{
     {"serve", {"--model .models/smollm2-135m --port 8080"}},
     {"ps", {"", "--json"}},
     {"launch", {"claude", "codex --model qwen2.5-coder-0.5b", "opencode --print"}},
-    {"remote", {"check s3://my-bucket/torpor", "check s3://my-bucket/torpor --race 64", "ls s3://my-bucket/torpor"}},
+    {"remote", {"check s3://my-bucket/torpor", "ls s3://my-bucket/torpor"}},
     {"bench", {"--model .models/smollm2-135m --prefill 512 --decode 64"}},
     {"models", {"", "--json"}},
     {"perplexity", {"--model .models/smollm2-135m --file examples/lighthouse-log.txt"}},
