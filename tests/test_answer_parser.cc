@@ -194,6 +194,9 @@ TEST(AnswerParser, GlmCallsAreNamesWithKeysAndValues_GLM_4_5_146) {
                  "<tool_call>add<arg_key>o</arg_key><arg_value>{\"k\": [1]}</arg_value></tool_call>",
          R"(I look.{read {"path":"12","lines":3}}{add {"o":{"k":[1]}}})");
   expect(tagged, "<tool_call>weather.now\n</tool_call>", "{weather.now {}}");
+  expect(tagged, "<tool_call>read<arg_key>path</arg_key><arg_value>a</arg_value>b</arg_value></tool_call>",
+         R"({read {"path":"a</arg_value>b"}})");
+  expect(tagged, "<tool_call>read<arg_key>path</arg_key><arg_value>a</arg_value>", R"({read {"path":"a"}})");
   for (const char* text : {"<tool_call>rm\n<arg_key>path</arg_key>\n<arg_value>/</arg_value>\n</tool_call>",
                            "<tool_call>reads\n</tool_call>", "<tool_call>read\n<arg_key>path</arg_key>",
                            "<tool_call>read\n<arg_key>path</arg_key>\n<arg_value>a"}) {

@@ -135,16 +135,17 @@ std::pair<mx::array, mx::array> DenseKvCache::update_and_fetch(int layer, const 
 }
 
 // An array that was evaluated has the rows held in their places, whatever is behind them. One that was not is a graph
-// over an earlier one, its first input; or it is new rows alone, where none were held.
+// over an earlier one of as many dims, its first input; or it is new rows alone, where none were held.
 void DenseKvCache::abandon() {
   for (size_t t = 0; t < tensors_.size(); ++t) {
     while (tensors_[t].status() == mx::array::Status::unscheduled) {
       const std::string_view made_by = tensors_[t].has_primitive() ? tensors_[t].primitive().name() : "";
-      if (made_by == "SliceUpdate" || made_by == "Concatenate") {
+      const int dim = layout_.tensors[t].dim;
+      if ((made_by == "SliceUpdate" || made_by == "Concatenate") && tensors_[t].inputs().front().shape(-1) == dim) {
         tensors_[t] = mx::array(tensors_[t].inputs().front());
       } else {
-        tensors_[t] = mx::zeros({1, layout_.tensors[t].n_kv_heads, 0, layout_.tensors[t].dim}, tensors_[t].dtype());
-        mx::eval({tensors_[t]});
+        tensors_[t] = mx::zeros({1, layout_.tensors[t].n_kv_heads, 0, dim}, tensors_[t].dtype());
+        break;  // computed with the next pass: memory may be short now
       }
     }
   }

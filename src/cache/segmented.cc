@@ -11,8 +11,9 @@ namespace torpor {
 
 KvBuffer SegmentedKvCache::new_run() const {
   const std::shared_ptr<std::byte> buffer = mlx_buffer(run_bytes());
-  // A decoded token reads all runs, and memory in pages of 4 KiB is read more slowly.
-  prefer_large_pages({buffer.get(), run_bytes()});
+  // A decoded token reads all runs, and memory in pages of 4 KiB is read more slowly. A few tokens touch each large
+  // page of a run, so agents that never fill one go without.
+  if (!runs_.empty()) prefer_large_pages({buffer.get(), run_bytes()});
   return {buffer.get(), run_bytes(), buffer};
 }
 

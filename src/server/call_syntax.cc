@@ -97,13 +97,23 @@ CallReading read_glm_call(Scanner& scan, const Tools& tools, bool last, size_t o
   for (;;) {
     scan.skip_space();
     if (scan.take("</tool_call>")) break;
+    if (last && scan.at_end() && !call.arguments.empty()) break;  // the closing tag was forgotten
     if (!scan.take("<arg_key>"))
       return scan.may_become({"</tool_call>", "<arg_key>"}) && !last ? kMore : text_of(opening);
     std::string key, value;
     if (!scan.until("</arg_key>", key)) return last ? text_of(opening) : kMore;
     scan.skip_space();
     if (!scan.take("<arg_value>")) return scan.may_become({"<arg_value>"}) && !last ? kMore : text_of(opening);
-    if (!scan.until("</arg_value>", value)) return last ? text_of(opening) : kMore;
+    for (bool ended = false; !ended;) {
+      std::string part;
+      if (!scan.until("</arg_value>", part)) return last ? text_of(opening) : kMore;
+      value += part;
+      Scanner after = scan;
+      after.skip_space();
+      if (!last && after.may_become({"</tool_call>", "<arg_key>"})) return kMore;
+      ended = after.take("<arg_key>") || after.take("</tool_call>") || after.at_end();
+      if (!ended) value += "</arg_value>";  // of the value's own
+    }
     call.arguments[key] = value;
   }
   call.arguments = conform(std::move(call.arguments), tool->parameters);
