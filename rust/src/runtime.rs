@@ -7,8 +7,8 @@ use std::{io, mem, process, ptr};
 use tokio::runtime::{Builder, EnterGuard, Handle};
 use tokio::sync::oneshot;
 
-/// Dropped, it drops its tasks and ends its thread. In a forked child its thread is missing: nothing runs there, and
-/// dropping it does nothing.
+/// Dropped, it drops its tasks and ends its thread; blocking work that has begun goes on alone. In a forked child its
+/// thread is missing: nothing runs there, and dropping it does nothing.
 pub struct Runtime {
     handle: Handle,
     stop: Option<oneshot::Sender<()>>,
@@ -22,7 +22,11 @@ impl Runtime {
         let runtime = Builder::new_current_thread().enable_all().on_thread_start(block_signals).build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel();
-        let run = move || drop(runtime.block_on(stopped));
+        let run = move || {
+            drop(runtime.block_on(stopped));
+            // Its tasks are dropped here, but blocking work is not waited for: looking up a host's name has no limit.
+            runtime.shutdown_background();
+        };
         let thread = with_signals_blocked(|| thread::Builder::new().name(name.into()).spawn(run))?;
         Ok(Self { handle, stop: Some(stop), thread: Some(thread), pid: process::id() })
     }
