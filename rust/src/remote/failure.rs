@@ -51,39 +51,47 @@ struct Answer {
 }
 
 impl Answer {
-    fn find(error: &Error) -> Option<Self> {
+    fn find(error: &Error, secrets: &[String]) -> Option<Self> {
         let text = causes(error).map(|cause| cause.to_string()).find(|text| text.starts_with(ANSWERED))?;
         let answer = &text[ANSWERED.len()..];
         let status = answer.get(..3)?.parse().ok()?;
-        Some(Self { status, code: element(answer, "Code"), message: element(answer, "Message") })
+        let told = |name| line(element(answer, name), secrets);
+        Some(Self { status, code: told("Code"), message: told("Message") })
     }
 
     fn told(&self) -> String {
         let code = if self.code.is_empty() { String::new() } else { format!(" {}", self.code) };
-        let message = self.message.trim_end_matches('.');
-        if message.is_empty() {
+        if self.message.is_empty() {
             format!("{}{code}", self.status)
         } else {
-            format!("{}{code}: {message}", self.status)
+            format!("{}{code}: {}", self.status, self.message)
         }
     }
 }
 
-/// The text of the first element `name`, on one line.
-fn element(xml: &str, name: &str) -> String {
-    let text =
-        xml.split_once(&format!("<{name}>")).and_then(|(_, rest)| rest.split_once('<')).map_or("", |(text, _)| text);
-    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(MAX_TOLD).collect()
+/// The text of the first element `name`.
+fn element<'a>(xml: &'a str, name: &str) -> &'a str {
+    xml.split_once(&format!("<{name}>")).and_then(|(_, rest)| rest.split_once('<')).map_or("", |(text, _)| text)
+}
+
+/// `text` with stars for each secret.
+pub fn hidden(text: &str, secrets: &[String]) -> String {
+    secrets.iter().fold(text.to_string(), |text, secret| text.replace(secret.as_str(), "***"))
+}
+
+/// `text` as a part of a sentence. It is cut last: a secret that is cut is no longer found.
+fn line(text: &str, secrets: &[String]) -> String {
+    let text = hidden(text, secrets).split_whitespace().collect::<Vec<_>>().join(" ");
+    text.trim_end_matches('.').chars().take(MAX_TOLD).collect()
 }
 
 /// The error that all others were caused by, as a part of a sentence.
-pub fn cause(error: &(dyn std::error::Error + 'static)) -> String {
+pub fn cause(error: &(dyn std::error::Error + 'static), secrets: &[String]) -> String {
     let mut last = error;
     while let Some(source) = last.source() {
         last = source;
     }
-    let text: String = last.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-    text.trim_end_matches('.').chars().take(MAX_TOLD).collect()
+    line(&last.to_string(), secrets)
 }
 
 /// Whether one of the causes tells of `what`.
@@ -91,18 +99,52 @@ fn tells(error: &Error, what: &str) -> bool {
     causes(error).any(|cause| cause.to_string().contains(what))
 }
 
-/// Status and reason of a request that failed; the sentence is the reason alone. `conditional`: a put with a condition.
-pub fn of(error: &Error, conditional: bool) -> Failure {
-    let failure = |status, sentence: String| Failure { status, sentence };
-    match error {
-        Error::AlreadyExists { .. } | Error::Precondition { .. } if conditional => {
-            return failure(PRECONDITION, "its condition does not hold".into());
-        }
-        Error::InvalidPath { source } => return failure(REFUSED, format!("the store names an object so: {source}")),
-        _ => {}
+/// Whether the client sent the request more than once. It does so after connections that broke and statuses of 5xx.
+fn retried(error: &Error) -> bool {
+    causes(error).any(|cause| {
+        let text = cause.to_string();
+        text.split_once(ANSWERED).map_or(text.as_str(), |(about, _)| about).contains(" retries, max_retries: ")
+    })
+}
+
+/// The machine's own service for credentials, which is asked last, was asked and did not help.
+fn lacks_credentials(error: &Error) -> bool {
+    ["169.254.169.254", "metadata.google.internal"].iter().any(|host| tells(error, host))
+}
+
+/// A refusal tells of the last try alone: an earlier one may have been applied.
+fn of_all_tries(error: &Error, last: Failure) -> Failure {
+    if matches!(last.status, REFUSED | NO_BUCKET) && retried(error) && !lacks_credentials(error) {
+        let sentence = format!("an earlier try may have been applied, and the last one failed: {}", last.sentence);
+        return Failure { status: UNKNOWN, sentence };
     }
-    if ["169.254.169.254", "metadata.google.internal"].iter().any(|host| tells(error, host)) {
-        // The machine's own service for credentials is asked last.
+    last
+}
+
+/// As `of`, for a put. `conditional`: it has a condition.
+pub fn of_put(error: &Error, conditional: bool, secrets: &[String]) -> Failure {
+    if conditional && matches!(error, Error::AlreadyExists { .. } | Error::Precondition { .. }) {
+        return Failure { status: PRECONDITION, sentence: "its condition does not hold".into() };
+    }
+    let last = match of(error, secrets) {
+        gone if gone.status == NOT_FOUND => Failure { status: NO_BUCKET, ..gone },
+        other => other,
+    };
+    of_all_tries(error, last)
+}
+
+/// As `of`, for a removal.
+pub fn of_removal(error: &Error, secrets: &[String]) -> Failure {
+    of_all_tries(error, of(error, secrets))
+}
+
+/// Status and reason of a request that failed; the sentence is the reason alone.
+pub fn of(error: &Error, secrets: &[String]) -> Failure {
+    let failure = |status, sentence: String| Failure { status, sentence };
+    if let Error::InvalidPath { source } = error {
+        return failure(REFUSED, format!("the store names an object so: {source}"));
+    }
+    if lacks_credentials(error) {
         return failure(
             REFUSED,
             "there are no credentials: none in the environment or its files, and no metadata service answers".into(),
@@ -111,7 +153,7 @@ pub fn of(error: &Error, conditional: bool) -> Failure {
     if tells(error, "Received redirect without LOCATION") {
         return failure(REFUSED, "the bucket is elsewhere; check the region and the endpoint".into());
     }
-    if let Some(answer) = Answer::find(error) {
+    if let Some(answer) = Answer::find(error, secrets) {
         let told = answer.told();
         return match answer.status {
             404 if answer.code == "NoSuchBucket" || answer.code == "ContainerNotFound" => {
@@ -136,10 +178,65 @@ pub fn of(error: &Error, conditional: bool) -> Failure {
             }
             HttpErrorKind::Connect => failure(
                 UNKNOWN,
-                format!("the store can't be reached ({}); check the endpoint and the network", cause(error)),
+                format!("the store can't be reached ({}); check the endpoint and the network", cause(error, secrets)),
             ),
-            _ => failure(UNKNOWN, format!("the connection failed ({}); try again", cause(error))),
+            _ => failure(UNKNOWN, format!("the connection failed ({}); try again", cause(error, secrets))),
         };
     }
-    failure(UNKNOWN, format!("the store's answer is of no use ({})", cause(error)))
+    failure(UNKNOWN, format!("the store's answer is of no use ({})", cause(error, secrets)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_that_is_cut_is_hidden_as_a_whole() {
+        let secret = format!("{}==", "t0ken".repeat(80));
+        let secrets = [secret.clone()];
+        for padding in [0, 150, 199, 300] {
+            let padding = "x".repeat(padding);
+            let body = format!("403 Forbidden: <Code>No</Code><Message>{padding} {secret} {secret}.</Message>");
+            let source = std::io::Error::other(format!("{ANSWERED}{body}")).into();
+            let denied = Error::Generic { store: "S3", source };
+            let other =
+                Error::Generic { store: "S3", source: std::io::Error::other(format!("{padding} {secret}")).into() };
+            for error in [denied, other] {
+                let sentence = of(&error, &secrets).sentence;
+                assert!(!sentence.contains("t0k") && sentence.len() < 400, "{sentence}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_refusal_after_retries_leaves_open_whether_the_write_was_applied() {
+        let refused = |retries: &str| Error::Generic {
+            store: "S3",
+            source: Box::new(Wrapped(
+                format!("Error performing PUT http://x/y in 1s{retries} - {ANSWERED}403 Forbidden: no"),
+                std::io::Error::other(format!("{ANSWERED}403 Forbidden: after 9 retries, max_retries: 9")),
+            )),
+        };
+        let (once, again) = (refused(""), refused(", after 2 retries, max_retries: 10, retry_timeout: 60s "));
+        assert_eq!(of_put(&once, true, &[]).status, REFUSED);
+        assert_eq!(of_removal(&once, &[]).status, REFUSED);
+        assert_eq!(of(&again, &[]).status, REFUSED);
+        assert_eq!(of_put(&again, true, &[]).status, UNKNOWN);
+        assert_eq!(of_put(&again, false, &[]).status, UNKNOWN);
+        assert_eq!(of_removal(&again, &[]).status, UNKNOWN);
+    }
+
+    /// As object_store's error of retries, which others can't make.
+    #[derive(Debug)]
+    struct Wrapped(String, std::io::Error);
+    impl std::fmt::Display for Wrapped {
+        fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            out.write_str(&self.0)
+        }
+    }
+    impl std::error::Error for Wrapped {
+        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+            Some(&self.1)
+        }
+    }
 }

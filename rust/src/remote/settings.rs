@@ -1,5 +1,6 @@
 //! Which store a URL and the environment name, and a client for it.
 
+use std::cmp::Reverse;
 use std::env;
 use std::sync::{Arc, Once};
 use std::time::Duration;
@@ -114,9 +115,10 @@ pub fn client(address: &Address, options: &Options) -> Result<(Arc<dyn ObjectSto
         Kind::Google => google(address, options)?,
         Kind::Azure => azure(address, options)?,
     };
+    secrets.sort_by_key(|secret| Reverse(secret.len())); // one may hold another
     let store = built.map_err(|e| {
-        let why = failure::cause(&e);
-        Failure::invalid(hidden(&format!("the settings of the remote store can't be used: {why}"), &secrets))
+        let why = failure::cause(&e, &secrets);
+        Failure::invalid(format!("the settings of the remote store can't be used: {why}"))
     })?;
     Ok((store, secrets))
 }
@@ -190,9 +192,4 @@ fn secrets_of_environment() -> Vec<String> {
     let variables =
         env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     variables.filter(|(name, value)| secret(name) && value.len() >= 4).map(|(_, value)| value).collect()
-}
-
-/// `sentence` with stars for each secret.
-pub fn hidden(sentence: &str, secrets: &[String]) -> String {
-    secrets.iter().fold(sentence.to_string(), |text, secret| text.replace(secret.as_str(), "***"))
 }

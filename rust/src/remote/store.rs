@@ -12,8 +12,8 @@ use object_store::{
 use serde_json::{json, Map, Value};
 use tokio::sync::watch;
 
-use super::failure::{self, Failure, Result, CANCELLED, NOT_FOUND, NO_BUCKET, SHORT, UNKNOWN};
-use super::settings::{client, hidden, Address, Kind, Options};
+use super::failure::{self, Failure, Result, CANCELLED, NOT_FOUND, SHORT, UNKNOWN};
+use super::settings::{client, Address, Kind, Options};
 use crate::runtime::Runtime;
 
 pub enum Condition<'a> {
@@ -93,7 +93,7 @@ impl Store {
         });
         done.map_err(|failure| Failure {
             status: failure.status,
-            sentence: hidden(&format!("can't {doing} in {}: {}", self.url, failure.sentence), &self.secrets),
+            sentence: failure::hidden(&format!("can't {doing} in {}: {}", self.url, failure.sentence), &self.secrets),
         })
     }
 
@@ -150,16 +150,13 @@ impl Store {
         self.wait(&format!("write '{key}'"), async {
             match self.client.put_opts(&path, payload, options).await {
                 Ok(put) => Ok(self.tag(put.e_tag, put.version)),
-                Err(e) => Err(match failure::of(&e, conditional) {
-                    gone if gone.status == NOT_FOUND => Failure { status: NO_BUCKET, ..gone },
-                    other => other,
-                }),
+                Err(e) => Err(failure::of_put(&e, conditional, &self.secrets)),
             }
         })
     }
 
     async fn ask(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
-        self.client.get_opts(path, options).await.map_err(|e| failure::of(&e, false))
+        self.client.get_opts(path, options).await.map_err(|e| failure::of(&e, &self.secrets))
     }
 
     pub fn get(&self, key: &str) -> Result<(Vec<u8>, String)> {
@@ -178,7 +175,7 @@ impl Store {
             let mut stream = result.into_stream();
             let mut bytes = Vec::new(); // grows as bytes arrive
             while let Some(chunk) = stream.next().await {
-                bytes.extend_from_slice(&chunk.map_err(|e| failure::of(&e, false))?);
+                bytes.extend_from_slice(&chunk.map_err(|e| failure::of(&e, &self.secrets))?);
             }
             if bytes.len() as u64 != size {
                 return Err(unfinished());
@@ -190,7 +187,7 @@ impl Store {
     pub fn head(&self, key: &str) -> Result<String> {
         let path = self.path(key)?;
         self.wait(&format!("look for '{key}'"), async {
-            let object = self.client.head(&path).await.map_err(|e| failure::of(&e, false))?;
+            let object = self.client.head(&path).await.map_err(|e| failure::of(&e, &self.secrets))?;
             Ok(Value::Object(self.described(&object)).to_string())
         })
     }
@@ -210,7 +207,7 @@ impl Store {
             let mut filled = 0;
             let mut stream = result.into_stream();
             while let Some(chunk) = stream.next().await {
-                let chunk = chunk.map_err(|e| failure::of(&e, false))?;
+                let chunk = chunk.map_err(|e| failure::of(&e, &self.secrets))?;
                 let Some(room) = out.get_mut(filled..filled + chunk.len()) else { return Err(unfinished()) };
                 room.copy_from_slice(&chunk);
                 filled += chunk.len();
@@ -230,7 +227,7 @@ impl Store {
             let mut objects = Vec::new();
             let mut stream = self.client.list(Some(&path));
             while let Some(object) = stream.next().await {
-                let object = object.map_err(|e| failure::of(&e, false))?;
+                let object = object.map_err(|e| failure::of(&e, &self.secrets))?;
                 objects.push(Value::Object(self.described(&object)));
             }
             Ok(Value::Array(objects).to_string())
@@ -240,7 +237,7 @@ impl Store {
     pub fn remove(&self, key: &str) -> Result<()> {
         let path = self.path(key)?;
         self.wait(&format!("remove '{key}'"), async {
-            match self.client.delete(&path).await.map_err(|e| failure::of(&e, false)) {
+            match self.client.delete(&path).await.map_err(|e| failure::of_removal(&e, &self.secrets)) {
                 Err(gone) if gone.status == NOT_FOUND => Ok(()),
                 done => done,
             }
