@@ -21,6 +21,7 @@ using remote::Request;
 
 using SimTime = int64_t;  ///< microseconds of true time
 inline constexpr SimTime kMillisecond = 1000, kSecond = 1000 * kMillisecond;
+inline constexpr SimTime kLatest = 40 * kSecond;  ///< after it was sent, a request may be applied
 
 class Random {
  public:
@@ -90,7 +91,7 @@ class SimulatedBucket {
       lost.error = std::make_exception_ptr(remote::LostAnswer("No answer came."));
       // Never applied; applied, and the answer lost; applied long after it was given up.
       const int64_t fate = random_.pick(4);
-      const SimTime until = fate == 3 ? random_.between(kSecond, 40 * kSecond) : there;
+      const SimTime until = fate == 3 ? random_.between(kSecond, kLatest) : there;
       if (fate > 0) events_.after(until, [this, request] { apply(request); });
       events_.after(there + back + 2 * kSecond, [lost, answered] { answered(lost); });
       return;

@@ -514,7 +514,8 @@ std::string Fleet::run() {
     return is_calm && std::all_of(clients.begin(), clients.end(), [](const Client& client) { return client.over; });
   };
   if (!run_until(all_over, end) && promises.broken_promise().empty()) promises.broken("a client was never answered");
-  // At last two sweeps leave nothing that no head needs.
+  // At last two sweeps leave nothing that no head needs, once no put of the time before the calm is on its way.
+  run_until([&] { return events.now() > calm + kLatest; }, end);
   for (int clean = 0, tries = 0; clean < 2 && tries < 400 && promises.broken_promise().empty(); ++tries) {
     auto ended = std::make_shared<std::optional<bool>>();
     process(tries % kWorkers).ask_sweep([ended](bool done) { *ended = done; });

@@ -57,18 +57,18 @@ import mlx.core as mx
 import torpor
 model, store, first, second = sys.argv[1:]
 
-def two_turns(engine):
+def two_turns(engine, save):
     ada = engine.agent("ada")
-    ada.turn(first, raw=True, max_tokens=1, save="behind")
+    ada.turn(first, raw=True, max_tokens=1, save=save)
     held = engine.memory_usage().kv_bytes
     ada.turn(second, raw=True, max_tokens=1, save="no")
     return held, ada.next_logits()
 
 with torpor.Engine(model, store + "-alone", durability="none") as engine:
-    held, expected = two_turns(engine)
+    held, expected = two_turns(engine, save="no")
 with torpor.Engine(model, store, memory_budget=held + held // 3 + 1) as engine:
     engine.agent("bob").turn(first[:200], raw=True, max_tokens=1, save="no")
-    assert mx.allclose(two_turns(engine)[1], expected, atol=0.05), "rows went to the wrong place"
+    assert mx.allclose(two_turns(engine, save="behind")[1], expected, atol=0.05), "rows went to the wrong place"
     assert [status.awake for status in engine.agents()] == [True, False], "nobody had to make room"
 """
 
