@@ -253,7 +253,7 @@ struct RestoreThreads {
   ~RestoreThreads() { ThreadPool::resize_shared(before); }
 };
 
-const std::vector<int> kRows{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 64, 513};
+const std::vector<int> kRows{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 24, 513};
 /// Of formats whose products are other formats': each kernel, and two blocks of rows.
 const std::vector<int> kFewerRows{1, 2, 5, 8, 9, 150};
 
@@ -426,7 +426,7 @@ TEST(KernelsLinear, QuantizedWeights) {
   for (const int bits : {4, 8}) {
     for (const int group : {32, 64, 128}) {
       for (const Type scale_type : {Type::kF32, Type::kF16, Type::kBF16}) {
-        for (const auto& [n, k] : {std::pair{17, group}, {40, 5 * 128}, {16 * 15 + 5, 128}}) {
+        for (const auto& [n, k] : {std::pair{17, group}, {40, 9 * 128}, {16 * 15 + 5, 128}}) {
           SCOPED_TRACE(std::to_string(bits) + " bits, group " + std::to_string(group) + ", scales " + type_name(scale_type) +
                        ", N " + std::to_string(n) + " K " + std::to_string(k));
           const TestWeight w(Type::kAffine, n, k, rng, bits, group, scale_type);

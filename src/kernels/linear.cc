@@ -95,19 +95,29 @@ inline size_t row_stride(const PackedPart& part, int k, const uint8_t*) {
   return size_t(k / part.group) * amx_group_bytes(part.group) / kAmxRows;
 }
 
-/// Rows that meet the weights of a panel while those are in registers, at most; of float weights only one does.
-inline constexpr int kFewRows = 8;
-inline bool few_rows(const PackedPart& part, int rows) {
-  return part.group == 0 ? rows == 1 : part.integers() && rows <= kFewRows;
-}
+/// Rows that meet the weights of a panel while those are in registers, at most.
+inline constexpr int kTogether = 8;
+/// Few rows, in groups of at most kTogether whose sizes differ by one at most.
+struct RowGroups {
+  int rows;
+  int count = (rows + kTogether - 1) / kTogether;
+  int begin(int group) const { return group * rows / count; }
+  int most() const { return (rows + count - 1) / count; }
+};
 
-/// Few prepared rows, `words` 32-bit words each, as kernels read them: the first words of all rows, the second, and
-/// so on.
+/// Few prepared rows, `words` 32-bit words each, as kernels read them. Of each group: the first words of all rows, the
+/// second, and so on.
 template <class T>
-const T* interleave(const T* rows, size_t n, size_t words, T* out) {
+const T* interleave(const T* rows, int n, size_t words, T* out) {
   if (n == 1) return rows;
-  for (size_t i = 0; i < words; ++i) {
-    for (size_t r = 0; r < n; ++r) out[i * n + r] = rows[r * words + i];
+  const RowGroups groups{n};
+  for (int g = 0; g < groups.count; ++g) {
+    const size_t begin = size_t(groups.begin(g)), size = size_t(groups.begin(g + 1)) - begin;
+    const T* from = rows + begin * words;
+    T* to = out + begin * words;
+    for (size_t i = 0; i < words; ++i) {
+      for (size_t r = 0; r < size; ++r) to[i * size + r] = from[r * words + i];
+    }
   }
   return out;
 }
@@ -227,27 +237,26 @@ void EachPanels(ThreadPool& pool, const PackedPart& part, const F& run) {
   pool.parallel_ends((part.panels + size - 1) / size, std::ref(body));
 }
 
-// `rows` rows, the first of which is row `row` of the call.
+// `rows` rows, the first of which is row `row` of the call; kRows of them in the largest group. Group after group meets
+// columns of the panels while those are in a core's L1.
 template <int kRows, class X>
 void RunFew(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const X* x, int row, int rows) {
+  const RowGroups groups{rows};
   if constexpr (kRows > 1) {
-    if (rows < kRows) return RunFew<kRows - 1>(pool, call, part, x, row, rows);
+    if (groups.most() < kRows) return RunFew<kRows - 1>(pool, call, part, x, row, rows);
   }
   auto run = [&]<int kPanels>(int panel, int ahead) HWY_ATTR {
-    HWY_ALIGN float sums[kPanels * kRows * kPanel];
-    AnyVector<kRows, kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, sums);
-    FinishPanels(call, part, panel, kPanels, kRows * kPanel, row, kRows, sums);
+    float* sums = linear_scratch().sums;
+    GroupsOfRows<kRows, kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, groups, sums);
+    for (int g = 0; g < groups.count; ++g) {
+      const int begin = groups.begin(g), size = groups.begin(g + 1) - begin;
+      FinishPanels(call, part, panel, kPanels, size_t(size) * kPanel, row + begin, size, sums + begin * kPanels * kPanel);
+    }
   };
   EachPanels<PanelsAtOnce(kRows)>(pool, part, run);
 }
 
 // ---- Many rows ----
-
-// Equal steps of whole groups through k columns, of at most `most`, a multiple of all groups.
-int BlockStep(const PackedPart& part, int k, int most) {
-  const int steps = (k + most - 1) / most, step = (k + steps - 1) / steps;
-  return part.group > 0 ? (step + part.group - 1) / part.group * part.group : step;
-}
 
 // Panels [first, last) of a part for `rows` prepared rows, the first of which is row `row` of the call.
 void RunBlock(const LinearCall& call, const PackedPart& part, const float* x, int first, int last, int row, int rows) {
@@ -335,7 +344,7 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, 
 template <class X>
 void RunRows(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const X* x, int row, int rows) {
   if constexpr (!std::is_same_v<X, uint8_t>) {
-    if (few_rows(part, rows)) return RunFew<kFewRows>(pool, call, part, x, row, rows);
+    if (few_rows<X>(part, rows)) return RunFew<kTogether>(pool, call, part, x, row, rows);
   }
   // Pairs of panels, for a gated panel's outputs fill half a cache line.
   const int tile = std::is_same_v<X, uint8_t> ? kAmxRows : kTileRows;
@@ -357,7 +366,7 @@ void Linear(const LinearCall& call) {
       const float* given = call.x + size_t(row) * call.w->k;
       if (call.w->activations == Activations::kInt16 && part.integers()) {
 #if TORPOR_HAVE_AMX
-        if (rows > kFewRows && amx_in_use()) {
+        if (rows > kTogether && amx_in_use()) {
           RunRows(pool, call, part, PrepareBytes(pool, part, call.w->k, given, rows), row, rows);
           continue;
         }

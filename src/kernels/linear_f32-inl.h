@@ -47,6 +47,23 @@ constexpr int VectorsAtOnce(int rows) { return std::min(kSumsOfOne, int(std::bit
 constexpr int PanelsAtOnce(int rows) { return std::max(1, VectorsAtOnce(rows) / kVectors); }
 constexpr int VectorsOfPanel(int rows) { return std::min(kVectors, VectorsAtOnce(rows)); }
 
+// Whether a part's rows, f32 or pairs, are few: each weight is unpacked into a register for every group of them. For many
+// it is unpacked once, into memory, which costs more than that where registers are many and their bits are masked fast.
+template <class X>
+bool few_rows(const PackedPart& part, int rows) {
+  if (part.group == 0) return rows == 1;  // of floats
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3_DL
+  constexpr int kMost = std::is_same_v<X, int32_t> ? kBlockRows : 32;
+#elif HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
+  constexpr int kMost = 32;
+#elif HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
+  constexpr int kMost = 24;
+#else
+  constexpr int kMost = kTogether;
+#endif
+  return part.integers() && rows <= kMost;
+}
+
 // Loads 16-bit or 32-bit floats as f32.
 template <Type kType>
 HWY_INLINE VF LoadFloats(const std::byte* p, size_t i) {
@@ -130,7 +147,7 @@ void PrepareRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, floa
 const float* Prepare(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
   if (part.group == 0) return x;
   const size_t columns = size_t(prepared_columns(part, k));
-  const bool few = few_rows(part, rows);
+  const bool few = few_rows<float>(part, rows);
   float* out = prepared_memory(size_t(rows) * columns * (few ? 2 : 1));
   const int size = rows_per_task(rows, pool.size());
   auto body = [&](size_t task, int) {
@@ -140,7 +157,7 @@ const float* Prepare(ThreadPool& pool, const PackedPart& part, int k, const floa
     }
   };
   pool.parallel_for(size_t((rows + size - 1) / size), std::ref(body));
-  if (few) return interleave(out, size_t(rows), columns, out + size_t(rows) * columns);
+  if (few) return interleave(out, rows, columns, out + size_t(rows) * columns);
   return out;
 }
 

@@ -105,7 +105,7 @@ void QuantizeRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, int
 
 const int32_t* PrepareInt16(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
   const size_t words = int16_row_words(part, k);
-  const bool few = few_rows(part, rows);
+  const bool few = few_rows<int32_t>(part, rows);
   auto* out = reinterpret_cast<int32_t*>(prepared_memory(size_t(rows) * words * (few ? 2 : 1)));
   const int size = rows_per_task(rows, pool.size());
   auto body = [&](size_t task, int) {
@@ -113,7 +113,7 @@ const int32_t* PrepareInt16(ThreadPool& pool, const PackedPart& part, int k, con
     for (int row = int(task) * size; row < last; ++row) QuantizeRow(part, k, x + size_t(row) * k, out + size_t(row) * words);
   };
   pool.parallel_for(size_t((rows + size - 1) / size), std::ref(body));
-  if (few) return interleave(out, size_t(rows), words, out + size_t(rows) * words);
+  if (few) return interleave(out, rows, words, out + size_t(rows) * words);
   return out;
 }
 

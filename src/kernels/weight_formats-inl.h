@@ -240,24 +240,49 @@ void UnpackAnyPairs(const PackedPart& part, const std::byte* panel, int k0, int 
   }
 }
 
-// ---- kRows interleaved rows times kPanels panels of any format; sums: [kPanels][kRows][16] ----
+// ---- Groups of interleaved rows times kPanels panels of any format; sums of each group: [kPanels][rows][16] ----
 
+// Equal steps of whole groups through k columns, of at most `most`, a multiple of all groups.
+int BlockStep(const PackedPart& part, int k, int most) {
+  const int steps = (k + most - 1) / most, step = (k + steps - 1) / steps;
+  return part.group > 0 ? (step + part.group - 1) / part.group * part.group : step;
+}
+
+// Of panels that are read in place: as many columns as stay in L1 with those of a group's rows.
+constexpr int kFewColumns = 1024;
+
+// kRows: of the largest group. As much of the panels at `next` as of these is brought into the cache.
 template <int kRows, int kPanels, class X>
-HWY_INLINE void AnyVector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const X* x,
-                          float* sums) {
-  for (int i = 0; i < kPanels * kRows * kPanel; i += kLanes) hn::Store(hn::Zero(DF()), DF(), sums + i);
-  if (part.read_in_place()) return Vector<kRows, kPanels>(part, panel, next, k, x, sums);
-  constexpr int kColumns = kLargestGroup;
-  const PackedPart bytes = PartOfBytes(part, kColumns);
+void GroupsOfRows(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const X* x,
+                  const RowGroups& groups, float* sums) {
+  for (int i = 0; i < kPanels * groups.rows * kPanel; i += kLanes) hn::Store(hn::Zero(DF()), DF(), sums + i);
+  const bool in_place = part.read_in_place();
+  const int step = in_place ? BlockStep(part, k, groups.count == 1 ? k : kFewColumns) : kLargestGroup;
+  const PackedPart bytes = in_place ? PackedPart{} : PartOfBytes(part, step);
   auto* scratch = reinterpret_cast<std::byte*>(linear_scratch().weights);
-  static_assert(kPanels * (kColumns / 4 + kColumns / 16 * 2) * kPanel <= kBlockWords);
-  for (int k0 = 0; k0 < k; k0 += kColumns) {
-    const int k1 = std::min(k, k0 + kColumns);
-    for (int p = 0; p < kPanels; ++p) {
-      const std::byte* from = panel + size_t(p) * part.panel_bytes;
-      PanelAsBytes(part, bytes, from, k0, k1, next - panel, scratch + size_t(p) * bytes.panel_bytes);
+  static_assert(kPanels * (kLargestGroup / 4 + kLargestGroup / 16 * 2) * kPanel <= kBlockWords);
+  for (int k0 = 0; k0 < k; k0 += step) {
+    const int columns = std::min(k - k0, step);
+    const std::byte *from = scratch, *then = scratch;
+    if (in_place) {
+      const size_t at = part.group > 0 ? size_t(k0 / part.group) * part.group_bytes : 0;
+      from = panel + at;
+      then = next + at;
+    } else {
+      for (int p = 0; p < kPanels; ++p) {
+        const std::byte* packed = panel + size_t(p) * part.panel_bytes;
+        PanelAsBytes(part, bytes, packed, k0, k0 + columns, next - panel, scratch + size_t(p) * bytes.panel_bytes);
+      }
     }
-    Vector<kRows, kPanels>(bytes, scratch, scratch, k1 - k0, x + kRows * row_stride(part, k0, x), sums);
+    for (int g = 0; g < groups.count; ++g, then = from) {
+      const size_t begin = size_t(groups.begin(g)), size = size_t(groups.begin(g + 1)) - begin;
+      const X* rows = x + begin * row_stride(part, k, x) + size * row_stride(part, k0, x);
+      float* to = sums + begin * kPanels * kPanel;
+      if (size == kRows) Vector<kRows, kPanels>(in_place ? part : bytes, from, then, columns, rows, to);
+      if constexpr (kRows > 1) {
+        if (size < kRows) Vector<kRows - 1, kPanels>(in_place ? part : bytes, from, then, columns, rows, to);
+      }
+    }
   }
 }
 
