@@ -44,6 +44,49 @@ def test_a_divergence_is_a_plain_value(engine):
     assert pickle.loads(pickle.dumps(result)) == result
 
 
+def test_an_answer_that_was_not_saved_can_be_pickled_and_copied(tiny_model, tmp_path):
+    with torpor.Engine(tiny_model, tmp_path / "store", min_free=1 << 60) as engine:
+        result = engine.agent("ada").turn("hello", raw=True, max_tokens=2, logprobs=1)
+    for again in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result), copy.copy(result)):
+        assert type(again.save_error) is torpor.ResourceExhaustedError and again.logprobs == result.logprobs
+        assert str(again.save_error) == str(result.save_error) and vars(again.save_error) == vars(result.save_error)
+
+
+def test_errors_are_pythons_own_kinds_and_keep_their_sentence(engine, tmp_path):
+    """`except KeyError` finds them; a KeyError of Python's own would put its text into quotation marks."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KeyError) as missing:
+        engine.agent("nobody").save()
+    with pytest.raises(ValueError) as invalid:
+        engine.agent("ada").turn("x", max_tokens=0)
+    with pytest.raises(OSError) as refused:
+        torpor.CachePersistence(tmp_path / "file" / "store").save_agent_cache("ada", [kv_cache()])
+    for raised, kind in ((missing, torpor.NotFoundError), (invalid, torpor.InvalidArgumentError),
+                         (refused, torpor.IoError)):
+        error = raised.value
+        assert type(error) is kind and isinstance(error, torpor.Error)
+        assert str(error) == error.args[0] and str(error)[-1] == "."
+        for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+            assert type(again) is kind and str(again) == str(error) and vars(again) == vars(error)
+    assert str(tmp_path / "file") in refused.value.path
+
+
+def test_an_old_prompt_cache_that_can_not_be_read_is_no_damage(tmp_path):
+    """It is told apart, though an InvalidArgumentError is a ValueError as well."""
+    state = {"0.0": mx.ones((1, 1, 4, 8)), "0.1": mx.ones((1, 1, 4, 8))}
+    mx.save_safetensors(str(tmp_path / "old.safetensors"), state,
+                        {"0.0": "4", "0.1": "4", "1.model": "m", "2.0": "SomeOtherCache"})
+    with pytest.raises(torpor.InvalidArgumentError, match="SomeOtherCache"):
+        torpor.load_prompt_cache(tmp_path / "old.safetensors")
+
+
+def test_engines_agents_and_stores_print_what_they_are(engine, tiny_model, tmp_path):
+    stream = engine.agent("ada").stream("x", raw=True, max_tokens=2, seed=7)
+    assert repr(engine) == f"<torpor.Engine {str(tiny_model)!r}>" and repr(stream) == "<torpor.TextStream, seed 7>"
+    assert repr(engine.agent("ada")) == "<torpor.Agent 'ada'>"
+    assert repr(torpor.CachePersistence(tmp_path / "s")) == f"<torpor.CachePersistence {str(tmp_path / 's')!r}>"
+
+
 def test_a_store_of_caches_can_be_pickled(tmp_path):
     store = torpor.CachePersistence(tmp_path / "store", model={"weights": "v1"}, durability="rename")
     store.save_agent_cache("ada", [kv_cache()])
@@ -94,6 +137,26 @@ def test_what_is_no_such_number_or_text_is_an_error_of_torpors(engine, options):
     [name] = options
     with pytest.raises(torpor.InvalidArgumentError, match="stop string" if name == "stop" else name):
         engine.agent("ada").turn("x", raw=True, **options)
+
+
+@pytest.mark.parametrize("name,call", [
+    ("id", lambda engine: engine.agent(3)),
+    ("id", lambda engine: engine.agent("ada").fork(None)),
+    ("at_token", lambda engine: engine.agent("ada").fork("eve", "3")),
+    ("n_tokens", lambda engine: engine.agent("ada").rewind(1.5)),
+    ("id", lambda engine: engine.agent("ada").rename(b"eve"))])
+def test_arguments_of_another_kind_are_an_error_of_torpors(engine, name, call):
+    with pytest.raises(torpor.InvalidArgumentError, match=name):
+        call(engine)
+
+
+@pytest.mark.parametrize("settings", [
+    {"write_queue": "64MB"}, {"text_queue": -1}, {"max_stall": 2.5}, {"threads": "2"}, {"kv_format": 8},
+    {"durability": None}, {"backend": 1}, {"activations": 16}, {"cpu_target": 512}], ids=str)
+def test_settings_of_another_kind_are_an_error_of_torpors(tiny_model, tmp_path, settings):
+    [name] = settings
+    with pytest.raises(torpor.InvalidArgumentError, match=name):
+        torpor.Engine(tiny_model, tmp_path / "store", **settings)
 
 
 def test_token_ids_are_one_flat_list(tmp_path):

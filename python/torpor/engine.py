@@ -148,10 +148,22 @@ class Engine:
         root = Path(store).expanduser() if store is not None else _core.default_store_root()
         budgets = [_arguments.size(value, name) for name, value in
                    (("memory_budget", memory_budget), ("disk_budget", disk_budget), ("min_free", min_free))]
-        model = _arguments.text(os.fspath(model), "The model's name")
-        self._core = _core.CoreEngine(model, root, kv_format, durability, *budgets, write_queue, text_queue, max_stall,
-                                      map_rows, backend, activations, threads, cpu_target or "")
+        queues = [_arguments.whole(value, name, 0, 2**63 - 1)
+                  for value, name in ((write_queue, "write_queue"), (text_queue, "text_queue"))]
+        max_stall, threads = (_arguments.whole(value, name, -2**31, 2**31 - 1)
+                              for value, name in ((max_stall, "max_stall"), (threads, "threads")))
+        kv_format, backend, activations, cpu_target = (
+            None if value is None else _arguments.text(value, name) for value, name in (
+                (kv_format, "kv_format"), (backend, "backend"), (activations, "activations"),
+                (cpu_target, "cpu_target")))
+        self._model = _arguments.text(os.fspath(model), "The model's name")
+        self._core = _core.CoreEngine(self._model, root, kv_format, _arguments.text(durability, "durability"), *budgets,
+                                      *queues, max_stall, bool(map_rows), backend, activations, threads,
+                                      cpu_target or "")
         self._talking = threading.local()  # .to: agents whose on_text runs on this thread
+
+    def __repr__(self) -> str:
+        return f"<torpor.Engine {self._model!r}>"
 
     def __enter__(self) -> Self:
         return self
@@ -178,7 +190,7 @@ class Engine:
         system: the system message of a new agent; for an old one None or its own, else its next turn raises
             InvalidArgumentError.
         """
-        _core.check_agent_id(agent_id)
+        _core.check_agent_id(_arguments.text(agent_id, "An agent's id"))
         return Agent(self, agent_id, system)
 
     def agents(self) -> list[AgentStatus]:
@@ -286,6 +298,10 @@ def _prompt(prompt: Prompt) -> tuple[str, str]:
     return _arguments.text(prompt, "The prompt"), ""
 
 
+def _count(tokens: int, name: str) -> int:
+    return _arguments.whole(tokens, name, -2**63, 2**63 - 1)  # the engine tells what is out of its bounds
+
+
 def _system(system: str | None) -> str | None:
     return None if system is None else _arguments.text(system, "The system message")
 
@@ -307,6 +323,9 @@ class TextStream(Iterator[str]):
     def __init__(self, running: _core.RunningTurn, seed: int) -> None:
         self._running = running
         self._seed = seed
+
+    def __repr__(self) -> str:
+        return f"<torpor.TextStream, seed {self._seed}>"
 
     def __next__(self) -> str:
         piece = self._interruptible(self._running.next)
@@ -391,16 +410,17 @@ class Agent:
         save: "wait": the change is on disk when this returns; what a save raises leaves it in memory, unsaved. "behind": by a
             writer thread; a crash may lose it.
         """
-        self.engine._for(self.id, new_id).fork(self.id, new_id, at_token, save)
+        core = self.engine._for(self.id, _arguments.text(new_id, "An agent's id"))
+        core.fork(self.id, new_id, None if at_token is None else _count(at_token, "at_token"), save)
         return Agent(self.engine, new_id, self.system)
 
     def rewind(self, n_tokens: int, *, save: Literal["wait", "behind"] = "wait") -> None:
         """Forgets everything after the first `n_tokens` tokens. InvalidArgumentError when the agent holds fewer. `save`: as fork's."""
-        self.engine._for(self.id).rewind(self.id, n_tokens, save)
+        self.engine._for(self.id).rewind(self.id, _count(n_tokens, "n_tokens"), save)
 
     def rename(self, new_id: str) -> None:
         """Gives the agent another id. InvalidArgumentError when it is taken."""
-        self.engine._for(self.id, new_id).rename(self.id, new_id)
+        self.engine._for(self.id, _arguments.text(new_id, "An agent's id")).rename(self.id, new_id)
         self.id = new_id
 
     def remove(self) -> None:

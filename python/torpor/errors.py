@@ -18,9 +18,12 @@ class Error(Exception):
     found: str | None = None
     """What `field` is."""
 
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # the sentence as it is, which KeyError would put into quotation marks
 
-class NotFoundError(Error):
-    """No such agent, model or file."""
+
+class NotFoundError(Error, KeyError):
+    """No such agent, model or file. A KeyError."""
 
 
 class CorruptionError(Error):
@@ -31,12 +34,13 @@ class IncompatibleError(Error):
     """Intact, but of another model, dtype or format version."""
 
 
-class InvalidArgumentError(Error):
-    """The caller asked for something that can't be."""
+class InvalidArgumentError(Error, ValueError):
+    """The caller asked for something that can't be. A ValueError."""
 
 
-class IoError(Error):
-    """The operating system refused: disk full, read-only, no permission."""
+class IoError(Error, OSError):
+    """The operating system refused: disk full, read-only, no permission. An OSError; `path` says of which file, and its
+    `errno` is None."""
 
 
 class BusyError(Error):

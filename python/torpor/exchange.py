@@ -12,7 +12,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models import cache as mlx_cache
 
 from ._codec import cache_class
-from .errors import CorruptionError, InvalidArgumentError, NotFoundError
+from .errors import CorruptionError, Error, InvalidArgumentError, NotFoundError
 
 
 def load_prompt_cache(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, str]]:
@@ -33,6 +33,8 @@ def load_prompt_cache(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str
         states = tree_unflatten(list(arrays.items())) if arrays else []
         states += [[]] * (len(classes) - len(states))
         return [_old(*layer) for layer in zip(classes, states, meta_states, strict=True)], user or {}
+    except Error:
+        raise  # some of Torpor's own are of the next line's, too
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise CorruptionError(f"'{path}' is no prompt-cache file of mlx-lm, or is damaged: {error}.") from error
 

@@ -41,6 +41,9 @@ class CachePersistence:
         self._given = (self.root, model, durability)
         self._saved = {}  # agent id -> (weak references to the layers, tokens, segment names)
 
+    def __repr__(self) -> str:
+        return f"<torpor.CachePersistence {str(self.root)!r}>"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return CachePersistence, self._given
 
