@@ -84,10 +84,12 @@ clients: build model
 	TORPOR_CLIENTS=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -rs tests/test_sdk_clients.py \
 	  tests/test_clients.py
 
-# Stores of objects: all checks on gofakes3 and versitygw, and 64 writers at a time for 1,000 rounds.
+# Stores of objects: all checks on gofakes3 and versitygw, and 64 writers at a time for 1,000 rounds. Then deploy/: its
+# files against their schemas, and servers behind HAProxy (if it is installed) and Envoy.
 fleet: build model
-	scripts/fetch-sdks gofakes3 versitygw
-	TORPOR_FLEET=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_remote.py
+	scripts/fetch-sdks gofakes3 versitygw deploy
+	TORPOR_FLEET=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -rs tests/test_remote.py tests/test_deploy.py \
+	  tests/test_fleet.py
 
 # Each fuzz target for FUZZ_S seconds; needs clang++.
 FUZZ_S ?= 60
