@@ -1,6 +1,7 @@
 """Streams of Python in several threads at once, under ThreadSanitizer. A test of the preset tsan (ctest), which preloads
 the sanitizer into an interpreter that has none. Whatever it reports, of the module or of Torpor, fails it."""
 
+import asyncio
 import sys
 import tempfile
 import threading
@@ -49,6 +50,15 @@ def main(scratch):
             other.start()
             other.join()
 
+        def awaited():
+            async def read():
+                lee = torpor.AsyncTextStream(engine.agent("lee").stream("hello", raw=True, max_tokens=24))
+                text = "".join([piece async for piece in lee])
+                assert (await lee.result()).text == text
+                async with torpor.AsyncTextStream(engine.agent("lee").stream(" on", raw=True, max_tokens=1000)) as lee:
+                    await anext(lee)
+            asyncio.run(read())
+
         def saved_behind():
             for _ in range(4):
                 engine.turn("a prompt without an agent", raw=True, max_tokens=4, save="behind")
@@ -60,7 +70,7 @@ def main(scratch):
                 engine.memory_usage()
 
         threads = [threading.Thread(target=guarded(work))
-                   for work in (to_the_end, left_early, dropped, closed_by_another, saved_behind, looks)]
+                   for work in (to_the_end, left_early, dropped, closed_by_another, awaited, saved_behind, looks)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -18,6 +18,7 @@
 #include <thread>
 #include <utility>
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include "base/mutex.h"
@@ -39,18 +40,30 @@ class Running {
       MutexLock lock(mutex);
       while (!pieces.empty() && has_reader()) changed.wait(lock);
       pieces.push_back(std::move(piece));
-      changed.notify_all();
+      tell();
+    }
+    ~Control() {
+      for (const int end : pipe) {
+        if (end >= 0) close(end);
+      }
     }
     std::atomic<bool> cancelled{false}, undone{false};
 
    private:
     friend class Running;
+    /// There is a piece, or the work is over.
+    void tell() TORPOR_REQUIRES(mutex) {
+      changed.notify_all();
+      // A pipe that is full says it, too.
+      if (pipe[1] >= 0) static_cast<void>(!write(pipe[1], "", 1));
+    }
     Mutex mutex;
     CondVar changed;
     std::deque<Piece> pieces TORPOR_GUARDED_BY(mutex);
     int awaited TORPOR_GUARDED_BY(mutex) = 0;  // threads that wait for the result
     std::optional<Result> result TORPOR_GUARDED_BY(mutex);
     std::exception_ptr error TORPOR_GUARDED_BY(mutex);
+    int pipe[2] TORPOR_GUARDED_BY(mutex) = {-1, -1};  // of `fileno`; both are closed with the work
 
     bool over() const TORPOR_REQUIRES(mutex) { return result || error; }
     /// Whether the work waits until a piece is fetched.
@@ -87,6 +100,44 @@ class Running {
     const MutexLock lock(control.mutex);
     if (control.error) std::rethrow_exception(control.error);
     return std::nullopt;
+  }
+  /// The next piece if one waits, and whether there is no more to wait for. Does not wait itself, and throws nothing of
+  /// the work's. When it gives neither, `fileno` is readable again from the next piece or the end on.
+  std::pair<std::optional<Piece>, bool> poll() {
+    check_process();
+    Control& control = state_->control;
+    const MutexLock lock(control.mutex);
+    if (!control.pieces.empty()) {
+      std::optional<Piece> piece = std::move(control.pieces.front());
+      control.pieces.pop_front();
+      control.changed.notify_all();
+      return {std::move(piece), false};
+    }
+    if (control.over()) return {std::nullopt, true};
+    char said[64];
+    while (control.pipe[0] >= 0 && read(control.pipe[0], said, sizeof said) > 0) {
+    }
+    return {std::nullopt, false};
+  }
+  /// A file descriptor for an event loop to wait on between calls of `poll`; this object's, and open as long as it is.
+  int fileno() {
+    check_process();
+    Control& control = state_->control;
+    const MutexLock lock(control.mutex);
+    if (control.pipe[0] < 0) {
+      int ends[2];
+      if (pipe(ends) != 0) {
+        throw Error(ErrorCode::kResourceExhausted, "The system refuses another pipe; raise its limit of open files.");
+      }
+      for (int i = 0; i < 2; ++i) {
+        fcntl(ends[i], F_SETFD, FD_CLOEXEC);
+        fcntl(ends[i], F_SETFL, O_NONBLOCK);
+        control.pipe[i] = ends[i];
+      }
+      // What came before this pipe was there.
+      if (!control.pieces.empty() || control.over()) control.tell();
+    }
+    return control.pipe[0];
   }
   /// Ends turns before their next token, with FinishReason::kCancelled. Does not wait.
   void cancel() {
@@ -148,7 +199,7 @@ class Running {
     const MutexLock lock(state.control.mutex);
     state.control.result = std::move(answer);
     state.control.error = failed;
-    state.control.changed.notify_all();
+    state.control.tell();
   }
 
   void check_process() const {

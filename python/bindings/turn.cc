@@ -1,6 +1,7 @@
 #include "turn.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -70,7 +71,10 @@ void bind_turn(nb::module_& module) {
           nb::sig("def save_error(self) -> Exception | None"));
   nb::class_<RunningTurn>(module, "RunningTurn")
       .def("next", &RunningTurn::next)
+      .def("poll", &RunningTurn::poll)
+      .def("fileno", &RunningTurn::fileno)
       .def("cancel", &RunningTurn::cancel)
+      .def("give_up", &RunningTurn::give_up)
       .def("undo", &RunningTurn::undo)
       .def("result", &RunningTurn::result);
 }

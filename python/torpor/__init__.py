@@ -14,6 +14,8 @@ For speed, Torpor's own engine: `Engine` and its `Agent`s, which compute a turn'
         for piece in engine.agent("ada").stream("Hello"):
             print(piece, end="", flush=True)
 
+For asyncio, `AsyncEngine` does the same, awaited.
+
 Errors are subclasses of `torpor.Error`. Whatever waits for a disk or a model lets other threads run.
 """
 
@@ -25,6 +27,7 @@ from typing import Any as _Any, Literal as _Literal
 from . import _dependencies  # first: what it says is clearer than what the linker would
 from . import _core
 from ._codec import validate as _validate
+from .async_engine import AsyncAgent, AsyncEngine, AsyncTextStream
 from .engine import Agent, AgentStatus, Engine, TextStream, TurnOptions
 from .errors import (BusyError, CancelledError, CorruptionError, Error, IncompatibleError, InternalError,
                      InvalidArgumentError, IoError, NotFoundError, ResourceExhaustedError)
@@ -36,14 +39,14 @@ from .results import (AgentMemory, EngineWork, MemoryUsage, MessageDivergence, S
 from .team import StepOptions, Team, TeamAnswer, TeamResult
 
 __all__ = [
-    "Agent", "AgentMemory", "AgentStatus", "BusyError", "CachePersistence", "CancelledError", "CorruptionError",
-    "Engine", "EngineWork", "Error", "Generation", "IncompatibleError", "InternalError", "InvalidArgumentError",
-    "IoError", "MLXCacheExtractor", "MemoryUsage", "MessageDivergence", "NotFoundError", "ResourceExhaustedError",
-    "SaveResult", "StepOptions", "Team", "TeamAnswer", "TeamResult", "TextStream", "TokenLogprob", "TokenLogprobs", "TurnBytes", "TurnOptions", "TurnResult", "TurnTiming",
-    "TurnTokens", "common_prefix",
-    "delete_agent_cache", "get_cache_disk_usage", "get_cache_memory", "get_cache_size", "list_cached_agents",
-    "load_agent_cache", "load_prompt_cache", "save_agent_cache", "save_prompt_cache", "set_log_handler",
-    "validate_cache_structure",
+    "Agent", "AgentMemory", "AgentStatus", "AsyncAgent", "AsyncEngine", "AsyncTextStream", "BusyError",
+    "CachePersistence", "CancelledError", "CorruptionError", "Engine", "EngineWork", "Error", "Generation",
+    "IncompatibleError", "InternalError", "InvalidArgumentError", "IoError", "MLXCacheExtractor", "MemoryUsage",
+    "MessageDivergence", "NotFoundError", "ResourceExhaustedError", "SaveResult", "StepOptions", "Team",
+    "TeamAnswer", "TeamResult", "TextStream", "TokenLogprob", "TokenLogprobs", "TurnBytes", "TurnOptions",
+    "TurnResult", "TurnTiming", "TurnTokens", "common_prefix", "delete_agent_cache", "get_cache_disk_usage",
+    "get_cache_memory", "get_cache_size", "list_cached_agents", "load_agent_cache", "load_prompt_cache",
+    "save_agent_cache", "save_prompt_cache", "set_log_handler", "validate_cache_structure",
 ]
 
 
