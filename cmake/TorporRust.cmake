@@ -1,7 +1,7 @@
 # The Rust half: one static library, the same for every preset (it needs no sanitizers, and its lock file pins the rest), so
 # cargo builds it once beside its sources, in a directory for each set of features. The room server asks for
 # `http` and `grammar`, the room cli for `line`, which a build with a server has in any case, and TORPOR_REMOTE for
-# `remote` and all others: its presets share a library.
+# `remote`, `hub` and all others: its presets share a library.
 find_program(TORPOR_CARGO NAMES cargo HINTS "$ENV{HOME}/.cargo/bin")
 if(NOT TORPOR_CARGO)
   message(FATAL_ERROR "Torpor needs Rust's cargo (1.87 or newer); install it with rustup (https://rustup.rs) and build again.")
@@ -11,7 +11,7 @@ set(_set text)
 set(_features)
 if(TORPOR_REMOTE)
   set(_set remote)
-  set(_features --features http,grammar,line,remote)
+  set(_features --features http,grammar,line,remote,hub)
 elseif("server" IN_LIST TORPOR_ROOMS)
   set(_set http)
   set(_features --features http,grammar,line)
@@ -27,7 +27,7 @@ set(TORPOR_RUST_LIBRARY "${_target_dir}/libtorpor_shim.a" CACHE INTERNAL "The Ru
 file(GLOB_RECURSE _sources CONFIGURE_DEPENDS "${_rust}/src/*.rs")
 set(_headers "${_rust}/include/torpor_text_shim.h" "${_rust}/include/torpor_http_shim.h"
   "${_rust}/include/torpor_grammar_shim.h" "${_rust}/include/torpor_line_shim.h"
-  "${_rust}/include/torpor_remote_shim.h")
+  "${_rust}/include/torpor_remote_shim.h" "${_rust}/include/torpor_hub_shim.h")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${_headers})
 set(_publish COMMAND "${CMAKE_COMMAND}" -E copy "${_built}" "${TORPOR_RUST_LIBRARY}")
 if(NOT APPLE)
@@ -41,7 +41,7 @@ if(NOT APPLE)
   endforeach()
   list(REMOVE_DUPLICATES _roots)
   if(NOT _set STREQUAL "remote")
-    list(FILTER _roots EXCLUDE REGEX "^torpor_remote_")
+    list(FILTER _roots EXCLUDE REGEX "^torpor_(remote|hub)_")
   endif()
   if(NOT _set MATCHES "http|remote")
     list(FILTER _roots EXCLUDE REGEX "^torpor_(http|grammar)_")

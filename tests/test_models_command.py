@@ -97,7 +97,7 @@ def test_of_a_gguf_file_in_pieces_the_first_is_listed(caches):
 
 def test_without_caches_it_says_how_to_fetch_a_model(caches):
     assert caches.list() == []
-    assert "hf download" in caches("models", env=caches.env).ok().out
+    assert "fetch one with" in caches("models", env=caches.env).ok().out
 
 
 def test_a_repository_that_was_not_fetched_whole_is_no_trouble(caches, tiny_model):

@@ -1,4 +1,4 @@
-//! A tokio runtime on a thread of its own: the HTTP edge's, and the one of the client of object stores.
+//! A tokio runtime on a thread of its own: the HTTP edge's, and those of the clients of object stores and of the hub.
 
 use std::future::Future;
 use std::thread::{self, JoinHandle};
@@ -46,7 +46,7 @@ impl Runtime {
     }
 
     /// Waits for `task`, which runs on the calling thread, its sockets and timers on the runtime's.
-    #[cfg(feature = "remote")]
+    #[cfg(any(feature = "hub", feature = "remote"))]
     pub fn block_on<T>(&self, task: impl Future<Output = T>) -> T {
         self.handle.block_on(task)
     }

@@ -43,7 +43,11 @@ void add_ps_command(CLI::App& app, Invocation& invocation);
 void add_launch_command(CLI::App& app, Invocation& invocation);
 /// remote: stores of objects. Only where their client is built (TORPOR_REMOTE).
 void add_remote_command(CLI::App& app, Invocation& invocation);
-/// models: what lies in the local caches.
+/// doctor: the machine, the disk and the store.
+void add_doctor_command(CLI::App& app, Invocation& invocation);
+/// pull: fetches a model. Only where the hub's client is built (TORPOR_REMOTE).
+void add_pull_command(CLI::App& app, Invocation& invocation);
+/// models and setup: what lies in the local caches, and what of it fits.
 void add_models_command(CLI::App& app, Invocation& invocation);
 /// perplexity.
 void add_perplexity_command(CLI::App& app, Invocation& invocation);

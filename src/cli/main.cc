@@ -64,6 +64,9 @@ const std::map<std::string, std::vector<const char*>> kExamplesOf{
     {"remote", {"check s3://my-bucket/torpor", "ls s3://my-bucket/torpor"}},
     {"bench", {"--model .models/smollm2-135m --prefill 512 --decode 64"}},
     {"models", {"", "--json"}},
+    {"setup", {""}},
+    {"pull", {"HuggingFaceTB/SmolLM2-135M-Instruct", "ORG/NAME:model-Q4_K_M.gguf"}},
+    {"doctor", {"", "--store /mnt/big/agents"}},
     {"perplexity", {"--model .models/smollm2-135m --file examples/lighthouse-log.txt"}},
     {"rebuild", {"ada", "ada --model .models/qwen2.5-coder-0.5b"}},
     {"completions", {"bash > ~/.local/share/bash-completion/completions/torpor"}},
@@ -128,9 +131,11 @@ int dispatch(int argc, char** argv) {
 #endif
 #ifdef TORPOR_REMOTE
   add_remote_command(app, invocation);
+  add_pull_command(app, invocation);
 #endif
   add_bench_command(app, invocation);
   add_models_command(app, invocation);
+  add_doctor_command(app, invocation);
   add_perplexity_command(app, invocation);
   add_rebuild_command(app, invocation);
   add_completions_command(app, invocation);

@@ -39,8 +39,28 @@ double quota_of(const fs::path& group) {
   return kNoQuota;
 }
 
-/// The least quota of the process's groups and those above. In a container the path may be the host's, which is not mounted here;
-/// the group at the mount's root is then the container's own.
+/// Of CPUs of two kinds the fast ones: Intel names them, Arm gives each CPU's capacity.
+std::vector<int> fast_cpus(const std::vector<int>& allowed, const fs::path& root) {
+  std::vector<int> fast;
+  const std::set<int> named = read_list(root / "sys/devices/cpu_core/cpus");
+  std::ranges::copy_if(allowed, std::back_inserter(fast), [&](int cpu) { return named.contains(cpu); });
+  if (!fast.empty()) return fast;
+  std::map<int, int> capacities;
+  int most = 0;
+  for (const int cpu : allowed) {
+    int capacity = 0;
+    std::ifstream(root / "sys/devices/system/cpu" / ("cpu" + std::to_string(cpu)) / "cpu_capacity") >> capacity;
+    capacities[cpu] = capacity;
+    most = std::max(most, capacity);
+  }
+  std::ranges::copy_if(allowed, std::back_inserter(fast), [&](int cpu) { return 2 * capacities[cpu] >= most; });
+  return fast;
+}
+
+}  // namespace
+
+// In a container the path may be the host's, which is not mounted here; the group at the mount's root is then the
+// container's own.
 double cpu_quota(const fs::path& root) {
   double quota = kNoQuota;
   const fs::path mounted = root / "sys/fs/cgroup";
@@ -64,26 +84,6 @@ double cpu_quota(const fs::path& root) {
   }
   return quota;
 }
-
-/// Of CPUs of two kinds the fast ones: Intel names them, Arm gives each CPU's capacity.
-std::vector<int> fast_cpus(const std::vector<int>& allowed, const fs::path& root) {
-  std::vector<int> fast;
-  const std::set<int> named = read_list(root / "sys/devices/cpu_core/cpus");
-  std::ranges::copy_if(allowed, std::back_inserter(fast), [&](int cpu) { return named.contains(cpu); });
-  if (!fast.empty()) return fast;
-  std::map<int, int> capacities;
-  int most = 0;
-  for (const int cpu : allowed) {
-    int capacity = 0;
-    std::ifstream(root / "sys/devices/system/cpu" / ("cpu" + std::to_string(cpu)) / "cpu_capacity") >> capacity;
-    capacities[cpu] = capacity;
-    most = std::max(most, capacity);
-  }
-  std::ranges::copy_if(allowed, std::back_inserter(fast), [&](int cpu) { return 2 * capacities[cpu] >= most; });
-  return fast;
-}
-
-}  // namespace
 
 int usable_cores(const std::vector<int>& allowed, const fs::path& root) {
   // Distinct (package, core) pairs; an unreadable topology counts every CPU.

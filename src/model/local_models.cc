@@ -140,15 +140,18 @@ class Finder {
 
 }  // namespace
 
-fs::path hub_cache() {
+fs::path hub_home() {
   const auto expanded = [](const std::string& path) { return fs::path(expand_variables(expand_home(path))); };
+  if (const std::string home = environment("HF_HOME"); !home.empty()) return expanded(home);
+  if (const std::string cache = environment("XDG_CACHE_HOME"); !cache.empty()) return expanded(cache) / "huggingface";
+  return fs::path(home_directory()) / ".cache/huggingface";
+}
+
+fs::path hub_cache() {
   for (const char* name : {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"}) {
-    if (const std::string cache = environment(name); !cache.empty()) return expanded(cache);
+    if (const std::string cache = environment(name); !cache.empty()) return expand_variables(expand_home(cache));
   }
-  if (const std::string home = environment("HF_HOME"); !home.empty()) return expanded(home) / "hub";
-  if (const std::string cache = environment("XDG_CACHE_HOME"); !cache.empty())
-    return expanded(cache) / "huggingface/hub";
-  return fs::path(home_directory()) / ".cache/huggingface/hub";
+  return hub_home() / "hub";
 }
 
 fs::path hub_snapshot(const fs::path& repo) {

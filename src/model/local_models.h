@@ -7,7 +7,9 @@
 
 namespace torpor {
 
-/// Where Hugging Face's tools keep repositories, by their own rules.
+/// Where Hugging Face's tools keep what is theirs (`HF_HOME`), by their own rules.
+std::filesystem::path hub_home();
+/// Where they keep repositories.
 std::filesystem::path hub_cache();
 /// What `main` of a repository is there ("models--ORG--NAME"); empty when it is not there.
 std::filesystem::path hub_snapshot(const std::filesystem::path& repo);
