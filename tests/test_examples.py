@@ -10,9 +10,9 @@ import pytest
 from conftest import BUILD, ROOT
 
 
-def example(name, *args, store):
+def example(name, *args, store, **env):
     ended = subprocess.run([sys.executable, ROOT / "examples" / name, *map(str, args)], capture_output=True, text=True, timeout=300,
-                           env={**os.environ, "PYTHONPATH": str(BUILD / "python"), "TORPOR_STORE": str(store)})
+                           env={**os.environ, "PYTHONPATH": str(BUILD / "python"), "TORPOR_STORE": str(store), **env})
     assert ended.returncode == 0, ended.stderr
     return ended
 
@@ -29,6 +29,39 @@ def test_an_mlx_lm_script_remembers_in_five_added_lines(tiny_model, tmp_path, to
     # Neither the system prompt, which the template adds to a conversation without one, nor the message before.
     new = "<|im_end|>\n<|im_start|>user\nWhat is my name?<|im_end|>\n<|im_start|>assistant\n"
     assert read_again == len(tokenizer.encode(new).ids)
+
+
+IN_MEMORY = """
+import sys
+import mlx.core as mx, mlx_lm
+from mlx_lm.generate import batch_generate, generate_step
+from mlx_lm.models.cache import make_prompt_cache
+model, tokenizer = mlx_lm.load(sys.argv[1])
+cache = make_prompt_cache(model)
+for text in ("Once upon a time", " and then"):
+    ids = tokenizer.encode(text, add_special_tokens=cache[0].empty())
+    print(tokenizer.decode([t for t, _ in generate_step(mx.array(ids), model, prompt_cache=cache, max_tokens=4)]))
+caches = None
+for texts in (("I am Ada.", "I am Bob. I keep a lighthouse."), (" And", " And")):
+    ids = [tokenizer.encode(text, add_special_tokens=caches is None) for text in texts]
+    said = batch_generate(model, tokenizer, ids, caches, max_tokens=4, return_prompt_caches=True)
+    caches = said.caches
+    print("\\n".join(said.texts))
+"""
+
+
+def test_steps_and_batches_of_mlx_lms_go_on_in_another_process_as_in_one(tiny_model, tmp_path):
+    for name in ("mlx_lm_steps.py", "mlx_lm_batch.py"):
+        source = (ROOT / "examples" / name).read_text()
+        assert re.findall(r"  # (\d)$", source, re.M) == ["1", "2", "3", "4", "5"]
+    steps = [example("mlx_lm_steps.py", tiny_model, text, 4, store=tmp_path) for text in ("Once upon a time", " and then")]
+    batches = [example("mlx_lm_batch.py", tiny_model, *texts, store=tmp_path, MAX_TOKENS="4")
+               for texts in (("I am Ada.", "I am Bob. I keep a lighthouse."), (" And", " And"))]
+    said = "".join(ended.stdout for ended in steps + batches)
+    alone = subprocess.run([sys.executable, "-c", IN_MEMORY, tiny_model], capture_output=True, text=True, timeout=300)
+    assert re.sub("^batch[01]: ", "", said, flags=re.M) == alone.stdout and alone.stdout, alone.stderr
+    held = [list(map(int, re.findall(r"\[(\d+) tokens held before", ended.stderr))) for ended in steps + batches]
+    assert held[0] == [0] and held[1][0] > 4 and held[2] == [0, 0] and min(held[3]) > 4
 
 
 def test_ten_agents_in_the_memory_of_three(tiny_model, tmp_path):
