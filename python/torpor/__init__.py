@@ -5,8 +5,8 @@ For mlx-lm: `MLXCacheExtractor` takes the cache out of generation, `CachePersist
     import mlx_lm, torpor
     model, tokenizer = mlx_lm.load(path)
     text, cache = torpor.MLXCacheExtractor(model, tokenizer).generate("Hello")
-    torpor.save_agent_cache("ada", cache)        # and in another process:
-    cache, metadata = torpor.load_agent_cache("ada")
+    torpor.save_agent_cache("nora", cache)        # and in another process:
+    cache, metadata = torpor.load_agent_cache("nora")
 
 For speed, Torpor's own engine: `Engine` and its `Agent`s, which compute a turn's new tokens only, sleep and wake by themselves.
 
