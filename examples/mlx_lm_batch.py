@@ -26,7 +26,7 @@ prompts = [tokenizer.encode(text, add_special_tokens=n == 0) for text, n in zip(
 
 batch = BatchGenerator(model, stop_tokens=[[token] for token in tokenizer.eos_token_ids])
 uids = batch.insert(prompts, [int(os.environ.get("MAX_TOKENS", 32))] * len(prompts), caches=caches)
-answers = {uid: [] for uid in uids}
+answers: dict[int, list[int]] = {uid: [] for uid in uids}
 while responses := batch.next_generated():
     for response in responses:
         answers[response.uid].append(response.token)

@@ -23,17 +23,17 @@ TEXT = Path(__file__).with_name("lighthouse-log.txt").read_text()
 QUESTION = " What happened then?"
 
 
-def text_of(length, begin):
+def text_of(length: int, begin: str) -> str:
     """A text of so many characters that begins unlike any other, so that nobody's rows are reused."""
     return (begin + TEXT * (length // len(TEXT) + 1))[:length]
 
 
-def first_token(agent, prompt):
+def first_token(agent: torpor.Agent, prompt: str) -> tuple[float, int]:
     result = agent.turn(prompt, raw=True, max_tokens=1)
     return result.timing_ms.ttft, result.tokens.prompt
 
 
-def measure(engine, length, runs):
+def measure(engine: torpor.Engine, length: int, runs: int) -> list[float]:
     """Milliseconds cold, woken, awake; and the tokens read cold, of texts of so many characters."""
     rows = []
     for run in range(runs):
@@ -47,7 +47,7 @@ def measure(engine, length, runs):
     return [statistics.median(column) for column in zip(*rows)]
 
 
-def plot(points, output):
+def plot(points: list[list[float]], output: str) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -64,7 +64,7 @@ def plot(points, output):
     figure.savefig(output, dpi=150, bbox_inches="tight")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory, or a repo id in the local Hugging Face cache")
     parser.add_argument("--tokens", default="256,512,1024,2048,4096", help="lengths of the text (256,512,1024,2048,4096)")

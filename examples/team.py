@@ -12,14 +12,14 @@ import torpor
 ROLES = {"ada": "You look for what can go wrong.", "bob": "You look for what can go well.", "eve": "You decide."}
 
 
-def show(result):
+def show(result: torpor.TeamResult) -> None:
     for answer in result.answers.values():
         tokens = answer.turn.tokens if answer.turn else None
         cost = f"{tokens.cached} tokens reused, {tokens.prefilled} read" if tokens else "answered before"
         print(f"{result.kind} {answer.member}: {answer.error or answer.text.strip()} [{cost}]")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory, or a repo id in the local Hugging Face cache")
     parser.add_argument("question")

@@ -15,11 +15,11 @@ NAMES = ["ada", "bob", "cleo", "dan", "eve", "finn", "gus", "hal", "ida", "jan"]
 ROUNDS = ["My name is {name}, and I keep lighthouse number {number}. Greet me.", "Which lighthouse do I keep?"]
 
 
-def awake(engine):
+def awake(engine: torpor.Engine) -> set[str]:
     return {agent.agent_id for agent in engine.agents() if agent.awake}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory, or a repo id in the local Hugging Face cache")
     parser.add_argument("--budget", type=float, default=20, help="megabytes of KV cache in memory (20)")

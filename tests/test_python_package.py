@@ -155,6 +155,23 @@ with torpor.Engine("model", memory_budget=1 << 30) as engine:
     assert_type(ada.fork("bob").next_logits(), mx.array)
     assert_type([s.tokens for s in engine.agents()], list[int])
     assert_type(engine.memory_usage().agents, list[torpor.AgentMemory])
+
+
+async def main() -> None:
+    async with torpor.AsyncEngine("model", memory_budget="1GB") as engine:
+        eve = engine.agent("eve")
+        assert_type(await eve.turn("Hello", top_k=3), torpor.TurnResult)
+        async for piece in eve.stream("Hello"):
+            assert_type(piece, str)
+        assert_type(await eve.tokens(), list[int])
+        assert_type((await eve.fork("bob")).id, str)
+        assert_type((await engine.memory_usage()).agents, list[torpor.AgentMemory])
+        try:
+            await eve.save()
+        except KeyError as missing:
+            assert_type(missing, KeyError)
+
+
 store = torpor.CachePersistence(model={"weights": "one"})
 cache, metadata = store.load_agent_cache("ada")
 assert_type(metadata, dict[str, str])
@@ -165,16 +182,30 @@ MISTAKES = {
     'ada.turn("Hello", maxtokens=3)': "call-arg",
     'ada.turn("Hello", save="soon")': "typeddict-item|arg-type",
     "ada.turn(3)": "arg-type",
+    "torpor.AsyncEngine('model', memory_bugdet=3)": "call-arg",
+    "torpor.AsyncEngine(3)": "arg-type",
     "store.save_agent_cache(3, cache)": "arg-type",
     "result.text = ''": "misc|assignment",
 }
 
 
+def checked(installed, where, *files):
+    """What mypy says of these files."""
+    # Else it would read all of transformers.
+    (where / "mypy.ini").write_text("[mypy-mlx_lm.*,matplotlib.*]\nfollow_imports = skip\n")
+    return subprocess.run([sys.executable, "-m", "mypy", "--strict", "--cache-dir", where / "cache", "--python-executable",
+                           installed.python, *files], capture_output=True, text=True, cwd=where)
+
+
+def test_the_examples_that_import_torpor_pass_mypy_strict(installed, tmp_path):
+    examples = [path for path in sorted((ROOT / "examples").glob("*.py")) if "import torpor" in path.read_text()]
+    ended = checked(installed, tmp_path, *examples)
+    assert ended.returncode == 0 and f"in {len(examples)} source files" in ended.stdout, ended.stdout
+
+
 def test_a_program_of_a_users_is_checked_against_its_types(installed, tmp_path):
     (tmp_path / "user.py").write_text(USER + "".join(line + "\n" for line in MISTAKES))
-    (tmp_path / "mypy.ini").write_text("[mypy-mlx_lm.*]\nfollow_imports = skip\n")  # else it reads all of transformers
-    ended = subprocess.run([sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache", "--python-executable",
-                            installed.python, "user.py"], capture_output=True, text=True, cwd=tmp_path)
+    ended = checked(installed, tmp_path, "user.py")
     first = USER.count("\n") + 1
     found = {int(line): code for line, code in re.findall(r"^user.py:(\d+): error: .*\[([\w-]+)\]$", ended.stdout, re.M)}
     assert found.keys() == set(range(first, first + len(MISTAKES))), ended.stdout

@@ -146,20 +146,20 @@ class Engine:
         Raises NotFoundError, InvalidArgumentError (a model or format that is not supported), CorruptionError, IoError.
         """
         root = Path(store).expanduser() if store is not None else _core.default_store_root()
-        budgets = [_arguments.size(value, name) for name, value in
-                   (("memory_budget", memory_budget), ("disk_budget", disk_budget), ("min_free", min_free))]
-        queues = [_arguments.whole(value, name, 0, 2**63 - 1)
-                  for value, name in ((write_queue, "write_queue"), (text_queue, "text_queue"))]
+        memory, disk, free = [_arguments.size(value, name) for name, value in
+                              (("memory_budget", memory_budget), ("disk_budget", disk_budget), ("min_free", min_free))]
+        write_queue, text_queue = (_arguments.whole(value, name, 0, 2**63 - 1)
+                                   for value, name in ((write_queue, "write_queue"), (text_queue, "text_queue")))
         max_stall, threads = (_arguments.whole(value, name, -2**31, 2**31 - 1)
                               for value, name in ((max_stall, "max_stall"), (threads, "threads")))
-        kv_format, backend, activations, cpu_target = (
+        kv, computing, rounding, target = (
             None if value is None else _arguments.text(value, name) for value, name in (
                 (kv_format, "kv_format"), (backend, "backend"), (activations, "activations"),
                 (cpu_target, "cpu_target")))
         self._model = _arguments.text(os.fspath(model), "The model's name")
-        self._core = _core.CoreEngine(self._model, root, kv_format, _arguments.text(durability, "durability"), *budgets,
-                                      *queues, max_stall, bool(map_rows), backend, activations, threads,
-                                      cpu_target or "")
+        self._core = _core.CoreEngine(self._model, root, kv, _arguments.text(durability, "durability"), memory, disk,
+                                      free, write_queue, text_queue, max_stall, bool(map_rows), computing, rounding,
+                                      threads, target or "")
         self._talking = threading.local()  # .to: agents whose on_text runs on this thread
 
     def __repr__(self) -> str:
