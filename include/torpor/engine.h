@@ -30,6 +30,7 @@
 #include "torpor/memory_usage.h"
 #include "torpor/message.h"
 #include "torpor/model_info.h"
+#include "torpor/remote_tier.h"
 #include "torpor/store.h"
 #include "torpor/text.h"
 
@@ -66,6 +67,11 @@ struct EngineOptions {
   /// share its budget: any of them goes to sleep for any other's. They have one store. memory_budget and text_queue_bytes are the
   /// host's. nullptr: a host of its own.
   std::shared_ptr<EngineHost> host;
+  /// Where agents are kept beyond this machine (attach_remote). Methods that name an agent then wait for it to be this
+  /// worker's, and for each change to be committed there: SaveMode::kBehind is kWait. kBusy where another worker has
+  /// the agent (kAgentElsewhere), or what was changed may not count (kUncommitted). `agents` and `memory_usage` tell
+  /// of this machine alone. nullptr: nowhere.
+  std::shared_ptr<RemoteTier> remote;
 };
 
 /// A model as the store needs it to make an agent of a file that does not say whose it is (import_prompt_cache,
@@ -88,6 +94,10 @@ struct TurnRequest {
   /// Empty: a prompt without an agent. It starts from the longest prefix that anyone has, and leaves its own sealed segments
   /// for others (save), but nothing with a name.
   std::string agent;
+  /// With a remote tier: the client's name for this turn, at most 256 bytes. The agent's last turn, asked for again
+  /// under its id, is not run again: its answer is given back (TurnResult::repeated). kInvalidArgument where another
+  /// request had the id, or turns came after it. Empty: none.
+  std::string id;
   /// kNew: there must be none of that name yet (kInvalidArgument, field kAgentTaken). kThere: there must be one (kNotFound).
   enum class Presence { kAny, kNew, kThere } presence = Presence::kAny;
   /// Agents take rows, in memory and on disk, from those of the same salt alone. A new agent has this one, and keeps it.
@@ -129,6 +139,7 @@ struct TurnRequest {
 
 struct TurnResult {
   std::string agent, model, text;
+  bool repeated = false; ///< the answer of a turn that was committed before (TurnRequest::id), not computed now
   FinishReason finish_reason = FinishReason::kLength;
   std::string stop;      ///< the stop string that ended the answer, or empty
   Message message;       ///< the answer as it is kept (TurnRequest::read_answer)

@@ -7,6 +7,7 @@
 
 #include <unistd.h>
 
+#include "engine/remote_use.h"
 #include "engine/scheduler.h"
 #include "engine/turn.h"
 #include "torpor/agents.h"
@@ -151,29 +152,61 @@ struct Engine::Impl {
     return guard([&] { return scheduler.call(std::move(agents), work); });
   }
 
+  /// The agent as the remote tier has it, if there is one. Not on the engine thread.
+  RemoteUse use(const std::string& agent, bool make = false) {
+    return RemoteUse(options.remote.get(), agent, make, [&] { forget(agent); });
+  }
+  /// Memory lets go of an agent that isn't this worker's any more.
+  void forget(const std::string& agent) {
+    call({agent}, [&] {
+      if (!options.remote->owns(agent)) parts.agents->drop(agent);
+    });
+  }
+
   TurnResult turn(const TurnRequest& request, const std::string& branch_of);
   TurnResult turn_of_branch(const TurnRequest& request);
-  /// Runs `work` as `call` does. With kWait `saved` is then saved, if it is awake; the calling thread waits, and turns of other
-  /// agents go on. (An agent that is asleep was changed on disk.)
+  TurnResult turn_again(const TurnRequest& request, const std::string& result);
+  /// Runs `work` as `call` does. With kWait, or where `remote` has it, `saved` is then saved, if it is awake, and
+  /// committed; the calling thread waits, and turns of other agents go on. (An agent that is asleep was changed on
+  /// disk.)
   template <class F>
-  SaveResult change(std::vector<std::string> named, const std::string& saved, SaveMode mode, F work) {
+  SaveResult change(std::vector<std::string> named, const std::string& saved, SaveMode mode, F work,
+                    const RemoteUse& remote = {}) {
     Writer::Saving saving;
     const auto change_and_save = [&] {
       work();
-      if (mode == SaveMode::kWait) saving = parts.agents->begin_save(saved);
+      if (mode == SaveMode::kWait || remote) saving = parts.agents->begin_save(saved);
     };
     const auto wait = [&] {
       if (saving.valid()) saving.wait();
+      if (!remote) return;
+      if (saving.valid()) saving.get();
+      remote.commit();
     };
-    return guard([&] {
-      scheduler.call(std::move(named), change_and_save, wait);
-      return saving.valid() ? saving.get() : SaveResult{};
-    });
+    const auto run = [&] {
+      return guard([&] {
+        scheduler.call(std::move(named), change_and_save, wait);
+        return saving.valid() ? saving.get() : SaveResult{};
+      });
+    };
+    try {
+      return run();
+    } catch (const Error&) {
+      if (remote) forget(saved);
+      throw;
+    }
   }
 };
 
 TurnResult Engine::Impl::turn_of_branch(const TurnRequest& request) {
   TurnRequest branched = request;
+  if (options.remote) {  // it and its branches come here before they are compared
+    std::string name = request.agent;
+    for (int n = 2; const RemoteUse remote = use(name); name = request.agent + "." + std::to_string(n++)) {
+      branched.agent = name;
+      if (!request.id.empty() && remote.answered(known_turn(request))) return turn(branched, "");
+    }
+  }
   for (int tries = 1;; ++tries) {
     const AgentManager::Branch branch = call({}, [&] { return parts.agents->find_branch(request.agent, request.messages); });
     branched.agent = branch.id;
@@ -186,7 +219,24 @@ TurnResult Engine::Impl::turn_of_branch(const TurnRequest& request) {
   }
 }
 
+TurnResult Engine::Impl::turn_again(const TurnRequest& request, const std::string& result) {
+  const Remembered held = call({request.agent}, [&] { return parts.agents->remembered(request.agent); });
+  Message answer;
+  if (!held.messages.empty()) answer = held.messages.back();
+  TurnResult again;
+  translate_errors([&] { again = decode_result(result, request, held.history, answer, *parts.tokenizer); });
+  again.model = options.model;
+  // As if it were computed all at once.
+  const int read = std::max(again.tokens.prefilled, 1);
+  if (request.generate.on_prefill) request.generate.on_prefill(read, read);
+  if (request.generate.on_text && !again.text.empty()) request.generate.on_text(again.text);
+  return again;
+}
+
 TurnResult Engine::Impl::turn(const TurnRequest& request, const std::string& branch_of) {
+  const RemoteUse remote = use(request.agent, request.presence != TurnRequest::Presence::kThere);
+  KnownTurn known = known_turn(request);
+  std::optional<std::string> answered;
   TurnOutcome outcome;
   TurnResult& result = outcome.result;
   result.agent = request.agent;
@@ -204,9 +254,18 @@ TurnResult Engine::Impl::turn(const TurnRequest& request, const std::string& bra
   Scheduler::TurnCall call{.agent = request.agent, .share = request.share, .background = request.background,
                            .cancel = request.generate.cancel, .give_up = request.give_up,
                            .begin = [&](Scheduler::Listener& listener) {
+                             if (remote && (answered = remote.answered(known))) {
+                               throw Error(ErrorCode::kCancelled, "The turn is over already.");
+                             }
                              return std::make_unique<EngineTurn>(parts, request, branch_of, listener, outcome);
                            },
-                           .after = [&outcome] { outcome.wait_for_save(); }};
+                           .after = [&] {
+                             outcome.wait_for_save();
+                             if (!remote || request.save == SaveMode::kNo || result.save_error) return;
+                             if (result.finish_reason == FinishReason::kCancelled) known.id.clear();
+                             if (!known.id.empty()) known.result = encode_result(result);
+                             remote.commit(known);
+                           }};
   if (const auto& on_text = request.generate.on_text) call.on_text = [&](std::string_view text) { heard(on_text, text); };
   if (const auto& on_prefill = request.generate.on_prefill) {
     call.on_prefill = [&](int done, int total) { heard(on_prefill, done, total); };
@@ -215,7 +274,9 @@ TurnResult Engine::Impl::turn(const TurnRequest& request, const std::string& bra
   try {
     ended = guard([&] { return scheduler.turn(call); });
   } catch (const Error&) {
+    if (answered) return turn_again(request, *answered);
     if (thrown) std::rethrow_exception(thrown);
+    if (remote) forget(request.agent);
     throw;
   }
   if (ended == Scheduler::Ended::kCommitted) return result;
@@ -253,6 +314,11 @@ Engine::~Engine() {
 TurnResult Engine::turn(const TurnRequest& request) {
   if (!request.agent.empty()) check_agent_id(request.agent);
   check_said(request);
+  if (impl_->options.remote && request.save == SaveMode::kBehind) {
+    TurnRequest waits = request;
+    waits.save = SaveMode::kWait;
+    return turn(waits);
+  }
   const bool branches = !request.agent.empty() && !request.messages.empty() && request.on_divergence == OnDivergence::kBranch;
   return branches ? impl_->turn_of_branch(request) : impl_->turn(request, "");
 }
@@ -278,11 +344,13 @@ std::vector<int32_t> Engine::prompt_tokens(const TurnRequest& request) const {
 }
 
 bool Engine::prefetch(const std::string& agent) {
+  const RemoteUse remote = impl_->use(agent);
   return impl_->guard([&] { return impl_->parts.agents->prefetch(agent); });
 }
 
 SaveResult Engine::save(const std::string& agent) {
-  return impl_->change({agent}, agent, SaveMode::kWait, [&] { impl_->parts.agents->require(agent); });
+  const RemoteUse remote = impl_->use(agent);
+  return impl_->change({agent}, agent, SaveMode::kWait, [&] { impl_->parts.agents->require(agent); }, remote);
 }
 
 void Engine::save_all(const std::function<void(int, int)>& progress) {
@@ -308,6 +376,15 @@ void Engine::save_all(const std::function<void(int, int)>& progress) {
   } catch (const Error&) {
     if (!first) first = std::current_exception();
   }
+  if (impl_->options.remote) {
+    for (const AgentMemory& memory : memory_usage().agents) {
+      try {
+        if (impl_->options.remote->owns(memory.agent)) save(memory.agent);
+      } catch (const Error&) {
+        if (!first) first = std::current_exception();
+      }
+    }
+  }
   if (first) std::rethrow_exception(first);
 }
 
@@ -317,28 +394,44 @@ void Engine::finish_saves() {
 }
 
 void Engine::sleep(const std::string& agent) {
-  impl_->change({agent}, agent, SaveMode::kWait, [] {});  // so that the engine thread has nothing to wait for
-  impl_->call({agent}, [&] { impl_->parts.agents->sleep(agent); });
+  RemoteTier* const tier = impl_->options.remote.get();
+  {
+    RemoteUse remote;
+    if (tier != nullptr && tier->owns(agent)) remote = impl_->use(agent);
+    impl_->change({agent}, agent, SaveMode::kWait, [] {}, remote);  // so that the engine thread has nothing to wait for
+    impl_->call({agent}, [&] { impl_->parts.agents->sleep(agent); });
+  }
+  if (tier != nullptr) tier->close(agent);
 }
 
 void Engine::fork(const std::string& src, const std::string& dst, std::optional<int64_t> at_token, SaveMode save) {
-  impl_->change({src, dst}, dst, save, [&] { impl_->parts.agents->fork(src, dst, at_token); });
+  const RemoteUse from = impl_->use(src);
+  const RemoteUse to = impl_->use(dst, true);
+  impl_->change({src, dst}, dst, save, [&] { impl_->parts.agents->fork(src, dst, at_token); }, to);
 }
 
 void Engine::rewind(const std::string& agent, int64_t n_tokens, SaveMode save) {
-  impl_->change({agent}, agent, save, [&] { impl_->parts.agents->rewind(agent, n_tokens); });
+  const RemoteUse remote = impl_->use(agent);
+  impl_->change({agent}, agent, save, [&] { impl_->parts.agents->rewind(agent, n_tokens); }, remote);
 }
 
 void Engine::pin(const std::string& agent, bool pinned, SaveMode save) {
-  impl_->change({agent}, agent, save, [&] { impl_->parts.agents->pin(agent, pinned); });
+  const RemoteUse remote = impl_->use(agent);
+  impl_->change({agent}, agent, save, [&] { impl_->parts.agents->pin(agent, pinned); }, remote);
 }
 
 void Engine::rename(const std::string& agent, const std::string& new_id) {
-  impl_->change({agent}, agent, SaveMode::kWait, [] {});
+  const RemoteUse from = impl_->use(agent);
+  const RemoteUse to = impl_->use(new_id, true);
+  impl_->change({agent}, agent, SaveMode::kWait, [] {}, from);
   impl_->call({agent, new_id}, [&] { impl_->parts.agents->rename(agent, new_id); });
+  impl_->change({new_id}, new_id, SaveMode::kWait, [] {}, to);
+  from.remove();
 }
 
 void Engine::remove(const std::string& agent) {
+  const RemoteUse remote = impl_->use(agent);
+  remote.remove();
   impl_->call({agent}, [&] { impl_->parts.agents->remove(agent); });
 }
 
@@ -379,10 +472,12 @@ std::vector<AgentStatus> Engine::agents() const {
 }
 
 std::vector<int32_t> Engine::tokens(const std::string& agent) const {
+  const RemoteUse remote = impl_->use(agent);
   return impl_->call({agent}, [&] { return impl_->parts.agents->remembered(agent).history; });
 }
 
 std::vector<Message> Engine::messages(const std::string& agent) const {
+  const RemoteUse remote = impl_->use(agent);
   return impl_->call({agent}, [&] {
     const Remembered held = impl_->parts.agents->remembered(agent);
     return std::vector<Message>(held.messages.begin(), held.messages.end());
@@ -390,6 +485,7 @@ std::vector<Message> Engine::messages(const std::string& agent) const {
 }
 
 std::vector<float> Engine::next_logits(const std::string& id) {
+  const RemoteUse remote = impl_->use(id);
   return impl_->call({id}, [&] {
     AgentManager& agents = *impl_->parts.agents;
     agents.require(id);
