@@ -77,12 +77,10 @@ load: build model
 	  TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -s tests/test_serve_load.py tests/test_serve_mutations.py \
 	  tests/test_serve_sockets.py
 
-# All SDKs against the server without a model; `make test` runs those for JavaScript. Then coding agents, and the
-# examples with frameworks for agents, on a model whose answers are scripted.
+# Coding agents, and the examples with frameworks for agents, on a model whose answers are scripted.
 clients: build model
-	scripts/fetch-sdks js python clients
-	TORPOR_CLIENTS=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -rs tests/test_sdk_clients.py \
-	  tests/test_clients.py
+	scripts/fetch-sdks python clients
+	TORPOR_CLIENTS=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -rs tests/test_clients.py
 
 # Stores of objects: all checks on gofakes3 and versitygw, and 64 writers at a time for 1,000 rounds. Then deploy/: its
 # files against their schemas, and servers behind HAProxy (if it is installed) and Envoy.

@@ -1,7 +1,5 @@
 """More clients than test_sdks.py has, each a program of its own that asserts (tests/sdks): whole and streamed answers, tools,
-structured output, cancellation, errors. They live in .sdks (scripts/fetch-sdks).
-
-TORPOR_CLIENTS=1 adds those in Python, which take longer to load than to run (`make clients`).
+structured output, cancellation, errors. They live in .sdks (scripts/fetch-sdks). Most of their time is that of loading.
 """
 
 import os
@@ -13,7 +11,7 @@ from conftest import BIN, ROOT
 
 SDKS = ROOT / ".sdks"
 JAVASCRIPT = ["openai.mjs", "anthropic.mjs"]
-PYTHON = ["litellm_client.py", "langchain_client.py", "agents_client.py"] if os.environ.get("TORPOR_CLIENTS") else []
+PYTHON = ["litellm_client.py", "langchain_client.py", "agents_client.py"]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,9 @@ import openai
 import pytest
 from agents import (Agent, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, function_tool,
                     set_tracing_disabled)
+from pydantic import BaseModel
+
+from cancelling import cancel
 
 url = sys.argv[1]
 set_tracing_disabled(True)
@@ -16,6 +19,10 @@ set_tracing_disabled(True)
 def read(path: str) -> str:
     """Reads a file."""
     return f"file {path}"
+
+
+class Read(BaseModel):
+    path: str
 
 
 async def main():
@@ -29,8 +36,13 @@ async def main():
         pieces = [event.data.delta async for event in streamed.stream_events()
                   if event.type == "raw_response_event" and event.data.type == "response.output_text.delta"]
         assert "".join(pieces) == streamed.final_output == "one two"
-        with pytest.raises(openai.NotFoundError):
-            await Runner.run(agent, "missing")
+        reader = Agent(name="reader", output_type=Read, model=kind("scripted", client))
+        assert (await Runner.run(reader, 'say {"path":"a"}')).final_output == Read(path="a")
+        await cancel(url, lambda: Runner.run(agent, "wait"))
+        for text, error in (("missing", openai.NotFoundError), ("full", openai.RateLimitError),
+                            ("long", openai.BadRequestError)):
+            with pytest.raises(error):
+                await Runner.run(agent, text)
 
 
 asyncio.run(main())

@@ -1,10 +1,13 @@
 """litellm against the scripted server: litellm_client.py URL"""
 
+import asyncio
 import json
 import sys
 
 import litellm
 import pytest
+
+from cancelling import cancel
 
 url = sys.argv[1]
 litellm.telemetry = False
@@ -35,6 +38,11 @@ for dialect in ("openai", "anthropic"):
     for text, error in (("long", litellm.BadRequestError), ("missing", litellm.NotFoundError)):
         with pytest.raises(error):
             ask(text, dialect)
+    with pytest.raises((litellm.APIError, litellm.ServiceUnavailableError), match="The disk is full."):
+        list(ask("fail", dialect, stream=True))
+    base = f"{url}/v1" if dialect == "openai" else url
+    asyncio.run(cancel(url, lambda: litellm.acompletion(model=f"{dialect}/scripted", api_base=base, api_key="none",
+                                                        messages=[{"role": "user", "content": "wait"}])))
 with pytest.raises(litellm.RateLimitError):
     ask("full")
 structured = ask('say {"path":"a"}',
