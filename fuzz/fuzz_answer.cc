@@ -49,6 +49,7 @@ std::string parse(CallFormat calls, std::string_view text, size_t cut) {
 }
 
 void check(std::string_view text) {
+  // kFunctionTags and kArgumentTags are read as kTagged.
   for (const CallFormat calls : {CallFormat::kNone, CallFormat::kTagged, CallFormat::kLlama, CallFormat::kMistral,
                                  CallFormat::kGemma, CallFormat::kHarmony}) {
     const std::string whole = parse(calls, text, text.size());

@@ -148,6 +148,23 @@ class AnswerGrammarTest : public GrammarTest {
     return allowed(engine_->model().eos_token_ids.front());
   }
 
+  /// The arguments of the last call that the parser reads in a text; null: there is none.
+  Json read(const std::string& text) const {
+    struct Reader : AnswerSink {
+      void start(const AnswerStart&) override {}
+      void thinking(std::string_view) override {}
+      void text(std::string_view) override {}
+      void tool_call(const std::string& name) override { EXPECT_EQ(name, "look"); }
+      void arguments(std::string_view delta) override { arguments_read = parse_json<Json>(delta); }
+      void finish(const AnswerEnd&) override {}
+      Json arguments_read;
+    } reader;
+    AnswerParser parser(parsing_, reader);
+    parser.push(text);
+    parser.finish();
+    return reader.arguments_read;
+  }
+
   ChatRequest request_;
   AnswerParser::Options parsing_;
 };
@@ -285,20 +302,7 @@ TEST_F(AnswerGrammarTest, CallsOfGemmaAreHeldToTheirSchemas) {
         "{to:7,many:[null]}", "{note:" + q + "a {b}, \"c\"" + q + ",to:" + q + "lamp" + q + ",many:[" + q + q + ",null]}",
         "{to:{" + q + "a b" + q + ":[true]},deep:{next:{next:{}}},many:[null],free:{x:[1," + q + "y" + q + "]}," + q + "two words" + q + ":1.5}"}) {
     EXPECT_TRUE(takes(call(right))) << right;
-    // And the parser reads it so.
-    struct Reader : AnswerSink {
-      void start(const AnswerStart&) override {}
-      void thinking(std::string_view) override {}
-      void text(std::string_view) override {}
-      void tool_call(const std::string& name) override { called = name; }
-      void arguments(std::string_view delta) override { EXPECT_TRUE(parse_json<Json>(delta).contains("many")); }
-      void finish(const AnswerEnd&) override {}
-      std::string called;
-    } reader;
-    AnswerParser parser(parsing_, reader);
-    parser.push(call(right));
-    parser.finish();
-    EXPECT_EQ(reader.called, "look") << right;
+    EXPECT_TRUE(read(call(right)).at("many").is_array()) << right;
   }
   for (const std::string& wrong : std::initializer_list<std::string>{"{many:[null]}", "{to:7}", "{to:7,many:[]}", "{to:7,many:[null,null,null]}",
                                                                      "{many:[null],to:7}", "{to:7,many:[1]}", "{to:7,deep:{next:1},many:[null]}"}) {
@@ -334,6 +338,107 @@ TEST_F(AnswerGrammarTest, AKeywordThatNothingHoldsGemmasCallsToIsNamedWhereTheSc
     }
     parsing_.tools[0].strict = false;
     EXPECT_NO_THROW(grammars_->lark(grammar().value())) << schema;
+  }
+}
+
+/// A call with values that stand between tags as they are given here, in the form of Qwen3-Coder or of GLM.
+std::string tagged_call(CallFormat format, const std::vector<std::pair<std::string, std::string>>& values) {
+  const bool functions = format == CallFormat::kFunctionTags;
+  std::string call = functions ? "<tool_call>\n<function=look>\n" : "<tool_call>look\n";
+  for (const auto& [key, value] : values) {
+    call += functions ? "<parameter=" + key + ">\n" + value + "\n</parameter>\n"
+                      : "<arg_key>" + key + "</arg_key>\n<arg_value>" + value + "</arg_value>\n";
+  }
+  return call + (functions ? "</function>\n</tool_call>" : "</tool_call>");
+}
+
+TEST_F(AnswerGrammarTest, CallsBetweenTagsAreHeldToTheirSchemasAndReadSo) {
+  parsing_.tools[0].parameters = parse_json<Json>(R"({"type": "object", "required": ["to", "many"], "properties": {
+    "note": {"type": "string"}, "to": {"enum": ["lamp", 7, "8"]}, "deep": {"$ref": "#/$defs/node"},
+    "many": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "minItems": 1, "maxItems": 2},
+    "flag": {"anyOf": [{"type": "boolean"}, {"type": "integer", "minimum": 5}]},
+    "mode": {"type": "string", "enum": ["a b"]}},
+    "$defs": {"node": {"type": "object", "properties": {"n": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}},
+                       "additionalProperties": false, "required": ["n"]}}})");
+  using Values = std::vector<std::pair<std::string, std::string>>;
+  for (const CallFormat format : {CallFormat::kFunctionTags, CallFormat::kArgumentTags}) {
+    parsing_.format = {format, "<think>", "</think>"};
+    request_.tool_choice.kind = ToolChoice::Kind::kAuto;
+    EXPECT_TRUE(takes("Just text."));
+    EXPECT_FALSE(takes("Text <tool_call> and more"));
+    const std::pair<Values, const char*> rights[] = {
+        {{{"to", "7"}, {"many", "[null]"}}, R"({"to": 7, "many": [null]})"},
+        {{{"to", "8"}, {"many", "[null]"}}, R"({"to": "8", "many": [null]})"},
+        {{{"note", "a \"b\"\n<c> & 3"}, {"to", "lamp"}, {"many", "[\"x\", null]"}},
+         R"({"note": "a \"b\"\n<c> & 3", "to": "lamp", "many": ["x", null]})"},
+        {{{"note", "5"}, {"to", "lamp"}, {"deep", "{\"n\": 1}"}, {"many", "[null]"}, {"flag", "true"}},
+         R"({"note": "5", "to": "lamp", "deep": {"n": 1}, "many": [null], "flag": true})"},
+        {{{"to", "7"}, {"many", "[null]"}, {"flag", "6"}, {"mode", "a b"}},
+         R"({"to": 7, "many": [null], "flag": 6, "mode": "a b"})"}};
+    for (const auto& [values, arguments] : rights) {
+      const std::string call = tagged_call(format, values);
+      EXPECT_TRUE(takes(call)) << call;
+      EXPECT_TRUE(takes("<think>Which?</think>\nI look. " + call + "\n" + call)) << call;
+      EXPECT_EQ(read(call), parse_json<Json>(arguments)) << call;
+    }
+    for (const Values& wrong : {Values{}, {{"to", "7"}}, {{"many", "[null]"}}, {{"to", "9"}, {"many", "[null]"}},
+                                {{"to", "\"lamps\""}, {"many", "[null]"}}, {{"to", "7"}, {"many", "null"}},
+                                {{"to", "7"}, {"many", "[1]"}}, {{"many", "[null]"}, {"to", "7"}},
+                                {{"to", "7"}, {"many", "[null]"}, {"flag", "4"}},
+                                {{"to", "7"}, {"many", "[null]"}, {"mode", "b"}},
+                                {{"to", "7"}, {"deep", "{\"n\": 1, \"next\": 1}"}, {"many", "[null]"}},
+                                {{"to", "7"}, {"many", "[null]"}, {"more", "1"}}}) {
+      EXPECT_FALSE(takes(tagged_call(format, wrong))) << tagged_call(format, wrong);
+    }
+    EXPECT_FALSE(takes("<tool_call>\n{\"name\": \"look\", \"arguments\": {}}\n</tool_call>"));
+    const std::string call = tagged_call(format, rights[0].first);
+    request_.tool_choice.kind = ToolChoice::Kind::kRequired;
+    EXPECT_TRUE(takes(call));
+    EXPECT_TRUE(takes("<think>Which?</think>\n" + call + "\n" + call));
+    EXPECT_FALSE(takes("I look. " + call));
+    request_.response_format.kind = ResponseFormat::Kind::kJsonObject;
+    request_.tool_choice.kind = ToolChoice::Kind::kAuto;
+    EXPECT_TRUE(takes(R"({"b": 1})"));
+    EXPECT_TRUE(takes(call));
+    EXPECT_FALSE(takes("Text."));
+    request_.response_format.kind = ResponseFormat::Kind::kText;
+  }
+}
+
+TEST_F(AnswerGrammarTest, ACallThatLacksItsFirstTagIsHeldToItsSchemaToo) {
+  parsing_.format = {CallFormat::kFunctionTags, "", ""};
+  const std::string call = "<function=look>\n<parameter=room>\n3\n</parameter>\n</function>";
+  EXPECT_TRUE(takes("I look. " + call));
+  EXPECT_EQ(read("I look. " + call), Json({{"room", 3}}));
+  EXPECT_TRUE(takes("I look. " + call + " And: <tool_call>\n" + call + "\n</tool_call>"));
+  EXPECT_FALSE(takes("<function=look>\n<parameter=room>\n33\n</parameter>\n</function>"));
+  EXPECT_FALSE(takes("<function=jump>\n</function>"));
+  EXPECT_FALSE(takes("A <function=look> is a tag."));
+}
+
+TEST_F(AnswerGrammarTest, AKeywordThatNothingHoldsCallsBetweenTagsToIsNamedWhereTheSchemaIsAPromise) {
+  for (const CallFormat format : {CallFormat::kFunctionTags, CallFormat::kArgumentTags}) {
+    parsing_.format = {format, "", ""};
+    for (const auto& [schema, keyword] : {std::pair(R"({"required": ["other"]})", "required"),
+                                          {R"({"minProperties": 1})", "minProperties"},
+                                          {R"({"anyOf": [{}, {}]})", "anyOf"},
+                                          {R"({"properties": {"a": {"type": "string", "pattern": "b+"}}})", "pattern"},
+                                          {R"({"properties": {"a": {"$ref": "#/nothing"}}})", "$ref"},
+                                          {R"({"properties": {"a": {"$ref": "#/properties/a"}}})", "$ref"}}) {
+      parsing_.tools[0] = {"look", "", parse_json<Json>(schema), true};
+      try {
+        grammar();
+        ADD_FAILURE() << schema;
+      } catch (const Failure& failure) {
+        const std::string named = "'" + std::string(keyword) + "'";
+        EXPECT_NE(std::string(failure.what()).find(named), std::string::npos) << failure.what();
+      }
+      parsing_.tools[0].strict = false;
+      EXPECT_NO_THROW(grammars_->lark(grammar().value())) << schema;
+    }
+    parsing_.tools[0] = {"look", "", parse_json<Json>(R"({"properties": 7, "required": 7})"), false};
+    EXPECT_TRUE(takes(tagged_call(format, {{"a", "b"}})));
+    EXPECT_TRUE(takes(tagged_call(format, {})));
   }
 }
 

@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "server/gemma_grammar.h"
+#include "server/tagged_grammar.h"
 
 namespace torpor::server {
 namespace {
@@ -37,13 +38,13 @@ struct Mark {
     special = id && tokenizer.decode({*id}, true).empty();
     rule = special ? "<[" + std::to_string(*id) + "]>" : lark_string(text);
   }
-  /// The rule `name`: anything up to the first such mark, and the mark.
-  std::string up_to(const std::string& name) const {
-    return special ? name + ": /(?s:.*)/ " + rule + "\n" : name + "[suffix=" + rule + "]: /(?s:.*)/\n";
+  /// The rule `name`: anything up to the first such mark, and the mark. `text`: a terminal of what may come before.
+  std::string up_to(const std::string& name, const std::string& text = "/(?s:.*)/") const {
+    return special ? name + ": " + text + " " + rule + "\n" : name + "[suffix=" + rule + "]: " + text + "\n";
   }
-  /// The terminal `name`: anything without the mark.
-  std::string without(const std::string& name) const {
-    return name + ": /(?s:.*)/" + (special ? "" : " & ~/(?s:.*)" + escaped(text) + "(?s:.*)/") + "\n";
+  /// The terminal `name`: anything without the mark, of what `text` may be.
+  std::string without(const std::string& name, const std::string& text = "/(?s:.*)/") const {
+    return name + ": " + text + (special ? "" : " & ~/(?s:.*)" + escaped(this->text) + "(?s:.*)/") + "\n";
   }
 
   std::string text, rule;
@@ -61,7 +62,8 @@ GemmaMarks gemma_marks(const Tokenizer& tokenizer) {
 
 /// What opens a call of a format; empty where nothing does, or no grammar is known.
 std::string open_mark(CallFormat calls, const Tokenizer& tokenizer) {
-  if (calls == CallFormat::kTagged) return "<tool_call>";
+  const auto tagged = {CallFormat::kTagged, CallFormat::kFunctionTags, CallFormat::kArgumentTags};
+  if (std::find(tagged.begin(), tagged.end(), calls) != tagged.end()) return "<tool_call>";
   if (calls == CallFormat::kMistral) return "[TOOL_CALLS]";
   if (calls == CallFormat::kGemma) return gemma_marks(tokenizer).open;
   return {};
@@ -85,6 +87,19 @@ std::string any_tool(const std::string& name, const std::vector<Tool>& tools, Ea
   return any + "\n" + rules;
 }
 
+/// The rule `name`: a tool's name, its arguments between tags, and `close`.
+std::string tagged_calls(const std::string& name, const std::vector<Tool>& tools, const std::string& after_name,
+                         const ArgumentTags& tags, const std::string& close) {
+  std::string rules;
+  int n = 0;
+  const std::string calls = any_tool(name, tools, [&](const Tool& tool) {
+    const TaggedArguments arguments(tool.parameters, tool.strict, "arguments_" + std::to_string(n++), tags);
+    rules += arguments.rules();
+    return lark_string(tool.name) + " " + after_name + " " + tags.space + " " + arguments.value() + close;
+  });
+  return calls + rules;
+}
+
 /// `call_rest`, a call after its open_mark where there is one, and `call`, all of it. Empty for a way of writing that
 /// no grammar
 /// is known of.
@@ -97,6 +112,22 @@ std::string call_rules(const AnswerParser::Options& parsing, const Tokenizer& to
       rules = any_tool("call_rest", parsing.tools, [&](const Tool& tool) {
         return "/\\n?/ " + call_object(tool, "arguments") + " /\\n?/ " + close;
       });
+      break;
+    }
+    case CallFormat::kFunctionTags: {
+      const Mark close("</parameter>", tokenizer);
+      const ArgumentTags tags{.open = "\"<parameter=\"", .key = "\">\"", .space = "/\\n?/", .text = "parameter_text",
+                              .close = close.rule, .keys = "/[^>\\n]+/"};
+      rules = "call_rest: /\\n?/ \"<function=\" function /\\n?/ " + Mark("</tool_call>", tokenizer).rule + "\n" +
+              tagged_calls("function", parsing.tools, "\">\"", tags, "\"</function>\"") + close.up_to(tags.text);
+      break;
+    }
+    case CallFormat::kArgumentTags: {
+      const auto rule = [&](const char* mark) { return Mark(mark, tokenizer).rule; };
+      const Mark close("</arg_value>", tokenizer);
+      const ArgumentTags tags{.open = rule("<arg_key>"), .key = rule("</arg_key>") + " /\\n?/ " + rule("<arg_value>"),
+                              .space = "/\\n?/", .text = "argument_text", .close = close.rule, .keys = "/[^<>\\n]+/"};
+      rules = tagged_calls("call_rest", parsing.tools, "", tags, rule("</tool_call>")) + close.up_to(tags.text);
       break;
     }
     case CallFormat::kLlama:
@@ -189,8 +220,15 @@ std::optional<std::string> answer_grammar(const ChatRequest& request, const Answ
       answer = "(" + answer + ") | " + calls;
     } else if (const std::string mark = open_mark(parsing.format.calls, tokenizer); !mark.empty()) {
       const Mark open(mark, tokenizer);
-      rules += open.up_to("before_call") + open.without("TEXT");
-      answer = "(before_call call_rest)* TEXT";
+      if (parsing.format.calls == CallFormat::kFunctionTags) {  // a call that lacks its first tag is one, too
+        const Mark function("<function=", tokenizer);
+        rules += function.without("NO_FUNCTION") + open.up_to("before_call", "NO_FUNCTION") + open.without("NO_CALL") +
+                 function.up_to("before_function", "NO_CALL") + open.without("TEXT", "NO_FUNCTION");
+        answer = "(before_call call_rest | before_function function)* TEXT";
+      } else {
+        rules += open.up_to("before_call") + open.without("TEXT");
+        answer = "(before_call call_rest)* TEXT";
+      }
       free = true;
     }
   }

@@ -24,6 +24,8 @@ struct Syntax {
 const Syntax* syntax_of(CallFormat format) {
   static const std::vector<Syntax> kAll{
       {CallFormat::kTagged, read_tagged_call, {"<tool_call>", "<function="}, "", false},
+      {CallFormat::kFunctionTags, read_tagged_call, {"<tool_call>", "<function="}, "", false},
+      {CallFormat::kArgumentTags, read_tagged_call, {"<tool_call>", "<function="}, "", false},
       {CallFormat::kLlama, read_llama_call, {"<|python_tag|>"}, "{[", false},
       {CallFormat::kMistral, read_mistral_call, {"[TOOL_CALLS]"}, "[", true},
       {CallFormat::kGemma, read_gemma_call, {"<|tool_call>", "<start_function_call>", "```tool_code"}, "", false}};
@@ -57,7 +59,9 @@ AnswerFormat answer_format(std::string_view chat_template) {
     format.calls = CallFormat::kHarmony;
     return format;
   }
-  if (has("<tool_call>")) format.calls = CallFormat::kTagged;
+  if (has("<tool_call>") && has("<arg_key>")) format.calls = CallFormat::kArgumentTags;
+  else if (has("<tool_call>") && has("<function=") && has("<parameter=")) format.calls = CallFormat::kFunctionTags;
+  else if (has("<tool_call>")) format.calls = CallFormat::kTagged;
   else if (has("[TOOL_CALLS]")) format.calls = CallFormat::kMistral;
   else if (has("<|tool_call>") || has("<start_function_call>") || has("<start_of_turn>"))
     format.calls = CallFormat::kGemma;

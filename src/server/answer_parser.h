@@ -11,7 +11,16 @@
 namespace torpor::server {
 
 /// How a model writes what is not text.
-enum class CallFormat { kNone, kTagged, kLlama, kMistral, kGemma, kHarmony };
+enum class CallFormat {
+  kNone,
+  kTagged,        ///< `<tool_call>` with JSON (Hermes, Qwen)
+  kFunctionTags,  ///< `<tool_call>`, or nothing, with `<function=NAME>` and `<parameter=KEY>` (Qwen3-Coder)
+  kArgumentTags,  ///< `<tool_call>` with NAME and `<arg_key>` (GLM)
+  kLlama,
+  kMistral,
+  kGemma,
+  kHarmony
+};
 
 struct AnswerFormat {
   CallFormat calls = CallFormat::kNone;

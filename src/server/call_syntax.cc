@@ -127,31 +127,89 @@ const Tool* find_tool(const Tools& tools, std::string_view name) {
   return found == tools.end() ? nullptr : &*found;
 }
 
-Json conform_value(Json value, const Json& schema) {
-  if (!schema.is_object()) return value;
+namespace {
+
+/// A schema may nest without end through its references.
+constexpr int kMostNested = 16;
+
+void find_bare_strings(const Json& schema, const Json& root, int depth, BareStrings& found) {
+  if (!schema.is_object() || depth > kMostNested) {
+    found.any = true;
+    return;
+  }
+  const auto each = [&](const char* keyword) {
+    const auto parts = schema.find(keyword);
+    if (parts == schema.end() || !parts->is_array() || parts->empty()) return false;
+    for (const Json& part : *parts) find_bare_strings(part, root, depth + 1, found);
+    return true;
+  };
+  const auto add = [&](const Json& value) {
+    if (value.is_string()) found.texts.push_back(value);
+    else found.others = true;
+  };
+  if (const auto only = schema.find("const"); only != schema.end()) return add(*only);
+  if (const auto values = schema.find("enum"); values != schema.end() && values->is_array()) {
+    for (const Json& value : *values) add(value);
+    return;
+  }
+  if (schema.contains("$ref")) {
+    const Json* target = referred(schema, root);
+    return find_bare_strings(target == nullptr ? Json() : *target, root, depth + 1, found);
+  }
+  if (each("anyOf") || each("oneOf") || each("allOf")) return;
   const auto type = schema.find("type");
-  if (type == schema.end()) return value;
+  if (type == schema.end()) {
+    found.any |= !schema.contains("properties") && !schema.contains("items");
+  } else {
+    const auto is_string = [](const Json& name) { return name == "string"; };
+    found.any |= is_string(*type) || (type->is_array() && std::any_of(type->begin(), type->end(), is_string));
+  }
+  found.others |= !found.any;
+}
+
+Json conform_value(Json value, const Json& schema, const Json& root) {
+  const auto type = schema.is_object() ? schema.find("type") : schema.end();
+  const auto has_type = schema.is_object() && type != schema.end();
+  if (!value.is_string()) {
+    const bool is_plain = value.is_number() || value.is_boolean();
+    return is_plain && has_type && *type == "string" ? Json(to_text(value)) : value;
+  }
+  const std::string& word = value.get_ref<const std::string&>();
+  const BareStrings strings = bare_strings(schema, root);
+  if (strings.any || std::find(strings.texts.begin(), strings.texts.end(), word) != strings.texts.end()) return value;
+  Json parsed = parse_json<Json>(word, nullptr, false);
+  if (parsed.is_discarded()) {  // Python's spelling
+    if (word == "True") parsed = true;
+    if (word == "False") parsed = false;
+    if (word == "None") parsed = nullptr;
+  }
   const auto allows = [&](const char* name) {
-    if (type->is_string()) return *type == name;
+    if (!has_type || type->is_string()) return !has_type || *type == name;
     return type->is_array() && std::find(type->begin(), type->end(), Json(name)) != type->end();
   };
-  if (value.is_string() && !allows("string")) {
-    Json parsed = parse_json<Json>(value.get_ref<const std::string&>(), nullptr, false);
-    if (parsed.is_discarded()) {  // Python's spelling
-      const std::string& word = value.get_ref<const std::string&>();
-      if (word == "True") parsed = true;
-      if (word == "False") parsed = false;
-      if (word == "None") parsed = nullptr;
-    }
-    const bool fits = (parsed.is_number_integer() && (allows("integer") || allows("number"))) ||
-                      (parsed.is_number_float() && allows("number")) || (parsed.is_boolean() && allows("boolean")) ||
-                      (parsed.is_null() && allows("null")) || (parsed.is_array() && allows("array")) ||
-                      (parsed.is_object() && allows("object"));
-    if (fits) return parsed;
-  } else if (type->is_string() && *type == "string" && (value.is_number() || value.is_boolean())) {
-    return to_text(value);
+  const bool fits = (parsed.is_number_integer() && (allows("integer") || allows("number"))) ||
+                    (parsed.is_number_float() && allows("number")) || (parsed.is_boolean() && allows("boolean")) ||
+                    (parsed.is_null() && allows("null")) || (parsed.is_array() && allows("array")) ||
+                    (parsed.is_object() && allows("object")) || (parsed.is_string() && allows("string"));
+  return fits ? parsed : value;
+}
+
+}  // namespace
+
+const Json* referred(const Json& schema, const Json& root) {
+  const auto to = schema.find("$ref");
+  if (to == schema.end() || !to->is_string() || !to->get_ref<const std::string&>().starts_with('#')) return nullptr;
+  try {
+    return &root.at(Json::json_pointer(to->get_ref<const std::string&>().substr(1)));
+  } catch (const Json::exception&) {
+    return nullptr;
   }
-  return value;
+}
+
+BareStrings bare_strings(const Json& schema, const Json& root) {
+  BareStrings found;
+  find_bare_strings(schema, root, 0, found);
+  return found;
 }
 
 Json conform(Json arguments, const Json& schema) {
@@ -159,7 +217,7 @@ Json conform(Json arguments, const Json& schema) {
   if (!schema.is_object() || properties == schema.end() || !properties->is_object()) return arguments;
   for (auto& [key, value] : arguments.items()) {
     const auto property = properties->find(key);
-    if (property != properties->end()) value = conform_value(std::move(value), *property);
+    if (property != properties->end()) value = conform_value(std::move(value), *property, schema);
   }
   return arguments;
 }

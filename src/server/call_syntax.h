@@ -44,6 +44,17 @@ CallReading read_gemma_call(std::string_view text, const Tools& tools, bool last
 /// Arguments with values of the types that the tool's schema names, where the text leaves it open: "3" or 3.
 Json conform(Json arguments, const Json& schema);
 
+/// Which texts are strings where values stand without quotes (GLM, Qwen3-Coder). Others are JSON.
+struct BareStrings {
+  bool any = false;                ///< any text
+  std::vector<std::string> texts;  ///< else these
+  bool others = false;             ///< a value may be none
+};
+/// By a value's schema. `root`: the schema that its references point into.
+BareStrings bare_strings(const Json& schema, const Json& root);
+/// What a `$ref` points to, inside the schema; nullptr: nothing there.
+const Json* referred(const Json& schema, const Json& root);
+
 const Tool* find_tool(const Tools& tools, std::string_view name);
 
 }  // namespace torpor::server

@@ -51,7 +51,4 @@ class Scanner {
 /// text's begin.
 CallReading read_python_calls(Scanner& scan, const std::vector<Tool>& tools, bool last);
 
-/// A value of the type that its schema names, where the text leaves it open.
-Json conform_value(Json value, const Json& schema);
-
 }  // namespace torpor::server
