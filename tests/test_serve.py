@@ -346,6 +346,24 @@ def test_answers_that_were_told_survive_kill_9(tiny, tmp_path):
     tiny("verify").ok()
 
 
+def test_an_answer_that_expires_is_removed_though_nobody_asks_anything(tiny, tmp_path):
+    with Server(tiny, tmp_path) as server:
+        goes, stays = [server.ask("POST", "/v1/responses", {"input": "Hi.", "max_output_tokens": 2}).json()["id"]
+                       for _ in range(2)]
+        files = sorted((tiny.store / "records").iterdir(), key=lambda file: goes in file.read_text(errors="replace"))
+        assert server.stop() == 0
+    soon = files[1].with_suffix(f".{int(time.time()) + 3}")
+    files[1].rename(soon)
+    with Server(tiny, tmp_path) as server:
+        assert server.ask("GET", f"/v1/responses/{goes}").status == 200
+        deadline = time.monotonic() + 60
+        while soon.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert server.ask("GET", f"/v1/responses/{goes}").status == 404
+        assert server.ask("GET", f"/v1/responses/{stays}").status == 200 and files[0].exists()
+
+
 def test_a_full_queue_says_when_to_come_again(real, tmp_path):
     with Server(real, tmp_path, "--queue", "1") as server:
         connection = server.connection()

@@ -29,19 +29,52 @@ std::string head_of(const std::string& tenant, const std::string& key) {
 
 AnswerShelf::AnswerShelf(std::string kind, Limits limits, AnswerFiles files)
     : kind_(std::move(kind)), limits_(limits), files_(files) {
-  if (files_.store == nullptr) return;
-  std::vector<Entry> dropped;
+  if (files_.store != nullptr) {
+    std::vector<Entry> dropped;
+    {
+      const MutexLock lock(mutex_);
+      for (Record& record : files_.store->records()) {
+        if (!record.name.starts_with(kind_ + "-")) continue;
+        // Of two of one name, which a crash leaves between them, the newer counts.
+        if (auto before = take(record.name)) dropped.push_back(*std::move(before));
+        add({std::move(record), {}});
+      }
+      drop_old(dropped);
+    }
+    remove_files(dropped);
+  }
+  sweeper_ = std::thread([this] { sweep(); });
+}
+
+AnswerShelf::~AnswerShelf() {
   {
     const MutexLock lock(mutex_);
-    for (Record& record : files_.store->records()) {
-      if (!record.name.starts_with(kind_ + "-")) continue;
-      // Of two of one name, which a crash leaves between them, the newer counts.
-      if (auto before = take(record.name)) dropped.push_back(*std::move(before));
-      add({std::move(record), {}});
-    }
-    drop_old(dropped);
+    stopping_ = true;
   }
-  remove_files(dropped);
+  wake_.notify_one();
+  sweeper_.join();
+}
+
+std::chrono::seconds AnswerShelf::pause() const {
+  // What is put meanwhile lives its whole time. The system's clock may be set.
+  std::chrono::seconds pause = std::min<std::chrono::seconds>(limits_.lifetime, std::chrono::minutes(1));
+  const int64_t time = now();
+  for (const auto& [name, own] : owners_)
+    pause = std::min(pause, std::chrono::seconds(own.entries.front().record.expires - time));
+  return std::max(pause, std::chrono::seconds(1));
+}
+
+void AnswerShelf::sweep() {
+  MutexLock lock(mutex_);
+  while (!stopping_) {
+    std::vector<Entry> dropped;
+    drop_old(dropped);
+    {
+      const MutexUnlock unlocked(mutex_);
+      remove_files(dropped);
+    }
+    if (!stopping_) wake_.wait_for(lock, pause());
+  }
 }
 
 std::array<std::string, 2> AnswerShelf::names_of(const std::string& tenant, const std::string& key) const {

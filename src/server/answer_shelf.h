@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/mutex.h"
@@ -23,7 +24,8 @@ struct AnswerFiles {
 /// Texts of tenants under keys, until they are `lifetime` old, or until newer ones of the same tenant have used up its
 /// `count` or `bytes`: the oldest goes first. When all tenants together have kMostTenants times as much, the oldest of
 /// the tenant that has most goes. With a store each is a file, which is there before `put` returns, and a
-/// new shelf of the same kind finds it. Any thread may call.
+/// new shelf of the same kind finds it. What has expired is removed within a minute, by a thread of the shelf's own.
+/// Any thread may call.
 class AnswerShelf {
  public:
   struct Limits {
@@ -33,6 +35,9 @@ class AnswerShelf {
   static constexpr size_t kMostTenants = 16;
   /// `kind`: letters a to z, another one for each shelf of a store. Throws what the store says.
   AnswerShelf(std::string kind, Limits limits, AnswerFiles files);
+  ~AnswerShelf();
+  AnswerShelf(const AnswerShelf&) = delete;
+  AnswerShelf& operator=(const AnswerShelf&) = delete;
 
   /// In place of what the key had. kResourceExhausted for what is larger than all of the tenant may be together; else
   /// throws what the store says, and then the key has the old answer or this one.
@@ -67,12 +72,19 @@ class AnswerShelf {
   /// Takes out what has expired, and the oldest of what is too much.
   void drop_old(std::vector<Entry>& dropped) TORPOR_REQUIRES(mutex_);
   void remove_files(const std::vector<Entry>& entries);
+  /// What the thread does.
+  void sweep();
+  /// Until something expires.
+  std::chrono::seconds pause() const TORPOR_REQUIRES(mutex_);
 
   const std::string kind_;
   const Limits limits_;
   const AnswerFiles files_;
   Mutex mutex_;
   std::map<std::string, Owned> owners_ TORPOR_GUARDED_BY(mutex_);  // those that have something
+  CondVar wake_;  // the sweeper
+  bool stopping_ TORPOR_GUARDED_BY(mutex_) = false;
+  std::thread sweeper_;
 };
 
 }  // namespace torpor::server
