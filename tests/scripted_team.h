@@ -35,7 +35,7 @@ class ScriptedTeam : public TeamEngine {
     if (request.agent == cancelled) result.finish_reason = FinishReason::kCancelled;
     return result;
   }
-  std::vector<Message> messages(const std::string& agent) override {
+  std::vector<Message> messages(const std::string& agent, const std::atomic<bool>* /*give_up*/ = nullptr) override {
     if (read) read();
     if (agent == busy) throw Error(ErrorCode::kBusy, "The agent is awake elsewhere.");
     if (agent == damaged) throw Error(ErrorCode::kCorruption, "The agent is damaged.");

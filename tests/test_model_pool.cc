@@ -75,10 +75,18 @@ class ModelPoolTest : public ::testing::Test {
 
 TEST_F(ModelPoolTest, AProgramsModelIsFoundByAnotherPathToIt) {
   ModelPool pool(options());
-  EXPECT_EQ(pool.of_source(path("x/../biased/")).name(), "plain");  // there is no such path
   EXPECT_EQ(pool.of_source(path("plain/../biased/")).name(), "biased");
   EXPECT_EQ(pool.of_source("biased").name(), "biased");
-  EXPECT_EQ(pool.of_source("their/model").name(), "plain");
+  EXPECT_EQ(pool.of_source("/moved/away/biased").name(), "biased");
+  for (const std::string source : {"their/model", "/moved/away/bias"}) {
+    try {
+      pool.of_source(source);
+      FAIL() << source;
+    } catch (const Failure& failure) {
+      EXPECT_EQ(failure.kind, Failure::Kind::kNotFound);
+      EXPECT_NE(std::string(failure.what()).find("'plain', 'biased'"), std::string::npos) << failure.what();
+    }
+  }
 }
 
 TEST_F(ModelPoolTest, AModelIsLoadedWhenARequestNamesItByNamePathOrAlias) {

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import select
 
 import pytest
 
@@ -201,6 +202,38 @@ def test_a_retry_with_a_key_is_the_same_step_also_after_a_restart(tiny, tmp_path
             assert told[0] == told[1]
         assert server.metric("torpor_generation_tokens_total") == 8
         assert server.stop() == 0
+
+
+def test_a_team_of_a_model_that_is_not_served_is_told_and_can_be_removed(tiny, tmp_path):
+    with Server(tiny, tmp_path) as server:
+        assert server.ask("POST", TEAMS, CREW).status == 201
+        assert server.stop() == 0
+    other = Torpor(tiny.store, make_tiny_model(tmp_path / "models" / "other"))
+    with Server(other, tmp_path) as server:
+        refused = step(server, "ask", message="Who keeps the lamp?")
+        assert refused.status == 404 and "'tiny'" in refused.text and "'other'" in refused.text
+        assert server.ask("GET", f"{TEAMS}/crew").json()["model"] == "tiny"
+        assert server.ask("GET", AGENTS).json()["agents"] == []
+        assert server.ask("DELETE", f"{TEAMS}/crew").status == 204
+
+
+def test_a_step_that_waits_for_a_members_turn_is_over_when_its_client_goes(server):
+    left = 'torpor_requests_total{route="/torpor/v1/teams/step",status="499"}'
+    server.ask("POST", TEAMS, CREW)
+    turn = server.connection()
+    story = {"agent": "crew.ada", "prompt": "Go on.", "max_tokens": 3000, "stream": True}
+    assert server.send(turn, "POST", AGENTS, story).getresponse().readline()
+    asks = [server.send(server.connection(), "POST", f"{TEAMS}/crew/ask", {"message": "Who?"}) for _ in range(2)]
+    answered = select.select([ask.sock for ask in asks], [], [])[0]  # 423: the other one holds the team, and waits
+    assert len(answered) == 1
+    for ask in asks:
+        if ask.sock in answered:
+            assert ask.getresponse().status == 423
+        ask.close()
+    while server.metric(left) is None:
+        pass
+    assert [one["agent"] for one in server.ask("GET", "/torpor/v1/now").json()["turns"]] == ["crew.ada"]
+    turn.close()
 
 
 def test_a_damaged_team_is_told_and_can_be_removed(server):

@@ -256,9 +256,9 @@ class Engine {
 
   /// The ids that the agent holds to the end of its last turn, and the messages that they say, awake or asleep, saved
   /// or not. Ids that are not known (import_prompt_cache) are negative. A call during a turn of the agent waits for its
-  /// end. kNotFound.
+  /// end; `give_up`, set from any thread meanwhile, makes it kCancelled. kNotFound.
   std::vector<int32_t> tokens(const std::string& agent) const;
-  std::vector<Message> messages(const std::string& agent) const;
+  std::vector<Message> messages(const std::string& agent, const std::atomic<bool>* give_up = nullptr) const;
 
   /// Logits `[vocab]` that follow the agent's last token (recomputed from its cache without changing it); for tests and
   /// inspection. kNotFound.

@@ -119,7 +119,8 @@ struct StepRequest {
   std::function<void(const std::string& member, std::string_view text)> on_text;
   std::function<void(const std::string& member, int done, int total)> on_prefill;
   std::function<void(const TeamAnswer& answer)> on_answer;
-  /// Set from any thread to take turns back that are not complete. Theirs are kCancelled then.
+  /// Set from any thread to take turns back that are not complete. Theirs are kCancelled then, and so is a plan that
+  /// waits for a member's agent.
   const std::atomic<bool>* give_up = nullptr;
 };
 
@@ -128,7 +129,7 @@ class TeamEngine {
  public:
   virtual ~TeamEngine() = default;
   virtual TurnResult turn(const TurnRequest& request) = 0;
-  virtual std::vector<Message> messages(const std::string& agent) = 0;
+  virtual std::vector<Message> messages(const std::string& agent, const std::atomic<bool>* give_up) = 0;
   virtual void save(const std::string& agent) = 0;
   virtual void remove(const std::string& agent) = 0;
   /// Whether there is such an agent, on disk or in memory alone. Waits for no turn.

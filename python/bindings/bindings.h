@@ -14,6 +14,7 @@ void bind_store(nanobind::module_& module);
 void bind_turn(nanobind::module_& module);
 void bind_engine(nanobind::module_& module);
 void bind_team(nanobind::module_& module);
+void bind_server(nanobind::module_& module);
 
 /// The exception of torpor.errors that stands for `error`.
 nanobind::object exception_of(const Error& error);

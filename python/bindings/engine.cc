@@ -167,26 +167,34 @@ void bind_engine(nb::module_& module) {
       .def_ro("accepted_tokens", &EngineWork::accepted_tokens)
       .def_ro("rejected_tokens", &EngineWork::rejected_tokens)
       .def_ro("put_aside", &EngineWork::put_aside);
-  nb::class_<SharedEngine>(module, "CoreEngine")
+  const EngineOptions defaults{.store = {}};
+  nb::class_<EngineOptions>(module, "EngineOptions")
       .def("__init__",
-           [](SharedEngine* self, const std::string& model, const std::filesystem::path& store,
+           [](EngineOptions* self, const std::string& model, const std::filesystem::path& store,
               const std::optional<std::string>& kv_format, const std::string& durability, size_t memory_budget,
               int64_t disk_budget, int64_t min_free, size_t write_queue, size_t text_queue, int max_stall, bool map_rows,
               const std::optional<std::string>& backend, const std::optional<std::string>& activations, int threads,
               const std::string& cpu_target) {
-             EngineOptions options{.model = model, .store = store, .kv_format = parse_kv_format(kv_format),
-                                   .durability = parse_durability(durability), .memory_budget = memory_budget,
-                                   .disk = {disk_budget, min_free},
-                                   .compute = {.backend = parse_backend(backend), .activations = parse_activations(activations),
-                                               .threads = threads, .cpu_target = cpu_target},
-                                   .write_queue_bytes = write_queue, .text_queue_bytes = text_queue,
-                                   .max_stall_ms = max_stall, .map_rows = map_rows};
+             new (self) EngineOptions{.model = model, .store = store, .kv_format = parse_kv_format(kv_format),
+                                      .durability = parse_durability(durability), .memory_budget = memory_budget,
+                                      .disk = {disk_budget, min_free},
+                                      .compute = {.backend = parse_backend(backend),
+                                                  .activations = parse_activations(activations), .threads = threads,
+                                                  .cpu_target = cpu_target},
+                                      .write_queue_bytes = write_queue, .text_queue_bytes = text_queue,
+                                      .max_stall_ms = max_stall, .map_rows = map_rows};
+           },
+           "model"_a, "store"_a, "kv_format"_a = nb::none(), "durability"_a = "full", "memory_budget"_a = 0,
+           "disk_budget"_a = 0, "min_free"_a = 0, "write_queue"_a = defaults.write_queue_bytes,
+           "text_queue"_a = defaults.text_queue_bytes, "max_stall"_a = defaults.max_stall_ms, "map_rows"_a = true,
+           "backend"_a = nb::none(), "activations"_a = nb::none(), "threads"_a = 0, "cpu_target"_a = "");
+  nb::class_<SharedEngine>(module, "CoreEngine")
+      .def("__init__",
+           [](SharedEngine* self, EngineOptions options) {
              const nb::gil_scoped_release release;
              new (self) SharedEngine(std::move(options));
            },
-           "model"_a, "store"_a, "kv_format"_a.none(), "durability"_a, "memory_budget"_a, "disk_budget"_a, "min_free"_a,
-           "write_queue"_a, "text_queue"_a, "max_stall"_a, "map_rows"_a, "backend"_a.none(), "activations"_a.none(), "threads"_a,
-           "cpu_target"_a)
+           "options"_a)
       .def("close", &SharedEngine::close)
       .def("start", &start, "agent"_a, "prompt"_a, "messages"_a, "system"_a.none(), "raw"_a, "on_divergence"_a,
            "tools"_a, "template_args"_a, "special"_a, "save"_a, "max_tokens"_a, "temperature"_a, "top_p"_a, "seed"_a,

@@ -79,4 +79,7 @@ NB_MODULE(_core, module) {
   torpor::python::bind_turn(module);
   torpor::python::bind_engine(module);
   torpor::python::bind_team(module);
+#ifdef TORPOR_WITH_SERVER
+  torpor::python::bind_server(module);
+#endif
 }

@@ -28,7 +28,7 @@ from . import _dependencies  # first: what it says is clearer than what the link
 from . import _core
 from ._codec import validate as _validate
 from .async_engine import AsyncAgent, AsyncEngine, AsyncTextStream
-from .engine import Agent, AgentStatus, Engine, TextStream, TurnOptions
+from .engine import Agent, AgentStatus, Engine, EngineSettings, TextStream, TurnOptions
 from .errors import (BusyError, CancelledError, CorruptionError, Error, IncompatibleError, InternalError,
                      InvalidArgumentError, IoError, NotFoundError, ResourceExhaustedError)
 from .exchange import load_prompt_cache, save_prompt_cache
@@ -40,9 +40,9 @@ from .team import StepOptions, Team, TeamAnswer, TeamResult
 
 __all__ = [
     "Agent", "AgentMemory", "AgentStatus", "AsyncAgent", "AsyncEngine", "AsyncTextStream", "BusyError",
-    "CachePersistence", "CancelledError", "CorruptionError", "Engine", "EngineWork", "Error", "Generation",
-    "IncompatibleError", "InternalError", "InvalidArgumentError", "IoError", "MLXCacheExtractor", "MemoryUsage",
-    "MessageDivergence", "NotFoundError", "ResourceExhaustedError", "SaveResult", "StepOptions", "Team",
+    "CachePersistence", "CancelledError", "CorruptionError", "Engine", "EngineSettings", "EngineWork", "Error",
+    "Generation", "IncompatibleError", "InternalError", "InvalidArgumentError", "IoError", "MLXCacheExtractor",
+    "MemoryUsage", "MessageDivergence", "NotFoundError", "ResourceExhaustedError", "SaveResult", "StepOptions", "Team",
     "TeamAnswer", "TeamResult", "TextStream", "TokenLogprob", "TokenLogprobs", "TurnBytes", "TurnOptions",
     "TurnResult", "TurnTiming", "TurnTokens", "common_prefix", "delete_agent_cache", "get_cache_disk_usage",
     "get_cache_memory", "get_cache_size", "list_cached_agents", "load_agent_cache", "load_prompt_cache",

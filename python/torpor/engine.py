@@ -76,6 +76,43 @@ class TurnOptions(TypedDict, total=False):
     speculate: bool | None
 
 
+class EngineSettings(TypedDict, total=False):
+    """The keyword arguments of an Engine, but for its store. What they say stands there."""
+
+    kv_format: str | None
+    durability: Literal["full", "rename", "none"]
+    memory_budget: int | str
+    disk_budget: int | str
+    min_free: int | str
+    write_queue: int
+    text_queue: int
+    max_stall: int
+    map_rows: bool
+    backend: Literal["kernels", "mlx"] | None
+    activations: Literal["f32", "int16"] | None
+    threads: int
+    cpu_target: str | None
+
+
+def _core_options(model: str, store: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> _core.EngineOptions:
+    """With the settings of EngineSettings."""
+    root = Path(store).expanduser() if store is not None else _core.default_store_root()
+
+    def checked(name: str, value: Any) -> Any:
+        if name in ("memory_budget", "disk_budget", "min_free"):
+            return _arguments.size(value, name)
+        if name in ("write_queue", "text_queue"):
+            return _arguments.whole(value, name, 0, 2**63 - 1)
+        if name in ("max_stall", "threads"):
+            return _arguments.whole(value, name, -2**31, 2**31 - 1)
+        if name == "map_rows":
+            return bool(value)
+        return None if value is None and name != "durability" else _arguments.text(value, name)
+
+    given = {name: checked(name, value) for name, value in settings.items()}
+    return _core.EngineOptions(model, root, **{**given, "cpu_target": given.get("cpu_target") or ""})
+
+
 @dataclass(frozen=True)
 class AgentStatus:
     """One agent, as Engine.agents tells."""
@@ -145,21 +182,11 @@ class Engine:
 
         Raises NotFoundError, InvalidArgumentError (a model or format that is not supported), CorruptionError, IoError.
         """
-        root = Path(store).expanduser() if store is not None else _core.default_store_root()
-        memory, disk, free = [_arguments.size(value, name) for name, value in
-                              (("memory_budget", memory_budget), ("disk_budget", disk_budget), ("min_free", min_free))]
-        write_queue, text_queue = (_arguments.whole(value, name, 0, 2**63 - 1)
-                                   for value, name in ((write_queue, "write_queue"), (text_queue, "text_queue")))
-        max_stall, threads = (_arguments.whole(value, name, -2**31, 2**31 - 1)
-                              for value, name in ((max_stall, "max_stall"), (threads, "threads")))
-        kv, computing, rounding, target = (
-            None if value is None else _arguments.text(value, name) for value, name in (
-                (kv_format, "kv_format"), (backend, "backend"), (activations, "activations"),
-                (cpu_target, "cpu_target")))
         self._model = _arguments.text(os.fspath(model), "The model's name")
-        self._core = _core.CoreEngine(self._model, root, kv, _arguments.text(durability, "durability"), memory, disk,
-                                      free, write_queue, text_queue, max_stall, bool(map_rows), computing, rounding,
-                                      threads, target or "")
+        self._core = _core.CoreEngine(_core_options(self._model, store, dict(
+            kv_format=kv_format, durability=durability, memory_budget=memory_budget, disk_budget=disk_budget,
+            min_free=min_free, write_queue=write_queue, text_queue=text_queue, max_stall=max_stall, map_rows=map_rows,
+            backend=backend, activations=activations, threads=threads, cpu_target=cpu_target)))
         self._talking = threading.local()  # .to: agents whose on_text runs on this thread
 
     def __repr__(self) -> str:

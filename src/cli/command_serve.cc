@@ -20,11 +20,8 @@
 #include "cli/output.h"
 #include "cli/serve_options.h"
 #include "cli/server_notes.h"
-#include "server/agents_api.h"
-#include "server/dialects.h"
 #include "server/http_edge.h"
-#include "server/model_pool.h"
-#include "server/service.h"
+#include "server/server.h"
 #include "torpor/engine.h"
 #include "torpor/error.h"
 #include "torpor/log.h"
@@ -103,23 +100,10 @@ class SignalSet {
   sigset_t set_{}, before_{};
 };
 
-/// By which requests ask for it: a directory's name, or a repo id as it stands.
-std::string model_name(const std::string& model) {
-  std::error_code ignored;
-  if (!std::filesystem::is_directory(model, ignored)) return model;
-  return std::filesystem::canonical(model).filename().string();
-}
-
 server::ModelPoolOptions pool_options(const ServeOptions& options, const std::filesystem::path& root) {
   server::ModelPoolOptions pool;
-  for (const std::string& model : options.models) pool.models.push_back({model_name(model), model});
-  for (const std::string& alias : options.aliases) {
-    const size_t equals = alias.rfind('=');
-    if (equals == std::string::npos || equals == 0) {
-      throw Error(ErrorCode::kInvalidArgument, "'" + alias + "' is no alias; write PATTERN=NAME").with_field("alias");
-    }
-    pool.aliases.push_back({alias.substr(0, equals), alias.substr(equals + 1)});
-  }
+  for (const std::string& model : options.models) pool.models.push_back({server::served_name(model), model});
+  for (const std::string& alias : options.aliases) pool.aliases.push_back(server::parse_alias(alias));
   pool.engine = options.engine(root);
   pool.engine.max_stall_ms = options.max_stall;
   pool.share_prefixes = options.share_prefixes;
@@ -137,23 +121,6 @@ server::HttpEdgeOptions edge_options(const ServeOptions& options) {
   edge.max_workers = options.queue + 64;  // those that compute nothing are answered beside a full queue
   edge.idle_timeout = std::chrono::milliseconds(int64_t(options.idle_timeout * 1000));
   return edge;
-}
-
-void add_engine_samples(std::string& out, server::ModelPool& models) {
-  using server::write_sample;
-  const MemoryUsage usage = models.memory_usage();
-  write_sample(out, "torpor_model_bytes", "gauge", "Memory of the model's weights.", usage.model_bytes);
-  write_sample(out, "torpor_kv_bytes", "gauge", "Memory of agents' caches, each buffer once.", usage.kv_bytes);
-  write_sample(out, "torpor_kv_mapped_bytes", "gauge", "Of those, pages of segment files.", usage.mapped_bytes);
-  write_sample(out, "torpor_kv_budget_bytes", "gauge", "What bounds them; 0: nothing.", usage.budget);
-  write_sample(out, "torpor_save_queue_bytes", "gauge", "Waiting to be written.", usage.queued_bytes);
-  write_sample(out, "torpor_agents_awake", "gauge", "Agents in memory.", usage.agents.size());
-  const EngineWork work = models.work();
-  write_sample(out, "torpor_speculated_tokens_total", "counter", "Tokens of answers that were guessed before they were sampled.",
-               work.accepted_tokens + work.rejected_tokens);
-  write_sample(out, "torpor_speculated_tokens_accepted_total", "counter", "Of those, the ones that were right.",
-               work.accepted_tokens);
-  write_sample(out, "torpor_evictions_total", "counter", "Agents that went to sleep to make room.", usage.evictions);
 }
 
 std::string url_of(const ServeOptions& options, uint16_t port) {
@@ -176,7 +143,7 @@ void greet(const ServeOptions& options, uint16_t port, const std::string& first_
     const std::string own = options.no_auth ? std::string() : server::local_key(key_file);
     const std::string bearer = options.no_auth ? std::string() : " -H \"authorization: Bearer " + key + "\"";
     text += "  curl -s " + url + "/v1/chat/completions" + bearer + " -d '" +
-            dump_json(Json{{"model", model_name(options.model)},
+            dump_json(Json{{"model", server::served_name(options.model)},
                            {"max_tokens", 40},
                            {"messages", Json::array({Json{{"role", "user"}, {"content", "Who keeps the lamp?"}}})}}) +
             "'\n";
@@ -192,21 +159,21 @@ void greet(const ServeOptions& options, uint16_t port, const std::string& first_
 
 /// Absolute: what is printed holds in other directories, too.
 std::filesystem::path key_file_of(const ServeOptions& options) {
-  return std::filesystem::absolute(options.api_key_file.empty() ? default_key_file() : options.api_key_file);
+  return std::filesystem::absolute(options.api_key_file.empty() ? server::default_key_file() : options.api_key_file);
 }
 
 /// What a running server takes of its options: all that with_config can change and nothing was built of.
 constexpr const char* kChangeable[] = {"api-key-file", "allow-host", "log", "drain-timeout", "idle-unload", "session-ttl"};
 
-void take_up(const ServeOptions& options, LogFile& log_file, server::Service& service, server::ModelPool& models) {
+void take_up(const ServeOptions& options, LogFile& log_file, server::Server& server) {
   // What can fail comes first.
   std::optional<server::ApiKeys> keys;
   if (!options.no_auth) keys = server::ApiKeys::read(key_file_of(options));
   log_file.open_at(options.log);
-  if (keys) service.set_keys(std::move(*keys));
-  service.set_hosts(options.allow_hosts);
-  models.set_times(std::chrono::milliseconds(int64_t(options.idle_unload * 1000)),
-                   std::chrono::seconds(int64_t(std::ceil(options.session_ttl))));
+  if (keys) server.service().set_keys(std::move(*keys));
+  server.service().set_hosts(options.allow_hosts);
+  server.models().set_times(std::chrono::milliseconds(int64_t(options.idle_unload * 1000)),
+                            std::chrono::seconds(int64_t(std::ceil(options.session_ttl))));
 }
 
 /// Options that have changed and can't be taken up, by their names.
@@ -250,20 +217,14 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
     ~NoLog() { set_log_handler(nullptr); }
   } no_log;
 
-  server::ModelPool models(pool_options(options, root));
-  server::Metrics metrics(options.metrics_alias == "vllm");
-  server::MeteredRunner metered(models, metrics);
-  server::Dialects dialects(metered, {&models.model("").engine().store()});  // the first model stays
-  server::TurnQueue queue(options.queue);
-  server::AgentsApi agents(models, metrics, dialects.replay(), queue);
-  server::ServiceOptions service_options;
-  service_options.authenticate = !options.no_auth;
-  service_options.log = [&](const std::string& line) { log_file.line(line); };
-  server::Service service(std::move(service_options), queue, dialects, agents, metrics);
-  take_up(options, log_file, service, models);
-  metrics.add_source([&](std::string& out) { add_engine_samples(out, models); });
-  std::optional<server::HttpEdge> edge(std::in_place, edge_options(options), service);
-  metrics.add_source([&](std::string& out) {
+  server::ServerOptions parts{.pool = pool_options(options, root), .queue = options.queue};
+  parts.vllm_names = options.metrics_alias == "vllm";
+  parts.service.authenticate = !options.no_auth;
+  parts.service.log = [&](const std::string& line) { log_file.line(line); };
+  server::Server server(std::move(parts));
+  take_up(options, log_file, server);
+  std::optional<server::HttpEdge> edge(std::in_place, edge_options(options), server);
+  server.metrics().add_source([&](std::string& out) {
     server::write_sample(out, "torpor_connections", "gauge", "Connections that are open.", edge->connections());
   });
   std::optional<ServerNote> note;
@@ -279,7 +240,7 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
     try {
       ServeOptions changed = with_config(given, config);
       changed.no_auth = options.no_auth;
-      take_up(changed, log_file, service, models);
+      take_up(changed, log_file, server);
       const std::string left = left_for_a_restart(options, changed);
       options.drain_timeout = changed.drain_timeout;
       log(LogLevel::kInfo, "keys, log and configuration were read anew");
@@ -289,12 +250,12 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
     }
   }
   signals.let_end();
-  service.drain();
+  server.service().drain();
   if (!edge->drain(std::chrono::milliseconds(int64_t(options.drain_timeout * 1000)))) {
     log(LogLevel::kWarning, "turns that did not end in time were taken back");
   }
   edge.reset();
-  models.save_all();
+  server.models().save_all();
   return 0;
 }
 

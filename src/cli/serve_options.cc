@@ -6,7 +6,6 @@
 #include <CLI/CLI.hpp>
 #include <toml++/toml.h>
 
-#include "base/environment.h"
 #include "torpor/error.h"
 
 namespace torpor::cli {
@@ -40,13 +39,6 @@ std::string written(const std::filesystem::path& file, const std::string& key, c
 }
 
 }  // namespace
-
-std::filesystem::path default_key_file() {
-  const std::string config = environment("XDG_CONFIG_HOME");
-  const std::filesystem::path directory =
-      !config.empty() ? std::filesystem::path(config) : std::filesystem::path(home_directory()) / ".config";
-  return directory / "torpor" / "api-keys";
-}
 
 void add_serve_options(CLI::App& app, ServeOptions& options) {
   add_model_options(app, options);

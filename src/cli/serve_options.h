@@ -28,9 +28,6 @@ struct ServeOptions : AnswerOptions {
   std::map<std::string, std::vector<std::string>> said;  // the values of each option that was given anywhere, by its name
 };
 
-/// `$XDG_CONFIG_HOME/torpor/api-keys`, else below `~/.config`.
-std::filesystem::path default_key_file();
-
 /// Adds them to a command. Each has a variable too: --drain-timeout is TORPOR_DRAIN_TIMEOUT.
 void add_serve_options(CLI::App& app, ServeOptions& options);
 

@@ -182,7 +182,7 @@ std::string ServerAddress::authority() const {
 
 ServerClient::ServerClient(const ServerOptions& options)
     : address_(options.server),
-      key_file_(options.api_key_file.empty() ? default_key_file() : options.api_key_file),
+      key_file_(options.api_key_file.empty() ? server::default_key_file() : options.api_key_file),
       key_(environment("TORPOR_API_KEY")),
       key_given_(!key_.empty()) {
   if (!key_given_) key_ = server::local_key(key_file_);

@@ -148,8 +148,9 @@ struct Engine::Impl {
   }
   /// Runs `work` on the engine thread when no turn or earlier call on one of `agents` is under way.
   template <class F>
-  auto call(std::vector<std::string> agents, F work) -> std::invoke_result_t<F> {
-    return guard([&] { return scheduler.call(std::move(agents), work); });
+  auto call(std::vector<std::string> agents, F work, const std::atomic<bool>* give_up = nullptr)
+      -> std::invoke_result_t<F> {
+    return guard([&] { return scheduler.call(std::move(agents), work, nullptr, give_up); });
   }
 
   /// The agent as the remote tier has it, if there is one. Not on the engine thread.
@@ -476,12 +477,13 @@ std::vector<int32_t> Engine::tokens(const std::string& agent) const {
   return impl_->call({agent}, [&] { return impl_->parts.agents->remembered(agent).history; });
 }
 
-std::vector<Message> Engine::messages(const std::string& agent) const {
+std::vector<Message> Engine::messages(const std::string& agent, const std::atomic<bool>* give_up) const {
   const RemoteUse remote = impl_->use(agent);
-  return impl_->call({agent}, [&] {
+  const auto read = [&] {
     const Remembered held = impl_->parts.agents->remembered(agent);
     return std::vector<Message>(held.messages.begin(), held.messages.end());
-  });
+  };
+  return impl_->call({agent}, read, give_up);
 }
 
 std::vector<float> Engine::next_logits(const std::string& id) {

@@ -46,6 +46,7 @@ class Scheduler::Task final : public Scheduler::Listener {
   CondVar changed;  // its caller waits for it
 
   const std::function<void()>* work = nullptr;  // of a call
+  const std::atomic<bool>* give_up = nullptr;   // of a call
 
   const TurnCall* turn_call = nullptr;          // of a turn
   Share* share = nullptr;                       // of a turn
@@ -68,7 +69,12 @@ class Scheduler::Task final : public Scheduler::Listener {
   bool is_turn() const { return turn_call != nullptr; }
   bool background() const { return is_turn() && turn_call->background; }
   bool holds_memory() const { return is_turn() && turn != nullptr && !out; }
-  bool given_up() const { return deaf || is_set(turn_call->give_up) || (!begun && is_set(turn_call->cancel)); }
+  bool given_up() const {
+    if (!is_turn()) return is_set(give_up);
+    return deaf || is_set(turn_call->give_up) || (!begun && is_set(turn_call->cancel));
+  }
+  /// Whether flags of its caller's have to be looked at, which are set without a word.
+  bool can_be_given_up() const { return !over && (is_turn() || give_up != nullptr); }
   bool overlaps(const Task& other) const {
     return std::any_of(agents.begin(), agents.end(), [&](const std::string& agent) {
       return std::find(other.agents.begin(), other.agents.end(), agent) != other.agents.end();
@@ -141,10 +147,11 @@ void Scheduler::enqueue(Task& task) {
 }
 
 void Scheduler::run_call(std::vector<std::string> agents, const std::function<void()>& work,
-                         const std::function<void()>& after) {
+                         const std::function<void()>& after, const std::atomic<bool>* give_up) {
   Task task(*this);
   task.agents = std::move(agents);
   task.work = &work;
+  task.give_up = give_up;
   if (after) task.after = &after;
   MutexLock lock(mutex_);
   enqueue(task);
@@ -310,7 +317,7 @@ std::pair<Scheduler::Task*, Scheduler::Action> Scheduler::next() const {
   bool may_begin = true;
   for (Task* task : in_order()) {
     if (task->over) continue;
-    if (task->is_turn() && task->given_up()) return {task, Action::kUndo};  // whatever is before it
+    if (task->given_up()) return {task, Action::kUndo};  // whatever is before it
     if (task->is_turn() && task->turn != nullptr) {
       if (task->computed && task->unheard == 0) return {task, Action::kCommit};
       if (task->out && task->unheard == 0) may_begin = false;
@@ -414,7 +421,10 @@ void Scheduler::act(Task& task, Action action) {
     if (action == Action::kCall && !error) end(task, nullptr);
     return;
   }
-  if (action == Action::kUndo) {
+  if (action == Action::kUndo && !task.is_turn()) {
+    const Error given_up(ErrorCode::kCancelled, "The call was given up while it waited; nothing has happened.");
+    error = std::make_exception_ptr(given_up);
+  } else if (action == Action::kUndo) {
     task.ended = begun ? Ended::kGivenUp : Ended::kNotBegun;
     task.after = nullptr;
   }
@@ -468,8 +478,8 @@ void Scheduler::run() {
       act(*task, action);
     } else if (closing_ && tasks_.empty()) {
       break;
-    } else if (std::any_of(tasks_.begin(), tasks_.end(), [](const Task* task) { return task->is_turn() && !task->over; })) {
-      wake_.wait_for(lock, kPatience);  // their flags are set without a word
+    } else if (std::any_of(tasks_.begin(), tasks_.end(), [](const Task* task) { return task->can_be_given_up(); })) {
+      wake_.wait_for(lock, kPatience);
     } else {
       wake_.wait(lock);
     }

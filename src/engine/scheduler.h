@@ -111,14 +111,16 @@ class Scheduler {
 
   /// Runs `work` on the engine thread, once nothing that names one of `agents` is before it, and gives back what it returns.
   /// Throws torpor::Error, whatever it throws. `after` may be empty; it runs on the calling thread once `work` is done.
+  /// `give_up` may be nullptr; set while the call waits, it makes it kCancelled.
   template <class F>
-  auto call(std::vector<std::string> agents, F work, const std::function<void()>& after = nullptr) -> std::invoke_result_t<F> {
+  auto call(std::vector<std::string> agents, F work, const std::function<void()>& after = nullptr,
+            const std::atomic<bool>* give_up = nullptr) -> std::invoke_result_t<F> {
     using Result = std::invoke_result_t<F>;
     if constexpr (std::is_void_v<Result>) {
-      run_call(std::move(agents), work, after);
+      run_call(std::move(agents), work, after, give_up);
     } else {
       std::optional<Result> result;
-      run_call(std::move(agents), [&] { result.emplace(work()); }, after);
+      run_call(std::move(agents), [&] { result.emplace(work()); }, after, give_up);
       return std::move(*result);
     }
   }
@@ -141,7 +143,8 @@ class Scheduler {
   };
   enum class Action { kNothing, kCall, kBegin, kStep, kCommit, kUndo };
 
-  void run_call(std::vector<std::string> agents, const std::function<void()>& work, const std::function<void()>& after);
+  void run_call(std::vector<std::string> agents, const std::function<void()>& work, const std::function<void()>& after,
+                const std::atomic<bool>* give_up);
   void enqueue(Task& task) TORPOR_REQUIRES(mutex_);
   /// The share of that name, with a turn more.
   Share& enter(const std::string& name) TORPOR_REQUIRES(mutex_);

@@ -8,6 +8,7 @@
 #include <span>
 
 #include "base/env.h"
+#include "base/environment.h"
 #include "server/chat.h"
 #include "torpor/error.h"
 #include "torpor/store.h"
@@ -129,6 +130,13 @@ std::optional<KeyOwner> ApiKeys::owner_of(std::string_view key) const {
     if (different == 0) found = &entry;
   }
   return found ? std::optional(found->owner) : std::nullopt;
+}
+
+std::filesystem::path default_key_file() {
+  const std::string config = environment("XDG_CONFIG_HOME");
+  const std::filesystem::path directory =
+      !config.empty() ? std::filesystem::path(config) : std::filesystem::path(home_directory()) / ".config";
+  return directory / "torpor" / "api-keys";
 }
 
 std::filesystem::path local_key_file(const std::filesystem::path& key_file) { return key_file.string() + ".local"; }

@@ -50,6 +50,8 @@ class ApiKeys {
   std::vector<Entry> entries_;
 };
 
+/// `$XDG_CONFIG_HOME/torpor/api-keys`, else below `~/.config`.
+std::filesystem::path default_key_file();
 /// Where `make_key_file` leaves the key itself: beside the key file.
 std::filesystem::path local_key_file(const std::filesystem::path& key_file);
 /// The key in there; empty when there is none that can be read.

@@ -149,9 +149,13 @@ ModelPool::Slot& ModelPool::find(const std::string& name) {
   const auto alias = std::find_if(options_.aliases.begin(), options_.aliases.end(),
                                   [&](const ModelAlias& alias) { return fits(alias.pattern, name); });
   if (alias != options_.aliases.end()) return find(alias->name);
+  refuse(name);
+}
+
+void ModelPool::refuse(const std::string& model) const {
   std::string names;
   for (const auto& slot : slots_) names += (names.empty() ? "'" : ", '") + slot->model.name + "'";
-  throw Failure(Failure::Kind::kNotFound, "There is no model '" + name + "' here; there is " + names + ".", "model");
+  throw Failure(Failure::Kind::kNotFound, "There is no model '" + model + "' here; there is " + names + ".", "model");
 }
 
 ModelPool::Lease ModelPool::lease(Slot& slot) {
@@ -160,9 +164,13 @@ ModelPool::Lease ModelPool::lease(Slot& slot) {
     const MutexLock lock(mutex_);
     if (slot.loaded) return {*this, slot, slot.loaded, true};
   }
-  EngineOptions engine = options_.engine;
-  engine.model = slot.model.source;
-  engine.host = host_;
+  std::shared_ptr<Engine> engine = slot.model.engine;
+  if (engine == nullptr) {
+    EngineOptions options = options_.engine;
+    options.model = slot.model.source;
+    options.host = host_;
+    engine = std::make_shared<Engine>(std::move(options));
+  }
   auto loaded = std::make_shared<Loaded>(std::move(engine), slot.model.name, options_.share_prefixes);
   ModelEntry entry = loaded->runner.models().front();
   const MutexLock lock(mutex_);
@@ -182,26 +190,33 @@ ModelPool::Lease ModelPool::of_agent(const std::string& id, bool looks) {
   }
   Lease first = lease(*slots_.front());
   if (looks || !first.engine().store().contains(id)) return first;
-  return of_source(first.engine().store().agent_info(id).model);
+  // Of an agent of a model that isn't served the first one says what differs.
+  Slot* own = find_source(first.engine().store().agent_info(id).model);
+  return own == nullptr ? std::move(first) : lease(*own);
 }
 
-ModelPool::Lease ModelPool::of_source(const std::string& source) {
+ModelPool::Slot* ModelPool::find_source(const std::string& source) {
   const auto find = [&](auto is) {
     const auto found = std::find_if(slots_.begin(), slots_.end(), is);
     return found == slots_.end() ? nullptr : found->get();
   };
   Slot* own = find([&](const auto& slot) { return slot->model.name == source || slot->model.source == source; });
-  if (own == nullptr) {
-    try {
-      own = find([dir = resolve_model(source)](const auto& slot) {
-        std::error_code ignored;
-        return std::filesystem::equivalent(dir, resolve_model(slot->model.source), ignored);
-      });
-    } catch (const Error&) {
-      // There is no such model, or no longer.
-    }
+  if (own != nullptr) return own;
+  try {
+    return find([dir = resolve_model(source)](const auto& slot) {
+      std::error_code ignored;
+      return std::filesystem::equivalent(dir, resolve_model(slot->model.source), ignored);
+    });
+  } catch (const Error&) {  // there is no such model, or no longer
+    const std::string last = std::filesystem::path(source).filename().string();
+    return find([&](const auto& slot) { return slot->model.name == last; });
   }
-  return lease(own == nullptr ? *slots_.front() : *own);
+}
+
+ModelPool::Lease ModelPool::of_source(const std::string& source) {
+  Slot* own = source.empty() ? slots_.front().get() : find_source(source);
+  if (own == nullptr) refuse(source);
+  return lease(*own);
 }
 
 std::vector<ModelPool::Lease> ModelPool::loaded() { return loaded(nullptr); }
@@ -276,13 +291,13 @@ void ModelPool::unload_idle(std::chrono::milliseconds idle) {
       unused = slot.loaded;
     }
     try {
-      unused->engine.save_all();
+      unused->engine->save_all();
     } catch (const Error& error) {
       log(LogLevel::kWarning, "the model '" + slot.model.name + "' stays loaded, for an agent of it can't be saved: " + error.what());
       continue;
     }
-    const EngineWork work = unused->engine.work();
-    const int64_t evictions = unused->engine.memory_usage().evictions;
+    const EngineWork work = unused->engine->work();
+    const int64_t evictions = unused->engine->memory_usage().evictions;
     unused.reset();
     {
       const MutexLock lock(mutex_);

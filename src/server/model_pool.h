@@ -20,6 +20,7 @@ namespace torpor::server {
 struct ServedModel {
   std::string name;    ///< that requests name, and answers have
   std::string source;  ///< its directory or repo id; requests may name it by this, too
+  std::shared_ptr<Engine> engine;  ///< one that is there already, which then is the only model; nullptr: none
 };
 
 struct ModelAlias {
@@ -38,10 +39,10 @@ struct ModelPoolOptions {
 class ModelPool : public TurnRunner {
  private:
   struct Loaded {
-    Engine engine;
+    std::shared_ptr<Engine> engine;
     EngineRunner runner;
-    Loaded(EngineOptions options, const std::string& name, bool share_prefixes)
-        : engine(std::move(options)), runner(engine, name, share_prefixes) {}
+    Loaded(std::shared_ptr<Engine> given, const std::string& name, bool share_prefixes)
+        : engine(std::move(given)), runner(*engine, name, share_prefixes) {}
   };
   struct Slot;
 
@@ -51,7 +52,7 @@ class ModelPool : public TurnRunner {
    public:
     Lease(Lease&&) = default;
     ~Lease();
-    Engine& engine() const { return loaded_->engine; }
+    Engine& engine() const { return *loaded_->engine; }
     EngineRunner& runner() const { return loaded_->runner; }
     const std::string& name() const;
 
@@ -74,7 +75,8 @@ class ModelPool : public TurnRunner {
   /// The model that a request names, loaded if need be: the caller waits. Empty: the first. Failure kNotFound; what Engine
   /// throws.
   Lease model(const std::string& name);
-  /// The model that a program calls so, by name or source, or by another path to the same directory; else the first.
+  /// The model that a program calls so: by name or source, by another path to the same directory, or by a path that is
+  /// gone but ends in the name. Empty: the first. Failure kNotFound when it is none of those served.
   Lease of_source(const std::string& source);
   /// The one that has the agent awake, else that it was last saved by, else the first. With `looks` no model is loaded: the
   /// first does for an agent that is asleep.
@@ -107,6 +109,9 @@ class ModelPool : public TurnRunner {
  private:
   using Clock = std::chrono::steady_clock;
   Slot& find(const std::string& name);
+  /// As of_source; nullptr: none.
+  Slot* find_source(const std::string& source);
+  [[noreturn]] void refuse(const std::string& model) const;
   Lease lease(Slot& slot);
   /// The same, and at one instant the totals of what is unloaded; nullptr: not asked for.
   std::vector<Lease> loaded(EngineWork* unloaded_work, int64_t* unloaded_evictions = nullptr);

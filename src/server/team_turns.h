@@ -21,9 +21,9 @@ class ServedTeam : public TeamEngine {
   void take(TurnQueue::Places& places) { places_ = &places; }
 
   TurnResult turn(const TurnRequest& request) override;
-  std::vector<torpor::Message> messages(const std::string& agent) override {
+  std::vector<torpor::Message> messages(const std::string& agent, const std::atomic<bool>* give_up) override {
     name_of(agent);
-    return model_.engine().messages(agent);
+    return model_.engine().messages(agent, give_up);
   }
   void save(const std::string& agent) override {
     name_of(agent);

@@ -118,13 +118,13 @@ std::vector<std::string> TeamStep::Plan::find_turns(std::string& from) const {
 void TeamStep::Plan::look_at_agents() {
   StepState& step = *team_.step;
   for (const TeamMember& member : team_.spec.members) {
-    // An agent's messages wait for its turn, and the team with them.
     if (request_.give_up != nullptr && *request_.give_up)
       throw Error(ErrorCode::kCancelled, "The step was given up; nothing has begun.");
     std::vector<Message>& messages = messages_[member.name];
     bool is_known = true;
     try {
-      messages = engine_.messages(team_.agent(member.name));
+      // They wait for the agent's turn, and the team with them.
+      messages = engine_.messages(team_.agent(member.name), request_.give_up);
     } catch (const Error& error) {
       is_known = error.code() == ErrorCode::kNotFound;  // it has had no turn
       // What it held is not known, now and when it is mended; its own turn says so.

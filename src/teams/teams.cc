@@ -13,7 +13,9 @@ class OwnEngine : public TeamEngine {
  public:
   explicit OwnEngine(Engine& engine) : engine_(engine) {}
   TurnResult turn(const TurnRequest& request) override { return engine_.turn(request); }
-  std::vector<Message> messages(const std::string& agent) override { return engine_.messages(agent); }
+  std::vector<Message> messages(const std::string& agent, const std::atomic<bool>* give_up) override {
+    return engine_.messages(agent, give_up);
+  }
   void save(const std::string& agent) override { engine_.save(agent); }
   void remove(const std::string& agent) override { engine_.remove(agent); }
   bool holds(const std::string& agent) override {
