@@ -43,12 +43,13 @@ class MemoryBucket final : public remote::ObjectStore {
     return result;
   }
 
-  std::optional<remote::Object> get(const std::string& key) override {
+  std::optional<remote::Object> get(const std::string& key, std::uint64_t most_bytes) override {
     fail(before, "get", key);
     const std::lock_guard lock(mutex_);
     ++counts_.gets;
     const auto found = objects_.find(key);
     if (found == objects_.end()) return std::nullopt;
+    if (found->second.text.size() > most_bytes) throw Error(ErrorCode::kCorruption, "'" + key + "' is too long.");
     counts_.bytes_out += int64_t(found->second.text.size());
     const auto bytes = std::as_bytes(std::span(found->second.text));
     return remote::Object{info(*found), {}, {bytes.begin(), bytes.end()}};

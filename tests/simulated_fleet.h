@@ -68,7 +68,14 @@ class Promises {
     State& state = agents_[agent];
     if (sequence < state.tombstone) return;
     for (const std::string& turn : turns) {
-      if (std::find(state.told.begin(), state.told.end(), turn) == state.told.end()) state.told.push_back(turn);
+      if (std::find(state.told.begin(), state.told.end(), turn) != state.told.end()) continue;
+      // A worker that was paused may tell of it after others have told of later ones.
+      const auto here = std::find(state.turns.begin(), state.turns.end(), turn);
+      state.told.insert(std::find_if(state.told.begin(), state.told.end(),
+                                     [&](const std::string& told) {
+                                       return std::find(here, state.turns.end(), told) != state.turns.end();
+                                     }),
+                        turn);
     }
     holds(agent, state.told, state.turns, "the bucket");
   }

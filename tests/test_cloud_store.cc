@@ -70,7 +70,7 @@ class CloudStoreTest : public ::testing::Test {
 TEST_F(CloudStoreTest, AnAnswerThatDoesNotComeIsALostOne) {
   CloudStore store("s3://bucket/prefix", patience_);
   EXPECT_THROW(store.put("key", {}, Condition::absent()), LostAnswer);
-  EXPECT_THROW(store.get("key"), LostAnswer);
+  EXPECT_THROW(store.get("key", 8), LostAnswer);
   EXPECT_THROW(store.list(""), LostAnswer);
   EXPECT_THROW(store.remove("key"), LostAnswer);
 }

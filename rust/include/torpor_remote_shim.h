@@ -24,7 +24,8 @@ enum {
   TORPOR_REMOTE_UNKNOWN = 6,      /* no answer came, or one of the store's defects: it may have been done or not */
   TORPOR_REMOTE_CANCELLED = 7,    /* torpor_remote_cancel; of a put or a removal likewise unknown */
   TORPOR_REMOTE_SHORT = 8,        /* the object ends before what was to be read */
-  TORPOR_REMOTE_NO_BUCKET = 9
+  TORPOR_REMOTE_NO_BUCKET = 9,
+  TORPOR_REMOTE_LARGE = 10 /* the object has more bytes than were asked for */
 };
 
 typedef struct torpor_remote_store torpor_remote_store;
@@ -40,7 +41,7 @@ typedef struct {
 
 /* `url` is s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX; credentials, endpoint and region come from
  * the environment and the files that it names (docs/fleet.md). `options` is a JSON object, each member optional:
- *   request_timeout_ms   of one request with its answer (30000)
+ *   request_timeout_ms   of one request with its answer (30000); each MiB beyond the first has an eighth of it more
  *   connect_timeout_ms   (5000)
  *   retries              of a request that failed in a way that passes (10); a put that timed out is not retried
  *   retry_timeout_ms     no retry begins later (60000)
@@ -67,9 +68,10 @@ torpor_text_status torpor_remote_put(torpor_remote_store* store, torpor_remote_v
                                      size_t size, torpor_remote_condition condition, torpor_remote_view if_tag,
                                      const torpor_remote_pair* metadata, size_t metadata_size, torpor_text_bytes* tag,
                                      torpor_text_bytes* error);
-/* Reads a whole object, and its description. */
-torpor_text_status torpor_remote_get(torpor_remote_store* store, torpor_remote_view key, torpor_text_bytes* data,
-                                     torpor_text_bytes* description, torpor_text_bytes* error);
+/* Reads a whole object of at most `most` bytes, and its description. */
+torpor_text_status torpor_remote_get(torpor_remote_store* store, torpor_remote_view key, uint64_t most,
+                                     torpor_text_bytes* data, torpor_text_bytes* description,
+                                     torpor_text_bytes* error);
 torpor_text_status torpor_remote_head(torpor_remote_store* store, torpor_remote_view key,
                                       torpor_text_bytes* description, torpor_text_bytes* error);
 /* Fills `data` with `size` bytes from `offset` on. SHORT: the object ends before. */

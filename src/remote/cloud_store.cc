@@ -31,7 +31,8 @@ void check(torpor_text_status status, const Text& error) {
     case TORPOR_TEXT_INVALID: throw Error(ErrorCode::kInvalidArgument, sentence);
     case TORPOR_REMOTE_NOT_FOUND:
     case TORPOR_REMOTE_NO_BUCKET: throw Error(ErrorCode::kNotFound, sentence);
-    case TORPOR_REMOTE_SHORT: throw Error(ErrorCode::kCorruption, sentence);
+    case TORPOR_REMOTE_SHORT:
+    case TORPOR_REMOTE_LARGE: throw Error(ErrorCode::kCorruption, sentence);
     case TORPOR_REMOTE_PRECONDITION:
     case TORPOR_REMOTE_REFUSED: throw Error(ErrorCode::kIo, sentence);
     case TORPOR_REMOTE_UNKNOWN: throw LostAnswer(sentence);
@@ -80,9 +81,9 @@ PutResult CloudStore::put(const std::string& key, std::span<const std::byte> byt
   return {PutStatus::kDone, std::string(tag.view())};
 }
 
-std::optional<Object> CloudStore::get(const std::string& key) {
+std::optional<Object> CloudStore::get(const std::string& key, std::uint64_t most_bytes) {
   Text data, description, error;
-  const auto status = torpor_remote_get(store_, view(key), &data.bytes, &description.bytes, &error.bytes);
+  const auto status = torpor_remote_get(store_, view(key), most_bytes, &data.bytes, &description.bytes, &error.bytes);
   if (status == TORPOR_REMOTE_NOT_FOUND) return std::nullopt;
   check(status, error);
   const Json described = parse_json<Json>(description.view());

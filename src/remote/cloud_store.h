@@ -14,7 +14,8 @@ struct torpor_remote_store;
 namespace torpor::remote {
 
 struct CloudOptions {
-  std::chrono::milliseconds request_timeout{30'000};  ///< of one request with its answer
+  /// Of one request with its answer; each MiB beyond the first has an eighth of it more.
+  std::chrono::milliseconds request_timeout{30'000};
   std::chrono::milliseconds connect_timeout{5'000};
   int retries = 10;  ///< of a request that failed in a way that passes; a put that timed out is not retried
   std::chrono::milliseconds retry_timeout{60'000};  ///< no retry begins later
@@ -32,7 +33,7 @@ class CloudStore final : public ObjectStore {
 
   PutResult put(const std::string& key, std::span<const std::byte> bytes, const Condition& condition,
                 const ObjectMetadata& metadata = {}) override;
-  std::optional<Object> get(const std::string& key) override;
+  std::optional<Object> get(const std::string& key, std::uint64_t most_bytes) override;
   std::optional<ObjectInfo> head(const std::string& key) override;
   void read(const std::string& key, std::uint64_t offset, std::span<std::byte> out) override;
   /// Of Google Cloud Storage the tags are those of lists alone: compare them with another list's.

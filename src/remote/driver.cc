@@ -87,7 +87,7 @@ void Driver::make(const Request& request, const Blobs& blobs, Answer& answer) {
       break;
     }
     case Request::Kind::kGet:
-      if (std::optional<Object> object = store_.get(request.key)) {
+      if (std::optional<Object> object = store_.get(request.key, request.bytes)) {
         answer.tag = std::move(object->info.tag);
         answer.text = text_of(object->bytes);
       } else {

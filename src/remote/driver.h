@@ -4,6 +4,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -31,14 +32,23 @@ class Driver {
   explicit Driver(ObjectStore& store, size_t most_at_once = 8) : store_(store), most_at_once_(most_at_once) {}
 
   /// Runs `start(exchange)`, an Operation, to its end, and gives its result or throws what it threw. kCancelled: what
-  /// requests on their way do is not known then, as after a crash.
+  /// requests on their way do is not known then, as after a crash. `guard` is held while the operation's own code runs,
+  /// never while a request is made: for what operations of several threads share.
   template <typename Start>
-  auto run(const Start& start, const Blobs& blobs = {}) {
+  auto run(const Start& start, const Blobs& blobs = {}, Mutex* guard = nullptr) {
+    const auto guarded = [guard](const auto& step) {
+      std::optional<MutexLock> lock;
+      if (guard != nullptr) lock.emplace(*guard);
+      return step();
+    };
     Exchange exchange;
-    auto operation = start(exchange);
-    operation.start();
-    while (!operation.done()) exchange.answer(answer_all(exchange.requests(), blobs));
-    return operation.result();
+    std::optional<decltype(start(exchange))> operation;
+    guarded([&] { operation.emplace(start(exchange)).start(); });
+    while (!operation->done()) {
+      std::vector<Answer> answers = answer_all(exchange.requests(), blobs);
+      guarded([&] { exchange.answer(std::move(answers)); });
+    }
+    return guarded([&] { return operation->result(); });
   }
 
   /// From now on `run` throws kCancelled before its next request; waits end. Requests on their way are the store's to

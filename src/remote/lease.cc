@@ -82,7 +82,7 @@ Operation<bool> LeaseWatch::look(Exchange& exchange, bool read_all) {
   const std::vector<Answer> answers = co_await exchange.ask_all(reads);
   for (size_t i = 0; i < reads.size(); ++i) {
     if (answers[i].status == Answer::Status::kAbsent) continue;
-    if (!answers[i].done()) co_return false;
+    if (answers[i].status == Answer::Status::kLost) co_return false;
     const auto known = seen_.find(read[i]);
     const bool same = known != seen_.end() && known->second.tag == tags[i];
     seen[read[i]] = {.lease = lease_of(answers[i], read[i], reads[i].key), .tag = tags[i], .read_tag = tags[i],

@@ -85,8 +85,8 @@ class ObjectStore {
   /// Writes a whole object.
   virtual PutResult put(const std::string& key, std::span<const std::byte> bytes, const Condition& condition,
                         const ObjectMetadata& metadata = {}) = 0;
-  /// nullopt: no such object.
-  virtual std::optional<Object> get(const std::string& key) = 0;
+  /// nullopt: no such object. kCorruption: it has more than `most_bytes`; nothing is allocated for them.
+  virtual std::optional<Object> get(const std::string& key, std::uint64_t most_bytes) = 0;
   virtual std::optional<ObjectInfo> head(const std::string& key) = 0;
   /// Fills `out` from `offset`. kNotFound: no such object; kCorruption: it ends before.
   virtual void read(const std::string& key, std::uint64_t offset, std::span<std::byte> out) = 0;

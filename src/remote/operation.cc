@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kAttempts = 4;
 constexpr size_t kBatch = 64;  ///< requests made side by side
+constexpr Instant kBeforeAskingAgain = std::chrono::milliseconds(50);  ///< then four times that, and so on
 
 }  // namespace
 
@@ -20,8 +21,9 @@ Request put_request(std::string key, std::string text, Condition condition, std:
   return request;
 }
 
-Request get_request(std::string key) {
+Request get_request(std::string key, uint64_t most_bytes) {
   Request request;
+  request.bytes = most_bytes;
   request.key = std::move(key);
   return request;
 }
@@ -95,6 +97,8 @@ Operation<std::vector<Answer>> ask_all_firmly(Exchange& exchange, std::vector<Re
     std::vector<size_t> open;
     for (size_t i = first; i < std::min(requests.size(), first + kBatch); ++i) open.push_back(i);
     for (int attempt = 1; !open.empty(); ++attempt) {
+      // Another put of the object may be under way.
+      if (attempt > 1) co_await exchange.ask(wait_request(kBeforeAskingAgain * (1 << 2 * (attempt - 2))));
       std::vector<Request> asked;
       for (size_t i : open) asked.push_back(requests[i]);
       std::vector<Answer> answers = co_await exchange.ask_all(std::move(asked));

@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "remote/object_store.h"
+#include "remote/records.h"
 
 namespace torpor::remote {
 
@@ -36,12 +37,14 @@ struct Request {
   Condition condition;          ///< of kPut
   std::string text;             ///< of kPut: the bytes
   std::optional<size_t> blob;   ///< of kPut: bytes of the caller's, by its number, that follow `text`
-  uint64_t offset = 0, bytes = 0;  ///< of kRead
+  uint64_t offset = 0;          ///< of kRead
+  uint64_t bytes = 0;           ///< of kRead; of kGet the most that the object may have
   Instant wait{0};              ///< of kWait: answered after so long
 };
 
 Request put_request(std::string key, std::string text, Condition condition = {}, std::optional<size_t> blob = {});
-Request get_request(std::string key);
+/// Refused with kCorruption: the object is longer.
+Request get_request(std::string key, uint64_t most_bytes = kMostRecordBytes);
 Request read_request(std::string key, uint64_t offset, uint64_t bytes);
 Request list_request(std::string prefix);
 Request remove_request(std::string key);
@@ -188,7 +191,8 @@ struct Swap {
 /// own. So a precondition that failed, and an answer that was lost, are resolved by reading what is there.
 Operation<Swap> swap(Exchange& exchange, std::string key, Condition condition, std::string text);
 
-/// Asks again while answers are lost, a few times. Never kLost; throws what was refused, and the last LostAnswer.
+/// Asks again while answers are lost, a few times, each later than the one before. Never kLost; throws what was refused,
+/// and the last LostAnswer.
 Operation<Answer> ask_firmly(Exchange& exchange, Request request);
 Operation<std::vector<Answer>> ask_all_firmly(Exchange& exchange, std::vector<Request> requests);
 

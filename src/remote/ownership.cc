@@ -89,10 +89,20 @@ Operation<Acquired> acquire(Exchange& exchange, std::string agent, std::string s
 Operation<Saved> save(Exchange& exchange, HeadVersion version, SaveRequest request, int64_t generation) {
   Saved saved;
   saved.keys = request.kept;
-  std::vector<Request> puts;
+  const auto key_of = [&](size_t i) -> const std::string& { return saved.keys[request.kept.size() + i]; };
+  std::vector<Request> looks;
   for (const Upload& upload : request.uploads) {
     saved.keys.push_back(pool_key({upload.path, generation}));
-    puts.push_back(put_request(saved.keys.back(), {}, Condition::absent(), upload.blob));
+    looks.push_back(read_request(saved.keys.back(), kChecksumAt, kChecksumDigits));
+  }
+  // What somebody else has put is not sent.
+  std::vector<Answer> contents = co_await ask_all_firmly(exchange, std::move(looks));
+  std::vector<Request> puts;
+  std::vector<size_t> put;
+  for (size_t i = 0; i < request.uploads.size(); ++i) {
+    if (contents[i].done()) continue;
+    puts.push_back(put_request(key_of(i), {}, Condition::absent(), request.uploads[i].blob));
+    put.push_back(i);
   }
   Head next = next_of(version.head, request.save_id);
   next.file = save_name({next.epoch, next.sequence, request.save_id});
@@ -107,19 +117,25 @@ Operation<Saved> save(Exchange& exchange, HeadVersion version, SaveRequest reque
   // What is there already may be one's own put, another's of the same bytes, or rows that differ.
   std::vector<Request> reads;
   std::vector<size_t> read;
-  for (size_t i = 0; i < request.uploads.size(); ++i) {
-    if (answers[i].done()) continue;
-    reads.push_back(read_request(saved.keys[request.kept.size() + i], kChecksumAt, 32));
-    read.push_back(i);
-  }
-  const std::vector<Answer> contents = co_await ask_all_firmly(exchange, std::move(reads));
-  for (size_t k = 0; k < read.size(); ++k) {
-    if (!contents[k].done()) {  // swept: this save is so old that its worker was taken for dead
-      saved.outcome = Saved::Outcome::kMoved;
-      co_return saved;
+  for (size_t k = 0; k < put.size(); ++k) {
+    if (answers[k].done()) {
+      ++saved.uploaded;
+      continue;
     }
-    const Upload& upload = request.uploads[read[k]];
-    if (contents[k].text != upload.content) saved.taken.push_back(upload.path);
+    reads.push_back(read_request(key_of(put[k]), kChecksumAt, kChecksumDigits));
+    read.push_back(put[k]);
+  }
+  std::vector<Answer> again = co_await ask_all_firmly(exchange, std::move(reads));
+  for (size_t k = 0; k < read.size(); ++k) contents[read[k]] = std::move(again[k]);
+  for (const size_t i : read) {
+    if (contents[i].done()) continue;
+    saved.outcome = Saved::Outcome::kMoved;  // swept: this save is so old that its worker was taken for dead
+    co_return saved;
+  }
+  for (size_t i = 0; i < request.uploads.size(); ++i) {
+    if (contents[i].done() && contents[i].text != request.uploads[i].content) {
+      saved.taken.push_back(request.uploads[i].path);
+    }
   }
   if (!saved.taken.empty()) {
     saved.outcome = Saved::Outcome::kVariant;
@@ -127,6 +143,7 @@ Operation<Saved> save(Exchange& exchange, HeadVersion version, SaveRequest reque
   }
   Saved swapped = co_await swap_head(exchange, request.agent, version.tag, std::move(next));
   swapped.keys = std::move(saved.keys);
+  swapped.uploaded = saved.uploaded;
   co_return swapped;
 }
 
@@ -165,7 +182,7 @@ Operation<std::optional<ReadSave>> read_save(Exchange& exchange, std::string age
           .with_agent(agent)
           .with_path(from);
     }
-    Answer saved = co_await ask_firmly(exchange, get_request(from));
+    Answer saved = co_await ask_firmly(exchange, get_request(from, kMostSaveBytes));
     if (saved.done()) {
       result.keys = decode_manifest(saved.text, from);
       result.agent_file = saved.text.substr(manifest_bytes(saved.text, saved.text.size(), from));

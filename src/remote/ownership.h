@@ -26,7 +26,7 @@
 namespace torpor::remote {
 
 /// Where the 32 digits of a store file's checksum begin: after the length, and `{"__metadata__":{"checksum":"`.
-inline constexpr uint64_t kChecksumAt = 37;
+inline constexpr uint64_t kChecksumAt = 37, kChecksumDigits = 32;
 
 /// A head, and the tag of the version that this is.
 struct HeadVersion {
@@ -88,10 +88,10 @@ struct Upload {
 struct SaveRequest {
   std::string agent;
   std::string save_id;             ///< 32 hex digits that nobody else draws
-  std::vector<std::string> kept;   ///< keys by 2 (a) and (b) above
-  std::vector<Upload> uploads;
+  std::vector<std::string> kept = {};  ///< keys by 2 (a) and (b) above
+  std::vector<Upload> uploads = {};
   size_t agent_file = 0;           ///< the caller's number for its bytes
-  std::optional<Turn> turn;        ///< that the save commits; nullopt: the head's stays
+  std::optional<Turn> turn = {};   ///< that the save commits; nullopt: the head's stays
 };
 
 struct Saved {
@@ -105,9 +105,11 @@ struct Saved {
   HeadVersion version;
   std::vector<std::string> keys;   ///< of kCommitted: `kept`, then those of `uploads`
   std::vector<std::string> taken;  ///< paths
+  int64_t uploaded = 0;            ///< uploads that were sent: the others were there
 };
 
-/// Puts what is missing, then the save object, then swaps the head. `generation`: Generations::begin's.
+/// Looks which uploads are there, puts what is missing, then the save object, then swaps the head. `generation`:
+/// Generations::begin's.
 Operation<Saved> save(Exchange& exchange, HeadVersion version, SaveRequest request, int64_t generation);
 
 /// A swap of the head that keeps the file. kVariant is never the outcome.

@@ -27,7 +27,7 @@ std::string probe_key() {
 
 /// "" when the object holds `text`; else what is found in its place.
 std::string differs(ObjectStore& store, const std::string& key, std::string_view text) {
-  const std::optional<Object> object = store.get(key);
+  const std::optional<Object> object = store.get(key, kLarge);
   if (!object) return "the object is not there";
   return object->bytes == bytes_of(text) ? "" : "the object has other bytes";
 }
@@ -65,7 +65,7 @@ class Probe {
     const PutResult put = store_.put(key_, bytes_of(text), condition);
     tag = put.tag;
     if (put.status == PutStatus::kDone) return true;
-    const std::optional<Object> found = store_.get(key_);
+    const std::optional<Object> found = store_.get(key_, kLarge);
     if (!found || found->bytes != bytes_of(text)) return false;
     tag = found->info.tag;
     return true;
@@ -107,7 +107,7 @@ class Probe {
     check("read-after-write", "what was written is read at once, with its tag and metadata", [&] {
       const std::string tag = store_.put(plain, bytes_of("0123456789"), {}, metadata).tag;
       if (std::string found = differs(store_, plain, "0123456789"); !found.empty()) return found;
-      const std::optional<Object> object = store_.get(plain);
+      const std::optional<Object> object = store_.get(plain, kLarge);
       const std::optional<ObjectInfo> info = store_.head(plain);
       if (!info || info->bytes != 10) return std::string("its head is another object's");
       if (object->info.tag != tag || info->tag != tag) return std::string("its tag is another than its writer got");
@@ -148,7 +148,7 @@ class Probe {
       std::string found;
       for (const char* end : {"", "-none", "-plain", "-large"}) store_.remove(key_ + end);
       store_.remove(key_);
-      if (store_.get(key_)) found = "it is still read";
+      if (store_.get(key_, kLarge)) found = "it is still read";
       for (const ObjectInfo& info : store_.list(kDirectory)) {
         if (info.key.starts_with(key_)) found = "it is still listed";
       }
@@ -197,7 +197,7 @@ RaceReport race(ObjectStore& store, size_t writers, size_t rounds) {
     });
     const auto winners = std::count(done.begin(), done.end(), 1);
     report.lost += size_t(std::count(lost.begin(), lost.end(), 1));
-    const std::optional<Object> object = store.get(key);
+    const std::optional<Object> object = store.get(key, kLarge);
     size_t owner = 0;
     while (owner < writers && !(object && object->bytes == bytes_of(texts[owner]))) ++owner;
     if (winners > 1) {

@@ -16,6 +16,8 @@ namespace torpor::remote {
 /// Longest record but a manifest, in bytes.
 inline constexpr size_t kMostRecordBytes = 8192;
 inline constexpr size_t kMostManifestBytes = size_t(64) << 20;
+/// Longest save that is read whole: its manifest, and an agent file.
+inline constexpr uint64_t kMostSaveBytes = uint64_t(2) << 30;
 
 /// A turn that was committed: what a client that asks again is answered from.
 struct Turn {

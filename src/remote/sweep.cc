@@ -13,6 +13,7 @@ namespace torpor::remote {
 namespace {
 
 constexpr uint64_t kManifestGuess = 16384;  ///< bytes that are read at first
+constexpr size_t kHeldAtOnce = 64;          ///< answers
 constexpr int kRounds = 8;                  ///< in which heads of owners that are gone are freed
 
 /// All saves of one agent, as listed.
@@ -41,12 +42,16 @@ std::map<std::string, Listed> by_agent(const std::vector<ObjectInfo>& objects) {
 using Heads = std::map<std::string, HeadVersion>;
 
 Operation<Heads> read_heads(Exchange& exchange, std::vector<std::string> agents) {
-  std::vector<Request> requests;
-  for (const std::string& agent : agents) requests.push_back(get_request(head_key(agent)));
-  const std::vector<Answer> answers = co_await ask_all_firmly(exchange, std::move(requests));
   Heads heads;
-  for (size_t i = 0; i < agents.size(); ++i) {
-    if (answers[i].done()) heads[agents[i]] = {decode_head(answers[i].text, head_key(agents[i])), answers[i].tag};
+  for (size_t first = 0; first < agents.size(); first += kHeldAtOnce) {
+    const std::vector<std::string> some(agents.begin() + std::ptrdiff_t(first),
+                                        agents.begin() + std::ptrdiff_t(std::min(agents.size(), first + kHeldAtOnce)));
+    std::vector<Request> requests;
+    for (const std::string& agent : some) requests.push_back(get_request(head_key(agent)));
+    const std::vector<Answer> answers = co_await ask_all_firmly(exchange, std::move(requests));
+    for (size_t i = 0; i < some.size(); ++i) {
+      if (answers[i].done()) heads[some[i]] = {decode_head(answers[i].text, head_key(some[i])), answers[i].tag};
+    }
   }
   co_return heads;
 }
@@ -65,14 +70,14 @@ struct Named {
   std::vector<std::string> missing;  ///< saves that are not there
 };
 
-/// `saves`: keys and bytes; 0: not known.
-Operation<Named> read_manifests(Exchange& exchange, std::map<std::string, uint64_t> saves) {
+/// `saves`: keys and bytes; 0: not known. Adds what they name to `named`.
+Operation<bool> read_some_manifests(Exchange& exchange, std::map<std::string, uint64_t> saves, Named& named) {
   std::vector<Request> requests;
   for (const auto& [key, bytes] : saves) {
-    requests.push_back(bytes == 0 ? get_request(key) : read_request(key, 0, std::min(bytes, kManifestGuess)));
+    requests.push_back(bytes == 0 ? get_request(key, kMostSaveBytes)
+                                  : read_request(key, 0, std::min(bytes, kManifestGuess)));
   }
   std::vector<Answer> answers = co_await ask_all_firmly(exchange, requests);
-  Named named;
   std::vector<Request> longer;
   std::vector<size_t> which;
   for (size_t i = 0; i < requests.size(); ++i) {
@@ -92,6 +97,17 @@ Operation<Named> read_manifests(Exchange& exchange, std::map<std::string, uint64
   for (size_t i = 0; i < requests.size(); ++i) {
     if (!answers[i].done()) continue;
     for (std::string& name : decode_manifest(answers[i].text, requests[i].key)) named.keys.insert(std::move(name));
+  }
+  co_return true;
+}
+
+Operation<Named> read_manifests(Exchange& exchange, std::map<std::string, uint64_t> saves) {
+  Named named;
+  std::map<std::string, uint64_t> some;
+  for (auto save = saves.begin(); save != saves.end();) {
+    some.insert(*save);
+    if (++save != saves.end() && some.size() < kHeldAtOnce) continue;
+    co_await read_some_manifests(exchange, std::exchange(some, {}), named);
   }
   co_return named;
 }

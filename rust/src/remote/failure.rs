@@ -15,6 +15,7 @@ pub const UNKNOWN: i32 = 6;
 pub const CANCELLED: i32 = 7;
 pub const SHORT: i32 = 8;
 pub const NO_BUCKET: i32 = 9;
+pub const LARGE: i32 = 10;
 
 pub struct Failure {
     pub status: i32,
@@ -123,7 +124,11 @@ fn of_all_tries(error: &Error, last: Failure) -> Failure {
 
 /// As `of`, for a put. `conditional`: it has a condition.
 pub fn of_put(error: &Error, conditional: bool, secrets: &[String]) -> Failure {
-    if conditional && matches!(error, Error::AlreadyExists { .. } | Error::Precondition { .. }) {
+    // S3 says 409 while another put of the object is under way: nothing is known of it then. Azure says so of one that
+    // is there.
+    let under_way = Answer::find(error, secrets).is_some_and(|a| a.status == 409 && a.code != "BlobAlreadyExists");
+    let holds_not = matches!(error, Error::AlreadyExists { .. } | Error::Precondition { .. }) && !under_way;
+    if conditional && holds_not {
         return Failure { status: PRECONDITION, sentence: "its condition does not hold".into() };
     }
     let last = match of(error, secrets) {
@@ -206,6 +211,19 @@ mod tests {
                 assert!(!sentence.contains("t0k") && sentence.len() < 400, "{sentence}");
             }
         }
+    }
+
+    #[test]
+    fn a_conflict_with_a_put_that_is_under_way_says_nothing_of_the_object() {
+        let answered = |status: &str| {
+            let source = std::io::Error::other(format!("{ANSWERED}{status}")).into();
+            Error::AlreadyExists { path: "x".into(), source: Box::new(Error::Generic { store: "S3", source }) }
+        };
+        let conflict = answered("409 Conflict: <Code>ConditionalRequestConflict</Code>");
+        let azure = answered("409 Conflict: <Code>BlobAlreadyExists</Code>");
+        assert_eq!(of_put(&conflict, true, &[]).status, UNKNOWN);
+        assert_eq!(of_put(&azure, true, &[]).status, PRECONDITION);
+        assert_eq!(of_put(&answered("412 Precondition Failed: "), true, &[]).status, PRECONDITION);
     }
 
     #[test]

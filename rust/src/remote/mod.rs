@@ -114,12 +114,13 @@ pub unsafe extern "C" fn torpor_remote_put(
 pub unsafe extern "C" fn torpor_remote_get(
     store: *const Store,
     key: View,
+    most: u64,
     data: *mut Bytes,
     description: *mut Bytes,
     error: *mut Bytes,
 ) -> i32 {
     call(error, || {
-        let (bytes, about) = handle(store)?.get(key.text("the key")?)?;
+        let (bytes, about) = handle(store)?.get(key.text("the key")?, most)?;
         give_text(description, about);
         let (bytes, size) = leak(bytes);
         *data = Bytes { data: bytes, size };

@@ -54,11 +54,13 @@ impl Address {
     }
 }
 
+#[derive(Clone)]
 pub struct Options {
-    request_timeout: Duration,
+    pub request_timeout: Duration,
     connect_timeout: Duration,
     retries: usize,
-    retry_timeout: Duration,
+    pub retry_timeout: Duration,
+    bulk: bool, // who asks bounds the time of a request by its bytes
 }
 
 impl Options {
@@ -68,6 +70,7 @@ impl Options {
             connect_timeout: Duration::from_secs(5),
             retries: 10,
             retry_timeout: Duration::from_secs(60),
+            bulk: false,
         };
         if json.is_empty() {
             return Ok(options);
@@ -88,9 +91,13 @@ impl Options {
         Ok(options)
     }
 
+    pub fn of_bulk(&self) -> Self {
+        Self { bulk: true, ..self.clone() }
+    }
+
     fn client(&self, endpoint: Option<&str>) -> ClientOptions {
-        ClientOptions::new()
-            .with_timeout(self.request_timeout)
+        let options = ClientOptions::new();
+        if self.bulk { options.with_timeout_disabled() } else { options.with_timeout(self.request_timeout) }
             .with_connect_timeout(self.connect_timeout)
             .with_allow_http(endpoint.is_some_and(|url| url.starts_with("http://")))
     }

@@ -2,8 +2,9 @@
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::stream::{BoxStream, StreamExt};
 use object_store::path::Path;
 use object_store::{
     Attribute, Attributes, GetOptions, GetRange, GetResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode,
@@ -11,10 +12,15 @@ use object_store::{
 };
 use serde_json::{json, Map, Value};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
-use super::failure::{self, Failure, Result, CANCELLED, NOT_FOUND, SHORT, UNKNOWN};
+use super::failure::{self, Failure, Result, CANCELLED, LARGE, NOT_FOUND, SHORT, UNKNOWN};
 use super::settings::{client, Address, Kind, Options};
 use crate::runtime::Runtime;
+
+/// What the client's own time for a request is enough for; each MiB more is given an eighth of that.
+const MIB: u64 = 1 << 20;
+const PARTS: u32 = 8; // 2 Mbit/s at 30 s
 
 pub enum Condition<'a> {
     Always,
@@ -22,8 +28,12 @@ pub enum Condition<'a> {
     IfTag(&'a str),
 }
 
+type Chunks = BoxStream<'static, object_store::Result<bytes::Bytes>>;
+
 pub struct Store {
     client: Arc<dyn ObjectStore>, // before the runtime, which its connections need
+    bulk: Arc<dyn ObjectStore>,   // for more than a MiB: its requests have no time of their own
+    options: Options,
     prefix: Path,
     url: String,
     by_generation: bool,
@@ -51,12 +61,15 @@ impl Store {
         let address = Address::parse(url)?;
         let options = Options::parse(options)?;
         let runtime = runtime()?;
-        let (client, secrets) = {
+        let (client, bulk, secrets) = {
             let _entered = runtime.enter();
-            client(&address, &options)?
+            let (small, secrets) = client(&address, &options)?;
+            (small, client(&address, &options.of_bulk())?.0, secrets)
         };
         Ok(Self {
             client,
+            bulk,
+            options,
             prefix: address.prefix,
             url: url.trim_end_matches('/').into(),
             by_generation: address.kind == Kind::Google,
@@ -148,21 +161,49 @@ impl Store {
         let payload = bytes::Bytes::copy_from_slice(data).into();
         let options = PutOptions { mode, attributes, ..PutOptions::default() };
         self.wait(&format!("write '{key}'"), async {
-            match self.client.put_opts(&path, payload, options).await {
+            let size = data.len() as u64;
+            match self.within(size, self.client_for(size).put_opts(&path, payload, options)).await? {
                 Ok(put) => Ok(self.tag(put.e_tag, put.version)),
                 Err(e) => Err(failure::of_put(&e, conditional, &self.secrets)),
             }
         })
     }
 
-    async fn ask(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
-        self.client.get_opts(path, options).await.map_err(|e| failure::of(&e, &self.secrets))
+    fn client_for(&self, size: u64) -> &Arc<dyn ObjectStore> {
+        if size > MIB {
+            &self.bulk
+        } else {
+            &self.client
+        }
     }
 
-    pub fn get(&self, key: &str) -> Result<(Vec<u8>, String)> {
+    /// Waits for a request that moves `size` bytes, as long as these may take. The client knows how long a small one
+    /// may.
+    async fn within<T>(&self, size: u64, request: impl Future<Output = T>) -> Result<T> {
+        if size <= MIB {
+            return Ok(request.await);
+        }
+        let options = &self.options;
+        let more = options.request_timeout / PARTS * (size / MIB) as u32;
+        let allowed = options.request_timeout + more + options.retry_timeout;
+        timeout(allowed, request).await.map_err(|_| late())
+    }
+
+    /// `size`: how many bytes come, at most. They come one chunk after the other, each in the time of a request.
+    async fn ask(&self, path: &Path, options: GetOptions, size: u64) -> Result<GetResult> {
+        let asked = self.within(size.min(MIB + 1), self.client_for(size).get_opts(path, options)).await?;
+        asked.map_err(|e| failure::of(&e, &self.secrets))
+    }
+
+    async fn next(&self, stream: &mut Chunks) -> Result<Option<bytes::Bytes>> {
+        let next = timeout(self.options.request_timeout, stream.next()).await.map_err(|_| late())?;
+        next.transpose().map_err(|e| failure::of(&e, &self.secrets))
+    }
+
+    pub fn get(&self, key: &str, most: u64) -> Result<(Vec<u8>, String)> {
         let path = self.path(key)?;
         self.wait(&format!("read '{key}'"), async {
-            let result = self.ask(&path, GetOptions::default()).await?;
+            let result = self.ask(&path, GetOptions::default(), most).await?;
             let mut about = self.described(&result.meta);
             let mut metadata = Map::new();
             for (name, value) in &result.attributes {
@@ -172,10 +213,17 @@ impl Store {
             }
             about.insert("metadata".into(), metadata.into());
             let size = result.meta.size;
+            if size > most {
+                let sentence = format!("it has {size} bytes, and may have {most}");
+                return Err(Failure { status: LARGE, sentence });
+            }
             let mut stream = result.into_stream();
             let mut bytes = Vec::new(); // grows as bytes arrive
-            while let Some(chunk) = stream.next().await {
-                bytes.extend_from_slice(&chunk.map_err(|e| failure::of(&e, &self.secrets))?);
+            while let Some(chunk) = self.next(&mut stream).await? {
+                if (bytes.len() + chunk.len()) as u64 > size {
+                    return Err(unfinished());
+                }
+                bytes.extend_from_slice(&chunk);
             }
             if bytes.len() as u64 != size {
                 return Err(unfinished());
@@ -199,15 +247,14 @@ impl Store {
         };
         self.wait(&format!("read '{key}'"), async {
             let options = GetOptions { range: Some(GetRange::Bounded(offset..end)), ..GetOptions::default() };
-            let result = self.ask(&path, options).await?;
+            let result = self.ask(&path, options, end - offset).await?;
             if result.range != (offset..end) {
                 let sentence = format!("it has {} bytes, and was to have {end}", result.meta.size);
                 return Err(Failure { status: SHORT, sentence });
             }
             let mut filled = 0;
             let mut stream = result.into_stream();
-            while let Some(chunk) = stream.next().await {
-                let chunk = chunk.map_err(|e| failure::of(&e, &self.secrets))?;
+            while let Some(chunk) = self.next(&mut stream).await? {
                 let Some(room) = out.get_mut(filled..filled + chunk.len()) else { return Err(unfinished()) };
                 room.copy_from_slice(&chunk);
                 filled += chunk.len();
@@ -243,6 +290,10 @@ impl Store {
             }
         })
     }
+}
+
+fn late() -> Failure {
+    Failure { status: UNKNOWN, sentence: "no answer came in time; check the network, or try again later".into() }
 }
 
 fn unfinished() -> Failure {
