@@ -11,7 +11,7 @@ from conftest import ROOT
 
 DIRECT = {
     "base": [],
-    "store": ["base"], "remote": ["base"], "exchange": ["store"], "text": ["base"], "kernels": ["base"],
+    "store": ["base"], "remote": ["store"], "exchange": ["store"], "text": ["base"], "kernels": ["base"],
     "model": ["kernels"], "cache": ["model"],
     "agents": ["exchange", "cache", "text"],
     "engine": ["agents"],

@@ -159,7 +159,8 @@ def test_a_url_that_is_none_is_refused(server):
 
 
 def test_the_command_line_is_checked(server):
-    for args in ([], ["check"], ["check", URL, "--rounds", "3"], ["check", URL, "--race", "1"], ["push", URL]):
+    for args in ([], ["check"], ["check", URL, "--rounds", "3"], ["check", URL, "--race", "1"], ["push", URL],
+                 ["send", URL]):
         done = subprocess.run([BIN, "remote", *args], capture_output=True, text=True,
                               env={**os.environ, **server.env()})
         assert done.returncode == 2 and done.stderr.count("\n") == 1, args

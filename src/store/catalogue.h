@@ -113,6 +113,9 @@ class Catalogue {
   void find_obsolete(const std::string& uid, const std::vector<std::string>& parts, AgentDraft& draft) const;
   /// Puts the parts and then the agent file in place, whose rename is the commit; then writes the sidecar.
   void commit(AgentDraft& draft, Durability durability, SaveResult& result);
+  /// Puts an agent file from elsewhere in place, whose rename is the commit, in place of what the agent was. The files that
+  /// it names were flushed, but for its parts.
+  void install(const AgentFile& agent, std::span<const std::byte> bytes, Durability durability);
   /// The commit of a removal, and the agent's parts. kNotFound.
   void remove(const std::string& id);
   /// Removes the sidecar of an agent that is gone. What can't be removed now is left to gc.

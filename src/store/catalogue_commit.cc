@@ -1,5 +1,7 @@
 /// What changes an agent: the commit of a save or a copy, and that of a removal.
 
+#include <algorithm>
+
 #include "base/parallel.h"
 #include "store/catalogue.h"
 #include "store/sidecar.h"
@@ -124,6 +126,38 @@ void Catalogue::commit(AgentDraft& draft, Durability durability, SaveResult& res
   }
   result.bytes_written += int64_t(stat.size);
   if (durability != Durability::kNone) result.bytes_written += write_sidecar(draft.info, stat);
+}
+
+void Catalogue::install(const AgentFile& agent, std::span<const std::byte> bytes, Durability durability) {
+  const bool durable = durability == Durability::kFull;
+  const std::string& id = agent.info.agent_id;
+  const std::optional<AgentFile> replaced = header(id);
+  env_.make_directory(parts_path());
+  TemporaryFile file(env_, root_, {bytes}, false);
+  if (durable) {
+    std::vector<Unflushed> unflushed{{.path = file.path()}, {.path = marker_path()}};
+    for (const PartRef& part : agent.parts) {
+      const auto path = part_path(agent.uid, part.name);
+      if (env_.is_file(path)) unflushed.push_back({.path = path});
+    }
+    if (!agent.parts.empty()) unflushed.push_back({.directory = parts_path()});
+    flush(unflushed);
+  }
+  file.replace(agent_path(id));
+  written_.add(file.stat());
+  forget(id);
+  if (durable) {
+    env_.sync_directory(root_);
+    // Else a power cut may bring the old agent file back, and what it needs is left to gc.
+    const std::vector<std::string> kept = part_names(agent.parts);
+    for (const std::string& name : replaced ? part_names(replaced->parts) : std::vector<std::string>()) {
+      const bool is_kept = replaced->uid == agent.uid && std::find(kept.begin(), kept.end(), name) != kept.end();
+      if (!is_kept) remove_quietly(part_path(replaced->uid, name));
+    }
+  }
+  AgentInfo info = agent.info;
+  add_file_sizes(info, agent);
+  if (durability != Durability::kNone) write_sidecar(info, file.stat());
 }
 
 int64_t Catalogue::write_sidecar(const AgentInfo& info, const FileStat& agent_file) noexcept {

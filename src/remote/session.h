@@ -1,0 +1,80 @@
+#pragma once
+/// A process's lease in a bucket, a thread that renews it, and what is known of the others'. Thread-safe.
+
+#include <chrono>
+#include <functional>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "base/mutex.h"
+#include "remote/driver.h"
+#include "remote/lease.h"
+#include "remote/sweep.h"
+
+namespace torpor::remote {
+
+struct SessionOptions {
+  std::string address;                     ///< Lease::address
+  std::chrono::milliseconds ttl{10'000};
+  std::function<void()> on_end;            ///< called once, on the session's thread, when it may not answer any more
+};
+
+class Session {
+ public:
+  /// Writes the lease. `driver` outlives the session. kIo and what else a request can throw: it could not be written.
+  explicit Session(Driver& driver, SessionOptions options = {});
+  ~Session() { close(); }
+  /// Ends the thread and removes the lease, so that nobody waits for it: the session's saves are over, and its agents
+  /// free or others'. Once more it does nothing.
+  void close();
+
+  /// As heads name it; no other process ever has it.
+  const std::string& name() const { return name_; }
+  bool may_answer();
+  /// LeaseWatch::is_gone, as of the last look.
+  bool is_gone(const std::string& session);
+  /// Whether it is gone: looks until that is known, at most for two of its TTLs. False: it is alive.
+  bool wait_until_gone(const std::string& session);
+  /// As of the last look: the address in its lease; nullopt: no lease.
+  std::optional<std::string> address_of(const std::string& session);
+  /// Looks at the others' leases now; it is also done every third of the TTL. False: no answer came.
+  bool look();
+  /// Generations::learn.
+  void learn(int64_t generation);
+
+  /// A save under way: while it lives, the lease announces no later generation than its own.
+  class Saving {
+   public:
+    explicit Saving(Session& session);
+    ~Saving();
+    Saving(const Saving&) = delete;
+    Saving& operator=(const Saving&) = delete;
+    int64_t generation() const { return generation_; }
+
+   private:
+    Session& session_;
+    const int64_t generation_;
+  };
+
+  /// Removes what no agent needs (sweep.h). Gives up after a minute of saves that began before; until then it looks
+  /// every `look_every`, and renews its lease as often.
+  Swept sweep_bucket(Instant look_every = std::chrono::milliseconds(500));
+
+ private:
+  void renew_until_closed();
+
+  Driver& driver_;
+  const SessionOptions options_;
+  const std::string name_;
+  Mutex mutex_;
+  CondVar changed_;
+  bool closed_ TORPOR_GUARDED_BY(mutex_) = false;
+  Instant renew_every_ TORPOR_GUARDED_BY(mutex_);
+  Generations generations_;  ///< this and the next two: of `mutex_`, also while operations of them run
+  LeaseKeeper keeper_;
+  LeaseWatch watch_;
+  std::thread thread_;
+};
+
+}  // namespace torpor::remote
