@@ -21,7 +21,7 @@ DIRECT = {
     "cli": ["server", "remote"], "python": ["engine", "teams", "faces", "server"],
 }
 PUBLIC = {"error": "base", "log": "base", "version": "base", "compute_options": "base", "kv_snapshot": "base",
-          "store": "store", "remote_tier": "store", "exchange": "exchange", "text": "text", "message": "text", "model_info": "model", "model": "model", "cache": "cache",
+          "store": "store", "remote_tier": "store", "remote": "remote", "exchange": "exchange", "text": "text", "message": "text", "model_info": "model", "model": "model", "cache": "cache",
           "agents": "agents", "memory_usage": "agents", "generate_options": "engine", "generate": "engine", "engine": "engine",
           "teams": "teams"}
 NO_MLX = {"base", "store", "remote", "exchange", "text", "teams", "server"}

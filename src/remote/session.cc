@@ -99,6 +99,12 @@ std::optional<std::string> Session::address_of(const std::string& session) {
   return lease == nullptr ? std::nullopt : std::optional(lease->address);
 }
 
+std::optional<LeaseWatch::Seen> Session::seen(const std::string& session) {
+  const MutexLock lock(mutex_);
+  const auto found = watch_.seen().find(session);
+  return found == watch_.seen().end() ? std::nullopt : std::optional(found->second);
+}
+
 bool Session::look() {
   return driver_.run([&](Exchange& e) { return watch_.look(e); }, {}, &mutex_);
 }

@@ -38,6 +38,8 @@ class Session {
   bool wait_until_gone(const std::string& session);
   /// As of the last look: the address in its lease; nullopt: no lease.
   std::optional<std::string> address_of(const std::string& session);
+  /// What the last look saw of its lease; nullopt: no lease.
+  std::optional<LeaseWatch::Seen> seen(const std::string& session);
   /// Looks at the others' leases now; it is also done every third of the TTL. False: no answer came.
   bool look();
   /// Generations::learn.

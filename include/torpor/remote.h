@@ -1,0 +1,40 @@
+#pragma once
+/// Agents in an object store, which several machines share (docs/fleet.md).
+///
+///     EngineOptions options;
+///     options.model = "…";
+///     options.remote = attach_remote({.url = "s3://bucket/prefix", .store = options.store});
+///     Engine engine(options);
+///
+/// Each agent has one owner at a time. Whoever opens an agent that nobody has, or whose owner is gone, becomes it: the
+/// store's copy is brought to the last commit, and what is missing read. A turn is over when it is committed.
+
+#include <chrono>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "torpor/remote_tier.h"
+#include "torpor/store.h"
+
+namespace torpor {
+
+struct RemoteOptions {
+  std::string url;  ///< s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX; credentials: docs/fleet.md
+  std::filesystem::path store = default_store_root();  ///< the Engine's
+  /// Where this worker's agents are asked for ("http://10.0.0.7:8080"), told to who asks elsewhere. Empty: nowhere.
+  std::string address;
+  /// A worker that can't renew its lease for so long opens and commits nothing any more (RemoteTier::alive). Others take
+  /// its agents over a quarter later. All workers of a bucket should have the same.
+  std::chrono::milliseconds ttl{10'000};
+  Durability durability = Durability::kFull;  ///< of what is written to the store
+  std::function<void()> on_end;  ///< called once, on a thread of the tier's, when it is not alive any more; may be empty
+};
+
+/// A worker of its own, with a lease and a thread that renews it. Its destructor, which comes after the Engine's, lets
+/// others have its agents. kInvalidArgument: the URL or the environment can't be used, the store's conditional writes
+/// don't hold, or this build has no client of object stores. kNotFound: no such bucket. kIo.
+std::shared_ptr<RemoteTier> attach_remote(const RemoteOptions& options);
+
+}  // namespace torpor

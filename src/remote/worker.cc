@@ -1,0 +1,366 @@
+#include "remote/worker.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/env.h"
+#include "base/foreign_error.h"
+#include "base/hash.h"
+#include "base/parallel.h"
+#include "remote/tier.h"
+#include "torpor/error.h"
+#include "torpor/log.h"
+
+namespace torpor::remote {
+namespace {
+
+constexpr size_t kReleasesAtOnce = 8;
+
+std::string draw() { return Env::posix().random_id(); }
+
+Error elsewhere(const std::string& id, const std::string& what, const std::string& address = {}) {
+  return Error(ErrorCode::kBusy, "The agent '" + id + "' " + what)
+      .with_agent(id)
+      .with_field(kAgentElsewhere, {}, address);
+}
+
+Error uncommitted(const std::string& id, const std::string& why) {
+  return Error(ErrorCode::kBusy, "Whether the change of agent '" + id + "' was committed to the bucket is not known (" +
+                                     why + "); ask again with the same id.")
+      .with_agent(id)
+      .with_field(kUncommitted);
+}
+
+[[noreturn]] void refuse_copy(const std::string& id, const Store& store, const std::string& bucket) {
+  throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' in '" + store.root().string() +
+                                            "' was changed without the bucket, which " + bucket +
+                                            "; push it there, or remove it here.")
+      .with_agent(id)
+      .with_field("copy");
+}
+
+/// Of what nobody waits for. In a catch block.
+void tell(const std::string& what) noexcept {
+  try {
+    log(LogLevel::kWarning, what + ": " + to_error(std::current_exception(), "the bucket").what());
+  } catch (...) {
+    // There is no memory for the sentence.
+  }
+}
+
+}  // namespace
+
+Worker::Worker(std::shared_ptr<ObjectStore> bucket, std::shared_ptr<ObjectStore> leases, const RemoteOptions& options)
+    : options_(options), bucket_(std::move(bucket)), leases_(std::move(leases)), store_(options.store),
+      driver_(*bucket_), lease_driver_(*leases_), tier_(driver_, store_, options.url),
+      session_(lease_driver_, {.address = options.address, .ttl = options.ttl, .on_end = options.on_end}) {}
+
+Worker::~Worker() {
+  std::vector<std::string> owned;
+  {
+    const MutexLock lock(mutex_);
+    for (const auto& [id, agent] : agents_) {
+      if (agent.custody) owned.push_back(id);
+    }
+  }
+  if (!alive()) return;  // they are others' by now, or the bucket can't be reached
+  try {
+    parallel_for(owned.size(), kReleasesAtOnce, [&](size_t i) { close(owned[i]); });
+  } catch (...) {
+    tell("Agents stay this worker's until its lease is gone");
+  }
+}
+
+bool Worker::alive() const { return session_.may_answer(); }
+
+void Worker::require_alive(const std::string& id) const {
+  if (!alive()) throw elsewhere(id, "may be another worker's by now: this one's lease has run out; start it again.");
+}
+
+void Worker::wait_for_owner(const std::string& id, const std::string& owner) {
+  const Instant pause = options_.ttl / 8;
+  const Instant end = clock_now() + options_.ttl * 4;
+  while (true) {
+    session_.look();
+    OwnerStep step = session_.is_gone(owner) ? OwnerStep::kGone : OwnerStep::kLook;
+    std::string address;
+    if (const std::optional<LeaseWatch::Seen> seen = session_.seen(owner)) {
+      const MutexLock lock(mutex_);
+      step = judge_owner(first_seen_.try_emplace(owner, seen->since).first->second, *seen);
+      if (step == OwnerStep::kGone) first_seen_.erase(owner);
+      address = seen->lease.address;
+    }
+    if (step == OwnerStep::kGone) return;
+    if (step == OwnerStep::kAlive) {
+      throw elsewhere(id, "is awake on another worker" + (address.empty() ? "" : ", at " + address) +
+                              "; ask there, or once it sleeps.", address);
+    }
+    require_alive(id);
+    if (clock_now() >= end) throw elsewhere(id, "has an owner whose lease can't be read; ask again later.");
+    driver_.run([&](Exchange& exchange) { return ask_firmly(exchange, wait_request(pause)); });
+  }
+}
+
+// ---- uses
+
+bool Worker::owns(const std::string& id) const {
+  const MutexLock lock(mutex_);
+  const auto found = agents_.find(id);
+  return found != agents_.end() && found->second.custody && alive();
+}
+
+bool Worker::open(const std::string& id, bool make) {
+  if (!is_name(id)) return false;
+  {
+    MutexLock lock(mutex_);
+    Agent& agent = agents_[id];
+    ++agent.uses;
+    while (agent.busy) changed_.wait(lock);
+    if (agent.custody && alive()) return true;
+    agent.busy = true;
+  }
+  std::optional<Custody> taken;
+  std::exception_ptr failed;
+  try {
+    require_alive(id);
+    taken = take(id, make);
+  } catch (...) {
+    failed = std::current_exception();
+  }
+  const bool opened = taken.has_value();
+  finish(id, std::move(taken));
+  if (!opened) done(id);
+  if (failed) std::rethrow_exception(failed);
+  return opened;
+}
+
+void Worker::done(const std::string& id) noexcept {
+  const MutexLock lock(mutex_);
+  const auto found = agents_.find(id);
+  if (--found->second.uses == 0 && !found->second.busy && !found->second.custody) agents_.erase(found);
+}
+
+std::optional<Worker::Custody> Worker::begin(const std::string& id, bool idle) {
+  MutexLock lock(mutex_);
+  while (true) {
+    const auto found = agents_.find(id);
+    if (found == agents_.end() || !found->second.custody || (idle && found->second.uses > 0)) return std::nullopt;
+    if (!found->second.busy) {
+      found->second.busy = true;
+      return found->second.custody;
+    }
+    changed_.wait(lock);
+  }
+}
+
+void Worker::finish(const std::string& id, std::optional<Custody> custody) {
+  const MutexLock lock(mutex_);
+  const auto found = agents_.find(id);
+  found->second.busy = false;
+  found->second.custody = std::move(custody);
+  if (found->second.uses == 0 && !found->second.custody) agents_.erase(found);
+  changed_.notify_all();
+}
+
+std::optional<std::string> Worker::answered(const std::string& id, const KnownTurn& turn) const {
+  constexpr size_t kMostId = 256;
+  require_alive(id);
+  const auto refuse = [&](const std::string& what) {
+    return Error(ErrorCode::kInvalidArgument, what).with_agent(id).with_field("TurnRequest::id");
+  };
+  const MutexLock lock(mutex_);
+  const auto found = agents_.find(id);
+  if (found == agents_.end() || !found->second.custody) {
+    throw elsewhere(id, "is not this worker's any more; ask again.");
+  }
+  if (turn.id.empty()) return std::nullopt;
+  if (turn.id.size() > kMostId) throw refuse("A turn's id has at most 256 bytes; take a shorter one.");
+  const Head& head = found->second.custody->version.head;
+  switch (check_turn(head, turn.id, turn.digest)) {
+    case TurnCheck::kRun: return std::nullopt;
+    case TurnCheck::kAnswered: return head.turn->result;
+    case TurnCheck::kPast:
+      throw refuse("This turn of agent '" + id + "' is over, and others came after it; its answer is in the agent's messages.");
+    case TurnCheck::kOther: break;
+  }
+  throw refuse("The turn's id was another request's of agent '" + id + "' before; use a new one.");
+}
+
+// ---- taking and letting go
+
+std::optional<Worker::Custody> Worker::take(const std::string& id, bool make) {
+  const CopyStep without = judge(id, std::nullopt);
+  const Make how = make || without == CopyStep::kAdopt ? Make::kAbsent : Make::kNever;
+  const std::string save_id = draw();
+  Acquired acquired;
+  while (true) {
+    acquired = driver_.run([&](Exchange& exchange) {
+      return acquire(exchange, id, session_.name(), how, save_id,
+                     [&](const std::string& owner) { return session_.is_gone(owner); });
+    });
+    if (acquired.outcome != Acquired::Outcome::kMoved) break;
+    wait_for_owner(id, acquired.version.head.owner);
+  }
+  if (acquired.outcome == Acquired::Outcome::kUnknown) throw uncommitted(id, "the bucket did not answer");
+  Custody custody{std::move(acquired.version), {}, {}, {}};
+  if (acquired.outcome == Acquired::Outcome::kAbsent) {
+    if (without == CopyStep::kRefuse) refuse_copy(id, store_, "has no such agent any more");
+    if (without == CopyStep::kRemove) store_.delete_agent_cache(id);
+    return std::nullopt;
+  }
+  session_.learn(acquired.generation);
+  try {
+    bring(id, custody);
+  } catch (...) {
+    const std::exception_ptr failed = std::current_exception();
+    let_go(id, custody);
+    std::rethrow_exception(failed);
+  }
+  return custody;
+}
+
+void Worker::bring(const std::string& id, Custody& custody) {
+  std::optional<ReadSave> saved;
+  if (!custody.version.head.file.empty()) {
+    saved = driver_.run([&](Exchange& exchange) { return read_save(exchange, id); });
+    if (!saved || saved->version.tag != custody.version.tag) throw elsewhere(id, "was taken over just now; ask again.");
+    custody.keys = saved->keys;
+    custody.checksum = hash_of(saved->agent_file);
+  }
+  const CopyStep step = judge(id, saved ? std::optional(custody.checksum) : std::nullopt);
+  if (step == CopyStep::kRefuse) refuse_copy(id, store_, saved ? "has another one of that name" : "has it no more");
+  if (step != CopyStep::kAdopt) set_in_use(id);  // from here on the copy is one
+  if (step == CopyStep::kRemove) store_.delete_agent_cache(id);
+  if (step != CopyStep::kInstall) return;
+  const Pulled pulled = tier_.pull_save(id, *saved, {.durability = options_.durability});
+  custody.keys = pulled.keys;
+  for (const BucketProblem& damaged : pulled.damaged) {
+    log(LogLevel::kWarning, "What the agent '" + id + "' lacks is computed again: " + damaged.problem);
+    custody.damaged.push_back(damaged.key);
+  }
+}
+
+void Worker::let_go(const std::string& id, const Custody& custody) noexcept {
+  try {
+    const bool begun = !custody.version.head.file.empty();
+    const Saved saved = driver_.run([&](Exchange& exchange) {
+      return begun ? release(exchange, id, custody.version, draw()) : remove_agent(exchange, id, custody.version, draw());
+    });
+    // Whoever has it next must know whether the copy is the bucket's.
+    if (saved.outcome != Saved::Outcome::kCommitted) return;
+    const std::optional<std::string> copy = checksum_of_copy(id);
+    if (begun && copy == custody.checksum) {
+      tier_.keep_mark(id, {saved.version.head.file, custody.checksum, custody.damaged});
+      store_.drop_record(use_of(id), options_.durability);
+    } else if (!begun && !copy) {
+      store_.drop_record(use_of(id), options_.durability);
+    }
+  } catch (...) {
+    tell("The agent '" + id + "' may stay this worker's until its lease is gone");
+  }
+}
+
+void Worker::close(const std::string& id) noexcept {
+  try {
+    if (const std::optional<Custody> custody = begin(id, true)) {
+      let_go(id, *custody);
+      finish(id, std::nullopt);
+    }
+  } catch (...) {
+    tell("An agent stays this worker's until its lease is gone");
+  }
+}
+
+// ---- commits
+
+void Worker::commit(const std::string& id, const std::optional<KnownTurn>& turn) {
+  std::optional<Custody> custody = begin(id);
+  if (!custody) throw elsewhere(id, "is not this worker's any more, and the change is not kept; ask again.");
+  try {
+    require_alive(id);
+    custody = commit_copy(id, std::move(*custody), turn);
+  } catch (const LostAnswer& error) {
+    finish(id, std::nullopt);
+    throw uncommitted(id, error.what());
+  } catch (...) {
+    finish(id, std::nullopt);  // what the store has is not what was committed
+    throw;
+  }
+  finish(id, std::move(custody));
+}
+
+Worker::Custody Worker::commit_copy(const std::string& id, Custody custody, const std::optional<KnownTurn>& turn) {
+  const std::optional<std::string> copy = checksum_of_copy(id);
+  if (!copy || (!turn && *copy == custody.checksum)) return custody;
+  std::optional<Turn> known;
+  if (turn) known = Turn{turn->id, turn->digest, turn->result};
+  const bool first = custody.checksum.empty();
+  Saved saved;
+  {
+    const Session::Saving saving(session_);
+    saved = tier_.push_save(id, custody.version, custody.keys, saving.generation(),
+                            {.turn = std::move(known), .damaged = custody.damaged});
+  }
+  if (saved.outcome == Saved::Outcome::kMoved) {
+    throw elsewhere(id, "was taken over by another worker, and the change is not kept; ask again.");
+  }
+  if (saved.outcome != Saved::Outcome::kCommitted) throw uncommitted(id, "no answer came");
+  if (first) set_in_use(id);  // the copy is one from now on
+  return {std::move(saved.version), std::move(saved.keys), {}, *copy};
+}
+
+void Worker::remove(const std::string& id) {
+  const std::optional<Custody> custody = begin(id);
+  if (!custody) throw elsewhere(id, "is not this worker's any more; ask again.");
+  std::exception_ptr failed;
+  try {
+    require_alive(id);
+    const Saved saved = driver_.run(
+        [&](Exchange& exchange) { return remove_agent(exchange, id, custody->version, draw()); });
+    if (saved.outcome == Saved::Outcome::kMoved) throw elsewhere(id, "was taken over by another worker; ask again.");
+    if (saved.outcome != Saved::Outcome::kCommitted) throw uncommitted(id, "no answer came");
+  } catch (...) {
+    failed = std::current_exception();
+  }
+  finish(id, std::nullopt);
+  if (failed) std::rethrow_exception(failed);
+}
+
+// ---- the store's copy
+
+std::optional<std::string> Worker::checksum_of_copy(const std::string& id) const {
+  if (!store_.contains(id)) return std::nullopt;
+  try {
+    return store_.agent_info(id).hash;
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kNotFound) return std::nullopt;
+    if (error.code() != ErrorCode::kCorruption) throw;
+    return "";  // it is equal to none
+  }
+}
+
+CopyStep Worker::judge(const std::string& id, const std::optional<std::string>& committed) const {
+  const std::optional<Mark> mark = tier_.read_mark(id);
+  return judge_copy(checksum_of_copy(id), mark ? std::optional(mark->checksum) : std::nullopt, is_in_use(id), committed);
+}
+
+Record Worker::use_of(const std::string& id) const {
+  return {"worker-" + Hasher().update_field(options_.url).update_field(id).hex(), 0, 0};
+}
+
+bool Worker::is_in_use(const std::string& id) const {
+  try {
+    store_.read_record(use_of(id));
+    return true;
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kNotFound) return false;
+    if (error.code() != ErrorCode::kCorruption) throw;
+    return true;
+  }
+}
+
+void Worker::set_in_use(const std::string& id) {
+  if (!is_in_use(id)) store_.keep_record(use_of(id), id, options_.durability);
+}
+
+}  // namespace torpor::remote

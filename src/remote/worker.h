@@ -1,0 +1,90 @@
+#pragma once
+/// A worker: the RemoteTier of a bucket. It has a session, and the agents that it has made its own since it began.
+/// torpor/remote.h says what embedders need to know.
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/mutex.h"
+#include "remote/custody.h"
+#include "remote/driver.h"
+#include "remote/object_store.h"
+#include "remote/ownership.h"
+#include "remote/session.h"
+#include "remote/tier.h"
+#include "torpor/remote.h"
+
+namespace torpor::remote {
+
+class Worker final : public RemoteTier {
+ public:
+  /// `leases` is the bucket again, for the session's requests, which must fail before its TTL is over.
+  Worker(std::shared_ptr<ObjectStore> bucket, std::shared_ptr<ObjectStore> leases, const RemoteOptions& options);
+  /// Lets others have the agents.
+  ~Worker() override;
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+
+  bool owns(const std::string& agent) const override;
+  bool open(const std::string& agent, bool make) override;
+  void done(const std::string& agent) noexcept override;
+  std::optional<std::string> answered(const std::string& agent, const KnownTurn& turn) const override;
+  void commit(const std::string& agent, const std::optional<KnownTurn>& turn) override;
+  void remove(const std::string& agent) override;
+  bool alive() const override;
+  void close(const std::string& agent) noexcept override;
+
+ private:
+  /// What is known of an agent that is this worker's.
+  struct Custody {
+    HeadVersion version;               ///< the last one
+    std::vector<std::string> keys;     ///< of its save
+    std::vector<std::string> damaged;  ///< of these, the ones that the next save puts again
+    std::string checksum;              ///< of its agent file; empty: none was committed
+  };
+  struct Agent {
+    int uses = 0;       ///< those that wait count, too
+    bool busy = false;  ///< somebody asks the bucket about it
+    std::optional<Custody> custody;  ///< none: it isn't this worker's
+  };
+
+  /// Waits until nobody asks about the agent, and asks about it from now on. nullopt, and nobody asks: it isn't this
+  /// worker's, or with `idle` somebody uses it.
+  std::optional<Custody> begin(const std::string& id, bool idle = false);
+  void finish(const std::string& id, std::optional<Custody> custody);
+
+  // While this thread asks about the agent.
+  /// Makes it this worker's, and brings the store's copy to the last commit. nullopt: there is none.
+  std::optional<Custody> take(const std::string& id, bool make);
+  void bring(const std::string& id, Custody& custody);
+  Custody commit_copy(const std::string& id, Custody custody, const std::optional<KnownTurn>& turn);
+  void let_go(const std::string& id, const Custody& custody) noexcept;
+  /// Waits until the owner is known to be gone. kBusy: it is alive.
+  void wait_for_owner(const std::string& id, const std::string& owner);
+
+  void require_alive(const std::string& id) const;
+  std::optional<std::string> checksum_of_copy(const std::string& id) const;
+  CopyStep judge(const std::string& id, const std::optional<std::string>& committed) const;
+  /// What says that a worker has the agent (judge_copy).
+  Record use_of(const std::string& id) const;
+  bool is_in_use(const std::string& id) const;
+  void set_in_use(const std::string& id);
+
+  const RemoteOptions options_;
+  const std::shared_ptr<ObjectStore> bucket_, leases_;
+  mutable Store store_;
+  Driver driver_, lease_driver_;
+  Tier tier_;
+
+  mutable Mutex mutex_;
+  CondVar changed_;
+  std::map<std::string, Agent> agents_ TORPOR_GUARDED_BY(mutex_);
+  std::map<std::string, Instant> first_seen_ TORPOR_GUARDED_BY(mutex_);  // judge_owner
+
+  mutable Session session_;  // last: its thread calls back
+};
+
+}  // namespace torpor::remote

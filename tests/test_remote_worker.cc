@@ -1,0 +1,176 @@
+/// Workers of one bucket, each with a store of its own.
+
+#include <gtest/gtest.h>
+
+#include "memory_bucket.h"
+#include "remote/worker.h"
+#include "store_fixture.h"
+
+namespace torpor::remote {
+namespace {
+
+using testing::MemoryBucket;
+
+constexpr auto kTtl = std::chrono::seconds(1);
+
+/// A machine: a store, and a worker on it.
+struct Machine {
+  explicit Machine(std::shared_ptr<ObjectStore> bucket, std::shared_ptr<ObjectStore> leases = nullptr)
+      : store(directory.path()), bucket(std::move(bucket)), leases(leases ? leases : this->bucket) {
+    const RemoteOptions options{.url = "s3://bucket", .store = directory.path(), .ttl = kTtl};
+    worker = std::make_unique<Worker>(bucket, leases, options);
+  }
+  /// What an Engine does of a turn that ends with so many tokens.
+  void turn(const std::string& id, int n_tokens, const std::string& turn_id = "t") {
+    ASSERT_TRUE(worker->open(id, true));
+    {
+      const auto lock = store.lock_agent(id);
+      store.save_agent_cache(id, testing::make_snapshot(n_tokens), "demo/tiny");
+    }
+    try {
+      worker->commit(id, KnownTurn{turn_id, std::string(32, 'a'), "result of " + turn_id});
+    } catch (...) {
+      worker->done(id);
+      throw;
+    }
+    worker->done(id);
+  }
+  int64_t tokens(const std::string& id) {
+    if (!worker->open(id, false)) return -1;
+    worker->done(id);
+    return store.agent_info(id).cache_size;
+  }
+
+  testing::TemporaryDirectory directory;
+  Store store;
+  std::shared_ptr<ObjectStore> bucket, leases;
+  std::unique_ptr<Worker> worker;
+};
+
+std::string refusal(const std::function<void()>& call, const char* field) {
+  try {
+    call();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kBusy) << error.what();
+    EXPECT_EQ(error.field(), field) << error.what();
+    return error.what();
+  }
+  ADD_FAILURE() << "nothing was refused";
+  return {};
+}
+
+TEST(RemoteWorker, AnAgentGoesFromStoreToStoreAsItsOwnersLetItGo) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket), b(bucket);
+  EXPECT_EQ(a.tokens("ada"), -1);
+  a.turn("ada", 300);
+  EXPECT_NE(refusal([&] { b.worker->open("ada", true); }, kAgentElsewhere).find("'ada' is awake"), std::string::npos);
+  a.worker->close("ada");
+  EXPECT_FALSE(a.worker->owns("ada"));
+  EXPECT_EQ(b.tokens("ada"), 300);
+  EXPECT_EQ(a.store.agent_info("ada").hash, b.store.agent_info("ada").hash);
+  b.turn("ada", 310, "u");
+  b.worker.reset();  // as it ends
+  EXPECT_EQ(a.tokens("ada"), 310);
+  a.worker.reset();
+  EXPECT_TRUE(bucket->keys("nodes/").empty());
+}
+
+TEST(RemoteWorker, AnAgentInUseIsNotLetGo) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket);
+  a.turn("ada", 3);
+  ASSERT_TRUE(a.worker->open("ada", false));
+  a.worker->close("ada");
+  EXPECT_TRUE(a.worker->owns("ada"));
+  a.worker->done("ada");
+  a.worker->close("ada");
+  EXPECT_FALSE(a.worker->owns("ada"));
+}
+
+TEST(RemoteWorker, ATurnIsKnownAgainByItsIdOnEveryMachine) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  const KnownTurn first{"t", std::string(32, 'a'), {}}, second{"u", std::string(32, 'a'), {}};
+  {
+    Machine a(bucket);
+    a.turn("ada", 3, "t");
+    a.turn("ada", 4, "u");
+  }
+  Machine b(bucket);
+  ASSERT_TRUE(b.worker->open("ada", false));
+  EXPECT_EQ(b.worker->answered("ada", second), "result of u");
+  EXPECT_THROW(b.worker->answered("ada", first), Error);
+  EXPECT_THROW(b.worker->answered("ada", {"u", std::string(32, 'b'), {}}), Error);
+  EXPECT_EQ(b.worker->answered("ada", {"v", std::string(32, 'a'), {}}), std::nullopt);
+  b.worker->done("ada");
+}
+
+TEST(RemoteWorker, WhatIsNotKnownToBeCommittedIsFoundOutBeforeTheAgentGoesOn) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket);
+  a.turn("ada", 3);
+  std::atomic<bool> cut = false;
+  const auto fail = [&](bool also_put) {
+    bucket->before = [&, also_put](const char* verb, const std::string& key) {
+      if (!key.ends_with("/head")) return;
+      const bool put = std::string_view(verb) == "put";
+      if (put && also_put) throw LostAnswer("No answer came.");
+      if (!put && cut) throw LostAnswer("No answer came.");
+    };
+    bucket->after = [&](const char* verb, const std::string& key) {
+      if (!key.ends_with("/head") || std::string_view(verb) != "put") return;
+      cut = true;
+      throw LostAnswer("No answer came.");
+    };
+  };
+  fail(false);  // the swap is applied, and nobody hears
+  refusal([&] { a.turn("ada", 4, "u"); }, kUncommitted);
+  EXPECT_FALSE(a.worker->owns("ada"));
+  bucket->before = bucket->after = nullptr;
+  cut = false;
+  EXPECT_EQ(a.tokens("ada"), 4);
+  ASSERT_TRUE(a.worker->open("ada", false));
+  EXPECT_EQ(a.worker->answered("ada", {"u", std::string(32, 'a'), {}}), "result of u");
+  a.worker->done("ada");
+  cut = true;
+  fail(true);  // it is not
+  refusal([&] { a.turn("ada", 5, "v"); }, kUncommitted);
+  bucket->before = bucket->after = nullptr;
+  EXPECT_EQ(a.tokens("ada"), 4);  // what was never told is not the agent's
+}
+
+TEST(RemoteWorker, AWorkerThatCannotRenewItsLeaseIsTakenOverFromAndCommitsNothing) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  std::atomic<bool> cut = false;
+  /// The bucket as the first machine reaches it.
+  struct Link final : ObjectStore {
+    Link(ObjectStore& bucket, std::atomic<bool>& cut) : bucket(bucket), cut(cut) {}
+    PutResult put(const std::string& key, std::span<const std::byte> bytes, const Condition& condition,
+                  const ObjectMetadata& metadata) override {
+      if (cut) throw LostAnswer("No answer came.");
+      return bucket.put(key, bytes, condition, metadata);
+    }
+    std::optional<Object> get(const std::string& key, std::uint64_t most) override {
+      if (cut) throw LostAnswer("No answer came.");
+      return bucket.get(key, most);
+    }
+    std::optional<ObjectInfo> head(const std::string& key) override { return bucket.head(key); }
+    void read(const std::string& key, std::uint64_t offset, std::span<std::byte> out) override {
+      bucket.read(key, offset, out);
+    }
+    std::vector<ObjectInfo> list(const std::string& prefix) override { return bucket.list(prefix); }
+    void remove(const std::string& key) override { bucket.remove(key); }
+    ObjectStore& bucket;
+    std::atomic<bool>& cut;
+  };
+  Machine a(bucket, std::make_shared<Link>(*bucket, cut)), b(bucket);
+  a.turn("ada", 3);
+  cut = true;
+  b.turn("ada", 4, "u");  // waits until the first one's lease is dead
+  EXPECT_FALSE(a.worker->alive());
+  refusal([&] { a.turn("ada", 5, "v"); }, kAgentElsewhere);
+  EXPECT_EQ(b.tokens("ada"), 4);
+}
+
+}  // namespace
+}  // namespace torpor::remote
