@@ -163,6 +163,13 @@ struct Engine::Impl {
       if (!options.remote->owns(agent)) parts.agents->drop(agent);
     });
   }
+  /// After an error, which is the one to tell: where this fails the agent's next use tries again.
+  void forget_after(const RemoteUse& remote, const std::string& agent) noexcept {
+    try {
+      if (remote) forget(agent);
+    } catch (...) {
+    }
+  }
 
   TurnResult turn(const TurnRequest& request, const std::string& branch_of);
   TurnResult turn_of_branch(const TurnRequest& request);
@@ -193,7 +200,7 @@ struct Engine::Impl {
     try {
       return run();
     } catch (const Error&) {
-      if (remote) forget(saved);
+      forget_after(remote, saved);
       throw;
     }
   }
@@ -277,7 +284,7 @@ TurnResult Engine::Impl::turn(const TurnRequest& request, const std::string& bra
   } catch (const Error&) {
     if (answered) return turn_again(request, *answered);
     if (thrown) std::rethrow_exception(thrown);
-    if (remote) forget(request.agent);
+    forget_after(remote, request.agent);
     throw;
   }
   if (ended == Scheduler::Ended::kCommitted) return result;
