@@ -6,7 +6,7 @@ namespace {
 class EngineAgents : public ChatAgents {
  public:
   EngineAgents(const TurnOptions& options, const std::filesystem::path& root)
-      : model_(options.model), save_(options.save), engine_(options.engine(root)) {}
+      : model_(options.model), save_(options.save), remote_(!options.remote.empty()), engine_(options.engine(root)) {}
 
   std::string place() const override { return model_; }
   void turn(const TurnOptions& options, const std::string& message, InterruptScope& interrupt) override {
@@ -15,11 +15,13 @@ class EngineAgents : public ChatAgents {
     take_turn(engine_, options, std::move(request), interrupt);
   }
   bool has_begun(const std::string& id) override {
+    bring(id);
     return engine_.store().contains(id) && engine_.store().agent_info(id).cache_size > 0;
   }
   std::vector<AgentStatus> all() override { return engine_.agents(); }
   MemoryUsage memory() override { return engine_.memory_usage(); }
   std::vector<StoredMessage> messages(const std::string& id) override {
+    bring(id);
     return engine_.store().contains(id) ? engine_.store().agent_messages(id) : std::vector<StoredMessage>();
   }
   void save(const std::string& id) override { engine_.save(id); }
@@ -34,8 +36,14 @@ class EngineAgents : public ChatAgents {
   void save_all(const std::function<void(int, int)>& on_saved) override { engine_.save_all(on_saved); }
 
  private:
+  /// What the store has of an agent in a bucket may be old.
+  void bring(const std::string& id) {
+    if (remote_) engine_.prefetch(id);
+  }
+
   const std::string model_;
   const SaveMode save_;
+  const bool remote_;
   Engine engine_;
 };
 

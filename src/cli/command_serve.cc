@@ -20,6 +20,7 @@
 #include "cli/output.h"
 #include "cli/serve_options.h"
 #include "cli/server_notes.h"
+#include "faces/error_table.h"
 #include "server/http_edge.h"
 #include "server/server.h"
 #include "torpor/engine.h"
@@ -104,7 +105,8 @@ server::ModelPoolOptions pool_options(const ServeOptions& options, const std::fi
   server::ModelPoolOptions pool;
   for (const std::string& model : options.models) pool.models.push_back({server::served_name(model), model});
   for (const std::string& alias : options.aliases) pool.aliases.push_back(server::parse_alias(alias));
-  pool.engine = options.engine(root);
+  // A worker that has lost its lease ends, and whoever watches over it starts another.
+  pool.engine = options.engine(root, [] { kill(getpid(), SIGTERM); });
   pool.engine.max_stall_ms = options.max_stall;
   pool.share_prefixes = options.share_prefixes;
   return pool;
@@ -218,6 +220,7 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   } no_log;
 
   server::ServerOptions parts{.pool = pool_options(options, root), .queue = options.queue};
+  const std::shared_ptr<RemoteTier> remote = parts.pool.engine.remote;
   parts.vllm_names = options.metrics_alias == "vllm";
   parts.service.authenticate = !options.no_auth;
   parts.service.log = [&](const std::string& line) { log_file.line(line); };
@@ -256,7 +259,9 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   }
   edge.reset();
   server.models().save_all();
-  return 0;
+  if (!remote || remote->alive()) return 0;
+  log(LogLevel::kWarning, "the server has lost its lease in the bucket, and others may have its agents");
+  return faces::error_mapping(ErrorCode::kBusy).exit_code;
 }
 
 }  // namespace

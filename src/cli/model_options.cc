@@ -1,5 +1,6 @@
 #include "cli/model_options.h"
 
+#include <chrono>
 #include <cstdint>
 #include <map>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "cli/output.h"
 #include "torpor/error.h"
 #include "torpor/model.h"
+#include "torpor/remote.h"
 
 namespace torpor::cli {
 namespace {
@@ -55,7 +57,7 @@ ComputeOptions ModelOptions::compute() const {
 }
 Durability ModelOptions::durability() const { return kDurabilities.at(durability_name); }
 
-EngineOptions AnswerOptions::engine(const std::filesystem::path& root) const {
+EngineOptions AnswerOptions::engine(const std::filesystem::path& root, std::function<void()> on_remote_end) const {
   EngineOptions engine;
   engine.model = model;
   engine.store = root;
@@ -65,6 +67,11 @@ EngineOptions AnswerOptions::engine(const std::filesystem::path& root) const {
   engine.memory_budget = memory_budget;
   engine.map_rows = !no_mmap;
   engine.disk = {int64_t(disk_budget), int64_t(min_free)};
+  if (!remote.empty()) {
+    engine.remote = attach_remote({.url = remote, .store = root, .address = advertise,
+                                   .ttl = std::chrono::milliseconds(int64_t(lease * 1000)),
+                                   .durability = engine.durability, .on_end = std::move(on_remote_end)});
+  }
   return engine;
 }
 
@@ -93,6 +100,17 @@ void settle_model(ModelOptions& options, const std::filesystem::path& root, cons
     throw UsageError("--model is required" + (agent.empty() ? std::string() : ", for agent '" + agent + "' is new") +
                      "; or set TORPOR_MODEL");
   }
+}
+
+void add_remote_option(CLI::App& app, AnswerOptions& options) {
+  app.add_option("--remote", options.remote,
+                 "Agents are in this object store, and the local one is its cache: s3://BUCKET/PREFIX, gs://, az://")
+      ->type_name("URL");
+  app.add_option("--lease", options.lease,
+                 "With --remote: seconds after which others may take over the agents of a worker that gives no sign of life")
+      ->capture_default_str()
+      ->check(CLI::Range(1.0, 3600.0))
+      ->type_name("S");
 }
 
 void add_model_options(CLI::App& app, ModelOptions& options) {

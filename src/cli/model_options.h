@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -38,8 +39,12 @@ struct ModelOptions {
 struct AnswerOptions : ModelOptions {
   bool no_mmap = false;
   uint64_t memory_budget = 0, disk_budget = 0, min_free = 0;  // bytes
+  std::string remote;     ///< URL; empty: agents are in the store alone
+  std::string advertise;  ///< RemoteOptions::address
+  double lease = 10;      ///< RemoteOptions::ttl, in seconds
 
-  EngineOptions engine(const std::filesystem::path& root) const;
+  /// `on_remote_end`: RemoteOptions::on_end.
+  EngineOptions engine(const std::filesystem::path& root, std::function<void()> on_remote_end = nullptr) const;
 };
 
 /// Where --model is left out: the model of `agent`, if `root` has one of that name, else $TORPOR_MODEL. UsageError where there is
@@ -48,6 +53,8 @@ void settle_model(ModelOptions& options, const std::filesystem::path& root, cons
 /// The model that an agent was last saved with, checked to be there. kNotFound.
 std::string model_of(const Store& store, const std::string& agent);
 
+/// Adds --remote and --lease.
+void add_remote_option(CLI::App& app, AnswerOptions& options);
 /// Adds --model, the options of the KV format, --durability, and those of ComputeOptions to a command.
 void add_model_options(CLI::App& app, ModelOptions& options);
 

@@ -108,6 +108,7 @@ void check_early(TurnOptions& options, const std::filesystem::path& root) {
   check_text(options.model, "the model's name");
   Tokenizer::require(resolve_model(options.model));
   if (options.save != SaveMode::kNo) check_writable(root);
+  if (!options.remote.empty()) return;  // what the store has of the agent may be old
   // An agent that is awake elsewhere: say so at once. (The engine takes the lock for good.)
   if (const auto store = open_existing_store(root); store && store->contains(options.agent)) {
     (void)store->lock_agent(options.agent);
@@ -258,6 +259,7 @@ void add_turn_options(CLI::App& app, TurnOptions& options) {
         std::tuple{"--min-free", &options.min_free, "What a save leaves free on the disk; likewise"}}) {
     add_size_option(app, name, *bytes, help);
   }
+  add_remote_option(app, options);
   app.add_flag("--no-mmap", options.no_mmap, "Read rows of agents into memory instead of mapping their files");
   app.add_flag("--no-speculate", options.no_speculate,
                "Compute one token at a time, where several are guessed and verified at once");

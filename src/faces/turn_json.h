@@ -34,6 +34,7 @@ inline nlohmann::ordered_json turn_json(const TurnResult& result, std::optional<
                          {"decode", rounded(result.timing_ms.decode)},
                          {"save", rounded(result.timing_ms.save)}}},
       {"bytes", Json{{"read", result.bytes.read}, {"written", result.bytes.written}}}};
+  if (result.repeated) object["repeated"] = true;
   if (seed) object["seed"] = *seed;
   if (!result.stop.empty()) object["stop"] = result.stop;
   const auto logprob = [](const TokenLogprob& token) {

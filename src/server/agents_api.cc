@@ -3,7 +3,9 @@
 #include <algorithm>
 
 #include "faces/error_table.h"
+#include "server/failure.h"
 #include "server/operations.h"
+#include "torpor/remote_tier.h"
 
 namespace torpor::server {
 namespace {
@@ -55,7 +57,9 @@ void AgentsApi::handle(const HttpRequest& request, HttpResponse& plain) {
     try {
       said = answer(request, response, allow);
     } catch (const Error& error) {
-      said = {faces::http_status(error), error_json(error, request.tenant)};
+      const bool moved = error.field() == kAgentElsewhere && !error.found().empty();
+      if (moved) headers.emplace_back("location", moved_to(request, error.found()));
+      said = {moved ? 307 : faces::http_status(error), error_json(error, request.tenant)};
     } catch (const Failure& failure) {
       if (failure.kind == Failure::Kind::kOverloaded) throw;  // the service words it for all routes
       said = failed(failure, request.tenant, headers);

@@ -85,6 +85,7 @@ Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, Tu
                     const HttpRequest& request, const Json& body, HttpResponse& response) {
   TurnRequest turn = turn_of(agent, body);
   turn.share = request.share;
+  turn.id = request.turn_id();
   turn.background = request.background();
   turn.presence = presence;
   turn.give_up = &response.gone();

@@ -76,6 +76,7 @@ struct ChatRequest {
   std::string share;        ///< TurnRequest::share
   bool background = false;  ///< TurnRequest::background
   std::string agent;    ///< named explicitly; empty: none
+  std::string id;       ///< TurnRequest::id
   std::string session;  ///< the client's id of the conversation; empty: none
   std::vector<Message> messages;      ///< the whole history, oldest first
   std::optional<std::string> prompt;  ///< in place of messages: text that is continued as it stands
@@ -101,6 +102,7 @@ class Failure : public std::runtime_error {
     kNotFound,          ///< no such model, agent, response or path
     kMethodNotAllowed,  ///< the path is served by another method
     kBusy,              ///< the agent is in a turn, or awake elsewhere
+    kMoved,             ///< another server has the agent; `address`
     kTooLarge,          ///< the body's size
     kOverloaded,        ///< the queue is full; `retry_after`
     kUnavailable,       ///< loading or draining; `retry_after`
@@ -116,6 +118,7 @@ class Failure : public std::runtime_error {
   std::string param;          ///< the member of the body that is at fault, "messages[2].content"
   int tokens = 0, maximum = 0;
   int retry_after = 0;        ///< seconds
+  std::string address;        ///< of kMoved: "http://10.0.0.7:8080"
 };
 
 /// The turn is admitted and its prompt known; nothing was computed yet.

@@ -221,6 +221,7 @@ struct EngineRunner::Impl {
     const std::string tenant = request.tenant.empty() ? kLocalTenant : request.tenant;
     if (!share_prefixes) turn.salt = salt_of(tenant);
     turn.share = request.share;
+    turn.id = request.id;
     turn.background = request.background;
     if (!request.agent.empty()) {
       turn.agent = agent_id_of(tenant, request.agent);

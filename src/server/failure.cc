@@ -5,6 +5,7 @@
 
 #include "torpor/error.h"
 #include "torpor/model_info.h"
+#include "torpor/remote_tier.h"
 
 namespace torpor::server {
 namespace {
@@ -30,6 +31,7 @@ constexpr Form kForms[] = {
     {Kind::kNotFound, 404, 404, "invalid_request_error", "not_found", "not_found_error", false},
     {Kind::kMethodNotAllowed, 405, 405, "invalid_request_error", nullptr, "invalid_request_error", false},
     {Kind::kBusy, 409, 409, "conflict_error", "agent_busy", "invalid_request_error", false},
+    {Kind::kMoved, 307, 307, "conflict_error", "agent_moved", "invalid_request_error", false},
     {Kind::kTooLarge, 413, 413, "invalid_request_error", "request_too_large", "request_too_large", false},
     {Kind::kOverloaded, 429, 529, "rate_limit_error", "rate_limit_exceeded", "overloaded_error", true},
     {Kind::kUnavailable, 503, 529, "server_error", "server_is_overloaded", "overloaded_error", true},
@@ -58,6 +60,13 @@ Kind kind_of(ErrorCode code) {
   return Kind::kInternal;
 }
 
+Failure failure_of_tier(const Error& error) {
+  const bool moved = error.field() == kAgentElsewhere && !error.found().empty();
+  Failure failure(moved ? Failure::Kind::kMoved : Failure::Kind::kBusy, error.what());
+  moved ? void(failure.address = error.found()) : void(failure.retry_after = 1);
+  return failure;
+}
+
 std::string sentence(Dialect dialect, const Failure& failure) {
   if (failure.kind != Kind::kContextTooLong) return failure.what();
   const std::string tokens = std::to_string(failure.tokens), maximum = std::to_string(failure.maximum);
@@ -82,6 +91,7 @@ Failure current_failure() {
   } catch (const Failure& failure) {
     return failure;
   } catch (const Error& error) {
+    if (error.field() == kAgentElsewhere || error.field() == kUncommitted) return failure_of_tier(error);
     if (error.field() != kContextFull) return Failure(kind_of(error.code()), error.what());
     Failure failure(Kind::kContextTooLong, error.what());
     failure.tokens = std::stoi(error.found());
@@ -92,6 +102,10 @@ Failure current_failure() {
   } catch (const std::exception& error) {
     return Failure(Kind::kInternal, std::string("The server failed on this request: ") + error.what());
   }
+}
+
+std::string moved_to(const HttpRequest& request, const std::string& address) {
+  return address + request.path + (request.query.empty() ? "" : "?" + request.query);
 }
 
 int failure_status(Dialect dialect, const Failure& failure) {
@@ -123,7 +137,9 @@ Json failure_body(Dialect dialect, const Failure& failure) {
 
 void answer_failure(const HttpRequest& request, const Failure& failure, HttpResponse& response) {
   const Dialect dialect = dialect_of(request);
-  response.whole(failure_status(dialect, failure), failure_headers(dialect, failure),
+  HttpHeaders headers = failure_headers(dialect, failure);
+  if (failure.kind == Kind::kMoved) headers.emplace_back("location", moved_to(request, failure.address));
+  response.whole(failure_status(dialect, failure), std::move(headers),
                  to_text(failure_body(dialect, failure)));
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "base/hash.h"
+
 namespace torpor::server {
 namespace {
 
@@ -51,6 +53,12 @@ std::optional<std::string_view> HttpRequest::header(std::string_view name) const
 bool HttpRequest::background() const {
   const std::string_view value = header("x-torpor-background").value_or("");
   return !value.empty() && value != "0" && value != "false";
+}
+
+std::string HttpRequest::turn_id() const {
+  const std::string_view key = method == "POST" ? header("idempotency-key").value_or("") : "";
+  const bool plain = std::all_of(key.begin(), key.end(), [](char c) { return c > ' ' && c <= '~'; });
+  return key.size() > 256 || !plain ? hash_hex(key) : std::string(key);
 }
 
 std::optional<std::string> HttpRequest::parameter(std::string_view name) const {

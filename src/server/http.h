@@ -35,6 +35,8 @@ struct HttpRequest {
   std::optional<std::string_view> header(std::string_view name) const;
   /// Whether the client can wait: a header `x-torpor-background` that is not empty, "0" or "false".
   bool background() const;
+  /// TurnRequest::id: the Idempotency-Key of a POST, or a digest of one that is longer than an id may be; empty: none.
+  std::string turn_id() const;
   /// The decoded value of a query parameter; nullopt without one.
   std::optional<std::string> parameter(std::string_view name) const;
   /// The path's parts between slashes, decoded: "/v1/models/a%2Fb" is {"v1", "models", "a/b"}. A slash at the end adds none.

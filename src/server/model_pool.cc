@@ -182,6 +182,8 @@ ModelPool::Lease ModelPool::lease(Slot& slot) {
 ModelPool::Lease ModelPool::model(const std::string& name) { return lease(find(name)); }
 
 ModelPool::Lease ModelPool::of_agent(const std::string& id, bool looks) {
+  // Which model it is of, the last commit says.
+  if (const auto& tier = options_.engine.remote; tier && tier->open(id, false)) tier->done(id);
   if (slots_.size() == 1) return lease(*slots_.front());
   for (const Lease& other : loaded()) {
     const MemoryUsage usage = other.engine().memory_usage();
@@ -312,6 +314,7 @@ void ModelPool::unload_idle(std::chrono::milliseconds idle) {
 }
 
 void ModelPool::forget_sessions(std::chrono::seconds ttl) {
+  if (options_.engine.remote) return;  // another server may have used them since
   const auto now = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch());
   // Texts of one form, to the second: the order of texts is that of times.
   std::string before = utc_time((now - ttl).count());

@@ -36,6 +36,7 @@ void read_identity(const HttpRequest& http, Field body, ChatRequest& request) {
     request.model.erase(at);
   }
   if (const auto agent = http.header("x-torpor-agent"); agent && !agent->empty()) request.agent = *agent;
+  request.id = http.turn_id();
   request.session = session_of(http, body);
   request.tenant = http.tenant;
   request.share = http.share;
