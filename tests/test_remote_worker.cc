@@ -18,7 +18,7 @@ struct Machine {
   explicit Machine(std::shared_ptr<ObjectStore> bucket, std::shared_ptr<ObjectStore> leases = nullptr)
       : store(directory.path()), bucket(std::move(bucket)), leases(leases ? leases : this->bucket) {
     const RemoteOptions options{.url = "s3://bucket", .store = directory.path(), .ttl = kTtl};
-    worker = std::make_unique<Worker>(bucket, leases, options);
+    worker = std::make_unique<Worker>(this->bucket, this->leases, options);
   }
   /// What an Engine does of a turn that ends with so many tokens.
   void turn(const std::string& id, int n_tokens, const std::string& turn_id = "t") {
