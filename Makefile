@@ -3,7 +3,7 @@ BUILD   ?= build
 PYTHON  := .venv/bin/python
 
 .PHONY: all setup build model models test wheel demo serve-demo dashboard
-.PHONY: soak load clients fleet libcxx fuzz goldens prove clean
+.PHONY: soak load clients fleet ray libcxx fuzz goldens prove clean
 all: build
 
 setup: .venv/.ready
@@ -88,6 +88,11 @@ fleet: build model
 	scripts/fetch-sdks gofakes3 versitygw deploy
 	TORPOR_FLEET=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -rs tests/test_remote.py tests/test_deploy.py \
 	  tests/test_fleet.py
+
+# torpor.ray: two replicas on a Ray of its own, one of which is killed. Not in CI.
+ray: build model
+	scripts/fetch-sdks ray
+	TORPOR_RAY=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_ray.py
 
 # Each fuzz target for FUZZ_S seconds; needs clang++.
 FUZZ_S ?= 60

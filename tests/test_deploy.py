@@ -107,6 +107,22 @@ def test_ports_names_and_times_of_the_manifests_fit_each_other():
     assert {mount["name"] for one in (server, proxy) for mount in one["volumeMounts"]} == volumes
 
 
+def test_ray_is_told_what_the_application_takes():
+    ray = manifest("RayService")["spec"]
+    [served] = yaml.safe_load(ray["serveConfigV2"])["applications"]
+    module, builder = served["import_path"].split(":")
+    source = (ROOT / "python" / (module.replace(".", "/") + ".py")).read_text()
+    assert re.search(rf"^def {builder}\(args: ", source, re.MULTILINE)
+    known = set(re.findall(r'"(\w+)"', source)) | {"store", "memory_budget", "disk_budget"}
+    assert set(served["args"]) <= known
+    groups = [ray["rayClusterConfig"]["headGroupSpec"], *ray["rayClusterConfig"]["workerGroupSpecs"]]
+    pinned = re.search(r"ray\[serve\]==([\d.]+)", (ROOT / "scripts/fetch-sdks").read_text())[1]
+    assert ray["rayClusterConfig"]["rayVersion"] == pinned
+    for group in groups:
+        [container] = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_SERVE_SESSION_ID_HEADER_KEY", "value": "x-torpor-agent"} in container["env"]
+
+
 @needs_haproxy
 def test_haproxy_takes_both_of_its_configurations(tmp_path):
     for path in (DEPLOY / "haproxy.cfg", pod_proxy(tmp_path)):
@@ -146,6 +162,12 @@ def test_manifests_have_kubernetes_schemas():
     for one in own:
         said = check(one)
         assert said.returncode == 0, said.stderr
+    # Ray's pods, too: their template is a pod's.
+    ray = manifest("RayService")["spec"]["rayClusterConfig"]
+    for group in (ray["headGroupSpec"], *ray["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **group["template"]}
+        said = check(pod)
+        assert said.returncode == 0, said.stderr
     assert check(manifest("Deployment") | {"spec": {"replica": 1}}).returncode
 
 
@@ -153,7 +175,7 @@ def test_manifests_have_kubernetes_schemas():
 def test_manifests_of_other_kinds_have_their_owners_fields(tmp_path):
     said = subprocess.run([TOOLS / "check", *MANIFESTS], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    assert sorted(said.stdout.split()[1::2]) == ["Gateway", "HTTPRoute", "InferencePool"]
+    assert sorted(said.stdout.split()[1::2]) == ["Gateway", "HTTPRoute", "InferencePool", "RayService"]
     broken = tmp_path / "broken.yaml"
     broken.write_text((DEPLOY / "kubernetes/gateway.yaml").read_text().replace("targetPorts:", "targetPort:"))
     assert "targetPort" in subprocess.run([TOOLS / "check", broken], capture_output=True, text=True).stderr
