@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import http.server
 import os
 import signal
 import subprocess
@@ -87,6 +88,7 @@ def test_an_agent_meets_one_worker_until_that_one_is_gone(kind, tmp_path, tiny_m
         for agent in agents:  # by its path as by its header
             answer = fleet.ask("POST", f"/torpor/v1/agents/{agent}/turn", {"prompt": "and", "max_tokens": 2})
             assert answer.status == 200, answer.text
+        assert fleet.ask("GET", "/v1/models?torpor-worker=127.0.0.1:1").status == 200, "no such worker: any will do"
         first, second = fleet.held(0), fleet.held(1)
         assert first and second and first | second == agents and not first & second
 
@@ -113,6 +115,56 @@ def test_an_agent_meets_one_worker_until_that_one_is_gone(kind, tmp_path, tiny_m
         for agent in agents:
             assert fleet.chat(agent).status == 200
         assert fleet.held(1) == agents
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """A worker that has no agent: the other one has it. Says its port where it is asked as the other one."""
+
+    def do_POST(self):
+        mine, others = self.server.server_port, self.server.other
+        first = "torpor-worker" not in self.path
+        self.send_response(307 if first else 200)
+        if first:
+            self.send_header("location", f"http://127.0.0.1:{others}{self.path}")
+        body = b"" if first else str(mine).encode()
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):  # /health
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_client_that_is_sent_on_comes_back_to_haproxy_which_knows_the_worker(tmp_path):
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)) for _ in (0, 1)]
+        ports = [worker.server_port for worker in workers]
+        for worker, other in zip(workers, reversed(ports)):
+            worker.other = other
+            threading.Thread(target=worker.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+            stack.callback(worker.shutdown)
+        port = free_port()
+        addresses = {f"TORPOR_WORKER_{number}": f"127.0.0.1:{one}" for number, one in enumerate(ports)}
+        env = haproxy_env(TORPOR_BIND=f"127.0.0.1:{port}", **addresses)
+        stack.enter_context(running(["haproxy", "-db", "-f", DEPLOY / "haproxy.cfg"], env))
+
+        def ask(path):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("POST", path, b"{}", {"x-torpor-agent": "ada"})
+            answer = connection.getresponse()
+            return answer.status, answer.getheader("location"), answer.read()
+
+        until(lambda: ask("/v1/messages")[0] == 307)
+        for path in ("/v1/messages", "/v1/messages?beta=true"):
+            status, location, _ = ask(path)
+            assert status == 307 and location.startswith(path) and location[len(path)] in "?&"
+            other = int(location.rpartition(":")[2])
+            assert other in ports and ask(location) == (200, None, str(other).encode())
 
 
 def test_a_pods_metrics_need_no_key_and_all_else_does(tmp_path, tiny):
