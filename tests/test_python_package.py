@@ -4,6 +4,7 @@ It is installed from the build tree into a fresh virtual environment, beside a l
 in an environment that pip made from the wheel ($TORPOR_WHEEL_PYTHON is its interpreter).
 """
 
+import json
 import os
 import re
 import shutil
@@ -211,6 +212,23 @@ def test_a_program_of_a_users_is_checked_against_its_types(installed, tmp_path):
     assert found.keys() == set(range(first, first + len(MISTAKES))), ended.stdout
     for (line, code), allowed in zip(sorted(found.items()), MISTAKES.values()):
         assert code in allowed.split("|"), ended.stdout
+
+
+def test_pyright_finds_the_same_in_a_users_program_and_nothing_in_the_examples_on_the_engine(installed, tmp_path):
+    pytest.importorskip("basedpyright")  # pyright, with the Node.js that it needs
+    (tmp_path / "user.py").write_text(USER + "".join(line + "\n" for line in MISTAKES))
+    names = ["user.py", "_core.pyi", "team.py", "ten_agents.py"]
+    for source in (installed.package / "_core.pyi", *(ROOT / "examples" / name for name in names[2:])):
+        shutil.copy(source, tmp_path)
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "standard", "include": names}))
+    said = json.loads(subprocess.run([sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath",
+                                      installed.python, "--project", tmp_path],
+                                     capture_output=True, text=True, cwd=tmp_path).stdout)
+    first = USER.count("\n")
+    errors = {(Path(one["file"]).name, one["range"]["start"]["line"]) for one in said["generalDiagnostics"]
+              if one["severity"] == "error"}
+    assert said["summary"]["filesAnalyzed"] == len(names)
+    assert errors == {("user.py", line) for line in range(first, first + len(MISTAKES))}, said
 
 
 WITHOUT = {
