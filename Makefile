@@ -2,7 +2,7 @@
 BUILD   ?= build
 PYTHON  := .venv/bin/python
 
-.PHONY: all setup build model models test wheel demo serve-demo dashboard
+.PHONY: all setup build model models test wheel packages demo serve-demo dashboard
 .PHONY: soak load clients fleet ray libcxx fuzz goldens prove clean
 all: build
 
@@ -34,6 +34,10 @@ test: build models
 # The wheel by pip, tested in an environment of its own; `make test` installs the same files from the build tree.
 wheel: build model
 	scripts/check-wheel
+
+# A wheel that other machines take, a tarball and a Debian package of the command line, in build/packages, each tested.
+packages: build model
+	scripts/make-packages $(BUILD)
 
 # The demo needs no server, so a fresh clone builds none for it; `make build` adds it.
 demo: setup model

@@ -19,7 +19,9 @@ install(TARGETS torpor_torpor ${_targets} EXPORT torporTargets ARCHIVE DESTINATI
 install(EXPORT torporTargets NAMESPACE torpor:: DESTINATION "${CMAKE_INSTALL_LIBDIR}/cmake/torpor")
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/torpor" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
   FILES_MATCHING PATTERN "*.h")
-if(TARGET torpor_cli)
+if(TARGET torpor_cli AND TORPOR_RELOCATABLE)
+  include(TorporPackages)
+elseif(TARGET torpor_cli AND NOT SKBUILD)
   # The program is linked with the libmlx of a Python package. bin/torpor, a script, starts it, or says that it is gone.
   set(_libexec "${CMAKE_INSTALL_LIBEXECDIR}/torpor")
   get_target_property(TORPOR_MLX_LIBRARY mlx LOCATION)

@@ -66,7 +66,7 @@ const std::map<std::string, std::vector<const char*>> kExamplesOf{
     {"models", {"", "--json"}},
     {"setup", {""}},
     {"pull", {"HuggingFaceTB/SmolLM2-135M-Instruct", "ORG/NAME:model-Q4_K_M.gguf"}},
-    {"doctor", {"", "--store /mnt/big/agents"}},
+    {"doctor", {"", "--json"}},
     {"perplexity", {"--model .models/smollm2-135m --file examples/lighthouse-log.txt"}},
     {"rebuild", {"ada", "ada --model .models/qwen2.5-coder-0.5b"}},
     {"completions", {"bash > ~/.local/share/bash-completion/completions/torpor"}},
