@@ -2,8 +2,12 @@
 
 #include <cmath>
 #include <fstream>
+#include <functional>
 #include <limits>
 #include <map>
+#include <numeric>
+#include <random>
+#include <set>
 
 #include <gtest/gtest.h>
 
@@ -76,6 +80,52 @@ TEST(Sampler, LogitsThatHoldNoNumberAreAnError) {
   }
 }
 
+// A vocabulary of several of the pieces that threads take, and options that keep few tokens, many or all.
+TEST(Sampler, KeepsAndDrawsOfALargeVocabularyWhatTheSoftmaxSays) {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal(0, 3);
+  std::vector<float> logits(50'001);
+  for (float& logit : logits) logit = normal(random);
+  std::vector<int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::stable_sort(order, std::greater<>(), [&](int32_t id) { return logits[size_t(id)]; });
+  const auto weight = [&](int32_t id, double temperature) {
+    return std::exp((double(logits[size_t(id)]) - double(logits[size_t(order[0])])) / temperature);
+  };
+  double all = 0;
+  for (const int32_t id : order) all += weight(id, 1);
+  for (const SamplingOptions& options :
+       {SamplingOptions{.temperature = 0.8f}, SamplingOptions{.temperature = 1.5f, .top_p = 0.5f},
+        SamplingOptions{.temperature = 1, .top_p = 0.999f}, SamplingOptions{.temperature = 0.7f, .top_k = 4'000},
+        SamplingOptions{.temperature = 2, .min_p = 0.01f}}) {
+    const bool leaves_out = options.top_p < 1 || options.top_k > 0 || options.min_p > 0;
+    std::vector<int32_t> kept;
+    double sum = 0, total = 0;
+    for (const int32_t id : order) {
+      if (sum >= (options.top_p < 1 ? options.top_p * all : INFINITY) || weight(id, 1) < options.min_p ||
+          (options.top_k > 0 && kept.size() == size_t(options.top_k))) {
+        break;
+      }
+      kept.push_back(id);
+      sum += weight(id, 1);
+      total += weight(id, options.temperature);
+    }
+    const Candidates found = candidates(logits, options);
+    EXPECT_EQ(found.all, !leaves_out);
+    EXPECT_NEAR(found.total / total, 1, 1e-5);
+    EXPECT_EQ(found.tokens, leaves_out ? kept : std::vector<int32_t>());
+    for (const int32_t id : kept) ASSERT_NEAR(found.weights[size_t(id)], weight(id, options.temperature), 1e-5);
+    // How often one of the likeliest tenth comes.
+    const std::set<int32_t> likely(kept.begin(), kept.begin() + ptrdiff_t(kept.size() / 10));
+    double share = 0;
+    for (const int32_t id : likely) share += weight(id, options.temperature) / total;
+    int drawn = 0;
+    constexpr int kDraws = 150;
+    for (int position = 0; position < kDraws; ++position) drawn += likely.contains(sample(logits, options, position));
+    EXPECT_NEAR(double(drawn) / kDraws, share, 0.1);
+  }
+}
+
 // Against mlx-lm (scripts/make-goldens-sampling).
 TEST(Sampler, ChangesLogitsAndKeepsTokensAsMlxLmDoes) {
   std::ifstream file(TORPOR_SOURCE_DIR "/tests/goldens/sampling.json");
@@ -104,6 +154,7 @@ TEST(Sampler, ChangesLogitsAndKeepsTokensAsMlxLmDoes) {
     for (size_t i = 0; i < logits.size(); ++i) EXPECT_NEAR(logits[i], theirs[i], 1e-5) << i;
     const Candidates found = candidates(logits, options);
     std::vector<double> ours(logits.size());
+    for (size_t i = 0; found.all && i < ours.size(); ++i) ours[i] = found.weights[i] / found.total;
     for (const int32_t token : found.tokens) ours[size_t(token)] = found.weights[size_t(token)] / found.total;
     const auto probabilities = one["probabilities"].get<std::vector<double>>();
     for (size_t i = 0; i < ours.size(); ++i) {

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "kernels/compute.h"
+#include "kernels/weigh_logits.h"
 #include "torpor/error.h"
 
 namespace torpor {
@@ -41,13 +42,35 @@ void require(bool right, const char* sentence) {
   if (!right) throw Error(ErrorCode::kInvalidArgument, sentence);
 }
 
-/// Of two ids, whether the first comes after the other.
-struct Below {
-  const std::vector<double>& weights;
-  bool operator()(int32_t a, int32_t b) const {
-    return weights[size_t(a)] < weights[size_t(b)] || (weights[size_t(a)] == weights[size_t(b)] && a > b);
+/// The largest logit.
+float largest(std::span<const float> logits) {
+  const int at = kernels::argmax(logits.data(), int(logits.size()));
+  if (at < 0) throw no_number();
+  return logits[size_t(at)];
+}
+
+/// Gives `take` tokens whose weight is above 0, the likeliest first, of equals the smaller id, until it returns false.
+/// Likely ones are few: those above a bound are put in order, and the bound is lowered while more are asked for.
+template <class Take>
+void by_likelihood(std::span<const float> logits, const std::vector<float>& weights, const Take& take) {
+  const auto likelier = [&](int32_t a, int32_t b) {
+    const float first = logits[size_t(a)], second = logits[size_t(b)];
+    return first > second || (first == second && a < b);
+  };
+  std::vector<int32_t> tokens;
+  float above = INFINITY;
+  for (const float bound : {0x1p-6f, 0x1p-10f, 0x1p-15f, 0x1p-24f, 0.0f}) {
+    tokens.clear();
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (weights[i] > bound && weights[i] <= above) tokens.push_back(int32_t(i));
+    }
+    std::ranges::sort(tokens, likelier);
+    for (const int32_t token : tokens) {
+      if (!take(token)) return;
+    }
+    above = bound;
   }
-};
+}
 
 }  // namespace
 
@@ -96,39 +119,32 @@ void adjust_logits(std::span<float> logits, const SamplingOptions& options, std:
 }
 
 Candidates candidates(std::span<const float> logits, const SamplingOptions& options) {
-  if (has_no_number(logits)) throw no_number();
-  const float top = *std::max_element(logits.begin(), logits.end());
-  if (!std::isfinite(top)) throw no_number();
+  const float top = largest(logits);
   Candidates found;
+  found.all = options.top_p == 1 && options.top_k == 0 && options.min_p == 0;
   found.weights.resize(logits.size());
-  const bool all = options.top_p == 1 && options.top_k == 0 && options.min_p == 0;
-  const auto weight = [&](size_t i, double temperature) { return std::exp((double(logits[i]) - top) / temperature); };
-  for (size_t i = 0; i < logits.size(); ++i) found.weights[i] = weight(i, all ? options.temperature : 1);
-  found.total = std::accumulate(found.weights.begin(), found.weights.end(), 0.0);
-  found.tokens.resize(logits.size());
-  std::iota(found.tokens.begin(), found.tokens.end(), 0);
-  if (all) return found;
+  found.sums.resize((logits.size() + kernels::kWeightsPerSum - 1) / kernels::kWeightsPerSum);
+  kernels::weigh_logits(logits.data(), logits.size(), top, found.all ? options.temperature : 1, found.weights.data(),
+                        found.sums.data());
+  found.total = std::accumulate(found.sums.begin(), found.sums.end(), 0.0);
+  if (found.all) return found;
 
-  // The most probable tokens, as many as each option allows: nucleus sampling (Holtzman et al. 2020), top-k, min-p (Nguyen
-  // et al. 2024). Probabilities are the model's own here; the temperature counts among those that are kept. A heap gives
-  // them one by one, for they are few; of equals the smaller id comes first.
-  const Below below{found.weights};
-  std::make_heap(found.tokens.begin(), found.tokens.end(), below);
+  // The most probable tokens, as many as each option allows: nucleus sampling (Holtzman et al. 2020), top-k, min-p
+  // (Nguyen et al. 2024). Probabilities are the model's own here; the temperature counts among those that are kept.
   const double wanted = options.top_p < 1 ? options.top_p * found.total : INFINITY;
-  const size_t most = options.top_k > 0 ? size_t(options.top_k) : found.tokens.size();
-  auto rest = found.tokens.end();
-  size_t taken = 0;
-  for (found.total = 0; taken < most && found.total < wanted && rest != found.tokens.begin(); ++taken) {
-    const double most_of_rest = found.weights[size_t(found.tokens.front())];
-    if (most_of_rest < double(options.min_p) || (most_of_rest == 0 && taken > 0)) break;
-    std::pop_heap(found.tokens.begin(), rest--, below);
-    found.total += most_of_rest;
-  }
-  found.tokens.erase(found.tokens.begin(), rest);
-  std::reverse(found.tokens.begin(), found.tokens.end());  // the most probable first
+  const size_t most = options.top_k > 0 ? size_t(options.top_k) : logits.size();
+  double taken = 0;
+  by_likelihood(logits, found.weights, [&](int32_t token) {
+    if (!found.tokens.empty() && found.weights[size_t(token)] < options.min_p) return false;
+    found.tokens.push_back(token);
+    taken += found.weights[size_t(token)];
+    return found.tokens.size() < most && taken < wanted;
+  });
   found.total = 0;
   for (const int32_t token : found.tokens) {
-    found.total += found.weights[size_t(token)] = weight(size_t(token), options.temperature);
+    float& weight = found.weights[size_t(token)];
+    weight = float(std::exp((double(logits[size_t(token)]) - top) / options.temperature));
+    found.total += weight;
   }
   return found;
 }
@@ -141,11 +157,26 @@ int32_t sample(std::span<const float> logits, const SamplingOptions& options, in
   }
   const Candidates found = candidates(logits, options);
   double remaining = uniform(options.seed, uint64_t(position)) * found.total;
+  int32_t last = 0;  // where rounding leaves something, the last token that can come
+  const auto drawn = [&](int32_t token) {
+    const double weight = found.weights[size_t(token)];
+    if (weight > 0) last = token;
+    return (remaining -= weight) < 0;
+  };
   for (const int32_t token : found.tokens) {
-    remaining -= found.weights[size_t(token)];
-    if (remaining < 0) return token;
+    if (drawn(token)) return token;
   }
-  return found.tokens.back();
+  for (size_t sum = 0; found.all && sum < found.sums.size(); ++sum) {
+    const size_t first = sum * kernels::kWeightsPerSum, end = std::min(logits.size(), first + kernels::kWeightsPerSum);
+    if (remaining >= found.sums[sum] && sum + 1 < found.sums.size()) {
+      remaining -= found.sums[sum];
+      continue;
+    }
+    for (size_t token = first; token < end; ++token) {
+      if (drawn(int32_t(token))) return int32_t(token);
+    }
+  }
+  return last;
 }
 
 TokenLogprobs logprobs_of(std::span<const float> logits, int32_t token, int top) {

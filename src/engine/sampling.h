@@ -18,8 +18,10 @@ void adjust_logits(std::span<float> logits, const SamplingOptions& options, std:
 
 /// Tokens that may come, and how probable each is compared with the likeliest one, which has 1.
 struct Candidates {
-  std::vector<int32_t> tokens;  ///< likeliest first, of equals the smaller id; by id where none is left out
-  std::vector<double> weights;  ///< by id
+  bool all = false;             ///< none is left out: then `tokens` is empty
+  std::vector<int32_t> tokens;  ///< likeliest first, of equals the smaller id
+  std::vector<float> weights;   ///< by id
+  std::vector<double> sums;     ///< of each kernels::kWeightsPerSum weights, where none is left out
   double total = 0;             ///< of the tokens' weights
 };
 /// Of a temperature above 0. kInternal when a logit is no number, or none is finite.
