@@ -470,7 +470,7 @@ TEST(KernelsLinear, SumsOf16BitActivationsAreTheSpecifiedOnesToTheBit) {
       const std::vector<float> x = random_rows(most, k, rng);
       std::vector<float> want(size_t(most) * n), y(size_t(most) * n);
       for (size_t i = 0; i < want.size(); ++i) want[i] = w.of_16_bits(x.data() + i / n * k, int(i % n), fused);
-      for (const int m : {1, 2, 5, 8, 9, 16, 33, most}) {
+      for (const int m : {1, 2, 3, 4, 5, 8, 9, 16, 33, most}) {
         linear(x.data(), m, *packed, nullptr, y.data());
         for (size_t i = 0; i < size_t(m) * n; ++i) {
           ASSERT_EQ(y[i], want[i]) << "M " << m << " row " << i / n << " column " << i % n;

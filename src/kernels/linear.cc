@@ -131,6 +131,7 @@ inline int rows_per_task(int rows, int threads) { return rows <= 16 ? rows : std
 #include "kernels/linear_f32-inl.h"
 #include "kernels/linear_int16-inl.h"
 #include "kernels/weight_formats-inl.h"
+#include "kernels/linear_bytes-inl.h"
 #include "kernels/linear_amx-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -256,6 +257,22 @@ void RunFew(ThreadPool& pool, const LinearCall& call, const PackedPart& part, co
   EachPanels<PanelsAtOnce(kRows)>(pool, part, run);
 }
 
+#if TORPOR_HAVE_VNNI
+// The same for at most kRows rows as bytes.
+template <int kRows>
+void RunBytes(ThreadPool& pool, const LinearCall& call, const PackedPart& part, const int32_t* x, int row, int rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return RunBytes<kRows - 1>(pool, call, part, x, row, rows);
+  }
+  auto run = [&]<int kPanels>(int panel, int ahead) HWY_ATTR {
+    HWY_ALIGN float sums[kPanels * kRows * kPanel];
+    ByteVector<kRows, kPanels>(part, part.panel(panel), part.panel(ahead), call.w->k, x, sums);
+    FinishPanels(call, part, panel, kPanels, kRows * kPanel, row, kRows, sums);
+  };
+  EachPanels<BytePanelsAtOnce(kRows)>(pool, part, run);
+}
+#endif
+
 // ---- Many rows ----
 
 // Panels [first, last) of a part for `rows` prepared rows, the first of which is row `row` of the call.
@@ -312,7 +329,7 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const int32_t* x, 
   }
 }
 
-#if TORPOR_HAVE_AMX
+#if TORPOR_HAVE_VNNI
 void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, int first, int last, int row, int rows) {
   LinearScratch& scratch = linear_scratch();
   auto* unpacked = reinterpret_cast<uint32_t*>(scratch.weights);
@@ -365,7 +382,11 @@ void Linear(const LinearCall& call) {
       const int rows = std::min(kBlockRows, call.m - row);
       const float* given = call.x + size_t(row) * call.w->k;
       if (call.w->activations == Activations::kInt16 && part.integers()) {
-#if TORPOR_HAVE_AMX
+#if TORPOR_HAVE_VNNI
+        if (meets_bytes(part, rows)) {
+          RunBytes<kByteRows>(pool, call, part, PrepareFewBytes(pool, part, call.w->k, given, rows), row, rows);
+          continue;
+        }
         if (rows > kTogether && amx_in_use()) {
           RunRows(pool, call, part, PrepareBytes(pool, part, call.w->k, given, rows), row, rows);
           continue;

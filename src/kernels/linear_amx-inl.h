@@ -10,16 +10,9 @@
 
 #include <hwy/highway.h>
 
-#include "kernels/weight_formats-inl.h"
+#include "kernels/linear_bytes-inl.h"
 
-#undef TORPOR_HAVE_AMX
-#if HWY_ARCH_X86_64 && HWY_TARGET <= HWY_AVX3_DL
-#define TORPOR_HAVE_AMX 1
-#else
-#define TORPOR_HAVE_AMX 0
-#endif
-
-#if TORPOR_HAVE_AMX
+#if TORPOR_HAVE_VNNI  // targets whose CPUs may have AMX
 HWY_BEFORE_NAMESPACE();
 namespace torpor::kernels {
 namespace HWY_NAMESPACE {
@@ -31,18 +24,14 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 // One row of a block. `out` is where the block begins.
 void QuantizeRowBytes(const PackedPart& part, int k, const float* HWY_RESTRICT x, uint8_t* HWY_RESTRICT out, int row) {
-  // Not TruncateTo: Highway 1.0.3's picks the wrong bytes on AVX3_DL.
-  const auto low_bytes = [](uint8_t* to, VU v) HWY_ATTR {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v.raw));
-  };
   for (int g = 0; g < k / part.group; ++g, x += part.group) {
     HWY_ALIGN int32_t rounded[kLargestGroup];
     const RoundedGroup of = RoundGroup(part.group, x, rounded);
     uint8_t *high = out + row * part.group, *low = high + kAmxRows * part.group;
     for (int i = 0; i < part.group; i += kLanes) {
       const VU v = hn::BitCast(DU(), hn::Load(DI(), rounded + i));
-      low_bytes(high + i, hn::ShiftRight<8>(v));
-      low_bytes(low + i, v);
+      StoreLowBytes(hn::ShiftRight<8>(v), high + i);
+      StoreLowBytes(v, low + i);
     }
     auto* scales = reinterpret_cast<float*>(out + 2 * kAmxRows * part.group);
     scales[row] = of.scale;
@@ -199,6 +188,6 @@ void AmxTile(int group, const uint8_t* x, const uint32_t* w, int groups, bool fi
 }  // namespace HWY_NAMESPACE
 }  // namespace torpor::kernels
 HWY_AFTER_NAMESPACE();
-#endif  // TORPOR_HAVE_AMX
+#endif  // TORPOR_HAVE_VNNI
 
 #endif  // per-target guard

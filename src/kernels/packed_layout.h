@@ -24,6 +24,7 @@
 /// the levels of a codebook (gguf_blocks.h).
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -104,6 +105,8 @@ struct PackedPart {
   }
   /// Whether a weight is an integer times its group's scale, plus a bias.
   bool integers() const { return group > 0 && type != Type::kMxfp8; }
+  /// What codes stand for, those of floats of 4 bits too.
+  Codebook codebook_of_codes() const { return type == Type::kAffine || type == Type::kMxfp8 ? codebook : Codebook::kE2m1; }
   /// The bits of an integer in the words that kernels read.
   int word_bits() const { return read_in_place() ? planes.low : 8; }
   /// Group `g` of a panel. Of two levels the scales are those of its block.
@@ -118,7 +121,7 @@ struct PackedPart {
     return panel + size_t(g) * group_bytes + (byte_scales > 0 ? byte_scales : 2 * kPanel * type_size(scale_type));
   }
   /// Of two levels.
-  int groups_of_block() const { return kTwoLevelColumns / group; }
+  int groups_of_block() const { return kTwoLevelColumns >> std::countr_zero(unsigned(group)); }
   struct IntegerPlanes {
     int high_bits, low_lines, high_lines;
   };

@@ -105,7 +105,7 @@ void TwoLevelScales(const PackedPart& part, const std::byte* block, int g, ptrdi
   const BlockShape& shape = *part.two_level;
   const auto planes = part.integer_planes();
   const std::byte* lines = block + kAlignment;
-  const int groups = part.groups_of_block(), of_block = g % groups;
+  const int groups = part.groups_of_block(), of_block = g & (groups - 1);
   if (of_block == 0) {
     for (int i = 0; i <= planes.low_lines + planes.high_lines; ++i) fetch(block + ahead + i * int(kAlignment));
   }
@@ -113,9 +113,10 @@ void TwoLevelScales(const PackedPart& part, const std::byte* block, int g, ptrdi
     const auto integer = [&](int i) HWY_ATTR {
       VU value = hn::And(hn::ShiftRightSame(LoadLine(lines + i / 8 * kAlignment, v), i % 8 * 4), hn::Set(DU(), 15));
       if (planes.high_bits != 0) {
-        const int per_line = 32 / planes.high_bits;
-        const std::byte* line = lines + size_t(planes.low_lines + i / per_line) * kAlignment;
-        const VU above = hn::ShiftRightSame(LoadLine(line, v), i % per_line * planes.high_bits);
+        const int per_line_bits = planes.high_bits == 2 ? 4 : 3;  // 16 or 8 in a line
+        const std::byte* line = lines + size_t(planes.low_lines + (i >> per_line_bits)) * kAlignment;
+        const int shift = (i & ((1 << per_line_bits) - 1)) * planes.high_bits;
+        const VU above = hn::ShiftRightSame(LoadLine(line, v), shift);
         value = hn::Or(value, hn::ShiftLeft<4>(hn::And(above, hn::Set(DU(), (1u << planes.high_bits) - 1))));
       }
       return hn::BitCast(DI(), value);
@@ -135,21 +136,30 @@ void TwoLevelScales(const PackedPart& part, const std::byte* block, int g, ptrdi
   }
 }
 
-// Group `g` of a panel.
-void GroupAsBytes(const PackedPart& part, const std::byte* panel, int g, ptrdiff_t ahead, uint32_t* lines, float* scales) {
-  const std::byte *group = part.scales(panel, g), *from = part.lines(panel, g);
+// The scales and biases of group `g` of a panel, [2][16].
+HWY_INLINE void GroupScales(const PackedPart& part, const std::byte* panel, int g, ptrdiff_t ahead,
+                            float* HWY_RESTRICT out) {
+  const std::byte* scales = part.scales(panel, g);
+  if (part.two_level != nullptr) return TwoLevelScales(part, scales, g, ahead, out);
   if (part.type != Type::kAffine) {
-    JoinPlanes<4, 0, true>(part, from, ahead, lines, codebook_levels(Codebook::kE2m1));
     for (int i = 0; i < kPanel; i += kLanes) {
-      const VF half = hn::Mul(ByteScales(part.type, group, i), hn::Set(DF(), 0.5f));
-      hn::Store(half, DF(), scales + i);
-      hn::Store(hn::Mul(half, hn::Set(DF(), -float(kE2m1Zero))), DF(), scales + kPanel + i);
+      const VF half = hn::Mul(ByteScales(part.type, scales, i), hn::Set(DF(), 0.5f));
+      hn::Store(half, DF(), out + i);
+      hn::Store(hn::Mul(half, hn::Set(DF(), -float(kE2m1Zero))), DF(), out + kPanel + i);
     }
     return;
   }
+  if (part.scale_type == Type::kF32) StoreScales<Type::kF32>(scales, out);
+  if (part.scale_type == Type::kF16) StoreScales<Type::kF16>(scales, out);
+  if (part.scale_type == Type::kBF16) StoreScales<Type::kBF16>(scales, out);
+}
+
+// Group `g` of a panel.
+void GroupAsBytes(const PackedPart& part, const std::byte* panel, int g, ptrdiff_t ahead, uint32_t* lines, float* scales) {
+  const std::byte* from = part.lines(panel, g);
   const auto [low, high] = part.planes;
-  if (part.codebook != Codebook::kNone) {
-    JoinPlanes<4, 0, true>(part, from, ahead, lines, codebook_levels(part.codebook));
+  if (const Codebook codebook = part.codebook_of_codes(); codebook != Codebook::kNone) {
+    JoinPlanes<4, 0, true>(part, from, ahead, lines, codebook_levels(codebook));
   } else if (low == 4 && high == 0) {
     JoinPlanes<4, 0>(part, from, ahead, lines);
   }
@@ -157,10 +167,7 @@ void GroupAsBytes(const PackedPart& part, const std::byte* panel, int g, ptrdiff
   if (low == 2 && high == 1) JoinPlanes<2, 1>(part, from, ahead, lines);
   if (low == 4 && high == 1) JoinPlanes<4, 1>(part, from, ahead, lines);
   if (low == 4 && high == 2) JoinPlanes<4, 2>(part, from, ahead, lines);
-  if (part.two_level != nullptr) return TwoLevelScales(part, group, g, ahead, scales);
-  if (part.scale_type == Type::kF32) StoreScales<Type::kF32>(group, scales);
-  if (part.scale_type == Type::kF16) StoreScales<Type::kF16>(group, scales);
-  if (part.scale_type == Type::kBF16) StoreScales<Type::kBF16>(group, scales);
+  GroupScales(part, panel, g, ahead, scales);
 }
 
 // ---- Columns [k0, k1) of a panel, of a format that is not read in place ----
