@@ -17,8 +17,6 @@ DEPLOY = ROOT / "deploy"
 TOOLS = ROOT / ".sdks" / "deploy"
 ENVOY = TOOLS / "python/envoy/_bin/envoy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-# Of the server that keeps agents in a bucket.
-BUCKET_OPTIONS = {"--remote", "--advertise"}
 
 needs_haproxy = pytest.mark.skipif(not shutil.which("haproxy"), reason="needs HAProxy (Debian: haproxy)")
 fleet = pytest.mark.skipif(not os.environ.get("TORPOR_FLEET"), reason="make fleet runs it")
@@ -65,7 +63,7 @@ def envoy_config(directory, port, workers):
 
 def test_every_option_and_variable_of_a_server_exists():
     known = subprocess.run([BIN, "serve", "--help"], capture_output=True, text=True, check=True).stdout
-    options = set(re.findall(r"--[a-z-]+", known)) | {"--store"} | BUCKET_OPTIONS
+    options = set(re.findall(r"--[a-z-]+", known)) | {"--store"}
     [server, _] = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
     assert server["args"][0] == "serve" and {word for word in server["args"] if word.startswith("--")} <= options
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
