@@ -7,21 +7,9 @@ import pytest
 
 import s3
 from conftest import ROOT
-from test_remote import SECRETS, hides, remote
+from test_remote import SECRETS, hides, proxy, remote, server  # noqa: F401: two of them are fixtures
 
 GOLDEN = ROOT / "tests" / "goldens" / "store-v3" / "store"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3.gofakes3() as server:
-        yield server
-
-
-@pytest.fixture
-def proxy(server):
-    with s3.Proxy(server.port) as proxy:
-        yield proxy
 
 
 @pytest.fixture

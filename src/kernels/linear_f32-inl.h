@@ -47,8 +47,8 @@ constexpr int VectorsAtOnce(int rows) { return std::min(kSumsOfOne, int(std::bit
 constexpr int PanelsAtOnce(int rows) { return std::max(1, VectorsAtOnce(rows) / kVectors); }
 constexpr int VectorsOfPanel(int rows) { return std::min(kVectors, VectorsAtOnce(rows)); }
 
-// Whether a part's rows, f32 or pairs, are few: each weight is unpacked into a register for every group of them. For many
-// it is unpacked once, into memory, which costs more than that where registers are many and their bits are masked fast.
+// Whether a part's rows, f32 or pairs, are few: each weight is unpacked into a register for every group of them. Of
+// many rows it is unpacked once, into memory. That costs more where registers are many and bits are masked fast.
 template <class X>
 bool few_rows(const PackedPart& part, int rows) {
   if (part.group == 0) return rows == 1;  // of floats
