@@ -19,6 +19,8 @@ from conftest import make_tiny_model
 READ = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"],
         "additionalProperties": False}
 
+LONG = {"max_tokens": 4000, "temperature": 0, "logit_bias": {"2": -100}}  # an answer without an end
+
 
 class Host:
     """uvicorn on a thread of its own, until the with block ends."""
@@ -125,8 +127,7 @@ def test_paths_queries_and_heads_arrive_as_they_were_sent(host):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_has_its_turn_taken_back(host, stream):
     connection = http.client.HTTPConnection("127.0.0.1", host.port)
-    body = {"model": "tiny", "messages": user("Go on."), "max_tokens": 4000, "stream": stream, "temperature": 0,
-            "logit_bias": {"2": -100}}
+    body = {"model": "tiny", "messages": user("Go on."), "stream": stream, **LONG}
     connection.request("POST", "/v1/chat/completions", json.dumps(body),
                        {"x-api-key": host.app.api_key, "x-torpor-agent": "gone"})
     if stream:
@@ -183,7 +184,7 @@ def test_the_end_of_a_hosts_life_takes_turns_back_and_saves_agents(tmp_path, tin
     with Host(app, timeout_graceful_shutdown=1) as host:
         host.http.post("/torpor/v1/agents", json={"agent": "ada", "prompt": "Hi.", "max_tokens": 4}).raise_for_status()
         connection = http.client.HTTPConnection("127.0.0.1", host.port)
-        connection.request("POST", "/torpor/v1/agents/ada/turn", json.dumps({"prompt": "Go on.", "max_tokens": 4000}))
+        connection.request("POST", "/torpor/v1/agents/ada/turn", json.dumps({"prompt": "Go on.", **LONG}))
         while not in_turn(host):
             pass
     connection.close()

@@ -13,6 +13,7 @@ from test_serve_agents import add_keys
 AGENTS, TEAMS = "/torpor/v1/agents", "/torpor/v1/teams"
 CREW = {"team": "crew", "coordinator": "eve", "system": "Be brief.",
         "members": [{"name": "ada", "role": "You doubt."}, {"name": "bob", "role": "You hope."}, {"name": "eve"}]}
+NO_END = {"logit_bias": {"2": -100}}  # of both models
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_each_turn_takes_a_place_of_the_queue_before_anything_begins(real, tmp_p
     with Server(real, tmp_path, "--queue", "2") as server:
         server.ask("POST", TEAMS, CREW)
         connection = server.connection()
-        long_turn = {"agent": "zoe", "prompt": "Tell me a very long story.", "max_tokens": 2000, "stream": True}
+        long_turn = {"agent": "zoe", "prompt": "Tell me a very long story.", "max_tokens": 2000, "stream": True, **NO_END}
         server.send(connection, "POST", AGENTS, long_turn).getresponse().readline()
         refused = step(server, "ask", message="Who?")
         assert refused.status == 429 and int(refused.headers["retry-after"]) > 0, refused.text
@@ -221,7 +222,7 @@ def test_a_step_that_waits_for_a_members_turn_is_over_when_its_client_goes(serve
     left = 'torpor_requests_total{route="/torpor/v1/teams/step",status="499"}'
     server.ask("POST", TEAMS, CREW)
     turn = server.connection()
-    story = {"agent": "crew.ada", "prompt": "Go on.", "max_tokens": 3000, "stream": True}
+    story = {"agent": "crew.ada", "prompt": "Go on.", "max_tokens": 3000, "stream": True, **NO_END}
     assert server.send(turn, "POST", AGENTS, story).getresponse().readline()
     asks = [server.send(server.connection(), "POST", f"{TEAMS}/crew/ask", {"message": "Who?"}) for _ in range(2)]
     answered = select.select([ask.sock for ask in asks], [], [])[0]  # 423: the other one holds the team, and waits
