@@ -567,7 +567,7 @@ TEST_F(EngineBatch, AgentsOfSeveralFormatsAreStepped) {
   expect_same_alone(alone, said);
 }
 
-TEST(PrefillPaceTest, AStepComputesATokenOfEveryAnswerAndAChunkOfTheFirstAndTheShortestPrompt) {
+TEST(PrefillPaceTest, AStepComputesATokenOfEveryAnswerAndAChunkOfTheFirstAndTheShortestPrompts) {
   PrefillPace pace(Backend::kKernels);
   pace.took(100, 0.25 * 100 / 288);  // 288 rows in the time that there is
   ASSERT_EQ(pace.rows(), 288);
@@ -581,9 +581,12 @@ TEST(PrefillPaceTest, AStepComputesATokenOfEveryAnswerAndAChunkOfTheFirstAndTheS
   EXPECT_EQ(pace.share(Rows{1000, 20, 800}), (Rows{268, 20, 0}));
   EXPECT_EQ(pace.share(Rows{100, 900, 800}), (Rows{100, 0, 188}));
   EXPECT_EQ(pace.share(Rows{1000, 1000}), (Rows{288, 0}));           // first come, first served
+  EXPECT_EQ(pace.share(Rows{40, 0, 30, 20, 50}), (Rows{40, 1, 30, 20, 50}));  // short ones that came together
+  EXPECT_EQ(pace.share(Rows{100, 90, 80, 70, 60}), (Rows{100, 90, 38, 0, 60}));
   // Those in the background are not read beside others, and answer all the same.
   EXPECT_EQ(pace.share(Rows{1000, 20, 0}, {}, 1), (Rows{287, 0, 1}));
   EXPECT_EQ(pace.share(Rows{0, 1000, 20}, {}, 1), (Rows{1, 267, 20}));
+  EXPECT_EQ(pace.share(Rows{20, 20, 20, 20}, {}, 2), (Rows{20, 20, 0, 0}));
   EXPECT_EQ(pace.share(Rows{-1, 1000}, {}, 1), (Rows{0, 288}));
   Rows many(300, 0);
   many.push_back(1000);

@@ -91,6 +91,12 @@ std::vector<int> PrefillPace::share(std::span<const int> left, std::span<const i
   const int passing = left[second] < left[first] ? std::min(left[second], chunk / 2) : 0;
   rows[first] = std::min(left[first], chunk - passing);
   rows[second] = std::min(left[second], chunk - rows[first]);
+  int spare = chunk - rows[first] - rows[second];
+  for (size_t i = 0; i < left.size(); ++i) {
+    if (left[i] <= 0 || i == first || i == second || (i >= background && first < background)) continue;
+    rows[i] = std::min(left[i], spare);
+    spare -= rows[i];
+  }
   return rows;
 }
 

@@ -66,7 +66,7 @@ class PrefillPace {
   /// What a step computes of each turn, given by rank (Scheduler::Step) with the tokens `left` of their prompts. One that decodes
   /// (0 left) gets a row, and one for each of its `guesses` (empty: none has any), one that waits for another's rows (-1) none. The
   /// first prompt and the one that has least left share what is left of rows(), kLeast at least. The shorter one gets up to half of
-  /// it, so it may pass; the first one never waits.
+  /// it, so it may pass; the first one never waits. What these two leave goes to the others by rank.
   /// From index `background` on no prompt is read beside one that comes before it.
   std::vector<int> share(std::span<const int> left, std::span<const int> guesses = {}, size_t background = SIZE_MAX) const;
 
