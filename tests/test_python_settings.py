@@ -48,6 +48,22 @@ def test_quantized_weights_meet_16_bits_unless_told_otherwise_where_the_cpu_has_
     assert activations(tiny, "tom") == "f32"
 
 
+def test_an_agent_that_wakes_on_another_kind_of_cpu_says_so_and_shares_no_rows_it_may_not(tiny, words):
+    def turn(agent, *options):
+        return tiny.run(agent, words(600), "--raw", *options, max_tokens=1).ok()
+
+    def reused(result):
+        return result.json["tokens"]["cached"]
+
+    turn("ada", "--cpu-target", "portable")
+    assert reused(turn("bob", "--cpu-target", "portable")) >= 512, "of the same kind they are shared"
+    assert reused(turn("eve")) == 0
+    assert reused(turn("kim")) >= 512
+    woken = tiny.run("ada", " on", "--raw", max_tokens=1).ok()
+    assert "computed as 'f32/kernels/l1'" in woken.err and woken.json["tokens"]["prefilled"] <= 3, woken.err
+    assert tiny("show", "ada", "--json").json["numerics"] == tiny("show", "eve", "--json").json["numerics"], "of new rows"
+
+
 def test_settings_that_can_not_be_are_told(tiny_model, tmp_path):
     for wrong, name in (({"backend": "cuda"}, "cuda"), ({"activations": "int4"}, "int4"), ({"cpu_target": "mmx"}, "mmx"),
                         ({"threads": 1000}, "1000"), ({"threads": -1}, "-1")):
