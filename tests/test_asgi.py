@@ -19,7 +19,8 @@ from conftest import make_tiny_model
 READ = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"],
         "additionalProperties": False}
 
-LONG = {"max_tokens": 4000, "temperature": 0, "logit_bias": {"2": -100}}  # an answer without an end
+# Of a chat: an answer that the context's end alone ends.
+LONG = {"max_tokens": 4000, "temperature": 0, "logit_bias": {"2": -100}}
 
 
 class Host:
@@ -182,9 +183,10 @@ def test_an_engine_is_served_beside_its_own_users_and_outlives_the_application(t
 def test_the_end_of_a_hosts_life_takes_turns_back_and_saves_agents(tmp_path, tiny_model):
     app = torpor.asgi.application(tiny_model, store=tmp_path / "store", authenticate=False, drain_timeout=0)
     with Host(app, timeout_graceful_shutdown=1) as host:
-        host.http.post("/torpor/v1/agents", json={"agent": "ada", "prompt": "Hi.", "max_tokens": 4}).raise_for_status()
+        said = host.http.post("/torpor/v1/agents", json={"agent": "ada", "prompt": "Hi.", "max_tokens": 4}).json()["text"]
         connection = http.client.HTTPConnection("127.0.0.1", host.port)
-        connection.request("POST", "/torpor/v1/agents/ada/turn", json.dumps({"prompt": "Go on.", **LONG}))
+        body = {"model": "tiny", "messages": [*user("Hi."), {"role": "assistant", "content": said}, *user("Go on.")], **LONG}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"x-torpor-agent": "ada"})
         while not in_turn(host):
             pass
     connection.close()

@@ -13,7 +13,6 @@ from test_serve_agents import add_keys
 AGENTS, TEAMS = "/torpor/v1/agents", "/torpor/v1/teams"
 CREW = {"team": "crew", "coordinator": "eve", "system": "Be brief.",
         "members": [{"name": "ada", "role": "You doubt."}, {"name": "bob", "role": "You hope."}, {"name": "eve"}]}
-NO_END = {"logit_bias": {"2": -100}}  # of both models
 
 
 @pytest.fixture
@@ -25,6 +24,16 @@ def server(tiny, tmp_path):
 
 def step(server, kind, team="crew", key=None, headers=None, max_tokens=6, **body):
     return server.ask("POST", f"{TEAMS}/{team}/{kind}", {"max_tokens": max_tokens, **body}, key=key, headers=headers)
+
+
+def begin_long_turn(server, agent):
+    """The connection of a turn that is answered, and that its client alone ends before the context is full."""
+    body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 2000, "stream": True, "temperature": 0,
+            "logit_bias": {"2": -100}}  # the end's token, of both models
+    connection = server.connection()
+    answer = server.send(connection, "POST", "/v1/chat/completions", body, headers={"x-torpor-agent": agent}).getresponse()
+    assert answer.status == 200 and answer.readline()
+    return connection
 
 
 def answers(answer):
@@ -106,9 +115,7 @@ def test_of_several_makers_of_one_name_one_wins(server):
 def test_each_turn_takes_a_place_of_the_queue_before_anything_begins(real, tmp_path):
     with Server(real, tmp_path, "--queue", "2") as server:
         server.ask("POST", TEAMS, CREW)
-        connection = server.connection()
-        long_turn = {"agent": "zoe", "prompt": "Tell me a very long story.", "max_tokens": 2000, "stream": True, **NO_END}
-        server.send(connection, "POST", AGENTS, long_turn).getresponse().readline()
+        connection = begin_long_turn(server, "zoe")
         refused = step(server, "ask", message="Who?")
         assert refused.status == 429 and int(refused.headers["retry-after"]) > 0, refused.text
         assert "step" not in server.ask("GET", f"{TEAMS}/crew").json()
@@ -221,9 +228,7 @@ def test_a_team_of_a_model_that_is_not_served_is_told_and_can_be_removed(tiny, t
 def test_a_step_that_waits_for_a_members_turn_is_over_when_its_client_goes(server):
     left = 'torpor_requests_total{route="/torpor/v1/teams/step",status="499"}'
     server.ask("POST", TEAMS, CREW)
-    turn = server.connection()
-    story = {"agent": "crew.ada", "prompt": "Go on.", "max_tokens": 3000, "stream": True, **NO_END}
-    assert server.send(turn, "POST", AGENTS, story).getresponse().readline()
+    turn = begin_long_turn(server, "crew.ada")
     asks = [server.send(server.connection(), "POST", f"{TEAMS}/crew/ask", {"message": "Who?"}) for _ in range(2)]
     answered = select.select([ask.sock for ask in asks], [], [])[0]  # 423: the other one holds the team, and waits
     assert len(answered) == 1
