@@ -116,6 +116,38 @@ def test_a_key_a_host_and_a_body_that_are_not_right_are_refused(host):
         assert (refused.status_code, refused.json()["error"]["type"]) == (413, "invalid_request_error")
 
 
+@pytest.mark.parametrize("ends", ["is given up", "fails"])
+def test_a_body_whose_request_ends_before_it_leaves_room_for_others(host, ends):
+    """All together have eight times as much room as one: the ninth would be refused."""
+    async def lost(app):
+        async def receive():
+            if begun.is_set():
+                if ends == "fails":
+                    raise OSError("the host has lost it")
+                await asyncio.Event().wait()
+            begun.set()
+            return {"type": "http.request", "body": b"x" * 100_000, "more_body": True}
+
+        async def send(message):
+            raise AssertionError(message)
+
+        begun = asyncio.Event()
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        request = asyncio.create_task(app(scope, receive, send))
+        await begun.wait()
+        if ends == "is given up":
+            request.cancel()
+        await asyncio.wait([request])
+        assert request.cancelled() or request.exception()
+
+    async def talk():
+        for _ in range(9):
+            await lost(host.app)
+
+    asyncio.run(talk())
+    assert host.http.post("/v1/chat/completions", content=b"{").status_code == 400
+
+
 def test_paths_queries_and_heads_arrive_as_they_were_sent(host):
     host.http.post("/torpor/v1/agents", json={"agent": "a.b", "prompt": "Hi.", "max_tokens": 1}).raise_for_status()
     assert host.http.get("/torpor/v1/agents/%61%2Eb").json()["agent"] == "a.b"

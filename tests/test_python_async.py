@@ -226,6 +226,25 @@ def test_tasks_that_share_a_stream_are_told_when_one_of_them_was_cancelled(alone
     alone(main)
 
 
+def test_tasks_that_open_an_engine_at_a_time_load_it_once_and_one_that_is_cancelled_leaves_it_to_the_others(
+        tiny_model, tmp_path, monkeypatch):
+    made = []
+
+    async def main():
+        engine = torpor.AsyncEngine(tiny_model, tmp_path / "store")
+        make = engine._make
+        monkeypatch.setattr(engine, "_make", lambda: made.append(make()) or made[-1])
+        tasks = [asyncio.create_task(engine.open()) for _ in range(3)]
+        await asyncio.sleep(0)  # all have begun
+        tasks[0].cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(ended[0], asyncio.CancelledError) and ended[1:] == [engine, engine]
+        assert [engine.engine] == made
+        await engine.close()
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_is_not_open_or_is_closed_says_so(tiny_model, tmp_path):
     async def main():
         engine = torpor.AsyncEngine(tiny_model, tmp_path / "store")

@@ -104,19 +104,16 @@ class Application:
                 return
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._closed:
-            raise InvalidArgumentError(_CLOSED)
         body = bytearray()
-        refused: int | None = 0
         try:
-            async with asyncio.timeout(_BODY_SECONDS):
-                refused = await self._read(scope, receive, body)
-        except TimeoutError:
-            refused = 408
-        try:
+            try:
+                async with asyncio.timeout(_BODY_SECONDS):
+                    refused = await self._read(scope, receive, body)
+            except TimeoutError:
+                refused = 408
             if refused is not None:
                 await self._handle(scope, receive, send, b"" if refused else bytes(body), refused)
-        finally:
+        finally:  # also of a request that the host gives up
             self._held -= len(body)
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> int | None:
@@ -139,6 +136,8 @@ class Application:
                 return 0
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send, body: bytes, refused: int) -> None:
+        if self._closed:  # perhaps while the body came
+            raise InvalidArgumentError(_CLOSED)
         loop = asyncio.get_running_loop()
         exchange = _core.Exchange(scope["method"], _path(scope), scope.get("query_string", b""), list(scope["headers"]),
                                   body, _peer(scope), refused)

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ class AsyncEngine:
         """The arguments are Engine's. Loads nothing yet: `async with` or `open` does."""
         self._make = functools.partial(Engine, *args, **options)
         self._engine: Engine | None = None
+        self._loading = threading.Lock()
         # Calls wait for turns, and those for their readers: with fewer threads than calls, all could wait for all.
         self._pool = ThreadPoolExecutor(1024, "torpor")
 
@@ -56,9 +58,13 @@ class AsyncEngine:
 
     async def open(self) -> Self:
         """Loads the model, unless it is loaded. Raises what Engine raises."""
-        if self._engine is None:
-            self._engine = await self._call(self._make)
+        await self._call(self._load)
         return self
+
+    def _load(self) -> None:
+        with self._loading:  # one of those that open it at a time
+            if self._engine is None:
+                self._engine = self._make()
 
     async def close(self) -> None:
         """As Engine.close."""

@@ -24,8 +24,8 @@ from .errors import InvalidArgumentError, IoError
 AGENT_HEADER = "x-torpor-agent"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _HELD = 0.7  # of a replica's memory budget: the share that agents who may not sleep should hold at most
-_OF_APPLICATION = ("authenticate", "api_key_file", "allow_hosts", "share_prefixes", "queue", "max_body",
-                   "drain_timeout", "session_ttl")
+_OF_APPLICATION = ("aliases", "authenticate", "api_key_file", "allow_hosts", "share_prefixes", "queue", "max_body",
+                   "drain_timeout", "idle_unload", "session_ttl")
 
 
 class Worker:
