@@ -19,6 +19,8 @@ reading, segments shared beyond one prefix of each session, a sweep's requests.
 
 import argparse
 import json
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -125,6 +127,19 @@ def table(report):
           f"asked again {agents['retried']}")
 
 
+def add_event(fleet, event):
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?):(?:(join)|(drain|kill):(\d+))", event)
+    if not parts:
+        raise ValueError(f"'{event}' is no event; write SECONDS:join, SECONDS:drain:W or SECONDS:kill:W")
+    at, joins, leaves, worker = parts.groups()
+    if joins:
+        fleet.later(float(at), fleet.join)
+    elif int(worker) >= len(fleet.workers):
+        raise ValueError(f"there is no worker {worker} to {leaves}; they are 0 to {len(fleet.workers) - 1} at first")
+    else:
+        fleet.later(float(at), {"drain": fleet.drain, "kill": fleet.kill}[leaves], int(worker))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", help="a directory, a .jsonl or a .csv file; else sessions are made up")
@@ -141,6 +156,8 @@ def main():
     arguments = parser.parse_args()
     try:
         settings, sources = load_settings(arguments.settings, arguments.set)
+        if not 0 < arguments.hours < math.inf:
+            raise ValueError(f"--hours {arguments.hours} is no time; give a number above 0")
         sessions = fleet_trace.read(arguments.trace) if arguments.trace else fleet_trace.generate(
             fleet_trace.SHAPES[arguments.shape], arguments.agents, arguments.hours * 3600, arguments.seed)
         if arguments.scale != 1:
@@ -150,10 +167,10 @@ def main():
             return
         fleet = fleet_model.Fleet(sessions, settings)
         for event in arguments.event:
-            at, kind, *worker = event.split(":")
-            action = {"join": fleet.join, "drain": fleet.drain, "kill": fleet.kill}[kind]
-            fleet.later(float(at), action, *map(int, worker))
+            add_event(fleet, event)
         result = report(fleet.run())
+        if not result["turns"]:
+            raise ValueError("there is no turn to simulate; name a trace that has some, or more --agents")
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"fleet_sim: {error}")
     result["settings"] = {name: {"value": value, "source": sources[name]} for name, value in vars(settings).items()}

@@ -224,6 +224,9 @@ def test_the_program_says_that_it_is_a_simulation_and_where_its_figures_are_from
     for args, words in [(("--set", "worker=2"), "no setting 'worker'"), (("--set", "workers"), "NAME=VALUE"),
                         (("--set", "memory_bytes=1e6"), "more than a worker's memory"),
                         (("--trace", tmp_path / "x"), "x"), (("--set", "workers=0"), "no worker is left"),
-                        (("--set", "get_latency_s=-1"), "-1")]:
+                        (("--set", "get_latency_s=-1"), "-1"), (("--agents", 0), "no turn"),
+                        (("--hours", "nan"), "nan"),
+                        (("--event", "1:kill"), "no event"), (("--event", "1:join:3"), "no event"),
+                        (("--event", "1:kill:99"), "no worker 99")]:
         failed = run(*args)
         assert failed.returncode == 1 and failed.stderr.startswith("fleet_sim: ") and words in failed.stderr
