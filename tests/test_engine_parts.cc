@@ -126,6 +126,27 @@ TEST(Sampler, KeepsAndDrawsOfALargeVocabularyWhatTheSoftmaxSays) {
   }
 }
 
+// So tokens that can't come never do, and no piece of the vocabulary is passed over.
+TEST(Sampler, ADrawIsTheTokenWhereTheSumOfTheSoftmaxPassesTheRandomNumber) {
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal(0, 3);
+  std::vector<float> logits(50'001);
+  for (float& logit : logits) logit = random() % 3 == 0 ? -INFINITY : normal(random);
+  const float top = *std::ranges::max_element(logits);
+  const SamplingOptions options{.temperature = 0.8f, .seed = 11};
+  std::vector<double> before{0};
+  for (const float logit : logits) before.push_back(before.back() + std::exp((double(logit) - top) / 0.8));
+  const std::vector<float> equal(1 << 20, 0.0f);
+  for (int position = 0; position < 40; ++position) {
+    // Of equal tokens it is the one that is so far among them.
+    const double number = double(sample(equal, options, position)) / double(equal.size());
+    const auto token = size_t(sample(logits, options, position));
+    EXPECT_GT(logits[token], -INFINITY);
+    EXPECT_LE(before[token] / before.back(), number + 1e-5) << position;
+    EXPECT_GE(before[token + 1] / before.back(), number - 1e-5) << position;
+  }
+}
+
 // Against mlx-lm (scripts/make-goldens-sampling).
 TEST(Sampler, ChangesLogitsAndKeepsTokensAsMlxLmDoes) {
   std::ifstream file(TORPOR_SOURCE_DIR "/tests/goldens/sampling.json");

@@ -1,4 +1,4 @@
-// RMSNorm, argmax and the embedding lookup against plain loops.
+// RMSNorm, argmax, the weights of logits and the embedding lookup against plain loops.
 
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,10 @@
 
 #include <gtest/gtest.h>
 
+#include "guarded_memory.h"
 #include "kernels/compute.h"
+#include "kernels/thread_pool.h"
+#include "kernels/weigh_logits.h"
 #include "torpor/error.h"
 
 namespace torpor::kernels {
@@ -63,6 +66,44 @@ TEST(KernelsElementwise, Argmax) {
       }
     }
   }
+}
+
+// Of lengths that no vector divides, in memory that ends with them.
+TEST(KernelsElementwise, LogitsAreWeighedAsTheSoftmaxSaysWithEveryTarget) {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal(0, 3);
+  const int threads = ThreadPool::shared().size();
+  for (const size_t n : {1, 2, 3, 7, 15, 16, 17, 33, 257, 4095, 4096, 4097, 50'001}) {
+    SCOPED_TRACE(n);
+    std::vector<float> source(n);
+    for (float& logit : source) logit = random() % 7 == 0 ? -INFINITY : normal(random);
+    source[n / 2] = 20;
+    testing::Guarded<float> logits(source), weights(n);
+    const size_t pieces = (n + kWeightsPerSum - 1) / kWeightsPerSum;
+    testing::Guarded<double> sums(pieces);
+    for (const double temperature : {1e-40, 0.3, 1.0, 50.0}) {
+      ThreadPool::resize_shared(1);
+      weigh_logits(logits.data(), n, 20, temperature, weights.data(), sums.data());
+      std::vector<double> want(pieces);
+      for (size_t i = 0; i < n; ++i) {
+        const double weight = weights.data()[i], exact = std::exp((double(source[i]) - 20) / temperature);
+        want[i / kWeightsPerSum] += weight;
+        ASSERT_NEAR(weight, exact, 1e-5 * exact + 1e-37) << i;
+        if (source[i] == -INFINITY) {
+          ASSERT_EQ(weight, 0) << i;
+        }
+      }
+      EXPECT_EQ(weights.data()[n / 2], 1);
+      for (size_t i = 0; i < pieces; ++i) ASSERT_NEAR(sums.data()[i], want[i], 1e-6 * want[i]) << i;
+      std::vector<float> again(n);
+      std::vector<double> sums_again(pieces);
+      ThreadPool::resize_shared(3);
+      weigh_logits(source.data(), n, 20, temperature, again.data(), sums_again.data());
+      ASSERT_EQ(std::memcmp(again.data(), weights.data(), n * sizeof(float)), 0);
+      ASSERT_EQ(std::memcmp(sums_again.data(), sums.data(), pieces * sizeof(double)), 0);
+    }
+  }
+  ThreadPool::resize_shared(threads);
 }
 
 TEST(KernelsElementwise, Embedding) {

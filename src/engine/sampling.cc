@@ -42,11 +42,11 @@ void require(bool right, const char* sentence) {
   if (!right) throw Error(ErrorCode::kInvalidArgument, sentence);
 }
 
-/// The largest logit.
-float largest(std::span<const float> logits) {
+/// The token with the largest logit.
+int32_t likeliest(std::span<const float> logits) {
   const int at = kernels::argmax(logits.data(), int(logits.size()));
   if (at < 0) throw no_number();
-  return logits[size_t(at)];
+  return at;
 }
 
 /// Gives `take` tokens whose weight is above 0, the likeliest first, of equals the smaller id, until it returns false.
@@ -119,8 +119,9 @@ void adjust_logits(std::span<float> logits, const SamplingOptions& options, std:
 }
 
 Candidates candidates(std::span<const float> logits, const SamplingOptions& options) {
-  const float top = largest(logits);
   Candidates found;
+  found.top = likeliest(logits);
+  const float top = logits[size_t(found.top)];
   found.all = options.top_p == 1 && options.top_k == 0 && options.min_p == 0;
   found.weights.resize(logits.size());
   found.sums.resize((logits.size() + kernels::kWeightsPerSum - 1) / kernels::kWeightsPerSum);
@@ -150,14 +151,10 @@ Candidates candidates(std::span<const float> logits, const SamplingOptions& opti
 }
 
 int32_t sample(std::span<const float> logits, const SamplingOptions& options, int position) {
-  if (options.temperature == 0) {
-    const int32_t token = kernels::argmax(logits.data(), int(logits.size()));
-    if (token < 0) throw no_number();
-    return token;
-  }
+  if (options.temperature == 0) return likeliest(logits);
   const Candidates found = candidates(logits, options);
   double remaining = uniform(options.seed, uint64_t(position)) * found.total;
-  int32_t last = 0;  // where rounding leaves something, the last token that can come
+  int32_t last = found.top;  // where rounding leaves something, the last token that can come
   const auto drawn = [&](int32_t token) {
     const double weight = found.weights[size_t(token)];
     if (weight > 0) last = token;

@@ -18,6 +18,7 @@ void adjust_logits(std::span<float> logits, const SamplingOptions& options, std:
 
 /// Tokens that may come, and how probable each is compared with the likeliest one, which has 1.
 struct Candidates {
+  int32_t top = 0;              ///< the likeliest, of equals the smallest id
   bool all = false;             ///< none is left out: then `tokens` is empty
   std::vector<int32_t> tokens;  ///< likeliest first, of equals the smaller id
   std::vector<float> weights;   ///< by id

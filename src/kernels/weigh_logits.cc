@@ -27,11 +27,14 @@ double WeighLogits(const float* HWY_RESTRICT logits, size_t n, float top, float 
     hn::StoreU(weight, d, to);
     return weight;
   };
-  auto sum = hn::Zero(d);
+  double total = 0;
   size_t i = 0;
-  for (; i + lanes <= n; i += lanes) sum = hn::Add(sum, weigh(logits + i, weights + i));
-  double total = double(hn::GetLane(hn::SumOfLanes(d, sum)));
-  float last[16] = {}, last_weights[16];
+  while (i + lanes <= n) {
+    auto sum = hn::Zero(d);  // of so few that narrow vectors, too, round little
+    for (int j = 0; j < 16 && i + lanes <= n; ++j, i += lanes) sum = hn::Add(sum, weigh(logits + i, weights + i));
+    total += double(hn::GetLane(hn::SumOfLanes(d, sum)));
+  }
+  float last[16] = {}, last_weights[16] = {};
   std::copy(logits + i, logits + n, last);
   if (i < n) weigh(last, last_weights);
   for (size_t j = 0; i < n; ++i, ++j) total += double(weights[i] = last_weights[j]);

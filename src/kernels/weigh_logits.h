@@ -8,9 +8,9 @@ namespace torpor::kernels {
 /// Weights that one sum is of.
 inline constexpr size_t kWeightsPerSum = 4096;
 
-/// weights [n] = exp((logits - top) / temperature), within 1e-5 relative and 0 below 1e-37; sums [n / kWeightsPerSum,
-/// rounded up], each of the weights in its place. `top` is the largest logit, the temperature above 0. The bits depend
-/// on the CPU target, not on threads.
+/// weights [n] = exp((logits - top) / temperature), within 1e-5 relative or 1e-37: 1 of `top`, the largest logit, and 0
+/// of -infinity. sums [n / kWeightsPerSum, rounded up] are of the weights in their places, within 1e-6 relative. The
+/// temperature is above 0. The bits depend on the CPU target, not on threads.
 void weigh_logits(const float* logits, size_t n, float top, double temperature, float* weights, double* sums);
 
 }  // namespace torpor::kernels
