@@ -302,7 +302,7 @@ std::vector<float> run_in_chunks(ThreadPool& pool, const Model& model, const std
   return out;
 }
 
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 

@@ -12,6 +12,7 @@
 
 #include "base/gguf.h"
 #include "base/gguf_ends.h"
+#include "guarded_memory.h"
 #include "kernels/compute.h"
 #include "kernels/gguf_blocks.h"
 #include "kernels/packed_linear.h"
@@ -284,6 +285,28 @@ TEST(Gguf, BlocksArePackedExactlyAndMultiplyAsTheSameWeightInBytes) {
       for (const int m : {1, 2, 3, 4, 8, kRows}) {
         ASSERT_EQ(product(*packed, m, x), product(*plain, m, x)) << m << " rows";
       }
+    }
+  }
+}
+
+TEST(Gguf, BlocksAtTheEndOfAMappedFileAreReadNoFurther) {
+  const GgufModel model = GgufModel::open(kBlocks);
+  std::mt19937 rng(8);
+  constexpr int kN = 3, kK = 512;
+  GuardedWeights memory;
+  for (const GgufTensor& tensor : model.metadata().tensors()) {
+    if (tensor.type->columns == 1) continue;
+    SCOPED_TRACE(tensor.name);
+    const BlockWeight w(tensor, kN, kK, rng);
+    Guarded<std::byte> blocks(w.blocks);
+    WeightSource source = w.source;
+    source.weight = blocks.data();
+    std::vector<float> row(kK);
+    for (const Activations activations : {Activations::kF32, Activations::kInt16}) {
+      const auto packed = PackedLinear::pack({source}, activations, memory);
+      packed->dequantize_row(kN - 1, row.data());
+      for (int c = 0; c < kK; ++c) ASSERT_EQ(row[size_t(c)], w.values[size_t((kN - 1) * kK + c)]) << c;
+      for (const int m : {1, 4, 8, 9}) product(*packed, m, std::vector<float>(size_t(m * kK), 1.0f));
     }
   }
 }
