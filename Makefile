@@ -1,8 +1,8 @@
-# make demo | serve-demo | test | build: each does everything it needs on a fresh clone, set-up included.
+# make demo | serve-demo | test | build | docs: each does everything it needs on a fresh clone, set-up included.
 BUILD   ?= build
 PYTHON  := .venv/bin/python
 
-.PHONY: all setup build model models test wheel packages demo serve-demo dashboard
+.PHONY: all setup build model models test wheel packages docs demo serve-demo dashboard
 .PHONY: soak load clients fleet ray libcxx fuzz goldens prove clean
 all: build
 
@@ -38,6 +38,13 @@ wheel: build model
 # A wheel that other machines take, a tarball and a Debian package of the command line, in build/packages, each tested.
 packages: build model
 	scripts/make-packages $(BUILD)
+
+# The documentation as a site, build/site/index.html: what the program says of itself is written anew into docs/commands.md
+# and docs/routes.md first. The same mkdocs.yml is read by Zensical (`.sdks/docs/bin/zensical build --strict`).
+docs: build model
+	scripts/fetch-sdks docs
+	.venv/bin/python scripts/make_reference.py $(BUILD)/torpor
+	.sdks/docs/bin/mkdocs build --strict --quiet --site-dir $(BUILD)/site
 
 # The demo needs no server, so a fresh clone builds none for it; `make build` adds it.
 demo: setup model

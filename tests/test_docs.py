@@ -7,7 +7,9 @@ import pytest
 
 from conftest import BIN, ROOT
 
-DOCS = [path for path in [ROOT / "README.md", ROOT / "HACKING.md", *sorted((ROOT / "docs").glob("*.md"))] if path.exists()]
+WRITTEN = {ROOT / "docs" / name for name in ("commands.md", "routes.md")}  # by the program: tests/test_site.py
+DOCS = [path for path in [ROOT / "README.md", ROOT / "HACKING.md", ROOT / "CONTRIBUTING.md",
+                          *sorted((ROOT / "docs").rglob("*.md"))] if path not in WRITTEN]
 
 
 def code(text):
@@ -55,3 +57,13 @@ def test_every_test_that_the_table_of_others_faults_names_exists():
             source = (ROOT / "tests" / (file if file.endswith(".py") else file + ".cc")).read_text()
             for name in re.findall(r"\b(?:test_\w+|[A-Z]\w+[a-z][A-Z]\w*)", names):
                 assert name in source, f"{file} has no {name}"
+
+
+def test_every_test_that_the_table_of_promises_names_exists():
+    rows = [line.strip("|").split("|") for line in (ROOT / "docs/promises.md").read_text().splitlines() if line.startswith("| **")]
+    assert len(rows) >= 10
+    for promise, _, tests in rows:
+        files = re.findall(r"`(test_\w+(?:\.py)?)`", tests)
+        assert files, promise
+        for file in files:
+            assert (ROOT / "tests" / (file if file.endswith(".py") else file + ".cc")).exists(), f"{promise} names {file}"

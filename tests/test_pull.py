@@ -25,9 +25,10 @@ def git_digest(data):
 
 
 class Hub:
-    """A repository, `org/tiny`. `requests` has (path, token, range) of each."""
+    """A repository. `requests` has (path, token, range) of each."""
 
-    def __init__(self, files):
+    def __init__(self, files, name="org/tiny"):
+        self.name = name
         self.files, self.requests, self.cut, self.wrong, self.token, self.ranges = files, [], {}, set(), "", True
         hub = self
 
@@ -57,9 +58,9 @@ class Hub:
         self.requests.append((request.path, token, span))
         if self.token and not request.path.startswith("/cdn/") and token != f"Bearer {self.token}":
             return self.send(request, 401, b"")
-        if request.path in [f"/api/models/org/tiny/revision/{name}?blobs=true" for name in ("main", "v1")]:
+        if request.path in [f"/api/models/{self.name}/revision/{revision}?blobs=true" for revision in ("main", "v1")]:
             return self.send(request, 200, json.dumps(self.describe()).encode())
-        if match := re.fullmatch(f"/org/tiny/resolve/{COMMIT}/(.+)", request.path):
+        if match := re.fullmatch(f"/{self.name}/resolve/{COMMIT}/(.+)", request.path):
             name = match[1]
             if self.large(name):  # as the hub does: to another host
                 place = f"http://localhost:{self.server.server_port}/cdn/{name}?key=s3cret"

@@ -1,0 +1,152 @@
+"""The pages of the documentation that the program itself writes: docs/commands.md, of what every command's --help says,
+and docs/routes.md, of the OpenAPI description that a server answers with.
+
+    .venv/bin/python scripts/make_reference.py [--check] [build/torpor]
+
+--check writes nothing, and fails when a page is stale.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MADE = "Written by `scripts/make_reference.py`; `make docs` writes it anew."
+
+
+def help_of(program, *command):
+    """Without the exit codes, which end each command's help and stand once on the page."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("TORPOR_")}
+    text = subprocess.run([program, *command, "--help"], capture_output=True, text=True, check=True, env=clean).stdout
+    return text.partition("\nExit codes:")[0].rstrip()
+
+
+def wrapped(text):
+    """Lines of at most 120 columns; what goes on stands where CLI11 begins an option's meaning."""
+    return "\n".join(part for line in text.splitlines() for part in textwrap.wrap(
+        line, 120, subsequent_indent=" " * 30, drop_whitespace=True, replace_whitespace=False,
+        break_on_hyphens=False, break_long_words=False) or [""])
+
+
+def subcommands(text):
+    listed = re.search(r"^Subcommands:\n((?: .*\n?)+)", text, re.M)
+    return re.findall(r"^  (\S+)", listed[1], re.M) if listed else []
+
+
+def commands_page(program):
+    page = ["# Every command and option", "",
+            f"What `torpor --help` and `torpor COMMAND --help` say. {MADE}",
+            "[cli.md](cli.md) says what commands do, and has their JSON and exit codes.", ""]
+
+    def add(*command):
+        text = help_of(program, *command)
+        page.extend([f"## torpor {' '.join(command)}" if command else "## torpor", "", "```text", wrapped(text), "```", ""])
+        for name in subcommands(text):
+            add(*command, name)
+
+    add()
+    return "\n".join(page)
+
+
+def kind(schema):
+    """A schema in a few words."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    for several in ("anyOf", "oneOf"):
+        if several in schema:
+            return " or ".join(kind(one) for one in schema[several])
+    if "enum" in schema:
+        return " or ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    types = schema.get("type", "any value")
+    words = types if isinstance(types, str) else " or ".join(types)
+    return f"{words} of {kind(schema['items'])}" if types == "array" and schema.get("items") else words
+
+
+def members(schema):
+    """A table of an object's members, or nothing."""
+    if not schema.get("properties"):
+        return []
+    required = schema.get("required", [])
+    rows = ["| member | type | |", "|---|---|---|"]
+    for name, member in schema["properties"].items():
+        meaning = member.get("description", "").replace("|", "/")
+        said = " ".join(filter(None, ["Required." if name in required else "", meaning]))
+        rows.append(f"| `{name}` | {kind(member)} | {said} |")
+    return [*rows, ""]
+
+
+def routes_page(description):
+    page = ["# Every route of the server", "",
+            f"What `/torpor/v1/openapi.json` says, OpenAPI {description['openapi']}. {MADE}",
+            "[server.md](server.md) says how to use them, [dialects.md](dialects.md) what each dialect serves.", ""]
+    titles = {"openai": "OpenAI's", "anthropic": "Anthropic's", "ollama": "Ollama's", "torpor": "Torpor's own",
+              "server": "The server's"}
+    operations = [(path, method, operation) for path, methods in description["paths"].items()
+                  for method, operation in methods.items()]
+    assert {tag for _, _, operation in operations for tag in operation["tags"]} == set(titles)
+    for tag, title in titles.items():
+        page.extend([f"## {title}", ""])
+        for path, method, operation in operations:
+            if tag not in operation["tags"]:
+                continue
+            page.extend([f"### {method.upper()} {path}", "", operation["summary"], ""])
+            if body := operation.get("requestBody"):
+                schema = body["content"]["application/json"]["schema"]
+                page.extend([f"Body: {kind(schema)}.", ""] if "$ref" in schema else members(schema))
+            for status, response in operation["responses"].items():
+                if "$ref" in response:  # errors: the same for each route of a dialect
+                    response = description["components"]["responses"][response["$ref"].rpartition("/")[2]]
+                content = {media: kind(entry.get("schema", {"type": "no schema"}))
+                           for media, entry in response.get("content", {}).items()}
+                answers = ", ".join(f"`{media}`" + ("" if what == "no schema" else f" ({what})")
+                                    for media, what in content.items())
+                page.append(f"- {'any other status' if status == 'default' else status}: {answers or 'no body'}")
+            page.append("")
+    page.extend(["## Schemas", ""])
+    for name, schema in description["components"]["schemas"].items():
+        page.extend([f"### {name}", "", *([schema["description"], ""] if "description" in schema else []),
+                     *(members(schema) or [f"{kind(schema)}", ""])])
+    return "\n".join(page)
+
+
+def described(program):
+    """The OpenAPI description, of a server that is started for it."""
+    with tempfile.TemporaryDirectory() as directory:
+        server = subprocess.Popen([program, "serve", "--model", ROOT / ".models" / "smollm2-135m", "--port", "0", "--no-auth",
+                                   "--store", directory, "--log", os.devnull], stdout=subprocess.PIPE, text=True)
+        try:
+            address = next(found[0] for line in server.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            return json.load(urllib.request.urlopen(f"{address}/torpor/v1/openapi.json", timeout=60))
+        finally:
+            server.terminate()
+            server.communicate()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("program", nargs="?", default=ROOT / "build" / "torpor")
+    options = parser.parse_args()
+    stale = []
+    for name, text in {"commands.md": commands_page(options.program), "routes.md": routes_page(described(options.program))}.items():
+        path = ROOT / "docs" / name
+        if not path.exists() or path.read_text() != text:
+            stale.append(f"docs/{name}")
+            if not options.check:
+                path.write_text(text)
+    if options.check and stale:
+        sys.exit(f"{' and '.join(stale)}: not what this program says; run `make docs` and commit")
+
+
+if __name__ == "__main__":
+    main()

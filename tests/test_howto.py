@@ -1,0 +1,177 @@
+"""The tutorial and the how-to pages, as their reader would do them: every block of a page, in its order, in one shell, with
+an empty home and no network. Models are tests' models under the names that the pages have."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import BIN, BUILD, ROOT
+from test_pull import Hub
+
+DOCS = ROOT / "docs"
+
+# A coding agent that knows no more than what `torpor launch` has set: one turn, or with --continue the next one.
+CLIENT = """#!{python}
+import os, sys, json, pathlib, anthropic
+history = pathlib.Path(os.environ["HOME"], "client.json")
+said = json.loads(history.read_text()) if "--continue" in sys.argv else []
+said.append({{"role": "user", "content": sys.argv[sys.argv.index("-p") + 1]}})
+answer = anthropic.Anthropic().messages.create(
+    model=os.environ["ANTHROPIC_MODEL"], max_tokens=8, messages=said, system="You read files. " * 20,
+    extra_headers={{"X-Claude-Code-Session-Id": "5d6b"}})
+text = "".join(block.text for block in answer.content if block.type == "text")
+said.append({{"role": "assistant", "content": text}})
+history.write_text(json.dumps(said))
+print("client:", json.dumps([answer.usage.input_tokens, answer.usage.cache_read_input_tokens or 0]))
+"""
+
+
+class Reader:
+    """A new user in an empty home, in a directory that looks like a checkout that was built."""
+
+    def __init__(self, directory, tiny_model):
+        self.home, self.cwd, tools = directory / "home", directory / "checkout", directory / "tools"
+        for path in (self.home, self.cwd / ".models", tools):
+            path.mkdir(parents=True)
+        (self.cwd / "build").symlink_to(BUILD)
+        (self.cwd / "examples").symlink_to(ROOT / "examples")
+        (self.cwd / ".models" / "smollm2-135m").symlink_to(tiny_model)
+        (tools / "torpor").symlink_to(BIN)
+        kept = {name: value for name, value in os.environ.items()
+                if not re.match("TORPOR|HF_|HUGGING|XDG_|OLLAMA|ANTHROPIC|OPENAI|PYTHON", name)}
+        self.env = {**kept, "HOME": str(self.home), "PYTHONPATH": str(BUILD / "python"), "NO_PROXY": "127.0.0.1,localhost",
+                    "HTTPS_PROXY": "http://127.0.0.1:9", "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        self.tools, self.hub, self.files = tools, None, {path.name: path.read_bytes() for path in tiny_model.iterdir()}
+
+    def installs(self, name, text):
+        (self.tools / name).write_text(text)
+        (self.tools / name).chmod(0o755)
+
+    def serves(self, name):
+        """The Hugging Face Hub has one model, by this name."""
+        self.hub = Hub(self.files, name)
+        self.env["HF_ENDPOINT"] = self.hub.url
+
+    def follows(self, page, notes=0, **others):
+        """What the page's blocks print. `others` stand in the place of words of the page; Torpor says so many notes."""
+        text = (DOCS / page).read_text()
+        for word, other in others.items():
+            assert word in text
+            text = text.replace(word, other)
+        for language, file in {"cmake": "CMakeLists.txt", "cpp": "turns.cc"}.items():
+            for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S):
+                (self.cwd / file).write_text(block)
+        script = "set -eu\n" + "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S))
+        assert not re.search(r"^```(?!sh$|cmake$|cpp$|$)", text, re.M), f"{page} has a block that isn't run"
+        done = subprocess.run(["bash", "-c", script], cwd=self.cwd, env=self.env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert len(re.findall("^torpor: ", done.stderr, re.M)) == notes, done.stderr
+        self.errors = done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def reader(tmp_path, tiny_model):
+    reader = Reader(tmp_path, tiny_model)
+    yield reader
+    if reader.hub:
+        reader.hub.server.shutdown()
+        reader.hub.server.server_close()
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def objects(said):
+    return [json.loads(line) for line in said.splitlines() if line.startswith('{"agent"')]
+
+
+def test_ten_minutes(reader):
+    reader.serves("HuggingFaceTB/SmolLM2-135M-Instruct")
+    said = reader.follows("tutorial.md")
+    [second] = objects(said)
+    assert second["tokens"]["cached"] > 40 and 0 < second["tokens"]["prefilled"] < 30
+    assert re.search(r"^ada +\d+ .*asleep", said, re.M) and re.search(r"^bob +\d+ .*asleep", said, re.M)
+    assert {path.name for path in reader.home.iterdir()} == {".agent_caches", ".cache"}
+    assert sorted(path.stem for path in (reader.home / ".agent_caches").glob("*.safetensors")) == ["ada", "bob"]
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_a_coding_agent_on_a_laptop(reader, port):
+    reader.serves("mlx-community/Qwen3-4B-4bit")
+    reader.installs("claude", CLIENT.format(python=sys.executable))
+    said = reader.follows("howto/coding-agent.md", **{"8080": port})
+    first, second = (json.loads(line) for line in re.findall(r"^client: (.*)$", said, re.M))
+    assert first[1] == 0 and first[0] > 80
+    # A server that was started anew computes the new message alone.
+    assert second[1] >= first[0] and second[0] < 40
+    assert re.search(r"^session-\S+ +\d+ .*asleep", said, re.M)
+
+
+def test_ten_agents_under_a_budget(reader):
+    reader.serves("mlx-community/Qwen3-4B-4bit")
+    # The tests' model is so much smaller: three agents' rows.
+    said = reader.follows("howto/ten-agents.md", **{"2GB": "300kB", "--budget 2000": "--budget 0.4"})
+    awake = re.findall(r"^(\d+) of 10 agents are awake in 0\.4 MB of 0\.4 MB", said, re.M)
+    assert awake == ["3", "3"] and said.count("; asleep now: ") >= 7
+    assert said.count(" is new ") == 10  # in the first run, and none in the second
+    assert len(re.findall(r"^a[123] +\d+ .*asleep", said, re.M)) == 3
+
+
+def test_an_mlx_lm_script_remembers(reader):
+    reader.follows("howto/mlx-lm.md", notes=1)  # its rows are mlx-lm's, new ones are not
+    counts = re.findall(r"\[(\d+) tokens held before, (\d+) read\]", reader.errors)
+    (held, read), (held_again, read_again) = [map(int, pair) for pair in counts]
+    assert held == 0 and held_again > read > read_again
+    assert {"once.safetensors", "nora.safetensors"} <= {path.name for path in reader.cwd.iterdir()}
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_from_ollama(reader, port):
+    models = reader.home / ".ollama" / "models"
+    blob, manifest = models / "blobs" / "sha256-0123", models / "manifests" / "registry" / "library" / "smollm2" / "135m"
+    for path in (blob, manifest):
+        path.parent.mkdir(parents=True)
+    blob.symlink_to(ROOT / ".models" / "smollm2-135m.gguf")
+    manifest.write_text(json.dumps({"layers": [{"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:0123"}]}))
+    said = reader.follows("howto/gguf.md", **{"8080": port})
+    assert "Ollama smollm2:135m" in said and '"models":' in said
+    assert '"done_reason":"length"' in said and '"eval_count":8' in said
+
+
+def test_an_agent_moves(reader):
+    [there] = objects(reader.follows("howto/move.md"))
+    assert there["agent"] == "ada" and there["tokens"]["cached"] > 40
+    assert (reader.cwd / "there" / "ada.safetensors").exists()
+
+
+def test_a_store_is_copied_and_restored(reader):
+    said = reader.follows("howto/backup.md")
+    [restored] = objects(said)
+    assert restored["tokens"]["cached"] > 40
+    assert re.search(r"^ada-of-monday +\d+", said, re.M)
+    assert stat.S_IMODE((reader.cwd / "backup" / "ada.safetensors").stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
+def test_a_cpp_program_embeds_torpor(reader):
+    said = reader.follows("embedding.md")
+    first, second = (list(map(int, pair)) for pair in re.findall(r"^(\d+) tokens, (\d+) of them held before$", said, re.M))
+    assert first[1] == 0 and second[1] >= first[0] - 1
+
+
+def test_every_page_of_the_kind_has_its_test():
+    tested = set(re.findall(r'follows\("([^"]+)"', Path(__file__).read_text()))
+    assert tested == {"tutorial.md", "embedding.md", *(f"howto/{path.name}" for path in (DOCS / "howto").glob("*.md"))}
