@@ -47,7 +47,7 @@ def commands_page(program):
 
     def add(*command):
         text = help_of(program, *command)
-        page.extend([f"## torpor {' '.join(command)}" if command else "## torpor", "", "```text", wrapped(text), "```", ""])
+        page.extend([f"## {' '.join(['torpor', *command])}", "", "```text", wrapped(text), "```", ""])
         for name in subcommands(text):
             add(*command, name)
 
@@ -122,10 +122,12 @@ def routes_page(description):
 def described(program):
     """The OpenAPI description, of a server that is started for it."""
     with tempfile.TemporaryDirectory() as directory:
-        server = subprocess.Popen([program, "serve", "--model", ROOT / ".models" / "smollm2-135m", "--port", "0", "--no-auth",
-                                   "--store", directory, "--log", os.devnull], stdout=subprocess.PIPE, text=True)
+        command = [program, "serve", "--model", ROOT / ".models" / "smollm2-135m", "--port", "0", "--no-auth",
+                   "--store", directory, "--log", os.devnull]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
-            address = next(found[0] for line in server.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            lines = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in server.stdout)
+            address = next(found[0] for found in lines if found)
             return json.load(urllib.request.urlopen(f"{address}/torpor/v1/openapi.json", timeout=60))
         finally:
             server.terminate()
@@ -138,7 +140,8 @@ def main():
     parser.add_argument("program", nargs="?", default=ROOT / "build" / "torpor")
     options = parser.parse_args()
     stale = []
-    for name, text in {"commands.md": commands_page(options.program), "routes.md": routes_page(described(options.program))}.items():
+    pages = {"commands.md": commands_page(options.program), "routes.md": routes_page(described(options.program))}
+    for name, text in pages.items():
         path = ROOT / "docs" / name
         if not path.exists() or path.read_text() != text:
             stale.append(f"docs/{name}")

@@ -60,7 +60,8 @@ def test_every_test_that_the_table_of_others_faults_names_exists():
 
 
 def test_every_test_that_the_table_of_promises_names_exists():
-    rows = [line.strip("|").split("|") for line in (ROOT / "docs/promises.md").read_text().splitlines() if line.startswith("| **")]
+    rows = [line.strip("|").split("|") for line in (ROOT / "docs/promises.md").read_text().splitlines()
+            if line.startswith("| **")]
     assert len(rows) >= 10
     for promise, _, tests in rows:
         files = re.findall(r"`(test_\w+(?:\.py)?)`", tests)

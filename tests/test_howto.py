@@ -1,5 +1,5 @@
-"""The tutorial and the how-to pages, as their reader would do them: every block of a page, in its order, in one shell, with
-an empty home and no network. Models are tests' models under the names that the pages have."""
+"""The tutorial and the how-to pages, as their reader would do them: every block of a page, in its order, in one shell,
+with an empty home and no network. Models are tests' models under the names that the pages have."""
 
 import json
 import os
@@ -34,6 +34,10 @@ print("client:", json.dumps([answer.usage.input_tokens, answer.usage.cache_read_
 """
 
 
+def blocks(language, text):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
 class Reader:
     """A new user in an empty home, in a directory that looks like a checkout that was built."""
 
@@ -47,9 +51,11 @@ class Reader:
         (tools / "torpor").symlink_to(BIN)
         kept = {name: value for name, value in os.environ.items()
                 if not re.match("TORPOR|HF_|HUGGING|XDG_|OLLAMA|ANTHROPIC|OPENAI|PYTHON", name)}
-        self.env = {**kept, "HOME": str(self.home), "PYTHONPATH": str(BUILD / "python"), "NO_PROXY": "127.0.0.1,localhost",
-                    "HTTPS_PROXY": "http://127.0.0.1:9", "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        self.tools, self.hub, self.files = tools, None, {path.name: path.read_bytes() for path in tiny_model.iterdir()}
+        self.env = {**kept, "HOME": str(self.home), "PYTHONPATH": str(BUILD / "python"),
+                    "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+                    "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1,localhost"}
+        self.tools, self.hub = tools, None
+        self.files = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
 
     def installs(self, name, text):
         (self.tools / name).write_text(text)
@@ -67,11 +73,15 @@ class Reader:
             assert word in text
             text = text.replace(word, other)
         for language, file in {"cmake": "CMakeLists.txt", "cpp": "turns.cc"}.items():
-            for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S):
+            for block in blocks(language, text):
                 (self.cwd / file).write_text(block)
-        script = "set -eu\n" + "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S))
         assert not re.search(r"^```(?!sh$|cmake$|cpp$|$)", text, re.M), f"{page} has a block that isn't run"
-        done = subprocess.run(["bash", "-c", script], cwd=self.cwd, env=self.env, capture_output=True, text=True, timeout=300)
+        return self.runs(blocks("sh", text), notes)
+
+    def runs(self, commands, notes=0):
+        script = "set -eu\n" + "".join(commands)
+        done = subprocess.run(["bash", "-c", script], cwd=self.cwd, env=self.env, capture_output=True, text=True,
+                              timeout=300)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert len(re.findall("^torpor: ", done.stderr, re.M)) == notes, done.stderr
         self.errors = done.stderr
@@ -141,11 +151,12 @@ def test_an_mlx_lm_script_remembers(reader):
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_from_ollama(reader, port):
     models = reader.home / ".ollama" / "models"
-    blob, manifest = models / "blobs" / "sha256-0123", models / "manifests" / "registry" / "library" / "smollm2" / "135m"
+    blob, manifest = models / "blobs/sha256-0123", models / "manifests/registry/library/smollm2/135m"
     for path in (blob, manifest):
         path.parent.mkdir(parents=True)
     blob.symlink_to(ROOT / ".models" / "smollm2-135m.gguf")
-    manifest.write_text(json.dumps({"layers": [{"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:0123"}]}))
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:0123"}
+    manifest.write_text(json.dumps({"layers": [layer]}))
     said = reader.follows("howto/gguf.md", **{"8080": port})
     assert "Ollama smollm2:135m" in said and '"models":' in said
     assert '"done_reason":"length"' in said and '"eval_count":8' in said
@@ -168,8 +179,23 @@ def test_a_store_is_copied_and_restored(reader):
 @pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
 def test_a_cpp_program_embeds_torpor(reader):
     said = reader.follows("embedding.md")
-    first, second = (list(map(int, pair)) for pair in re.findall(r"^(\d+) tokens, (\d+) of them held before$", said, re.M))
-    assert first[1] == 0 and second[1] >= first[0] - 1
+    turns = re.findall(r"^(\d+) tokens, (\d+) of them held before$", said, re.M)
+    (first, none), (_, held) = [map(int, turn) for turn in turns]
+    assert none == 0 and held >= first - 1
+
+
+def test_the_readme_twice(reader):
+    text = (ROOT / "README.md").read_text()
+    # These are parts of what other tests run: docs/embedding.md's program, and (twice) docs/python.md.
+    [part, engine] = blocks("python", text)
+    assert part in (DOCS / "python.md").read_text()
+    [part] = blocks("cpp", text)
+    assert part in (ROOT / "tests" / "consumer" / "turns.cc").read_text()
+    assert blocks("cmake", text)[0].splitlines()[0] in (DOCS / "embedding.md").read_text()
+    reader.serves("mlx-community/Qwen3-4B-4bit")
+    (reader.cwd / "eve.py").write_text(engine)
+    first, second = (objects(reader.runs([*blocks("sh", text), "python eve.py\n"]))[0]["tokens"] for _ in range(2))
+    assert first["cached"] > 20 and second["cached"] >= first["context"]
 
 
 def test_every_page_of_the_kind_has_its_test():
