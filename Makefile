@@ -39,8 +39,9 @@ wheel: build model
 packages: build model
 	scripts/make-packages $(BUILD)
 
-# The documentation as a site, build/site/index.html: what the program says of itself is written anew into docs/commands.md
-# and docs/routes.md first. The same mkdocs.yml is read by Zensical (`.sdks/docs/bin/zensical build --strict`).
+# The documentation as a site, build/site/index.html: what the program says of itself is written anew first, into
+# docs/commands.md, routes.md, names.md and headers.md. `.sdks/docs/bin/zensical build --strict` builds it from the same
+# mkdocs.yml, with another look.
 docs: build model
 	scripts/fetch-sdks docs
 	.venv/bin/python scripts/make_reference.py $(BUILD)/torpor

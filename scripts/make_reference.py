@@ -1,5 +1,6 @@
-"""The pages of the documentation that the program itself writes: docs/commands.md, of what every command's --help says,
-and docs/routes.md, of the OpenAPI description that a server answers with.
+"""The pages of the documentation that the program itself writes: docs/commands.md, of what every command's --help says;
+docs/routes.md, of the OpenAPI description that a server answers with; docs/names.md, of the Python module's docstrings;
+docs/headers.md, of the public headers.
 
     .venv/bin/python scripts/make_reference.py [--check] [build/torpor]
 
@@ -7,6 +8,7 @@ and docs/routes.md, of the OpenAPI description that a server answers with.
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -18,7 +20,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MADE = "Written by `scripts/make_reference.py`; `make docs` writes it anew."
+MADE = "This page is written by `make docs`."
 
 
 def help_of(program, *command):
@@ -119,6 +121,60 @@ def routes_page(description):
     return "\n".join(page)
 
 
+MODULES = {"engine": "Torpor's engine", "async_engine": "With asyncio", "team": "Teams", "persistence": "Caches of mlx-lm",
+           "extractor": "Generation by mlx-lm", "exchange": "Prompt-cache files", "__init__": "Functions of the module",
+           "results": "Results", "errors": "Errors", "asgi": "torpor.asgi", "ray": "torpor.ray"}
+
+
+def outline(lines, node):
+    """Source of a class or function without what it does: signature, docstring, fields, public methods."""
+    first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+    shown = lines[first - 1:node.body[0].lineno - 1] or [lines[first - 1].split(": ")[0] + ":"]
+    has_docstring = ast.get_docstring(node, clean=False) is not None
+    if has_docstring:
+        shown += lines[node.body[0].lineno - 1:node.body[0].end_lineno]
+    if isinstance(node, ast.ClassDef):
+        for member in node.body[has_docstring:]:
+            name = getattr(member, "name", getattr(getattr(member, "target", None), "id", "_"))
+            if isinstance(member, ast.AnnAssign) and name[0] != "_":
+                shown += lines[member.lineno - 1:member.end_lineno]
+            elif isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) and (name[0] != "_" or name == "__init__"):
+                shown += ["", *outline(lines, member)]
+    return shown
+
+
+def names_page():
+    """From the source, so that no interpreter's way of writing types shows."""
+    page = ["# Every name of the Python module", "",
+            f"The docstrings of `torpor`, as `help(torpor)` has them. {MADE}",
+            "[python.md](python.md) says how to use it.", ""]
+    module = ROOT / "python" / "torpor"
+    tree = ast.parse((module / "__init__.py").read_text())
+    public = next(ast.literal_eval(node.value) for node in tree.body
+                  if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__")
+    found = set()
+    for name, title in MODULES.items():
+        text = (module / f"{name}.py").read_text()
+        page.extend([f"## {title}", ""])
+        for node in ast.parse(text).body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name[0] == "_":
+                continue
+            if node.name in public or name in ("asgi", "ray"):
+                found.add(node.name)
+                page.extend([f"### {node.name}", "", "```python", *outline(text.splitlines(), node), "```", ""])
+    assert found >= set(public), set(public) - found
+    return "\n".join(page)
+
+
+def headers_page():
+    page = ["# Every public header", "", f"What `include/torpor/` has. {MADE}",
+            "[embedding.md](embedding.md) says which header is for what, and how to build with them.", ""]
+    for path in sorted((ROOT / "include" / "torpor").glob("*.h")):
+        text = re.sub(r"^#(pragma once|include .*)\n", "", path.read_text(), flags=re.M)
+        page.extend([f"## torpor/{path.name}", "", "```cpp", re.sub(r"\n{3,}", "\n\n", text).strip("\n"), "```", ""])
+    return "\n".join(page)
+
+
 def described(program):
     """The OpenAPI description, of a server that is started for it."""
     with tempfile.TemporaryDirectory() as directory:
@@ -140,7 +196,8 @@ def main():
     parser.add_argument("program", nargs="?", default=ROOT / "build" / "torpor")
     options = parser.parse_args()
     stale = []
-    pages = {"commands.md": commands_page(options.program), "routes.md": routes_page(described(options.program))}
+    pages = {"commands.md": commands_page(options.program), "routes.md": routes_page(described(options.program)),
+             "names.md": names_page(), "headers.md": headers_page()}
     for name, text in pages.items():
         path = ROOT / "docs" / name
         if not path.exists() or path.read_text() != text:
@@ -148,7 +205,7 @@ def main():
             if not options.check:
                 path.write_text(text)
     if options.check and stale:
-        sys.exit(f"{' and '.join(stale)}: not what this program says; run `make docs` and commit")
+        sys.exit(f"{' and '.join(stale)}: stale; run `make docs` and commit what it writes")
 
 
 if __name__ == "__main__":

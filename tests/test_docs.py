@@ -7,7 +7,7 @@ import pytest
 
 from conftest import BIN, ROOT
 
-WRITTEN = {ROOT / "docs" / name for name in ("commands.md", "routes.md")}  # by the program: tests/test_site.py
+WRITTEN = {ROOT / "docs" / name for name in ("commands.md", "headers.md", "names.md", "routes.md")}  # by the program: tests/test_site.py
 DOCS = [path for path in [ROOT / "README.md", ROOT / "HACKING.md", ROOT / "CONTRIBUTING.md",
                           *sorted((ROOT / "docs").rglob("*.md"))] if path not in WRITTEN]
 
