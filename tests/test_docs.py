@@ -1,5 +1,6 @@
 """What the documentation names exists."""
 
+import functools
 import re
 import subprocess
 
@@ -16,17 +17,24 @@ def code(text):
     return "\n".join(re.findall(r"```(?:.|\n)*?```|`[^`\n]+`|^    .+$", text, re.MULTILINE))
 
 
+@functools.cache
+def help_of(*command):
+    """What --help says, and the options of all commands; None where there is no such command."""
+    told = subprocess.run([BIN, *command, "--help"], capture_output=True, text=True)
+    return told.stdout + " --store --version --help --verbose" if told.returncode == 0 else None
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_commands_and_options_exist(path):
     text = code(path.read_text())
     for command in set(re.findall(r"\btorpor (run|chat|[a-z]+)\b(?! *[:=])", text)):
-        help_text = subprocess.run([BIN, command, "--help"], capture_output=True, text=True)
-        assert help_text.returncode == 0, f"{path.name} names `torpor {command}`"
-    for line in re.findall(r"^.*\btorpor (?:run|chat|ls|show|rm|du|verify|gc|export|import|bench|perplexity|serve) .*$", text, re.MULTILINE):
-        command = re.search(r"\btorpor (\w+)", line)[1]
-        help_text = subprocess.run([BIN, command, "--help"], capture_output=True, text=True).stdout + " --store --version --help"
-        for option in re.findall(r"(?<![\w-])--[a-z-]+", line[line.index("torpor " + command):]):
-            assert option in help_text, f"{path.name}: `torpor {command}` has no {option}"
+        assert help_of(command), f"{path.name} names `torpor {command}`"
+    # Options up to the end of the command; behind ` -- ` are those of a client.
+    for line in re.findall(r"\btorpor ((?:remote )?[a-z]+\b.*)$", text, re.MULTILINE):
+        line = re.split(r" -- |[`#>|;&]", line)[0]
+        command = re.match(r"(?:remote )?[a-z]+", line)[0].split()
+        for option in re.findall(r"(?<![\w-])--[a-z-]+", line):
+            assert option in (help_of(*command) or ""), f"{path.name}: `torpor {' '.join(command)}` has no {option}"
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
