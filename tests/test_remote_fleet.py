@@ -187,6 +187,26 @@ def test_what_was_said_to_a_copy_without_the_bucket_is_not_lost_in_silence(fleet
     assert fleet.run("b", "ada", " again").ok()  # nobody waits for it
 
 
+def test_a_store_that_is_full_drops_copies_that_the_bucket_has_and_nothing_else(fleet, words):
+    agents = [f"agent{number}" for number in range(4)]
+
+    def turn(agent, *args):
+        return fleet.run("a", agent, words(900)[agents.index(agent):], *args)
+
+    machine = fleet.machine("a")
+    machine.run("local", words(20), "--raw").ok()
+    first = turn(agents[0]).ok()
+    used = machine("du", "--json").ok().json["total_bytes"]
+    machine("limits", "--disk-budget", used * 5 // 2).ok()
+    for agent in agents[1:]:
+        turn(agent).ok()
+    kept = {path.stem for path in machine.store.glob("*.safetensors")}
+    assert "local" in kept and len(kept) == 3 and agents[0] not in kept
+    # What was dropped is read again, in place of another one; a store without the bucket has nothing to drop.
+    assert fleet.run("a", agents[0], " More").ok().json["tokens"]["cached"] == first.json["tokens"]["context"]
+    machine.run("another", words(900)[9:], "--raw").fails("exhausted", "budget", answered=True)
+
+
 def test_an_agent_of_before_there_was_a_bucket_goes_there_with_its_next_turn(fleet):
     old = fleet.machine("a").run("ada", "Hello", "--raw").ok().json
     assert fleet.run("a", "ada", " you").ok().json["tokens"]["cached"] == old["tokens"]["context"]

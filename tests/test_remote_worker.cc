@@ -88,6 +88,27 @@ TEST(RemoteWorker, AnAgentInUseIsNotLetGo) {
   EXPECT_FALSE(a.worker->owns("ada"));
 }
 
+TEST(RemoteWorker, ForLackOfRoomTheCopyOfAnAgentGoesThatTheBucketHasAsItIsAndNobodyUses) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket);
+  a.store.save_agent_cache("local", testing::make_snapshot(3), "demo/tiny");
+  a.turn("old", 300);
+  a.turn("new", 310);
+  EXPECT_FALSE(a.worker->make_room()) << "both are this worker's";
+  a.worker->close("new");
+  a.worker->close("old");
+  EXPECT_TRUE(a.worker->make_room());
+  EXPECT_FALSE(a.store.contains("old"));
+  {
+    const auto lock = a.store.lock_agent("new");
+    EXPECT_FALSE(a.worker->make_room());
+    a.store.save_agent_cache("new", testing::make_snapshot(320), "demo/tiny");
+  }
+  EXPECT_FALSE(a.worker->make_room()) << "the bucket lacks what the copy has";
+  EXPECT_TRUE(a.store.contains("new") && a.store.contains("local"));
+  EXPECT_EQ(a.tokens("old"), 300);
+}
+
 TEST(RemoteWorker, ATurnIsKnownAgainByItsIdOnEveryMachine) {
   const auto bucket = std::make_shared<MemoryBucket>();
   const KnownTurn first{"t", std::string(32, 'a'), {}}, second{"u", std::string(32, 'a'), {}};

@@ -50,6 +50,30 @@ TEST_F(StoreLimits, ASaveThatDoesNotFitWritesNothing) {
   EXPECT_NO_THROW(store_.save_agent_cache("a", bigger, "m"));
 }
 
+TEST_F(StoreLimits, AReclaimerIsAskedUntilThereIsRoomOrItFreesNothing) {
+  for (const char* agent : {"a", "b", "c"}) store_.save_agent_cache(agent, make_snapshot(600, kLayout, 3, agent[0] * 1000), "m");
+  std::vector<std::string> spare = {"b", "a"};  // from the back
+  int asked = 0;
+  store_.set_reclaimer([&] {
+    ++asked;
+    if (spare.empty()) return false;
+    const std::string agent = spare.back();
+    spare.pop_back();
+    EXPECT_FALSE(store_.delete_agent_cache_of(agent, "another one's"));
+    return store_.delete_agent_cache_of(agent, store_.agent_info(agent).hash);
+  });
+  store_.set_disk_limits({.budget = used() + 1000});
+  store_.save_agent_cache("d", make_snapshot(600, kLayout, 3, 9000), "m");
+  EXPECT_EQ(asked, 1);
+  EXPECT_FALSE(store_.contains("a"));
+  EXPECT_TRUE(store_.contains("b"));
+  const auto two = make_snapshot(1800, kLayout, 3, 90000);
+  EXPECT_EQ(code_of([&] { store_.save_agent_cache("e", two, "m"); }), ErrorCode::kResourceExhausted);
+  EXPECT_EQ(asked, 3);
+  EXPECT_FALSE(store_.contains("b"));
+  EXPECT_TRUE(store_.contains("c"));
+}
+
 TEST_F(StoreLimits, TheNeedIsCountedToTheByte) {
   for (const bool sealed : {false, true}) {
     const auto snapshot = make_snapshot(sealed ? 600 : 100, kLayout, sealed ? 3 : 4, sealed ? 100 : 4000);

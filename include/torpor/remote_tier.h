@@ -53,6 +53,9 @@ class RemoteTier {
   /// Lets another worker have the agent, unless somebody uses it. It is not awake. One that was begun and never
   /// committed goes. Errors are told to the log.
   virtual void close(const std::string& agent) noexcept = 0;
+  /// For lack of room on the disk: removes the store's copy of an agent that nobody uses and that has been committed as
+  /// it is, the one that was saved first. False: there is none, or the store can't be read.
+  virtual bool make_room() noexcept = 0;
 };
 
 }  // namespace torpor

@@ -176,7 +176,7 @@ struct CopyOptions {
 
 /// Bounds on what the store takes of the disk. A save, copy, import or prefix that would break one first evicts
 /// segments that no agent names, oldest leaf first. When all of them would not be enough, nothing is evicted or
-/// written, and it fails with kResourceExhausted. Named agents are never removed to make room.
+/// written, and it fails with kResourceExhausted. No named agent is removed to make room, but by Store::set_reclaimer.
 struct DiskLimits {
   int64_t budget = 0;    ///< bytes of every file in the store, all models together; 0 = no bound
   int64_t min_free = 0;  ///< bytes that stay free on the file system; 0 = no bound
@@ -322,6 +322,10 @@ class Store {
   /// run at once, and take no room twice. One that has to evict waits for those under way (kBusy after a minute).
   /// kInvalidArgument when a limit is negative.
   void set_disk_limits(const DiskLimits& limits);
+  /// Asked on the thread of a save that finds no room below the limits: frees some and says whether it did. It is asked
+  /// again until there is room or it frees nothing. It may call this Store, but not for the agent that is saved. Several
+  /// saves may ask at a time. Empty: nobody is asked.
+  void set_reclaimer(std::function<bool()> reclaim);
   /// The limits that the store keeps for every process that writes to it.
   DiskLimits kept_disk_limits() const;
   /// Changes them; 0 = no bound. An empty directory becomes a store. kInvalidArgument: a negative limit, or no store.
@@ -371,6 +375,8 @@ class Store {
   /// anyone has it, the caller included. kNotFound. Unless `whatever_it_is`: kInvalidArgument when the file has no
   /// header of Torpor's, kCorruption when it is another agent's.
   void delete_agent_cache(const std::string& agent_id, bool whatever_it_is = false);
+  /// The same, while the agent file has this checksum (AgentInfo::hash). False: it has another one.
+  bool delete_agent_cache_of(const std::string& agent_id, const std::string& hash);
 
   DiskUsage get_cache_disk_usage() const;
 

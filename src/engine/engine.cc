@@ -97,6 +97,7 @@ struct Engine::Impl {
           .with_field("EngineOptions::max_stall_ms");
     }
     store.set_disk_limits(options.disk);
+    if (options.remote) store.set_reclaimer([tier = options.remote] { return tier->make_room(); });
   }
 
   void load() {

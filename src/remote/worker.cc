@@ -153,6 +153,14 @@ std::optional<Worker::Custody> Worker::begin(const std::string& id, bool idle) {
   }
 }
 
+bool Worker::begin_unused(const std::string& id) {
+  const MutexLock lock(mutex_);
+  const auto [found, is_new] = agents_.try_emplace(id);
+  if (!is_new) return false;
+  found->second.busy = true;
+  return true;
+}
+
 void Worker::finish(const std::string& id, std::optional<Custody> custody) {
   const MutexLock lock(mutex_);
   const auto found = agents_.find(id);
@@ -232,7 +240,15 @@ void Worker::bring(const std::string& id, Custody& custody) {
   if (step != CopyStep::kAdopt) set_in_use(id);  // from here on the copy is one
   if (step == CopyStep::kRemove) store_.delete_agent_cache(id);
   if (step != CopyStep::kInstall) return;
-  const Pulled pulled = tier_.pull_save(id, *saved, {.durability = options_.durability});
+  Pulled pulled;
+  while (true) {
+    try {
+      pulled = tier_.pull_save(id, *saved, {.durability = options_.durability});
+      break;
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kResourceExhausted || !make_room()) throw;
+    }
+  }
   custody.keys = pulled.keys;
   for (const BucketProblem& damaged : pulled.damaged) {
     log(LogLevel::kWarning, "What the agent '" + id + "' lacks is computed again: " + damaged.problem);
@@ -269,6 +285,29 @@ void Worker::close(const std::string& id) noexcept {
   } catch (...) {
     tell("An agent stays this worker's until its lease is gone");
   }
+}
+
+bool Worker::make_room() noexcept {
+  try {
+    std::vector<AgentInfo> copies = store_.list_cached_agents();
+    std::ranges::stable_sort(copies, {}, &AgentInfo::updated_at);
+    for (const AgentInfo& copy : copies) {
+      if (copy.hash.empty() || !begin_unused(copy.agent_id)) continue;
+      bool removed = false;
+      try {
+        const std::optional<Mark> mark = tier_.read_mark(copy.agent_id);
+        removed = mark && mark->checksum == copy.hash && !is_in_use(copy.agent_id) &&
+                  store_.delete_agent_cache_of(copy.agent_id, copy.hash);
+      } catch (...) {
+        // Somebody has it, or it can't be read: the next one.
+      }
+      finish(copy.agent_id, std::nullopt);
+      if (removed) return true;
+    }
+  } catch (...) {
+    tell("No room was made on the disk");
+  }
+  return false;
 }
 
 // ---- commits

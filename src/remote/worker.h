@@ -36,6 +36,7 @@ class Worker final : public RemoteTier {
   void remove(const std::string& agent) override;
   bool alive() const override;
   void close(const std::string& agent) noexcept override;
+  bool make_room() noexcept override;
 
  private:
   /// What is known of an agent that is this worker's.
@@ -54,6 +55,8 @@ class Worker final : public RemoteTier {
   /// Waits until nobody asks about the agent, and asks about it from now on. nullopt, and nobody asks: it isn't this
   /// worker's, or with `idle` somebody uses it.
   std::optional<Custody> begin(const std::string& id, bool idle = false);
+  /// As begin, of one that isn't this worker's and that nobody uses. False: it is, or somebody does.
+  bool begin_unused(const std::string& id);
   void finish(const std::string& id, std::optional<Custody> custody);
 
   // While this thread asks about the agent.

@@ -59,7 +59,7 @@ Store::~Store() {
   or_leave_to_gc([this] { remove_dropped(*impl_); });
 }
 
-void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is) {
+bool remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is, const std::string* hash) {
   check_agent_id(id);
   store.agents.require_store();
   store.agents.require_removable(id, whatever_it_is);
@@ -68,9 +68,11 @@ void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is
   std::vector<std::string> segments, states;
   try {
     const AgentInfo info = store.agents.open(id).agent.info;
+    if (hash != nullptr && info.hash != *hash) return false;
     segments = info.segments;
     states = state_names(info);
   } catch (const Error& error) {
+    if (hash != nullptr) throw;
     // Damaged, and to be deleted all the same; its segments are left to gc.
     log(LogLevel::kInfo, "The segments of agent '" + id + "' are left to garbage collection: " + error.what());
   }
@@ -82,6 +84,7 @@ void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is
     log(LogLevel::kInfo, "The segments of agent '" + id + "' are left to garbage collection: " + error.what());
   }
   store.agents.remove_sidecar(id);
+  return true;
 }
 
 void drop_states(Store::Impl& store, const std::vector<std::string>& before, const std::vector<StateRef>& now) {

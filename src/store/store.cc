@@ -182,6 +182,7 @@ std::vector<TeamReport> Store::verify_teams() const {
   return reports;
 }
 void Store::set_disk_limits(const DiskLimits& limits) { impl_->set_disk_limits(limits); }
+void Store::set_reclaimer(std::function<bool()> reclaim) { impl_->set_reclaimer(std::move(reclaim)); }
 DiskLimits Store::kept_disk_limits() const { return kept_limits(*impl_); }
 void Store::keep_disk_limits(const DiskLimits& limits) { keep_limits(*impl_, limits); }
 AgentInfo Store::agent_info(const std::string& agent_id) const { return impl_->agents.info(agent_id); }
@@ -199,6 +200,9 @@ std::vector<int64_t> Store::count_missing_files(std::span<const AgentInfo> agent
   return impl_->agents.count_missing(agents);
 }
 void Store::delete_agent_cache(const std::string& agent_id, bool whatever_it_is) { remove_agent(*impl_, agent_id, whatever_it_is); }
+bool Store::delete_agent_cache_of(const std::string& agent_id, const std::string& hash) {
+  return remove_agent(*impl_, agent_id, false, &hash);
+}
 DiskUsage Store::get_cache_disk_usage() const { return usage(*impl_); }
 std::vector<VerifyReport> Store::verify(const std::optional<std::string>& agent_id) const {
   impl_->agents.require_store();

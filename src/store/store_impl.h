@@ -44,10 +44,14 @@ struct Store::Impl {
   }
   /// kInvalidArgument when one is negative.
   void set_disk_limits(const DiskLimits& limits);
+  /// Store::set_reclaimer's; no lock is held meanwhile.
+  bool reclaim();
+  void set_reclaimer(std::function<bool()> reclaim);
 
  private:
   Mutex limits_mutex_;
   DiskLimits limits_ TORPOR_GUARDED_BY(limits_mutex_);
+  std::function<bool()> reclaim_ TORPOR_GUARDED_BY(limits_mutex_);
 };
 
 // The verbs. Where a method of Store has the same arguments, its contract holds.
@@ -86,7 +90,8 @@ void keep_record(Store::Impl& store, const Record& record, std::string_view byte
 /// Makes a team's file, or puts one in place of another.
 void keep_team(Store::Impl& store, const std::string& id, std::string_view json, bool is_new, Durability durability);
 
-void remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is);
+/// `hash`: only while its file has this checksum; nullptr: whatever it has. Whether it was removed.
+bool remove_agent(Store::Impl& store, const std::string& id, bool whatever_it_is, const std::string* hash = nullptr);
 /// After a commit by which an agent has the states `now` in place of those `before`: the others' files go when no agent
 /// names them, several at a time. What is not removed is left to gc.
 void drop_states(Store::Impl& store, const std::vector<std::string>& before, const std::vector<StateRef>& now);

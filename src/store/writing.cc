@@ -121,6 +121,16 @@ std::pair<int64_t, std::string> Writing::excess(int64_t needed, bool reserved) {
 }
 
 void Writing::make_room(const std::string& what, int64_t needed, const std::vector<std::string>& keep) {
+  while (true) {
+    try {
+      return take_room(what, needed, keep);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kResourceExhausted || !store_.reclaim()) throw;
+    }
+  }
+}
+
+void Writing::take_room(const std::string& what, int64_t needed, const std::vector<std::string>& keep) {
   // Who waits for room is not waited for by whoever makes it.
   reservation_.reset();
   saving_.reset();
@@ -198,6 +208,20 @@ void Store::Impl::set_disk_limits(const DiskLimits& limits) {
   check_limits(limits);
   const MutexLock lock(limits_mutex_);
   limits_ = limits;
+}
+
+void Store::Impl::set_reclaimer(std::function<bool()> reclaim) {
+  const MutexLock lock(limits_mutex_);
+  reclaim_ = std::move(reclaim);
+}
+
+bool Store::Impl::reclaim() {
+  std::function<bool()> reclaim;
+  {
+    const MutexLock lock(limits_mutex_);
+    reclaim = reclaim_;
+  }
+  return reclaim && reclaim();
 }
 
 DiskLimits disk_limits(Store::Impl& store) {

@@ -16,7 +16,7 @@ class Writing {
   ~Writing() { store_.written.record(); }
 
   /// With limits: gives the operation room for `needed` bytes more. Evicts for it segments and states that no agent names and `keep`
-  /// does not have, oldest leaf first. kResourceExhausted beginning with `what` when that is not enough, and then nothing was evicted.
+  /// does not have, oldest leaf first; then the reclaimer is asked. kResourceExhausted beginning with `what` when that is not enough.
   /// kBusy.
   void make_room(const std::string& what, int64_t needed, const std::vector<std::string>& keep);
 
@@ -29,6 +29,8 @@ class Writing {
   bool limited() const { return limits_.budget > 0 || limits_.min_free > 0; }
   /// Bytes by which the tighter limit would be broken, and how to say so. Without `reserved` nobody else has been given room.
   std::pair<int64_t, std::string> excess(int64_t needed, bool reserved);
+  /// make_room without the reclaimer: an error has evicted nothing.
+  void take_room(const std::string& what, int64_t needed, const std::vector<std::string>& keep);
   void evict(const std::string& what, int64_t needed, const std::vector<std::string>& keep);
 
   Store::Impl& store_;
