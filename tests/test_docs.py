@@ -29,7 +29,7 @@ def help_of(*command):
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_commands_and_options_exist(path):
     text = code(path.read_text())
-    hashed = {"lineage", "state"}  # docs/format.md: words that digests begin with
+    hashed = {"lineage", "segment", "state"}  # docs/format.md: words that digests begin with
     for command in set(re.findall(r"(?<![/\w])torpor ([a-z]+)\b(?! *[:=])", text)) - hashed:
         assert help_of(command), f"{path.name} names `torpor {command}`"
     # Options up to the end of the command; behind ` -- ` are those of a client.
@@ -78,4 +78,5 @@ def test_every_test_that_the_table_of_promises_names_exists():
         files = re.findall(r"`(test_\w+(?:\.py)?)`", tests)
         assert files, promise
         for file in files:
-            assert (ROOT / "tests" / (file if file.endswith(".py") else file + ".cc")).exists(), f"{promise} names {file}"
+            path = ROOT / "tests" / (file if file.endswith(".py") else file + ".cc")
+            assert path.exists(), f"{promise} names {file}"
