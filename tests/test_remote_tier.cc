@@ -277,6 +277,27 @@ TEST(RemoteTier, APullThatFailsLeavesTheAgentAsItWas) {
   EXPECT_EQ(code_of([&] { other.tier.pull("ada", false); }), ErrorCode::kBusy);
 }
 
+TEST(RemoteTier, ThreadsThatWaitForALookShareTheNextOne) {
+  constexpr int kThreads = 16;
+  MemoryBucket bucket;
+  Driver driver(bucket);
+  Session session(driver, {.address = {}, .ttl = std::chrono::hours(1), .on_end = {}});
+  std::atomic<int> called = 0, well = 0;
+  bucket.before = [&](const char* verb, const std::string&) {
+    while (std::string_view(verb) == "list" && called < kThreads) std::this_thread::yield();
+  };
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kThreads; ++i) {
+    threads.emplace_back([&] {
+      ++called;
+      well += session.look();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(well, kThreads);
+  EXPECT_LE(bucket.counts().lists, kThreads / 2);
+}
+
 TEST(RemoteTier, ASessionThatCanNotRenewItsLeaseMayNotAnswer) {
   MemoryBucket bucket;
   CountedStore counted(bucket);

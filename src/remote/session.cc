@@ -57,7 +57,7 @@ void Session::renew_until_closed() {
     }
     try {
       driver_.run([&](Exchange& e) { return keeper_.renew(e); }, {}, &mutex_);
-      driver_.run([&](Exchange& e) { return watch_.look(e); }, {}, &mutex_);
+      look();
     } catch (const std::exception& error) {
       log(LogLevel::kInfo, std::string("The lease was not renewed this time: ") + error.what());
     }
@@ -106,7 +106,27 @@ std::optional<LeaseWatch::Seen> Session::seen(const std::string& session) {
 }
 
 bool Session::look() {
-  return driver_.run([&](Exchange& e) { return watch_.look(e); }, {}, &mutex_);
+  MutexLock lock(mutex_);
+  const int64_t before = looks_begun_;
+  while (looks_ended_ < looks_begun_) {
+    changed_.wait(lock);
+    if (looks_ended_ > before) return looked_;
+  }
+  ++looks_begun_;
+  lock.unlock();
+  bool looked = false;
+  std::exception_ptr failed;
+  try {
+    looked = driver_.run([&](Exchange& e) { return watch_.look(e); }, {}, &mutex_);
+  } catch (...) {
+    failed = std::current_exception();
+  }
+  lock.lock();
+  looks_ended_ = looks_begun_;
+  looked_ = looked;
+  changed_.notify_all();
+  if (failed) std::rethrow_exception(failed);
+  return looked;
 }
 
 void Session::learn(int64_t generation) {

@@ -40,7 +40,8 @@ class Session {
   std::optional<std::string> address_of(const std::string& session);
   /// What the last look saw of its lease; nullopt: no lease.
   std::optional<LeaseWatch::Seen> seen(const std::string& session);
-  /// Looks at the others' leases now; it is also done every third of the TTL. False: no answer came.
+  /// Looks at the others' leases now; it is also done every third of the TTL. False: no answer came. Threads that wait
+  /// for another one's look to end share the next: however many wait for owners, one asks.
   bool look();
   /// Generations::learn.
   void learn(int64_t generation);
@@ -72,6 +73,8 @@ class Session {
   Mutex mutex_;
   CondVar changed_;
   bool closed_ TORPOR_GUARDED_BY(mutex_) = false;
+  int64_t looks_begun_ TORPOR_GUARDED_BY(mutex_) = 0, looks_ended_ TORPOR_GUARDED_BY(mutex_) = 0;
+  bool looked_ TORPOR_GUARDED_BY(mutex_) = false;  ///< what the last look was
   Instant renew_every_ TORPOR_GUARDED_BY(mutex_);
   Generations generations_;  ///< this and the next two: of `mutex_`, also while operations of them run
   LeaseKeeper keeper_;
