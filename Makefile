@@ -95,11 +95,14 @@ clients: build model
 	TORPOR_CLIENTS=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -rs tests/test_clients.py
 
 # Stores of objects: all checks on gofakes3 and versitygw, and 64 writers at a time for 1,000 rounds. Then deploy/: its
-# files against their schemas, and servers behind HAProxy (if it is installed) and Envoy.
+# files against their schemas, and servers behind HAProxy (if it is installed) and Envoy. At last 1,000 agents on four
+# servers over versitygw, under faults from a seed: tests/chaos.py has the options that CHAOS may change.
+CHAOS ?= --seed 1
 fleet: build model
 	scripts/fetch-sdks gofakes3 versitygw deploy
 	TORPOR_FLEET=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -rs tests/test_remote.py tests/test_deploy.py \
 	  tests/test_fleet.py
+	TORPOR_BIN=$(BUILD)/torpor .venv/bin/python tests/chaos.py $(CHAOS)
 
 # torpor.ray: two replicas on a Ray of its own, one of which is killed. Not in CI.
 ray: build model

@@ -1,0 +1,500 @@
+"""Servers that share a bucket, faults from a seed, and what must hold after them (docs/fleet.md, "Chaos").
+
+    tests/chaos.py --agents 1000 --turns 20000 --kills 200 --seed 7
+
+Workers reach the bucket through relays of their own, and clients reach workers so: fault_relay.py. Faults come by
+count of acknowledged turns, so a seed's run has the same ones however fast the machine is; which requests they meet
+is the machine's."""
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from safetensors import safe_open
+
+import s3
+from conftest import BIN, Torpor, held_ids, make_tiny_model
+from fault_relay import Relay, ask
+
+WORDS = "lamp oil wick glass tower stair storm tide gull keeper door log night dawn boat rope bell fog".split()
+SYSTEM = "You keep the log of a lighthouse, and you answer in few words. " + " ".join(WORDS * 12)
+GONE = 8  # serve's exit code after its lease has run out
+
+
+@dataclasses.dataclass
+class Options:
+    agents: int = 1000
+    turns: int = 20000
+    workers: int = 4
+    kills: int = 200
+    pauses: int = 20      # SIGSTOP, for longer than the lease
+    partitions: int = 40  # half of them worker and bucket, half worker and clients
+    restarts: int = 10    # of the bucket
+    sweeps: int = 20      # torpor remote gc beside the workers; every other one is killed
+    clients: int = 96     # turns under way
+    lease: float = 4.0
+    refuse: float = 0.01
+    lose: float = 0.005
+    slow: float = 0.02
+    logits: int = 50      # agents whose next logits are compared
+    seed: int = 1
+    store: str = "versitygw"
+    seconds: float = 0.0  # no new turn after so many; 0: all turns
+    slowest: int = 0      # recoveries whose requests are printed
+
+
+def prompt_of(agent, number, seed):
+    words = random.Random(f"{seed} {agent} {number}")
+    return f"{agent} {number}: " + " ".join(words.choices(WORDS, k=words.randint(6, 40)))
+
+
+def body_of(agent, number, seed):
+    """Every other agent draws its answers."""
+    drawn = {"temperature": 0.8, "seed": number} if int(agent.rpartition("-")[2]) % 2 else {"temperature": 0}
+    first = {"agent": agent, "system": SYSTEM} if number == 0 else {}
+    return {"prompt": prompt_of(agent, number, seed), "max_tokens": 6, **drawn, **first}
+
+
+def path_of(agent, number):
+    return "/torpor/v1/agents" if number == 0 else f"/torpor/v1/agents/{agent}/turn"
+
+
+def compare_transcript(agent, acknowledged, held):
+    """What is wrong with an agent's messages, in a sentence each. `acknowledged` and `held`: (prompt, answer) each."""
+    wrong = []
+    prompts = [prompt for prompt, _ in held]
+    counts = collections.Counter(prompts)
+    for number, (prompt, answer) in enumerate(acknowledged):
+        if counts[prompt] == 0:
+            wrong.append(f"{agent}: turn {number} is lost")
+        elif counts[prompt] > 1:
+            wrong.append(f"{agent}: turn {number} is there {counts[prompt]} times")
+        elif (prompt, answer) not in held:
+            wrong.append(f"{agent}: turn {number} has another answer than was acknowledged")
+    known = [prompt for prompt, _ in acknowledged]
+    if extra := [prompt for prompt in prompts if prompt not in known]:
+        wrong.append(f"{agent}: has {len(extra)} turns that nobody acknowledged")
+    if not wrong and prompts != known:
+        wrong.append(f"{agent}: turns are in another order")
+    return wrong
+
+
+class Worker:
+    """One server, started again whenever it ends, and the relays on both of its sides."""
+
+    def __init__(self, run, number):
+        self.run, self.number = run, number
+        self.store = run.directory / f"store-{number}"
+        self.log = run.directory / f"worker-{number}.log"
+        self.port, self.process = s3.free_port(), None
+        self.up, self.ends, self.closing = False, collections.Counter(), False
+        self.paused = self.disk_lost = False
+
+    async def start(self):
+        options, seed = self.run.options, f"{self.run.options.seed} {self.number}"
+        self.bucket = await Relay(self.run.bucket_port, seed + " bucket", finishes=True, refuse=options.refuse,
+                                  lose=options.lose, slow=options.slow).start()
+        self.front = await Relay(self.port, seed + " front", lose=options.lose).start()
+        self.keeper = asyncio.create_task(self.keep())
+        self.prober = asyncio.create_task(self.probe())
+
+    async def keep(self):
+        command = Torpor(self.store, self.run.model).command(
+            "serve", "--model", self.run.model, "--no-auth", "--port", self.port, "--remote", self.run.url, "--lease",
+            self.run.options.lease, "--advertise", f"http://127.0.0.1:{self.front.port}", "--queue", 1024,
+            "--durability", "rename", "--threads", 1, "--log", self.log)
+        env = {**os.environ, **s3.environment(self.bucket.port, *self.run.keys)}
+        while not self.closing:
+            with open(self.log.with_suffix(".err"), "ab") as errors:
+                self.process = await asyncio.create_subprocess_exec(*command, env=env, stderr=errors,
+                                                                    stdout=asyncio.subprocess.DEVNULL)
+            code = await self.process.wait()
+            self.ends[code] += 1
+            if self.disk_lost:
+                shutil.rmtree(self.store, ignore_errors=True)
+                self.disk_lost = False
+            await asyncio.sleep(0.2)
+
+    async def probe(self):
+        """As a balancer asks: down after two failures."""
+        failed = 0
+        while not self.closing:
+            try:
+                healthy = (await ask(self.front.port, "GET", "/health", timeout=1.0)).status == 200
+            except (OSError, TimeoutError):
+                healthy = False
+            failed = 0 if healthy else failed + 1
+            self.up = healthy or self.up and failed < 2
+            await asyncio.sleep(0.3)
+
+    def signal(self, number):
+        with contextlib.suppress(ProcessLookupError, AttributeError):
+            self.process.send_signal(number)
+
+    async def stop(self):
+        self.closing = True
+        self.signal(signal.SIGTERM)
+        await asyncio.wait_for(self.keeper, 60)
+        await self.prober
+
+
+class Chaos:
+    def __init__(self, options, directory, model):
+        self.options, self.directory, self.model = options, directory, model
+        self.random = random.Random(options.seed)
+        self.url = f"s3://{s3.BUCKET}/chaos"
+        self.bucket = None
+        self.bucket_port, self.keys = s3.free_port(), ("TESTKEY", "test-secret")
+        names = [f"agent-{number}" for number in range(options.agents)]
+        self.acknowledged = {name: [] for name in names}
+        self.in_flight, self.last_at = {}, {}       # agent: worker
+        self.hit = {}                               # agent: (kind of the last fault that met it, when)
+        self.recoveries = []                        # (seconds, kind, what the agent asked)
+        self.statuses, self.wrong, self.faults = collections.Counter(), [], collections.Counter()
+        self.done, self.repeated, self.planned = 0, 0, options.turns
+        self.tasks = set()
+
+    # ---- the bucket
+
+    def start_bucket(self):
+        root = self.directory / "bucket"
+        if self.options.store == "versitygw":
+            (root / s3.BUCKET).mkdir(parents=True, exist_ok=True)
+            command = [s3.program("versitygw"), "--port", f"127.0.0.1:{self.bucket_port}", "--quiet", "posix", root]
+        else:
+            command = [s3.program("gofakes3"), "-host", f"127.0.0.1:{self.bucket_port}", "-backend", "fs", "-fs.path",
+                       root, "-fs.create", "-initialbucket", s3.BUCKET, "-quiet"]
+        env = {"ROOT_ACCESS_KEY": self.keys[0], "ROOT_SECRET_KEY": self.keys[1]}
+        self.bucket = s3.Server(command, env, self.bucket_port)
+
+    async def restart_bucket(self):
+        """What it was asked before, it answers; nobody hears it."""
+        relays, down = [self.sweeper, *(worker.bucket for worker in self.workers)], self.random.uniform(0.1, 0.4)
+        async with contextlib.AsyncExitStack() as stack:
+            for relay in relays:
+                await stack.enter_async_context(relay.one_fault)
+            self.meet("restart", self.workers)
+            for relay in relays:
+                relay.set("held")
+            for relay in relays:
+                await relay.idle()
+            await asyncio.to_thread(self.bucket.__exit__)
+            for relay in relays:
+                relay.set("cut")
+            await asyncio.sleep(down * self.options.lease)
+            await asyncio.to_thread(self.start_bucket)
+            for relay in relays:
+                relay.set("open")
+
+    async def sweep(self, is_killed):
+        command = Torpor(self.directory / "swept", self.model).command("remote", "gc", self.url)
+        process = await asyncio.create_subprocess_exec(
+            *command, env={**os.environ, **s3.environment(self.sweeper.port, *self.keys)},
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE)
+        if is_killed:
+            await asyncio.sleep(self.random.uniform(0.05, 1))
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        _, said = await process.communicate()
+        if process.returncode not in (0, 7, GONE, -signal.SIGKILL):
+            self.wrong.append(f"gc ended with {process.returncode}: {said.decode()}")
+
+    # ---- clients
+
+    def ranked(self, agent):
+        """Workers by consistent hashing, those that are up first."""
+        score = lambda worker: hashlib.sha256(f"{agent} {worker.number}".encode()).digest()
+        return sorted(self.workers, key=lambda worker: (not worker.up, score(worker)))
+
+    async def attempt(self, agent, number, worker, asked):
+        """An answer to a turn, of the worker or of the one that it names."""
+        headers = {"idempotency-key": f"{agent}-{number}", "content-type": "application/json"}
+        body, path = body_of(agent, number, self.options.seed), path_of(agent, number)
+        port = worker.front.port
+        for _ in range(3):
+            self.in_flight[agent] = worker = next(one for one in self.workers if one.front.port == port)
+            began, came = time.monotonic(), "nothing"
+            try:
+                answer = await ask(port, "POST", path, body, headers, timeout=self.options.lease * 1.75)
+                came = answer.status
+            except (OSError, TimeoutError) as error:
+                came = type(error).__name__
+                raise
+            finally:
+                self.statuses[came] += 1
+                now = time.monotonic()
+                asked.append(f"{began - self.began:.1f}: worker {worker.number} {came} after {now - began:.1f} s")
+            if answer.status != 307:
+                return answer
+            port = int(answer.header(b"location").split("/")[2].rpartition(":")[2])
+        return answer
+
+    async def turn(self, agent):
+        number, began, tries, asked = len(self.acknowledged[agent]), time.monotonic(), 0, []
+        while True:
+            answer = None
+            with contextlib.suppress(OSError, TimeoutError):
+                answer = await self.attempt(agent, number, self.ranked(agent)[tries % 2], asked)
+            if answer is not None and answer.status in (200, 201):
+                break
+            code = json.loads(answer.body)["error"].get("code") if answer is not None and answer.body else ""
+            if answer is not None and (answer.status in (400, 404, 413) or code in ("kIncompatible", "kCorruption")):
+                self.wrong.append(f"{agent}: turn {number} is refused: {answer.status} {answer.body.decode()}")
+                self.in_flight.pop(agent)
+                return False
+            if answer is not None and answer.status == 500:
+                self.statuses["500 " + answer.body.decode()[:160]] += 1
+            tries += 1
+            await asyncio.sleep(self.random.uniform(0.05, 0.3))
+        said = json.loads(answer.body)
+        self.repeated += said.get("repeated", False)
+        self.acknowledged[agent].append((prompt_of(agent, number, self.options.seed), said["text"]))
+        self.last_at[agent] = self.in_flight.pop(agent)
+        self.done += 1
+        if agent in self.hit:
+            kind, at = self.hit.pop(agent)
+            asked.insert(0, f"{kind} at {at - self.began:.1f} of its worker")
+            self.recoveries.append((time.monotonic() - max(at, began), kind, asked))
+        return True
+
+    async def client(self, names):
+        while self.planned > 0 and not (self.options.seconds and time.monotonic() - self.began > self.options.seconds):
+            if not names:
+                return
+            agent = names.pop(self.random.randrange(len(names)))
+            self.planned -= 1
+            if await self.turn(agent):
+                names.append(agent)
+
+    # ---- faults
+
+    def meet(self, kind, workers):
+        """Notes whom a fault meets: agents that have a turn there, or had their last one."""
+        self.faults[kind] += 1
+        now = time.monotonic()
+        for agent in self.acknowledged:
+            if self.in_flight.get(agent, self.last_at.get(agent)) in workers:
+                self.hit[agent] = (kind, now)
+
+    async def pause(self, worker):
+        worker.paused = True
+        worker.signal(signal.SIGSTOP)
+        await asyncio.sleep(self.options.lease * self.random.uniform(1.3, 2))
+        worker.signal(signal.SIGCONT)
+        worker.paused = False
+
+    async def part(self, kind, worker):
+        relay, most = (worker.bucket, 1.6) if kind == "worker | bucket" else (worker.front, 0.9)
+        state, leases = self.random.choice(("held", "cut")), self.random.uniform(0.2, most)
+        async with relay.one_fault:
+            self.meet(kind, [worker])
+            relay.set(state)
+            await asyncio.sleep(leases * self.options.lease)
+            relay.set("open")
+
+    def start_fault(self, kind):
+        free = [worker for worker in self.workers if not worker.paused] or self.workers
+        worker = self.random.choice(free)
+        if kind == "kill":
+            self.meet(kind, [worker])
+            if self.random.random() < 0.1:
+                self.faults["disk lost"] += 1
+                worker.disk_lost = True
+            worker.signal(signal.SIGKILL)
+            return None
+        if kind == "restart":
+            return self.restart_bucket()
+        if kind == "gc":
+            self.faults[kind] += 1
+            return self.sweep(self.faults[kind] % 2 == 0)
+        if kind == "pause":
+            self.meet(kind, [worker])
+            return self.pause(worker)
+        return self.part(kind, worker)
+
+    async def disturb(self):
+        options = self.options
+        kinds = (["kill"] * options.kills + ["pause"] * options.pauses + ["restart"] * options.restarts
+                 + ["gc"] * options.sweeps
+                 + ["worker | bucket"] * (options.partitions // 2) + ["worker | clients"] * (options.partitions // 2))
+        self.random.shuffle(kinds)
+        for number, kind in enumerate(kinds):
+            while self.done < options.turns * (number + 1) / (len(kinds) + 2):
+                await asyncio.sleep(0.02)
+            if (work := self.start_fault(kind)) is not None:
+                self.tasks.add(asyncio.create_task(work))
+
+    # ---- the run
+
+    async def disturbed(self):
+        await asyncio.to_thread(self.start_bucket)
+        options = self.options
+        self.sweeper = await Relay(self.bucket_port, f"{options.seed} sweeper", finishes=True, refuse=options.refuse,
+                                   lose=options.lose, slow=options.slow).start()
+        self.workers = [Worker(self, number) for number in range(options.workers)]
+        for worker in self.workers:
+            await worker.start()
+        while not all(worker.up for worker in self.workers):
+            await asyncio.sleep(0.05)
+        self.began = time.monotonic()
+        names = list(self.acknowledged)
+        disturber = asyncio.create_task(self.disturb())
+        await asyncio.gather(*(self.client(names) for _ in range(self.options.clients)))
+        disturber.cancel()
+        for task in self.tasks:
+            await task
+        self.seconds = time.monotonic() - self.began
+        for worker in self.workers:
+            await worker.stop()
+
+    async def undisturbed(self):
+        """The same turns on one server without a bucket. Its store is the measure."""
+        alone = Torpor(self.directory / "alone", self.model)
+        port = s3.free_port()
+        process = await asyncio.create_subprocess_exec(
+            *alone.command("serve", "--model", self.model, "--no-auth", "--port", port, "--durability", "none",
+                           "--log", self.directory / "alone.log"), stdout=asyncio.subprocess.PIPE)
+        while b"Dashboard" not in await process.stdout.readline():
+            pass
+        waiting = [name for name, turns in self.acknowledged.items() if turns]
+
+        async def client():
+            while waiting:
+                agent = waiting.pop()
+                for number, (_, text) in enumerate(self.acknowledged[agent]):
+                    body = body_of(agent, number, self.options.seed)
+                    answer = await ask(port, "POST", path_of(agent, number), body, timeout=120)
+                    if answer.status not in (200, 201):
+                        raise AssertionError(f"the undisturbed server answers {answer.status}: {answer.body.decode()}")
+                    if json.loads(answer.body)["text"] != text:
+                        self.wrong.append(f"{agent}: turn {number} has another answer than undisturbed")
+
+        await asyncio.gather(*(client() for _ in range(16)))
+        process.send_signal(signal.SIGTERM)
+        await process.wait()
+        return alone
+
+    def remote(self, store, *args):
+        return Torpor(store, self.model)("remote", args[0], self.url, *args[1:], "--json",
+                                         env=s3.environment(self.bucket_port, *self.keys), timeout=1200)
+
+    def check(self, alone):
+        """Reads the bucket into an empty store, and compares."""
+        names = [name for name, turns in self.acknowledged.items() if turns]
+        found = Torpor(self.directory / "found", self.model)
+        for first in range(0, len(names), 250):
+            pulled = self.remote(found.store, "pull", *names[first:first + 250])
+            if pulled.code != 0:
+                self.wrong.append(f"the bucket can't be pulled: {pulled.err or pulled.out}")
+        for name in names:
+            if not found.agent_file(name).exists():
+                self.wrong.append(f"{name}: is not in the bucket")
+                continue
+            self.wrong += compare_transcript(name, self.acknowledged[name], messages(found, name))
+            if held_ids(found.store, name) != held_ids(alone.store, name):
+                self.wrong.append(f"{name}: has other tokens than undisturbed")
+        for name in self.random.sample(names, min(self.options.logits, len(names))):
+            ask_next = ("And then?", "--logprobs", 5, "--no-save")
+            one, other = (store.run(name, *ask_next, max_tokens=1) for store in (found, alone))
+            if one.code or other.code or one.json["logprobs"] != other.json["logprobs"]:
+                self.wrong.append(f"{name}: has other logits than undisturbed {one.err}")
+        swept = self.remote(found.store, "gc")
+        if swept.code != 0:
+            self.wrong.append(f"gc fails: {swept.err}")
+        verified = self.remote(found.store, "verify")
+        if verified.code != 0 or verified.json["unneeded"]:
+            self.wrong.append(f"verify after gc: {verified.out} {verified.err}")
+        listed = self.remote(found.store, "ls")
+        if left := [one["key"] for one in listed.json["objects"] if one["key"].startswith("nodes/")]:
+            self.wrong.append(f"gc leaves {len(left)} leases")
+        for worker in self.workers:
+            if odd := set(worker.ends) - {0, -signal.SIGKILL, GONE, 7}:
+                self.wrong.append(f"worker {worker.number} ended with {odd}")
+        return swept, verified
+
+    def table(self, swept, verified):
+        times = sorted(time for time, *_ in self.recoveries)
+        at = lambda share: times[min(len(times) - 1, math.ceil(share * len(times)) - 1)] if times else 0.0
+        counts = collections.Counter()
+        for worker in self.workers:
+            counts.update(worker.bucket.counts)
+        ends = sum((worker.ends for worker in self.workers), collections.Counter())
+        rows = [("seed", self.options.seed), ("store", self.options.store),
+                ("workers, agents, lease", f"{self.options.workers}, {self.options.agents}, {self.options.lease:g} s"),
+                ("turns acknowledged", f"{self.done} in {self.seconds:.0f} s"),
+                ("of these, repeated answers", self.repeated),
+                ("faults", ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))),
+                ("ends of workers", ", ".join(f"{count} with {code}" for code, count in sorted(ends.items()))),
+                ("bucket: requests", ", ".join(f"{count} {what}" for what, count in counts.items())),
+                ("answers to clients", ", ".join(f"{count} {what}" for what, count in self.statuses.most_common()))]
+        for kind in sorted({kind for _, kind, _ in self.recoveries}):
+            some = sorted(time for time, one, _ in self.recoveries if one == kind)
+            median = some[len(some) // 2]
+            rows.append((f"recovery from {kind}", f"{len(some)}: median {median:.2f} s, most {some[-1]:.2f} s"))
+        p50, p99 = at(0.5), at(0.99)
+        rows += [("recovery, p50 and p99", f"{p50:.2f} s, {p99:.2f} s = {p99 / self.options.lease:.2f} leases"),
+                 ("removed by gc", swept.json["objects_removed"] if swept.code == 0 else "-"),
+                 ("left: objects, of which unneeded", ", ".join(str(verified.json[name]) for name in
+                                                              ("objects", "unneeded")) if verified.out else "-"),
+                 ("violations", len(self.wrong))]
+        slowest = sorted(self.recoveries, key=lambda one: -one[0])[:self.options.slowest]
+        rows += [(f"recovery of {seconds:.1f} s", "; ".join(asked)) for seconds, _, asked in slowest]
+        return "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def messages(torpor, agent):
+    """(prompt, answer) each."""
+    said = torpor("show", agent, "--json").ok().json["messages"]
+    spoken = [one["content"] for one in said if one["role"] != "system"]
+    return list(zip(spoken[::2], spoken[1::2]))
+
+
+async def run(options, directory, model):
+    """The violations, one sentence each, and the table."""
+    chaos = Chaos(options, directory, model)
+    try:
+        await chaos.disturbed()
+        alone = await chaos.undisturbed()
+        table = chaos.table(*chaos.check(alone))
+        return chaos.wrong, table, chaos
+    finally:
+        for worker in getattr(chaos, "workers", []):
+            worker.closing = True
+            worker.signal(signal.SIGKILL)
+        if chaos.bucket is not None:
+            chaos.bucket.__exit__()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for field in dataclasses.fields(Options):
+        kind = type(field.default)
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"({field.default})")
+    parser.add_argument("--keep", type=Path, help="directory for stores and logs, kept")
+    args = vars(parser.parse_args())
+    keep = args.pop("keep")
+    with contextlib.ExitStack() as stack:
+        directory = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="torpor-chaos-")))
+        model = make_tiny_model(directory / "model")
+        wrong, table, _ = asyncio.run(run(Options(**args), directory, model))
+    print(table)
+    for sentence in wrong[:50]:
+        print(sentence, file=sys.stderr)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
