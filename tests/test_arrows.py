@@ -18,7 +18,7 @@ DIRECT = {
     "teams": ["engine"],
     "faces": ["engine"],
     "server": ["engine", "teams", "faces"],
-    "cli": ["server", "remote"], "python": ["engine", "teams", "faces", "server"],
+    "cli": ["server", "remote"], "python": ["engine", "teams", "faces", "server", "remote"],
 }
 PUBLIC = {"error": "base", "log": "base", "version": "base", "compute_options": "base", "kv_snapshot": "base",
           "store": "store", "remote_tier": "store", "remote": "remote", "exchange": "exchange", "text": "text", "message": "text", "model_info": "model", "model": "model", "cache": "cache",

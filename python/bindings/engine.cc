@@ -1,5 +1,7 @@
 // torpor.Engine: durable agents over one model. What the methods do is said in torpor/engine.py.
 
+#include <chrono>
+
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -81,8 +83,8 @@ std::unique_ptr<RunningTurn> start(const SharedEngine& shared, const std::string
                                    uint64_t seed, int top_k, float min_p, float repetition_penalty, int penalty_context,
                                    float presence_penalty, float frequency_penalty,
                                    std::vector<std::pair<int32_t, float>> logit_bias, std::optional<int> logprobs,
-                                   std::vector<std::string> stop, bool speculate) {
-  TurnRequest request{.agent = agent, .prompt = prompt, .system = std::move(system), .raw = raw,
+                                   std::vector<std::string> stop, bool speculate, const std::string& key) {
+  TurnRequest request{.agent = agent, .id = key, .prompt = prompt, .system = std::move(system), .raw = raw,
                       .on_divergence = parse_on_divergence(on_divergence), .tools = tools, .template_arguments = template_args,
                       .special = special, .save = parse_save_mode(save)};
   if (!messages.empty()) request.messages = messages_from_json(messages);
@@ -168,38 +170,46 @@ void bind_engine(nb::module_& module) {
       .def_ro("rejected_tokens", &EngineWork::rejected_tokens)
       .def_ro("put_aside", &EngineWork::put_aside);
   const EngineOptions defaults{.store = {}};
-  nb::class_<EngineOptions>(module, "EngineOptions")
+  nb::class_<EngineSettings>(module, "EngineOptions")
       .def("__init__",
-           [](EngineOptions* self, const std::string& model, const std::filesystem::path& store,
+           [](EngineSettings* self, const std::string& model, const std::filesystem::path& store,
               const std::optional<std::string>& kv_format, const std::string& durability, size_t memory_budget,
               int64_t disk_budget, int64_t min_free, size_t write_queue, size_t text_queue, int max_stall, bool map_rows,
               const std::optional<std::string>& backend, const std::optional<std::string>& activations, int threads,
-              const std::string& cpu_target) {
-             new (self) EngineOptions{.model = model, .store = store, .kv_format = parse_kv_format(kv_format),
-                                      .durability = parse_durability(durability), .memory_budget = memory_budget,
-                                      .disk = {disk_budget, min_free},
-                                      .compute = {.backend = parse_backend(backend),
-                                                  .activations = parse_activations(activations), .threads = threads,
-                                                  .cpu_target = cpu_target},
-                                      .write_queue_bytes = write_queue, .text_queue_bytes = text_queue,
-                                      .max_stall_ms = max_stall, .map_rows = map_rows};
+              const std::string& cpu_target, const std::optional<std::string>& remote, double lease,
+              const std::string& advertise) {
+             const Durability durable = parse_durability(durability);
+             new (self) EngineSettings{
+                 .engine = {.model = model, .store = store, .kv_format = parse_kv_format(kv_format),
+                            .durability = durable, .memory_budget = memory_budget, .disk = {disk_budget, min_free},
+                            .compute = {.backend = parse_backend(backend),
+                                        .activations = parse_activations(activations), .threads = threads,
+                                        .cpu_target = cpu_target},
+                            .write_queue_bytes = write_queue, .text_queue_bytes = text_queue,
+                            .max_stall_ms = max_stall, .map_rows = map_rows},
+                 .remote = {}};
+             if (!remote) return;
+             self->remote = RemoteOptions{.url = *remote, .store = store, .address = advertise,
+                                          .ttl = std::chrono::milliseconds(int64_t(lease * 1000)),
+                                          .durability = durable, .on_end = {}};
            },
            "model"_a, "store"_a, "kv_format"_a = nb::none(), "durability"_a = "full", "memory_budget"_a = 0,
            "disk_budget"_a = 0, "min_free"_a = 0, "write_queue"_a = defaults.write_queue_bytes,
            "text_queue"_a = defaults.text_queue_bytes, "max_stall"_a = defaults.max_stall_ms, "map_rows"_a = true,
-           "backend"_a = nb::none(), "activations"_a = nb::none(), "threads"_a = 0, "cpu_target"_a = "");
+           "backend"_a = nb::none(), "activations"_a = nb::none(), "threads"_a = 0, "cpu_target"_a = "",
+           "remote"_a = nb::none(), "lease"_a = 10.0, "advertise"_a = "");
   nb::class_<SharedEngine>(module, "CoreEngine")
       .def("__init__",
-           [](SharedEngine* self, EngineOptions options) {
+           [](SharedEngine* self, const EngineSettings& options) {
              const nb::gil_scoped_release release;
-             new (self) SharedEngine(std::move(options));
+             new (self) SharedEngine(options.attached());
            },
            "options"_a)
       .def("close", &SharedEngine::close)
       .def("start", &start, "agent"_a, "prompt"_a, "messages"_a, "system"_a.none(), "raw"_a, "on_divergence"_a,
            "tools"_a, "template_args"_a, "special"_a, "save"_a, "max_tokens"_a, "temperature"_a, "top_p"_a, "seed"_a,
            "top_k"_a, "min_p"_a, "repetition_penalty"_a, "penalty_context"_a, "presence_penalty"_a, "frequency_penalty"_a,
-           "logit_bias"_a, "logprobs"_a.none(), "stop"_a, "speculate"_a)
+           "logit_bias"_a, "logprobs"_a.none(), "stop"_a, "speculate"_a, "key"_a)
       .def("prompt_tokens", &prompt_tokens, "prompt"_a, "messages"_a, "system"_a.none(), "raw"_a, "tools"_a, "template_args"_a,
            "special"_a)
       .def("prefetch", without_gil(&Engine::prefetch), "agent"_a)

@@ -77,18 +77,22 @@ class PythonResponse final : public server::HttpResponse {
 class SharedServer {
  public:
   explicit SharedServer(server::ServerOptions options)
-      : server_(std::make_shared<server::Server>(std::move(options))) {}
+      : remote_(options.pool.engine.remote), server_(std::make_shared<server::Server>(std::move(options))) {}
   ~SharedServer() {
     const nb::gil_scoped_release release;
     server_.reset();
+    remote_.reset();
   }
 
+  /// One that has lost its lease in the bucket takes no turn any more.
   std::shared_ptr<server::Server> get() const {
     if (server_ == nullptr)
       throw Error(ErrorCode::kInvalidArgument, "The application is closed; make another one.");
+    if (remote_ && !remote_->alive()) server_->service().drain();
     return server_;
   }
   void close() {
+    auto remote = std::move(remote_);
     auto server = std::move(server_);
     if (server == nullptr) return;
     const nb::gil_scoped_release release;
@@ -99,25 +103,27 @@ class SharedServer {
       failed = std::current_exception();
     }
     server.reset();
+    remote.reset();
     if (failed) std::rethrow_exception(failed);
   }
 
  private:
+  std::shared_ptr<RemoteTier> remote_;  // outlives the server
   std::shared_ptr<server::Server> server_;
 };
 
 using NamedModels = std::vector<std::pair<std::string, std::string>>;  // name, source
 
 void make_server(SharedServer* self, const std::vector<std::string>& models, const SharedEngine* engine,
-                 const EngineOptions* settings, const NamedModels& aliases, bool share_prefixes, int queue,
+                 const EngineSettings* settings, const NamedModels& aliases, bool share_prefixes, int queue,
                  std::optional<std::filesystem::path> key_file, std::vector<std::string> hosts, double idle_unload,
                  double session_ttl) {
   server::ServerOptions options{.queue = queue};
   for (const std::string& model : models) options.pool.models.push_back({server::served_name(model), model, nullptr});
-  if (settings != nullptr) options.pool.engine = *settings;
   if (engine != nullptr) {
     const std::string& source = engine->get()->model().name;
     options.pool.models.push_back({server::served_name(source), source, engine->get()});
+    options.pool.engine.remote = engine->remote();
   }
   for (const auto& [pattern, name] : aliases) options.pool.aliases.push_back({pattern, name});
   options.pool.share_prefixes = share_prefixes;
@@ -128,6 +134,7 @@ void make_server(SharedServer* self, const std::vector<std::string>& models, con
     if (!std::filesystem::exists(*key_file)) server::make_key_file(*key_file);
     keys = server::ApiKeys::read(*key_file);
   }
+  if (settings != nullptr) options.pool.engine = settings->attached();
   new (self) SharedServer(std::move(options));
   const auto server = self->get();
   if (keys) server->service().set_keys(std::move(*keys));

@@ -56,6 +56,7 @@ void bind_turn(nb::module_& module) {
       .def_ro("agent", &TurnResult::agent)
       .def_ro("model", &TurnResult::model)
       .def_ro("text", &TurnResult::text)
+      .def_ro("repeated", &TurnResult::repeated)
       .def_prop_ro("finish_reason",
                    [](const TurnResult& r) { return std::string(finish_reason_name(r.finish_reason)); })
       .def_ro("stop", &TurnResult::stop)

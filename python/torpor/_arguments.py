@@ -40,6 +40,14 @@ def real(value: Any, what: str) -> float:
     return float(value)
 
 
+def seconds(value: Any, what: str, least: float, most: float) -> float:
+    """A time, as `real`."""
+    number = real(value, what)
+    if not least <= number <= most:  # nor NaN
+        raise InvalidArgumentError(f"{what} must be from {least} to {most} seconds, not {value!r}.")
+    return number
+
+
 def size(value: Any, what: str) -> int:
     """Bytes, or a text such as "64MB" or "1.5 GiB"."""
     if isinstance(value, str):

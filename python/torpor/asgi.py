@@ -286,7 +286,8 @@ def application(*models: str | os.PathLike[str] | Engine, aliases: Mapping[str, 
     drain_timeout: seconds that turns have to end, when the application is closed.
     idle_unload: seconds after which a model that nobody uses is unloaded, but for the first; 0: never.
     session_ttl: seconds after which the agent of a client's session is removed; 0: never.
-    settings: of each model's Engine.
+    settings: of each model's Engine, which share one lease with `remote`. When that is lost `/health` is 503, and no turn
+        is taken any more.
 
     Raises what Engine raises, and InvalidArgumentError for no model, or a model without a chat template.
     """

@@ -52,6 +52,9 @@ class TurnOptions(TypedDict, total=False):
         what is before it.
     speculate: what follows is guessed from what the agent holds, and several tokens are verified at once; no bit of the answer
         depends on it (True).
+    key: with a bucket (Engine's `remote`), your name for the turn, of at most 256 bytes. The agent's last turn, asked for again
+        under its key, on any machine, is not run again: TurnResult.repeated. InvalidArgumentError where another request had
+        the key, or turns came after it (None: no name).
     """
 
     raw: bool | None
@@ -74,6 +77,7 @@ class TurnOptions(TypedDict, total=False):
     logprobs: int | None
     stop: str | Sequence[str] | None
     speculate: bool | None
+    key: str | None
 
 
 class EngineSettings(TypedDict, total=False):
@@ -92,6 +96,9 @@ class EngineSettings(TypedDict, total=False):
     activations: Literal["f32", "int16"] | None
     threads: int
     cpu_target: str | None
+    remote: str | None
+    lease: float
+    advertise: str | None
 
 
 def _core_options(model: str, store: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> _core.EngineOptions:
@@ -105,12 +112,15 @@ def _core_options(model: str, store: str | os.PathLike[str] | None, settings: Ma
             return _arguments.whole(value, name, 0, 2**63 - 1)
         if name in ("max_stall", "threads"):
             return _arguments.whole(value, name, -2**31, 2**31 - 1)
+        if name == "lease":
+            return _arguments.seconds(value, name, 1, 3600)
         if name == "map_rows":
             return bool(value)
         return None if value is None and name != "durability" else _arguments.text(value, name)
 
     given = {name: checked(name, value) for name, value in settings.items()}
-    return _core.EngineOptions(model, root, **{**given, "cpu_target": given.get("cpu_target") or ""})
+    texts = {name: given.get(name) or "" for name in ("cpu_target", "advertise")}
+    return _core.EngineOptions(model, root, **{**given, **texts})
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,8 @@ class Engine:
                  memory_budget: int | str = 0, disk_budget: int | str = 0, min_free: int | str = 0,
                  write_queue: int = 256 << 20, text_queue: int = 64 << 10, max_stall: int = 250, map_rows: bool = True,
                  backend: Literal["kernels", "mlx"] | None = None, activations: Literal["f32", "int16"] | None = None,
-                 threads: int = 0, cpu_target: str | None = None) -> None:
+                 threads: int = 0, cpu_target: str | None = None, remote: str | None = None, lease: float = 10,
+                 advertise: str | None = None) -> None:
         """Loads the model.
 
         model: a model directory, or a repo id in the local Hugging Face cache.
@@ -176,17 +187,26 @@ class Engine:
         threads: of the kernels, 1 to 256. 0: $TORPOR_THREADS, else one per core that the process may use (docs/cli.md).
         cpu_target: the kernels' instruction set: "portable", "sse4", "avx2", "avx512", "amx" or "neon". None:
             $TORPOR_CPU_TARGET, else the CPU's best.
+        remote: a bucket, "s3://BUCKET/PREFIX", "gs://BUCKET/PREFIX" or "az://CONTAINER/PREFIX", in which agents are kept;
+            `store` is its cache then. An agent has one owner at a time: who opens it when nobody has it, until it sleeps or
+            that engine is closed. Elsewhere it is BusyError, whose `found` is the owner's `advertise`. Each change is
+            committed to the bucket before its call returns: save="behind" is "wait". Credentials: docs/fleet.md. None: none.
+        lease: seconds, 1 to 3600. An engine that can't renew its lease for so long opens and commits nothing any more: make
+            another one. A quarter later others take its agents over. All engines of a bucket should have the same.
+        advertise: where the agents of this engine are asked for, as "http://10.0.0.7:8080". None: nowhere.
 
         Threads and CPU target are the process's: its first engine settles them, and others raise InvalidArgumentError when they
         ask for another value.
 
-        Raises NotFoundError, InvalidArgumentError (a model or format that is not supported), CorruptionError, IoError.
+        Raises NotFoundError (also: no such bucket), InvalidArgumentError (a model or format that is not supported; a bucket
+        whose conditional writes don't hold, or any in a build without TORPOR_REMOTE), CorruptionError, IoError.
         """
         self._model = _arguments.text(os.fspath(model), "The model's name")
         self._core = _core.CoreEngine(_core_options(self._model, store, dict(
             kv_format=kv_format, durability=durability, memory_budget=memory_budget, disk_budget=disk_budget,
             min_free=min_free, write_queue=write_queue, text_queue=text_queue, max_stall=max_stall, map_rows=map_rows,
-            backend=backend, activations=activations, threads=threads, cpu_target=cpu_target)))
+            backend=backend, activations=activations, threads=threads, cpu_target=cpu_target, remote=remote, lease=lease,
+            advertise=advertise)))
         self._talking = threading.local()  # .to: agents whose on_text runs on this thread
 
     def __repr__(self) -> str:
@@ -205,9 +225,9 @@ class Engine:
             error.add_note(f"Closing the engine also failed: {failed}")
 
     def close(self) -> None:
-        """Waits for the turn and the saves under way, then frees the model, the agents' memory and their locks. What turns
-        with save="no" left unsaved is dropped; call save_all before to keep it. Raises, when all is freed, what a save "behind"
-        met that no result has told yet."""
+        """Waits for the turn and the saves under way, then frees the model, the agents' memory and their locks; in a bucket it
+        lets others have the agents, and removes its lease. What turns with save="no" left unsaved is dropped; call save_all
+        before to keep it. Raises, when all is freed, what a save "behind" met that no result has told yet."""
         self._core.close()
 
     def agent(self, agent_id: str, system: str | None = None) -> "Agent":
@@ -283,7 +303,7 @@ class Engine:
                penalty_context: int | None = None, presence_penalty: float | None = None,
                frequency_penalty: float | None = None, logit_bias: Mapping[int, float] | None = None,
                logprobs: int | None = None, stop: str | Sequence[str] | None = None,
-               speculate: bool | None = None) -> "TextStream":
+               speculate: bool | None = None, key: str | None = None) -> "TextStream":
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         # 32 bits, which any reader of JSON keeps.
         drawn = secrets.randbits(32) if seed is None else _arguments.whole(seed, "seed", 0, 2**64 - 1)
@@ -306,7 +326,8 @@ class Engine:
             count(penalty_context, "penalty_context", 64), real(presence_penalty, "presence_penalty", 0.0),
             real(frequency_penalty, "frequency_penalty", 0.0), biases,
             None if logprobs is None else count(logprobs, "logprobs", 0),
-            [_arguments.text(one, "A stop string") for one in stops], True if speculate is None else bool(speculate))
+            [_arguments.text(one, "A stop string") for one in stops], True if speculate is None else bool(speculate),
+            "" if key is None else _arguments.text(key, "A turn's key"))
         return TextStream(running, drawn)
 
 
@@ -389,7 +410,8 @@ class Agent:
     """A named, durable conversation. Get one from Engine.agent; any number of them may stand for the same agent.
 
     Every method raises NotFoundError when there is no such agent, in memory or on disk (but `turn`, `stream`: they make it;
-    and `sleep`, `prefetch`), BusyError when another process has it awake, and IncompatibleError when it belongs to another model.
+    and `sleep`, `prefetch`), BusyError when another process or, in a bucket, another worker has it awake, and IncompatibleError
+    when it belongs to another model.
     """
 
     engine: Engine

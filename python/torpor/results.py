@@ -87,6 +87,7 @@ class TurnResult(_Result):
     agent: str  #: the agent's id; empty for a prompt without an agent
     model: str  #: as given to the Engine
     text: str  #: the answer
+    repeated: bool  #: whether it is the answer of a turn that was committed before (the turn's `key`), not computed now
     #: "stop": the model or a stop string ended it; "length": max_tokens or the model's context; "cancelled": TextStream.close
     finish_reason: str
     stop: str  #: the stop string that ended it, or empty
