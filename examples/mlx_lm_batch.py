@@ -1,4 +1,5 @@
-"""mlx-lm's batch generator with a memory: several conversations in one batch, each kept. Torpor's five lines are marked.
+"""mlx-lm's batch generator with a memory: several conversations in one batch, each kept. Torpor's five lines are
+marked.
 
     python examples/mlx_lm_batch.py MODEL "I am Ada." "I am Bob. I live in a lighthouse."
     python examples/mlx_lm_batch.py MODEL " And I like" " And I like"

@@ -54,7 +54,8 @@ def test_steps_and_batches_of_mlx_lms_go_on_in_another_process_as_in_one(tiny_mo
     for name in ("mlx_lm_steps.py", "mlx_lm_batch.py"):
         source = (ROOT / "examples" / name).read_text()
         assert re.findall(r"  # (\d)$", source, re.M) == ["1", "2", "3", "4", "5"]
-    steps = [example("mlx_lm_steps.py", tiny_model, text, 4, store=tmp_path) for text in ("Once upon a time", " and then")]
+    steps = [example("mlx_lm_steps.py", tiny_model, text, 4, store=tmp_path)
+             for text in ("Once upon a time", " and then")]
     batches = [example("mlx_lm_batch.py", tiny_model, *texts, store=tmp_path, MAX_TOKENS="4")
                for texts in (("I am Ada.", "I am Bob. I keep a lighthouse."), (" And", " And"))]
     said = "".join(ended.stdout for ended in steps + batches)

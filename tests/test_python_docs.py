@@ -1,4 +1,4 @@
-"""The Python of docs/python.md runs, block after block, in one program: twice, as its agents are there the second time."""
+"""The Python of docs/python.md runs, block after block, in one program: twice, as agents are there the second time."""
 
 import os
 import re

@@ -196,8 +196,9 @@ def checked(installed, where, *files):
     # It would read all of transformers; matplotlib is an example's own wish, and may be missing.
     (where / "mypy.ini").write_text("[mypy-mlx_lm.*]\nfollow_imports = skip\n"
                                     "[mypy-matplotlib.*]\nfollow_imports = skip\nignore_missing_imports = True\n")
-    return subprocess.run([sys.executable, "-m", "mypy", "--strict", "--cache-dir", where / "cache", "--python-executable",
-                           installed.python, *files], capture_output=True, text=True, cwd=where)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", where / "cache"]
+    return subprocess.run([*command, "--python-executable", installed.python, *files], capture_output=True, text=True,
+                          cwd=where)
 
 
 def test_the_examples_that_import_torpor_pass_mypy_strict(installed, tmp_path):
