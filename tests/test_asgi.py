@@ -215,10 +215,12 @@ def test_an_engine_is_served_beside_its_own_users_and_outlives_the_application(t
 def test_the_end_of_a_hosts_life_takes_turns_back_and_saves_agents(tmp_path, tiny_model):
     app = torpor.asgi.application(tiny_model, store=tmp_path / "store", authenticate=False, drain_timeout=0)
     with Host(app, timeout_graceful_shutdown=1) as host:
-        said = host.http.post("/torpor/v1/agents", json={"agent": "ada", "prompt": "Hi.", "max_tokens": 4}).json()["text"]
+        first = {"agent": "ada", "prompt": "Hi.", "max_tokens": 4}
+        said = host.http.post("/torpor/v1/agents", json=first).raise_for_status().json()["text"]
         connection = http.client.HTTPConnection("127.0.0.1", host.port)
-        body = {"model": "tiny", "messages": [*user("Hi."), {"role": "assistant", "content": said}, *user("Go on.")], **LONG}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"x-torpor-agent": "ada"})
+        messages = [*user("Hi."), {"role": "assistant", "content": said}, *user("Go on.")]
+        connection.request("POST", "/v1/chat/completions", json.dumps({"messages": messages, **LONG}),
+                           {"x-torpor-agent": "ada"})
         while not in_turn(host):
             pass
     connection.close()

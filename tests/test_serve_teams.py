@@ -31,7 +31,8 @@ def begin_long_turn(server, agent):
     body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 2000, "stream": True, "temperature": 0,
             "logit_bias": {"2": -100}}  # the end's token, of both models
     connection = server.connection()
-    answer = server.send(connection, "POST", "/v1/chat/completions", body, headers={"x-torpor-agent": agent}).getresponse()
+    server.send(connection, "POST", "/v1/chat/completions", body, headers={"x-torpor-agent": agent})
+    answer = connection.getresponse()
     assert answer.status == 200 and answer.readline()
     return connection
 
