@@ -67,24 +67,6 @@ size_t SegmentWriter::header_size(const Planned& segment) {
   return size;
 }
 
-int64_t SegmentWriter::bytes_to_write() const {
-  int64_t bytes = 0;
-  for (const Planned& segment : segments_) bytes += segment.write ? int64_t(segment.stat.size) : 0;
-  return bytes;
-}
-
-int64_t SegmentWriter::bytes() const {
-  int64_t bytes = 0;
-  for (const Planned& segment : segments_) bytes += int64_t(segment.stat.size);
-  return bytes;
-}
-
-std::vector<std::string> SegmentWriter::names() const {
-  std::vector<std::string> names;
-  for (const Planned& segment : segments_) names.push_back(segment.name);
-  return names;
-}
-
 void SegmentWriter::choose_name(Planned& segment) {
   // Rows that came from a segment of this store keep its name, and nothing is read to find that out.
   if (segment.run != nullptr) segment.origin = segment.run->segment();
@@ -104,9 +86,9 @@ void SegmentWriter::choose_name(Planned& segment) {
     segment.variant = plain ? "" : content_of(segment);
     segment.name = segment_name(segment.place, segment.variant);
     switch (look_up(segment)) {
-      case Found::kSame: return;
-      case Found::kNothing: segment.write = true; return;
-      case Found::kOther: break;
+      case FoundFile::kSame: return;
+      case FoundFile::kNothing: segment.write = true; return;
+      case FoundFile::kOther: break;
     }
   }
   // The variant's name holds the rows' digest: what is there and differs is not what it says.
@@ -145,45 +127,37 @@ const std::vector<std::string>& SegmentWriter::checksums_of(Planned& segment) {
   return *segment.checksums;
 }
 
-SegmentWriter::Found SegmentWriter::look_up(Planned& segment) {
+FoundFile SegmentWriter::look_up(Planned& segment) {
   const auto stat = store_.segments.find(segment.name);
-  if (!stat) return Found::kNothing;
+  if (!stat) return FoundFile::kNothing;
   segment.stat = *stat;
   const std::string content = content_of(segment);
   const auto known = store_.known.file(segment.name);
   if (known && known->stat == *stat && known->whole) {
-    if (known->content != content) return Found::kOther;
+    if (known->content != content) return FoundFile::kOther;
   } else {
     // Not seen whole by this process: read it before anything is built on it. A damaged one is written again, for the
     // good bytes are here.
     try {
       const OpenedSegment opened = open_segment(store_.segments, segment.name, segment.place, headers_);
-      if (opened.segment.content() != content) return Found::kOther;
+      if (opened.segment.content() != content) return FoundFile::kOther;
       check_rows(opened.handle, opened.segment.file);
       segment.stat = opened.stat;
     } catch (const Error& error) {
       if (error.code() == ErrorCode::kIo) throw;
       if (error.code() != ErrorCode::kNotFound) segment.damaged = *stat;
-      return Found::kNothing;
+      return FoundFile::kNothing;
     }
     store_.known.add_file(segment.name, {segment.stat, content, checksums_of(segment).back(), true});
   }
   remember(segment, content);
-  return Found::kSame;
+  return FoundFile::kSame;
 }
 
 void SegmentWriter::remember(const Planned& segment, const std::string& content) {
   if (segment.run == nullptr) return;
   segment.run->set_segment({segment.name, segment.variant, content});
   store_.known.add_run(segment.run);
-}
-
-std::vector<StoredFile> SegmentWriter::found() const {
-  std::vector<StoredFile> found;
-  for (const Planned& segment : segments_) {
-    if (!segment.write) found.push_back({segment.name, segment.stat});
-  }
-  return found;
 }
 
 void SegmentWriter::write_missing(bool durable, Writing& writing, SaveResult& result) {
@@ -193,10 +167,7 @@ void SegmentWriter::write_missing(bool durable, Writing& writing, SaveResult& re
   }
   result.segments_shared = int(segments_.size()) - result.segments_written;
   result.segments = names();
-  if (!durable) return;
-  std::vector<StoredFile> all;
-  for (const auto& segment : segments_) all.push_back({segment.name, segment.stat});
-  store_.segments.flush(all);
+  if (durable) store_.segments.flush(stored_files(segments_, true));
 }
 
 bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
@@ -212,7 +183,7 @@ bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
   std::vector<StoredFile> put;
   for (size_t i = 0; i < missing.size(); ++i) {
     Planned& segment = *missing[i];
-    if (!put_in_place(segment, *files[i])) break;
+    if (!put_in_place(store_, store_.segments, segment, *files[i])) break;
     segment.stat = files[i]->stat();
     store_.written.add(segment.stat);
     const std::string content = content_of(segment);
@@ -225,18 +196,6 @@ bool SegmentWriter::put_missing(bool durable, SaveResult& result) {
   }
   if (durable) store_.segments.flush_names(put);
   return put.size() == missing.size();
-}
-
-bool SegmentWriter::put_in_place(Planned& segment, TemporaryFile& file) {
-  if (!segment.damaged) return store_.segments.put_new(segment.name, file);
-  // Of several who find the damage one replaces the file.
-  const auto hold = store_.locks.removing(std::chrono::seconds(10));
-  if (!hold)
-    throw Error(ErrorCode::kBusy,
-                "The store '" + store_.root.string() + "' is in use by another process; try again later.");
-  if (store_.segments.find(segment.name) != segment.damaged) return false;
-  store_.segments.replace(segment.name, file);
-  return true;
 }
 
 TemporaryFile SegmentWriter::write(Planned& segment, bool durable) {

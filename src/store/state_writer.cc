@@ -57,11 +57,11 @@ void StateWriter::choose_name(Planned& planned, const StateChain& chain) {
   for (const bool plain : {true, false}) {
     planned.variant = plain ? "" : content_digest(checksums_of(planned));
     planned.name = state_name(planned.place, planned.variant);
-    const Found found = look_up(planned, chain);
-    if (found == Found::kSame) return;
-    if (found == Found::kOther && plain) continue;
+    const FoundFile found = look_up(planned, chain);
+    if (found == FoundFile::kSame) return;
+    if (found == FoundFile::kOther && plain) continue;
     // A variant's name holds the state's digest: what is there and differs is not what it says.
-    if (found == Found::kOther) planned.damaged = planned.stat;
+    if (found == FoundFile::kOther) planned.damaged = planned.stat;
     break;
   }
   planned.write = true;
@@ -69,53 +69,33 @@ void StateWriter::choose_name(Planned& planned, const StateChain& chain) {
                           token_bytes(planned.place.tokens).size()};
 }
 
-StateWriter::Found StateWriter::look_up(Planned& planned, const StateChain& chain) {
+FoundFile StateWriter::look_up(Planned& planned, const StateChain& chain) {
   const auto stat = store_.states.find(planned.name);
-  if (!stat) return Found::kNothing;
+  if (!stat) return FoundFile::kNothing;
   planned.stat = *stat;
   // The file's name alone says nothing: another store, or a computation with other bits, has other ones under it.
   const std::string content = content_digest(checksums_of(planned));
   const auto known = store_.known.file(planned.name);
   if (known && known->stat == *stat && known->whole) {
-    if (known->content != content) return Found::kOther;
+    if (known->content != content) return FoundFile::kOther;
   } else {
     // Not seen whole by this process: read it before anything is built on it. A damaged one is written again, for the
     // good bytes are here.
     try {
       const StateRef ref{planned.position, planned.name};
       const OpenedState opened = open_state(store_.states, chain, ref);
-      if (opened.state.content() != content) return Found::kOther;
+      if (opened.state.content() != content) return FoundFile::kOther;
       read_state(opened, ref, allocate_heap_buffer);
       planned.stat = opened.stat;
     } catch (const Error& error) {
       if (error.code() == ErrorCode::kIo) throw;
       if (error.code() != ErrorCode::kNotFound) planned.damaged = *stat;
-      return Found::kNothing;
+      return FoundFile::kNothing;
     }
     store_.known.add_file(planned.name, {planned.stat, content, checksums_of(planned).back(), true});
   }
   planned.state->set_file(planned.name);
-  return Found::kSame;
-}
-
-std::vector<StoredFile> StateWriter::found() const {
-  std::vector<StoredFile> found;
-  for (const Planned& planned : states_) {
-    if (!planned.write) found.push_back({planned.name, planned.stat});
-  }
-  return found;
-}
-
-int64_t StateWriter::bytes_to_write() const {
-  int64_t bytes = 0;
-  for (const Planned& planned : states_) bytes += planned.write ? int64_t(planned.stat.size) : 0;
-  return bytes;
-}
-
-int64_t StateWriter::bytes() const {
-  int64_t bytes = 0;
-  for (const Planned& planned : states_) bytes += int64_t(planned.stat.size);
-  return bytes;
+  return FoundFile::kSame;
 }
 
 std::optional<std::vector<StateRef>> StateWriter::refs() const {
@@ -126,20 +106,12 @@ std::optional<std::vector<StateRef>> StateWriter::refs() const {
 }
 
 void StateWriter::write_missing(bool durable, Writing& writing, SaveResult& result) {
-  const auto names = [&] {
-    std::vector<std::string> names;
-    for (const Planned& planned : states_) names.push_back(planned.name);
-    return names;
-  };
   while (!put_missing(durable, result)) {
     do plan(tokens_, std::move(segments_));
-    while (!writing.claim(names(), {}, found()));
+    while (!writing.claim(names_of(states_), {}, found()));
   }
   if (const auto all = refs()) result.states = *all;
-  if (!durable) return;
-  std::vector<StoredFile> files;
-  for (const Planned& planned : states_) files.push_back({planned.name, planned.stat});
-  store_.states.flush(files);
+  if (durable) store_.states.flush(stored_files(states_, true));
 }
 
 bool StateWriter::put_missing(bool durable, SaveResult& result) {
@@ -152,7 +124,7 @@ bool StateWriter::put_missing(bool durable, SaveResult& result) {
     const std::string header = header_of(*planned);
     TemporaryFile file = store_.states.write(
         planned->name, {as_bytes_of(header), planned->state->bytes(), token_bytes(planned->place.tokens)}, durable);
-    if (!put_in_place(*planned, file)) break;
+    if (!put_in_place(store_, store_.states, *planned, file)) break;
     planned->stat = file.stat();
     planned->write = false;
     store_.written.add(planned->stat);
@@ -165,18 +137,6 @@ bool StateWriter::put_missing(bool durable, SaveResult& result) {
   }
   if (durable) store_.states.flush_names(put);
   return put.size() == missing.size();
-}
-
-bool StateWriter::put_in_place(Planned& planned, TemporaryFile& file) {
-  if (!planned.damaged) return store_.states.put_new(planned.name, file);
-  // Of several who find the damage one replaces the file.
-  const auto hold = store_.locks.removing(std::chrono::seconds(10));
-  if (!hold)
-    throw Error(ErrorCode::kBusy,
-                "The store '" + store_.root.string() + "' is in use by another process; try again later.");
-  if (store_.states.find(planned.name) != planned.damaged) return false;
-  store_.states.replace(planned.name, file);
-  return true;
 }
 
 }  // namespace torpor

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "store/planned_file.h"
 #include "store/state_file.h"
 #include "store/store_impl.h"
 #include "store/writing.h"
@@ -19,10 +20,10 @@ class StateWriter {
   /// Gives each state its name, and finds out which are on disk. `segments`: names of all that hold `tokens`.
   void plan(std::span<const int32_t> tokens, std::vector<std::string> segments);
   /// Those that are, as they were when they were looked at.
-  std::vector<StoredFile> found() const;
+  std::vector<StoredFile> found() const { return stored_files(states_, false); }
   /// Bytes of the files that are missing, and of all.
-  int64_t bytes_to_write() const;
-  int64_t bytes() const;
+  int64_t bytes_to_write() const { return missing_bytes_of(states_); }
+  int64_t bytes() const { return bytes_of(states_); }
   /// All of them by position. nullopt: the snapshot is of a model without recurrent layers.
   std::optional<std::vector<StateRef>> refs() const;
   /// Writes what is missing when `writing` has claimed all names, and all segments are in place; with `durable` all are
@@ -30,24 +31,17 @@ class StateWriter {
   void write_missing(bool durable, Writing& writing, SaveResult& result);
 
  private:
-  struct Planned {
+  struct Planned : PlannedFile {
     std::shared_ptr<const StateCheckpoint> state;  ///< nullptr: one of `kept`
     int64_t position = 0;
     StatePlace place;
-    std::string name, variant;
-    std::vector<std::string>* checksums = nullptr;  ///< empty until someone needed them
-    bool write = false;
-    std::optional<FileStat> damaged;  ///< a file that has the name, and that no reader would take
-    FileStat stat;                    ///< of a file to be written its size alone
   };
-  enum class Found { kNothing, kSame, kOther };
 
   void choose_name(Planned& planned, const StateChain& chain);
-  Found look_up(Planned& planned, const StateChain& chain);
+  FoundFile look_up(Planned& planned, const StateChain& chain);
   const std::vector<std::string>& checksums_of(Planned& planned);
   std::string header_of(Planned& planned);
   bool put_missing(bool durable, SaveResult& result);
-  bool put_in_place(Planned& planned, TemporaryFile& file);
 
   Store::Impl& store_;
   const KvSnapshot& snapshot_;
