@@ -5,7 +5,6 @@
 #include <iterator>
 #include <sstream>
 #include <string_view>
-#include <vector>
 
 #include "torpor/error.h"
 
@@ -80,6 +79,25 @@ ChatLine parse_chat_line(const std::string& line) {
     parsed.count = parse_count(arguments[command->count_at - 1], command->counts);
   }
   return parsed;
+}
+
+std::vector<std::string> complete_chat_line(const std::string& before,
+                                            const std::function<std::vector<std::string>()>& agents) {
+  std::vector<std::string> words;
+  const size_t blank = before.find_last_of(" \t\n");
+  const std::string word = before.substr(blank + 1);  // npos + 1 is 0
+  if (blank == before.npos) {
+    for (const Command& command : kCommands) {
+      // A blank ends the name, where more has to follow.
+      if (command.name.starts_with(word)) words.push_back(std::string(command.name) + (command.least > 0 ? " " : ""));
+    }
+    if (!word.starts_with('/')) words.clear();
+  } else if (before.substr(0, before.find_last_not_of(" \t", blank) + 1) == "/agent") {
+    for (const std::string& agent : agents()) {
+      if (agent.starts_with(word)) words.push_back(agent);
+    }
+  }
+  return words;
 }
 
 }  // namespace torpor::cli

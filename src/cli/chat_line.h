@@ -2,8 +2,10 @@
 /// A line that is typed to `torpor chat`: a message, or a command to the program.
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace torpor::cli {
 
@@ -17,5 +19,10 @@ struct ChatLine {
 /// What begins with no slash is a message, as is a path. Two slashes begin a message with one. kInvalidArgument for a command
 /// that there is not, and for one with other arguments than it takes.
 ChatLine parse_chat_line(const std::string& line);
+
+/// What the last word of a line's beginning may become: a command, or an agent where a command takes one. `agents` is asked for
+/// them then.
+std::vector<std::string> complete_chat_line(const std::string& before,
+                                            const std::function<std::vector<std::string>()>& agents);
 
 }  // namespace torpor::cli

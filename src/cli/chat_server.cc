@@ -29,7 +29,7 @@ class ServerAgents : public ChatAgents {
               {"stream", true}};
     if (options.seed) body["seed"] = *options.seed;
     if (options.has_system) body["system"] = options.system;
-    TurnPrinter printer(options.json, interrupt);
+    TurnPrinter printer(options, interrupt);
     try {
       stream(path(options.agent, "/turn"), body, interrupt, printer);
     } catch (const Error& error) {

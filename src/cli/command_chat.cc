@@ -1,5 +1,7 @@
 /// chat: a line is a message, or a command to the program.
 
+#include <unistd.h>
+
 #include <csignal>
 #include <cstdio>
 #include <exception>
@@ -14,6 +16,7 @@
 #include "cli/commands.h"
 #include "cli/exchanges.h"
 #include "cli/line_reader.h"
+#include "cli/markdown.h"
 #include "cli/output.h"
 #include "cli/server_client.h"
 #include "cli/text_input.h"
@@ -177,8 +180,15 @@ class Chat {
     } else {
       const std::vector<Exchange> exchanges = exchanges_of(agents_->messages(options_.agent));
       if (exchanges.empty()) return;
+      for (const Exchange& exchange : exchanges) lines_.remember(exchange.user);
+      std::string answer = printable(exchanges.back().answer);
+      if (may_style(STDERR_FILENO) && !options_.raw) {
+        MarkdownStream stream;
+        answer = stream.feed(answer);
+        answer += stream.finish();
+      }
       std::fprintf(stderr, "%zu exchanges so far; the last one:\n> %s\n%s\n", exchanges.size(),
-                   printable(first_line(exchanges.back().user, 200)).c_str(), printable(exchanges.back().answer).c_str());
+                   printable(first_line(exchanges.back().user, 200)).c_str(), answer.c_str());
     }
   }
 
@@ -259,6 +269,12 @@ class Chat {
     return true;
   }
 
+  std::vector<std::string> names() {
+    std::vector<std::string> names;
+    for (const AgentStatus& status : agents_->all()) names.push_back(status.agent);
+    return names;
+  }
+
   /// How many tokens the agent has, in memory or on disk.
   int64_t known_tokens() {
     for (const AgentStatus& status : agents_->all()) {
@@ -270,7 +286,7 @@ class Chat {
   TurnOptions options_;  // `agent` is the one that is talked with
   const std::unique_ptr<ChatAgents> agents_;
   InterruptScope interrupt_;
-  LineReader lines_;
+  LineReader lines_{[this](const std::string& before) { return complete_chat_line(before, [this] { return names(); }); }};
   const bool interactive_ = lines_.interactive();
   std::set<std::string> known_;                 // agents that have begun here
   std::set<std::string> emptied_;               // agents of which all was taken back here
@@ -306,6 +322,7 @@ void add_chat_command(CLI::App& app, Invocation& invocation) {
 #endif
   chat_app->callback([=, &invocation] {
     options->has_system = chat_app->count("--system") > 0;
+    options->markdown = true;
     invocation.run = [=, &invocation] {
       check_agent_id(options->agent);
 #ifdef TORPOR_SERVER

@@ -6,8 +6,11 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
+#include <utility>
 
 #include "cli/interrupt.h"
+#include "cli/output.h"
 #include "torpor/error.h"
 #include "torpor_line_shim.h"
 
@@ -60,13 +63,23 @@ void check(torpor_text_status status, torpor_text_bytes error) {
 
 }  // namespace
 
-LineReader::LineReader() : interactive_(isatty(STDIN_FILENO) != 0) {
+LineReader::LineReader(Complete complete) : complete_(std::move(complete)), interactive_(isatty(STDIN_FILENO) != 0) {
   if (!interactive_ || isatty(STDOUT_FILENO) == 0) return;
   // The editor takes this signal for itself as long as it lives, and an answer is to be stopped by it.
   struct sigaction interrupt {};
   sigaction(SIGINT, nullptr, &interrupt);
   torpor_text_bytes error{};
-  const torpor_text_status status = torpor_line_editor_new(&editor_, &error);
+  const torpor_text_status status = torpor_line_editor_new(
+      [](void* reader, const char* before, size_t size, torpor_line_offers* offers) {
+        try {
+          for (const std::string& word : static_cast<LineReader*>(reader)->complete_({before, size})) {
+            torpor_line_offer(offers, word.data(), word.size());
+          }
+        } catch (const std::exception&) {
+          // What can't be known is not offered.
+        }
+      },
+      this, may_style(STDOUT_FILENO), &editor_, &error);
   sigaction(SIGINT, &interrupt, nullptr);
   check(status, error);
 }
@@ -74,6 +87,24 @@ LineReader::LineReader() : interactive_(isatty(STDIN_FILENO) != 0) {
 LineReader::~LineReader() { torpor_line_editor_free(editor_); }
 
 std::optional<std::string> LineReader::read(const std::string& prompt) {
+  std::optional<std::string> text = read_one(prompt);
+  while (interactive_ && text && text->ends_with('\\')) {
+    const std::optional<std::string> more = read_one(std::string(prompt.size() - 2, '.') + "> ");
+    if (!more) return std::nullopt;
+    text->back() = '\n';
+    *text += *more;
+  }
+  if (text && !text->empty()) remember(*text);
+  return text;
+}
+
+void LineReader::remember(const std::string& text) {
+  if (editor_ == nullptr) return;
+  torpor_text_bytes error{};
+  check(torpor_line_remember(editor_, text.data(), text.size(), &error), error);
+}
+
+std::optional<std::string> LineReader::read_one(const std::string& prompt) {
   if (editor_ != nullptr) return edit(prompt);
   if (interactive_) std::fputs(prompt.c_str(), stderr);
   return next_line();

@@ -1,11 +1,14 @@
 #include "cli/output.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <ctime>
 
+#include "base/environment.h"
 #include "cli/text_input.h"
 #include "torpor/error.h"
 
@@ -50,6 +53,11 @@ std::string escaped(std::string_view text, std::string_view allowed) {
 
 std::string printable(std::string_view text) { return escaped(text, "\n\t"); }
 std::string printable_name(std::string_view name) { return escaped(name, ""); }
+
+bool may_style(int fd) {
+  const std::string terminal = environment("TERM");
+  return isatty(fd) != 0 && !terminal.empty() && terminal != "dumb" && environment("NO_COLOR").empty();
+}
 
 void print(std::string_view text) { write_out(printable(text)); }
 

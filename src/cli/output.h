@@ -25,6 +25,10 @@ std::string printable(std::string_view text);
 /// The same for a name, which is one line: ends of lines too.
 std::string printable_name(std::string_view name);
 
+/// Whether what goes to `fd` may have colours and other styles: it is a terminal, TERM is neither empty nor "dumb", and NO_COLOR
+/// is empty.
+bool may_style(int fd);
+
 /// Prints `value` as one line on standard output. kIo when it can't be written.
 void print_json(const Json& value);
 /// Prints text on standard output, made printable. kIo when it can't be written.

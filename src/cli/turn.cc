@@ -139,22 +139,34 @@ TurnRequest turn_request(const TurnOptions& options) {
   return request;
 }
 
-TurnPrinter::TurnPrinter(bool json, InterruptScope& interrupt)
-    : json_(json), terminal_(isatty(STDOUT_FILENO) != 0), interrupt_(interrupt) {}
+TurnPrinter::TurnPrinter(const TurnOptions& options, InterruptScope& interrupt)
+    : json_(options.json), terminal_(isatty(STDOUT_FILENO) != 0), interrupt_(interrupt) {
+  if (options.markdown && !options.raw && may_style(STDOUT_FILENO)) markdown_.emplace();
+}
 
 void TurnPrinter::text(std::string_view text) {
   progress_.clear();
   if (json_ || closed_) return;
   // A terminal would obey what a model writes; a file or a pipe gets the text as it is.
   const std::string shown = terminal_ ? printable(text) : std::string(text);
+  write(markdown_ ? markdown_->feed(shown) : shown);
+}
+
+void TurnPrinter::write(const std::string& shown) {
+  if (closed_) return;
   if (std::fwrite(shown.data(), 1, shown.size(), stdout) != shown.size() || std::fflush(stdout) != 0) {
     closed_ = true;  // nobody reads: end the turn, and keep what was computed
     interrupt_.flag().store(true);
   }
 }
 
+void TurnPrinter::end_text() {
+  if (markdown_) write(markdown_->finish());
+}
+
 void TurnPrinter::result(const Json& result, bool saved) {
   progress_.clear();
+  end_text();
   if (result.contains("damage")) complain("warning: " + result["damage"].get<std::string>());
   if (result.contains("notices")) {
     for (const Json& notice : result["notices"]) complain("note: " + notice.get<std::string>());
@@ -172,12 +184,13 @@ void TurnPrinter::check_read() const {
 
 void TurnPrinter::stopped() {
   progress_.clear();
+  end_text();
   if (!json_) std::fputs("\n", stderr);
   complain("the answer was stopped, and the turn taken back");
 }
 
 TurnResult take_turn(Engine& engine, const TurnOptions& options, TurnRequest request, InterruptScope& interrupt) {
-  TurnPrinter printer(options.json, interrupt);
+  TurnPrinter printer(options, interrupt);
   // Told where it decides anything, so that the answer can be had again.
   std::optional<uint64_t> seed;
   if (options.sampling.temperature > 0) seed = request.generate.sampling.seed;

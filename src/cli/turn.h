@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cli/interrupt.h"
+#include "cli/markdown.h"
 #include "cli/model_options.h"
 #include "cli/output.h"
 #include "cli/progress.h"
@@ -21,6 +22,7 @@ struct TurnOptions : AnswerOptions {
   std::string tools_file, tools, template_args;  ///< `tools`: the file's text
   bool special = false;
   bool raw = false, json = false, no_speculate = false;
+  bool markdown = false;  ///< a terminal that may have colours shows the answer as Markdown
   SaveMode save = SaveMode::kWait;
   int max_tokens = 256;
   SamplingOptions sampling;      ///< but for the seed
@@ -44,7 +46,10 @@ TurnRequest turn_request(const TurnOptions& options);
 /// What a turn tells on the standard streams as it goes: a bar, then text or one JSON object, then a summary.
 class TurnPrinter {
  public:
-  TurnPrinter(bool json, InterruptScope& interrupt);
+  TurnPrinter(const TurnOptions& options, InterruptScope& interrupt);
+  ~TurnPrinter() { end_text(); }
+  TurnPrinter(const TurnPrinter&) = delete;
+  TurnPrinter& operator=(const TurnPrinter&) = delete;
   void prefill(int done, int total) { progress_.update(done, total); }
   /// Interrupts the turn once nobody reads standard output.
   void text(std::string_view text);
@@ -56,8 +61,13 @@ class TurnPrinter {
   void stopped();
 
  private:
+  void write(const std::string& shown);
+  /// Shows what is held back, and leaves the terminal its own style.
+  void end_text();
+
   const bool json_, terminal_;
   InterruptScope& interrupt_;
+  std::optional<MarkdownStream> markdown_;
   ProgressBar progress_;
   bool closed_ = false;
 };
