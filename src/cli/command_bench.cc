@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <set>
@@ -22,10 +23,15 @@
 #include <CLI/CLI.hpp>
 #include <mlx/memory.h>
 
+#include "base/env.h"
+#include "cli/bench_report.h"
 #include "cli/commands.h"
+#include "cli/disk_probe.h"
 #include "cli/interrupt.h"
+#include "cli/memory_probe.h"
 #include "cli/model_options.h"
 #include "cli/output.h"
+#include "cli/text_input.h"
 #include "engine/generation.h"
 #include "torpor/cache.h"
 #include "torpor/error.h"
@@ -42,29 +48,7 @@ struct BenchOptions : ModelOptions {
   int decode = 64, runs = 5;
   SamplingOptions sampling;
   bool json = false;
-};
-
-struct Speed {
-  int tokens;  // prefilled
-  double tokens_per_s;
-};
-
-struct DecodeSpeed {
-  int depth, agents;
-  double tokens_per_s;  // of all agents together
-};
-
-struct Transfer {
-  int tokens;
-  double ms;
-  int64_t bytes;
-};
-
-struct Report {
-  std::vector<Speed> prefill;
-  std::vector<DecodeSpeed> decode;
-  std::vector<Transfer> wake, save;
-  int64_t peak_bytes = 0;
+  std::string plot, save, compare;  // files
 };
 
 /// "512,2048" as numbers of at least `least`, in the order given.
@@ -152,7 +136,7 @@ class Bench {
     identity_.kv = kv_format.name();
   }
 
-  Report measure(const std::vector<int>& prefill, const std::vector<int>& depths, const std::vector<int>& agents) {
+  BenchReport measure(const std::vector<int>& prefill, const std::vector<int>& depths, const std::vector<int>& agents) {
     std::set<int> moved;  // sizes that were saved and woken
     const auto move = [&](std::unique_ptr<KvCache> cache) {
       if (cache->length() > 0 && moved.insert(cache->length()).second) move_cache(std::move(cache));
@@ -166,7 +150,7 @@ class Bench {
         const auto tokens = random_tokens(n, model_.info().vocab_size);
         return timed([&] { forward(*cache, tokens); });
       });
-      report_.prefill.push_back({n, n / ms * 1000});
+      report_.rows.push_back({BenchRow::kPrefill, n, 1, n / ms * 1000});
       move(std::move(cache));
     }
     for (const int depth : options_.decode > 0 ? depths : std::vector<int>{}) {
@@ -175,11 +159,14 @@ class Bench {
       if (depth > 0) forward(*cache, random_tokens(depth, model_.info().vocab_size));
       for (const int n : agents) {
         status("decode by " + std::to_string(n) + " at depth " + std::to_string(depth));
-        report_.decode.push_back({depth, n, n * options_.decode / median_ms([&] { return decode(*cache, n); }) * 1000});
+        const double ms = median_ms([&] { return decode(*cache, n); });
+        report_.rows.push_back({BenchRow::kDecode, depth, n, n * options_.decode / ms * 1000});
       }
       move(std::move(cache));
     }
+    std::ranges::stable_sort(report_.rows, {}, &BenchRow::kind);
     report_.peak_bytes = peak_bytes();
+    look_at_machine();
     status("");
     return std::move(report_);
   }
@@ -252,7 +239,7 @@ class Bench {
                                          options_.durability()).bytes_written;
       });
     });
-    report_.save.push_back({n, save_ms, written});
+    report_.rows.push_back({BenchRow::kSave, n, 1, save_ms, written});
 
     const double wake_ms = median_ms([&] {
       cache.reset();
@@ -270,12 +257,21 @@ class Bench {
         read = loaded.bytes_read;
       });
     });
-    report_.wake.push_back({n, wake_ms, read});
+    report_.rows.push_back({BenchRow::kWake, n, 1, wake_ms, read});
+  }
+
+  void look_at_machine() {
+    say("the memory and the disk...");
+    report_.memory_bytes_per_s = probe_memory();
+    report_.disk = probe_disk(Env::posix(), TemporaryDirectory().path());
+    const double segment = double(layout_.offset(layout_.tensors.size(), kSegmentTokens));
+    report_.find_limits(model_.info().weight_bytes, segment / kSegmentTokens, options_.durability() == Durability::kFull);
   }
 
   /// What is going on, for someone who watches.
-  static void status(const std::string& what) {
-    if (isatty(STDERR_FILENO)) std::fprintf(stderr, what.empty() ? "\r\033[K" : "\r\033[K%s tokens...", what.c_str());
+  static void status(const std::string& what) { say(what.empty() ? "" : what + " tokens..."); }
+  static void say(const std::string& what) {
+    if (isatty(STDERR_FILENO)) std::fprintf(stderr, "\r\033[K%s", what.c_str());
   }
 
   const BenchOptions& options_;
@@ -284,61 +280,35 @@ class Bench {
   const KvLayout layout_;
   Identity identity_;
   InterruptScope& interrupt_;
-  Report report_;
+  BenchReport report_;
 };
 
-double rounded(double value) { return std::round(value * 1000) / 1000; }
-
-Json report_json(const Report& report) {
-  const auto speeds = [](const std::vector<Speed>& rows) {
-    Json list = Json::array();
-    for (const Speed& row : rows) list.push_back({{"tokens", row.tokens}, {"tokens_per_s", rounded(row.tokens_per_s)}});
-    return list;
-  };
-  const auto transfers = [](const std::vector<Transfer>& rows) {
-    Json list = Json::array();
-    for (const Transfer& row : rows) list.push_back({{"tokens", row.tokens}, {"ms", rounded(row.ms)}, {"bytes", row.bytes}});
-    return list;
-  };
-  Json decode = Json::array();
-  for (const DecodeSpeed& row : report.decode) {
-    decode.push_back({{"depth", row.depth}, {"agents", row.agents}, {"tokens_per_s", rounded(row.tokens_per_s)}});
+/// Told before anything is measured.
+void check_files(const BenchOptions& options) {
+  if (!options.plot.empty() && !options.plot.ends_with(".svg")) {
+    throw Error(ErrorCode::kInvalidArgument, "--plot draws SVG; name a file that ends with .svg, not '" + options.plot + "'");
   }
-  return Json{{"prefill", speeds(report.prefill)},           {"decode", decode},
-              {"wake", transfers(report.wake)},              {"save", transfers(report.save)},
-              {"peak_bytes", report.peak_bytes}};
+  for (const std::string& file : {options.plot, options.save}) {
+    if (file.empty()) continue;
+    const std::filesystem::path there = std::filesystem::absolute(file).parent_path();
+    if (access(there.c_str(), W_OK | X_OK) != 0) {
+      throw Error(ErrorCode::kIo, "can't write '" + file + "': " + std::strerror(errno));
+    }
+  }
 }
 
-std::string report_table(const Report& report) {
-  std::string text;
-  char line[160];
-  const auto add = [&](const char* what, int tokens, const std::string& value, const std::string& bytes) {
-    std::snprintf(line, sizeof line, "%-8s %7d %16s %10s", what, tokens, value.c_str(), bytes.c_str());
-    text += line;
-    text.erase(text.find_last_not_of(' ') + 1);
-    text += '\n';
-  };
-  const auto speed = [](double tokens_per_s) {
-    char number[32];
-    std::snprintf(number, sizeof number, "%.1f tokens/s", tokens_per_s);
-    return std::string(number);
-  };
-  std::snprintf(line, sizeof line, "%-8s %7s %16s %10s\n", "", "TOKENS", "MEDIAN", "SIZE");
-  text += line;
-  for (const Speed& row : report.prefill) add("prefill", row.tokens, speed(row.tokens_per_s), "");
-  for (const DecodeSpeed& row : report.decode) {
-    add(row.agents == 1 ? "decode" : ("by " + std::to_string(row.agents)).c_str(), row.depth, speed(row.tokens_per_s), "");
-  }
-  for (const Transfer& row : report.wake) add("wake", row.tokens, human_ms(row.ms), human_bytes(row.bytes));
-  for (const Transfer& row : report.save) add("save", row.tokens, human_ms(row.ms), human_bytes(row.bytes));
-  std::snprintf(line, sizeof line, "%-8s %7s %16s %10s\n", "peak", "", "", human_bytes(report.peak_bytes).c_str());
-  return text + line;
+void write_file(const std::string& path, const std::string& text) {
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  if (!(file << text) || !file.flush()) throw Error(ErrorCode::kIo, "can't write '" + path + "': " + std::strerror(errno));
 }
 
 int bench(const BenchOptions& options) {
   const std::vector<int> prefill = parse_list(options.prefill, "--prefill", 1);
   const std::vector<int> depths = parse_list(options.depth, "--depth", 0);
   const std::vector<int> agents = parse_list(options.agents, "--agents", 1);
+  check_files(options);
+  const std::vector<BenchRow> saved =
+      options.compare.empty() ? std::vector<BenchRow>() : parse_bench(read_prompt_file(options.compare), options.compare);
 
   const auto model = Model::load(options.model, options.compute());  // this thread is the one that computes
   const int64_t longest = std::max<int64_t>(*std::max_element(prefill.begin(), prefill.end()),
@@ -350,12 +320,15 @@ int bench(const BenchOptions& options) {
   InterruptScope interrupt;
   try {
     const KvFormat kv_format = model->refined(options.kv_format().value_or(model->default_kv_format()));
-    const Report report = Bench(options, *model, kv_format, interrupt).measure(prefill, depths, agents);
+    BenchReport report = Bench(options, *model, kv_format, interrupt).measure(prefill, depths, agents);
+    report.compare(saved);
     if (options.json) {
-      print_json(report_json(report));
+      print_json(report.json());
     } else {
-      print(report_table(report));
+      print(report.table(/*blocks=*/isatty(STDOUT_FILENO) != 0));
     }
+    if (!options.save.empty()) write_file(options.save, dump_json(report.json()) + "\n");
+    if (!options.plot.empty()) write_file(options.plot, report.svg(model->info().name + ", KV cache " + kv_format.name()));
   } catch (const Interrupted&) {
     return 128 + interrupt.signal();
   }
@@ -389,6 +362,12 @@ void add_bench_command(CLI::App& app, Invocation& invocation) {
       ->capture_default_str()
       ->check(CLI::Range(1, 1000))
       ->type_name("N");
+  bench_app->add_option("--plot", options->plot, "Draw the figures in a file, too; as SVG, so its name ends with .svg")
+      ->type_name("FILE.svg");
+  bench_app->add_option("--save", options->save, "Write what --json prints to a file, for a later --compare")
+      ->type_name("FILE.json");
+  bench_app->add_option("--compare", options->compare, "Say how many times as fast as a saved run each figure is")
+      ->type_name("FILE.json");
   bench_app->add_flag("--json", options->json, "Print one JSON object instead of the table (docs/cli.md)");
   bench_app->callback([&invocation, options] {
     invocation.run = [&invocation, options] {
