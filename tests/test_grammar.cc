@@ -405,6 +405,28 @@ TEST_F(AnswerGrammarTest, CallsBetweenTagsAreHeldToTheirSchemasAndReadSo) {
   }
 }
 
+TEST_F(AnswerGrammarTest, ReferencesThatMultiplyAreFollowedOnce) {
+  // Each of ten steps through twenty references: 20^10 paths.
+  Json again = Json::array();
+  for (int i = 0; i < 20; ++i) again.push_back({{"$ref", "#/$defs/a"}});
+  again.push_back({{"type", "integer"}});
+  parsing_.tools[0].parameters = {{"type", "object"}, {"properties", {{"n", {{"$ref", "#/$defs/a"}}}}},
+                                  {"$defs", {{"a", {{"anyOf", again}}}}}};
+  for (const CallFormat format : {CallFormat::kFunctionTags, CallFormat::kArgumentTags}) {
+    parsing_.format = {format, "", ""};
+    EXPECT_TRUE(grammar().has_value());
+    EXPECT_EQ(read(tagged_call(format, {{"n", "7"}})), Json({{"n", 7}}));
+  }
+}
+
+TEST_F(AnswerGrammarTest, SchemasThatWouldBeCopiedWithoutEndAreRefused) {
+  Json properties = Json::object();
+  for (int i = 0; i < 2000; ++i) properties["p" + std::to_string(i)] = {{"$ref", "#/$defs/a"}};
+  parsing_.tools[0].parameters = {{"properties", properties}, {"$defs", {{"a", {{"type", "integer"}}}}}};
+  parsing_.format = {CallFormat::kArgumentTags, "", ""};
+  EXPECT_THROW(grammar(), Failure);
+}
+
 TEST_F(AnswerGrammarTest, ACallThatLacksItsFirstTagIsHeldToItsSchemaToo) {
   parsing_.format = {CallFormat::kFunctionTags, "", ""};
   const std::string call = "<function=look>\n<parameter=room>\n3\n</parameter>\n</function>";
@@ -439,6 +461,13 @@ TEST_F(AnswerGrammarTest, AKeywordThatNothingHoldsCallsBetweenTagsToIsNamedWhere
     parsing_.tools[0] = {"look", "", parse_json<Json>(R"({"properties": 7, "required": 7})"), false};
     EXPECT_TRUE(takes(tagged_call(format, {{"a", "b"}})));
     EXPECT_TRUE(takes(tagged_call(format, {})));
+    parsing_.tools[0].parameters = parse_json<Json>(R"({"type": "object", "additionalProperties": false})");
+    EXPECT_FALSE(takes(tagged_call(format, {{"a", "b"}})));
+    EXPECT_TRUE(takes(tagged_call(format, {})));
+    // Of a value: left out where the schema is no promise.
+    parsing_.tools[0].parameters = parse_json<Json>(R"({"properties": {"a": {"type": "array", "uniqueItems": true}}})");
+    EXPECT_TRUE(takes(tagged_call(format, {{"a", "[1]"}})));
+    EXPECT_FALSE(takes(tagged_call(format, {{"a", "1"}})));
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cctype>
 #include <charconv>
 #include <optional>
+#include <set>
 
 #include "server/text_scanner.h"
 
@@ -129,10 +130,11 @@ const Tool* find_tool(const Tools& tools, std::string_view name) {
 
 namespace {
 
-/// A schema may nest without end through its references.
 constexpr int kMostNested = 16;
 
-void find_bare_strings(const Json& schema, const Json& root, int depth, BareStrings& found) {
+/// `seen`: what references led to. They may form circles, and many may lead to one schema.
+void find_bare_strings(const Json& schema, const Json& root, int depth, std::set<const Json*>& seen,
+                       BareStrings& found) {
   if (!schema.is_object() || depth > kMostNested) {
     found.any = true;
     return;
@@ -140,7 +142,7 @@ void find_bare_strings(const Json& schema, const Json& root, int depth, BareStri
   const auto each = [&](const char* keyword) {
     const auto parts = schema.find(keyword);
     if (parts == schema.end() || !parts->is_array() || parts->empty()) return false;
-    for (const Json& part : *parts) find_bare_strings(part, root, depth + 1, found);
+    for (const Json& part : *parts) find_bare_strings(part, root, depth + 1, seen, found);
     return true;
   };
   const auto add = [&](const Json& value) {
@@ -154,7 +156,9 @@ void find_bare_strings(const Json& schema, const Json& root, int depth, BareStri
   }
   if (schema.contains("$ref")) {
     const Json* target = referred(schema, root);
-    return find_bare_strings(target == nullptr ? Json() : *target, root, depth + 1, found);
+    if (target == nullptr) found.any = true;
+    else if (seen.insert(target).second) find_bare_strings(*target, root, depth + 1, seen, found);
+    return;
   }
   if (each("anyOf") || each("oneOf") || each("allOf")) return;
   const auto type = schema.find("type");
@@ -208,7 +212,9 @@ const Json* referred(const Json& schema, const Json& root) {
 
 BareStrings bare_strings(const Json& schema, const Json& root) {
   BareStrings found;
-  find_bare_strings(schema, root, 0, found);
+  std::set<const Json*> seen;
+  find_bare_strings(schema, root, 0, seen, found);
+  found.any |= found.texts.empty() && !found.others;  // a circle, or nothing at all, says nothing
   return found;
 }
 

@@ -18,6 +18,9 @@ constexpr const char* kUnheldOfAll[] = {"$ref", "const", "enum", "anyOf", "oneOf
 constexpr const char* kUnheldOfTexts[] = {"pattern", "format", "minLength", "maxLength", "not", "if", "then", "else",
                                           "$ref", "anyOf", "oneOf", "allOf"};
 
+/// Bytes of rules. Each value with references has a copy of the whole schema.
+constexpr size_t kMostRules = size_t(4) << 20;
+
 /// Where the root stands in the document of one value.
 constexpr const char* kRoot = "root";
 
@@ -47,6 +50,12 @@ void TaggedArguments::refuse(const std::string& keyword) const {
 }
 
 std::string TaggedArguments::add_rule(const std::string& right) {
+  if (rules_.size() + right.size() > kMostRules) {
+    throw Failure(Failure::Kind::kInvalid,
+                  "No answer of this model can be held to the tools: a schema is too large, with references in too "
+                  "many properties; make several tools of it.",
+                  "tools");
+  }
   const std::string name = prefix_ + "_" + std::to_string(count_++);
   rules_ += name + ": " + right + "\n";
   return name;
