@@ -56,8 +56,8 @@ def test_usage(unchanged, arguments):
 
 def test_missing_model(unchanged):
     unchanged.model = "someone/some-model"
-    unchanged.run("ada", "Hello").fails("not_found", "hf download someone/some-model")
-    unchanged.run("new", "Hello").fails("not_found", "hf download someone/some-model")
+    for agent in ("ada", "new"):
+        unchanged.run(agent, "Hello").fails("not_found", "`hf download someone/some-model` (or torpor pull)")
     unchanged.model = "/no/such/directory"
     unchanged.run("ada", "Hello").fails("not_found", "/no/such/directory")
 

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import struct
 
+import pytest
 
 from conftest import EXIT, MODEL, Torpor
 from test_models_command import caches, put_in_hub  # noqa: F401
@@ -43,6 +44,15 @@ def test_the_doctor_makes_no_store(tmp_path):
 def test_the_doctor_sees_more_threads_than_cores(tiny):
     found = checks(tiny("doctor", "--json", env={"TORPOR_THREADS": str(len(os.sched_getaffinity(0)) + 1)}).ok())
     assert found["threads"]["state"] == "note" and "unset TORPOR_THREADS" in found["threads"]["advice"]
+
+
+@pytest.mark.parametrize("check, setting", [("cpu", "TORPOR_CPU_TARGET"), ("threads", "TORPOR_THREADS"),
+                                            ("mlx", "TORPOR_BACKEND")])
+def test_the_doctor_finds_a_setting_that_is_wrong_and_looks_at_all_else(tiny, check, setting):
+    result = tiny("doctor", "--json", env={setting: "some"})
+    found = checks(result)
+    assert result.code == EXIT["invalid"] and "not 'some'" in found[check]["found"] and len(found) == 6
+    assert found["disk"]["state"] != "fails" and "not there yet" in found["store"]["found"]
 
 
 def test_the_doctor_finds_a_damaged_agent(tiny):

@@ -6,6 +6,8 @@ import http.server
 import json
 import os
 import re
+import resource
+import shlex
 import subprocess
 import threading
 import time
@@ -14,7 +16,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from conftest import BIN, MODEL, Torpor
+from conftest import BIN, EXIT, MODEL, Torpor
+from s3 import free_port
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BIG = bytes(range(256)) * 8192  # 2 MiB
@@ -30,6 +33,7 @@ class Hub:
     def __init__(self, files, name="org/tiny"):
         self.name = name
         self.files, self.requests, self.cut, self.wrong, self.token, self.ranges = files, [], {}, set(), "", True
+        self.before_bytes = lambda: None
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -69,6 +73,7 @@ class Hub:
             name = match[1]
         else:
             return self.send(request, 404, b"")
+        self.before_bytes()
         data = self.files[name]
         if name in self.wrong:
             data = data[:-1] + b"?"
@@ -103,8 +108,9 @@ def hub(tiny_model, tmp_path):
     hub.torpor = Torpor(tmp_path / "store", MODEL)
     hub.cache = tmp_path / "hf" / "hub"
     hub.repo = hub.cache / "models--org--tiny"
-    hub.env = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_TOKEN": "", "HF_HUB_CACHE": "",
-               "HF_HUB_OFFLINE": "", "NO_PROXY": "*"}
+    unset = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE",
+             "HF_HUB_OFFLINE")
+    hub.env = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "NO_PROXY": "*", **dict.fromkeys(unset, "")}
     hub.pull = lambda *args, **env: hub.torpor("pull", *args, env={**hub.env, **env}, timeout=60)
     yield hub
     hub.server.shutdown()
@@ -141,6 +147,26 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub):
     hub.pull("org/tiny:m.gguf").ok()
     [(_, _, first), (_, _, second)] = [request for request in hub.requests if request[0].startswith("/cdn/")]
     assert first is None and 0 < int(second[len("bytes="):-1]) <= 1 << 20
+    assert blob(hub, "m.gguf").read_bytes() == BIG
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
+def test_a_disk_that_is_full_for_a_moment_leaves_no_wrong_bytes(hub):
+    bound = (len(BIG) // 2 + 1001, resource.RLIM_INFINITY)  # of a file: in the midst of a write
+    process = subprocess.Popen([BIN, "pull", "org/tiny:m.gguf"], env={**os.environ, **hub.env}, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, bound))
+    unbounded = 2 * (resource.RLIM_INFINITY,)
+
+    def let_it():
+        if len(hub.fetched()) > 1:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unbounded)
+
+    hub.before_bytes = let_it
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == EXIT["io"] and "can't write" in said, said
+    assert not blob(hub, "m.gguf").exists()
+    hub.before_bytes = lambda: None
+    hub.pull("org/tiny:m.gguf").ok()
     assert blob(hub, "m.gguf").read_bytes() == BIG
 
 
@@ -199,11 +225,23 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path):
 
 
 def test_without_a_network_it_is_one_sentence(hub):
-    nowhere = hub.pull("org/tiny", HF_ENDPOINT="http://127.0.0.1:9")
+    nowhere = hub.pull("org/tiny", HF_ENDPOINT=f"http://127.0.0.1:{free_port()}")
     nowhere.fails("io", "127.0.0.1 can't be reached", "check the network")
     hub.pull("org/tiny", HF_HUB_OFFLINE="1").fails("io", "HF_HUB_OFFLINE")
     hub.pull("org/tiny", HF_ENDPOINT="ftp://user:word@host").fails("invalid", "HF_ENDPOINT")
     hub.pull("org/tiny", HF_ENDPOINT=hub.url + "/elsewhere").fails("not_found", "org/tiny")
+
+
+def test_what_is_no_text_is_told_in_a_sentence_and_no_token_is_told(hub, tmp_path):
+    odd = os.fsdecode(b"\xff")
+    hub.pull("org/tiny", HF_HOME=str(tmp_path / odd)).fails("invalid", "cache", "UTF-8")
+    hub.pull(f"org/{odd}").fails("invalid", "name", "UTF-8")
+    hub.pull("org/tiny", "--revision", odd).fails("invalid", "revision", "UTF-8")
+    for token in (f"hf_secret{odd}", "hf_secret\a"):
+        assert "secret" not in hub.pull("org/tiny", HF_TOKEN=token).fails("invalid", "HF_TOKEN", "copy it").err
+    assert hub.requests == []
+    hub.pull("org/tiny", HF_TOKEN=" hf_pasted\n").ok()  # as huggingface_hub takes it
+    assert ("Bearer hf_pasted") in {token for _, token, _ in hub.requests}
 
 
 @pytest.mark.parametrize("name", ["tiny", "org/../tiny", "a/b/c", "org/", "../../etc", "org/ti ny", "-x/y:"])
@@ -218,8 +256,10 @@ def test_a_listing_that_leads_out_of_the_cache_writes_nothing_there(hub):
     assert not [path for path in hub.cache.parent.parent.rglob("evil.json")]
 
 
-def test_revisions_have_refs_of_their_own(hub):
-    hub.pull("org/tiny", "--revision", "v1").ok()
+def test_revisions_have_refs_of_their_own_and_run_by_the_command_that_is_told(hub):
+    told = shlex.split(hub.pull("org/tiny", "--revision", "v1").ok().out.splitlines()[-1])
+    assert told[0] == "torpor"
+    hub.torpor(*told[1:], "--max-tokens", 2, stdin="Hello\n", env=hub.env).ok()
     assert (hub.repo / "refs" / "v1").read_text() == COMMIT and not (hub.repo / "refs" / "main").exists()
     hub.pull("org/tiny", "--revision", "v2").fails("not_found", "v2")
     hub.pull("org/tiny", "--revision", "../x").fails("invalid", "branch")

@@ -34,6 +34,25 @@ struct Check {
   const char* state() const { return fails ? "fails" : advice.empty() ? "ok" : "note"; }
 };
 
+/// Torpor can't do its work: a sentence of an error's, and what to do.
+Check& fail(Check& check, ErrorCode code, std::string sentence, std::string advice) {
+  while (sentence.ends_with('.')) sentence.pop_back();
+  check.fails = code;
+  check.found = std::move(sentence);
+  check.advice = std::move(advice);
+  return check;
+}
+
+/// What `look` finds, or its error.
+Check checked(const char* name, const std::function<Check()>& look) {
+  try {
+    return look();
+  } catch (const Error& error) {
+    Check check{.name = name};
+    return fail(check, error.code(), error.what(), "");
+  }
+}
+
 std::string rounded(double value, const char* format = "%.1f") {
   char text[32];
   std::snprintf(text, sizeof text, format, value);
@@ -66,8 +85,8 @@ Check threads() {
   if (used > std::min(double(cpus), std::ceil(quota))) {
     check.advice = "unset TORPOR_THREADS: each kernel waits for its slowest thread, and not all of these run at once";
   } else if (used > quota) {
-    check.advice = "set TORPOR_THREADS to " + std::to_string(std::max(1, int(quota))) +
-                   ", or make the quota a whole number: threads beyond it are stopped now and then";
+    if (quota >= 1) check.advice = "set TORPOR_THREADS to " + std::to_string(int(quota)) + ", or ";
+    check.advice += "make the quota a whole number: threads beyond it are stopped now and then";
   } else if (!std::isinf(quota) && std::ceil(quota) < cpus) {
     check.advice = "give the control group (container, systemd unit) a larger CPU quota to use the others";
   } else if (!asked.empty() && used < cpus) {
@@ -121,11 +140,8 @@ Check disk(const fs::path& directory) {
   const DiskProbe probe = probe_disk(env, directory);
   check.values = {{"directory", directory.string()}, {"writable", probe.writable}};
   if (!probe.problem.empty()) {
-    check.found = probe.problem;
-    while (check.found.ends_with('.')) check.found.pop_back();
-    check.fails = ErrorCode::kIo;
-    check.advice = "choose a directory that you may write to with --store or TORPOR_STORE";
-    return check;
+    return fail(check, ErrorCode::kIo, probe.problem,
+                "choose a directory that you may write to with --store or TORPOR_STORE");
   }
   const auto room = int64_t(env.free_space(directory));
   check.values.update({{"free", room},
@@ -189,16 +205,15 @@ Check store_state(const fs::path& root) {
       also(check, "`torpor gc` frees " + human_bytes(freed));
     }
   } catch (const Error& error) {
-    check.fails = error.code();
-    check.found = error.what();
-    while (check.found.ends_with('.')) check.found.pop_back();
-    check.advice = "choose another store with --store or TORPOR_STORE";
+    fail(check, error.code(), error.what(), "choose another store with --store or TORPOR_STORE");
   }
   return check;
 }
 
 int doctor(const fs::path& root, bool json) {
-  const std::vector<Check> checks{cpu(), threads(), memory(), mlx_library(), disk(existing(root)), store_state(root)};
+  const std::vector<Check> checks{checked("cpu", cpu), checked("threads", threads), checked("memory", memory),
+                                  checked("mlx", mlx_library), checked("disk", [&] { return disk(existing(root)); }),
+                                  store_state(root)};
   const auto failed = std::ranges::find_if(checks, [](const Check& check) { return check.fails.has_value(); });
   if (json) {
     Json list = Json::array();

@@ -1,7 +1,6 @@
 /// models and setup: what lies in the local caches, what of it runs here, and how.
 
 #include <algorithm>
-#include <cctype>
 #include <functional>
 
 #include <CLI/CLI.hpp>
@@ -9,6 +8,7 @@
 #include "base/large_pages.h"
 #include "cli/commands.h"
 #include "cli/output.h"
+#include "cli/text_input.h"
 #include "torpor/error.h"
 #include "torpor/model_info.h"
 
@@ -132,17 +132,6 @@ Fit fit_of(const LocalModel& model, int64_t memory) {
   }
   if (fit.tokens < enough) fit.tokens = 0;
   return fit;
-}
-
-/// An argument that a shell takes as one word.
-std::string shell_word(const std::string& text) {
-  const auto plain = [](unsigned char c) {
-    return std::isalnum(c) || std::string_view("/._-:+@").find(char(c)) != std::string_view::npos;
-  };
-  if (!text.empty() && std::ranges::all_of(text, plain)) return text;
-  std::string word = "'";
-  for (const char c : text) word += c == '\'' ? "'\\''" : std::string(1, c);
-  return word + "'";
 }
 
 std::string command_of(const Fit& fit) {

@@ -2,17 +2,20 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cctype>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
 #include <memory>
+#include <sstream>
 
 #include <CLI/CLI.hpp>
 
 #include "base/environment.h"
 #include "cli/commands.h"
 #include "cli/output.h"
+#include "cli/text_input.h"
 #include "model/local_models.h"
 #include "torpor_hub_shim.h"
 
@@ -27,15 +30,23 @@ struct PullOptions {
   bool json = false;
 };
 
-/// What huggingface_hub would send, by its own rules; empty: nothing.
+/// What huggingface_hub would send, by its own rules; empty: nothing. kInvalidArgument for what can't be sent.
 std::string hub_token() {
+  std::string token, place;
   for (const char* name : {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}) {
-    if (const std::string token = environment(name); !token.empty()) return token;
+    if (token.empty()) std::istringstream(environment(name)) >> token;
+    if (place.empty() && !token.empty()) place = name;
   }
-  const std::string given = environment("HF_TOKEN_PATH");
-  const fs::path path = given.empty() ? hub_home() / "token" : fs::path(expand_variables(expand_home(given)));
-  std::string token;
-  std::ifstream(path) >> token;
+  if (token.empty()) {
+    const std::string given = environment("HF_TOKEN_PATH");
+    const fs::path path = given.empty() ? hub_home() / "token" : fs::path(expand_variables(expand_home(given)));
+    std::ifstream(path) >> token;
+    place = path.string();
+  }
+  if (!std::ranges::all_of(token, [](char c) { return c > ' ' && c <= '~'; })) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "the token in " + place + " has characters that no token of the Hub has; copy it there once more");
+  }
   return token;
 }
 
@@ -100,7 +111,11 @@ int pull(const PullOptions& options) {
   if (is_set("HF_HUB_OFFLINE")) {
     throw Error(ErrorCode::kIo, "can't fetch " + repo + ": HF_HUB_OFFLINE is set; unset it");
   }
+  check_text(options.name, "the model's name");
+  check_text(options.revision, "the revision");
+  check_text(hub_cache().string(), "the path of the Hugging Face cache");
   const std::string endpoint = environment("HF_ENDPOINT");
+  check_text(endpoint, "HF_ENDPOINT");
   const std::string described = dump_json(Json{{"endpoint", endpoint.empty() ? "https://huggingface.co" : endpoint},
                                                {"token", hub_token()},
                                                {"cache", hub_cache().string()},
@@ -121,10 +136,14 @@ int pull(const PullOptions& options) {
     print_json(printed);
     return 0;
   }
+  // --model finds no other revision by the model's name.
+  const fs::path snapshot = done.at("snapshot").get<std::string>();
+  const fs::path own = file.empty() ? snapshot : snapshot / file;
+  const std::string model = options.revision == "main" ? options.name : own.string();
   const int64_t came = done.at("downloaded"), bytes = done.at("bytes");
   print(options.name + " is here: " + std::to_string(done.at("files").get<int64_t>()) + " files, " +
         human_bytes(bytes) + (came == bytes ? "" : ", of which " + human_bytes(came) + " came now") +
-        "\n  torpor chat --model " + options.name + " --agent ada\n");
+        "\n  torpor chat --model " + shell_word(model) + " --agent ada\n");
   return 0;
 }
 

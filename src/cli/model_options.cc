@@ -107,7 +107,7 @@ void add_remote_option(CLI::App& app, AnswerOptions& options) {
                  "Agents are in this object store, and the local one is its cache: s3://BUCKET/PREFIX, gs://, az://")
       ->type_name("URL");
   app.add_option("--lease", options.lease,
-                 "With --remote: seconds after which others may take over the agents of a worker that gives no sign of life")
+                 "With --remote: seconds after which others may take over the agents of a silent worker")
       ->capture_default_str()
       ->check(CLI::Range(1.0, 3600.0))
       ->type_name("S");

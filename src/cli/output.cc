@@ -81,6 +81,9 @@ void complain(const Error& error) {
       {ErrorCode::kInvalidArgument, "TurnRequest::raw", "--raw does"},
       {ErrorCode::kInvalidArgument, "TurnRequest::system", "see --system"},
       {ErrorCode::kInvalidArgument, "EngineOptions::store", "--store, or TORPOR_STORE"},
+#ifdef TORPOR_REMOTE
+      {ErrorCode::kNotFound, "EngineOptions::model", "or torpor pull"},
+#endif
       {ErrorCode::kInvalidArgument, "kind", "torpor export"},
       {ErrorCode::kInvalidArgument, "force", "torpor rm --force"},
       {ErrorCode::kCorruption, "force", "or torpor rm --force"},

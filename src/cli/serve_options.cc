@@ -87,7 +87,7 @@ void add_serve_options(CLI::App& app, ServeOptions& options) {
   add_size_option(app, "--min-free", options.min_free, "Free space to leave on the store's file system");
   add_remote_option(app, options);
   app.add_option("--advertise", options.advertise,
-                 "With --remote: where other servers send who asks them for an agent of this one, as http://10.0.0.7:8080")
+                 "With --remote: where other servers send requests for an agent of this one, as http://10.0.0.7:8080")
       ->type_name("URL");
   app.add_flag("--no-mmap", options.no_mmap, "Read agents into memory instead of mapping their files");
   app.add_option("--max-stall", options.max_stall, "Milliseconds that answers wait at most for a step of other prompts")

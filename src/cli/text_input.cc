@@ -1,5 +1,7 @@
 #include "cli/text_input.h"
 
+#include <algorithm>
+#include <cctype>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -69,6 +71,16 @@ void check_text(std::string_view text, const char* what) {
     throw Error(ErrorCode::kInvalidArgument,
                 std::string(what) + " is not valid UTF-8 (byte " + std::to_string(offset) + ")");
   }
+}
+
+std::string shell_word(const std::string& text) {
+  const auto plain = [](unsigned char c) {
+    return std::isalnum(c) || std::string_view("/._-:+@").find(char(c)) != std::string_view::npos;
+  };
+  if (!text.empty() && std::ranges::all_of(text, plain)) return text;
+  std::string word = "'";
+  for (const char c : text) word += c == '\'' ? "'\\''" : std::string(1, c);
+  return word + "'";
 }
 
 }  // namespace torpor::cli

@@ -1,5 +1,5 @@
 #pragma once
-/// Text that users give.
+/// Text that users give, or a shell.
 
 #include <string>
 #include <string_view>
@@ -14,5 +14,7 @@ void check_text(std::string_view text, const char* what);
 size_t decode_utf8(std::string_view text, char32_t& code);
 /// Offset of the first byte that is not UTF-8, or npos.
 size_t find_invalid_utf8(std::string_view text);
+/// An argument that a shell takes as one word.
+std::string shell_word(const std::string& text);
 
 }  // namespace torpor::cli

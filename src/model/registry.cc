@@ -21,6 +21,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
+/// Of errors, what they name.
+constexpr const char* kModel = "EngineOptions::model";
+
 Backend backend_of_device() { return mx::default_device() == mx::Device::gpu ? Backend::kMlx : Backend::kKernels; }
 
 /// ORG/NAME, or the NAME of one of the first models, which have no organization.
@@ -57,18 +60,21 @@ fs::path resolve_model(const std::string& given) {
     if (inside && is_gguf(path)) return path;
     throw Error(ErrorCode::kNotFound, "There is no GGUF file '" + file.string() + "' of " + name.substr(0, colon) +
                                           " in the Hugging Face cache; fetch it with `hf download " +
-                                          name.substr(0, colon) + " " + file.string() + "`.");
+                                          name.substr(0, colon) + " " + file.string() + "`.")
+        .with_field(kModel);
   }
   if (!is_repo_id(name)) {
     throw Error(ErrorCode::kNotFound, "There is no model directory '" + name +
-                                          "'; a model of the Hugging Face Hub is fetched with `hf download ORG/NAME` and "
-                                          "then named ORG/NAME.");
+                                          "'; one of the Hugging Face Hub is named ORG/NAME, once it is fetched with `hf "
+                                          "download ORG/NAME`.")
+        .with_field(kModel);
   }
   std::string folder = "models--" + name;
   if (const size_t slash = folder.find('/'); slash != std::string::npos) folder.replace(slash, 1, "--");
   if (fs::path snapshot = hub_snapshot(hub_cache() / folder); !snapshot.empty()) return snapshot;
   throw Error(ErrorCode::kNotFound, "The model " + name + " is neither a directory nor in the Hugging Face cache " +
-                                        hub_cache().string() + "; fetch it with `hf download " + name + "`.");
+                                        hub_cache().string() + "; fetch it with `hf download " + name + "`.")
+      .with_field(kModel);
 }
 
 namespace {

@@ -119,7 +119,7 @@ impl Repository {
                 tries = 0;
             }
             match result {
-                Err(failure) if failure.status == FAILED && tries + 1 < TRIES => {}
+                Err(failure) if failure.status == FAILED && !part.broken && tries + 1 < TRIES => {}
                 Err(failure) => return Err(failure),
                 Ok(()) if part.size == file.size => break,
                 Ok(()) if tries + 1 < TRIES => {} // it ended early
@@ -166,6 +166,7 @@ struct Part {
     out: File,
     size: u64,
     hash: Hash,
+    broken: bool, // a write failed, which may have left bytes behind `size`: the next process counts them
 }
 
 enum Hash {
@@ -216,7 +217,7 @@ impl Part {
                 Err(e) => return Err(trouble("read", &path, e)),
             }
         }
-        let mut part = Self { path, out, size, hash };
+        let mut part = Self { path, out, size, hash, broken: false };
         if size > file.size {
             part.start_again(file)?;
         }
@@ -252,8 +253,10 @@ impl Part {
                     format!("more bytes came of '{}' than the hub says it has; try again", file.name),
                 );
             }
-            // What a failed write leaves is not counted here, but by the next process, which reads all.
-            self.out.write_all(bytes).map_err(|e| trouble("write", &self.path, e))?;
+            if let Err(error) = self.out.write_all(bytes) {
+                self.broken = true;
+                return Err(trouble("write", &self.path, error));
+            }
             self.hash.update(bytes);
             self.size += bytes.len() as u64;
             *came += bytes.len() as u64;

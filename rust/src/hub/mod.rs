@@ -80,9 +80,9 @@ fn pull(options: &Options, mut progress: impl FnMut(&str, u64, u64)) -> Result<S
     let listing = runtime.block_on(client.list(&options.revision))?;
     let files = listing::choose(&listing.files, &options.repo, &options.file)?;
     let repository = Repository::open(&options.cache, &options.repo)?;
-    let total = files.iter().map(|file| file.size).sum();
+    let total = files.iter().fold(0, |sum: u64, file| sum.saturating_add(file.size));
     let present: u64 = files.iter().map(|file| repository.held(file)).sum();
-    repository.require_room(total - present)?;
+    repository.require_room(total.saturating_sub(present))?;
     let (mut done, mut downloaded) = (0, 0);
     for file in &files {
         let came = runtime.block_on(repository.fetch(&client, &listing.commit, file, |bytes| {
