@@ -65,8 +65,8 @@ fs::path resolve_model(const std::string& given) {
   }
   if (!is_repo_id(name)) {
     throw Error(ErrorCode::kNotFound, "There is no model directory '" + name +
-                                          "'; one of the Hugging Face Hub is named ORG/NAME, once it is fetched with `hf "
-                                          "download ORG/NAME`.")
+                                          "'; one of the Hugging Face Hub is named ORG/NAME, once it is fetched with "
+                                          "`hf download ORG/NAME`.")
         .with_field(kModel);
   }
   std::string folder = "models--" + name;
