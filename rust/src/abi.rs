@@ -87,6 +87,44 @@ pub unsafe fn guard(error: *mut Bytes, body: impl FnOnce() -> Result<()>) -> i32
     }
 }
 
+/// What went wrong, by a status of one header's own.
+#[cfg(any(feature = "hub", feature = "remote"))]
+pub struct Failure {
+    pub status: i32,
+    pub sentence: String,
+}
+
+#[cfg(any(feature = "hub", feature = "remote"))]
+impl Failure {
+    pub fn invalid(sentence: impl Into<String>) -> Self {
+        Self { status: STATUS_INVALID, sentence: sentence.into() }
+    }
+}
+
+#[cfg(any(feature = "hub", feature = "remote"))]
+impl From<Invalid> for Failure {
+    fn from(Invalid(sentence): Invalid) -> Self {
+        Self::invalid(sentence)
+    }
+}
+
+/// As `guard`, where a header has statuses of its own.
+#[cfg(any(feature = "hub", feature = "remote"))]
+pub unsafe fn call(error: *mut Bytes, body: impl FnOnce() -> std::result::Result<(), Failure>) -> i32 {
+    let mut failed = STATUS_INVALID;
+    let status = guard(error, || {
+        body().or_else(|failure| {
+            failed = failure.status;
+            invalid(failure.sentence)
+        })
+    });
+    if status == STATUS_INVALID {
+        failed
+    } else {
+        status
+    }
+}
+
 pub unsafe fn handle_mut<'a, T>(pointer: *mut T) -> Result<&'a mut T> {
     pointer.as_mut().ok_or_else(|| Invalid("the handle is null".into()))
 }

@@ -13,7 +13,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::client::Client;
 use super::listing::{Digest, RemoteFile};
-use super::{fail, Failure, Result, CORRUPT, FAILED};
+use super::{fail, Result, CORRUPT, FAILED};
+use crate::abi::Failure;
 
 /// Tries of one file in a row that bring nothing.
 const TRIES: u32 = 5;

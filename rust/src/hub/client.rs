@@ -7,8 +7,8 @@ use reqwest::header::{AUTHORIZATION, RANGE};
 use reqwest::{Response, StatusCode, Url};
 
 use super::listing::{Listing, RemoteFile};
-use super::{fail, Failure, Result, FAILED, NOT_FOUND};
-use crate::abi::STATUS_INVALID;
+use super::{fail, Result, FAILED, NOT_FOUND};
+use crate::abi::{Failure, STATUS_INVALID};
 
 /// A repository of a hundred thousand files has a shorter description.
 const MAX_LISTING: usize = 64 << 20;

@@ -8,7 +8,7 @@ use std::ffi::c_void;
 
 use serde_json::{json, Value};
 
-use crate::abi::{give_text, guard, invalid, utf8, Bytes, Invalid, STATUS_INVALID};
+use crate::abi::{call, give_text, utf8, Bytes, Failure, Invalid, STATUS_INVALID};
 use crate::runtime::Runtime;
 use cache::Repository;
 use client::Client;
@@ -17,20 +17,10 @@ pub const NOT_FOUND: i32 = 3;
 pub const FAILED: i32 = 4;
 pub const CORRUPT: i32 = 5;
 
-pub struct Failure {
-    pub status: i32,
-    pub sentence: String,
-}
 pub type Result<T> = std::result::Result<T, Failure>;
 
 pub fn fail<T>(status: i32, sentence: impl Into<String>) -> Result<T> {
     Err(Failure { status, sentence: sentence.into() })
-}
-
-impl From<Invalid> for Failure {
-    fn from(Invalid(sentence): Invalid) -> Self {
-        Self { status: STATUS_INVALID, sentence }
-    }
 }
 
 type Progress = extern "C" fn(user: *mut c_void, file: *const u8, file_size: usize, done: u64, total: u64);
@@ -109,26 +99,10 @@ pub unsafe extern "C" fn torpor_hub_pull(
     report: *mut Bytes,
     error: *mut Bytes,
 ) -> i32 {
-    let mut failed = STATUS_INVALID;
-    let status = guard(error, || {
-        let options = Options::parse(utf8("the options", options, options_size)?);
-        let pulled = options.and_then(|options| {
-            pull(&options, |file, done, total| progress(user, file.as_ptr(), file.len(), done, total))
-        });
-        match pulled {
-            Ok(text) => {
-                give_text(report, text);
-                Ok(())
-            }
-            Err(failure) => {
-                failed = failure.status;
-                invalid(failure.sentence)
-            }
-        }
-    });
-    if status == STATUS_INVALID {
-        failed
-    } else {
-        status
-    }
+    call(error, || {
+        let options = Options::parse(utf8("the options", options, options_size)?)?;
+        let pulled = pull(&options, |file, done, total| progress(user, file.as_ptr(), file.len(), done, total))?;
+        give_text(report, pulled);
+        Ok(())
+    })
 }

@@ -6,7 +6,7 @@ use std::iter::successors;
 use object_store::client::{HttpError, HttpErrorKind};
 use object_store::Error;
 
-use crate::abi::{Invalid, STATUS_INVALID};
+pub use crate::abi::Failure;
 
 pub const NOT_FOUND: i32 = 3;
 pub const PRECONDITION: i32 = 4;
@@ -17,23 +17,7 @@ pub const SHORT: i32 = 8;
 pub const NO_BUCKET: i32 = 9;
 pub const LARGE: i32 = 10;
 
-pub struct Failure {
-    pub status: i32,
-    pub sentence: String,
-}
 pub type Result<T> = std::result::Result<T, Failure>;
-
-impl Failure {
-    pub fn invalid(sentence: impl Into<String>) -> Self {
-        Self { status: STATUS_INVALID, sentence: sentence.into() }
-    }
-}
-
-impl From<Invalid> for Failure {
-    fn from(Invalid(sentence): Invalid) -> Self {
-        Self::invalid(sentence)
-    }
-}
 
 /// object_store keeps the type of its request errors to itself; their text begins so, then come status and body.
 const ANSWERED: &str = "Server returned non-2xx status code: ";

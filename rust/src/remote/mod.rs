@@ -7,7 +7,7 @@ mod store;
 
 use std::mem;
 
-use crate::abi::{give_text, guard, handle, invalid, leak, slice, utf8, Bytes, STATUS_INVALID};
+use crate::abi::{call, give_text, guard, handle, leak, slice, utf8, Bytes};
 use failure::{Failure, Result};
 use store::{Condition, Store};
 
@@ -28,22 +28,6 @@ impl View {
 pub struct Pair {
     name: View,
     value: View,
-}
-
-/// As `guard`, with the statuses of this header.
-unsafe fn call(error: *mut Bytes, body: impl FnOnce() -> Result<()>) -> i32 {
-    let mut failed = STATUS_INVALID;
-    let status = guard(error, || {
-        body().or_else(|failure| {
-            failed = failure.status;
-            invalid(failure.sentence)
-        })
-    });
-    if status == STATUS_INVALID {
-        failed
-    } else {
-        status
-    }
 }
 
 #[no_mangle]

@@ -2,7 +2,6 @@
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
 
 use futures_util::stream::{BoxStream, StreamExt};
 use object_store::path::Path;
