@@ -328,6 +328,7 @@ Operation<bool> Process::rewrite(Errand& errand, std::string agent, bool archive
     SaveRequest request;
     request.agent = agent;
     request.save_id = new_id();
+    request.turn = held->second.version.head.turn;
     errand.blobs.push_back(joined(held->second.turns));
     saved = co_await save(errand, held->second.version, std::move(request), ticket.generation);
   } else {

@@ -119,6 +119,29 @@ def test_what_a_killed_process_has_answered_goes_on_elsewhere_and_a_key_is_not_r
         assert engine.agent("ada").tokens == alone.agent("ada").tokens
 
 
+def test_a_key_that_is_not_the_last_turns_is_refused_whatever_has_come_after(bucket):
+    with bucket.engine("a") as engine:
+        for change in (lambda: say(engine, " without a key"), lambda: engine.agent("ada").rewind(3)):
+            asked = say(engine, "Hello", key="mine")
+            engine.agent("ada").pin(False)  # which is no change
+            assert say(engine, "Hello", key="mine").text == asked.text
+            change()
+            with pytest.raises(torpor.InvalidArgumentError, match="the agent has changed since"):
+                say(engine, "Hello", key="mine")
+            engine.agent("ada").remove()
+
+
+def test_a_turn_that_can_not_be_saved_is_no_turn_for_who_asks_the_bucket(bucket):
+    with bucket.engine("a") as engine:
+        before = say(engine, "Hello").tokens.context
+        engine.agent("ada").sleep()
+    with bucket.engine("b", min_free="1000TB") as engine:
+        with pytest.raises(torpor.ResourceExhaustedError):
+            say(engine, " you")
+    with bucket.engine("a") as engine:
+        assert say(engine, " there").tokens.cached == before
+
+
 def test_who_has_the_agent_is_told_until_it_sleeps_there_or_that_engine_is_closed(bucket):
     address = "http://one.example:8080"
     with bucket.engine("a", advertise=address) as one, bucket.engine("b") as other:

@@ -119,6 +119,21 @@ TEST(RemoteTier, ATurnSendsItsOwnBytesInAFewRequests) {
   EXPECT_LT(after.bytes_sent - before.bytes_sent, 16384);
 }
 
+TEST(RemoteTier, AnArchivedAgentKnowsItsLastTurnAgain) {
+  MemoryBucket bucket;
+  Machine one(bucket);
+  one.save("ada", make_snapshot(300));
+  const Acquired owned = one.driver.run([&](Exchange& e) {
+    return acquire(e, "ada", one.session.name(), Make::kAlways, std::string(32, '7'),
+                   [](const std::string&) { return false; });
+  });
+  one.tier.push_save("ada", owned.version, {}, owned.generation, {.turn = Turn{"t1", std::string(32, '1'), "r"}});
+  EXPECT_EQ(one.tier.archive(one.session, "ada").outcome, Archived::Outcome::kDone);
+  const auto read = one.driver.run([&](Exchange& e) { return read_save(e, "ada"); });
+  EXPECT_EQ(check_turn(read->version.head, "t1", std::string(32, '1')), TurnCheck::kAnswered);
+  EXPECT_TRUE(read->version.head.past.empty());
+}
+
 TEST(RemoteTier, AFlippedByteInAnyObjectIsFoundAndWhatIsIntactIsKept) {
   MemoryBucket bucket;
   Machine one(bucket);

@@ -126,6 +126,58 @@ TEST(RemoteWorker, ATurnIsKnownAgainByItsIdOnEveryMachine) {
   b.worker->done("ada");
 }
 
+TEST(RemoteWorker, ATurnIsOverOnceTheAgentHasChangedWithoutAnId) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  const KnownTurn turn{"t", std::string(32, 'a'), {}};
+  Machine a(bucket);
+  a.turn("ada", 3, "t");
+  ASSERT_TRUE(a.worker->open("ada", false));
+  a.worker->commit("ada", std::nullopt);  // of what has not changed
+  EXPECT_EQ(a.worker->answered("ada", turn), "result of t");
+  {
+    const auto lock = a.store.lock_agent("ada");
+    a.store.save_agent_cache("ada", testing::make_snapshot(4), "demo/tiny");
+  }
+  a.worker->commit("ada", std::nullopt);
+  try {
+    a.worker->answered("ada", turn);
+    ADD_FAILURE() << "another turn's answer was given";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument) << error.what();
+  }
+  a.worker->done("ada");
+}
+
+TEST(RemoteWorker, ATurnOfAnAgentThatTheBucketNeverHadIsTakenBackIfItIsNotCommitted) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket);
+  a.store.save_agent_cache("ada", testing::make_snapshot(3), "demo/tiny");
+  ASSERT_TRUE(a.worker->open("ada", false));
+  a.worker->done("ada");
+  bucket->before = [&](const char* verb, const std::string& key) {
+    if (key.ends_with("/head") && std::string_view(verb) == "put") throw LostAnswer("No answer came.");
+  };
+  refusal([&] { a.turn("ada", 4); }, kUncommitted);
+  bucket->before = nullptr;
+  EXPECT_EQ(a.tokens("ada"), 3);
+}
+
+TEST(RemoteWorker, AnAgentWhoseCommitFailedIsFreeOnceItSleeps) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket), b(bucket);
+  a.turn("ada", 3);
+  bucket->before = [&](const char* verb, const std::string& key) {
+    if (key.ends_with("/head") && std::string_view(verb) == "put") throw Error(ErrorCode::kIo, "Access is denied.");
+  };
+  EXPECT_THROW(a.turn("ada", 4, "u"), Error);
+  bucket->before = nullptr;
+  a.worker->close("ada");
+  EXPECT_EQ(b.tokens("ada"), 3);
+  EXPECT_EQ(a.store.agent_info("ada").cache_size, 4);  // which was never committed
+  b.worker->close("ada");
+  EXPECT_EQ(a.tokens("ada"), 3);
+}
+
 TEST(RemoteWorker, WhatIsNotKnownToBeCommittedIsFoundOutBeforeTheAgentGoesOn) {
   const auto bucket = std::make_shared<MemoryBucket>();
   Machine a(bucket);

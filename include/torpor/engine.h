@@ -68,9 +68,9 @@ struct EngineOptions {
   /// host's. nullptr: a host of its own.
   std::shared_ptr<EngineHost> host;
   /// Where agents are kept beyond this machine (attach_remote). Methods that name an agent then wait for it to be this
-  /// worker's, and for each change to be committed there: SaveMode::kBehind is kWait. kBusy where another worker has
-  /// the agent (kAgentElsewhere), or what was changed may not count (kUncommitted). `agents` and `memory_usage` tell
-  /// of this machine alone. nullptr: nowhere.
+  /// worker's, and for each change to be committed there: SaveMode::kBehind is kWait, and a save that fails is thrown.
+  /// kBusy where another worker has the agent (kAgentElsewhere), or what was changed may not count (kUncommitted).
+  /// `agents` and `memory_usage` tell of this machine alone. nullptr: nowhere.
   std::shared_ptr<RemoteTier> remote;
 };
 
@@ -96,7 +96,7 @@ struct TurnRequest {
   std::string agent;
   /// With a remote tier: the client's name for this turn, at most 256 bytes. The agent's last turn, asked for again
   /// under its id, is not run again: its answer is given back (TurnResult::repeated). kInvalidArgument where another
-  /// request had the id, or turns came after it. Empty: none.
+  /// request had the id, or the agent has changed since. Empty: none.
   std::string id;
   /// kNew: there must be none of that name yet (kInvalidArgument, field kAgentTaken). kThere: there must be one (kNotFound).
   enum class Presence { kAny, kNew, kThere } presence = Presence::kAny;

@@ -41,7 +41,7 @@ class RemoteTier {
   /// The end of a use.
   virtual void done(const std::string& agent) noexcept = 0;
   /// Between open and done: the result of the turn, if it was committed. kBusy: the agent is not this worker's any more.
-  /// kInvalidArgument: its id was another request's, or others came after it.
+  /// kInvalidArgument: its id was another request's, or the agent has changed since.
   virtual std::optional<std::string> answered(const std::string& agent, const KnownTurn& turn) const = 0;
   /// Between open and done: what the store has of the agent is committed, and `turn` with it. kBusy: it was not, or
   /// nobody knows (kAgentElsewhere, kUncommitted).

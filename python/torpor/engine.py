@@ -54,7 +54,7 @@ class TurnOptions(TypedDict, total=False):
         depends on it (True).
     key: with a bucket (Engine's `remote`), your name for the turn, of at most 256 bytes. The agent's last turn, asked for again
         under its key, on any machine, is not run again: TurnResult.repeated. InvalidArgumentError where another request had
-        the key, or turns came after it (None: no name).
+        the key, or the agent has changed since (None: no name).
     """
 
     raw: bool | None

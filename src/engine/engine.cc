@@ -270,7 +270,8 @@ TurnResult Engine::Impl::turn(const TurnRequest& request, const std::string& bra
                            },
                            .after = [&] {
                              outcome.wait_for_save();
-                             if (!remote || request.save == SaveMode::kNo || result.save_error) return;
+                             if (!remote || request.save == SaveMode::kNo) return;
+                             if (result.save_error) throw Error(*result.save_error);
                              if (result.finish_reason == FinishReason::kCancelled) known.id.clear();
                              if (!known.id.empty()) known.result = encode_result(result);
                              remote.commit(known);

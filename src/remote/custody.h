@@ -12,7 +12,7 @@ enum class CopyStep {
   kKeep,     ///< it is the last commit, or there is neither copy nor commit
   kInstall,  ///< the commit takes its place
   kRemove,   ///< it is of an agent that is gone
-  kAdopt,    ///< the bucket has no such agent yet: the first commit brings this one there
+  kAdopt,    ///< the bucket has no such agent yet: it is committed as it is
   kRefuse,   ///< it has what the bucket doesn't have, and nobody knows which of them is meant
 };
 /// Checksums of agent files; nullopt: none. `copy`: the store's. `cached`: what that was when it was last equal to a

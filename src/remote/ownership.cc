@@ -106,11 +106,10 @@ Operation<Saved> save(Exchange& exchange, HeadVersion version, SaveRequest reque
   }
   Head next = next_of(version.head, request.save_id);
   next.file = save_name({next.epoch, next.sequence, request.save_id});
-  if (request.turn) {
-    if (next.turn) next.past.insert(next.past.begin(), turn_mark(next.turn->id));
-    if (next.past.size() > kMostPast) next.past.resize(kMostPast);
-    next.turn = request.turn;
-  }
+  // The last turn's answer is where the agent ended, and that is elsewhere now.
+  if (next.turn && next.turn != request.turn) next.past.insert(next.past.begin(), turn_mark(next.turn->id));
+  if (next.past.size() > kMostPast) next.past.resize(kMostPast);
+  next.turn = request.turn;
   puts.push_back(put_request(save_key(request.agent, next.file), encode_manifest(saved.keys), {}, request.agent_file));
   const std::vector<Answer> answers = co_await ask_all_firmly(exchange, std::move(puts));
 

@@ -91,7 +91,7 @@ struct SaveRequest {
   std::vector<std::string> kept = {};  ///< keys by 2 (a) and (b) above
   std::vector<Upload> uploads = {};
   size_t agent_file = 0;           ///< the caller's number for its bytes
-  std::optional<Turn> turn = {};   ///< that the save commits; nullopt: the head's stays
+  std::optional<Turn> turn = {};   ///< that the agent ends with: a new one, or the head's; nullopt: it has no id
 };
 
 struct Saved {
@@ -130,7 +130,7 @@ Operation<std::optional<ReadSave>> read_save(Exchange& exchange, std::string age
 enum class TurnCheck {
   kRun,       ///< none that was committed lately
   kAnswered,  ///< it was committed: Head::turn has its result
-  kPast,      ///< it was committed, and others after it: nobody waits for its answer
+  kPast,      ///< it was committed, and the agent has changed since: its answer is not the agent's end any more
   kOther,     ///< its id was another request's
 };
 /// Whether a turn is to run. A client that got no answer asks again with the same id.

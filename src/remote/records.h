@@ -35,7 +35,7 @@ struct Head {
   std::string owner;      ///< session; empty: nobody
   std::string file;       ///< name of the save object; empty: none yet
   bool deleted = false;   ///< a tombstone: no agent of this name
-  std::optional<Turn> turn;  ///< the last one
+  std::optional<Turn> turn;  ///< that `file` ends with; nullopt: it had no id
   /// turn_mark of the turns before it, newest first: a request that comes late, after others, is not run again.
   std::vector<std::string> past;
   bool operator==(const Head&) const = default;

@@ -239,6 +239,7 @@ Saved Tier::push(Session& session, const std::string& agent, bool force) {
     PushOptions options;
     if (read) {
       const std::string there = hash_of(read->agent_file);
+      if (there == info.hash) options.turn = acquired.version.head.turn;
       const bool goes_on = there == info.hash || (mark && mark->save == read->version.head.file);
       if (!goes_on && !force) {
         throw Error(ErrorCode::kInvalidArgument,
@@ -395,7 +396,7 @@ Archived Tier::archive(Session& session, const std::string& agent) {
     const Session::Saving saving(session);
     const auto read = driver_.run([&](Exchange& exchange) { return read_save(exchange, agent); });
     if (!read) throw lost(agent);
-    SaveRequest request{.agent = agent, .save_id = store_.env().random_id()};
+    SaveRequest request{.agent = agent, .save_id = store_.env().random_id(), .turn = acquired.version.head.turn};
     for (const std::string& key : read->keys) {
       if (is_row(key)) ++archived.dropped;
       else request.kept.push_back(key);

@@ -67,7 +67,7 @@ struct PullOptions {
 };
 
 struct PushOptions {
-  std::optional<Turn> turn = {};
+  std::optional<Turn> turn = {};  ///< SaveRequest::turn
   /// Keys of objects that a pull found damaged: they are put again.
   std::vector<std::string> damaged = {};
 };

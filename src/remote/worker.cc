@@ -161,10 +161,26 @@ bool Worker::begin_unused(const std::string& id) {
   return true;
 }
 
+bool Worker::begin_doubtful(const std::string& id) {
+  const MutexLock lock(mutex_);
+  if (agents_.count(id) > 0 || doubtful_.erase(id) == 0) return false;
+  agents_[id].busy = true;
+  return true;
+}
+
+void Worker::finish_in_doubt(const std::string& id) {
+  {
+    const MutexLock lock(mutex_);
+    doubtful_.insert(id);
+  }
+  finish(id, std::nullopt);
+}
+
 void Worker::finish(const std::string& id, std::optional<Custody> custody) {
   const MutexLock lock(mutex_);
   const auto found = agents_.find(id);
   found->second.busy = false;
+  if (custody) doubtful_.erase(id);
   found->second.custody = std::move(custody);
   if (found->second.uses == 0 && !found->second.custody) agents_.erase(found);
   changed_.notify_all();
@@ -188,7 +204,8 @@ std::optional<std::string> Worker::answered(const std::string& id, const KnownTu
     case TurnCheck::kRun: return std::nullopt;
     case TurnCheck::kAnswered: return head.turn->result;
     case TurnCheck::kPast:
-      throw refuse("This turn of agent '" + id + "' is over, and others came after it; its answer is in the agent's messages.");
+      throw refuse("This turn of agent '" + id +
+                   "' is over, and the agent has changed since; its messages tell what was said.");
     case TurnCheck::kOther: break;
   }
   throw refuse("The turn's id was another request's of agent '" + id + "' before; use a new one.");
@@ -237,7 +254,11 @@ void Worker::bring(const std::string& id, Custody& custody) {
   }
   const CopyStep step = judge(id, saved ? std::optional(custody.checksum) : std::nullopt);
   if (step == CopyStep::kRefuse) refuse_copy(id, store_, saved ? "has another one of that name" : "has it no more");
-  if (step != CopyStep::kAdopt) set_in_use(id);  // from here on the copy is one
+  if (step == CopyStep::kAdopt) {  // else a turn that fails would have no commit to go back to
+    custody = commit_copy(id, custody, std::nullopt);
+    return;
+  }
+  set_in_use(id);  // from here on the copy is one
   if (step == CopyStep::kRemove) store_.delete_agent_cache(id);
   if (step != CopyStep::kInstall) return;
   Pulled pulled;
@@ -260,7 +281,8 @@ void Worker::let_go(const std::string& id, const Custody& custody) noexcept {
   try {
     const bool begun = !custody.version.head.file.empty();
     const Saved saved = driver_.run([&](Exchange& exchange) {
-      return begun ? release(exchange, id, custody.version, draw()) : remove_agent(exchange, id, custody.version, draw());
+      return begun ? release(exchange, id, custody.version, draw())
+                   : remove_agent(exchange, id, custody.version, draw());
     });
     // Whoever has it next must know whether the copy is the bucket's.
     if (saved.outcome != Saved::Outcome::kCommitted) return;
@@ -276,10 +298,24 @@ void Worker::let_go(const std::string& id, const Custody& custody) noexcept {
   }
 }
 
+void Worker::free_head(const std::string& id) noexcept {
+  try {
+    const Acquired acquired = driver_.run([&](Exchange& exchange) {
+      return acquire(exchange, id, session_.name(), Make::kNever, draw(), [](const std::string&) { return false; });
+    });
+    if (acquired.outcome == Acquired::Outcome::kOwned) let_go(id, {acquired.version, {}, {}, {}});
+  } catch (...) {
+    tell("The agent '" + id + "' may stay this worker's until its lease is gone");
+  }
+}
+
 void Worker::close(const std::string& id) noexcept {
   try {
     if (const std::optional<Custody> custody = begin(id, true)) {
       let_go(id, *custody);
+      finish(id, std::nullopt);
+    } else if (begin_doubtful(id)) {
+      free_head(id);
       finish(id, std::nullopt);
     }
   } catch (...) {
@@ -319,10 +355,13 @@ void Worker::commit(const std::string& id, const std::optional<KnownTurn>& turn)
     require_alive(id);
     custody = commit_copy(id, std::move(*custody), turn);
   } catch (const LostAnswer& error) {
-    finish(id, std::nullopt);
+    finish_in_doubt(id);
     throw uncommitted(id, error.what());
+  } catch (const Error& error) {  // what the store has is not what was committed
+    error.field() == kAgentElsewhere ? finish(id, std::nullopt) : finish_in_doubt(id);
+    throw;
   } catch (...) {
-    finish(id, std::nullopt);  // what the store has is not what was committed
+    finish_in_doubt(id);
     throw;
   }
   finish(id, std::move(custody));
@@ -380,7 +419,8 @@ std::optional<std::string> Worker::checksum_of_copy(const std::string& id) const
 
 CopyStep Worker::judge(const std::string& id, const std::optional<std::string>& committed) const {
   const std::optional<Mark> mark = tier_.read_mark(id);
-  return judge_copy(checksum_of_copy(id), mark ? std::optional(mark->checksum) : std::nullopt, is_in_use(id), committed);
+  const std::optional<std::string> cached = mark ? std::optional(mark->checksum) : std::nullopt;
+  return judge_copy(checksum_of_copy(id), cached, is_in_use(id), committed);
 }
 
 Record Worker::use_of(const std::string& id) const {

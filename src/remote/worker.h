@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -58,6 +59,10 @@ class Worker final : public RemoteTier {
   /// As begin, of one that isn't this worker's and that nobody uses. False: it is, or somebody does.
   bool begin_unused(const std::string& id);
   void finish(const std::string& id, std::optional<Custody> custody);
+  /// It isn't this worker's any more as far as is known, but its head may still name the session.
+  void finish_in_doubt(const std::string& id);
+  /// Begins with an agent that was left so and that nobody uses. False: it is none.
+  bool begin_doubtful(const std::string& id);
 
   // While this thread asks about the agent.
   /// Makes it this worker's, and brings the store's copy to the last commit. nullopt: there is none.
@@ -65,6 +70,8 @@ class Worker final : public RemoteTier {
   void bring(const std::string& id, Custody& custody);
   Custody commit_copy(const std::string& id, Custody custody, const std::optional<KnownTurn>& turn);
   void let_go(const std::string& id, const Custody& custody) noexcept;
+  /// So that others need not wait for the lease's end, if the head names this session.
+  void free_head(const std::string& id) noexcept;
   /// Waits until the owner is known to be gone. kBusy: it is alive.
   void wait_for_owner(const std::string& id, const std::string& owner);
 
@@ -85,6 +92,7 @@ class Worker final : public RemoteTier {
   mutable Mutex mutex_;
   CondVar changed_;
   std::map<std::string, Agent> agents_ TORPOR_GUARDED_BY(mutex_);
+  std::set<std::string> doubtful_ TORPOR_GUARDED_BY(mutex_);  // after commits that failed
   std::map<std::string, Instant> first_seen_ TORPOR_GUARDED_BY(mutex_);  // judge_owner
 
   mutable Session session_;  // last: its thread calls back
