@@ -31,6 +31,7 @@ from fault_relay import Relay, ask
 
 WORDS = "lamp oil wick glass tower stair storm tide gull keeper door log night dawn boat rope bell fog".split()
 SYSTEM = "You keep the log of a lighthouse, and you answer in few words. " + " ".join(WORDS * 12)
+PATIENCE = 300.0  # seconds of a client
 GONE = 8  # serve's exit code after its lease has run out
 
 
@@ -100,8 +101,7 @@ class Worker:
         self.store = run.directory / f"store-{number}"
         self.log = run.directory / f"worker-{number}.log"
         self.port, self.process = s3.free_port(), None
-        self.up, self.ends, self.closing = False, collections.Counter(), False
-        self.paused = self.disk_lost = False
+        self.ends, self.up, self.closing, self.paused, self.disk_lost = collections.Counter(), False, False, False, False
 
     async def start(self):
         options, seed = self.run.options, f"{self.run.options.seed} {self.number}"
@@ -255,8 +255,10 @@ class Chaos:
                 self.wrong.append(f"{agent}: turn {number} is refused: {answer.status} {answer.body.decode()}")
                 self.in_flight.pop(agent)
                 return False
-            if answer is not None and answer.status == 500:
-                self.statuses["500 " + answer.body.decode()[:160]] += 1
+            if time.monotonic() - began > PATIENCE:
+                self.wrong.append(f"{agent}: turn {number} is not answered: {'; '.join(asked[-8:])}")
+                self.in_flight.pop(agent)
+                return False
             tries += 1
             await asyncio.sleep(self.random.uniform(0.05, 0.3))
         said = json.loads(answer.body)
@@ -491,8 +493,7 @@ def main():
         model = make_tiny_model(directory / "model")
         wrong, table, _ = asyncio.run(run(Options(**args), directory, model))
     print(table)
-    for sentence in wrong[:50]:
-        print(sentence, file=sys.stderr)
+    print(*wrong[:50], sep="\n", end="\n" if wrong else "", file=sys.stderr)
     sys.exit(1 if wrong else 0)
 
 
