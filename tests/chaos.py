@@ -101,7 +101,8 @@ class Worker:
         self.store = run.directory / f"store-{number}"
         self.log = run.directory / f"worker-{number}.log"
         self.port, self.process = s3.free_port(), None
-        self.ends, self.up, self.closing, self.paused, self.disk_lost = collections.Counter(), False, False, False, False
+        self.ends = collections.Counter()
+        self.up = self.closing = self.paused = self.disk_lost = False
 
     async def start(self):
         options, seed = self.run.options, f"{self.run.options.seed} {self.number}"
