@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -45,6 +46,13 @@ class TemporaryDirectory {
  private:
   fs::path path_;
 };
+
+/// Tests that fail, cut or flip everything in turn take one of so many: TORPOR_EVERY, else each. With a sanitizer they
+/// would take the same few paths for minutes.
+inline size_t every() {
+  const char* text = std::getenv("TORPOR_EVERY");
+  return text != nullptr ? size_t(std::atoi(text)) : 1;
+}
 
 inline Identity test_identity(const std::string& weights = "w0") {
   Identity identity;

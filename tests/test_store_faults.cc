@@ -191,7 +191,7 @@ TEST_F(StoreFaults, AnyRefusedCallLeavesOldOrNew) {
   for (const auto& scenario : scenarios()) {
     for (int error_number : {EIO, EINTR, ENOSPC}) {
       int k = 1;
-      for (bool triggered = true; triggered; ++k) {
+      for (bool triggered = true; triggered; k += int(every())) {
         ASSERT_LT(k, 1000);
         const auto root = fresh_store();
         const std::string where = std::string(scenario.name) + ", errno " + std::to_string(error_number) + " at call " + std::to_string(k);
@@ -229,7 +229,7 @@ TEST_F(StoreFaults, AnyRefusedCallLeavesOldOrNew) {
 TEST_F(StoreFaults, APowerCutAnywhereLeavesOldOrNew) {
   for (const auto& scenario : scenarios()) {
     for (Lost lost : {Lost::kNothing, Lost::kData, Lost::kAll, Lost::kSegmentNames, Lost::kRootNames}) {
-      for (int k = 1, triggered = 1; triggered; ++k) {
+      for (int k = 1, triggered = 1; triggered; k += int(every())) {
         ASSERT_LT(k, 500);
         const auto root = fresh_store();
         const std::string where = std::string(scenario.name) + ", power cut at change " + std::to_string(k) + ", lost " + std::to_string(int(lost));
