@@ -2,8 +2,10 @@
 
 #include <functional>
 #include <thread>
+#include <utility>
 
 #include "base/json.h"
+#include "counting_env.h"
 #include "fault_env.h"
 #include "store_fixture.h"
 
@@ -243,6 +245,19 @@ TEST_F(StoreMarker, ManyWhoMakeOneStoreAllSucceed) {
   savers.clear();
   EXPECT_EQ(marker(), "{\n  \"torpor_store\": 3\n}\n");
   EXPECT_EQ(Store(root_).list_cached_agents().size(), 8u);
+}
+
+TEST_F(StoreMarker, ADirectoryThatBecomesAStoreWhileItIsLookedAtIsOne) {
+  struct Late final : CountingEnv {
+    int raw_list(const char* path, std::vector<std::string>& names) override {
+      if (!std::exchange(made, true)) Store(path).make_team("b", "{\n\"members\": []}");
+      return CountingEnv::raw_list(path, names);
+    }
+    bool made = false;
+  } env;
+  fs::create_directories(root_);
+  EXPECT_NO_THROW(Store(root_, &env).make_team("a", "{\n\"members\": []}"));
+  EXPECT_TRUE(env.made);
 }
 
 TEST_F(StoreMarker, AFileThatWasRenamedByHandIsNeitherReplacedNorRemoved) {

@@ -58,7 +58,8 @@ void Catalogue::require_store() const {
   if (std::all_of(names.begin(), names.end(),
                   [](const std::string& name) { return name == ".locks" || is_temporary_name(name); }))
     return;
-  if (!is_old_store()) {
+  // The marker comes before all else: where somebody has just made the store it is there by now.
+  if (!marker() && !is_old_store()) {
     throw Error(ErrorCode::kInvalidArgument,
                 "'" + root_.string() + "' is no store of Torpor's: it has no '" + kMarkerName +
                     "', and other files; choose a store, or save an agent here to make it one.")
