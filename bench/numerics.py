@@ -28,8 +28,8 @@ def computed(torpor, model, target, activations, options, tokens, where):
         return subprocess.run([torpor, *command], capture_output=True, text=True, cwd=where,
                               env={**os.environ, "TORPOR_STORE": str(where / "store"), "TORPOR_CPU_TARGET": target})
 
-    ended = run("run", "--model", model, "--agent", "a", "--raw", "--prompt", PROMPT, "--max-tokens", str(tokens), "--temperature", "0",
-                "--activations", activations, *options, "--json")
+    ended = run("run", "--model", model, "--agent", "a", "--raw", "--prompt", PROMPT, "--max-tokens", str(tokens),
+                "--temperature", "0", "--activations", activations, *options, "--json")
     if ended.returncode != 0:
         if "target" in ended.stderr:
             return None
@@ -65,7 +65,8 @@ def main():
                 groups, names, answers = {}, {}, set()
                 for target in TARGETS:
                     with tempfile.TemporaryDirectory() as where:
-                        found = computed(torpor, model.resolve(), target, activations, chosen, options.tokens, Path(where))
+                        found = computed(torpor, model.resolve(), target, activations, chosen, options.tokens,
+                                         Path(where))
                     if found is None:
                         continue
                     numerics, digest, answer = found
@@ -73,9 +74,10 @@ def main():
                     names.setdefault(numerics, set()).add(digest)
                     answers.add(answer)
                 wrong |= any(len(digests) > 1 for digests in names.values())
-                told = "; ".join(f"{', '.join(target for target, _ in group)} ({', '.join(sorted({n for _, n in group}))})"
+                told = "; ".join(f"{', '.join(target for target, _ in group)} ({', '.join({n for _, n in group})})"
                                  for group in groups.values())
-                print(f"| {model.name} | {activations} | {name} | {told} | {'equal' if len(answers) == 1 else len(answers)} |", flush=True)
+                said = "equal" if len(answers) == 1 else len(answers)
+                print(f"| {model.name} | {activations} | {name} | {told} | {said} |", flush=True)
     return 1 if wrong else 0
 
 

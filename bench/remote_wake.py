@@ -1,15 +1,15 @@
-"""An agent's first token after a wake from the bucket, from the local disk and by computing it again; and what a turn asks.
+"""An agent's first token after a wake from the bucket, from the local disk and by computing it again; what a turn asks.
 
-    sudo .venv/bin/python bench/remote_wake.py [--model .models/smollm2-135m] [--tokens 1024,2048,4096,8000] [--rates 1,10]
+    sudo .venv/bin/python bench/remote_wake.py [--model .models/smollm2-135m] [--tokens 1024,2048,4096,8000]
 
-Runs in a network namespace of its own, so root is needed, whose loopback has the rate (`tc tbf`, Gb/s). There is a gofakes3
-(scripts/fetch-sdks gofakes3), a `torpor serve --remote` that makes an agent of each size and goes, and for each run one with
-an empty store. Of each agent there: the first token of a turn when all comes from the bucket; the same after it slept,
-its files at hand; and of a new agent with as many tokens. Medians of --runs. The rate is that of all bytes of the agent
-over the whole wake; --plot draws the figures.
+Runs in a network namespace of its own, so root is needed. Its loopback has each rate of --rates (`tc tbf`, Gb/s). There
+is a gofakes3 (scripts/fetch-sdks gofakes3), a `torpor serve --remote` that makes an agent of each size and goes, and for
+each run one with an empty store. Of each agent there: the first token of a turn when all comes from the bucket; the same
+after it slept, its files at hand; and of a new agent with as many tokens. Medians of --runs. The rate is that of all
+bytes of the agent over the whole wake; --plot draws the figures.
 
-Then, without a limit, requests and bytes that turns of --turns tokens send to the bucket, and what a second server sends
-for an agent with the same system prompt.
+Then, without a limit, requests and bytes that turns of --turns tokens send to the bucket, and what a second server
+sends for an agent with the same system prompt.
 """
 
 import argparse
@@ -49,7 +49,8 @@ class Fleet:
     def server(self, name):
         home = self.where / name
         home.mkdir(exist_ok=True)
-        return Server(Torpor(home / "store", self.model), home, "--no-auth", "--remote", self.url, "--lease", "5", env=self.env)
+        return Server(Torpor(home / "store", self.model), home, "--no-auth", "--remote", self.url, "--lease", "5",
+                      env=self.env)
 
 
     def size(self, store, agent):
@@ -112,7 +113,7 @@ def wakes(options, where, model):
                     stop(server)
             for tokens, figures in found.items():
                 bucket, disk, again, size = (statistics.median(column) for column in zip(*figures))
-                rows.append({"rate_gbps": rate, "tokens": tokens, "bytes": size, "bucket_s": bucket, "disk_s": disk, "again_s": again,
+                rows.append({"rate_gbps": rate, "tokens": tokens, "bucket_s": bucket, "disk_s": disk, "again_s": again,
                              "share": size * 8 / bucket / (rate * 1e9)})
                 print(f"| {rate} Gb/s | {tokens} | {size / 1e6:.0f} MB | {bucket * 1e3:.0f} ms | {disk * 1e3:.0f} ms | "
                       f"{again * 1e3:.0f} ms | {rows[-1]['share']:.0%} | {again / bucket:.1f}x |", flush=True)
@@ -127,12 +128,12 @@ def asked(options, where, model):
     def count(method, path, headers):
         seen.append((method, path.split("?")[0].split("/wake/")[-1], int(headers.get("content-length", 0))))
 
-    def sent(agents_alone=True):
+    def sent():
         puts = [one for one in seen if one[0] == "PUT" and not one[1].startswith("nodes/")]
         others = [one for one in seen if one[0] != "PUT" and not one[1].startswith("nodes/")]
-        line = len(puts), len(others), sum(size for _, _, size in puts), sum(name.startswith("segments/") for _, name, _ in puts)
+        segments = sum(name.startswith("segments/") for _, name, _ in puts)
         seen.clear()
-        return line
+        return len(puts), len(others), sum(size for _, _, size in puts), segments
 
     with s3.gofakes3() as store, s3.Proxy(store.port, count) as proxy:
         fleet = Fleet(where, model, proxy.port)
@@ -161,10 +162,12 @@ def plot(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     rates = sorted({row["rate_gbps"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(rates), figsize=(5 * len(rates), 4), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(rates), figsize=(5 * len(rates), 4), sharey=True, squeeze=False,
+                                   layout="constrained")
     for axis, rate in zip(axes[0], rates):
         these = [row for row in rows if row["rate_gbps"] == rate]
-        for name, label in (("again_s", "computed again"), ("bucket_s", "from the bucket"), ("disk_s", "from the local disk")):
+        for name, label in (("again_s", "computed again"), ("bucket_s", "from the bucket"),
+                            ("disk_s", "from the local disk")):
             axis.plot([row["tokens"] for row in these], [row[name] * 1e3 for row in these], marker="o", label=label)
         axis.set(xscale="log", yscale="log", title=f"{rate} Gb/s", xlabel="tokens", ylabel="ms to the first token")
         axis.legend()
@@ -191,7 +194,7 @@ def main():
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     model = options.model.resolve()
     print(f"{os.cpu_count()} cores, {cpu_name()}; {model.name}; first token of a turn, medians of {options.runs}\n")
-    print("| link | tokens | agent | from the bucket | from the local disk | computed again | of the link | sooner than computing |\n"
+    print("| link | tokens | agent | from the bucket | from the local disk | computed again | of the link | sooner |\n"
           "|---|---:|---:|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as where:
         rows = wakes(options, where, model)

@@ -25,6 +25,12 @@ struct Machine {
     store.save_agent_cache(agent, snapshot, "demo/tiny", {}, Durability::kRename);
   }
   std::vector<int32_t> tokens(const std::string& agent) { return store.agent_tokens(agent); }
+  Acquired own(const std::string& agent) {
+    return driver.run([&](Exchange& e) {
+      return acquire(e, agent, session.name(), Make::kAlways, std::string(32, '7'),
+                     [](const std::string&) { return false; });
+    });
+  }
 
   TemporaryDirectory directory{TemporaryDirectory::in_memory()};
   CountedStore counted;
@@ -101,10 +107,7 @@ TEST(RemoteTier, ATurnSendsItsOwnBytesInAFewRequests) {
   MemoryBucket bucket;
   Machine one(bucket);
   one.save("ada", make_snapshot(1000));
-  const Acquired owned = one.driver.run([&](Exchange& e) {
-    return acquire(e, "ada", one.session.name(), Make::kAlways, std::string(32, '7'),
-                   [](const std::string&) { return false; });
-  });
+  const Acquired owned = one.own("ada");
   const Saved first = one.tier.push_save("ada", owned.version, {}, owned.generation);
   one.save("ada", make_snapshot(1010));
   const auto before = one.counted.counts();
@@ -123,10 +126,7 @@ TEST(RemoteTier, AnArchivedAgentKnowsItsLastTurnAgain) {
   MemoryBucket bucket;
   Machine one(bucket);
   one.save("ada", make_snapshot(300));
-  const Acquired owned = one.driver.run([&](Exchange& e) {
-    return acquire(e, "ada", one.session.name(), Make::kAlways, std::string(32, '7'),
-                   [](const std::string&) { return false; });
-  });
+  const Acquired owned = one.own("ada");
   one.tier.push_save("ada", owned.version, {}, owned.generation, {.turn = Turn{"t1", std::string(32, '1'), "r"}});
   EXPECT_EQ(one.tier.archive(one.session, "ada").outcome, Archived::Outcome::kDone);
   const auto read = one.driver.run([&](Exchange& e) { return read_save(e, "ada"); });

@@ -95,8 +95,14 @@ TEST(RemoteWorker, ForLackOfRoomTheCopyOfAnAgentGoesThatTheBucketHasAsItIsAndNob
   a.turn("old", 300);
   a.turn("new", 310);
   EXPECT_FALSE(a.worker->make_room()) << "both are this worker's";
-  a.worker->close("new");
   a.worker->close("old");
+  {
+    Worker beside(bucket, bucket, {.url = "s3://bucket", .store = a.directory.path(), .ttl = kTtl});
+    ASSERT_TRUE(beside.open("old", false));
+    EXPECT_FALSE(a.worker->make_room()) << "another worker of the store has it";
+    beside.done("old");
+  }
+  a.worker->close("new");
   EXPECT_TRUE(a.worker->make_room());
   EXPECT_FALSE(a.store.contains("old"));
   {

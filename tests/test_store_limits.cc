@@ -51,7 +51,9 @@ TEST_F(StoreLimits, ASaveThatDoesNotFitWritesNothing) {
 }
 
 TEST_F(StoreLimits, AReclaimerIsAskedUntilThereIsRoomOrItFreesNothing) {
-  for (const char* agent : {"a", "b", "c"}) store_.save_agent_cache(agent, make_snapshot(600, kLayout, 3, agent[0] * 1000), "m");
+  for (const char* agent : {"a", "b", "c"}) {
+    store_.save_agent_cache(agent, make_snapshot(600, kLayout, 3, agent[0] * 1000), "m");
+  }
   std::vector<std::string> spare = {"b", "a"};  // from the back
   int asked = 0;
   store_.set_reclaimer([&] {

@@ -15,9 +15,9 @@ class Writing {
   explicit Writing(Store::Impl& store) : store_(store), limits_(disk_limits(store)) {}
   ~Writing() { store_.written.record(); }
 
-  /// With limits: gives the operation room for `needed` bytes more. Evicts for it segments and states that no agent names and `keep`
-  /// does not have, oldest leaf first; then the reclaimer is asked. kResourceExhausted beginning with `what` when that is not enough.
-  /// kBusy.
+  /// With limits: gives the operation room for `needed` bytes more. Evicts for it segments and states that no agent names
+  /// and `keep` does not have, oldest leaf first; then the reclaimer is asked. kResourceExhausted beginning with `what`
+  /// when that is not enough. kBusy.
   void make_room(const std::string& what, int64_t needed, const std::vector<std::string>& keep);
 
   /// True: segments and states that were found are as they were, and until this object is gone nobody removes a file of
