@@ -14,7 +14,7 @@ import torpor
 import torpor.asgi
 import uvicorn
 
-from conftest import make_tiny_model
+from conftest import MODEL, make_tiny_model
 
 READ = {"type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"],
         "additionalProperties": False}
@@ -212,9 +212,9 @@ def test_an_engine_is_served_beside_its_own_users_and_outlives_the_application(t
             torpor.asgi.application(engine, tiny_model)
 
 
-def test_the_end_of_a_hosts_life_takes_turns_back_and_saves_agents(tmp_path, tiny_model):
-    app = torpor.asgi.application(tiny_model, store=tmp_path / "store", authenticate=False, drain_timeout=0)
-    with Host(app, timeout_graceful_shutdown=1) as host:
+def test_the_end_of_a_hosts_life_takes_turns_back_and_saves_agents(tmp_path):
+    app = torpor.asgi.application(MODEL, store=tmp_path / "store", authenticate=False, drain_timeout=0)
+    with Host(app, timeout_graceful_shutdown=0) as host:
         first = {"agent": "ada", "prompt": "Hi.", "max_tokens": 4}
         said = host.http.post("/torpor/v1/agents", json=first).raise_for_status().json()["text"]
         connection = http.client.HTTPConnection("127.0.0.1", host.port)
@@ -224,7 +224,7 @@ def test_the_end_of_a_hosts_life_takes_turns_back_and_saves_agents(tmp_path, tin
         while not in_turn(host):
             pass
     connection.close()
-    with torpor.Engine(tiny_model, tmp_path / "store") as engine:  # nobody has the agent awake
+    with torpor.Engine(MODEL, tmp_path / "store") as engine:  # nobody has the agent awake
         assert len(engine.agent("ada").messages) == 2
 
 

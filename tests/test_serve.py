@@ -236,9 +236,9 @@ LONG_START = "Once upon a time, in a lighthouse far away, there lived"  # of a t
 
 
 def long_turn(text=LONG_STORY, **more):
-    """Of the real model: it takes seconds, unless somebody ends it."""
-    messages = [{"role": "user", "content": text}]
-    return {"model": "smollm2-135m", "max_tokens": 400, "temperature": 0, "messages": messages, **more}
+    """Of the real model: the context's end alone ends it, after seconds, unless somebody does."""
+    return {"model": "smollm2-135m", "max_tokens": 8000, "temperature": 0, "logit_bias": {"2": -100},
+            "messages": [{"role": "user", "content": text}], **more}
 
 
 def test_sigterm_lets_turns_end_and_takes_no_new_ones(real, tmp_path):
@@ -251,6 +251,8 @@ def test_sigterm_lets_turns_end_and_takes_no_new_ones(real, tmp_path):
         while True:  # nobody listens any more
             try:
                 socket.create_connection(("127.0.0.1", server.port)).close()
+            except ConnectionResetError:  # still in the queue when the listener was closed
+                continue
             except ConnectionRefusedError:
                 break
         assert "data: [DONE]" in response.read().decode()  # the turn under way ends
@@ -274,10 +276,10 @@ def test_a_turn_that_outlasts_the_drain_is_cut_and_leaves_its_agent_as_it_was(re
 
 SHAPES = {
     "chat": ("/v1/chat/completions", lambda text: long_turn(text)),
-    "completions": ("/v1/completions", lambda text: {"model": "smollm2-135m", "max_tokens": 400, "prompt": text}),
-    "responses": ("/v1/responses", lambda text: {"model": "smollm2-135m", "max_output_tokens": 400, "input": text}),
-    "messages": ("/v1/messages", lambda text: long_turn(text)),
-    "agents": ("/torpor/v1/agents", lambda text: {"agent": "ada", "max_tokens": 400, "prompt": text}),
+    "completions": ("/v1/completions", lambda text: {"model": "smollm2-135m", "max_tokens": 8000, "prompt": text}),
+    "responses": ("/v1/responses", lambda text: {"model": "smollm2-135m", "max_output_tokens": 8000, "input": text}),
+    "messages": ("/v1/messages", lambda text: long_turn(text, logit_bias=None)),
+    "agents": ("/torpor/v1/agents", lambda text: {"agent": "ada", "max_tokens": 8000, "prompt": text}),
     "ollama": ("/api/chat", lambda text: {"model": "smollm2-135m", "messages": [{"role": "user", "content": text}]}),
 }
 
