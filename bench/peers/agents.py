@@ -86,18 +86,18 @@ class LlamaServer:
 
 
 class Watch:
-    """The share of all cores that went to neither this process, its finished children, nor the server."""
+    """The share of all cores that went to neither this process, its finished children, nor the servers."""
 
-    def __init__(self, server):
-        self.server, self.others, self.before = server, Others(), self.own(server)
+    def __init__(self, *servers):
+        self.servers, self.others = servers, Others()
+        self.before = self.own()
 
-    @staticmethod
-    def own(server):
+    def own(self):
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(one.ru_utime + one.ru_stime for one in usage) + server.cpu_seconds()
+        return sum(one.ru_utime + one.ru_stime for one in usage) + sum(one.cpu_seconds() for one in self.servers)
 
     def share(self):
-        return self.others.share(self.own(self.server) - self.before)
+        return self.others.share(self.own() - self.before)
 
 
 def torpor_bench(build, *arguments):

@@ -34,9 +34,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agents import LLAMA_SERVER, LlamaServer
+from agents import LLAMA_SERVER, LlamaServer, Watch
 from compare import GGUF, MODELS, OUT, ROOT, cpu_name
-from pairs import Others, by_key, least_disturbed, plot, summary
+from pairs import by_key, least_disturbed, plot, summary
 
 END = {"smollm2-135m": (0, 2), "qwen2.5-coder-0.5b": (151643, 151645)}  # tokens that end an answer; here none does
 COUNTS = (1, 2, 4, 8)
@@ -176,14 +176,11 @@ def both(torpor, model, threads, agents, context):
 
 def measured(servers, one_side):
     """An attempt for least_disturbed: `one_side(server)` gives {label: value}."""
-    def cpu():
-        times = os.times()
-        return times.user + times.system + sum(server.cpu_seconds() for server in servers)
-
     def attempt():
-        others, before = Others(), cpu()
+        watch = Watch(*servers)
         ours, theirs = (one_side(server) for server in servers)
-        return {label: (ours[label], theirs[label]) for label in ours}, others.share(cpu() - before)
+        return {label: (ours[label], theirs[label]) for label in ours}, watch.share()
+
     return attempt
 
 
