@@ -1,5 +1,5 @@
-/// The records of a bucket: heads, leases, the sweep record and manifests. Any bytes are refused with one sentence, or
-/// are a record as Torpor writes it. What follows the checksum may be anything: the target makes the checksum.
+/// The records of a bucket: heads, leases, the sweep's and the seal's, and manifests. Any bytes are refused with one
+/// sentence, or are a record as Torpor writes it. What follows the checksum may be anything: the target makes it.
 
 #include <cstdint>
 #include <string>
@@ -28,6 +28,7 @@ void try_all(std::string_view text) {
   try_reading(text, [&] { return encode(decode_head(text, "agents/ada/head")); });
   try_reading(text, [&] { return encode(decode_sweep(text, kSweepKey)); });
   try_reading(text, [&] { return encode(decode_lease(text, "nodes/w1-77")); });
+  try_reading(text, [&] { return encode(decode_seal(text, kSealKey)); });
 }
 
 void try_manifest(const std::string& text) {

@@ -29,7 +29,7 @@ def help_of(*command):
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_commands_and_options_exist(path):
     text = code(path.read_text())
-    hashed = {"lineage", "segment", "state"}  # docs/format.md: words that digests begin with
+    hashed = {"key", "lineage", "names", "object", "segment", "state"}  # docs/format.md: words that digests begin with
     for command in set(re.findall(r"(?<![/\w])torpor ([a-z]+)\b(?! *[:=])", text)) - hashed:
         assert help_of(command), f"{path.name} names `torpor {command}`"
     # Options up to the end of the command; behind ` -- ` are those of a client.

@@ -99,6 +99,18 @@ def test_an_agent_sleeps_in_one_process_and_goes_on_in_another_bit_for_bit(bucke
     assert bucket.leases() == []  # nobody waits for engines that are closed
 
 
+def test_an_engine_reads_a_sealed_bucket_by_the_key_that_a_command_prints(bucket, alone):
+    expected = [say(alone, prompt).text for prompt in ("Hello", " More")]
+    key = {"key_command": f"echo {'5e' * 32}"}
+    with bucket.engine("a", **key) as engine:
+        texts = [say(engine, "Hello").text]
+    with bucket.engine("b", **key) as engine:
+        assert [*texts, say(engine, " More").text] == expected
+    for other in ({}, {"key_command": f"echo {'5f' * 32}"}, {"key_command": "false"}):
+        with pytest.raises(torpor.InvalidArgumentError, match="key"):
+            bucket.engine("c", **other)
+
+
 def test_what_a_killed_process_has_answered_goes_on_elsewhere_and_a_key_is_not_run_again(bucket, alone, words):
     prompts = [words(300), " And then?", " The end."]
     expected = [say(alone, prompt) for prompt in prompts]

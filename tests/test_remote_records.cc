@@ -73,6 +73,12 @@ TEST(RemoteRecords, ASweepRecordIsReadAsItWasWritten) {
   expect_damage_is_found(encode(record), [](const std::string& text) { decode_sweep(text, kSweepKey); });
 }
 
+TEST(RemoteRecords, ASealIsReadAsItWasWritten) {
+  const SealRecord record{kId};
+  EXPECT_EQ(decode_seal(encode(record), kSealKey), record);
+  expect_damage_is_found(encode(record), [](const std::string& text) { decode_seal(text, kSealKey); });
+}
+
 TEST(RemoteRecords, AManifestIsReadBeforeTheAgentFileThatFollowsIt) {
   const std::vector<std::string> keys{pool_key({"segments/3f/3fa9", 4}), pool_key({"parts/0b-77", 0})};
   const std::string text = encode_manifest(keys);

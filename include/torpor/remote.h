@@ -29,12 +29,15 @@ struct RemoteOptions {
   /// its agents over a quarter later. All workers of a bucket should have the same.
   std::chrono::milliseconds ttl{10'000};
   Durability durability = Durability::kFull;  ///< of what is written to the store
+  /// Prints the key that the bucket is sealed with (docs/fleet.md, "A sealed bucket"): a command of the shell, run once.
+  /// Empty: $TORPOR_KEY_COMMAND; where that is empty, too, the bucket is not sealed.
+  std::string key_command = {};
   std::function<void()> on_end;  ///< called once, on a thread of the tier's, when it is not alive any more; may be empty
 };
 
 /// A worker of its own, with a lease and a thread that renews it. Its destructor, which comes after the Engine's, lets
 /// others have its agents. kInvalidArgument: the URL or the environment can't be used, the store's conditional writes
-/// don't hold, or this build has no client of object stores. kNotFound: no such bucket. kIo.
+/// don't hold, the bucket is sealed with another key or none, or this build has no client of object stores. kNotFound: no such bucket. kIo.
 std::shared_ptr<RemoteTier> attach_remote(const RemoteOptions& options);
 
 }  // namespace torpor

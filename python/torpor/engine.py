@@ -99,6 +99,7 @@ class EngineSettings(TypedDict, total=False):
     remote: str | None
     lease: float
     advertise: str | None
+    key_command: str | None
 
 
 def _core_options(model: str, store: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> _core.EngineOptions:
@@ -119,7 +120,7 @@ def _core_options(model: str, store: str | os.PathLike[str] | None, settings: Ma
         return None if value is None and name != "durability" else _arguments.text(value, name)
 
     given = {name: checked(name, value) for name, value in settings.items()}
-    texts = {name: given.get(name) or "" for name in ("cpu_target", "advertise")}
+    texts = {name: given.get(name) or "" for name in ("cpu_target", "advertise", "key_command")}
     return _core.EngineOptions(model, root, **{**given, **texts})
 
 
@@ -159,7 +160,7 @@ class Engine:
                  write_queue: int = 256 << 20, text_queue: int = 64 << 10, max_stall: int = 250, map_rows: bool = True,
                  backend: Literal["kernels", "mlx"] | None = None, activations: Literal["f32", "int16"] | None = None,
                  threads: int = 0, cpu_target: str | None = None, remote: str | None = None, lease: float = 10,
-                 advertise: str | None = None) -> None:
+                 advertise: str | None = None, key_command: str | None = None) -> None:
         """Loads the model.
 
         model: a model directory, or a repo id in the local Hugging Face cache.
@@ -194,6 +195,8 @@ class Engine:
         lease: seconds, 1 to 3600. An engine that can't renew its lease for so long opens and commits nothing any more: make
             another one. A quarter later others take its agents over. All engines of a bucket should have the same.
         advertise: where the agents of this engine are asked for, as "http://10.0.0.7:8080". None: nowhere.
+        key_command: a command of the shell that prints the key of a sealed bucket (docs/fleet.md, "A sealed bucket"). None:
+            $TORPOR_KEY_COMMAND; without that the bucket is not sealed.
 
         Threads and CPU target are the process's: its first engine settles them, and others raise InvalidArgumentError when they
         ask for another value.
@@ -206,7 +209,7 @@ class Engine:
             kv_format=kv_format, durability=durability, memory_budget=memory_budget, disk_budget=disk_budget,
             min_free=min_free, write_queue=write_queue, text_queue=text_queue, max_stall=max_stall, map_rows=map_rows,
             backend=backend, activations=activations, threads=threads, cpu_target=cpu_target, remote=remote, lease=lease,
-            advertise=advertise)))
+            advertise=advertise, key_command=key_command)))
         self._talking = threading.local()  # .to: agents whose on_text runs on this thread
 
     def __repr__(self) -> str:

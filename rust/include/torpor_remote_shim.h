@@ -25,7 +25,9 @@ enum {
   TORPOR_REMOTE_CANCELLED = 7,    /* torpor_remote_cancel; of a put or a removal likewise unknown */
   TORPOR_REMOTE_SHORT = 8,        /* the object ends before what was to be read */
   TORPOR_REMOTE_NO_BUCKET = 9,
-  TORPOR_REMOTE_LARGE = 10 /* the object has more bytes than were asked for */
+  TORPOR_REMOTE_LARGE = 10,       /* the object has more bytes than were asked for */
+  TORPOR_REMOTE_DAMAGED = 11,     /* a sealed object is not as it was sealed, under its name */
+  TORPOR_REMOTE_INCOMPATIBLE = 12 /* it is sealed with a key that is not among these, or by a newer version */
 };
 
 typedef struct torpor_remote_store torpor_remote_store;
@@ -45,9 +47,14 @@ typedef struct {
  *   connect_timeout_ms   (5000)
  *   retries              of a request that failed in a way that passes (10); a put that timed out is not retried
  *   retry_timeout_ms     no retry begins later (60000)
+ *   seal                 {"keys": [KEY, ...], "names": ID}: objects and their names are sealed (docs/format.md, "A
+ *                        sealed bucket"), new ones with the first key, names with the one of that id; sizes, offsets
+ *                        and keys of objects are those of what is sealed, and lists leave out other names
  * No request is sent. INVALID: the URL, the options, the environment or one of the files can't be used. */
 torpor_text_status torpor_remote_open(torpor_remote_view url, torpor_remote_view options, torpor_remote_store** out,
                                       torpor_text_bytes* error);
+/* The id of a key, 32 hex digits. `key` is 64 hex digits, or 32 bytes in base64; else INVALID. */
+torpor_text_status torpor_remote_key_id(torpor_remote_view key, torpor_text_bytes* id, torpor_text_bytes* error);
 /* No call may be under way. */
 void torpor_remote_close(torpor_remote_store* store);
 /* Calls under way, and later ones, return CANCELLED. Any thread. */

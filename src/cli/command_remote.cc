@@ -8,8 +8,10 @@
 #include <CLI/CLI.hpp>
 
 #include "cli/commands.h"
+#include "cli/model_options.h"
 #include "cli/output.h"
 #include "faces/error_table.h"
+#include "remote/bucket_keys.h"
 #include "remote/cloud_store.h"
 #include "remote/probe.h"
 #include "remote/tier.h"
@@ -19,7 +21,7 @@ namespace {
 
 struct RemoteOptions {
   std::filesystem::path store;
-  std::string url;
+  std::string url, key_command;
   std::vector<std::string> ids;
   bool force = false, check = false;
   std::optional<int> idle_days;
@@ -36,6 +38,14 @@ remote::CloudOptions patience(const RemoteOptions& options) {
   patience.connect_timeout = std::min(all, patience.connect_timeout);
   patience.retry_timeout = all;
   return patience;
+}
+
+/// `patience`, with the bucket's keys.
+remote::CloudOptions patience_and_keys(const RemoteOptions& options) {
+  remote::CloudOptions all = patience(options);
+  remote::CloudStore plain(options.url, all);
+  all.seal = remote::keys_of_bucket(plain, options.url, options.key_command);
+  return all;
 }
 
 int check(const RemoteOptions& options) {
@@ -94,7 +104,7 @@ std::string told_time(std::int64_t ms) {
 }
 
 int list(const RemoteOptions& options) {
-  remote::CloudStore store(options.url, patience(options));
+  remote::CloudStore store(options.url, patience_and_keys(options));
   const std::vector<remote::ObjectInfo> objects = store.list("");
   if (options.json) {
     Json listed = Json::array();
@@ -120,7 +130,7 @@ int list(const RemoteOptions& options) {
 class Attached {
  public:
   explicit Attached(const RemoteOptions& options)
-      : bucket_(options.url, patience(options)), counted_(bucket_), driver_(counted_), store_(options.store),
+      : bucket_(options.url, patience_and_keys(options)), counted_(bucket_), driver_(counted_), store_(options.store),
         tier_(driver_, store_, options.url), url_(options.url) {}
 
   remote::Tier& tier() { return tier_; }
@@ -308,20 +318,27 @@ void add_remote_command(CLI::App& app, Invocation& invocation) {
       ->type_name("N")
       ->needs(race)
       ->check(CLI::Range(1, 1000000));
-  add("ls", "List the objects below PREFIX", list);
+  const auto add_sealed = [&](const char* name, const char* what, int (*run)(const RemoteOptions&)) {
+    CLI::App* command = add(name, what, run);
+    add_key_command_option(*command, options->key_command);
+    return command;
+  };
+  add_sealed("ls", "List the objects below PREFIX", list);
   const auto with_ids = [&](CLI::App* command) {
     return command->add_option("ID", options->ids, "Agents");
   };
-  CLI::App* pushed = add("push", "Send agents' last saves to the bucket: what is there already is not sent", push);
+  CLI::App* pushed =
+      add_sealed("push", "Send agents' last saves to the bucket: what is there already is not sent", push);
   with_ids(pushed)->required();
   pushed->add_flag("--force", options->force, "Whatever the bucket has of the agent is replaced");
-  CLI::App* pulled = add("pull", "Bring agents from the bucket into the store: what is here already is not read", pull);
+  CLI::App* pulled =
+      add_sealed("pull", "Bring agents from the bucket into the store: what is here already is not read", pull);
   with_ids(pulled)->required();
   pulled->add_flag("--force", options->force, "Changes of the store's copy are dropped");
   pulled->add_flag("--check", options->check, "Read what is here already, and replace what is damaged");
-  add("verify", "Read every object that an agent needs, and check every byte", verify);
-  add("gc", "Remove objects that no agent needs, beside workers that save", gc);
-  CLI::App* archived = add("archive", "Drop agents' rows from the bucket: ids and messages stay", archive);
+  add_sealed("verify", "Read every object that an agent needs, and check every byte", verify);
+  add_sealed("gc", "Remove objects that no agent needs, beside workers that save", gc);
+  CLI::App* archived = add_sealed("archive", "Drop agents' rows from the bucket: ids and messages stay", archive);
   CLI::Option* idle = archived->add_option("--idle-days", options->idle_days, "All that were not saved for N days")
                           ->type_name("N")
                           ->check(CLI::Range(0, 36500));

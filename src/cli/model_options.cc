@@ -70,7 +70,7 @@ EngineOptions AnswerOptions::engine(const std::filesystem::path& root, std::func
   if (!remote.empty()) {
     engine.remote = attach_remote({.url = remote, .store = root, .address = advertise,
                                    .ttl = std::chrono::milliseconds(int64_t(lease * 1000)),
-                                   .durability = engine.durability, .on_end = std::move(on_remote_end)});
+                                   .durability = engine.durability, .key_command = key_command, .on_end = std::move(on_remote_end)});
   }
   return engine;
 }
@@ -102,6 +102,12 @@ void settle_model(ModelOptions& options, const std::filesystem::path& root, cons
   }
 }
 
+void add_key_command_option(CLI::App& app, std::string& command) {
+  app.add_option("--key-command", command,
+                 "Command of the shell that prints the key of a sealed bucket (default: $TORPOR_KEY_COMMAND)")
+      ->type_name("CMD");
+}
+
 void add_remote_option(CLI::App& app, AnswerOptions& options) {
   app.add_option("--remote", options.remote,
                  "Agents are in this object store, and the local one is its cache: s3://BUCKET/PREFIX, gs://, az://")
@@ -111,6 +117,7 @@ void add_remote_option(CLI::App& app, AnswerOptions& options) {
       ->capture_default_str()
       ->check(CLI::Range(1.0, 3600.0))
       ->type_name("S");
+  add_key_command_option(app, options.key_command);
 }
 
 void add_model_options(CLI::App& app, ModelOptions& options) {

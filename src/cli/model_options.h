@@ -40,6 +40,7 @@ struct AnswerOptions : ModelOptions {
   bool no_mmap = false;
   uint64_t memory_budget = 0, disk_budget = 0, min_free = 0;  // bytes
   std::string remote;     ///< URL; empty: agents are in the store alone
+  std::string key_command;  ///< RemoteOptions::key_command
   std::string advertise;  ///< RemoteOptions::address
   double lease = 10;      ///< RemoteOptions::ttl, in seconds
 
@@ -53,7 +54,9 @@ void settle_model(ModelOptions& options, const std::filesystem::path& root, cons
 /// The model that an agent was last saved with, checked to be there. kNotFound.
 std::string model_of(const Store& store, const std::string& agent);
 
-/// Adds --remote and --lease.
+/// Adds --key-command.
+void add_key_command_option(CLI::App& app, std::string& command);
+/// Adds --remote, --lease and --key-command.
 void add_remote_option(CLI::App& app, AnswerOptions& options);
 /// Adds --model, the options of the KV format, --durability, and those of ComputeOptions to a command.
 void add_model_options(CLI::App& app, ModelOptions& options);

@@ -83,6 +83,7 @@ void complain(const Error& error) {
       {ErrorCode::kInvalidArgument, "EngineOptions::store", "--store, or TORPOR_STORE"},
 #ifdef TORPOR_REMOTE
       {ErrorCode::kNotFound, "EngineOptions::model", "or torpor pull"},
+      {ErrorCode::kInvalidArgument, "RemoteOptions::key_command", "--key-command, or TORPOR_KEY_COMMAND"},
 #endif
       {ErrorCode::kInvalidArgument, "kind", "torpor export"},
       {ErrorCode::kInvalidArgument, "force", "torpor rm --force"},

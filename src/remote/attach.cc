@@ -7,6 +7,7 @@
 #include "torpor/error.h"
 
 #ifdef TORPOR_REMOTE
+#include "remote/bucket_keys.h"
 #include "remote/cloud_store.h"
 #endif
 
@@ -18,11 +19,13 @@ std::shared_ptr<RemoteTier> attach_remote(const RemoteOptions& options) {
     throw Error(ErrorCode::kInvalidArgument, "A lease lasts a second at least.").with_field("RemoteOptions::ttl");
   }
   // A request for a lease that is answered after its TTL is of no use. Nor is whoever begins so patient.
-  remote::CloudOptions hasty;
+  remote::CloudOptions usual, hasty;
   hasty.request_timeout = hasty.connect_timeout = hasty.retry_timeout = options.ttl / 3;
+  remote::CloudStore plain(options.url, hasty);
+  remote::require_conditions(plain, options.url);
+  usual.seal = hasty.seal = remote::keys_of_bucket(plain, options.url, options.key_command);
   auto leases = std::make_shared<remote::CloudStore>(options.url, hasty);
-  remote::require_conditions(*leases, options.url);
-  auto bucket = std::make_shared<remote::CloudStore>(options.url);
+  auto bucket = std::make_shared<remote::CloudStore>(options.url, usual);
   return std::make_shared<remote::Worker>(std::move(bucket), std::move(leases), options);
 #else
   throw Error(ErrorCode::kInvalidArgument, "This build of Torpor has no client of object stores for '" + options.url +

@@ -32,7 +32,9 @@ void check(torpor_text_status status, const Text& error) {
     case TORPOR_REMOTE_NOT_FOUND:
     case TORPOR_REMOTE_NO_BUCKET: throw Error(ErrorCode::kNotFound, sentence);
     case TORPOR_REMOTE_SHORT:
-    case TORPOR_REMOTE_LARGE: throw Error(ErrorCode::kCorruption, sentence);
+    case TORPOR_REMOTE_LARGE:
+    case TORPOR_REMOTE_DAMAGED: throw Error(ErrorCode::kCorruption, sentence);
+    case TORPOR_REMOTE_INCOMPATIBLE: throw Error(ErrorCode::kIncompatible, sentence);
     case TORPOR_REMOTE_PRECONDITION:
     case TORPOR_REMOTE_REFUSED: throw Error(ErrorCode::kIo, sentence);
     case TORPOR_REMOTE_UNKNOWN: throw LostAnswer(sentence);
@@ -47,10 +49,13 @@ ObjectInfo info_of(const Json& described) {
 
 std::string options_text(const CloudOptions& options) {
   const auto ms = [](std::chrono::milliseconds time) { return std::max<std::int64_t>(time.count(), 0); };
-  return dump_json(Json{{"request_timeout_ms", ms(options.request_timeout)},
-                        {"connect_timeout_ms", ms(options.connect_timeout)},
-                        {"retries", std::max(options.retries, 0)},
-                        {"retry_timeout_ms", ms(options.retry_timeout)}});
+  Json json{{"request_timeout_ms", ms(options.request_timeout)},
+            {"connect_timeout_ms", ms(options.connect_timeout)},
+            {"retries", std::max(options.retries, 0)},
+            {"retry_timeout_ms", ms(options.retry_timeout)}};
+  const BucketKeys& seal = options.seal;
+  if (!seal.keys.empty()) json["seal"] = Json{{"keys", seal.keys}, {"names", seal.names}};
+  return dump_json(json);
 }
 
 torpor_remote_store* open(const std::string& url, const CloudOptions& options) {
@@ -62,6 +67,12 @@ torpor_remote_store* open(const std::string& url, const CloudOptions& options) {
 }
 
 }  // namespace
+
+std::string key_id(const std::string& key) {
+  Text id, error;
+  check(torpor_remote_key_id(view(key), &id.bytes, &error.bytes), error);
+  return std::string(id.view());
+}
 
 CloudStore::CloudStore(const std::string& url, const CloudOptions& options) : store_(open(url, options)) {}
 CloudStore::~CloudStore() { torpor_remote_close(store_); }

@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <string>
+#include <vector>
 
 #include "remote/object_store.h"
 
@@ -13,12 +14,24 @@ struct torpor_remote_store;
 
 namespace torpor::remote {
 
+/// What a bucket is sealed with (docs/format.md, "A sealed bucket").
+struct BucketKeys {
+  /// 64 hex digits or base64 of 32 bytes each. New objects are sealed with the first one.
+  std::vector<std::string> keys;
+  std::string names;  ///< key_id of the one that names are made with
+};
+/// 32 hex digits that tell which key it is, and nothing else of it. kInvalidArgument: it is no key.
+std::string key_id(const std::string& key);
+
 struct CloudOptions {
   /// Of one request with its answer; each MiB beyond the first has an eighth of it more.
   std::chrono::milliseconds request_timeout{30'000};
   std::chrono::milliseconds connect_timeout{5'000};
   int retries = 10;  ///< of a request that failed in a way that passes; a put that timed out is not retried
   std::chrono::milliseconds retry_timeout{60'000};  ///< no retry begins later
+  /// No keys: nothing is sealed. With keys whatever is below PREFIX is, but for leases' names. An object that is not as
+  /// it was sealed is kCorruption; one that is sealed with another key is kIncompatible.
+  BucketKeys seal = {};
 };
 
 /// Thread-safe: calls run side by side, and each blocks. A store of the parent process is of no use in a forked one.

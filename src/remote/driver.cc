@@ -59,8 +59,10 @@ Answer Driver::answer(const Request& request, const Blobs& blobs) {
     answer.error = std::current_exception();
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kCancelled) throw;
-    const bool reads = request.kind == Request::Kind::kRead && error.code() == ErrorCode::kNotFound;
-    answer.status = reads ? Answer::Status::kAbsent : Answer::Status::kRefused;
+    const bool reads = request.kind == Request::Kind::kRead;
+    answer.status = reads && error.code() == ErrorCode::kNotFound     ? Answer::Status::kAbsent
+                    : reads && error.code() == ErrorCode::kCorruption ? Answer::Status::kDamaged
+                                                                      : Answer::Status::kRefused;
     answer.error = std::current_exception();
   }
   answer.received = clock_now();

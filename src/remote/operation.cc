@@ -91,7 +91,8 @@ Operation<Swap> swap(Exchange& exchange, std::string key, Condition condition, s
   co_return result;
 }
 
-Operation<std::vector<Answer>> ask_all_firmly(Exchange& exchange, std::vector<Request> requests) {
+Operation<std::vector<Answer>> ask_all_firmly(Exchange& exchange, std::vector<Request> requests,
+                                              bool damaged_too) {
   std::vector<Answer> all(requests.size());
   for (size_t first = 0; first < requests.size(); first += kBatch) {
     std::vector<size_t> open;
@@ -104,8 +105,11 @@ Operation<std::vector<Answer>> ask_all_firmly(Exchange& exchange, std::vector<Re
       std::vector<Answer> answers = co_await exchange.ask_all(std::move(asked));
       std::vector<size_t> lost;
       for (size_t k = 0; k < open.size(); ++k) {
-        const bool is_lost = answers[k].status == Answer::Status::kLost;
-        if (answers[k].status == Answer::Status::kRefused || (is_lost && attempt == kAttempts)) {
+        using Status = Answer::Status;
+        const Status status = answers[k].status;
+        const bool is_lost = status == Status::kLost;
+        const bool is_damaged = status == Status::kDamaged && !damaged_too;
+        if (status == Status::kRefused || is_damaged || (is_lost && attempt == kAttempts)) {
           std::rethrow_exception(answers[k].error);
         }
         if (is_lost) lost.push_back(open[k]);

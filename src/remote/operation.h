@@ -55,6 +55,7 @@ struct Answer {
     kDone,
     kPrecondition,  ///< PutStatus::kPrecondition
     kAbsent,        ///< of kGet and kRead: no such object
+    kDamaged,       ///< of kRead: the object is there, and is damaged or ends before
     kLost,          ///< LostAnswer
     kRefused,       ///< any other Error
   };
@@ -62,7 +63,7 @@ struct Answer {
   std::string tag;                  ///< of kPut and kGet
   std::string text;                 ///< of kGet and kRead: the bytes
   std::vector<ObjectInfo> objects;  ///< of kList
-  std::exception_ptr error;         ///< of kLost and kRefused
+  std::exception_ptr error;         ///< of kDamaged, kLost and kRefused
   Instant sent{0}, received{0};     ///< the request was made at or after `sent`, and answered at or before `received`
 
   bool done() const { return status == Status::kDone; }
@@ -191,9 +192,10 @@ struct Swap {
 /// own. So a precondition that failed, and an answer that was lost, are resolved by reading what is there.
 Operation<Swap> swap(Exchange& exchange, std::string key, Condition condition, std::string text);
 
-/// Asks again while answers are lost, a few times, each later than the one before. Never kLost; throws what was refused,
-/// and the last LostAnswer.
+/// Asks again while answers are lost, a few times, each later than the one before. Never kLost; throws what was
+/// refused, the last LostAnswer, and that an object is damaged unless `damaged_too`.
 Operation<Answer> ask_firmly(Exchange& exchange, Request request);
-Operation<std::vector<Answer>> ask_all_firmly(Exchange& exchange, std::vector<Request> requests);
+Operation<std::vector<Answer>> ask_all_firmly(Exchange& exchange, std::vector<Request> requests,
+                                              bool damaged_too = false);
 
 }  // namespace torpor::remote

@@ -95,12 +95,13 @@ Operation<Saved> save(Exchange& exchange, HeadVersion version, SaveRequest reque
     saved.keys.push_back(pool_key({upload.path, generation}));
     looks.push_back(read_request(saved.keys.back(), kChecksumAt, kChecksumDigits));
   }
-  // What somebody else has put is not sent.
-  std::vector<Answer> contents = co_await ask_all_firmly(exchange, std::move(looks));
+  // What somebody else has put is not sent. Something damaged is there, too.
+  std::vector<Answer> contents = co_await ask_all_firmly(exchange, std::move(looks), true);
+  const auto is_there = [](const Answer& look) { return look.status != Answer::Status::kAbsent; };
   std::vector<Request> puts;
   std::vector<size_t> put;
   for (size_t i = 0; i < request.uploads.size(); ++i) {
-    if (contents[i].done()) continue;
+    if (is_there(contents[i])) continue;
     puts.push_back(put_request(key_of(i), {}, Condition::absent(), request.uploads[i].blob));
     put.push_back(i);
   }
@@ -124,15 +125,16 @@ Operation<Saved> save(Exchange& exchange, HeadVersion version, SaveRequest reque
     reads.push_back(read_request(key_of(put[k]), kChecksumAt, kChecksumDigits));
     read.push_back(put[k]);
   }
-  std::vector<Answer> again = co_await ask_all_firmly(exchange, std::move(reads));
+  std::vector<Answer> again = co_await ask_all_firmly(exchange, std::move(reads), true);
   for (size_t k = 0; k < read.size(); ++k) contents[read[k]] = std::move(again[k]);
   for (const size_t i : read) {
-    if (contents[i].done()) continue;
+    if (is_there(contents[i])) continue;
     saved.outcome = Saved::Outcome::kMoved;  // swept: this save is so old that its worker was taken for dead
     co_return saved;
   }
   for (size_t i = 0; i < request.uploads.size(); ++i) {
-    if (contents[i].done() && contents[i].text != request.uploads[i].content) {
+    if (!is_there(contents[i])) continue;  // it was put just now
+    if (!contents[i].done() || contents[i].text != request.uploads[i].content) {
       saved.taken.push_back(request.uploads[i].path);
     }
   }

@@ -236,6 +236,15 @@ SweepRecord decode_sweep(std::string_view text, const std::string& key) {
   return record;
 }
 
+std::string encode(const SealRecord& record) { return seal("torpor_seal", Json{{"names", record.names}}); }
+
+SealRecord decode_seal(std::string_view text, const std::string& key) {
+  const Json json = unseal(text, "torpor_seal", kMostRecordBytes, key);
+  const SealRecord record = reading(key, [&] { return SealRecord{.names = hex(json, "names", key)}; });
+  check_canonical(text, encode(record), key);
+  return record;
+}
+
 std::string encode_manifest(const std::vector<std::string>& keys) {
   const std::string json = seal("torpor_save", Json{{"keys", keys}});
   std::string text;

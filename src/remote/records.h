@@ -64,12 +64,20 @@ struct SweepRecord {
   bool operator==(const SweepRecord&) const = default;
 };
 
+/// That objects and their names are sealed; it is not sealed itself.
+struct SealRecord {
+  std::string names;  ///< id of the key that names are made with, 32 hex digits
+  bool operator==(const SealRecord&) const = default;
+};
+
 std::string encode(const Head& head);
 std::string encode(const Lease& lease);
 std::string encode(const SweepRecord& record);
+std::string encode(const SealRecord& record);
 Head decode_head(std::string_view text, const std::string& key);
 Lease decode_lease(std::string_view text, const std::string& key);
 SweepRecord decode_sweep(std::string_view text, const std::string& key);
+SealRecord decode_seal(std::string_view text, const std::string& key);
 
 /// What a save object begins with: the length in 8 bytes, little-endian, and the keys that the save needs, in the
 /// caller's order. The agent file follows, as it is on disk.
@@ -82,6 +90,7 @@ std::vector<std::string> decode_manifest(std::string_view text, const std::strin
 inline constexpr const char* kAgentsPrefix = "agents/";
 inline constexpr const char* kNodesPrefix = "nodes/";
 inline constexpr const char* kSweepKey = "sweep";
+inline constexpr const char* kSealKey = "seal";
 inline constexpr const char* kPoolPrefixes[] = {"segments/", "states/", "parts/"};
 
 std::string head_key(const std::string& agent);

@@ -16,6 +16,8 @@ pub const CANCELLED: i32 = 7;
 pub const SHORT: i32 = 8;
 pub const NO_BUCKET: i32 = 9;
 pub const LARGE: i32 = 10;
+pub const DAMAGED: i32 = 11;
+pub const INCOMPATIBLE: i32 = 12;
 
 pub type Result<T> = std::result::Result<T, Failure>;
 

@@ -2,6 +2,7 @@
 
 mod failure;
 mod profile;
+mod seal;
 mod settings;
 mod store;
 
@@ -28,6 +29,14 @@ impl View {
 pub struct Pair {
     name: View,
     value: View,
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn torpor_remote_key_id(key: View, id: *mut Bytes, error: *mut Bytes) -> i32 {
+    call(error, || {
+        give_text(id, seal::key_id(key.text("the key")?)?);
+        Ok(())
+    })
 }
 
 #[no_mangle]

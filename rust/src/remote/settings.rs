@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use super::failure::{self, Failure, Result};
 use super::profile::{variable, Profile};
+use super::seal::Keys;
 
 #[derive(Clone, Copy, PartialEq)]
 pub enum Kind {
@@ -64,7 +65,8 @@ pub struct Options {
 }
 
 impl Options {
-    pub fn parse(json: &str) -> Result<Self> {
+    /// And the keys that objects are sealed with.
+    pub fn parse(json: &str) -> Result<(Self, Option<Keys>)> {
         let mut options = Self {
             request_timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(5),
@@ -73,10 +75,14 @@ impl Options {
             bulk: false,
         };
         if json.is_empty() {
-            return Ok(options);
+            return Ok((options, None));
         }
         let bad = |what: &str| Failure::invalid(format!("the options of a remote store: {what}"));
-        let Ok(Value::Object(members)) = serde_json::from_str(json) else { return Err(bad("no JSON object")) };
+        let Ok(Value::Object(mut members)) = serde_json::from_str(json) else { return Err(bad("no JSON object")) };
+        let keys = match members.remove("seal") {
+            Some(seal) => Some(keys_of(&seal).unwrap_or_else(|| Err(bad("'seal' has no keys")))?),
+            None => None,
+        };
         for (name, value) in members {
             let number = value.as_u64().ok_or_else(|| bad(&format!("'{name}' is no whole number")))?;
             let time = Duration::from_millis(number);
@@ -88,7 +94,7 @@ impl Options {
                 _ => return Err(bad(&format!("there is no '{name}'"))),
             }
         }
-        Ok(options)
+        Ok((options, keys))
     }
 
     pub fn of_bulk(&self) -> Self {
@@ -110,6 +116,12 @@ impl Options {
         retry.backoff.init_backoff = retry.backoff.init_backoff.min(retry.backoff.max_backoff);
         retry
     }
+}
+
+/// None: it is not {"keys": [...], "names": "..."}.
+fn keys_of(seal: &Value) -> Option<Result<Keys>> {
+    let texts: Option<Vec<_>> = seal.get("keys")?.as_array()?.iter().map(Value::as_str).collect();
+    Some(Keys::new(&texts?, seal.get("names")?.as_str()?))
 }
 
 /// The client, and the texts that no sentence may repeat.

@@ -1,6 +1,7 @@
 //! One store: blocking calls over object_store's client.
 
 use std::future::Future;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, Weak};
 
 use futures_util::stream::{BoxStream, StreamExt};
@@ -14,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::failure::{self, Failure, Result, CANCELLED, LARGE, NOT_FOUND, SHORT, UNKNOWN};
+use super::seal::{self, Keys};
 use super::settings::{client, Address, Kind, Options};
 use crate::runtime::Runtime;
 
@@ -37,6 +39,7 @@ pub struct Store {
     url: String,
     by_generation: bool,
     secrets: Vec<String>,
+    keys: Option<Keys>, // that objects and their names are sealed with
     cancelled: watch::Sender<bool>,
     runtime: Arc<Runtime>,
 }
@@ -58,7 +61,7 @@ fn runtime() -> Result<Arc<Runtime>> {
 impl Store {
     pub fn open(url: &str, options: &str) -> Result<Self> {
         let address = Address::parse(url)?;
-        let options = Options::parse(options)?;
+        let (options, keys) = Options::parse(options)?;
         let runtime = runtime()?;
         let (client, bulk, secrets) = {
             let _entered = runtime.enter();
@@ -73,6 +76,7 @@ impl Store {
             url: url.trim_end_matches('/').into(),
             by_generation: address.kind == Kind::Google,
             secrets,
+            keys,
             cancelled: watch::Sender::new(false),
             runtime,
         })
@@ -114,7 +118,11 @@ impl Store {
         if key.is_empty() || key.starts_with('/') || key.ends_with('/') {
             return Err(bad());
         }
-        self.below(key).map_err(|_| bad())
+        self.below(&self.outside(key)).map_err(|_| bad())
+    }
+
+    fn outside(&self, key: &str) -> String {
+        self.keys.as_ref().map_or_else(|| key.into(), |keys| keys.outside(key))
     }
 
     fn below(&self, key: &str) -> std::result::Result<Path, object_store::path::Error> {
@@ -130,16 +138,21 @@ impl Store {
         if self.by_generation { version.or(e_tag) } else { e_tag }.unwrap_or_default()
     }
 
-    fn described(&self, object: &ObjectMeta) -> Map<String, Value> {
+    /// None: it is below the prefix, but not under a name that the keys have made.
+    fn described(&self, object: &ObjectMeta) -> Option<Map<String, Value>> {
         let whole = object.location.as_ref();
         let key = whole.strip_prefix(self.prefix.as_ref()).map_or(whole, |key| key.trim_start_matches('/'));
         let tag = self.tag(object.e_tag.clone(), object.version.clone());
-        let Value::Object(map) = json!({"key": key, "bytes": object.size, "tag": tag,
+        let (key, size) = match &self.keys {
+            Some(keys) => (keys.inside(key)?, seal::length_of(object.size).unwrap_or(object.size)),
+            None => (key.into(), object.size),
+        };
+        let Value::Object(map) = json!({"key": key, "bytes": size, "tag": tag,
                                         "modified_ms": object.last_modified.timestamp_millis()})
         else {
             unreachable!()
         };
-        map
+        Some(map)
     }
 
     pub fn put(&self, key: &str, data: &[u8], condition: Condition, metadata: &[(&str, &str)]) -> Result<String> {
@@ -157,10 +170,14 @@ impl Store {
         for (name, value) in metadata {
             attributes.insert(Attribute::Metadata(name.to_string().into()), value.to_string().into());
         }
-        let payload = bytes::Bytes::copy_from_slice(data).into();
+        let payload = match &self.keys {
+            Some(keys) => bytes::Bytes::from(keys.seal(key, data)?),
+            None => bytes::Bytes::copy_from_slice(data),
+        };
+        let size = payload.len() as u64;
+        let payload = payload.into();
         let options = PutOptions { mode, attributes, ..PutOptions::default() };
         self.wait(&format!("write '{key}'"), async {
-            let size = data.len() as u64;
             match self.within(size, self.client_for(size).put_opts(&path, payload, options)).await? {
                 Ok(put) => Ok(self.tag(put.e_tag, put.version)),
                 Err(e) => Err(failure::of_put(&e, conditional, &self.secrets)),
@@ -201,9 +218,10 @@ impl Store {
 
     pub fn get(&self, key: &str, most: u64) -> Result<(Vec<u8>, String)> {
         let path = self.path(key)?;
+        let most = if self.keys.is_some() { seal::stored(most) } else { most };
         self.wait(&format!("read '{key}'"), async {
             let result = self.ask(&path, GetOptions::default(), most).await?;
-            let mut about = self.described(&result.meta);
+            let mut about = self.described(&result.meta).unwrap_or_default();
             let mut metadata = Map::new();
             for (name, value) in &result.attributes {
                 if let Attribute::Metadata(name) = name {
@@ -216,26 +234,35 @@ impl Store {
                 let sentence = format!("it has {size} bytes, and may have {most}");
                 return Err(Failure { status: LARGE, sentence });
             }
-            let mut stream = result.into_stream();
-            let mut bytes = Vec::new(); // grows as bytes arrive
-            while let Some(chunk) = self.next(&mut stream).await? {
-                if (bytes.len() + chunk.len()) as u64 > size {
-                    return Err(unfinished());
-                }
-                bytes.extend_from_slice(&chunk);
-            }
-            if bytes.len() as u64 != size {
-                return Err(unfinished());
+            let mut bytes = self.bytes_of(result, size).await?;
+            if let Some(keys) = &self.keys {
+                bytes = keys.open(key, bytes)?;
             }
             Ok((bytes, Value::Object(about).to_string()))
         })
+    }
+
+    async fn bytes_of(&self, result: GetResult, size: u64) -> Result<Vec<u8>> {
+        let mut stream = result.into_stream();
+        let mut bytes = Vec::new(); // grows as bytes arrive
+        while let Some(chunk) = self.next(&mut stream).await? {
+            if (bytes.len() + chunk.len()) as u64 > size {
+                return Err(unfinished());
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        if bytes.len() as u64 == size {
+            Ok(bytes)
+        } else {
+            Err(unfinished())
+        }
     }
 
     pub fn head(&self, key: &str) -> Result<String> {
         let path = self.path(key)?;
         self.wait(&format!("look for '{key}'"), async {
             let object = self.client.head(&path).await.map_err(|e| failure::of(&e, &self.secrets))?;
-            Ok(Value::Object(self.described(&object)).to_string())
+            Ok(Value::Object(self.described(&object).unwrap_or_default()).to_string())
         })
     }
 
@@ -245,11 +272,12 @@ impl Store {
             return Err(Failure::invalid(format!("'{key}' has no bytes so far behind its beginning")));
         };
         self.wait(&format!("read '{key}'"), async {
-            let options = GetOptions { range: Some(GetRange::Bounded(offset..end)), ..GetOptions::default() };
-            let result = self.ask(&path, options, end - offset).await?;
+            if let Some(keys) = &self.keys {
+                return self.read_sealed(keys, key, &path, offset..end, out).await;
+            }
+            let result = self.ask_range(&path, offset..end).await?;
             if result.range != (offset..end) {
-                let sentence = format!("it has {} bytes, and was to have {end}", result.meta.size);
-                return Err(Failure { status: SHORT, sentence });
+                return Err(short(result.meta.size, end));
             }
             let mut filled = 0;
             let mut stream = result.into_stream();
@@ -266,15 +294,47 @@ impl Store {
         })
     }
 
+    async fn ask_range(&self, path: &Path, range: Range<u64>) -> Result<GetResult> {
+        let size = range.end - range.start;
+        self.ask(path, GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() }, size).await
+    }
+
+    /// What is in the first frame comes with the header, in one request; the rest in a second one.
+    async fn read_sealed(&self, keys: &Keys, key: &str, path: &Path, wanted: Range<u64>, out: &mut [u8]) -> Result<()> {
+        let result = self.ask_range(path, 0..seal::BEGINNING).await?;
+        let (size, beginning) = (result.meta.size, result.range.end);
+        let mut bytes = self.bytes_of(result, beginning).await?;
+        let object = keys.begin(key, &bytes)?;
+        if seal::length_of(size) != Some(object.length()) {
+            return Err(seal::damaged("it has another length than it had when it was sealed"));
+        }
+        if wanted.end > object.length() {
+            return Err(short(object.length(), wanted.end));
+        }
+        let (first, at, place) = object.place(wanted.start, wanted.end);
+        let mut from = place.start as usize;
+        if place.end > beginning {
+            let result = self.ask_range(path, place.clone()).await?;
+            if result.range != place {
+                return Err(short(result.meta.size, place.end));
+            }
+            bytes = self.bytes_of(result, place.end - place.start).await?;
+            from = 0;
+        }
+        object.open(first, from, &mut bytes)?;
+        out.copy_from_slice(&bytes[(wanted.start - at) as usize..(wanted.end - at) as usize]);
+        Ok(())
+    }
+
     pub fn list(&self, directory: &str) -> Result<String> {
         let bad = |_| Failure::invalid(format!("'{directory}' is no directory of objects"));
-        let path = self.below(directory).map_err(bad)?;
+        let path = self.below(&self.outside(directory)).map_err(bad)?;
         self.wait(&format!("list '{directory}'"), async {
             let mut objects = Vec::new();
             let mut stream = self.client.list(Some(&path));
             while let Some(object) = stream.next().await {
                 let object = object.map_err(|e| failure::of(&e, &self.secrets))?;
-                objects.push(Value::Object(self.described(&object)));
+                objects.extend(self.described(&object).map(Value::Object));
             }
             Ok(Value::Array(objects).to_string())
         })
@@ -289,6 +349,10 @@ impl Store {
             }
         })
     }
+}
+
+fn short(size: u64, end: u64) -> Failure {
+    Failure { status: SHORT, sentence: format!("it has {size} bytes, and was to have {end}") }
 }
 
 fn late() -> Failure {
