@@ -15,8 +15,12 @@ from conftest import ROOT
 BUCKET = "agents"
 
 
+def is_here(name):
+    return (ROOT / ".sdks" / name / "ready").exists()
+
+
 def program(name):
-    assert (ROOT / ".sdks" / name / "ready").exists(), f"run scripts/fetch-sdks {name} first"
+    assert is_here(name), f"run scripts/fetch-sdks {name} first"
     return ROOT / ".sdks" / name / name
 
 

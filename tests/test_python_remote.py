@@ -190,7 +190,7 @@ def test_a_bucket_that_can_not_be_used_is_refused_before_a_model_is_loaded(bucke
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         refused(torpor.InvalidArgumentError, "conditional")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3.free_port()}")
-    refused(torpor.IoError, "can't be reached")
+    refused(torpor.IoError, "can't be reached", lease=1)
 
 
 def test_a_model_that_can_not_be_loaded_leaves_no_lease(bucket):

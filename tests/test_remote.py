@@ -166,6 +166,14 @@ def test_the_command_line_is_checked(server):
         assert done.returncode == 2 and done.stderr.count("\n") == 1, args
 
 
+@pytest.mark.skipif(not s3.is_here("versitygw"), reason="scripts/fetch-sdks versitygw builds it")
+def test_versitygw_keeps_agents_and_has_one_winner_of_many_writers(tmp_path):
+    with s3.versitygw(tmp_path) as store:
+        report = remote("check", URL, "--race", 16, "--rounds", 10, "--json", env=store.env(), patience=10).ok().json
+        assert remote("ls", URL, "--json", env=store.env()).ok().json["objects"] == []
+    assert len(report["checks"]) == 11 and report["holds"] and report["race"]["rounds"] == 10
+
+
 @pytest.mark.skipif(not os.environ.get("TORPOR_FLEET"), reason="`make fleet` runs it")
 @pytest.mark.parametrize("kind", ["gofakes3", "versitygw"])
 def test_64_writers_have_one_winner_in_each_of_1000_rounds(kind, tmp_path):

@@ -213,8 +213,18 @@ def test_an_agent_of_before_there_was_a_bucket_goes_there_with_its_next_turn(fle
     assert fleet.run("b", "ada", " there").ok().json["tokens"]["cached"] > old["tokens"]["context"]
 
 
+def test_a_bucket_that_gives_no_answer_at_first_is_asked_again(fleet, store):
+    begun = time.monotonic()
+    with s3.Proxy(store.port, lose=lambda *_: time.monotonic() < begun + 3) as proxy:
+        late = Fleet(fleet.directory, fleet.model, proxy.port)
+        late.remote[-1] = "2"  # a try of the first requests takes less than 2 seconds
+        told = late.run("a", "ada", "Hello", "--verbose").ok()
+    assert told.err.count("the bucket is asked again") == 1
+
+
 def test_a_bucket_that_can_not_be_used_is_refused_before_anything_is_computed(fleet, store):
     closed = Fleet(fleet.directory, fleet.model, s3.free_port())
+    closed.remote[-1] = "1"
     closed.run("a", "ada", "Hello").fails("io", "can't be reached")
     with s3.Proxy(store.port, fault=s3.without_conditions) as proxy:
         Fleet(fleet.directory, fleet.model, proxy.port).run("a", "ada", "Hello").fails("invalid", "conditional")

@@ -171,6 +171,19 @@ def test_a_key_command_that_prints_no_key_is_told_without_what_it_printed(server
     assert "secret" not in result.err and KEY not in result.err
 
 
+@pytest.mark.skipif(not s3.is_here("versitygw"), reason="scripts/fetch-sdks versitygw builds it")
+def test_the_files_of_a_store_over_plain_files_tell_nothing_of_a_sealed_agent(tmp_path, here, there):
+    url, key = f"s3://{s3.BUCKET}/acme", ("--key-command", f"echo {KEY}")
+    with s3.versitygw(tmp_path / "gateway") as store:
+        call(store, "push", url, "many", *key, store=here).ok()
+        call(store, "pull", url, "many", *key, store=there).ok()
+        assert call(store, "verify", url, "--json", *key).ok().json["ok"]
+    kept = [path for path in (tmp_path / "gateway").rglob("*") if path.is_file()]
+    assert len(kept) > 5 and files(there) and all(files(here)[name] == data for name, data in files(there).items())
+    for path in kept:
+        assert "many" not in str(path) and b"many" not in path.read_bytes() and b"role" not in path.read_bytes()
+
+
 def test_machines_that_share_a_sealed_bucket_go_on_bit_for_bit(server, tmp_path, tiny_model, words):
     fleet = Fleet(tmp_path, tiny_model, server.port)
     fleet.env["TORPOR_KEY_COMMAND"] = f"echo {KEY}"

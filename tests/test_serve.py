@@ -138,6 +138,7 @@ def test_health_asks_for_no_key_and_metrics_does(served):
     assert served.ask("GET", "/health", key="").json()["ready"] is True
     assert served.ask("GET", "/metrics", key="").status == 401
     assert served.metric("torpor_kv_bytes") is not None
+    assert served.metric("torpor_kv_held_ratio") == 0  # without a budget
     assert served.metric("torpor_connections") >= 1
 
 
@@ -386,7 +387,7 @@ def test_a_full_queue_says_when_to_come_again(real, tmp_path):
 def test_options_come_from_command_line_environment_and_file_in_this_order(tiny, tmp_path):
     config = tmp_path / "torpor.toml"
     config.write_text('# a comment\nport = 1\nsocket = "none/such"\nallow-host = ["a.example", "b.example"]\n'
-                      'metrics-alias = "vllm"\nkv-bits = 4\nkv-group = 32\n')
+                      'metrics-alias = "vllm"\nkv-bits = 4\nkv-group = 32\nmemory-budget = "64MB"\n')
     with Server(tiny, tmp_path, "--config", config, "--kv-dtype", "f32",
                 env={"TORPOR_SOCKET": str(tmp_path / "socket"), "TORPOR_KV_BITS": "8,4"}) as server:
         assert (tmp_path / "socket").is_socket()
@@ -395,6 +396,8 @@ def test_options_come_from_command_line_environment_and_file_in_this_order(tiny,
             assert server.ask("GET", "/v1/models", headers={"host": host}).status == status
         assert server.metric("vllm:num_requests_running") == 0
         assert server.chat("Who keeps the lamp?", agent="ada").status == 200
+        server.ask("POST", "/torpor/v1/agents/ada/pin", {"pinned": True})
+        assert 0 < server.metric("torpor_kv_held_ratio") == server.metric("vllm:kv_cache_usage_perc") < 1
         assert server.stop() == 0
     assert tiny("show", "ada", "--json").ok().json["identity"]["kv"] == "q8,4 group 32 f32 rotated"
 

@@ -44,7 +44,7 @@ remote::CloudOptions patience(const RemoteOptions& options) {
 remote::CloudOptions patience_and_keys(const RemoteOptions& options) {
   remote::CloudOptions all = patience(options);
   remote::CloudStore plain(options.url, all);
-  all.seal = remote::keys_of_bucket(plain, options.url, options.key_command);
+  all.seal = remote::keys_of_bucket(plain, options.url, remote::run_key_command(options.key_command));
   return all;
 }
 

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <optional>
 #include <span>
+#include <utility>
 
 #include "base/environment.h"
 #include "remote/records.h"
@@ -43,7 +44,9 @@ std::optional<SealRecord> seal_empty(ObjectStore& plain, const std::string& url,
 
 }  // namespace
 
-std::vector<std::string> run_key_command(const std::string& command) {
+std::vector<std::string> run_key_command(const std::string& given) {
+  const std::string command = given.empty() ? environment("TORPOR_KEY_COMMAND") : given;
+  if (command.empty()) return {};
   // What is typed to this program is not the command's.
   std::FILE* const output = ::popen(("exec </dev/null\n" + command).c_str(), "r");
   if (output == nullptr) throw refused("The key command could not be started; try again.");
@@ -77,10 +80,8 @@ std::vector<std::string> run_key_command(const std::string& command) {
   return keys;
 }
 
-BucketKeys keys_of_bucket(ObjectStore& plain, const std::string& url, const std::string& key_command) {
-  const std::string command = key_command.empty() ? environment("TORPOR_KEY_COMMAND") : key_command;
-  BucketKeys sealed;
-  if (!command.empty()) sealed.keys = run_key_command(command);
+BucketKeys keys_of_bucket(ObjectStore& plain, const std::string& url, std::vector<std::string> keys) {
+  BucketKeys sealed{std::move(keys), {}};
   std::optional<SealRecord> seal = read_seal(plain);
   if (sealed.keys.empty()) {
     if (!seal) return {};
