@@ -190,6 +190,10 @@ TEST(RemoteTier, WhatIsDamagedInTheBucketIsGoodAgainAfterTheNextPush) {
   one.save("eve", make_snapshot(512));
   EXPECT_EQ(one.tier.push(one.session, "eve", false).outcome, Saved::Outcome::kCommitted);
   EXPECT_TRUE(one.tier.verify().problems.empty());
+  bucket.text(bucket.keys("segments/").front()).resize(20);  // it has no checksum any more
+  one.save("bob", make_snapshot(512));
+  EXPECT_EQ(one.tier.push(one.session, "bob", false).outcome, Saved::Outcome::kCommitted);
+  EXPECT_TRUE(one.tier.verify().problems.empty());
 }
 
 TEST(RemoteTier, ADamagedFileHereIsReplacedFromTheBucket) {

@@ -1,6 +1,7 @@
 //! C ABI over object_store; include/torpor_remote_shim.h is its contract.
 
 mod failure;
+mod names;
 mod profile;
 mod seal;
 mod settings;

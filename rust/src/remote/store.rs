@@ -122,7 +122,7 @@ impl Store {
     }
 
     fn outside(&self, key: &str) -> String {
-        self.keys.as_ref().map_or_else(|| key.into(), |keys| keys.outside(key))
+        self.keys.as_ref().map_or_else(|| key.into(), |keys| keys.names().outside(key))
     }
 
     fn below(&self, key: &str) -> std::result::Result<Path, object_store::path::Error> {
@@ -144,7 +144,7 @@ impl Store {
         let key = whole.strip_prefix(self.prefix.as_ref()).map_or(whole, |key| key.trim_start_matches('/'));
         let tag = self.tag(object.e_tag.clone(), object.version.clone());
         let (key, size) = match &self.keys {
-            Some(keys) => (keys.inside(key)?, seal::length_of(object.size).unwrap_or(object.size)),
+            Some(keys) => (keys.names().inside(key)?, seal::length_of(object.size).unwrap_or(object.size)),
             None => (key.into(), object.size),
         };
         let Value::Object(map) = json!({"key": key, "bytes": size, "tag": tag,
