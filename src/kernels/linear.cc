@@ -102,6 +102,7 @@ struct RowGroups {
   int rows;
   int count = (rows + kTogether - 1) / kTogether;
   int begin(int group) const { return group * rows / count; }
+  int of(int row) const { return ((row + 1) * count - 1) / rows; }
   int most() const { return (rows + count - 1) / count; }
 };
 

@@ -74,50 +74,95 @@ HWY_INLINE RoundedGroup RoundGroup(int group, const float* HWY_RESTRICT x, int32
   return {scale, scale * float(hn::GetLane(hn::SumOfLanes(di, total)))};
 }
 
-// Eight columns as the weights' pairs of `bits` lie.
-HWY_INLINE void PairUp(int bits, const int32_t* HWY_RESTRICT columns, int32_t* HWY_RESTRICT out) {
+// Columns of a line, and words of a row that meet them.
+constexpr int ColumnsOfLine(int bits) { return 32 / bits; }
+constexpr int PairsOfLine(int bits) { return 16 / bits; }
+
+// Some rounded columns as the weights' pairs of kBits lie.
 #if HWY_TARGET == HWY_SCALAR
+constexpr int kColumnsAtOnce = 8;
+template <int kBits>
+HWY_INLINE void PairUp(const int32_t* HWY_RESTRICT columns, int32_t* HWY_RESTRICT out) {
   for (int j = 0; j < 4; ++j) {
-    const int32_t* pair = columns + (bits == 8 && j > 1 ? 2 + j : PairColumn(bits, j));
+    const int32_t* pair = columns + (kBits == 8 && j > 1 ? 2 + j : PairColumn(kBits, j));
     out[j] = int32_t(uint32_t(pair[0] & 0xffff) | uint32_t(pair[2]) << 16);
   }
+}
 #else
-  const hn::CappedTag<int32_t, 4> d;
-  const auto pairs = [&](const int32_t* four) HWY_ATTR {  // columns 0, 2 and 1, 3; then anything
-    const auto v = hn::Load(d, four);
+constexpr int kColumnsAtOnce = std::max(8, kLanes);
+template <int kBits>
+HWY_INLINE void PairUp(const int32_t* HWY_RESTRICT columns, int32_t* HWY_RESTRICT out) {
+  const DI d;
+  // Of every four columns 0, 2 and 1, 3; then anything.
+  const auto pairs = [&](const int32_t* at) HWY_ATTR {
+    const VI v = hn::Load(d, at);
     return hn::Or(hn::And(v, hn::Set(d, 0xffff)), hn::ShiftLeft<16>(hn::Shuffle1032(v)));
   };
-  const auto low = pairs(columns), high = pairs(columns + 4);
-  hn::StoreU(bits == 8 ? hn::ConcatLowerLower(d, high, low) : hn::InterleaveLower(d, low, high), d, out);
+  if constexpr (kLanes == 4) {
+    const VI low = pairs(columns), high = pairs(columns + 4);
+    hn::Store(kBits == 8 ? hn::ConcatLowerLower(d, high, low) : hn::InterleaveLower(d, low, high), d, out);
+  } else {
+    HWY_ALIGN static constexpr int32_t kOrder4[16] = {0, 4, 1, 5, 8 % kLanes, 12 % kLanes, 9 % kLanes, 13 % kLanes};
+    HWY_ALIGN static constexpr int32_t kOrder8[16] = {0, 1, 4, 5, 8 % kLanes, 9 % kLanes, 12 % kLanes, 13 % kLanes};
+    const VI all = hn::TableLookupLanes(pairs(columns), hn::SetTableIndices(d, kBits == 8 ? kOrder8 : kOrder4));
+    const hn::Half<DI> half;
+    hn::Store(hn::LowerHalf(half, all), half, out);
+  }
+}
 #endif
+
+// A row is the `r`-th of `rows` that lie together. Of each group come their pairs, of one row after another those that
+// meet a line, then their scales, then their sums.
+template <int kBits, int kGroup>
+void QuantizeRow(int k, const float* HWY_RESTRICT x, int r, int rows, int32_t* HWY_RESTRICT out) {
+  constexpr int kPairs = PairsOfLine(kBits);
+  for (int g = 0; g < k / kGroup; ++g, x += kGroup) {
+    HWY_ALIGN int32_t rounded[kGroup], pairs[kGroup / 2];
+    const RoundedGroup of = RoundGroup(kGroup, x, rounded);
+    for (int i = 0; i < kGroup; i += kColumnsAtOnce) PairUp<kBits>(rounded + i, pairs + i / 2);
+    int32_t* to = out + r * kPairs;
+    for (int i = 0; i < kGroup / 2; i += kPairs, to += rows * kPairs) std::memcpy(to, pairs + i, sizeof(int32_t) * kPairs);
+    out += kGroup / 2 * rows;
+    out[r] = std::bit_cast<int32_t>(of.scale);
+    out[rows + r] = std::bit_cast<int32_t>(of.sum);
+    out += 2 * rows;
+  }
 }
 
-// One row: per group its pairs, then the scale and the sum.
-void QuantizeRow(const PackedPart& part, int k, const float* HWY_RESTRICT x, int32_t* HWY_RESTRICT out) {
-  for (int g = 0; g < k / part.group; ++g, x += part.group) {
-    HWY_ALIGN int32_t rounded[kLargestGroup];
-    const RoundedGroup of = RoundGroup(part.group, x, rounded);
-    for (int i = 0; i < part.group; i += 8, out += 4) PairUp(part.word_bits(), rounded + i, out);
-    *out++ = std::bit_cast<int32_t>(of.scale);
-    *out++ = std::bit_cast<int32_t>(of.sum);
-  }
+template <int kBits>
+void QuantizeRow(int group, int k, const float* x, int r, int rows, int32_t* out) {
+  if (group == 16) QuantizeRow<kBits, 16>(k, x, r, rows, out);
+  if (group == 32) QuantizeRow<kBits, 32>(k, x, r, rows, out);
+  if (group == 64) QuantizeRow<kBits, 64>(k, x, r, rows, out);
+  if (group == 128) QuantizeRow<kBits, 128>(k, x, r, rows, out);
 }
 
 const int32_t* PrepareInt16(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
   const size_t words = int16_row_words(part, k);
   const bool few = few_rows<int32_t>(part, rows);
-  auto* out = reinterpret_cast<int32_t*>(prepared_memory(size_t(rows) * words * (few ? 2 : 1)));
+  auto* out = reinterpret_cast<int32_t*>(prepared_memory(size_t(rows) * words));
   const int size = rows_per_task(rows, pool.size());
+  const RowGroups groups{rows};
   auto body = [&](size_t task, int) {
     const int last = std::min(rows, int(task + 1) * size);
-    for (int row = int(task) * size; row < last; ++row) QuantizeRow(part, k, x + size_t(row) * k, out + size_t(row) * words);
+    for (int row = int(task) * size; row < last; ++row) {
+      // Of many rows each is alone.
+      const int begin = few ? groups.begin(groups.of(row)) : row;
+      const int together = few ? groups.begin(groups.of(row) + 1) - begin : 1;
+      const float* from = x + size_t(row) * k;
+      int32_t* to = out + size_t(begin) * words;
+      if (part.word_bits() == 4) {
+        QuantizeRow<4>(part.group, k, from, row - begin, together, to);
+      } else {
+        QuantizeRow<8>(part.group, k, from, row - begin, together, to);
+      }
+    }
   };
   pool.parallel_for(size_t((rows + size - 1) / size), std::ref(body));
-  if (few) return interleave(out, rows, words, out + size_t(rows) * words);
   return out;
 }
 
-// ---- kRows interleaved rows times kPanels panels, straight from their packed form, added to sums:
+// ---- kRows rows that lie together times kPanels panels, straight from their packed form, added to sums:
 // [kPanels][kRows][16] ----
 //
 // As much of the next panels, `ahead` bytes on, is brought into the cache as is read of these.
@@ -130,7 +175,7 @@ HWY_INLINE void PairStep(const std::byte* line, size_t panel_bytes, const int32_
     for (int v = 0; v < kAtOnce; ++v) w[p][v] = PairOf<kBits, kJ>(LoadLine(line + p * panel_bytes, v));
   }
   for (int r = 0; r < kRows; ++r) {
-    const VI pair = hn::Set(DI(), x[kJ * kRows + r]);
+    const VI pair = hn::Set(DI(), x[r * PairsOfLine(kBits) + kJ]);
     for (int p = 0; p < kPanels; ++p) {
       for (int v = 0; v < kAtOnce; ++v) dot[p][v][r] = AddProducts(dot[p][v][r], w[p][v], pair);
     }
@@ -161,8 +206,8 @@ HWY_INLINE void AddPairGroup(const std::byte* scales, size_t panel_bytes, int fi
 template <int kBits, int kRows, int kPanels>
 HWY_NOINLINE void PairPanels(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k,
                              const int32_t* HWY_RESTRICT x, float* HWY_RESTRICT sums) {
-  constexpr int kPairs = 16 / kBits, kAtOnce = VectorsOfPanel(kRows);
-  const int lines = part.group * kBits / 32;
+  constexpr int kPairs = PairsOfLine(kBits), kAtOnce = VectorsOfPanel(kRows);
+  const int lines = part.group / ColumnsOfLine(kBits);
   const size_t panel_bytes = part.panel_bytes;
   for (int k0 = 0; k0 < k; k0 += part.group) {
     for (int first = 0; first < kVectors; first += kAtOnce) {
