@@ -35,6 +35,7 @@ struct SafetensorsHeader {
 inline constexpr uint64_t kMaxSafetensorsHeader = 100'000'000;
 /// Data of files that are written here begins at a multiple. The format asks for 8; 64 suits cache lines and Metal.
 inline constexpr size_t kSafetensorsAlignment = 64;
+inline constexpr std::string_view kSafetensorsExtension = ".safetensors";
 
 /// Bytes of one element, 0 when `dtype` is unknown.
 uint64_t safetensors_dtype_size(std::string_view dtype) noexcept;

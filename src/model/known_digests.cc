@@ -52,12 +52,12 @@ void remember(const fs::path& note, const json& stamps, const std::string& diges
   }
 }
 
-fs::path directory() { return fs::path(cache_directory()) / "digests"; }
+fs::path digests_directory() { return fs::path(cache_directory()) / "digests"; }
 
 fs::path note_of(const json& stamps) {
   Hasher name;
   for (const json& stamp : stamps) name.update_field(stamp[0].get_ref<const std::string&>());
-  return directory() / (name.hex() + ".json");
+  return digests_directory() / (name.hex() + ".json");
 }
 
 /// Empty when it is not known.
@@ -92,8 +92,8 @@ std::string known_digest(std::span<const fs::path> files, fs::path& note) {
 
 void forget_digests_of_gone_files() {
   Env& env = Env::posix();
-  for (const std::string& name : env.list_own(directory())) {
-    const fs::path note = directory() / name;
+  for (const std::string& name : env.list_own(digests_directory())) {
+    const fs::path note = digests_directory() / name;
     try {
       const json known = parse_json<json>(env.read_file(note, kMaxBytes), nullptr, false);
       const json files = known.is_object() ? known.value("files", json::array()) : json::array();

@@ -49,7 +49,7 @@ struct Piece {
   std::string checksum;
 };
 
-fs::path directory() { return fs::path(cache_directory()) / "packed"; }
+fs::path packs_directory() { return fs::path(cache_directory()) / "packed"; }
 
 size_t n_blocks(size_t size) { return (size + kBlock - 1) / kBlock; }
 std::span<std::byte> block(std::span<std::byte> bytes, size_t i) {
@@ -196,7 +196,7 @@ class Writer final : public PackFile {
   Writer(std::string key, std::vector<fs::path> of)
       : key_(std::move(key)),
         of_(std::move(of)),
-        temporary_(directory() / (kTemporary + std::to_string(::getpid()) + "-" + Env::posix().random_id())),
+        temporary_(packs_directory() / (kTemporary + std::to_string(::getpid()) + "-" + Env::posix().random_id())),
         output_(temporary_),
         thread_([this] { work(); }) {}
   ~Writer() override {
@@ -309,10 +309,10 @@ class Writer final : public PackFile {
     std::memcpy(place.data.get() + text.size(), &footer, sizeof footer);
     output_.finish();
     Env& env = Env::posix();
-    env.rename(temporary_, directory() / (key_ + kSuffix));
+    env.rename(temporary_, packs_directory() / (key_ + kSuffix));
     // What another version has packed of the same files is of no use any more.
-    for (const std::string& name : env.list_own(directory())) {
-      const fs::path other = directory() / name;
+    for (const std::string& name : env.list_own(packs_directory())) {
+      const fs::path other = packs_directory() / name;
       const std::string key = other.stem().string();
       if (other.extension() != kSuffix || key == key_) continue;
       try {
@@ -377,7 +377,7 @@ void PackFile::finish(std::unique_ptr<PackFile> file) {
 std::unique_ptr<PackFile> PackFile::open(const std::string& key, const std::vector<fs::path>& of, uint64_t bytes) {
   if (cache_directory().empty()) return nullptr;
   Env& env = Env::posix();
-  const fs::path path = directory() / (key + kSuffix);
+  const fs::path path = packs_directory() / (key + kSuffix);
   try {
     if (env.is_file(path)) {
       File file = env.open(path, OpenMode::kRead);
@@ -392,13 +392,13 @@ std::unique_ptr<PackFile> PackFile::open(const std::string& key, const std::vect
   }
   try {
     std::error_code ignored;
-    fs::create_directories(directory(), ignored);
-    for (const std::string& name : env.list_own(directory())) {
-      if (name.starts_with(kTemporary) && is_left(name)) env.remove(directory() / name);
+    fs::create_directories(packs_directory(), ignored);
+    for (const std::string& name : env.list_own(packs_directory())) {
+      if (name.starts_with(kTemporary) && is_left(name)) env.remove(packs_directory() / name);
     }
-    if (bytes > env.free_space(directory()) / 2) {
+    if (bytes > env.free_space(packs_directory()) / 2) {
       log(LogLevel::kInfo, "Packed weights are not kept: they would take more than half of what is free in '" +
-                               directory().string() + "'.");
+                               packs_directory().string() + "'.");
       return nullptr;
     }
     return std::make_unique<Writer>(key, of);
@@ -411,7 +411,7 @@ std::unique_ptr<PackFile> PackFile::open(const std::string& key, const std::vect
 std::optional<std::string> PackFile::check(const std::string& key) {
   if (cache_directory().empty()) return std::nullopt;
   Env& env = Env::posix();
-  const fs::path path = directory() / (key + kSuffix);
+  const fs::path path = packs_directory() / (key + kSuffix);
   if (!env.is_file(path)) return std::nullopt;
   File file = env.open(path, OpenMode::kRead);
   const uint64_t size = file.stat().size;
@@ -449,8 +449,8 @@ ModelCacheUsage clean_model_cache(bool remove) {
   if (cache_directory().empty()) return usage;
   Env& env = Env::posix();
   if (remove) model::forget_digests_of_gone_files();
-  for (const std::string& name : env.list_own(model::directory())) {
-    const std::filesystem::path path = model::directory() / name;
+  for (const std::string& name : env.list_own(model::packs_directory())) {
+    const std::filesystem::path path = model::packs_directory() / name;
     const auto stat = env.stat_link(path);
     const bool temporary = name.starts_with(model::kTemporary);
     if (!stat || !stat->is_file || (!temporary && path.extension() != model::kSuffix)) continue;

@@ -6,11 +6,14 @@
 #include <mlx/fast.h>
 #include <mlx/ops.h>
 
+#include "model/mlx_linear.h"
+
 namespace torpor::model {
 namespace {
 
 using kernels::Recurrence;
 using kernels::RecurrentShape;
+using on_mlx::silu;
 
 mx::array to_array(const std::vector<float>& values, mx::Shape shape) {
   return mx::array(values.data(), std::move(shape), mx::float32);
@@ -29,7 +32,6 @@ mx::array columns(const mx::array& rows, int first, int n) {
 /// Of every sequence.
 mx::array row(const mx::array& rows, int i) { return mx::take(rows, i, 1); }
 
-mx::array silu(const mx::array& x) { return mx::multiply(x, mx::sigmoid(x)); }
 mx::array softplus(const mx::array& x) { return mx::logaddexp(x, mx::array(0.0f)); }
 
 /// What all heads do with a token: S [B, H, K, V] is multiplied, and added to.

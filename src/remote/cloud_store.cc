@@ -9,8 +9,6 @@
 namespace torpor::remote {
 namespace {
 
-using Json = nlohmann::json;
-
 torpor_remote_view view(std::string_view text) { return {text.data(), text.size()}; }
 
 /// Text of the shim's.
@@ -43,18 +41,18 @@ void check(torpor_text_status status, const Text& error) {
   }
 }
 
-ObjectInfo info_of(const Json& described) {
+ObjectInfo info_of(const nlohmann::json& described) {
   return {described.at("key"), described.at("bytes"), described.at("tag"), described.at("modified_ms")};
 }
 
 std::string options_text(const CloudOptions& options) {
   const auto ms = [](std::chrono::milliseconds time) { return std::max<std::int64_t>(time.count(), 0); };
-  Json json{{"request_timeout_ms", ms(options.request_timeout)},
+  nlohmann::json json{{"request_timeout_ms", ms(options.request_timeout)},
             {"connect_timeout_ms", ms(options.connect_timeout)},
             {"retries", std::max(options.retries, 0)},
             {"retry_timeout_ms", ms(options.retry_timeout)}};
   const BucketKeys& seal = options.seal;
-  if (!seal.keys.empty()) json["seal"] = Json{{"keys", seal.keys}, {"names", seal.names}};
+  if (!seal.keys.empty()) json["seal"] = nlohmann::json{{"keys", seal.keys}, {"names", seal.names}};
   return dump_json(json);
 }
 
@@ -97,7 +95,7 @@ std::optional<Object> CloudStore::get(const std::string& key, std::uint64_t most
   const auto status = torpor_remote_get(store_, view(key), most_bytes, &data.bytes, &description.bytes, &error.bytes);
   if (status == TORPOR_REMOTE_NOT_FOUND) return std::nullopt;
   check(status, error);
-  const Json described = parse_json<Json>(description.view());
+  const nlohmann::json described = parse_json<nlohmann::json>(description.view());
   const auto* begin = reinterpret_cast<const std::byte*>(data.bytes.data);
   return Object{info_of(described), described.at("metadata").get<ObjectMetadata>(), {begin, begin + data.bytes.size}};
 }
@@ -107,7 +105,7 @@ std::optional<ObjectInfo> CloudStore::head(const std::string& key) {
   const auto status = torpor_remote_head(store_, view(key), &description.bytes, &error.bytes);
   if (status == TORPOR_REMOTE_NOT_FOUND) return std::nullopt;
   check(status, error);
-  return info_of(parse_json<Json>(description.view()));
+  return info_of(parse_json<nlohmann::json>(description.view()));
 }
 
 void CloudStore::read(const std::string& key, std::uint64_t offset, std::span<std::byte> out) {
@@ -120,7 +118,7 @@ std::vector<ObjectInfo> CloudStore::list(const std::string& prefix) {
   Text descriptions, error;
   check(torpor_remote_list(store_, view(prefix), &descriptions.bytes, &error.bytes), error);
   std::vector<ObjectInfo> objects;
-  for (const Json& described : parse_json<Json>(descriptions.view())) objects.push_back(info_of(described));
+  for (const nlohmann::json& described : parse_json<nlohmann::json>(descriptions.view())) objects.push_back(info_of(described));
   std::sort(objects.begin(), objects.end(), [](const ObjectInfo& a, const ObjectInfo& b) { return a.key < b.key; });
   return objects;
 }

@@ -5,7 +5,7 @@
 namespace torpor::remote {
 namespace {
 
-constexpr int kAttempts = 4;
+constexpr int kTries = 4;
 constexpr size_t kBatch = 64;  ///< requests made side by side
 constexpr Instant kBeforeAskingAgain = std::chrono::milliseconds(50);  ///< then four times that, and so on
 
@@ -60,7 +60,7 @@ Request wait_request(Instant time) {
 
 Operation<Swap> swap(Exchange& exchange, std::string key, Condition condition, std::string text) {
   Swap result;
-  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+  for (int attempt = 0; attempt < kTries; ++attempt) {
     Answer put = co_await exchange.ask(put_request(key, text, condition));
     if (put.status == Answer::Status::kRefused) {
       if (attempt == 0) std::rethrow_exception(put.error);
@@ -109,7 +109,7 @@ Operation<std::vector<Answer>> ask_all_firmly(Exchange& exchange, std::vector<Re
         const Status status = answers[k].status;
         const bool is_lost = status == Status::kLost;
         const bool is_damaged = status == Status::kDamaged && !damaged_too;
-        if (status == Status::kRefused || is_damaged || (is_lost && attempt == kAttempts)) {
+        if (status == Status::kRefused || is_damaged || (is_lost && attempt == kTries)) {
           std::rethrow_exception(answers[k].error);
         }
         if (is_lost) lost.push_back(open[k]);

@@ -8,19 +8,19 @@
 namespace torpor::server {
 namespace {
 
-struct File {
+struct DashboardFile {
   std::string_view path, name, type;
 };
 
-constexpr File kFiles[] = {
+constexpr DashboardFile kFiles[] = {
     {"/", "index.html", "text/html; charset=utf-8"},
     {"/dashboard/app.js", "app.js", "text/javascript; charset=utf-8"},
     {"/dashboard/style.css", "style.css", "text/css; charset=utf-8"},
     {"/dashboard/icon.svg", "icon.svg", "image/svg+xml"},
 };
 
-const File* file_of(std::string_view path) {
-  const auto file = std::find_if(std::begin(kFiles), std::end(kFiles), [&](const File& f) { return f.path == path; });
+const DashboardFile* file_of(std::string_view path) {
+  const auto file = std::find_if(std::begin(kFiles), std::end(kFiles), [&](const DashboardFile& f) { return f.path == path; });
   return file == std::end(kFiles) ? nullptr : file;
 }
 
@@ -33,7 +33,7 @@ constexpr const char* kPolicy =
 bool is_dashboard_path(std::string_view path) { return file_of(path) != nullptr; }
 
 void answer_dashboard(const HttpRequest& request, HttpResponse& response) {
-  const File& file = *file_of(request.path);
+  const DashboardFile& file = *file_of(request.path);
   const std::string_view bytes = dashboard_file(file.name);
   std::string tag(1, '"');
   tag.append(hash_hex(bytes)).push_back('"');

@@ -18,10 +18,6 @@ constexpr std::string_view kOldInt8Suffix = "+int8";
 constexpr const char* kOldNames = "1";
 constexpr std::string_view kStatesKey = "states";  // of the record
 
-[[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
-  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".").with_path(file_name);
-}
-
 bool parse_number(std::string_view text, int64_t& out) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), out);
   return error == std::errc() && end == text.data() + text.size() && out >= 0;

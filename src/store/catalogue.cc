@@ -10,7 +10,7 @@
 namespace torpor {
 namespace {
 
-constexpr std::string_view kExtension = ".safetensors", kSidecarExtension = ".json";
+constexpr std::string_view kSidecarExtension = ".json";
 constexpr uint64_t kMaxSidecar = 64 << 20;  // bytes that are read of what may be one
 
 }  // namespace
@@ -18,8 +18,8 @@ constexpr uint64_t kMaxSidecar = 64 << 20;  // bytes that are read of what may b
 std::vector<std::string> Catalogue::names() const {
   std::vector<std::string> ids;
   for (const auto& name : env_.list(root_)) {
-    if (!name.ends_with(kExtension)) continue;
-    std::string id = name.substr(0, name.size() - kExtension.size());
+    if (!name.ends_with(kSafetensorsExtension)) continue;
+    std::string id = name.substr(0, name.size() - kSafetensorsExtension.size());
     if (is_agent_id(id)) ids.push_back(std::move(id));
   }
   return ids;
@@ -139,7 +139,7 @@ std::vector<int64_t> Catalogue::count_missing(std::span<const AgentInfo> agents)
     int64_t& n = missing.emplace_back(0);
     for (const std::string& segment : info.segments) n += named.contains(segment);
     for (const StateRef& state : states_of(info)) n += named_states.contains(state.file);
-    for (const std::string& part : info.parts) n += !env_.is_file(parts_path() / (part + std::string(kExtension)));
+    for (const std::string& part : info.parts) n += !env_.is_file(parts_path() / (part + std::string(kSafetensorsExtension)));
   }
   return missing;
 }

@@ -11,7 +11,6 @@
 namespace torpor {
 namespace {
 
-constexpr std::string_view kExtension = ".safetensors";
 
 }  // namespace
 
@@ -119,8 +118,8 @@ std::vector<StoredFile> FilePool::list() const {
   std::vector<StoredFile> files;
   for (const auto& directory : directories()) {
     for (const auto& file : env_.list(directory)) {
-      if (!file.ends_with(kExtension)) continue;
-      const std::string name = file.substr(0, file.size() - kExtension.size());
+      if (!file.ends_with(kSafetensorsExtension)) continue;
+      const std::string name = file.substr(0, file.size() - kSafetensorsExtension.size());
       if (!is_hex_digest(name) || !name.starts_with(directory.filename().string())) continue;
       if (const auto stat = env_.stat(directory / file); stat && stat->is_file) files.push_back({name, *stat});
     }

@@ -3,16 +3,13 @@
 #include <charconv>
 
 #include "base/json.h"
+#include "store/torpor_file.h"
 #include "torpor/error.h"
 
 namespace torpor {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-[[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
-  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".").with_path(file_name);
-}
 
 constexpr std::string_view kIds = "\"ids\":[";
 constexpr const char* kNoIds = "one of its messages does not say which ids are its own";

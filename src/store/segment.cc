@@ -9,10 +9,6 @@ namespace {
 /// Under which key a segment's file has its lineage.
 const char* lineage_key(int version) { return version < 3 ? "identity_digest" : "lineage"; }
 
-[[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
-  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".");
-}
-
 }  // namespace
 
 std::string segment_name(const SegmentPlace& place, const std::string& variant) {

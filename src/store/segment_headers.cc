@@ -10,10 +10,6 @@ namespace {
 
 constexpr std::array<std::string_view, 4> kKeys = {"checksum", "parent", "variant", "checksums"};
 
-[[noreturn]] void corrupt(const std::filesystem::path& path, const std::string& what) {
-  throw Error(ErrorCode::kCorruption, "'" + path.string() + "' is damaged: " + what + ".");
-}
-
 void replace_metadata(TorporFile& file, std::string_view key, std::string value) {
   for (auto& [name, text] : file.header.metadata) {
     if (name == key) text = std::move(value);
@@ -91,16 +87,16 @@ OpenedSegment open_segment(const FilePool& pool, const std::string& name, const 
   File handle = pool.open(name);
   const FileStat stat = handle.stat();
   SegmentFile segment = headers.parse(read_header_bytes(handle, stat.size), stat.size, handle.path().string());
-  if (segment.lineage != place.lineage) corrupt(handle.path(), "it belongs to another model");
+  if (segment.lineage != place.lineage) corrupt(handle.path().string(), "it belongs to another model");
   if (layout_digest(segment.file.layout, segment.file.version) != place.layout_digest) {
-    corrupt(handle.path(), "its layout is not the agent's");
+    corrupt(handle.path().string(), "its layout is not the agent's");
   }
-  if (segment.parent != place.parent) corrupt(handle.path(), "it does not follow the segment before it");
+  if (segment.parent != place.parent) corrupt(handle.path().string(), "it does not follow the segment before it");
   const auto tokens = read_tokens(handle, segment.file);
   if (!std::equal(tokens.begin(), tokens.end(), place.tokens.begin(), place.tokens.end())) {
-    corrupt(handle.path(), "its tokens are not the agent's");
+    corrupt(handle.path().string(), "its tokens are not the agent's");
   }
-  if (segment_name(place, segment.variant) != name) corrupt(handle.path(), "its name is not that of its contents");
+  if (segment_name(place, segment.variant) != name) corrupt(handle.path().string(), "its name is not that of its contents");
   return {std::move(handle), stat, std::move(segment)};
 }
 

@@ -12,7 +12,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr std::string_view kPrefix = "{\n  \"sidecar_checksum\": \"";
+constexpr std::string_view kSidecarPrefix = "{\n  \"sidecar_checksum\": \"";
 const std::string kZeros(32, '0');
 
 /// A number that can be one of bytes or tokens; whoever adds them up relies on it.
@@ -60,21 +60,21 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
   json["agent_file"] = {{"size", agent_file.size}, {"mtime_ns", agent_file.mtime_ns}, {"inode", agent_file.inode}};
   // The texts come from a file or call that has been checked for UTF-8; `replace` keeps this from ever throwing.
   std::string text = dump_json(json, 2, Json::error_handler_t::replace) + "\n";
-  return text.replace(kPrefix.size(), kZeros.size(), hash_hex(text));
+  return text.replace(kSidecarPrefix.size(), kZeros.size(), hash_hex(text));
 }
 
 bool is_sidecar(std::string_view beginning) {
-  const size_t n = std::min(beginning.size(), kPrefix.size());
+  const size_t n = std::min(beginning.size(), kSidecarPrefix.size());
   size_t damaged = 0;
-  for (size_t i = 0; i < n; ++i) damaged += beginning[i] != kPrefix[i];
+  for (size_t i = 0; i < n; ++i) damaged += beginning[i] != kSidecarPrefix[i];
   return damaged <= n / 8;
 }
 
 std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat& agent_file) {
-  if (!text.starts_with(kPrefix) || text.size() < kPrefix.size() + kZeros.size()) return std::nullopt;
+  if (!text.starts_with(kSidecarPrefix) || text.size() < kSidecarPrefix.size() + kZeros.size()) return std::nullopt;
   std::string zeroed = text;
-  zeroed.replace(kPrefix.size(), kZeros.size(), kZeros);
-  if (text.compare(kPrefix.size(), kZeros.size(), hash_hex(zeroed)) != 0) return std::nullopt;
+  zeroed.replace(kSidecarPrefix.size(), kZeros.size(), kZeros);
+  if (text.compare(kSidecarPrefix.size(), kZeros.size(), hash_hex(zeroed)) != 0) return std::nullopt;
   try {
     // Deeper than any sidecar is: not looked at, for copying it recurses.
     constexpr int kDeepest = 8;

@@ -8,14 +8,6 @@
 #include "torpor/error.h"
 
 namespace torpor {
-namespace {
-
-[[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
-  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".").with_path(file_name);
-}
-
-}  // namespace
-
 // ---- names
 
 std::string state_layout_digest(const StateLayout& layout) {

@@ -12,40 +12,40 @@
 namespace torpor {
 namespace {
 
-constexpr size_t kMostBytes = size_t(16) << 20;
-constexpr std::string_view kExtension = ".json";
+constexpr size_t kMostTeamFile = size_t(16) << 20;
+constexpr std::string_view kTeamExtension = ".json";
 constexpr std::string_view kBegin = "{\n";
-constexpr std::string_view kPrefix = "{\n  \"team_checksum\": \"";
-const std::string kZeros(32, '0');
+constexpr std::string_view kTeamPrefix = "{\n  \"team_checksum\": \"";
+const std::string kTeamZeros(32, '0');
 constexpr std::string_view kSuffix = "\",\n";
 /// What a file has beside its object, which begins with kBegin.
-const size_t kHead = kPrefix.size() + kZeros.size() + kSuffix.size() - kBegin.size();
+const size_t kHead = kTeamPrefix.size() + kTeamZeros.size() + kSuffix.size() - kBegin.size();
 
 /// The id that a file of this name is of; empty when it is no team's.
 std::string id_of(const std::string& file) {
-  if (!file.ends_with(kExtension)) return {};
-  std::string id = file.substr(0, file.size() - kExtension.size());
+  if (!file.ends_with(kTeamExtension)) return {};
+  std::string id = file.substr(0, file.size() - kTeamExtension.size());
   return is_agent_id(id) ? id : std::string();
 }
 
 /// The file of an object that begins "{\n".
 std::string with_checksum(std::string_view json) {
-  std::string text = std::string(kPrefix) + kZeros + std::string(kSuffix) + std::string(json.substr(kBegin.size()));
-  return text.replace(kPrefix.size(), kZeros.size(), hash_hex(text));
+  std::string text = std::string(kTeamPrefix) + kTeamZeros + std::string(kSuffix) + std::string(json.substr(kBegin.size()));
+  return text.replace(kTeamPrefix.size(), kTeamZeros.size(), hash_hex(text));
 }
 
 bool is_intact(const std::string& text) {
-  if (!text.starts_with(kPrefix) || text.size() < kPrefix.size() + kZeros.size()) return false;
+  if (!text.starts_with(kTeamPrefix) || text.size() < kTeamPrefix.size() + kTeamZeros.size()) return false;
   std::string zeroed = text;
-  zeroed.replace(kPrefix.size(), kZeros.size(), kZeros);
-  return text.compare(kPrefix.size(), kZeros.size(), hash_hex(zeroed)) == 0;
+  zeroed.replace(kTeamPrefix.size(), kTeamZeros.size(), kTeamZeros);
+  return text.compare(kTeamPrefix.size(), kTeamZeros.size(), hash_hex(zeroed)) == 0;
 }
 
 }  // namespace
 
 std::filesystem::path TeamFiles::path(const std::string& id) const {
   check_agent_id(id);
-  return directory_ / (id + std::string(kExtension));
+  return directory_ / (id + std::string(kTeamExtension));
 }
 
 FileStat TeamFiles::write(const std::string& id, std::string_view json, bool is_new, bool durable) {
@@ -71,7 +71,7 @@ std::string TeamFiles::read(const std::string& id) const {
     throw Error(ErrorCode::kNotFound, "There is no team '" + id + "'.");
   std::optional<std::string> text;
   try {
-    text = env_.read_file(from, kMostBytes);
+    text = env_.read_file(from, kMostTeamFile);
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kResourceExhausted) throw;  // else it is larger than any that is written
   }
@@ -115,8 +115,8 @@ std::vector<std::filesystem::path> TeamFiles::temporary_files() const {
 
 void keep_team(Store::Impl& store, const std::string& id, std::string_view json, bool is_new, Durability durability) {
   store.teams.path(id);
-  if (!json.starts_with(kBegin) || json.size() > kMostBytes - kHead) {
-    const std::string most = std::to_string(kMostBytes - kHead);
+  if (!json.starts_with(kBegin) || json.size() > kMostTeamFile - kHead) {
+    const std::string most = std::to_string(kMostTeamFile - kHead);
     throw Error(ErrorCode::kInvalidArgument,
                 "What is to be kept of the team '" + id + "' is no JSON object of at most " + most + " bytes.");
   }

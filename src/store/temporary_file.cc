@@ -12,7 +12,7 @@
 namespace torpor {
 namespace {
 
-constexpr std::string_view kPrefix = ".torpor-tmp-";
+constexpr std::string_view kTemporaryPrefix = ".torpor-tmp-";
 constexpr std::string_view kReserves = "-reserves-";
 constexpr std::string_view kOldPrefix = ".tmp-";  // followed by two numbers
 
@@ -20,11 +20,11 @@ constexpr std::string_view kOldPrefix = ".tmp-";  // followed by two numbers
 
 std::string temporary_name() {
   // Process ids repeat (in containers they do at once), and a crash leaves its temporary files behind.
-  return std::string(kPrefix) + std::to_string(::getpid()) + "-" + std::to_string(random_bits());
+  return std::string(kTemporaryPrefix) + std::to_string(::getpid()) + "-" + std::to_string(random_bits());
 }
 
 bool is_temporary_name(std::string_view name) {
-  if (name.starts_with(kPrefix)) return true;
+  if (name.starts_with(kTemporaryPrefix)) return true;
   if (!name.starts_with(kOldPrefix)) return false;
   const std::string_view numbers = name.substr(kOldPrefix.size());
   const size_t dash = numbers.find('-');
@@ -37,7 +37,7 @@ void remove_abandoned(Env& env, const std::filesystem::path& directory) noexcept
     const auto day_ago = (env.now() - std::chrono::hours(24)).time_since_epoch();
     for (const auto& name : env.list(directory)) {
       // Only of today's names: others may be somebody else's here.
-      const auto stat = name.starts_with(kPrefix) ? env.stat(directory / name) : std::nullopt;
+      const auto stat = name.starts_with(kTemporaryPrefix) ? env.stat(directory / name) : std::nullopt;
       if (stat && stat->is_file && std::chrono::nanoseconds(stat->mtime_ns) < day_ago) env.remove(directory / name);
     }
   } catch (const std::exception&) {
@@ -60,7 +60,7 @@ Reservation::~Reservation() {
 
 int64_t reserved_bytes(std::string_view name) {
   const size_t at = name.find(kReserves);
-  if (!name.starts_with(kPrefix) || at == std::string_view::npos) return 0;
+  if (!name.starts_with(kTemporaryPrefix) || at == std::string_view::npos) return 0;
   const std::string_view digits = name.substr(at + kReserves.size());
   int64_t bytes = 0;
   const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), bytes);

@@ -11,6 +11,10 @@
 
 namespace torpor {
 
+void corrupt(const std::string& file_name, const std::string& what) {
+  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".").with_path(file_name);
+}
+
 static_assert(std::endian::native == std::endian::little, "store files are little-endian");
 
 namespace {
@@ -23,10 +27,6 @@ constexpr size_t kChecksumAt = 8 + kPrefix.size();
 constexpr int kMaxHeads = 1 << 16;
 constexpr int kMaxDim = 1 << 20;
 constexpr size_t kMaxTensors = 1 << 14;
-
-[[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
-  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".");
-}
 
 std::string header_checksum(std::span<const std::byte> header) {
   static constexpr std::string_view kZeros = "00000000000000000000000000000000";

@@ -25,6 +25,8 @@ using Metadata = std::vector<std::pair<std::string, std::string>>;
 inline constexpr int kFormatVersion = kNewestFormat;
 inline constexpr int kOldVersion = kOldestFormatRead;
 
+/// Throws kCorruption with the file's name as its path: "'FILE' is damaged: WHAT."
+[[noreturn]] void corrupt(const std::string& file_name, const std::string& what);
 
 /// A layout's text, so that files which have the same need not have it parsed again.
 struct KnownLayout {

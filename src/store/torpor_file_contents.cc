@@ -13,10 +13,6 @@ namespace {
 // Read and hashed in pieces that stay in the second-level cache between the two.
 constexpr size_t kChunk = 512 * 1024;
 
-[[noreturn]] void corrupt(const std::string& file_name, const std::string& what) {
-  throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".");
-}
-
 [[noreturn]] void corrupt_tensor(const std::string& file_name, const SafetensorsTensor& tensor) {
   corrupt(file_name, "the data of tensor '" + tensor.name + "' does not match its checksum");
 }

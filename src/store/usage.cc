@@ -10,7 +10,7 @@
 namespace torpor {
 namespace {
 
-constexpr int kDigits = 20;  // the counter's width, so that it is overwritten in place by one write
+constexpr int kCounterDigits = 20;  // the counter's width, so that it is overwritten in place by one write
 
 int64_t parse_counter(std::string_view text) {
   int64_t value = 0;
@@ -128,7 +128,7 @@ DiskUsage usage(Store::Impl& store) {
 
 int64_t WrittenBytes::total() const {
   try {
-    return parse_counter(env_.read_file(path_, kDigits));
+    return parse_counter(env_.read_file(path_, kCounterDigits));
   } catch (const Error&) {
     return 0;
   }
@@ -142,7 +142,7 @@ void WrittenBytes::record() noexcept {
     if (auto lock = env_.lock(path_, LockMode::kExclusive, std::chrono::seconds(1))) {
       const int64_t before = total();
       const std::string digits = std::to_string(saturating_add(before, bytes));
-      lock->file().write_all({as_bytes_of(std::string(kDigits - digits.size(), '0') + digits)});
+      lock->file().write_all({as_bytes_of(std::string(kCounterDigits - digits.size(), '0') + digits)});
       return;
     }
   } catch (const std::exception& error) {

@@ -12,12 +12,8 @@
 namespace torpor {
 namespace {
 
-constexpr size_t kChecksumAt = 37, kDigits = 32;
+constexpr size_t kNameAt = 37, kNameDigits = 32;
 constexpr std::string_view kSegments = "segments/", kStates = "states/", kParts = "parts/";
-
-[[noreturn]] void corrupt(const std::string& name, const std::string& what) {
-  throw Error(ErrorCode::kCorruption, "'" + name + "' is damaged: " + what + ".").with_path(name);
-}
 
 /// A path taken apart.
 struct FilePath {
@@ -35,8 +31,8 @@ FilePath parse_path(const std::string& path) {
   };
   if (std::string name = pooled(kSegments); !name.empty()) return {FilePath::kSegment, std::move(name), {}};
   if (std::string name = pooled(kStates); !name.empty()) return {FilePath::kState, std::move(name), {}};
-  if (path.starts_with(kParts) && path.size() == kParts.size() + 2 * kDigits + 1) {
-    std::string uid = path.substr(kParts.size(), kDigits), name = path.substr(kParts.size() + kDigits + 1);
+  if (path.starts_with(kParts) && path.size() == kParts.size() + 2 * kNameDigits + 1) {
+    std::string uid = path.substr(kParts.size(), kNameDigits), name = path.substr(kParts.size() + kNameDigits + 1);
     if (is_hex_digest(uid) && is_hex_digest(name) && path == std::string(kParts) + part_stem(uid, name)) {
       return {FilePath::kPart, std::move(name), std::move(uid)};
     }
@@ -185,8 +181,8 @@ std::string WholeFiles::agent_file(const std::string& id) const {
 }
 
 std::string WholeFiles::checksum(const std::string& path) const {
-  std::string digits(kDigits, '\0');
-  impl_->open(path).read_at(std::as_writable_bytes(std::span(digits)), kChecksumAt);
+  std::string digits(kNameDigits, '\0');
+  impl_->open(path).read_at(std::as_writable_bytes(std::span(digits)), kNameAt);
   return digits;
 }
 
@@ -298,8 +294,8 @@ void Arrival::put(const std::string& path, std::span<const std::byte> bytes, con
     is_put = pool.put_new(parsed.name, file);
   }
   if (!is_put) {  // somebody else made it just now
-    std::string there(kDigits, '\0');
-    pool.open(parsed.name).read_at(std::as_writable_bytes(std::span(there)), kChecksumAt);
+    std::string there(kNameDigits, '\0');
+    pool.open(parsed.name).read_at(std::as_writable_bytes(std::span(there)), kNameAt);
     if (there == checked.checksum) return;
     throw Error(ErrorCode::kIncompatible, "The store has other rows under the name of '" + name +
                                               "', computed otherwise; use another store.")

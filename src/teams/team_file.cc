@@ -16,10 +16,6 @@ constexpr int kDeepest = 256;
 constexpr StepKind kKinds[] = {StepKind::kTurn, StepKind::kAsk, StepKind::kRound, StepKind::kHandOff,
                                StepKind::kConclude};
 
-[[noreturn]] void refuse(const std::string& what, const std::string& field) {
-  throw Error(ErrorCode::kInvalidArgument, what).with_field(field);
-}
-
 /// JSON text; of tools that a client thinks of, too. What is deeper than `deepest`, or none, is discarded: copying and
 /// writing JSON recurse.
 Json parse_shallow(const std::string& text, int deepest) {
@@ -50,13 +46,17 @@ StepKind parse_step_kind(const std::string& name) {
   for (const StepKind kind : kKinds) {
     if (name == step_kind_name(kind)) return kind;
   }
-  refuse("There is no step '" + name + "'; use turn, ask, round, handoff or conclude.", "kind");
+  refuse_team("There is no step '" + name + "'; use turn, ask, round, handoff or conclude.", "kind");
+}
+
+void refuse_team(const std::string& what, const std::string& field) {
+  throw Error(ErrorCode::kInvalidArgument, what).with_field(field);
 }
 
 void check_team(const TeamSpec& spec) {
   check_agent_id(spec.id);
   if (spec.members.size() < 2 || spec.members.size() > kMostTeamMembers) {
-    refuse("A team has 2 to " + std::to_string(kMostTeamMembers) + " members, and not " +
+    refuse_team("A team has 2 to " + std::to_string(kMostTeamMembers) + " members, and not " +
                std::to_string(spec.members.size()) + ".",
            "members");
   }
@@ -65,13 +65,13 @@ void check_team(const TeamSpec& spec) {
     check_agent_id(member.name);
     check_agent_id(spec.id + "." + member.name);
     if (!names.insert(member.name).second)
-      refuse("Two members are called '" + member.name + "'; rename one.", "members");
+      refuse_team("Two members are called '" + member.name + "'; rename one.", "members");
   }
   if (!has_member(spec, spec.coordinator)) {
-    refuse("The coordinator '" + spec.coordinator + "' is no member; name one of the members.", "coordinator");
+    refuse_team("The coordinator '" + spec.coordinator + "' is no member; name one of the members.", "coordinator");
   }
   if (!spec.tools.empty() && !parse_shallow(spec.tools, kDeepest - 1).is_array()) {
-    refuse("The tools are no JSON array, or nested deeper than " + std::to_string(kDeepest - 1) + " levels.", "tools");
+    refuse_team("The tools are no JSON array, or nested deeper than " + std::to_string(kDeepest - 1) + " levels.", "tools");
   }
 }
 

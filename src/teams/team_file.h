@@ -8,6 +8,8 @@
 
 namespace torpor {
 
+/// kInvalidArgument: `what`, of a field of the request.
+[[noreturn]] void refuse_team(const std::string& what, const std::string& field);
 /// kInvalidArgument: what can't be a team.
 void check_team(const TeamSpec& spec);
 /// kInvalidArgument: a text is not UTF-8.

@@ -18,10 +18,6 @@ void say(TeamAnswer& answer, Message message) {
   answer.tool_calls = std::move(message.tool_calls);
 }
 
-[[noreturn]] void refuse(const std::string& what, const std::string& field) {
-  throw Error(ErrorCode::kInvalidArgument, what).with_field(field);
-}
-
 }  // namespace
 
 TeamStep::TeamStep(std::unique_ptr<Plan> plan) : plan_(std::move(plan)) {}
@@ -35,7 +31,7 @@ TeamStep::Plan::Plan(Store& store, Durability durability, std::unique_ptr<AgentL
     : store_(store), durability_(durability), lock_(std::move(lock)), team_(std::move(team)),
       request_(std::move(request)), engine_(engine) {
   if (request_.generate.filter || request_.generate.cancel != nullptr)
-    refuse("A filter is one answer's, and a cut answer is none; leave 'filter' and 'cancel' out.", "generate");
+    refuse_team("A filter is one answer's, and a cut answer is none; leave 'filter' and 'cancel' out.", "generate");
   StepState state = state_of_request();
   is_over_ = !state.open;
   team_.step = std::move(state);
@@ -53,11 +49,11 @@ TeamStep::Plan::Plan(Store& store, Durability durability, std::unique_ptr<AgentL
   const bool hears = kind == StepKind::kRound || kind == StepKind::kConclude;
   const auto hears_nobody = [&](const Turn& turn) { return heard_by(turn.member).empty(); };
   if (hears && std::all_of(turns_.begin(), turns_.end(), hears_nobody))
-    refuse("Nobody has said anything that the others could hear; ask the team first.", "message");
+    refuse_team("Nobody has said anything that the others could hear; ask the team first.", "message");
   if (in_order && prompt_of(0).empty()) {
-    refuse("There is no message, and nothing that '" + team_.step->from + "' has said and could hand over.", "message");
+    refuse_team("There is no message, and nothing that '" + team_.step->from + "' has said and could hand over.", "message");
   }
-  if (encode_team(team_).size() > kMostTeamBytes) refuse("The message is too long for the team's file.", "message");
+  if (encode_team(team_).size() > kMostTeamBytes) refuse_team("The message is too long for the team's file.", "message");
 }
 
 StepState TeamStep::Plan::state_of_request() {
@@ -65,7 +61,7 @@ StepState TeamStep::Plan::state_of_request() {
   if (const auto& last = team_.step) {
     const bool same_words = last->words == words;
     const bool same_key = !request_.key.empty() && last->key == request_.key;
-    if (same_key && !same_words) refuse("The last step with this key had other words; use a new one.", "key");
+    if (same_key && !same_words) refuse_team("The last step with this key had other words; use a new one.", "key");
     if (same_key || (same_words && last->open)) {
       is_new_ = false;
       StepState state = *last;
@@ -83,26 +79,26 @@ std::vector<std::string> TeamStep::Plan::find_turns(std::string& from) const {
   const std::vector<TeamMember>& members = team_.spec.members;
   const auto require_member = [&](const std::string& name, const char* field) {
     const bool found = std::any_of(members.begin(), members.end(), [&](const TeamMember& m) { return m.name == name; });
-    if (!found) refuse("The team '" + team_.spec.id + "' has no member '" + name + "'.", field);
+    if (!found) refuse_team("The team '" + team_.spec.id + "' has no member '" + name + "'.", field);
   };
   for (const std::string& name : words.to) require_member(name, "to");
   const bool names_many = words.kind == StepKind::kAsk || words.kind == StepKind::kRound;
   const bool hands_over = words.kind == StepKind::kHandOff;
   if (!names_many && !hands_over && !words.to.empty())
-    refuse("It is settled who answers here; leave 'to' out.", "to");
+    refuse_team("It is settled who answers here; leave 'to' out.", "to");
   if (!hands_over && (!words.from.empty() || words.summary))
-    refuse("Only who hands over says something first.", "from");
+    refuse_team("Only who hands over says something first.", "from");
   const bool needs_message = words.kind == StepKind::kTurn || words.kind == StepKind::kAsk;
-  if (needs_message && words.message.empty()) refuse("The message is empty.", "message");
+  if (needs_message && words.message.empty()) refuse_team("The message is empty.", "message");
   std::vector<std::string> turns;
   switch (words.kind) {
     case StepKind::kTurn: turns = {team_.speaker}; break;
     case StepKind::kConclude: turns = {team_.spec.coordinator}; break;
     case StepKind::kHandOff:
-      if (words.to.size() != 1) refuse("A conversation is handed to one member; name it.", "to");
+      if (words.to.size() != 1) refuse_team("A conversation is handed to one member; name it.", "to");
       from = words.from.empty() ? team_.speaker : words.from;
       require_member(from, "from");
-      if (from == words.to[0]) refuse("'" + from + "' has the conversation already; name another member.", "to");
+      if (from == words.to[0]) refuse_team("'" + from + "' has the conversation already; name another member.", "to");
       if (words.summary) turns.push_back(from);
       turns.push_back(words.to[0]);
       break;
