@@ -404,8 +404,13 @@ void attention_on(ThreadPool& pool, float* qkv, const AttentionSpec& spec, std::
   const auto run_tile = HWY_DYNAMIC_DISPATCH(RunTile);
   if (shared.empty() && (pool.size() == 1 || tiles.size() >= 4 * size_t(pool.size()))) {
     job.queries = queries.data();
+    // Tiles of few rows wait for memory, so each fetches the next one's keys and values.
+    const bool few = size_t(tiles[0].count) * job.group <= 2 * kMaxRows;
     if (tiles.size() == 1) {
       run_tile(job, tiles[0], tiles[0]);
+    } else if (few) {
+      pool.parallel_ends(int(tiles.size()),
+                         [&](int task, int next) { run_tile(job, tiles[size_t(task)], tiles[size_t(next)]); });
     } else {
       pool.parallel_for(tiles.size(), [&](size_t task, int) { run_tile(job, tiles[task], tiles[task]); });
     }
