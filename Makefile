@@ -3,7 +3,7 @@ BUILD   ?= build
 PYTHON  := .venv/bin/python
 
 .PHONY: all setup build model models test wheel packages docs demo serve-demo dashboard
-.PHONY: soak load clients fleet ray libcxx fuzz goldens prove clean
+.PHONY: soak load clients fleet ray libcxx test-neon fuzz goldens prove clean
 all: build
 
 setup: .venv/.ready
@@ -117,6 +117,10 @@ fuzz: setup
 # All sources with clang 16 and libc++, which is the nearest to a Mac's compiler (ten minutes of one core).
 libcxx: build
 	scripts/check-libcxx --build $(BUILD)
+
+# The tests of base, store and kernels on arm64, which is emulated: needs Debian's cross compiler and qemu-user.
+test-neon: setup
+	scripts/test-neon
 
 # Regenerates every golden from the reference implementations (mlx-lm, tokenizers, transformers). Slow.
 goldens: setup models

@@ -1,10 +1,11 @@
 """Which CPU targets compute the same bits: rows, states and tokens of one turn, target by target.
 
-    .venv/bin/python bench/numerics.py [--torpor build/torpor] [--model .models/smollm2-135m]... [--tokens 64]
+    .venv/bin/python bench/numerics.py [--torpor build/torpor]... [--model .models/smollm2-135m]... [--tokens 64]
 
 Each target of this CPU answers the same prompt greedily, with f32 and 16-bit activations and each KV format. Targets
 whose exported rows and answers are equal to the bit stand in one group. What `torpor show` calls the numerics stands
-beside each: targets of one name must be in one group, else the script ends with 1.
+beside each: targets of one name must be in one group, else the script ends with 1. Several programs, such as one for
+another architecture under an emulator, are compared with each other.
 """
 
 import argparse
@@ -53,24 +54,25 @@ def computed(torpor, model, target, activations, options, tokens, where):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torpor", type=Path, default=ROOT / "build" / "torpor")
+    parser.add_argument("--torpor", type=Path, action="append")
     parser.add_argument("--model", type=Path, action="append")
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
-    torpor, wrong = options.torpor.resolve(), False
+    torpors, wrong = [path.resolve() for path in options.torpor or [ROOT / "build" / "torpor"]], False
     print("| model | activations | KV | targets of equal bits (their numerics) | answers |\n|---|---|---|---|---|")
     for model in options.model or [ROOT / ".models" / "smollm2-135m"]:
         for activations in ("f32", "int16"):
             for name, chosen in FORMATS.items():
                 groups, names, answers = {}, {}, set()
-                for target in TARGETS:
+                for torpor, target in ((torpor, target) for torpor in torpors for target in TARGETS):
                     with tempfile.TemporaryDirectory() as where:
                         found = computed(torpor, model.resolve(), target, activations, chosen, options.tokens,
                                          Path(where))
                     if found is None:
                         continue
                     numerics, digest, answer = found
-                    groups.setdefault(digest, []).append((target, numerics))
+                    label = target if torpor == torpors[0] else f"{target} of {torpor.name}"
+                    groups.setdefault(digest, []).append((label, numerics))
                     names.setdefault(numerics, set()).add(digest)
                     answers.add(answer)
                 wrong |= any(len(digests) > 1 for digests in names.values())

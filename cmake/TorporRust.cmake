@@ -21,6 +21,17 @@ elseif("cli" IN_LIST TORPOR_ROOMS)
 endif()
 set(_target_dir "${_rust}/target/${_set}")
 set(_built "${_target_dir}/release/libtorpor_shim.a")
+set(_compiler)
+if(CMAKE_CROSSCOMPILING)
+  # TORPOR_RUSTC: a compiler that has a standard library for this machine, where cargo's own has none.
+  set(_triple "${CMAKE_SYSTEM_PROCESSOR}-unknown-linux-gnu")
+  set(_target_dir "${_rust}/target/${_triple}/${_set}")
+  set(_built "${_target_dir}/${_triple}/release/libtorpor_shim.a")
+  list(APPEND _features --target ${_triple})
+  if(TORPOR_RUSTC)
+    set(_compiler "RUSTC=${TORPOR_RUSTC}")
+  endif()
+endif()
 # For the install step; whoever links torpor::text from an installed tree links this too.
 set(TORPOR_RUST_LIBRARY "${_target_dir}/libtorpor_shim.a" CACHE INTERNAL "The Rust half of torpor::text and torpor::server")
 
@@ -61,7 +72,7 @@ if(NOT APPLE)
 endif()
 add_custom_command(
   OUTPUT "${TORPOR_RUST_LIBRARY}"
-  COMMAND "${CMAKE_COMMAND}" -E env "CARGO_TARGET_DIR=${_target_dir}"
+  COMMAND "${CMAKE_COMMAND}" -E env "CARGO_TARGET_DIR=${_target_dir}" ${_compiler}
     "${TORPOR_CARGO}" build --release --locked --quiet --manifest-path "${_rust}/Cargo.toml" ${_features}
   ${_publish}
   DEPENDS ${_sources} "${_rust}/Cargo.toml" "${_rust}/Cargo.lock"

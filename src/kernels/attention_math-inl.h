@@ -111,11 +111,11 @@ HWY_NOINLINE void product(size_t rows, const float* a, size_t lda, const Element
 
 // ---- softmax, in powers of two: the queries carry the factor log2(e)
 
-// Poison must stay visible: NaN stays NaN. x86's Max and Min return the second operand for NaN, Arm's return NaN, and those that
-// compute one number at a time return the other one.
+// Poison must stay visible: NaN stays NaN. x86's Max and Min return the second operand for NaN. Those of NEON, and those
+// that compute one number at a time, return the other one.
 
 HWY_INLINE VF at_least(DF d, float bound, VF x) {
-#if HWY_TARGET == HWY_EMU128 || HWY_TARGET == HWY_SCALAR
+#if !HWY_ARCH_X86 || HWY_TARGET >= HWY_EMU128
   return hn::IfThenElse(hn::Lt(x, hn::Set(d, bound)), hn::Set(d, bound), x);
 #else
   return hn::Max(hn::Set(d, bound), x);
@@ -123,7 +123,7 @@ HWY_INLINE VF at_least(DF d, float bound, VF x) {
 }
 
 HWY_INLINE VF at_most(DF d, float bound, VF x) {
-#if HWY_TARGET == HWY_EMU128 || HWY_TARGET == HWY_SCALAR
+#if !HWY_ARCH_X86 || HWY_TARGET >= HWY_EMU128
   return hn::IfThenElse(hn::Gt(x, hn::Set(d, bound)), hn::Set(d, bound), x);
 #else
   return hn::Min(hn::Set(d, bound), x);

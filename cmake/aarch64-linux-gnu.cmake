@@ -1,0 +1,22 @@
+# Toolchain file: arm64 Linux, by Debian's cross compiler and with the libraries of scripts/fetch-arm64. ctest runs the
+# programs under qemu-user, which takes its CPU from QEMU_CPU.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(_sdk "${CMAKE_CURRENT_LIST_DIR}/../.sdks/arm64")
+get_filename_component(_sdk "${_sdk}" ABSOLUTE)
+set(CMAKE_LIBRARY_ARCHITECTURE aarch64-linux-gnu)
+set(CMAKE_FIND_ROOT_PATH "${_sdk}/root" "${_sdk}/mlx")
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_PACKAGE ONLY)
+set(ENV{PKG_CONFIG_SYSROOT_DIR} "${_sdk}/root")
+set(ENV{PKG_CONFIG_LIBDIR} "${_sdk}/root/usr/lib/aarch64-linux-gnu/pkgconfig:${_sdk}/root/usr/share/pkgconfig")
+set(ENV{PKG_CONFIG_ALLOW_SYSTEM_CFLAGS} 1) # they are not those of this compiler's system
+set(MLX_DIR "${_sdk}/mlx/mlx/share/cmake/MLX" CACHE PATH "")
+if(EXISTS "${_sdk}/bin/rustc")
+  set(TORPOR_RUSTC "${_sdk}/bin/rustc" CACHE FILEPATH "")
+endif()
+set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu)
