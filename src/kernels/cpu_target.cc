@@ -31,6 +31,9 @@ HWY_AFTER_NAMESPACE();
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif HWY_ARCH_ARM_A64 && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace torpor::kernels {
@@ -89,7 +92,18 @@ bool amx_permitted() {
 #endif
 }
 
-std::atomic<bool> settled{false}, amx{false};
+/// Whether this CPU has Arm's dot products of bytes.
+bool has_dot_products() {
+#if HWY_ARCH_ARM_A64 && defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif HWY_ARCH_ARM_A64 && defined(__APPLE__)
+  return true;  // every Mac's
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool> settled{false}, amx{false}, byte_tiles{false};
 
 const char* name_in_use() { return amx ? "AMX" : hwy::TargetName(target_in_use()); }
 
@@ -108,6 +122,7 @@ void settle_cpu_target(const std::string& name) {
     // Highway falls back to the portable target when all others are disabled.
     if (wanted != 0) hwy::DisableTargets(~(wanted | kPortable));
     amx = tiles && target_in_use() <= HWY_AVX3_DL;
+    byte_tiles = amx || (has_dot_products() && (target_in_use() & kPortable) == 0);
     settled.store(true, std::memory_order_release);
   } else if (wanted != 0 && ((wanted & target_in_use()) == 0 || (amx ? name == "avx512" : name == "amx"))) {
     refuse(name, std::string("This process computes on the CPU target ") + name_in_use() + " already, not '" + name +
@@ -124,7 +139,7 @@ const char* cpu_target_name() {
   return name_in_use();
 }
 
-bool amx_in_use() { return amx.load(std::memory_order_relaxed); }
+bool byte_tiles_in_use() { return byte_tiles.load(std::memory_order_relaxed); }
 
 Activations fastest_activations() {
   ensure_cpu_target();

@@ -17,8 +17,9 @@ void ensure_cpu_target();
 /// or "AMX".
 const char* cpu_target_name();
 
-/// Whether the target in use is "amx": AVX-512 with VNNI, and AMX's tiles of bytes. Once a kernel has been called.
-bool amx_in_use();
+/// Whether the target in use multiplies many rows as bytes: "amx", which is AVX-512 with VNNI and AMX's tiles, or "neon"
+/// on a CPU that has its dot products of bytes (dotprod). Once a kernel has been called.
+bool byte_tiles_in_use();
 
 /// What the target in use multiplies quantized weights with fastest: 16-bit integers where it has instructions for their
 /// products (x86's VNNI).

@@ -82,7 +82,8 @@ inline size_t int16_panel_words(const PackedPart& part, int columns) {
   return size_t(columns / 2 + columns / part.group * 2) * kPanel;
 }
 
-/// Rows and columns of an AMX tile of bytes; panels that rows meet at once while both are in a core's L1.
+/// Rows of a tile of bytes, of AMX or of dot products, and AMX's columns; panels that rows meet at once while both are in
+/// a core's L1.
 inline constexpr int kAmxRows = 16, kAmxColumns = 64, kAmxPanels = 2;
 /// Bytes of a group of 16 prepared rows: high bytes, low bytes, scales and sums.
 inline size_t amx_group_bytes(int group) { return kAmxRows * (2 * size_t(group) + 2 * sizeof(float)); }
@@ -134,6 +135,7 @@ inline int rows_per_task(int rows, int threads) { return rows <= 16 ? rows : std
 #include "kernels/weight_formats-inl.h"
 #include "kernels/linear_bytes-inl.h"
 #include "kernels/linear_amx-inl.h"
+#include "kernels/linear_dot-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace torpor::kernels {
@@ -330,11 +332,13 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const int32_t* x, 
   }
 }
 
-#if TORPOR_HAVE_VNNI
+#if TORPOR_HAVE_VNNI || TORPOR_HAVE_DOT
 void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, int first, int last, int row, int rows) {
   LinearScratch& scratch = linear_scratch();
   auto* unpacked = reinterpret_cast<uint32_t*>(scratch.weights);
+#if TORPOR_HAVE_VNNI
   const AmxTiles tiles(part.group);
+#endif
   const int k = call.w->k;
   // A word is four columns.
   const int step = BlockStep(part, k, 4 * kBlockK / kAmxPanels);
@@ -348,8 +352,13 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, 
       const uint8_t* from = x + size_t(k0 / part.group) * amx_group_bytes(part.group);
       for (int r = 0; r < rows; r += kAmxRows, from += block) {
         for (int p = 0; p < count; ++p) {
-          AmxTile(part.group, from, unpacked + p * panel_words, (k1 - k0) / part.group, k0 == 0,
-                  scratch.sums + (p * kBlockRows + r) * kPanel);
+          const int groups = (k1 - k0) / part.group;
+          float* sums = scratch.sums + (p * kBlockRows + r) * kPanel;
+#if TORPOR_HAVE_VNNI
+          AmxTile(part.group, from, unpacked + p * panel_words, groups, k0 == 0, sums);
+#else
+          DotTile(part.group, from, unpacked + p * panel_words, groups, k0 == 0, sums);
+#endif
         }
       }
     }
@@ -388,7 +397,9 @@ void Linear(const LinearCall& call) {
           RunBytes<kByteRows>(pool, call, part, PrepareFewBytes(pool, part, call.w->k, given, rows), row, rows);
           continue;
         }
-        if (rows > kTogether && amx_in_use()) {
+#endif
+#if TORPOR_HAVE_VNNI || TORPOR_HAVE_DOT
+        if (rows > kTogether && byte_tiles_in_use()) {
           RunRows(pool, call, part, PrepareBytes(pool, part, call.w->k, given, rows), row, rows);
           continue;
         }

@@ -1,0 +1,116 @@
+// Linear layers with 16-bit activations on Arm's dot products of bytes, for many rows: the integers and the sums are
+// those of linear_int16-inl.h. Compiled once per target, as part of linear.cc; only NEON's get it.
+
+#if defined(TORPOR_KERNELS_LINEAR_DOT_INL) == defined(HWY_TARGET_TOGGLE)
+#ifdef TORPOR_KERNELS_LINEAR_DOT_INL
+#undef TORPOR_KERNELS_LINEAR_DOT_INL
+#else
+#define TORPOR_KERNELS_LINEAR_DOT_INL
+#endif
+
+#include <hwy/highway.h>
+
+#include <utility>
+
+#include "kernels/linear_blocks-inl.h"
+
+#if TORPOR_HAVE_DOT
+HWY_BEFORE_NAMESPACE();
+namespace torpor::kernels {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Rows whose sums of products wait in registers, with those of one panel's outputs.
+constexpr int kDotRows = 4;
+
+using D8 = hn::Repartition<uint8_t, DU>;
+using V8 = hn::Vec<D8>;
+
+// sum + the four products of each lane's bytes of w and the kLane-th four bytes of x. Both have a sign, or none has.
+// (Not the intrinsics: Highway compiles this target without dot products, which not all its CPUs have. So the assembler
+// is told; what it took before it still takes.)
+#ifdef __ARM_FEATURE_DOTPROD
+#define TORPOR_DOT_ARCH
+#else
+#define TORPOR_DOT_ARCH ".arch armv8.2-a+crypto+dotprod\n\t"
+#endif
+template <bool kSigned, int kLane>
+HWY_INLINE VI AddFourProducts(VI sum, VU w, V8 x) {
+  if constexpr (kSigned) {
+    asm(TORPOR_DOT_ARCH "sdot %0.4s, %1.16b, %2.4b[%c3]" : "+w"(sum.raw) : "w"(w.raw), "w"(x.raw), "i"(kLane));
+  } else {
+    asm(TORPOR_DOT_ARCH "udot %0.4s, %1.16b, %2.4b[%c3]" : "+w"(sum.raw) : "w"(w.raw), "w"(x.raw), "i"(kLane));
+  }
+  return sum;
+}
+#undef TORPOR_DOT_ARCH
+
+// 16 columns of kDotRows rows, `stride` bytes apart, times those of a panel. With a sign, weights are taken less 128.
+template <bool kSigned>
+HWY_INLINE void AddColumns(const uint8_t* x, int stride, const uint32_t* w, VI (&dot)[kDotRows][kVectors]) {
+  V8 of_x[kDotRows];
+  for (int r = 0; r < kDotRows; ++r) of_x[r] = hn::LoadU(D8(), x + r * stride);
+  const auto four = [&]<int kI>() HWY_ATTR {
+    for (int v = 0; v < kVectors; ++v) {
+      VU weights = hn::Load(DU(), w + kI * kPanel + v * kLanes);
+      if constexpr (kSigned) weights = hn::Xor(weights, hn::Set(DU(), 0x80808080u));
+      for (int r = 0; r < kDotRows; ++r) dot[r][v] = AddFourProducts<kSigned, kI>(dot[r][v], weights, of_x[r]);
+    }
+  };
+  [&]<size_t... kI>(std::index_sequence<kI...>) HWY_ATTR {
+    (four.template operator()<int(kI)>(), ...);
+  }(std::make_index_sequence<4>());
+}
+
+// Σ of a group's signed bytes.
+HWY_INLINE int32_t SumOfBytes(int group, const uint8_t* x) {
+  VI sum = hn::Zero(DI());
+  const V8 ones = hn::Set(D8(), 1);
+  for (int i = 0; i < group; i += 16) {
+    sum = AddFourProducts<true, 0>(sum, hn::BitCast(DU(), hn::LoadU(D8(), x + i)), ones);
+  }
+  return hn::GetLane(hn::SumOfLanes(DI(), sum));
+}
+
+// 16 prepared rows times `groups` groups of a panel; sums [16][16] go on from what they hold unless `first`.
+HWY_NOINLINE void DotTile(int group, const uint8_t* x, const uint32_t* w, int groups, bool first,
+                          float* HWY_RESTRICT sums) {
+  const DF d;
+  for (int g = 0; g < groups; ++g) {
+    const auto* of_x = reinterpret_cast<const float*>(x + 2 * kAmxRows * group);
+    const auto* scales = reinterpret_cast<const float*>(w + group / 4 * kPanel);
+    for (int row = 0; row < kAmxRows; row += kDotRows) {
+      const uint8_t *high = x + row * group, *low = high + kAmxRows * group;
+      VI dot[kDotRows][kVectors];
+      for (int r = 0; r < kDotRows; ++r) {
+        // The 128 that weights are short of.
+        const VI rest = hn::Set(DI(), 128 * SumOfBytes(group, high + r * group));
+        for (int v = 0; v < kVectors; ++v) dot[r][v] = rest;
+      }
+      for (int i = 0; i < group; i += 16) AddColumns<true>(high + i, group, w + i / 4 * kPanel, dot);
+      for (int r = 0; r < kDotRows; ++r) {
+        for (int v = 0; v < kVectors; ++v) dot[r][v] = hn::ShiftLeft<8>(dot[r][v]);
+      }
+      for (int i = 0; i < group; i += 16) AddColumns<false>(low + i, group, w + i / 4 * kPanel, dot);
+      for (int v = 0; v < kVectors; ++v) {
+        const VF scale = hn::Load(d, scales + v * kLanes), bias = hn::Load(d, scales + kPanel + v * kLanes);
+        for (int r = 0; r < kDotRows; ++r) {
+          float* at = sums + (row + r) * kPanel + v * kLanes;
+          const VF before = first && g == 0 ? hn::Zero(d) : hn::Load(d, at);
+          const VF scaled = hn::Mul(scale, hn::Set(d, of_x[row + r]));
+          const VF sum = hn::MulAdd(hn::ConvertTo(d, dot[r][v]), scaled, before);
+          hn::Store(hn::MulAdd(hn::Set(d, of_x[kAmxRows + row + r]), bias, sum), d, at);
+        }
+      }
+    }
+    x += amx_group_bytes(group);
+    w += (group / 4 + 2) * kPanel;
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace torpor::kernels
+HWY_AFTER_NAMESPACE();
+#endif  // TORPOR_HAVE_DOT
+
+#endif  // per-target guard
