@@ -30,10 +30,10 @@ def help_of(*command):
 def test_commands_and_options_exist(path):
     text = code(path.read_text())
     hashed = {"key", "lineage", "names", "object", "segment", "state"}  # docs/format.md: words that digests begin with
-    for command in set(re.findall(r"(?<![/\w])torpor ([a-z]+)\b(?! *[:=])", text)) - hashed:
+    for command in set(re.findall(r"(?<![-/\w])torpor ([a-z]+)\b(?! *[:=])", text)) - hashed:
         assert help_of(command), f"{path.name} names `torpor {command}`"
     # Options up to the end of the command; behind ` -- ` are those of a client.
-    for line in re.findall(r"(?<![/\w])torpor ((?:remote )?[a-z]+\b.*)$", text, re.MULTILINE):
+    for line in re.findall(r"(?<![-/\w])torpor ((?:remote )?[a-z]+\b.*)$", text, re.MULTILINE):
         line = re.split(r" -- |[`#>|;&]", line)[0]
         command = re.match(r"(?:remote )?[a-z]+", line)[0].split()
         for option in re.findall(r"(?<![\w-])--[a-z-]+", line):

@@ -188,8 +188,8 @@ TEST(HttpEdge, StreamsWithoutBufferingByProxiesAndEndsThem) {
   EXPECT_EQ(head.find("content-encoding"), std::string::npos);
   std::string body = client.read_to("0\r\n\r\n");
   EXPECT_LT(body.find("data: 1"), body.find("data: 2"));
-  client.get("/again");  // the connection lives on
-  EXPECT_NE(client.read_to("\r\n\r\n").find("200"), std::string::npos);
+  client.get("/again");  // the connection lives on; read whole, as its handler may not meet a client that has gone
+  EXPECT_NE(client.read_to("0\r\n\r\n").find("200"), std::string::npos);
 }
 
 TEST(HttpEdge, EachEventIsSentAtOnce) {
