@@ -91,3 +91,9 @@ set_target_properties(torpor_shim PROPERTIES
   INTERFACE_INCLUDE_DIRECTORIES "${_rust}/include"
   INTERFACE_LINK_LIBRARIES "${TORPOR_RUST_LINKS}")
 add_dependencies(torpor_shim torpor_shim_build)
+
+# The Rust half's own tests; what they need beside it is built already, so they take half a minute.
+if(TORPOR_DEVELOPER AND NOT TORPOR_SANITIZE AND NOT TORPOR_TESTS AND NOT CMAKE_CROSSCOMPILING)
+  add_test(NAME rust COMMAND "${CMAKE_COMMAND}" -E env "CARGO_TARGET_DIR=${_target_dir}"
+    "${TORPOR_CARGO}" test --lib --release --locked --quiet --manifest-path "${_rust}/Cargo.toml" ${_features})
+endif()
