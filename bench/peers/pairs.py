@@ -71,7 +71,11 @@ def summary(pairs, less_is_better=False):
 
 def plot(bars, path, title, label, peer="llama.cpp", log=False):
     """`bars`: (label, ratio of the medians, lowest, highest, target) each."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        print("No plot is drawn, for matplotlib is not installed; bench/peers/prepare brings it.", file=sys.stderr)
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(8, 0.7 * len(bars) + 1.2), layout="constrained")

@@ -268,6 +268,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="llama-server's threads")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # not without the servers
     torpor, model = arguments.torpor.resolve(), MODELS[arguments.model]
     for needed in (torpor, LLAMA_SERVER, model.path, GGUF / f"{model.name}-Q4_0.gguf"):
         if not needed.exists():
