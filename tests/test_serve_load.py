@@ -115,8 +115,8 @@ def resident_bytes(process):
 def test_load_loses_no_turn_and_keeps_health_and_memory(tiny, tmp_path):
     path = tmp_path / "torpor.sock"
     most = CONNECTIONS + 2 * (STREAMS + TALKERS) + 20  # one that was closed counts until the server has seen its end
-    with Server(tiny, tmp_path, "--queue", STREAMS + TALKERS, "--max-connections", most, "--memory-budget", "64MB", "--idle-timeout", "600", "--log", tmp_path / "log", "--socket",
-                path) as server, \
+    with Server(tiny, tmp_path, "--queue", STREAMS + TALKERS, "--max-connections", most, "--memory-budget",
+                "64MB", "--idle-timeout", "600", "--log", tmp_path / "log", "--socket", path) as server, \
             contextlib.ExitStack() as stack:
         idle = [stack.enter_context(contextlib.closing(server.connection())) for _ in range(CONNECTIONS)]
         for connection in idle:
