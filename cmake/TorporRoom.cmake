@@ -75,8 +75,8 @@ function(torpor_room name)
   target_link_libraries(torpor_${name} PUBLIC ${ROOM_PUBLIC} PRIVATE ${ROOM_PRIVATE} $<BUILD_INTERFACE:torpor_flags>)
   set_property(GLOBAL APPEND PROPERTY TORPOR_INSTALL_TARGETS torpor_${name})
   if(TORPOR_SANITIZE)
-    # Most of a file's compilation is templates of the standard library and JSON with their checks: several files at once
-    # have them once.
+    # Most of a file's compilation is templates of the standard library and JSON with their checks. Several files at
+    # once have them once.
     set_target_properties(torpor_${name} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 8)
     # GCC takes what is included for a header, which other files could include, too.
     target_compile_options(torpor_${name} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-Wno-subobject-linkage>)

@@ -37,7 +37,8 @@ struct RemoteOptions {
 
 /// A worker of its own, with a lease and a thread that renews it. Its destructor, which comes after the Engine's, lets
 /// others have its agents. kInvalidArgument: the URL or the environment can't be used, the store's conditional writes
-/// don't hold, the bucket is sealed with another key or none, or this build has no client of object stores. kNotFound: no such bucket. kIo.
+/// don't hold, the bucket is sealed with another key or none, or this build has no client of object stores.
+/// kNotFound: no such bucket. kIo.
 std::shared_ptr<RemoteTier> attach_remote(const RemoteOptions& options);
 
 }  // namespace torpor

@@ -70,7 +70,8 @@ EngineOptions AnswerOptions::engine(const std::filesystem::path& root, std::func
   if (!remote.empty()) {
     engine.remote = attach_remote({.url = remote, .store = root, .address = advertise,
                                    .ttl = std::chrono::milliseconds(int64_t(lease * 1000)),
-                                   .durability = engine.durability, .key_command = key_command, .on_end = std::move(on_remote_end)});
+                                   .durability = engine.durability, .key_command = key_command,
+                                   .on_end = std::move(on_remote_end)});
   }
   return engine;
 }

@@ -48,9 +48,9 @@ ObjectInfo info_of(const nlohmann::json& described) {
 std::string options_text(const CloudOptions& options) {
   const auto ms = [](std::chrono::milliseconds time) { return std::max<std::int64_t>(time.count(), 0); };
   nlohmann::json json{{"request_timeout_ms", ms(options.request_timeout)},
-            {"connect_timeout_ms", ms(options.connect_timeout)},
-            {"retries", std::max(options.retries, 0)},
-            {"retry_timeout_ms", ms(options.retry_timeout)}};
+                      {"connect_timeout_ms", ms(options.connect_timeout)},
+                      {"retries", std::max(options.retries, 0)},
+                      {"retry_timeout_ms", ms(options.retry_timeout)}};
   const BucketKeys& seal = options.seal;
   if (!seal.keys.empty()) json["seal"] = nlohmann::json{{"keys", seal.keys}, {"names", seal.names}};
   return dump_json(json);
@@ -118,7 +118,9 @@ std::vector<ObjectInfo> CloudStore::list(const std::string& prefix) {
   Text descriptions, error;
   check(torpor_remote_list(store_, view(prefix), &descriptions.bytes, &error.bytes), error);
   std::vector<ObjectInfo> objects;
-  for (const nlohmann::json& described : parse_json<nlohmann::json>(descriptions.view())) objects.push_back(info_of(described));
+  for (const nlohmann::json& described : parse_json<nlohmann::json>(descriptions.view())) {
+    objects.push_back(info_of(described));
+  }
   std::sort(objects.begin(), objects.end(), [](const ObjectInfo& a, const ObjectInfo& b) { return a.key < b.key; });
   return objects;
 }

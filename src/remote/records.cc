@@ -6,6 +6,7 @@
 
 #include "base/hash.h"
 #include "base/json.h"
+#include "base/safetensors.h"
 #include "torpor/error.h"
 
 namespace torpor::remote {
@@ -15,7 +16,6 @@ using Json = nlohmann::ordered_json;
 
 constexpr int64_t kVersion = 1;
 constexpr std::string_view kBegin = "{\"checksum\":\"";
-constexpr std::string_view kExtension = ".safetensors";
 const std::string kZeros(32, '0');
 
 bool is_hex(std::string_view text, size_t digits = 32) {
@@ -145,14 +145,14 @@ std::optional<SaveName> parse_save_name(std::string_view text) {
 }
 
 std::string pool_key(const PoolName& name) {
-  return name.path + "." + std::to_string(name.generation) + std::string(kExtension);
+  return name.path + "." + std::to_string(name.generation) + std::string(kSafetensorsExtension);
 }
 
 std::optional<PoolName> parse_pool_key(std::string_view key) {
   const bool in_pool = std::any_of(std::begin(kPoolPrefixes), std::end(kPoolPrefixes),
                                    [&](const char* prefix) { return key.starts_with(prefix); });
-  if (!in_pool || !key.ends_with(kExtension)) return std::nullopt;
-  key.remove_suffix(kExtension.size());
+  if (!in_pool || !key.ends_with(kSafetensorsExtension)) return std::nullopt;
+  key.remove_suffix(kSafetensorsExtension.size());
   const size_t dot = key.rfind('.');
   if (dot == key.npos || key.find("..") != key.npos) return std::nullopt;
   const auto generation = parse_number(key.substr(dot + 1));

@@ -20,7 +20,7 @@ constexpr DashboardFile kFiles[] = {
 };
 
 const DashboardFile* file_of(std::string_view path) {
-  const auto file = std::find_if(std::begin(kFiles), std::end(kFiles), [&](const DashboardFile& f) { return f.path == path; });
+  const auto file = std::ranges::find(kFiles, path, &DashboardFile::path);
   return file == std::end(kFiles) ? nullptr : file;
 }
 

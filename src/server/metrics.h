@@ -37,6 +37,7 @@ class Metrics {
 
   /// `vllm`: the names under which vLLM's dashboards look, too.
   explicit Metrics(bool vllm_names = false) : vllm_names_(vllm_names) {}
+  bool vllm_names() const { return vllm_names_; }
   void add_source(Source source);
 
   /// `route` is one of a closed set.

@@ -14,10 +14,10 @@ Server::Server(ServerOptions options)
       queue_(options.queue),
       agents_(models_, metrics_, dialects_.replay(), queue_),
       service_(std::move(options.service), queue_, dialects_, agents_, metrics_) {
-  metrics_.add_source([this, vllm = options.vllm_names](std::string& out) { write_samples(out, vllm); });
+  metrics_.add_source([this](std::string& out) { write_samples(out); });
 }
 
-void Server::write_samples(std::string& out, bool vllm_names) {
+void Server::write_samples(std::string& out) {
   const MemoryUsage usage = models_.memory_usage();
   write_sample(out, "torpor_model_bytes", "gauge", "Memory of the model's weights.", usage.model_bytes);
   write_sample(out, "torpor_kv_bytes", "gauge", "Memory of agents' caches, each buffer once.", usage.kv_bytes);
@@ -29,7 +29,7 @@ void Server::write_samples(std::string& out, bool vllm_names) {
   const double ratio = usage.budget > 0 ? double(held) / double(usage.budget) : 0;
   write_sample(out, "torpor_kv_held_ratio", "gauge",
                "The part of the budget that agents hold who may not sleep now; 0 without a budget.", ratio);
-  if (vllm_names) write_sample(out, "vllm:kv_cache_usage_perc", "gauge", "As torpor_kv_held_ratio.", ratio);
+  if (metrics_.vllm_names()) write_sample(out, "vllm:kv_cache_usage_perc", "gauge", "As torpor_kv_held_ratio.", ratio);
   write_sample(out, "torpor_save_queue_bytes", "gauge", "Waiting to be written.", usage.queued_bytes);
   write_sample(out, "torpor_agents_awake", "gauge", "Agents in memory.", usage.agents.size());
   const EngineWork work = models_.work();

@@ -42,7 +42,7 @@ class Server : public HttpHandler {
   Service& service() { return service_; }
 
  private:
-  void write_samples(std::string& out, bool vllm_names);
+  void write_samples(std::string& out);
 
   ModelPool models_;
   Metrics metrics_;

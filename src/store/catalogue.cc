@@ -139,7 +139,9 @@ std::vector<int64_t> Catalogue::count_missing(std::span<const AgentInfo> agents)
     int64_t& n = missing.emplace_back(0);
     for (const std::string& segment : info.segments) n += named.contains(segment);
     for (const StateRef& state : states_of(info)) n += named_states.contains(state.file);
-    for (const std::string& part : info.parts) n += !env_.is_file(parts_path() / (part + std::string(kSafetensorsExtension)));
+    for (const std::string& part : info.parts) {
+      n += !env_.is_file(parts_path() / (part + std::string(kSafetensorsExtension)));
+    }
   }
   return missing;
 }

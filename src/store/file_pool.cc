@@ -9,11 +9,6 @@
 #include "torpor/log.h"
 
 namespace torpor {
-namespace {
-
-
-}  // namespace
-
 std::vector<std::optional<FileStat>> FilePool::find(std::span<const std::string> names) const {
   std::vector<std::optional<FileStat>> found;
   found.reserve(names.size());

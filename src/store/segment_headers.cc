@@ -96,7 +96,9 @@ OpenedSegment open_segment(const FilePool& pool, const std::string& name, const 
   if (!std::equal(tokens.begin(), tokens.end(), place.tokens.begin(), place.tokens.end())) {
     corrupt(handle.path().string(), "its tokens are not the agent's");
   }
-  if (segment_name(place, segment.variant) != name) corrupt(handle.path().string(), "its name is not that of its contents");
+  if (segment_name(place, segment.variant) != name) {
+    corrupt(handle.path().string(), "its name is not that of its contents");
+  }
   return {std::move(handle), stat, std::move(segment)};
 }
 

@@ -11,11 +11,11 @@
 
 namespace torpor {
 
+static_assert(std::endian::native == std::endian::little, "store files are little-endian");
+
 void corrupt(const std::string& file_name, const std::string& what) {
   throw Error(ErrorCode::kCorruption, "'" + file_name + "' is damaged: " + what + ".").with_path(file_name);
 }
-
-static_assert(std::endian::native == std::endian::little, "store files are little-endian");
 
 namespace {
 

@@ -57,8 +57,8 @@ void check_team(const TeamSpec& spec) {
   check_agent_id(spec.id);
   if (spec.members.size() < 2 || spec.members.size() > kMostTeamMembers) {
     refuse_team("A team has 2 to " + std::to_string(kMostTeamMembers) + " members, and not " +
-               std::to_string(spec.members.size()) + ".",
-           "members");
+                    std::to_string(spec.members.size()) + ".",
+                "members");
   }
   std::set<std::string> names;
   for (const TeamMember& member : spec.members) {
@@ -71,7 +71,8 @@ void check_team(const TeamSpec& spec) {
     refuse_team("The coordinator '" + spec.coordinator + "' is no member; name one of the members.", "coordinator");
   }
   if (!spec.tools.empty() && !parse_shallow(spec.tools, kDeepest - 1).is_array()) {
-    refuse_team("The tools are no JSON array, or nested deeper than " + std::to_string(kDeepest - 1) + " levels.", "tools");
+    refuse_team("The tools are no JSON array, or nested deeper than " + std::to_string(kDeepest - 1) + " levels.",
+                "tools");
   }
 }
 

@@ -51,9 +51,12 @@ TeamStep::Plan::Plan(Store& store, Durability durability, std::unique_ptr<AgentL
   if (hears && std::all_of(turns_.begin(), turns_.end(), hears_nobody))
     refuse_team("Nobody has said anything that the others could hear; ask the team first.", "message");
   if (in_order && prompt_of(0).empty()) {
-    refuse_team("There is no message, and nothing that '" + team_.step->from + "' has said and could hand over.", "message");
+    refuse_team("There is no message, and nothing that '" + team_.step->from + "' has said and could hand over.",
+                "message");
   }
-  if (encode_team(team_).size() > kMostTeamBytes) refuse_team("The message is too long for the team's file.", "message");
+  if (encode_team(team_).size() > kMostTeamBytes) {
+    refuse_team("The message is too long for the team's file.", "message");
+  }
 }
 
 StepState TeamStep::Plan::state_of_request() {
