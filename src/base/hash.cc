@@ -35,6 +35,14 @@ struct Hasher::State {
 
 std::string hash_hex(std::span<const std::byte> bytes) { return to_hex(XXH3_128bits(bytes.data(), bytes.size())); }
 
+std::string with_checksum(std::string text, size_t at) { return text.replace(at, kNoChecksum.size(), hash_hex(text)); }
+
+bool has_checksum(std::string_view text, std::string_view beginning) {
+  const size_t at = beginning.size(), n = kNoChecksum.size();
+  if (!text.starts_with(beginning) || text.size() < at + n) return false;
+  return text.substr(at, n) == hash_hex(std::string(text).replace(at, n, kNoChecksum));
+}
+
 Hasher::Hasher() : state_(std::make_unique<State>()) {
   if (state_->xxh == nullptr || XXH3_128bits_reset(state_->xxh) != XXH_OK) {
     throw Error(ErrorCode::kResourceExhausted, "Out of memory for a checksum.");

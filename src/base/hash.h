@@ -16,6 +16,13 @@ inline std::string hash_hex(std::string_view text) {
   return hash_hex(std::as_bytes(std::span(text.data(), text.size())));
 }
 
+/// A text that says its own checksum: 32 digits behind its beginning, the hash of the text with zeros in their place.
+inline constexpr std::string_view kNoChecksum = "00000000000000000000000000000000";
+/// `text`, which has kNoChecksum at `at`, with its checksum there.
+std::string with_checksum(std::string text, size_t at);
+/// Whether `text` begins so, and its checksum follows.
+bool has_checksum(std::string_view text, std::string_view beginning);
+
 /// The same hash over bytes that arrive in pieces. Not thread-safe.
 class Hasher {
  public:

@@ -16,7 +16,6 @@ using Json = nlohmann::ordered_json;
 
 constexpr int64_t kVersion = 1;
 constexpr std::string_view kBegin = "{\"checksum\":\"";
-const std::string kZeros(32, '0');
 
 bool is_hex(std::string_view text, size_t digits = 32) {
   return text.size() == digits && std::all_of(text.begin(), text.end(), [](char c) {
@@ -40,7 +39,7 @@ std::optional<int64_t> parse_number(std::string_view text) {
 
 /// `fields` as a record: the version first, and before all the checksum of the text with zeros in its place.
 std::string seal(const char* kind, Json fields) {
-  Json json{{"checksum", kZeros}, {kind, kVersion}};
+  Json json{{"checksum", kNoChecksum}, {kind, kVersion}};
   json.update(fields);
   std::string text;
   try {
@@ -48,17 +47,15 @@ std::string seal(const char* kind, Json fields) {
   } catch (const Json::exception&) {
     throw Error(ErrorCode::kInvalidArgument, "A name that is to be kept in the bucket is no UTF-8; give another one.");
   }
-  return text.replace(kBegin.size(), kZeros.size(), hash_hex(text));
+  return with_checksum(std::move(text), kBegin.size());
 }
 
 /// The record's JSON. Whatever is not as `seal` writes it is found when the caller encodes what it read.
 Json unseal(std::string_view text, const char* kind, size_t most_bytes, const std::string& key) {
   if (text.size() > most_bytes) damaged(key, "it is longer than any such record");
-  if (!text.starts_with(kBegin) || text.size() < kBegin.size() + kZeros.size()) damaged(key, "it has no checksum");
-  std::string zeroed(text);
-  zeroed.replace(kBegin.size(), kZeros.size(), kZeros);
-  if (text.substr(kBegin.size(), kZeros.size()) != hash_hex(zeroed)) damaged(key, "its checksum is another one");
-  Json json = parse_json<Json>(zeroed, nullptr, false);
+  if (!text.starts_with(kBegin)) damaged(key, "it has no checksum");
+  if (!has_checksum(text, kBegin)) damaged(key, "its checksum is another one");
+  Json json = parse_json<Json>(text, nullptr, false);
   if (!json.is_object()) damaged(key, "it is no JSON");
   const auto version = json.find(kind);
   if (version == json.end() || !version->is_number_integer()) damaged(key, std::string("it has no '") + kind + "'");

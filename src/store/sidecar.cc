@@ -13,7 +13,6 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr std::string_view kSidecarPrefix = "{\n  \"sidecar_checksum\": \"";
-const std::string kZeros(32, '0');
 
 /// A number that can be one of bytes or tokens; whoever adds them up relies on it.
 int64_t count_of(const Json& number) {
@@ -34,7 +33,7 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
   if (const auto& old = info.lineage.old_names) lineage["old_names"] = {old->tokenizer, old->chat_template};
   if (!info.lineage.salt.empty()) lineage["salt"] = info.lineage.salt;
   Json json = {
-      {"sidecar_checksum", kZeros},
+      {"sidecar_checksum", kNoChecksum},
       {"agent_id", info.agent_id},
       {"model", info.model},
       {"hash", info.hash},
@@ -60,7 +59,7 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
   json["agent_file"] = {{"size", agent_file.size}, {"mtime_ns", agent_file.mtime_ns}, {"inode", agent_file.inode}};
   // The texts come from a file or call that has been checked for UTF-8; `replace` keeps this from ever throwing.
   std::string text = dump_json(json, 2, Json::error_handler_t::replace) + "\n";
-  return text.replace(kSidecarPrefix.size(), kZeros.size(), hash_hex(text));
+  return with_checksum(std::move(text), kSidecarPrefix.size());
 }
 
 bool is_sidecar(std::string_view beginning) {
@@ -71,10 +70,7 @@ bool is_sidecar(std::string_view beginning) {
 }
 
 std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat& agent_file) {
-  if (!text.starts_with(kSidecarPrefix) || text.size() < kSidecarPrefix.size() + kZeros.size()) return std::nullopt;
-  std::string zeroed = text;
-  zeroed.replace(kSidecarPrefix.size(), kZeros.size(), kZeros);
-  if (text.compare(kSidecarPrefix.size(), kZeros.size(), hash_hex(zeroed)) != 0) return std::nullopt;
+  if (!has_checksum(text, kSidecarPrefix)) return std::nullopt;
   try {
     // Deeper than any sidecar is: not looked at, for copying it recurses.
     constexpr int kDeepest = 8;

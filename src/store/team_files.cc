@@ -16,10 +16,9 @@ constexpr size_t kMostTeamFile = size_t(16) << 20;
 constexpr std::string_view kTeamExtension = ".json";
 constexpr std::string_view kBegin = "{\n";
 constexpr std::string_view kTeamPrefix = "{\n  \"team_checksum\": \"";
-const std::string kTeamZeros(32, '0');
 constexpr std::string_view kSuffix = "\",\n";
 /// What a file has beside its object, which begins with kBegin.
-const size_t kHead = kTeamPrefix.size() + kTeamZeros.size() + kSuffix.size() - kBegin.size();
+constexpr size_t kHead = kTeamPrefix.size() + kNoChecksum.size() + kSuffix.size() - kBegin.size();
 
 /// The id that a file of this name is of; empty when it is no team's.
 std::string id_of(const std::string& file) {
@@ -29,16 +28,9 @@ std::string id_of(const std::string& file) {
 }
 
 /// The file of an object that begins "{\n".
-std::string with_checksum(std::string_view json) {
-  std::string text = std::string(kTeamPrefix) + kTeamZeros + std::string(kSuffix) + std::string(json.substr(kBegin.size()));
-  return text.replace(kTeamPrefix.size(), kTeamZeros.size(), hash_hex(text));
-}
-
-bool is_intact(const std::string& text) {
-  if (!text.starts_with(kTeamPrefix) || text.size() < kTeamPrefix.size() + kTeamZeros.size()) return false;
-  std::string zeroed = text;
-  zeroed.replace(kTeamPrefix.size(), kTeamZeros.size(), kTeamZeros);
-  return text.compare(kTeamPrefix.size(), kTeamZeros.size(), hash_hex(zeroed)) == 0;
+std::string file_of(std::string_view json) {
+  std::string text(kTeamPrefix);
+  return with_checksum(text.append(kNoChecksum).append(kSuffix).append(json.substr(kBegin.size())), kTeamPrefix.size());
 }
 
 }  // namespace
@@ -53,7 +45,7 @@ FileStat TeamFiles::write(const std::string& id, std::string_view json, bool is_
   // Another process may have made the directory and not flushed it yet.
   env_.make_directory(directory_);
   if (durable) env_.sync_directory(directory_.parent_path());
-  const std::string text = with_checksum(json);
+  const std::string text = file_of(json);
   TemporaryFile file(env_, directory_, {as_bytes_of(text)}, durable);
   if (!is_new) {
     file.replace(to);
@@ -75,7 +67,7 @@ std::string TeamFiles::read(const std::string& id) const {
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kResourceExhausted) throw;  // else it is larger than any that is written
   }
-  if (!text || !is_intact(*text)) {
+  if (!text || !has_checksum(*text, kTeamPrefix)) {
     throw Error(ErrorCode::kCorruption, "The team's file '" + from.string() +
                                             "' is damaged; remove the team. Its members' agents stay.")
         .with_path(from.string());

@@ -29,10 +29,9 @@ constexpr int kMaxDim = 1 << 20;
 constexpr size_t kMaxTensors = 1 << 14;
 
 std::string header_checksum(std::span<const std::byte> header) {
-  static constexpr std::string_view kZeros = "00000000000000000000000000000000";
   Hasher hasher;
   hasher.update(header.first(kChecksumAt));
-  hasher.update(std::as_bytes(std::span(kZeros.data(), kZeros.size())));
+  hasher.update(std::as_bytes(std::span(kNoChecksum)));
   hasher.update(header.subspan(kChecksumAt + kDigestLength));
   return hasher.hex();
 }
