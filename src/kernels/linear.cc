@@ -82,18 +82,18 @@ inline size_t int16_panel_words(const PackedPart& part, int columns) {
   return size_t(columns / 2 + columns / part.group * 2) * kPanel;
 }
 
-/// Rows of a tile of bytes, of AMX or of dot products, and AMX's columns; panels that rows meet at once while both are in
-/// a core's L1.
-inline constexpr int kAmxRows = 16, kAmxColumns = 64, kAmxPanels = 2;
+/// Rows of a tile of bytes (AMX's, or of Arm's dot products); AMX's columns; panels that rows meet at once, while both
+/// are in a core's L1.
+inline constexpr int kByteTileRows = 16, kAmxColumns = 64, kByteTilePanels = 2;
 /// Bytes of a group of 16 prepared rows: high bytes, low bytes, scales and sums.
-inline size_t amx_group_bytes(int group) { return kAmxRows * (2 * size_t(group) + 2 * sizeof(float)); }
+inline size_t byte_tile_group_bytes(int group) { return kByteTileRows * (2 * size_t(group) + 2 * sizeof(float)); }
 
 /// Elements from one prepared row to the next.
 inline size_t row_stride(const PackedPart& part, int k, const float*) { return size_t(prepared_columns(part, k)); }
 inline size_t row_stride(const PackedPart& part, int k, const int32_t*) { return int16_row_words(part, k); }
-/// Of rows in blocks of kAmxRows this is a share of the block.
+/// Of rows in blocks of kByteTileRows this is a share of the block.
 inline size_t row_stride(const PackedPart& part, int k, const uint8_t*) {
-  return size_t(k / part.group) * amx_group_bytes(part.group) / kAmxRows;
+  return size_t(k / part.group) * byte_tile_group_bytes(part.group) / kByteTileRows;
 }
 
 /// Rows that meet the weights of a panel while those are in registers, at most.
@@ -341,16 +341,16 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, 
 #endif
   const int k = call.w->k;
   // A word is four columns.
-  const int step = BlockStep(part, k, 4 * kBlockK / kAmxPanels);
+  const int step = BlockStep(part, k, 4 * kBlockK / kByteTilePanels);
   const size_t panel_words = size_t(step / 4 + step / part.group * 2) * kPanel;
-  const size_t block = row_stride(part, k, x) * kAmxRows;
-  for (int panel = first; panel < last; panel += kAmxPanels) {
-    const int count = std::min(kAmxPanels, last - panel);
+  const size_t block = row_stride(part, k, x) * kByteTileRows;
+  for (int panel = first; panel < last; panel += kByteTilePanels) {
+    const int count = std::min(kByteTilePanels, last - panel);
     for (int k0 = 0; k0 < k; k0 += step) {
       const int k1 = std::min(k, k0 + step);
       for (int p = 0; p < count; ++p) UnpackBytes(part, part.panel(panel + p), k0, k1, unpacked + p * panel_words);
-      const uint8_t* from = x + size_t(k0 / part.group) * amx_group_bytes(part.group);
-      for (int r = 0; r < rows; r += kAmxRows, from += block) {
+      const uint8_t* from = x + size_t(k0 / part.group) * byte_tile_group_bytes(part.group);
+      for (int r = 0; r < rows; r += kByteTileRows, from += block) {
         for (int p = 0; p < count; ++p) {
           const int groups = (k1 - k0) / part.group;
           float* sums = scratch.sums + (p * kBlockRows + r) * kPanel;
@@ -374,7 +374,7 @@ void RunRows(ThreadPool& pool, const LinearCall& call, const PackedPart& part, c
     if (few_rows<X>(part, rows)) return RunFew<kTogether>(pool, call, part, x, row, rows);
   }
   // Pairs of panels, for a gated panel's outputs fill half a cache line.
-  const int tile = std::is_same_v<X, uint8_t> ? kAmxRows : kTileRows;
+  const int tile = std::is_same_v<X, uint8_t> ? kByteTileRows : kTileRows;
   const LinearTask size = linear_task(part.panels, 2, rows, tile, pool.size());
   const int stretches = (part.panels + size.panels - 1) / size.panels, pieces = (rows + size.rows - 1) / size.rows;
   auto body = [&](size_t task, int) {

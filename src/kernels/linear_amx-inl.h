@@ -38,8 +38,8 @@ class AmxTiles {
       config.rows[tile] = uint8_t(rows);
       config.row_bytes[tile] = uint16_t(row_bytes);
     };
-    for (const int sums : {0, 1}) shape(sums, kAmxRows, kPanel * 4);
-    for (const int rows : {2, 3}) shape(rows, kAmxRows, columns);
+    for (const int sums : {0, 1}) shape(sums, kByteTileRows, kPanel * 4);
+    for (const int rows : {2, 3}) shape(rows, kByteTileRows, columns);
     shape(4, columns / 4, kPanel * 4);
     asm volatile("ldtilecfg %0" : : "m"(config));
   }
@@ -61,14 +61,14 @@ HWY_INLINE void AmxDots(const uint8_t* x, const uint32_t* w, int32_t* dots) {
         "tileloadd (%1, %3, 1), %%tmm3\n\t"
         "tdpbuud %%tmm4, %%tmm3, %%tmm1"
         :
-        : "r"(x + i), "r"(x + kAmxRows * kGroup + i), "r"(w + i / 4 * kPanel), "r"(ptrdiff_t{kGroup}), "r"(kLine)
+        : "r"(x + i), "r"(x + kByteTileRows * kGroup + i), "r"(w + i / 4 * kPanel), "r"(ptrdiff_t{kGroup}), "r"(kLine)
         : "memory");
   }
   asm volatile(
       "tilestored %%tmm0, (%0, %2, 1)\n\t"
       "tilestored %%tmm1, (%1, %2, 1)"
       :
-      : "r"(dots), "r"(dots + kAmxRows * kPanel), "r"(kLine)
+      : "r"(dots), "r"(dots + kByteTileRows * kPanel), "r"(kLine)
       : "memory");
 }
 
@@ -77,27 +77,27 @@ template <int kGroup>
 HWY_NOINLINE void AmxTile(const uint8_t* x, const uint32_t* w, int groups, bool first, float* HWY_RESTRICT sums) {
   const DF d;
   const DI di;
-  constexpr int kDots = 2 * kAmxRows * kPanel, kWords = (kGroup / 4 + 2) * kPanel;
+  constexpr int kDots = 2 * kByteTileRows * kPanel, kWords = (kGroup / 4 + 2) * kPanel;
   HWY_ALIGN int32_t dots[2][kDots];
-  VF sum[kAmxRows];
-  for (int r = 0; r < kAmxRows; ++r) sum[r] = first ? hn::Zero(d) : hn::Load(d, sums + r * kPanel);
+  VF sum[kByteTileRows];
+  for (int r = 0; r < kByteTileRows; ++r) sum[r] = first ? hn::Zero(d) : hn::Load(d, sums + r * kPanel);
   AmxDots<kGroup>(x, w, dots[0]);
   for (int g = 0; g < groups; ++g) {
     // The tiles work on the next group meanwhile.
-    if (g + 1 < groups) AmxDots<kGroup>(x + amx_group_bytes(kGroup), w + kWords, dots[(g + 1) % 2]);
-    const auto* of_x = reinterpret_cast<const float*>(x + 2 * kAmxRows * kGroup);
+    if (g + 1 < groups) AmxDots<kGroup>(x + byte_tile_group_bytes(kGroup), w + kWords, dots[(g + 1) % 2]);
+    const auto* of_x = reinterpret_cast<const float*>(x + 2 * kByteTileRows * kGroup);
     const auto* scales = reinterpret_cast<const float*>(w + kGroup / 4 * kPanel);
     const VF scale = hn::Load(d, scales), bias = hn::Load(d, scales + kPanel);
-    const int32_t *high = dots[g % 2], *low = high + kAmxRows * kPanel;
-    for (int r = 0; r < kAmxRows; ++r) {
+    const int32_t *high = dots[g % 2], *low = high + kByteTileRows * kPanel;
+    for (int r = 0; r < kByteTileRows; ++r) {
       const VI dot = hn::Add(hn::ShiftLeft<8>(hn::Load(di, high + r * kPanel)), hn::Load(di, low + r * kPanel));
       sum[r] = hn::MulAdd(hn::ConvertTo(d, dot), hn::Mul(scale, hn::Set(d, of_x[r])), sum[r]);
-      sum[r] = hn::MulAdd(hn::Set(d, of_x[kAmxRows + r]), bias, sum[r]);
+      sum[r] = hn::MulAdd(hn::Set(d, of_x[kByteTileRows + r]), bias, sum[r]);
     }
-    x += amx_group_bytes(kGroup);
+    x += byte_tile_group_bytes(kGroup);
     w += kWords;
   }
-  for (int r = 0; r < kAmxRows; ++r) hn::Store(sum[r], d, sums + r * kPanel);
+  for (int r = 0; r < kByteTileRows; ++r) hn::Store(sum[r], d, sums + r * kPanel);
 }
 
 void AmxTile(int group, const uint8_t* x, const uint32_t* w, int groups, bool first, float* sums) {

@@ -43,30 +43,30 @@ void QuantizeRowBytes(const PackedPart& part, int k, const float* HWY_RESTRICT x
   for (int g = 0; g < k / part.group; ++g, x += part.group) {
     HWY_ALIGN int32_t rounded[kLargestGroup];
     const RoundedGroup of = RoundGroup(part.group, x, rounded);
-    uint8_t *high = out + row * part.group, *low = high + kAmxRows * part.group;
+    uint8_t *high = out + row * part.group, *low = high + kByteTileRows * part.group;
     for (int i = 0; i < part.group; i += kLanes) {
       const VU v = hn::BitCast(DU(), hn::Load(DI(), rounded + i));
       StoreLowBytes(hn::ShiftRight<8>(v), high + i);
       StoreLowBytes(v, low + i);
     }
-    auto* scales = reinterpret_cast<float*>(out + 2 * kAmxRows * part.group);
+    auto* scales = reinterpret_cast<float*>(out + 2 * kByteTileRows * part.group);
     scales[row] = of.scale;
-    scales[kAmxRows + row] = of.sum;
-    out += amx_group_bytes(part.group);
+    scales[kByteTileRows + row] = of.sum;
+    out += byte_tile_group_bytes(part.group);
   }
 }
 
 const uint8_t* PrepareBytes(ThreadPool& pool, const PackedPart& part, int k, const float* x, int rows) {
-  const size_t block = size_t(k / part.group) * amx_group_bytes(part.group);
-  const int blocks = (rows + kAmxRows - 1) / kAmxRows;
+  const size_t block = size_t(k / part.group) * byte_tile_group_bytes(part.group);
+  const int blocks = (rows + kByteTileRows - 1) / kByteTileRows;
   auto* out = reinterpret_cast<uint8_t*>(prepared_memory(size_t(blocks) * block / sizeof(float)));
   // Rows that are not there are multiplied too, and their sums left alone.
-  if (rows % kAmxRows != 0) std::memset(out + (blocks - 1) * block, 0, block);
+  if (rows % kByteTileRows != 0) std::memset(out + (blocks - 1) * block, 0, block);
   const int size = rows_per_task(rows, pool.size());
   auto body = [&](size_t task, int) {
     const int last = std::min(rows, int(task + 1) * size);
     for (int row = int(task) * size; row < last; ++row) {
-      QuantizeRowBytes(part, k, x + size_t(row) * k, out + row / kAmxRows * block, row % kAmxRows);
+      QuantizeRowBytes(part, k, x + size_t(row) * k, out + row / kByteTileRows * block, row % kByteTileRows);
     }
   };
   pool.parallel_for(size_t((rows + size - 1) / size), std::ref(body));

@@ -77,10 +77,10 @@ HWY_NOINLINE void DotTile(int group, const uint8_t* x, const uint32_t* w, int gr
                           float* HWY_RESTRICT sums) {
   const DF d;
   for (int g = 0; g < groups; ++g) {
-    const auto* of_x = reinterpret_cast<const float*>(x + 2 * kAmxRows * group);
+    const auto* of_x = reinterpret_cast<const float*>(x + 2 * kByteTileRows * group);
     const auto* scales = reinterpret_cast<const float*>(w + group / 4 * kPanel);
-    for (int row = 0; row < kAmxRows; row += kDotRows) {
-      const uint8_t *high = x + row * group, *low = high + kAmxRows * group;
+    for (int row = 0; row < kByteTileRows; row += kDotRows) {
+      const uint8_t *high = x + row * group, *low = high + kByteTileRows * group;
       VI dot[kDotRows][kVectors];
       for (int r = 0; r < kDotRows; ++r) {
         // The 128 that weights are short of.
@@ -99,11 +99,11 @@ HWY_NOINLINE void DotTile(int group, const uint8_t* x, const uint32_t* w, int gr
           const VF before = first && g == 0 ? hn::Zero(d) : hn::Load(d, at);
           const VF scaled = hn::Mul(scale, hn::Set(d, of_x[row + r]));
           const VF sum = hn::MulAdd(hn::ConvertTo(d, dot[r][v]), scaled, before);
-          hn::Store(hn::MulAdd(hn::Set(d, of_x[kAmxRows + row + r]), bias, sum), d, at);
+          hn::Store(hn::MulAdd(hn::Set(d, of_x[kByteTileRows + row + r]), bias, sum), d, at);
         }
       }
     }
-    x += amx_group_bytes(group);
+    x += byte_tile_group_bytes(group);
     w += (group / 4 + 2) * kPanel;
   }
 }

@@ -121,7 +121,9 @@ void QuantizeRow(int k, const float* HWY_RESTRICT x, int r, int rows, int32_t* H
     const RoundedGroup of = RoundGroup(kGroup, x, rounded);
     for (int i = 0; i < kGroup; i += kColumnsAtOnce) PairUp<kBits>(rounded + i, pairs + i / 2);
     int32_t* to = out + r * kPairs;
-    for (int i = 0; i < kGroup / 2; i += kPairs, to += rows * kPairs) std::memcpy(to, pairs + i, sizeof(int32_t) * kPairs);
+    for (int i = 0; i < kGroup / 2; i += kPairs, to += rows * kPairs) {
+      std::memcpy(to, pairs + i, sizeof(int32_t) * kPairs);
+    }
     out += kGroup / 2 * rows;
     out[r] = std::bit_cast<int32_t>(of.scale);
     out[rows + r] = std::bit_cast<int32_t>(of.sum);
