@@ -1,55 +1,21 @@
-//! Names that tell nothing of what they name to who has not the key (docs/format.md, "A sealed bucket"), and bytes as
-//! text.
+//! Names that tell nothing of what they name to who has not the key (docs/format.md, "A sealed bucket").
 
+use data_encoding::BASE32_NOPAD;
 use ring::hmac;
 
 const POOLS: [&str; 3] = ["segments/", "states/", "parts/"];
 const AGENTS: &str = "agents/";
 const TAG: usize = 16;
 
-/// Bytes as text, as RFC 4648 has them, without padding.
-pub struct Digits {
-    alphabet: &'static [u8],
-    bits: u32,
+/// RFC 4648's base32 in lower case, without padding.
+fn to_digits(bytes: &[u8]) -> String {
+    BASE32_NOPAD.encode(bytes).to_ascii_lowercase()
 }
 
-pub const HEX: Digits = Digits { alphabet: b"0123456789abcdef", bits: 4 };
-const BASE32: Digits = Digits { alphabet: b"abcdefghijklmnopqrstuvwxyz234567", bits: 5 };
-pub const BASE64: Digits =
-    Digits { alphabet: b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/", bits: 6 };
-
-impl Digits {
-    pub fn write(&self, bytes: &[u8]) -> String {
-        let (mut text, mut held, mut bits) = (String::new(), 0u32, 0);
-        for &byte in bytes {
-            held = held << 8 | byte as u32;
-            bits += 8;
-            while bits >= self.bits {
-                bits -= self.bits;
-                text.push(self.alphabet[(held >> bits) as usize] as char);
-                held &= (1 << bits) - 1;
-            }
-        }
-        if bits > 0 {
-            text.push(self.alphabet[(held << (self.bits - bits)) as usize] as char);
-        }
-        text
-    }
-
-    /// None: it is no text that `write` makes.
-    pub fn read(&self, text: &str) -> Option<Vec<u8>> {
-        let (mut bytes, mut held, mut bits) = (Vec::new(), 0u32, 0);
-        for digit in text.bytes() {
-            held = held << self.bits | self.alphabet.iter().position(|&known| known == digit)? as u32;
-            bits += self.bits;
-            if bits >= 8 {
-                bits -= 8;
-                bytes.push((held >> bits) as u8);
-                held &= (1 << bits) - 1;
-            }
-        }
-        (bits < self.bits && held == 0).then_some(bytes)
-    }
+/// None: it is no text that `to_digits` makes.
+fn from_digits(text: &str) -> Option<Vec<u8>> {
+    let is_lower = !text.bytes().any(|digit| digit.is_ascii_uppercase());
+    BASE32_NOPAD.decode(text.to_ascii_uppercase().as_bytes()).ok().filter(|_| is_lower)
 }
 
 pub struct Names {
@@ -88,14 +54,14 @@ impl Names {
     pub fn outside(&self, key: &str) -> String {
         let Some((kind, name, rest)) = named(key) else { return key.into() };
         let tag = self.tag_of(kind, name.as_bytes());
-        let text = BASE32.write(&[&tag, self.mixed(&tag, name.as_bytes()).as_slice()].concat());
+        let text = to_digits(&[&tag, self.mixed(&tag, name.as_bytes()).as_slice()].concat());
         format!("{kind}{text}{rest}")
     }
 
     /// `outside` again; None: these keys did not make it.
     pub fn inside(&self, key: &str) -> Option<String> {
         let Some((kind, text, rest)) = named(key) else { return Some(key.into()) };
-        let bytes = BASE32.read(text)?;
+        let bytes = from_digits(text)?;
         let (tag, mixed) = bytes.split_at_checked(TAG)?;
         let name = self.mixed(tag, mixed);
         let differ = self.tag_of(kind, &name).iter().zip(tag).fold(0, |differ, (a, b)| differ | (a ^ b));

@@ -3,12 +3,13 @@
 
 use std::ops::Range;
 
+use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
 use ring::aead::{Aad, LessSafeKey, Nonce, UnboundKey, AES_256_GCM, NONCE_LEN};
 use ring::rand::{SecureRandom, SystemRandom};
 use ring::{digest, hkdf};
 
 use super::failure::{Failure, Result, DAMAGED, INCOMPATIBLE};
-use super::names::{Names, BASE64, HEX};
+use super::names::Names;
 
 const MAGIC: &[u8; 8] = b"torpseal";
 const VERSION: u64 = 1;
@@ -46,12 +47,8 @@ impl Key {
     /// `text`: 64 hex digits, or base64 of 32 bytes. It is repeated in no error.
     fn parse(text: &str) -> Result<Self> {
         let text = text.trim();
-        let secret = match (text.len(), text.strip_suffix('=')) {
-            (64, _) => HEX.read(&text.to_ascii_lowercase()),
-            (44, Some(digits)) => BASE64.read(digits),
-            _ => None,
-        };
-        let secret = secret.filter(|secret| secret.len() == 32);
+        let encoding = if text.len() == 64 { HEXLOWER_PERMISSIVE } else { BASE64 };
+        let secret = encoding.decode(text.as_bytes()).ok().filter(|secret| secret.len() == 32);
         let secret = secret.ok_or_else(|| Failure::invalid("a key is 64 hex digits, or 32 bytes in base64"))?;
         let id = derive(&secret, &[], &[b"torpor key id"]);
         Ok(Self { secret, id })
@@ -60,7 +57,7 @@ impl Key {
 
 /// 32 hex digits that tell which key it is, and nothing else of it.
 pub fn key_id(text: &str) -> Result<String> {
-    Ok(HEX.write(&Key::parse(text)?.id))
+    Ok(HEXLOWER.encode(&Key::parse(text)?.id))
 }
 
 pub struct Keys {
@@ -72,7 +69,7 @@ impl Keys {
     /// `names`: the id of the key that names are made with.
     pub fn new(texts: &[&str], names: &str) -> Result<Self> {
         let keys = texts.iter().map(|text| Key::parse(text)).collect::<Result<Vec<_>>>()?;
-        let of_names = keys.iter().find(|key| HEX.write(&key.id) == names);
+        let of_names = keys.iter().find(|key| HEXLOWER.encode(&key.id) == names);
         let of_names = of_names.ok_or_else(|| Failure::invalid("there is no key for names"))?;
         let made: [u8; 64] = derive(&of_names.secret, &[], &[b"torpor names"]);
         Ok(Self { names: Names::new(&made), keys })
@@ -139,7 +136,7 @@ impl Keys {
         let Some(key) = self.keys.iter().find(|key| key.id == header[16..32]) else {
             let sentence = format!(
                 "it is sealed with the key {}, which the key command does not print; let it print that one, too",
-                HEX.write(&header[16..32])
+                HEXLOWER.encode(&header[16..32])
             );
             return Err(Failure { status: INCOMPATIBLE, sentence });
         };
