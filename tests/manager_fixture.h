@@ -3,6 +3,7 @@
 /// can be checked.
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -21,11 +22,14 @@ namespace torpor {
 
 inline constexpr int kHeads = 2, kDim = 32;
 
+/// Of a negative window the rows are kept apart.
 inline KvLayout layout_of(int window) {
   KvLayout layout;
   for (int i = 0; i < 2; ++i) {
     for (const char* part : {"_keys", "_values"}) {
-      layout.tensors.push_back({"layer_" + std::to_string(i) + part, KvDtype::kF16, kHeads, kDim, i == 1 ? window : 0});
+      layout.tensors.push_back({.name = "layer_" + std::to_string(i) + part, .dtype = KvDtype::kF16,
+                                .n_kv_heads = kHeads, .dim = kDim, .window = i == 1 ? std::abs(window) : 0,
+                                .apart = i == 1 && window < 0});
     }
   }
   return layout;
@@ -112,7 +116,7 @@ inline std::vector<int32_t> ids(int n, unsigned seed) {
   return tokens;
 }
 
-/// The parameter is the window of layer 1; 0 = none.
+/// The parameter is the window of layer 1; 0 = none. Of a negative one the rows are kept apart.
 class Manager : public ::testing::TestWithParam<int> {
  protected:
   KvLayout layout() const { return layout_of(GetParam()); }

@@ -38,7 +38,7 @@ class Turns : public Manager {
   const std::shared_ptr<const ChatTemplate> template_ = ChatTemplate::load(kModel);
 };
 
-INSTANTIATE_TEST_SUITE_P(Windows, Turns, ::testing::Values(0, 300));
+INSTANTIATE_TEST_SUITE_P(Windows, Turns, ::testing::Values(0, 300, -300));
 
 TEST_P(Turns, ACommittedTurnIsHistoryAndMessages) {
   auto manager = make();

@@ -20,8 +20,10 @@ enum class TinyAttention {
   kNormed,  ///< heads of q and k have norms with weights that lie far apart, as Qwen 3's; the architecture is that one
 };
 
-/// Writes the model into `directory`, which is made. Equal in every process.
-inline void write_tiny_model(const std::filesystem::path& directory, TinyAttention kind = TinyAttention::kPlain) {
+/// Writes the model into `directory`, which is made. Equal in every process. A window of 1,024 tokens or more is that
+/// of the first layer, else of the second.
+inline void write_tiny_model(const std::filesystem::path& directory, TinyAttention kind = TinyAttention::kPlain,
+                             int window = 100) {
   namespace fs = std::filesystem;
   constexpr int kHidden = 32, kInner = 64, kHeads = 2, kKvHeads = 1, kHeadDim = 32, kVocab = 605, kEnd = 602;
   const fs::path text = fs::path(TORPOR_SOURCE_DIR) / "tests/goldens/text";
@@ -35,7 +37,9 @@ inline void write_tiny_model(const std::filesystem::path& directory, TinyAttenti
       {"intermediate_size", kInner}, {"num_hidden_layers", 2}, {"num_attention_heads", kHeads},
       {"num_key_value_heads", kKvHeads}, {"head_dim", kHeadDim}, {"vocab_size", kVocab}, {"rms_norm_eps", 1e-5},
       {"rope_theta", 10000.0}, {"max_position_embeddings", 4096}, {"tie_word_embeddings", false},
-      {"layer_types", nlohmann::json::array({"full_attention", "sliding_attention"})}, {"sliding_window", 100},
+      {"layer_types", window < 1024 ? nlohmann::json::array({"full_attention", "sliding_attention"})
+                                    : nlohmann::json::array({"sliding_attention", "full_attention"})},
+      {"sliding_window", window},
       {"torch_dtype", "float32"}, {"hidden_act", "silu"}, {"eos_token_id", kEnd},
       {"attention_bias", kind == TinyAttention::kBiased}};
 

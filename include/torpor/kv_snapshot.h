@@ -83,6 +83,9 @@ struct KvTensorSpec {
   int n_kv_heads = 0;
   int dim = 0;     ///< elements of one row: head_dim, or packed words of it
   int window = 0;  ///< rows further back than this are never attended again; 0 = all are
+  /// On disk its rows are not in the segments, but in files beside them, where a window sees them (docs/format.md,
+  /// "Window files"). Such tensors have a window, and come after all others.
+  bool apart = false;
 
   /// Bytes of one token's rows over all heads.
   size_t bytes_per_token() const noexcept { return size_t(n_kv_heads) * dim * kv_dtype_size(dtype); }
@@ -102,6 +105,13 @@ struct KvLayout {
   size_t bytes_per_token() const noexcept;
   /// Whether any tensor has a window.
   bool has_windows() const noexcept;
+  /// How many tensors the segments hold: all before the first that is kept apart.
+  size_t n_together() const noexcept;
+  bool has_apart() const noexcept { return n_together() < tensors.size(); }
+  /// Bytes of a sealed run without the tensors kept apart, which come last in it: what a segment holds.
+  size_t together_bytes() const noexcept { return offset(n_together(), kSegmentTokens); }
+  /// Index of the first of the `per_layer` tensors that the model's `layer`-th layer with rows has.
+  size_t first_of(int layer, size_t per_layer) const;
   /// True if a later token can attend any of rows [first, first + n), given `length` cached tokens. A token attends
   /// itself and the `window` - 1 tokens before it. The next token is at `length`, or at `length - 1` if the last one is
   /// computed again for its logits.
@@ -134,6 +144,15 @@ struct StateLayout {
   size_t bytes() const noexcept { return offset(tensors.size()); }
   bool operator==(const StateLayout&) const = default;
 };
+
+/// What a window file holds, as if it were a state: of each tensor kept apart the rows of a run. They are the end of
+/// the run's bytes. Empty where no tensor is kept apart.
+StateLayout window_rows(const KvLayout& layout);
+/// Whether rows of run `run` of tensors kept apart can be attended when `length` tokens are held.
+bool sees_window_rows(const KvLayout& layout, int64_t run, int64_t length) noexcept;
+/// The greatest m <= n_tokens that can be gone on from: there the rows of all runs that a window sees are had.
+/// `has_run` says so of a run. Where no tensor is kept apart it is n_tokens.
+int64_t resumable_by_windows(const KvLayout& layout, int64_t n_tokens, const std::function<bool(int64_t run)>& has_run);
 
 /// What rows depend on, so what must match for them to be used. Each field is a short text or a hex digest; the empty
 /// field is a value like any other.
@@ -191,8 +210,8 @@ struct Lineage {
 /// rows' checksums (name_unknown_tokens).
 inline constexpr int32_t kUnknownToken = -1;
 
-/// The rows of kSegmentTokens consecutive tokens in memory: `layout.offset(tensors.size(), kSegmentTokens)` bytes. They
-/// never change. Caches, snapshots and the store share the run, so the object says whether it is on disk. Thread-safe.
+/// The rows of kSegmentTokens consecutive tokens in memory: all of the layout's, or `together_bytes()` of them where no
+/// window sees the rest. They never change. All holders share the run, which says whether it is on disk. Thread-safe.
 class SealedRun {
  public:
   /// The segment that holds these rows on disk.
@@ -304,7 +323,8 @@ struct KvSnapshot {
   KvTail tail;
   std::vector<KvState> state;
   /// Of a model with recurrent layers: what its states consist of, and those that are held, ascending by position. The
-  /// last one is that after the last token.
+  /// last one is that after the last token. Of a layout with tensors kept apart: window_rows, and rows that are to be
+  /// saved. The position is the end of their run; those that the last token's windows see need not be given.
   StateLayout state_layout;
   std::vector<std::shared_ptr<const StateCheckpoint>> states;
 
@@ -321,7 +341,15 @@ struct KvSnapshot {
   std::span<const std::byte> run_bytes(size_t i) const noexcept { return i < sealed.size() ? sealed[i]->bytes() : tail.bytes; }
   /// Adds the rows of the next `n_tokens` tokens: a sealed run when they are kSegmentTokens, else the tail.
   void add_run(int n_tokens, std::span<const std::byte> bytes, std::shared_ptr<const void> owner);
+  /// Whether the sealed run `i` has the rows of tensors kept apart, and they may be read.
+  bool has_window_rows(size_t i) const noexcept;
+  /// These rows, which share the run's memory; it has them.
+  std::shared_ptr<const StateCheckpoint> window_rows_of(size_t i) const;
 };
+
+/// The same rows in a layout that has the same tensors in another order, or keeps others apart. nullopt where it has
+/// others. What a run lacks, or was not checked, it lacks then, too.
+std::optional<KvSnapshot> in_layout(const KvSnapshot& snapshot, const KvLayout& layout);
 
 /// Gives the unknown tokens of a run ids that no model has: all are negative. They are equal only where the rows are,
 /// since prefixes and segments are found by their ids. `rows_digest`: 32 hex digits made of the run's rows.

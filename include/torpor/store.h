@@ -84,6 +84,10 @@ struct AgentInfo {
   /// one are of no use before that state is computed again. nullopt: it has no such layers.
   std::optional<std::vector<StateRef>> states;
   int64_t state_bytes = 0;      ///< of their files, which `bytes` has too
+  /// Where rows of sliding windows are kept apart (KvTensorSpec::apart): the widest such window. `states` are then the
+  /// files of those rows, each at the end of its run.
+  int window = 0;
+  bool bare_tail = false;       ///< such rows of the tokens behind the last segment are missing
   UserMetadata user;
   RecordMetadata record;
 };
@@ -97,7 +101,8 @@ struct SaveResult {
   std::vector<StateRef> states;       ///< all, first to last
 };
 
-/// From how many of its first `n_tokens` tokens an agent on disk can go on: all of them, or those up to a state.
+/// From how many of its first `n_tokens` tokens an agent on disk can go on: all of them, or those up to a state, or to
+/// where all rows that its windows see are kept.
 int64_t resumable_tokens(const AgentInfo& info, int64_t n_tokens);
 
 struct LoadedAgent {
@@ -126,7 +131,8 @@ class RowSink {
   virtual Place place(size_t tensor, int64_t first, int n) = 0;
 };
 
-/// Which states a prefix may end at: those at segments' ends, and others whose positions are known.
+/// Which states a prefix may end at: those at segments' ends, and others whose positions are known. Of a layout with
+/// rows kept apart it ends where these are had, whatever this says.
 struct StatesSought {
   StateLayout layout;
   std::vector<int64_t> positions;
@@ -163,6 +169,7 @@ struct LoadedPrefix {
   std::vector<std::string> segments;  ///< their names
   int64_t bytes_read = 0;
   int64_t rows = 0;                   ///< tokens that have rows; the snapshot ends at the last state before
+  std::vector<StateRef> windows;      ///< the files of rows kept apart that were read
 };
 
 /// What Store::copy_agent_cache changes on the way.

@@ -36,6 +36,7 @@ struct Agent {
   std::vector<int32_t> history;      ///< ids up to the end of the last whole turn (AgentRecord::history)
   size_t shortest_cut = 0;           ///< AgentRecord::shortest_cut
   bool pinned = false;
+  std::vector<int64_t> checkpoints;  ///< AgentRecord::checkpoints
   UserMetadata user;                 ///< somebody else's metadata; carried along
   uint64_t last_used = 0;
 
@@ -65,8 +66,9 @@ struct Agent {
   void cut_files(int64_t n_tokens) {
     segments.resize(std::min(segments.size(), size_t(n_tokens / kSegmentTokens)));
     std::erase_if(states, [&](const StateRef& state) { return state.position > n_tokens; });
+    std::erase_if(checkpoints, [&](int64_t position) { return position > n_tokens; });
   }
-  AgentRecord record() const { return {messages, variables, history.size(), shortest_cut, pinned}; }
+  AgentRecord record() const { return {messages, variables, history.size(), shortest_cut, pinned, checkpoints}; }
 };
 
 /// A counted hold on an awake agent. While anyone holds it, an agent is not evicted, dropped, renamed, removed, forked or cut

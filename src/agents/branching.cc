@@ -47,6 +47,7 @@ void AgentManager::truncate(Agent& agent, int n_tokens) {
     agent.lineage = std::move(prefix.lineage);
     agent.segments = std::move(prefix.segments);
     agent.states = std::move(prefix.states);
+    std::erase_if(agent.checkpoints, [&](int64_t position) { return position > agent.cache->length(); });
     agent.bytes_read += prefix.bytes_read;
   } else {
     const KvLedger::Room room = make_room(agent.cache->cut_cost(n_tokens));
@@ -106,6 +107,7 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   agent.user = source->user;
   agent.segments = source->segments;
   agent.states = source->states;
+  agent.checkpoints = source->checkpoints;
   agent.cut_files(keep);
   agent.changed();
   prefetcher_.set_awake(dst, true);

@@ -102,8 +102,16 @@ void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
         .with_agent(agent.id)
         .with_field("state");
   }
-  std::unique_ptr<KvCache> cache = KvCache::restore(snapshot, options_.backend);
   const KvLayout layout = layout_of(loaded.info.identity);
+  if (snapshot.layout != layout) {
+    // Saved before rows of windows were kept apart: the next save writes all of it anew.
+    if (auto moved = in_layout(snapshot, layout)) {
+      snapshot = std::move(*moved);
+      loaded.info.segments.clear();
+      loaded.info.states.reset();
+    }
+  }
+  std::unique_ptr<KvCache> cache = KvCache::restore(snapshot, options_.backend);
   if (const CacheValidation sound = validate_cache_structure(*cache, &layout); !sound) {
     throw Error(ErrorCode::kIncompatible, "The cache of agent '" + agent.id + "' does not fit the model: " + sound.reason + ".")
         .with_agent(agent.id)
@@ -120,6 +128,7 @@ void AgentManager::adopt(Agent& agent, LoadedAgent loaded) {
   agent.variables = std::move(record.variables);
   agent.shortest_cut = record.shortest_cut;
   agent.pinned = record.pinned;
+  agent.checkpoints = std::move(record.checkpoints);
   agent.user = std::move(loaded.info.user);
   agent.segments = std::move(loaded.info.segments);
   if (loaded.info.states) agent.states = std::move(*loaded.info.states);
@@ -253,13 +262,13 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
     if (longer && bring_kept_back(other)) consider(other.agent);
   }
   Lineage names = agent.lineage;
-  if (has_states) {
+  if (has_checkpoints()) {
     prefix.known = std::max(prefix.known, store_.find_prefix(agent.identity, agent.lineage, layout, wanted));
   }
   const StatesSought sought{options_.state_layout, {positions.begin(), positions.end()}};
-  const StatesSought* const states = has_states ? &sought : nullptr;
+  const StatesSought* const states = has_checkpoints() ? &sought : nullptr;
   int64_t on_disk = store_.find_prefix(agent.identity, names, layout, wanted, states);
-  if (agent.cache->length() == 0 && names.salt.empty() && !has_states) {
+  if (agent.cache->length() == 0 && names.salt.empty() && !has_checkpoints()) {
     // Under the names of versions 1 and 2, which did not say on what f32 was computed.
     const Lineage old{.ranges = {{0, options_.numerics.substr(0, options_.numerics.find('/'))}}, .old_names = options_.conversation};
     if (const int64_t found = store_.find_prefix(agent.identity, old, layout, wanted); found > on_disk) {
@@ -286,6 +295,7 @@ AgentManager::Prefix AgentManager::longest_prefix(const Agent& agent, std::span<
       prefix.cache = KvCache::restore(loaded.snapshot, options_.backend);
       prefix.lineage = names;
       prefix.segments = std::move(loaded.segments);
+      prefix.states = std::move(loaded.windows);
       for (const auto& state : loaded.snapshot.states) prefix.states.push_back({state->position(), state->file()});
       prefix.bytes_read = loaded.bytes_read;
       return prefix;
@@ -364,6 +374,7 @@ void AgentManager::keep_for_retry(const Agent& agent, std::shared_ptr<const Rows
     kept.agent.lineage.go_on_with(options_.numerics, reused);
     kept.agent.segments = agent.segments;
     kept.agent.states = agent.states;
+    kept.agent.checkpoints = agent.checkpoints;
     own(kept.agent, agent.cache->clone());
     // What is a part of the new rows goes, unless a sliding window keeps them from being cut to it.
     kept_.remove_if([&](const Kept& other) {

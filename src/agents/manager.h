@@ -152,12 +152,16 @@ class AgentManager {
   /// many tokens that can then go on from: fewer where a file is damaged. Without recurrent layers it is `n_tokens`.
   int hold_state(const Agent& agent, KvCache& cache, int n_tokens);
   /// After a turn: of the agent's states those stay that thin_checkpoints names. `history` is where the turn's prompt
-  /// ended but for the asking for an answer; it counts as the end of a turn.
-  void thin_states(Agent& agent, int64_t history);
+  /// ended but for the asking for an answer; it counts as the end of a turn. Where rows of windows are kept apart, the
+  /// same goes for the checkpoints that they are kept for. To these `wanted` are added, and those of a long prompt.
+  void thin_states(Agent& agent, int64_t history, std::span<const int64_t> wanted);
   /// The same in a turn that began with `reused` tokens, so that a long prompt keeps no more states than it will leave.
   /// Those go that it has computed, but for the live one and those at `wanted` positions.
   void thin_states_of_turn(Agent& agent, int64_t reused, std::span<const int64_t> wanted);
   bool has_states() const noexcept { return !options_.state_layout.empty(); }
+  /// Whether an agent can go on from some of its tokens alone, from where the disk has it: there states, or all rows
+  /// that windows see, are kept.
+  bool has_checkpoints() const noexcept { return has_states() || options_.layout.has_apart(); }
   /// checkpoint_stride of the agent's rows.
   int64_t stride_of(const Agent& agent) const;
   /// Takes back rows that were computed since the agent was held. It always does: the cut may exceed the budget by a
@@ -256,6 +260,9 @@ class AgentManager {
   std::vector<int64_t> surplus_states(const Agent& agent, int64_t history) const;
   /// Lets go of states in memory that the disk has, but for the live one.
   static void let_saved_states_go(Agent& agent);
+  /// Of rows kept apart, those that the agent's checkpoints see: files that the disk has, and in `snapshot`, which is
+  /// to be saved, the others.
+  static std::vector<StateRef> add_windows(const Agent& agent, KvSnapshot& snapshot);
   void give(Agent& agent, Prefix prefix);
   /// Takes rows that were put aside into memory again. False where that can't be: they are computed again.
   bool bring_kept_back(Kept& kept);

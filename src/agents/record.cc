@@ -13,6 +13,7 @@ namespace {
 constexpr const char* kHistory = "history_tokens";    // written only when it differs from the rows held
 constexpr const char* kShortestCut = "shortest_cut";  // written only when there is one
 constexpr const char* kPinned = "pinned";             // written only when it is "true"
+constexpr const char* kCheckpoints = "checkpoints";   // written only when there are any
 constexpr const char* kVariables = "template_variables";  // of the first message
 
 size_t parse_count(std::string_view text, size_t limit) {
@@ -53,6 +54,7 @@ void AgentRecord::cut(size_t n_tokens) {
   messages.erase(std::find_if(messages.begin(), messages.end(), cut_through), messages.end());
   if (messages.empty()) variables.clear();
   history = std::min(history, n_tokens);
+  std::erase_if(checkpoints, [&](int64_t position) { return position > int64_t(n_tokens); });
 }
 
 AgentNotes encode_record(const AgentRecord& record, size_t n_tokens) {
@@ -71,6 +73,11 @@ AgentNotes encode_record(const AgentRecord& record, size_t n_tokens) {
   if (record.history != n_tokens) notes.record.emplace_back(kHistory, std::to_string(record.history));
   if (record.shortest_cut != 0) notes.record.emplace_back(kShortestCut, std::to_string(record.shortest_cut));
   if (record.pinned) notes.record.emplace_back(kPinned, "true");
+  std::string checkpoints;
+  for (const int64_t position : record.checkpoints) {
+    checkpoints.append(checkpoints.empty() ? "" : ",").append(std::to_string(position));
+  }
+  if (!checkpoints.empty()) notes.record.emplace_back(kCheckpoints, checkpoints);
   return notes;
 }
 
@@ -84,6 +91,12 @@ AgentRecord decode_record(const AgentNotes& notes, size_t n_tokens) {
       record.shortest_cut = parse_count(value, n_tokens);
     } else if (key == kPinned) {
       record.pinned = value == "true";
+    } else if (key == kCheckpoints) {
+      for (std::string_view rest = value;; rest.remove_prefix(rest.find(',') + 1)) {
+        record.checkpoints.push_back(int64_t(parse_count(rest.substr(0, rest.find(',')), n_tokens)));
+        if (rest.find(',') == std::string_view::npos) break;
+      }
+      std::ranges::sort(record.checkpoints);
     }
   }
   for (const StoredMessage& message : notes.messages) {

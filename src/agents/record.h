@@ -22,6 +22,8 @@ struct AgentRecord {
   /// which the agent was imported.
   size_t shortest_cut = 0;
   bool pinned = false;  ///< never evicted from memory to make room
+  /// After which tokens the rows are kept that windows see from there, ascending (KvTensorSpec::apart).
+  std::vector<int64_t> checkpoints;
 
   /// As if nothing after the first `n_tokens` tokens had been said. A message that the cut goes through is left out of
   /// the conversation, its first tokens stay. kInvalidArgument below shortest_cut.

@@ -17,7 +17,7 @@ RowsAside::RowsAside(Env& env, const std::filesystem::path& directory, const KvC
       continue;
     }
     const std::span<const std::byte> bytes = snapshot_.run_bytes(i);
-    Run run{.offset = size, .checksum = hash_hex(bytes)};
+    Run run{.offset = size, .size = bytes.size(), .checksum = hash_hex(bytes)};
     if (sealed) {
       run.run = snapshot_.sealed[i];
       run.checked = snapshot_.sealed[i]->checked();
@@ -28,7 +28,7 @@ RowsAside::RowsAside(Env& env, const std::filesystem::path& directory, const KvC
     size += bytes.size();
   }
   for (const auto& state : snapshot_.states) {
-    const Run stored{.offset = size, .checksum = hash_hex(state->bytes())};
+    const Run stored{.offset = size, .size = state->bytes().size(), .checksum = hash_hex(state->bytes())};
     states_.push_back({state->position(), stored, state, state->file()});
     pieces.push_back(state->bytes());
     size += state->bytes().size();
@@ -81,10 +81,9 @@ std::shared_ptr<std::byte> RowsAside::read(const Run& run, size_t size, const Bu
 
 std::unique_ptr<KvCache> RowsAside::restore(Backend backend) const {
   KvSnapshot whole = snapshot_;
-  const KvLayout& layout = whole.layout;
   for (size_t i = 0; i < whole.sealed.size(); ++i) {
     if (whole.sealed[i] != nullptr || (whole.sealed[i] = runs_[i].run.lock()) != nullptr) continue;
-    const size_t size = layout.offset(layout.tensors.size(), kSegmentTokens);
+    const size_t size = runs_[i].size;
     const std::shared_ptr<std::byte> bytes = read(runs_[i], size, mlx_buffer);
     whole.sealed[i] = std::make_shared<const SealedRun>(std::span<const std::byte>(bytes.get(), size), bytes, false,
                                                         runs_[i].checked);

@@ -30,6 +30,7 @@ class RowsAside {
  private:
   struct Run {
     uint64_t offset = 0;
+    size_t size = 0;
     std::string checksum;
     std::weak_ptr<const SealedRun> run;  ///< as long as another cache has it, it is shared again
     TensorMask checked;

@@ -29,7 +29,7 @@ void AgentManager::hand_to_writer(Agent& agent, bool copy_tail) {
                     .notes = encode_record(agent.record(), agent.cache->tokens().size())};
     job.snapshot.lineage = agent.lineage;
     job.snapshot.conversation = agent.conversation;
-    job.notes.states = agent.states;
+    job.notes.states = add_windows(agent, job.snapshot);
     const KvLayout& layout = job.snapshot.layout;
     job.new_bytes = layout.offset(layout.tensors.size(), job.snapshot.tail.n_tokens);
     for (const auto& run : job.snapshot.sealed) {
@@ -54,6 +54,7 @@ void AgentManager::submit_prefix(const Agent& agent, int n_tokens) {
   snapshot.tail = {};
   snapshot.lineage = agent.lineage;
   snapshot.conversation = agent.conversation;
+  if (!has_states()) add_windows(agent, snapshot);
   for (const auto& run : snapshot.sealed) {
     if (run->segment() == nullptr) job.new_bytes += run->bytes().size();
   }

@@ -50,13 +50,23 @@ void AgentManager::let_saved_states_go(Agent& agent) {
 }
 
 int64_t AgentManager::stride_of(const Agent& agent) const {
-  return checkpoint_stride(options_.state_layout, agent.cache->layout());
+  const KvLayout& layout = agent.cache->layout();
+  if (!layout.has_apart()) return checkpoint_stride(options_.state_layout, layout);
+  // What the windows see from a checkpoint is its state; the rows are those of the segments.
+  const auto together = layout.tensors.begin() + ptrdiff_t(layout.n_together());
+  StateLayout seen;
+  for (auto tensor = together; tensor != layout.tensors.end(); ++tensor) {
+    seen.tensors.push_back({tensor->name, tensor->dtype, {tensor->n_kv_heads, tensor->window, tensor->dim}});
+  }
+  return checkpoint_stride(seen, {{layout.tensors.begin(), together}});
 }
 
 std::vector<int64_t> AgentManager::surplus_states(const Agent& agent, int64_t history) const {
-  std::set<int64_t> positions;
+  std::set<int64_t> positions(agent.checkpoints.begin(), agent.checkpoints.end());
   for (const auto& state : agent.cache->states()) positions.insert(state->position());
-  for (const StateRef& state : agent.states) positions.insert(state.position);
+  for (const StateRef& state : agent.states) {
+    if (has_states()) positions.insert(state.position);
+  }
   std::vector<int64_t> turn_ends = {history};
   for (const HeldMessage& message : agent.messages) {
     if (message.role == "assistant") turn_ends.push_back(message.end);
@@ -69,8 +79,45 @@ std::vector<int64_t> AgentManager::surplus_states(const Agent& agent, int64_t hi
   return surplus;
 }
 
-void AgentManager::thin_states(Agent& agent, int64_t history) {
-  if (!has_states()) return;
+std::vector<StateRef> AgentManager::add_windows(const Agent& agent, KvSnapshot& snapshot) {
+  const KvLayout& layout = snapshot.layout;
+  if (!layout.has_apart()) return agent.states;
+  snapshot.state_layout = window_rows(layout);
+  std::vector<StateRef> files;
+  for (size_t i = 0; i < snapshot.sealed.size(); ++i) {
+    const int64_t end = int64_t(i + 1) * kSegmentTokens, length = ssize(snapshot.tokens);
+    // Also from the segment's end before, for there a prompt of nobody's finds it.
+    const auto seen = [&](int64_t position) {
+      return position <= length && (sees_window_rows(layout, int64_t(i), position) ||
+                                    sees_window_rows(layout, int64_t(i), position / kSegmentTokens * kSegmentTokens));
+    };
+    if (!seen(length) && std::ranges::none_of(agent.checkpoints, seen)) continue;
+    const auto file = std::ranges::find(agent.states, end, &StateRef::position);
+    if (file != agent.states.end()) {
+      files.push_back(*file);
+    } else if (snapshot.has_window_rows(i)) {
+      snapshot.states.push_back(snapshot.window_rows_of(i));
+    }
+  }
+  return files;
+}
+
+void AgentManager::thin_states(Agent& agent, int64_t history, std::span<const int64_t> wanted) {
+  if (!has_checkpoints()) return;
+  if (!has_states()) {
+    const int64_t length = agent.cache->length();
+    std::set<int64_t> all(agent.checkpoints.begin(), agent.checkpoints.end());
+    all.insert(wanted.begin(), wanted.end());
+    all.insert(length);
+    const int64_t last = agent.checkpoints.empty() ? 0 : agent.checkpoints.back();
+    const std::vector<int64_t> stops = checkpoint_stops(last, length, stride_of(agent), {});
+    all.insert(stops.begin(), stops.end());
+    std::erase_if(all, [&](int64_t position) { return position <= 0 || position > length; });
+    agent.checkpoints.assign(all.begin(), all.end());
+    const std::vector<int64_t> surplus = surplus_states(agent, history);
+    std::erase_if(agent.checkpoints, [&](int64_t position) { return std::ranges::binary_search(surplus, position); });
+    return;
+  }
   const std::vector<int64_t> surplus = surplus_states(agent, history);
   for (const int64_t position : surplus) agent.cache->drop_state(position);
   std::erase_if(agent.states, [&](const StateRef& ref) { return std::ranges::binary_search(surplus, ref.position); });

@@ -61,6 +61,7 @@ void TurnTransaction::begin(const TurnInput& input) {
       cut_ = agent.cache->clone();
       cut_segments_ = agent.segments;
       cut_states_ = agent.states;
+      cut_checkpoints_ = agent.checkpoints;
       cut_lineage_ = agent.lineage;
       manager_.truncate(agent, common);
     }
@@ -71,9 +72,9 @@ void TurnTransaction::begin(const TurnInput& input) {
     reuse_longer_prefix();
   }
   goes_on_here();
+  // The prompt parts from what is known there, and others may part there, too.
+  if (again() > 0) checkpoints_.push_back(known_);
   if (manager_.has_states()) {
-    // The prompt parts from what is known there, and others may part there, too.
-    if (again() > 0) checkpoints_.push_back(known_);
     stops_ = checkpoint_stops(reused_, ssize(tokens_), manager_.stride_of(agent), checkpoints_);
   }
   if (has_unknown_tokens(pending())) {
@@ -83,7 +84,7 @@ void TurnTransaction::begin(const TurnInput& input) {
 }
 
 void TurnTransaction::plan_checkpoints(const Phrasing& phrasing, std::span<const Message> messages) {
-  if (!manager_.has_states()) return;
+  if (!manager_.has_checkpoints()) return;
   asked_at_ = ssize(tokens_) - int64_t(count_asking(phrasing, tokens_));
   const int64_t system = int64_t(count_system(phrasing, messages, tokens_));
   // Who has no more in common than the system's part finds it on disk at the end of a segment.
@@ -189,11 +190,13 @@ void TurnTransaction::reuse_longer_prefix() {
   auto before = agent.cache->clone();
   std::vector<std::string> segments = agent.segments;
   std::vector<StateRef> states = agent.states;
+  std::vector<int64_t> checkpoints = agent.checkpoints;
   Lineage lineage = agent.lineage;
   if (manager_.reuse_prefix(agent, tokens_, checkpoints_) == 0 || cut_ != nullptr) return;
   cut_ = std::move(before);
   cut_segments_ = std::move(segments);
   cut_states_ = std::move(states);
+  cut_checkpoints_ = std::move(checkpoints);
   cut_lineage_ = std::move(lineage);
 }
 
@@ -208,7 +211,7 @@ void TurnTransaction::reuse_prefix() {
 }
 
 int TurnTransaction::again() const noexcept {
-  return manager_.has_states() ? int(std::max<int64_t>(0, known_ - reused_)) : 0;
+  return manager_.has_checkpoints() ? int(std::max<int64_t>(0, known_ - reused_)) : 0;
 }
 
 void TurnTransaction::stop_at(int64_t position) {
@@ -268,11 +271,12 @@ void TurnTransaction::commit(Message answer, bool complete) {
     agent.history = std::move(history);
     if (size_t(reused_) < agent.shortest_cut) agent.shortest_cut = 0;  // the rows that it was for are gone
   }
-  manager_.thin_states(agent, asked_at_);
+  manager_.thin_states(agent, asked_at_, checkpoints_);
   notices_ = manager_.adapt(agent, reused_);
   if (again() > 0) {
     const std::string from = std::to_string(reused_), to = std::to_string(known_);
-    notices_.push_back(std::to_string(again()) + " tokens that were known are computed again: there is no state between " +
+    notices_.push_back(std::to_string(again()) + " tokens that were known are computed again: there " +
+                       (manager_.has_states() ? "is no state" : "are no rows of the sliding windows") + " between " +
                        from + " and " + to + " tokens.");
   }
   agent.changed();
@@ -317,6 +321,7 @@ void TurnTransaction::restore(bool may_sleep) noexcept {
     if (cut) {
       agent.segments = std::move(cut_segments_);
       agent.states = std::move(cut_states_);
+      agent.checkpoints = std::move(cut_checkpoints_);
       agent.lineage = std::move(cut_lineage_);
     } else if (agent.cache->length() > held_) {
       manager_.take_back(agent, held_);

@@ -137,6 +137,7 @@ class TurnTransaction {
   std::shared_ptr<const RowsAside> aside_, cut_aside_;  // the agent's rows, and those of `cut_`, while they are in files
   std::vector<std::string> cut_segments_;
   std::vector<StateRef> cut_states_;
+  std::vector<int64_t> cut_checkpoints_;
   Lineage cut_lineage_;
 };
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstring>
+#include <functional>
 #include <new>
 
 #include "base/checked.h"
@@ -65,6 +67,19 @@ std::optional<KvFormat> KvFormat::parse(std::string_view name) {
 
 bool KvLayout::has_windows() const noexcept {
   return std::any_of(tensors.begin(), tensors.end(), [](const KvTensorSpec& tensor) { return tensor.window > 0; });
+}
+
+size_t KvLayout::n_together() const noexcept {
+  return size_t(std::ranges::find(tensors, true, &KvTensorSpec::apart) - tensors.begin());
+}
+
+size_t KvLayout::first_of(int layer, size_t per_layer) const {
+  if (!has_apart()) return size_t(layer) * per_layer;
+  const std::string name = "layer_" + std::to_string(layer) + "_";
+  for (size_t t = 0; t < tensors.size(); t += per_layer) {
+    if (tensors[t].name.starts_with(name)) return t;
+  }
+  throw Error(ErrorCode::kInternal, "The KV layout has no tensors of layer " + std::to_string(layer) + ".");
 }
 
 bool KvLayout::attended(const KvTensorSpec& tensor, int64_t first, int64_t n, int64_t length) noexcept {
@@ -159,6 +174,33 @@ void Lineage::cut(int64_t n_tokens) {
   }
 }
 
+StateLayout window_rows(const KvLayout& layout) {
+  StateLayout rows;
+  for (size_t t = layout.n_together(); t < layout.tensors.size(); ++t) {
+    const KvTensorSpec& tensor = layout.tensors[t];
+    rows.tensors.push_back({tensor.name + "_rows", tensor.dtype, {tensor.n_kv_heads, kSegmentTokens, tensor.dim}});
+  }
+  return rows;
+}
+
+bool sees_window_rows(const KvLayout& layout, int64_t run, int64_t length) noexcept {
+  const auto seen = [&](const KvTensorSpec& tensor) {
+    return tensor.apart && KvLayout::attended(tensor, run * kSegmentTokens, kSegmentTokens, length);
+  };
+  return run * kSegmentTokens < length && std::ranges::any_of(layout.tensors, seen);
+}
+
+int64_t resumable_by_windows(const KvLayout& layout, int64_t n_tokens,
+                             const std::function<bool(int64_t run)>& has_run) {
+  if (!layout.has_apart()) return n_tokens;
+  // A run that the end sees is seen from everywhere inside it and behind it, so what lacks it is cut to its beginning.
+  for (int64_t run = (n_tokens + kSegmentTokens - 1) / kSegmentTokens - 1; run >= 0; --run) {
+    if (!sees_window_rows(layout, run, n_tokens)) break;
+    if (!has_run(run)) n_tokens = run * kSegmentTokens;
+  }
+  return n_tokens;
+}
+
 size_t StateTensorSpec::bytes() const noexcept {
   size_t bytes = kv_dtype_size(dtype);
   for (const int64_t n : shape) bytes *= size_t(n);
@@ -205,10 +247,10 @@ namespace {
   throw Error(ErrorCode::kInvalidArgument, "The KV snapshot is inconsistent: " + what + ".");
 }
 
-/// Of `n_runs` runs the i-th has room for `capacity` tokens in `bytes` bytes.
+/// Of `n_runs` runs the i-th has room for `capacity` tokens in `bytes` bytes. A sealed one may lack what is kept apart.
 void check_run(const KvLayout& layout, size_t i, size_t n_runs, int capacity, size_t bytes) {
   const size_t expected = layout.offset(layout.tensors.size(), capacity);
-  if (bytes == expected) return;
+  if (bytes == expected || (capacity == kSegmentTokens && i + 1 < n_runs && bytes == layout.together_bytes())) return;
   inconsistent("run " + std::to_string(i) + " of " + std::to_string(n_runs) + " has " + std::to_string(bytes) +
                " bytes, its layout needs " + std::to_string(expected));
 }
@@ -240,6 +282,14 @@ void check_states(const KvSnapshot& snapshot) {
                    std::to_string(state->bytes().size()) + " bytes, its layout needs " + std::to_string(layout.bytes()));
     }
     before = state->position();
+  }
+  if (snapshot.layout.has_apart()) {
+    const auto of_run = [&](const auto& state) {
+      return state->position() % kSegmentTokens == 0 && state->position() <= int64_t(snapshot.tokens.size());
+    };
+    if (!std::ranges::all_of(snapshot.states, of_run)) inconsistent("rows of windows are not those of its runs");
+    if (!layout.empty() && layout != window_rows(snapshot.layout)) inconsistent("it has states and rows kept apart");
+    return;
   }
   if (!layout.empty() && before != int64_t(snapshot.tokens.size())) inconsistent("the state after its last token is missing");
 }
@@ -284,6 +334,68 @@ void KvSnapshot::add_run(int n_tokens, std::span<const std::byte> bytes, std::sh
   } else {
     tail = {n_tokens, bytes, std::move(owner)};
   }
+}
+
+bool KvSnapshot::has_window_rows(size_t i) const noexcept {
+  const SealedRun& run = *sealed[i];
+  if (run.bytes().size() < layout.offset(layout.tensors.size(), kSegmentTokens)) return false;
+  const TensorMask& checked = run.checked();
+  const auto apart = checked.begin() + ptrdiff_t(checked.empty() ? 0 : layout.n_together());
+  return std::all_of(apart, checked.end(), std::identity());
+}
+
+std::shared_ptr<const StateCheckpoint> KvSnapshot::window_rows_of(size_t i) const {
+  return std::make_shared<const StateCheckpoint>(int64_t(i + 1) * kSegmentTokens,
+                                                 sealed[i]->bytes().subspan(layout.together_bytes()), sealed[i]);
+}
+
+std::optional<KvSnapshot> in_layout(const KvSnapshot& snapshot, const KvLayout& layout) {
+  const auto& from = snapshot.layout.tensors;
+  std::vector<size_t> sources;
+  for (const KvTensorSpec& tensor : layout.tensors) {
+    const auto found = std::ranges::find(from, tensor.name, &KvTensorSpec::name);
+    if (found == from.end()) return std::nullopt;
+    KvTensorSpec there = *found;
+    there.apart = tensor.apart;
+    if (there != tensor) return std::nullopt;
+    sources.push_back(size_t(found - from.begin()));
+  }
+  if (sources.size() != from.size()) return std::nullopt;
+  KvSnapshot moved{.identity = snapshot.identity, .lineage = snapshot.lineage, .conversation = snapshot.conversation,
+                   .layout = layout, .tokens = snapshot.tokens, .state = snapshot.state};
+  for (size_t i = 0; i < snapshot.n_runs(); ++i) {
+    const bool sealed = i < snapshot.sealed.size();
+    const int n = snapshot.run_tokens(i), capacity = snapshot.run_capacity(i);
+    const std::span<const std::byte> bytes = snapshot.run_bytes(i);
+    const TensorMask has = sealed ? snapshot.sealed[i]->checked() : TensorMask();
+    const auto is_there = [&](size_t t) {
+      return (has.empty() || has[sources[t]]) && snapshot.layout.offset(sources[t] + 1, capacity) <= bytes.size();
+    };
+    TensorMask checked;
+    for (size_t t = 0; t < sources.size(); ++t) checked.push_back(is_there(t));
+    const size_t size = layout.offset(sources.size(), n);
+    const std::shared_ptr<std::byte> buffer = allocate_heap_buffer(size);
+    for (size_t t = 0; t < sources.size(); ++t) {
+      std::byte* const to = buffer.get() + layout.offset(t, n);
+      if (!checked[t]) {
+        std::memset(to, 0, layout.tensors[t].bytes_per_token() * size_t(n));
+        continue;
+      }
+      const std::byte* const rows = bytes.data() + snapshot.layout.offset(sources[t], capacity);
+      const size_t row = size_t(layout.tensors[t].dim) * kv_dtype_size(layout.tensors[t].dtype);
+      for (size_t head = 0; head < size_t(layout.tensors[t].n_kv_heads); ++head) {
+        std::memcpy(to + head * size_t(n) * row, rows + head * size_t(capacity) * row, size_t(n) * row);
+      }
+    }
+    if (sealed) {
+      if (std::ranges::all_of(checked, std::identity())) checked.clear();
+      moved.sealed.push_back(std::make_shared<SealedRun>(std::span<const std::byte>(buffer.get(), size), buffer, false,
+                                                         std::move(checked)));
+    } else {
+      moved.add_run(n, {buffer.get(), size}, buffer);
+    }
+  }
+  return moved;
 }
 
 void name_unknown_tokens(std::span<int32_t> ids, const std::string& rows_digest) {

@@ -129,8 +129,9 @@ mx::array DenseKvCache::append_part(size_t tensor, const mx::array& rows) {
 std::pair<mx::array, mx::array> DenseKvCache::update_and_fetch(int layer, const mx::array& k, const mx::array& v) {
   make_tensors();
   const size_t parts = layout_.tensors.front().dtype == KvDtype::kU32 ? 3 : 1;
-  mx::array keys = append(2 * size_t(layer) * parts, k);
-  mx::array values = append((2 * size_t(layer) + 1) * parts, v);
+  const size_t first = layout_.first_of(layer, 2 * parts);
+  mx::array keys = append(first, k);
+  mx::array values = append(first + parts, v);
   return {std::move(keys), std::move(values)};
 }
 

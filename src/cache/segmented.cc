@@ -22,8 +22,11 @@ KvBuffer SegmentedKvCache::buffer_of(const std::shared_ptr<const SealedRun>& run
   return {const_cast<std::byte*>(run->bytes().data()), run->bytes().size(), run, run->mapped()};
 }
 
-void SegmentedKvCache::copy_rows(const std::byte* from, int from_tokens, std::byte* to, int to_tokens, int n) const {
+void SegmentedKvCache::copy_rows(const std::byte* from, size_t size, int from_tokens, std::byte* to, int to_tokens,
+                                 int n) const {
+  const std::byte* const end = from + size;
   for (const KvTensorSpec& tensor : layout_.tensors) {
+    if (from == end) return;
     const size_t row = size_t(tensor.dim) * kv_dtype_size(tensor.dtype);
     for (int head = 0; head < tensor.n_kv_heads; ++head) {
       std::memcpy(to + size_t(head) * to_tokens * row, from + size_t(head) * from_tokens * row, size_t(n) * row);
@@ -43,7 +46,7 @@ std::unique_ptr<SegmentedKvCache> SegmentedKvCache::restore(const KvSnapshot& sn
     cache->runs_.push_back({tail.run.get(), tail.bytes.size(), tail.run});
   } else if (tail.n_tokens > 0) {
     KvBuffer buffer = cache->new_run();
-    cache->copy_rows(tail.bytes.data(), tail.n_tokens, buffer.data, kSegmentTokens, tail.n_tokens);
+    cache->copy_rows(tail.bytes.data(), tail.bytes.size(), tail.n_tokens, buffer.data, kSegmentTokens, tail.n_tokens);
     cache->runs_.push_back(std::move(buffer));
   }
   return cache;
@@ -102,7 +105,7 @@ void SegmentedKvCache::advance(int n) {
 
 void SegmentedKvCache::own_run(int i, int open) {
   KvBuffer buffer = new_run();
-  copy_rows(runs_[size_t(i)].data, kSegmentTokens, buffer.data, kSegmentTokens, open);
+  copy_rows(runs_[size_t(i)].data, runs_[size_t(i)].size, kSegmentTokens, buffer.data, kSegmentTokens, open);
   runs_[size_t(i)] = std::move(buffer);
 }
 
@@ -166,11 +169,12 @@ size_t SegmentedKvCache::attended_bytes(size_t i, int length) const {
 }
 
 KvCache::HeldBuffer SegmentedKvCache::buffer(size_t i) const {
-  return {runs_[i].data, runs_[i].mapped ? attended_bytes(i, length_) : run_bytes(), runs_[i].mapped};
+  return {runs_[i].data, runs_[i].mapped ? attended_bytes(i, length_) : runs_[i].size, runs_[i].mapped};
 }
 
 void SegmentedKvCache::replace_run(int i, std::shared_ptr<const SealedRun> run) {
-  if (i < 0 || size_t(i) >= sealed_.size() || run->bytes().size() != run_bytes()) {
+  const size_t size = run->bytes().size();
+  if (i < 0 || size_t(i) >= sealed_.size() || (size != run_bytes() && size != layout_.together_bytes())) {
     throw Error(ErrorCode::kInternal,
                 "Run " + std::to_string(i) + " of a KV cache can't be replaced: it is not sealed.");
   }
@@ -190,7 +194,7 @@ KvSnapshot SegmentedKvCache::snapshot(const Identity& identity, bool copy_tail) 
   } else if (open > 0) {
     const size_t size = layout_.offset(layout_.tensors.size(), open);
     const std::shared_ptr<std::byte> tail = allocate_heap_buffer(size);
-    copy_rows(runs_[sealed_.size()].data, kSegmentTokens, tail.get(), open, open);
+    copy_rows(runs_[sealed_.size()].data, run_bytes(), kSegmentTokens, tail.get(), open, open);
     snapshot.tail = {open, {tail.get(), size}, tail};
   }
   snapshot.validate();
@@ -202,7 +206,7 @@ CacheValidation SegmentedKvCache::validate_buffers() const {
     return {false, std::to_string(runs_.size()) + " segments can't hold " + std::to_string(length_) + " tokens"};
   }
   for (size_t i = 0; i < runs_.size(); ++i) {
-    if (runs_[i].size != run_bytes()) {
+    if (runs_[i].size != run_bytes() && (i >= sealed_.size() || runs_[i].size != layout_.together_bytes())) {
       return {false, "segment " + std::to_string(i) + " has " + std::to_string(runs_[i].size) +
                          " bytes, its layout needs " + std::to_string(run_bytes())};
     }

@@ -38,13 +38,15 @@ class SegmentedKvCache : public KvCache {
   /// Whether a clone holds the open run too.
   bool open_shared() const;
   CacheValidation validate_buffers() const override;
+  /// Of a sealed run that no window kept apart sees it may be layout_.together_bytes() instead.
   size_t run_bytes() const { return layout_.offset(layout_.tensors.size(), kSegmentTokens); }
   KvBuffer new_run() const;
   static KvBuffer buffer_of(const std::shared_ptr<const SealedRun>& run);
   /// Bytes of run `i` that can still be attended when `length` tokens are held.
   size_t attended_bytes(size_t i, int length) const;
-  /// Copies the first `n` rows of every tensor between a run of `from_tokens` and one of `to_tokens` capacity.
-  void copy_rows(const std::byte* from, int from_tokens, std::byte* to, int to_tokens, int n) const;
+  /// Copies the first `n` rows of every tensor between a run of `from_tokens` and one of `to_tokens` capacity. `size`:
+  /// the bytes of the former, which may lack tensors that are kept apart.
+  void copy_rows(const std::byte* from, size_t size, int from_tokens, std::byte* to, int to_tokens, int n) const;
 
   /// Gives the open run a buffer of our own, of which the first `open` rows are copied from run `i`.
   void own_run(int i, int open);

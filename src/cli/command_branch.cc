@@ -72,6 +72,9 @@ std::vector<int32_t> other_side(const WhyOptions& options, const Store& store, c
   return encode_conversation(phrasing, messages_from_json(prompt));
 }
 
+/// What an agent lacks from where it can't go on.
+std::string missing_of(const AgentInfo& info) { return info.window > 0 ? "no window file" : "no state"; }
+
 int why(const WhyOptions& options, const std::filesystem::path& root) {
   if (options.other.empty() && options.prompt_file.empty()) throw UsageError("OTHER or --prompt-file is required");
   const auto store = open_store_of(root, options.id);
@@ -82,7 +85,8 @@ int why(const WhyOptions& options, const std::filesystem::path& root) {
   require_known(held, options.id);
   const Divergence found = find_divergence(ids, held);
   const int64_t common = found.common, sealed = common / kSegmentTokens * kSegmentTokens;
-  const int64_t resumable = resumable_tokens(store->agent_info(options.id), common);
+  const AgentInfo info = store->agent_info(options.id);
+  const int64_t resumable = resumable_tokens(info, common);
   const bool diverges = common < found.prompt && common < found.held;
   const Json before = text_of(*tokenizer, ids, common - kNeighbours, common);
   const Json in_prompt = side_json(*tokenizer, ids, common), in_agent = side_json(*tokenizer, held, common);
@@ -98,7 +102,7 @@ int why(const WhyOptions& options, const std::filesystem::path& root) {
                      std::to_string(found.held) + "; equal: the first " + std::to_string(common) + " (" +
                      std::to_string(sealed) + " in whole segments)\n";
   if (resumable < common) {
-    text += "no state between " + std::to_string(resumable) + " and " + std::to_string(common) + ": " +
+    text += missing_of(info) + " between " + std::to_string(resumable) + " and " + std::to_string(common) + ": " +
             std::to_string(common - resumable) + " of these tokens are computed again\n";
   }
   if (diverges) {
@@ -133,14 +137,14 @@ void tell(const BranchOptions& options, const std::string& line, const Json& obj
   }
 }
 
-/// Of the agent's tokens, those that its next turn computes again for want of a state of its recurrent layers, and a
-/// sentence on them.
+/// Of the agent's tokens, those that its next turn computes again for want of a state of its recurrent layers, or of
+/// rows that windows see, and a sentence on them.
 std::pair<int64_t, std::string> again(const Store& store, const std::string& id) {
   const AgentInfo info = store.agent_info(id);
   const int64_t from = resumable_tokens(info, info.cache_size), n = info.cache_size - from;
   if (n == 0) return {0, ""};
-  return {n, "; its next turn computes " + std::to_string(n) + " of them again, for there is no state between " +
-                 std::to_string(from) + " and " + std::to_string(info.cache_size)};
+  return {n, "; its next turn computes " + std::to_string(n) + " of them again, for there is " + missing_of(info) +
+                 " between " + std::to_string(from) + " and " + std::to_string(info.cache_size)};
 }
 
 void fork(Store& store, const BranchOptions& o, std::optional<int64_t> at) {

@@ -2,6 +2,7 @@
 
 #include "torpor/exchange.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "base/env.h"
@@ -110,7 +111,7 @@ PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheMode
     opened.handle.read_at(std::as_writable_bytes(std::span(&value, 1)), opened.header.data_start + tensor.begin);
     return value;
   }, file_name);
-  const KvLayout plain = model.kv_layout(file.format.dtype);
+  const KvLayout plain = by_layers(model.kv_layout(file.format.dtype));
   check_model(file, plain, model, file_name);
 
   PromptCache read;
@@ -120,7 +121,7 @@ PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheMode
   snapshot.identity.kv = file.format.name();
   snapshot.conversation = model.conversation;
   snapshot.lineage.ranges = {{0, "mlx-lm"}};  // whatever computed them
-  snapshot.layout = model.kv_layout(file.format);
+  snapshot.layout = by_layers(model.kv_layout(file.format));
   snapshot.tokens.resize(size_t(file.n_tokens));
   const std::vector<std::shared_ptr<std::byte>> buffers = allocate_runs(snapshot);
   if (read.shortest_cut > 0) {
@@ -144,6 +145,9 @@ PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheMode
     name_unknown_tokens(std::span(snapshot.tokens).subspan(i * kSegmentTokens, size_t(snapshot.run_tokens(i))),
                         hash_hex(snapshot.run_bytes(i)));
   }
+  if (const KvLayout own = model.kv_layout(file.format); own != snapshot.layout) {
+    snapshot = in_layout(snapshot, own).value();
+  }
   return read;
 }
 
@@ -153,6 +157,7 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
   const auto directory = export_directory(store.env(), store.root(), path);
   LoadedAgent loaded = store.load_agent_cache(id, {.map_rows = true});
   KvSnapshot& snapshot = loaded.snapshot;
+  bool lacks_rows = false;
   const auto n_tokens = int64_t(snapshot.tokens.size());
   if (n_tokens == 0) {
     throw Error(ErrorCode::kInvalidArgument,
@@ -162,6 +167,11 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
     throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' has recurrent layers, whose state Torpor writes to no "
                                           "prompt-cache file; export it as Torpor's own.")
         .with_agent(id);
+  }
+  const bool rotating = rotates_windows(snapshot.identity.architecture);
+  if (snapshot.layout.has_apart()) {
+    for (size_t i = 0; i < snapshot.sealed.size(); ++i) lacks_rows = lacks_rows || !snapshot.has_window_rows(i);
+    snapshot = in_layout(snapshot, by_layers(snapshot.layout)).value();
   }
   const auto format = KvFormat::parse(snapshot.identity.kv);
   if (!format || !is_of_engine(snapshot.layout, *format) || !snapshot.state.empty()) {
@@ -181,7 +191,15 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
     snapshot = float_rows(snapshot, *format, needs_model ? restore_of(loaded.info) : nullptr);
   }
   const auto& tensors = snapshot.layout.tensors;
-  const bool rotating = rotates_windows(snapshot.identity.architecture);
+  const auto is_whole = [&](const KvTensorSpec& tensor) {
+    return tensor.window > 0 && !rotates(tensor, snapshot.layout, rotating);
+  };
+  if (lacks_rows && std::ranges::any_of(tensors, is_whole)) {
+    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' keeps rows of sliding windows for its checkpoints "
+                                          "alone, and mlx-lm's cache for these layers would hold all rows; export it "
+                                          "as Torpor's own.")
+        .with_agent(id);
+  }
   const PromptCacheFrame frame = frame_prompt_cache(snapshot, loaded.info.model, rotating, dialect);
   std::vector<std::span<const std::byte>> pieces = {as_bytes_of(frame.header)};
   for (size_t t = 0; t < tensors.size(); ++t) {

@@ -249,6 +249,19 @@ class Reader {
 
 }  // namespace
 
+KvLayout by_layers(KvLayout layout) {
+  if (!layout.has_apart()) return layout;
+  const auto layer_of = [](const KvTensorSpec& tensor) {
+    int layer = 0;
+    const size_t at = std::min(tensor.name.size(), std::string_view("layer_").size());
+    std::from_chars(tensor.name.data() + at, tensor.name.data() + tensor.name.size(), layer);
+    return layer;
+  };
+  for (KvTensorSpec& tensor : layout.tensors) tensor.apart = false;
+  std::ranges::stable_sort(layout.tensors, {}, layer_of);
+  return layout;
+}
+
 bool is_prompt_cache(const SafetensorsHeader& header) { return header.metadata_value(kDialectMark) != nullptr; }
 
 PromptCacheFile parse_prompt_cache(const SafetensorsHeader& header, const ReadScalar& read_scalar,

@@ -63,4 +63,7 @@ int64_t first_kept(const KvTensorSpec& tensor, const KvSnapshot& snapshot, bool 
 /// restored where `restore` is set. The layout must be the engine's for `format`.
 KvSnapshot float_rows(const KvSnapshot& snapshot, const KvFormat& format, const RestoreAgentKeys& restore);
 
+/// A layout's tensors in the order of the model's layers, none of them kept apart: as a prompt cache has them.
+KvLayout by_layers(KvLayout layout);
+
 }  // namespace torpor

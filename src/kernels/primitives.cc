@@ -382,7 +382,7 @@ mx::array attention(mx::array qkv, std::shared_ptr<const AttentionSpec> spec, st
   const auto scale_bytes = [&](size_t elements) {
     return quantized ? elements / size_t(spec->kv_group) * element_size : 0;
   };
-  for (const SequenceRuns& s : sequences) {
+  for (SequenceRuns& s : sequences) {
     if (s.row < 0 || s.n < 0 || s.position < 0 || s.n > qkv.shape(0) - s.row) {
       invalid("attention: a sequence lies outside the input's " + std::to_string(qkv.shape(0)) + " rows.");
     }
@@ -392,10 +392,13 @@ mx::array attention(mx::array qkv, std::shared_ptr<const AttentionSpec> spec, st
                                  s.value_offset + row_bytes(values, spec->kv_bits.values),
                                  std::max(s.key_scale_offset, s.key_bias_offset) + scale_bytes(keys),
                                  std::max(s.value_scale_offset, s.value_bias_offset) + scale_bytes(values)});
-    for (const KvBuffer& run : s.runs) {
-      if (run.data != nullptr && run.size < end) {
+    for (size_t i = 0; i < s.runs.size(); ++i) {
+      KvBuffer& run = s.runs[i];
+      if (run.data == nullptr || run.size >= end) continue;
+      if (spec->window == 0 || int64_t(i + 1) * kSegmentTokens > int64_t(s.position) - spec->window) {
         invalid("attention: a run of " + std::to_string(run.size) + " bytes is too small for its layer.");
       }
+      run.data = nullptr;
     }
   }
   const mx::Shape shape{qkv.shape(0), spec->n_heads * (latent > 0 ? latent : width)};

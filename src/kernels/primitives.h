@@ -35,7 +35,7 @@ mx::array recurrent(const mx::array& given, std::shared_ptr<const Recurrent> w,
 mx::array gate(const mx::array& x, const mx::array& gates);                                            // [M, K]
 
 /// One agent's part of a batch; `runs` are buffers of the layout's size for kSegmentTokens tokens, kept alive by the node.
-/// One that a window has left behind may be empty.
+/// One that a window has left behind may be empty, or end before this layer.
 struct SequenceRuns {
   int row = 0, n = 0, position = 0;
   std::vector<KvBuffer> runs;

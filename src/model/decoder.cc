@@ -90,6 +90,23 @@ Identity identity_of(const Checkpoint& checkpoint) {
   return identity;
 }
 
+namespace {
+
+/// Rows of windows this long are kept apart. Those of shorter ones are few, and any boundary can be rewound to.
+constexpr int kLeastWindowApart = 1024;
+
+/// Keeps the tensors of long windows apart, where others are left and no recurrent layer has states. That depends on
+/// the model alone, so a prefix has the same names whoever wrote it.
+void keep_windows_apart(KvLayout& layout, const ModelConfig& config) {
+  if (std::ranges::any_of(config.layers, [](const LayerSpec& layer) { return layer.recurrent.has_value(); })) return;
+  const auto is_long = [](const KvTensorSpec& tensor) { return tensor.window >= kLeastWindowApart; };
+  if (std::ranges::all_of(layout.tensors, is_long)) return;
+  for (KvTensorSpec& tensor : layout.tensors) tensor.apart = is_long(tensor);
+  std::ranges::stable_partition(layout.tensors, [](const KvTensorSpec& tensor) { return !tensor.apart; });
+}
+
+}  // namespace
+
 KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
   if (!KvFormat::parse(format.name())) {
     throw Error(ErrorCode::kInvalidArgument, "There is no KV format '" + format.name() +
@@ -127,6 +144,7 @@ KvLayout kv_layout_of(const ModelConfig& config, const KvFormat& format) {
     add_rows("keys", attention.key_dim, format.bits.keys);
     add_rows("values", attention.value_dim, format.bits.values);
   }
+  keep_windows_apart(layout, config);
   return layout;
 }
 

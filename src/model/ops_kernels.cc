@@ -205,9 +205,9 @@ class KernelOps final : public Ops {
   }
   mx::array attention(const mx::array& x, const Weight& weight, int layer, Batch& batch) override {
     // A layer's keys and its values are one tensor each, or words, scales and biases.
-    const size_t parts = batch.kv_format.quantized() ? 3 : 1;
+    const size_t parts = batch.kv_format.quantized() ? 3 : 1, first = batch.kv_layout->first_of(layer, 2 * parts);
     const auto offset = [&](size_t which, size_t part) {
-      return batch.kv_layout->offset((2 * size_t(layer) + which) * parts + part, kSegmentTokens);
+      return batch.kv_layout->offset(first + which * parts + part, kSegmentTokens);
     };
     kernels::SequenceRuns at{.key_offset = offset(0, 0), .value_offset = offset(1, 0)};
     if (parts == 3) {

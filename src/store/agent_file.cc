@@ -16,7 +16,7 @@ namespace {
 constexpr std::string_view kIdentityPrefix = "identity.", kUserPrefix = "user.", kRecordPrefix = "torpor.";
 constexpr std::string_view kOldInt8Suffix = "+int8";
 constexpr const char* kOldNames = "1";
-constexpr std::string_view kStatesKey = "states";  // of the record
+constexpr std::string_view kStatesKey = "states", kBareTailKey = "bare_tail";  // of the record
 
 bool parse_number(std::string_view text, int64_t& out) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), out);
@@ -135,6 +135,12 @@ void take_fields(AgentFile& agent, const std::string& file_name) {
 
 void take_states(AgentFile& agent, const std::string& file_name) {
   AgentInfo& info = agent.info;
+  info.window = window_apart(agent.file.layout);
+  const auto bare = std::ranges::find(info.record, kBareTailKey, &RecordMetadata::value_type::first);
+  if (bare != info.record.end()) {
+    info.bare_tail = true;
+    info.record.erase(bare);
+  }
   const auto entry = std::ranges::find(info.record, kStatesKey, &RecordMetadata::value_type::first);
   if (entry == info.record.end()) return;
   const bool in_export = agent.file.kind == "export";
@@ -301,9 +307,18 @@ Metadata agent_metadata(const AgentFile& file) {
   };
   RecordMetadata record = info.record;
   if (info.states) record.emplace_back(kStatesKey, encode_states(*info.states));
+  if (info.bare_tail) record.emplace_back(kBareTailKey, "true");
   add(kRecordPrefix, record);
   add(kUserPrefix, info.user);
   return metadata;
+}
+
+int window_apart(const KvLayout& layout) {
+  int widest = 0;
+  for (size_t t = layout.n_together(); t < layout.tensors.size(); ++t) {
+    widest = std::max(widest, layout.tensors[t].window);
+  }
+  return widest;
 }
 
 std::vector<std::string> state_names(const AgentInfo& info) {

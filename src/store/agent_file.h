@@ -57,6 +57,9 @@ inline std::span<const StateRef> states_of(const AgentInfo& info) {
   return info.states ? std::span<const StateRef>(*info.states) : std::span<const StateRef>();
 }
 
+/// AgentInfo::window.
+int window_apart(const KvLayout& layout);
+
 /// Names of their files.
 std::vector<std::string> state_names(const AgentInfo& info);
 

@@ -3,19 +3,46 @@
 #include <algorithm>
 
 #include "store/run_loader.h"
+#include "store/states.h"
 #include "store/writing.h"
 
 namespace torpor {
 namespace {
 
-/// The first `n` rows of a segment.
-KvTail first_rows(const OpenedSegment& segment, int n) {
+/// The first `n` rows of a segment. `window`: the file of those that are kept apart, which are 0 where there is none.
+KvTail first_rows(const OpenedSegment& segment, const OpenedState* window, int n) {
   const KvLayout& layout = segment.segment.file.layout;
-  const size_t read_size = size_t(segment.segment.file.rows_bytes()), size = layout.offset(layout.tensors.size(), n);
+  const size_t read_size = layout.offset(layout.tensors.size(), kSegmentTokens),
+               size = layout.offset(layout.tensors.size(), n);
   const auto read = allocate_heap_buffer(read_size), rows = allocate_heap_buffer(size);
-  read_rows(segment.handle, segment.segment.file, {}, {read.get(), read_size});
+  const std::span<std::byte> all(read.get(), read_size);
+  read_rows(segment.handle, segment.segment.file, {}, all.first(size_t(segment.segment.file.rows_bytes())));
+  const auto apart = all.subspan(layout.together_bytes());
+  if (window != nullptr) {
+    read_state_bytes(window->handle, window->state.file, apart);
+  } else {
+    std::ranges::fill(apart, std::byte(0));
+  }
   copy_rows(layout, {read.get(), kSegmentTokens, 0}, {rows.get(), n, 0}, n);
   return {.n_tokens = n, .bytes = {rows.get(), size}, .owner = rows};
+}
+
+/// The file of an agent's rows kept apart that ends at `position`. nullopt where there is none, or it is damaged: those
+/// rows are computed again.
+std::optional<OpenedState> open_window(Store::Impl& store, const KvLayout& layout, const AgentInfo& info,
+                                       std::span<const int32_t> ids, int64_t position) {
+  const auto ref = std::ranges::find(states_of(info), position, &StateRef::position);
+  if (!layout.has_apart() || ref == states_of(info).end()) return std::nullopt;
+  try {
+    OpenedState window =
+        open_state(store.states, StateChain(info.identity, info.lineage, layout, info.segments, ids), *ref);
+    if (window.state.layout != window_rows(layout)) return std::nullopt;
+    read_state(window, *ref, allocate_heap_buffer);
+    return window;
+  } catch (const Error& error) {
+    if (!is_damage(error)) throw;
+    return std::nullopt;
+  }
 }
 
 /// What of `files` an agent of `n_tokens` still consists of, `sealed` of them in segments. `messages`: all of its.
@@ -122,12 +149,16 @@ std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, 
   }
   std::vector<OwnFile> kept;
   if (file.version == kFormatVersion) kept = keep_files(files, sealed, n, own.messages);
+  if (n == sealed) info.bare_tail = false;
   // Rows that no file keeps: of a segment that the cut falls into, else of the files that are merged.
   if (n > sealed && sealed < all_sealed) {
     const SegmentChain chain(info.identity, opened.agent.info.lineage, file.layout, all_segments, own.ids);
     const size_t i = size_t(sealed / kSegmentTokens);
     SegmentHeaders headers;
-    agent.tail = first_rows(open_segment(store.segments, all_segments[i], chain.place(i), headers), int(n - sealed));
+    const auto window = open_window(store, file.layout, opened.agent.info, own.ids, sealed + kSegmentTokens);
+    info.bare_tail = file.layout.has_apart() && !window;
+    agent.tail = first_rows(open_segment(store.segments, all_segments[i], chain.place(i), headers),
+                            window ? &*window : nullptr, int(n - sealed));
   } else if (n > sealed && rows_to_write(kept, agent) > 0) {
     agent.tail = read_own_state(files, file.layout, {.sealed = all_sealed, .length = n}).tail;
     if (agent.tail.n_tokens != n - sealed) {

@@ -54,10 +54,19 @@ void export_agent(Store::Impl& store, const std::string& id, const std::filesyst
 
   std::vector<std::string> checksums;
   std::vector<std::span<const std::byte>> pieces(1);
+  size_t longest = 0;
+  for (const KvTensorSpec& tensor : snapshot.layout.tensors) {
+    longest = std::max(longest, tensor.apart ? tensor.bytes_per_token() * kSegmentTokens : 0);
+  }
+  const std::vector<std::byte> zeros(longest);
   for (size_t t = 0; t < snapshot.layout.tensors.size() && n_tokens > 0; ++t) {
     Hasher hasher;
     for_each_piece(snapshot.layout, n_tokens, t, 0, n_tokens, [&](const Piece& piece) {
-      pieces.push_back(snapshot.run_bytes(piece.run).subspan(piece.offset, piece.size));
+      const bool has = !snapshot.layout.tensors[t].apart || piece.run >= snapshot.sealed.size() ||
+                       snapshot.has_window_rows(piece.run);
+      // What no window sees of rows that are kept apart is not there.
+      pieces.push_back(has ? snapshot.run_bytes(piece.run).subspan(piece.offset, piece.size)
+                           : std::span<const std::byte>(zeros).first(piece.size));
       hasher.update(pieces.back());
     });
     checksums.push_back(hasher.hex());
@@ -79,6 +88,7 @@ void export_agent(Store::Impl& store, const std::string& id, const std::filesyst
   info.segments.clear();
   info.state_bytes = 0;
   if (info.states) info.states->clear();
+  if (snapshot.layout.has_apart()) info.states.reset();  // of windows the file has what the last token's see
   if (!snapshot.states.empty()) info.states = {{n_tokens, ""}};  // the last one alone: it is in the file
   info.lineage.salt.clear();  // whose it was is nobody else's business
   if (!as.empty()) info.agent_id = as;

@@ -176,22 +176,30 @@ LoadedAgent load(Store::Impl& store, const std::string& id, const LoadOptions& o
                                  loaded.tokens);
     std::optional<RunLoader> loader;
     bool again = false;
+    const bool apart = snapshot.layout.has_apart();
+    if (agent.info.bare_tail) held = std::min(held, sealed);
     for (;;) {
-      if (agent.info.states) {
+      if (apart) {
+        held = resumable_by_files(snapshot.layout, states_of(agent.info), own_options.sealed, held);
+      } else if (agent.info.states) {
         held = load_last_state(store, state_chain, *agent.info.states, held, options, snapshot, replaced, damaged);
         if (held < 0) again = true;
       }
       if (again) break;
-      loader.emplace(store, snapshot.layout, chain, options);
+      loader.emplace(store, snapshot.layout, chain, options, states_of(agent.info), &state_chain);
       // Everything but the rows, before a byte is allocated for them.
       loader->open(held, /*share_held=*/sink == nullptr);
       if (loader->missing() && replaced()) again = true;
       if (again || sink != nullptr) break;
       if (loader->complete() || options.salvage) loader->read();
       if (loader->complete()) break;
+      if (loader->missing() && replaced()) {
+        again = true;
+        break;
+      }
       damaged(loader->problem());
-      if (!agent.info.states) break;
-      held = loader->usable_tokens();  // rows that end behind a state are of no use
+      if (!apart && !agent.info.states) break;
+      held = loader->usable_tokens();  // rows that end behind a state, or lack some that windows see, are of no use
     }
     if (again) continue;
     try {

@@ -64,7 +64,12 @@ int64_t find_prefix(Store::Impl& store, const Identity& identity, const Lineage&
                     std::span<const int32_t> tokens, const StatesSought* states) {
   const auto segments = find_segments(store, identity, lineage, layout, tokens);
   if (states == nullptr) return int64_t(segments.size()) * kSegmentTokens;
-  const auto found = find_states(store, StateChain(identity, lineage, layout, segments, tokens), *states);
+  const StateChain chain(identity, lineage, layout, segments, tokens);
+  if (layout.has_apart()) {
+    return resumable_by_files(layout, find_windows(store, chain, layout), chain.segment_tokens(),
+                              chain.segment_tokens());
+  }
+  const auto found = find_states(store, chain, *states);
   return found.empty() ? 0 : found.front().position;
 }
 
@@ -75,12 +80,16 @@ LoadedPrefix load_prefix(Store::Impl& store, const Identity& identity, const Lin
   loaded.segments = find_segments(store, identity, lineage, layout, tokens);
   loaded.rows = int64_t(loaded.segments.size()) * kSegmentTokens;
   const SegmentChain chain(identity, lineage, layout, loaded.segments, tokens);
+  const StateChain states(identity, lineage, layout, loaded.segments, tokens);
+  const bool apart = layout.has_apart();
+  if (apart) loaded.windows = find_windows(store, states, layout);
   std::optional<RunLoader> loader;
   for (int64_t held = loaded.rows;;) {
     snapshot.states.clear();
     snapshot.state_layout = {};
-    if (options.states != nullptr) {
-      const StateChain states(identity, lineage, layout, loaded.segments, tokens);
+    if (apart) {
+      held = resumable_by_files(layout, loaded.windows, loaded.rows, held);
+    } else if (options.states != nullptr) {
       const auto found = find_states(store, states, *options.states);
       const auto usable = std::ranges::find_if(found, [&](const StateRef& ref) {
         if (ref.position > held) return false;
@@ -94,10 +103,10 @@ LoadedPrefix load_prefix(Store::Impl& store, const Identity& identity, const Lin
       });
       held = usable != found.end() ? usable->position : 0;
     }
-    loader.emplace(store, layout, chain, options);
+    loader.emplace(store, layout, chain, options, loaded.windows, &states);
     loader->open(held, /*share_held=*/true);
     loader->read();
-    if (options.states == nullptr || loader->complete()) break;
+    if ((!apart && options.states == nullptr) || loader->complete()) break;
     held = loader->usable_tokens();
   }
   const auto n = size_t(loader->usable_tokens());
@@ -107,6 +116,9 @@ LoadedPrefix load_prefix(Store::Impl& store, const Identity& identity, const Lin
   snapshot.tokens.assign(tokens.begin(), tokens.begin() + ptrdiff_t(n));
   loader->take(snapshot);
   loaded.segments.resize(n / kSegmentTokens);
+  std::erase_if(loaded.windows, [&](const StateRef& window) {
+    return !sees_window_rows(layout, window.position / kSegmentTokens - 1, int64_t(n));
+  });
   loaded.bytes_read = loader->bytes_read();
   for (const auto& state : snapshot.states) loaded.bytes_read += int64_t(state->bytes().size());
   return loaded;
@@ -139,6 +151,7 @@ SaveResult save_prefix(Store::Impl& store, const KvSnapshot& given, Durability d
   check_state_layout(snapshot.state_layout, snapshot.layout);
   Writing writing(store);
   SegmentWriter writer(store, snapshot, nullptr);
+  add_windows(store, snapshot, {});
   StateWriter states(store, snapshot, {});
   const auto names = [&] {
     std::vector<std::string> names = writer.names();
@@ -174,7 +187,13 @@ std::shared_ptr<const SealedRun> map_segment(Store::Impl& store, const std::stri
     const auto mapping = segment.content() == file->content ? handle.map(stat.size) : nullptr;
     if (mapping == nullptr) return nullptr;
     const std::span rows(mapping.get() + segment.file.header.data_start, size_t(segment.file.rows_bytes()));
-    const auto run = std::make_shared<const SealedRun>(rows, mapping, /*mapped=*/true);
+    const KvLayout& layout = segment.file.layout;
+    TensorMask checked;
+    if (layout.has_apart()) {
+      checked.assign(layout.tensors.size(), false);
+      std::fill_n(checked.begin(), layout.n_together(), true);
+    }
+    const auto run = std::make_shared<const SealedRun>(rows, mapping, /*mapped=*/true, std::move(checked));
     run->set_segment({name, segment.variant, file->content});
     store.known.add_run(run);
     return run;

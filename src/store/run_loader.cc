@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "base/large_pages.h"
+#include "store/states.h"
 
 namespace torpor {
 namespace {
@@ -20,9 +21,16 @@ bool is_damage(const Error& error) {
 }
 
 TensorMask RunLoader::wanted(size_t i, int64_t length) const {
-  if (!options_.window_rows_only) return TensorMask(layout_.tensors.size(), true);
   const int64_t first = int64_t(i) * kSegmentTokens;
-  return layout_.attended(first, std::min<int64_t>(kSegmentTokens, length - first), length);
+  TensorMask mask = layout_.attended(first, std::min<int64_t>(kSegmentTokens, length - first), length);
+  if (!options_.window_rows_only) std::fill_n(mask.begin(), layout_.n_together(), true);
+  // All or none: they are in one file.
+  if (has_apart(mask)) std::fill(mask.begin() + ptrdiff_t(layout_.n_together()), mask.end(), true);
+  return mask;
+}
+
+bool RunLoader::has_apart(const TensorMask& tensors) const {
+  return std::find(tensors.begin() + ptrdiff_t(layout_.n_together()), tensors.end(), true) != tensors.end();
 }
 
 size_t RunLoader::usable() const {
@@ -98,13 +106,16 @@ void RunLoader::with_file(size_t i, Fn fn) {
   }
 }
 
-void RunLoader::place_rows(size_t i) {
+void RunLoader::place_rows(size_t i, const TensorMask& todo) {
   Run& run = runs_[i];
   const TorporFile& file = file_of(i);
-  const size_t size = size_t(file.rows_bytes());
+  // Rows of two files in one piece of memory can't be mapped.
+  const bool apart = has_apart(todo);
+  const size_t size = apart ? layout_.offset(layout_.tensors.size(), kSegmentTokens) : size_t(file.rows_bytes());
   run.placed = true;
+  run.mapped = false;
   run.checked.assign(layout_.tensors.size(), false);
-  if (options_.map_rows) {
+  if (options_.map_rows && !apart) {
     with_file(i, [&](const File& handle) {
       // Another file under that name may be shorter: it is read, and found out.
       if (!keep_open_ && handle.stat() != run.stat) return;
@@ -126,21 +137,55 @@ void RunLoader::place_rows(size_t i) {
 void RunLoader::read_run(size_t i, const TensorMask& todo) {
   Run& run = runs_[i];
   const TorporFile& file = file_of(i);
+  const size_t together = layout_.n_together();
   try {
     if (run.mapped) {
       check_mapped_rows(run.rows, file, todo, store_.segments.path(chain_.names[i]).string());
     } else {
       with_file(i, [&](const File& handle) { read_rows(handle, file, todo, run.writable); });
     }
+    if (has_apart(todo)) read_window(i);
   } catch (const Error& error) {
     if (!is_damage(error)) throw;
+    run.missing = error.code() == ErrorCode::kNotFound;
     run.problem = error.what();
     return;
   }
   bytes_read_ += int64_t(file.rows_bytes(todo));
   for (size_t t = 0; t < todo.size(); ++t) run.checked[t] = run.checked[t] || todo[t];
   const SegmentFile& segment = run.opened->segment;
-  store_.known.add_file(chain_.names[i], {run.stat, segment.content(), segment.last(), covers(run.checked, {})});
+  const bool whole = covers({run.checked.begin(), run.checked.begin() + ptrdiff_t(together)}, {});
+  store_.known.add_file(chain_.names[i], {run.stat, segment.content(), segment.last(), whole});
+}
+
+void RunLoader::read_window(size_t i) {
+  const int64_t position = int64_t(i + 1) * kSegmentTokens;
+  const auto ref = std::ranges::find(windows_, position, &StateRef::position);
+  const StateLayout rows = window_rows(layout_);
+  const std::span<std::byte> place = runs_[i].writable.subspan(layout_.together_bytes());
+  const auto buffer = std::const_pointer_cast<void>(runs_[i].owner);
+  if (ref == windows_.end()) {
+    throw Error(ErrorCode::kNotFound, "No file holds the window rows of the run that ends at token " +
+                                          std::to_string(position) + "; wake the agent with salvage.");
+  }
+  StateLayout found;
+  try {
+    load_state(store_, *state_chain_, *ref,
+               [&](size_t size) {
+                 if (size == place.size()) return std::shared_ptr<std::byte>(buffer, place.data());
+                 throw Error(ErrorCode::kCorruption, "'" + store_.states.path(ref->file).string() +
+                                                         "' is damaged: it is not of the agent's layout.");
+               },
+               found);
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kNotFound) throw;
+    throw Error(ErrorCode::kNotFound, missing_state(store_, *ref));
+  }
+  if (found != rows) {
+    throw Error(ErrorCode::kCorruption, "'" + store_.states.path(ref->file).string() +
+                                            "' is damaged: it is not of the agent's layout.");
+  }
+  bytes_read_ += int64_t(rows.bytes());
 }
 
 void RunLoader::seal(size_t i) {
@@ -169,7 +214,9 @@ void RunLoader::read() {
         open_segment_file(i);
       }
       if (!runs_[i].problem.empty()) break;
-      if (!runs_[i].placed) place_rows(i);
+      // Rows that are kept apart need room that a run placed without them has not.
+      const bool cramped = has_apart(todo[i]) && runs_[i].rows.size() < layout_.offset(todo[i].size(), kSegmentTokens);
+      if (!runs_[i].placed || cramped) place_rows(i, todo[i]);
       for (size_t t = 0; t < todo[i].size(); ++t) todo[i][t] = todo[i][t] && !runs_[i].checked[t];
       total_bytes += size_t(file_of(i).rows_bytes(todo[i]));
       work.push_back(i);
@@ -177,6 +224,8 @@ void RunLoader::read() {
     if (work.empty() && this->length() == length) break;
     parallel_for(work.size(), std::min(reader_threads(), 1 + (total_bytes >> 20)),
                  [&](size_t i) { read_run(work[i], todo[work[i]]); });
+    // A shorter prefix sees rows that no file may have: the caller finds one that can be had.
+    if (layout_.has_apart() && !complete()) return;
   }
   for (size_t i = 0; i < usable(); ++i) {
     if (runs_[i].sealed == nullptr) seal(i);
@@ -187,6 +236,10 @@ void RunLoader::read_into(RowSink& sink) {
   const size_t n_tensors = layout_.tensors.size();
   size_t bytes = 0;
   for (size_t i = 0; i < runs_.size(); ++i) bytes += size_t(file_of(i).rows_bytes());
+  if (layout_.has_apart()) {
+    throw Error(ErrorCode::kIncompatible, "The agent's rows of sliding windows are in files of their own, which are "
+                                          "read for an engine alone; wake it there.");
+  }
   const size_t threads = std::min(reader_threads(), 1 + (bytes >> 20));
   // Give each thread a contiguous range of tensors. Adjacent rows may share pages, and the thread that faults a page in
   // has it in its cache. Every thread gets the same number of ranges.

@@ -3,6 +3,7 @@
 /// them already.
 
 #include "store/segment_headers.h"
+#include "store/state_file.h"
 #include "store/store_impl.h"
 
 namespace torpor {
@@ -13,8 +14,11 @@ bool is_damage(const Error& error);
 class RunLoader {
  public:
   /// All must outlive the loader.
-  RunLoader(Store::Impl& store, const KvLayout& layout, const SegmentChain& chain, const LoadOptions& options)
-      : store_(store), layout_(layout), chain_(chain), options_(options) {}
+  /// `windows`: of a layout with tensors kept apart the files of their rows, each at the end of its run; `states` says
+  /// where they stand. Of other tensors than those the runs are had that `options` asks for.
+  RunLoader(Store::Impl& store, const KvLayout& layout, const SegmentChain& chain, const LoadOptions& options,
+            std::span<const StateRef> windows = {}, const StateChain* states = nullptr)
+      : store_(store), layout_(layout), chain_(chain), options_(options), windows_(windows), state_chain_(states) {}
 
   /// Opens the segments that the first `length` tokens are in, and checks all of them but the rows. With `share_held` runs that someone in this
   /// process holds are taken as they are.
@@ -61,7 +65,12 @@ class RunLoader {
   TensorMask wanted(size_t i, int64_t length) const;
   void open_segment_file(size_t i);
   bool take_held(size_t i);
-  void place_rows(size_t i);
+  /// `todo`: the tensors that are going to be read.
+  void place_rows(size_t i, const TensorMask& todo);
+  /// Whether any of these is kept apart.
+  bool has_apart(const TensorMask& tensors) const;
+  /// Reads the rows of run i that are kept apart, which `placed` has room for.
+  void read_window(size_t i);
   void read_run(size_t i, const TensorMask& todo);
   void seal(size_t i);
   /// fn(i, handle) with the run's file, which is opened again when it could not be kept open.
@@ -72,6 +81,8 @@ class RunLoader {
   const KvLayout& layout_;
   const SegmentChain& chain_;
   const LoadOptions& options_;
+  const std::span<const StateRef> windows_;
+  const StateChain* const state_chain_;
   SegmentHeaders headers_;
   std::vector<Run> runs_;
   int64_t length_ = 0;

@@ -24,6 +24,9 @@ void check_storable(const KvSnapshot& snapshot, const BorrowedRows* rows) {
   if (!snapshot.state.empty() && !snapshot.states.empty()) {
     throw Error(ErrorCode::kInvalidArgument, "The snapshot can't be stored: it has state of two kinds.");
   }
+  if (rows != nullptr && snapshot.layout.has_apart()) {
+    throw Error(ErrorCode::kInvalidArgument, "The snapshot can't be stored: borrowed rows are kept in segments alone.");
+  }
   if (rows != nullptr) {
     snapshot.validate(*rows);
   } else {
@@ -45,6 +48,7 @@ SaveResult write_agent(Store::Impl& store, const std::string& id, const KvSnapsh
   info.model = model;
   info.identity = snapshot.identity;
   info.lineage = snapshot.lineage;
+  info.window = window_apart(snapshot.layout);
   info.conversation = snapshot.conversation;
   info.record = notes.record;
   info.user = user;
@@ -108,7 +112,13 @@ SaveResult save(Store::Impl& store, const std::string& id, const KvSnapshot& sna
   check_agent_id(id);
   check_storable(snapshot, rows);
   std::vector<std::string> states_before;
-  SaveResult result = write_agent(store, id, snapshot, rows, model, user, durability, notes, states_before);
+  KvSnapshot with_windows;
+  if (snapshot.layout.has_apart()) {
+    with_windows = snapshot;
+    add_windows(store, with_windows, notes.states);
+  }
+  SaveResult result = write_agent(store, id, snapshot.layout.has_apart() ? with_windows : snapshot, rows, model, user,
+                                  durability, notes, states_before);
   drop_states(store, states_before, result.states);
   return result;
 }

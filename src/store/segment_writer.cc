@@ -9,6 +9,8 @@ namespace torpor {
 SegmentWriter::SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot, const BorrowedRows* rows)
     : store_(store),
       snapshot_(snapshot),
+      together_{{snapshot.layout.tensors.begin(),
+                 snapshot.layout.tensors.begin() + ptrdiff_t(snapshot.layout.n_together())}},
       borrowed_(rows),
       tokens_(snapshot.tokens),
       checksums_(snapshot.tokens.size() / kSegmentTokens) {
@@ -18,7 +20,7 @@ SegmentWriter::SegmentWriter(Store::Impl& store, const KvSnapshot& snapshot, con
 
 std::vector<std::span<const std::byte>> SegmentWriter::rows_of(size_t i) const {
   if (borrowed_ != nullptr) return borrowed_->runs[i].pieces;
-  return {snapshot_.sealed[i]->bytes()};
+  return {snapshot_.sealed[i]->bytes().first(snapshot_.layout.together_bytes())};
 }
 
 void SegmentWriter::name_unknown_tokens() {
@@ -28,7 +30,7 @@ void SegmentWriter::name_unknown_tokens() {
   }
   parallel_for(unknown.size(), reader_threads(), [&](size_t k) {
     const size_t i = unknown[k];
-    checksums_[i] = run_checksums(snapshot_.layout, kSegmentTokens, rows_of(i));
+    checksums_[i] = run_checksums(together_, kSegmentTokens, rows_of(i));
     torpor::name_unknown_tokens(std::span(tokens_).subspan(i * kSegmentTokens, kSegmentTokens),
                                 content_digest(checksums_[i]));
   });
@@ -37,7 +39,7 @@ void SegmentWriter::name_unknown_tokens() {
 void SegmentWriter::plan() {
   segments_.clear();
   const SegmentChain chain(snapshot_.identity, snapshot_.lineage, snapshot_.layout, {}, tokens_);
-  const size_t rows_size = snapshot_.layout.offset(snapshot_.layout.tensors.size(), kSegmentTokens);
+  const size_t rows_size = snapshot_.layout.together_bytes();
   std::string parent;
   for (size_t i = 0; i < checksums_.size(); ++i) {
     Planned& segment = segments_.emplace_back();
@@ -61,7 +63,7 @@ size_t SegmentWriter::header_size(const Planned& segment) {
   // Names and checksums are all of one length.
   size_t& size = header_sizes_[{segment.place.parent.size(), segment.variant.size()}];
   if (size == 0) {
-    const std::vector<std::string> checksums(snapshot_.layout.tensors.size(), std::string(32, '0'));
+    const std::vector<std::string> checksums(together_.tensors.size(), std::string(32, '0'));
     size = encode_segment_header(segment.place, segment.variant, snapshot_.layout, checksums).size();
   }
   return size;
@@ -106,7 +108,7 @@ bool SegmentWriter::take_hint(Planned& segment) {
   const bool plain = segment_name(segment.place, "") == name;
   if (!plain && segment_name(segment.place, file->content) != name) return false;
   // What is computed anew with other bits differs in the last tensor too, for that depends on all before it.
-  if (run_checksums(snapshot_.layout, kSegmentTokens, segment.rows, snapshot_.layout.tensors.size() - 1).front() !=
+  if (run_checksums(together_, kSegmentTokens, segment.rows, together_.tensors.size() - 1).front() !=
       file->last)
     return false;
   segment.name = name;
@@ -117,7 +119,7 @@ bool SegmentWriter::take_hint(Planned& segment) {
 
 const std::vector<std::string>& SegmentWriter::checksums_of(Planned& segment) {
   if (!segment.checksums->empty()) return *segment.checksums;
-  *segment.checksums = run_checksums(snapshot_.layout, kSegmentTokens, segment.rows);
+  *segment.checksums = run_checksums(together_, kSegmentTokens, segment.rows);
   if (segment.origin != nullptr && content_digest(*segment.checksums) != segment.origin->content) {
     // A mapped file that somebody wrote to, or rows that no one had reason to check: what is in memory is the damage.
     throw Error(ErrorCode::kCorruption,

@@ -59,6 +59,7 @@ class SegmentWriter {
 
   Store::Impl& store_;
   const KvSnapshot& snapshot_;
+  const KvLayout together_;  ///< the tensors that segments hold
   const BorrowedRows* const borrowed_;
   std::vector<int32_t> tokens_;
   std::vector<std::vector<std::string>> checksums_;  ///< of the sealed runs

@@ -56,6 +56,8 @@ std::string encode_sidecar(const AgentInfo& info, const FileStat& agent_file) {
     json["states"] = Json::array();
     for (const auto& [position, state] : *info.states) json["states"].push_back({position, state});
   }
+  if (info.window > 0) json["window"] = info.window;
+  if (info.bare_tail) json["bare_tail"] = true;
   json["agent_file"] = {{"size", agent_file.size}, {"mtime_ns", agent_file.mtime_ns}, {"inode", agent_file.inode}};
   // The texts come from a file or call that has been checked for UTF-8; `replace` keeps this from ever throwing.
   std::string text = dump_json(json, 2, Json::error_handler_t::replace) + "\n";
@@ -100,6 +102,10 @@ std::optional<AgentInfo> decode_sidecar(const std::string& text, const FileStat&
         info.states->push_back({count_of(state.at(0)), state.at(1).get<std::string>()});
       }
     }
+    if (const auto window = json.find("window"); window != json.end()) {
+      info.window = int(std::min<int64_t>(count_of(*window), std::numeric_limits<int>::max()));
+    }
+    info.bare_tail = json.contains("bare_tail");
     // Of its own are the agent file and its parts.
     if (info.tail_bytes < int64_t(agent_file.size) || info.bytes < info.tail_bytes) return std::nullopt;
     if (info.state_bytes > info.bytes - info.tail_bytes) return std::nullopt;

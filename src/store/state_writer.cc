@@ -7,6 +7,25 @@
 
 namespace torpor {
 
+void add_windows(Store::Impl& store, KvSnapshot& snapshot, std::span<const StateRef> kept) {
+  const KvLayout& layout = snapshot.layout;
+  if (!layout.has_apart()) return;
+  snapshot.state_layout = window_rows(layout);
+  for (size_t i = 0; i < snapshot.sealed.size(); ++i) {
+    const int64_t end = int64_t(i + 1) * kSegmentTokens;
+    // Also from the end of the last segment, for there a prompt of nobody's finds it.
+    const bool seen = sees_window_rows(layout, int64_t(i), int64_t(snapshot.tokens.size())) ||
+                      sees_window_rows(layout, int64_t(i), ssize(snapshot.sealed) * kSegmentTokens);
+    if (!seen || !snapshot.has_window_rows(i)) continue;
+    const auto is_it = [&](const auto& state) { return state->position() == end; };
+    if (std::ranges::any_of(snapshot.states, is_it)) continue;
+    const auto ref = std::ranges::find(kept, end, &StateRef::position);
+    if (ref != kept.end() && store.states.find(ref->file)) continue;
+    snapshot.states.push_back(snapshot.window_rows_of(i));
+  }
+  std::ranges::sort(snapshot.states, {}, [](const auto& state) { return state->position(); });
+}
+
 StateWriter::StateWriter(Store::Impl& store, const KvSnapshot& snapshot, std::span<const StateRef> kept)
     : store_(store),
       snapshot_(snapshot),

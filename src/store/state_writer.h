@@ -12,6 +12,10 @@
 
 namespace torpor {
 
+/// Of a layout with tensors kept apart: gives the snapshot, as states to be written, the rows that the windows of its
+/// last token see, where it has them and `kept` has no file of them that is there.
+void add_windows(Store::Impl& store, KvSnapshot& snapshot, std::span<const StateRef> kept);
+
 class StateWriter {
  public:
   /// `kept`: states of the agent on disk, beside the snapshot's. All must outlive the writer.

@@ -66,7 +66,37 @@ std::vector<StateRef> find_states(Store::Impl& store, const StateChain& chain, c
   return states;
 }
 
+std::vector<StateRef> find_windows(Store::Impl& store, const StateChain& chain, const KvLayout& layout) {
+  const std::string digest = state_layout_digest(window_rows(layout));
+  std::vector<StateRef> windows;
+  std::vector<std::string> names;
+  for (int64_t end = kSegmentTokens; end <= chain.segment_tokens(); end += kSegmentTokens) {
+    windows.push_back({end, state_name(chain.place(end, digest), "")});
+    names.push_back(windows.back().file);
+  }
+  const auto found = store.states.find(names);
+  std::vector<StateRef> there;
+  for (size_t i = 0; i < windows.size(); ++i) {
+    if (found[i]) there.push_back(std::move(windows[i]));
+  }
+  return there;
+}
+
+int64_t resumable_by_files(const KvLayout& layout, std::span<const StateRef> windows, int64_t sealed,
+                           int64_t n_tokens) {
+  return resumable_by_windows(layout, n_tokens, [&](int64_t run) {
+    const int64_t end = (run + 1) * kSegmentTokens;
+    return end > sealed || std::ranges::find(windows, end, &StateRef::position) != windows.end();
+  });
+}
+
 int64_t resumable_tokens(const AgentInfo& info, int64_t n_tokens) {
+  if (info.window > 0) {
+    const KvLayout layout{{{.window = info.window, .apart = true}}};
+    const int64_t sealed = int64_t(info.segments.size()) * kSegmentTokens;
+    if (info.bare_tail) n_tokens = std::min(n_tokens, sealed);
+    return resumable_by_files(layout, states_of(info), sealed, n_tokens);
+  }
   if (!info.states) return n_tokens;
   int64_t last = 0;
   for (const StateRef& state : *info.states) {

@@ -27,6 +27,8 @@ constexpr size_t kChecksumAt = 8 + kPrefix.size();
 constexpr int kMaxHeads = 1 << 16;
 constexpr int kMaxDim = 1 << 20;
 constexpr size_t kMaxTensors = 1 << 14;
+/// Rows kept apart take at most so many times the bytes of those that a segment's file has.
+constexpr size_t kMaxApart = 64;
 
 std::string header_checksum(std::span<const std::byte> header) {
   Hasher hasher;
@@ -41,8 +43,8 @@ bool parse_int(std::string_view text, int& out) {
   return error == std::errc() && end == text.data() + text.size();
 }
 
-/// How a tensor's elements lie, of which only this one is written and read.
-constexpr std::string_view kRowOrder = "rows";
+/// How a tensor's elements lie: only so. The second word says that segments don't have them.
+constexpr std::string_view kRowOrder = "rows", kRowsApart = "rows-apart";
 
 KvLayout decode_layout(std::string_view text, int version, const std::string& file_name) {
   const char* const kNotUnderstood = "its layout can't be understood";
@@ -63,7 +65,8 @@ KvLayout decode_layout(std::string_view text, int version, const std::string& fi
         !parse_int(fields[4], spec.window)) {
       corrupt(file_name, kNotUnderstood);
     }
-    if (version >= 3 && fields[5] != kRowOrder) {
+    spec.apart = version >= 3 && fields[5] == kRowsApart;
+    if (version >= 3 && fields[5] != kRowOrder && !spec.apart) {
       throw Error(ErrorCode::kIncompatible, "'" + file_name + "' keeps the elements of '" + spec.name +
                                                 "' in the order '" + std::string(fields[5]) +
                                                 "', which this Torpor does not know; use a newer one.")
@@ -86,9 +89,10 @@ bool is_flat(std::string_view kind, int version) { return version >= 3 && (kind 
 
 void check_layer_tensors(TorporFile& file, const std::string& file_name) {
   const auto& tensors = file.header.tensors;
-  if (file.row_tensors != file.layout.tensors.size()) {
+  const size_t named = file.kind == "segment" ? file.layout.n_together() : file.layout.tensors.size();
+  if (file.row_tensors != named) {
     corrupt(file_name, "it has " + std::to_string(file.row_tensors) + " layer tensors, its layout names " +
-                           std::to_string(file.layout.tensors.size()));
+                           std::to_string(named));
   }
   for (size_t i = 0; i < file.row_tensors; ++i) {
     const auto& spec = file.layout.tensors[i];
@@ -233,6 +237,7 @@ std::string encode_torpor_header(const FileContents& contents, const KvLayout& l
     tensors.push_back({.name = "rows", .dtype = "U8", .shape = {contents.rows * layout.bytes_per_token()}});
   } else if (contents.rows > 0) {
     for (const auto& spec : layout.tensors) {
+      if (spec.apart && contents.kind == "segment") break;  // and so are all behind it
       tensors.push_back({.name = spec.name,
                          .dtype = kv_dtype_name(spec.dtype),
                          .shape = {1, uint64_t(spec.n_kv_heads), contents.rows, uint64_t(spec.dim)}});
@@ -269,13 +274,22 @@ void check_layout(const KvLayout& layout, std::span<const KvState> state) {
     check_name(tensor.name);
     names.push_back(tensor.name);
   }
+  bool apart_seen = false;
+  size_t apart_bytes = 0, together_bytes = 0;
+  if (layout.has_apart() && layout.n_together() == 0) fail("all its tensors are kept apart");
   for (const auto& spec : layout.tensors) {
     check_name(spec.name);
+    if (spec.apart && spec.window == 0) fail("'" + spec.name + "' is kept apart and has no window");
+    if (!spec.apart && apart_seen) fail("'" + spec.name + "' comes after tensors that are kept apart");
+    apart_seen = spec.apart;
+    (spec.apart ? apart_bytes : together_bytes) += spec.bytes_per_token();
     if (spec.n_kv_heads < 1 || spec.n_kv_heads > kMaxHeads || spec.dim < 1 || spec.dim > kMaxDim || spec.window < 0) {
       fail("the heads, dim or window of '" + spec.name + "' are out of range");
     }
     names.push_back(spec.name);
   }
+  // So memory for a run is bounded by what is on disk, whatever a layout says.
+  if (apart_bytes / kMaxApart > together_bytes) fail("too much of it is kept apart");
   std::sort(names.begin(), names.end());
   if (std::adjacent_find(names.begin(), names.end()) != names.end()) fail("two of its tensors have the same name");
 }
@@ -286,7 +300,7 @@ std::string encode_layout(const KvLayout& layout, int version) {
     if (!text.empty()) text += ',';
     text += spec.name + ":" + kv_dtype_name(spec.dtype) + ":" + std::to_string(spec.n_kv_heads) + ":" +
             std::to_string(spec.dim) + ":" + std::to_string(spec.window);
-    if (version >= 3) text.append(":").append(kRowOrder);
+    if (version >= 3) text.append(":").append(spec.apart ? kRowsApart : kRowOrder);
   }
   return text;
 }
