@@ -50,6 +50,23 @@ torpor::KvSnapshot with_states(torpor::KvSnapshot snapshot, int64_t n) {
   return snapshot;
 }
 
+/// Rows of a window of 1,024 tokens are kept apart from those of another layer.
+torpor::KvSnapshot make_with_window(int n_tokens) {
+  torpor::KvSnapshot snapshot = make(n_tokens, torpor::KvDtype::kF16);
+  torpor::KvLayout layout = snapshot.layout;
+  for (const char* name : {"layer_1_keys", "layer_1_values"}) {
+    layout.tensors.push_back({name, torpor::KvDtype::kF16, 1, 2, 1024, true});
+  }
+  torpor::KvSnapshot with{.identity = snapshot.identity, .lineage = snapshot.lineage, .layout = layout, .tokens = snapshot.tokens};
+  for (size_t i = 0; i < snapshot.n_runs(); ++i) {
+    const size_t size = layout.offset(layout.tensors.size(), snapshot.run_tokens(i));
+    const auto buffer = torpor::allocate_heap_buffer(size);
+    std::fill_n(buffer.get(), size, std::byte{1});
+    with.add_run(snapshot.run_tokens(i), {buffer.get(), size}, buffer);
+  }
+  return with;
+}
+
 /// Of one layer whose heads have 32 dims, 4 of which are seen behind.
 torpor::KvSnapshot make_prompt_cache(const torpor::KvFormat& format, const char* architecture) {
   torpor::KvSnapshot snapshot = make(6, format.dtype);
@@ -97,6 +114,8 @@ int main(int argc, char** argv) {
     store.export_agent("short", directory / "export.safetensors");
     save("states", with_states(make(5, torpor::KvDtype::kF16), 3));
     store.export_agent("states", directory / "export-states.safetensors");
+    save("windows", make_with_window(258));
+    store.export_agent("windows", directory / "export-windows.safetensors");
     std::filesystem::create_directory(directory / "prompt_cache");
     torpor::Store prompt_caches(directory / "prompt_cache_store");
     const auto write = [&](const std::string& name, const torpor::KvFormat& format, const char* architecture) {

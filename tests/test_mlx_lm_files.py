@@ -1,6 +1,7 @@
 """mlx-lm's prompt-cache files through the command line, with mlx-lm itself on the other side: each goes on from what the other
 wrote, with the same tokens as mlx-lm gives that read the whole text."""
 
+import functools
 import re
 import shutil
 import struct
@@ -27,9 +28,12 @@ DIALECTS = ["mlx-lm", "mlx-lm-0.31"]
 QUANTIZED = {"q8": ("--kv-bits", 8), "q4": ("--kv-bits", 4, "--kv-group", 32)}
 
 
-def gemma(config, weights):
+LONG = 1024  # a window whose rows are kept apart
+
+
+def gemma(config, weights, window=WINDOW):
     """Every second layer has a window."""
-    config.update(model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], sliding_window=WINDOW, sliding_window_pattern=2,
+    config.update(model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], sliding_window=window, sliding_window_pattern=2,
                   query_pre_attn_scalar=64, rope_local_base_freq=1e4, hidden_activation="gelu_pytorch_tanh")
     for name in list(weights):
         if name.endswith("norm.weight"):
@@ -42,13 +46,14 @@ def gemma(config, weights):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """models(name): a directory. "f32", "f16", "bf16" are Llamas of that dtype, "gemma" has windows and is f32."""
+    """models(name): a directory. "f32", "f16", "bf16" are Llamas of that dtype, "gemma" has windows and is f32; those of
+    "gemma-long" are LONG."""
     root = tmp_path_factory.mktemp("models")
 
     def make(name):
         directory = root / name
         if not directory.exists():
-            make_tiny_model(directory, gemma if name == "gemma" else None)
+            make_tiny_model(directory, {"gemma": gemma, "gemma-long": functools.partial(gemma, window=LONG)}.get(name))
             dtype = {"f16": mx.float16, "bf16": mx.bfloat16}.get(name, mx.float32)
             weights = {key: value.astype(dtype) for key, value in mx.load(str(directory / "model.safetensors")).items()}
             mx.eval(weights)
@@ -102,15 +107,15 @@ def load(path, dialect):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("name", ["f32", "f16", "bf16", "gemma"])
-def test_mlx_lm_goes_on_from_an_agent_as_from_the_whole_text(store, words, tmp_path, name, dialect):
+@pytest.mark.parametrize("name, length", [("f32", N), ("f16", N), ("bf16", N), ("gemma", N), ("gemma-long", N + LONG)])
+def test_mlx_lm_goes_on_from_an_agent_as_from_the_whole_text(store, words, tmp_path, name, length, dialect):
     torpor, theirs = store(name), MlxLm(store(name).model)
-    torpor.run("ada", words(N), "--raw", max_tokens=2).ok()
+    torpor.run("ada", words(length), "--raw", max_tokens=2).ok()
     torpor("export", "--format", dialect, "ada", tmp_path / "ada.safetensors").ok()
     ids, more = held_ids(torpor, "ada"), theirs.encode(MORE)
     cache = load(tmp_path / "ada.safetensors", dialect)
     assert all(type(a) is type(b) for a, b in zip(cache, mlx_cache.make_prompt_cache(theirs.model), strict=True))
-    assert [layer.offset for layer in cache] == [N + 2] * 2
+    assert [layer.offset for layer in cache] == [length + 2] * 2
     n = 1 if name == "bf16" else 8  # mlx's bf16 activations are too coarse for more tokens of random weights
     text = theirs.go_on(more, cache, n)
     assert text == theirs.go_on([*ids, *more], mlx_cache.make_prompt_cache(theirs.model), n)

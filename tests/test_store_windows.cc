@@ -99,6 +99,9 @@ TEST_F(StoreWindows, AnAgentComesBackWithAllRowsThatItsWindowsSee) {
       if (end > n - kWindow) seen.push_back(end);
     }
     EXPECT_EQ(positions_of(saved.states), seen) << n;
+    CollectingSink sink;
+    EXPECT_EQ(Store(root_).load_into("a", sink).snapshot.n_runs(), 0u);
+    EXPECT_TRUE(same_seen(sink.snapshot, whole)) << n;
     for (const bool map : {false, true}) {
       for (const bool in_run : {false, true}) {
         const LoadOptions options{.map_rows = map, .window_rows_only = map, .tail_in_run = in_run};

@@ -1,6 +1,7 @@
 #include "store/run_loader.h"
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 
 #include "base/large_pages.h"
@@ -232,13 +233,34 @@ void RunLoader::read() {
   }
 }
 
+void RunLoader::copy_into(RowSink& sink) {
+  parallel_for(runs_.size(), std::min(reader_threads(), runs_.size()), [&](size_t i) {
+    const SealedRun& run = *runs_[i].sealed;
+    for (size_t t = 0; t < layout_.tensors.size(); ++t) {
+      const RowSink::Place place = sink.place(t, int64_t(i) * kSegmentTokens, kSegmentTokens);
+      const int heads = layout_.tensors[t].n_kv_heads;
+      const size_t size = kSegmentTokens * layout_.tensors[t].bytes_per_token() / size_t(heads);
+      const bool there = run.checked().empty() || run.checked()[t];
+      for (int head = 0; head < heads; ++head) {
+        std::byte* const to = place.rows + size_t(head) * place.stride;
+        if (there) {
+          std::memcpy(to, run.bytes().data() + layout_.offset(t, kSegmentTokens) + size_t(head) * size, size);
+        } else {
+          std::memset(to, 0, size);
+        }
+      }
+    }
+  });
+}
+
 void RunLoader::read_into(RowSink& sink) {
   const size_t n_tensors = layout_.tensors.size();
   size_t bytes = 0;
   for (size_t i = 0; i < runs_.size(); ++i) bytes += size_t(file_of(i).rows_bytes());
-  if (layout_.has_apart()) {
-    throw Error(ErrorCode::kIncompatible, "The agent's rows of sliding windows are in files of their own, which are "
-                                          "read for an engine alone; wake it there.");
+  if (layout_.has_apart()) {  // two files hold a run, and some rows have none
+    read();
+    if (complete()) copy_into(sink);
+    return;
   }
   const size_t threads = std::min(reader_threads(), 1 + (bytes >> 20));
   // Give each thread a contiguous range of tensors. Adjacent rows may share pages, and the thread that faults a page in

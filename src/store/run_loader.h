@@ -72,6 +72,8 @@ class RunLoader {
   /// Reads the rows of run i that are kept apart, which `placed` has room for.
   void read_window(size_t i);
   void read_run(size_t i, const TensorMask& todo);
+  /// The rows that were read, to where the sink wants them; 0 where no window sees them.
+  void copy_into(RowSink& sink);
   void seal(size_t i);
   /// fn(i, handle) with the run's file, which is opened again when it could not be kept open.
   template <typename Fn>
