@@ -1,4 +1,4 @@
-// RMSNorm, argmax, the weights of logits and the embedding lookup against plain loops.
+// RMSNorm, argmax, gates, the weights of logits and the embedding lookup against plain loops.
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +11,7 @@
 
 #include "guarded_memory.h"
 #include "kernels/compute.h"
+#include "kernels/recurrent.h"
 #include "kernels/thread_pool.h"
 #include "kernels/weigh_logits.h"
 #include "torpor/error.h"
@@ -123,6 +124,23 @@ TEST(KernelsElementwise, Embedding) {
   }
   const int32_t outside = 50;
   EXPECT_THROW(embedding(&outside, 1, *packed, y.data()), Error);
+}
+
+TEST(KernelsGate, ValuesAreMultipliedAndANaNShowsWhereverItStands) {
+  std::mt19937 rng(3);
+  std::normal_distribution<float> normal(0, 3);
+  constexpr size_t n = 37;  // no multiple of a vector's lanes
+  std::vector<float> x(n), gates(n), y(n);
+  for (size_t i = 0; i < n; ++i) x[i] = normal(rng), gates[i] = normal(rng);
+  gates[1] = 200, gates[2] = -200;
+  gate(x.data(), gates.data(), n, y.data());
+  for (size_t i = 0; i < n; ++i) EXPECT_NEAR(y[i], x[i] / (1 + std::exp(-gates[i])), 1e-5) << i;
+  for (size_t at = 0; at < n; ++at) {
+    std::vector<float> poisoned = gates;
+    poisoned[at] = at % 2 == 0 ? std::nanf("") : -std::nanf("");
+    gate(x.data(), poisoned.data(), n, y.data());
+    for (size_t i = 0; i < n; ++i) EXPECT_EQ(std::isnan(y[i]), i == at) << at;
+  }
 }
 
 }  // namespace

@@ -51,10 +51,12 @@ namespace hn = hwy::HWY_NAMESPACE;
 using DF = hn::CappedTag<float, 16>;
 constexpr size_t kLanes = hn::MaxLanes(DF());
 
+/// NaN for NaN, which x86's Min makes 88, and Highway's Exp 0.
 template <class D, class V>
 HWY_INLINE V Sigmoid(D d, V x) {
   const V e = hn::Exp(d, hn::Min(hn::Neg(x), hn::Set(d, 88.0f)));
-  return hn::Div(hn::Set(d, 1.0f), hn::Add(hn::Set(d, 1.0f), e));
+  const V y = hn::Div(hn::Set(d, 1.0f), hn::Add(hn::Set(d, 1.0f), e));
+  return hn::IfThenElse(hn::IsNaN(x), x, y);
 }
 
 /// y = op(x, z) element by element. The last few pass through a full vector: an element's bits don't depend on where
