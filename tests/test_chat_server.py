@@ -46,7 +46,9 @@ SCRIPT = ["One", "/turns", "Two", "/fork eve", "Three", "/agents", "/undo", "/tu
 
 def test_a_chat_with_a_server_is_the_one_that_it_would_be_alone(server, tiny_model, tmp_path):
     alone = Torpor(tmp_path / "alone", tiny_model)
-    options = "--system", "Be brief.", "--temperature", 0.9, "--top-p", 0.8, "--seed", 3
+    options = ("--system", "Be brief.", "--temperature", 0.9, "--top-p", 0.8, "--seed", 3, "--top-k", 40, "--min-p", 0.001,
+               "--repetition-penalty", 1.2, "--penalty-context", 9, "--presence-penalty", 0.5, "--frequency-penalty", 0.25,
+               "--logit-bias", '{"5": 3}', "--stop", "~~", "--stop", "@@")
     theirs = objects(chat(server.torpor, "ada", SCRIPT, *options, *at(server)))
     mine = objects(chat(alone, "ada", SCRIPT, *options, "--model", tiny_model))
     assert len(theirs) == 14
@@ -86,7 +88,7 @@ def test_what_a_server_refuses_is_said_as_chat_says_it(server):
     fails("not_found", "no server answers")
 
 
-@pytest.mark.parametrize("option", [("--kv-bits", 4), ("--threads", 1), ("--raw",), ("--write-behind",), ("--stop", "x")])
+@pytest.mark.parametrize("option", [("--kv-bits", 4), ("--threads", 1), ("--raw",), ("--write-behind",), ("--logprobs", 1)])
 def test_options_that_only_an_engine_of_its_own_takes_are_refused(server, option):
     result = chat(server.torpor, "ada", ["One"], *at(server), *option)
     assert result.code == 2 and option[0] in result.err and result.out == ""

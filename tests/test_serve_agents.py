@@ -1,6 +1,7 @@
 """/torpor/v1: agents over HTTP, and their OpenAPI description."""
 
 import hashlib
+import json
 import signal
 import time
 
@@ -60,13 +61,25 @@ def turn(server, prompt, agent="ada", key=None, **more):
     return server.ask("POST", f"{AGENTS}/{agent}/turn", {"prompt": prompt, "max_tokens": 6, **more}, key=key)
 
 
+def options(sampling):
+    """As the command line takes what a turn's body says."""
+    for name, value in sampling.items():
+        for one in value if isinstance(value, list) else [value]:
+            yield from ("--" + name.replace("_", "-"), json.dumps(one) if isinstance(one, dict) else str(one))
+
+
 def test_turns_are_those_of_the_command_line(server, tiny_model, tmp_path):
     made = server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "system": "Be brief.", "max_tokens": 6})
     assert made.status == 201
-    said = [made.json(), turn(server, "And then?").json(), turn(server, "Why?", temperature=0.9, seed=3).json()]
+    sampling = {"temperature": 0.9, "seed": 2**53 + 1, "top_k": 40, "min_p": 0.01, "top_p": 0.9, "repetition_penalty": 1.3,
+                "penalty_context": 9, "presence_penalty": 0.5, "frequency_penalty": 0.25, "stop": ["~~", "e"],
+                "logit_bias": {"5": 7, "6": -2.5}}
+    said = [made.json(), turn(server, "And then?").json(), turn(server, "Why?", temperature=0.9, seed=3).json(),
+            turn(server, "How?", **sampling).json()]
     other = Torpor(tmp_path / "other", tiny_model)
     for answer, prompt, *more in [(said[0], "Hi.", "--system", "Be brief."), (said[1], "And then?"),
-                                  (said[2], "Why?", "--temperature", "0.9", "--seed", "3")]:
+                                  (said[2], "Why?", "--temperature", "0.9", "--seed", "3"),
+                                  (said[3], "How?", *options(sampling))]:
         expected = other.run("ada", prompt, *more, max_tokens=6).ok().json
         for name in ("agent", "text", "finish_reason", "tokens"):
             assert answer[name] == expected[name], name
@@ -95,7 +108,9 @@ def test_a_turn_goes_on_and_only_create_begins(server):
     taken = server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "max_tokens": 2})
     assert (taken.status, taken.json()["error"]["agent"]) == (409, "ada")
     for wrong in ({"max_tokens": 0}, {"max_tokens": -2**62}, {"top_p": 2}, {"system": "Another."}, {"stream": "yes"},
-                  {"stream": True, "max_tokens": 0}, {"seed": 1.5}):
+                  {"stream": True, "max_tokens": 0}, {"seed": 1.5}, {"top_k": -2}, {"min_p": 2}, {"logit_bias": {"x": 1}},
+                  {"logit_bias": {"99999999": 1}}, {"logit_bias": {"5": "no"}}, {"stop": [""]}, {"stop": "."},
+                  {"repetition_penalty": 0}, {"penalty_context": -1}):
         assert turn(server, "And?", **wrong).json()["error"]["code"] == "kInvalidArgument", wrong
 
 

@@ -28,6 +28,18 @@ class ServerAgents : public ChatAgents {
               {"top_p", sampling.top_p},
               {"stream", true}};
     if (options.seed) body["seed"] = *options.seed;
+    const SamplingOptions usual;
+    const auto say = [&](const char* name, const auto& value, const auto& otherwise) {
+      if (value != otherwise) body[name] = value;
+    };
+    say("top_k", sampling.top_k, usual.top_k);
+    say("min_p", sampling.min_p, usual.min_p);
+    say("repetition_penalty", sampling.repetition_penalty, usual.repetition_penalty);
+    say("penalty_context", sampling.penalty_context, usual.penalty_context);
+    say("presence_penalty", sampling.presence_penalty, usual.presence_penalty);
+    say("frequency_penalty", sampling.frequency_penalty, usual.frequency_penalty);
+    say("stop", options.stop, std::vector<std::string>());
+    for (const auto& [token, bias] : parse_bias(options.logit_bias)) body["logit_bias"][std::to_string(token)] = bias;
     if (options.has_system) body["system"] = options.system;
     TurnPrinter printer(options, interrupt);
     try {

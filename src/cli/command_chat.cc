@@ -297,7 +297,9 @@ class Chat {
 /// What a turn of a server's takes; the rest is the server's own.
 void check_for_server(const CLI::App& chat) {
   static const std::set<std::string> kTaken{"server", "api-key-file", "agent", "model", "system", "max-tokens",
-                                            "temperature", "top-p", "seed", "json", "help"};
+                                            "temperature", "top-p", "top-k", "min-p", "repetition-penalty",
+                                            "penalty-context", "presence-penalty", "frequency-penalty", "logit-bias",
+                                            "stop", "seed", "json", "help"};
   for (const CLI::Option* option : chat.get_options()) {
     if (option->count() > 0 && !option->get_lnames().empty() && kTaken.count(option->get_lnames()[0]) == 0) {
       throw UsageError("--" + option->get_lnames()[0] + " is nothing that a turn of --server takes");

@@ -41,25 +41,6 @@ void check_writable(const std::filesystem::path& root) {
   }
 }
 
-/// {"ID": BIAS, ...}
-std::vector<std::pair<int32_t, float>> parse_bias(const std::string& text) {
-  std::vector<std::pair<int32_t, float>> bias;
-  if (text.empty()) return bias;
-  const Json json = parse_json<Json>(text, nullptr, false);
-  const auto refuse = [] {
-    throw Error(ErrorCode::kInvalidArgument,
-                "--logit-bias is not a JSON object of numbers by token id, as {\"42\": -1.5}");
-  };
-  if (!json.is_object()) refuse();
-  for (const auto& [id, value] : json.items()) {
-    int32_t token = 0;
-    const auto [end, error] = std::from_chars(id.data(), id.data() + id.size(), token);
-    if (error != std::errc() || end != id.data() + id.size() || !value.is_number()) refuse();
-    bias.emplace_back(token, value.get<float>());
-  }
-  return bias;
-}
-
 void print_summary(const Json& result, bool saved) {
   const Json& tokens = result.at("tokens");
   const Json& ms = result.at("timing_ms");
@@ -85,6 +66,24 @@ std::string check_finite(const std::string& text) {
 }
 
 }  // namespace
+
+std::vector<std::pair<int32_t, float>> parse_bias(const std::string& text) {
+  std::vector<std::pair<int32_t, float>> bias;
+  if (text.empty()) return bias;
+  const Json json = parse_json<Json>(text, nullptr, false);
+  const auto refuse = [] {
+    throw Error(ErrorCode::kInvalidArgument,
+                "--logit-bias is not a JSON object of numbers by token id, as {\"42\": -1.5}");
+  };
+  if (!json.is_object()) refuse();
+  for (const auto& [id, value] : json.items()) {
+    int32_t token = 0;
+    const auto [end, error] = std::from_chars(id.data(), id.data() + id.size(), token);
+    if (error != std::errc() || end != id.data() + id.size() || !value.is_number()) refuse();
+    bias.emplace_back(token, value.get<float>());
+  }
+  return bias;
+}
 
 void check_system(const TurnOptions& options, const std::vector<StoredMessage>& held) {
   const Json messages = messages_of(held);

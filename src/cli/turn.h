@@ -40,6 +40,8 @@ void add_template_options(CLI::App& app, std::string& tools_file, std::string& t
 void check_early(TurnOptions& options, const std::filesystem::path& root);
 /// Of an agent that has begun, and holds these messages: it keeps the system prompt that it began with. kInvalidArgument.
 void check_system(const TurnOptions& options, const std::vector<StoredMessage>& held);
+/// --logit-bias as it is written. kInvalidArgument.
+std::vector<std::pair<int32_t, float>> parse_bias(const std::string& text);
 /// What the options say of a turn. Without --seed each has another one.
 TurnRequest turn_request(const TurnOptions& options);
 

@@ -13,6 +13,7 @@
 #include "faces/error_table.h"
 #include "faces/turn_json.h"
 #include "server/keys.h"
+#include "server/request.h"
 #include "torpor/error.h"
 #include "torpor/message.h"
 
@@ -28,13 +29,13 @@ std::string own_words(std::string text, const std::string& tenant) {
   return text;
 }
 
-TurnRequest turn_of(const AgentName& agent, const Json& body) {
+TurnRequest turn_of(const AgentName& agent, const Json& body, int vocab_size) {
   TurnRequest turn;
   turn.agent = agent.id;
   turn.salt = agent.salt;
   turn.prompt = body.at("prompt");
   if (body.contains("system")) turn.system = body["system"].get<std::string>();
-  turn.generate = generate_options(body);
+  turn.generate = generate_options(body, vocab_size);
   return turn;
 }
 
@@ -61,14 +62,18 @@ class ScratchDirectory {
 
 }  // namespace
 
-GenerateOptions generate_options(const Json& body) {
+GenerateOptions generate_options(const Json& body, int vocab_size) {
   GenerateOptions generate;
   if (body.contains("max_tokens"))
     generate.max_tokens = int(std::clamp<int64_t>(body["max_tokens"].get<int64_t>(), INT_MIN, INT_MAX));
-  generate.sampling.temperature = body.value("temperature", generate.sampling.temperature);
-  generate.sampling.top_p = body.value("top_p", generate.sampling.top_p);
+  const Field members(body);
+  Sampling asked;
+  read_sampling(members, asked);
+  asked.penalty_context = members["penalty_context"].integer(0);
   // 32 bits: a number that every reader of JSON keeps.
-  generate.sampling.seed = body.contains("seed") ? uint64_t(body["seed"].get<int64_t>()) : random_bits() & 0xFFFFFFFFu;
+  if (!asked.seed) asked.seed = random_bits() & 0xFFFFFFFFu;
+  generate.sampling = sampling_options(asked, {}, vocab_size);
+  generate.stop = read_stop(members["stop"]);
   return generate;
 }
 
@@ -83,7 +88,7 @@ Json error_json(const Error& error, const std::string& tenant) {
 
 Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, TurnRequest::Presence presence,
                     const HttpRequest& request, const Json& body, HttpResponse& response) {
-  TurnRequest turn = turn_of(agent, body);
+  TurnRequest turn = turn_of(agent, body, engine.model().vocab_size);
   turn.share = request.share;
   turn.id = request.turn_id();
   turn.background = request.background();

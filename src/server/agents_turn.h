@@ -66,8 +66,7 @@ class CountedTurn {
   Metrics& metrics_;
 };
 
-/// One turn, as the members `prompt`, `system`, `max_tokens`, `temperature`, `top_p`, `seed` and `stream` of `body` ask
-/// for it. `request` says whose share of the engine it takes, and whether it can wait. Gives its result; null when it was
+/// One turn, as the members of `body` ask for it (turn_members). `request` says whose share of the engine it takes, and whether it can wait. Gives its result; null when it was
 /// streamed. A turn whose client goes is taken back. Throws torpor::Error before anything was answered; later ones end
 /// the stream with an event `error`.
 Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, TurnRequest::Presence presence,
@@ -80,8 +79,8 @@ Json compare_messages(Engine& engine, const AgentName& agent, const Json& messag
 /// Saves the agent if it has changed, and sends it as Store::export_agent writes it.
 void send_export(Engine& engine, const AgentName& agent, HttpResponse& response);
 
-/// What `max_tokens`, `temperature`, `top_p` and `seed` of `body` say; a seed is drawn where there is none.
-GenerateOptions generate_options(const Json& body);
+/// What a turn's members of `body` say (sampling_members). Failure kInvalid as sampling_options gives it.
+GenerateOptions generate_options(const Json& body, int vocab_size);
 
 /// {"error": {"code", "message", ...}}, in the tenant's own names for its agents.
 Json error_json(const Error& error, const std::string& tenant);

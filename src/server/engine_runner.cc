@@ -7,7 +7,6 @@
 #include <iterator>
 #include <regex>
 
-#include "base/env.h"
 #include "base/gguf.h"
 #include "base/hash.h"
 #include "base/mutex.h"
@@ -15,6 +14,7 @@
 #include "server/grammar.h"
 #include "server/keys.h"
 #include "server/models.h"
+#include "server/request.h"
 #include "server/stop_sink.h"
 #include "server/template_fit.h"
 #include "torpor/error.h"
@@ -188,33 +188,6 @@ struct EngineRunner::Impl {
     return named;
   }
 
-  SamplingOptions sampling_of(const Sampling& asked) const {
-    SamplingOptions options = sampling;
-    const auto take = [](auto& option, const auto& value) {
-      if (value) option = std::remove_reference_t<decltype(option)>(*value);
-    };
-    take(options.temperature, asked.temperature);
-    take(options.top_p, asked.top_p);
-    take(options.top_k, asked.top_k);
-    take(options.min_p, asked.min_p);
-    take(options.repetition_penalty, asked.repetition_penalty);
-    take(options.presence_penalty, asked.presence_penalty);
-    take(options.frequency_penalty, asked.frequency_penalty);
-    take(options.penalty_context, asked.penalty_context);
-    options.top_k = std::max(options.top_k, 0);         // -1 is another server's word for none
-    options.top_p = std::max(options.top_p, 1e-6f);     // 0: the likeliest token alone
-    for (const auto& [token, value] : asked.logit_bias) {
-      if (token >= engine.model().vocab_size) {
-        throw Failure(Failure::Kind::kInvalid,
-                      "'logit_bias' names token " + std::to_string(token) + "; the model has tokens 0 to " +
-                          std::to_string(engine.model().vocab_size - 1) + ".", "logit_bias");
-      }
-      options.logit_bias.emplace_back(token, float(value));
-    }
-    options.seed = asked.seed ? *asked.seed : random_bits();
-    return options;
-  }
-
   TurnRequest turn_of(const ChatRequest& request) const {
     refuse_what_is_not_served(request);
     TurnRequest turn;
@@ -239,7 +212,7 @@ struct EngineRunner::Impl {
       turn.tools = std::move(fitted.tools);
       if (!request.template_arguments.empty()) turn.template_arguments = to_text(request.template_arguments);
     }
-    turn.generate.sampling = sampling_of(request.sampling);
+    turn.generate.sampling = sampling_options(request.sampling, sampling, engine.model().vocab_size);
     turn.generate.logprobs = request.logprobs;
     // The engine ends an answer where the context does. Clients ask for more than it has as a matter of course.
     const int context = engine.model().max_context > 0 ? engine.model().max_context : INT_MAX;

@@ -29,6 +29,7 @@ bool has_type(const Json& value, std::string_view type) {
       return type == "objects" ? item.is_object() : item.is_string();
     });
   }
+  if (type == "object") return value.is_object();
   return type == "string" ? value.is_string() : value.is_boolean();
 }
 
@@ -38,6 +39,18 @@ std::vector<Member> sampling_members(std::vector<Member> first, const char* even
   first.insert(first.end(), {{"max_tokens", "integer", false, "The longest answer; 256 unless given."},
                              {"temperature", "number", false, "Randomness; 0, the default: the likeliest token."},
                              {"top_p", "number", false, "Samples from the smallest set with this much probability."},
+                             {"top_k", "integer", false, "Samples from so many of the likeliest tokens; 0: all."},
+                             {"min_p", "number", false,
+                              "Samples from tokens with this part of the likeliest one's probability."},
+                             {"repetition_penalty", "number", false,
+                              "Makes the last `penalty_context` tokens less likely; 1: none."},
+                             {"penalty_context", "integer", false,
+                              "How many tokens that counts, the prompt's too; 64 unless given, 0: all."},
+                             {"presence_penalty", "number", false,
+                              "Taken from the logits of tokens that the answer has."},
+                             {"frequency_penalty", "number", false, "The same, for each time that it has them."},
+                             {"logit_bias", "object", false, "Added to logits: numbers from -100 to 100 by token id."},
+                             {"stop", "strings", false, "The answer ends before one of these."},
                              {"seed", "integer", false, "Of the random numbers; another one each turn unless given."},
                              {"stream", "boolean", false, events}});
   return first;
@@ -113,6 +126,7 @@ Json describe_operations() {
           property["type"] = "array";
           property["items"] = Json{{"type", type == "objects" ? "object" : "string"}};
         }
+        if (type == "object") property["additionalProperties"] = Json{{"type", "number"}};
         if (member.required) required.push_back(member.name);
       }
       described["requestBody"] = Json{{"required", true},

@@ -47,7 +47,7 @@ inline constexpr const char* kFile = "application/octet-stream";
 /// A member of a request's body.
 struct Member {
   const char* name;
-  const char* type;  ///< of JSON Schema; of lists "objects" or "strings"
+  const char* type;  ///< of JSON Schema; of lists "objects" or "strings"; an "object" has numbers
   bool required;
   const char* help;
 };

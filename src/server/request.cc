@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <type_traits>
+
+#include "base/env.h"
 
 namespace torpor::server {
 namespace {
@@ -120,7 +123,10 @@ void read_sampling(Field body, Sampling& sampling) {
   sampling.repetition_penalty = body["repetition_penalty"].number(kLeastPenalty, 100);
   sampling.presence_penalty = body["presence_penalty"].number(-2, 2);
   sampling.frequency_penalty = body["frequency_penalty"].number(-2, 2);
-  if (const auto seed = body["seed"].number(-9e18, 9e18)) sampling.seed = uint64_t(int64_t(*seed));
+  if (const Field member = body["seed"]; const auto seed = member.number(-9e18, 9e18)) {
+    // A whole number has more bits than a double keeps.
+    sampling.seed = uint64_t(member.json().is_number_integer() ? member.json().get<int64_t>() : int64_t(*seed));
+  }
   if (const Field bias = body["logit_bias"]) {
     const Json biases = *bias.object();
     for (const auto& [token, value] : biases.items()) {
@@ -130,6 +136,32 @@ void read_sampling(Field body, Sampling& sampling) {
       if (const auto added = bias[token].number(-100, 100)) sampling.logit_bias.emplace_back(int(id), *added);
     }
   }
+}
+
+SamplingOptions sampling_options(const Sampling& asked, SamplingOptions options, int vocab_size) {
+  const auto take = [](auto& option, const auto& value) {
+    if (value) option = std::remove_reference_t<decltype(option)>(*value);
+  };
+  take(options.temperature, asked.temperature);
+  take(options.top_p, asked.top_p);
+  take(options.top_k, asked.top_k);
+  take(options.min_p, asked.min_p);
+  take(options.repetition_penalty, asked.repetition_penalty);
+  take(options.presence_penalty, asked.presence_penalty);
+  take(options.frequency_penalty, asked.frequency_penalty);
+  take(options.penalty_context, asked.penalty_context);
+  options.top_k = std::max(options.top_k, 0);      // -1 is another server's word for none
+  options.top_p = std::max(options.top_p, 1e-6f);  // 0: the likeliest token alone
+  for (const auto& [token, value] : asked.logit_bias) {
+    if (token >= vocab_size) {
+      throw Failure(Failure::Kind::kInvalid,
+                    "'logit_bias' names token " + std::to_string(token) + "; the model has tokens 0 to " +
+                        std::to_string(vocab_size - 1) + ".", "logit_bias");
+    }
+    options.logit_bias.emplace_back(token, float(value));
+  }
+  options.seed = asked.seed ? *asked.seed : random_bits();
+  return options;
 }
 
 std::optional<int> read_logprobs(Field body) {

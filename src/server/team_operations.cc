@@ -72,7 +72,7 @@ Reply remove(const Call& call) {
   return {204, nullptr};
 }
 
-StepRequest request_of(const Call& call, StepKind kind) {
+StepRequest request_of(const Call& call, StepKind kind, int vocab_size) {
   const Json& body = call.body;
   StepRequest request;
   request.words.kind = kind;
@@ -91,7 +91,7 @@ StepRequest request_of(const Call& call, StepKind kind) {
   request.salt = call.models.salt(call.request.tenant);
   request.share = call.request.share;
   request.background = call.request.background();
-  request.generate = generate_options(body);
+  request.generate = generate_options(body, vocab_size);
   request.give_up = &call.response.gone();
   return request;
 }
@@ -101,7 +101,7 @@ Reply step(const Call& call, StepKind kind) {
   Teams teams(call.engine.store());
   const ModelPool::Lease model = call.models.of_source(teams.find(call.id).spec.model);
   ServedTeam engine(call.models, model, call.metrics, call.request.tenant);
-  StepRequest request = request_of(call, kind);
+  StepRequest request = request_of(call, kind, model.engine().model().vocab_size);
   TurnEvents events(call.response);
   const bool stream = call.body.value("stream", false);
   if (stream) {
