@@ -52,14 +52,15 @@ class Talker(threading.Thread):
                 path, body = f"{AGENTS}/{agent}/turn", {}
             body |= {"prompt": f"Turn {self.answers} of {self.random.randrange(10**6)}.", "max_tokens": self.max_tokens,
                      "stream": self.random.random() < 0.5}
-            answer = None
+            answer, begun = None, time.monotonic()
             try:
                 answer = self.server.ask("POST", path, body)
                 result = answer.events()[-1] if body["stream"] else answer.json()
                 held = result["tokens"]["context"]
             except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as error:
                 if not self.stop.is_set():
-                    self.failed.append((error, answer and (answer.status, answer.text[:500])))
+                    self.failed.append((error, agent, f"after {time.monotonic() - begun:.0f} s",
+                                        answer and (answer.status, answer.text[:500])))
                 return
             self.told[agent] = held
             self.answers += 1
@@ -135,6 +136,9 @@ def test_load_loses_no_turn_and_keeps_health_and_memory(tiny, tmp_path):
         until = time.monotonic() + SECONDS
         health, resident, in_turn = [], [], itertools.cycle(idle)
         while any(talker.is_alive() for talker in talkers) and (not FULL or time.monotonic() < until):
+            if failed := [talker.failed for talker in talkers if talker.failed]:
+                asked = (f"{AGENTS}", "/torpor/v1/memory", "/torpor/v1/now", "/metrics")
+                pytest.fail("\n".join([str(failed), *(server.ask("GET", path).text for path in asked)]))
             for connection in itertools.islice(in_turn, 20):
                 begin = time.monotonic()
                 connection.request("GET", "/health")

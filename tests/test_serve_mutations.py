@@ -3,6 +3,7 @@
 TORPOR_MUTATIONS=N sets how many are sent (300; `make load` sends 10,000).
 """
 
+import copy
 import http.client
 import json
 import os
@@ -72,6 +73,11 @@ def places(value, path=()):
         yield from places(inner, (*path, key))
 
 
+def odd(rng):
+    """One of ODD, of its own: others may be put into it."""
+    return copy.deepcopy(rng.choice(ODD))
+
+
 def mutated(rng, body, limit):
     """The bytes of a body that differs from `body` in one to three places, or is no JSON."""
     body = json.loads(json.dumps(body))
@@ -79,7 +85,7 @@ def mutated(rng, body, limit):
     for _ in range(rng.randrange(1, 4)):
         path = rng.choice(list(places(body)))
         if not path:
-            body["extra"] = rng.choice(ODD)
+            body["extra"] = odd(rng)
             continue
         holder = body
         for key in path[:-1]:
@@ -90,9 +96,9 @@ def mutated(rng, body, limit):
         elif act == 1 and isinstance(holder, dict):
             holder[rng.choice(["", "type", "content", "x" * 300])] = holder.pop(path[-1])
         elif act == 2 and isinstance(holder, list):
-            holder.insert(path[-1], rng.choice(ODD))
+            holder.insert(path[-1], odd(rng))
         else:
-            holder[path[-1]] = rng.choice(ODD)
+            holder[path[-1]] = odd(rng)
     for bound in ("max_tokens", "max_output_tokens", "max_completion_tokens"):
         if isinstance(body.get(bound), (int, float)) and body[bound] > limit:
             body[bound] = limit
