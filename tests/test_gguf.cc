@@ -325,7 +325,13 @@ TEST(Gguf, PackedBlocksTakeTheRoomOfTheFile) {
   EXPECT_EQ(bits("Q3_K"), 4.5);  // a line of single bits would be half empty
   EXPECT_EQ(bits("IQ4_XS"), 4.375);
   EXPECT_EQ(bits("MXFP4"), 4.25);
-  EXPECT_EQ(bits("Q8_0"), 9);
+  // What lies around a zero needs no bias beside the scale.
+  EXPECT_EQ(bits("Q4_0"), 4.5);
+  EXPECT_EQ(bits("IQ4_NL"), 4.5);
+  EXPECT_EQ(bits("Q5_0"), 5.5);
+  EXPECT_EQ(bits("Q8_0"), 8.5);
+  EXPECT_EQ(bits("Q4_1"), 5);
+  EXPECT_EQ(bits("Q5_1"), 6);
 }
 
 TEST(Gguf, RowsThatRotateWithTheirNeighboursArePackedAsHalvesDo) {

@@ -75,13 +75,12 @@ const uint8_t* PrepareBytes(ThreadPool& pool, const PackedPart& part, int k, con
 
 // ---- One panel's columns [k0, k1) as bytes: per group [group / 4][16 outputs][4 columns], then [16] scales, [16] biases ----
 
-template <Type kScale>
+template <class Kind>
 void UnpackBytes(const PackedPart& part, const std::byte* panel, int k0, int k1, uint32_t* out) {
   const int bits = part.word_bits(), lines = part.group * bits / 32;
   const VU nibbles = hn::Set(DU(), 0x0f0f0f0fu);
-  const std::byte* end = panel + size_t(k1 / part.group) * part.group_bytes;
-  for (const std::byte* g = panel + size_t(k0 / part.group) * part.group_bytes; g != end; g += part.group_bytes) {
-    const std::byte* line = g + 2 * kPanel * type_size(kScale);
+  for (int g = k0 / part.group; g < k1 / part.group; ++g) {
+    const std::byte* line = part.lines(panel, g);
     for (int i = 0; i < lines; ++i, line += kAlignment, out += 8 / bits * kPanel) {
       for (int v = 0; v < kVectors; ++v) {
         const VU words = LoadLine(line, v);
@@ -90,7 +89,7 @@ void UnpackBytes(const PackedPart& part, const std::byte* panel, int k0, int k1,
         if (bits == 4) hn::Store(hn::And(hn::ShiftRight<4>(words), nibbles), DU(), to + kPanel);
       }
     }
-    for (int i = 0; i < 2 * kPanel; i += kLanes) hn::Store(hn::BitCast(DU(), LoadFloats<kScale>(g, i)), DU(), out + i);
+    StoreScales<Kind>(part.scales(panel, g), part.zero, reinterpret_cast<float*>(out));
     out += 2 * kPanel;
   }
 }
@@ -104,9 +103,10 @@ void UnpackBytes(const PackedPart& part, const std::byte* panel, int k0, int k1,
     }
     return;
   }
-  if (part.scale_type == Type::kF32) UnpackBytes<Type::kF32>(part, panel, k0, k1, out);
-  if (part.scale_type == Type::kF16) UnpackBytes<Type::kF16>(part, panel, k0, k1, out);
-  if (part.scale_type == Type::kBF16) UnpackBytes<Type::kBF16>(part, panel, k0, k1, out);
+  if (part.zero != 0) return UnpackBytes<ScalesAroundZero>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kF32) UnpackBytes<F32Scales>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kF16) UnpackBytes<F16Scales>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kBF16) UnpackBytes<Bf16Scales>(part, panel, k0, k1, out);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -77,6 +77,35 @@ HWY_INLINE VF LoadFloats(const std::byte* p, size_t i) {
   }
 }
 
+// What the end of a group reads: f32, f16 or bf16 scales and biases, or f16 scales alone, around a zero. Each has code
+// of its own: a condition where sums are in registers sends these to memory.
+template <Type kType, bool kAroundZero = false>
+struct ScaleKind {
+  static constexpr Type kScale = kType;
+  static constexpr bool kZero = kAroundZero;
+};
+using F32Scales = ScaleKind<Type::kF32>;
+using F16Scales = ScaleKind<Type::kF16>;
+using Bf16Scales = ScaleKind<Type::kBF16>;
+using ScalesAroundZero = ScaleKind<Type::kF16, true>;
+
+// A group's biases from lane `lane` on, where `scale` are its scales.
+template <class Kind>
+HWY_INLINE VF LoadBiases(const std::byte* scales, VF scale, float zero, int lane) {
+  if constexpr (Kind::kZero) return hn::Mul(hn::Set(DF(), -zero), scale);
+  return LoadFloats<Kind::kScale>(scales, size_t(kPanel + lane));
+}
+
+// A group's [16] scales, and its [16] biases.
+template <class Kind>
+HWY_INLINE void StoreScales(const std::byte* scales, int zero, float* HWY_RESTRICT out) {
+  for (int i = 0; i < kPanel; i += kLanes) {
+    const VF scale = LoadFloats<Kind::kScale>(scales, size_t(i));
+    hn::Store(scale, DF(), out + i);
+    hn::Store(LoadBiases<Kind>(scales, scale, float(zero), i), DF(), out + kPanel + i);
+  }
+}
+
 // Bit position of the J-th weight in a u32. Unpack leaves the weight at that position, so its result is too large by
 // two to that power. The top weight would set the sign bit, so Unpack shifts it down.
 template <int kBits, int kJ>
@@ -168,13 +197,12 @@ HWY_INLINE void UnpackTo(VU line, float* out) {
   hn::Store(Unpack<kBits, kJ>(line), DF(), out + kJ * kPanel);
 }
 
-template <int kBits, Type kScale>
+template <int kBits, class Kind>
 void UnpackQuantized(const PackedPart& part, const std::byte* panel, int k0, int k1, float* out) {
   constexpr int kPerLine = 32 / kBits;
   const int lines = part.group / kPerLine;
-  const std::byte* end = panel + size_t(k1 / part.group) * part.group_bytes;
-  for (const std::byte* g = panel + size_t(k0 / part.group) * part.group_bytes; g != end; g += part.group_bytes) {
-    const std::byte* line = g + 2 * kPanel * (kScale == Type::kF32 ? 4 : 2);
+  for (int g = k0 / part.group; g < k1 / part.group; ++g) {
+    const std::byte* line = part.lines(panel, g);
     for (int i = 0; i < lines; ++i) {
       for (int v = 0; v < kVectors; ++v) {
         const VU words = LoadLine(line, v);
@@ -193,9 +221,17 @@ void UnpackQuantized(const PackedPart& part, const std::byte* panel, int k0, int
       line += kAlignment;
       out += kPerLine * kPanel;
     }
-    for (int i = 0; i < 2 * kPanel; i += kLanes) hn::Store(LoadFloats<kScale>(g, i), DF(), out + i);
+    StoreScales<Kind>(part.scales(panel, g), part.zero, out);
     out += 2 * kPanel;
   }
+}
+
+template <int kBits>
+void UnpackQuantized(const PackedPart& part, const std::byte* panel, int k0, int k1, float* out) {
+  if (part.zero != 0) return UnpackQuantized<kBits, ScalesAroundZero>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kF32) UnpackQuantized<kBits, F32Scales>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kF16) UnpackQuantized<kBits, F16Scales>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kBF16) UnpackQuantized<kBits, Bf16Scales>(part, panel, k0, k1, out);
 }
 
 template <Type kType>
@@ -218,13 +254,9 @@ const float* PanelAsFloats(const PackedPart& part, const std::byte* panel, int k
       break;
     case Type::kAffine:
       if (part.word_bits() == 4) {
-        if (part.scale_type == Type::kF32) UnpackQuantized<4, Type::kF32>(part, panel, k0, k1, scratch);
-        if (part.scale_type == Type::kF16) UnpackQuantized<4, Type::kF16>(part, panel, k0, k1, scratch);
-        if (part.scale_type == Type::kBF16) UnpackQuantized<4, Type::kBF16>(part, panel, k0, k1, scratch);
+        UnpackQuantized<4>(part, panel, k0, k1, scratch);
       } else {
-        if (part.scale_type == Type::kF32) UnpackQuantized<8, Type::kF32>(part, panel, k0, k1, scratch);
-        if (part.scale_type == Type::kF16) UnpackQuantized<8, Type::kF16>(part, panel, k0, k1, scratch);
-        if (part.scale_type == Type::kBF16) UnpackQuantized<8, Type::kBF16>(part, panel, k0, k1, scratch);
+        UnpackQuantized<8>(part, panel, k0, k1, scratch);
       }
       break;
     default:  // not read in place
@@ -348,15 +380,15 @@ HWY_INLINE void Step(const std::byte* line, size_t panel_bytes, const float* x,
 }
 
 // The end of a group, whose scales are at `scales`; the rows' Σ x are at `x_sum`. sums: from vector `first` on.
-template <Type kScale, int kRows, int kPanels, int kAtOnce>
-HWY_INLINE void AddGroup(const std::byte* scales, size_t panel_bytes, int first, const float* x_sum,
+template <class Kind, int kRows, int kPanels, int kAtOnce>
+HWY_INLINE void AddGroup(const std::byte* scales, size_t panel_bytes, float zero, int first, const float* x_sum,
                          const VF (&dot)[kPanels][kAtOnce][kRows], float* HWY_RESTRICT sums) {
   const DF d;
   for (int p = 0; p < kPanels; ++p) {
     for (int v = 0; v < kAtOnce; ++v) {
       const int lane = (first + v) * kLanes;
-      const VF scale = LoadFloats<kScale>(scales + p * panel_bytes, lane);
-      const VF bias = LoadFloats<kScale>(scales + p * panel_bytes, kPanel + lane);
+      const VF scale = LoadFloats<Kind::kScale>(scales + p * panel_bytes, lane);
+      const VF bias = LoadBiases<Kind>(scales + p * panel_bytes, scale, zero, lane);
       for (int r = 0; r < kRows; ++r) {
         float* at = sums + (p * kRows + r) * kPanel + lane;
         const VF sum = hn::MulAdd(dot[p][v][r], scale, hn::Load(d, at));
@@ -367,13 +399,15 @@ HWY_INLINE void AddGroup(const std::byte* scales, size_t panel_bytes, int first,
 }
 
 template <int kBits, int kRows, int kPanels>
-HWY_NOINLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k,
+HWY_NOINLINE void VectorQuantized(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k0, int k1,
                                   const float* HWY_RESTRICT x, float* HWY_RESTRICT sums) {
   constexpr int kPerLine = 32 / kBits, kAtOnce = VectorsOfPanel(kRows);
   const DF d;
   const int lines = part.group / kPerLine;
-  const size_t panel_bytes = part.panel_bytes;
-  for (int k0 = 0; k0 < k; k0 += part.group) {
+  const size_t panel_bytes = part.panel_bytes, lines_step = part.group_bytes, scales_step = part.scales_step();
+  const auto zero = float(part.zero);
+  const std::byte *scales = part.scales(panel, k0 / part.group), *begin = part.lines(panel, k0 / part.group);
+  for (; k0 < k1; k0 += part.group) {
     for (int first = 0; first < kVectors; first += kAtOnce) {
       VF dot[kPanels][kAtOnce][kRows];
       for (int p = 0; p < kPanels; ++p) {
@@ -381,7 +415,7 @@ HWY_NOINLINE void VectorQuantized(const PackedPart& part, const std::byte* panel
           for (int r = 0; r < kRows; ++r) dot[p][v][r] = hn::Zero(d);
         }
       }
-      const std::byte* line = panel + 2 * kPanel * type_size(part.scale_type) + size_t(first * kLanes) * 4;
+      const std::byte* line = begin + size_t(first * kLanes) * 4;
       const float* at = x;
       for (int i = 0; i < lines; ++i) {
         for (int p = 0; p < kPanels; ++p) fetch(line + ahead + p * panel_bytes);
@@ -398,12 +432,17 @@ HWY_NOINLINE void VectorQuantized(const PackedPart& part, const std::byte* panel
         at += kPerLine * kRows;
         line += kAlignment;
       }
-      if (part.scale_type == Type::kF32) AddGroup<Type::kF32>(panel, panel_bytes, first, at, dot, sums);
-      if (part.scale_type == Type::kF16) AddGroup<Type::kF16>(panel, panel_bytes, first, at, dot, sums);
-      if (part.scale_type == Type::kBF16) AddGroup<Type::kBF16>(panel, panel_bytes, first, at, dot, sums);
+      if (part.zero != 0) {
+        AddGroup<ScalesAroundZero>(scales, panel_bytes, zero, first, at, dot, sums);
+        continue;
+      }
+      if (part.scale_type == Type::kF32) AddGroup<F32Scales>(scales, panel_bytes, zero, first, at, dot, sums);
+      if (part.scale_type == Type::kF16) AddGroup<F16Scales>(scales, panel_bytes, zero, first, at, dot, sums);
+      if (part.scale_type == Type::kBF16) AddGroup<Bf16Scales>(scales, panel_bytes, zero, first, at, dot, sums);
     }
     x += (part.group + 1) * kRows;
-    panel += part.group_bytes;
+    begin += lines_step;
+    scales += scales_step;
   }
 }
 
@@ -429,19 +468,19 @@ HWY_INLINE void VectorFloats(const PackedPart& part, const std::byte* panel, ptr
   }
 }
 
-// The same for rows of weights that are read in place; float weights take one row.
+// The same for columns [k0, k1) of weights that are read in place; float weights take one row, and all columns.
 template <int kRows, int kPanels>
-HWY_INLINE void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const float* x,
-                       float* sums) {
+HWY_INLINE void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k0, int k1,
+                       const float* x, float* sums) {
   const ptrdiff_t ahead = next - panel;
   if (part.type == Type::kAffine) {
-    if (part.word_bits() == 4) return VectorQuantized<4, kRows, kPanels>(part, panel, ahead, k, x, sums);
-    return VectorQuantized<8, kRows, kPanels>(part, panel, ahead, k, x, sums);
+    if (part.word_bits() == 4) return VectorQuantized<4, kRows, kPanels>(part, panel, ahead, k0, k1, x, sums);
+    return VectorQuantized<8, kRows, kPanels>(part, panel, ahead, k0, k1, x, sums);
   }
   if constexpr (kRows == 1) {
-    if (part.type == Type::kF32) VectorFloats<Type::kF32, kPanels>(part, panel, ahead, k, x, sums);
-    if (part.type == Type::kF16) VectorFloats<Type::kF16, kPanels>(part, panel, ahead, k, x, sums);
-    if (part.type == Type::kBF16) VectorFloats<Type::kBF16, kPanels>(part, panel, ahead, k, x, sums);
+    if (part.type == Type::kF32) VectorFloats<Type::kF32, kPanels>(part, panel, ahead, k1, x, sums);
+    if (part.type == Type::kF16) VectorFloats<Type::kF16, kPanels>(part, panel, ahead, k1, x, sums);
+    if (part.type == Type::kBF16) VectorFloats<Type::kBF16, kPanels>(part, panel, ahead, k1, x, sums);
   }
 }
 

@@ -185,15 +185,15 @@ HWY_INLINE void PairStep(const std::byte* line, size_t panel_bytes, const int32_
 }
 
 // The end of a group, whose scales are at `scales`; the rows' x_scale are at `of_x`, then x_scale * Σ x16.
-template <Type kScale, int kRows, int kPanels, int kAtOnce>
-HWY_INLINE void AddPairGroup(const std::byte* scales, size_t panel_bytes, int first, const int32_t* of_x,
+template <class Kind, int kRows, int kPanels, int kAtOnce>
+HWY_INLINE void AddPairGroup(const std::byte* scales, size_t panel_bytes, float zero, int first, const int32_t* of_x,
                              const VI (&dot)[kPanels][kAtOnce][kRows], float* HWY_RESTRICT sums) {
   const DF d;
   for (int p = 0; p < kPanels; ++p) {
     for (int v = 0; v < kAtOnce; ++v) {
       const int lane = (first + v) * kLanes;
-      const VF scale = LoadFloats<kScale>(scales + p * panel_bytes, lane);
-      const VF bias = LoadFloats<kScale>(scales + p * panel_bytes, kPanel + lane);
+      const VF scale = LoadFloats<Kind::kScale>(scales + p * panel_bytes, lane);
+      const VF bias = LoadBiases<Kind>(scales + p * panel_bytes, scale, zero, lane);
       for (int r = 0; r < kRows; ++r) {
         const float x_scale = std::bit_cast<float>(of_x[r]), x_sum = std::bit_cast<float>(of_x[kRows + r]);
         float* at = sums + (p * kRows + r) * kPanel + lane;
@@ -206,12 +206,14 @@ HWY_INLINE void AddPairGroup(const std::byte* scales, size_t panel_bytes, int fi
 }
 
 template <int kBits, int kRows, int kPanels>
-HWY_NOINLINE void PairPanels(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k,
+HWY_NOINLINE void PairPanels(const PackedPart& part, const std::byte* panel, ptrdiff_t ahead, int k0, int k1,
                              const int32_t* HWY_RESTRICT x, float* HWY_RESTRICT sums) {
   constexpr int kPairs = PairsOfLine(kBits), kAtOnce = VectorsOfPanel(kRows);
   const int lines = part.group / ColumnsOfLine(kBits);
-  const size_t panel_bytes = part.panel_bytes;
-  for (int k0 = 0; k0 < k; k0 += part.group) {
+  const size_t panel_bytes = part.panel_bytes, lines_step = part.group_bytes, scales_step = part.scales_step();
+  const auto zero = float(part.zero);
+  const std::byte *scales = part.scales(panel, k0 / part.group), *begin = part.lines(panel, k0 / part.group);
+  for (; k0 < k1; k0 += part.group) {
     for (int first = 0; first < kVectors; first += kAtOnce) {
       VI dot[kPanels][kAtOnce][kRows];
       for (int p = 0; p < kPanels; ++p) {
@@ -219,7 +221,7 @@ HWY_NOINLINE void PairPanels(const PackedPart& part, const std::byte* panel, ptr
           for (int r = 0; r < kRows; ++r) dot[p][v][r] = hn::Zero(DI());
         }
       }
-      const std::byte* line = panel + 2 * kPanel * type_size(part.scale_type) + size_t(first * kLanes) * 4;
+      const std::byte* line = begin + size_t(first * kLanes) * 4;
       const int32_t* at = x;
       for (int i = 0; i < lines; ++i) {
         for (int p = 0; p < kPanels; ++p) fetch(line + ahead + p * panel_bytes);
@@ -232,20 +234,25 @@ HWY_NOINLINE void PairPanels(const PackedPart& part, const std::byte* panel, ptr
         at += kPairs * kRows;
         line += kAlignment;
       }
-      if (part.scale_type == Type::kF32) AddPairGroup<Type::kF32>(panel, panel_bytes, first, at, dot, sums);
-      if (part.scale_type == Type::kF16) AddPairGroup<Type::kF16>(panel, panel_bytes, first, at, dot, sums);
-      if (part.scale_type == Type::kBF16) AddPairGroup<Type::kBF16>(panel, panel_bytes, first, at, dot, sums);
+      if (part.zero != 0) {
+        AddPairGroup<ScalesAroundZero>(scales, panel_bytes, zero, first, at, dot, sums);
+        continue;
+      }
+      if (part.scale_type == Type::kF32) AddPairGroup<F32Scales>(scales, panel_bytes, zero, first, at, dot, sums);
+      if (part.scale_type == Type::kF16) AddPairGroup<F16Scales>(scales, panel_bytes, zero, first, at, dot, sums);
+      if (part.scale_type == Type::kBF16) AddPairGroup<Bf16Scales>(scales, panel_bytes, zero, first, at, dot, sums);
     }
     x += (part.group / 2 + 2) * kRows;
-    panel += part.group_bytes;
+    begin += lines_step;
+    scales += scales_step;
   }
 }
 
 template <int kRows, int kPanels>
-HWY_INLINE void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k, const int32_t* x,
-                       float* sums) {
-  if (part.word_bits() == 4) return PairPanels<4, kRows, kPanels>(part, panel, next - panel, k, x, sums);
-  return PairPanels<8, kRows, kPanels>(part, panel, next - panel, k, x, sums);
+HWY_INLINE void Vector(const PackedPart& part, const std::byte* panel, const std::byte* next, int k0, int k1,
+                       const int32_t* x, float* sums) {
+  if (part.word_bits() == 4) return PairPanels<4, kRows, kPanels>(part, panel, next - panel, k0, k1, x, sums);
+  return PairPanels<8, kRows, kPanels>(part, panel, next - panel, k0, k1, x, sums);
 }
 
 // ---- Many rows: one panel's columns [k0, k1) as pairs, [pairs][16] i32, and per group its scales and biases, [2][16] ----
@@ -255,13 +262,12 @@ HWY_INLINE void PairTo(VU words, int32_t* out) {
   hn::Store(PairOf<kBits, kJ>(words), DI(), out + kJ * kPanel);
 }
 
-template <int kBits, Type kScale>
+template <int kBits, class Kind>
 void UnpackPairs(const PackedPart& part, const std::byte* panel, int k0, int k1, int32_t* out) {
   constexpr int kPairs = 16 / kBits;
   const int lines = part.group * kBits / 32;
-  const std::byte* end = panel + size_t(k1 / part.group) * part.group_bytes;
-  for (const std::byte* g = panel + size_t(k0 / part.group) * part.group_bytes; g != end; g += part.group_bytes) {
-    const std::byte* line = g + 2 * kPanel * type_size(kScale);
+  for (int g = k0 / part.group; g < k1 / part.group; ++g) {
+    const std::byte* line = part.lines(panel, g);
     for (int i = 0; i < lines; ++i) {
       for (int v = 0; v < kVectors; ++v) {
         const VU words = LoadLine(line, v);
@@ -276,16 +282,17 @@ void UnpackPairs(const PackedPart& part, const std::byte* panel, int k0, int k1,
       line += kAlignment;
       out += kPairs * kPanel;
     }
-    for (int i = 0; i < 2 * kPanel; i += kLanes) hn::Store(hn::BitCast(DI(), LoadFloats<kScale>(g, i)), DI(), out + i);
+    StoreScales<Kind>(part.scales(panel, g), part.zero, reinterpret_cast<float*>(out));
     out += 2 * kPanel;
   }
 }
 
 template <int kBits>
 void UnpackPairs(const PackedPart& part, const std::byte* panel, int k0, int k1, int32_t* out) {
-  if (part.scale_type == Type::kF32) UnpackPairs<kBits, Type::kF32>(part, panel, k0, k1, out);
-  if (part.scale_type == Type::kF16) UnpackPairs<kBits, Type::kF16>(part, panel, k0, k1, out);
-  if (part.scale_type == Type::kBF16) UnpackPairs<kBits, Type::kBF16>(part, panel, k0, k1, out);
+  if (part.zero != 0) return UnpackPairs<kBits, ScalesAroundZero>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kF32) UnpackPairs<kBits, F32Scales>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kF16) UnpackPairs<kBits, F16Scales>(part, panel, k0, k1, out);
+  if (part.scale_type == Type::kBF16) UnpackPairs<kBits, Bf16Scales>(part, panel, k0, k1, out);
 }
 
 void UnpackPairs(const PackedPart& part, const std::byte* panel, int k0, int k1, int32_t* out) {

@@ -11,9 +11,12 @@
 /// products read it without a shuffle. Lines of 2 bits and of 1 bit are made alike, of 16 and 32 consecutive k. Widths
 /// between are two planes: all lines of the weights' low bits, then those of their high bits (`Planes`). Kernels read
 /// 4 and 8 bits in place. Others they read as bytes, which weight_formats-inl.h makes of a few columns at a time.
-/// Rows past the end are zero. A panel of mxfp4, mxfp8 or nvfp4 has all its scales first, a byte each:
+/// Rows past the end are zero. A panel whose groups have no biases of their own has all its scales first:
 ///
-///     [groups][16 scales], up to a whole line, then per group its lines: nibbles are E2M1 codes, bytes E4M3 ones
+///     [groups][16 scales], up to a whole line, then per group its lines
+///
+/// Those are weights of mxfp4, mxfp8 and nvfp4, whose scales are a byte each (nibbles are E2M1 codes, bytes E4M3 ones),
+/// and GGUF's around a zero (Q4_0, Q5_0, Q8_0, IQ4_NL), whose bias is that many times the scale.
 ///
 /// A panel of GGUF's blocks of 256 columns keeps their two levels of scales. Per block it is
 ///
@@ -85,6 +88,7 @@ struct PackedPart {
   int group = 0;   ///< of quantized weights; 0 = float weights
   Planes planes;
   Type scale_type = Type::kF32;  ///< of affine weights
+  int zero = 0;    ///< of affine weights without biases of their own: one is -zero * scale. 0: they lie beside scales
   Codebook codebook = Codebook::kNone;    ///< of affine weights
   const BlockShape* two_level = nullptr;  ///< of affine weights whose scales have two levels
   int first = 0;   ///< output column of the first panel
@@ -92,7 +96,7 @@ struct PackedPart {
   int panels = 0;
   size_t group_bytes = 0;  ///< of quantized weights: scales, biases and lines; lines alone where scales lie elsewhere
   size_t block_bytes = 0;  ///< of two levels: a block's scales and lines
-  size_t byte_scales = 0;  ///< without biases: the bytes before the first line
+  size_t scales_first = 0;  ///< of groups without biases of their own: the bytes before the first line
   size_t panel_bytes = 0;
   std::shared_ptr<std::byte> data;  ///< [panels][panel_bytes]
   AlignedBuffer<float> bias;  ///< [panels * 16] additive, or empty
@@ -112,13 +116,17 @@ struct PackedPart {
   /// Group `g` of a panel. Of two levels the scales are those of its block.
   const std::byte* scales(const std::byte* panel, int g) const {
     if (two_level != nullptr) return panel + size_t(g / groups_of_block()) * block_bytes;
-    return panel + size_t(g) * (byte_scales > 0 ? size_t(kPanel) : group_bytes);
+    return panel + size_t(g) * scales_step();
   }
+  /// From one group's scales to the next's, of one level.
+  size_t scales_step() const { return scales_first > 0 ? kPanel * scale_bytes() : group_bytes; }
+  /// Of one scale.
+  size_t scale_bytes() const { return type == Type::kAffine ? type_size(scale_type) : 1; }
   const std::byte* lines(const std::byte* panel, int g) const {
     if (two_level != nullptr) {
       return scales(panel, g) + two_level_bytes() + size_t(g % groups_of_block()) * group_bytes;
     }
-    return panel + size_t(g) * group_bytes + (byte_scales > 0 ? byte_scales : 2 * kPanel * type_size(scale_type));
+    return panel + size_t(g) * group_bytes + (scales_first > 0 ? scales_first : 2 * kPanel * scale_bytes());
   }
   /// Of two levels.
   int groups_of_block() const { return kTwoLevelColumns >> std::countr_zero(unsigned(group)); }

@@ -1,9 +1,6 @@
 #include "kernels/packed_linear.h"
 
 #include <algorithm>
-#include <atomic>
-#include <bit>
-#include <cmath>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -68,19 +65,6 @@ const std::byte* blocks_of(const WeightSource& source, int row) {
   return static_cast<const std::byte*>(source.weight) + size_t(row) * row_bytes;
 }
 
-/// An f16 that is `value`; nullopt where none is.
-std::optional<uint16_t> exact_half(float value) {
-  const auto sign = uint16_t(std::signbit(value) ? 0x8000 : 0);
-  const float magnitude = std::abs(value);
-  if (!(magnitude <= 65504)) return std::nullopt;
-  if (magnitude < 0x1p-14f) {
-    const float steps = magnitude * 0x1p24f;
-    return steps == std::floor(steps) ? std::optional(uint16_t(sign | uint16_t(steps))) : std::nullopt;
-  }
-  const auto bits = std::bit_cast<uint32_t>(magnitude);
-  return (bits & 0x1fff) == 0 ? std::optional(uint16_t(sign | uint16_t((bits >> 13) - (112 << 10)))) : std::nullopt;
-}
-
 /// Ors the 4 low bits of integer `i` of a row, and those above, to its words in a block's lines.
 void write_integer(const PackedPart::IntegerPlanes& planes, std::byte* lines, int lane, int i, uint8_t integer) {
   const auto add = [&](int line, int shift, uint32_t bits) {
@@ -137,39 +121,29 @@ GroupAffine read_two_level(const PackedPart& part, const std::byte* block, int l
   return {scale, -(dmin * float(integer(groups + g % groups)))};
 }
 
-/// A row of blocks. False when a bias of its groups is no f16, and the part has such.
-bool write_blocks(const PackedPart& part, std::byte* panel, int lane, int k, const RowRef& ref) {
+/// A row of blocks.
+void write_blocks(const PackedPart& part, std::byte* panel, int lane, int k, const RowRef& ref) {
   const GgmlType type = *ref.source->blocks;
   const int per_block = ggml_type_info(type).columns / part.group;
   const std::byte* block = blocks_of(*ref.source, ref.row);
   uint8_t codes[kLargestGroup] = {};
-  bool exact = true;
   for (int g = 0; g < k / part.group; ++g) {
     std::byte* scales = const_cast<std::byte*>(part.scales(panel, g));
-    const GroupAffine affine = read_block_affine(type, block, g % per_block);
+    const BlockScales of = read_block_scales(type, block, g % per_block);
     if (part.two_level != nullptr) {
-      write_two_level(part, scales, lane, g, read_block_scales(type, block, g % per_block));
-    } else if (part.byte_scales > 0) {
-      scales[lane] = block[0];
-    } else if (part.scale_type == Type::kF32) {
-      std::memcpy(scales + size_t(lane) * 4, &affine.scale, 4);
-      std::memcpy(scales + size_t(kPanel + lane) * 4, &affine.bias, 4);
-    } else {
-      const std::optional<uint16_t> scale = exact_half(affine.scale), bias = exact_half(affine.bias);
-      exact &= scale && bias;
-      const uint16_t halves[] = {scale.value_or(0), bias.value_or(0)};
-      std::memcpy(scales + size_t(lane) * 2, &halves[0], 2);
-      std::memcpy(scales + size_t(kPanel + lane) * 2, &halves[1], 2);
+      write_two_level(part, scales, lane, g, of);
+    } else {  // f16, or a byte
+      const size_t size = part.scale_bytes();
+      std::memcpy(scales + size_t(lane) * size, &of.d, size);
+      if (part.scales_first == 0) std::memcpy(scales + size_t(kPanel + lane) * size, &of.dmin, size);
     }
     read_block_codes(type, block, g % per_block, codes);
     write_planes(part, lane, codes, const_cast<std::byte*>(part.lines(panel, g)));
     if ((g + 1) % per_block == 0) block += ggml_type_info(type).bytes;
   }
-  return exact;
 }
 
-/// False as write_blocks.
-bool write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref) {
+void write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref) {
   std::byte* panel = part.data.get() + size_t(packed_row / kPanel) * part.panel_bytes;
   const int lane = packed_row % kPanel;
   if (part.group == 0) {
@@ -183,12 +157,12 @@ bool write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref)
         std::memset(to, 0, size);
       }
     }
-    return true;
+    return;
   }
   if (ref.source != nullptr && ref.source->blocks) return write_blocks(part, panel, lane, k, ref);
   // Of a group: an affine one's scale and bias, floats; else a scale of one byte.
-  const size_t size = part.byte_scales > 0 ? 1 : type_size(part.scale_type);
-  const int groups = k / part.group, numbers = part.byte_scales > 0 ? 1 : 2;
+  const size_t size = part.scale_bytes();
+  const int groups = k / part.group, numbers = part.scales_first > 0 ? 1 : 2;
   uint8_t codes[kLargestGroup] = {};
   for (int g = 0; g < groups; ++g) {
     if (part.two_level != nullptr) write_two_level(part, const_cast<std::byte*>(part.scales(panel, g)), lane, g, {});
@@ -205,7 +179,6 @@ bool write_row(const PackedPart& part, int k, int packed_row, const RowRef& ref)
     if (ref.source != nullptr) read_codes(*ref.source, of_source, codes);
     write_planes(part, lane, codes, const_cast<std::byte*>(part.lines(panel, g)));
   }
-  return true;
 }
 
 /// How a part keeps the source's weights.
@@ -219,6 +192,7 @@ void set_format(PackedPart& part, const WeightSource& source) {
     part.scale_type = Type::kF16;
     if (shape.codebook != Codebook::kE2m1) part.codebook = shape.codebook;
     if (shape.scale_bits != 0) part.two_level = &shape;
+    if (part.type == Type::kAffine && shape.scale_bits == 0) part.zero = shape.zero;
   } else if (!is_float(part.type)) {
     part.group = source.group;
     part.planes = planes_of(source.bits, source.group);
@@ -257,13 +231,13 @@ void pack_rows(PackedPart& part, int k, const std::vector<RowRef>& rows, const s
     part.group_bytes = part.plane_bytes(part.planes.low + part.planes.high);
     if (part.two_level != nullptr) {
       part.block_bytes = part.two_level_bytes() + part.group_bytes * size_t(part.groups_of_block());
-    } else if (part.type == Type::kAffine) {
-      part.group_bytes += 2 * kPanel * type_size(part.scale_type);
+    } else if (part.type == Type::kAffine && part.zero == 0) {
+      part.group_bytes += 2 * kPanel * part.scale_bytes();
     } else {
-      part.byte_scales = (groups * kPanel + kAlignment - 1) / kAlignment * kAlignment;
+      part.scales_first = (groups * kPanel * part.scale_bytes() + kAlignment - 1) / kAlignment * kAlignment;
     }
     part.panel_bytes = part.two_level != nullptr ? part.block_bytes * size_t(k / kTwoLevelColumns)
-                                                 : part.byte_scales + part.group_bytes * groups;
+                                                 : part.scales_first + part.group_bytes * groups;
   } else {
     part.panel_bytes = size_t(k) * kPanel * type_size(part.type);
   }
@@ -278,16 +252,9 @@ void pack_rows(PackedPart& part, int k, const std::vector<RowRef>& rows, const s
   const WeightMemory::Place place = memory.take(bytes, fingerprint);
   part.data = place.data;
   if (place.filled) return;
-  std::atomic<bool> exact = true;
   ThreadPool::shared().parallel_for(size_t(part.panels), [&](size_t panel, int) {
-    for (size_t row = panel * kPanel; row < (panel + 1) * kPanel; ++row) {
-      if (!write_row(part, k, int(row), rows[row])) exact = false;
-    }
+    for (size_t row = panel * kPanel; row < (panel + 1) * kPanel; ++row) write_row(part, k, int(row), rows[row]);
   });
-  if (!exact) {
-    part.scale_type = Type::kF32;  // of scales that no model has
-    return pack_rows(part, k, rows, fingerprint, memory);
-  }
   memory.filled(place, bytes);
 }
 
@@ -312,7 +279,11 @@ void read_row(const PackedPart& part, int k, int packed_row, float* out) {
       of = read_two_level(part, scales, lane, g);
     } else {
       of.scale = load_scale(part.type, part.scale_type, scales, size_t(lane));
-      if (part.type == Type::kAffine) of.bias = load_float(scales, part.scale_type, size_t(kPanel + lane));
+      if (part.zero != 0) {
+        of.bias = -float(part.zero) * of.scale;
+      } else if (part.type == Type::kAffine) {
+        of.bias = load_float(scales, part.scale_type, size_t(kPanel + lane));
+      }
     }
     read_planes(part, lane, part.lines(panel, g), codes);
     if (part.codebook != Codebook::kNone) {

@@ -78,11 +78,6 @@ void JoinPlanes(const PackedPart& part, const std::byte* lines, ptrdiff_t ahead,
   }
 }
 
-template <Type kScale>
-HWY_INLINE void StoreScales(const std::byte* scales, float* HWY_RESTRICT out) {
-  for (int i = 0; i < 2 * kPanel; i += kLanes) hn::Store(LoadFloats<kScale>(scales, i), DF(), out + i);
-}
-
 // The E4M3 number at the top of each lane's u32, whatever is below it.
 HWY_INLINE VF E4m3ToFloat(VU top) {
   // Sign, exponent and mantissa to their places in f32; its exponent is by 120 too small.
@@ -149,9 +144,10 @@ HWY_INLINE void GroupScales(const PackedPart& part, const std::byte* panel, int 
     }
     return;
   }
-  if (part.scale_type == Type::kF32) StoreScales<Type::kF32>(scales, out);
-  if (part.scale_type == Type::kF16) StoreScales<Type::kF16>(scales, out);
-  if (part.scale_type == Type::kBF16) StoreScales<Type::kBF16>(scales, out);
+  if (part.zero != 0) return StoreScales<ScalesAroundZero>(scales, part.zero, out);
+  if (part.scale_type == Type::kF32) StoreScales<F32Scales>(scales, part.zero, out);
+  if (part.scale_type == Type::kF16) StoreScales<F16Scales>(scales, part.zero, out);
+  if (part.scale_type == Type::kBF16) StoreScales<Bf16Scales>(scales, part.zero, out);
 }
 
 // Group `g` of a panel.
@@ -271,10 +267,10 @@ void GroupsOfRows(const PackedPart& part, const std::byte* panel, const std::byt
   for (int k0 = 0; k0 < k; k0 += step) {
     const int columns = std::min(k - k0, step);
     const std::byte *from = scratch, *then = scratch;
+    const int begin_k = in_place ? k0 : 0, end_k = begin_k + columns;
     if (in_place) {
-      const size_t at = part.group > 0 ? size_t(k0 / part.group) * part.group_bytes : 0;
-      from = panel + at;
-      then = next + at;
+      from = panel;
+      then = next;
     } else {
       for (int p = 0; p < kPanels; ++p) {
         const std::byte* packed = panel + size_t(p) * part.panel_bytes;
@@ -285,9 +281,9 @@ void GroupsOfRows(const PackedPart& part, const std::byte* panel, const std::byt
       const size_t begin = size_t(groups.begin(g)), size = size_t(groups.begin(g + 1)) - begin;
       const X* rows = x + begin * row_stride(part, k, x) + size * row_stride(part, k0, x);
       float* to = sums + begin * kPanels * kPanel;
-      if (size == kRows) Vector<kRows, kPanels>(in_place ? part : bytes, from, then, columns, rows, to);
+      if (size == kRows) Vector<kRows, kPanels>(in_place ? part : bytes, from, then, begin_k, end_k, rows, to);
       if constexpr (kRows > 1) {
-        if (size < kRows) Vector<kRows - 1, kPanels>(in_place ? part : bytes, from, then, columns, rows, to);
+        if (size < kRows) Vector<kRows - 1, kPanels>(in_place ? part : bytes, from, then, begin_k, end_k, rows, to);
       }
     }
   }
