@@ -1,4 +1,4 @@
-/// Agents of a model with recurrent layers sleep, wake, fork and rewind, and go on as if they had never stopped.
+/// Agents of a model with recurrent layers. That they wake, fork and rewind to the bit is in test_engine_kinds.cc.
 
 #include <algorithm>
 #include <atomic>
@@ -77,50 +77,6 @@ class EngineStates : public ::testing::Test {
 
   fs::path root_;
 };
-
-TEST_F(EngineStates, WakingForkingAndRewindingGoOnAsIfNothingHadBeen) {
-  std::vector<int32_t> tokens;
-  {
-    Engine engine = make();
-    for (int i = 0; i < 3; ++i) engine.turn(say("a", words(i == 1 ? 400 : 60, i)));
-    tokens = engine.tokens("a");
-    ASSERT_GT(tokens.size(), 1400u);
-    EXPECT_EQ(engine.next_logits("a"), oracle(tokens)) << "awake";
-  }
-  EXPECT_EQ(make().next_logits("a"), oracle(tokens)) << "woken";
-  const auto info = Store(root_ / "store").agent_info("a");
-  ASSERT_TRUE(info.states);
-  for (const int64_t n : {1, 255, 256, 257, 1300, int(tokens.size()) - 3}) {
-    const std::vector<float> expected = oracle(tokens, n);
-    const std::string id = "fork-" + std::to_string(n);
-    {
-      Store store(root_ / "store");
-      fork_agent(store, "a", id, n);  // without a model
-    }
-    Engine engine = make();
-    EXPECT_EQ(engine.next_logits(id), expected) << "forked asleep at " << n;
-    engine.next_logits("a");
-    engine.fork("a", "awake-" + id, n);
-    EXPECT_EQ(engine.next_logits("awake-" + id), expected) << "forked at " << n;
-    // The next turn computes what is behind the last state, says so, and the agent is as if it had never had more.
-    const TurnResult result = engine.turn(say(id, words(3, 9)));
-    const int64_t from = resumable_tokens(info, n);
-    EXPECT_EQ(result.tokens.again, n - from) << n;
-    EXPECT_EQ(result.notices.size(), n > from ? 1u : 0u);
-    if (n > from) {
-      EXPECT_NE(result.notices.at(0).find("no state between " + std::to_string(from)), std::string::npos)
-          << result.notices[0];
-    }
-    EXPECT_EQ(engine.next_logits(id), oracle(engine.tokens(id)));
-    const std::vector<int32_t> held = engine.tokens(id);
-    EXPECT_TRUE(std::equal(tokens.begin(), tokens.begin() + n, held.begin()));
-    engine.rewind("awake-" + id, n - n / 3);
-    EXPECT_EQ(engine.next_logits("awake-" + id), oracle(tokens, n - n / 3)) << "rewound to " << n - n / 3;
-    engine.turn(say("awake-" + id, words(3, 9)));
-    EXPECT_EQ(engine.next_logits("awake-" + id), oracle(engine.tokens("awake-" + id)));
-    for (const VerifyReport& report : engine.store().verify()) EXPECT_TRUE(report.problems.empty());
-  }
-}
 
 TEST_F(EngineStates, AnAgentThatIsAwakeWithTheRowsUpToAStateIsForkedRewoundAndPinnedWhole) {
   Engine engine = make();
