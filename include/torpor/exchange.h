@@ -60,12 +60,12 @@ bool is_prompt_cache(const std::filesystem::path& path);
 PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheModel& model, Env* env = nullptr);
 
 /// Writes a file that mlx-lm continues from, and renames it into place. Rows are mapped, not read, where that can be
-/// had. Quantized rows that mlx-lm does not know (rotated, without their bias, of two numbers of bits) become floats of
-/// their scales' dtype, in memory.
+/// had. Quantized rows that mlx-lm does not know (rotated, without their bias, of two numbers of bits, latents, beside
+/// sinks) become floats of their scales' dtype, in memory.
 ///
 /// kInvalidArgument when the agent holds no tokens, the file would be in the store, or there are such keys and no
-/// `restore_of`. kIncompatible when the agent was not made by the engine. Else as Store::load_agent_cache, and what
-/// `restore_of` throws.
+/// `restore_of`. kIncompatible when the agent was not made by the engine, or keeps what mlx-lm's cache has no place for.
+/// Else as Store::load_agent_cache, and what `restore_of` throws.
 void export_prompt_cache(const Store& store, const std::string& agent_id, const std::filesystem::path& path,
                          const RotatesWindows& rotates_windows, PromptCacheDialect dialect = PromptCacheDialect::kNew,
                          const RestoreKeysOf& restore_of = nullptr);

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <string_view>
 
 #include "base/env.h"
 #include "base/hash.h"
@@ -43,7 +45,8 @@ void check_model(const PromptCacheFile& file, const KvLayout& plain, const Cache
   for (size_t i = 0; i < file.layers.size(); ++i) {
     const std::string where = " in layer " + std::to_string(i);
     differs("KV heads" + where, file.layers[i].n_kv_heads, plain.tensors[2 * i].n_kv_heads);
-    differs("dims of each head" + where, file.layers[i].head_dim, plain.tensors[2 * i].dim);
+    differs("dims of each key" + where, file.layers[i].key_dim, plain.tensors[2 * i].dim);
+    differs("dims of each value" + where, file.layers[i].value_dim, plain.tensors[2 * i + 1].dim);
   }
   if (model.max_context > 0 && file.n_tokens > model.max_context) {
     throw Error(ErrorCode::kIncompatible, "'" + file_name + "' holds " + std::to_string(file.n_tokens) +
@@ -92,6 +95,11 @@ bool is_of_engine(const KvLayout& layout, const KvFormat& format) {
   }
   return true;
 }
+
+/// mlx-lm's attention takes no quantized rows of these: they have sinks, or latents.
+constexpr std::string_view kOfFloatsAlone[] = {"deepseek_v3", "glm4_moe_lite", "gpt_oss", "mistral4"};
+/// Of this one mlx-lm keeps no latents, but the keys and values that it makes of them.
+constexpr std::string_view kExpanded = "deepseek_v2";
 
 }  // namespace
 
@@ -168,6 +176,11 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
                                           "prompt-cache file; export it as Torpor's own.")
         .with_agent(id);
   }
+  if (snapshot.identity.architecture == kExpanded) {
+    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' holds latents, in place of which mlx-lm keeps keys "
+                                          "and values for its architecture; export it as Torpor's own.")
+        .with_agent(id);
+  }
   const bool rotating = rotates_windows(snapshot.identity.architecture);
   if (snapshot.layout.has_apart()) {
     for (size_t i = 0; i < snapshot.sealed.size(); ++i) lacks_rows = lacks_rows || !snapshot.has_window_rows(i);
@@ -181,7 +194,9 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
         .with_agent(id)
         .with_field("made_by", "Torpor's engine", "kv '" + snapshot.identity.kv + "'");
   }
-  if (format->quantized() && (format->bias_free || format->rotated || format->bits.keys != format->bits.values)) {
+  const bool of_floats = std::ranges::find(kOfFloatsAlone, snapshot.identity.architecture) != std::end(kOfFloatsAlone);
+  if (format->quantized() &&
+      (of_floats || format->bias_free || format->rotated || format->bits.keys != format->bits.values)) {
     const bool needs_model = format->bias_free || format->rotates_keys();
     if (needs_model && !restore_of) {
       throw Error(ErrorCode::kInvalidArgument, "The keys of agent '" + id + "' are kept as '" + format->name() +

@@ -159,7 +159,7 @@ class Reader {
   KvFormat read_layer(PromptCacheFile& file, size_t i, const CacheClass& kind) {
     PromptCacheLayer& layer = file.layers.emplace_back();
     std::optional<KvDtype> dtype, words;
-    std::set<int64_t> dims;
+    std::set<int64_t> dims[2];  // of keys and of values, as each of their tensors has it
     KvFormat format;
     const std::map<Field, int32_t> values = fields(i, kind);
     if (kind.name == kQuantized) {
@@ -175,16 +175,17 @@ class Reader {
                         std::to_string(bits) + " bits in groups of " + std::to_string(format.group));
       }
       for (const size_t side : {0, 1}) {
-        dims.insert(add(layer, at(at(i, side), 0), words) * (32 / bits));
-        for (const size_t part : {1, 2}) dims.insert(add(layer, at(at(i, side), part), dtype) * format.group);
+        dims[side].insert(add(layer, at(at(i, side), 0), words) * (32 / bits));
+        for (const size_t part : {1, 2}) dims[side].insert(add(layer, at(at(i, side), part), dtype) * format.group);
       }
       if (words != KvDtype::kU32) corrupt("layer " + std::to_string(i) + " is not quantized as it says");
     } else {
-      for (const size_t side : {0, 1}) dims.insert(add(layer, at(i, side), dtype));
+      for (const size_t side : {0, 1}) dims[side].insert(add(layer, at(i, side), dtype));
     }
-    if (dims.size() != 1 || dtype == KvDtype::kU32)
+    if (dims[0].size() != 1 || dims[1].size() != 1 || dtype == KvDtype::kU32)
       corrupt("the tensors of layer " + std::to_string(i) + " do not fit each other");
-    layer.head_dim = *dims.begin();
+    layer.key_dim = *dims[0].begin();
+    layer.value_dim = *dims[1].begin();
     format.dtype = *dtype;
 
     const int64_t n_tokens = values.count(Field::kOffset) != 0 ? values.at(Field::kOffset) : layer.capacity;

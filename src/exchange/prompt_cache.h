@@ -24,7 +24,7 @@ struct FileRows {
 
 struct PromptCacheLayer {
   int n_kv_heads = 0;
-  int64_t head_dim = 0;
+  int64_t key_dim = 0, value_dim = 0;  ///< of each head; latents have keys and values of different sizes
   int64_t capacity = 0;  ///< rows of each of its tensors, unused ones included
   std::vector<uint64_t> data;  ///< where its tensors begin in the file, in a KvLayout's order
   std::vector<FileRows> rows;  ///< in the order of the tokens; a RotatingKVCache may have forgotten the first ones
