@@ -190,8 +190,11 @@ HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int 
   const AttentionSpec& spec = *job.spec;
   const size_t dim = size_t(spec.head_dim), padded = job.padded, group = job.group;
   const size_t rows = size_t(task.count) * group;
-  for (size_t r0 = 0; r0 < rows; r0 += kMaxRows) {
-    const size_t n = std::min(rows - r0, size_t(kMaxRows));
+  // As few products as there can be, of about as many rows each.
+  const size_t products_of_block = (rows + kMaxRows - 1) / kMaxRows;
+  const size_t per_product = (rows + products_of_block - 1) / products_of_block;
+  for (size_t r0 = 0; r0 < rows; r0 += per_product) {
+    const size_t n = std::min(rows - r0, per_product);
     size_t row_begin[kMaxRows], row_end[kMaxRows];
     size_t low = kBlock, high = 0;
     bool same = true;
@@ -321,7 +324,7 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
       attend_block(job, task, block, widened, s);
     } else if constexpr (Rows::kIsFloat) {
       transpose_keys(here.keys, zeros, dim, begin, end, s.keys);
-      if (dim != padded) widen<Rows>(here.values, dim, padded, begin, end, s.values);
+      if (dim != padded) widen<Rows>(here.values, dim, padded, begin, end, ahead.values, s.values);
       const float* values = dim == padded ? here.values : s.values;
       attend_block(job, task, block, FloatProducts<Rows>{dim, padded, {s.keys, values}, ahead}, s);
     } else {
@@ -331,8 +334,8 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
         const FloatProducts<Rows> products{dim, padded, {narrow_keys, here.values}, ahead};
         attend_block(job, task, block, products, s);
       } else {
-        widen<Rows>(narrow_keys, kBlock, kBlock, 0, dim, s.keys);
-        widen<Rows>(here.values, dim, padded, begin, end, s.values);
+        widen<Rows>(narrow_keys, kBlock, kBlock, 0, dim, ahead.keys, s.keys);
+        widen<Rows>(here.values, dim, padded, begin, end, ahead.values, s.values);
         attend_block(job, task, block, widened, s);
       }
     }

@@ -193,9 +193,9 @@ HWY_INLINE void load_scales(KvDtype dtype, const std::byte* from, size_t at, siz
   from += (at + begin) * kv_dtype_size(dtype);
   const size_t n = end - begin;
   switch (dtype) {
-    case KvDtype::kF32: widen<RowsF32>(reinterpret_cast<const float*>(from), n, n, 0, 1, out + begin); break;
-    case KvDtype::kF16: widen<RowsF16>(reinterpret_cast<const uint16_t*>(from), n, n, 0, 1, out + begin); break;
-    default: widen<RowsBF16>(reinterpret_cast<const uint16_t*>(from), n, n, 0, 1, out + begin); break;
+    case KvDtype::kF32: widen<RowsF32>(reinterpret_cast<const float*>(from), n, n, 0, 1, nullptr, out + begin); break;
+    case KvDtype::kF16: widen<RowsF16>(reinterpret_cast<const uint16_t*>(from), n, n, 0, 1, nullptr, out + begin); break;
+    default: widen<RowsBF16>(reinterpret_cast<const uint16_t*>(from), n, n, 0, 1, nullptr, out + begin); break;
   }
 }
 

@@ -100,7 +100,7 @@ HWY_INLINE void load_rows(const AttentionSpec& spec, int bits, size_t dim, int p
     const auto dequantize = bits == 8 ? dequantize_values<8> : dequantize_values<4>;
     dequantize(words, numbers, offsets, dim, group, begin, end, words, out);
   } else {
-    widen<Rows>(reinterpret_cast<const typename Rows::Element*>(rows) + at * dim, dim, dim, begin, end, out);
+    widen<Rows>(reinterpret_cast<const typename Rows::Element*>(rows) + at * dim, dim, dim, begin, end, nullptr, out);
   }
 }
 

@@ -231,13 +231,16 @@ HWY_INLINE void transpose_keys(const Element* keys, const Element* zeros, size_t
 #endif
 }
 
-/// Rows [begin, end) of `width` elements to rows of `padded` floats.
+/// Rows [begin, end) of `width` elements to rows of `padded` floats. As many of `ahead`, or none of nullptr, are
+/// brought into the cache.
 template <class Rows>
 HWY_INLINE void widen(const typename Rows::Element* rows, size_t width, size_t padded, size_t begin, size_t end,
-                      float* HWY_RESTRICT out) {
+                      const typename Rows::Element* ahead, float* HWY_RESTRICT out) {
   const DF d;
+  constexpr size_t kLine = 64 / sizeof(typename Rows::Element);
   for (size_t j = begin; j < end; ++j) {
     const typename Rows::Element* from = rows + j * width;
+    for (size_t at = 0; ahead != nullptr && at < width; at += kLine) fetch(ahead + j * width + at);
     float* to = out + j * padded;
     size_t i = 0;
     for (; i + kLanes <= width; i += kLanes) hn::StoreU(Rows::load(d, from + i), d, to + i);
