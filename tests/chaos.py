@@ -116,7 +116,8 @@ class Worker:
         command = Torpor(self.store, self.run.model).command(
             "serve", "--model", self.run.model, "--no-auth", "--port", self.port, "--remote", self.run.url, "--lease",
             self.run.options.lease, "--advertise", f"http://127.0.0.1:{self.front.port}", "--queue", 1024,
-            "--durability", "rename", "--threads", 1, "--log", self.log)
+            "--remote-tail", ("turn", "sleep")[self.number % 2], "--durability", "rename", "--threads", 1,
+            "--log", self.log)
         env = {**os.environ, **s3.environment(self.bucket.port, *self.run.keys)}
         while not self.closing:
             with open(self.log.with_suffix(".err"), "ab") as errors:

@@ -131,6 +131,24 @@ def test_what_a_killed_process_has_answered_goes_on_elsewhere_and_a_key_is_not_r
         assert engine.agent("ada").tokens == alone.agent("ada").tokens
 
 
+def test_a_tail_that_the_bucket_does_not_have_yet_is_computed_again_and_one_that_slept_is_read(bucket, alone, words):
+    prompts = [words(300), " And then?", " The end.", " Or not."]
+    expected = [say(alone, prompt) for prompt in prompts]
+    bucket.settings["remote_tail"] = "sleep"
+    with bucket.other_process("a", *({"prompt": prompt, "raw": True} for prompt in prompts[:2])) as killed:
+        killed.kill()
+    with bucket.engine("b") as engine:
+        third = say(engine, prompts[2])
+        assert third.tokens.cached == 256 and third.tokens.context == expected[2].tokens.context
+    with bucket.engine("c", remote_tail="turn") as engine:
+        fourth = say(engine, prompts[3])
+        assert fourth.tokens.cached == third.tokens.context
+        assert [text for text, *_ in killed.answers] + [third.text, fourth.text] == [one.text for one in expected]
+        ada = engine.agent("ada")
+        assert ada.tokens == alone.agent("ada").tokens
+        assert mx.array_equal(ada.next_logits(), alone.agent("ada").next_logits())
+
+
 def test_a_key_that_is_not_the_last_turns_is_refused_whatever_has_come_after(bucket):
     with bucket.engine("a") as engine:
         for change in (lambda: say(engine, " without a key"), lambda: engine.agent("ada").rewind(3)):
@@ -183,6 +201,7 @@ def test_a_bucket_that_can_not_be_used_is_refused_before_a_model_is_loaded(bucke
         refused(torpor.InvalidArgumentError, "lease must be from 1 to 3600 seconds", lease=lease)
     refused(torpor.InvalidArgumentError, "lease must be a number", lease="10")
     refused(torpor.InvalidArgumentError, "remote must be a text", remote=7)
+    refused(torpor.InvalidArgumentError, "no remote_tail 'never'", remote_tail="never")
     for url in ("", "file:///tmp/x", "http://one.example/x"):
         refused(torpor.InvalidArgumentError, "s3://", remote=url)
     refused(torpor.NotFoundError, "bucket", remote="s3://no-such-bucket/x")

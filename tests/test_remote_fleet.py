@@ -134,6 +134,21 @@ def test_what_a_killed_server_has_answered_goes_on_elsewhere_and_a_retry_is_not_
     same_rows(fleet.machine("b"), alone, "ada")
 
 
+def test_a_tail_goes_to_the_bucket_when_its_agent_sleeps_and_its_ids_before(fleet, words):
+    with fleet.serve("a", "--remote-tail", "sleep") as server:
+        said = begin(server, words(300)).json()["tokens"]["context"]
+
+        def held(name):
+            machine = fleet.machine(name)
+            machine("remote", "pull", fleet.url, "ada", env=fleet.env).ok()
+            assert len(held_ids(machine.store, "ada")) == said
+            return "rows" in load_file(machine.agent_file("ada"))
+
+        assert not held("before")
+        assert server.ask("POST", f"{AGENTS}/ada/sleep", {}, key="").status == 200
+        assert held("after")
+
+
 def test_a_worker_that_was_paused_for_longer_than_its_lease_answers_nothing_any_more(fleet):
     with fleet.serve("a") as paused, fleet.serve("b") as other:
         begin(paused, "Hello")

@@ -122,6 +122,62 @@ TEST(RemoteTier, ATurnSendsItsOwnBytesInAFewRequests) {
   EXPECT_LT(after.bytes_sent - before.bytes_sent, 16384);
 }
 
+TEST(RemoteTier, AnAgentThatCameWithoutItsTailIsCopiedCutAndSavedLikeAnyOther) {
+  MemoryBucket bucket;
+  Machine one(bucket), other(bucket);
+  const auto messages = [](int64_t n) {
+    return AgentNotes{.messages = {{R"({"role":"user"})", 0, 520}, {R"({"role":"assistant"})", 520, n}}};
+  };
+  one.store.save_agent_cache("ada", make_snapshot(600), "demo/tiny", {}, Durability::kRename, messages(600));
+  one.store.save_agent_cache("ada", make_snapshot(650), "demo/tiny", {}, Durability::kRename, messages(650));
+  one.save("bob", with_states(make_snapshot(600), {256, 590}));
+  for (const char* agent : {"ada", "bob"}) {
+    const Acquired owned = one.own(agent);
+    const Pushed pushed = one.tier.push_save(agent, owned.version, {}, owned.generation, {.tail = false});
+    EXPECT_TRUE(pushed.without_tail);
+    other.tier.pull(agent, false);
+    EXPECT_EQ(other.tokens(agent), one.tokens(agent));
+    EXPECT_TRUE(other.store.verify(agent).front().problems.empty());
+  }
+  EXPECT_EQ(resumable_tokens(other.store.agent_info("bob"), 600), 256);
+  EXPECT_EQ(resumable_tokens(other.store.agent_info("ada"), 650), 512);
+  EXPECT_EQ(other.store.load_agent_cache("ada").messages.size(), one.store.load_agent_cache("ada").messages.size());
+  for (const int64_t n : {650, 630, 512, 300}) {
+    const std::string copy = "copy-" + std::to_string(n);
+    other.store.copy_agent_cache("ada", copy, {.n_tokens = n});
+    const LoadedAgent loaded = other.store.load_agent_cache(copy);
+    EXPECT_EQ(loaded.tokens, make_snapshot(int(n)).tokens);
+    EXPECT_EQ(int64_t(loaded.snapshot.tokens.size()), std::min<int64_t>(n, 512)) << n;
+    EXPECT_TRUE(other.store.verify(copy).front().problems.empty()) << n;
+  }
+  other.store.rename_agent_cache("copy-650", "eve");
+  EXPECT_EQ(other.tokens("eve"), one.tokens("ada"));
+  EXPECT_EQ(code_of([&] { other.store.export_agent("ada", other.directory.path() / ".." / "ada.safetensors"); }),
+            ErrorCode::kInvalidArgument);
+  for (const char* agent : {"ada", "eve"}) {
+    other.save(agent, make_snapshot(700));
+    EXPECT_EQ(other.store.load_agent_cache(agent).snapshot.tokens, make_snapshot(700).tokens);
+    EXPECT_TRUE(other.store.verify(agent).front().problems.empty());
+  }
+  // What is pushed again is what the other one goes on from.
+  EXPECT_EQ(other.tier.push(other.session, "eve", false).outcome, Saved::Outcome::kCommitted);
+}
+
+TEST(RemoteTier, ATailThatCanNotBeComputedFromIdsGoesWithEachSave) {
+  MemoryBucket bucket;
+  Machine one(bucket);
+  KvSnapshot unknown = make_snapshot(300), cut = make_snapshot(300);
+  unknown.tokens[280] = -1;
+  one.save("unknown", unknown);
+  one.save("whole", make_snapshot(512));
+  one.save("other", with_state(make_snapshot(300)));
+  one.store.save_agent_cache("cut", cut, "demo/tiny", {}, Durability::kRename, {.record = {{"shortest_cut", "270"}}});
+  for (const char* agent : {"unknown", "whole", "other", "cut"}) {
+    const Acquired owned = one.own(agent);
+    EXPECT_FALSE(one.tier.push_save(agent, owned.version, {}, owned.generation, {.tail = false}).without_tail) << agent;
+  }
+}
+
 TEST(RemoteTier, AnArchivedAgentKnowsItsLastTurnAgain) {
   MemoryBucket bucket;
   Machine one(bucket);

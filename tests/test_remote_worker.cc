@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <thread>
+
 #include "memory_bucket.h"
 #include "remote/worker.h"
 #include "store_fixture.h"
@@ -13,19 +15,53 @@ using testing::MemoryBucket;
 
 constexpr auto kTtl = std::chrono::seconds(1);
 
+/// The bucket for a machine's lease, until its way there is cut.
+struct Link final : ObjectStore {
+  Link(ObjectStore& bucket, std::atomic<bool>& cut) : bucket(bucket), cut(cut) {}
+  PutResult put(const std::string& key, std::span<const std::byte> bytes, const Condition& condition,
+                const ObjectMetadata& metadata) override {
+    if (cut) throw LostAnswer("No answer came.");
+    return bucket.put(key, bytes, condition, metadata);
+  }
+  std::optional<Object> get(const std::string& key, std::uint64_t most) override {
+    if (cut) throw LostAnswer("No answer came.");
+    return bucket.get(key, most);
+  }
+  std::optional<ObjectInfo> head(const std::string& key) override { return bucket.head(key); }
+  void read(const std::string& key, std::uint64_t offset, std::span<std::byte> out) override {
+    bucket.read(key, offset, out);
+  }
+  std::vector<ObjectInfo> list(const std::string& prefix) override { return bucket.list(prefix); }
+  void remove(const std::string& key) override { bucket.remove(key); }
+  ObjectStore& bucket;
+  std::atomic<bool>& cut;
+};
+
 /// A machine: a store, and a worker on it.
 struct Machine {
-  explicit Machine(std::shared_ptr<ObjectStore> bucket, std::shared_ptr<ObjectStore> leases = nullptr)
-      : store(directory.path()), bucket(std::move(bucket)), leases(leases ? leases : this->bucket) {
-    const RemoteOptions options{.url = "s3://bucket", .store = directory.path(), .ttl = kTtl};
-    worker = std::make_unique<Worker>(this->bucket, this->leases, options);
+  explicit Machine(std::shared_ptr<ObjectStore> bucket, std::shared_ptr<ObjectStore> leases = nullptr,
+                   RemoteOptions given = {})
+      : store(directory.path()), bucket(std::move(bucket)), leases(leases ? leases : this->bucket),
+        options(std::move(given)) {
+    options.url = "s3://bucket";
+    options.store = directory.path();
+    options.ttl = kTtl;
+    begin();
+  }
+  void begin() { worker = std::make_unique<Worker>(this->bucket, this->leases, options); }
+  /// It ends without a word to anybody.
+  void die(std::atomic<bool>& cut) {
+    cut = true;
+    while (worker->alive()) std::this_thread::sleep_for(kTtl / 50);
+    worker.reset();
+    cut = false;
   }
   /// What an Engine does of a turn that ends with so many tokens.
   void turn(const std::string& id, int n_tokens, const std::string& turn_id = "t") {
     ASSERT_TRUE(worker->open(id, true));
     {
       const auto lock = store.lock_agent(id);
-      store.save_agent_cache(id, testing::make_snapshot(n_tokens), "demo/tiny");
+      store.save_agent_cache(id, testing::make_snapshot(n_tokens, layout), "demo/tiny");
     }
     try {
       worker->commit(id, KnownTurn{turn_id, std::string(32, 'a'), "result of " + turn_id});
@@ -44,6 +80,8 @@ struct Machine {
   testing::TemporaryDirectory directory;
   Store store;
   std::shared_ptr<ObjectStore> bucket, leases;
+  RemoteOptions options;
+  KvLayout layout = testing::small_layout();
   std::unique_ptr<Worker> worker;
 };
 
@@ -218,30 +256,70 @@ TEST(RemoteWorker, WhatIsNotKnownToBeCommittedIsFoundOutBeforeTheAgentGoesOn) {
   EXPECT_EQ(a.tokens("ada"), 4);  // what was never told is not the agent's
 }
 
+/// From how many of its tokens the copy of an agent can go on.
+size_t rows_of(Machine& machine, const std::string& id) {
+  return machine.store.load_agent_cache(id).snapshot.tokens.size();
+}
+
+TEST(RemoteWorker, ATailThatIsSentOnceItsAgentSleepsIsComputedAgainFromItsIdsBySomebodyElseAlone) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  std::atomic<bool> cut = false;
+  const KvLayout wide = testing::small_layout(KvDtype::kF16, 2, 4, 64);
+  Machine a(bucket, std::make_shared<Link>(*bucket, cut), {.tail = RemoteTail::kSleep}), b(bucket);
+  a.layout = b.layout = wide;
+  a.turn("ada", 300);
+  a.turn("ada", 350, "u");
+  const int64_t before = bucket->counts().bytes_in;
+  a.turn("ada", 400, "v");
+  EXPECT_LT(bucket->counts().bytes_in - before, int64_t(50 * wide.bytes_per_token()) / 4);
+  const std::string hash = a.store.agent_info("ada").hash;
+  a.die(cut);
+  a.begin();
+  EXPECT_EQ(a.tokens("ada"), 400);
+  EXPECT_EQ(a.store.agent_info("ada").hash, hash) << "what this machine has is as good as the commit";
+  EXPECT_EQ(rows_of(a, "ada"), 400u);
+  a.die(cut);
+  EXPECT_EQ(b.tokens("ada"), 400);
+  EXPECT_EQ(rows_of(b, "ada"), 256u);
+  EXPECT_EQ(b.store.agent_tokens("ada"), a.store.agent_tokens("ada"));
+  EXPECT_TRUE(b.store.verify("ada").front().problems.empty());
+  EXPECT_EQ(b.store.verify("ada").front().intact_tokens, 256);
+  ASSERT_TRUE(b.worker->open("ada", false));
+  EXPECT_EQ(b.worker->answered("ada", {"v", std::string(32, 'a'), {}}), "result of v");
+  b.worker->done("ada");
+  b.turn("ada", 410, "w");
+  EXPECT_EQ(rows_of(b, "ada"), 410u);
+  b.worker->close("ada");
+  a.begin();
+  EXPECT_EQ(a.tokens("ada"), 410);
+  EXPECT_EQ(rows_of(a, "ada"), 410u) << "the other one sends its tail with each commit";
+  a.turn("ada", 420, "x");
+  a.worker->close("ada");
+  EXPECT_EQ(b.tokens("ada"), 420);
+  EXPECT_EQ(b.store.agent_info("ada").hash, a.store.agent_info("ada").hash);
+  ASSERT_TRUE(b.worker->open("ada", false));
+  EXPECT_EQ(b.worker->answered("ada", {"x", std::string(32, 'a'), {}}), "result of x");
+  b.worker->done("ada");
+}
+
+TEST(RemoteWorker, AnAgentWhoseTailCanNotBeSentSleepsWithoutItAndIsFree) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket, nullptr, {.tail = RemoteTail::kSleep}), b(bucket);
+  a.turn("ada", 300);
+  bucket->before = [&](const char* verb, const std::string& key) {
+    if (std::string_view(verb) == "put" && key.starts_with("agents/") && !key.ends_with("/head")) {
+      throw Error(ErrorCode::kIo, "Access is denied.");
+    }
+  };
+  a.worker->close("ada");
+  bucket->before = nullptr;
+  EXPECT_EQ(b.tokens("ada"), 300);
+  EXPECT_EQ(rows_of(b, "ada"), 256u);
+}
+
 TEST(RemoteWorker, AWorkerThatCannotRenewItsLeaseIsTakenOverFromAndCommitsNothing) {
   const auto bucket = std::make_shared<MemoryBucket>();
   std::atomic<bool> cut = false;
-  /// The bucket as the first machine reaches it.
-  struct Link final : ObjectStore {
-    Link(ObjectStore& bucket, std::atomic<bool>& cut) : bucket(bucket), cut(cut) {}
-    PutResult put(const std::string& key, std::span<const std::byte> bytes, const Condition& condition,
-                  const ObjectMetadata& metadata) override {
-      if (cut) throw LostAnswer("No answer came.");
-      return bucket.put(key, bytes, condition, metadata);
-    }
-    std::optional<Object> get(const std::string& key, std::uint64_t most) override {
-      if (cut) throw LostAnswer("No answer came.");
-      return bucket.get(key, most);
-    }
-    std::optional<ObjectInfo> head(const std::string& key) override { return bucket.head(key); }
-    void read(const std::string& key, std::uint64_t offset, std::span<std::byte> out) override {
-      bucket.read(key, offset, out);
-    }
-    std::vector<ObjectInfo> list(const std::string& prefix) override { return bucket.list(prefix); }
-    void remove(const std::string& key) override { bucket.remove(key); }
-    ObjectStore& bucket;
-    std::atomic<bool>& cut;
-  };
   Machine a(bucket, std::make_shared<Link>(*bucket, cut)), b(bucket);
   a.turn("ada", 3);
   cut = true;

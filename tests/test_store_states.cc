@@ -370,7 +370,7 @@ TEST_F(StoreStates, AnExportHasTheLastOne) {
   store_.copy_agent_cache("a", "between", {.n_tokens = 500});
   std::string message;
   EXPECT_EQ(code_of([&] { store_.export_agent("between", file); }, &message), ErrorCode::kInvalidArgument);
-  EXPECT_NE(message.find("a state after 256 of its 500 tokens"), std::string::npos) << message;
+  EXPECT_NE(message.find("go on from 256 of its 500 tokens"), std::string::npos) << message;
   // One without tokens has none.
   store_.save_agent_cache("empty", make(0), "m");
   store_.export_agent("empty", file);

@@ -20,6 +20,12 @@
 
 namespace torpor {
 
+/// When the rows behind an agent's last segment go to the bucket. Its ids and messages go with each commit.
+enum class RemoteTail {
+  kTurn,   ///< with each commit
+  kSleep,  ///< when the worker lets go of it; who takes it over from a worker that died computes them again
+};
+
 struct RemoteOptions {
   std::string url;  ///< s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX; credentials: docs/fleet.md
   std::filesystem::path store = default_store_root();  ///< the Engine's
@@ -29,6 +35,7 @@ struct RemoteOptions {
   /// its agents over a quarter later. All workers of a bucket should have the same.
   std::chrono::milliseconds ttl{10'000};
   Durability durability = Durability::kFull;  ///< of what is written to the store
+  RemoteTail tail = RemoteTail::kTurn;
   /// Prints the key that the bucket is sealed with (docs/fleet.md, "A sealed bucket"): a command of the shell, run once.
   /// Empty: $TORPOR_KEY_COMMAND; where that is empty, too, the bucket is not sealed.
   std::string key_command = {};

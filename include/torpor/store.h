@@ -87,7 +87,7 @@ struct AgentInfo {
   /// Where rows of sliding windows are kept apart (KvTensorSpec::apart): the widest such window. `states` are then the
   /// files of those rows, each at the end of its run.
   int window = 0;
-  bool bare_tail = false;       ///< such rows of the tokens behind the last segment are missing
+  bool bare_tail = false;       ///< such rows of the tokens behind the last segment are missing, or all of them
   UserMetadata user;
   RecordMetadata record;
 };

@@ -25,6 +25,7 @@ const std::map<std::string, KvBits> kKvBits{{"8", 8}, {"4", 4}, {"8,4", {8, 4}},
 const std::map<std::string, Durability> kDurabilities{
     {"full", Durability::kFull}, {"rename", Durability::kRename}, {"none", Durability::kNone}};
 
+const std::map<std::string, RemoteTail> kRemoteTails{{"turn", RemoteTail::kTurn}, {"sleep", RemoteTail::kSleep}};
 const std::map<std::string, Backend> kBackends{{"kernels", Backend::kKernels}, {"mlx", Backend::kMlx}};
 const std::map<std::string, Activations> kActivations{{"f32", Activations::kF32}, {"int16", Activations::kInt16}};
 
@@ -70,7 +71,8 @@ EngineOptions AnswerOptions::engine(const std::filesystem::path& root, std::func
   if (!remote.empty()) {
     engine.remote = attach_remote({.url = remote, .store = root, .address = advertise,
                                    .ttl = std::chrono::milliseconds(int64_t(lease * 1000)),
-                                   .durability = engine.durability, .key_command = key_command,
+                                   .durability = engine.durability, .tail = kRemoteTails.at(remote_tail),
+                                   .key_command = key_command,
                                    .on_end = std::move(on_remote_end)});
   }
   return engine;
@@ -118,6 +120,11 @@ void add_remote_option(CLI::App& app, AnswerOptions& options) {
       ->capture_default_str()
       ->check(CLI::Range(1.0, 3600.0))
       ->type_name("S");
+  app.add_option("--remote-tail", options.remote_tail,
+                 "With --remote: an agent's last rows go there with each turn, or when it sleeps: turn or sleep")
+      ->capture_default_str()
+      ->check(CLI::IsMember(keys(kRemoteTails)))
+      ->type_name("WHEN");
   add_key_command_option(app, options.key_command);
 }
 

@@ -43,6 +43,7 @@ struct AnswerOptions : ModelOptions {
   std::string key_command;  ///< RemoteOptions::key_command
   std::string advertise;  ///< RemoteOptions::address
   double lease = 10;      ///< RemoteOptions::ttl, in seconds
+  std::string remote_tail = "turn";  ///< RemoteOptions::tail
 
   /// `on_remote_end`: RemoteOptions::on_end.
   EngineOptions engine(const std::filesystem::path& root, std::function<void()> on_remote_end = nullptr) const;
@@ -56,7 +57,7 @@ std::string model_of(const Store& store, const std::string& agent);
 
 /// Adds --key-command.
 void add_key_command_option(CLI::App& app, std::string& command);
-/// Adds --remote, --lease and --key-command.
+/// Adds --remote, and the options that it has.
 void add_remote_option(CLI::App& app, AnswerOptions& options);
 /// Adds --model, the options of the KV format, --durability, and those of ComputeOptions to a command.
 void add_model_options(CLI::App& app, ModelOptions& options);

@@ -90,9 +90,11 @@ CountedStore::Counts CountedStore::counts() const { return {puts_, gets_, lists_
 Tier::Tier(Driver& driver, Store& store, std::string url)
     : driver_(driver), store_(store), url_(std::move(url)), files_(store) {}
 
-Saved Tier::push_save(const std::string& agent, const HeadVersion& version, const std::vector<std::string>& keys,
-                      int64_t generation, const PushOptions& options) {
-  const std::string agent_file = files_.agent_file(agent);
+Pushed Tier::push_save(const std::string& agent, const HeadVersion& version, const std::vector<std::string>& keys,
+                       int64_t generation, const PushOptions& options) {
+  const std::optional<std::string> without_tail =
+      options.tail ? std::nullopt : files_.agent_file_without_tail(agent);
+  const std::string agent_file = without_tail ? *without_tail : files_.agent_file(agent);
   const AgentContents contents = check_agent_file(bytes_of(agent_file), agent);
   const std::map<std::string, std::string> held = keys_by_path(keys);
   const std::set<std::string> damaged(options.damaged.begin(), options.damaged.end());
@@ -114,18 +116,18 @@ Saved Tier::push_save(const std::string& agent, const HeadVersion& version, cons
   const auto attempt = [&] {
     return driver_.run([&](Exchange& exchange) { return save(exchange, version, request, generation); }, blobs);
   };
-  Saved saved = attempt();
-  if (saved.outcome != Saved::Outcome::kVariant) return saved;
+  Pushed pushed{attempt(), without_tail.has_value()};
+  if (pushed.outcome != Saved::Outcome::kVariant) return pushed;
   // Damage keeps a name from its own bytes: these take their place again.
-  for (const std::string& path : saved.taken) {
+  for (const std::string& path : pushed.taken) {
     int64_t bytes = 0;
     const std::string key = pool_key({path, generation});
     if (!check_objects({key}, bytes).empty()) mend(key, path);
   }
-  saved = attempt();
-  if (saved.outcome != Saved::Outcome::kVariant) return saved;
+  static_cast<Saved&>(pushed) = attempt();
+  if (pushed.outcome != Saved::Outcome::kVariant) return pushed;
   throw Error(ErrorCode::kIncompatible, "The agent '" + agent + "' can't be kept in " + url_ + ": " + kTakenRows +
-                                            " ('" + saved.taken.front() + "'); use another prefix.")
+                                            " ('" + pushed.taken.front() + "'); use another prefix.")
       .with_agent(agent);
 }
 
@@ -238,9 +240,9 @@ Saved Tier::push(Session& session, const std::string& agent, bool force) {
     }
     PushOptions options;
     if (read) {
-      const std::string there = hash_of(read->agent_file);
-      if (there == info.hash) options.turn = acquired.version.head.turn;
-      const bool goes_on = there == info.hash || (mark && mark->save == read->version.head.file);
+      const bool is_same = is_copy(info.hash, read->agent_file);
+      if (is_same) options.turn = acquired.version.head.turn;
+      const bool goes_on = is_same || (mark && mark->save == read->version.head.file);
       if (!goes_on && !force) {
         throw Error(ErrorCode::kInvalidArgument,
                     "The bucket's state of the agent '" + agent +
@@ -284,7 +286,12 @@ Pulled Tier::pull(const std::string& agent, bool force, const PullOptions& optio
     if (store_.contains(agent) && !force) {
       const std::string here = store_.agent_info(agent).hash;
       const std::optional<Mark> mark = read_mark(agent);
-      if (here != there && !(mark && mark->checksum == here)) {
+      const bool is_same = is_copy(here, read->agent_file);
+      if (is_same && here != there && !options.check) {  // it has what the save was made of, and rows that this lacks
+        keep_mark(agent, {read->version.head.file, here, {}});
+        return {.version = read->version, .keys = read->keys};
+      }
+      if (!is_same && !(mark && mark->checksum == here)) {
         throw Error(ErrorCode::kInvalidArgument, "The store's copy of the agent '" + agent +
                                                      "' has changed since it was last in step with " + url_ +
                                                      "; send it there first, or drop the changes by force.")
@@ -443,6 +450,10 @@ std::vector<std::string> agents_of(const std::vector<ObjectInfo>& objects) {
     }
   }
   return agents;
+}
+
+bool is_copy(const std::string& checksum, const std::string& agent_file) {
+  return !checksum.empty() && (checksum == hash_of(agent_file) || checksum == checksum_of_whole(bytes_of(agent_file)));
 }
 
 std::string hash_of(const std::string& agent_file) {

@@ -42,6 +42,8 @@ class CountedStore final : public ObjectStore {
 
 /// The checksum of an agent file as it says it is: AgentInfo::hash. Empty: it is too short.
 std::string hash_of(const std::string& agent_file);
+/// Whether `checksum` is an agent file's, or that of the file which it was made of without the tail.
+bool is_copy(const std::string& checksum, const std::string& agent_file);
 /// Those that have a head, of a list of "agents/".
 std::vector<std::string> agents_of(const std::vector<ObjectInfo>& objects);
 
@@ -70,6 +72,11 @@ struct PushOptions {
   std::optional<Turn> turn = {};  ///< SaveRequest::turn
   /// Keys of objects that a pull found damaged: they are put again.
   std::vector<std::string> damaged = {};
+  bool tail = true;  ///< false: without rows behind the last segment, where they can be computed (whole_files.h)
+};
+
+struct Pushed : Saved {
+  bool without_tail = false;
 };
 
 struct Archived {
@@ -101,8 +108,8 @@ class Tier {
   /// Commits the store's copy under a head that is one's own. `keys`: of that head's save; `generation`: of a save that
   /// began after the head was read (Session::Saving). No lock is taken; a save of the agent meanwhile may fail it.
   /// kVariant is an Error (kIncompatible) unless what is in the way is damaged, and then replaced.
-  Saved push_save(const std::string& agent, const HeadVersion& version, const std::vector<std::string>& keys,
-                  int64_t generation, const PushOptions& options = {});
+  Pushed push_save(const std::string& agent, const HeadVersion& version, const std::vector<std::string>& keys,
+                   int64_t generation, const PushOptions& options = {});
   /// Puts a save in place of the store's copy, with all files that the store lacks. Takes the agent's lock: kBusy.
   /// kCorruption: the agent file, or the part that has its first ids, can't be used. kNotFound: what it names was swept, for the head is another now.
   Pulled pull_save(const std::string& agent, const ReadSave& save, const PullOptions& options = {});

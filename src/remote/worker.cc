@@ -227,7 +227,7 @@ std::optional<Worker::Custody> Worker::take(const std::string& id, bool make) {
     wait_for_owner(id, acquired.version.head.owner);
   }
   if (acquired.outcome == Acquired::Outcome::kUnknown) throw uncommitted(id, "the bucket did not answer");
-  Custody custody{std::move(acquired.version), {}, {}, {}};
+  Custody custody{.version = std::move(acquired.version)};
   if (acquired.outcome == Acquired::Outcome::kAbsent) {
     if (without == CopyStep::kRefuse) refuse_copy(id, store_, "has no such agent any more");
     if (without == CopyStep::kRemove) store_.delete_agent_cache(id);
@@ -251,6 +251,9 @@ void Worker::bring(const std::string& id, Custody& custody) {
     if (!saved || saved->version.tag != custody.version.tag) throw elsewhere(id, "was taken over just now; ask again.");
     custody.keys = saved->keys;
     custody.checksum = hash_of(saved->agent_file);
+    const std::optional<std::string> copy = checksum_of_copy(id);
+    custody.owes_tail = copy && *copy != custody.checksum && is_copy(*copy, saved->agent_file);
+    if (custody.owes_tail) custody.checksum = *copy;
   }
   const CopyStep step = judge(id, saved ? std::optional(custody.checksum) : std::nullopt);
   if (step == CopyStep::kRefuse) refuse_copy(id, store_, saved ? "has another one of that name" : "has it no more");
@@ -303,7 +306,7 @@ void Worker::free_head(const std::string& id) noexcept {
     const Acquired acquired = driver_.run([&](Exchange& exchange) {
       return acquire(exchange, id, session_.name(), Make::kNever, draw(), [](const std::string&) { return false; });
     });
-    if (acquired.outcome == Acquired::Outcome::kOwned) let_go(id, {acquired.version, {}, {}, {}});
+    if (acquired.outcome == Acquired::Outcome::kOwned) let_go(id, {.version = acquired.version});
   } catch (...) {
     tell("The agent '" + id + "' may stay this worker's until its lease is gone");
   }
@@ -312,7 +315,12 @@ void Worker::free_head(const std::string& id) noexcept {
 void Worker::close(const std::string& id) noexcept {
   try {
     if (const std::optional<Custody> custody = begin(id, true)) {
-      let_go(id, *custody);
+      try {
+        let_go(id, send_tail(id, *custody));
+      } catch (...) {
+        tell("The last rows of agent '" + id + "' are not in the bucket; who wakes it there computes them");
+        free_head(id);
+      }
       finish(id, std::nullopt);
     } else if (begin_doubtful(id)) {
       free_head(id);
@@ -321,6 +329,15 @@ void Worker::close(const std::string& id) noexcept {
   } catch (...) {
     tell("An agent stays this worker's until its lease is gone");
   }
+}
+
+Worker::Custody Worker::send_tail(const std::string& id, Custody custody) {
+  if (!custody.owes_tail || checksum_of_copy(id) != custody.checksum) return custody;
+  const Session::Saving saving(session_);
+  Pushed pushed = tier_.push_save(id, custody.version, custody.keys, saving.generation(),
+                                  {.turn = custody.version.head.turn, .damaged = custody.damaged});
+  if (pushed.outcome != Saved::Outcome::kCommitted) throw uncommitted(id, "its head is another");
+  return {std::move(pushed.version), std::move(pushed.keys), {}, std::move(custody.checksum)};
 }
 
 bool Worker::make_room() noexcept {
@@ -373,18 +390,19 @@ Worker::Custody Worker::commit_copy(const std::string& id, Custody custody, cons
   std::optional<Turn> known;
   if (turn) known = Turn{turn->id, turn->digest, turn->result};
   const bool first = custody.checksum.empty();
-  Saved saved;
+  Pushed saved;
   {
     const Session::Saving saving(session_);
     saved = tier_.push_save(id, custody.version, custody.keys, saving.generation(),
-                            {.turn = std::move(known), .damaged = custody.damaged});
+                            {.turn = std::move(known), .damaged = custody.damaged,
+                             .tail = options_.tail == RemoteTail::kTurn});
   }
   if (saved.outcome == Saved::Outcome::kMoved) {
     throw elsewhere(id, "was taken over by another worker, and the change is not kept; ask again.");
   }
   if (saved.outcome != Saved::Outcome::kCommitted) throw uncommitted(id, "no answer came");
   if (first) set_in_use(id);  // the copy is one from now on
-  return {std::move(saved.version), std::move(saved.keys), {}, *copy};
+  return {std::move(saved.version), std::move(saved.keys), {}, *copy, saved.without_tail};
 }
 
 void Worker::remove(const std::string& id) {

@@ -45,7 +45,8 @@ class Worker final : public RemoteTier {
     HeadVersion version;               ///< the last one
     std::vector<std::string> keys;     ///< of its save
     std::vector<std::string> damaged;  ///< of these, the ones that the next save puts again
-    std::string checksum;              ///< of its agent file; empty: none was committed
+    std::string checksum;              ///< of the store's agent file then; empty: none was committed
+    bool owes_tail = false;            ///< the save is without the tail that the store's copy has
   };
   struct Agent {
     int uses = 0;       ///< those that wait count, too
@@ -69,6 +70,8 @@ class Worker final : public RemoteTier {
   std::optional<Custody> take(const std::string& id, bool make);
   void bring(const std::string& id, Custody& custody);
   Custody commit_copy(const std::string& id, Custody custody, const std::optional<KnownTurn>& turn);
+  /// Commits the tail that the last save is without.
+  Custody send_tail(const std::string& id, Custody custody);
   void let_go(const std::string& id, const Custody& custody) noexcept;
   /// So that others need not wait for the lease's end, if the head names this session.
   void free_head(const std::string& id) noexcept;

@@ -52,7 +52,9 @@ FileDraft draft_file(const AgentState& agent, int64_t first, int64_t end, int64_
 PartsPlan plan_of(std::span<const OwnFile> held, const AgentState& state) {
   std::vector<HeldPart> numbers;
   for (const OwnFile& file : held) numbers.push_back({file.ref.first, file.ref.tokens, file.ref.rows, file.has_state});
-  return plan_parts(numbers, state.sealed, int64_t(state.tokens.size()), !state.state.empty());
+  PartsPlan plan = plan_parts(numbers, state.sealed, int64_t(state.tokens.size()), !state.state.empty());
+  if (state.without_tail) plan.rows = 0;
+  return plan;
 }
 
 /// Reads the file for what it holds up to position `end`. False when it is damaged.
@@ -106,6 +108,8 @@ AgentDraft draft_agent(AgentInfo info, const std::string& uid, const AgentState&
 
   AgentFile file;
   file.uid = uid;
+  file.without_tail = state.without_tail;
+  file.whole = state.whole;
   size_t messages = 0;
   int64_t parts_size = 0;
   for (const OwnFile& part : draft.kept) {

@@ -17,6 +17,8 @@ struct AgentState {
   KvTail tail;                               ///< rows of the others, in one piece; none where no file is to hold any
   std::span<const KvState> state;
   std::span<const StoredMessage> messages;
+  bool without_tail = false;                 ///< AgentFile's, and then there is no tail
+  std::string whole = {};
 };
 
 /// A file of which the header is made.

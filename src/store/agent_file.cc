@@ -16,7 +16,8 @@ namespace {
 constexpr std::string_view kIdentityPrefix = "identity.", kUserPrefix = "user.", kRecordPrefix = "torpor.";
 constexpr std::string_view kOldInt8Suffix = "+int8";
 constexpr const char* kOldNames = "1";
-constexpr std::string_view kStatesKey = "states", kBareTailKey = "bare_tail";  // of the record
+constexpr std::string_view kStatesKey = "states", kBareTailKey = "bare_tail", kWholeKey = "whole";  // of the record
+constexpr std::string_view kAllRows = "all";  // of kBareTailKey
 
 bool parse_number(std::string_view text, int64_t& out) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), out);
@@ -139,7 +140,14 @@ void take_states(AgentFile& agent, const std::string& file_name) {
   const auto bare = std::ranges::find(info.record, kBareTailKey, &RecordMetadata::value_type::first);
   if (bare != info.record.end()) {
     info.bare_tail = true;
+    agent.without_tail = bare->second == kAllRows;
     info.record.erase(bare);
+  }
+  const auto whole = std::ranges::find(info.record, kWholeKey, &RecordMetadata::value_type::first);
+  if (whole != info.record.end()) {
+    if (!agent.without_tail || !is_hex_digest(whole->second)) corrupt(file_name, "it is made of no file with rows");
+    agent.whole = whole->second;
+    info.record.erase(whole);
   }
   const auto entry = std::ranges::find(info.record, kStatesKey, &RecordMetadata::value_type::first);
   if (entry == info.record.end()) return;
@@ -205,7 +213,9 @@ AgentFile parse_agent_file(std::span<const std::byte> prefix, uint64_t file_size
            (part.rows > 0 || part.end() <= sealed);
     rows += fits ? part.rows : 0;
   }
-  if (!fits || rows >= kSegmentTokens || n_tokens - sealed != rows) {
+  const int64_t tail = n_tokens - sealed;
+  const bool has_them = agent.without_tail ? rows == 0 && tail > 0 && tail < kSegmentTokens : rows == tail;
+  if (!fits || rows >= kSegmentTokens || !has_them) {
     corrupt(file_name, std::to_string(agent.info.segments.size()) + " segments and " + std::to_string(rows) +
                            " rows do not make its " + std::to_string(n_tokens) + " tokens");
   }
@@ -307,7 +317,8 @@ Metadata agent_metadata(const AgentFile& file) {
   };
   RecordMetadata record = info.record;
   if (info.states) record.emplace_back(kStatesKey, encode_states(*info.states));
-  if (info.bare_tail) record.emplace_back(kBareTailKey, "true");
+  if (info.bare_tail) record.emplace_back(kBareTailKey, file.without_tail ? std::string(kAllRows) : "true");
+  if (!file.whole.empty()) record.emplace_back(kWholeKey, file.whole);
   add(kRecordPrefix, record);
   add(kUserPrefix, info.user);
   return metadata;

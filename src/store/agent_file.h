@@ -21,6 +21,10 @@ struct AgentFile {
   std::string uid;              ///< names its parts; empty before version 3
   std::vector<PartRef> parts;   ///< first to last
   int64_t first = 0;            ///< position of the first id in this file
+  /// Neither it nor its parts have rows: who wakes the agent computes those behind the last segment
+  /// (AgentInfo::bare_tail).
+  bool without_tail = false;
+  std::string whole;            ///< then the checksum of the file with rows that this one was made of; may be empty
   /// Before version 3 messages are metadata; later they are a tensor of this file and of parts.
   std::vector<StoredMessage> old_messages;
 };

@@ -150,6 +150,7 @@ std::optional<SaveResult> copy_once(Store::Impl& store, const std::string& src, 
   std::vector<OwnFile> kept;
   if (file.version == kFormatVersion) kept = keep_files(files, sealed, n, own.messages);
   if (n == sealed) info.bare_tail = false;
+  agent.without_tail = opened.agent.without_tail && n > all_sealed;
   // Rows that no file keeps: of a segment that the cut falls into, else of the files that are merged.
   if (n > sealed && sealed < all_sealed) {
     const SegmentChain chain(info.identity, opened.agent.info.lineage, file.layout, all_segments, own.ids);

@@ -44,7 +44,7 @@ void export_agent(Store::Impl& store, const std::string& id, const std::filesyst
   const KvSnapshot& snapshot = loaded.snapshot;
   const auto n_tokens = int64_t(snapshot.tokens.size());
   if (n_tokens < int64_t(loaded.tokens.size())) {
-    throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' has a state after " + std::to_string(n_tokens) +
+    throw Error(ErrorCode::kInvalidArgument, "The agent '" + id + "' can go on from " + std::to_string(n_tokens) +
                                                  " of its " + std::to_string(loaded.tokens.size()) +
                                                  " tokens only, so it can't be exported; let it take a turn first.")
         .with_agent(id);

@@ -91,10 +91,10 @@ int64_t resumable_by_files(const KvLayout& layout, std::span<const StateRef> win
 }
 
 int64_t resumable_tokens(const AgentInfo& info, int64_t n_tokens) {
+  const int64_t sealed = int64_t(info.segments.size()) * kSegmentTokens;
+  if (info.bare_tail) n_tokens = std::min(n_tokens, sealed);
   if (info.window > 0) {
     const KvLayout layout{{{.window = info.window, .apart = true}}};
-    const int64_t sealed = int64_t(info.segments.size()) * kSegmentTokens;
-    if (info.bare_tail) n_tokens = std::min(n_tokens, sealed);
     return resumable_by_files(layout, states_of(info), sealed, n_tokens);
   }
   if (!info.states) return n_tokens;

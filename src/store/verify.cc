@@ -96,10 +96,10 @@ VerifyReport verify_once(Store::Impl& store, const std::string& id,
     if (intact && report.intact_tokens == int64_t(info.segments.size()) * kSegmentTokens) {
       report.intact_tokens = std::max(report.intact_tokens, own_intact);
     }
-    // Rows behind the last intact state are computed again.
-    if (info.states) {
+    // Rows behind the last intact state are computed again, and those that were left out.
+    if (info.states || info.bare_tail) {
       AgentInfo left = info;
-      left.states = intact_states;
+      if (info.states) left.states = intact_states;
       report.intact_tokens = resumable_tokens(left, report.intact_tokens);
     }
     read_state(opened->handle, opened->agent.file);

@@ -136,6 +136,15 @@ AgentContents check_agent_file(std::span<const std::byte> bytes, const std::stri
   return contents_of(parse_whole_agent(bytes, name));
 }
 
+std::string checksum_of_whole(std::span<const std::byte> bytes) {
+  try {
+    const AgentFile agent = parse_agent_file(header_of(bytes, ""), bytes.size(), "");
+    return agent.whole.empty() ? agent.file.checksum : agent.whole;
+  } catch (const Error&) {
+    return {};
+  }
+}
+
 std::string check_whole_file(const std::string& path, std::span<const std::byte> bytes, const std::string& name) {
   return check_file(parse_path(path), bytes, name).checksum;
 }
@@ -177,6 +186,36 @@ std::string WholeFiles::agent_file(const std::string& id) const {
   std::string bytes(size_t(opened.stat.size), '\0');
   opened.handle.read_at(std::as_writable_bytes(std::span(bytes)), 0);
   check_agent_file(as_bytes_of(bytes), opened.handle.path().string());
+  return bytes;
+}
+
+std::optional<std::string> WholeFiles::agent_file_without_tail(const std::string& id) const {
+  const OpenedAgent opened = impl_->store.agents.open(id);
+  const AgentFile& agent = opened.agent;
+  AgentInfo info = agent.info;
+  const int64_t n = info.cache_size, sealed = int64_t(info.segments.size()) * kSegmentTokens;
+  // Windows that end there need rows that nobody has.
+  const auto is_cut = [](const auto& entry) { return entry.first == "shortest_cut"; };
+  if (n == sealed || info.bare_tail || agent.file.version < kFormatVersion || !agent.file.state().empty() ||
+      std::ranges::any_of(info.record, is_cut)) {
+    return std::nullopt;
+  }
+  OwnState own = read_own_state(impl_->store.agents.open_files(opened), agent.file.layout,
+                                {.sealed = n, .length = n, .rows = false});
+  if (!own.problem.empty()) throw Error(ErrorCode::kCorruption, own.problem).with_agent(id);
+  const auto is_unknown = [](int32_t token) { return token < 0; };
+  if (std::any_of(own.ids.begin() + sealed, own.ids.end(), is_unknown)) return std::nullopt;
+  const auto first = std::ranges::find_if(own.files, [&](const OwnFile& file) { return file.ref.end() > sealed; });
+  own.files.erase(first, own.files.end());
+  info.bare_tail = true;
+  if (info.states) std::erase_if(*info.states, [&](const StateRef& state) { return state.position > sealed; });
+  const AgentState state{.layout = agent.file.layout, .tokens = own.ids, .sealed = sealed, .messages = own.messages,
+                         .without_tail = true, .whole = agent.file.checksum};
+  const AgentDraft draft = draft_agent(std::move(info), agent.uid, state, std::move(own.files));
+  std::string bytes;
+  for (const auto& piece : draft.file.pieces()) {
+    bytes.append(reinterpret_cast<const char*>(piece.data()), piece.size());
+  }
   return bytes;
 }
 

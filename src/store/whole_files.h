@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -24,6 +25,9 @@ struct AgentContents {
 
 /// Checks every byte of an agent file; `name` is what errors call it. kCorruption, kIncompatible.
 AgentContents check_agent_file(std::span<const std::byte> bytes, const std::string& name);
+/// The checksum of the file that an agent file was made of, where its tail was left out; else its own. Empty: it can't
+/// be read.
+std::string checksum_of_whole(std::span<const std::byte> bytes);
 /// Checks every byte of the file that a store would have at `path`, and that what it holds is what its path says. Gives
 /// its checksum. kCorruption, kIncompatible.
 std::string check_whole_file(const std::string& path, std::span<const std::byte> bytes, const std::string& name);
@@ -45,6 +49,10 @@ class WholeFiles {
 
   /// The agent file of the last save, checked. kNotFound, kCorruption.
   std::string agent_file(const std::string& id) const;
+  /// As agent_file, without rows behind the last segment: ids and messages of what had them are in it, and who wakes
+  /// it computes the rows. States behind that segment are left out. nullopt: there are no such rows, or they can't be
+  /// computed from its ids.
+  std::optional<std::string> agent_file_without_tail(const std::string& id) const;
   /// Bytes [37, 69) of a file: its checksum as it says it is. kNotFound, kCorruption.
   std::string checksum(const std::string& path) const;
   /// All of it, checked. kNotFound, kCorruption.
