@@ -45,7 +45,8 @@ void write_model(const std::string& name, const fs::path& directory) {
   std::ofstream(directory / "config.json") << config;
   json vocabulary;
   for (int i = 0; i < 94; ++i) vocabulary[std::string(1, char('!' + i))] = i;
-  const json byte_level = {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}};
+  const json byte_level = {
+      {"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}};
   std::ofstream(directory / "tokenizer.json") << json{
       {"version", "1.0"}, {"added_tokens", json::array()}, {"normalizer", nullptr}, {"pre_tokenizer", byte_level},
       {"post_processor", nullptr}, {"decoder", byte_level},
@@ -80,7 +81,8 @@ class EngineKinds : public ::testing::TestWithParam<Kind> {
   }
   /// What follows each of these tokens, computed at once.
   std::vector<std::vector<float>> oracles(const std::vector<int32_t>& tokens, bool all = true) {
-    const auto cache = KvCache::create(model_->kv_layout(format()), format(), model_->backend(), model_->state_layout());
+    const KvLayout layout = model_->kv_layout(format());
+    const auto cache = KvCache::create(layout, format(), model_->backend(), model_->state_layout());
     const ForwardSequence sequence{.tokens = tokens, .kv = cache.get(), .all_logits = all};
     const mx::array logits = model_->forward({&sequence, 1});
     const size_t vocabulary = size_t(model_->info().vocab_size);
@@ -153,7 +155,8 @@ TEST_P(EngineKinds, WakingForkingAndRewindingGoOnAsIfNothingHadBeen) {
 
 INSTANTIATE_TEST_SUITE_P(All, EngineKinds,
                          ::testing::Values(Kind{"rows", "qwen3", "f16"}, Kind{"windows", "gemma3", "q8 group 32 f16"},
-                                           Kind{"shared_rows", "gemma4", "f16"}, Kind{"sinks", "gpt-oss", "q4 group 32 f16"},
+                                           Kind{"shared_rows", "gemma4", "f16"},
+                                           Kind{"sinks", "gpt-oss", "q4 group 32 f16"},
                                            Kind{"latents", "deepseek-v3", "f16"},
                                            Kind{"quantized_latents", "glm4-moe-lite", "q4 group 32 f16"},
                                            Kind{"short_convolutions", "lfm2-moe", "f16"},

@@ -1,5 +1,6 @@
-/// The forward passes against mlx-lm's on the same weights, in f32 (goldens of scripts/make-goldens-model); those of
-/// GGUF files against llama.cpp's on the file expanded to f32 (scripts/make-goldens-gguf).
+/// The forward passes against mlx-lm's on the same weights, in f32 (goldens of scripts/make-goldens-model), and against
+/// transformers' (scripts/make-transformers-goldens); those of GGUF files against llama.cpp's on the file expanded to f32
+/// (scripts/make-goldens-gguf).
 
 #include <gtest/gtest.h>
 
@@ -119,6 +120,13 @@ class Tiny : public testing::TestWithParam<std::tuple<const char*, std::optional
     const fs::path file = dir_ / "model.gguf", model = fs::exists(file) ? file : dir_;
     return Model::load(model.string(), {.backend = backend_, .activations = activations});
   }
+  /// The kept logits of some rows: mlx-lm's or llama.cpp's, and transformers' where there are any.
+  std::vector<json> references() const {
+    std::vector<json> rows{golden_.at("rows")};
+    const fs::path more = dir_ / "transformers.json";
+    if (fs::exists(more)) rows.push_back(read_json(more).at("rows"));
+    return rows;
+  }
   /// The largest difference from the kept logits, which reach 25, when so many tokens are computed at a time.
   float difference(Model& model, size_t step) const {
     const size_t vocab = size_t(model.info().vocab_size);
@@ -130,10 +138,12 @@ class Tiny : public testing::TestWithParam<std::tuple<const char*, std::optional
     }
     EXPECT_EQ(cache.length(), int(tokens_.size()));
     float worst = 0;
-    for (const auto& [row, values] : golden_.at("rows").items()) {
-      EXPECT_EQ(values.size(), vocab);
-      for (size_t i = 0; i < values.size(); ++i) {
-        worst = std::max(worst, std::abs(logits[std::stoul(row) * vocab + i] - float(values[i])));
+    for (const json& rows : references()) {
+      for (const auto& [row, values] : rows.items()) {
+        EXPECT_EQ(values.size(), vocab);
+        for (size_t i = 0; i < values.size(); ++i) {
+          worst = std::max(worst, std::abs(logits[std::stoul(row) * vocab + i] - float(values[i])));
+        }
       }
     }
     return worst;
