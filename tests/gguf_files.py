@@ -69,7 +69,8 @@ def llama3_factors(config):
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
                  "qwen3_moe": "qwen3moe", "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma4_text": "gemma4",
                  "gpt_oss": "gpt-oss", "lfm2": "lfm2", "lfm2_moe": "lfm2moe", "phi3": "phi3",
-                 "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "smollm3": "smollm3"}
+                 "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "qwen3_next": "qwen3next",
+                 "smollm3": "smollm3"}
 
 
 def write_gemma4_metadata(writer, config):
@@ -119,13 +120,14 @@ def write_lfm2_metadata(writer, config):
 
 
 def write_qwen35_metadata(writer, config):
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters", config)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(config["head_dim"] * rope["partial_rotary_factor"]))
-    writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
+    if "mrope_section" in rope:
+        writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
     writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
     writer.add_ssm_state_size(config["linear_key_head_dim"])
     writer.add_ssm_group_count(config["linear_num_key_heads"])
@@ -137,7 +139,7 @@ def write_qwen35_metadata(writer, config):
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    else:
+    if "num_experts" not in config or config.get("mlp_only_layers"):
         writer.add_feed_forward_length(config["intermediate_size"])
 
 
@@ -167,6 +169,16 @@ def qwen35_tensor(stem, value, config):
     return value
 
 
+def qwen3next_parts(rows, config):
+    """What llama.cpp's converter makes of q, k, v and z of one head of keys after another."""
+    keys, groups = config["linear_key_head_dim"], config["linear_num_key_heads"]
+    values = config["linear_num_value_heads"] // groups * config["linear_value_head_dim"]
+    heads = rows.reshape(groups, 2 * keys + 2 * values, -1)
+    parts = np.split(heads, [keys, 2 * keys, 2 * keys + values], axis=1)
+    *qkv, z = (part.reshape(-1, rows.shape[1]) for part in parts)
+    return np.concatenate(qkv), z
+
+
 def write_metadata(writer, config):
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
@@ -178,7 +190,8 @@ def write_metadata(writer, config):
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
     of_family = {"gemma4": write_gemma4_metadata, "lfm2": write_lfm2_metadata, "lfm2moe": write_lfm2_metadata,
-                 "qwen35": write_qwen35_metadata, "qwen35moe": write_qwen35_metadata}.get(writer.arch)
+                 "qwen35": write_qwen35_metadata, "qwen35moe": write_qwen35_metadata,
+                 "qwen3next": write_qwen35_metadata}.get(writer.arch)
     if of_family:
         return of_family(writer, config)
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -212,10 +225,10 @@ SPECIAL = {"linear_attn.dt_bias": "ssm_dt.bias", "linear_attn.A_log": "ssm_a", "
            "router.per_expert_scale": "ffn_down_exps.scale", "feed_forward.expert_bias": "exp_probs_b.bias"}
 
 
-def write_gguf(directory, path, change=None, pre="gpt-2", metadata=None, leave_out=" ", **options):
+def write_gguf(directory, path, change=None, pre="gpt-2", metadata=None, leave_out=" ", legacy=False, **options):
     """The model of a directory of floats as GGUF: names by the package gguf, order of rows by llama.cpp's converter.
     `change(name, value)` may give another value and its type, `metadata(writer)` other metadata. Tensors named
-    as `leave_out` are not written."""
+    as `leave_out` are not written. `legacy`: as llama.cpp's converter wrote qwen3next at first."""
     config = json.loads((directory / "config.json").read_text())
     config |= config.get("text_config", {})
     architecture = ARCHITECTURES[config["model_type"]]
@@ -258,6 +271,8 @@ def write_gguf(directory, path, change=None, pre="gpt-2", metadata=None, leave_o
             value = value + np.float32(1)
         if architecture.startswith("qwen35"):
             value = qwen35_tensor(stem, value, config)
+        if architecture == "qwen3next" and stem.endswith("A_log"):
+            value = -np.exp(value)
         value = value.squeeze(tuple(i for i, n in enumerate(value.shape[1:], 1) if n == 1)) if "conv" in stem else value
         if architecture.startswith("lfm2"):
             for dense, own in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
@@ -265,6 +280,9 @@ def write_gguf(directory, path, change=None, pre="gpt-2", metadata=None, leave_o
         if stem.endswith("mlp.experts.gate_up_proj") and architecture == "qwen35moe":
             gate, up = np.split(value, 2, axis=1)
             parts = {stem.replace("gate_up_proj", "gate_proj"): gate, stem.replace("gate_up_proj", "up_proj"): up}
+        elif stem.endswith("in_proj_qkvz") and not legacy:
+            qkv, z = qwen3next_parts(value, config)
+            parts = {stem.replace("qkvz", "qkv"): qkv, stem.replace("qkvz", "z"): z}
         else:
             parts = {stem: value}
         for part, of_part in parts.items():

@@ -46,13 +46,20 @@ def perplexity(tmp_path, model, backend="kernels", activations="f32", tokens=60,
 @pytest.mark.parametrize("name, close", [
     ("f16", 0), ("bf16-llama3", 1e-6), ("f32-linear", 0), ("mistral", 0), ("qwen2", 0), ("qwen3", 0), ("qwen3-moe", 0),
     ("gemma2", 0), ("gemma3", 1e-6), ("gemma4", 0), ("gemma4-moe", 0), ("gemma4-moe-hf", 0), ("gpt-oss", 1e-5),
-    ("lfm2", 0), ("lfm2-moe", 1e-5), ("phi3", 0), ("qwen3-5", 1e-6), ("qwen3-5-moe", 1e-6), ("smollm3", 0)])
+    ("lfm2", 0), ("lfm2-moe", 1e-5), ("phi3", 0), ("qwen3-5", 1e-6), ("qwen3-5-moe", 1e-6),
+    ("qwen3-next", 1e-5), ("smollm3", 0)])
 def test_a_file_of_floats_computes_what_its_directory_does(tmp_path, tiny_of, name, close):
     directory = tiny_of(name)
     file = write_gguf(directory, tmp_path / "model.gguf")
     for backend in ("kernels", "mlx"):
         expected = perplexity(tmp_path, directory, backend)
         assert abs(perplexity(tmp_path, file, backend) / expected - 1) <= close, backend
+
+
+def test_qwen3_next_is_read_as_its_first_converter_wrote_it(tmp_path, tiny_of):
+    directory = tiny_of("qwen3-next")
+    expected = perplexity(tmp_path, write_gguf(directory, tmp_path / "model.gguf"))
+    assert perplexity(tmp_path, write_gguf(directory, tmp_path / "legacy.gguf", legacy=True)) == expected
 
 
 def without(*keys, **floats):

@@ -212,7 +212,7 @@ INSTANTIATE_TEST_SUITE_P(
                                       "tiny-granite-hybrid-moe", "tiny-deepseek-v2", "tiny-deepseek-v2-q4",
                                       "tiny-deepseek-v3", "tiny-glm4-moe-lite", "tiny-mistral4",
                                       "tiny-gguf-gemma4", "tiny-gguf-lfm2", "tiny-gguf-lfm2moe", "tiny-gguf-qwen35",
-                                      "tiny-gguf-qwen35moe"),
+                                      "tiny-gguf-qwen35moe", "tiny-gguf-qwen3next"),
                      testing::Values(std::nullopt, Backend::kKernels, Backend::kMlx)),
     [](const auto& info) {
       const std::optional<Backend> backend = std::get<1>(info.param);

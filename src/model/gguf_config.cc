@@ -204,18 +204,23 @@ void llama(const Fields& fields, json& config) {
 
 void plain(const Fields&, json&) {}
 
-void qwen3moe(const Fields& fields, json& config) {
-  config["num_experts"] = fields.need("expert_count");
-  config["num_experts_per_tok"] = fields.need("expert_used_count");
-  config["moe_intermediate_size"] = fields.need("expert_feed_forward_length");
-  config["norm_topk_prob"] = true;  // llama.cpp has it so for all
-  config["decoder_sparse_step"] = 1;
+/// Layers without a router have an MLP.
+void find_dense_layers(const Fields& fields, json& config) {
   config["mlp_only_layers"] = json::array();
   const int64_t layers = config["num_hidden_layers"];
   for (int64_t i = 0; i < layers; ++i) {
     const bool dense = !fields.has_tensor("blk." + std::to_string(i) + ".ffn_gate_inp.weight");
     if (dense) config["mlp_only_layers"].push_back(i);
   }
+}
+
+void qwen3moe(const Fields& fields, json& config) {
+  config["num_experts"] = fields.need("expert_count");
+  config["num_experts_per_tok"] = fields.need("expert_used_count");
+  config["moe_intermediate_size"] = fields.need("expert_feed_forward_length");
+  config["norm_topk_prob"] = true;  // llama.cpp has it so for all
+  config["decoder_sparse_step"] = 1;
+  find_dense_layers(fields, config);
 }
 
 /// Of the largest model scores are scaled by another size than a head's, which no metadata say.
@@ -383,6 +388,12 @@ void qwen35moe(const Fields& fields, json& config) {
   }
 }
 
+void qwen3next(const Fields& fields, json& config) {
+  qwen35moe(fields, config);
+  config["norm_topk_prob"] = true;  // llama.cpp has it so for all
+  find_dense_layers(fields, config);
+}
+
 struct Architecture {
   const char* name;        ///< of GGUF
   const char* model_type;  ///< of config.json, unless `fields` say another
@@ -405,6 +416,7 @@ const Architecture kArchitectures[] = {
     {"qwen35", "qwen3_5_text", qwen35},
     {"qwen35moe", "qwen3_5_moe_text", qwen35moe},
     {"qwen3moe", "qwen3_moe", qwen3moe},
+    {"qwen3next", "qwen3_next", qwen3next},
     {"smollm3", "smollm3", plain, /*neighbours=*/true},
 };
 
@@ -443,7 +455,9 @@ void adopt_gguf(const GgufFile& metadata, ModelConfig& config) {
   if (config.embedding_scale != 1) config.embedding_scale = std::sqrt(float(config.hidden_size));
   if (config.layer_inputs) config.layer_inputs->scale = std::sqrt(float(config.layer_inputs->size));
   for (LayerSpec& layer : config.layers) {
-    if (layer.recurrent) layer.recurrent->shape.tiled = layer.recurrent->shape.kind == kernels::Recurrence::kGatedDelta;
+    if (!layer.recurrent || layer.recurrent->shape.kind != kernels::Recurrence::kGatedDelta) continue;
+    layer.recurrent->decay_is_made = true;
+    layer.recurrent->shape.tiled = !layer.recurrent->interleaved;
   }
 }
 

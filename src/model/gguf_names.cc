@@ -70,6 +70,7 @@ const Names kQwen35 = {{"post_attention_norm", "post_attention_layernorm"}, {"at
                        {"attn_gate", "linear_attn.in_proj_z"}, {"ssm_beta", "linear_attn.in_proj_b"},
                        {"ssm_alpha", "linear_attn.in_proj_a"}, {"ssm_conv1d", "linear_attn.conv1d"},
                        {"ssm_dt.bias", "linear_attn.dt_bias"}, {"ssm_a", "linear_attn.A_log"},
+                       {"ssm_ba", "linear_attn.in_proj_ba"}, {"ssm_in", "linear_attn.in_proj_qkvz"},
                        {"ssm_norm", "linear_attn.norm"}, {"ssm_out", "linear_attn.out_proj"},
                        {"ffn_gate_inp_shexp", "mlp.shared_expert_gate"},
                        {"ffn_gate_shexp", "mlp.shared_expert.gate_proj"},
@@ -80,7 +81,8 @@ const Names kNone;
 const Names& names_of(std::string_view architecture) {
   static const std::map<std::string_view, const Names*> all = {
       {"gemma2", &kGemma}, {"gemma3", &kGemma}, {"gemma4", &kGemma4}, {"gpt-oss", &kGptOss}, {"lfm2", &kLfm2},
-      {"lfm2moe", &kLfm2}, {"llama", &kMixtral}, {"phi3", &kPhi3}, {"qwen35", &kQwen35}, {"qwen35moe", &kQwen35}};
+      {"lfm2moe", &kLfm2}, {"llama", &kMixtral}, {"phi3", &kPhi3}, {"qwen35", &kQwen35}, {"qwen35moe", &kQwen35},
+      {"qwen3next", &kQwen35}};
   const auto known = all.find(architecture);
   return known == all.end() ? kNone : *known->second;
 }

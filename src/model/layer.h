@@ -77,6 +77,7 @@ struct Recurrent {
   kernels::RecurrentShape shape;
   bool conv_bias = false, bias = false;  ///< of the convolution; of the projections
   bool interleaved = false;              ///< kGatedDelta: q, k, v, z are one projection, b, a another, head by head
+  bool decay_is_made = false;            ///< kGatedDelta: -exp(A_log) stands under A_log's name, as llama.cpp has it
 };
 
 /// down(act(gate(x)) ⊙ up(x))

@@ -83,9 +83,14 @@ std::vector<Projection> Modules::given(const std::string& name, const Recurrent&
     return gathered_rows_of(p, ranges);
   };
   const int of_group = heads / groups;
+  const Projection scalars =
+      gathered(part(".in_proj_ba", 2 * heads), {{0, of_group}, {of_group, of_group}});
+  if (checkpoint_.weights.find(checkpoint_.config.weight_prefix + name + ".in_proj_qkv.weight") != nullptr) {
+    return {part(".in_proj_qkv", shape.channels()), part(".in_proj_z", output), scalars};  // as llama.cpp's newer files
+  }
   return {gathered(part(".in_proj_qkvz", shape.channels() + output),
                    {{0, keys}, {keys, keys}, {2 * keys, values}, {2 * keys + values, values}}),
-          gathered(part(".in_proj_ba", 2 * heads), {{0, of_group}, {of_group, of_group}})};
+          scalars};
 }
 
 Ops::Weight Modules::recurrent(int index) const {
@@ -112,7 +117,7 @@ Ops::Weight Modules::recurrent(int index) const {
     if (shape.kind == Recurrence::kMamba2) cell.skip = floats(".D", shape.n_heads);
     cell.norm = floats(".norm.weight", shape.kind == Recurrence::kMamba2 ? shape.output() : shape.value_dim);
   }
-  if (shape.tiled) {  // llama.cpp keeps -exp(A_log)
+  if (spec.decay_is_made) {
     for (float& decay : cell.log_decay) {
       if (!(decay < 0)) throw Error(ErrorCode::kCorruption, "The weights have a decay in " + name + " that grows.");
       decay = std::log(-decay);
