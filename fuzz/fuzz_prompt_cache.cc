@@ -17,9 +17,11 @@ void check(const torpor::PromptCacheFile& file, uint64_t file_size) {
   require(torpor::KvFormat::parse(file.format.name()).has_value());
   for (const torpor::PromptCacheLayer& layer : file.layers) {
     require(layer.data.size() == (file.format.bits == 0 ? 2 : 6));
-    require(layer.n_kv_heads >= 1 && layer.head_dim >= 1 && layer.capacity >= 1);
+    require(layer.n_kv_heads >= 1 && layer.key_dim >= 1 && layer.value_dim >= 1 && layer.capacity >= 1);
     // A byte at least for each element of keys and values; half of one where they have 4 bits.
-    require(uint64_t(layer.n_kv_heads) * uint64_t(layer.capacity) * uint64_t(layer.head_dim) <= 2 * file_size);
+    for (const int64_t dim : {layer.key_dim, layer.value_dim}) {
+      require(uint64_t(layer.n_kv_heads) * uint64_t(layer.capacity) * uint64_t(dim) <= 2 * file_size);
+    }
     for (const uint64_t data : layer.data) require(data < file_size);
     require(!layer.rows.empty());
     int64_t next = layer.rows.front().token;

@@ -33,7 +33,7 @@ namespace {
 constexpr int kChunkRows = 512;
 
 /// Changes whenever packed weights lie otherwise in memory, or are packed in another order.
-constexpr const char* kPackVersion = "1";
+constexpr const char* kPackVersion = "2";
 
 std::unique_ptr<PackFile> open_pack(const Checkpoint& checkpoint, const Identity& identity) {
   if (!checkpoint.pack_cache || checkpoint.backend != Backend::kKernels) return nullptr;
