@@ -149,6 +149,19 @@ def test_a_tail_that_the_bucket_does_not_have_yet_is_computed_again_and_one_that
         assert mx.array_equal(ada.next_logits(), alone.agent("ada").next_logits())
 
 
+def test_turns_that_are_over_locally_are_in_the_bucket_once_their_engine_is_closed(bucket, alone):
+    prompts = ["Hello", *(f" more {number}" for number in range(6))]
+    expected = [say(alone, prompt) for prompt in prompts]
+    with bucket.engine("a", ack="local", remote_tail="sleep") as engine:
+        told = [say(engine, prompt, key=prompt) for prompt in prompts]
+    with bucket.engine("b") as engine:
+        assert say(engine, prompts[-1], key=prompts[-1]).repeated
+        with pytest.raises(torpor.InvalidArgumentError, match="turn"):
+            say(engine, prompts[2], key=prompts[2])
+        assert [one.text for one in told] == [one.text for one in expected]
+        assert engine.agent("ada").tokens == alone.agent("ada").tokens
+
+
 def test_a_key_that_is_not_the_last_turns_is_refused_whatever_has_come_after(bucket):
     with bucket.engine("a") as engine:
         for change in (lambda: say(engine, " without a key"), lambda: engine.agent("ada").rewind(3)):
@@ -202,6 +215,7 @@ def test_a_bucket_that_can_not_be_used_is_refused_before_a_model_is_loaded(bucke
     refused(torpor.InvalidArgumentError, "lease must be a number", lease="10")
     refused(torpor.InvalidArgumentError, "remote must be a text", remote=7)
     refused(torpor.InvalidArgumentError, "no remote_tail 'never'", remote_tail="never")
+    refused(torpor.InvalidArgumentError, "no ack 'never'", ack="never")
     for url in ("", "file:///tmp/x", "http://one.example/x"):
         refused(torpor.InvalidArgumentError, "s3://", remote=url)
     refused(torpor.NotFoundError, "bucket", remote="s3://no-such-bucket/x")

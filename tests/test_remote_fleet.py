@@ -149,6 +149,27 @@ def test_a_tail_goes_to_the_bucket_when_its_agent_sleeps_and_its_ids_before(flee
         assert held("after")
 
 
+def test_a_turn_that_is_over_locally_does_not_wait_for_the_bucket_and_a_drain_does(fleet, store):
+    slow, heads = [0.0], []
+
+    def fault(method, path, headers):
+        if method == "PUT" and path.endswith("/head"):
+            time.sleep(slow[0])
+            heads.append(time.monotonic())
+
+    with s3.Proxy(store.port, fault=fault) as proxy:
+        env, fleet.env = fleet.env, {**s3.environment(proxy.port), "TORPOR_ACK": "local"}
+        with fleet.serve("a") as server:
+            begin(server, "Hello")
+            slow[0], said = 2.0, len(heads)
+            answer = turn(server, " you", key="mine").json()
+            assert len(heads) == said, "the bucket has it before it is told"
+            assert server.stop() == 0
+        fleet.env = env
+    again = fleet.run("b", "ada", " there").ok().json
+    assert again["tokens"]["cached"] == answer["tokens"]["context"]
+
+
 def test_a_worker_that_was_paused_for_longer_than_its_lease_answers_nothing_any_more(fleet):
     with fleet.serve("a") as paused, fleet.serve("b") as other:
         begin(paused, "Hello")

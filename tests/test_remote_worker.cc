@@ -317,6 +317,99 @@ TEST(RemoteWorker, AnAgentWhoseTailCanNotBeSentSleepsWithoutItAndIsFree) {
   EXPECT_EQ(rows_of(b, "ada"), 256u);
 }
 
+bool puts_head(const char* verb, const std::string& key) {
+  return std::string_view(verb) == "put" && key.ends_with("/head");
+}
+
+TEST(RemoteWorker, ATurnThatIsOverLocallyIsCommittedBeforeItsAgentIsUsedAgainAndBeforeItsWorkerEnds) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket, nullptr, {.ack = RemoteAck::kLocal}), b(bucket);
+  a.turn("ada", 3, "t0");
+  a.turn("bob", 3, "t0");
+  Mutex mutex;
+  CondVar changed;
+  bool open = false;
+  bucket->before = [&](const char* verb, const std::string& key) {
+    MutexLock lock(mutex);
+    while (!open && puts_head(verb, key)) changed.wait(lock);
+  };
+  const auto save_of = [&](const std::string& id) { return decode_head(bucket->text(head_key(id)), "head").file; };
+  const std::string before = save_of("ada");
+  a.turn("ada", 4, "t1");
+  EXPECT_EQ(save_of("ada"), before) << "the turn is over, and its commit waits";
+  std::thread next([&] { a.turn("ada", 5, "t2"); });
+  a.turn("bob", 7, "t1");  // nobody waits for another agent's
+  {
+    const MutexLock lock(mutex);
+    open = true;
+    changed.notify_all();
+  }
+  next.join();
+  for (int n = 6; n < 20; ++n) a.turn("ada", n, "t" + std::to_string(n - 3));
+  ASSERT_TRUE(a.worker->open("ada", false));
+  EXPECT_EQ(a.worker->answered("ada", {"t16", std::string(32, 'a'), {}}), "result of t16");
+  EXPECT_THROW(a.worker->answered("ada", {"t1", std::string(32, 'a'), {}}), Error) << "it was committed, too";
+  a.worker->done("ada");
+  a.turn("ada", 20, "t17");
+  a.worker.reset();
+  EXPECT_EQ(b.tokens("ada"), 20);
+  EXPECT_EQ(b.tokens("bob"), 7);
+  bucket->before = nullptr;
+}
+
+TEST(RemoteWorker, TheCommitOfATurnThatIsOverIsMadeUntilItStands) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket, nullptr, {.ack = RemoteAck::kLocal}), b(bucket);
+  a.turn("ada", 3, "t");
+  std::atomic<int> lost = 0;
+  for (const bool applied : {false, true}) {
+    lost = 0;
+    const auto lose = [&](const char* verb, const std::string& key) {
+      if (puts_head(verb, key) && lost++ < 2) throw LostAnswer("No answer came.");
+    };
+    (applied ? bucket->after : bucket->before) = lose;
+    a.turn("ada", applied ? 5 : 4, applied ? "v" : "u");
+    EXPECT_EQ(a.tokens("ada"), applied ? 5 : 4);
+    EXPECT_TRUE(a.worker->owns("ada"));
+    EXPECT_GE(lost, 1);
+    bucket->before = bucket->after = nullptr;
+  }
+  a.worker->close("ada");
+  EXPECT_EQ(b.tokens("ada"), 5);
+}
+
+TEST(RemoteWorker, ATurnThatIsOverAndWasNotCommittedIsCommittedByTheNextWorkerOfItsStoreUnlessTheAgentWentOnElsewhere) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  std::atomic<bool> cut = false;
+  Machine a(bucket, std::make_shared<Link>(*bucket, cut), {.ack = RemoteAck::kLocal}), b(bucket);
+  const auto turn_that_is_cut_off = [&](int n_tokens, const std::string& turn_id) {
+    bucket->before = [&](const char* verb, const std::string& key) {
+      if (puts_head(verb, key)) throw LostAnswer("No answer came.");
+    };
+    a.turn("ada", n_tokens, turn_id);
+    a.die(cut);
+    bucket->before = nullptr;
+    EXPECT_EQ(a.store.agent_info("ada").cache_size, n_tokens);
+  };
+  a.turn("ada", 3, "t");
+  turn_that_is_cut_off(4, "u");
+  a.options.ack = RemoteAck::kCommit;  // which is no matter
+  a.begin();
+  EXPECT_EQ(a.tokens("ada"), 4);
+  ASSERT_TRUE(a.worker->open("ada", false));
+  EXPECT_EQ(a.worker->answered("ada", {"u", std::string(32, 'a'), {}}), "result of u");
+  a.worker->done("ada");
+  a.options.ack = RemoteAck::kLocal;
+  a.worker.reset();
+  a.begin();
+  EXPECT_EQ(a.tokens("ada"), 4);
+  turn_that_is_cut_off(5, "v");
+  b.turn("ada", 6, "w");
+  b.worker->close("ada");
+  a.begin();
+  EXPECT_EQ(a.tokens("ada"), 6) << "what nobody else had is lost, as is told";
+}
+
 TEST(RemoteWorker, AWorkerThatCannotRenewItsLeaseIsTakenOverFromAndCommitsNothing) {
   const auto bucket = std::make_shared<MemoryBucket>();
   std::atomic<bool> cut = false;

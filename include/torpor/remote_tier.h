@@ -22,7 +22,7 @@ inline constexpr const char* kUncommitted = "commit";
 
 /// A turn as a tier knows it again.
 struct KnownTurn {
-  std::string id;      ///< the client's, 1 to 256 bytes of UTF-8
+  std::string id;      ///< the client's, at most 256 bytes of UTF-8; empty: it has none
   std::string digest;  ///< of what was asked, 32 hex digits
   std::string result;  ///< of a turn that is over: at most 512 bytes of UTF-8, the Engine's own form
 };
@@ -43,8 +43,9 @@ class RemoteTier {
   /// Between open and done: the result of the turn, if it was committed. kBusy: the agent is not this worker's any more.
   /// kInvalidArgument: its id was another request's, or the agent has changed since.
   virtual std::optional<std::string> answered(const std::string& agent, const KnownTurn& turn) const = 0;
-  /// Between open and done: what the store has of the agent is committed, and `turn` with it. kBusy: it was not, or
-  /// nobody knows (kAgentElsewhere, kUncommitted).
+  /// Between open and done: what the store has of the agent is committed, and with `turn`, which it ends with, that the
+  /// turn was. A tier may commit a turn later: before the next `open` returns. kBusy: it was not committed, or nobody
+  /// knows (kAgentElsewhere, kUncommitted).
   virtual void commit(const std::string& agent, const std::optional<KnownTurn>& turn) = 0;
   /// Between open and done: from now on there is no such agent. The caller then removes the store's copy.
   virtual void remove(const std::string& agent) = 0;

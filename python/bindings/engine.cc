@@ -60,6 +60,12 @@ RemoteTail parse_remote_tail(const std::string& name) {
   throw Error(ErrorCode::kInvalidArgument, "There is no remote_tail '" + name + "'; use turn or sleep.");
 }
 
+RemoteAck parse_remote_ack(const std::string& name) {
+  if (name == "commit") return RemoteAck::kCommit;
+  if (name == "local") return RemoteAck::kLocal;
+  throw Error(ErrorCode::kInvalidArgument, "There is no ack '" + name + "'; use commit or local.");
+}
+
 std::optional<Activations> parse_activations(const std::optional<std::string>& name) {
   if (!name) return std::nullopt;
   for (const Activations activations : {Activations::kF32, Activations::kInt16}) {
@@ -183,9 +189,11 @@ void bind_engine(nb::module_& module) {
               int64_t disk_budget, int64_t min_free, size_t write_queue, size_t text_queue, int max_stall, bool map_rows,
               const std::optional<std::string>& backend, const std::optional<std::string>& activations, int threads,
               const std::string& cpu_target, const std::optional<std::string>& remote, double lease,
-              const std::string& remote_tail, const std::string& advertise, const std::string& key_command) {
+              const std::string& remote_tail, const std::string& ack, const std::string& advertise,
+              const std::string& key_command) {
              const Durability durable = parse_durability(durability);
              const RemoteTail tail = parse_remote_tail(remote_tail);
+             const RemoteAck told = parse_remote_ack(ack);
              new (self) EngineSettings{
                  .engine = {.model = model, .store = store, .kv_format = parse_kv_format(kv_format),
                             .durability = durable, .memory_budget = memory_budget, .disk = {disk_budget, min_free},
@@ -198,14 +206,14 @@ void bind_engine(nb::module_& module) {
              if (!remote) return;
              self->remote = RemoteOptions{.url = *remote, .store = store, .address = advertise,
                                           .ttl = std::chrono::milliseconds(int64_t(lease * 1000)),
-                                          .durability = durable, .tail = tail, .key_command = key_command,
+                                          .durability = durable, .tail = tail, .ack = told, .key_command = key_command,
                                           .on_end = {}};
            },
            "model"_a, "store"_a, "kv_format"_a = nb::none(), "durability"_a = "full", "memory_budget"_a = 0,
            "disk_budget"_a = 0, "min_free"_a = 0, "write_queue"_a = defaults.write_queue_bytes,
            "text_queue"_a = defaults.text_queue_bytes, "max_stall"_a = defaults.max_stall_ms, "map_rows"_a = true,
            "backend"_a = nb::none(), "activations"_a = nb::none(), "threads"_a = 0, "cpu_target"_a = "",
-           "remote"_a = nb::none(), "lease"_a = 10.0, "remote_tail"_a = "turn",
+           "remote"_a = nb::none(), "lease"_a = 10.0, "remote_tail"_a = "turn", "ack"_a = "commit",
            "advertise"_a = "", "key_command"_a = "");
   nb::class_<SharedEngine>(module, "CoreEngine")
       .def("__init__",

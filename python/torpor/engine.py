@@ -99,6 +99,7 @@ class EngineSettings(TypedDict, total=False):
     remote: str | None
     lease: float
     remote_tail: Literal["turn", "sleep"]
+    ack: Literal["commit", "local"]
     advertise: str | None
     key_command: str | None
 
@@ -118,7 +119,8 @@ def _core_options(model: str, store: str | os.PathLike[str] | None, settings: Ma
             return _arguments.seconds(value, name, 1, 3600)
         if name == "map_rows":
             return bool(value)
-        return None if value is None and name not in ("durability", "remote_tail") else _arguments.text(value, name)
+        is_needed = name in ("durability", "remote_tail", "ack")
+        return None if value is None and not is_needed else _arguments.text(value, name)
 
     given = {name: checked(name, value) for name, value in settings.items()}
     texts = {name: given.get(name) or "" for name in ("cpu_target", "advertise", "key_command")}
@@ -161,8 +163,8 @@ class Engine:
                  write_queue: int = 256 << 20, text_queue: int = 64 << 10, max_stall: int = 250, map_rows: bool = True,
                  backend: Literal["kernels", "mlx"] | None = None, activations: Literal["f32", "int16"] | None = None,
                  threads: int = 0, cpu_target: str | None = None, remote: str | None = None, lease: float = 10,
-                 remote_tail: Literal["turn", "sleep"] = "turn", advertise: str | None = None,
-                 key_command: str | None = None) -> None:
+                 remote_tail: Literal["turn", "sleep"] = "turn", ack: Literal["commit", "local"] = "commit",
+                 advertise: str | None = None, key_command: str | None = None) -> None:
         """Loads the model.
 
         model: a model directory, or a repo id in the local Hugging Face cache.
@@ -193,12 +195,16 @@ class Engine:
         remote: a bucket, "s3://BUCKET/PREFIX", "gs://BUCKET/PREFIX" or "az://CONTAINER/PREFIX", in which agents are kept;
             `store` is its cache then. An agent has one owner at a time: who opens it when nobody has it, until it sleeps or
             that engine is closed. Elsewhere it is BusyError, whose `found` is the owner's `advertise`. Each change is
-            committed to the bucket before its call returns: save="behind" is "wait". Credentials: docs/fleet.md. None: none.
+            committed to the bucket before its call returns, turns by `ack`; save="behind" is "wait". Credentials:
+            docs/fleet.md. None: none.
         lease: seconds, 1 to 3600. An engine that can't renew its lease for so long opens and commits nothing any more: make
             another one. A quarter later others take its agents over. All engines of a bucket should have the same.
         remote_tail: when the rows of an agent's last tokens, at most 255, go to the bucket: "turn": with each commit;
             "sleep": when it sleeps or the engine is closed. Its text goes with each commit. Who takes it over from an
             engine that was killed computes those rows again.
+        ack: when a turn is over: "commit": when the bucket has it; "local": when the store has it. Its commit follows
+            then, and the agent's next use waits for it, as `close` does. Until then the turn is lost with the disk, or
+            with this engine if another one takes the agent over. An agent's first turn waits for the bucket.
         advertise: where the agents of this engine are asked for, as "http://10.0.0.7:8080". None: nowhere.
         key_command: a command of the shell that prints the key of a sealed bucket (docs/fleet.md, "A sealed bucket"). None:
             $TORPOR_KEY_COMMAND; without that the bucket is not sealed.
@@ -214,7 +220,7 @@ class Engine:
             kv_format=kv_format, durability=durability, memory_budget=memory_budget, disk_budget=disk_budget,
             min_free=min_free, write_queue=write_queue, text_queue=text_queue, max_stall=max_stall, map_rows=map_rows,
             backend=backend, activations=activations, threads=threads, cpu_target=cpu_target, remote=remote, lease=lease,
-            remote_tail=remote_tail, advertise=advertise, key_command=key_command)))
+            remote_tail=remote_tail, ack=ack, advertise=advertise, key_command=key_command)))
         self._talking = threading.local()  # .to: agents whose on_text runs on this thread
 
     def __repr__(self) -> str:

@@ -26,6 +26,7 @@ const std::map<std::string, Durability> kDurabilities{
     {"full", Durability::kFull}, {"rename", Durability::kRename}, {"none", Durability::kNone}};
 
 const std::map<std::string, RemoteTail> kRemoteTails{{"turn", RemoteTail::kTurn}, {"sleep", RemoteTail::kSleep}};
+const std::map<std::string, RemoteAck> kRemoteAcks{{"commit", RemoteAck::kCommit}, {"local", RemoteAck::kLocal}};
 const std::map<std::string, Backend> kBackends{{"kernels", Backend::kKernels}, {"mlx", Backend::kMlx}};
 const std::map<std::string, Activations> kActivations{{"f32", Activations::kF32}, {"int16", Activations::kInt16}};
 
@@ -72,7 +73,7 @@ EngineOptions AnswerOptions::engine(const std::filesystem::path& root, std::func
     engine.remote = attach_remote({.url = remote, .store = root, .address = advertise,
                                    .ttl = std::chrono::milliseconds(int64_t(lease * 1000)),
                                    .durability = engine.durability, .tail = kRemoteTails.at(remote_tail),
-                                   .key_command = key_command,
+                                   .ack = kRemoteAcks.at(ack), .key_command = key_command,
                                    .on_end = std::move(on_remote_end)});
   }
   return engine;
@@ -124,6 +125,11 @@ void add_remote_option(CLI::App& app, AnswerOptions& options) {
                  "With --remote: an agent's last rows go there with each turn, or when it sleeps: turn or sleep")
       ->capture_default_str()
       ->check(CLI::IsMember(keys(kRemoteTails)))
+      ->type_name("WHEN");
+  app.add_option("--ack", options.ack,
+                 "With --remote: a turn is over when the bucket has it, or when this disk has it: commit or local")
+      ->capture_default_str()
+      ->check(CLI::IsMember(keys(kRemoteAcks)))
       ->type_name("WHEN");
   add_key_command_option(app, options.key_command);
 }

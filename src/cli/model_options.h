@@ -44,6 +44,7 @@ struct AnswerOptions : ModelOptions {
   std::string advertise;  ///< RemoteOptions::address
   double lease = 10;      ///< RemoteOptions::ttl, in seconds
   std::string remote_tail = "turn";  ///< RemoteOptions::tail
+  std::string ack = "commit";  ///< RemoteOptions::ack
 
   /// `on_remote_end`: RemoteOptions::on_end.
   EngineOptions engine(const std::filesystem::path& root, std::function<void()> on_remote_end = nullptr) const;

@@ -23,7 +23,6 @@ std::optional<std::string> RemoteUse::answered(const KnownTurn& turn) const {
 }
 
 void RemoteUse::commit(std::optional<KnownTurn> turn) const {
-  if (turn && turn->id.empty()) turn.reset();
   if (tier_ != nullptr) tier_->commit(agent_, turn);
 }
 

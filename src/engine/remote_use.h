@@ -28,7 +28,7 @@ class RemoteUse {
   explicit operator bool() const noexcept { return tier_ != nullptr; }
   /// RemoteTier::answered; nullopt for a turn without an id. The agent is to be this worker's all the same.
   std::optional<std::string> answered(const KnownTurn& turn) const;
-  /// RemoteTier::commit; nothing where this is no use.
+  /// RemoteTier::commit, of a turn or of another change; nothing where this is no use.
   void commit(std::optional<KnownTurn> turn = std::nullopt) const;
   /// RemoteTier::remove, likewise.
   void remove() const;

@@ -3,59 +3,32 @@
 #include <algorithm>
 #include <utility>
 
-#include "base/env.h"
-#include "base/foreign_error.h"
-#include "base/hash.h"
 #include "base/parallel.h"
 #include "remote/tier.h"
-#include "torpor/error.h"
-#include "torpor/log.h"
+#include "remote/worker_errors.h"
 
 namespace torpor::remote {
 namespace {
 
-constexpr size_t kReleasesAtOnce = 8;
-
-std::string draw() { return Env::posix().random_id(); }
-
-Error elsewhere(const std::string& id, const std::string& what, const std::string& address = {}) {
-  return Error(ErrorCode::kBusy, "The agent '" + id + "' " + what)
-      .with_agent(id)
-      .with_field(kAgentElsewhere, {}, address);
-}
-
-Error uncommitted(const std::string& id, const std::string& why) {
-  return Error(ErrorCode::kBusy, "Whether the change of agent '" + id + "' was committed to the bucket is not known (" +
-                                     why + "); ask again with the same id.")
-      .with_agent(id)
-      .with_field(kUncommitted);
-}
-
-[[noreturn]] void refuse_copy(const std::string& id, const Store& store, const std::string& bucket) {
-  throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' in '" + store.root().string() +
-                                            "' was changed without the bucket, which " + bucket +
-                                            "; push it there, or remove it here.")
-      .with_agent(id)
-      .with_field("copy");
-}
-
-/// Of what nobody waits for. In a catch block.
-void tell(const std::string& what) noexcept {
-  try {
-    log(LogLevel::kWarning, what + ": " + to_error(std::current_exception(), "the bucket").what());
-  } catch (...) {
-    // There is no memory for the sentence.
-  }
-}
+constexpr size_t kReleasesAtOnce = 8, kCommitters = 8;
 
 }  // namespace
 
 Worker::Worker(std::shared_ptr<ObjectStore> bucket, std::shared_ptr<ObjectStore> leases, const RemoteOptions& options)
     : options_(options), bucket_(std::move(bucket)), leases_(std::move(leases)), store_(options.store),
       driver_(*bucket_), lease_driver_(*leases_), tier_(driver_, store_, options.url),
-      session_(lease_driver_, {.address = options.address, .ttl = options.ttl, .on_end = options.on_end}) {}
+      session_(lease_driver_, {.address = options.address, .ttl = options.ttl, .on_end = options.on_end}) {
+  if (options_.ack != RemoteAck::kLocal) return;
+  try {
+    while (committers_.size() < kCommitters) committers_.emplace_back([this] { commit_due_turns(); });
+  } catch (...) {
+    end_committers();
+    throw;
+  }
+}
 
 Worker::~Worker() {
+  end_committers();
   std::vector<std::string> owned;
   {
     const MutexLock lock(mutex_);
@@ -244,16 +217,23 @@ std::optional<Worker::Custody> Worker::take(const std::string& id, bool make) {
   return custody;
 }
 
+std::optional<ReadSave> Worker::read_commit(const std::string& id, Custody& custody) {
+  if (custody.version.head.file.empty()) return std::nullopt;
+  std::optional<ReadSave> saved = driver_.run([&](Exchange& exchange) { return read_save(exchange, id); });
+  if (!saved || saved->version.tag != custody.version.tag) throw elsewhere(id, "was taken over just now; ask again.");
+  custody.keys = saved->keys;
+  custody.checksum = hash_of(saved->agent_file);
+  const std::optional<std::string> copy = checksum_of_copy(id);
+  custody.owes_tail = copy && *copy != custody.checksum && is_copy(*copy, saved->agent_file);
+  if (custody.owes_tail) custody.checksum = *copy;
+  return saved;
+}
+
 void Worker::bring(const std::string& id, Custody& custody) {
-  std::optional<ReadSave> saved;
-  if (!custody.version.head.file.empty()) {
-    saved = driver_.run([&](Exchange& exchange) { return read_save(exchange, id); });
-    if (!saved || saved->version.tag != custody.version.tag) throw elsewhere(id, "was taken over just now; ask again.");
-    custody.keys = saved->keys;
-    custody.checksum = hash_of(saved->agent_file);
-    const std::optional<std::string> copy = checksum_of_copy(id);
-    custody.owes_tail = copy && *copy != custody.checksum && is_copy(*copy, saved->agent_file);
-    if (custody.owes_tail) custody.checksum = *copy;
+  const std::optional<ReadSave> saved = read_commit(id, custody);
+  if (const std::optional<KnownTurn> turn = due_turn(id, custody.version.head)) {
+    custody = commit_copy(id, custody, turn);
+    return;
   }
   const CopyStep step = judge(id, saved ? std::optional(custody.checksum) : std::nullopt);
   if (step == CopyStep::kRefuse) refuse_copy(id, store_, saved ? "has another one of that name" : "has it no more");
@@ -282,6 +262,7 @@ void Worker::bring(const std::string& id, Custody& custody) {
 
 void Worker::let_go(const std::string& id, const Custody& custody) noexcept {
   try {
+    if (due_turn(id, custody.version.head)) return;  // nobody else has what it ends with
     const bool begun = !custody.version.head.file.empty();
     const Saved saved = driver_.run([&](Exchange& exchange) {
       return begun ? release(exchange, id, custody.version, draw())
@@ -303,10 +284,7 @@ void Worker::let_go(const std::string& id, const Custody& custody) noexcept {
 
 void Worker::free_head(const std::string& id) noexcept {
   try {
-    const Acquired acquired = driver_.run([&](Exchange& exchange) {
-      return acquire(exchange, id, session_.name(), Make::kNever, draw(), [](const std::string&) { return false; });
-    });
-    if (acquired.outcome == Acquired::Outcome::kOwned) let_go(id, {.version = acquired.version});
+    if (const std::optional<Custody> custody = commit_again(id)) let_go(id, *custody);
   } catch (...) {
     tell("The agent '" + id + "' may stay this worker's until its lease is gone");
   }
@@ -361,103 +339,6 @@ bool Worker::make_room() noexcept {
     tell("No room was made on the disk");
   }
   return false;
-}
-
-// ---- commits
-
-void Worker::commit(const std::string& id, const std::optional<KnownTurn>& turn) {
-  std::optional<Custody> custody = begin(id);
-  if (!custody) throw elsewhere(id, "is not this worker's any more, and the change is not kept; ask again.");
-  try {
-    require_alive(id);
-    custody = commit_copy(id, std::move(*custody), turn);
-  } catch (const LostAnswer& error) {
-    finish_in_doubt(id);
-    throw uncommitted(id, error.what());
-  } catch (const Error& error) {  // what the store has is not what was committed
-    error.field() == kAgentElsewhere ? finish(id, std::nullopt) : finish_in_doubt(id);
-    throw;
-  } catch (...) {
-    finish_in_doubt(id);
-    throw;
-  }
-  finish(id, std::move(custody));
-}
-
-Worker::Custody Worker::commit_copy(const std::string& id, Custody custody, const std::optional<KnownTurn>& turn) {
-  const std::optional<std::string> copy = checksum_of_copy(id);
-  if (!copy || (!turn && *copy == custody.checksum)) return custody;
-  std::optional<Turn> known;
-  if (turn) known = Turn{turn->id, turn->digest, turn->result};
-  const bool first = custody.checksum.empty();
-  Pushed saved;
-  {
-    const Session::Saving saving(session_);
-    saved = tier_.push_save(id, custody.version, custody.keys, saving.generation(),
-                            {.turn = std::move(known), .damaged = custody.damaged,
-                             .tail = options_.tail == RemoteTail::kTurn});
-  }
-  if (saved.outcome == Saved::Outcome::kMoved) {
-    throw elsewhere(id, "was taken over by another worker, and the change is not kept; ask again.");
-  }
-  if (saved.outcome != Saved::Outcome::kCommitted) throw uncommitted(id, "no answer came");
-  if (first) set_in_use(id);  // the copy is one from now on
-  return {std::move(saved.version), std::move(saved.keys), {}, *copy, saved.without_tail};
-}
-
-void Worker::remove(const std::string& id) {
-  const std::optional<Custody> custody = begin(id);
-  if (!custody) throw elsewhere(id, "is not this worker's any more; ask again.");
-  std::exception_ptr failed;
-  try {
-    require_alive(id);
-    const Saved saved = driver_.run(
-        [&](Exchange& exchange) { return remove_agent(exchange, id, custody->version, draw()); });
-    if (saved.outcome == Saved::Outcome::kMoved) throw elsewhere(id, "was taken over by another worker; ask again.");
-    if (saved.outcome != Saved::Outcome::kCommitted) throw uncommitted(id, "no answer came");
-  } catch (...) {
-    failed = std::current_exception();
-  }
-  finish(id, std::nullopt);
-  if (failed) std::rethrow_exception(failed);
-}
-
-// ---- the store's copy
-
-std::optional<std::string> Worker::checksum_of_copy(const std::string& id) const {
-  if (!store_.contains(id)) return std::nullopt;
-  try {
-    return store_.agent_info(id).hash;
-  } catch (const Error& error) {
-    if (error.code() == ErrorCode::kNotFound) return std::nullopt;
-    if (error.code() != ErrorCode::kCorruption) throw;
-    return "";  // it is equal to none
-  }
-}
-
-CopyStep Worker::judge(const std::string& id, const std::optional<std::string>& committed) const {
-  const std::optional<Mark> mark = tier_.read_mark(id);
-  const std::optional<std::string> cached = mark ? std::optional(mark->checksum) : std::nullopt;
-  return judge_copy(checksum_of_copy(id), cached, is_in_use(id), committed);
-}
-
-Record Worker::use_of(const std::string& id) const {
-  return {"worker-" + Hasher().update_field(options_.url).update_field(id).hex(), 0, 0};
-}
-
-bool Worker::is_in_use(const std::string& id) const {
-  try {
-    store_.read_record(use_of(id));
-    return true;
-  } catch (const Error& error) {
-    if (error.code() == ErrorCode::kNotFound) return false;
-    if (error.code() != ErrorCode::kCorruption) throw;
-    return true;
-  }
-}
-
-void Worker::set_in_use(const std::string& id) {
-  if (!is_in_use(id)) store_.keep_record(use_of(id), id, options_.durability);
 }
 
 }  // namespace torpor::remote

@@ -2,11 +2,13 @@
 /// A worker: the RemoteTier of a bucket. It has a session, and the agents that it has made its own since it began.
 /// torpor/remote.h says what embedders need to know.
 
+#include <deque>
 #include <map>
 #include <memory>
 #include <optional>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/mutex.h"
@@ -24,7 +26,7 @@ class Worker final : public RemoteTier {
  public:
   /// `leases` is the bucket again, for the session's requests, which must fail before its TTL is over.
   Worker(std::shared_ptr<ObjectStore> bucket, std::shared_ptr<ObjectStore> leases, const RemoteOptions& options);
-  /// Lets others have the agents.
+  /// Waits for commits, and lets others have the agents.
   ~Worker() override;
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
@@ -53,6 +55,12 @@ class Worker final : public RemoteTier {
     bool busy = false;  ///< somebody asks the bucket about it
     std::optional<Custody> custody;  ///< none: it isn't this worker's
   };
+  /// A turn that is over, and whose commit comes now (RemoteAck::kLocal). Its agent is busy until then.
+  struct Due {
+    std::string id;
+    Custody custody;
+    KnownTurn turn;
+  };
 
   /// Waits until nobody asks about the agent, and asks about it from now on. nullopt, and nobody asks: it isn't this
   /// worker's, or with `idle` somebody uses it.
@@ -69,7 +77,19 @@ class Worker final : public RemoteTier {
   /// Makes it this worker's, and brings the store's copy to the last commit. nullopt: there is none.
   std::optional<Custody> take(const std::string& id, bool make);
   void bring(const std::string& id, Custody& custody);
+  /// Fills in what the head's save says.
+  std::optional<ReadSave> read_commit(const std::string& id, Custody& custody);
   Custody commit_copy(const std::string& id, Custody custody, const std::optional<KnownTurn>& turn);
+  /// After a commit that may stand or not: the agent as the bucket has it. A turn that is over and not there is
+  /// committed now. nullopt: it isn't this worker's.
+  std::optional<Custody> commit_again(const std::string& id);
+  /// Notes that the store's copy ends with a turn that is over, and goes on from the last commit.
+  void note_due(const std::string& id, const Custody& custody, const KnownTurn& turn);
+  /// The turn that was noted, if the copy is as it was and the head's save is that which it goes on from.
+  std::optional<KnownTurn> due_turn(const std::string& id, const Head& head) const;
+  void commit_due_turns();
+  void settle(const Due& due) noexcept;
+  void end_committers() noexcept;
   /// Commits the tail that the last save is without.
   Custody send_tail(const std::string& id, Custody custody);
   void let_go(const std::string& id, const Custody& custody) noexcept;
@@ -97,8 +117,11 @@ class Worker final : public RemoteTier {
   std::map<std::string, Agent> agents_ TORPOR_GUARDED_BY(mutex_);
   std::set<std::string> doubtful_ TORPOR_GUARDED_BY(mutex_);  // after commits that failed
   std::map<std::string, Instant> first_seen_ TORPOR_GUARDED_BY(mutex_);  // judge_owner
+  std::deque<Due> due_ TORPOR_GUARDED_BY(mutex_);
+  bool ending_ TORPOR_GUARDED_BY(mutex_) = false;
 
-  mutable Session session_;  // last: its thread calls back
+  mutable Session session_;  // its thread calls back
+  std::vector<std::thread> committers_;  // of RemoteAck::kLocal
 };
 
 }  // namespace torpor::remote
