@@ -1,12 +1,16 @@
 """`torpor remote push`, `pull`, `verify`, `gc`, `archive`: agents of one machine's store in another's, by a bucket."""
 
 import json
+import os
 import shutil
+import subprocess
+import threading
+import time
 
 import pytest
 
 import s3
-from conftest import ROOT
+from conftest import BIN, ROOT
 from test_remote import SECRETS, hides, proxy, remote, server  # noqa: F401: two of them are fixtures
 
 GOLDEN = ROOT / "tests" / "goldens" / "store-v3" / "store"
@@ -127,6 +131,33 @@ def test_archived_agents_keep_their_ids_and_gc_removes_what_nobody_needs(server,
     assert "computes them again" in pulled.out
     assert keys(server, bucket, "nodes/") == []  # no lease is left
     call(server, "archive", bucket, "nobody").fails("not_found", "nobody")
+
+
+def test_a_gc_that_was_killed_is_no_hindrance_for_long(server, bucket, proxy, here):
+    call(server, "push", bucket, "many", "one", store=here).ok()
+    call(server, "archive", bucket, "many").ok()
+    begun, killed = threading.Event(), threading.Event()
+
+    def fault(method, path, headers):
+        if method == "GET" and begun.is_set() and "list-type" in path and "agents%2F" in path:
+            killed.wait(30)
+        elif method == "PUT" and path.endswith("/sweep"):
+            begun.set()
+
+    proxy.fault = fault
+    first = subprocess.Popen([BIN, "remote", "gc", bucket], env={**os.environ, **server.env(proxy.port)})
+    try:
+        assert begun.wait(30)
+        while proxy.ask("GET", f"/{s3.BUCKET}/{bucket.rsplit('/', 1)[1]}/sweep")[0] != 200:
+            time.sleep(0.02)
+        call(server, "gc", bucket).fails("busy", "under way")  # it renews its lease
+    finally:
+        first.kill()
+        first.wait()
+        killed.set()
+    began = time.monotonic()
+    assert call(server, "gc", bucket, "--json").ok().json["objects_removed"] > 0
+    assert time.monotonic() - began < 9 and keys(server, bucket, "nodes/") == []
 
 
 def test_changes_that_the_other_side_lacks_are_not_dropped(server, bucket, here, there):

@@ -153,6 +153,30 @@ TEST(RemoteWorker, ForLackOfRoomTheCopyOfAnAgentGoesThatTheBucketHasAsItIsAndNob
   EXPECT_EQ(a.tokens("old"), 300);
 }
 
+TEST(RemoteWorker, WhatIsBroughtHereCountsForTheDiskLimitsOfItsEngine) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket), b(bucket);
+  a.layout = testing::small_layout(KvDtype::kF16, 2, 4, 64);
+  a.turn("old", 600);
+  a.layout = testing::small_layout(KvDtype::kF16, 2, 4, 32);
+  a.turn("new", 1200);
+  a.worker.reset();
+  EXPECT_EQ(b.tokens("old"), 600);
+  b.worker.reset();
+  b.options.disk.budget = b.store.get_cache_disk_usage().total_bytes * 3 / 2;
+  b.begin();
+  EXPECT_EQ(b.tokens("new"), 1200);
+  EXPECT_FALSE(b.store.contains("old")) << "it made room";
+  try {
+    b.tokens("old");
+    ADD_FAILURE() << "there is no room for it";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kResourceExhausted) << error.what();
+  }
+  b.worker->close("new");
+  EXPECT_EQ(b.tokens("old"), 600);
+}
+
 TEST(RemoteWorker, ATurnIsKnownAgainByItsIdOnEveryMachine) {
   const auto bucket = std::make_shared<MemoryBucket>();
   const KnownTurn first{"t", std::string(32, 'a'), {}}, second{"u", std::string(32, 'a'), {}};

@@ -44,6 +44,7 @@ struct RemoteOptions {
   /// its agents over a quarter later. All workers of a bucket should have the same.
   std::chrono::milliseconds ttl{10'000};
   Durability durability = Durability::kFull;  ///< of what is written to the store
+  DiskLimits disk = {};  ///< the Engine's: what is brought here counts, too
   RemoteTail tail = RemoteTail::kTurn;
   RemoteAck ack = RemoteAck::kCommit;
   /// Prints the key that the bucket is sealed with (docs/fleet.md, "A sealed bucket"): a command of the shell, run once.

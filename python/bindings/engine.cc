@@ -206,8 +206,8 @@ void bind_engine(nb::module_& module) {
              if (!remote) return;
              self->remote = RemoteOptions{.url = *remote, .store = store, .address = advertise,
                                           .ttl = std::chrono::milliseconds(int64_t(lease * 1000)),
-                                          .durability = durable, .tail = tail, .ack = told, .key_command = key_command,
-                                          .on_end = {}};
+                                          .durability = durable, .disk = {disk_budget, min_free}, .tail = tail,
+                                          .ack = told, .key_command = key_command, .on_end = {}};
            },
            "model"_a, "store"_a, "kv_format"_a = nb::none(), "durability"_a = "full", "memory_budget"_a = 0,
            "disk_budget"_a = 0, "min_free"_a = 0, "write_queue"_a = defaults.write_queue_bytes,

@@ -135,10 +135,10 @@ class Attached {
 
   remote::Tier& tier() { return tier_; }
   /// Of a command that writes: it is known to others while it works. kInvalidArgument: the store can't keep agents.
-  remote::Session& session() {
+  remote::Session& session(std::chrono::milliseconds ttl = remote::SessionOptions{}.ttl) {
     if (!session_) {
       remote::require_conditions(bucket_, url_);
-      session_.emplace(driver_);
+      session_.emplace(driver_, remote::SessionOptions{.address = {}, .ttl = ttl, .on_end = {}});
     }
     return *session_;
   }
@@ -234,7 +234,7 @@ int verify(const RemoteOptions& options) {
 
 int gc(const RemoteOptions& options) {
   Attached attached(options);
-  const remote::Swept swept = attached.session().sweep_bucket();
+  const remote::Swept swept = attached.session(remote::kSweeperTtl).sweep_bucket();
   using Outcome = remote::Swept::Outcome;
   if (swept.outcome == Outcome::kBusy || swept.outcome == Outcome::kReplaced) {
     throw Error(ErrorCode::kBusy, "Another sweep of " + options.url + " is under way; nothing was removed.");

@@ -72,7 +72,8 @@ EngineOptions AnswerOptions::engine(const std::filesystem::path& root, std::func
   if (!remote.empty()) {
     engine.remote = attach_remote({.url = remote, .store = root, .address = advertise,
                                    .ttl = std::chrono::milliseconds(int64_t(lease * 1000)),
-                                   .durability = engine.durability, .tail = kRemoteTails.at(remote_tail),
+                                   .durability = engine.durability, .disk = engine.disk,
+                                   .tail = kRemoteTails.at(remote_tail),
                                    .ack = kRemoteAcks.at(ack), .key_command = key_command,
                                    .on_end = std::move(on_remote_end)});
   }

@@ -14,6 +14,10 @@
 
 namespace torpor::remote {
 
+/// TTL of a session that does nothing but sweep. It renews its lease four times a second and owns no agent. If another
+/// sweeper takes it for dead while it is not, its work is done by that one.
+inline constexpr std::chrono::milliseconds kSweeperTtl{2'000};
+
 struct SessionOptions {
   std::string address;                     ///< Lease::address
   std::chrono::milliseconds ttl{10'000};

@@ -128,6 +128,22 @@ class SaveIds {
   uint64_t count_ = 0;
 };
 
+/// Whether a sweep that the record names is over. One under way renews its lease again and again.
+Operation<bool> is_over(Exchange& exchange, LeaseWatch& watch, std::string sweeper, SweepOptions options) {
+  std::string tag;
+  for (int look = 0; look < options.looks; ++look) {
+    if (look > 0) co_await exchange.ask(wait_request(options.look_every));
+    const bool looked = co_await watch.look(exchange);
+    if (!looked) continue;
+    if (watch.is_gone(sweeper)) co_return true;
+    const auto seen = watch.seen().find(sweeper);
+    if (seen == watch.seen().end()) continue;
+    if (!tag.empty() && tag != seen->second.tag) break;
+    tag = seen->second.tag;
+  }
+  co_return false;
+}
+
 /// Steps 3 to 8, once the record is `mine`.
 Operation<Swept> sweep_generation(Exchange& exchange, LeaseWatch& watch, SweepOptions options, SweepRecord mine,
                                   Heads before, SaveIds& ids) {
@@ -265,8 +281,8 @@ Operation<Swept> sweep(Exchange& exchange, LeaseWatch& watch, SweepOptions optio
   if (record.done()) {
     const SweepRecord there = decode_sweep(record.text, kSweepKey);
     if (!there.sweeper.empty() && there.sweeper != options.session) {
-      co_await watch.look(exchange);
-      if (!watch.is_gone(there.sweeper)) co_return result;
+      const bool over = co_await is_over(exchange, watch, there.sweeper, options);
+      if (!over) co_return result;
     }
     mine.generation = there.generation + 1;
     condition = Condition::of_tag(record.tag);

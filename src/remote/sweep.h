@@ -7,7 +7,9 @@
 ///
 /// The sweep of generation n:
 ///   1. reads all heads: `before`.
-///   2. raises the sweep record's generation to n, by compare-and-swap. Another live sweeper: kBusy.
+///   2. raises the sweep record's generation to n, by compare-and-swap. Another live sweeper: kBusy. One that doesn't
+///      renew its lease is waited for until that is dead. (To begin beside it does no harm: by step 6 it has decided
+///      before, or decides nothing. It would undo its work.)
 ///   3. waits until each lease has announced n or more, or is of a worker that is gone (LeaseWatch).
 ///   4. lists all saves, and reads all heads again. The head of an owner that is gone is freed: its epoch is raised, so
 ///      what that owner has under way can't be committed any more. An owner whose lease is younger than step 3 began

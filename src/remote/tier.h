@@ -103,6 +103,9 @@ class Tier {
   /// All outlive the tier. `url` names the bucket, for marks and errors.
   Tier(Driver& driver, Store& store, std::string url);
 
+  /// Of what is put into the store, beside the limits that it keeps. Before other calls. kInvalidArgument.
+  void set_disk_limits(const DiskLimits& limits) { files_.set_disk_limits(limits); }
+
   // ---- of an agent whose head is at hand; a worker's steps
 
   /// Commits the store's copy under a head that is one's own. `keys`: of that head's save; `generation`: of a save that

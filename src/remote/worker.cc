@@ -18,6 +18,8 @@ Worker::Worker(std::shared_ptr<ObjectStore> bucket, std::shared_ptr<ObjectStore>
     : options_(options), bucket_(std::move(bucket)), leases_(std::move(leases)), store_(options.store),
       driver_(*bucket_), lease_driver_(*leases_), tier_(driver_, store_, options.url),
       session_(lease_driver_, {.address = options.address, .ttl = options.ttl, .on_end = options.on_end}) {
+  store_.set_disk_limits(options_.disk);
+  tier_.set_disk_limits(options_.disk);
   if (options_.ack != RemoteAck::kLocal) return;
   try {
     while (committers_.size() < kCommitters) committers_.emplace_back([this] { commit_due_turns(); });

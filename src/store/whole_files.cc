@@ -180,6 +180,7 @@ struct WholeFiles::Impl {
 
 WholeFiles::WholeFiles(const Store& store) : impl_(std::make_unique<Impl>(store)) {}
 WholeFiles::~WholeFiles() = default;
+void WholeFiles::set_disk_limits(const DiskLimits& limits) { impl_->store.set_disk_limits(limits); }
 
 std::string WholeFiles::agent_file(const std::string& id) const {
   const OpenedAgent opened = impl_->store.agents.open(id);

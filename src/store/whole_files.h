@@ -41,12 +41,14 @@ struct WholeFile {
 };
 
 /// Thread-safe. To a store's locks and limits it is as another process: it knows the limits that the store keeps, not
-/// those of one Store.
+/// those of one Store, and its own.
 class WholeFiles {
  public:
   explicit WholeFiles(const Store& store);
   ~WholeFiles();
 
+  /// Store::set_disk_limits, for Arrivals. kInvalidArgument.
+  void set_disk_limits(const DiskLimits& limits);
   /// The agent file of the last save, checked. kNotFound, kCorruption.
   std::string agent_file(const std::string& id) const;
   /// As agent_file, without rows behind the last segment: ids and messages of what had them are in it, and who wakes
