@@ -31,11 +31,11 @@ models: model
 test: build models
 	scripts/run-tests $(TEST_FLAGS) $(BUILD)
 
-# The wheel by pip, tested in an environment of its own; `make test` installs the same files from the build tree.
+# The wheels by pip, tested in an environment of its own; `make test` installs the same files from the build tree.
 wheel: build model
 	scripts/check-wheel
 
-# A wheel that other machines take, a tarball and a Debian package of the command line, in build/packages, each tested.
+# Wheels that other machines take, a tarball and a Debian package of the command line, in build/packages, each tested.
 packages: build model
 	scripts/make-packages $(BUILD)
 

@@ -4,11 +4,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from test_howto import blocks
+from test_python_package import CACHES
 
 PACKAGES = os.environ.get("TORPOR_PACKAGES")
 pytestmark = pytest.mark.skipif(not PACKAGES, reason="scripts/make-packages runs these")
@@ -22,24 +25,46 @@ def package(pattern):
     return found
 
 
-@pytest.fixture(scope="module", params=["tarball", "debian", "wheel"])
+def follow(words, root):
+    """Runs the block of docs/install.md that begins so, as a user whose home is in `root` would."""
+    [block] = [block for block in blocks("sh", (ROOT / "docs" / "install.md").read_text()) if block.startswith(words)]
+    (root / "build").mkdir(parents=True, exist_ok=True)
+    (root / "build" / "packages").symlink_to(PACKAGES)
+    path = [root / "venv" / "bin", root / "home" / ".local" / "bin", Path(sys.base_prefix) / "bin", "/usr/bin", "/bin",
+            Path(PACKAGES) / "tools" / "bin"]
+    own = ("PYTHON", "PIPX", "VIRTUAL", "XDG")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    cached = subprocess.run([sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True).stdout
+    env |= {"HOME": str(root / "home"), "PATH": ":".join(map(str, path)), "PIP_CACHE_DIR": cached.strip()}
+    done = subprocess.run(["bash", "-euc", block], cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def environment(root):
+    subprocess.run([sys.executable, "-m", "venv", root / "venv"], check=True)
+    return root / "venv" / "bin"
+
+
+@pytest.fixture(scope="module", params=["tarball", "debian", "wheel", "pipx", "user"])
 def program(request, tmp_path_factory):
-    root = tmp_path_factory.mktemp(request.param) / "some where"
+    is_python = request.param in ("wheel", "pipx", "user")
+    root = tmp_path_factory.mktemp(request.param) / ("where" if is_python else "some where")
     root.mkdir()
-    if request.param == "tarball":
-        shutil.unpack_archive(package("torpor-*-*.tar.gz"), root)
-        [top] = root.iterdir()
-        return top / "bin" / "torpor"
     if request.param == "debian":
         subprocess.run(["dpkg-deb", "-x", package("torpor_*.deb"), root], check=True)
         return root / "usr" / "bin" / "torpor"
-    return Path(os.environ["TORPOR_WHEEL_PYTHON"]).parent / "torpor"
+    if request.param == "wheel":
+        programs = environment(root)
+        follow("pip install build/packages/torpor*.whl", root)
+        return programs / "torpor"
+    follow({"tarball": "mkdir", "pipx": "pipx install", "user": "python3 -m pip install --user"}[request.param], root)
+    return root / "home" / ".local" / "bin" / "torpor"
 
 
 def run(program, *args, home):
-    """In an environment that knows nothing of this machine."""
-    return subprocess.run([program, *args], capture_output=True, text=True, cwd="/", timeout=120,
-                          env={"HOME": str(home), "PATH": "/usr/bin:/bin"})
+    """In an environment that knows nothing of this machine. (With PYTHONUSERBASE a user's own packages are found.)"""
+    env = {"HOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONUSERBASE": str(program.resolve().parent.parent)}
+    return subprocess.run([program, *args], capture_output=True, text=True, cwd="/", timeout=120, env=env)
 
 
 def test_it_starts_and_says_its_version(program, tmp_path):
@@ -62,7 +87,7 @@ def test_two_turns_of_two_processes(program, tiny_model, tmp_path):
 
 
 def test_its_libraries_are_its_own_and_none_is_of_the_machine_that_built_it(program):
-    binary, top = program, program.parent.parent
+    binary, top = program, program.resolve().parent.parent
     if not program.read_bytes().startswith(b"\x7fELF"):
         [binary] = top.glob("lib/python*/site-packages/torpor/bin/torpor")
     needed = subprocess.run(["ldd", binary.resolve()], capture_output=True, text=True, check=True).stdout
@@ -71,6 +96,30 @@ def test_its_libraries_are_its_own_and_none_is_of_the_machine_that_built_it(prog
     paths = subprocess.run(["readelf", "-d", binary], capture_output=True, text=True, check=True).stdout
     [path] = re.findall(r"R(?:UN)?PATH.*\[(.*)\]", paths)
     assert all(part.startswith("$ORIGIN/") for part in path.split(":")), path
+
+
+MLX = re.search(r"^mlx.*==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
+
+
+@pytest.fixture(scope="module")
+def store_alone(tmp_path_factory):
+    root = tmp_path_factory.mktemp("store")
+    programs = environment(root)
+    follow('pip install "$(echo', root)
+    return programs / "python"
+
+
+@pytest.mark.parametrize("which, versions", [
+    ("the oldest that it takes", "==0.32.0"), ("the previous one", f"<{MLX}"), ("the newest there is", f">={MLX}")])
+def test_the_stores_half_works_with_mlx(store_alone, tmp_path, which, versions):
+    subprocess.run([store_alone, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", "--pre",
+                    f"mlx[cpu]{versions}"], check=True)
+    said = subprocess.run([store_alone, "-c", CACHES], capture_output=True, text=True, cwd="/", timeout=300,
+                          env={"HOME": str(tmp_path)})
+    assert said.returncode == 0, said.stderr
+    found, engine = said.stdout.split()
+    print(f"{which}: mlx {found}")
+    assert engine == "False" and (found != MLX or "newest" in which)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the root")

@@ -1,7 +1,7 @@
 """The Python package as it is installed: what is in it, what it links, what it says when something is missing.
 
 It is installed from the build tree into a fresh virtual environment, beside a link to mlx. `make wheel` runs the same tests
-in an environment that pip made from the wheel ($TORPOR_WHEEL_PYTHON is its interpreter).
+in an environment that pip made from the wheels ($TORPOR_WHEEL_PYTHON is its interpreter).
 """
 
 import json
@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from conftest import BUILD, ROOT
+
+VERSION = re.search(r'#define TORPOR_VERSION "([\d.]+)"', (ROOT / "include/torpor/version.h").read_text())[1]
 
 
 class Installed:
@@ -46,20 +48,40 @@ def installed(tmp_path_factory):
     if wheel := os.environ.get("TORPOR_WHEEL_PYTHON"):
         return Installed(wheel)
     installed = Installed(bare_environment(tmp_path_factory.mktemp("python") / "venv"))
-    subprocess.run(["cmake", "--install", BUILD, "--component", "python", "--prefix", installed.site], check=True,
-                   stdout=subprocess.DEVNULL)
-    theirs = Path(next(iter(find_spec("mlx").submodule_search_locations))).parent
-    (installed.site / "mlx").symlink_to(theirs / "mlx")
-    (installed.site / "others.pth").write_text(f"{theirs}\n")  # mlx-lm and what it needs
+    for half in ("python_store", "python_engine"):
+        subprocess.run(["cmake", "--install", BUILD, "--component", half, "--prefix", installed.site], check=True,
+                       stdout=subprocess.DEVNULL)
+    def theirs(name):
+        return Path(next(iter(find_spec(name).submodule_search_locations)))
+
+    for name in ("nanobind_backend", "mlx"):
+        (installed.site / name).symlink_to(theirs(name))
+    (installed.site / "others.pth").write_text(f"{theirs('mlx_lm').parent}\n")  # mlx-lm and what it needs
     return installed
+
+
+def is_of_the_engine(path):
+    return path.name.startswith("_core.") or path.name in ("_linked.py", "bin")
+
+
+@pytest.fixture(scope="session")
+def store_alone(installed, tmp_path_factory):
+    """As where torpor-store is installed, with mlx-lm, and torpor is not."""
+    alone = Installed(bare_environment(tmp_path_factory.mktemp("store") / "venv"))
+    for path in installed.site.iterdir():
+        if not re.match(r"_?torpor(?!_store\.libs)", path.name) and not (alone.site / path.name).exists():
+            (alone.site / path.name).symlink_to(path.resolve())
+    shutil.copytree(installed.package, alone.package, symlinks=True,
+                    ignore=lambda where, names: [name for name in names if is_of_the_engine(Path(where, name))])
+    return alone
 
 
 def test_the_package_and_nothing_else_is_installed(installed):
     files = {path.name for path in installed.package.iterdir() if path.name != "__pycache__"}
-    extension = {name for name in files if re.fullmatch(r"_core\..*\.so", name)}
+    extensions = {name for name in files if re.fullmatch(r"_core\..*\.so|_store\.abi3\.so", name)}
     sources = {path.name for path in (ROOT / "python" / "torpor").iterdir() if path.name != "__pycache__"}
     program = {"bin"} if os.environ.get("TORPOR_WHEEL_PYTHON") else set()
-    assert len(extension) == 1 and files == sources | extension | program | {"_core.pyi", "_linked.py"}
+    assert len(extensions) == 2 and files == sources | extensions | program | {"_core.pyi", "_store.pyi", "_linked.py"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -90,6 +112,99 @@ print(result.tokens.generated, torpor.__file__)
     assert said == f"4 {installed.package / '__init__.py'}\n"
 
 
+CACHES = """
+import sys, ctypes, mlx.core as mx, torpor
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
+
+def address(array):
+    return ctypes.addressof(ctypes.c_char.from_buffer(memoryview(array.view(mx.uint8))))
+
+def some(n, dtype):
+    return [mx.random.normal((1, 2, n, 64)).astype(dtype) for _ in range(2)]
+
+rows, packed, ring = KVCache(), QuantizedKVCache(), RotatingKVCache(64)
+rows.update_and_fetch(*some(300, mx.bfloat16))
+packed.update_and_fetch(*some(300, mx.float32))
+ring.update_and_fetch(*some(5, mx.float16))
+ring.offset = 300
+saved = [rows, packed, ring]
+torpor.save_agent_cache("ada", saved, tokens=range(300))
+loaded, _ = torpor.load_agent_cache("ada")
+for before, after in zip(saved, loaded):
+    assert type(before) is type(after) and before.offset == after.offset
+    for name in ("keys", "values"):
+        arrays = [getattr(cache, name) for cache in (before, after)]
+        for a, b in zip(*arrays) if isinstance(arrays[0], tuple) else [arrays]:
+            assert a.dtype == b.dtype and a.shape[:2] == b.shape[:2] and type(b) is mx.array
+            assert mx.array_equal(a[..., :300, :], b[..., :300, :]).item()
+rows, packed, ring = loaded
+where = address(rows.keys)
+assert where % 64 == 0, where
+rows.update_and_fetch(*some(1, mx.bfloat16))
+packed.update_and_fetch(*some(1, mx.float32))
+mx.eval(rows.keys)
+assert address(rows.keys) == where, "MLX has copied what was loaded"
+written = torpor.save_agent_cache("ada", loaded, tokens=range(301))
+assert (written.segments_shared, written.segments_written) == (1, 0), written
+print(mx.__version__, "torpor._core" in sys.modules)
+"""
+
+
+def test_the_stores_half_keeps_caches_without_the_engine_and_links_no_mlx(store_alone, tmp_path):
+    said = store_alone.ok(CACHES, env={"TORPOR_STORE": str(tmp_path / "store")})
+    assert said.endswith(" False\n")
+    needed = subprocess.run(["readelf", "-d", store_alone.package / "_store.abi3.so"], capture_output=True, text=True)
+    assert needed.returncode != 0 or "xxhash" in needed.stdout and "mlx" not in needed.stdout
+
+
+def test_a_name_of_the_engine_says_which_distribution_has_it(store_alone):
+    doors = ("torpor.Engine", "from torpor import AsyncEngine", "import torpor.asgi", "import torpor.team")
+    for door in doors:
+        said = failing(store_alone, f"import torpor; {door}")
+        assert said == ("ImportError: Torpor's engine is the distribution torpor, which is not installed beside "
+                        f"torpor-store; run pip install torpor=={VERSION}.")
+    said = store_alone.ok("import torpor\nfrom torpor import *\nprint(CachePersistence, 'Engine' in dir(torpor))\nhelp(torpor)")
+    assert "False" in said.splitlines()[0] and "class CachePersistence" in said and "class Engine(" not in said
+
+
+def test_halves_in_two_directories_are_one_package(installed, store_alone, tmp_path):
+    (tmp_path / "torpor").mkdir()
+    for path in filter(is_of_the_engine, installed.package.iterdir()):
+        (tmp_path / "torpor" / path.name).symlink_to(path)
+    (tmp_path / "torpor.libs").symlink_to(installed.site / "torpor.libs")  # of a wheel
+    said = store_alone.ok("import torpor; print(torpor.Engine, torpor.__file__)", env={"PYTHONPATH": str(tmp_path)})
+    assert said == f"<class 'torpor.engine.Engine'> {store_alone.package / '__init__.py'}\n"
+
+
+def test_halves_of_two_versions_say_so(installed, store_alone, tmp_path):
+    (tmp_path / "torpor").mkdir()
+    (tmp_path / "torpor" / "_linked.py").write_text("MLX_VERSION, TORPOR_VERSION = '0', '9.9'")
+    said = failing(store_alone, "import torpor; torpor.Engine", env={"PYTHONPATH": str(tmp_path)})
+    assert said == (f"ImportError: torpor 9.9 needs torpor-store of its own version, but {VERSION} is installed; run pip "
+                    "install torpor==9.9 torpor-store==9.9.")
+
+
+def test_one_handler_hears_both_halves(installed, tmp_path):
+    script = """
+import pathlib, torpor, torpor._log
+heard = []
+torpor.set_log_handler(lambda level, sentence: heard.append(sentence))
+torpor.Engine
+assert [half.__name__ for half in torpor._log._halves] == ["torpor._store", "torpor._core"]
+def fails(handler):
+    raise torpor.InvalidArgumentError("from within")
+torpor._log.join(type("Half", (), {"set_log_handler": staticmethod(lambda handler: None)}))
+torpor._log._halves[-1].set_log_handler = staticmethod(fails)
+before = torpor._log._handler
+try:
+    torpor.set_log_handler(None)
+except torpor.InvalidArgumentError:
+    print(torpor._log._handler is before)
+del torpor._log._halves[-1]
+"""
+    assert installed.ok(script) == "True\n"
+
+
 def test_help_names_everything(installed):
     script = """
 import pydoc, torpor
@@ -105,10 +220,14 @@ for name in torpor.__all__:
         assert words in text
 
 
-def failing_import(installed, before="", env=None):
-    ended = installed(before + "import torpor", env=env)
+def failing(installed, script, env=None):
+    ended = installed(script, env=env)
     assert ended.returncode == 1
     return ended.stderr.splitlines()[-1]
+
+
+def without(package):
+    return f"import sys; sys.modules['{package}'] = None; import torpor; "
 
 
 def test_without_its_mlx_it_says_what_to_do(installed, tmp_path):
@@ -118,27 +237,34 @@ def test_without_its_mlx_it_says_what_to_do(installed, tmp_path):
     (other / "core.py").write_text("__version__ = '0.1.0'")
     version = re.search(r'= "(.+)"', (installed.package / "_linked.py").read_text())[1]
     for sentence, words in {
-            failing_import(installed, "import sys; sys.modules['mlx'] = None; "): ["needs mlx " + version, "pip install"],
-            failing_import(installed, env={"PYTHONPATH": str(tmp_path)}): ["mlx " + version, "mlx 0.1.0 is installed", "pip install"],
-            failing_import(installed, "import sys; sys.modules['mlx_lm'] = None; "): ["needs mlx-lm", "pip install"],
+            failing(installed, without("mlx") + "torpor.Engine"): ["needs mlx " + version, "pip install"],
+            failing(installed, "import torpor; torpor.Engine", {"PYTHONPATH": str(tmp_path)}):
+                ["mlx " + version, "mlx 0.1.0 is installed", "pip install"],
+            failing(installed, without("mlx") + "torpor.CachePersistence"): ["needs mlx ", "pip install"],
+            failing(installed, without("mlx_lm") + "torpor.save_agent_cache('ada', [])"): ["needs mlx-lm", "pip install"],
     }.items():
         assert sentence.startswith("ImportError: torpor ") and sentence.endswith(".") and all(word in sentence for word in words)
 
 
+def test_the_engine_needs_no_mlx_lm(installed):
+    assert installed.ok(without("mlx_lm") + "print(torpor.Engine)") == "<class 'torpor.engine.Engine'>\n"
+
+
 def test_the_pins_agree():
-    """What is linked, what is tested and what is required are one version."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    pinned = set(re.findall(r"^(mlx(?:\[cpu\])?==[\d.]+|nanobind==[\d.]+|mlx-lm)", (ROOT / "requirements.txt").read_text(), re.M))
-    for needed in (project["build-system"]["requires"], project["project"]["dependencies"]):
-        for name in (re.match(r"[^;<>]+", line)[0] for line in needed):
-            assert name in pinned or name.startswith("scikit-build-core=="), name
-    dependency = next(line for line in project["project"]["dependencies"] if line.startswith("mlx-lm"))
-    said = (ROOT / "python" / "torpor" / "_dependencies.py").read_text()
-    assert dependency in said
+    """What is linked, what is tested and what is required are one version; the halves are, too."""
+    engine, store = (tomllib.loads((ROOT / path / "pyproject.toml").read_text()) for path in ("", "python/store"))
+    pinned = set(re.findall(r"^(mlx(?:\[cpu\])?==[\d.]+|nanobind(?:-backend)?==[\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
+    needed = engine["build-system"]["requires"] + store["build-system"]["requires"] + engine["project"]["dependencies"][1:]
+    for name in (re.match(r"[^;<>]+", line)[0] for line in needed):
+        assert name in pinned or name.startswith("scikit-build-core=="), name
+    said = (ROOT / "python" / "torpor" / "_mlx_lm.py").read_text()
+    [mlx_lm] = store["project"]["optional-dependencies"]["mlx-lm"]
+    assert mlx_lm in said and "mlx>=0.32" in store["project"]["dependencies"] and "mlx[cpu]>=0.32" in said
     header = (ROOT / "include/torpor/version.h").read_text()
-    version = re.search(r'#define TORPOR_VERSION "([\d.]+)"', header)[1]
-    assert version == ".".join(re.findall(r"#define TORPOR_VERSION_[A-Z]+ (\d+)", header))
-    assert project["project"]["version"] == version
+    assert VERSION == ".".join(re.findall(r"#define TORPOR_VERSION_[A-Z]+ (\d+)", header))
+    assert engine["project"]["version"] == store["project"]["version"] == VERSION
+    assert engine["project"]["dependencies"][0] == f"torpor-store=={VERSION}"
+    assert engine["project"]["optional-dependencies"]["mlx-lm"] == [f"torpor-store[mlx-lm]=={VERSION}"]
 
 
 USER = """

@@ -1,5 +1,6 @@
 #pragma once
-/// The parts of torpor._core, one file per concern. Whatever waits for a disk or a model gives the GIL back.
+/// The parts of torpor._store (mlx-lm's caches; nothing of MLX) and of torpor._core (the engine), one file per concern.
+/// Each has a copy of the store's code; they meet in files. Whatever waits for a disk or a model gives the GIL back.
 
 #include <string>
 
@@ -10,6 +11,8 @@
 
 namespace torpor::python {
 
+/// What both modules have: errors, the log, what a save wrote.
+void bind_common(nanobind::module_& module);
 void bind_store(nanobind::module_& module);
 void bind_turn(nanobind::module_& module);
 void bind_engine(nanobind::module_& module);

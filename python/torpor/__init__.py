@@ -19,24 +19,28 @@ For asyncio, `AsyncEngine` does the same, awaited.
 Errors are subclasses of `torpor.Error`. Whatever waits for a disk or a model lets other threads run.
 """
 
-import atexit as _atexit
 from collections.abc import Callable as _Callable, Iterable as _Iterable, Mapping as _Mapping, Sequence as _Sequence
 from functools import cache as _once
-from typing import Any as _Any, Literal as _Literal
+from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
+from pkgutil import extend_path as _extend_path
+from typing import TYPE_CHECKING as _TYPE_CHECKING, Any as _Any, Literal as _Literal
 
-from . import _dependencies  # first: what it says is clearer than what the linker would
-from . import _core
-from ._codec import validate as _validate
-from .async_engine import AsyncAgent, AsyncEngine, AsyncTextStream
-from .engine import Agent, AgentStatus, Engine, EngineSettings, TextStream, TurnOptions
+__path__ = _extend_path(__path__, __name__)  # torpor and torpor-store may be in two directories, as with `pip --user`
+
+from . import _log
 from .errors import (BusyError, CancelledError, CorruptionError, Error, IncompatibleError, InternalError,
                      InvalidArgumentError, IoError, NotFoundError, ResourceExhaustedError)
-from .exchange import load_prompt_cache, save_prompt_cache
-from .extractor import Generation, MLXCacheExtractor
-from .persistence import CachePersistence
 from .results import (AgentMemory, EngineWork, MemoryUsage, MessageDivergence, SaveResult, TokenLogprob,
                       TokenLogprobs, TurnBytes, TurnResult, TurnTiming, TurnTokens)
-from .team import StepOptions, Team, TeamAnswer, TeamResult
+
+if _TYPE_CHECKING:
+    from .async_engine import AsyncAgent, AsyncEngine, AsyncTextStream
+    from .engine import Agent, AgentStatus, Engine, EngineSettings, TextStream, TurnOptions
+    from .exchange import load_prompt_cache, save_prompt_cache
+    from .extractor import Generation, MLXCacheExtractor
+    from .persistence import CachePersistence
+    from .team import StepOptions, Team, TeamAnswer, TeamResult
 
 __all__ = [
     "Agent", "AgentMemory", "AgentStatus", "AsyncAgent", "AsyncEngine", "AsyncTextStream", "BusyError",
@@ -49,6 +53,32 @@ __all__ = [
     "save_agent_cache", "save_prompt_cache", "set_log_handler", "validate_cache_structure",
 ]
 
+# What the engine has, and what needs mlx-lm: imported when it is asked for, so that either is of use without the other.
+_ENGINE = {
+    **dict.fromkeys(("AsyncAgent", "AsyncEngine", "AsyncTextStream"), "async_engine"),
+    **dict.fromkeys(("Agent", "AgentStatus", "Engine", "EngineSettings", "TextStream", "TurnOptions"), "engine"),
+    **dict.fromkeys(("StepOptions", "Team", "TeamAnswer", "TeamResult"), "team"),
+}
+_MLX_LM = {
+    **dict.fromkeys(("load_prompt_cache", "save_prompt_cache"), "exchange"),
+    **dict.fromkeys(("Generation", "MLXCacheExtractor"), "extractor"),
+    "CachePersistence": "persistence",
+}
+
+if not _TYPE_CHECKING:  # to a checker of types every name is there, and no other
+    if _find_spec("torpor._linked") is None:
+        __all__ = [name for name in __all__ if name not in _ENGINE]
+
+    def __getattr__(name):
+        if name not in _ENGINE and name not in _MLX_LM:
+            raise AttributeError(f"module 'torpor' has no attribute '{name}'")
+        value = getattr(_import_module("." + (_ENGINE.get(name) or _MLX_LM[name]), __name__), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
 
 def set_log_handler(handler: _Callable[[_Literal["debug", "info", "warning"], str], object] | None) -> None:
     """Tells `handler` what Torpor goes on without: a sidecar that could not be written, a prefetch that failed. Without one (None,
@@ -58,10 +88,7 @@ def set_log_handler(handler: _Callable[[_Literal["debug", "info", "warning"], st
     `sys.unraisablehook`. When this returns, the handler before is not running and is not called again. InvalidArgumentError from
     within a handler.
     """
-    _core.set_log_handler(handler)
-
-
-_atexit.register(_core.set_log_handler, None)  # threads may still speak when there is no interpreter any more
+    _log.set_handler(handler)
 
 
 def get_cache_size(cache: _Sequence[_Any]) -> int:
@@ -81,11 +108,13 @@ def get_cache_memory(cache: _Sequence[_Any]) -> int:
 
 def validate_cache_structure(cache: object) -> bool:
     """Whether `cache` is a sound list of mlx-lm's cache objects, which save_agent_cache would take."""
-    return _validate(cache) is None
+    from . import _codec
+    return _codec.validate(cache) is None
 
 
 @_once
-def _default() -> CachePersistence:
+def _default() -> "CachePersistence":
+    from .persistence import CachePersistence
     return CachePersistence()
 
 

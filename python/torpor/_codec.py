@@ -10,6 +10,7 @@ in which each array is a reference, and the arrays, of two kinds:
 
 import json
 
+from . import _mlx_lm  # noqa: F401  # first: it says what is missing
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 

@@ -5,7 +5,7 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from . import _core
+from . import _store
 from .errors import InvalidArgumentError, NotFoundError
 
 FIELDS = ("architecture", "config", "weights", "tokenizer", "chat_template", "rope", "kv")
@@ -19,7 +19,7 @@ def _digest_of(*paths):
 @lru_cache(maxsize=64)
 def _weights_digest(directory, files):
     """`files`: their names, sizes and times; other ones are read anew."""
-    return _core.weights_digest(directory)
+    return _store.weights_digest(directory)
 
 
 def identity_of(model):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Unpack
 from urllib.parse import quote
 
-from . import _arguments, _core
+from . import _arguments
+from ._engine_half import _core
 from .engine import Engine, EngineSettings, _core_options
 from .errors import Error, InternalError, InvalidArgumentError
 

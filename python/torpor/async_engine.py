@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, Unpack
 
-import mlx.core as mx
-
 from .engine import Agent, AgentStatus, Engine, Prompt, TextStream, TurnOptions
 from .errors import InvalidArgumentError
 from .results import EngineWork, MemoryUsage, SaveResult, TurnResult
+
+import mlx.core as mx
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 
+from . import _arguments
+from ._engine_half import _core  # before MLX: it says what is missing
 import mlx.core as mx
 
-from . import _arguments, _core
 from .errors import Error, InvalidArgumentError
 from .results import EngineWork, MemoryUsage, SaveResult, TurnResult
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import _mlx_lm  # noqa: F401  # first: it says what is missing
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from . import _arguments, _codec, _core
+from . import _arguments, _arrays, _codec, _store
 from ._identity import identity_of
-from .errors import IncompatibleError, InvalidArgumentError
+from .errors import CorruptionError, IncompatibleError, InvalidArgumentError
 from .results import SaveResult
 
 _DESCRIPTION = "mlx_lm.cache"
@@ -33,8 +33,8 @@ class CachePersistence:
 
     def __init__(self, root: str | os.PathLike[str] | None = None, model: str | os.PathLike[str] | dict[str, str] | None = None,
                  durability: Literal["full", "rename", "none"] = "full") -> None:
-        self.root = Path(root).expanduser() if root is not None else Path(_core.default_store_root())
-        self._store = _core.Store(self.root)
+        self.root = Path(root).expanduser() if root is not None else Path(_store.default_store_root())
+        self._store = _store.Store(self.root)
         self._model = _MODEL_TEXT if model is None or isinstance(model, dict) else str(model)
         self._identity = None if model is None else identity_of(model)
         self._durability = durability
@@ -70,7 +70,7 @@ class CachePersistence:
         user[_DESCRIPTION], rows, state, n_rows = _codec.encode(cache)
         unchanged = []
         if ids is None:
-            saved = array("i", [_core.UNKNOWN_TOKEN]) * n_rows
+            saved = array("i", [_store.UNKNOWN_TOKEN]) * n_rows
         elif not rows:
             saved = array("i")
             user[_TOKENS] = ",".join(map(str, ids))
@@ -79,7 +79,7 @@ class CachePersistence:
             unchanged = self._unchanged(agent_id, cache, saved)
         else:
             raise InvalidArgumentError(f"The cache of agent '{agent_id}' holds {n_rows} tokens, but {len(ids)} ids are given.")
-        result = self._store.save(agent_id, rows, state, saved.tobytes(), self._identity or [], self._model, list(user.items()),
+        result = self._store.save(agent_id, _arrays.readable(rows), _arrays.readable(state), saved.tobytes(), self._identity or [], self._model, list(user.items()),
                                   unchanged, self._durability)
         self._remember(agent_id, cache, saved, result.segments)
         return SaveResult.of(result)
@@ -92,17 +92,27 @@ class CachePersistence:
         Every byte is checked: damage raises CorruptionError. NotFoundError; IncompatibleError: of another model, or not saved
         from an mlx-lm cache.
         """
-        described = {}
+        described, rows, states = {}, [], _arrays.States()
 
-        def capacities(info):
+        def make_rows(info, specs):
             if _DESCRIPTION not in info["user"]:
                 raise IncompatibleError(f"The agent '{agent_id}' was not saved from an mlx-lm cache; use torpor.Engine.")
             described.update(_codec.parse(info["user"][_DESCRIPTION]))
-            return _codec.capacities(described, info["cache_size"])
+            n_rows = info["cache_size"]
+            capacities = _codec.capacities(described, n_rows)
+            for name, *_ in specs:
+                if capacities.get(name, -1) < n_rows:
+                    raise CorruptionError(f"The agent '{agent_id}' holds the array '{name}', which its description does not "
+                                          "name or has no room for.")
+            rows.append(_arrays.Rows([(name, dtype, [1, heads, capacities[name], dim])
+                                      for name, dtype, heads, dim in specs]))
+            return rows[0].writable()
 
-        info, tokens, arrays = self._store.load(agent_id, self._identity, capacities)
+        info, tokens, state = self._store.load(agent_id, self._identity, make_rows, states.writable)
         metadata = info["user"]
+        arrays = rows.pop().arrays | states.arrays(state)
         cache = _codec.decode(described, arrays, info["cache_size"])
+        del arrays
         self._remember(agent_id, cache, array("i", tokens), info["segments"])
         return cache, {key: value for key, value in metadata.items() if not key.startswith("mlx_lm.")}
 

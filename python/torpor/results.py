@@ -1,9 +1,10 @@
 """What calls give back: plain values, which print, compare and can be pickled."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from . import _core
+if TYPE_CHECKING:  # the engine may not be installed
+    from . import _core
 
 
 class _Result:
@@ -105,7 +106,7 @@ class TurnResult(_Result):
     seed: int  #: with it the same turn gives the same answer
 
     @classmethod
-    def of_turn(cls, core: _core.TurnResult, seed: int) -> Self:
+    def of_turn(cls, core: "_core.TurnResult", seed: int) -> Self:
         divergence = None if core.divergence is None else MessageDivergence.of(core.divergence)
         logprobs = [TokenLogprobs.of(one, top=[TokenLogprob.of(other) for other in one.top]) for one in core.logprobs]
         return cls.of(core, logprobs=logprobs, divergence=divergence, tokens=TurnTokens.of(core.tokens), timing_ms=TurnTiming.of(core.timing_ms),
@@ -146,7 +147,7 @@ class MemoryUsage(_Result):
     budget: int  #: as given to the Engine; 0: no bound
 
     @classmethod
-    def of_engine(cls, core: _core.MemoryUsage) -> Self:
+    def of_engine(cls, core: "_core.MemoryUsage") -> Self:
         return cls.of(core, agents=[AgentMemory.of(agent) for agent in core.agents])
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
-from . import _arguments, _core
+from . import _arguments
+from ._engine_half import _core
 from .engine import Agent, Engine, _json
 from .errors import InvalidArgumentError
 from .results import TurnResult

@@ -3,9 +3,6 @@
 /// refused and a config's digest are the same for both.
 
 #include <cstdint>
-#include <optional>
-#include <string>
-#include <vector>
 
 #include <nlohmann/json_fwd.hpp>
 
@@ -20,9 +17,5 @@ nlohmann::json gguf_config(const GgufModel& model);
 
 /// What llama.cpp's tensors have otherwise than the directory's of that config, and how it scales embeddings.
 void adopt_gguf(const GgufFile& metadata, ModelConfig& config);
-
-/// The name in Hugging Face's files, or mlx-lm's of stacked experts, of the tensor `name` of a GGUF file; nullopt for
-/// one that the config says, or nobody knows.
-std::optional<std::string> gguf_tensor_name(const GgufFile& metadata, const std::string& name);
 
 }  // namespace torpor::model

@@ -1,9 +1,7 @@
-/// The tensors of GGUF files by their names in Hugging Face's files, or in mlx-lm's of stacked experts.
+#include "model/gguf_names.h"
 
 #include <map>
 #include <string_view>
-
-#include "model/gguf_config.h"
 
 namespace torpor::model {
 namespace {

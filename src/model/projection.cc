@@ -4,6 +4,8 @@
 #include <limits>
 #include <utility>
 
+#include <mlx/types/half_types.h>
+
 #include "torpor/error.h"
 
 namespace torpor::model {
@@ -166,6 +168,22 @@ void require_float(const TensorView& tensor) {
     throw Error(ErrorCode::kInvalidArgument,
                 "unsupported dtype " + tensor.dtype + " of " + tensor.name + ", supported: F32, F16, BF16.");
   }
+}
+
+std::vector<float> to_floats(const TensorView& tensor) {
+  const auto convert = [&](auto element) {
+    std::vector<float> values(tensor.nbytes / sizeof(element));
+    for (size_t i = 0; i < values.size(); ++i) {
+      std::memcpy(&element, tensor.data + i * sizeof(element), sizeof(element));
+      values[i] = float(element);
+    }
+    return values;
+  };
+  if (tensor.dtype == "F32") return convert(float());
+  if (tensor.dtype == "F16") return convert(mlx::core::float16_t());
+  if (tensor.dtype == "BF16") return convert(mlx::core::bfloat16_t());
+  throw Error(ErrorCode::kInvalidArgument,
+              "unsupported dtype " + tensor.dtype + " of " + tensor.name + ", supported: F32, F16, BF16.");
 }
 
 const TensorView& find_norm(const Weights& weights, const std::string& name, int k) {

@@ -43,6 +43,9 @@ struct RowRange {
 };
 Projection gathered_rows_of(const Projection& p, std::span<const RowRange> ranges);
 
+/// The elements of a float tensor.
+std::vector<float> to_floats(const TensorView& tensor);
+
 /// kInvalidArgument for a tensor that is neither F32, F16 nor BF16: its bytes can't be read as floats.
 void require_float(const TensorView& tensor);
 

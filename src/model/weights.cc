@@ -10,16 +10,14 @@
 #include <set>
 #include <sstream>
 
-#include <mlx/types/half_types.h>
-
 #include "base/env.h"
 #include "base/gguf.h"
 #include "base/hash.h"
 #include "base/json.h"
 #include "base/model_file.h"
+#include "base/parallel.h"
 #include "base/safetensors.h"
-#include "kernels/thread_pool.h"
-#include "model/gguf_config.h"
+#include "model/gguf_names.h"
 #include "model/known_digests.h"
 #include "torpor/error.h"
 
@@ -103,22 +101,6 @@ void release(const std::byte* data, size_t size) {
 }
 
 }  // namespace
-
-std::vector<float> to_floats(const TensorView& tensor) {
-  const auto convert = [&](auto element) {
-    std::vector<float> values(tensor.nbytes / sizeof(element));
-    for (size_t i = 0; i < values.size(); ++i) {
-      std::memcpy(&element, tensor.data + i * sizeof(element), sizeof(element));
-      values[i] = float(element);
-    }
-    return values;
-  };
-  if (tensor.dtype == "F32") return convert(float());
-  if (tensor.dtype == "F16") return convert(mlx::core::float16_t());
-  if (tensor.dtype == "BF16") return convert(mlx::core::bfloat16_t());
-  throw Error(ErrorCode::kInvalidArgument,
-              "unsupported dtype " + tensor.dtype + " of " + tensor.name + ", supported: F32, F16, BF16.");
-}
 
 void release_pages(const TensorView& tensor) { release(tensor.data, tensor.nbytes); }
 
@@ -237,7 +219,7 @@ std::string Weights::compute_digest() const {
     }
   }
   std::vector<std::string> hashes(pieces.size());
-  kernels::ThreadPool::shared().parallel_for(pieces.size(), [&](size_t i, int) {
+  parallel_for(pieces.size(), reader_threads(), [&](size_t i) {
     hashes[i] = hash_hex(pieces[i]);
     release(pieces[i].data(), pieces[i].size());
   });

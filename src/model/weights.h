@@ -19,9 +19,6 @@ struct TensorView {
   size_t nbytes = 0;
 };
 
-/// The elements of a float tensor.
-std::vector<float> to_floats(const TensorView& tensor);
-
 /// Lets go of the memory of a tensor's pages: reading it again reads the file. What is packed need not be held twice.
 void release_pages(const TensorView& tensor);
 
