@@ -28,8 +28,21 @@ install(FILES "${_mlx_directory}/mlx.metallib" DESTINATION lib/torpor/mlx/lib
 install(FILES "${PROJECT_SOURCE_DIR}/packaging/torpor.service" DESTINATION lib/systemd/user
   COMPONENT program EXCLUDE_FROM_ALL)
 install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION share/doc/torpor COMPONENT program EXCLUDE_FROM_ALL)
-install(FILES "${PROJECT_BINARY_DIR}/packages/NOTICE" DESTINATION share/doc/torpor RENAME copyright
-  COMPONENT program EXCLUDE_FROM_ALL)
+install(FILES "${PROJECT_BINARY_DIR}/packages/NOTICE" "${PROJECT_SOURCE_DIR}/packaging/copyright"
+  DESTINATION share/doc/torpor COMPONENT program EXCLUDE_FROM_ALL)
+if(NOT APPLE)
+  # As Debian's policy has it: stripped, a manual page and a changelog, packed without a time.
+  set(_pages "${PROJECT_BINARY_DIR}/packaging")
+  configure_file("${PROJECT_SOURCE_DIR}/packaging/changelog.in" "${_pages}/changelog" @ONLY)
+  configure_file("${PROJECT_SOURCE_DIR}/packaging/torpor.1" "${_pages}/torpor.1" COPYONLY)
+  execute_process(COMMAND gzip -9nkf "${_pages}/changelog" "${_pages}/torpor.1" COMMAND_ERROR_IS_FATAL ANY)
+  install(FILES "${_pages}/changelog.gz" DESTINATION share/doc/torpor COMPONENT program EXCLUDE_FROM_ALL)
+  install(FILES "${_pages}/torpor.1.gz" DESTINATION share/man/man1 COMPONENT program EXCLUDE_FROM_ALL)
+  set(CPACK_STRIP_FILES ON)
+  install(CODE "execute_process(COMMAND \"${CMAKE_STRIP}\" --strip-unneeded
+    \"\$ENV{DESTDIR}\${CMAKE_INSTALL_PREFIX}/lib/torpor/mlx/lib/libmlx.so\" COMMAND_ERROR_IS_FATAL ANY)"
+    COMPONENT program EXCLUDE_FROM_ALL)
+endif()
 
 set(CPACK_PACKAGE_NAME torpor)
 set(CPACK_PACKAGE_VENDOR "The Torpor authors")
@@ -45,6 +58,10 @@ if(NOT APPLE)
   set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
   set(CPACK_DEBIAN_PACKAGE_MAINTAINER "The Torpor authors <noreply@example.org>")
   set(CPACK_DEBIAN_PACKAGE_SECTION science)
+  set(CPACK_DEBIAN_PACKAGE_DESCRIPTION
+"What a language model has computed of a conversation is kept on disk, as an
+agent. Any process goes on with it, bit for bit, and computes what is new
+alone. The package has the command line and the HTTP server, for CPUs.")
   # Of the Debian that the release is built on; the other libraries are inside.
   set(CPACK_DEBIAN_PACKAGE_DEPENDS "libc6 (>= 2.36), libgcc-s1, libstdc++6 (>= 12)")
   set(CPACK_DEBIAN_PACKAGE_RECOMMENDS ca-certificates)

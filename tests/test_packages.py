@@ -148,6 +148,13 @@ def test_the_debian_package_names_what_it_needs_and_its_licences():
     fields = subprocess.run(["dpkg-deb", "-f", deb], capture_output=True, text=True, check=True).stdout
     assert f"Version: {VERSION}\n" in fields and "Depends: libc6" in fields and "Description: LLM agents" in fields
     listed = subprocess.run(["dpkg-deb", "-c", deb], capture_output=True, text=True, check=True).stdout
-    assert "./usr/share/doc/torpor/copyright" in listed and "./usr/bin/torpor" in listed
+    for name in ("share/doc/torpor/copyright", "share/doc/torpor/NOTICE", "share/man/man1/torpor.1.gz", "bin/torpor"):
+        assert f"./usr/{name}\n" in listed
     names = [line.split()[5] for line in listed.splitlines() if not line.startswith("d")]
-    assert all(re.match(r"\./usr/(bin/torpor|lib/torpor/|lib/systemd/user/|share/doc/torpor/)", name) for name in names)
+    assert all(re.match(r"\./usr/(bin/torpor|lib/torpor/|lib/systemd/user/|share/(doc/torpor|man/man1)/)", name) for name in names)
+
+
+@pytest.mark.skipif(not shutil.which("lintian"), reason="needs lintian")
+def test_lintian_finds_no_fault_in_the_debian_package():
+    said = subprocess.run(["lintian", package("torpor_*.deb")], capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout == "", said.stdout + said.stderr
