@@ -1,5 +1,6 @@
 """The tutorial and the how-to pages, as their reader would do them: every block of a page, in its order, in one shell,
-with an empty home and no network. Models are tests' models under the names that the pages have."""
+with an empty home and no network. Models are tests' models under the names that the pages have. Of the pages on
+installing, fleets, the command line and clients each block is run, or says in its first line that it is not."""
 
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import s3
 from conftest import BIN, BUILD, ROOT
 from test_pull import Hub
 
@@ -196,6 +198,80 @@ def test_the_readme_twice(reader):
     (reader.cwd / "eve.py").write_text(engine)
     first, second = (objects(reader.runs([*blocks("sh", text), "python eve.py\n"]))[0]["tokens"] for _ in range(2))
     assert first["cached"] > 20 and second["cached"] >= first["context"]
+
+
+NOT_RUN = "# Not run by tests: "
+# How the other blocks of these pages begin; tests/test_packages.py runs install.md's.
+RUN = {"install.md": ["pip install build", 'pip install "$(echo', "pipx install", "python3 -m pip", "mkdir"],
+       "fleet.md": ["torpor remote check", "torpor run --remote", "openssl rand"],
+       "cli.md": ["torpor export", "mlx_lm.cache_prompt"],
+       "clients.md": ["export KEY"]}
+# A server starts, answers, and is stopped; all else is as it stands.
+SERVES = """
+torpor() {
+  [ "$1" = serve ] || { command torpor "$@"; return; }
+  command torpor "$@" --port 0 > served &
+  until curl -sf "$(grep -m 1 -o 'http://127[^ ]*' served)/health" > health; do kill -0 $!; sleep 0.02; done
+  kill -INT $!
+  wait $!
+  cat health
+  echo
+}
+"""
+
+
+def block(page, words):
+    [found] = [one for one in blocks("sh", (DOCS / page).read_text()) if one.startswith(words)]
+    return found
+
+
+@pytest.fixture
+def with_ada(reader, tiny_model):
+    """Ada is there, of the model M."""
+    (reader.cwd / "M").symlink_to(tiny_model)
+    reader.runs(['torpor run --model M --agent ada --prompt "Hello" --max-tokens 4\n'])
+    return reader
+
+
+@pytest.mark.skipif(not shutil.which("curl") or not shutil.which("openssl"), reason="needs curl and openssl")
+def test_agents_in_a_bucket(with_ada):
+    with s3.gofakes3() as server:
+        with_ada.env |= server.env()
+        first, second, sealed = (block("fleet.md", words).replace("my-bucket", s3.BUCKET) for words in RUN["fleet.md"])
+        here, there = first.split("torpor remote pull")
+        said = with_ada.runs([here, "export TORPOR_STORE=there\n", "torpor remote pull", there])
+        assert "ada: brought" in said and (with_ada.cwd / "there" / "ada.safetensors").exists(), said
+        said = with_ada.runs([SERVES, "export TORPOR_STORE=third\n", second])
+        assert '"status":"ready"' in said, said
+        said = with_ada.runs([SERVES, "export TORPOR_STORE=fourth\n", sealed])
+        assert '"status":"ready"' in said and stat.S_IMODE((with_ada.home / "torpor.key").stat().st_mode) == 0o600
+
+
+def test_prompt_cache_files_on_the_page_of_commands(with_ada):
+    with_ada.runs([block("cli.md", RUN["cli.md"][0])])
+    assert (with_ada.cwd / "ada.safetensors").exists()
+    said = with_ada.runs([block("cli.md", RUN["cli.md"][1])], notes=1)  # its rows are mlx-lm's, new ones are not
+    assert "nora" in said
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_key_that_clients_are_given_is_the_servers(with_ada):
+    export = block("clients.md", RUN["clients.md"][0])
+    said = with_ada.runs([SERVES, "torpor serve --model M\n", export, 'echo "key $KEY"\n'])
+    assert re.search(r"^key \S{20,}$", said, re.M)
+
+
+def test_every_block_of_commands_is_run_or_says_that_it_is_not():
+    for page, begins in RUN.items():
+        text = (DOCS / page).read_text()
+        rest = [one for one in blocks("sh", text) if not one.startswith(NOT_RUN)]
+        assert len(rest) == len(begins) and all(map(str.startswith, rest, begins)), page
+        # The synopsis of the command line has brackets.
+        programs = "torpor|pip|pipx|docker|make|export|mlx_lm|bench/|openssl|curl|tar"
+        loose = re.findall(rf"^    (?:{programs})\b[^\[|\n]*$", text, re.M)
+        assert loose == [], f"{page}: {loose}"
+    packages = (ROOT / "tests" / "test_packages.py").read_text()
+    assert all(words in packages for words in RUN["install.md"])
 
 
 def test_every_page_of_the_kind_has_its_test():
