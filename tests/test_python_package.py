@@ -333,6 +333,13 @@ def test_the_examples_that_import_torpor_pass_mypy_strict(installed, tmp_path):
     assert ended.returncode == 0 and f"in {len(examples)} source files" in ended.stdout, ended.stdout
 
 
+def test_the_stubs_of_both_extensions_pass_mypy_strict(installed, tmp_path):
+    for name in ("_core.pyi", "_store.pyi"):
+        shutil.copy(installed.package / name, tmp_path)
+    ended = checked(installed, tmp_path, "_core.pyi", "_store.pyi")
+    assert ended.returncode == 0 and "in 2 source files" in ended.stdout, ended.stdout
+
+
 def test_a_program_of_a_users_is_checked_against_its_types(installed, tmp_path):
     (tmp_path / "user.py").write_text(USER + "".join(line + "\n" for line in MISTAKES))
     ended = checked(installed, tmp_path, "user.py")
@@ -346,8 +353,9 @@ def test_a_program_of_a_users_is_checked_against_its_types(installed, tmp_path):
 def test_pyright_finds_the_same_in_a_users_program_and_nothing_in_the_examples_on_the_engine(installed, tmp_path):
     pytest.importorskip("basedpyright")  # pyright, with the Node.js that it needs
     (tmp_path / "user.py").write_text(USER + "".join(line + "\n" for line in MISTAKES))
-    names = ["user.py", "_core.pyi", "team.py", "ten_agents.py"]
-    for source in (installed.package / "_core.pyi", *(ROOT / "examples" / name for name in names[2:])):
+    names = ["user.py", "_core.pyi", "_store.pyi", "team.py", "ten_agents.py"]
+    stubs = [installed.package / name for name in names[1:3]]
+    for source in (*stubs, *(ROOT / "examples" / name for name in names[3:])):
         shutil.copy(source, tmp_path)
     (tmp_path / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "standard", "include": names}))
     said = json.loads(subprocess.run([sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath",

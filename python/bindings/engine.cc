@@ -214,7 +214,14 @@ void bind_engine(nb::module_& module) {
            "text_queue"_a = defaults.text_queue_bytes, "max_stall"_a = defaults.max_stall_ms, "map_rows"_a = true,
            "backend"_a = nb::none(), "activations"_a = nb::none(), "threads"_a = 0, "cpu_target"_a = "",
            "remote"_a = nb::none(), "lease"_a = 10.0, "remote_tail"_a = "turn", "ack"_a = "commit",
-           "advertise"_a = "", "key_command"_a = "");
+           "advertise"_a = "", "key_command"_a = "",
+           // As it is, but for the type of a path, which nanobind leaves open.
+           nb::sig("def __init__(self, model: str, store: str | os.PathLike[str], kv_format: str | None = ..., "
+                   "durability: str = ..., memory_budget: int = ..., disk_budget: int = ..., min_free: int = ..., "
+                   "write_queue: int = ..., text_queue: int = ..., max_stall: int = ..., map_rows: bool = ..., "
+                   "backend: str | None = ..., activations: str | None = ..., threads: int = ..., "
+                   "cpu_target: str = ..., remote: str | None = ..., lease: float = ..., remote_tail: str = ..., "
+                   "ack: str = ..., advertise: str = ..., key_command: str = ...) -> None"));
   nb::class_<SharedEngine>(module, "CoreEngine")
       .def("__init__",
            [](SharedEngine* self, const EngineSettings& options) {

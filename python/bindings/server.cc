@@ -166,7 +166,11 @@ void bind_server(nb::module_& module) {
       .def("leave", [](Exchange& exchange) { exchange.gone = true; });
   nb::class_<SharedServer>(module, "CoreServer")
       .def("__init__", &make_server, "models"_a, "engine"_a.none(), "settings"_a.none(), "aliases"_a,
-           "share_prefixes"_a, "queue"_a, "key_file"_a.none(), "hosts"_a, "idle_unload"_a, "session_ttl"_a)
+           "share_prefixes"_a, "queue"_a, "key_file"_a.none(), "hosts"_a, "idle_unload"_a, "session_ttl"_a,
+           nb::sig("def __init__(self, models: Sequence[str], engine: CoreEngine | None, "
+                   "settings: EngineOptions | None, aliases: Sequence[tuple[str, str]], share_prefixes: bool, "
+                   "queue: int, key_file: str | os.PathLike[str] | None, hosts: Sequence[str], idle_unload: float, "
+                   "session_ttl: float) -> None"))
       .def(
           "handle",
           [](const SharedServer& shared, Exchange& exchange, nb::handle answer) {
@@ -182,11 +186,12 @@ void bind_server(nb::module_& module) {
           [](const SharedServer& shared, const std::filesystem::path& key_file) {
             shared.get()->service().set_keys(server::ApiKeys::read(key_file));
           },
-          "key_file"_a)
+          "key_file"_a, nb::sig("def read_keys(self, key_file: str | os.PathLike[str]) -> None"))
       .def("drain", [](const SharedServer& shared) { shared.get()->service().drain(); })
       .def("close", &SharedServer::close);
   module.def("default_key_file", &server::default_key_file);
-  module.def("local_key", &server::local_key, "key_file"_a, nb::call_guard<nb::gil_scoped_release>());
+  module.def("local_key", &server::local_key, "key_file"_a, nb::call_guard<nb::gil_scoped_release>(),
+             nb::sig("def local_key(key_file: str | os.PathLike[str]) -> str"));
 }
 
 }  // namespace torpor::python

@@ -1,5 +1,5 @@
 // torpor._store: caches as the store keeps them, arrays [1, H, S, D] with one row per token. It sees an array as memory
-// with a dtype's name and a shape. What the arrays mean to MLX and mlx-lm is torpor/_arrays.py's and torpor/_codec.py's.
+// with a dtype's name and a shape. What they mean to MLX and mlx-lm is torpor/_arrays.py's and torpor/_codec.py's.
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/filesystem.h>
@@ -172,7 +172,7 @@ class ArraySink : public RowSink {
       auto memory = nb::cast<WritableMemory>(made[tensors_.size()], false);
       const size_t capacity = memory.nbytes() / (row_bytes(spec) * size_t(spec.n_kv_heads));
       if (int64_t(capacity) < n_tokens_) {
-        throw Error(ErrorCode::kInvalidArgument, "The memory for the array '" + spec.name + "' has no room for its rows.");
+        throw Error(ErrorCode::kInvalidArgument, "The memory for '" + spec.name + "' has no room for its rows.");
       }
       blocks.emplace_back(static_cast<std::byte*>(memory.data()), memory.nbytes());
       tensors_.push_back({spec, capacity, blocks.back().data(), std::move(memory)});
@@ -234,24 +234,37 @@ void bind_store(nb::module_& module) {
   using namespace nb::literals;
   nb::class_<Store>(module, "Store")
       .def(
-          "__init__", [](Store* self, const std::filesystem::path& root) { new (self) Store(root); }, "root"_a)
-      .def("save", &save, "agent_id"_a, nb::arg("rows").noconvert(), nb::arg("state").noconvert(), "tokens"_a, "identity"_a, "model"_a, "user"_a,
-           "unchanged"_a, "durability"_a)
-      .def("load", &load, "agent_id"_a, "expected"_a.none(), "make_rows"_a, "make_state"_a)
+          "__init__", [](Store* self, const std::filesystem::path& root) { new (self) Store(root); }, "root"_a,
+          nb::sig("def __init__(self, root: str | os.PathLike[str]) -> None"))
+      .def("save", &save, "agent_id"_a, nb::arg("rows").noconvert(), nb::arg("state").noconvert(), "tokens"_a,
+           "identity"_a, "model"_a, "user"_a, "unchanged"_a, "durability"_a,
+           nb::sig("def save(self, agent_id: str, "
+                   "rows: collections.abc.Sequence[tuple[str, str, collections.abc.Sequence[int], memoryview]], "
+                   "state: collections.abc.Sequence[tuple[str, str, collections.abc.Sequence[int], memoryview]], "
+                   "tokens: bytes, identity: collections.abc.Sequence[tuple[str, str]], model: str, "
+                   "user: collections.abc.Sequence[tuple[str, str]], unchanged: collections.abc.Sequence[str], "
+                   "durability: str) -> SaveResult"))
+      .def("load", &load, "agent_id"_a, "expected"_a.none(), "make_rows"_a, "make_state"_a,
+           nb::sig("def load(self, agent_id: str, expected: collections.abc.Sequence[tuple[str, str]] | None, "
+                   "make_rows: collections.abc.Callable[..., collections.abc.Sequence[memoryview]], "
+                   "make_state: collections.abc.Callable[[int], memoryview]) -> "
+                   "tuple[dict[str, typing.Any], bytes, list[tuple[str, str, list[int]]]]"))
       .def(
           "info",
           [](Store& store, const std::string& id) {
             return info_dict(without_gil([&] { return store.agent_info(id); }));
           },
-          "agent_id"_a)
+          "agent_id"_a, nb::sig("def info(self, agent_id: str) -> dict[str, typing.Any]"))
       .def("tokens", &Store::agent_tokens, "agent_id"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def("list",
-           [](Store& store) {
-             nb::list out;
-             for (const AgentInfo& info : without_gil([&] { return store.list_cached_agents(); }))
-               out.append(info_dict(info));
-             return out;
-           })
+      .def(
+          "list",
+          [](Store& store) {
+            nb::list out;
+            for (const AgentInfo& info : without_gil([&] { return store.list_cached_agents(); }))
+              out.append(info_dict(info));
+            return out;
+          },
+          nb::sig("def list(self) -> typing.List[dict[str, typing.Any]]"))
       .def(
           "delete", [](Store& store, const std::string& id) { store.delete_agent_cache(id); }, "agent_id"_a,
           nb::call_guard<nb::gil_scoped_release>())
@@ -267,12 +280,13 @@ void bind_store(nb::module_& module) {
         out["orphan_bytes"] = usage.orphan_bytes;
         out["total_bytes"] = usage.total_bytes;
         return out;
-      });
+      }, nb::sig("def disk_usage(self) -> dict[str, int]"));
   module.attr("UNKNOWN_TOKEN") = kUnknownToken;
   module.def(
       "weights_digest",
       [](const std::filesystem::path& directory) { return model::Weights::open(directory).digest(); }, "directory"_a,
       nb::call_guard<nb::gil_scoped_release>(),
+      nb::sig("def weights_digest(directory: str | os.PathLike[str]) -> str"),
       "Of every tensor of a model directory: names, dtypes, shapes, bytes. Reads all, on all cores, and keeps "
       "nothing.");
 }
