@@ -15,8 +15,8 @@ def run(options, directory, model):
 
 
 def test_no_acknowledged_turn_is_lost_doubled_reordered_or_other_than_undisturbed(tmp_path, tiny_model):
-    options = chaos.Options(agents=32, turns=240, workers=3, kills=6, pauses=1, partitions=4, restarts=1, sweeps=1,
-                            clients=24, lease=2.0, logits=3, seed=int(os.environ.get("TORPOR_SEED", 18)),
+    options = chaos.Options(agents=100, turns=500, workers=3, kills=8, pauses=1, partitions=4, restarts=1, sweeps=2,
+                            clients=32, lease=2.0, logits=3, seed=int(os.environ.get("TORPOR_SEED", 18)),
                             store="gofakes3")
     done = run(options, tmp_path, tiny_model)
     assert done.done == options.turns and done.faults["kill"] == options.kills and done.recoveries
