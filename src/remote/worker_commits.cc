@@ -12,7 +12,7 @@
 namespace torpor::remote {
 namespace {
 
-using Json = nlohmann::json;
+using Json = nlohmann::ordered_json;
 
 constexpr int kPatience = 3;  ///< leases, for which the commit of a turn that is over is tried
 
