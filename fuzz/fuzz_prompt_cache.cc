@@ -32,6 +32,9 @@ void check(const torpor::PromptCacheFile& file, uint64_t file_size) {
     }
     require(next == file.n_tokens);
   }
+  for (const torpor::PromptCacheState& state : file.states) {
+    for (const auto& array : state.arrays) require(!array.shape.empty() && array.data < file_size);
+  }
 }
 
 }  // namespace

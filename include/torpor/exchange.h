@@ -38,6 +38,7 @@ struct CacheModel {
   /// As Model::kv_layout.
   std::function<KvLayout(const KvFormat&)> kv_layout;
   bool rotates_windows = false;  ///< RotatesWindows of its architecture
+  StateLayout state_layout;      ///< as Model::state_layout
 };
 
 /// What a prompt-cache file holds. It has no token ids, so these are names (name_unknown_tokens).
@@ -64,8 +65,8 @@ PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheMode
 /// sinks) become floats of their scales' dtype, in memory.
 ///
 /// kInvalidArgument when the agent holds no tokens, the file would be in the store, or there are such keys and no
-/// `restore_of`. kIncompatible when the agent was not made by the engine, or keeps what mlx-lm's cache has no place for.
-/// Else as Store::load_agent_cache, and what `restore_of` throws.
+/// `restore_of`. kIncompatible when the agent was not made by the engine, or keeps what mlx-lm's cache, or that
+/// dialect's, has no place for. Else as Store::load_agent_cache, and what `restore_of` throws.
 void export_prompt_cache(const Store& store, const std::string& agent_id, const std::filesystem::path& path,
                          const RotatesWindows& rotates_windows, PromptCacheDialect dialect = PromptCacheDialect::kNew,
                          const RestoreKeysOf& restore_of = nullptr);

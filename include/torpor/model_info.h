@@ -48,6 +48,7 @@ struct ModelOutline {
   Identity identity;                                   ///< as Model::identity
   std::function<KvLayout(const KvFormat&)> kv_layout;  ///< as Model::kv_layout
   RestoreKeys restore_keys;
+  StateLayout state_layout;  ///< Model::state_layout
 };
 /// Reads every weight byte, for their digest, and keeps none. Errors are those of Model::load; any thread.
 ModelOutline outline_model(const std::string& name, const ComputeOptions& compute = {});

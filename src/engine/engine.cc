@@ -38,7 +38,7 @@ CacheModel describe_model(const std::string& name, const ComputeOptions& compute
   const auto chat_template = ChatTemplate::load(outline.info.dir);
   const bool rotates_windows = mlx_lm_rotates_windows(outline.identity.architecture);
   return {name, std::move(outline.identity), conversation_of(*tokenizer, chat_template.get()), outline.info.max_context,
-          std::move(outline.kv_layout), rotates_windows};
+          std::move(outline.kv_layout), rotates_windows, std::move(outline.state_layout)};
 }
 
 RestoreAgentKeys agent_keys(const AgentInfo& agent, const std::string& model) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <set>
 #include <string_view>
 
 #include "base/env.h"
@@ -79,12 +80,65 @@ int64_t shortest_cut(const PromptCacheFile& file, const KvLayout& plain, const C
   return shortest;
 }
 
-/// Whether a model's layers are all that the layout has, as the engine lays them out in this format.
-bool is_of_engine(const KvLayout& layout, const KvFormat& format) {
+/// A state's matrices, [head][key dim][value dim], as mlx-lm has them, [head][value dim][key dim]; or the other way
+/// round. `shape` is that of `from`.
+void transpose(const float* from, const std::vector<int64_t>& shape, float* to) {
+  const size_t heads = size_t(shape[0]), rows = size_t(shape[1]), columns = size_t(shape[2]);
+  for (size_t head = 0; head < heads; ++head, from += rows * columns, to += rows * columns) {
+    for (size_t i = 0; i < rows * columns; ++i) to[i % columns * rows + i / columns] = from[i];
+  }
+}
+
+/// Reads a file's states. kIncompatible, naming what differs, when they are not those of such a model.
+std::shared_ptr<const StateCheckpoint> read_states(const OpenedPromptCache& opened, const PromptCacheFile& file,
+                                                   const CacheModel& model, const std::string& file_name) {
+  const auto& tensors = model.state_layout.tensors;
+  const std::shared_ptr<std::byte> state = allocate_heap_buffer(model.state_layout.bytes());
+  size_t t = 0;
+  for (const PromptCacheState& layer : file.states) {
+    for (const PromptCacheState::Array& array : layer.arrays) {
+      std::vector<int64_t> shape = array.shape;
+      if (shape.size() == 3) std::swap(shape[1], shape[2]);
+      if (t == tensors.size() || layer_of(tensors[t].name) != layer.layer || tensors[t].shape != shape) {
+        throw Error(ErrorCode::kIncompatible, "'" + file_name + "' has a state in layer " +
+                                                  std::to_string(layer.layer) + " that the model '" + model.name +
+                                                  "' has not; it is of another model.")
+            .with_path(file_name)
+            .with_field("state", "the model's", "layer " + std::to_string(layer.layer));
+      }
+      const size_t size = kv_dtype_size(array.dtype), count = tensors[t].bytes() / sizeof(float);
+      std::vector<std::byte> bytes(count * size);
+      opened.handle.read_at(bytes, array.data);
+      std::vector<float> values(count);
+      for (size_t i = 0; i < count; ++i) values[i] = load_float(bytes.data() + i * size, array.dtype);
+      auto* const to = reinterpret_cast<float*>(state.get() + model.state_layout.offset(t));
+      if (shape.size() == 3) {
+        transpose(values.data(), array.shape, to);
+      } else {
+        std::ranges::copy(values, to);
+      }
+      ++t;
+    }
+  }
+  if (t != tensors.size()) {
+    throw Error(ErrorCode::kIncompatible, "'" + file_name + "' lacks the state that the model '" + model.name +
+                                              "' keeps of " + tensors[t].name + "; it is of another model.")
+        .with_path(file_name)
+        .with_field("state", tensors[t].name, "");
+  }
+  if (tensors.empty()) return nullptr;
+  return std::make_shared<const StateCheckpoint>(file.n_tokens, std::span(state.get(), model.state_layout.bytes()),
+                                                 state);
+}
+
+/// Whether a model's layers are all that the layout has, as the engine lays them out in this format. `states`: layers
+/// without rows.
+bool is_of_engine(const KvLayout& layout, const KvFormat& format, const std::set<int>& states) {
   std::vector<std::string> parts = {""};
   if (format.quantized()) parts.insert(parts.end(), {"_scales", "_biases"});
   size_t t = 0;
   for (size_t layer = 0; t < layout.tensors.size(); ++layer) {
+    if (states.contains(int(layer))) continue;
     for (const char* side : {"_keys", "_values"}) {
       for (const std::string& part : parts) {
         if (t == layout.tensors.size() || layout.tensors[t].name != "layer_" + std::to_string(layer) + side + part)
@@ -153,6 +207,11 @@ PromptCache read_prompt_cache(const std::filesystem::path& path, const CacheMode
     name_unknown_tokens(std::span(snapshot.tokens).subspan(i * kSegmentTokens, size_t(snapshot.run_tokens(i))),
                         hash_hex(snapshot.run_bytes(i)));
   }
+  if (const auto state = read_states(opened, file, model, file_name)) {
+    snapshot.state_layout = model.state_layout;
+    snapshot.states = {state};
+    read.shortest_cut = file.n_tokens;  // what lies before can't be computed again: nobody knows the tokens
+  }
   if (const KvLayout own = model.kv_layout(file.format); own != snapshot.layout) {
     snapshot = in_layout(snapshot, own).value();
   }
@@ -171,10 +230,26 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
     throw Error(ErrorCode::kInvalidArgument,
                 "The agent '" + id + "' holds no tokens yet, which no prompt-cache file can say.");
   }
-  if (!snapshot.states.empty()) {
-    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' has recurrent layers, whose state Torpor writes to no "
-                                          "prompt-cache file; export it as Torpor's own.")
-        .with_agent(id);
+  std::vector<std::vector<float>> matrices;  // as mlx-lm has them
+  std::vector<std::span<const std::byte>> states;
+  std::set<int> without_rows;
+  if (recurs(snapshot)) {
+    if (dialect == PromptCacheDialect::kOld) {
+      throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' has recurrent layers, whose state Torpor writes to "
+                                            "files of mlx-lm 0.32 alone; export it in that dialect.")
+          .with_agent(id);
+    }
+    const auto& tensors = snapshot.state_layout.tensors;
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      without_rows.insert(layer_of(tensors[t].name));
+      std::span bytes = snapshot.states.back()->bytes().subspan(snapshot.state_layout.offset(t), tensors[t].bytes());
+      if (tensors[t].shape.size() == 3) {
+        auto& turned = matrices.emplace_back(bytes.size() / sizeof(float));
+        transpose(reinterpret_cast<const float*>(bytes.data()), tensors[t].shape, turned.data());
+        bytes = std::as_bytes(std::span(turned));
+      }
+      states.push_back(bytes);
+    }
   }
   if (snapshot.identity.architecture == kExpanded) {
     throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' holds latents, in place of which mlx-lm keeps keys "
@@ -187,7 +262,7 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
     snapshot = in_layout(snapshot, by_layers(snapshot.layout)).value();
   }
   const auto format = KvFormat::parse(snapshot.identity.kv);
-  if (!format || !is_of_engine(snapshot.layout, *format) || !snapshot.state.empty()) {
+  if (!format || !is_of_engine(snapshot.layout, *format, without_rows) || !snapshot.state.empty()) {
     throw Error(ErrorCode::kIncompatible, "The agent '" + id +
                                               "' was not made by Torpor's engine; the Python module writes its "
                                               "prompt-cache file.")
@@ -222,6 +297,7 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
         snapshot.layout, n_tokens, t, first_kept(tensors[t], snapshot, rotating), n_tokens,
         [&](const Piece& piece) { pieces.push_back(snapshot.run_bytes(piece.run).subspan(piece.offset, piece.size)); });
   }
+  pieces.insert(pieces.end(), states.begin(), states.end());
   pieces.push_back(std::as_bytes(std::span(frame.scalars)));
   write_file(store.env(), directory / path.filename(), pieces, true);
   store.env().sync_directory(directory);

@@ -29,7 +29,9 @@ uint16_t float_to_half(float value) {
   return uint16_t(sign | scaled >> 13);
 }
 
-float load(const std::byte* from, KvDtype dtype) {
+}  // namespace
+
+float load_float(const std::byte* from, KvDtype dtype) {
   if (dtype == KvDtype::kF32) {
     float value;
     std::memcpy(&value, from, sizeof value);
@@ -39,6 +41,8 @@ float load(const std::byte* from, KvDtype dtype) {
   std::memcpy(&bits, from, sizeof bits);
   return dtype == KvDtype::kF16 ? half_to_float(bits) : std::bit_cast<float>(uint32_t(bits) << 16);
 }
+
+namespace {
 
 void store(float value, KvDtype dtype, std::byte* to) {
   if (dtype == KvDtype::kF32) {
@@ -71,7 +75,7 @@ void turn_back(std::span<float> row) {
 KvSnapshot float_rows(const KvSnapshot& snapshot, const KvFormat& format, const RestoreAgentKeys& restore) {
   const auto& packed = snapshot.layout.tensors;
   KvSnapshot floats{.identity = snapshot.identity, .lineage = snapshot.lineage, .conversation = snapshot.conversation,
-                    .tokens = snapshot.tokens};
+                    .tokens = snapshot.tokens, .state_layout = snapshot.state_layout, .states = snapshot.states};
   floats.identity.kv = KvFormat(format.dtype).name();
   for (size_t t = 0; t < packed.size(); t += 3) {
     KvTensorSpec tensor = packed[t];
@@ -101,7 +105,8 @@ KvSnapshot float_rows(const KvSnapshot& snapshot, const KvFormat& format, const 
             std::memcpy(&word, part(0) + (at * dim + i) / per_word * sizeof word, sizeof word);
             const uint32_t level = word >> i % per_word * size_t(bits) & ((1u << bits) - 1);
             const size_t group = (at * groups + i / size_t(format.group)) * element;
-            row[i] = std::fma(load(part(1) + group, format.dtype), float(level), load(part(2) + group, format.dtype));
+            row[i] = std::fma(load_float(part(1) + group, format.dtype), float(level),
+                              load_float(part(2) + group, format.dtype));
           }
           if (keys ? format.rotates_keys() : format.rotates_values()) turn_back(row);
         }

@@ -15,6 +15,7 @@ namespace {
 constexpr std::string_view kKvCache = "KVCache";
 constexpr std::string_view kQuantized = "QuantizedKVCache";
 constexpr std::string_view kRotating = "RotatingKVCache";
+constexpr std::string_view kArrays = "ArraysCache";
 
 /// A number that a cache object holds beside its arrays.
 enum class Field { kOffset, kGroup, kBits, kKeep, kMaxSize, kIndex };
@@ -58,6 +59,10 @@ class Reader {
     const std::string classes = old_ ? "2" : "1";
     for (size_t i = 0; metadata_.count(at(classes, i)) != 0; ++i) {
       const std::string& name = text(at(classes, i));
+      if (name == kArrays && !old_) {
+        read_state(file, i);
+        continue;
+      }
       const CacheClass* found = find_class(name);
       if (found == nullptr) {
         throw Error(ErrorCode::kIncompatible,
@@ -67,11 +72,11 @@ class Reader {
             .with_field("class", "KVCache, RotatingKVCache or QuantizedKVCache", name);
       }
       const KvFormat format = read_layer(file, i, *found);
-      if (i == 0) file.format = format;
+      if (file.layers.size() == 1) file.format = format;
       if (format != file.format) {
-        throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' keeps layer 0 as " + file.format.name() +
-                                                  " and layer " + std::to_string(i) + " as " + format.name() +
-                                                  "; Torpor's engine keeps all alike.")
+        throw Error(ErrorCode::kIncompatible, "'" + file_name_ + "' keeps layer " + std::to_string(first_) + " as " +
+                                                  file.format.name() + " and layer " + std::to_string(i) + " as " +
+                                                  format.name() + "; Torpor's engine keeps all alike.")
             .with_path(file_name_)
             .with_field("kv", file.format.name(), format.name());
       }
@@ -191,10 +196,13 @@ class Reader {
     const int64_t n_tokens = values.count(Field::kOffset) != 0 ? values.at(Field::kOffset) : layer.capacity;
     if (n_tokens < 1)
       corrupt("layer " + std::to_string(i) + " says that it holds " + std::to_string(n_tokens) + " tokens");
-    if (i == 0) file.n_tokens = n_tokens;
+    if (file.layers.size() == 1) {
+      file.n_tokens = n_tokens;
+      first_ = i;
+    }
     if (n_tokens != file.n_tokens) {
-      corrupt("layer 0 holds " + std::to_string(file.n_tokens) + " tokens, layer " + std::to_string(i) + " " +
-              std::to_string(n_tokens));
+      corrupt("layer " + std::to_string(first_) + " holds " + std::to_string(file.n_tokens) + " tokens, layer " +
+              std::to_string(i) + " " + std::to_string(n_tokens));
     }
     if (kind.name == kRotating) {
       rotated_rows(layer, i, n_tokens, values);
@@ -205,6 +213,26 @@ class Reader {
       layer.rows = {{0, 0, n_tokens}};
     }
     return format;
+  }
+
+  /// Its arrays, then what only batches have: padding and lengths. In the dialect of 0.32.
+  void read_state(PromptCacheFile& file, size_t i) {
+    const std::string layer = "layer " + std::to_string(i);
+    PromptCacheState& state = file.states.emplace_back();
+    state.layer = int(i);
+    for (size_t j = 0; tensors_.count(at(at(i, 0), j)) != 0; ++j) {
+      const SafetensorsTensor& found = tensor(at(at(i, 0), j));
+      const auto dtype = parse_kv_dtype(found.dtype);
+      if (!dtype || dtype == KvDtype::kU32 || found.size() == 0 || found.shape.size() < 2 || found.shape[0] != 1) {
+        corrupt("the tensor '" + found.name + "' is no state of one sequence");
+      }
+      state.arrays.push_back({*dtype, {found.shape.begin() + 1, found.shape.end()}, header_.data_start + found.begin});
+    }
+    for (const size_t of_batches : {1, 2}) {
+      const std::string& name = tensor(at(i, of_batches)).name;
+      const auto declared = scalars_.find(name);
+      if (declared == scalars_.end() || declared->second != "none") corrupt(layer + " is of a batch of sequences");
+    }
   }
 
   /// Row `index` is the next to be overwritten once the cache is full.
@@ -246,21 +274,23 @@ class Reader {
   std::optional<std::pair<int64_t, std::map<Field, int32_t>>> rotation_;  // of the first RotatingKVCache
   std::map<std::string, const SafetensorsTensor*> tensors_;
   std::set<std::string> used_;
+  size_t first_ = 0;  // layer with rows
 };
 
 }  // namespace
 
 KvLayout by_layers(KvLayout layout) {
   if (!layout.has_apart()) return layout;
-  const auto layer_of = [](const KvTensorSpec& tensor) {
-    int layer = 0;
-    const size_t at = std::min(tensor.name.size(), std::string_view("layer_").size());
-    std::from_chars(tensor.name.data() + at, tensor.name.data() + tensor.name.size(), layer);
-    return layer;
-  };
   for (KvTensorSpec& tensor : layout.tensors) tensor.apart = false;
-  std::ranges::stable_sort(layout.tensors, {}, layer_of);
+  std::ranges::stable_sort(layout.tensors, {}, [](const KvTensorSpec& tensor) { return layer_of(tensor.name); });
   return layout;
+}
+
+int layer_of(const std::string& tensor) {
+  int layer = 0;
+  const size_t at = std::min(tensor.size(), std::string_view("layer_").size());
+  std::from_chars(tensor.data() + at, tensor.data() + tensor.size(), layer);
+  return layer;
 }
 
 bool is_prompt_cache(const SafetensorsHeader& header) { return header.metadata_value(kDialectMark) != nullptr; }
@@ -285,18 +315,45 @@ PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::strin
   const KvFormat format = KvFormat::parse(snapshot.identity.kv).value_or(KvFormat());
   const auto& tensors = snapshot.layout.tensors;
   const size_t parts = format.quantized() ? 3 : 1;
-  std::vector<SafetensorsTensor> rows, numbers;
+  std::vector<SafetensorsTensor> rows, states, numbers;
   PromptCacheFrame frame;
+  std::map<int, size_t> of_rows;  // the first tensor of each layer that has some
+  for (size_t t = 0; t < tensors.size(); t += 2 * parts) of_rows[layer_of(tensors[t].name)] = t;
+  std::map<int, size_t> of_states;  // how many tensors each of the others has
+  if (recurs(snapshot)) {
+    for (const StateTensorSpec& tensor : snapshot.state_layout.tensors) {
+      const int layer = layer_of(tensor.name);
+      std::vector<uint64_t> shape{1};
+      shape.insert(shape.end(), tensor.shape.begin(), tensor.shape.end());
+      if (shape.size() == 4) std::swap(shape[2], shape[3]);
+      states.push_back({.name = at(at(size_t(layer), 0), of_states[layer]++), .dtype = "F32", .shape = shape});
+    }
+  }
   const std::string user = old ? "1" : "0", classes = old ? "2" : "1";
   std::vector<std::pair<std::string, std::string>> metadata = {{user + ".model", model},
                                                                {user + ".tokenizer_config", "{}"}};
   if (!old) metadata.emplace_back(kDialectMark, "");
-  for (size_t i = 0; i < tensors.size() / (2 * parts); ++i) {
-    const KvTensorSpec& first = tensors[2 * parts * i];
+  const auto declare = [&](const std::string& name, const char* kind) {
+    numbers.push_back({.name = name, .dtype = "I32", .shape = {}});
+    metadata.emplace_back(at(2, numbers.size()) + ".0", name);
+    metadata.emplace_back(at(2, numbers.size()) + ".1", kind);
+  };
+  for (size_t i = 0; i < of_rows.size() + of_states.size(); ++i) {
+    if (of_states.contains(int(i))) {
+      metadata.emplace_back(at(classes, i), std::string(kArrays));
+      for (const size_t of_batches : {1, 2}) {
+        declare(at(i, of_batches), "none");
+        numbers.back().dtype = "F32";
+        numbers.back().shape = {0};
+      }
+      continue;
+    }
+    const size_t first_tensor = of_rows.at(int(i));
+    const KvTensorSpec& first = tensors[first_tensor];
     const auto n_tokens = int64_t(snapshot.tokens.size()),
                held = n_tokens - first_kept(first, snapshot, rotates_windows);
     for (size_t t = 0; t < 2 * parts; ++t) {
-      const KvTensorSpec& tensor = tensors[2 * parts * i + t];
+      const KvTensorSpec& tensor = tensors[first_tensor + t];
       const std::string name = at(i, t / parts);
       rows.push_back({.name = parts == 1 ? name : at(name, t % parts), .dtype = kv_dtype_name(tensor.dtype),
                       .shape = {1, uint64_t(tensor.n_kv_heads), uint64_t(held), uint64_t(tensor.dim)}});
@@ -310,16 +367,15 @@ PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::strin
                                              {Field::kKeep, 0}, {Field::kMaxSize, first.window}, {Field::kIndex, held}};
     const CacheClass& kind = *find_class(name);
     for (size_t k = 0; !old && k < kind.scalars.size(); ++k) {
-      numbers.push_back({.name = at(i, 2 + k), .dtype = "I32", .shape = {}});
+      declare(at(i, 2 + k), "scalar");
       frame.scalars.push_back(int32_t(values.at(kind.scalars[k])));
-      metadata.emplace_back(at(2, numbers.size()) + ".0", numbers.back().name);
-      metadata.emplace_back(at(2, numbers.size()) + ".1", "scalar");
     }
     if (old && kind.texts.empty()) metadata.emplace_back(at(0, i), "");
     for (size_t k = 0; old && k < kind.texts.size(); ++k) {
       metadata.emplace_back(at(at(0, i), k), std::to_string(values.at(kind.texts[k])));
     }
   }
+  rows.insert(rows.end(), states.begin(), states.end());
   rows.insert(rows.end(), numbers.begin(), numbers.end());
   frame.header = encode_safetensors_header(rows, metadata);
   return frame;

@@ -30,10 +30,22 @@ struct PromptCacheLayer {
   std::vector<FileRows> rows;  ///< in the order of the tokens; a RotatingKVCache may have forgotten the first ones
 };
 
+/// A layer that keeps a state in place of rows: mlx-lm's ArraysCache.
+struct PromptCacheState {
+  struct Array {
+    KvDtype dtype = KvDtype::kF32;  ///< a float
+    std::vector<int64_t> shape;     ///< without the batch of one
+    uint64_t data = 0;              ///< where it begins in the file
+  };
+  int layer = 0;  ///< among all of the file's
+  std::vector<Array> arrays;
+};
+
 struct PromptCacheFile {
   KvFormat format;
   int64_t n_tokens = 0;  ///< at least 1
-  std::vector<PromptCacheLayer> layers;
+  std::vector<PromptCacheLayer> layers;  ///< those with rows
+  std::vector<PromptCacheState> states;  ///< those without, ascending
 };
 
 /// The value of an I32 tensor of the shape [].
@@ -49,12 +61,17 @@ struct PromptCacheFrame {
   std::vector<int32_t> scalars;
 };
 
+/// Whether some layers keep a state in place of rows.
+inline bool recurs(const KvSnapshot& snapshot) {
+  return !snapshot.state_layout.empty() && !snapshot.layout.has_apart();
+}
+
 /// Whether mlx-lm keeps a tensor in a RotatingKVCache. It does so if it rotates such a model's windows at all, the
 /// tensor has a window and the layout is not quantized. Else it holds all rows.
 bool rotates(const KvTensorSpec& tensor, const KvLayout& layout, bool rotates_windows);
 
 /// Of an agent of `n_tokens`, whose rows follow in the layout's order, [head][token][dim]: of each tensor those of the
-/// tokens from first_kept on.
+/// tokens from first_kept on. Then its last state's tensors, matrices as [head][value dim][key dim]; then the scalars.
 PromptCacheFrame frame_prompt_cache(const KvSnapshot& snapshot, const std::string& model, bool rotates_windows,
                                     PromptCacheDialect dialect);
 int64_t first_kept(const KvTensorSpec& tensor, const KvSnapshot& snapshot, bool rotates_windows);
@@ -65,5 +82,11 @@ KvSnapshot float_rows(const KvSnapshot& snapshot, const KvFormat& format, const 
 
 /// A layout's tensors in the order of the model's layers, none of them kept apart: as a prompt cache has them.
 KvLayout by_layers(KvLayout layout);
+/// Of "layer_7_keys" or "layer_7_conv" 7: the place among mlx-lm's caches, which layers without rows or a state have
+/// none of.
+int layer_of(const std::string& tensor);
+
+/// A float of a file.
+float load_float(const std::byte* from, KvDtype dtype);
 
 }  // namespace torpor

@@ -123,7 +123,7 @@ ModelOutline outline_model(const std::string& name, const ComputeOptions& comput
                         [config = checkpoint.config](const KvFormat& format) {
                           return model::kv_layout_of(config, format);
                         },
-                        model::restore_keys_of(checkpoint)};
+                        model::restore_keys_of(checkpoint), model::state_layout_of(checkpoint.config)};
   });
 }
 
