@@ -365,8 +365,10 @@ TEST_F(StoreStates, AnExportHasTheLastOne) {
   EXPECT_EQ(positions_of(other.agent_info("b")), (std::vector<int64_t>{600}));
   EXPECT_EQ(store_.import_agent(file, "again").states_written, 0);
   const auto rotates = [](const auto&) { return false; };
-  EXPECT_EQ(code_of([&] { export_prompt_cache(store_, "a", directory_.path() / "p.safetensors", rotates); }),
+  std::string refused;  // these states are none of the engine's
+  EXPECT_EQ(code_of([&] { export_prompt_cache(store_, "a", directory_.path() / "p.safetensors", rotates); }, &refused),
             ErrorCode::kIncompatible);
+  EXPECT_NE(refused.find("was not made by Torpor's engine"), std::string::npos) << refused;
   store_.copy_agent_cache("a", "between", {.n_tokens = 500});
   std::string message;
   EXPECT_EQ(code_of([&] { store_.export_agent("between", file); }, &message), ErrorCode::kInvalidArgument);

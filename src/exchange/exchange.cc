@@ -131,23 +131,29 @@ std::shared_ptr<const StateCheckpoint> read_states(const OpenedPromptCache& open
                                                  state);
 }
 
-/// Whether a model's layers are all that the layout has, as the engine lays them out in this format. `states`: layers
-/// without rows.
-bool is_of_engine(const KvLayout& layout, const KvFormat& format, const std::set<int>& states) {
+/// Whether a model's layers are all that the snapshot has, as the engine lays them out in this format.
+bool is_of_engine(const KvSnapshot& snapshot, const KvFormat& format) {
+  const auto& tensors = snapshot.layout.tensors;
   std::vector<std::string> parts = {""};
   if (format.quantized()) parts.insert(parts.end(), {"_scales", "_biases"});
+  std::set<int> recurrent;
+  for (const StateTensorSpec& tensor : snapshot.state_layout.tensors) {
+    if (!recurs(snapshot)) break;
+    if (tensor.dtype != KvDtype::kF32 || tensor.shape.size() < 2 || tensor.shape.size() > 3) return false;
+    recurrent.insert(layer_of(tensor.name));
+  }
+  const size_t layers = recurrent.size() + tensors.size() / (2 * parts.size());
   size_t t = 0;
-  for (size_t layer = 0; t < layout.tensors.size(); ++layer) {
-    if (states.contains(int(layer))) continue;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    if (recurrent.erase(int(layer)) > 0) continue;
     for (const char* side : {"_keys", "_values"}) {
       for (const std::string& part : parts) {
-        if (t == layout.tensors.size() || layout.tensors[t].name != "layer_" + std::to_string(layer) + side + part)
-          return false;
+        if (t == tensors.size() || tensors[t].name != "layer_" + std::to_string(layer) + side + part) return false;
         ++t;
       }
     }
   }
-  return true;
+  return t == tensors.size() && recurrent.empty();
 }
 
 /// mlx-lm's attention takes no quantized rows of these: they have sinks, or latents.
@@ -230,26 +236,10 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
     throw Error(ErrorCode::kInvalidArgument,
                 "The agent '" + id + "' holds no tokens yet, which no prompt-cache file can say.");
   }
-  std::vector<std::vector<float>> matrices;  // as mlx-lm has them
-  std::vector<std::span<const std::byte>> states;
-  std::set<int> without_rows;
-  if (recurs(snapshot)) {
-    if (dialect == PromptCacheDialect::kOld) {
-      throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' has recurrent layers, whose state Torpor writes to "
-                                            "files of mlx-lm 0.32 alone; export it in that dialect.")
-          .with_agent(id);
-    }
-    const auto& tensors = snapshot.state_layout.tensors;
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      without_rows.insert(layer_of(tensors[t].name));
-      std::span bytes = snapshot.states.back()->bytes().subspan(snapshot.state_layout.offset(t), tensors[t].bytes());
-      if (tensors[t].shape.size() == 3) {
-        auto& turned = matrices.emplace_back(bytes.size() / sizeof(float));
-        transpose(reinterpret_cast<const float*>(bytes.data()), tensors[t].shape, turned.data());
-        bytes = std::as_bytes(std::span(turned));
-      }
-      states.push_back(bytes);
-    }
+  if (recurs(snapshot) && dialect == PromptCacheDialect::kOld) {
+    throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' has recurrent layers, whose state Torpor writes to "
+                                          "files of mlx-lm 0.32 alone; export it in that dialect.")
+        .with_agent(id);
   }
   if (snapshot.identity.architecture == kExpanded) {
     throw Error(ErrorCode::kIncompatible, "The agent '" + id + "' holds latents, in place of which mlx-lm keeps keys "
@@ -262,12 +252,24 @@ void export_prompt_cache(const Store& store, const std::string& id, const std::f
     snapshot = in_layout(snapshot, by_layers(snapshot.layout)).value();
   }
   const auto format = KvFormat::parse(snapshot.identity.kv);
-  if (!format || !is_of_engine(snapshot.layout, *format, without_rows) || !snapshot.state.empty()) {
+  if (!format || !is_of_engine(snapshot, *format) || !snapshot.state.empty()) {
     throw Error(ErrorCode::kIncompatible, "The agent '" + id +
                                               "' was not made by Torpor's engine; the Python module writes its "
                                               "prompt-cache file.")
         .with_agent(id)
         .with_field("made_by", "Torpor's engine", "kv '" + snapshot.identity.kv + "'");
+  }
+  std::vector<std::vector<float>> matrices;  // as mlx-lm has them
+  std::vector<std::span<const std::byte>> states;
+  for (size_t t = 0; recurs(snapshot) && t < snapshot.state_layout.tensors.size(); ++t) {
+    const StateTensorSpec& tensor = snapshot.state_layout.tensors[t];
+    std::span bytes = snapshot.states.back()->bytes().subspan(snapshot.state_layout.offset(t), tensor.bytes());
+    if (tensor.shape.size() == 3) {
+      auto& turned = matrices.emplace_back(bytes.size() / sizeof(float));
+      transpose(reinterpret_cast<const float*>(bytes.data()), tensor.shape, turned.data());
+      bytes = std::as_bytes(std::span(turned));
+    }
+    states.push_back(bytes);
   }
   const bool of_floats = std::ranges::find(kOfFloatsAlone, snapshot.identity.architecture) != std::end(kOfFloatsAlone);
   if (format->quantized() &&
