@@ -76,6 +76,7 @@ SEEDS ?= 100000
 soak: build model
 	TORPOR_SOAK_KILLS=$(KILLS) $(BUILD)/tests/test_store_soak
 	TORPOR_SOAK=1 $(BUILD)/tests/test_store_many_savers
+	TORPOR_STRESS_OPERATIONS=20000 $(BUILD)/tests/test_stress
 	TORPOR_SEEDS=$(SEEDS) $(BUILD)/tests/test_remote_simulation
 	TORPOR_KILLS=$$(($(KILLS) / 50)) TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_kill.py
 

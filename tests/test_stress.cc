@@ -3,6 +3,7 @@
 // replayed on an engine that nothing disturbs, and texts, ids and logits must be the same, bit for bit.
 //
 // TORPOR_STRESS_SEED chooses other operations; how threads interleave is the system's choice.
+// TORPOR_STRESS_OPERATIONS sets how many there are (1,000; `make soak` does more, and sanitizers fewer).
 
 #include <array>
 #include <atomic>
@@ -30,9 +31,14 @@ namespace {
 using testing::TemporaryDirectory;
 namespace fs = std::filesystem;
 
-constexpr int kThreads = 4, kAgents = 12, kOperations = 1000;
+constexpr int kThreads = 4, kAgents = 12;
 constexpr int kRunsOfAnAgent = 3;   // of 256 tokens, the open one among them
 constexpr int kLongEnough = 1200;   // tokens: beyond them an agent is cut, not talked to
+
+int operations() {
+  const char* given = std::getenv("TORPOR_STRESS_OPERATIONS");
+  return given != nullptr ? std::atoi(given) : 1000;
+}
 
 /// One change of an agent, with what it answered. An agent's history is the list of these from its beginning. Forks
 /// share theirs.
@@ -135,6 +141,7 @@ class Stress : public ::testing::TestWithParam<bool> {
   const fs::path model_ = directory_.path() / "model";
   std::unique_ptr<Engine> engine_;
   std::array<Slot, kAgents> slots_;
+  const int operations_ = operations();
   std::atomic<int> begun_{0}, done_{0}, cuts_{0}, names_{0};
   std::mutex mutex_;
   std::vector<History> histories_;        ///< of agents that are no more
@@ -269,7 +276,7 @@ void Stress::operate(std::mt19937& random) {
 
 void Stress::work(unsigned seed) {
   std::mt19937 random(seed);
-  while (begun_++ < kOperations) {
+  while (begun_++ < operations_) {
     try {
       operate(random);
       ++done_;
@@ -331,9 +338,9 @@ TEST_P(Stress, AgentsAreWhatTheirHistoriesMakeOfThem) {
   for (const auto& [name, count] : refusals_) refused += std::string(" ") + name + " " + std::to_string(count);
   std::printf("done %d, cuts inside sealed runs %d, evictions %lld, refused%s\n", done_.load(), cuts_.load(),
               static_cast<long long>(usage.evictions), refused.c_str());
-  EXPECT_GE(done_, kOperations * 8 / 10);
-  EXPECT_GE(cuts_, kOperations / 10);
-  EXPECT_GE(usage.evictions, kOperations / 5);
+  EXPECT_GE(done_, operations_ * 8 / 10);
+  EXPECT_GE(cuts_, operations_ / 10);
+  EXPECT_GE(usage.evictions, operations_ / 5);
   for (Slot& slot : slots_) {
     if (!slot.history) continue;
     look(slot, true);
