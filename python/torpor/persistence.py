@@ -79,7 +79,8 @@ class CachePersistence:
             unchanged = self._unchanged(agent_id, cache, saved)
         else:
             raise InvalidArgumentError(f"The cache of agent '{agent_id}' holds {n_rows} tokens, but {len(ids)} ids are given.")
-        result = self._store.save(agent_id, _arrays.readable(rows), _arrays.readable(state), saved.tobytes(), self._identity or [], self._model, list(user.items()),
+        result = self._store.save(agent_id, _arrays.readable(rows), _arrays.readable(state), saved.tobytes(),
+                                  self._identity or [], self._model, list(user.items()),
                                   unchanged, self._durability)
         self._remember(agent_id, cache, saved, result.segments)
         return SaveResult.of(result)

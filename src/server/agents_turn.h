@@ -66,9 +66,9 @@ class CountedTurn {
   Metrics& metrics_;
 };
 
-/// One turn, as the members of `body` ask for it (turn_members). `request` says whose share of the engine it takes, and whether it can wait. Gives its result; null when it was
-/// streamed. A turn whose client goes is taken back. Throws torpor::Error before anything was answered; later ones end
-/// the stream with an event `error`.
+/// One turn, as the members of `body` ask for it (turn_members). `request` says whose share of the engine it takes, and
+/// whether it can wait. Gives its result; null when it was streamed. A turn whose client goes is taken back. Throws
+/// torpor::Error before anything was answered; later ones end the stream with an event `error`.
 Json run_agent_turn(Engine& engine, Metrics& metrics, const AgentName& agent, TurnRequest::Presence presence,
                     const HttpRequest& request, const Json& body, HttpResponse& response);
 

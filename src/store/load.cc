@@ -60,14 +60,9 @@ void check_identity(const std::string& id, const Identity& own, const Identity& 
 /// The rows past the last segment, to where the sink wants them.
 void place_tail(RowSink& sink, const KvLayout& layout, int64_t first, const KvTail& tail) {
   if (tail.n_tokens == 0) return;
-  const std::byte* from = tail.bytes.data();
   for (size_t t = 0; t < layout.tensors.size(); ++t) {
-    const KvTensorSpec& tensor = layout.tensors[t];
-    const RowSink::Place place = sink.place(t, first, tail.n_tokens);
-    const size_t size = size_t(tail.n_tokens) * tensor.bytes_per_token() / size_t(tensor.n_kv_heads);
-    for (int head = 0; head < tensor.n_kv_heads; ++head, from += size) {
-      std::memcpy(place.rows + size_t(head) * place.stride, from, size);
-    }
+    put_rows(sink.place(t, first, tail.n_tokens), layout.tensors[t], tail.n_tokens,
+             tail.bytes.data() + layout.offset(t, tail.n_tokens));
   }
 }
 

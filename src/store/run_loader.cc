@@ -21,6 +21,18 @@ bool is_damage(const Error& error) {
          error.code() == ErrorCode::kIncompatible;
 }
 
+void put_rows(const RowSink::Place& place, const KvTensorSpec& tensor, int n, const std::byte* rows) {
+  const size_t size = size_t(n) * tensor.bytes_per_token() / size_t(tensor.n_kv_heads);
+  for (int head = 0; head < tensor.n_kv_heads; ++head) {
+    std::byte* const to = place.rows + size_t(head) * place.stride;
+    if (rows != nullptr) {
+      std::memcpy(to, rows + size_t(head) * size, size);
+    } else {
+      std::memset(to, 0, size);
+    }
+  }
+}
+
 TensorMask RunLoader::wanted(size_t i, int64_t length) const {
   const int64_t first = int64_t(i) * kSegmentTokens;
   TensorMask mask = layout_.attended(first, std::min<int64_t>(kSegmentTokens, length - first), length);
@@ -237,31 +249,22 @@ void RunLoader::copy_into(RowSink& sink) {
   parallel_for(runs_.size(), std::min(reader_threads(), runs_.size()), [&](size_t i) {
     const SealedRun& run = *runs_[i].sealed;
     for (size_t t = 0; t < layout_.tensors.size(); ++t) {
-      const RowSink::Place place = sink.place(t, int64_t(i) * kSegmentTokens, kSegmentTokens);
-      const int heads = layout_.tensors[t].n_kv_heads;
-      const size_t size = kSegmentTokens * layout_.tensors[t].bytes_per_token() / size_t(heads);
       const bool there = run.checked().empty() || run.checked()[t];
-      for (int head = 0; head < heads; ++head) {
-        std::byte* const to = place.rows + size_t(head) * place.stride;
-        if (there) {
-          std::memcpy(to, run.bytes().data() + layout_.offset(t, kSegmentTokens) + size_t(head) * size, size);
-        } else {
-          std::memset(to, 0, size);
-        }
-      }
+      put_rows(sink.place(t, int64_t(i) * kSegmentTokens, kSegmentTokens), layout_.tensors[t], kSegmentTokens,
+               there ? run.bytes().data() + layout_.offset(t, kSegmentTokens) : nullptr);
     }
   });
 }
 
 void RunLoader::read_into(RowSink& sink) {
-  const size_t n_tensors = layout_.tensors.size();
-  size_t bytes = 0;
-  for (size_t i = 0; i < runs_.size(); ++i) bytes += size_t(file_of(i).rows_bytes());
   if (layout_.has_apart()) {  // two files hold a run, and some rows have none
     read();
     if (complete()) copy_into(sink);
     return;
   }
+  const size_t n_tensors = layout_.tensors.size();
+  size_t bytes = 0;
+  for (size_t i = 0; i < runs_.size(); ++i) bytes += size_t(file_of(i).rows_bytes());
   const size_t threads = std::min(reader_threads(), 1 + (bytes >> 20));
   // Give each thread a contiguous range of tensors. Adjacent rows may share pages, and the thread that faults a page in
   // has it in its cache. Every thread gets the same number of ranges.

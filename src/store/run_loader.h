@@ -10,6 +10,8 @@ namespace torpor {
 
 /// Damage ends a prefix; a disk that can't be read just now does not, or a passing EIO would cost tokens.
 bool is_damage(const Error& error);
+/// Puts the rows of `n` tokens of one tensor, head after head, where a sink wants them; zeros for nullptr.
+void put_rows(const RowSink::Place& place, const KvTensorSpec& tensor, int n, const std::byte* rows);
 
 class RunLoader {
  public:
