@@ -57,7 +57,8 @@ torpor::KvSnapshot make_with_window(int n_tokens) {
   for (const char* name : {"layer_1_keys", "layer_1_values"}) {
     layout.tensors.push_back({name, torpor::KvDtype::kF16, 1, 2, 1024, true});
   }
-  torpor::KvSnapshot with{.identity = snapshot.identity, .lineage = snapshot.lineage, .layout = layout, .tokens = snapshot.tokens};
+  torpor::KvSnapshot with{.identity = snapshot.identity, .lineage = snapshot.lineage, .layout = layout,
+                          .tokens = snapshot.tokens};
   for (size_t i = 0; i < snapshot.n_runs(); ++i) {
     const size_t size = layout.offset(layout.tensors.size(), snapshot.run_tokens(i));
     const auto buffer = torpor::allocate_heap_buffer(size);

@@ -1,6 +1,6 @@
 /// The forward passes against mlx-lm's on the same weights, in f32 (goldens of scripts/make-goldens-model), and against
-/// transformers' (scripts/make-transformers-goldens); those of GGUF files against llama.cpp's on the file expanded to f32
-/// (scripts/make-goldens-gguf).
+/// transformers' (scripts/make-transformers-goldens); those of GGUF files against llama.cpp's on the file expanded to
+/// f32 (scripts/make-goldens-gguf).
 
 #include <gtest/gtest.h>
 

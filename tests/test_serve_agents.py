@@ -71,8 +71,8 @@ def options(sampling):
 def test_turns_are_those_of_the_command_line(server, tiny_model, tmp_path):
     made = server.ask("POST", AGENTS, {"agent": "ada", "prompt": "Hi.", "system": "Be brief.", "max_tokens": 6})
     assert made.status == 201
-    sampling = {"temperature": 0.9, "seed": 2**53 + 1, "top_k": 40, "min_p": 0.01, "top_p": 0.9, "repetition_penalty": 1.3,
-                "penalty_context": 9, "presence_penalty": 0.5, "frequency_penalty": 0.25, "stop": ["~~", "e"],
+    sampling = {"temperature": 0.9, "seed": 2**53 + 1, "top_k": 40, "min_p": 0.01, "top_p": 0.9,
+                "repetition_penalty": 1.3, "penalty_context": 9, "presence_penalty": 0.5, "frequency_penalty": 0.25, "stop": ["~~", "e"],
                 "logit_bias": {"5": 7, "6": -2.5}}
     said = [made.json(), turn(server, "And then?").json(), turn(server, "Why?", temperature=0.9, seed=3).json(),
             turn(server, "How?", **sampling).json()]

@@ -1,5 +1,5 @@
-// What turns write of a model whose long windows' rows are kept apart. Rows are made up, in the shape of Gemma 4 31B: of
-// eleven parts of a token's rows ten are of a window of 1,024. Tokenizer and template are a real model's.
+// What turns write of a model whose long windows' rows are kept apart. Rows are made up, in the shape of Gemma 4 31B:
+// of eleven parts of a token's rows ten are of a window of 1,024. Tokenizer and template are a real model's.
 
 #include <gtest/gtest.h>
 
@@ -88,7 +88,9 @@ TEST_F(TurnWindows, AnotherAgentOfTheSameSystemPromptBeginsWithItAfterALongConve
   const std::string system = words(1500);
   {
     auto manager = make("store", true);
-    for (int turn = 0; turn < 12; ++turn) answer(*manager, "a", words(400, " sea"), 50, turn == 0 ? std::optional(system) : std::nullopt);
+    for (int turn = 0; turn < 12; ++turn) {
+      answer(*manager, "a", words(400, " sea"), 50, turn == 0 ? std::optional(system) : std::nullopt);
+    }
   }
   auto manager = make("store", true);
   int reused = 0;

@@ -274,8 +274,8 @@ class Store {
   LoadedAgent load_agent_cache(const std::string& agent_id, const LoadOptions& options = {}) const;
 
   /// Reads a whole agent into memory that `sink` lays out. `snapshot` has no rows; `allocate` gives memory for its
-  /// state. Rows kept apart that no window of the last token sees are 0. Errors as load_agent_cache without salvage gives
-  /// them. The sink's memory then counts for nothing.
+  /// state. Rows kept apart that no window of the last token sees are 0. Errors as load_agent_cache without salvage
+  /// gives them. The sink's memory then counts for nothing.
   LoadedAgent load_into(const std::string& agent_id, RowSink& sink, const Identity* expected = nullptr,
                         const BufferAllocator& allocate = allocate_heap_buffer) const;
 

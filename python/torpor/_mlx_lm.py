@@ -8,4 +8,5 @@ except ImportError as error:
 try:
     import mlx_lm  # noqa: F401
 except ImportError as error:
-    raise ImportError(f'torpor needs mlx-lm, which can\'t be imported ({error}); run pip install "mlx-lm>=0.32.2,<0.33".') from error
+    raise ImportError(f"torpor needs mlx-lm, which can't be imported ({error}); "
+                      'run pip install "mlx-lm>=0.32.2,<0.33".') from error

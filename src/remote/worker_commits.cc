@@ -140,7 +140,8 @@ void Worker::settle(const Due& due) noexcept {
     if (custody && checksum_of_copy(due.id) != custody->checksum) custody.reset();
     if (!custody) throw elsewhere(due.id, "was taken over by another worker.");
   } catch (...) {
-    tell("The last turn of agent '" + due.id + "', which was answered, is in this machine's store and not in the bucket");
+    tell("The last turn of agent '" + due.id +
+         "', which was answered, is in this machine's store and not in the bucket");
   }
   custody ? finish(due.id, std::move(custody)) : finish_in_doubt(due.id);
 }

@@ -32,8 +32,8 @@ void read_tool_choice(Field choice, ChatRequest& request);
 /// `temperature` and its kin, under the names that OpenAI's body gives them.
 void read_sampling(Field body, Sampling& sampling);
 
-/// What was asked, and of the rest `defaults`; a seed is drawn where none is. Failure kInvalid when a bias is of a token
-/// that a model of `vocab_size` tokens has not.
+/// What was asked, and of the rest `defaults`; a seed is drawn where none is given. Failure kInvalid when a bias is of
+/// a token that a model of `vocab_size` tokens has not.
 SamplingOptions sampling_options(const Sampling& asked, SamplingOptions defaults, int vocab_size);
 
 constexpr double kLeastPenalty = 1e-3;  ///< of repetition: logits are divided by it
