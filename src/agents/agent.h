@@ -37,6 +37,7 @@ struct Agent {
   size_t shortest_cut = 0;           ///< AgentRecord::shortest_cut
   bool pinned = false;
   std::vector<int64_t> checkpoints;  ///< AgentRecord::checkpoints
+  int64_t unsaved_state = 0;         ///< of how many tokens a state is held that no save writes; 0: none
   UserMetadata user;                 ///< somebody else's metadata; carried along
   uint64_t last_used = 0;
 
@@ -67,6 +68,7 @@ struct Agent {
     segments.resize(std::min(segments.size(), size_t(n_tokens / kSegmentTokens)));
     std::erase_if(states, [&](const StateRef& state) { return state.position > n_tokens; });
     std::erase_if(checkpoints, [&](int64_t position) { return position > n_tokens; });
+    if (unsaved_state >= n_tokens) unsaved_state = 0;
   }
   AgentRecord record() const { return {messages, variables, history.size(), shortest_cut, pinned, checkpoints}; }
 };

@@ -108,6 +108,7 @@ void AgentManager::fork(const std::string& src, const std::string& dst, std::opt
   agent.segments = source->segments;
   agent.states = source->states;
   agent.checkpoints = source->checkpoints;
+  agent.unsaved_state = source->unsaved_state;
   agent.cut_files(keep);
   agent.changed();
   prefetcher_.set_awake(dst, true);

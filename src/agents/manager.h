@@ -154,6 +154,7 @@ class AgentManager {
   /// After a turn: of the agent's states those stay that thin_checkpoints names. `history` is where the turn's prompt
   /// ended but for the asking for an answer; it counts as the end of a turn. Where rows of windows are kept apart, the
   /// same goes for the checkpoints that they are kept for. To these `wanted` are added, and those of a long prompt.
+  /// A state at `history` less than a stride behind the one before stays in memory, until the next turn's.
   void thin_states(Agent& agent, int64_t history, std::span<const int64_t> wanted);
   /// The same in a turn that began with `reused` tokens, so that a long prompt keeps no more states than it will leave.
   /// Those go that it has computed, but for the live one and those at `wanted` positions.

@@ -29,6 +29,7 @@ void AgentManager::hand_to_writer(Agent& agent, bool copy_tail) {
                     .notes = encode_record(agent.record(), agent.cache->tokens().size())};
     job.snapshot.lineage = agent.lineage;
     job.snapshot.conversation = agent.conversation;
+    std::erase_if(job.snapshot.states, [&](const auto& state) { return state->position() == agent.unsaved_state; });
     job.notes.states = add_windows(agent, job.snapshot);
     const KvLayout& layout = job.snapshot.layout;
     job.new_bytes = layout.offset(layout.tensors.size(), job.snapshot.tail.n_tokens);

@@ -118,11 +118,16 @@ void AgentManager::thin_states(Agent& agent, int64_t history, std::span<const in
     std::erase_if(agent.checkpoints, [&](int64_t position) { return std::ranges::binary_search(surplus, position); });
     return;
   }
+  if (agent.unsaved_state != history) agent.cache->drop_state(agent.unsaved_state);
   const std::vector<int64_t> surplus = surplus_states(agent, history);
   for (const int64_t position : surplus) agent.cache->drop_state(position);
   std::erase_if(agent.states, [&](const StateRef& ref) { return std::ranges::binary_search(surplus, ref.position); });
   let_saved_states_go(agent);
   agent.cache->drop_spare();
+  // From there another answer to the same messages goes on. Behind a long prompt the state is no larger than the rows.
+  const bool is_far = history - last_state(agent, history - 1) >= stride_of(agent);
+  const bool is_saved = std::ranges::find(agent.states, history, &StateRef::position) != agent.states.end();
+  agent.unsaved_state = is_far || is_saved ? 0 : history;
 }
 
 void AgentManager::thin_states_of_turn(Agent& agent, int64_t reused, std::span<const int64_t> wanted) {
