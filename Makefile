@@ -12,7 +12,7 @@ setup: .venv/.ready
 
 build: setup
 	@grep -qs TORPOR_REMOTE:BOOL=ON $(BUILD)/CMakeCache.txt || \
-	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=ON -DTORPOR_REMOTE=ON
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_UNITY=ON -DTORPOR_SERVER=ON -DTORPOR_REMOTE=ON
 	cmake --build $(BUILD)
 
 model: setup
@@ -50,7 +50,7 @@ docs: build model
 # The demo needs no server, so a fresh clone builds none for it; `make build` adds it.
 demo: setup model
 	@[ -f $(BUILD)/build.ninja ] || \
-	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=OFF
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_UNITY=ON -DTORPOR_SERVER=OFF
 	cmake --build $(BUILD) --target torpor_cli
 	scripts/demo $(BUILD)/torpor
 
@@ -59,7 +59,7 @@ demo: setup model
 PORT ?= 8080
 serve-demo: setup model
 	@grep -qs TORPOR_SERVER:BOOL=ON $(BUILD)/CMakeCache.txt || \
-	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_SERVER=ON -DTORPOR_REMOTE=OFF
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_UNITY=ON -DTORPOR_SERVER=ON -DTORPOR_REMOTE=OFF
 	cmake --build $(BUILD) --target torpor_cli
 	exec $(BUILD)/torpor serve --model .models/smollm2-135m --port $(PORT) --store $(BUILD)/serve-demo/store \
 	  --api-key-file $(BUILD)/serve-demo/api-keys --log $(BUILD)/serve-demo/log

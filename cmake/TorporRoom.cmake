@@ -74,7 +74,7 @@ function(torpor_room name)
     PRIVATE ${PROJECT_SOURCE_DIR}/src)
   target_link_libraries(torpor_${name} PUBLIC ${ROOM_PUBLIC} PRIVATE ${ROOM_PRIVATE} $<BUILD_INTERFACE:torpor_flags>)
   set_property(GLOBAL APPEND PROPERTY TORPOR_INSTALL_TARGETS torpor_${name})
-  if(TORPOR_SANITIZE)
+  if(TORPOR_UNITY)
     # Most of a file's compilation is templates of the standard library and JSON with their checks. Several files at
     # once have them once.
     set_target_properties(torpor_${name} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 8)
@@ -96,15 +96,11 @@ function(torpor_test name)
   add_executable(${name} ${name}.cc)
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/tests)
   target_compile_definitions(${name} PRIVATE TORPOR_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
-  # What is tested is the rooms' code; a test's own is compiled for a short build. With sanitizers that was most of
-  # the build, half
-  # of it checks of each pointer, which AddressSanitizer makes as well.
-  if(NOT TORPOR_SANITIZE)
-    target_compile_options(${name} PRIVATE -O1)
-  elseif(TORPOR_SANITIZE MATCHES "undefined")
-    target_compile_options(${name} PRIVATE -O0 -fno-sanitize=null,alignment)
-  else()
-    target_compile_options(${name} PRIVATE -O0)
+  # What is tested is the rooms' code; a test's own is compiled for a short build. With sanitizers half of it were checks
+  # of each pointer, which AddressSanitizer makes as well.
+  target_compile_options(${name} PRIVATE -O0)
+  if(TORPOR_SANITIZE MATCHES "undefined")
+    target_compile_options(${name} PRIVATE -fno-sanitize=null,alignment)
   endif()
   target_link_libraries(${name} PRIVATE ${TEST_LINK} torpor_flags GTest::gtest GTest::gtest_main Threads::Threads)
   add_test(NAME ${name} COMMAND ${name})
