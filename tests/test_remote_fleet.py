@@ -193,6 +193,7 @@ def test_a_server_that_is_asked_for_an_agent_of_another_one_says_where_it_is(fle
             moved = ask()
             assert moved.status == 307 and "another worker" in moved.text
             assert moved.headers["location"].startswith(f"http://127.0.0.1:{one.port}/")
+            assert moved.headers["x-torpor-agent"] == "ada"
         assert moved.headers["location"].endswith("/v1/chat/completions")
         # Once it sleeps there, it is free.
         assert one.ask("POST", f"{AGENTS}/ada/sleep", key="").status == 200

@@ -58,7 +58,7 @@ void AgentsApi::handle(const HttpRequest& request, HttpResponse& plain) {
       said = answer(request, response, allow);
     } catch (const Error& error) {
       const bool moved = error.field() == kAgentElsewhere && !error.found().empty();
-      if (moved) headers.emplace_back("location", moved_to(request, error.found()));
+      if (moved) headers = moved_to(request, error.found(), error.agent());
       said = {moved ? 307 : faces::http_status(error), error_json(error, request.tenant)};
     } catch (const Failure& failure) {
       if (failure.kind == Failure::Kind::kOverloaded) throw;  // the service words it for all routes

@@ -119,6 +119,7 @@ class Failure : public std::runtime_error {
   int tokens = 0, maximum = 0;
   int retry_after = 0;        ///< seconds
   std::string address;        ///< of kMoved: "http://10.0.0.7:8080"
+  std::string agent;          ///< of kMoved: its id
 };
 
 /// The turn is admitted and its prompt known; nothing was computed yet.

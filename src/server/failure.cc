@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <new>
 
+#include "server/keys.h"
 #include "torpor/error.h"
 #include "torpor/model_info.h"
 #include "torpor/remote_tier.h"
@@ -64,6 +65,7 @@ Failure failure_of_tier(const Error& error) {
   const bool moved = error.field() == kAgentElsewhere && !error.found().empty();
   Failure failure(moved ? Failure::Kind::kMoved : Failure::Kind::kBusy, error.what());
   moved ? void(failure.address = error.found()) : void(failure.retry_after = 1);
+  failure.agent = error.agent();
   return failure;
 }
 
@@ -104,8 +106,10 @@ Failure current_failure() {
   }
 }
 
-std::string moved_to(const HttpRequest& request, const std::string& address) {
-  return address + request.path + (request.query.empty() ? "" : "?" + request.query);
+HttpHeaders moved_to(const HttpRequest& request, const std::string& address, const std::string& agent) {
+  HttpHeaders headers{{"location", address + request.path + (request.query.empty() ? "" : "?" + request.query)}};
+  if (const auto name = agent_name_of(request.tenant, agent)) headers.emplace_back("x-torpor-agent", *name);
+  return headers;
 }
 
 int failure_status(Dialect dialect, const Failure& failure) {
@@ -138,7 +142,9 @@ Json failure_body(Dialect dialect, const Failure& failure) {
 void answer_failure(const HttpRequest& request, const Failure& failure, HttpResponse& response) {
   const Dialect dialect = dialect_of(request);
   HttpHeaders headers = failure_headers(dialect, failure);
-  if (failure.kind == Kind::kMoved) headers.emplace_back("location", moved_to(request, failure.address));
+  if (failure.kind == Kind::kMoved) {
+    for (auto& header : moved_to(request, failure.address, failure.agent)) headers.push_back(std::move(header));
+  }
   response.whole(failure_status(dialect, failure), std::move(headers),
                  to_text(failure_body(dialect, failure)));
 }

@@ -23,8 +23,8 @@ int failure_status(Dialect dialect, const Failure& failure);
 HttpHeaders failure_headers(Dialect dialect, const Failure& failure);
 Json failure_body(Dialect dialect, const Failure& failure);
 
-/// Where a request for an agent of another server's belongs.
-std::string moved_to(const HttpRequest& request, const std::string& address);
+/// Headers that tell where a request for an agent of another server's belongs, and whose it is. `agent` is its id.
+HttpHeaders moved_to(const HttpRequest& request, const std::string& address, const std::string& agent);
 
 /// Answers a request of which nothing was answered yet, in the form of its path's dialect.
 void answer_failure(const HttpRequest& request, const Failure& failure, HttpResponse& response);
