@@ -97,15 +97,17 @@ clients: build model
 
 # Stores of objects: all checks on gofakes3 and versitygw, and 64 writers at a time for 1,000 rounds. Then deploy/: its
 # files against their schemas, and servers behind HAProxy (if it is installed) and Envoy. At last 1,000 agents on four
-# servers over versitygw, under faults from a seed: tests/chaos.py has the options that CHAOS may change.
+# servers behind HAProxy over versitygw, under faults from a seed, in network namespaces. That needs root and HAProxy;
+# CHAOS="--network loopback" needs neither. tests/chaos.py has the options that CHAOS may change.
 CHAOS ?= --seed 1
 fleet: build model
-	scripts/fetch-sdks gofakes3 versitygw deploy
+	scripts/fetch-sdks gofakes3 versitygw toxiproxy deploy
 	TORPOR_FLEET=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q -rs tests/test_remote.py tests/test_deploy.py \
 	  tests/test_fleet.py
-	TORPOR_BIN=$(BUILD)/torpor .venv/bin/python tests/chaos.py $(CHAOS)
+	TORPOR_BIN=$(BUILD)/torpor .venv/bin/python tests/chaos.py --network namespaces $(CHAOS)
 
-# torpor.ray: two replicas on a Ray of its own, one of which is killed. Not in CI.
+# torpor.ray on a Ray of its own, of three nodes with a bucket: replicas and a node are killed, 100 agents have turns
+# meanwhile. Not in CI.
 ray: build model
 	scripts/fetch-sdks ray
 	TORPOR_RAY=1 TORPOR_BIN=$(BUILD)/torpor .venv/bin/python -m pytest -q tests/test_ray.py

@@ -2,35 +2,33 @@
 
     tests/chaos.py --agents 1000 --turns 20000 --kills 200 --seed 7
 
-Workers reach the bucket through relays of their own, and clients reach workers so: fault_relay.py. Faults come by
-count of acknowledged turns, so a seed's run has the same ones however fast the machine is; which requests they meet
-is the machine's."""
+Workers reach the bucket through relays of their own: fault_relay.py. Where the processes are and who places requests
+is fleet_network.py's: `--network namespaces` has HAProxy, and needs root. Faults come by count of acknowledged turns,
+so a seed's run has the same ones however fast the machine is; which requests they meet is the machine's."""
 
 import argparse
 import asyncio
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from safetensors import safe_open
-
 import s3
-from conftest import BIN, Torpor, held_ids, make_tiny_model
+from conftest import Torpor, held_ids, make_tiny_model
 from fault_relay import Relay, ask
+from fleet_network import KEY, NETWORKS, keys_file
+from fleet_turns import body_of, compare_transcript, messages, path_of, prompt_of
 
-WORDS = "lamp oil wick glass tower stair storm tide gull keeper door log night dawn boat rope bell fog".split()
-SYSTEM = "You keep the log of a lighthouse, and you answer in few words. " + " ".join(WORDS * 12)
 PATIENCE = 300.0  # seconds of a client
 GONE = 8  # serve's exit code after its lease has run out
 
@@ -41,60 +39,27 @@ class Options:
     turns: int = 20000
     workers: int = 4
     kills: int = 200
-    pauses: int = 20      # SIGSTOP, for longer than the lease
+    pauses: int = 20      # SIGSTOP, for one lease and a half
     partitions: int = 40  # half of them worker and bucket, half worker and clients
     restarts: int = 10    # of the bucket
     sweeps: int = 20      # torpor remote gc beside the workers; every other one is killed
     clients: int = 96     # turns under way
-    lease: float = 4.0
+    lease: float = 10.0
     refuse: float = 0.01
     lose: float = 0.005
     slow: float = 0.02
     logits: int = 50      # agents whose next logits are compared
     seed: int = 1
     store: str = "versitygw"
+    network: str = "loopback"
+    gbits: float = 1.0    # namespaces: of each link
+    delay: float = 10.0   # namespaces: milliseconds between workers and bucket, each way
     seconds: float = 0.0  # no new turn after so many; 0: all turns
     slowest: int = 0      # recoveries whose requests are printed
 
 
-def prompt_of(agent, number, seed):
-    words = random.Random(f"{seed} {agent} {number}")
-    return f"{agent} {number}: " + " ".join(words.choices(WORDS, k=words.randint(6, 40)))
-
-
-def body_of(agent, number, seed):
-    """Every other agent draws its answers."""
-    drawn = {"temperature": 0.8, "seed": number} if int(agent.rpartition("-")[2]) % 2 else {"temperature": 0}
-    first = {"agent": agent, "system": SYSTEM} if number == 0 else {}
-    return {"prompt": prompt_of(agent, number, seed), "max_tokens": 6, **drawn, **first}
-
-
-def path_of(agent, number):
-    return "/torpor/v1/agents" if number == 0 else f"/torpor/v1/agents/{agent}/turn"
-
-
-def compare_transcript(agent, acknowledged, held):
-    """What is wrong with an agent's messages, in a sentence each. `acknowledged` and `held`: (prompt, answer) each."""
-    wrong = []
-    prompts = [prompt for prompt, _ in held]
-    counts = collections.Counter(prompts)
-    for number, (prompt, answer) in enumerate(acknowledged):
-        if counts[prompt] == 0:
-            wrong.append(f"{agent}: turn {number} is lost")
-        elif counts[prompt] > 1:
-            wrong.append(f"{agent}: turn {number} is there {counts[prompt]} times")
-        elif (prompt, answer) not in held:
-            wrong.append(f"{agent}: turn {number} has another answer than was acknowledged")
-    known = [prompt for prompt, _ in acknowledged]
-    if extra := [prompt for prompt in prompts if prompt not in known]:
-        wrong.append(f"{agent}: has {len(extra)} turns that nobody acknowledged")
-    if not wrong and prompts != known:
-        wrong.append(f"{agent}: turns are in another order")
-    return wrong
-
-
 class Worker:
-    """One server, started again whenever it ends, and the relays on both of its sides."""
+    """One server, started again whenever it ends, and the relay between it and the bucket."""
 
     def __init__(self, run, number):
         self.run, self.number = run, number
@@ -105,20 +70,19 @@ class Worker:
         self.up = self.closing = self.paused = self.disk_lost = False
 
     async def start(self):
-        options, seed = self.run.options, f"{self.run.options.seed} {self.number}"
-        self.bucket = await Relay(self.run.bucket_port, seed + " bucket", finishes=True, refuse=options.refuse,
-                                  lose=options.lose, slow=options.slow).start()
-        self.front = await Relay(self.port, seed + " front", lose=options.lose).start()
+        self.bucket = await self.run.relay(f"{self.number} bucket")
         self.keeper = asyncio.create_task(self.keep())
         self.prober = asyncio.create_task(self.probe())
 
     async def keep(self):
-        command = Torpor(self.store, self.run.model).command(
-            "serve", "--model", self.run.model, "--no-auth", "--port", self.port, "--remote", self.run.url, "--lease",
-            self.run.options.lease, "--advertise", f"http://127.0.0.1:{self.front.port}", "--queue", 1024,
+        name, network = f"worker-{self.number}", self.run.network
+        command = network.inside(name, Torpor(self.store, self.run.model).command(
+            "serve", "--model", self.run.model, "--api-key-file", self.run.key_file, "--host",
+            network.host(name, "front"), "--port", self.port, "--remote", self.run.url, "--lease",
+            self.run.options.lease, "--advertise", network.advertised(self), "--queue", 1024,
             "--remote-tail", ("turn", "sleep")[self.number % 2], "--durability", "rename", "--threads", 1,
-            "--log", self.log)
-        env = {**os.environ, **s3.environment(self.bucket.port, *self.run.keys)}
+            "--log", self.log))
+        env = {**os.environ, **s3.environment(self.bucket.port, *self.run.keys, network.host("clients", "back"))}
         while not self.closing:
             with open(self.log.with_suffix(".err"), "ab") as errors:
                 self.process = await asyncio.create_subprocess_exec(*command, env=env, stderr=errors,
@@ -135,7 +99,7 @@ class Worker:
         failed = 0
         while not self.closing:
             try:
-                healthy = (await ask(self.front.port, "GET", "/health", timeout=1.0)).status == 200
+                healthy = await self.run.network.is_healthy(self)
             except (OSError, TimeoutError):
                 healthy = False
             failed = 0 if healthy else failed + 1
@@ -158,7 +122,8 @@ class Chaos:
         self.options, self.directory, self.model = options, directory, model
         self.random = random.Random(options.seed)
         self.url = f"s3://{s3.BUCKET}/chaos"
-        self.bucket = None
+        self.bucket, self.key_file = None, keys_file(directory)
+        self.network = NETWORKS[options.network](self)
         self.bucket_port, self.keys = s3.free_port(), ("TESTKEY", "test-secret")
         names = [f"agent-{number}" for number in range(options.agents)]
         self.acknowledged = {name: [] for name in names}
@@ -172,15 +137,21 @@ class Chaos:
     # ---- the bucket
 
     def start_bucket(self):
-        root = self.directory / "bucket"
+        root, host = self.directory / "bucket", self.network.host("bucket", "back")
         if self.options.store == "versitygw":
             (root / s3.BUCKET).mkdir(parents=True, exist_ok=True)
-            command = [s3.program("versitygw"), "--port", f"127.0.0.1:{self.bucket_port}", "--quiet", "posix", root]
+            command = [s3.program("versitygw"), "--port", f"{host}:{self.bucket_port}", "--quiet", "posix", root]
         else:
-            command = [s3.program("gofakes3"), "-host", f"127.0.0.1:{self.bucket_port}", "-backend", "fs", "-fs.path",
+            command = [s3.program("gofakes3"), "-host", f"{host}:{self.bucket_port}", "-backend", "fs", "-fs.path",
                        root, "-fs.create", "-initialbucket", s3.BUCKET, "-quiet"]
         env = {"ROOT_ACCESS_KEY": self.keys[0], "ROOT_SECRET_KEY": self.keys[1]}
-        self.bucket = s3.Server(command, env, self.bucket_port)
+        self.bucket = s3.Server(self.network.inside("bucket", command), env, self.bucket_port, host)
+
+    async def relay(self, name):
+        """To the bucket, and not always."""
+        options = self.options
+        return await Relay(self.bucket_at, f"{options.seed} {name}", finishes=True, refuse=options.refuse,
+                           lose=options.lose, slow=options.slow).start(self.network.host("clients", "back"))
 
     async def restart_bucket(self):
         """What it was asked before, it answers; nobody hears it."""
@@ -204,7 +175,7 @@ class Chaos:
     async def sweep(self, is_killed):
         command = Torpor(self.directory / "swept", self.model).command("remote", "gc", self.url)
         process = await asyncio.create_subprocess_exec(
-            *command, env={**os.environ, **s3.environment(self.sweeper.port, *self.keys)},
+            *command, env={**os.environ, **self.sweeper_env},
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE)
         if is_killed:
             await asyncio.sleep(self.random.uniform(0.05, 1))
@@ -216,32 +187,29 @@ class Chaos:
 
     # ---- clients
 
-    def ranked(self, agent):
-        """Workers by consistent hashing, those that are up first."""
-        score = lambda worker: hashlib.sha256(f"{agent} {worker.number}".encode()).digest()
-        return sorted(self.workers, key=lambda worker: (not worker.up, score(worker)))
-
-    async def attempt(self, agent, number, worker, asked):
-        """An answer to a turn, of the worker or of the one that it names."""
-        headers = {"idempotency-key": f"{agent}-{number}", "content-type": "application/json"}
+    async def attempt(self, agent, number, tries, asked):
+        """An answer to a turn, of the worker that is picked or of the one that it names."""
+        headers = {"idempotency-key": f"{agent}-{number}", "content-type": "application/json", "x-api-key": KEY,
+                   "x-torpor-agent": agent}
         body, path = body_of(agent, number, self.options.seed), path_of(agent, number)
-        port = worker.front.port
+        worker, port = self.network.pick(agent, tries)
         for _ in range(3):
-            self.in_flight[agent] = worker = next(one for one in self.workers if one.front.port == port)
+            self.in_flight[agent] = worker
             began, came = time.monotonic(), "nothing"
             try:
                 answer = await ask(port, "POST", path, body, headers, timeout=self.options.lease * 1.75)
                 came = answer.status
+                worker = self.in_flight[agent] = self.network.answered_by(answer, worker)
             except (OSError, TimeoutError) as error:
                 came = type(error).__name__
                 raise
             finally:
                 self.statuses[came] += 1
-                now = time.monotonic()
-                asked.append(f"{began - self.began:.1f}: worker {worker.number} {came} after {now - began:.1f} s")
+                now, who = time.monotonic(), worker.number if worker else "unknown"
+                asked.append(f"{began - self.began:.1f}: worker {who} {came} after {now - began:.1f} s")
             if answer.status != 307:
                 return answer
-            port = int(answer.header(b"location").split("/")[2].rpartition(":")[2])
+            worker, port, path = self.network.sent_on(answer.header(b"location"), path)
         return answer
 
     async def turn(self, agent):
@@ -249,10 +217,11 @@ class Chaos:
         while True:
             answer = None
             with contextlib.suppress(OSError, TimeoutError):
-                answer = await self.attempt(agent, number, self.ranked(agent)[tries % 2], asked)
+                answer = await self.attempt(agent, number, tries, asked)
             if answer is not None and answer.status in (200, 201):
                 break
-            code = json.loads(answer.body)["error"].get("code") if answer is not None and answer.body else ""
+            is_json = answer is not None and (answer.header(b"content-type") or "").startswith("application/json")
+            code = json.loads(answer.body)["error"].get("code") if is_json else ""  # HAProxy's own errors are HTML
             if answer is not None and (answer.status in (400, 404, 413) or code in ("kIncompatible", "kCorruption")):
                 self.wrong.append(f"{agent}: turn {number} is refused: {answer.status} {answer.body.decode()}")
                 self.in_flight.pop(agent)
@@ -268,6 +237,9 @@ class Chaos:
         self.acknowledged[agent].append((prompt_of(agent, number, self.options.seed), said["text"]))
         self.last_at[agent] = self.in_flight.pop(agent)
         self.done += 1
+        if self.done % 1000 == 0:
+            print(f"{self.done} turns in {time.monotonic() - self.began:.0f} s, {dict(self.faults)}, "
+                  f"{len(self.wrong)} violations", file=sys.stderr, flush=True)
         if agent in self.hit:
             kind, at = self.hit.pop(agent)
             asked.insert(0, f"{kind} at {at - self.began:.1f} of its worker")
@@ -296,18 +268,16 @@ class Chaos:
     async def pause(self, worker):
         worker.paused = True
         worker.signal(signal.SIGSTOP)
-        await asyncio.sleep(self.options.lease * self.random.uniform(1.3, 2))
+        await asyncio.sleep(self.options.lease * 1.5)
         worker.signal(signal.SIGCONT)
         worker.paused = False
 
     async def part(self, kind, worker):
-        relay, most = (worker.bucket, 1.6) if kind == "worker | bucket" else (worker.front, 0.9)
-        state, leases = self.random.choice(("held", "cut")), self.random.uniform(0.2, most)
-        async with relay.one_fault:
+        side, most = ("back", 1.6) if kind == "worker | bucket" else ("front", 0.9)
+        how, leases = self.random.choice(("held", "cut")), self.random.uniform(0.2, most)
+        async with self.network.parted(worker, side, how):
             self.meet(kind, [worker])
-            relay.set(state)
             await asyncio.sleep(leases * self.options.lease)
-            relay.set("open")
 
     def start_fault(self, kind):
         free = [worker for worker in self.workers if not worker.paused] or self.workers
@@ -345,10 +315,11 @@ class Chaos:
 
     async def disturbed(self):
         await asyncio.to_thread(self.start_bucket)
-        options = self.options
-        self.sweeper = await Relay(self.bucket_port, f"{options.seed} sweeper", finishes=True, refuse=options.refuse,
-                                   lose=options.lose, slow=options.slow).start()
-        self.workers = [Worker(self, number) for number in range(options.workers)]
+        self.bucket_at = await self.network.start_bucket_side(self.bucket_port)
+        self.sweeper = await self.relay("sweeper")
+        self.sweeper_env = s3.environment(self.sweeper.port, *self.keys, self.network.host("clients", "back"))
+        self.workers = [Worker(self, number) for number in range(self.options.workers)]
+        await self.network.start_front(self.workers)
         for worker in self.workers:
             await worker.start()
         while not all(worker.up for worker in self.workers):
@@ -393,7 +364,9 @@ class Chaos:
 
     def remote(self, store, *args):
         return Torpor(store, self.model)("remote", args[0], self.url, *args[1:], "--json",
-                                         env=s3.environment(self.bucket_port, *self.keys), timeout=1200)
+                                         timeout=1200,
+                                     env=s3.environment(self.bucket_port, *self.keys,
+                                                        self.network.host("bucket", "back")))
 
     def check(self, alone):
         """Reads the bucket into an empty store, and compares."""
@@ -436,7 +409,7 @@ class Chaos:
         for worker in self.workers:
             counts.update(worker.bucket.counts)
         ends = sum((worker.ends for worker in self.workers), collections.Counter())
-        rows = [("seed", self.options.seed), ("store", self.options.store),
+        rows = [("seed", self.options.seed), ("store, network", f"{self.options.store}, {self.options.network}"),
                 ("workers, agents, lease", f"{self.options.workers}, {self.options.agents}, {self.options.lease:g} s"),
                 ("turns acknowledged", f"{self.done} in {self.seconds:.0f} s"),
                 ("of these, repeated answers", self.repeated),
@@ -459,27 +432,21 @@ class Chaos:
         return "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
-def messages(torpor, agent):
-    """(prompt, answer) each."""
-    said = torpor("show", agent, "--json").ok().json["messages"]
-    spoken = [one["content"] for one in said if one["role"] != "system"]
-    return list(zip(spoken[::2], spoken[1::2]))
-
-
 async def run(options, directory, model):
     """The violations, one sentence each, and the table."""
     chaos = Chaos(options, directory, model)
-    try:
-        await chaos.disturbed()
-        alone = await chaos.undisturbed()
-        table = chaos.table(*chaos.check(alone))
-        return chaos.wrong, table, chaos
-    finally:
-        for worker in getattr(chaos, "workers", []):
-            worker.closing = True
-            worker.signal(signal.SIGKILL)
-        if chaos.bucket is not None:
-            chaos.bucket.__exit__()
+    with chaos.network:
+        try:
+            await chaos.disturbed()
+            alone = await chaos.undisturbed()
+            table = chaos.table(*chaos.check(alone))
+            return chaos.wrong, table, chaos
+        finally:
+            for worker in getattr(chaos, "workers", []):
+                worker.closing = True
+                worker.signal(signal.SIGKILL)
+            if chaos.bucket is not None:
+                chaos.bucket.__exit__()
 
 
 def main():
@@ -488,8 +455,15 @@ def main():
         kind = type(field.default)
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"({field.default})")
     parser.add_argument("--keep", type=Path, help="directory for stores and logs, kept")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = vars(parser.parse_args())
     keep = args.pop("keep")
+    if args["network"] == "namespaces" and not args["inside"]:
+        if os.geteuid() != 0 or not all(map(shutil.which, ("haproxy", "ip", "tc"))):
+            sys.exit("Namespaces need root, haproxy, ip and tc (Debian: haproxy, iproute2); without them there is "
+                     "--network loopback.")
+        sys.exit(subprocess.run(["unshare", "-n", "-m", sys.executable, *sys.argv, "--inside"]).returncode)
+    del args["inside"]
     with contextlib.ExitStack() as stack:
         directory = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="torpor-chaos-")))
         model = make_tiny_model(directory / "model")

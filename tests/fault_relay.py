@@ -75,7 +75,7 @@ async def ask(port, method, path, body=None, headers=(), timeout=30.0):
 
 
 class Relay:
-    """Passes requests on to `upstream`, a port of this machine, one after the other of each connection.
+    """Passes requests on to `upstream`, host and port, one after the other of each connection.
 
     `state` is the network's: "open"; "held": nothing gets through until it is open again, and then all does, late;
     "cut": connections are reset. With `finishes`, what had been sent to the server is answered there all the same, and
@@ -91,8 +91,8 @@ class Relay:
         self.state, self.under_way, self.counts = "open", 0, {"passed": 0, "refused": 0, "lost": 0, "slow": 0}
         self.writers, self.others = set(), set()
 
-    async def start(self, port=0):
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", port, limit=MOST_HEAD, backlog=512)
+    async def start(self, host="127.0.0.1"):
+        self.server = await asyncio.start_server(self.serve, host, 0, limit=MOST_HEAD, backlog=512)
         self.port = self.server.sockets[0].getsockname()[1]
         return self
 
@@ -156,7 +156,7 @@ class Relay:
         return None if ends else there
 
     async def connect(self):
-        there = await asyncio.open_connection("127.0.0.1", self.upstream, limit=MOST_HEAD)
+        there = await asyncio.open_connection(*self.upstream, limit=MOST_HEAD)
         self.others.add(there[1])
         return there
 

@@ -33,7 +33,7 @@ def free_port():
 class Server:
     """A server in a process of its own, and the environment that finds it."""
 
-    def __init__(self, command, env, port):
+    def __init__(self, command, env, port, host="127.0.0.1"):
         self.port = port
         self.key, self.secret = env.get("ROOT_ACCESS_KEY", "TESTKEY"), env.get("ROOT_SECRET_KEY", "test-secret")
         self.process = subprocess.Popen(list(map(str, command)), env={**os.environ, **env}, stdout=subprocess.DEVNULL,
@@ -41,7 +41,7 @@ class Server:
         deadline = time.monotonic() + 30
         while True:
             try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                socket.create_connection((host, port), timeout=1).close()
                 return
             except OSError:
                 assert self.process.poll() is None and time.monotonic() < deadline, f"{command[0]} doesn't serve"
@@ -58,9 +58,9 @@ class Server:
         self.process.wait()
 
 
-def environment(port, key="TESTKEY", secret="test-secret"):
+def environment(port, key="TESTKEY", secret="test-secret", host="127.0.0.1"):
     """Nothing of the user's own settings holds."""
-    return {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
+    return {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
 
 

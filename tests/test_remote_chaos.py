@@ -5,6 +5,7 @@ import os
 
 import chaos
 import pytest
+from fleet_turns import compare_transcript
 
 
 def run(options, directory, model):
@@ -33,5 +34,5 @@ ACKNOWLEDGED = [("one", "a"), ("two", "b"), ("three", "c")]
     ([("one", "z"), *ACKNOWLEDGED[1:]], "turn 0 has another answer"),
     ([*ACKNOWLEDGED, ("four", "d")], "1 turns that nobody acknowledged")])
 def test_a_transcript_that_is_not_what_was_acknowledged_is_told(held, words):
-    wrong = chaos.compare_transcript("ada", ACKNOWLEDGED, held)
+    wrong = compare_transcript("ada", ACKNOWLEDGED, held)
     assert wrong == [] if words is None else len(wrong) == 1 and words in wrong[0]
