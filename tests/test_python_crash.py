@@ -128,3 +128,30 @@ def test_forked_workers_save_at_once_through_the_store_that_their_parent_opened(
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "tests", capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     assert not list((tmp_path / "store").rglob(".torpor-tmp-*")), "a save left something behind"
+
+
+def forked_loaders(root):
+    store = torpor.CachePersistence(root)
+    ends = []
+    for computed in (False, True):
+        if computed:
+            store.save_agent_cache("ada", numbered(3))
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # else it would wait for ever
+            if not computed:
+                store.save_agent_cache("ada", numbered(3))
+            try:
+                cache, _ = store.load_agent_cache("ada")
+                os._exit(int(cache[0].keys[0, 0, 0, 0].item()))
+            except torpor.InvalidArgumentError as error:
+                os._exit(100 if "forked" in str(error) and "spawn" in str(error) else 101)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert ends == [3, 100]
+    assert store.load_agent_cache("ada")[0][0].keys[0, 0, 0, 0].item() == 3
+
+
+def test_a_load_in_a_process_forked_from_one_that_computed_is_an_error_and_else_a_load(tmp_path):
+    script = f"import test_python_crash as t; t.forked_loaders({str(tmp_path / 'store')!r})"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "tests", capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr

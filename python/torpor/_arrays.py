@@ -2,7 +2,9 @@
 
 import ctypes
 import json
+import os
 import struct
+import threading
 from math import prod
 from typing import Any
 
@@ -19,6 +21,9 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Rows are copied four times as fast to a line of the CPU's cache, where MLX's memory seldom begins.
 _LINE = 64
 _LARGEST = 2**31 - 1  # dimension
+#: Seconds in which MLX, had it any threads, would have computed nothing.
+_PATIENCE = 5
+_process = os.getpid()  # in which MLX is known to have its threads, or will start them
 
 
 def _memory(array: mx.array) -> ctypes.Array[ctypes.c_ubyte]:
@@ -84,7 +89,26 @@ class _Unread:
         return bytes(read)
 
 
+def _demand_threads() -> None:
+    """What MLX does in this process, which was forked, comes to an end; else it would wait for its parent's threads."""
+    global _process
+    stream, over = mx.default_stream(mx.default_device()), threading.Event()
+
+    def compute() -> None:
+        mx.load(_Unread([("U8", [1])]), format="safetensors")  # type: ignore[arg-type]
+        mx.synchronize(stream)
+        over.set()
+
+    threading.Thread(target=compute, daemon=True).start()
+    if not over.wait(_PATIENCE):
+        raise InvalidArgumentError("MLX computed in the process that this one was forked from, and its threads are not here; load "
+                                   "in a process that multiprocessing starts by \"spawn\".")
+    _process = os.getpid()
+
+
 def _unwritten(shapes: list[tuple[str, list[int]]]) -> list[mx.array]:
+    if os.getpid() != _process:
+        _demand_threads()
     made = mx.load(_Unread(shapes), format="safetensors")  # type: ignore[arg-type]
     arrays = [made[str(i)] for i in range(len(shapes))]
     try:
@@ -100,14 +124,14 @@ class Rows:
 
     def __init__(self, named: list[tuple[str, str, list[int]]]) -> None:
         """(name, dtype, shape) of each."""
-        sizes = [prod(shape) * _DTYPES[dtype].size for _, dtype, shape in named]
-        roomy = _unwritten([("U8", [size + _LINE]) if size + _LINE <= _LARGEST else (dtype, shape)
-                            for size, (_, dtype, shape) in zip(sizes, named)])
+        spare = [_LINE // _DTYPES[dtype].size for _, dtype, _ in named]
+        roomy = _unwritten([(dtype, [prod(shape) + more] if prod(shape) + more <= _LARGEST else shape)
+                            for more, (_, dtype, shape) in zip(spare, named)])
         self.arrays: dict[str, mx.array] = {}
-        for size, (name, dtype, shape), memory in zip(sizes, named, roomy):
-            if memory.dtype == mx.uint8 and memory.ndim == 1:
-                first = -ctypes.addressof(_memory(memory)) % _LINE
-                memory = memory[first:first + size].view(_DTYPES[dtype]).reshape(shape)
+        for (name, _, shape), memory in zip(named, roomy):
+            if memory.ndim == 1:
+                first = -ctypes.addressof(_memory(memory)) % _LINE // memory.itemsize
+                memory = mx.as_strided(memory, shape, offset=first)
             self.arrays[name] = memory
         mx.eval(self.arrays)
 

@@ -91,7 +91,7 @@ class CachePersistence:
         in place.
 
         Every byte is checked: damage raises CorruptionError. NotFoundError; IncompatibleError: of another model, or not saved
-        from an mlx-lm cache.
+        from an mlx-lm cache. InvalidArgumentError in a process that was forked after MLX had computed.
         """
         described, rows, states = {}, [], _arrays.States()
 
