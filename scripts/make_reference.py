@@ -123,7 +123,8 @@ def routes_page(description):
 
 MODULES = {"engine": "Torpor's engine", "async_engine": "With asyncio", "team": "Teams", "persistence": "Caches of mlx-lm",
            "extractor": "Generation by mlx-lm", "exchange": "Prompt-cache files", "__init__": "Functions of the module",
-           "results": "Results", "errors": "Errors", "asgi": "torpor.asgi", "ray": "torpor.ray"}
+           "results": "Results", "errors": "Errors", "asgi": "torpor.asgi", "ray": "torpor.ray",
+           "langgraph": "torpor.langgraph"}
 
 
 def outline(lines, node):
@@ -159,7 +160,7 @@ def names_page():
         for node in ast.parse(text).body:
             if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name[0] == "_":
                 continue
-            if node.name in public or name in ("asgi", "ray"):
+            if node.name in public or name in ("asgi", "ray", "langgraph"):
                 found.add(node.name)
                 page.extend([f"### {node.name}", "", "```python", *outline(text.splitlines(), node), "```", ""])
     assert found >= set(public), set(public) - found
