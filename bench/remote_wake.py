@@ -1,12 +1,13 @@
 """An agent's first token after a wake from the bucket, from the local disk and by computing it again; what a turn asks.
 
-    sudo .venv/bin/python bench/remote_wake.py [--model .models/smollm2-135m] [--tokens 1024,2048,4096,8000]
+    sudo .venv/bin/python bench/remote_wake.py [--model .models/smollm2-135m] [--tokens 1024,2048,4096,8000,16000]
 
-Runs in a network namespace of its own, so root is needed. Its loopback has each rate of --rates (`tc tbf`, Gb/s). There
-is a gofakes3 (scripts/fetch-sdks gofakes3), a `torpor serve --remote` that makes an agent of each size and goes, and for
-each run one with an empty store. Of each agent there: the first token of a turn when all comes from the bucket; the same
-after it slept, its files at hand; and of a new agent with as many tokens. Medians of --runs. The rate is that of all
-bytes of the agent over the whole wake; --plot draws the figures.
+Runs in a network namespace of its own, so root is needed. Its loopback has each rate of --rates (`tc tbf`, Gb/s).
+There is a gofakes3 (scripts/fetch-sdks gofakes3), and a `torpor serve --remote` that makes --again agents of each size
+and goes: their first tokens are those that are computed. Then for each run one with an empty store. Of each agent
+there: the first token of a turn when all comes from the bucket; the same after it slept, its files at hand. Medians.
+The rate is that of all bytes of the agent over the whole wake; --plot draws the figures. A model's window is taken to
+be as long as the longest agent needs: what it says beyond its own is nonsense, computed as fast.
 
 Then, without a limit, requests and bytes that turns of --turns tokens send to the bucket, and what a second server
 sends for an agent with the same system prompt.
@@ -81,6 +82,20 @@ def stop(server):
         sys.exit("the server did not end well: " + "".join(server.log[-3:]))
 
 
+def with_window(model, tokens, where):
+    """The model, or one whose window has as many tokens."""
+    config = json.loads((model / "config.json").read_text())
+    if config["max_position_embeddings"] >= tokens:
+        return model
+    other = Path(where) / model.name
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).symlink_to(file)
+    (other / "config.json").unlink()
+    (other / "config.json").write_text(json.dumps({**config, "max_position_embeddings": tokens}))
+    return other
+
+
 def limit(rate):
     done = subprocess.run(["tc", "qdisc", "replace", "dev", "lo", "root", "tbf", "rate", f"{rate}gbit", "burst", "2mb",
                            "latency", "50ms"], capture_output=True, text=True)
@@ -92,9 +107,13 @@ def wakes(options, where, model):
     rows = []
     with s3.gofakes3() as store:
         fleet = Fleet(where, model, store.port)
+        made = {tokens: [] for tokens in options.tokens}
         with fleet.server("maker") as maker:
+            first_token(maker, AGENTS, {"agent": "warm", "prompt": "Hello"})
             for tokens in options.tokens:
-                maker.ask("POST", AGENTS, {"agent": f"a{tokens}", "prompt": text_of(tokens, tokens), "max_tokens": 1})
+                for number in range(options.again):
+                    agent, text = f"a{tokens}" + f"-{number}" * (number > 0), text_of(tokens, f"{tokens} {number}")
+                    made[tokens].append(first_token(maker, AGENTS, {"agent": agent, "prompt": text})[0])
             stop(maker)
         for rate in options.rates:
             limit(rate)
@@ -103,16 +122,15 @@ def wakes(options, where, model):
                 with fleet.server(f"waker-{rate}-{run}") as server:
                     for tokens in options.tokens:
                         on = {"prompt": "And then?"}
-                        bucket, told = first_token(server, f"{AGENTS}/a{tokens}/turn", on)
+                        bucket, _ = first_token(server, f"{AGENTS}/a{tokens}/turn", on)
                         server.ask("POST", f"{AGENTS}/a{tokens}/sleep", {})
                         disk, _ = first_token(server, f"{AGENTS}/a{tokens}/turn", on)
-                        again, _ = first_token(server, AGENTS, {"agent": f"n{rate}-{run}-{tokens}",
-                                                                "prompt": text_of(tokens, f"{rate} {run} {tokens}")})
                         size = fleet.size(fleet.where / f"waker-{rate}-{run}" / "store", f"a{tokens}")
-                        found[tokens].append((bucket, disk, again, size))
+                        found[tokens].append((bucket, disk, size))
                     stop(server)
             for tokens, figures in found.items():
-                bucket, disk, again, size = (statistics.median(column) for column in zip(*figures))
+                bucket, disk, size = (statistics.median(column) for column in zip(*figures))
+                again = statistics.median(made[tokens])
                 rows.append({"rate_gbps": rate, "tokens": tokens, "bucket_s": bucket, "disk_s": disk, "again_s": again,
                              "share": size * 8 / bucket / (rate * 1e9)})
                 print(f"| {rate} Gb/s | {tokens} | {size / 1e6:.0f} MB | {bucket * 1e3:.0f} ms | {disk * 1e3:.0f} ms | "
@@ -165,7 +183,7 @@ def plot(rows, path):
     figure, axes = pyplot.subplots(1, len(rates), figsize=(5 * len(rates), 4), sharey=True, squeeze=False,
                                    layout="constrained")
     for axis, rate in zip(axes[0], rates):
-        these = [row for row in rows if row["rate_gbps"] == rate]
+        these = sorted((row for row in rows if row["rate_gbps"] == rate), key=lambda row: row["tokens"])
         for name, label in (("again_s", "computed again"), ("bucket_s", "from the bucket"),
                             ("disk_s", "from the local disk")):
             axis.plot([row["tokens"] for row in these], [row[name] * 1e3 for row in these], marker="o", label=label)
@@ -180,11 +198,14 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "smollm2-135m")
-    parser.add_argument("--tokens", type=numbers, default=[1024, 2048, 4096, 8000])
+    parser.add_argument("--tokens", type=numbers, default=[1024, 2048, 4096, 8000, 16000])
     parser.add_argument("--rates", type=numbers, default=[1, 10])
     parser.add_argument("--turns", type=numbers, default=[100, 741, 3000])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--again", type=int, default=1, help="agents of each size that are computed (1)")
+    parser.add_argument("--part", choices=["wakes", "turns"], help="one of both (both)")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--rows", type=Path, help="a JSON file that rows are added to; all of it is drawn")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.inside:
@@ -193,13 +214,20 @@ def main():
         return subprocess.run(["unshare", "-n", sys.executable, *sys.argv, "--inside"]).returncode
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     model = options.model.resolve()
-    print(f"{os.cpu_count()} cores, {cpu_name()}; {model.name}; first token of a turn, medians of {options.runs}\n")
+    print(f"{os.cpu_count()} cores, {cpu_name()}; {model.name}; first token of a turn, medians of {options.runs}, "
+          f"of {options.again} computed\n")
     print("| link | tokens | agent | from the bucket | from the local disk | computed again | of the link | sooner |\n"
           "|---|---:|---:|---:|---:|---:|---:|---:|")
+    rows = []
     with tempfile.TemporaryDirectory() as where:
-        rows = wakes(options, where, model)
+        if options.part != "turns":
+            rows = wakes(options, where, with_window(model, max(options.tokens) + 1000, where))
     with tempfile.TemporaryDirectory() as where:
-        asked(options, where, model)
+        if options.part != "wakes":
+            asked(options, where, model)
+    if options.rows:
+        rows = [*(json.loads(options.rows.read_text()) if options.rows.exists() else []), *rows]
+        options.rows.write_text(json.dumps(rows))
     if options.plot:
         plot(rows, options.plot)
     return 0
