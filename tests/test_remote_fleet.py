@@ -1,9 +1,12 @@
 """Agents in a bucket: one machine puts an agent to sleep, another wakes it. Machines are stores of their own."""
 
+import contextlib
+import http.client
 import itertools
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -184,6 +187,24 @@ def test_a_worker_that_was_paused_for_longer_than_its_lease_answers_nothing_any_
         assert paused.process.wait(60) == 8
         after = turn(other, "And now?").json()
         assert after["tokens"]["cached"] == taken.json()["tokens"]["context"]
+
+
+def test_a_worker_that_is_cut_off_ends_with_its_lease_whatever_its_turns_wait_for(tmp_path, tiny_model, store):
+    cut, over = threading.Event(), threading.Event()
+
+    def hold(method, path, headers):
+        if cut.is_set():
+            over.wait(300)
+
+    with s3.Proxy(store.port, hold) as proxy:
+        fleet = Fleet(tmp_path, tiny_model, proxy.port)
+        with fleet.serve("a", "--drain-timeout", 3600) as server:
+            assert begin(server, "Hello").status == 201
+            cut.set()
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                assert turn(server, "Are you there?").status in (409, 423, 503)
+            assert server.process.wait(100) == 8
+        over.set()
 
 
 def test_a_server_that_is_asked_for_an_agent_of_another_one_says_where_it_is(fleet):

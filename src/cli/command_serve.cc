@@ -254,7 +254,9 @@ int serve(const CLI::App& given, std::filesystem::path config, const std::filesy
   }
   signals.let_end();
   server.service().drain();
-  if (!edge->drain(std::chrono::milliseconds(int64_t(options.drain_timeout * 1000)))) {
+  // What a server without a lease computes is committed by nobody: its clients ask elsewhere, the sooner the better.
+  const bool is_lost = remote && !remote->alive();
+  if (!edge->drain(std::chrono::milliseconds(is_lost ? 0 : int64_t(options.drain_timeout * 1000)))) {
     log(LogLevel::kWarning, "turns that did not end in time were taken back");
   }
   edge.reset();

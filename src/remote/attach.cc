@@ -53,7 +53,13 @@ std::shared_ptr<RemoteTier> attach_remote(const RemoteOptions& options) {
     usual.seal = hasty.seal = remote::keys_of_bucket(plain, options.url, keys);
     auto leases = std::make_shared<remote::CloudStore>(options.url, hasty);
     auto bucket = std::make_shared<remote::CloudStore>(options.url, usual);
-    return std::make_shared<remote::Worker>(std::move(bucket), std::move(leases), options);
+    RemoteOptions mine = options;
+    // Nothing that is under way can be committed then, so nobody waits for its answers.
+    mine.on_end = [bucket, on_end = options.on_end] {
+      bucket->cancel();
+      if (on_end) on_end();
+    };
+    return std::make_shared<remote::Worker>(std::move(bucket), std::move(leases), mine);
   });
 #else
   throw Error(ErrorCode::kInvalidArgument, "This build of Torpor has no client of object stores for '" + options.url +

@@ -105,6 +105,7 @@ bool Worker::open(const std::string& id, bool make) {
   const bool opened = taken.has_value();
   finish(id, std::move(taken));
   if (!opened) done(id);
+  if (failed) require_alive(id);
   if (failed) std::rethrow_exception(failed);
   return opened;
 }

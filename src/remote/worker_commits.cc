@@ -39,6 +39,7 @@ void Worker::commit(const std::string& id, const std::optional<KnownTurn>& turn)
     throw uncommitted(id, error.what());
   } catch (const Error& error) {  // what the store has is not what was committed
     error.field() == kAgentElsewhere ? finish(id, std::nullopt) : finish_in_doubt(id);
+    if (error.code() == ErrorCode::kCancelled) require_alive(id);
     throw;
   } catch (...) {
     finish_in_doubt(id);
