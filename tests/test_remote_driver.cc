@@ -94,6 +94,20 @@ TEST(RemoteDriver, AnAnswerThatIsLostBeforeOrAfterARequestIsAppliedIsResolvedByR
   EXPECT_EQ(read->keys.size(), 18u);
 }
 
+TEST(RemoteDriver, ALeaseThatHasRunOutIsNotWrittenAgain) {
+  MemoryBucket bucket;
+  Driver driver(bucket);
+  Generations generations;
+  LeaseKeeper keeper(Lease{.session = "paused", .ttl_ms = 20}, generations);
+  const auto renew = [&] { return driver.run([&](Exchange& e) { return keeper.renew(e); }); };
+  const auto tag = [&] { return bucket.head(lease_key("paused"))->tag; };
+  EXPECT_TRUE(renew());
+  const std::string before = tag();
+  std::this_thread::sleep_for(std::chrono::milliseconds(40));
+  EXPECT_FALSE(renew());
+  EXPECT_EQ(tag(), before);  // else observers would wait for this worker again
+}
+
 TEST(RemoteDriver, ASweepRemovesWhatNoHeadNamesOnARealClock) {
   MemoryBucket bucket;
   Driver driver(bucket);

@@ -26,6 +26,7 @@ Operation<bool> LeaseKeeper::renew(Exchange& exchange) {
   const std::string key = lease_key(lease_.session);
   Answer sweep = co_await exchange.ask(get_request(kSweepKey));
   if (sweep.done()) generations_->learn(decode_sweep(sweep.text, kSweepKey).generation);
+  may_answer(sweep.received);  // after a pause: whoever sees a tag that is new waits for as long again
   for (int attempt = 0; attempt < kAttempts && !over_; ++attempt) {
     ++lease_.renewals;  // each text is put once: one whose answer was lost may still come to stand
     lease_.generation = generations_->announced();
