@@ -129,10 +129,22 @@ class Chaos:
         self.acknowledged = {name: [] for name in names}
         self.in_flight, self.last_at = {}, {}       # agent: worker
         self.hit = {}                               # agent: (kind of the last fault that met it, when)
+        self.met = []                               # (when, kind, workers) of each fault
         self.recoveries = []                        # (seconds, kind, what the agent asked)
         self.statuses, self.wrong, self.faults = collections.Counter(), [], collections.Counter()
         self.done, self.repeated, self.planned = 0, 0, options.turns
-        self.tasks = set()
+        self.tasks, self.stopped = set(), 0.0
+
+    def now(self):
+        """Seconds, without those in which this process did not run: then the others did not, either."""
+        return time.monotonic() - self.stopped
+
+    async def notice_stops(self):
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.1)
+            if (gap := time.monotonic() - before) > 2:
+                self.stopped += gap
 
     # ---- the bucket
 
@@ -195,17 +207,20 @@ class Chaos:
         worker, port = self.network.pick(agent, tries)
         for _ in range(3):
             self.in_flight[agent] = worker
-            began, came = time.monotonic(), "nothing"
+            began, came = self.now(), "nothing"
             try:
                 answer = await ask(port, "POST", path, body, headers, timeout=self.options.lease * 1.75)
                 came = answer.status
                 worker = self.in_flight[agent] = self.network.answered_by(answer, worker)
+                for at, kind, workers in self.met:  # who placed it knew better where it was
+                    if at > began and worker in workers:
+                        self.hit[agent] = kind, at
             except (OSError, TimeoutError) as error:
                 came = type(error).__name__
                 raise
             finally:
                 self.statuses[came] += 1
-                now, who = time.monotonic(), worker.number if worker else "unknown"
+                now, who = self.now(), worker.number if worker else "unknown"
                 asked.append(f"{began - self.began:.1f}: worker {who} {came} after {now - began:.1f} s")
             if answer.status != 307:
                 return answer
@@ -213,7 +228,7 @@ class Chaos:
         return answer
 
     async def turn(self, agent):
-        number, began, tries, asked = len(self.acknowledged[agent]), time.monotonic(), 0, []
+        number, began, tries, asked = len(self.acknowledged[agent]), self.now(), 0, []
         while True:
             answer = None
             with contextlib.suppress(OSError, TimeoutError):
@@ -226,7 +241,7 @@ class Chaos:
                 self.wrong.append(f"{agent}: turn {number} is refused: {answer.status} {answer.body.decode()}")
                 self.in_flight.pop(agent)
                 return False
-            if time.monotonic() - began > PATIENCE:
+            if self.now() - began > PATIENCE:
                 self.wrong.append(f"{agent}: turn {number} is not answered: {'; '.join(asked[-8:])}")
                 self.in_flight.pop(agent)
                 return False
@@ -238,16 +253,16 @@ class Chaos:
         self.last_at[agent] = self.in_flight.pop(agent)
         self.done += 1
         if self.done % 1000 == 0:
-            print(f"{self.done} turns in {time.monotonic() - self.began:.0f} s, {dict(self.faults)}, "
+            print(f"{self.done} turns in {self.now() - self.began:.0f} s, {dict(self.faults)}, "
                   f"{len(self.wrong)} violations", file=sys.stderr, flush=True)
         if agent in self.hit:
             kind, at = self.hit.pop(agent)
             asked.insert(0, f"{kind} at {at - self.began:.1f} of its worker")
-            self.recoveries.append((time.monotonic() - max(at, began), kind, asked))
+            self.recoveries.append((self.now() - max(at, began), kind, asked))
         return True
 
     async def client(self, names):
-        while self.planned > 0 and not (self.options.seconds and time.monotonic() - self.began > self.options.seconds):
+        while self.planned > 0 and not (self.options.seconds and self.now() - self.began > self.options.seconds):
             if not names:
                 return
             agent = names.pop(self.random.randrange(len(names)))
@@ -260,7 +275,8 @@ class Chaos:
     def meet(self, kind, workers):
         """Notes whom a fault meets: agents that have a turn there, or had their last one."""
         self.faults[kind] += 1
-        now = time.monotonic()
+        now = self.now()
+        self.met.append((now, kind, workers))
         for agent in self.acknowledged:
             if self.in_flight.get(agent, self.last_at.get(agent)) in workers:
                 self.hit[agent] = (kind, now)
@@ -324,14 +340,16 @@ class Chaos:
             await worker.start()
         while not all(worker.up for worker in self.workers):
             await asyncio.sleep(0.05)
-        self.began = time.monotonic()
+        self.began = self.now()
+        watch = asyncio.create_task(self.notice_stops())
         names = list(self.acknowledged)
         disturber = asyncio.create_task(self.disturb())
         await asyncio.gather(*(self.client(names) for _ in range(self.options.clients)))
         disturber.cancel()
         for task in self.tasks:
             await task
-        self.seconds = time.monotonic() - self.began
+        self.seconds = self.now() - self.began
+        watch.cancel()
         for worker in self.workers:
             await worker.stop()
 
@@ -412,6 +430,7 @@ class Chaos:
         rows = [("seed", self.options.seed), ("store, network", f"{self.options.store}, {self.options.network}"),
                 ("workers, agents, lease", f"{self.options.workers}, {self.options.agents}, {self.options.lease:g} s"),
                 ("turns acknowledged", f"{self.done} in {self.seconds:.0f} s"),
+                ("all was stopped for so long beside", f"{self.stopped:.0f} s"),
                 ("of these, repeated answers", self.repeated),
                 ("faults", ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))),
                 ("ends of workers", ", ".join(f"{count} with {code}" for code, count in sorted(ends.items()))),

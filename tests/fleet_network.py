@@ -180,7 +180,7 @@ class Namespaces:
             more = [line.rstrip("\n").replace("worker-1", f"worker-{number}").replace("WORKER_1", f"WORKER_{number}")
                     for number in range(2, len(workers))]
             text = text.replace(line, "\n".join([line.rstrip("\n"), *more]) + "\n")
-        text += "  http-response set-header x-worker %s\n"
+        text += "  http-after-response set-header x-worker %s\n"
         config = self.run.directory / "haproxy.cfg"
         config.write_text(text)
         env = {f"TORPOR_WORKER_{worker.number}": self.address(worker) for worker in workers}
