@@ -144,11 +144,14 @@ def asked(options, where, model):
     seen = []
 
     def count(method, path, headers):
-        seen.append((method, path.split("?")[0].split("/wake/")[-1], int(headers.get("content-length", 0))))
+        name = path.split("?")[0].split("/wake/")[-1]
+        lists_leases = "nodes" in path.partition("?")[2]
+        if name != "sweep" and not name.startswith("nodes/") and not lists_leases:  # which go by time
+            seen.append((method, name, int(headers.get("content-length", 0))))
 
     def sent():
-        puts = [one for one in seen if one[0] == "PUT" and not one[1].startswith("nodes/")]
-        others = [one for one in seen if one[0] != "PUT" and not one[1].startswith("nodes/")]
+        puts = [one for one in seen if one[0] == "PUT"]
+        others = [one for one in seen if one[0] != "PUT"]
         segments = sum(name.startswith("segments/") for _, name, _ in puts)
         seen.clear()
         return len(puts), len(others), sum(size for _, _, size in puts), segments
@@ -214,13 +217,13 @@ def main():
         return subprocess.run(["unshare", "-n", sys.executable, *sys.argv, "--inside"]).returncode
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     model = options.model.resolve()
-    print(f"{os.cpu_count()} cores, {cpu_name()}; {model.name}; first token of a turn, medians of {options.runs}, "
-          f"of {options.again} computed\n")
-    print("| link | tokens | agent | from the bucket | from the local disk | computed again | of the link | sooner |\n"
-          "|---|---:|---:|---:|---:|---:|---:|---:|")
+    print(f"{os.cpu_count()} cores, {cpu_name()}; {model.name}\n")
     rows = []
     with tempfile.TemporaryDirectory() as where:
         if options.part != "turns":
+            print(f"first token of a turn, medians of {options.runs}, of {options.again} computed\n\n"
+                  "| link | tokens | agent | from the bucket | from the local disk | computed again | of the link | "
+                  "sooner |\n|---|---:|---:|---:|---:|---:|---:|---:|")
             rows = wakes(options, where, with_window(model, max(options.tokens) + 1000, where))
     with tempfile.TemporaryDirectory() as where:
         if options.part != "wakes":
