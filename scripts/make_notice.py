@@ -1,13 +1,15 @@
-"""scripts/make_notice.py OUT: what the packages contain of others, with licences, from the sources that were linked.
+"""scripts/make_notice.py OUT [SBOM]: what the packages contain of others, with licences, from the sources that were
+linked. SBOM: the same list, without texts and with versions, as CycloneDX has it.
 
 Rust crates are those of rust/Cargo.lock for this platform, with the licence files of their sources. Of C++ libraries
 the text is the one that their Debian or Python package carries; without it the line in the table has to do.
 """
 
 import json
+import re
 import subprocess
 import sys
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +32,7 @@ LIBRARIES = [
 
 
 def crates():
-    """(name and version, licence, texts) of each crate that is linked."""
+    """(name, version, licence, texts) of each crate that is linked."""
     host = next(line.split()[1] for line in subprocess.check_output(["rustc", "-vV"], text=True).splitlines()
                 if line.startswith("host:"))
     metadata = json.loads(subprocess.check_output(
@@ -45,11 +47,11 @@ def crates():
             if any(kind["kind"] is None for kind in dependency["dep_kinds"]) and dependency["pkg"] not in linked:
                 linked.add(dependency["pkg"])
                 ahead.append(dependency["pkg"])
-    for package in sorted((packages[key] for key in linked), key=lambda package: package["name"]):
+    for package in sorted((packages[key] for key in linked), key=lambda package: (package["name"], package["version"])):
         folder = Path(package["manifest_path"]).parent
         files = sorted(path for path in folder.iterdir() if path.is_file()
                        and path.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "NOTICE", "UNLICENSE")))
-        yield f"{package['name']} {package['version']}", package["license"] or "see its text", files
+        yield package["name"], package["version"], package["license"], files
 
 
 def texts_of(package):
@@ -63,8 +65,24 @@ def texts_of(package):
     return [Path(file.locate()) for file in files if file.name.upper().startswith("LICENSE")]
 
 
+def version_of(package):
+    try:
+        return version(package)
+    except ModuleNotFoundError:
+        asked = subprocess.run(["dpkg-query", "-W", "-f", "${Version}", package], capture_output=True, text=True)
+        return asked.stdout if asked.returncode == 0 else ""
+
+
+def bill(components):
+    """CycloneDX's JSON. It tells no time, so the same sources give the same bytes."""
+    torpor = re.search(r'#define TORPOR_VERSION "([\d.]+)"', (ROOT / "include/torpor/version.h").read_text())[1]
+    return json.dumps({"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "metadata": {"component": {
+        "type": "application", "name": "torpor", "version": torpor, "licenses": [{"license": {"id": "Apache-2.0"}}],
+    }}, "components": components}, indent=1) + "\n"
+
+
 def main():
-    table, texts = [], {}  # text: names
+    table, texts, components = [], {}, []  # text: names
 
     def add(name, licence, files):
         table.append(f"{name}: {licence}")
@@ -74,13 +92,22 @@ def main():
     for name, licence, address, packages in LIBRARIES:
         found = next((files for files in map(texts_of, packages) if files), [])
         add(f"{name}, {address}", licence, found)
-    for crate in crates():
-        add(*crate)
+        components.append({"type": "library", "name": name, "licenses": [{"license": {"name": licence}}],
+                           "externalReferences": [{"type": "website", "url": address}]})
+        if known := next(filter(None, map(version_of, packages)), None):
+            components[-1]["version"] = known
+    for name, number, licence, files in crates():
+        add(f"{name} {number}", licence or "see its text", files)
+        components.append({"type": "library", "name": name, "version": number, "purl": f"pkg:cargo/{name}@{number}"})
+        if licence:
+            components[-1]["licenses"] = [{"license": {"name": licence}}]
     out = "Torpor's packages contain these works of others.\n\n" + "\n".join(table) + "\n"
     for text, names in texts.items():
         out += "\n" + "=" * 80 + "\n" + ", ".join(dict.fromkeys(names)) + "\n" + "=" * 80 + "\n\n" + text + "\n"
     Path(sys.argv[1]).parent.mkdir(parents=True, exist_ok=True)
     Path(sys.argv[1]).write_text(out)
+    if len(sys.argv) > 2:
+        Path(sys.argv[2]).write_text(bill(components))
 
 
 main()

@@ -1,10 +1,12 @@
 """The packages that `make packages` makes, each unpacked into a clean place. $TORPOR_PACKAGES is where they are."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,46 @@ def test_the_stores_half_works_with_mlx(store_alone, tmp_path, which, versions):
     assert engine == "False" and (found != MLX or "newest" in which)
 
 
+ARM64 = ROOT / ".sdks" / "arm64"
+
+
+@pytest.mark.skipif(not list(Path(PACKAGES or ".").glob("arm64/*.whl")), reason="no wheel for arm64 was made")
+def test_the_stores_half_for_arm64_works_under_an_emulator(tmp_path):
+    site = tmp_path / "site"
+    shutil.unpack_archive(package("arm64/torpor_store-*_aarch64.whl"), site, "zip")
+    for path in (ARM64 / "mlx").iterdir():
+        (site / path.name).symlink_to(path)
+    # Of mlx-lm the cache classes; all of it takes transformers, and a minute.
+    (site / "mlx_lm").mkdir()
+    (site / "mlx_lm" / "__init__.py").touch()
+    [theirs] = find_spec("mlx_lm").submodule_search_locations
+    (site / "mlx_lm" / "models").symlink_to(Path(theirs) / "models")
+    said = subprocess.run(["qemu-aarch64", "-L", ARM64 / "python", ARM64 / "python/usr/bin/python3", "-c",
+                           "import platform; print(platform.machine())\n" + CACHES], capture_output=True, text=True,
+                          cwd="/", timeout=600, env={"PYTHONPATH": str(site), "HOME": str(tmp_path)})
+    assert said.stdout == f"aarch64\n{MLX} False\n", said.stderr
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
+def test_the_stores_half_works_with_python(version, tmp_path):
+    python = other_python(version)
+    if not python:
+        pytest.skip(f"there is no Python {version} here")
+    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"mlx[cpu]=={MLX}",
+                    f"{package('torpor_store-*.whl')}[mlx-lm]"], check=True)
+    said = subprocess.run([python, "-c", CACHES], capture_output=True, text=True, cwd="/", timeout=300,
+                          env={"HOME": str(tmp_path)})
+    assert said.stdout == f"{MLX} False\n", said.stderr
+
+
+def other_python(version):
+    """One that pyenv has, whose links on PATH may lead nowhere, or else one on PATH."""
+    found = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
+    return found[-1] if found else shutil.which(f"python{version}")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the root")
 def test_the_tarball_runs_in_a_root_that_has_the_c_and_cpp_libraries_and_nothing_else(tiny_model, tmp_path):
     root = tmp_path / "root"
@@ -152,6 +194,26 @@ def test_the_debian_package_names_what_it_needs_and_its_licences():
         assert f"./usr/{name}\n" in listed
     names = [line.split()[5] for line in listed.splitlines() if not line.startswith("d")]
     assert all(re.match(r"\./usr/(bin/torpor|lib/torpor/|lib/systemd/user/|share/(doc/torpor|man/man1)/)", name) for name in names)
+
+
+VALIDATED = """
+import sys
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+sys.exit(JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1]).read()))
+"""
+
+
+def test_the_bill_of_materials_is_cyclonedx_and_lists_what_the_notice_does():
+    bill = package("torpor-*.cdx.json")
+    python = Path(PACKAGES) / "tools" / "bin" / "python"
+    said = subprocess.run([python, "-c", VALIDATED, bill], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    notice = (Path(PACKAGES) / "NOTICE").read_text().split("\n\n")[1].splitlines()
+    components = json.loads(bill.read_text())["components"]
+    assert len(components) == len(notice) > 100
+    for line, component in zip(notice, components):
+        assert line.startswith(component["name"]) and component["licenses"][0]["license"]["name"] in line
 
 
 @pytest.mark.skipif(not shutil.which("lintian"), reason="needs lintian")
