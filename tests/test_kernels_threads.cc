@@ -4,11 +4,13 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -16,6 +18,7 @@
 
 #include "kernels/compute.h"
 #include "kernels/cpu_target.h"
+#include "kernels/reading_order.h"
 #include "kernels/thread_pool.h"
 #include "kernels/usable_cores.h"
 #include "torpor/error.h"
@@ -73,6 +76,47 @@ TEST(KernelsThreadPool, AThreadWhoseStretchIsDoneHelpsWithTheOthers) {
     alarm(0);
     EXPECT_EQ(done.load(), kTasks);
   }
+}
+
+TEST(KernelsThreadPool, MemoryAheadIsNeverRead) {
+  constexpr size_t kSize = size_t{3} << 20;
+  void* const none = mmap(nullptr, kSize, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(none, MAP_FAILED);
+  const std::span all(static_cast<const std::byte*>(none), kSize);
+  alarm(60);
+  for (const int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    for (size_t round = 0; round < 200; ++round) {
+      std::vector<std::atomic<int>> counts(7);
+      std::atomic<int> met{0};
+      const auto ahead = round % 3 == 0 ? all.subspan(64 * round, round) : all.subspan(64 * round);
+      pool.parallel_ends(7, [&](int task, int) {
+        ++counts[size_t(task)];
+        if (threads == 1 || (task != 0 && task != 6)) return;
+        for (++met; met < 2;) std::this_thread::yield();  // so that two threads come, and wait for each other
+      }, ahead);
+      for (const auto& count : counts) ASSERT_EQ(count.load(), 1);
+    }
+  }
+  alarm(0);
+  munmap(none, kSize);
+}
+
+TEST(KernelsReadingOrder, WhatWasReadNextIsKnownTheSecondTime) {
+  const std::vector<std::byte> weights(64 * 5);
+  const auto layer = [&](size_t i) { return std::span(weights).subspan(64 * i, 64); };
+  const auto expect_next = [](std::span<const std::byte> found, std::span<const std::byte> wanted) {
+    EXPECT_EQ(found.data(), wanted.data());
+    EXPECT_EQ(found.size(), wanted.size());
+  };
+  ReadingOrder order;
+  for (size_t i = 0; i < 4; ++i) EXPECT_TRUE(order.next(layer(i)).empty());
+  for (size_t i = 0; i < 4; ++i) expect_next(order.next(layer(i)), layer((i + 1) % 4));
+  // Another order counts from when it was seen.
+  expect_next(order.next(layer(0)), layer(1));
+  EXPECT_TRUE(order.next(layer(4)).empty());
+  expect_next(order.next(layer(1)), layer(2));
+  expect_next(order.next(layer(0)), layer(4));
 }
 
 TEST(KernelsThreadPool, ExceptionsReachTheCaller) {

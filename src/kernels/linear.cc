@@ -22,11 +22,13 @@
 #include <bit>
 #include <cstring>
 #include <functional>
+#include <span>
 #include <type_traits>
 
 #include "kernels/compute.h"
 #include "kernels/cpu_target.h"
 #include "kernels/packed_layout.h"
+#include "kernels/reading_order.h"
 #include "kernels/thread_pool.h"
 
 #ifndef TORPOR_KERNELS_LINEAR_ONCE
@@ -122,6 +124,12 @@ const T* interleave(const T* rows, int n, size_t words, T* out) {
     }
   }
   return out;
+}
+
+/// The calling thread's.
+inline ReadingOrder& reading_order() {
+  static thread_local std::unique_ptr<ReadingOrder> order = std::make_unique<ReadingOrder>();
+  return *order;
 }
 
 /// Rows that one task prepares: few rows are done sooner than another thread is awake.
@@ -238,7 +246,8 @@ void EachPanels(ThreadPool& pool, const PackedPart& part, const F& run) {
   auto body = [&](int task, int next) HWY_ATTR {
     EachPanels<kPanels>(task * size, std::min(part.panels, (task + 1) * size), next * size, run);
   };
-  pool.parallel_ends((part.panels + size - 1) / size, std::ref(body));
+  const std::span<const std::byte> weights{part.data.get(), part.panel_bytes * size_t(part.panels)};
+  pool.parallel_ends((part.panels + size - 1) / size, std::ref(body), reading_order().next(weights));
 }
 
 // `rows` rows, the first of which is row `row` of the call; kRows of them in the largest group. Group after group meets

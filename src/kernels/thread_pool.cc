@@ -22,6 +22,7 @@
 #include <sched.h>
 #endif
 
+#include "kernels/cpu_target.h"
 #include "kernels/usable_cores.h"
 #include "torpor/compute_options.h"
 #include "torpor/error.h"
@@ -69,6 +70,39 @@ int default_threads() {
   return threads > 0 ? threads : default_cores();
 }
 
+/// What one thread fetches while it waits: the part of some memory that it is likely to read first.
+class Fetching {
+ public:
+  /// Of `ahead`, of which each two of `n_threads` threads share a stretch, that at the end where `worker` begins.
+  void begin(std::span<const std::byte> ahead, int worker, int n_threads) {
+    if (ahead.data() == of_ || ahead.empty()) return;
+    of_ = ahead.data();
+    const size_t share = ahead.size() / size_t((n_threads + 1) / 2);
+    const bool front = worker % 2 == 0;
+    at_ = reinterpret_cast<uintptr_t>(of_) + size_t(worker / 2 + (front ? 0 : 1)) * share;
+    step_ = front ? kLine : -kLine;
+    lines_ = int(std::min(share / 2, kMost) / kLine);
+  }
+  /// Fetches a little of it, so that a call which begins meanwhile is seen soon; false when nothing is left.
+  bool go_on() {
+    if (lines_ <= 0) return false;
+    for (int i = 0; i < kLinesAtOnce; ++i, at_ += uintptr_t(step_)) fetch(reinterpret_cast<const void*>(at_));
+    lines_ -= kLinesAtOnce;
+    return true;
+  }
+
+ private:
+  static constexpr intptr_t kLine = 64;
+  static constexpr int kLinesAtOnce = 4;
+  /// A small part of a core's second-level cache: should the next call read something else, little is lost.
+  static constexpr size_t kMost = size_t{128} << 10;
+
+  const std::byte* of_ = nullptr;
+  uintptr_t at_ = 0;
+  intptr_t step_ = 0;
+  int lines_ = 0;
+};
+
 /// How often fork(2) has made this process another one. A pool's workers are only in the process that made it.
 std::atomic<uint32_t> forks{0};
 
@@ -110,12 +144,13 @@ struct ThreadPool::Impl {
 
   void run(int worker) {
     uint64_t last = 0;
+    Fetching fetching;
     for (;;) {
       const auto deadline = std::chrono::steady_clock::now() + kSpin;
       uint64_t s = state.load(std::memory_order_acquire);
       for (int i = 0; !joinable(s, last); ++i) {
         if (stop.load(std::memory_order_relaxed)) return;
-        cpu_relax();
+        if (!fetching.go_on()) cpu_relax();
         if (i % 64 == 63 && std::chrono::steady_clock::now() >= deadline) break;
         s = state.load(std::memory_order_acquire);
       }
@@ -129,6 +164,7 @@ struct ThreadPool::Impl {
       if (!state.compare_exchange_strong(s, s + 1, std::memory_order_acq_rel)) continue;
       last = s / kGeneration;
       work(worker);
+      fetching.begin(ahead, worker, n_threads);  // while the caller has not gone on
       const uint64_t after = state.fetch_sub(1, std::memory_order_acq_rel) - 1;
       if ((after & (kActiveMask | kOpen)) == 0) state.notify_all();
     }
@@ -148,7 +184,7 @@ struct ThreadPool::Impl {
     }
   }
 
-  void call(size_t count, const std::function<void(size_t, int)>& function) {
+  void call(size_t count, const std::function<void(size_t, int)>& function, std::span<const std::byte> then = {}) {
     if (elsewhere()) {
       throw Error(ErrorCode::kInvalidArgument, "The threads that compute were not taken along by fork(2); start a new process "
                                                "instead of forking this one.");
@@ -156,6 +192,7 @@ struct ThreadPool::Impl {
     std::lock_guard one_caller(callers);
     body = &function;
     n_tasks = count;
+    if (!then.empty()) ahead = then;
     error = nullptr;
     next.store(0, std::memory_order_relaxed);
     // No worker is in and none can come in, so the word is ours to write.
@@ -166,9 +203,10 @@ struct ThreadPool::Impl {
     }
     work(0);
     uint64_t s = state.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
+    callers_fetching.begin(ahead, 0, n_threads);
     for (int i = 0; (s & kActiveMask) != 0; ++i) {
       if (i < 4096) {
-        cpu_relax();
+        if (!callers_fetching.go_on()) cpu_relax();
       } else {
         state.wait(s, std::memory_order_acquire);
       }
@@ -193,6 +231,8 @@ struct ThreadPool::Impl {
   uint64_t generation = 0;
   const std::function<void(size_t, int)>* body = nullptr;
   size_t n_tasks = 0;
+  std::span<const std::byte> ahead;
+  Fetching callers_fetching;
   std::exception_ptr error;
 };
 
@@ -250,17 +290,19 @@ void ThreadPool::parallel_for(size_t n_tasks, const std::function<void(size_t ta
   impl_->call(n_tasks, body);
 }
 
-void ThreadPool::parallel_ends(int n_tasks, const std::function<void(int task, int next)>& body) {
+void ThreadPool::parallel_ends(int n_tasks, const std::function<void(int task, int next)>& body,
+                               std::span<const std::byte> ahead) {
   if (n_tasks <= 0) return;
   const int stretches = std::min((size() + 1) / 2, n_tasks);
   // How many tasks are taken from each end of a stretch: of the front in the low half, of the back in the high half.
   constexpr uint64_t kFront = 1, kBack = uint64_t{1} << 32;
   std::array<std::atomic<uint64_t>, kMaxThreads / 2> taken{};
-  auto end = [&](size_t which, int) {
-    const bool front = which % 2 == 0;
+  // A thread begins at the same end each time: there it has fetched what was told to come.
+  auto end = [&](size_t, int worker) {
+    const bool front = worker % 2 == 0;
     // Its own stretch first, then what the others have left.
     for (int i = 0; i < stretches; ++i) {
-      const int stretch = int(which / 2 + size_t(i)) % stretches;
+      const int stretch = (worker / 2 + i) % stretches;
       const int first = int(int64_t(stretch) * n_tasks / stretches);
       const int last = int(int64_t(stretch + 1) * n_tasks / stretches) - 1;
       for (;;) {
@@ -272,7 +314,9 @@ void ThreadPool::parallel_ends(int n_tasks, const std::function<void(int task, i
       }
     }
   };
-  parallel_for(size_t(std::min(size(), 2 * stretches)), std::ref(end));
+  const int ends = std::min(size(), 2 * stretches);
+  if (ends == 1) return end(0, 0);
+  impl_->call(size_t(ends), std::ref(end), ahead);
 }
 
 }  // namespace torpor::kernels

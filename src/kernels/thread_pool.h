@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <span>
 
 namespace torpor::kernels {
 
@@ -29,7 +30,12 @@ class ThreadPool {
   /// stretch from its two ends, until they meet. So each thread reads memory in order. Then both help with other
   /// stretches, so that all threads end together. `next` is the task that the thread is likely to take after this one, or
   /// this one at a stretch's end.
-  void parallel_ends(int n_tasks, const std::function<void(int task, int next)>& body);
+  ///
+  /// `ahead` is memory that a later call is likely to read by its tasks, in their order. Threads that wait meanwhile
+  /// bring a part of it into their caches: those tasks that each of them would take first. It is not read, and may be
+  /// gone by then. Empty: what was named last still counts.
+  void parallel_ends(int n_tasks, const std::function<void(int task, int next)>& body,
+                     std::span<const std::byte> ahead = {});
 
  private:
   struct Impl;
