@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -31,6 +32,8 @@ sys.path.insert(0, str(BUILD / "python"))
 # The user's own has nothing to do with these tests.
 CACHE = tempfile.TemporaryDirectory(prefix="torpor-cache-")
 os.environ["TORPOR_CACHE"] = CACHE.name
+# A shell that starts the tests in the background has SIGINT ignored, and programs leave an ignored signal so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EXIT = {"usage": 2, "not_found": 3, "corruption": 4, "incompatible": 5, "invalid": 6, "io": 7, "busy": 8, "exhausted": 9}
 
