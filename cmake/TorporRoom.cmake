@@ -75,8 +75,7 @@ function(torpor_room name)
   target_link_libraries(torpor_${name} PUBLIC ${ROOM_PUBLIC} PRIVATE ${ROOM_PRIVATE} $<BUILD_INTERFACE:torpor_flags>)
   set_property(GLOBAL APPEND PROPERTY TORPOR_INSTALL_TARGETS torpor_${name})
   if(TORPOR_UNITY)
-    # Most of a file's compilation is templates of the standard library and JSON with their checks. Several files at
-    # once have them once.
+    # Most of a file's compilation is templates of the standard library and JSON. Several files at once have them once.
     set_target_properties(torpor_${name} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 8)
     # GCC takes what is included for a header, which other files could include, too.
     target_compile_options(torpor_${name} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-Wno-subobject-linkage>)
@@ -96,8 +95,8 @@ function(torpor_test name)
   add_executable(${name} ${name}.cc)
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/tests)
   target_compile_definitions(${name} PRIVATE TORPOR_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
-  # What is tested is the rooms' code; a test's own is compiled for a short build. With sanitizers half of it were checks
-  # of each pointer, which AddressSanitizer makes as well.
+  # What is tested is the rooms' code; a test's own is compiled for a short build. With sanitizers half of it were
+  # checks of each pointer, which AddressSanitizer makes as well.
   target_compile_options(${name} PRIVATE -O0)
   if(TORPOR_SANITIZE MATCHES "undefined")
     target_compile_options(${name} PRIVATE -fno-sanitize=null,alignment)

@@ -153,7 +153,8 @@ TEST_F(EngineStates, AnotherAnswerToTheSamePromptGoesOnFromBeforeTheAsking) {
       engine.rewind("a", again.tokens.cached);
       engine.sleep("a");
       EXPECT_EQ(engine.next_logits("a"), oracle(engine.tokens("a")));
-      EXPECT_EQ(engine.store().agent_info("a").states->back().position, again.tokens.cached) << "whoever is cut there has it";
+      EXPECT_EQ(engine.store().agent_info("a").states->back().position, again.tokens.cached)
+          << "whoever is cut there has it";
     }
   }
 }

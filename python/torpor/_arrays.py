@@ -101,8 +101,8 @@ def _demand_threads() -> None:
 
     threading.Thread(target=compute, daemon=True).start()
     if not over.wait(_PATIENCE):
-        raise InvalidArgumentError("MLX computed in the process that this one was forked from, and its threads are not here; load "
-                                   "in a process that multiprocessing starts by \"spawn\".")
+        raise InvalidArgumentError("MLX computed in the process that this one was forked from, and its threads are not here; "
+                                   "load in a process that multiprocessing starts by \"spawn\".")
     _process = os.getpid()
 
 
