@@ -33,6 +33,13 @@ if(TORPOR_SANITIZE)
     target_compile_options(torpor_flags INTERFACE -ftls-model=initial-exec)
   endif()
 endif()
+# What is tested is the rooms' code; a test's own is compiled for a short build. With sanitizers half of it were checks for
+# undefined behaviour, so these are made in the rooms alone. To be named behind torpor_flags, whose options these take back.
+add_library(torpor_test_flags INTERFACE)
+target_compile_options(torpor_test_flags INTERFACE -O0)
+if(TORPOR_SANITIZE MATCHES "undefined")
+  target_compile_options(torpor_test_flags INTERFACE -fno-sanitize=undefined)
+endif()
 if(TORPOR_LIBFUZZER)
   target_compile_options(torpor_flags INTERFACE -fsanitize=fuzzer-no-link)
   target_link_options(torpor_flags INTERFACE -fsanitize=fuzzer-no-link) # tests and tools have no use for what is counted
@@ -95,13 +102,18 @@ function(torpor_test name)
   add_executable(${name} ${name}.cc)
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/tests)
   target_compile_definitions(${name} PRIVATE TORPOR_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
-  # What is tested is the rooms' code; a test's own is compiled for a short build. With sanitizers half of it were
-  # checks of each pointer, which AddressSanitizer makes as well.
-  target_compile_options(${name} PRIVATE -O0)
-  if(TORPOR_SANITIZE MATCHES "undefined")
-    target_compile_options(${name} PRIVATE -fno-sanitize=null,alignment)
+  target_link_libraries(${name} PRIVATE
+    ${TEST_LINK} torpor_flags torpor_test_flags GTest::gtest GTest::gtest_main nlohmann_json::nlohmann_json Threads::Threads)
+  # The first test's headers, compiled once, serve all of them.
+  get_property(_first GLOBAL PROPERTY TORPOR_FIRST_TEST)
+  if(_first)
+    target_precompile_headers(${name} REUSE_FROM ${_first})
+  else()
+    set_property(GLOBAL PROPERTY TORPOR_FIRST_TEST ${name})
+    target_precompile_headers(${name} PRIVATE <gtest/gtest.h> <nlohmann/json.hpp>
+      <algorithm> <atomic> <chrono> <filesystem> <fstream> <functional> <future> <map> <memory> <mutex> <optional>
+      <random> <set> <span> <sstream> <string> <thread> <unordered_map> <variant> <vector>)
   endif()
-  target_link_libraries(${name} PRIVATE ${TEST_LINK} torpor_flags GTest::gtest GTest::gtest_main Threads::Threads)
   add_test(NAME ${name} COMMAND ${name})
 endfunction()
 

@@ -189,23 +189,23 @@ def test_machines_that_share_a_sealed_bucket_go_on_bit_for_bit(server, tmp_path,
     fleet.env["TORPOR_KEY_COMMAND"] = f"echo {KEY}"
     alone = fleet.machine("alone")
     prompts = [f"{WORD} {words(300)}", f" More {WORD}", " Yet more"]
-    expected = [alone.run("ada", prompt).ok().json["text"] for prompt in prompts]
+    expected = [alone.run("lovelace", prompt).ok().json["text"] for prompt in prompts]
     machine = fleet.machine("a")
-    assert machine.run("ada", prompts[0], *fleet.remote, env=fleet.env).ok().json["text"] == expected[0]
+    assert machine.run("lovelace", prompts[0], *fleet.remote, env=fleet.env).ok().json["text"] == expected[0]
     with fleet.serve("b") as worker:
         answer = turn(worker, prompts[1], max_tokens=8, key="turn-1").json()
         assert answer["text"] == expected[1] and answer["tokens"]["cached"] > 300
         assert worker.stop() == 0
-    last = machine.run("ada", prompts[2], *fleet.remote, env=fleet.env).ok()
+    last = machine.run("lovelace", prompts[2], *fleet.remote, env=fleet.env).ok()
     assert last.json["text"] == expected[2] and KEY not in last.err
-    same_rows(machine, alone, "ada")
+    same_rows(machine, alone, "lovelace")
     with s3.Proxy(server.port) as proxy:
         bucket = Sealed(fleet.url, server, proxy, tmp_path)
         kept = [(key, bucket.raw(key)) for key in bucket.raw_keys()]
     assert len(kept) > 5
     for key, data in kept:
-        assert "ada" not in key and WORD.encode() not in data and KEY.encode() not in data and b"turn-1" not in data
+        assert "lovelace" not in key and WORD.encode() not in data and KEY.encode() not in data and b"turn-1" not in data
     fleet.env["TORPOR_KEY_COMMAND"] = f"echo {OTHER}"
-    fleet.run("a", "ada", "And?").fails("invalid", "another key")
+    fleet.run("a", "lovelace", "And?").fails("invalid", "another key")
     del fleet.env["TORPOR_KEY_COMMAND"]
-    fleet.run("a", "ada", "And?").fails("invalid", "is sealed")
+    fleet.run("a", "lovelace", "And?").fails("invalid", "is sealed")
