@@ -139,6 +139,11 @@ class Chaos:
         """Seconds, without those in which this process did not run: then the others did not, either."""
         return time.monotonic() - self.stopped
 
+    def violated(self, sentence):
+        """Told at once: a long run may be cut off."""
+        self.wrong.append(sentence)
+        print(f"{self.now() - self.began:.1f}: {sentence}", file=sys.stderr, flush=True)
+
     async def notice_stops(self):
         while True:
             before = time.monotonic()
@@ -195,7 +200,7 @@ class Chaos:
                 process.kill()
         _, said = await process.communicate()
         if process.returncode not in (0, 7, GONE, -signal.SIGKILL):
-            self.wrong.append(f"gc ended with {process.returncode}: {said.decode()}")
+            self.violated(f"gc ended with {process.returncode}: {said.decode()}")
 
     # ---- clients
 
@@ -238,11 +243,11 @@ class Chaos:
             is_json = answer is not None and (answer.header(b"content-type") or "").startswith("application/json")
             code = json.loads(answer.body)["error"].get("code") if is_json else ""  # HAProxy's own errors are HTML
             if answer is not None and (answer.status in (400, 404, 413) or code in ("kIncompatible", "kCorruption")):
-                self.wrong.append(f"{agent}: turn {number} is refused: {answer.status} {answer.body.decode()}")
+                self.violated(f"{agent}: turn {number} is refused: {answer.status} {answer.body.decode()}")
                 self.in_flight.pop(agent)
                 return False
             if self.now() - began > PATIENCE:
-                self.wrong.append(f"{agent}: turn {number} is not answered: {'; '.join(asked[-8:])}")
+                self.violated(f"{agent}: turn {number} is not answered: {'; '.join(asked[-8:])}")
                 self.in_flight.pop(agent)
                 return False
             tries += 1
@@ -373,7 +378,7 @@ class Chaos:
                     if answer.status not in (200, 201):
                         raise AssertionError(f"the undisturbed server answers {answer.status}: {answer.body.decode()}")
                     if json.loads(answer.body)["text"] != text:
-                        self.wrong.append(f"{agent}: turn {number} has another answer than undisturbed")
+                        self.violated(f"{agent}: turn {number} has another answer than undisturbed")
 
         await asyncio.gather(*(client() for _ in range(16)))
         process.send_signal(signal.SIGTERM)
