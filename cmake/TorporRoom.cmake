@@ -25,7 +25,8 @@ if(TORPOR_SANITIZE)
   target_compile_options(torpor_flags INTERFACE -fsanitize=${TORPOR_SANITIZE} -fno-omit-frame-pointer)
   target_link_options(torpor_flags INTERFACE -fsanitize=${TORPOR_SANITIZE})
   if(TORPOR_SANITIZE MATCHES "undefined")
-    target_compile_options(torpor_flags INTERFACE -fno-sanitize-recover=undefined)
+    # AddressSanitizer finds a null pointer that is used, and an access beside its object.
+    target_compile_options(torpor_flags INTERFACE -fno-sanitize=null,object-size -fno-sanitize-recover=undefined)
   endif()
   if(TORPOR_SANITIZE STREQUAL "thread")
     # A library's own thread-locals are freed by whichever thread next gets the stack of one that is over, and the order
@@ -36,7 +37,8 @@ endif()
 # What is tested is the rooms' code; a test's own is compiled for a short build. With sanitizers half of it were checks for
 # undefined behaviour, so these are made in the rooms alone. To be named behind torpor_flags, whose options these take back.
 add_library(torpor_test_flags INTERFACE)
-target_compile_options(torpor_test_flags INTERFACE -O0)
+# A header that was compiled before is no system's any more, and GoogleTest's macros do what the compiler then warns of.
+target_compile_options(torpor_test_flags INTERFACE -O0 -Wno-dangling-else)
 if(TORPOR_SANITIZE MATCHES "undefined")
   target_compile_options(torpor_test_flags INTERFACE -fno-sanitize=undefined)
 endif()

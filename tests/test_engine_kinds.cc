@@ -119,7 +119,7 @@ TEST_P(EngineKinds, WakingForkingAndRewindingGoOnAsIfNothingHadBeen) {
     lengths.push_back(later);
   }
   bool again = false;
-  for (size_t i = 0; i < lengths.size(); i += every()) {
+  for (size_t i = 0; i < lengths.size(); i += testing::every()) {
     const int64_t n = lengths[i];
     const std::string id = "fork-" + std::to_string(n);
     {

@@ -86,7 +86,7 @@ TEST_P(EngineWindows, WakingForkingAndRewindingGoOnAsIfNothingHadBeen) {
   EXPECT_EQ(info.window, kWindow);
   bool again = false;
   const std::vector<int64_t> lengths{ssize(tokens) - 1200, 1, 255, 256, 257, 1300, ssize(tokens) - 3};
-  for (size_t i = 0; i < lengths.size(); i += every()) {
+  for (size_t i = 0; i < lengths.size(); i += testing::every()) {
     const int64_t n = lengths[i];
     const std::vector<float> expected = oracle(tokens, n);
     const std::string id = "fork-" + std::to_string(n);

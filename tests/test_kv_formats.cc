@@ -299,7 +299,7 @@ TEST(Latents, AreKeptOnceAndWakeToTheSameBitsInChunksAndBesideOthers) {
     Identity identity = model->identity();
     identity.kv = format.name();
     constexpr std::array<size_t, 4> kLengths{257, 1, 256, 1300};
-    for (size_t at = 0; at < kLengths.size(); at += every()) {
+    for (size_t at = 0; at < kLengths.size(); at += testing::every()) {
       const size_t n = kLengths[at];
       const auto cache = create(), chunks = create();
       feed(*model, *cache, std::span(tokens).first(n));

@@ -179,9 +179,7 @@ TEST_P(Aside, StatesWaitWithTheRowsAndAreThereForWhatTheTurnGoesBackTo) {
       }
     }
     expect_sound(*agent->cache);
-    if (!commits) {
-      EXPECT_EQ(agent->cache->tokens(), tokens);
-    }
+    if (!commits) EXPECT_EQ(agent->cache->tokens(), tokens);
   }
   const LoadedAgent saved = store_.load_agent_cache("a");
   EXPECT_EQ(saved.snapshot.tokens, agent->cache->tokens());

@@ -245,7 +245,7 @@ INSTANTIATE_TEST_SUITE_P(All, OfFormat,
 TEST_F(EngineSpeculation, TwoHundredSeedsGiveTheSameTexts) {
   Engine engine(options("store"));
   int accepted = 0;
-  for (uint64_t seed = 100; seed < 300; seed += every()) {
+  for (uint64_t seed = 100; seed < 300; seed += testing::every()) {
     TurnRequest turn = repetitive("", seed);
     turn.save = SaveMode::kNo;
     const TurnResult one = engine.turn(turn);
