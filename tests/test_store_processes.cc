@@ -1,6 +1,7 @@
 /// Several processes and one store, forked from one that has it open.
 
 #include <list>
+#include <tuple>
 
 #include "fault_env.h"
 #include "forked_child.h"
