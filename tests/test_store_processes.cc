@@ -45,7 +45,8 @@ TEST(StoreProcesses, AnAgentThatWentToSleepInTheParentIsFreeThoughAChildLives) {
   auto lock = store.lock_agent("ada");
   ForkedChild child([&] { lock.reset(); });
   EXPECT_EQ(child.first_part(), 0);
-  EXPECT_EQ(code_of([&] { std::ignore = other.lock_agent("ada"); }), ErrorCode::kBusy) << "awake in the parent, whatever the child does";
+  EXPECT_EQ(code_of([&] { std::ignore = other.lock_agent("ada"); }), ErrorCode::kBusy)
+      << "awake in the parent, whatever the child does";
   lock.reset();
   EXPECT_NO_THROW(other.lock_agent("ada"));
 }
