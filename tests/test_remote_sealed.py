@@ -193,7 +193,7 @@ def test_machines_that_share_a_sealed_bucket_go_on_bit_for_bit(server, tmp_path,
     machine = fleet.machine("a")
     assert machine.run("lovelace", prompts[0], *fleet.remote, env=fleet.env).ok().json["text"] == expected[0]
     with fleet.serve("b") as worker:
-        answer = turn(worker, prompts[1], max_tokens=8, key="turn-1").json()
+        answer = turn(worker, prompts[1], agent="lovelace", max_tokens=8, key="turn-1").json()
         assert answer["text"] == expected[1] and answer["tokens"]["cached"] > 300
         assert worker.stop() == 0
     last = machine.run("lovelace", prompts[2], *fleet.remote, env=fleet.env).ok()
