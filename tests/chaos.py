@@ -58,6 +58,13 @@ class Options:
     slowest: int = 0      # recoveries whose requests are printed
 
 
+def said_of(answer):
+    """The sentence of an error."""
+    if answer.status < 400 or not (answer.header(b"content-type") or "").startswith("application/json"):
+        return ""
+    return f" ({json.loads(answer.body)['error']['message'][:120]})"
+
+
 class Worker:
     """One server, started again whenever it ends, and the relay between it and the bucket."""
 
@@ -212,10 +219,10 @@ class Chaos:
         worker, port = self.network.pick(agent, tries)
         for _ in range(3):
             self.in_flight[agent] = worker
-            began, came = self.now(), "nothing"
+            began, came, why = self.now(), "nothing", ""
             try:
                 answer = await ask(port, "POST", path, body, headers, timeout=self.options.lease * 1.75)
-                came = answer.status
+                came, why = answer.status, said_of(answer)
                 worker = self.in_flight[agent] = self.network.answered_by(answer, worker)
                 for at, kind, workers in self.met:  # who placed it knew better where it was
                     if at > began and worker in workers:
@@ -226,7 +233,7 @@ class Chaos:
             finally:
                 self.statuses[came] += 1
                 now, who = self.now(), worker.number if worker else "unknown"
-                asked.append(f"{began - self.began:.1f}: worker {who} {came} after {now - began:.1f} s")
+                asked.append(f"{began - self.began:.1f}: worker {who} {came} after {now - began:.1f} s{why}")
             if answer.status != 307:
                 return answer
             worker, port, path = self.network.sent_on(answer.header(b"location"), path)
@@ -263,6 +270,9 @@ class Chaos:
         if agent in self.hit:
             kind, at = self.hit.pop(agent)
             asked.insert(0, f"{kind} at {at - self.began:.1f} of its worker")
+            # A recovery that other faults met, too, is longer.
+            asked += [f"[{kind} of {' '.join(str(worker.number) for worker in workers)} at {when - self.began:.1f}]"
+                      for when, kind, workers in self.met if max(at, began) < when]
             self.recoveries.append((self.now() - max(at, began), kind, asked))
         return True
 

@@ -382,7 +382,18 @@ std::optional<Turns> Process::read(const std::string& agent) {
   return held->second.turns;
 }
 
-void Process::start() { every_third_of_a_ttl(); }
+Operation<bool> Process::remove_lease(Errand& errand, std::string session) {
+  co_await ask_firmly(errand, remove_request(lease_key(session)));
+  co_return true;
+}
+
+void Process::start(const std::string& predecessor) {
+  if (!predecessor.empty()) {
+    watch_.has_ended(predecessor);
+    run([=, this](Errand& errand) { return remove_lease(errand, predecessor); });
+  }
+  every_third_of_a_ttl();
+}
 
 // --- the fleet
 
@@ -393,8 +404,8 @@ Fleet::Fleet(uint64_t seed, Flaw flaw) : flaw(flaw), random(seed), bucket(events
 void Fleet::start(int worker) {
   auto process = std::make_shared<Process>(*this, worker, ++boots, 1 + double(random.pick(181) - 90) / 1000,
                                            random.between(-60, 60) * kSecond);
-  processes[size_t(worker)] = process;
-  process->start();
+  const std::shared_ptr<Process> before = std::exchange(processes[size_t(worker)], process);
+  process->start(before && random.chance(0.5) ? before->session() : std::string());
 }
 
 void Fleet::crash(Process& process) {

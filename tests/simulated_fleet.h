@@ -171,7 +171,8 @@ class Process {
 
   const std::string& session() const { return keeper_.lease().session; }
   bool is_alive() const { return alive_; }
-  void start();
+  /// `predecessor`: the session of the process that it follows and knows to have ended; empty: it knows of none.
+  void start(const std::string& predecessor);
   /// From now on nothing of it happens; `kill` frees what it has.
   void stop() { alive_ = false; }
   void kill();
@@ -233,6 +234,7 @@ class Process {
   Operation<bool> rewrite(Errand& errand, std::string agent, bool archive);
   Operation<bool> look_around(Errand& errand);
   Operation<bool> renew(Errand& errand);
+  Operation<bool> remove_lease(Errand& errand, std::string session);
   Operation<bool> sweep_all(Errand& errand, std::function<void(bool)> ended);
   SaveRequest save_of(Errand& errand, const std::string& agent, const Turns& turns, std::vector<std::string> kept);
 

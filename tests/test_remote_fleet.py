@@ -137,6 +137,34 @@ def test_what_a_killed_server_has_answered_goes_on_elsewhere_and_a_retry_is_not_
     same_rows(fleet.machine("b"), alone, "ada")
 
 
+def test_a_server_that_is_started_again_after_a_kill_waits_for_no_lease_and_nobody_else_does(fleet):
+    """With leases of an hour whoever waits for one never answers."""
+    fleet.remote[-1] = "3600"
+    with fleet.serve("b") as other:
+        with fleet.serve("a") as killed:
+            for agent in ("ada", "bea"):
+                assert begin(killed, "Hello", agent).status == 201
+            killed.signal(signal.SIGKILL)
+        with fleet.serve("a") as again:
+            assert turn(again, " you", "ada").json()["tokens"]["cached"] > 0
+            assert turn(other, " you", "bea").json()["tokens"]["cached"] > 0
+            assert sum(key.startswith("nodes/") for key in fleet.objects()) == 2
+            assert again.stop() == 0
+    assert not list((fleet.machine("a").store / ".locks").glob(".worker-*"))
+
+
+def test_agents_of_a_killed_server_that_answers_before_it_commits_are_its_successors_first(fleet):
+    fleet.remote[-1] = "3600"
+    fleet.env = {**fleet.env, "TORPOR_ACK": "local"}
+    with fleet.serve("a") as killed:
+        begin(killed, "Hello")
+        said = turn(killed, " you").json()
+        killed.signal(signal.SIGKILL)
+    with fleet.serve("a") as again:
+        assert [key for key in fleet.objects() if key.startswith("nodes/")][1:]  # to others it may live
+        assert turn(again, " there").json()["tokens"]["cached"] >= said["tokens"]["context"]
+
+
 def test_a_tail_goes_to_the_bucket_when_its_agent_sleeps_and_its_ids_before(fleet, words):
     with fleet.serve("a", "--remote-tail", "sleep") as server:
         said = begin(server, words(300)).json()["tokens"]["context"]

@@ -373,6 +373,46 @@ TEST(RemoteTier, ThreadsThatWaitForALookShareTheNextOne) {
   EXPECT_LE(bucket.counts().lists, kThreads / 2);
 }
 
+TEST(RemoteTier, ASessionEndsWithItsLeaseWhateverItsRequestsWaitFor) {
+  MemoryBucket bucket;
+  Driver driver(bucket);
+  std::atomic<bool> held = false, ended = false;
+  bucket.before = [&](const char*, const std::string&) {
+    while (held && !ended) std::this_thread::yield();  // the old session's end waits for this answer
+  };
+  Session session(driver, {.address = {}, .ttl = std::chrono::milliseconds(200), .on_end = [&] { ended = true; }});
+  held = true;
+  for (int i = 0; i < 1000 && !ended; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  EXPECT_TRUE(ended);
+  ended = true;
+}
+
+TEST(RemoteTier, ASessionWhoseLeaseGoesIsGoneWithTheNextLook) {
+  MemoryBucket bucket;
+  Driver driver(bucket);
+  Session observer(driver, {.address = {}, .ttl = std::chrono::hours(1), .on_end = {}});
+  std::string name;
+  {
+    Session other(driver, {.address = {}, .ttl = std::chrono::hours(1), .on_end = {}});
+    name = other.name();
+    observer.look();
+    EXPECT_FALSE(observer.is_gone(name));
+  }
+  observer.look();
+  EXPECT_TRUE(observer.is_gone(name));
+}
+
+TEST(RemoteTier, ALookThatBeganLatelyWillDo) {
+  MemoryBucket bucket;
+  Driver driver(bucket);
+  Session session(driver, {.address = {}, .ttl = std::chrono::hours(1), .on_end = {}});
+  const Instant begun = clock_now();
+  for (int i = 0; i < 8; ++i) EXPECT_TRUE(session.look(begun));
+  EXPECT_EQ(bucket.counts().lists, 1);
+  EXPECT_TRUE(session.look(clock_now()));
+  EXPECT_EQ(bucket.counts().lists, 2);
+}
+
 TEST(RemoteTier, ASessionThatCanNotRenewItsLeaseMayNotAnswer) {
   MemoryBucket bucket;
   CountedStore counted(bucket);

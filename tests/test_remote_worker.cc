@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <fstream>
 #include <thread>
 
 #include "memory_bucket.h"
@@ -444,6 +445,25 @@ TEST(RemoteWorker, AWorkerThatCannotRenewItsLeaseIsTakenOverFromAndCommitsNothin
   EXPECT_FALSE(a.worker->alive());
   refusal([&] { a.turn("ada", 5, "v"); }, kAgentElsewhere);
   EXPECT_EQ(b.tokens("ada"), 4);
+}
+
+TEST(RemoteWorker, AWorkerEndsTheLeaseOfOneThatWasKilledOnItsStoreAndNoOther) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket);
+  const auto leave = [&](const std::string& session, const std::string& url, const std::string& ack) {
+    bucket->put("nodes/" + session, {}, remote::Condition::absent());
+    std::ofstream(a.directory.path() / ".locks" / (".worker-" + session + ".lock"))
+        << R"({"url":")" << url << R"(","session":")" << session << R"(","ack":")" << ack << R"("})";
+  };
+  leave("s-killed", "s3://bucket", "commit");
+  leave("s-ahead", "s3://bucket", "local");
+  leave("s-elsewhere", "s3://other", "commit");
+  const Worker second(bucket, bucket, a.options);  // the first one lives
+  const std::vector<std::string> leases = bucket->keys("nodes/");
+  EXPECT_EQ(leases.size(), 4u);
+  EXPECT_EQ(std::count(leases.begin(), leases.end(), "nodes/s-killed"), 0);
+  EXPECT_TRUE(a.worker->open("ada", true));
+  a.worker->done("ada");
 }
 
 }  // namespace

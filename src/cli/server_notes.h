@@ -5,7 +5,7 @@
 #include <map>
 #include <string>
 
-#include "base/env.h"
+#include "base/held_note.h"
 #include "torpor/error.h"
 
 namespace torpor::cli {
@@ -16,12 +16,9 @@ class ServerNote {
   /// `root` is a directory. `url` is where the server answers, `api_key_file` an absolute path. Removes notes of servers that
   /// were killed. kIo.
   ServerNote(const std::filesystem::path& root, const std::string& url, const std::filesystem::path& api_key_file);
-  ~ServerNote();
-  ServerNote(const ServerNote&) = delete;
-  ServerNote& operator=(const ServerNote&) = delete;
 
  private:
-  FileLock lock_;
+  HeldNote note_;
 };
 
 /// The agents that are awake in running servers of this store, each with its server's URL. A server that doesn't answer within

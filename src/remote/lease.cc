@@ -36,8 +36,11 @@ Operation<bool> LeaseKeeper::renew(Exchange& exchange) {
     Answer put = co_await exchange.ask(put_request(key, text, std::move(condition)));
     Answer found;
     if (!put.done()) {
+      may_answer(put.received);
+      if (over_) break;
       found = co_await exchange.ask(get_request(key));
       if (found.status == Answer::Status::kAbsent && stands_) over_ = true;  // a sweep took this worker for dead
+      may_answer(found.received);
       if (!found.done()) continue;
     }
     tag_ = put.done() ? std::move(put.tag) : std::move(found.tag);
@@ -91,16 +94,16 @@ Operation<bool> LeaseWatch::look(Exchange& exchange, bool read_all) {
   }
   seen_ = std::move(seen);
   for (const std::string& session : sought) {
-    if (seen_.count(session) == 0) missing_.insert(session);
+    if (seen_.count(session) == 0) gone_.insert(session);
   }
   co_return true;
 }
 
 bool LeaseWatch::is_gone(const std::string& session) {
-  const auto seen = seen_.find(session);
-  if (seen != seen_.end()) return seen->second.is_gone();
   sought_.insert(session);
-  return missing_.count(session) > 0;
+  if (gone_.count(session) > 0) return true;
+  const auto seen = seen_.find(session);
+  return seen != seen_.end() && seen->second.is_gone();
 }
 
 const Lease* LeaseWatch::lease(const std::string& session) const {

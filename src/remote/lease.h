@@ -33,6 +33,8 @@ class LeaseKeeper {
   /// Whether the worker may answer and acquire. Once false it stays so: others may have its agents. The process ends,
   /// or goes on under another session without any agent in memory.
   bool may_answer(Instant now);
+  /// Until when it may, unless it is renewed before.
+  Instant ends() const { return renewed_ + std::chrono::milliseconds(lease_.ttl_ms); }
   const Lease& lease() const { return lease_; }
   void set_room(int64_t bytes) { lease_.room = bytes; }
 
@@ -52,9 +54,11 @@ class LeaseWatch {
   Operation<bool> look(Exchange& exchange, bool read_all = false);
 
   /// A lease that has not changed for its TTL and a quarter; or none, in a look after the session was first asked
-  /// about.
+  /// about; or `has_ended` was told so.
   /// (Who owns an agent had a lease before. One that an earlier look did not see may be new.)
   bool is_gone(const std::string& session);
+  /// The caller knows that the session's process has ended, whatever its lease says.
+  void has_ended(const std::string& session) { gone_.insert(session); }
   /// As of the last look; nullptr: no lease.
   const Lease* lease(const std::string& session) const;
   struct Seen {
@@ -68,8 +72,8 @@ class LeaseWatch {
 
  private:
   std::map<std::string, Seen> seen_;
-  std::set<std::string> sought_;   ///< asked about, without a lease
-  std::set<std::string> missing_;  ///< of these, that a later look did not see
+  std::set<std::string> sought_;  ///< asked about
+  std::set<std::string> gone_;    ///< of these, that a later look did not see, and sessions that have ended
 };
 
 }  // namespace torpor::remote

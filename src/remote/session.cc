@@ -28,6 +28,12 @@ Session::Session(Driver& driver, SessionOptions options)
     throw Error(ErrorCode::kIo, "The lease '" + lease_key(name_) + "' could not be written to the bucket; try again.");
   }
   thread_ = std::thread([this] { renew_until_closed(); });
+  try {
+    ender_ = std::thread([this] { wait_for_end(); });
+  } catch (...) {
+    close();
+    throw;
+  }
 }
 
 void Session::close() {
@@ -38,6 +44,7 @@ void Session::close() {
     changed_.notify_all();
   }
   thread_.join();
+  if (ender_.joinable()) ender_.join();
   try {
     driver_.run([&](Exchange& e) { return ask_firmly(e, remove_request(lease_key(name_))); });
   } catch (const std::exception& error) {
@@ -57,11 +64,23 @@ void Session::renew_until_closed() {
     }
     try {
       driver_.run([&](Exchange& e) { return keeper_.renew(e); }, {}, &mutex_);
-      look();
+      if (may_answer()) look();
     } catch (const std::exception& error) {
       log(LogLevel::kInfo, std::string("The lease was not renewed this time: ") + error.what());
     }
   } while (may_answer());
+}
+
+void Session::wait_for_end() {
+  // The machine may sleep meanwhile, which a wait does not count.
+  const Instant most = std::chrono::nanoseconds(options_.ttl) / 10;
+  {
+    MutexLock lock(mutex_);
+    for (Instant now = clock_now(); keeper_.may_answer(now); now = clock_now()) {
+      if (closed_) return;
+      changed_.wait_for(lock, std::min(most, keeper_.ends() - now));
+    }
+  }
   if (options_.on_end) options_.on_end();
 }
 
@@ -73,6 +92,11 @@ bool Session::may_answer() {
 bool Session::is_gone(const std::string& session) {
   const MutexLock lock(mutex_);
   return watch_.is_gone(session);
+}
+
+void Session::has_ended(const std::string& session) {
+  const MutexLock lock(mutex_);
+  watch_.has_ended(session);
 }
 
 bool Session::wait_until_gone(const std::string& session) {
@@ -105,14 +129,16 @@ std::optional<LeaseWatch::Seen> Session::seen(const std::string& session) {
   return found == watch_.seen().end() ? std::nullopt : std::optional(found->second);
 }
 
-bool Session::look() {
+bool Session::look(Instant since) {
   MutexLock lock(mutex_);
+  if (looks_ended_ == looks_begun_ && looked_ && look_began_ >= since) return true;
   const int64_t before = looks_begun_;
   while (looks_ended_ < looks_begun_) {
     changed_.wait(lock);
     if (looks_ended_ > before) return looked_;
   }
   ++looks_begun_;
+  look_began_ = clock_now();
   lock.unlock();
   bool looked = false;
   std::exception_ptr failed;

@@ -21,7 +21,8 @@ inline constexpr std::chrono::milliseconds kSweeperTtl{2'000};
 struct SessionOptions {
   std::string address;                     ///< Lease::address
   std::chrono::milliseconds ttl{10'000};
-  std::function<void()> on_end;            ///< called once, on the session's thread, when it may not answer any more
+  /// Called once, on a thread of the session's, when it may not answer any more. It waits for no answer of the bucket.
+  std::function<void()> on_end;
 };
 
 class Session {
@@ -38,6 +39,8 @@ class Session {
   bool may_answer();
   /// LeaseWatch::is_gone, as of the last look.
   bool is_gone(const std::string& session);
+  /// LeaseWatch::has_ended.
+  void has_ended(const std::string& session);
   /// Whether it is gone: looks until that is known, at most for two of its TTLs. False: it is alive.
   bool wait_until_gone(const std::string& session);
   /// As of the last look: the address in its lease; nullopt: no lease.
@@ -45,8 +48,9 @@ class Session {
   /// What the last look saw of its lease; nullopt: no lease.
   std::optional<LeaseWatch::Seen> seen(const std::string& session);
   /// Looks at the others' leases now; it is also done every third of the TTL. False: no answer came. Threads that wait
-  /// for another one's look to end share the next: however many wait for owners, one asks.
-  bool look();
+  /// for another one's look to end share the next: however many wait for owners, one asks. A look that began `since`
+  /// or later will do.
+  bool look(Instant since = Instant::max());
   /// Generations::learn.
   void learn(int64_t generation);
 
@@ -70,6 +74,7 @@ class Session {
 
  private:
   void renew_until_closed();
+  void wait_for_end();
 
   Driver& driver_;
   const SessionOptions options_;
@@ -79,11 +84,12 @@ class Session {
   bool closed_ TORPOR_GUARDED_BY(mutex_) = false;
   int64_t looks_begun_ TORPOR_GUARDED_BY(mutex_) = 0, looks_ended_ TORPOR_GUARDED_BY(mutex_) = 0;
   bool looked_ TORPOR_GUARDED_BY(mutex_) = false;  ///< what the last look was
+  Instant look_began_ TORPOR_GUARDED_BY(mutex_){0};
   Instant renew_every_ TORPOR_GUARDED_BY(mutex_);
   Generations generations_;  ///< this and the next two: of `mutex_`, also while operations of them run
   LeaseKeeper keeper_;
   LeaseWatch watch_;
-  std::thread thread_;
+  std::thread thread_, ender_;
 };
 
 }  // namespace torpor::remote

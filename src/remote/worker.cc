@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/json.h"
 #include "base/parallel.h"
 #include "remote/tier.h"
 #include "remote/worker_errors.h"
@@ -10,7 +11,11 @@
 namespace torpor::remote {
 namespace {
 
+using Json = nlohmann::ordered_json;
+
 constexpr size_t kReleasesAtOnce = 8, kCommitters = 8;
+constexpr std::string_view kNotes = ".worker-";  // no agent's lock begins so
+constexpr Instant kLongestPause = std::chrono::milliseconds(500);  ///< of who waits for an owner
 
 }  // namespace
 
@@ -20,6 +25,7 @@ Worker::Worker(std::shared_ptr<ObjectStore> bucket, std::shared_ptr<ObjectStore>
       session_(lease_driver_, {.address = options.address, .ttl = options.ttl, .on_end = options.on_end}) {
   store_.set_disk_limits(options_.disk);
   tier_.set_disk_limits(options_.disk);
+  end_predecessors();
   if (options_.ack != RemoteAck::kLocal) return;
   try {
     while (committers_.size() < kCommitters) committers_.emplace_back([this] { commit_due_turns(); });
@@ -52,20 +58,54 @@ void Worker::require_alive(const std::string& id) const {
   if (!alive()) throw elsewhere(id, "may be another worker's by now: this one's lease has run out; start it again.");
 }
 
+void Worker::end_predecessors() noexcept {
+  const std::filesystem::path directory = options_.store / ".locks";
+  const bool is_local = options_.ack == RemoteAck::kLocal;
+  const auto end = [&](const std::string& text) {
+    const Json note = parse_json<Json>(text, nullptr, /*throws=*/false);
+    const auto text_of = [&](const char* name) {
+      const auto found = note.is_object() ? note.find(name) : note.end();
+      return found != note.end() && found->is_string() ? found->get<std::string>() : std::string();
+    };
+    const std::string session = text_of("session");
+    if (text_of("url") != options_.url || !is_name(session)) return false;
+    session_.has_ended(session);
+    // The copies here may end with turns that it has answered and not committed: nobody else gets those agents sooner.
+    if (text_of("ack") == "local") return true;
+    try {
+      lease_driver_.run([&](Exchange& exchange) { return ask_firmly(exchange, remove_request(lease_key(session))); });
+      return true;
+    } catch (...) {
+      tell("The lease of a worker that was killed stays until it is gone");
+      return false;
+    }
+  };
+  try {
+    clear_notes(directory, kNotes, end);
+    const Json note{{"url", options_.url}, {"session", session_.name()}, {"ack", is_local ? "local" : "commit"}};
+    note_.emplace(directory, std::string(kNotes) + session_.name(), dump_json(note));
+  } catch (...) {
+    tell("Should this worker be killed, its agents are free once its lease is gone");
+  }
+}
+
 void Worker::wait_for_owner(const std::string& id, const std::string& owner) {
-  const Instant pause = options_.ttl / 8;
+  const Instant pause = std::min<Instant>(options_.ttl / 8, kLongestPause);
   const Instant end = clock_now() + options_.ttl * 4;
   while (true) {
-    session_.look();
+    session_.look(clock_now() - pause / 2);
     OwnerStep step = session_.is_gone(owner) ? OwnerStep::kGone : OwnerStep::kLook;
     std::string address;
-    if (const std::optional<LeaseWatch::Seen> seen = session_.seen(owner)) {
+    if (const std::optional<LeaseWatch::Seen> seen = session_.seen(owner); seen && step != OwnerStep::kGone) {
       const MutexLock lock(mutex_);
       step = judge_owner(first_seen_.try_emplace(owner, seen->since).first->second, *seen);
-      if (step == OwnerStep::kGone) first_seen_.erase(owner);
       address = seen->lease.address;
     }
-    if (step == OwnerStep::kGone) return;
+    if (step == OwnerStep::kGone) {
+      const MutexLock lock(mutex_);
+      first_seen_.erase(owner);
+      return;
+    }
     if (step == OwnerStep::kAlive) {
       throw elsewhere(id, "is awake on another worker" + (address.empty() ? "" : ", at " + address) +
                               "; ask there, or once it sleeps.", address);

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/held_note.h"
 #include "base/mutex.h"
 #include "remote/custody.h"
 #include "remote/driver.h"
@@ -95,6 +96,8 @@ class Worker final : public RemoteTier {
   void let_go(const std::string& id, const Custody& custody) noexcept;
   /// So that others need not wait for the lease's end, if the head names this session.
   void free_head(const std::string& id) noexcept;
+  /// A worker that was killed, and had this one's store, is gone: nobody waits for its lease.
+  void end_predecessors() noexcept;
   /// Waits until the owner is known to be gone. kBusy: it is alive.
   void wait_for_owner(const std::string& id, const std::string& owner);
 
@@ -120,7 +123,8 @@ class Worker final : public RemoteTier {
   std::deque<Due> due_ TORPOR_GUARDED_BY(mutex_);
   bool ending_ TORPOR_GUARDED_BY(mutex_) = false;
 
-  mutable Session session_;  // its thread calls back
+  std::optional<HeldNote> note_;  // goes after the lease
+  mutable Session session_;  // its threads call back
   std::vector<std::thread> committers_;  // of RemoteAck::kLocal
 };
 
