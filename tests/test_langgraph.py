@@ -30,7 +30,13 @@ with torpor.Engine(sys.argv[1]) as engine:
     app.invoke({"messages": [("user", "My name is Bob.")]}, bob)
     earlier = next(iter(app.get_state_history(bob))).config
     def last():
-        message = app.invoke({"messages": [("user", "What is my name?")]}, bob)["messages"][-1]
+        pieces = ""
+        for mode, data in app.stream({"messages": [("user", "What is my name?")]}, bob, stream_mode=["custom", "values"]):
+            if mode == "custom":
+                pieces += data
+            else:
+                message = data["messages"][-1]
+        assert pieces and pieces == message.text, (pieces, message)
         used = message.usage_metadata
         return message.text, used["input_token_details"]["cache_read"], used["input_tokens"]
     first = last()
