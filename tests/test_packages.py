@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import MODEL, ROOT, Torpor, held_ids
+from serving import Server
 from test_howto import blocks
 from test_python_package import CACHES
 
@@ -124,6 +126,17 @@ def test_the_stores_half_works_with_mlx(store_alone, tmp_path, which, versions):
     assert engine == "False" and (found != MLX or "newest" in which)
 
 
+# What an agent is, as the Python module says it: its tokens, and the bits of what comes next.
+EVE = """
+import hashlib, sys, mlx.core as mx, torpor
+with torpor.Engine(*sys.argv[1:3]) as engine:
+    eve = engine.agent("eve")
+    for prompt in sys.argv[3:]:
+        eve.turn(prompt, max_tokens=4)
+    print(eve.tokens, hashlib.sha256(bytes(memoryview(eve.next_logits().astype(mx.float32)))).hexdigest())
+"""
+
+
 ARM64 = ROOT / ".sdks" / "arm64"
 
 
@@ -164,6 +177,107 @@ def other_python(version):
     return found[-1] if found else shutil.which(f"python{version}")
 
 
+class DebianRoot(Torpor):
+    """The command line in a root of its own, which has Debian's Python and what that needs. The directory `shared` has
+    the same path on both sides."""
+
+    ENTER = """root=$1; shift
+        mount -t proc proc "$root/proc" && mount --rbind /dev "$root/dev" &&
+        exec chroot "$root" env -i HOME=/root PATH=/venv/bin:/usr/bin "$@" """
+
+    def __init__(self, root, shared):
+        fetched = subprocess.run([ROOT / "scripts" / "fetch-debian"], capture_output=True, text=True)
+        assert fetched.returncode == 0, fetched.stderr
+        shutil.copytree(ROOT / ".sdks" / "debian", root, symlinks=True)
+        (root / shared.relative_to("/")).mkdir(parents=True)
+        shared.symlink_to(root / shared.relative_to("/"))
+        self.root, self.shared = root, shared
+        super().__init__(shared / "store", "/demo/.models/smollm2-135m")
+
+    def inside(self, *command):
+        return ["unshare", "--mount", "sh", "-c", self.ENTER, "sh", self.root, *map(str, command)]
+
+    def command(self, *args):
+        return self.inside("torpor", *args, "--store", self.store)
+
+    def said(self, *command):
+        done = subprocess.run(self.inside(*command), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("apt-get") or not shutil.which("unshare")
+                    or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0,
+                    reason="needs apt, which makes a root directory, and root, who may enter it")
+def test_the_wheel_in_a_root_with_python_only(tmp_path, capsys):
+    debian = DebianRoot(tmp_path / "root", tmp_path / "shared")
+    has = {path.name for path in (debian.root / "usr" / "bin").iterdir()}
+    assert "python3" in has and has.isdisjoint({"cc", "c++", "gcc", "clang", "cmake", "cargo", "apt", "apt-get"})
+    wheels = [package("torpor_store-*.whl"), package("torpor-*.whl")]
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest",
+                    debian.root / "wheels", *wheels], check=True)
+    for name in ("scripts/demo.py", "examples/lighthouse-log.txt"):
+        (debian.root / "demo" / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, debian.root / "demo" / name)
+    shutil.copytree(MODEL, f"{debian.root}/{debian.model}")
+    took, began = {}, time.monotonic()
+
+    def note(what):
+        took[what] = time.monotonic() - began - sum(took.values())
+
+    debian.said("python3", "-m", "venv", "/venv")
+    debian.said("pip", "install", "--quiet", "--no-index", "--find-links", "/wheels",
+                *(f"/wheels/{wheel.name}" for wheel in wheels))
+    note("pip install")
+    assert debian.said("torpor", "--version").startswith(f"torpor {VERSION}\nMLX {MLX}\n")
+    demo = debian.said("env", "--chdir=/demo", "python3", "scripts/demo.py", "/venv/bin/torpor")
+    assert "The woken answer equals" in demo
+    note("the demo")
+    with Server(debian, debian.shared) as server:
+        assert server.ask("GET", "/health").status == 200
+        assert server.chat("Hello", agent="ada", model=debian.model.name).json()["choices"][0]["message"]["content"]
+        assert server.stop() == 0
+    note("a server's answer")
+    before = debian.said("python", "-c", EVE, debian.model, debian.store, "Hello")
+    again = debian.said("python", "-c", EVE, debian.model, debian.store)
+    note("two processes of the module")
+    assert before == again and len(held_ids(debian.store, "eve")) == before.count(",") + 1
+    with capsys.disabled():
+        print("\nin a root with Python only:", ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items()))
+
+
+@pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="needs qemu-user")
+def test_the_wheel_gives_the_same_tokens_on_a_cpu_without_avx(tiny_model, tmp_path):
+    """Nehalem lacks AES, which Highway's SSE4 takes for granted."""
+    site = tmp_path / "site"
+    for pattern in ("torpor_store-*.whl", "torpor-*.whl"):
+        shutil.unpack_archive(package(pattern), site, "zip")
+    for name in ("mlx", "nanobind_backend"):
+        [theirs] = find_spec(name).submodule_search_locations
+        (site / name).symlink_to(theirs)
+    program = site / "torpor" / "bin" / "torpor"
+    program.chmod(0o755)
+
+    def said(cpu, target, *command):
+        env = {"HOME": str(tmp_path), "PYTHONPATH": str(site)} | ({"TORPOR_CPU_TARGET": target} if target else {})
+        emulator = ["qemu-x86_64", "-cpu", cpu] if cpu else []
+        done = subprocess.run([*emulator, *command], capture_output=True, text=True, env=env, timeout=300, cwd="/")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    turn = ["run", "--model", tiny_model, "--agent", "ada", "--prompt", "Hello", "--raw", "--max-tokens", "16"]
+    said("", "", program, *turn, "--store", tmp_path / "here")
+    here = held_ids(tmp_path / "here", "ada")
+    assert len(here) > 16
+    for cpu, target, used in (("Westmere", "", "SSE4"), ("Westmere", "portable", "SCALAR"), ("Nehalem", "", "SCALAR")):
+        assert f"CPU target {used}\n" in said(cpu, target, program, "--version")
+        store = tmp_path / f"{cpu}-{target}"
+        said(cpu, target, program, *turn, "--store", store)
+        assert held_ids(store, "ada") == here, (cpu, target)
+    module = [sys.executable, "-c", EVE, tiny_model, tmp_path / "module"]
+    assert said("Westmere", "", *module, "Hello") == said("Westmere", "", *module)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the root")
 def test_the_tarball_runs_in_a_root_that_has_the_c_and_cpp_libraries_and_nothing_else(tiny_model, tmp_path):
     root = tmp_path / "root"
@@ -193,7 +307,8 @@ def test_the_debian_package_names_what_it_needs_and_its_licences():
     for name in ("share/doc/torpor/copyright", "share/doc/torpor/NOTICE", "share/man/man1/torpor.1.gz", "bin/torpor"):
         assert f"./usr/{name}\n" in listed
     names = [line.split()[5] for line in listed.splitlines() if not line.startswith("d")]
-    assert all(re.match(r"\./usr/(bin/torpor|lib/torpor/|lib/systemd/user/|share/(doc/torpor|man/man1)/)", name) for name in names)
+    ours = r"\./usr/(bin/torpor|lib/torpor/|lib/systemd/user/|share/(doc/torpor|man/man1)/)"
+    assert all(re.match(ours, name) for name in names)
 
 
 VALIDATED = """
