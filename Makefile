@@ -123,8 +123,8 @@ fuzz: setup
 libcxx: build
 	scripts/check-libcxx --build $(BUILD)
 
-# The tests of base, store and kernels on arm64, which is emulated: needs Debian's cross compiler and qemu-user.
-test-neon: setup
+# The tests of base, store, text and kernels on arm64, which is emulated: needs Debian's cross compiler and qemu-user.
+test-neon: models
 	scripts/test-neon
 
 # Regenerates every golden from the reference implementations (mlx-lm, tokenizers, transformers). Slow.

@@ -28,8 +28,12 @@ if(CMAKE_CROSSCOMPILING)
   set(_target_dir "${_rust}/target/${_triple}/${_set}")
   set(_built "${_target_dir}/${_triple}/release/libtorpor_shim.a")
   list(APPEND _features --target ${_triple})
+  # A crate that is a shared library, too, is linked on the way.
+  string(TOUPPER "CARGO_TARGET_${_triple}_LINKER" _linker)
+  string(REPLACE "-" "_" _linker "${_linker}")
+  set(_compiler "${_linker}=${CMAKE_CXX_COMPILER}")
   if(TORPOR_RUSTC)
-    set(_compiler "RUSTC=${TORPOR_RUSTC}")
+    list(APPEND _compiler "RUSTC=${TORPOR_RUSTC}")
   endif()
 endif()
 # For the install step; whoever links torpor::text from an installed tree links this too.
