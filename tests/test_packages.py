@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -327,8 +328,17 @@ def test_the_bill_of_materials_is_cyclonedx_and_lists_what_the_notice_does():
     notice = (Path(PACKAGES) / "NOTICE").read_text().split("\n\n")[1].splitlines()
     components = json.loads(bill.read_text())["components"]
     assert len(components) == len(notice) > 100
+    locked = tomllib.loads((ROOT / "rust" / "Cargo.lock").read_text())["package"]
+    crates = {f"pkg:cargo/{crate['name']}@{crate['version']}" for crate in locked}
     for line, component in zip(notice, components):
-        assert line.startswith(component["name"]) and component["licenses"][0]["license"]["name"] in line
+        name, version = component["name"], component.get("version")
+        assert component["licenses"][0]["license"]["name"] in line
+        if component.get("externalReferences"):
+            assert line.startswith(f"{name}, {component['externalReferences'][0]['url']}: ")
+        else:
+            assert line.startswith(f"{name} {version}: ")
+            assert component["purl"] == f"pkg:cargo/{name}@{version}" and component["purl"] in crates
+    assert (components[0]["name"], components[0]["version"]) == ("MLX", MLX)
 
 
 @pytest.mark.skipif(not shutil.which("lintian"), reason="needs lintian")
