@@ -16,6 +16,9 @@ set(ENV{PKG_CONFIG_SYSROOT_DIR} "${_sdk}/root")
 set(ENV{PKG_CONFIG_LIBDIR} "${_sdk}/root/usr/lib/aarch64-linux-gnu/pkgconfig:${_sdk}/root/usr/share/pkgconfig")
 set(ENV{PKG_CONFIG_ALLOW_SYSTEM_CFLAGS} 1) # they are not those of this compiler's system
 set(MLX_DIR "${_sdk}/mlx/mlx/share/cmake/MLX" CACHE PATH "")
+# Python's pyconfig.h includes that of its architecture by a path below this directory.
+set(CMAKE_CXX_FLAGS_INIT "-idirafter ${_sdk}/python/usr/include")
+set(Python_INCLUDE_DIR "${_sdk}/python/usr/include/python3" CACHE PATH "")
 if(EXISTS "${_sdk}/bin/rustc")
   set(TORPOR_RUSTC "${_sdk}/bin/rustc" CACHE FILEPATH "")
 endif()

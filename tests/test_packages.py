@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import MODEL, ROOT, Torpor, held_ids
+from conftest import BIN, MODEL, ROOT, Torpor, held_ids
 from serving import Server
 from test_howto import blocks
 from test_python_package import CACHES
@@ -139,23 +139,51 @@ with torpor.Engine(*sys.argv[1:3]) as engine:
 
 
 ARM64 = ROOT / ".sdks" / "arm64"
+for_arm64 = pytest.mark.skipif(not list(Path(PACKAGES or ".").glob("arm64/*.whl")),
+                               reason="no wheel for arm64 was made")
 
 
-@pytest.mark.skipif(not list(Path(PACKAGES or ".").glob("arm64/*.whl")), reason="no wheel for arm64 was made")
-def test_the_stores_half_for_arm64_works_under_an_emulator(tmp_path):
-    site = tmp_path / "site"
-    shutil.unpack_archive(package("arm64/torpor_store-*_aarch64.whl"), site, "zip")
+def arm64(site, *wheels):
+    """Unpacks wheels for arm64 beside MLX; what a command says there, under an emulator."""
+    for pattern in wheels:
+        shutil.unpack_archive(package(f"arm64/{pattern}_aarch64.whl"), site, "zip")
     for path in (ARM64 / "mlx").iterdir():
         (site / path.name).symlink_to(path)
+    env = {"PYTHONPATH": str(site), "HOME": str(site.parent)}
+
+    def said(program, *args):
+        done = subprocess.run(["qemu-aarch64", "-L", ARM64 / "python", program, *args], capture_output=True, text=True,
+                              cwd="/", timeout=600, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return said
+
+
+@for_arm64
+def test_the_stores_half_for_arm64_works_under_an_emulator(tmp_path):
+    said = arm64(tmp_path / "site", "torpor_store-*")
     # Of mlx-lm the cache classes; all of it takes transformers, and a minute.
-    (site / "mlx_lm").mkdir()
-    (site / "mlx_lm" / "__init__.py").touch()
+    (tmp_path / "site" / "mlx_lm").mkdir()
+    (tmp_path / "site" / "mlx_lm" / "__init__.py").touch()
     [theirs] = find_spec("mlx_lm").submodule_search_locations
-    (site / "mlx_lm" / "models").symlink_to(Path(theirs) / "models")
-    said = subprocess.run(["qemu-aarch64", "-L", ARM64 / "python", ARM64 / "python/usr/bin/python3", "-c",
-                           "import platform; print(platform.machine())\n" + CACHES], capture_output=True, text=True,
-                          cwd="/", timeout=600, env={"PYTHONPATH": str(site), "HOME": str(tmp_path)})
-    assert said.stdout == f"aarch64\n{MLX} False\n", said.stderr
+    (tmp_path / "site" / "mlx_lm" / "models").symlink_to(Path(theirs) / "models")
+    script = "import platform; print(platform.machine())\n" + CACHES
+    assert said(ARM64 / "python/usr/bin/python3", "-c", script) == f"aarch64\n{MLX} False\n"
+
+
+@for_arm64
+def test_the_engines_wheel_for_arm64_says_under_an_emulator_what_this_machines_does(tiny_model, tmp_path):
+    said = arm64(tmp_path / "site", "torpor_store-*", "torpor-*")
+    program = tmp_path / "site" / "torpor" / "bin" / "torpor"
+    program.chmod(0o755)
+    assert said(program, "--version").startswith(f"torpor {VERSION}\nMLX {MLX}\nbackend kernels\nCPU target NEON")
+    turn = ["run", "--model", tiny_model, "--agent", "ada", "--prompt", "Hello", "--raw", "--max-tokens", "16"]
+    said(program, *turn, "--store", tmp_path / "arm64")
+    subprocess.run([BIN, *turn, "--store", tmp_path / "here"], check=True, capture_output=True)
+    assert held_ids(tmp_path / "arm64", "ada") == held_ids(tmp_path / "here", "ada")
+    module = [ARM64 / "python/usr/bin/python3", "-c", EVE, tiny_model, tmp_path / "store"]
+    assert said(*module, "Hello") == said(*module)
 
 
 @pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
