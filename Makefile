@@ -4,7 +4,7 @@ PYTHON  := .venv/bin/python
 # For a build directory's first time. A whole build is shorter with several files of a room at once.
 CONFIGURE = PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset release -B $(BUILD) -DTORPOR_UNITY=ON
 
-.PHONY: all setup build model models test wheel packages docs demo serve-demo dashboard
+.PHONY: all setup build model models sdks test wheel packages docs demo serve-demo dashboard
 .PHONY: soak load clients fleet ray libcxx test-neon fuzz goldens prove clean
 all: build
 
@@ -21,16 +21,17 @@ model: setup
 	scripts/fetch-model smollm2-135m
 
 models: model
-	scripts/fetch-model qwen2.5-coder-0.5b
-	scripts/fetch-model gemma3-270m
-	scripts/fetch-model families
-	scripts/fetch-model vocabularies
-	scripts/fetch-model smollm2-135m.gguf
-	scripts/fetch-model qwen2.5-coder-0.5b.gguf
-	scripts/fetch-model gemma3-270m.gguf
+	scripts/fetch-model smollm2-135m.gguf qwen2.5-coder-0.5b qwen2.5-coder-0.5b.gguf gemma3-270m gemma3-270m.gguf \
+	  families vocabularies
+
+# What tests run beside Torpor: the vendors' clients, a server for S3, mkdocs.
+sdks: setup
+	scripts/fetch-sdks js python gofakes3 docs
 
 # TEST_FLAGS=--times prints each stage's seconds and the ten slowest tests.
-test: build models
+# Downloads wait for the network, and so are made beside the compiler.
+test: setup
+	$(MAKE) --no-print-directory -j3 build models sdks
 	scripts/run-tests $(TEST_FLAGS) $(BUILD)
 
 # The wheels by pip, tested in an environment of its own; `make test` installs the same files from the build tree.

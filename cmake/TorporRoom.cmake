@@ -1,5 +1,7 @@
 # One CMake target per room. torpor_room(NAME SOURCES ... [PUBLIC ...] [PRIVATE ...]) makes the static library
-# `torpor_NAME` (alias torpor::NAME) from files of src/NAME, sees include/ and src/, and links what is named.
+# `torpor_NAME` (alias torpor::NAME) from files of src/NAME, sees include/ and src/, and links what is named. NO_RAW_BYTES:
+# the room reads no bytes as anything but bytes, and does not compute with a model's numbers. A sanitizers' build compiles
+# it without optimising and without UBSan's `alignment`, in half the time.
 # torpor_test(NAME [NOT_SANITIZED] LINK ROOM...) makes one GoogleTest program from tests/NAME.cc. NOT_SANITIZED: it computes
 # with models of full size, which would take minutes. torpor_sanitizer_options() names the committed suppressions to all
 # tests of a directory.
@@ -42,6 +44,12 @@ target_compile_options(torpor_test_flags INTERFACE -O0 -Wno-dangling-else)
 if(TORPOR_SANITIZE MATCHES "undefined")
   target_compile_options(torpor_test_flags INTERFACE -fno-sanitize=undefined)
 endif()
+# Of rooms with NO_RAW_BYTES, for the same reason and in the same place.
+add_library(torpor_quick_flags INTERFACE)
+target_compile_options(torpor_quick_flags INTERFACE -O0)
+if(TORPOR_SANITIZE MATCHES "undefined")
+  target_compile_options(torpor_quick_flags INTERFACE -fno-sanitize=alignment)
+endif()
 if(TORPOR_LIBFUZZER)
   target_compile_options(torpor_flags INTERFACE -fsanitize=fuzzer-no-link)
   target_link_options(torpor_flags INTERFACE -fsanitize=fuzzer-no-link) # tests and tools have no use for what is counted
@@ -73,8 +81,12 @@ macro(torpor_find_mlx)
 endmacro()
 
 function(torpor_room name)
-  cmake_parse_arguments(ROOM "" "" "SOURCES;PUBLIC;PRIVATE" ${ARGN})
-  add_library(torpor_${name} STATIC ${ROOM_SOURCES})
+  cmake_parse_arguments(ROOM "NO_RAW_BYTES" "" "SOURCES;PUBLIC;PRIVATE" ${ARGN})
+  set(_kind STATIC)
+  if(TORPOR_SANITIZE AND NOT TORPOR_LIBFUZZER)
+    set(_kind SHARED) # a hundred tests link the rooms, each for seconds where it has to copy them
+  endif()
+  add_library(torpor_${name} ${_kind} ${ROOM_SOURCES})
   add_library(torpor::${name} ALIAS torpor_${name})
   set_target_properties(torpor_${name} PROPERTIES EXPORT_NAME ${name})
   target_compile_features(torpor_${name} PUBLIC cxx_std_20)
@@ -82,6 +94,9 @@ function(torpor_room name)
     PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include> $<INSTALL_INTERFACE:include>
     PRIVATE ${PROJECT_SOURCE_DIR}/src)
   target_link_libraries(torpor_${name} PUBLIC ${ROOM_PUBLIC} PRIVATE ${ROOM_PRIVATE} $<BUILD_INTERFACE:torpor_flags>)
+  if(ROOM_NO_RAW_BYTES AND TORPOR_SANITIZE)
+    target_link_libraries(torpor_${name} PRIVATE $<BUILD_INTERFACE:torpor_quick_flags>)
+  endif()
   set_property(GLOBAL APPEND PROPERTY TORPOR_INSTALL_TARGETS torpor_${name})
   if(TORPOR_UNITY)
     # Most of a file's compilation is templates of the standard library and JSON. Several files at once have them once.

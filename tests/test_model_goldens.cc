@@ -108,11 +108,11 @@ INSTANTIATE_TEST_SUITE_P(Models, Real,
                          [](const auto& info) { return identifier(info.param); });
 
 /// Random models of a few layers, in the shape of each family's published config: dtypes, biases, RoPE scalings, windows,
-/// quantizations, shards. Without a backend, on that of TORPOR_BACKEND.
-class Tiny : public testing::TestWithParam<std::tuple<const char*, std::optional<Backend>>> {
+/// quantizations, shards.
+class Tiny : public testing::TestWithParam<std::tuple<const char*, Backend>> {
  protected:
   const fs::path dir_ = kGoldens / std::get<0>(GetParam());
-  const std::optional<Backend> backend_ = std::get<1>(GetParam());
+  const Backend backend_ = std::get<1>(GetParam());
   const json golden_ = read_json(dir_ / "golden.json");
   const std::vector<int32_t> tokens_ = golden_.at("tokens");
 
@@ -213,11 +213,9 @@ INSTANTIATE_TEST_SUITE_P(
                                       "tiny-deepseek-v3", "tiny-glm4-moe-lite", "tiny-mistral4",
                                       "tiny-gguf-gemma4", "tiny-gguf-lfm2", "tiny-gguf-lfm2moe", "tiny-gguf-qwen35",
                                       "tiny-gguf-qwen35moe", "tiny-gguf-qwen3next"),
-                     testing::Values(std::nullopt, Backend::kKernels, Backend::kMlx)),
+                     testing::Values(Backend::kKernels, Backend::kMlx)),
     [](const auto& info) {
-      const std::optional<Backend> backend = std::get<1>(info.param);
-      return identifier(std::get<0>(info.param)) +
-             (!backend ? "_default" : *backend == Backend::kMlx ? "_mlx" : "_kernels");
+      return identifier(std::get<0>(info.param)) + (std::get<1>(info.param) == Backend::kMlx ? "_mlx" : "_kernels");
     });
 
 }  // namespace
