@@ -54,7 +54,7 @@ Operation<bool> careless_sweep(Exchange& exchange) {
 }  // namespace
 
 Process::Process(Fleet& fleet, int worker, int64_t boot, double rate, SimTime wall)
-    : fleet_(fleet), rate_(rate), wall_(wall), keeper_(lease_of(worker, boot), generations_) {}
+    : fleet_(fleet), began_(fleet.events.now()), rate_(rate), wall_(wall), keeper_(lease_of(worker, boot), generations_) {}
 
 Instant Process::clock() const {
   return std::chrono::microseconds(int64_t(double(fleet_.events.now()) * rate_) + 1'000'000 * int64_t(rate_ * 1000));
@@ -174,7 +174,7 @@ void Process::every_third_of_a_ttl() {
     }
     if (!alive_) return;
     // A worker that can't renew ends; its supervisor starts another.
-    const bool has_begun = keeper_.lease().renewals > 2;
+    const bool has_begun = fleet_.events.now() - began_ > kTtl;
     if (has_begun && !keeper_.may_answer(clock())) return fleet_.crash(*this);
     fleet_.events.after(SimTime(double(kTtl / 3) / rate_), [this] {
       if (alive_) every_third_of_a_ttl();

@@ -239,6 +239,7 @@ class Process {
   SaveRequest save_of(Errand& errand, const std::string& agent, const Turns& turns, std::vector<std::string> kept);
 
   Fleet& fleet_;
+  const SimTime began_;
   double rate_;
   SimTime wall_;
   Generations generations_;
