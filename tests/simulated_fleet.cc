@@ -54,7 +54,11 @@ Operation<bool> careless_sweep(Exchange& exchange) {
 }  // namespace
 
 Process::Process(Fleet& fleet, int worker, int64_t boot, double rate, SimTime wall)
-    : fleet_(fleet), began_(fleet.events.now()), rate_(rate), wall_(wall), keeper_(lease_of(worker, boot), generations_) {}
+    : fleet_(fleet),
+      began_(fleet.events.now()),
+      rate_(rate),
+      wall_(wall),
+      keeper_(lease_of(worker, boot), generations_) {}
 
 Instant Process::clock() const {
   return std::chrono::microseconds(int64_t(double(fleet_.events.now()) * rate_) + 1'000'000 * int64_t(rate_ * 1000));
