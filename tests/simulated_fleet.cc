@@ -336,7 +336,11 @@ Operation<bool> Process::rewrite(Errand& errand, std::string agent, bool archive
     errand.blobs.push_back(joined(held->second.turns));
     saved = co_await save(errand, held->second.version, std::move(request), ticket.generation);
   } else {
-    saved = co_await release(errand, agent, held->second.version, new_id());
+    // It is out of memory before others may have it: nobody reads it here meanwhile.
+    const HeadVersion version = std::move(held->second.version);
+    held_.erase(held);
+    saved = co_await release(errand, agent, version, new_id());
+    co_return true;
   }
   if (archive && saved.outcome == Saved::Outcome::kCommitted) {
     held->second.version = saved.version;
