@@ -28,7 +28,7 @@ models: model
 sdks: setup
 	scripts/fetch-sdks js python gofakes3 docs
 
-# TEST_FLAGS=--times prints each stage's seconds and the ten slowest tests.
+# TEST_FLAGS=--times ends with each stage's seconds and the ten slowest tests.
 # Downloads wait for the network, and so are made beside the compiler.
 test: setup
 	$(MAKE) --no-print-directory -j3 build models sdks
