@@ -326,23 +326,21 @@ Operation<bool> Process::rewrite(Errand& errand, std::string agent, bool archive
   const auto held = held_.find(agent);
   if (held == held_.end() || !keeper_.may_answer(clock()) || working_.count(agent) > 0) co_return false;
   const Working working(working_, agent);
-  Saved saved;
-  if (archive) {
-    const Ticket ticket(generations_);
-    SaveRequest request;
-    request.agent = agent;
-    request.save_id = new_id();
-    request.turn = held->second.version.head.turn;
-    errand.blobs.push_back(joined(held->second.turns));
-    saved = co_await save(errand, held->second.version, std::move(request), ticket.generation);
-  } else {
+  if (!archive) {
     // It is out of memory before others may have it: nobody reads it here meanwhile.
     const HeadVersion version = std::move(held->second.version);
     held_.erase(held);
-    saved = co_await release(errand, agent, version, new_id());
+    co_await release(errand, agent, version, new_id());
     co_return true;
   }
-  if (archive && saved.outcome == Saved::Outcome::kCommitted) {
+  const Ticket ticket(generations_);
+  SaveRequest request;
+  request.agent = agent;
+  request.save_id = new_id();
+  request.turn = held->second.version.head.turn;
+  errand.blobs.push_back(joined(held->second.turns));
+  const Saved saved = co_await save(errand, held->second.version, std::move(request), ticket.generation);
+  if (saved.outcome == Saved::Outcome::kCommitted) {
     held->second.version = saved.version;
     held->second.keys.clear();
   } else {

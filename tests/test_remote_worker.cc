@@ -127,6 +127,24 @@ TEST(RemoteWorker, AnAgentInUseIsNotLetGo) {
   EXPECT_FALSE(a.worker->owns("ada"));
 }
 
+TEST(RemoteWorker, ACopyThatMemoryHasIsNeverReplacedUnderIt) {
+  const auto bucket = std::make_shared<MemoryBucket>();
+  Machine a(bucket), b(bucket);
+  a.turn("ada", 300);
+  a.worker->close("ada");
+  b.turn("ada", 310, "u");
+  b.worker->close("ada");
+  {
+    const auto awake = a.store.lock_agent("ada");  // memory read it once more, while it was let go
+    refusal([&] { a.worker->open("ada", false); }, "");
+    EXPECT_FALSE(a.worker->owns("ada"));
+    EXPECT_EQ(a.store.agent_info("ada").cache_size, 300);
+    b.turn("ada", 320, "v");
+    b.worker->close("ada");
+  }
+  EXPECT_EQ(a.tokens("ada"), 320);
+}
+
 TEST(RemoteWorker, ForLackOfRoomTheCopyOfAnAgentGoesThatTheBucketHasAsItIsAndNobodyUses) {
   const auto bucket = std::make_shared<MemoryBucket>();
   Machine a(bucket);
