@@ -1,7 +1,7 @@
 """Torpor beside llama.cpp at its best, and mlx-lm: the same models, the same machine, alternating runs.
 
     bench/peers/prepare [MODEL...]
-    .venv/bin/python bench/peers/compare.py [--model MODEL]... [--quick] [--gguf] [--torpor build/torpor] [--runs 5]
+    .venv/bin/python bench/peers/compare.py [--model MODEL]... [--quick] [--gguf] [--weights TYPE]... [--runs 5]
 
 A round runs each case once with Torpor, then once with every setting of llama.cpp: weights in Q4_0, Q4_K_M and Q8_0 (and as the
 GGUF came), with flash attention off and on, its repacking on. So whatever else the machine does meets all of them. A round that
@@ -12,7 +12,8 @@ ratio of the medians, the lowest and highest ratio of one round, and beside them
 The smallest ratio comes first. --quick leaves out Q8_0 and the longest prompts and depths, and takes three rounds: under 30
 minutes for the three small models on 2 cores.
 
---gguf gives both the same file: .models/MODEL.gguf, as it came.
+--gguf gives both the same file: .models/MODEL.gguf, as it came. --weights leaves out llama.cpp's other types: with Q4_0,
+its fastest on x86, a run takes a third of the time.
 
 Each round goes to bench/out/compare-MODEL.json as soon as it is there. A run that was interrupted goes on where it stopped;
 --fresh begins anew, as does another Torpor or another machine. The ratios are drawn to bench/out/compare-MODEL.png.
@@ -133,7 +134,8 @@ MODELS = {model.name: model for model in [
         prefill(512, 1.7), prefill(2048, slow=True), decode(0, 1.25), decode(0, temperature=0.7), decode(4096, slow=True)]),
 ]}
 QUICK_MODELS = list(MODELS)[:3]
-TYPES = ("Q4_0", "Q4_K_M", "Q8_0")
+AS_IT_CAME = "as it came"
+TYPES = (AS_IT_CAME, "Q4_0", "Q4_K_M", "Q8_0")
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,10 @@ def bits_each(path):
     return 8 * sum(end - begin for begin, end in (tensor["data_offsets"] for tensor in header.values())) / weights
 
 
-def settings(model, quick):
+def settings(model, types):
     if model.on_gguf:
-        return [Setting("as it came", model.gguf, flash) for flash in (False, True)]
-    files = {"as it came": model.gguf} | {kind: GGUF / f"{model.name}-{kind}.gguf" for kind in TYPES if not (quick and kind == "Q8_0")}
+        return [Setting(AS_IT_CAME, model.gguf, flash) for flash in (False, True)]
+    files = {kind: model.gguf if kind == AS_IT_CAME else GGUF / f"{model.name}-{kind}.gguf" for kind in types}
     return [Setting(kind, path, flash) for kind, path in files.items() for flash in (False, True)]
 
 
@@ -253,7 +255,7 @@ def text_key(key):
     return " ".join(map(str, key))
 
 
-def measure(model, case, torpor, threads, rounds, runs, quick):
+def measure(model, case, torpor, threads, rounds, runs, types):
     """Runs rounds of one case until enough of them were quiet."""
     def enough():
         done = rounds.cases.get(case.name, [])
@@ -263,7 +265,7 @@ def measure(model, case, torpor, threads, rounds, runs, quick):
         ours, peak, share = run_torpor(torpor, model, case.torpor, case.kv)
         everyone, shares = {"torpor": ours}, [share]
         peaks = {"torpor": peak}
-        for setting in settings(model, quick):
+        for setting in settings(model, types):
             found, peak, share = run_llama_cpp(setting, threads, case)
             if found:
                 everyone[setting.name], peaks[setting.name] = found, peak
@@ -294,7 +296,7 @@ class Row:
         return self.ours / self.theirs
 
 
-def rows(model, cases, rounds, runs, quick):
+def rows(model, cases, rounds, runs, types):
     """Smallest ratio first."""
     found = []
     for case in cases:
@@ -303,7 +305,7 @@ def rows(model, cases, rounds, runs, quick):
             key = text_key(m.key)
             ours = [one["tok_s"]["torpor"][key] for one in best]
             medians = {s: statistics.median(one["tok_s"][s.name][key] for one in best)
-                       for s in settings(model, quick) if all(s.name in one["tok_s"] for one in best)}
+                       for s in settings(model, types) if all(s.name in one["tok_s"] for one in best)}
             light = {s: median for s, median in medians.items() if bits_each(s.path) <= 1.005 * bits_each(model.weights)} or medians
             setting, anybody = max(light, key=light.get), max(medians, key=medians.get)
             ratios = [a / one["tok_s"][setting.name][key] for a, one in zip(ours, best)]
@@ -312,12 +314,12 @@ def rows(model, cases, rounds, runs, quick):
     return sorted(found, key=lambda row: row.ratio)
 
 
-def report(model, found, quick):
+def report(model, found, types):
     """A Markdown table."""
     def size(path):
         return f"{path.stat().st_size / 1e6:.0f} MB, {bits_each(path):.2f} bits a weight"
 
-    files = {s.weights: s.path for s in settings(model, quick)}
+    files = {s.weights: s.path for s in settings(model, types)}
     print(f"\n{os.cpu_count()} cores, {cpu_name()}; {model.title}: Torpor {size(model.weights)}; llama.cpp "
           + ", ".join(f"{kind} {size(path)}" for kind, path in files.items()) + "; KV f16 where nothing else is said; medians\n")
     print("| | Torpor | llama.cpp, no more bits | ratio | lowest, highest | target | llama.cpp, any | rounds | others at most |")
@@ -361,13 +363,15 @@ def main():
     parser.add_argument("--case", action="append", help="only cases whose name has this in it")
     parser.add_argument("--mlx-lm-runs", type=int, default=3, help="pairs with mlx-lm on SmolLM2; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="llama.cpp's threads")
+    parser.add_argument("--weights", choices=TYPES, action="append", help="llama.cpp's; may be given several times; all without it")
     arguments = parser.parse_args()
+    types = arguments.weights or [kind for kind in TYPES if not (arguments.quick and kind == "Q8_0")]
     torpor, runs = arguments.torpor.resolve(), arguments.runs or (3 if arguments.quick else 5)
     models = [MODELS[name] for name in arguments.model or (QUICK_MODELS if arguments.quick else MODELS)]
     if arguments.gguf:
         models = [model.of_gguf() for model in models]
     for model in models:
-        for needed in (torpor, LLAMA / "llama-batched-bench", model.path, *(s.path for s in settings(model, arguments.quick))):
+        for needed in (torpor, LLAMA / "llama-batched-bench", model.path, *(s.path for s in settings(model, types))):
             if not needed.exists():
                 sys.exit(f"{needed} is not there; run `make build` and `bench/peers/prepare {model.name}`")
 
@@ -377,12 +381,12 @@ def main():
         rounds = Rounds(model, torpor, arguments.threads, arguments.fresh)
         try:
             for case in cases:
-                measure(model, case, torpor, arguments.threads, rounds, runs, arguments.quick)
+                measure(model, case, torpor, arguments.threads, rounds, runs, types)
         except KeyboardInterrupt:
             print("interrupted: the rounds so far", file=sys.stderr)
-        found = rows(model, cases, rounds, runs, arguments.quick)
+        found = rows(model, cases, rounds, runs, types)
         if found:
-            report(model, found, arguments.quick)
+            report(model, found, types)
             png = OUT / f"{model.results}.png"
             plot([(row.label, row.ratio, row.low, row.high, row.target or 1) for row in found], png,
                  f"{model.title}; {os.cpu_count()} cores, {cpu_name()}", "speed relative to llama.cpp's best of no more bits (tokens/s)")
