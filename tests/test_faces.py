@@ -8,10 +8,11 @@ import subprocess
 
 import mlx.core as mx
 import mlx_lm.models.cache as mlx_cache
+import numpy as np
 import pytest
 import xxhash
 
-from conftest import BIN, ROOT, Result, Torpor, preload
+from conftest import BIN, ROOT, Result, Torpor, make_tiny_model, preload
 
 import torpor
 
@@ -213,6 +214,35 @@ def test_options_say_how_rows_are_computed_and_the_environment_is_only_their_def
     tiny.run("ada", "Hello", "--threads", 0).fails("usage")
     tiny.run("ada", "Hello", env={"TORPOR_THREADS": "many"}).fails("invalid", "TORPOR_THREADS")
     tiny.run("ada", "Hello", "--threads", 2, env={"TORPOR_THREADS": "many"}).ok()
+
+
+@pytest.fixture(scope="module")
+def normed_model(tmp_path_factory):
+    """Qwen 3's norms of heads, beside those of layers."""
+    def change(config, weights):
+        config.update(architectures=["Qwen3ForCausalLM"], model_type="qwen3")
+        for i in range(config["num_hidden_layers"]):
+            for name in ("q_norm", "k_norm"):
+                weights[f"model.layers.{i}.self_attn.{name}.weight"] = np.linspace(0.5, 1.5, config["head_dim"]).astype(np.float16)
+
+    return make_tiny_model(tmp_path_factory.mktemp("normed") / "tiny", change)
+
+
+@pytest.mark.parametrize("options", [[], ["--kv-bits", 8], ["--kv-bits", 4]], ids=["f16", "8", "4"])
+def test_targets_that_multiply_and_add_in_one_compute_the_same_bits_and_so_do_the_others(normed_model, tmp_path, words, options):
+    for kind, targets in (("l16-fma", ("avx2", "avx512", "amx", "neon")), ("l16", ("portable", "sse4"))):
+        found = set()
+        for target in targets:
+            torpor = Torpor(tmp_path / target, normed_model)
+            ended = torpor.run("ada", words(300), "--raw", "--cpu-target", target, "--temperature", 0.9, "--seed", 3, *options, max_tokens=32)
+            if ended.code != 0:
+                assert "CPU target" in ended.err, "nothing but that this machine has none"
+                continue
+            torpor("export", "ada", tmp_path / f"{target}.safetensors").ok()
+            assert torpor("show", "ada", "--json").ok().json["numerics"].split("/")[2] == kind
+            file = (tmp_path / f"{target}.safetensors").read_bytes()
+            found.add((ended.json["text"], xxhash.xxh3_128_hexdigest(file[8 + int.from_bytes(file[:8], "little"):])))
+        assert len(found) <= 1, f"{kind}: {targets}"
 
 
 def test_rows_that_are_not_mapped_are_the_same(ada):

@@ -194,7 +194,7 @@ TEST(KernelsTargetDeathTest, TheForcedTargetIsUsedOrRefused) {
 TEST(KernelsTargetDeathTest, AskingForTheTargetsNameLeavesItInUse) {
   testing::GTEST_FLAG(death_test_style) = "threadsafe";
   const auto normed = [] {
-    constexpr int kWidth = 577;  // sums of so many depend on the target's lanes
+    constexpr int kWidth = 577;  // sums of so many differ where a target multiplies and adds in one
     std::vector<float> x(kWidth), weight(kWidth, 1.0f), y(kWidth);
     for (int i = 0; i < kWidth; ++i) x[size_t(i)] = 1.0f / float(i + 1);
     rms_norm(x.data(), 1, kWidth, weight.data(), 1e-5f, y.data());

@@ -60,7 +60,7 @@ def test_an_agent_that_wakes_on_another_kind_of_cpu_says_so_and_shares_no_rows_i
     assert reused(turn("eve")) == 0
     assert reused(turn("kim")) >= 512
     woken = tiny.run("ada", " on", "--raw", max_tokens=1).ok()
-    assert "computed as 'f32/kernels/l1'" in woken.err and woken.json["tokens"]["prefilled"] <= 3, woken.err
+    assert "computed as 'f32/kernels/l16'" in woken.err and woken.json["tokens"]["prefilled"] <= 3, woken.err
     assert tiny("show", "ada", "--json").json["numerics"] == tiny("show", "eve", "--json").json["numerics"], "of new rows"
 
 

@@ -185,7 +185,7 @@ struct ConversationIdentity {
 struct Lineage {
   struct Range {
     int64_t first = 0;     ///< a position, a multiple of kSegmentTokens
-    std::string numerics;  ///< "f32/kernels/l8-fma"; neither ',' nor ':' in it
+    std::string numerics;  ///< "f32/kernels/l16-fma"; neither ',' nor ':' in it
     bool operator==(const Range&) const = default;
   };
   /// Ascending, the first from 0 on. Of segments from `first` on to the next range's. None: it is not known.

@@ -69,7 +69,7 @@ class Model {
   virtual Backend backend() const = 0;
   /// architecture, config, weights and rope filled in; kv is the caller's to add.
   virtual Identity identity() const = 0;
-  /// How this process computes rows (Lineage): "f32/kernels/l8-fma", "f16/mlx-metal/-".
+  /// How this process computes rows (Lineage): "f32/kernels/l16-fma", "f16/mlx-metal/-".
   virtual std::string numerics() const = 0;
   /// How KV is kept unless asked otherwise: in the dtype of the checkpoint's activations.
   virtual KvFormat default_kv_format() const = 0;

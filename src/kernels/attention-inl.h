@@ -37,13 +37,18 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 HWY_INLINE void normalise_head(float* x, size_t n, const float* weight, float eps) {
   const DF d;
-  VF sum = hn::Zero(d);
+  VF sums[kSumParts];
+  for (VF& sum : sums) sum = hn::Zero(d);
   size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const VF v = hn::LoadU(d, x + i);
-    sum = hn::MulAdd(v, v, sum);
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+    for (size_t p = 0; p < kSumParts; ++p) {
+      const VF v = hn::LoadU(d, x + i + p * kLanes);
+      sums[p] = hn::MulAdd(v, v, sums[p]);
+    }
   }
-  float total = hn::GetLane(hn::SumOfLanes(d, sum));
+  HWY_ALIGN float lanes[kSumLanes];
+  for (size_t p = 0; p < kSumParts; ++p) hn::Store(sums[p], d, lanes + p * kLanes);
+  float total = sum_of_lanes(lanes);
   for (size_t j = i; j < n; ++j) total += x[j] * x[j];
   const float factor = 1.0f / std::sqrt(total / float(n) + eps);
   for (size_t j = 0; j < n; ++j) x[j] = x[j] * factor * weight[j];
@@ -125,7 +130,7 @@ struct Scratch {
       acc = take(rows * padded);
       total_acc = take(rows * padded);
       maximum = take(rows);
-      sum = take(rows * kMaxLanes);
+      sum = take(rows * kSumLanes);
       total_maximum = take(rows);
       total_sum = take(rows);
       scores = take(kMaxRows * kBlock);
@@ -217,7 +222,7 @@ HWY_INLINE void attend_block(const AttentionJob& job, const TileTask& task, int 
     for (size_t r = 0; r < n; ++r) {
       if (row_begin[r] >= row_end[r]) continue;
       s.factors[r] = weigh(s.scores + r * kBlock, row_begin[r], row_end[r], s.maximum[r0 + r],
-                           s.sum + (r0 + r) * kMaxLanes);
+                           s.sum + (r0 + r) * kSumLanes);
     }
     if (same) {
       products.outputs(n, s.scores, low, high, s.factors, s.acc + r0 * padded);
@@ -278,7 +283,7 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
   const auto [position, last] = positions(job, task);
 
   std::fill(s.maximum, s.maximum + rows, -std::numeric_limits<float>::infinity());
-  std::memset(s.sum, 0, rows * kMaxLanes * sizeof(float));
+  std::memset(s.sum, 0, rows * kSumLanes * sizeof(float));
   std::memset(s.acc, 0, rows * padded * sizeof(float));
 
   constexpr bool kAffine = std::is_same_v<Rows, RowsAffine>;
@@ -340,8 +345,7 @@ void run_super(const AttentionJob& job, const TileTask& task, int super, const T
       }
     }
   }
-  const DF d;
-  for (size_t r = 0; r < rows; ++r) s.sum[r] = hn::GetLane(hn::SumOfLanes(d, hn::LoadU(d, s.sum + r * kMaxLanes)));
+  for (size_t r = 0; r < rows; ++r) s.sum[r] = sum_of_lanes(s.sum + r * kSumLanes);
 }
 
 void start_total(const Scratch& s, size_t rows, size_t padded) {

@@ -46,7 +46,6 @@ namespace {
 constexpr int kBlock = 64;      // keys per softmax step
 constexpr int kSuper = 512;     // keys per partial
 constexpr int kMaxRows = 6;     // rows per product
-constexpr size_t kMaxLanes = 16;
 static_assert(kSegmentTokens % kBlock == 0 && kSuper % kBlock == 0);
 
 /// A token that attends: its row of the input and of the output, and its position.

@@ -117,14 +117,14 @@ HWY_INLINE float nearest_levels(const float* x, size_t n, float scale, float bia
   const hn::Rebind<uint8_t, DF> d8;
   const VF magic = hn::Set(d, 12582912.0f), by = hn::Set(d, scale), from = hn::Set(d, bias);
   const VF inverse = hn::Set(d, 1.0f / scale);
-  float errors[kMaxLanes] = {};
+  float errors[kSumLanes] = {};
   for (size_t i = 0; i < n; i += kLanes) {
     const VF v = hn::LoadU(d, x + i), q = hn::Mul(hn::Sub(v, from), inverse);
     const VF clamped = hn::IfThenElseZero(hn::Ge(q, hn::Zero(d)), hn::Min(q, hn::Set(d, kRotatedLevels)));
     const VF level = hn::Sub(hn::Add(clamped, magic), magic);
     hn::StoreU(hn::DemoteTo(d8, hn::ConvertTo(di, level)), d8, out + i);
     const VF error = hn::Sub(hn::Add(hn::Mul(level, by), from), v);
-    float* const lanes = errors + i % kMaxLanes;
+    float* const lanes = errors + i % kSumLanes;
     hn::StoreU(hn::Add(hn::LoadU(d, lanes), hn::Mul(error, error)), d, lanes);
   }
   float sum = 0;

@@ -180,13 +180,17 @@ HWY_INLINE float weigh(float* HWY_RESTRICT scores, size_t begin, size_t end, flo
   const float factor = top == maximum ? 1.0f : exp2_one(maximum - top);
   maximum = top;
   const VF offset = hn::Set(d, top);
-  VF total = hn::Mul(hn::LoadU(d, sum), hn::Set(d, factor));
-  for (size_t i = 0; i < kBlock; i += kLanes) {
-    const VF p = exp2(d, hn::Sub(hn::LoadU(d, scores + i), offset));
-    hn::StoreU(p, d, scores + i);
-    total = hn::Add(total, p);
+  VF totals[kSumParts];
+  for (size_t p = 0; p < kSumParts; ++p) totals[p] = hn::Mul(hn::LoadU(d, sum + p * kLanes), hn::Set(d, factor));
+  for (size_t i = 0; i < kBlock; i += kSumLanes) {
+    for (size_t p = 0; p < kSumParts; ++p) {
+      float* const at = scores + i + p * kLanes;
+      const VF weight = exp2(d, hn::Sub(hn::LoadU(d, at), offset));
+      hn::StoreU(weight, d, at);
+      totals[p] = hn::Add(totals[p], weight);
+    }
   }
-  hn::StoreU(total, d, sum);
+  for (size_t p = 0; p < kSumParts; ++p) hn::StoreU(totals[p], d, sum + p * kLanes);
   return factor;
 }
 

@@ -17,9 +17,9 @@ namespace torpor::kernels {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-using DF = hn::CappedTag<float, kMaxLanes>;
+using DF = hn::CappedTag<float, kSumLanes>;
 using VF = hn::Vec<DF>;
-constexpr size_t kLanes = hn::MaxLanes(DF());
+constexpr size_t kLanes = hn::MaxLanes(DF()), kSumParts = kSumLanes / kLanes;
 
 // ---- the cache's element types
 

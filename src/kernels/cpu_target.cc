@@ -18,7 +18,6 @@ namespace torpor::kernels {
 namespace HWY_NAMESPACE {
 
 int64_t ThisTarget() { return HWY_TARGET; }
-size_t LanesOfTarget() { return hwy::HWY_NAMESPACE::Lanes(hwy::HWY_NAMESPACE::ScalableTag<float>()); }
 bool TargetFuses() { return HWY_NATIVE_FMA != 0; }
 
 }  // namespace HWY_NAMESPACE
@@ -39,7 +38,6 @@ HWY_AFTER_NAMESPACE();
 namespace torpor::kernels {
 
 HWY_EXPORT(ThisTarget);
-HWY_EXPORT(LanesOfTarget);
 HWY_EXPORT(TargetFuses);
 
 namespace {
@@ -103,7 +101,18 @@ bool has_dot_products() {
 #endif
 }
 
-std::atomic<bool> settled{false}, amx{false}, byte_tiles{false};
+/// Whether it has their products of matrices of bytes.
+bool has_matrix_products() {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  return true;
+#elif HWY_ARCH_ARM_A64 && defined(__linux__) && defined(HWCAP2_I8MM)
+  return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool> settled{false}, amx{false}, byte_tiles{false}, matrix_products{false};
 
 const char* name_in_use() { return amx ? "AMX" : hwy::TargetName(target_in_use()); }
 
@@ -123,6 +132,7 @@ void settle_cpu_target(const std::string& name) {
     if (wanted != 0) hwy::DisableTargets(~(wanted | kPortable));
     amx = tiles && target_in_use() <= HWY_AVX3_DL;
     byte_tiles = amx || (has_dot_products() && (target_in_use() & kPortable) == 0);
+    matrix_products = byte_tiles && has_matrix_products();
     settled.store(true, std::memory_order_release);
   } else if (wanted != 0 && ((wanted & target_in_use()) == 0 || (amx ? name == "avx512" : name == "amx"))) {
     refuse(name, std::string("This process computes on the CPU target ") + name_in_use() + " already, not '" + name +
@@ -140,6 +150,7 @@ const char* cpu_target_name() {
 }
 
 bool byte_tiles_in_use() { return byte_tiles.load(std::memory_order_relaxed); }
+bool matrix_products_in_use() { return matrix_products.load(std::memory_order_relaxed); }
 
 Activations fastest_activations() {
   ensure_cpu_target();
@@ -148,7 +159,7 @@ Activations fastest_activations() {
 
 std::string lane_class() {
   ensure_cpu_target();
-  return "l" + std::to_string(HWY_DYNAMIC_DISPATCH(LanesOfTarget)()) + (HWY_DYNAMIC_DISPATCH(TargetFuses)() ? "-fma" : "");
+  return "l" + std::to_string(kSumLanes) + (HWY_DYNAMIC_DISPATCH(TargetFuses)() ? "-fma" : "");
 }
 
 }  // namespace torpor::kernels

@@ -23,24 +23,30 @@ namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 void RmsNormRows(const float* x, size_t rows, size_t k, const float* weight, float eps, float* y) {
-  const hn::CappedTag<float, 16> d;
-  const size_t lanes = hn::Lanes(d);
+  const hn::CappedTag<float, kSumLanes> d;
+  constexpr size_t lanes = hn::MaxLanes(d), kParts = kSumLanes / lanes;
+  using Sums = hn::Vec<decltype(d)>[kParts];
+  const auto add_squares = [&](const float* from, Sums& sums) HWY_ATTR {
+    for (size_t p = 0; p < kParts; ++p) {
+      const auto v = hn::LoadU(d, from + p * lanes);
+      sums[p] = hn::MulAdd(v, v, sums[p]);
+    }
+  };
   for (size_t r = 0; r < rows; ++r, x += k, y += k) {
-    auto s0 = hn::Zero(d), s1 = hn::Zero(d), s2 = hn::Zero(d), s3 = hn::Zero(d);
+    Sums s[4];
+    for (Sums& sums : s) {
+      for (auto& sum : sums) sum = hn::Zero(d);
+    }
     size_t i = 0;
-    for (; i + 4 * lanes <= k; i += 4 * lanes) {
-      const auto a = hn::LoadU(d, x + i), b = hn::LoadU(d, x + i + lanes);
-      const auto c = hn::LoadU(d, x + i + 2 * lanes), e = hn::LoadU(d, x + i + 3 * lanes);
-      s0 = hn::MulAdd(a, a, s0);
-      s1 = hn::MulAdd(b, b, s1);
-      s2 = hn::MulAdd(c, c, s2);
-      s3 = hn::MulAdd(e, e, s3);
+    for (; i + 4 * kSumLanes <= k; i += 4 * kSumLanes) {
+      for (size_t n = 0; n < 4; ++n) add_squares(x + i + n * kSumLanes, s[n]);
     }
-    for (; i + lanes <= k; i += lanes) {
-      const auto a = hn::LoadU(d, x + i);
-      s0 = hn::MulAdd(a, a, s0);
+    for (; i + kSumLanes <= k; i += kSumLanes) add_squares(x + i, s[0]);
+    HWY_ALIGN float sums[kSumLanes];
+    for (size_t p = 0; p < kParts; ++p) {
+      hn::Store(hn::Add(hn::Add(s[0][p], s[1][p]), hn::Add(s[2][p], s[3][p])), d, sums + p * lanes);
     }
-    float sum = hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(s0, s1), hn::Add(s2, s3))));
+    float sum = sum_of_lanes(sums);
     for (; i < k; ++i) sum += x[i] * x[i];
     const float factor = 1.0f / std::sqrt(sum / float(k) + eps);
     const auto f = hn::Set(d, factor);

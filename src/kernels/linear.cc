@@ -347,6 +347,8 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, 
   auto* unpacked = reinterpret_cast<uint32_t*>(scratch.weights);
 #if TORPOR_HAVE_VNNI
   const AmxTiles tiles(part.group);
+#elif TORPOR_HAVE_I8MM
+  const bool matrices = matrix_products_in_use();
 #endif
   const int k = call.w->k;
   // A word is four columns.
@@ -357,16 +359,28 @@ void RunBlock(const LinearCall& call, const PackedPart& part, const uint8_t* x, 
     const int count = std::min(kByteTilePanels, last - panel);
     for (int k0 = 0; k0 < k; k0 += step) {
       const int k1 = std::min(k, k0 + step);
-      for (int p = 0; p < count; ++p) UnpackBytes(part, part.panel(panel + p), k0, k1, unpacked + p * panel_words);
+      const int groups = (k1 - k0) / part.group;
+      for (int p = 0; p < count; ++p) {
+        UnpackBytes(part, part.panel(panel + p), k0, k1, unpacked + p * panel_words);
+#if TORPOR_HAVE_I8MM
+        if (matrices) PairOutputs(part.group, groups, unpacked + p * panel_words);
+#endif
+      }
       const uint8_t* from = x + size_t(k0 / part.group) * byte_tile_group_bytes(part.group);
       for (int r = 0; r < rows; r += kByteTileRows, from += block) {
         for (int p = 0; p < count; ++p) {
-          const int groups = (k1 - k0) / part.group;
+          const uint32_t* weights = unpacked + p * panel_words;
           float* sums = scratch.sums + (p * kBlockRows + r) * kPanel;
 #if TORPOR_HAVE_VNNI
-          AmxTile(part.group, from, unpacked + p * panel_words, groups, k0 == 0, sums);
+          AmxTile(part.group, from, weights, groups, k0 == 0, sums);
 #else
-          DotTile(part.group, from, unpacked + p * panel_words, groups, k0 == 0, sums);
+#if TORPOR_HAVE_I8MM
+          if (matrices) {
+            DotTile<true>(part.group, from, weights, groups, k0 == 0, sums);
+            continue;
+          }
+#endif
+          DotTile<false>(part.group, from, weights, groups, k0 == 0, sums);
 #endif
         }
       }

@@ -12,12 +12,19 @@
 
 #include "kernels/linear_bytes-inl.h"
 
-// Arm's dot products, where the assembler takes them: Clang's does if all functions may have them, as on a Mac.
+// Arm's dot products, and products of matrices, where the assembler takes them: Clang's does if all functions may have
+// them, as dot products on a Mac.
 #undef TORPOR_HAVE_DOT
+#undef TORPOR_HAVE_I8MM
 #if HWY_ARCH_ARM_A64 && HWY_TARGET < HWY_EMU128 && (defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__))
 #define TORPOR_HAVE_DOT 1
 #else
 #define TORPOR_HAVE_DOT 0
+#endif
+#if TORPOR_HAVE_DOT && (defined(__ARM_FEATURE_MATMUL_INT8) || !defined(__clang__))
+#define TORPOR_HAVE_I8MM 1
+#else
+#define TORPOR_HAVE_I8MM 0
 #endif
 
 #if TORPOR_HAVE_VNNI || TORPOR_HAVE_DOT

@@ -19,8 +19,8 @@ namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 double WeighLogits(const float* HWY_RESTRICT logits, size_t n, float top, float factor, float* HWY_RESTRICT weights) {
-  const hn::CappedTag<float, 16> d;
-  const size_t lanes = hn::Lanes(d);
+  const hn::CappedTag<float, kSumLanes> d;
+  constexpr size_t lanes = hn::MaxLanes(d), kParts = kSumLanes / lanes;
   const auto most = hn::Set(d, top), by = hn::Set(d, factor);
   const auto weigh = [&](const float* from, float* to) HWY_ATTR {
     const auto weight = hn::Exp(d, hn::Mul(hn::Sub(hn::LoadU(d, from), most), by));
@@ -29,14 +29,19 @@ double WeighLogits(const float* HWY_RESTRICT logits, size_t n, float top, float 
   };
   double total = 0;
   size_t i = 0;
-  while (i + lanes <= n) {
-    auto sum = hn::Zero(d);  // of so few that narrow vectors, too, round little
-    for (int j = 0; j < 16 && i + lanes <= n; ++j, i += lanes) sum = hn::Add(sum, weigh(logits + i, weights + i));
-    total += double(hn::GetLane(hn::SumOfLanes(d, sum)));
+  while (i + kSumLanes <= n) {
+    hn::Vec<decltype(d)> sums[kParts];
+    for (auto& sum : sums) sum = hn::Zero(d);
+    for (int j = 0; j < 16 && i + kSumLanes <= n; ++j, i += kSumLanes) {  // so few that little is rounded
+      for (size_t p = 0; p < kParts; ++p) sums[p] = hn::Add(sums[p], weigh(logits + i + p * lanes, weights + i + p * lanes));
+    }
+    HWY_ALIGN float of_lanes[kSumLanes];
+    for (size_t p = 0; p < kParts; ++p) hn::Store(sums[p], d, of_lanes + p * lanes);
+    total += double(sum_of_lanes(of_lanes));
   }
-  float last[16] = {}, last_weights[16] = {};
+  float last[kSumLanes] = {}, last_weights[kSumLanes] = {};
   std::copy(logits + i, logits + n, last);
-  if (i < n) weigh(last, last_weights);
+  for (size_t p = 0; i < n && p < kParts; ++p) weigh(last + p * lanes, last_weights + p * lanes);
   for (size_t j = 0; i < n; ++i, ++j) total += double(weights[i] = last_weights[j]);
   return total;
 }

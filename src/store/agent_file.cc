@@ -24,7 +24,7 @@ bool parse_number(std::string_view text, int64_t& out) {
   return error == std::errc() && end == text.data() + text.size() && out >= 0;
 }
 
-/// "f32/kernels/l8-fma", or where they changed "f32/kernels/l8-fma,512:f32/kernels/l16-fma".
+/// "f32/kernels/l16-fma", or where they changed "f32/kernels/l16-fma,512:int16/kernels/l16-fma".
 std::string encode_numerics(const std::vector<Lineage::Range>& ranges) {
   std::string text;
   for (const Lineage::Range& range : ranges) {
