@@ -223,18 +223,21 @@ def normed_model(tmp_path_factory):
         config.update(architectures=["Qwen3ForCausalLM"], model_type="qwen3")
         for i in range(config["num_hidden_layers"]):
             for name in ("q_norm", "k_norm"):
-                weights[f"model.layers.{i}.self_attn.{name}.weight"] = np.linspace(0.5, 1.5, config["head_dim"]).astype(np.float16)
+                norm = np.linspace(0.5, 1.5, config["head_dim"])
+                weights[f"model.layers.{i}.self_attn.{name}.weight"] = norm.astype(np.float16)
 
     return make_tiny_model(tmp_path_factory.mktemp("normed") / "tiny", change)
 
 
 @pytest.mark.parametrize("options", [[], ["--kv-bits", 8], ["--kv-bits", 4]], ids=["f16", "8", "4"])
-def test_targets_that_multiply_and_add_in_one_compute_the_same_bits_and_so_do_the_others(normed_model, tmp_path, words, options):
+def test_targets_that_multiply_and_add_in_one_have_the_same_bits_and_so_have_the_others(normed_model, tmp_path, words,
+                                                                                         options):
     for kind, targets in (("l16-fma", ("avx2", "avx512", "amx", "neon")), ("l16", ("portable", "sse4"))):
         found = set()
         for target in targets:
             torpor = Torpor(tmp_path / target, normed_model)
-            ended = torpor.run("ada", words(300), "--raw", "--cpu-target", target, "--temperature", 0.9, "--seed", 3, *options, max_tokens=32)
+            ended = torpor.run("ada", words(300), "--raw", "--cpu-target", target, "--temperature", 0.9, "--seed", 3,
+                               *options, max_tokens=32)
             if ended.code != 0:
                 assert "CPU target" in ended.err, "nothing but that this machine has none"
                 continue
@@ -242,7 +245,7 @@ def test_targets_that_multiply_and_add_in_one_compute_the_same_bits_and_so_do_th
             assert torpor("show", "ada", "--json").ok().json["numerics"].split("/")[2] == kind
             file = (tmp_path / f"{target}.safetensors").read_bytes()
             found.add((ended.json["text"], xxhash.xxh3_128_hexdigest(file[8 + int.from_bytes(file[:8], "little"):])))
-        assert len(found) <= 1, f"{kind}: {targets}"
+        assert len(found) <= 1 and (found or kind != "l16"), f"{kind}: {targets}; the portable one is everywhere"
 
 
 def test_rows_that_are_not_mapped_are_the_same(ada):

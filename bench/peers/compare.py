@@ -12,8 +12,8 @@ ratio of the medians, the lowest and highest ratio of one round, and beside them
 The smallest ratio comes first. --quick leaves out Q8_0 and the longest prompts and depths, and takes three rounds: under 30
 minutes for the three small models on 2 cores.
 
---gguf gives both the same file: .models/MODEL.gguf, as it came. --weights leaves out llama.cpp's other types: with Q4_0,
-its fastest on x86, a run takes a third of the time.
+--gguf gives both the same file: .models/MODEL.gguf, as it came. --weights leaves out llama.cpp's other types. With
+Q4_0 alone a run takes a third of the time.
 
 Each round goes to bench/out/compare-MODEL.json as soon as it is there. A run that was interrupted goes on where it stopped;
 --fresh begins anew, as does another Torpor or another machine. The ratios are drawn to bench/out/compare-MODEL.png.
@@ -363,7 +363,8 @@ def main():
     parser.add_argument("--case", action="append", help="only cases whose name has this in it")
     parser.add_argument("--mlx-lm-runs", type=int, default=3, help="pairs with mlx-lm on SmolLM2; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="llama.cpp's threads")
-    parser.add_argument("--weights", choices=TYPES, action="append", help="llama.cpp's; may be given several times; all without it")
+    parser.add_argument("--weights", choices=TYPES, action="append",
+                        help="llama.cpp's; may be given several times; all without it")
     arguments = parser.parse_args()
     types = arguments.weights or [kind for kind in TYPES if not (arguments.quick and kind == "Q8_0")]
     torpor, runs = arguments.torpor.resolve(), arguments.runs or (3 if arguments.quick else 5)
